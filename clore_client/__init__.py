@@ -1,0 +1,67 @@
+"""A client for the Clore.ai GPU marketplace."""
+
+from clore_client.client import CloreClient
+from clore_client.errors import (
+    ApplicationError,
+    AuthenticationError,
+    BidTooLowError,
+    CloreAPIError,
+    CloreConnectionError,
+    CloreError,
+    ConfigurationError,
+    CurrencyNotAllowedError,
+    DatabaseError,
+    FateUnknownError,
+    InsufficientBalanceError,
+    InvalidEndpointError,
+    InvalidInputError,
+    InvalidResponseError,
+    OrderEndedError,
+    OrderFateUnknownError,
+    OrderNotFoundError,
+    RateLimitError,
+    RateUnknownError,
+    ServerAlreadyRentedError,
+    ServerOfflineError,
+    SpotPriceStepError,
+    SpotPriceTooSoonError,
+    SSHError,
+    WaitTimeoutError,
+)
+from clore_client.orders import Order
+from clore_client.servers import Server
+from clore_client.version import __version__
+from clore_client.wallets import Wallet
+
+__all__ = [
+    "ApplicationError",
+    "AuthenticationError",
+    "BidTooLowError",
+    "CloreAPIError",
+    "CloreClient",
+    "CloreConnectionError",
+    "CloreError",
+    "ConfigurationError",
+    "CurrencyNotAllowedError",
+    "DatabaseError",
+    "FateUnknownError",
+    "InsufficientBalanceError",
+    "InvalidEndpointError",
+    "InvalidInputError",
+    "InvalidResponseError",
+    "Order",
+    "OrderEndedError",
+    "OrderFateUnknownError",
+    "OrderNotFoundError",
+    "RateLimitError",
+    "RateUnknownError",
+    "SSHError",
+    "Server",
+    "ServerAlreadyRentedError",
+    "ServerOfflineError",
+    "SpotPriceStepError",
+    "SpotPriceTooSoonError",
+    "WaitTimeoutError",
+    "Wallet",
+    "__version__",
+]

@@ -1,0 +1,684 @@
+"""CloreClient: a thin method for each thing that a renter does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from clore_client.bids import MarketMemory, surely_documented, with_hourly_offers
+from clore_client.checks import (
+    check_bool,
+    check_currency,
+    check_id,
+    check_ids,
+    check_number,
+    check_text,
+)
+from clore_client.errors import (
+    ERROR_CODES,
+    CloreError,
+    InvalidResponseError,
+    OrderEndedError,
+    OrderFateUnknownError,
+    OrderNotFoundError,
+    SpotPriceTooSoonError,
+    WaitTimeoutError,
+)
+from clore_client.log import logger
+from clore_client.money import finite, wire_currency
+from clore_client.orders import Order, claims_for, created_id, to_orders
+from clore_client.pacing import account_of
+from clore_client.purchase import Draft, draft_order, find_order
+from clore_client.servers import Server, cheapest_first, listed_prices, to_servers
+from clore_client.ssh import open_ssh, parse_ssh_command
+from clore_client.transport import Transport, within
+from clore_client.wallets import Wallet, to_wallets
+
+if TYPE_CHECKING:
+    import paramiko
+
+C = TypeVar("C", bound="CloreClient")
+
+MAX_ISSUE = 2048  # characters of ``issue`` that the API takes
+
+
+class CloreClient(Transport):
+    """A client for the Clore.ai GPU marketplace.
+
+    Every answer comes in the documented form, whatever the API sends: prices in USD per hour,
+    reliability from 0 to 100, an ``order_id`` and a ``status`` for each order.
+
+    Requests with the same key keep ``rate_limit`` seconds between them, in all threads and clients
+    of the process, and ``create_order`` keeps ``create_order_interval`` besides. One call is sent
+    ``max_retries`` times at most. Sent again after a lost or broken answer are reads,
+    ``cancel_order``, ``cancel_orders`` and ``set_spot_price``; every other POST only when it never
+    left this machine, or was refused for its pace. Between two sends lies an exponential backoff
+    with full jitter, or what the API asks for in ``Retry-After``; over 60 seconds of that are a
+    :class:`RateLimitError` and not a sleep.
+
+    Parameters:
+        api_key: sent as the header ``auth``. None or ``""``: the environment variable
+            ``CLORE_API_KEY``, then ``~/.clore/config.json``, else no key, with which only the
+            marketplace can be read.
+        timeout: seconds for one HTTP exchange, a number or a ``(connect, read)`` pair.
+        rate_limit: smallest number of seconds between two requests with the same key in this
+            process. The API allows one a second.
+        max_retries: how many times one call is sent at most, the first included; at least 1.
+        base_url: None: the environment variable ``CLORE_BASE_URL``, else the class attribute
+            ``BASE_URL``. A key goes out over https only, or to a loopback address.
+        create_order_interval: seconds between two ``create_order``; the API allows one in five.
+        backoff: seconds that the first backoff has at most; it doubles with each send.
+        max_backoff: seconds that any backoff has at most.
+        user_agent: added to the User-Agent, as ``"my-tool/1.0"``.
+
+    Raises:
+        ConfigurationError: a key, a base URL or a settings file that can't be used.
+
+    Example:
+        >>> with CloreClient() as client:
+        ...     server = client.find_cheapest("RTX 4090", max_price_usd=0.5)
+        ...     order = client.create_order(server["id"])
+        ...     order = client.wait_for_order(order["order_id"])
+    """
+
+    ERROR_CODES = ERROR_CODES
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        key = "a key" if self.api_key else "no key"
+        return f"<{type(self).__name__} of {self.BASE_URL} with {key}>"
+
+    # --- what a client remembers ---
+
+    @property
+    def _market(self) -> MarketMemory:
+        """What is known of the API behind the base URL of this moment."""
+        # In __dict__ and not in __init__: a subclass may not call that.
+        memories: dict[str, MarketMemory] = self.__dict__.setdefault("_memories", {})
+        return memories.setdefault(self.BASE_URL, MarketMemory())
+
+    @property
+    def _cancelled(self) -> set[int]:
+        """Ids of the orders that this client cancelled."""
+        ids: set[int] = self.__dict__.setdefault("_cancelled_ids", set())
+        return ids
+
+    @property
+    def _credentials(self) -> dict[int, dict[str, str]]:
+        """Order id -> what was sent with it to get in."""
+        sent: dict[int, dict[str, str]] = self.__dict__.setdefault("_sent_credentials", {})
+        return sent
+
+    # --- wallets ---
+
+    def get_wallets(self) -> list[Wallet]:
+        """The wallets of the account.
+
+        Returns:
+            A list of :class:`Wallet`: ``name``, ``balance`` (in its currency, may be None),
+            ``deposit_address``.
+
+        Raises:
+            CloreAPIError, CloreConnectionError: see the README, "Errors".
+
+        Example:
+            >>> [wallet["name"] for wallet in client.get_wallets()]
+            ['bitcoin', 'CLORE-Blockchain', 'USD-Blockchain']
+        """
+        return to_wallets(self._request("GET", "/v1/wallets"))
+
+    def get_balance(self, currency: str = "CLORE-Blockchain") -> float:
+        """The balance of one wallet, in its currency.
+
+        Parameters:
+            currency: part of the wallet's name, in any case, or ``BTC``, ``CLORE``, ``USD``.
+
+        Returns:
+            The balance of the first wallet that fits; 0.0 where there is none or it is null.
+
+        Example:
+            >>> client.get_balance("USD")
+            12.5
+        """
+        text = check_text("currency", currency)
+        wanted = (wire_currency(text) or text).strip().lower()
+        for wallet in self.get_wallets():
+            if wanted in (wallet.name or "").lower():
+                return wallet.balance or 0.0
+        return 0.0
+
+    # --- the marketplace ---
+
+    def get_marketplace(self, include_rented: bool = False) -> list[Server]:
+        """The servers of the marketplace, as the API lists them. Needs no key.
+
+        Parameters:
+            include_rented: also those that somebody rents now.
+
+        Returns:
+            A list of :class:`Server`: ``id``, ``gpu_array``, ``price`` (under ``usd`` in USD per
+            hour), ``reliability`` (0 to 100), ``rented``, ``specs``, ...
+
+        Example:
+            >>> len(client.get_marketplace())
+            1873
+        """
+        check_bool("include_rented", include_rented)
+        return to_servers(self._marketplace(), include_rented=include_rented)
+
+    def _marketplace(self) -> dict[str, Any]:
+        answer = self._request("GET", "/v1/marketplace")
+        market = self._market
+        market.saw(answer)
+        market.listed = listed_prices(answer, market.rates)
+        return answer
+
+    def find_servers(
+        self,
+        gpu_type: str | None = None,
+        max_price_usd: float | None = None,
+        min_reliability: float = 0.0,
+        use_spot: bool = False,
+    ) -> list[Server]:
+        """Servers that can be rented now, the cheapest first, equal ones as the API lists them.
+
+        A price that is missing, null or not above 0 is no price: such a server comes last, and
+        never passes a price limit. Fees come on top of the prices: 5 % on demand, 1.25 % spot
+        (seen on the live API).
+
+        Parameters:
+            gpu_type: part of a GPU's name, in any case: ``"4090"``, ``"rtx 3080"``.
+            max_price_usd: USD per hour.
+            min_reliability: 0 to 100.
+            use_spot: filter and sort by the lowest spot bid that the host takes.
+
+        Returns:
+            A list of :class:`Server`, maybe empty.
+
+        Raises:
+            ValueError, TypeError: an argument can't be right; nothing was sent.
+
+        Example:
+            >>> client.find_servers("RTX 4090", max_price_usd=0.5, min_reliability=95)[0].gpu_name
+            'RTX 4090'
+        """
+        if gpu_type is not None and not isinstance(gpu_type, str):
+            raise TypeError(f"gpu_type must be a string, not {gpu_type!r}")
+        if max_price_usd is not None:
+            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
+        check_number("min_reliability", min_reliability, maximum=100.0)
+        check_bool("use_spot", use_spot)
+        fitting = to_servers(
+            self._marketplace(),
+            gpu_type=gpu_type,
+            max_usd_per_hour=max_price_usd,
+            min_reliability=min_reliability,
+            spot=use_spot,
+        )
+        return cheapest_first(fitting, spot=use_spot)
+
+    def find_cheapest(
+        self,
+        gpu_type: str | None = None,
+        max_price_usd: float | None = None,
+        min_reliability: float = 0.0,
+        use_spot: bool = False,
+    ) -> Server | None:
+        """The first of :meth:`find_servers`, or None where none fits. Same parameters.
+
+        Example:
+            >>> client.find_cheapest("RTX 4090").usd_per_hour
+            0.125
+        """
+        servers = self.find_servers(gpu_type, max_price_usd, min_reliability, use_spot)
+        return servers[0] if servers else None
+
+    # --- orders ---
+
+    def _orders(self, completed: bool) -> tuple[list[Order], dict[str, Any]]:
+        params = {"return_completed": "true"} if completed else None
+        answer = self._request("GET", "/v1/my_orders", params=params)
+        self._market.saw(answer)
+        return to_orders(answer, self._cancelled, self._market.rates), answer
+
+    def get_orders(self, include_completed: bool = False) -> list[Order]:
+        """The orders of the account.
+
+        Parameters:
+            include_completed: also those that have ended.
+
+        Returns:
+            A list of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
+            ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...
+
+        Example:
+            >>> [(order.id, order.status) for order in client.get_orders()]
+            [(1958009, 'running')]
+        """
+        orders, _ = self._orders(check_bool("include_completed", include_completed))
+        return orders if include_completed else [o for o in orders if not o.has_ended]
+
+    def get_order(self, order_id: int) -> Order | None:
+        """One order, active or ended.
+
+        The list of ended orders, which grows with the account's history, is read only when the
+        order is not among the active ones.
+
+        Parameters:
+            order_id: its number.
+
+        Returns:
+            An :class:`Order`, or None where the account has none of that number (or the API does
+            not show it yet: that takes up to 20 seconds after ``create_order``).
+
+        Example:
+            >>> client.get_order(1958009).ssh_command
+            'ssh root@n1.us.clorecloud.net -p 2060'
+        """
+        wanted = check_id("order_id", order_id)
+        for completed in (False, True):
+            for order in self._orders(completed)[0]:
+                if order.id == wanted:
+                    return order
+        return None
+
+    def create_order(
+        self,
+        server_id: int,
+        image: str = "nvidia/cuda:12.1.0-base-ubuntu22.04",
+        order_type: str = "on-demand",
+        currency: str = "CLORE-Blockchain",
+        ports: dict[str, str] | None = None,
+        env: dict[str, str] | None = None,
+        ssh_password: str | None = None,
+        ssh_key: str | None = None,
+        spot_price: float | None = None,
+        jupyter_token: str | None = None,
+        *,
+        find_timeout: float = 30.0,
+        allow_above_on_demand: bool = False,
+    ) -> Order:
+        """Rent a server. It costs money from here on, until :meth:`cancel_order`.
+
+        Sent at most once, unless it surely had no effect. The live API answers without an order
+        id; the order is then looked up in ``my_orders``.
+
+        Parameters:
+            server_id: the ``id`` of a server.
+            image: a Docker image.
+            order_type: ``"on-demand"`` or ``"spot"``.
+            currency: what to pay with: the API's name, or ``BTC``, ``CLORE``, ``USD``.
+            ports: container port -> ``"tcp"`` or ``"http"``; default ``{"22": "tcp"}``.
+            env: environment variables; default ``{"NVIDIA_VISIBLE_DEVICES": "all"}``.
+            ssh_password: at most 32 characters. With neither this nor ``ssh_key``, one is made up
+                and stands in the result as ``ssh_password``.
+            ssh_key: a public key, as the ``.pub`` file holds it; at most 3072 characters.
+            spot_price: the bid for ``order_type="spot"``, in **USD per hour**.
+            jupyter_token: at most 32 characters.
+            find_timeout: seconds that the order may take to show up.
+            allow_above_on_demand: take a bid over the server's own on-demand price.
+
+        Returns:
+            An :class:`Order` that also carries ``code`` (0).
+
+        Raises:
+            OrderFateUnknownError: an order may or may not have been made, or it can't be told
+                which one it is: look at :meth:`get_orders` before ordering again. What was sent
+                to get in stands in its ``credentials``.
+            ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
+            BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused.
+            RateUnknownError: a bid could not be converted; nothing was sent.
+            ValueError, TypeError: an argument can't be right; nothing was sent.
+
+        Example:
+            >>> order = client.create_order(99173, currency="USD")
+            >>> order["order_id"], order["ssh_password"]
+            (1958009, 'q1nE0rNN7mBdmKyUHyKzXgLa')
+        """
+        draft = draft_order(
+            server_id, image, order_type, currency, ports, env, ssh_password, ssh_key, jupyter_token
+        )
+        check_number("find_timeout", find_timeout, unit="seconds")
+        check_bool("allow_above_on_demand", allow_above_on_demand)
+        if draft.wanted.spot:
+            if spot_price is None:
+                raise ValueError("spot_price is required for order_type='spot', in USD per hour")
+            draft.body["spotprice"] = self._spot_bid(draft, spot_price, allow_above_on_demand)
+        elif spot_price is not None:
+            logger.warning("spot_price is only used with order_type='spot': it is not sent")
+        order = self._make(draft, find_timeout)
+        if order.id is not None:
+            self._credentials[order.id] = draft.credentials
+        logger.info("order %s of server %d was made", order.id, draft.wanted.server_id)
+        order["code"] = 0
+        if draft.made_up_password:
+            order["ssh_password"] = draft.made_up_password
+        return order
+
+    def _spot_bid(self, draft: Draft, spot_price: float, above: bool) -> float:
+        wanted = draft.wanted
+        check_number("spot_price", spot_price, above=True, unit="USD per hour")
+        market = self._market
+        market.check_below_on_demand("spot_price", spot_price, wanted.server_id, above)
+        self._ensure_rates(wanted.server_id, wanted.currency)
+        return market.wire_bid(spot_price, wanted.currency, wanted.server_id)
+
+    def _ensure_rates(self, server_id: int, currency: str) -> None:
+        market = self._market
+        if not market.documented and currency not in market.rates.fresh():
+            self._spot_market(server_id)
+
+    def _make(self, draft: Draft, find_timeout: float) -> Order:
+        server_id = draft.wanted.server_id
+        claims = claims_for(account_of(self.BASE_URL, self.api_key or ""))
+        with claims.turn(server_id):
+            try:
+                answer = self._request("POST", "/v1/create_order", json=draft.body)
+            except OrderFateUnknownError as error:
+                error.server_id, error.credentials = server_id, draft.credentials
+                raise
+            if (order_id := created_id(answer)) is not None:
+                claims.take(order_id)
+                made = to_orders(
+                    {"orders": [{**answer, "order_id": order_id}]}, (), self._market.rates
+                )[0]
+                made.setdefault("renting_server", server_id)
+                made.setdefault("status", "creating")
+                made.setdefault("connection", {"ssh": "", "http_ports": {}})
+                return made
+            sent_at = getattr(answer, "sent_at", None)
+
+            def look() -> tuple[list[Order], float | None]:
+                with within(time.monotonic() + find_timeout + self.rate_limit):
+                    orders, listing = self._orders(completed=False)
+                clock = getattr(listing, "server_time_at", None)
+                return orders, clock(sent_at) if clock and sent_at is not None else None
+
+            try:
+                return find_order(look, draft, claims, find_timeout)
+            except (KeyboardInterrupt, SystemExit):
+                logger.warning(
+                    "interrupted while an order of server %d, which was made, was looked up: "
+                    "see get_orders()",
+                    server_id,
+                )
+                raise
+
+    def cancel_order(self, order_id: int, issue: str | None = None) -> bool:
+        """End an order: it costs nothing from here on. Safe to repeat.
+
+        Parameters:
+            order_id: its number.
+            issue: what was wrong with the server; cut at 2048 characters.
+
+        Returns:
+            True.
+
+        Raises:
+            CloreError: the order may still be running.
+
+        Example:
+            >>> client.cancel_order(1958009)
+            True
+        """
+        body: dict[str, Any] = {"id": check_id("order_id", order_id)}
+        if issue is not None:
+            if not isinstance(issue, str):
+                raise TypeError(f"issue must be a string, not {issue!r}")
+            if issue:
+                body["issue"] = issue[:MAX_ISSUE]
+        self._request("POST", "/v1/cancel_order", json=body)
+        self._cancelled.add(body["id"])
+        logger.info("order %d was cancelled", body["id"])
+        return True
+
+    def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
+        """End several orders with one API call.
+
+        Parameters:
+            order_ids: their numbers; with none, nothing is sent.
+
+        Returns:
+            The envelope; the ids that failed stand under ``failed_to_cancel``.
+
+        Example:
+            >>> client.cancel_orders([1958009, 1958010])["failed_to_cancel"]
+            []
+        """
+        ids = check_ids("order_ids", order_ids)
+        if not ids:
+            return {"code": 0, "failed_to_cancel": []}
+        answer = self._request("POST", "/v1/cancel_orders", json={"order_ids": ids})
+        listed = answer.get("failed_to_cancel")
+        failed = {str(i) for i in listed} if isinstance(listed, list) else set()
+        done = [i for i in ids if str(i) not in failed]
+        self._cancelled.update(done)
+        logger.info("orders %s were cancelled, %s were not", done, sorted(failed))
+        return answer
+
+    def wait_for_order(
+        self,
+        order_id: int,
+        timeout: float = 300,
+        poll_interval: float = 5.0,
+        target_status: str = "running",
+    ) -> Order:
+        """Wait until an order has a status.
+
+        A new order shows up 2 to 20 seconds after it was made and mostly runs after 30 to 120
+        (seen on the live API). A poll that fails is borne. When the time is out the order is not
+        cancelled: it may still be running, and cost money.
+
+        Parameters:
+            order_id: its number.
+            timeout: seconds; ``float("inf")`` waits for ever.
+            poll_interval: seconds between two looks.
+            target_status: ``"running"``, ``"creating"``, ``"cancelled"`` or ``"expired"``; the
+                last two meet each other.
+
+        Returns:
+            The :class:`Order`, with that status.
+
+        Raises:
+            OrderEndedError: it ended meanwhile.
+            WaitTimeoutError: it did not get there in time; a ``TimeoutError``.
+
+        Example:
+            >>> client.wait_for_order(1958009, timeout=120).ssh_command
+            'ssh root@n1.us.clorecloud.net -p 2060'
+        """
+        wanted = check_id("order_id", order_id)
+        check_number("timeout", timeout, infinite=True, unit="seconds")
+        check_number("poll_interval", poll_interval, unit="seconds")
+        check_text("target_status", target_status)
+        ends = {"cancelled", "expired"}
+        targets = ends if target_status in ends else {target_status}
+        deadline = time.monotonic() + timeout
+        seen: Order | None = None
+        failure: CloreError | None = None
+        while True:
+            try:
+                # The last look starts at the deadline, and gets its turn.
+                with within(max(deadline, time.monotonic() + self.rate_limit + 0.1)):
+                    order = self.get_order(wanted)
+                failure = None
+            except CloreError as error:
+                if not (error.retryable or isinstance(error, InvalidResponseError)):
+                    raise
+                logger.debug("a look at order %d failed: %s", wanted, error)
+                order, failure = None, error
+            seen = order or seen
+            if order is not None and order.status in targets:
+                return order
+            if order is not None and order.has_ended:
+                raise OrderEndedError(
+                    f"Order {wanted} ended unexpectedly with status: {order.status}",
+                    order_id=wanted,
+                    status=order.status or "",
+                    order=order,
+                )
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise WaitTimeoutError(
+                    f"Order {wanted} did not reach status '{target_status}' within {timeout}s",
+                    order_id=wanted,
+                    order=seen,
+                ) from failure
+            time.sleep(min(poll_interval, remaining))
+
+    # --- SSH ---
+
+    @staticmethod
+    def parse_ssh_connection(order: Any) -> dict[str, Any]:
+        """Where to log in, from an order's ``connection.ssh``. Never raises.
+
+        Parameters:
+            order: an order in the documented form.
+
+        Returns:
+            ``{"host", "port", "user", "raw"}``: ``""``, 22 and ``"root"`` where it does not say,
+            and the string as it came. A host or user that is not a plain name or address counts
+            as none.
+
+        Example:
+            >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
+            {'host': 'h.net', 'port': 2060, 'user': 'root', 'raw': 'ssh root@h.net -p 2060'}
+        """
+        return parse_ssh_command(order)
+
+    def connect_ssh(
+        self,
+        order: dict[str, Any],
+        password: str | None = None,
+        key_path: str | None = None,
+        *,
+        timeout: float = 30.0,
+        wait: float = 120.0,
+    ) -> paramiko.SSHClient:
+        """Log in to the machine of a running order. Needs paramiko.
+
+        A password wins over ``key_path``. With neither: the password that stands in the order, or
+        that this client sent with it; else the SSH agent and the user's default keys.
+
+        Parameters:
+            order: a running order, as :meth:`wait_for_order` returns it.
+            password: of the user in ``connection.ssh``.
+            key_path: file of a private key.
+            timeout: seconds for each step of the login.
+            wait: seconds that the machine's sshd may take to come up.
+
+        Returns:
+            A connected ``paramiko.SSHClient``, which the caller closes.
+
+        Raises:
+            SSHError: there is no address yet, nothing answered in time, or the login was refused.
+            ImportError: paramiko is not installed.
+
+        Example:
+            >>> with client.connect_ssh(order) as ssh:
+            ...     print(ssh.exec_command("nvidia-smi -L")[1].read().decode())
+        """
+        check_number("timeout", timeout, above=True, unit="seconds")
+        check_number("wait", wait, unit="seconds")
+        for name, value in (("password", password), ("key_path", key_path)):
+            if value is not None and not hasattr(value, "__fspath__"):
+                check_text(name, value, secret=name == "password")
+        if not password and not key_path:
+            sent = self._credentials.get(Order(order).id or 0, {})
+            password = order.get("ssh_password") or sent.get("ssh_password")
+        return open_ssh(order, password=password, key_path=key_path, timeout=timeout, wait=wait)
+
+    # --- the spot market ---
+
+    def get_spot_market(self, server_id: int) -> dict[str, Any]:
+        """The offers for a server on the spot market.
+
+        Parameters:
+            server_id: the ``id`` of a server.
+
+        Returns:
+            The envelope, with ``market``. Each of its ``offers`` also carries ``usd_per_hour``
+            (None where the rate is missing); its ``bid`` is per day in its ``currency``.
+
+        Example:
+            >>> client.get_spot_market(99173)["market"]["offers"][0]["usd_per_hour"]
+            0.09016
+        """
+        return with_hourly_offers(self._spot_market(check_id("server_id", server_id)))
+
+    def _spot_market(self, server_id: int) -> dict[str, Any]:
+        answer = self._request("GET", "/v1/spot_marketplace", params={"market": server_id})
+        self._market.saw_market(answer)
+        return answer
+
+    def set_spot_price(
+        self, order_id: int, new_price: float, *, allow_above_on_demand: bool = False
+    ) -> bool:
+        """Change the bid of a spot order.
+
+        The API lets a bid be lowered once in 600 seconds, and by one step.
+
+        Parameters:
+            order_id: its number.
+            new_price: **USD per hour**.
+            allow_above_on_demand: take a bid over the server's own on-demand price.
+
+        Returns:
+            True when the answer carries no ``error``.
+
+        Raises:
+            OrderNotFoundError: the account has no such order; nothing was sent.
+            SpotPriceTooSoonError: lowered too soon; ``retry_after`` says when again.
+            SpotPriceStepError: lowered by too much; ``max_step`` says by how much at most, in the
+                order's currency per day.
+            BidTooLowError: under what the host takes.
+            RateUnknownError: the bid could not be converted; nothing was sent.
+
+        Example:
+            >>> client.set_spot_price(1958009, 0.08)
+            True
+        """
+        wanted = check_id("order_id", order_id)
+        check_number("new_price", new_price, above=True, unit="USD per hour")
+        check_bool("allow_above_on_demand", allow_above_on_demand)
+        order = self.get_order(wanted)
+        if order is None:
+            raise OrderNotFoundError(
+                f"there is no order {wanted}: nothing was bid", order_id=wanted
+            )
+        bid = self._new_bid(order, new_price, allow_above_on_demand)
+        body = {"order_id": wanted, "desired_price": bid}
+        try:
+            answer = self._request("POST", "/v1/set_spot_price", json=body)
+        except SpotPriceTooSoonError as error:
+            # Sent again after a lost answer, it is refused because the first one was carried out.
+            if error.sends > 1 and self._bid_shows(wanted, bid):
+                return True
+            raise
+        return "error" not in answer
+
+    def _new_bid(self, order: Order, new_price: float, above: bool) -> float:
+        market = self._market
+        market.check_below_on_demand("new_price", new_price, order.server_id, above)
+        if surely_documented(order):
+            return new_price
+        currency, server_id = order.get("currency"), order.server_id
+        if server_id is None or not isinstance(currency, str):
+            raise OrderNotFoundError(
+                f"order {order.id} does not tell its server and currency: nothing was bid",
+                order_id=order.id,
+            )
+        currency = check_currency("the order's currency", currency)
+        self._ensure_rates(server_id, currency)
+        return market.wire_bid(new_price, currency, server_id)
+
+    def _bid_shows(self, order_id: int, bid: float) -> bool:
+        order = self.get_order(order_id)
+        shown = finite(order.wire.get("price")) if order is not None else None
+        return shown is not None and abs(shown - bid) <= 1e-6 * bid

@@ -1,0 +1,305 @@
+"""Order: its documented form, made from the live one; telling which order is the one just made."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from clore_client.money import RateBook, finite, per_hour
+from clore_client.records import Record, dicts, is_live, whole_id
+
+# How an order may end. The live form knows the first two; the others are known from elsewhere.
+ENDED_STATUSES = frozenset(
+    {"cancelled", "expired", "completed", "error", "failed", "finished", "stopped", "terminated"}
+)
+
+_HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?")
+_USER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+def plain_host(text: str) -> bool:
+    """Whether ``text`` is a host name or an address, and nothing that a shell or ssh would obey."""
+    if _HOST_NAME.fullmatch(text):
+        return True
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text  # no IPv6 zone: it may hold anything
+
+
+def plain_user(text: str) -> bool:
+    """Whether ``text`` is a plain name of a user."""
+    return bool(_USER_NAME.fullmatch(text))
+
+
+def _port(text: Any) -> int | None:
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,5}", text):
+        return None
+    return int(text) if 1 <= int(text) <= 65535 else None
+
+
+class Order(Record):
+    """One order, in the documented form.
+
+    A dict with ``order_id``, ``renting_server``, ``status``, ``connection`` (``ssh`` and
+    ``http_ports``), ``price`` (per hour, in the order's currency), ``started`` (Unix time), and
+    whatever else the API sent. The properties give None for what is missing or of an unexpected
+    type.
+    """
+
+    __slots__ = ("_live", "_usd_per_hour")
+    _live: bool
+    _usd_per_hour: float | None
+
+    @property
+    def id(self) -> int | None:
+        """The order's number."""
+        return whole_id(self.get("order_id"))
+
+    @property
+    def server_id(self) -> int | None:
+        """The number of the rented server."""
+        return whole_id(self.get("renting_server"))
+
+    @property
+    def status(self) -> str | None:
+        """``"creating"``, ``"running"``, ``"cancelled"`` or ``"expired"``."""
+        status = self.get("status")
+        return status if isinstance(status, str) else None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is deployed and reachable."""
+        return self.status == "running"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is over, and costs nothing any more."""
+        return self.status in ENDED_STATUSES
+
+    @property
+    def ssh_command(self) -> str | None:
+        """``"ssh root@<host> -p <port>"`` once there is one."""
+        connection = self.get("connection")
+        command = connection.get("ssh") if isinstance(connection, dict) else None
+        return command if isinstance(command, str) and command else None
+
+    @property
+    def http_urls(self) -> dict[str, str]:
+        """Container port -> URL."""
+        connection = self.get("connection")
+        urls = connection.get("http_ports") if isinstance(connection, dict) else None
+        if not isinstance(urls, dict):
+            return {}
+        return {str(k): v for k, v in urls.items() if isinstance(v, str)}
+
+    @property
+    def started_at(self) -> float | None:
+        """Unix time; on the live API that of its creation."""
+        return finite(self.get("started"))
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The price in USD per hour, by the rate known when the order was read; else None."""
+        try:
+            return self._usd_per_hour
+        except AttributeError:
+            return RateBook().usd(self.get("price"), self.get("currency"))
+
+    @property
+    def is_live(self) -> bool | None:
+        """Whether it came in the live form; None when it was built by hand."""
+        return getattr(self, "_live", None)
+
+    def _summary(self) -> dict[str, Any]:
+        first = ("order_id", "renting_server", "status", "price", "currency", "image", "started")
+        return {
+            **{name: self.get(name) for name in first},
+            "ssh": self.ssh_command,
+            **({"ssh_password": "***"} if self.get("ssh_password") else {}),
+        }
+
+
+def _live_host(record: dict[str, Any]) -> str:
+    cluster = record.get("pub_cluster")
+    host = cluster[0] if isinstance(cluster, list) and cluster else cluster
+    return host if isinstance(host, str) and plain_host(host) else ""
+
+
+def _live_ports(record: dict[str, Any]) -> dict[int, int]:
+    """Container port -> public port."""
+    mapped: dict[int, int] = {}
+    entries = record.get("tcp_ports")
+    for entry in entries if isinstance(entries, list) else ():
+        inner, _, outer = entry.partition(":") if isinstance(entry, str) else ("", "", "")
+        container, public = _port(inner), _port(outer)
+        if container and public:
+            mapped.setdefault(container, public)
+    return mapped
+
+
+def _live_status(record: dict[str, Any], cancelled: bool, host: str, ports: bool) -> str:
+    if record.get("expired") is True:
+        return "cancelled" if cancelled else "expired"
+    deployed = record.get("mon_container") in (2, None)
+    if deployed and host and ports and record.get("online") is not False:
+        return "running"
+    return "creating"
+
+
+def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str, Any]:
+    """The documented fields of an order in the live form."""
+    order_id = record.get("order_id", record.get("id"))
+    ours = whole_id(order_id) in cancelled
+    host, ports = _live_host(record), _live_ports(record)
+    pub, http_port = record.get("http_pub"), record.get("http_port")
+    urls = {}
+    if isinstance(pub, str) and plain_host(pub) and (port := _port(str(http_port))):
+        urls[str(port)] = f"https://{pub}"
+    return {
+        "order_id": order_id,
+        "renting_server": record.get("renting_server", record.get("si")),
+        "status": _live_status(record, ours, host, bool(ports)),
+        "connection": {
+            "ssh": f"ssh root@{host} -p {ports[22]}" if host and 22 in ports else "",
+            "http_ports": urls,
+        },
+        "price": per_hour(record.get("price")),
+        "started": record.get("started", record.get("ct")),
+    }
+
+
+def to_order(
+    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: RateBook
+) -> Order:
+    """An order as it came, as an :class:`Order` in the documented form.
+
+    Parameters:
+        record: what the API sent.
+        live: its answer's form.
+        cancelled: ids of orders that this client cancelled.
+        rates: for ``usd_per_hour``.
+    """
+    order = Order({**record, **_live_fields(record, cancelled)} if live else record)
+    order._wire, order._live = record, live
+    order._usd_per_hour = rates.usd(order.get("price"), order.get("currency"))
+    return order
+
+
+def to_orders(answer: dict[str, Any], cancelled: Collection[int], rates: RateBook) -> list[Order]:
+    """The orders of an answer, in the documented form."""
+    live = is_live(answer)
+    return [to_order(r, live, cancelled, rates) for r in dicts(answer.get("orders"))]
+
+
+def created_id(answer: dict[str, Any]) -> int | None:
+    """The order id in an answer to ``create_order``, which only old and documented ones carry."""
+    nested = answer.get("order")
+    for holder in (answer, nested if isinstance(nested, dict) else {}):
+        for name in ("order_id", "id"):
+            if (order_id := whole_id(holder.get(name))) is not None:
+                return order_id
+    return None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an order must look like to be the one that was just made.
+
+    The live API has no idempotency key and answers without an order id.
+    """
+
+    server_id: int
+    spot: bool
+    currency: str
+    image: str
+
+    def fits(self, order: Order, created_after: float | None) -> bool:
+        """Whether ``order`` can be ours. A missing field contradicts nothing, but for the time.
+
+        Parameters:
+            order: a candidate.
+            created_after: Unix time by the server's clock, in whole seconds; None when that is
+                not known.
+        """
+        if order.server_id != self.server_id or order.id is None:
+            return False
+        spot, currency, image = (order.get(k) for k in ("spot", "currency", "image"))
+        if isinstance(spot, bool) and spot != self.spot:
+            return False
+        if isinstance(currency, str) and currency != self.currency:
+            return False
+        if isinstance(image, str) and image != self.image:
+            return False
+        if created_after is None:
+            return not order.has_ended
+        return order.started_at is not None and order.started_at >= created_after
+
+
+class Claims:
+    """Which orders of one account the calls of this process have taken for theirs.
+
+    Two calls that order the same server must not take each other's order, so their sending and
+    searching is done in turns; no lock is held meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken: set[int] = set()
+        self._busy: set[int] = set()
+
+    @contextmanager
+    def turn(self, server_id: int) -> Iterator[None]:
+        """For the length of the block, no other call of the process orders this server."""
+        with self._changed:
+            self._changed.wait_for(lambda: server_id not in self._busy)
+            self._busy.add(server_id)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy.discard(server_id)
+                self._changed.notify_all()
+
+    def take(self, order_id: int) -> bool:
+        """Claim an order; False when another call has it already."""
+        with self._changed:
+            if order_id in self._taken:
+                return False
+            self._taken.add(order_id)
+            return True
+
+    def free(self, orders: list[Order], fits: Callable[[Order], bool]) -> list[Order]:
+        """Those of ``orders`` that fit and are nobody's yet, the newest last."""
+        with self._changed:
+            taken = set(self._taken)
+        found = {o.id: o for o in orders if o.id not in taken and fits(o)}
+        return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
+
+
+_claims: dict[tuple[str, bytes], Claims] = {}
+_claims_lock = threading.Lock()
+
+
+def claims_for(account: tuple[str, bytes]) -> Claims:
+    """The claims of an account, which all clients of this process share."""
+    with _claims_lock:
+        return _claims.setdefault(account, Claims())
+
+
+def _forget_claims() -> None:
+    # Another thread may have held a lock at the fork. A child has claimed nothing.
+    global _claims_lock
+    _claims_lock = threading.Lock()
+    _claims.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_claims)

@@ -1,0 +1,136 @@
+"""Making an order: the body that is sent, and finding the order that the API made of it."""
+
+from __future__ import annotations
+
+import secrets
+import string
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from clore_client.checks import (
+    MAX_PASSWORD,
+    MAX_TOKEN,
+    check_currency,
+    check_env,
+    check_id,
+    check_order_type,
+    check_ports,
+    check_public_key,
+    check_secret,
+    check_text,
+)
+from clore_client.errors import CloreError, OrderFateUnknownError
+from clore_client.orders import Claims, Order, Wanted
+
+DEFAULT_PORTS = {"22": "tcp"}
+DEFAULT_ENV = {"NVIDIA_VISIBLE_DEVICES": "all"}
+PASSWORD_LENGTH = 24
+# A new order shows up 2 to 20 seconds after it was made (seen on the live API).
+FIRST_LOOK = 0.2
+LONGEST_PAUSE = 2.0
+
+
+@dataclass
+class Draft:
+    """An order that is to be made: what is sent, and what is kept."""
+
+    wanted: Wanted
+    body: dict[str, Any]
+    made_up_password: str | None
+    credentials: dict[str, str] = field(repr=False)
+
+
+def make_password() -> str:
+    """A password that nobody guesses, of characters that need no quoting anywhere."""
+    alphabet = string.ascii_letters + string.digits
+    return "".join(secrets.choice(alphabet) for _ in range(PASSWORD_LENGTH))
+
+
+def draft_order(
+    server_id: Any,
+    image: Any,
+    order_type: Any,
+    currency: Any,
+    ports: Any,
+    env: Any,
+    ssh_password: Any,
+    ssh_key: Any,
+    jupyter_token: Any,
+) -> Draft:
+    """Check the arguments of ``create_order`` and make its body, all but a spot price."""
+    if ssh_password and ssh_key:
+        raise ValueError("ssh_password and ssh_key exclude each other: give one of them")
+    wanted = Wanted(
+        server_id=check_id("server_id", server_id),
+        spot=check_order_type("order_type", order_type) == "spot",
+        currency=check_currency("currency", currency),
+        image=check_text("image", image),
+    )
+    credentials: dict[str, str] = {}
+    made_up = None
+    if ssh_key:
+        credentials["ssh_key"] = check_public_key("ssh_key", ssh_key)
+    elif ssh_password:
+        credentials["ssh_password"] = check_secret("ssh_password", ssh_password, MAX_PASSWORD)
+    else:
+        credentials["ssh_password"] = made_up = make_password()
+    if jupyter_token is not None:
+        credentials["jupyter_token"] = check_secret("jupyter_token", jupyter_token, MAX_TOKEN)
+    body = {
+        "renting_server": wanted.server_id,
+        "type": order_type,
+        "currency": wanted.currency,
+        "image": wanted.image,
+        "ports": check_ports("ports", ports) if ports else dict(DEFAULT_PORTS),
+        "env": check_env("env", env) if env else dict(DEFAULT_ENV),
+        **credentials,
+    }
+    return Draft(wanted, body, made_up, credentials)
+
+
+def find_order(
+    look: Callable[[], tuple[list[Order], float | None]],
+    draft: Draft,
+    claims: Claims,
+    timeout: float,
+) -> Order:
+    """Look until the order that was just made shows up, and claim it.
+
+    Parameters:
+        look: gives the orders of the account, and the moment of sending by the server's clock.
+        draft: what was sent.
+        claims: what other calls of this process have taken for theirs.
+        timeout: seconds.
+
+    Raises:
+        OrderFateUnknownError: none showed up in time, or two fit.
+    """
+    server_id = draft.wanted.server_id
+    deadline, pause = time.monotonic() + timeout, FIRST_LOOK
+    cause: CloreError | None = None
+    while True:
+        try:
+            orders, created_after = look()
+        except CloreError as error:
+            cause, orders, created_after = error, [], None
+        found = claims.free(orders, lambda order: draft.wanted.fits(order, created_after))  # noqa: B023
+        if len(found) == 1 and found[0].id is not None and claims.take(found[0].id):
+            return found[0]
+        remaining = deadline - time.monotonic()
+        if len(found) > 1 or remaining <= 0:
+            break
+        time.sleep(min(pause, remaining))
+        pause = min(pause * 1.5, LONGEST_PAUSE)
+    ids = tuple(order.id for order in found if order.id is not None)
+    raise OrderFateUnknownError(
+        f"an order for server {server_id} was made, and it can't be told which of "
+        f"{', '.join(map(str, ids))} it is: look at get_orders()"
+        if ids
+        else f"an order for server {server_id} was made, but did not show up in my_orders within "
+        f"{timeout:g}s: look at get_orders(), also a minute from now",
+        server_id=server_id,
+        order_ids=ids,
+        credentials=draft.credentials,
+    ) from cause

@@ -1,0 +1,374 @@
+"""One API call: key, pace, retries, and an envelope or an error at the end."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import requests
+import urllib3
+
+from clore_client.answers import (
+    REPEATABLE_POSTS,
+    Call,
+    Envelope,
+    Failure,
+    judged,
+    no_answer,
+    secrets_in,
+)
+from clore_client.checks import Timeout, check_number, check_text, check_timeout
+from clore_client.departure import WatchedSession, departure
+from clore_client.errors import (
+    AuthenticationError,
+    CloreConnectionError,
+    CloreError,
+    ConfigurationError,
+    RateLimitError,
+    printable,
+)
+from clore_client.log import logger
+from clore_client.pacing import (
+    LONGEST_PUSH_BACK,
+    DeadlinePassedError,
+    PushedBackError,
+    pacer_for,
+)
+from clore_client.settings import (
+    CONFIG_FILE,
+    KEY_VARIABLE,
+    URL_VARIABLE,
+    check_base_url,
+    check_key_may_go_to,
+    clean_key,
+    find_key,
+    is_loopback,
+)
+from clore_client.version import __version__
+
+URGENT_POSTS = frozenset({"cancel_order", "cancel_orders"})  # a waiting cancel costs money
+SPACED_POSTS = frozenset({"create_order"})
+LOGGED_POSTS = REPEATABLE_POSTS | SPACED_POSTS  # what costs or frees money
+KEYLESS_GETS = frozenset({"marketplace"})
+
+_deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline", default=math.inf)
+
+
+@contextmanager
+def within(deadline: float) -> Iterator[None]:
+    """In the block, no call of this thread starts a send after ``deadline`` (monotonic time)."""
+    token = _deadline.set(min(deadline, _deadline.get()))
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def backoff_delay(sends: int, first: float, longest: float) -> float:
+    """Seconds to wait after ``sends`` sends: exponential backoff with full jitter, capped."""
+    return random.uniform(0.0, min(longest, first * 2.0 ** min(sends - 1, 32)))
+
+
+def _name_of(endpoint: str) -> str:
+    path = unquote(urlsplit(endpoint).path)
+    return path.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def check_endpoint(endpoint: Any) -> str:
+    """A path as ``"/v1/wallets"``: the key must not be led to another host."""
+    check_text("endpoint", endpoint)
+    fine = endpoint.startswith("/") and not endpoint.startswith("//") and endpoint.isprintable()
+    if not fine or "\\" in endpoint or " " in endpoint or "/.." in endpoint:
+        raise ValueError(
+            f"endpoint must be a path like '/v1/wallets', not {printable(repr(endpoint), 80)}"
+        )
+    return str(endpoint)
+
+
+class Transport:
+    """The core of the client: settings, one kept-alive session, and ``_request``."""
+
+    BASE_URL = "https://api.clore.ai"
+    timeout: Timeout = 30
+    max_retries: int = 3
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        timeout: Timeout = 30,
+        rate_limit: float = 1.1,
+        max_retries: int = 3,
+        *,
+        base_url: str | None = None,
+        create_order_interval: float = 5.0,
+        backoff: float = 0.5,
+        max_backoff: float = 30.0,
+        user_agent: str | None = None,
+    ) -> None:
+        key, self._key_source = find_key(api_key)
+        self._headers: dict[str, str] = {"auth": key} if key else {}
+        self.timeout = check_timeout("timeout", timeout)
+        self.rate_limit = check_number("rate_limit", rate_limit, unit="seconds")
+        if not isinstance(max_retries, int) or isinstance(max_retries, bool):
+            raise TypeError(f"max_retries must be a whole number, not {max_retries!r}")
+        self.max_retries = int(check_number("max_retries", max_retries, minimum=1))
+        self.create_order_interval = check_number(
+            "create_order_interval", create_order_interval, unit="seconds"
+        )
+        self.backoff = check_number("backoff", backoff, unit="seconds")
+        self.max_backoff = check_number("max_backoff", max_backoff, unit="seconds")
+        self._user_agent = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
+        if user_agent is not None:
+            self._user_agent += f" {check_text('user_agent', user_agent)}"
+            if not (user_agent.isascii() and user_agent.isprintable()):
+                raise ValueError("user_agent must be printable ASCII")
+        if base_url is not None:
+            self.BASE_URL = check_base_url(check_text("base_url", base_url), "base_url")
+            self._url_source = "argument"
+        elif from_environment := os.environ.get(URL_VARIABLE):
+            self.BASE_URL = check_base_url(from_environment, URL_VARIABLE)
+            self._url_source = f"environment variable {URL_VARIABLE}"
+        else:
+            self._url_source = f"class attribute {type(self).__name__}.BASE_URL"
+        self._session_of: tuple[int, requests.Session] | None = None
+
+    # --- attributes that may be set later ---
+
+    @property
+    def api_key(self) -> str | None:
+        """The key, or None. Setting it changes ``headers``."""
+        return next((v for k, v in self.headers.items() if k.lower() == "auth"), None)
+
+    @api_key.setter
+    def api_key(self, key: str | None) -> None:
+        rest = {k: v for k, v in self.headers.items() if k.lower() != "auth"}
+        if key:
+            rest["auth"] = clean_key(key, "the attribute api_key")
+        self._headers = rest
+        self._key_source = "attribute"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of each request: ``{"auth": api_key}``, or ``{}`` without a key."""
+        try:
+            return self._headers
+        except AttributeError:  # a subclass that does not call __init__
+            self._headers = {}
+            return self._headers
+
+    @headers.setter
+    def headers(self, headers: dict[str, str]) -> None:
+        self._headers = dict(headers)
+        self._key_source = "attribute"
+
+    # --- the session ---
+
+    @property
+    def _session(self) -> requests.Session:
+        pid = os.getpid()
+        if self._session_of is None or self._session_of[0] != pid:
+            # A connection that a fork has shared must not be used by both sides.
+            self._session_of = (pid, WatchedSession(self._user_agent))
+        return self._session_of[1]
+
+    def close(self) -> None:
+        """Free the connections. The client can be used again; it then opens new ones."""
+        if self._session_of is not None:
+            self._session_of[1].close()
+
+    # --- a call ---
+
+    def _request(
+        self,
+        method: str,
+        endpoint: str,
+        params: dict[str, Any] | None = None,
+        json: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """One paced, retried API call; the way to endpoints that have no method of their own.
+
+        Parameters:
+            method: ``"GET"`` or ``"POST"``.
+            endpoint: the path, as ``"/v1/wallets"``.
+            params: the query.
+            json: the body.
+            **kwargs: for requests; ``headers`` are merged with the client's, ``timeout``
+                overrides its timeout (seconds, or a ``(connect, read)`` pair).
+
+        Returns:
+            The decoded envelope, whose ``code`` is 0.
+
+        Raises:
+            CloreAPIError: the API answered with an error; see the subclasses.
+            CloreConnectionError: no answer came, and asking again did not help.
+            FateUnknownError: a POST that changes something may or may not have been carried out.
+            ValueError, TypeError: an argument can't be right; nothing was sent.
+
+        Example:
+            >>> client._request("GET", "/v1/wallets")["wallets"]
+        """
+        call = self._prepare(method, endpoint, params, json, kwargs)
+        pacer = pacer_for(call.base_url, call.key)
+        limit = max(1, self.max_retries)
+        not_before = -math.inf
+        failure: Failure | None = None
+        sends = 0
+        while True:
+            try:
+                outcome = self._send(call, not_before)
+            except DeadlinePassedError:
+                error = (
+                    failure.error
+                    if failure
+                    else CloreConnectionError(
+                        f"{call.label} was not sent: its time was over before its turn came"
+                    )
+                )
+                raise _after(error, sends) from None
+            except PushedBackError as push:
+                raise _pushed_back(call, push.seconds) from None
+            if isinstance(outcome, Envelope):
+                return outcome
+            sends += 1
+            failure = outcome
+            failure.error.sends = sends
+            delay = backoff_delay(sends, self.backoff, self.max_backoff)
+            if failure.rate_limited:
+                told = failure.error.retry_after
+                pacer.push_back(delay if told is None else told)
+                if told is not None and told > LONGEST_PUSH_BACK:
+                    raise failure.error
+            if not failure.again:
+                raise failure.error
+            if sends >= limit:
+                raise _after(failure.error, sends)
+            logger.warning(
+                "%s: send %d of %d failed, is sent again: %s",
+                call.label,
+                sends,
+                limit,
+                failure.error,
+            )
+            not_before = -math.inf if failure.rate_limited else time.monotonic() + delay
+
+    def _prepare(
+        self, method: str, endpoint: str, params: Any, json: Any, kwargs: dict[str, Any]
+    ) -> Call:
+        if "allow_redirects" in kwargs:
+            raise ValueError("allow_redirects is refused: a redirect could lead the key elsewhere")
+        method = check_text("method", method).upper()
+        name = _name_of(check_endpoint(endpoint))
+        base_url = check_base_url(self.BASE_URL, "BASE_URL")
+        headers = {**self.headers, **(kwargs.pop("headers", None) or {})}
+        key = next((v for k, v in headers.items() if k.lower() == "auth" and v), "")
+        if key:
+            key = headers["auth"] = clean_key(key, "the headers")
+            check_key_may_go_to(base_url)
+        elif name not in KEYLESS_GETS:
+            raise AuthenticationError(
+                3,
+                endpoint=endpoint,
+                hint=f"there is no API key: pass api_key=..., set {KEY_VARIABLE}, "
+                f"or put it into {CONFIG_FILE}; nothing was sent",
+            )
+        settings: dict[str, Any] = {
+            "timeout": check_timeout("timeout", kwargs.pop("timeout", self.timeout)),
+            "allow_redirects": False,
+        }
+        verify, cert, stream = (kwargs.pop(k, None) for k in ("verify", "cert", "stream"))
+        proxies = dict(kwargs.pop("proxies", None) or {})
+        if is_loopback(base_url):
+            # Over plain http a proxy from the environment would read the key.
+            proxies = {"http": None, "https": None, "all": None, **proxies}
+        # Without an auth of its own, requests would send what it finds in ~/.netrc.
+        kwargs.setdefault("auth", _as_it_is)
+        session = self._session
+        try:
+            request = session.prepare_request(
+                requests.Request(
+                    method, base_url + endpoint, headers=headers, params=params, json=json, **kwargs
+                )
+            )
+        except requests.exceptions.InvalidJSONError as error:
+            raise ValueError(f"json can't be sent as JSON: {error}") from None
+        settings.update(
+            session.merge_environment_settings(request.url, proxies, stream, verify, cert)
+        )
+        return Call(
+            name=name,
+            endpoint=endpoint,
+            request=request,
+            settings=settings,
+            base_url=base_url,
+            key=key,
+            repeatable=method in ("GET", "HEAD") or (method == "POST" and name in REPEATABLE_POSTS),
+            secrets=tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)])),
+        )
+
+    def _send(self, call: Call, not_before: float) -> Envelope | Failure:
+        """Send once, when it is this request's turn."""
+        spaced = call.name in SPACED_POSTS and not call.repeatable
+        slot = pacer_for(call.base_url, call.key).slot(
+            self.rate_limit,
+            urgent=call.name in URGENT_POSTS,
+            not_before=not_before,
+            spacing=(call.name, self.create_order_interval) if spaced else None,
+            deadline=_deadline.get(),
+        )
+        with slot as leaves, departure.watched(leaves):
+            try:
+                response = self._session.send(call.request, **call.settings)
+                body = response.content
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                return no_answer(call, error, departure.at)
+            except OSError as error:  # a CA bundle or a certificate that is not there
+                raise ConfigurationError(f"{call.label} was not sent: {error}") from error
+            sent_at = departure.at
+        received_at = time.monotonic()
+        if sent_at is None:  # connections of a proxy for SOCKS tell nothing
+            sent_at = received_at - response.elapsed.total_seconds()
+        logger.log(
+            logging.INFO if call.name in LOGGED_POSTS else logging.DEBUG,
+            "%s: HTTP %d, %d bytes in %.3f s",
+            call.label,
+            response.status_code,
+            len(body),
+            received_at - sent_at,
+        )
+        outcome = judged(call, response, body)
+        if isinstance(outcome, Envelope):
+            outcome.date = response.headers.get("Date")
+            outcome.sent_at, outcome.received_at = sent_at, received_at
+        else:
+            outcome.error._sent_at = sent_at
+        return outcome
+
+
+def _pushed_back(call: Call, seconds: float) -> RateLimitError:
+    error = RateLimitError(
+        5,
+        endpoint=call.endpoint,
+        hint=f"the API asked for a pause, of which {seconds:.0f} s are left; nothing was sent",
+    )
+    error.retry_after, error.sends = seconds, 0
+    return error
+
+
+def _as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+def _after(error: CloreError, sends: int) -> CloreError:
+    """``error``, saying that asking again did not help."""
+    if sends:
+        error.args = (f"Clore API request failed after {sends} retries: {error}",)
+    return error
