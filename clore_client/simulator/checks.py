@@ -1,0 +1,96 @@
+"""What a body must look like; anything else is refused with code 2."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from .market import RefusedError
+from .settings import CURRENCIES
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Seen to make the API answer with a database error: `&`, quotes of other alphabets, emoji.
+_CHOKES = re.compile(
+    "[&\u00ab\u00bb\u2018-\u201f\u2039\u203a\u300c-\u300f\u2600-\u27bf\U0001f000-\U0001ffff]"
+)
+_ENV_NAME, _ENV_VALUE, _ENV_ALL = 128, 1536, 12288
+
+
+def require(good: bool) -> None:
+    """Refuse with code 2 unless `good`."""
+    if not good:
+        raise RefusedError(2)
+
+
+def object_of(body: object) -> dict[str, Any]:
+    """The body as a JSON object."""
+    require(isinstance(body, dict))
+    return body  # type: ignore[return-value]
+
+
+def id_of(value: object) -> int:
+    """A positive whole number, or the digits of one."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    require(isinstance(value, int) and not isinstance(value, bool) and value > 0)
+    return value  # type: ignore[return-value]
+
+
+def amount_of(value: object) -> float:
+    """A positive finite number."""
+    require(isinstance(value, (int, float)) and not isinstance(value, bool))
+    require(math.isfinite(value) and value > 0)  # type: ignore[arg-type,operator]
+    return float(value)  # type: ignore[arg-type]
+
+
+def order_body(body: object) -> dict[str, Any]:
+    """A checked copy of create_order's body, with defaults for what may be missing."""
+    order = {"ports": {}, "env": {}} | object_of(body)
+    order["renting_server"] = id_of(order.get("renting_server"))
+    require(order.get("type") in ("on-demand", "spot"))
+    require(order.get("currency") in CURRENCIES)
+    image = order.get("image")
+    require(isinstance(image, str) and 0 < len(image.strip()) <= 512)
+    _text(order, "ssh_password", 32)
+    _text(order, "jupyter_token", 32)
+    _text(order, "ssh_key", 3072)
+    _text(order, "command", 65536)
+    for name in ("autossh_entrypoint", "remember_password"):
+        require(isinstance(order.get(name, False), bool))
+    require(isinstance(order.get("dockerhub_auth", {}), (dict, str)))
+    _ports(order["ports"])
+    _env(order["env"])
+    if order["type"] == "spot":
+        amount_of(order.get("spotprice"))
+    if order.get("required_price") is not None:
+        amount_of(order["required_price"])
+    return order
+
+
+def chokes(env: dict[str, str]) -> bool:
+    """Whether the API's database would choke on a value."""
+    return any(_CHOKES.search(value) for value in env.values())
+
+
+def _text(body: dict[str, Any], name: str, limit: int) -> None:
+    value = body.get(name, "")
+    require(isinstance(value, str) and len(value) <= limit)
+
+
+def _ports(ports: object) -> None:
+    require(isinstance(ports, dict))
+    for port, kind in ports.items():  # type: ignore[attr-defined]
+        require(port.isascii() and port.isdigit() and 1 <= int(port) <= 65535)
+        require(kind in ("tcp", "http"))
+
+
+def _env(env: object) -> None:
+    require(isinstance(env, dict))
+    total = 2
+    for name, value in env.items():  # type: ignore[attr-defined]
+        require(isinstance(value, str) and _NAME.fullmatch(name) is not None)
+        require(len(name) <= _ENV_NAME and len(value) <= _ENV_VALUE)
+        require("\0" not in value)
+        total += len(name) + len(value) + 6
+    require(total <= _ENV_ALL)

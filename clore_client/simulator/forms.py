@@ -1,0 +1,193 @@
+"""Records as the two forms of the API write them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from .catalogue import RATES, Server, in_currency
+from .settings import CURRENCIES
+
+if TYPE_CHECKING:
+    from .books import Account, Order
+
+PUBLIC_HOST = "127.0.0.1"
+
+
+def encode(value: object) -> bytes:
+    """JSON as the API writes it: no blanks, UTF-8 as it is."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def server(server: Server, form: str) -> dict[str, Any]:
+    """A server of the marketplace."""
+    if form == "live":
+        return {**server.record, "rented": server.rented, "price": _live_price(server)}
+    spot = server.usd_spot.get("CLORE-Blockchain")
+    reliability = server.reliability
+    return {
+        "id": server.id,
+        "gpu_array": server.gpus,
+        "price": {
+            "usd": {
+                "on_demand_clore": round(server.usd_on_demand["CLORE-Blockchain"] / 24, 6),
+                "spot": round(spot / 24, 6) if spot else None,
+            }
+        },
+        "reliability": None if reliability is None else round(reliability * 100, 2),
+        "rented": server.rented,
+        "allowed_coins": list(server.allowed_coins),
+        "specs": server.record["specs"],
+    }
+
+
+def _live_price(server: Server) -> dict[str, Any] | None:
+    quirks = server.quirks
+    coins = server.allowed_coins if "allowed_prices_only" in quirks else CURRENCIES
+    on_demand, spot = server.usd_on_demand, server.usd_spot
+    price: dict[str, Any] = {
+        "on_demand": {coin: server.on_demand(coin) for coin in coins},
+        "spot": {coin: server.min_bid(coin) or 0 for coin in coins},
+        "usd": {
+            "on_demand_btc": on_demand["bitcoin"],
+            "on_demand_clore": on_demand["CLORE-Blockchain"],
+            "on_demand_usd": on_demand["USD-Blockchain"],
+            "spot": spot.get("CLORE-Blockchain", 0) if "spot_in_usd" in quirks else 0,
+        },
+        "original_usd": {
+            coin: {"on_demand": on_demand[coin], "spot": spot.get(coin, 0)}
+            for coin in ("CLORE-Blockchain", "bitcoin")
+        },
+    }
+    if "no_usd" in quirks:
+        del price["usd"]
+    if "null_usd" in quirks:
+        price["usd"]["on_demand_clore"] = None
+    if "null_spot" in quirks:
+        price["usd"]["spot"] = price["spot"] = None
+    if "no_original" in quirks:
+        del price["original_usd"]
+    if "null_original" in quirks:
+        price["original_usd"] = None
+    return price
+
+
+def wallets(account: Account, form: str) -> list[dict[str, Any]]:
+    """The wallets of an account."""
+    deposit = "deposit" if form == "live" else "deposit_address"
+    fees = {"bitcoin": 0.00005, "CLORE-Blockchain": 1, "USD-Blockchain": 1}
+    records = []
+    for name in CURRENCIES:
+        record: dict[str, Any] = {"name": name, deposit: account.deposits[name]}
+        record["balance"] = account.balances[name]
+        if form == "live":
+            record["withdrawal_fee"] = fees[name]
+        records.append(record)
+    return records
+
+
+def order(order: Order, server: Server, form: str, now: float) -> dict[str, Any]:
+    """An order of my_orders."""
+    return _live_order(order, server, now) if form == "live" else _documented_order(order, now)
+
+
+def _live_order(order: Order, server: Server, now: float) -> dict[str, Any]:
+    gone = order.is_gone(now)
+    specs = server.record["specs"] or {}
+    record: dict[str, Any] = {
+        "id": order.id,
+        "si": order.server_id,
+        "image": order.image,
+        "currency": order.currency,
+        "price": order.price,
+        "fee": order.fee_rate,
+        "creation_fee": in_currency(order.creation_fee_usd, order.currency),
+        "spend": round(order.rent + order.fee, 10),
+        "ct": order.created_at,
+        "mrl": order.mrl,
+        "spot": order.spot,
+        "expired": gone,
+        "online": order.online and not gone,
+        "specs": {key: specs[key] for key in ("gpu", "gpuram") if key in specs},
+        "reliability": server.reliability,
+        "owner": server.record.get("owner"),
+        "gpu_array": server.record.get("gpu_array"),
+    }
+    if gone:
+        record |= {"mon_container": 2 if order.deployed else 1, "tcp_ports": []}
+    elif order.deployed is not None:
+        record |= {
+            "mon_container": 2,
+            "pub_cluster": [PUBLIC_HOST],
+            "tcp_ports": [f"{inner}:{public}" for inner, public in order.tcp_ports.items()],
+        }
+        if order.http_port:
+            record |= {"http_port": order.http_port, "http_pub": order.http_pub}
+            if order.body.get("jupyter_token"):
+                record["auto_login"] = order.login_token
+    elif order.id % 2:  # both ways of not being there yet are seen
+        record |= {"mon_container": 1, "pub_cluster": [], "tcp_ports": []}
+    else:
+        record["mon_container"] = 0
+    return record
+
+
+def _documented_order(order: Order, now: float) -> dict[str, Any]:
+    status, ssh, http = "creating", "", {}
+    if order.is_gone(now):
+        status = "cancelled" if order.ended_by == "cancel" else "expired"
+    elif order.deployed is not None:
+        status = "running" if order.online else "creating"
+        if order.ssh_port:
+            ssh = f"ssh root@{PUBLIC_HOST} -p {order.ssh_port}"
+        if order.http_port:
+            http = {order.http_port: f"https://{order.http_pub}"}
+    return {
+        "order_id": order.id,
+        "renting_server": order.server_id,
+        "status": status,
+        "type": "spot" if order.spot else "on-demand",
+        "image": order.image,
+        "currency": order.currency,
+        "connection": {"ssh": ssh, "http_ports": http},
+        "price": order.price / 24,
+        "started": order.created_at,
+    }
+
+
+def spot_market(server: Server, offers: list[dict[str, Any]], form: str) -> dict[str, Any]:
+    """The envelope of spot_marketplace; `offers` carry their bid per day in `currency`."""
+    bids = {coin: server.min_bid(coin) for coin in server.allowed_coins}
+    if form == "live":
+        return {
+            "market": {
+                "currency_rates_in_usd": RATES,
+                "offers": offers,
+                "server": {
+                    "min_pricing": {coin: bid for coin, bid in bids.items() if bid},
+                    "mrl": server.mrl * 3600,
+                    "visibility": "public",
+                    "online": server.online,
+                },
+            },
+            "exists": True,
+            "code": 0,
+        }
+    plain = []
+    for offer in offers:
+        usd = offer["bid"] * RATES[offer["currency"]] / 24
+        plain.append({k: v for k, v in offer.items() if k != "bid"} | {"price": round(usd, 8)})
+    spot = server.usd_spot.get("CLORE-Blockchain")
+    minimum = round(spot / 24, 6) if spot else None
+    return {"code": 0, "market": {"offers": plain, "min_price": minimum}}
+
+
+def offer(order: Order) -> dict[str, Any]:
+    """One's own bid on a server."""
+    return {
+        "offer_id": order.id,
+        "bid": order.price,
+        "active": order.active,
+        "my": True,
+        "currency": order.currency,
+    }

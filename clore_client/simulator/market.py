@@ -1,0 +1,238 @@
+"""The market's state: who rents what, and what it costs. Used from one thread only."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from random import Random
+from typing import Any
+
+from .books import DAY, Account, Order
+from .catalogue import RATES, Server, in_currency, make_servers
+from .clock import Clock
+from .settings import CURRENCIES, Balance, Settings, draw
+
+# Room for what a number loses on its way from one currency and unit to another and back.
+TOLERANCE = 1e-6
+
+
+class RefusedError(Exception):
+    """An answer with a code other than 0."""
+
+    def __init__(self, code: int, error: str | None = None, status: int = 200, **more: Any) -> None:
+        super().__init__(code, error)
+        self.envelope: dict[str, Any] = {"code": code} | ({"error": error} if error else {}) | more
+        self.status = status
+
+
+class Market:
+    """Servers, accounts and orders. `on_created` and `on_ended` are told about orders."""
+
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self.rng = Random(f"market {settings.seed}")
+        self._next_id = 1_958_000 + self.rng.randint(0, 9)
+        self.servers = {s.id: s for s in make_servers(settings.servers, settings.seed)}
+        self.accounts: dict[str, Account] = {}
+        self.orders: dict[int, Order] = {}
+        self._tenants: dict[int, Order] = {}  # server id -> its active order
+        self.on_created: Callable[[Order], None] = lambda order: None
+        self.on_ended: Callable[[Order], None] = lambda order: None
+        self.on_server_changed: Callable[[Server], None] = lambda server: None
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return self._clock.now()
+
+    # Accounts
+
+    def add_account(self, balance: Balance | None) -> str:
+        """A new account and its key; `balance` as in `Simulator`."""
+        if balance is None:
+            balance = self._settings.balance
+        balances: dict[str, float | None] = {}
+        for name in CURRENCIES:
+            if isinstance(balance, Mapping):
+                balances[name] = balance.get(name, 0.0)
+            else:
+                balances[name] = in_currency(balance, name)
+        key = f"simulated-{secrets.token_urlsafe(24)}"
+        deposits = {
+            "bitcoin": f"bc1q{secrets.token_hex(19)}",
+            "CLORE-Blockchain": f"A{secrets.token_hex(16)}",
+            "USD-Blockchain": f"0x{secrets.token_hex(20)}",
+        }
+        now = self._clock.now()
+        account = Account(key, balances, deposits, dict.fromkeys(CURRENCIES, now))
+        self.accounts[key] = account
+        return key
+
+    # Money
+
+    def settle(self) -> None:
+        """Charge every wallet up to now, and end what can't go on."""
+        for account in self.accounts.values():
+            if account.active:
+                self.settle_account(account)
+
+    def settle_account(self, account: Account) -> None:
+        """Charge one account's wallets up to now."""
+        now = self._clock.now()
+        for currency in CURRENCIES:
+            self._settle_wallet(account, currency, now)
+
+    def _settle_wallet(self, account: Account, currency: str, now: float) -> None:
+        since = account.settled[currency]
+        while since < now:
+            orders = [o for o in account.active.values() if o.currency == currency]
+            if not orders:
+                break
+            # From event to event, so that it doesn't matter how rarely somebody looks.
+            balance = account.balances[currency] or 0.0
+            per_second = sum(o.price * (1 + o.fee_rate) for o in orders) / DAY
+            broke = since + balance / per_second
+            events = [o.created + o.mrl * 3600 for o in orders]
+            events += [self._fee_due(o) for o in orders if not o.creation_fee]
+            until = max(since, min(now, broke, *(e for e in events if e > since)))
+            for o in orders:
+                rent = o.price / DAY * (until - since)
+                o.rent += rent
+                o.fee += rent * o.fee_rate
+            balance = max(0.0, balance - per_second * (until - since))
+            for o in orders:
+                if not o.creation_fee and self._fee_due(o) <= until:
+                    o.creation_fee = min(balance, in_currency(o.creation_fee_usd, currency))
+                    balance -= o.creation_fee
+            if until >= broke:
+                balance = 0.0
+            account.balances[currency] = balance
+            for o in orders:
+                if balance <= 0.0:
+                    self._end(o, "wallet", until)
+                elif o.created + o.mrl * 3600 <= until:
+                    self._end(o, "mrl", until)
+            since = until
+        account.settled[currency] = now
+
+    def _fee_due(self, order: Order) -> float:
+        return order.created + self._settings.creation_fee_after
+
+    # Orders
+
+    def create(
+        self, account: Account, server_id: int, spot: bool, currency: str, bid: float | None,
+        body: dict[str, Any],
+    ) -> Order:  # fmt: skip
+        """A new order, or `RefusedError`; `bid` is per day in `currency`."""
+        server = self.servers.get(server_id)
+        if server is None:
+            raise RefusedError(2)
+        if currency not in server.allowed_coins:
+            raise RefusedError(6, "currency-not-allowed")
+        if not server.online:
+            raise RefusedError(6, "server-offline")
+        self.settle()
+        if server.rented:
+            raise RefusedError(6, "server-already-rented")
+        price = server.on_demand(currency)
+        if spot:
+            price = bid or 0.0
+            self._check_bid(server, currency, price)
+        fee = in_currency(self._settings.creation_fee, currency)
+        balance = account.balances[currency] or 0.0
+        if balance <= 0 or balance < fee:
+            raise RefusedError(6, "not_enough_balance")
+        now = self._clock.now()
+        settings, rng = self._settings, self.rng
+        deploy_after = draw(rng, settings.deploy_after)
+        http_ports = [port for port, kind in body["ports"].items() if kind == "http"]
+        order = Order(
+            id=self._next_id,
+            server_id=server.id,
+            key=account.key,
+            spot=spot,
+            image=body["image"],
+            currency=currency,
+            price=price,
+            mrl=server.mrl,
+            creation_fee_usd=settings.creation_fee,
+            created=now,
+            created_at=int(self._clock.wall(now)),
+            visible_at=now + draw(rng, settings.visible_after),
+            deploy_after=deploy_after if server.deploy_after is None else server.deploy_after,
+            lingers=draw(rng, settings.cancel_lingers),
+            body=body,
+        )
+        if http_ports:
+            # A name that resolves nowhere: nothing real is behind it.
+            order.http_port = http_ports[0]
+            order.http_pub = f"{rng.getrandbits(40):010x}.clorecloud.invalid"
+            order.login_token = secrets.token_hex(16)
+        self._next_id += rng.randint(1, 9)  # others order, too
+        account.settled[currency] = now
+        account.orders.append(order)
+        account.active[order.id] = order
+        self.orders[order.id] = order
+        self._tenants[server.id] = order
+        self.set_rented(server, True)
+        self.on_created(order)
+        return order
+
+    def _check_bid(self, server: Server, currency: str, bid: float) -> None:
+        # A host that takes no bids has no minimum to name; no bid is enough for it.
+        minimum = server.min_bid(currency)
+        if minimum is None or bid < minimum * (1 - TOLERANCE):
+            raise RefusedError(6, "too_low_price")
+
+    def rebid(self, order: Order, bid: float) -> None:
+        """A new bid per day for a spot order, or `RefusedError`."""
+        settings, now = self._settings, self._clock.now()
+        self._check_bid(self.servers[order.server_id], order.currency, bid)
+        if bid < order.price:
+            if order.lowered is not None:
+                wait = order.lowered + settings.lowering_interval - now
+                if wait > 0:
+                    seconds = max(1, round(wait))
+                    raise RefusedError(6, "can_lower_every_600_seconds", time_to_lowering=seconds)
+            step = settings.max_step / RATES[order.currency]
+            if order.price - bid > step * (1 + TOLERANCE):
+                raise RefusedError(6, "exceeded_max_step", max_step=step)
+            order.lowered = now
+        order.price = bid
+
+    def end(self, order: Order, by: str) -> bool:
+        """End an order now; False when it had ended already."""
+        self.settle_account(self.accounts[order.key])
+        if not order.active:
+            return False
+        self._end(order, by, self._clock.now())
+        return True
+
+    def _end(self, order: Order, by: str, when: float) -> None:
+        if not order.active:
+            return
+        order.ended, order.ended_by = when, by
+        del self.accounts[order.key].active[order.id]
+        if self._tenants.get(order.server_id) is order:
+            del self._tenants[order.server_id]
+            self.set_rented(self.servers[order.server_id], False)
+        self.on_ended(order)
+
+    # Servers
+
+    def tenant(self, server_id: int) -> Order | None:
+        """The active order on a server."""
+        return self._tenants.get(server_id)
+
+    def set_rented(self, server: Server, rented: bool) -> None:
+        """Mark a server as rented, by whomever, or as free."""
+        server.rented = rented
+        self.on_server_changed(server)
+
+    def set_price(self, server: Server, usd: float, spot: float | None) -> None:
+        """Change the listing; orders keep the price at which they were made."""
+        server.usd_on_demand = dict.fromkeys(CURRENCIES, usd)
+        if spot is not None:
+            server.usd_spot = dict.fromkeys(CURRENCIES, spot) if spot else {}
+        self.on_server_changed(server)

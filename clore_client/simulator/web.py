@@ -1,0 +1,229 @@
+"""The HTTP side: requests in, answers out, and what goes wrong in between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import socket
+import ssl
+import struct
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+
+from .api import Answer, Api, Call, envelope
+from .clock import Clock
+from .faults import Fault, Faults
+from .limits import Limits, too_fast
+
+_SERVER = "clore-simulator"
+# Closing a socket with this option set sends a reset.
+_RESET = struct.pack("ii", 1, 0)
+
+
+class Web:
+    """Serves an `Api` over HTTP, and writes down every request."""
+
+    def __init__(self, api: Api, limits: Limits, faults: Faults, clock: Clock) -> None:
+        self._api = api
+        self._limits = limits
+        self._faults = faults
+        self._clock = clock
+        self._late: set[asyncio.TimerHandle] = set()
+        self.calls: list[Call] = []
+
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> int:
+        """Listen, and return the port."""
+        # A fault that hangs has to end when its client goes.
+        self._handlers = web.Server(self._handle, handler_cancellation=True, access_log=None)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            self._handlers, host, port, ssl=tls, family=_family(host), backlog=512
+        )
+        bound: int = self._server.sockets[0].getsockname()[1]
+        return bound
+
+    async def stop(self) -> None:
+        """Stop listening, and end what is under way."""
+        for timer in self._late:
+            timer.cancel()
+        self._server.close()
+        self._handlers.pre_shutdown()
+        await self._handlers.shutdown(0.05)
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        arrived = self._clock.now()
+        call = Call(
+            method=request.method,
+            path=request.path,
+            endpoint=request.path.rsplit("/", 1)[-1],
+            query=dict(request.query),
+            body=None,
+            headers=dict(request.headers),
+            arrived=arrived,
+            key=request.headers.get("auth", ""),
+        )
+        self.calls.append(call)
+        call.body = _parse(await request.read())
+        answer = self._limits.refuse(call)
+        if answer is None:
+            fault = self._faults.take(call.endpoint, call.key)
+            if fault is None:
+                answer = self._api.process(call)
+            else:
+                call.fault = fault.kind
+                answer = await self._misbehave(fault, call, request)
+        if answer is None or request.transport is None:
+            return _hang_up(request)
+        call.status, call.code = answer.status, answer.code
+        return web.Response(body=answer.body, status=answer.status, headers=self._headers(answer))
+
+    def _headers(self, answer: Answer) -> dict[str, str]:
+        return {
+            "Content-Type": answer.content_type,
+            "Date": self._clock.date(),
+            "Server": _SERVER,
+            **answer.headers,
+        }
+
+    async def _misbehave(self, fault: Fault, call: Call, request: web.BaseRequest) -> Answer | None:
+        """The answer of a request that goes wrong; None: the connection is closed instead."""
+        kind, options = fault.kind, fault.options
+        if kind == "lose_request":
+            return None
+        if kind == "commit_late":
+            self._process_late(call, options["seconds"])
+            return None
+        if kind in ("hang", "hang_after_commit"):
+            if kind == "hang_after_commit":
+                self._api.process(call)
+            await _sleep(options["seconds"])
+            return None
+        made = _answer_before(kind, options)
+        if made is not None and not _commits(kind, options):
+            return made
+        answer = self._api.process(call)
+        if kind == "lose_answer":
+            return None
+        if kind == "slow":
+            await _sleep(options["seconds"])
+            return answer
+        if kind == "truncated_json":
+            return Answer(answer.body[: len(answer.body) // 2], answer.status)
+        if kind == "reset_mid_body":
+            call.status = answer.status
+            await self._break_off(answer, request, options["reset"])
+            return None
+        assert made is not None
+        return made
+
+    def _process_late(self, call: Call, seconds: float) -> None:
+        def process() -> None:
+            self._late.discard(timer)
+            self._api.process(call)
+
+        timer = asyncio.get_running_loop().call_later(seconds, process)
+        self._late.add(timer)
+
+    async def _break_off(self, answer: Answer, request: web.BaseRequest, reset: bool) -> None:
+        transport = request.transport
+        if transport is None:
+            return
+        status = HTTPStatus(answer.status)
+        headers = {**self._headers(answer), "Content-Length": str(len(answer.body))}
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        half = answer.body[: len(answer.body) // 2]
+        transport.write(head.encode() + b"\r\n" + half)
+        # A reset drops what was not sent yet.
+        for _ in range(200):
+            if transport.is_closing() or not transport.get_write_buffer_size():
+                break
+            await asyncio.sleep(0.005)
+        if reset:
+            sock: socket.socket | None = transport.get_extra_info("socket")
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            transport.abort()
+
+
+def _answer_before(kind: str, options: Any) -> Answer | None:
+    """The answer of the kinds whose answer has nothing to do with the market's."""
+    if kind in ("http_500_after_commit", "http_500_before_commit"):
+        return envelope({"code": 1}, 500)
+    if kind == "code_1":
+        return envelope({"code": 1}, options["status"])
+    if kind == "envelope":
+        return envelope(options["envelope"], options["status"])
+    if kind == "html_502":
+        return _page(options["status"])
+    if kind == "html_403":
+        return Answer(b"error code: 1010", 403, "text/plain; charset=UTF-8")
+    if kind == "rate_limit":
+        if not options["html"]:
+            return too_fast(options["retry_after"])
+        page = _page(429)
+        if options["retry_after"] is not None:
+            page.headers["Retry-After"] = str(options["retry_after"])
+        return page
+    if kind == "not_json":
+        return Answer(str(options["body"]).encode(), 200, "text/plain; charset=utf-8")
+    if kind == "no_code":
+        return envelope(options["body"])
+    if kind == "redirect":
+        return Answer(b"", options["status"], "text/html", {"Location": options["location"]})
+    if kind == "status":
+        body = options["body"]
+        data = body if isinstance(body, bytes) else str(body).encode()
+        return Answer(data, options["status"], options["content_type"])
+    return None
+
+
+def _commits(kind: str, options: Any) -> bool:
+    if kind in ("http_500_after_commit", "not_json", "no_code"):
+        return True
+    return bool(options.get("after_commit", False))
+
+
+def _page(status: int) -> Answer:
+    title = {
+        429: "Too Many Requests",
+        500: "Internal Server Error",
+        502: "Bad gateway",
+        503: "Service Temporarily Unavailable",
+        504: "Gateway time-out",
+        520: "Web server is returning an unknown error",
+        522: "Connection timed out",
+    }.get(status, "Error")
+    html = (
+        f"<!DOCTYPE html>\n<html>\n<head><title>api.clore.ai | {status}: {title}</title></head>\n"
+        f"<body><center><h1>{status} {title}</h1></center><hr><center>simulated</center></body>\n"
+        "</html>\n"
+    )
+    return Answer(html.encode(), status, "text/html; charset=UTF-8")
+
+
+def _hang_up(request: web.BaseRequest) -> web.Response:
+    if request.transport is not None:
+        request.transport.close()
+    return web.Response()  # goes nowhere: the connection is closing
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data) if data else None
+    except ValueError:
+        return None
+
+
+async def _sleep(seconds: float) -> None:
+    if math.isinf(seconds):
+        await asyncio.Event().wait()
+    await asyncio.sleep(seconds)
+
+
+def _family(host: str) -> int:
+    # "localhost" must not become two sockets with two ports.
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
