@@ -40,10 +40,11 @@ REPEATABLE_POSTS = frozenset({"cancel_order", "cancel_orders", "set_spot_price"}
 class Envelope(dict[str, Any]):
     """A decoded answer that remembers when it was asked for, and the server's clock."""
 
-    __slots__ = ("date", "received_at", "sent_at")
+    __slots__ = ("date", "received_at", "sends", "sent_at")
     date: str | None
     received_at: float
     sent_at: float
+    sends: int
 
     def server_time_at(self, moment: float) -> float | None:
         """The server's Unix time at a monotonic ``moment``, rounded down; None without a Date."""

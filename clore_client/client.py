@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clore_client.bids import MarketMemory, surely_documented, with_hourly_offers
+from clore_client.cancel import LINGER, settle_cancel
 from clore_client.checks import (
     check_bool,
     check_currency,
@@ -17,11 +18,15 @@ from clore_client.checks import (
 )
 from clore_client.errors import (
     ERROR_CODES,
+    AuthenticationError,
+    CloreAPIError,
     CloreError,
+    ConfigurationError,
     InvalidResponseError,
     OrderEndedError,
     OrderFateUnknownError,
     OrderNotFoundError,
+    RateLimitError,
     SpotPriceTooSoonError,
     WaitTimeoutError,
 )
@@ -107,6 +112,12 @@ class CloreClient(Transport):
     def _cancelled(self) -> set[int]:
         """Ids of the orders that this client cancelled."""
         ids: set[int] = self.__dict__.setdefault("_cancelled_ids", set())
+        return ids
+
+    @property
+    def _seen(self) -> set[int]:
+        """Ids of the orders that this client has seen active."""
+        ids: set[int] = self.__dict__.setdefault("_seen_ids", set())
         return ids
 
     @property
@@ -245,7 +256,9 @@ class CloreClient(Transport):
         params = {"return_completed": "true"} if completed else None
         answer = self._request("GET", "/v1/my_orders", params=params)
         self._market.saw(answer)
-        return to_orders(answer, self._cancelled, self._market.rates), answer
+        orders = to_orders(answer, self._cancelled, self._market.rates)
+        self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
+        return orders, answer
 
     def get_orders(self, include_completed: bool = False) -> list[Order]:
         """The orders of the account.
@@ -413,30 +426,58 @@ class CloreClient(Transport):
     def cancel_order(self, order_id: int, issue: str | None = None) -> bool:
         """End an order: it costs nothing from here on. Safe to repeat.
 
+        What the API answers for an order that has ended is not known: after a refusal or a doubt
+        the order lists decide.
+
         Parameters:
             order_id: its number.
             issue: what was wrong with the server; cut at 2048 characters.
 
         Returns:
-            True.
+            True, also when it had ended before.
 
         Raises:
+            OrderNotFoundError: the account has no such order.
             CloreError: the order may still be running.
 
         Example:
             >>> client.cancel_order(1958009)
             True
         """
-        body: dict[str, Any] = {"id": check_id("order_id", order_id)}
+        wanted = check_id("order_id", order_id)
+        body: dict[str, Any] = {"id": wanted}
         if issue is not None:
             if not isinstance(issue, str):
                 raise TypeError(f"issue must be a string, not {issue!r}")
             if issue:
                 body["issue"] = issue[:MAX_ISSUE]
-        self._request("POST", "/v1/cancel_order", json=body)
-        self._cancelled.add(body["id"])
-        logger.info("order %d was cancelled", body["id"])
+        try:
+            self._request("POST", "/v1/cancel_order", json=body)
+        except (AuthenticationError, ConfigurationError, RateLimitError):
+            raise
+        except CloreError as error:
+            refused = isinstance(error, CloreAPIError) and error.sends <= 1
+            known = wanted in self._cancelled
+            patience = LINGER if known or not refused else 0.0
+            settle_cancel(lambda: self._has_ended(wanted), wanted, error, patience)
+        self._cancelled.add(wanted)
+        logger.info("order %d was cancelled", wanted)
         return True
+
+    def _has_ended(self, order_id: int) -> bool | None:
+        """Whether an order has ended; None where the account has none of that number."""
+        order = self.get_order(order_id)
+        if order is not None:
+            return order.has_ended
+        if order_id in self._seen:
+            return True
+        for active in self.get_orders():
+            if active.server_id == order_id:
+                raise OrderNotFoundError(
+                    f"there is no order {order_id}: that is the server of order {active.id}",
+                    order_id=order_id,
+                )
+        return None
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
         """End several orders with one API call.
@@ -457,6 +498,10 @@ class CloreClient(Transport):
         answer = self._request("POST", "/v1/cancel_orders", json={"order_ids": ids})
         listed = answer.get("failed_to_cancel")
         failed = {str(i) for i in listed} if isinstance(listed, list) else set()
+        if failed and getattr(answer, "sends", 1) > 1:
+            # Sent again after a lost answer, it fails for those that the first one ended.
+            failed -= {str(i) for i in ids if str(i) in failed and self._has_ended(i)}
+            answer["failed_to_cancel"] = [i for i in listed or () if str(i) in failed]
         done = [i for i in ids if str(i) not in failed]
         self._cancelled.update(done)
         logger.info("orders %s were cancelled, %s were not", done, sorted(failed))

@@ -236,9 +236,10 @@ class Transport:
                 raise _after(error, sends) from None
             except PushedBackError as push:
                 raise _pushed_back(call, push.seconds) from None
-            if isinstance(outcome, Envelope):
-                return outcome
             sends += 1
+            if isinstance(outcome, Envelope):
+                outcome.sends = sends
+                return outcome
             failure = outcome
             failure.error.sends = sends
             delay = backoff_delay(sends, self.backoff, self.max_backoff)
