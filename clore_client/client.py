@@ -464,6 +464,14 @@ class CloreClient(Transport):
         logger.info("order %d was cancelled", wanted)
         return True
 
+    def _ends_soon(self, order_id: int) -> bool:
+        """Whether an order has ended, or does while it may still be lingering."""
+        try:
+            settle_cancel(lambda: self._has_ended(order_id), order_id, CloreError(), LINGER)
+        except CloreError:
+            return False
+        return True
+
     def _has_ended(self, order_id: int) -> bool | None:
         """Whether an order has ended; None where the account has none of that number."""
         order = self.get_order(order_id)
@@ -500,7 +508,7 @@ class CloreClient(Transport):
         failed = {str(i) for i in listed} if isinstance(listed, list) else set()
         if failed and getattr(answer, "sends", 1) > 1:
             # Sent again after a lost answer, it fails for those that the first one ended.
-            failed -= {str(i) for i in ids if str(i) in failed and self._has_ended(i)}
+            failed -= {str(i) for i in ids if str(i) in failed and self._ends_soon(i)}
             answer["failed_to_cancel"] = [i for i in listed or () if str(i) in failed]
         done = [i for i in ids if str(i) not in failed]
         self._cancelled.update(done)

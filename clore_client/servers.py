@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from clore_client.money import RateBook, finite, per_hour, positive
-from clore_client.records import Record, dicts, is_live, whole_id
+from clore_client.records import Record, dicts, is_live, packed, whole_id
 
 # Bounded, and without two ways to match one blank: the text comes from strangers.
 _COUNTED_GPU = re.compile(r"([0-9]{1,3})x\s+(.+)", re.DOTALL)
@@ -87,7 +87,8 @@ def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None
     if spot:
         given = _live_spot_per_day(price) if live else _part(price, "usd", "spot")
     else:
-        given = _part(price, "usd", "on_demand_clore")
+        usd = price.get("usd")
+        given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
     return positive(per_hour(given) if live else given)
 
 
@@ -193,30 +194,24 @@ def _rounded(number: float | None) -> float | None:
     return None if number is None else round(number, 6)
 
 
-def _own(value: Any) -> Any:
-    """A copy of nested dicts and lists, so that a record shares nothing with its ``.wire``."""
-    if type(value) is dict:
-        return {k: _own(v) if type(v) in (dict, list) else v for k, v in value.items()}
-    if type(value) is list:
-        return [_own(v) if type(v) in (dict, list) else v for v in value]
-    return value
-
-
 def to_server(record: dict[str, Any], live: bool) -> Server:
-    """A server as it came, as a :class:`Server` in the documented form."""
-    server = Server(_own(record))
-    server._wire = record
+    """A server as it came, as a :class:`Server` in the documented form.
+
+    It takes over what is nested in ``record``, and keeps the record itself packed.
+    """
+    server = Server(record)
+    server._wire = packed(record)
     server["gpu_array"] = gpu_names(record)
     if not live:
         return server
     if (reliability := server_reliability(record, live)) is not None:
         server["reliability"] = reliability
-    price = server.get("price")
+    price = record.get("price")
     if isinstance(price, dict):
         usd = price.get("usd")
         hourly = {k: per_hour(v) for k, v in usd.items()} if isinstance(usd, dict) else {}
         hourly["spot"] = server_price(record, live, spot=True)
-        price["usd"] = hourly
+        server["price"] = {**price, "usd": hourly}
     return server
 
 
@@ -237,11 +232,12 @@ def to_servers(
     wanted = gpu_type.strip().lower() if gpu_type else ""
 
     def fits(record: dict[str, Any]) -> bool:
+        # What costs least comes first: this runs for thousands of records.
         if not include_rented and record.get("rented"):
             return False
-        if wanted and not any(wanted in name.lower() for name in gpu_names(record)):
-            return False
         if min_reliability > 0 and (server_reliability(record, live) or 0.0) < min_reliability:
+            return False
+        if wanted and not any([wanted in name.lower() for name in gpu_names(record)]):
             return False
         if max_usd_per_hour is None:
             return True
@@ -270,7 +266,9 @@ def listed_prices(answer: dict[str, Any], rates: RateBook) -> dict[int, float]:
     told: dict[int, float] = {}
     implied: dict[str, float] = {}
     for record in dicts(answer.get("servers")):
-        usd, server_id = server_price(record, live, spot=False), whole_id(record.get("id"))
+        usd, server_id = server_price(record, live, spot=False), record.get("id")
+        if type(server_id) is not int:  # the rule; thousands come at once
+            server_id = whole_id(server_id)
         if usd is None or server_id is None:
             continue
         told[server_id] = usd

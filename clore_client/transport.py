@@ -97,8 +97,16 @@ class Transport:
     """The core of the client: settings, one kept-alive session, and ``_request``."""
 
     BASE_URL = "https://api.clore.ai"
+    # Defaults here as well, for a subclass that does not call __init__.
     timeout: Timeout = 30
+    rate_limit: float = 1.1
     max_retries: int = 3
+    create_order_interval: float = 5.0
+    backoff: float = 0.5
+    max_backoff: float = 30.0
+    _user_agent = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
+    _session_of: tuple[int, WatchedSession] | None = None
+    _key_source = _url_source = "nowhere"
 
     def __init__(
         self,
@@ -125,11 +133,10 @@ class Transport:
         )
         self.backoff = check_number("backoff", backoff, unit="seconds")
         self.max_backoff = check_number("max_backoff", max_backoff, unit="seconds")
-        self._user_agent = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
         if user_agent is not None:
-            self._user_agent += f" {check_text('user_agent', user_agent)}"
-            if not (user_agent.isascii() and user_agent.isprintable()):
-                raise ValueError("user_agent must be printable ASCII")
+            if not (check_text("user_agent", user_agent).isascii() and user_agent.isprintable()):
+                raise ValueError(f"user_agent must be printable ASCII, not {user_agent!r}")
+            self._user_agent += f" {user_agent}"
         if base_url is not None:
             self.BASE_URL = check_base_url(check_text("base_url", base_url), "base_url")
             self._url_source = "argument"
@@ -138,7 +145,6 @@ class Transport:
             self._url_source = f"environment variable {URL_VARIABLE}"
         else:
             self._url_source = f"class attribute {type(self).__name__}.BASE_URL"
-        self._session_of: tuple[int, requests.Session] | None = None
 
     # --- attributes that may be set later ---
 

@@ -26,6 +26,7 @@ from clore_client import (
     InvalidEndpointError,
     InvalidResponseError,
     OrderFateUnknownError,
+    SpotPriceStepError,
 )
 from clore_client.simulator import Simulator
 from tests.conftest import FAST, MakeSim, client_for, sent_to
