@@ -32,7 +32,7 @@ from clore_client.errors import (
 )
 from clore_client.log import logger
 from clore_client.money import finite, wire_currency
-from clore_client.orders import Order, claims_for, created_id, to_orders
+from clore_client.orders import Claims, Order, claims_for, created_id, to_orders
 from clore_client.pacing import account_of
 from clore_client.purchase import Draft, draft_order, find_order
 from clore_client.servers import Server, cheapest_first, listed_prices, to_servers
@@ -119,6 +119,20 @@ class CloreClient(Transport):
         """Ids of the orders that this client has seen active."""
         ids: set[int] = self.__dict__.setdefault("_seen_ids", set())
         return ids
+
+    @property
+    def _claims(self) -> Claims:
+        """Which orders of the account are taken; a fake without a key has them for itself."""
+        if self.api_key:
+            return claims_for(account_of(self.BASE_URL, self.api_key))
+        claims: Claims = self.__dict__.setdefault("_own_claims", Claims())
+        return claims
+
+    @property
+    def _made(self) -> dict[int, Order]:
+        """The orders that this client made, as they were then."""
+        made: dict[int, Order] = self.__dict__.setdefault("_made_orders", {})
+        return made
 
     @property
     def _credentials(self) -> dict[int, dict[str, str]]:
@@ -365,9 +379,10 @@ class CloreClient(Transport):
             draft.body["spotprice"] = self._spot_bid(draft, spot_price, allow_above_on_demand)
         elif spot_price is not None:
             logger.warning("spot_price is only used with order_type='spot': it is not sent")
-        order = self._make(draft, find_timeout)
+        order = self._place(draft, find_timeout)
         if order.id is not None:
             self._credentials[order.id] = draft.credentials
+            self._made[order.id] = order.copy()
         logger.info("order %s of server %d was made", order.id, draft.wanted.server_id)
         order["code"] = 0
         if draft.made_up_password:
@@ -387,9 +402,9 @@ class CloreClient(Transport):
         if not market.documented and currency not in market.rates.fresh():
             self._spot_market(server_id)
 
-    def _make(self, draft: Draft, find_timeout: float) -> Order:
+    def _place(self, draft: Draft, find_timeout: float) -> Order:
         server_id = draft.wanted.server_id
-        claims = claims_for(account_of(self.BASE_URL, self.api_key or ""))
+        claims = self._claims
         with claims.turn(server_id):
             try:
                 answer = self._request("POST", "/v1/create_order", json=draft.body)
@@ -402,6 +417,7 @@ class CloreClient(Transport):
                     {"orders": [{**answer, "order_id": order_id}]}, (), self._market.rates
                 )[0]
                 made.setdefault("renting_server", server_id)
+                made.setdefault("currency", draft.wanted.currency)
                 made.setdefault("status", "creating")
                 made.setdefault("connection", {"ssh": "", "http_ports": {}})
                 return made
@@ -700,7 +716,8 @@ class CloreClient(Transport):
         wanted = check_id("order_id", order_id)
         check_number("new_price", new_price, above=True, unit="USD per hour")
         check_bool("allow_above_on_demand", allow_above_on_demand)
-        order = self.get_order(wanted)
+        # One that was just made may not be listed yet.
+        order = self.get_order(wanted) or self._made.get(wanted)
         if order is None:
             raise OrderNotFoundError(
                 f"there is no order {wanted}: nothing was bid", order_id=wanted

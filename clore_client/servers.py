@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from clore_client.money import RateBook, finite, per_hour, positive
+from clore_client.money import HOURS_PER_DAY, RateBook, finite, per_hour, positive
 from clore_client.records import Record, dicts, is_live, packed, whole_id
 
 # Bounded, and without two ways to match one blank: the text comes from strangers.
@@ -44,12 +44,13 @@ def gpu_names(record: dict[str, Any]) -> list[str]:
     """The flat list of GPU names of a server as it came, in either form."""
     array = record.get("gpu_array")
     if isinstance(array, list):
-        names = [
-            name
-            for entry in array
-            for item in (entry if isinstance(entry, list) else (entry,))
-            if isinstance(item, str) and (name := item.strip())
-        ]
+        names: list[str] = []
+        for entry in array:
+            if isinstance(entry, str):  # the rule, without a list around it for each of thousands
+                if name := entry.strip():
+                    names.append(name)
+            elif isinstance(entry, list):
+                names += [n for item in entry if isinstance(item, str) and (n := item.strip())]
         if names:
             return names
     counted = _counted(record.get("specs"))
@@ -89,7 +90,9 @@ def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None
     else:
         usd = price.get("usd")
         given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
-    return positive(per_hour(given) if live else given)
+    amount = positive(given)
+    # The smallest of numbers becomes 0, which is no price.
+    return amount / HOURS_PER_DAY or None if live and amount else amount
 
 
 def server_reliability(record: dict[str, Any], live: bool) -> float | None:
@@ -237,7 +240,7 @@ def to_servers(
             return False
         if min_reliability > 0 and (server_reliability(record, live) or 0.0) < min_reliability:
             return False
-        if wanted and not any([wanted in name.lower() for name in gpu_names(record)]):
+        if wanted and not any(wanted in name.lower() for name in gpu_names(record)):
             return False
         if max_usd_per_hour is None:
             return True

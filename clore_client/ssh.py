@@ -152,6 +152,10 @@ def _not_up_yet(error: BaseException, paramiko_module: Any, where: str) -> str:
     if isinstance(error, (OSError, EOFError)):
         return text
     if isinstance(error, paramiko_module.SSHException):
+        if "no authentication methods" in text.lower():
+            raise SSHError(
+                f"there is nothing to log in to {where} with: pass password= or key_path="
+            ) from error
         banner = "banner" in text.lower() or "reset" in text.lower() or "eof" in text.lower()
         if banner or "existing session" in text.lower():
             return text

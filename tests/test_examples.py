@@ -1,0 +1,154 @@
+"""The README's code and every example, run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clore_client import CloreClient
+from clore_client.simulator import Simulator
+from tests.conftest import MakeSim, client_for
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+# The examples use the client's own defaults, so the simulator's limits may be what they like.
+EASY = {"ssh": True, "rate_limit": 0.5, "create_order_interval": 0.5, "servers": 200}
+
+
+def environment(sim: Simulator) -> dict[str, str]:
+    return {**os.environ, "CLORE_BASE_URL": sim.url, "CLORE_API_KEY": sim.api_key,
+            "PYTHONPATH": str(ROOT)}  # fmt: skip
+
+
+def run(sim: Simulator, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], env=environment(sim), cwd=ROOT / "examples",
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def blocks(heading: str) -> list[str]:
+    """The Python code under a heading of the README."""
+    section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_every_example_is_complete_and_short() -> None:
+    for path in (ROOT / "examples").glob("*.py"):
+        source = path.read_text()
+        assert len(source.splitlines()) <= 40, path
+        assert "simulator" not in source.lower()
+        assert path.name in README
+
+
+def test_check_balance(make_sim: MakeSim) -> None:
+    sim = make_sim(**EASY)
+    done = run(sim, "check_balance.py")
+    assert done.returncode == 0, done.stderr
+    assert "USD-Blockchain" in done.stdout
+    assert "0 active order(s)" in done.stdout
+
+
+@pytest.mark.parametrize("form", ["live", "documented"])
+def test_rent_cheapest(make_sim: MakeSim, form: str) -> None:
+    sim = make_sim(**EASY, form=form)
+    done = run(sim, "rent_cheapest.py")
+    assert done.returncode == 0, done.stderr
+    assert "RTX 4090" in done.stdout
+    assert "simulat" in done.stdout.lower()
+    (order,) = sim.orders
+    assert not order.active
+    cheapest = min(s.usd_on_demand["CLORE-Blockchain"] for s in sim.servers if "RTX 4090" in s.gpus)
+    assert order.usd_per_hour == pytest.approx(cheapest / 24, rel=1e-3)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT])
+def test_rent_cheapest_gives_back_when_interrupted(make_sim: MakeSim, signum: int) -> None:
+    sim = make_sim(**{**EASY, "deploy_after": 60.0})
+    child = subprocess.Popen(
+        [sys.executable, "rent_cheapest.py"], env=environment(sim), cwd=ROOT / "examples",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    for line in child.stdout:
+        if "waiting until it runs" in line:
+            break
+    time.sleep(0.3)
+    child.send_signal(signum)
+    output, errors = child.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    assert "is given back" in output
+    assert not sim.orders[0].active
+
+
+def test_rent_cheapest_finds_none(make_sim: MakeSim) -> None:
+    sim = make_sim(**EASY)
+    done = run(sim, "rent_cheapest.py", "RTX 4090", "0.0001")
+    assert done.returncode == 1
+    assert "no RTX 4090 under 0.0001" in done.stderr
+    assert not sim.orders
+
+
+def test_run_over_ssh(make_sim: MakeSim) -> None:
+    sim = make_sim(**EASY)
+    client = client_for(sim, rate_limit=0.6)
+    server = client.find_servers("RTX 4090", min_reliability=96)[0]
+    order = client.create_order(server["id"], ssh_password="my-password")
+    client.wait_for_order(order["order_id"], timeout=30)
+    done = run(sim, "run_over_ssh.py", "my-password", "echo", "a  b")
+    assert "a  b\n" in done.stdout, done.stderr
+    assert run(sim, "run_over_ssh.py").returncode == 1
+
+
+def test_spot_order(make_sim: MakeSim) -> None:
+    sim = make_sim(**EASY)
+    done = run(sim, "spot_order.py", "RTX 4090", "1")
+    assert done.returncode == 0, done.stderr
+    assert "bid raised to" in done.stdout
+    (order,) = sim.orders
+    assert order.spot
+    assert not order.active
+
+
+def test_the_readmes_quickstart(make_sim: MakeSim, tmp_path: Path) -> None:
+    sim = make_sim(**EASY)
+    (code, *more) = blocks("Quickstart")
+    script = tmp_path / "quickstart.py"
+    script.write_text("\n".join([code, *more]))
+    done = run(sim, str(script))
+    assert done.returncode == 0, done.stderr
+    assert "simulat" in done.stdout.lower()
+    assert sim.orders
+    assert not any(order.active for order in sim.orders)
+
+
+def test_the_readmes_snippet_for_tenacity(
+    make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sim = make_sim()
+    monkeypatch.setenv("CLORE_BASE_URL", sim.url)
+    monkeypatch.setenv("CLORE_API_KEY", sim.api_key)
+    code = next(block for block in blocks("Errors") if "tenacity" in block)
+    sim.faults.add("wallets", "html_502", times=4)
+    namespace: dict[str, object] = {}
+    exec(code, namespace)
+    assert namespace["wallets"]
+    assert len(sim.requests) == 5
+
+
+def test_the_readme_names_every_method_and_error() -> None:
+    import clore_client
+
+    for name in vars(CloreClient):
+        if not name.startswith("_") and callable(getattr(CloreClient, name)):
+            assert f"`{name}(" in README, name
+    for name in clore_client.__all__:
+        if name.endswith("Error"):
+            assert f"`{name}`" in README, name
