@@ -1,4 +1,4 @@
-"""A marketplace on this machine that speaks like the live API, with real SSH hosts."""
+"""A GPU marketplace on this machine, to try and test a client against."""
 
 from .server import Simulator
 

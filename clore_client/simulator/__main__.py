@@ -1,4 +1,4 @@
-"""The simulator from the command line: on its own, or around a command."""
+"""`python -m clore_client.simulator`: serve a marketplace, or run a command against one."""
 
 from __future__ import annotations
 
@@ -8,101 +8,174 @@ import shlex
 import signal
 import subprocess
 import sys
-from typing import Any
+import threading
+from collections.abc import Sequence
+from types import FrameType
 
-from .faults import KINDS
+from .faults import ENDPOINTS, KINDS
 from .server import Simulator
 from .settings import Seconds
 
+_EPILOG = f"""\
+Without a command it prints how to reach it, and serves until Ctrl-C. With one it sets
+CLORE_BASE_URL and CLORE_API_KEY, runs it, and ends with its exit status.
+
+Where a help text says LOW,HIGH, a pair of numbers to draw from will do, as in 2,20.
+Endpoints of --fault: * {" ".join(ENDPOINTS)}
+Kinds of --fault: {" ".join(KINDS)}
+"""
+
 
 def _seconds(text: str) -> Seconds:
-    """A number, or two of them with a comma between."""
     low, comma, high = text.partition(",")
-    return (float(low), float(high)) if comma else float(low)
+    return (float(low), float(high)) if comma else float(text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m clore_client.simulator",
-        description="A marketplace on loopback that speaks like the Clore.ai API, with real SSH "
-        "hosts. Without a command it prints how to reach it and serves until Ctrl-C; with one it "
-        "runs the command with CLORE_BASE_URL and CLORE_API_KEY set, and ends with its status.",
+        usage="%(prog)s [options] [command ...]",
+        description="A simulated Clore.ai marketplace on this machine, with real SSH hosts.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--servers", type=int, default=200, help="how many servers are listed (200)")
-    add("--seed", type=int, default=1, help="same seed, same servers, same chaos (1)")
-    add("--form", choices=("live", "documented"), default="live", help="what it speaks (live)")
-    add("--rate-limit", type=float, default=1.0, help="seconds between two requests (1)")
-    add("--create-order-interval", type=float, default=5.0, help="between two create_order (5)")
+    add("--servers", type=int, default=200, metavar="N", help="how many servers (default: 200)")
+    add("--seed", type=int, default=1, metavar="N", help="which ones, and which chaos (default: 1)")
+    add("--form", choices=("live", "documented"), default="live", help="default: live")
+    add("--host", default="127.0.0.1", help="a loopback address (default: 127.0.0.1)")
+    add("--port", type=int, default=0, help="default: any that is free")
+    add("--tls", action="store_true", help="serve https, with a certificate of its own")
+    add("--no-ssh", action="store_true", help="give orders no SSH hosts")
+    add("--balance", type=float, default=100.0, metavar="USD", help="in each wallet (default: 100)")
+    add("--rate-limit", type=float, default=1.0, metavar="SECONDS",
+        help="between two requests of a key (default: 1)")  # fmt: skip
+    add("--create-order-interval", type=float, default=5.0, metavar="SECONDS",
+        help="between two create_order of a key (default: 5)")  # fmt: skip
     for name, default, text in (
-        ("visible-after", 2.0, "until a new order is listed"),
-        ("deploy-after", 5.0, "until an order runs"),
-        ("cancel-lingers", 2.0, "for which an ended order is still listed"),
-        ("sshd-after", 0.0, "from then on until SSH answers"),
+        ("visible-after", 2.0, "until a new order shows up"),
+        ("deploy-after", 5.0, "until a new order is deployed"),
+        ("sshd-after", 0.0, "from then on until its SSH host answers"),
+        ("cancel-lingers", 2.0, "that an ended order still looks active"),
     ):
-        add(f"--{name}", type=_seconds, default=default, metavar="S[,S]",
-            help=f"seconds {text}, or a range ({default:g})")  # fmt: skip
-    add("--balance", type=float, default=100.0, help="USD in each wallet (100)")
-    add("--host", default="127.0.0.1", help="loopback address to listen on (127.0.0.1)")
-    add("--port", type=int, default=0, help="port to listen on (any)")
+        add(f"--{name}", type=_seconds, default=default, metavar="SECONDS",
+            help=f"{text}, or LOW,HIGH (default: {default:g})")  # fmt: skip
+    add("--clock-offset", type=float, default=0.0, metavar="SECONDS",
+        help="that the server's clock is ahead (default: 0)")  # fmt: skip
     add("--create-answer", choices=("none", "order_id", "id", "order"), default="none",
-        help="whether create_order answers with an id, and where (none)")  # fmt: skip
+        help="what create_order tells of the new order (default: none)")  # fmt: skip
     add("--retry-after", action="store_true", help="send Retry-After with a 429")
-    add("--no-ssh", dest="ssh", action="store_false", help="no SSH hosts")
-    add("--chaos", type=float, default=0.0, metavar="SHARE", help="share of requests that fail")
+    add("--chaos", type=float, default=0.0, metavar="SHARE",
+        help="the share of requests that go wrong at random, such as 0.2")  # fmt: skip
     add("--fault", action="append", default=[], metavar="ENDPOINT:KIND[:TIMES]",
-        help=f"let requests go wrong; kinds: {', '.join(KINDS)}")  # fmt: skip
-    add("command", nargs=argparse.REMAINDER, help="a command to run against it")
+        help="let the next requests to an endpoint go wrong; may be repeated")  # fmt: skip
+    add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the simulator; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, and return the exit status."""
     parser = _parser()
-    options: dict[str, Any] = vars(parser.parse_args(arguments))
-    command, faults = options.pop("command"), options.pop("fault")
+    options = parser.parse_args(argv)
+    command: list[str] = options.command
     if command[:1] == ["--"]:
-        command = command[1:]
+        del command[0]
     try:
-        simulator = Simulator(**options)
-        for fault in faults:
-            simulator.faults.add_text(fault)
+        simulator = Simulator(
+            servers=options.servers,
+            seed=options.seed,
+            form=options.form,
+            rate_limit=options.rate_limit,
+            create_order_interval=options.create_order_interval,
+            visible_after=options.visible_after,
+            deploy_after=options.deploy_after,
+            cancel_lingers=options.cancel_lingers,
+            sshd_after=options.sshd_after,
+            balance=options.balance,
+            ssh=not options.no_ssh,
+            tls=options.tls,
+            host=options.host,
+            port=options.port,
+            create_answer=options.create_answer,
+            clock_offset=options.clock_offset,
+            retry_after=options.retry_after,
+            chaos=options.chaos,
+            faults=options.fault,
+        )
     except ValueError as error:
         parser.error(str(error))
-    # SIGTERM ends it as Ctrl-C does, so that no host and no folder stays behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals = _Signals()
     try:
-        with simulator as sim:
-            if command:
-                return _run(sim, command)
-            print("A simulated marketplace; nothing here is real, and nothing costs money.")
-            print(f"export CLORE_BASE_URL={shlex.quote(sim.url)}")
-            print(f"export CLORE_API_KEY={shlex.quote(sim.api_key)}")
-            print("Ctrl-C ends it.", flush=True)
-            while True:
-                signal.pause()
-    except KeyboardInterrupt:
-        return 0 if not command else 130
+        simulator.start()
     except OSError as error:
-        print(f"simulator: {error}", file=sys.stderr)
+        print(f"cannot listen on {options.host}:{options.port}: {error}", file=sys.stderr)
+        signals.restore()
         return 1
-
-
-def _run(sim: Simulator, command: list[str]) -> int:
-    environment = {**os.environ, "CLORE_BASE_URL": sim.url, "CLORE_API_KEY": sim.api_key}
     try:
-        child = subprocess.Popen(command, env=environment)
+        if command:
+            return _run(command, _variables(simulator), signals)
+        _announce(simulator)
+        signals.arrived.wait()
+        return 0
+    finally:
+        simulator.stop()
+        signals.restore()
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM end the command and this program in good order."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Event()
+        self.child: subprocess.Popen[bytes] | None = None
+        self._before = [
+            (signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt)),
+            (signal.SIGTERM, signal.signal(signal.SIGTERM, self._terminate)),
+        ]
+
+    def restore(self) -> None:
+        """Leave signals as they were."""
+        for number, handler in self._before:
+            signal.signal(number, handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        # A terminal sends Ctrl-C to the command as well: how it ends is the command's choice.
+        self.arrived.set()
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self.arrived.set()
+        if self.child is not None:
+            self.child.send_signal(number)
+
+
+def _variables(simulator: Simulator) -> dict[str, str]:
+    variables = {"CLORE_BASE_URL": simulator.url, "CLORE_API_KEY": simulator.api_key}
+    if simulator.ca_file:
+        variables["REQUESTS_CA_BUNDLE"] = simulator.ca_file
+    return variables
+
+
+def _announce(simulator: Simulator) -> None:
+    print(f"A simulated marketplace listens on {simulator.url}; Ctrl-C ends it.")
+    print("Nothing in it is real, and nothing costs money.")
+    print(f"Key: {simulator.api_key}\n")
+    for name, value in _variables(simulator).items():
+        print(f"export {name}={shlex.quote(value)}")
+    sys.stdout.flush()
+
+
+def _run(command: list[str], variables: dict[str, str], signals: _Signals) -> int:
+    try:
+        child = subprocess.Popen(command, env=os.environ | variables)
     except OSError as error:
-        print(f"simulator: {command[0]}: {error.strerror}", file=sys.stderr)
-        return 127
-    while True:
-        try:
-            status = child.wait()
-            return status if status >= 0 else 128 - status
-        except KeyboardInterrupt:
-            # Ctrl-C has reached the command as well; a SIGTERM only us.
-            if child.poll() is None:
-                child.terminate()
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return 127 if isinstance(error, FileNotFoundError) else 126
+    signals.child = child
+    if signals.arrived.is_set():
+        child.terminate()
+    code = child.wait()
+    return 128 - code if code < 0 else code
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class Api:
         account = self._market.accounts.get(call.key)
         if account is None:
             raise RefusedError(3)
-        self._market.settle_account(account)
+        self._market.settle_account(account, self._market.now())
         return envelope(self._handlers[endpoint](account, call))
 
     # Reads
@@ -214,9 +214,9 @@ class Api:
             return refusal
         return {"code": 0}
 
-    @staticmethod
-    def _own(account: Account, order_id: int) -> Order | None:
-        return next((o for o in reversed(account.orders) if o.id == order_id), None)
+    def _own(self, account: Account, order_id: int) -> Order | None:
+        order = self._market.orders.get(order_id)
+        return order if order is not None and order.key == account.key else None
 
 
 def _strangers_bids(server: Server) -> list[dict[str, Any]]:

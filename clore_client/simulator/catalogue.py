@@ -69,6 +69,12 @@ _DISKS = (
     "WDC WDS100T2B0A-00SM50",
 )
 _COUNTRIES = ("US", "NO", "SE", "DE", "FR", "PL", "CZ", "BG", "UA", "KR", "CA", "IS", "KZ")
+_IMAGES = (
+    "cloreai/jupyter:ubuntu24.04-v2",
+    "cloreai/ubuntu24.04-desktop:v1.6",
+    "nvidia/cuda:12.1.0-base-ubuntu22.04",
+    "pytorch/pytorch:2.5.1-cuda12.4-cudnn9-runtime",
+)
 # Names are the hosts' own choice, so what reads them must not trust them.
 _ODD_TEXT = (
     "<script>alert('hosted')</script>",
@@ -191,6 +197,17 @@ def _server(rng: Random, id: int, models: tuple[Model, ...], usd: float, spot: f
             "pcie_width": rng.choice((1, 4, 8, 16)),
             "pl": [w - rng.choice((0, 0, 20)) for w in watts],
             "stock_pl": watts,
+        },
+        # Listings carry more than anybody has written down; this stands for the rest.
+        "host": {
+            "kernel": rng.choice(("5.15.0-157-generic", "6.8.0-85-generic", "6.14.0-33-generic")),
+            "driver": rng.choice(("535.274.02", "570.195.03", "580.82.07", "580.95.05")),
+            "uptime": rng.randint(600, 20_000_000),
+            "load": [round(rng.uniform(0, 9), 2) for _ in range(3)],
+            "bench": {name: round(rng.uniform(1, 9000), 3) for name in ("fp16", "fp32", "membw")},
+            "bus": [f"0000:{rng.randint(1, 200):02x}:00.0" for _ in models],
+            "images": rng.sample(_IMAGES, 2),
+            "verified": rng.random() < 0.5,
         },
     }
     return Server(

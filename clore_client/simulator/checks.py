@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from typing import Any
 
 from .market import RefusedError
@@ -31,7 +31,8 @@ def object_of(body: object) -> dict[str, Any]:
 
 def id_of(value: object) -> int:
     """A positive whole number, or the digits of one."""
-    if isinstance(value, str) and value.isascii() and value.isdigit():
+    # Python refuses to read numbers of thousands of digits.
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 20:
         value = int(value)
     require(isinstance(value, int) and not isinstance(value, bool) and value > 0)
     return value  # type: ignore[return-value]
@@ -40,7 +41,8 @@ def id_of(value: object) -> int:
 def amount_of(value: object) -> float:
     """A positive finite number."""
     require(isinstance(value, (int, float)) and not isinstance(value, bool))
-    require(math.isfinite(value) and value > 0)  # type: ignore[arg-type,operator]
+    # Not isfinite(): whole numbers of hundreds of digits are too large for it.
+    require(0 < value <= sys.float_info.max)  # type: ignore[operator]
     return float(value)  # type: ignore[arg-type]
 
 
@@ -81,7 +83,8 @@ def _text(body: dict[str, Any], name: str, limit: int) -> None:
 def _ports(ports: object) -> None:
     require(isinstance(ports, dict))
     for port, kind in ports.items():  # type: ignore[attr-defined]
-        require(port.isascii() and port.isdigit() and 1 <= int(port) <= 65535)
+        require(port.isascii() and port.isdigit() and len(port) <= 5)
+        require(1 <= int(port) <= 65535)
         require(kind in ("tcp", "http"))
 
 

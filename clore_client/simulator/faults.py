@@ -149,6 +149,8 @@ class Faults:
 
     def set_chaos(self, share: float, seed: int, kinds: Sequence[str] | None = None) -> None:
         """Let a `share` of all requests go wrong at random; 0 ends that."""
+        if isinstance(share, bool) or not 0 <= share <= 1:
+            raise ValueError(f"chaos must be a number from 0 to 1, not {share!r}")
         chosen = tuple(RECOVERABLE if kinds is None else kinds)
         for kind in chosen:
             _options(kind)

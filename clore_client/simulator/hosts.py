@@ -1,212 +1,291 @@
-"""The machines behind deployed orders: real SSH servers on loopback, each with its folder."""
+"""The SSH hosts of deployed orders."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
 import os
-import pty
+import posixpath
 import shlex
 import shutil
-import signal
 import socket
 import sys
-import tempfile
-from collections.abc import Coroutine
+import uuid
 from pathlib import Path
-from typing import Any
+from random import Random
 
 import asyncssh
 
 from . import nvidia
 from .books import Order
 from .catalogue import Server
+from .forms import PUBLIC_HOST
+from .market import Market
+from .settings import Settings, draw
+from .shell import Shells, kill_strays
 
-USER = "root"
-NOTICE = "This is a simulation (clore_client.simulator): no GPU is here, and nothing is rented.\n"
+_INHERITED = ("LANG", "LC_ALL", "TZ")
+
+
+class Hosts:
+    """Deploys orders, and takes their hosts away when they end."""
+
+    def __init__(self, settings: Settings, market: Market, folder: Path) -> None:
+        self._settings = settings
+        self._market = market
+        self._folder = folder
+        self._rng = Random(f"hosts {settings.seed}")
+        self._hosts: dict[int, Host] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._cleaning: set[asyncio.Task[None]] = set()
+        self._reserved: dict[int, list[socket.socket]] = {}
+        self._freed: list[int] = []
+        self._loop = asyncio.get_running_loop()
+        market.on_created = self._created
+        market.on_ended = self._ended
+
+    async def stop(self) -> None:
+        """End all hosts."""
+        for order in list(self._market.orders.values()):
+            if order.id in self._tasks or order.id in self._reserved:
+                self._ended(order)
+        if self._cleaning:
+            await asyncio.wait(set(self._cleaning))
+
+    def set_reachable(self, order: Order, reachable: bool) -> None:
+        """Cut a host off the network, or bring it back on the same port."""
+        host = self._hosts.get(order.id)
+        if host is None:
+            return
+        if reachable:
+            sock = _bind(order.ssh_port or 0)
+            sock.listen()  # from now on nobody is refused
+            self._keep(self._loop.create_task(host.listen(sock)))
+        else:
+            host.shut()
+
+    def _created(self, order: Order) -> None:
+        task = self._loop.create_task(self._deploy(order))
+        self._tasks[order.id] = task
+
+    def _ended(self, order: Order) -> None:
+        task = self._tasks.pop(order.id, None)
+        if task is not None:
+            task.cancel()
+        host = self._hosts.pop(order.id, None)
+        if host is not None:
+            host.shut()
+            self._keep(self._loop.create_task(host.remove()))
+        for sock in self._reserved.pop(order.id, ()):
+            sock.close()
+        if self._settings.reuse_ports:
+            self._freed.extend(reversed(order.tcp_ports.values()))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._cleaning.add(task)
+        task.add_done_callback(self._cleaning.discard)
+
+    async def _deploy(self, order: Order) -> None:
+        if order.deploy_after == float("inf"):
+            return
+        await asyncio.sleep(order.created + order.deploy_after - self._market.now())
+        socks: dict[int, socket.socket] = {}
+        for port, kind in (order.body["ports"] or {"22": "tcp"}).items():
+            if kind == "tcp":
+                socks[int(port)] = self._reserve()
+        self._reserved[order.id] = list(socks.values())
+        ports = {inner: sock.getsockname()[1] for inner, sock in socks.items()}
+        sshd_after = draw(self._rng, self._settings.sshd_after)
+        if self._settings.ssh and 22 in socks:
+            host = Host(order, self._market.servers[order.server_id], self._folder)
+            self._hosts[order.id] = host
+            if not sshd_after:
+                await host.listen(socks[22])
+        order.tcp_ports, order.deployed = ports, self._market.now()
+        if sshd_after and order.id in self._hosts:
+            await asyncio.sleep(sshd_after)
+            await self._hosts[order.id].listen(socks[22])
+
+    def _reserve(self) -> socket.socket:
+        # Bound, but not listening: what connects is refused until somebody listens.
+        while self._freed:
+            with contextlib.suppress(OSError):
+                return _bind(self._freed.pop())
+        return _bind(0)
 
 
 class Host:
-    """One order's SSH server; it accepts the order's password or key, and nothing else."""
+    """One rented server: a folder, an SSH daemon, and the commands that run there."""
 
-    def __init__(self, order: Order, server: Server) -> None:
+    def __init__(self, order: Order, server: Server, folder: Path) -> None:
         self._order = order
-        self._folder = Path(tempfile.mkdtemp(prefix="clore-simulated-"))
-        self._home, self._bin = self._folder / "home", self._folder / "bin"
-        self._home.mkdir()
-        self._bin.mkdir()
-        _install_nvidia_smi(self._bin, server)
-        self._running: set[asyncio.subprocess.Process] = set()
-        self._connections: set[asyncssh.SSHServerConnection] = set()
+        self._folder = folder / f"order-{order.id}"
+        self.home = self._folder / "home"
+        self.home.mkdir(parents=True, mode=0o700)
+        programs = self._folder / "bin"
+        programs.mkdir()
+        _write_nvidia_smi(programs, server)
+        self._shells = Shells(self.home, _environment(order, self.home, programs))
+        self._key = asyncssh.generate_private_key("ssh-ed25519")
         self._acceptor: asyncssh.SSHAcceptor | None = None
-        self._stopped = False
+        self._connections: set[asyncssh.SSHServerConnection] = set()
+        body = order.body
+        self.password: str = body.get("ssh_password") or ""
+        self.keys = _keys(body.get("ssh_key") or "")
+        if self.keys and body.get("autossh_entrypoint"):
+            self.password = ""
 
-    async def start(self, sock: socket.socket) -> None:
-        """Serve on a bound socket."""
-        body = self._order.body
+    async def listen(self, sock: socket.socket) -> None:
+        """Accept connections."""
+        if self._acceptor is not None:
+            return
+        # Or the connections of this listener would keep the port from a later one.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._acceptor = await asyncssh.listen(
             sock=sock,
-            server_factory=lambda: _Login(self, body.get("ssh_password"), body.get("ssh_key")),
-            server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
-            process_factory=self._run,
-            sftp_factory=lambda channel: asyncssh.SFTPServer(
-                channel, chroot=os.fsencode(self._home)
-            ),
+            server_factory=lambda: _Login(self),
+            server_host_keys=[self._key],
+            process_factory=self._shells.serve,
+            sftp_factory=lambda channel: _Files(channel, self.home),
             allow_scp=True,
             encoding=None,
-            agent_forwarding=False,
-            login_timeout=60,
+            line_editor=False,
+            gss_host=None,
+            server_version="SimulatedHost",
         )
-        if self._stopped:
-            self._acceptor.close()
 
-    def stop(self) -> None:
-        """End all sessions and their processes, and remove the folder."""
-        self._stopped = True
+    def shut(self) -> None:
+        """Stop listening, cut every connection, end every command."""
         if self._acceptor is not None:
             self._acceptor.close()
-        for process in list(self._running):
-            _kill(process)
+            self._acceptor = None
         for connection in list(self._connections):
             connection.abort()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._shells.kill()
 
-    def opened(self, connection: asyncssh.SSHServerConnection) -> None:
-        """A connection has come."""
-        if self._stopped:
-            connection.abort()
+    async def remove(self) -> None:
+        """Remove what is left: stray processes and the folder."""
+
+        def clean() -> None:
+            if self._shells.used:
+                kill_strays(self.home, self._shells.kill)
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+        await asyncio.get_running_loop().run_in_executor(None, clean)
+
+    def joined(self, connection: asyncssh.SSHServerConnection) -> None:
+        """A client has connected."""
         self._connections.add(connection)
 
-    def closed(self, connection: asyncssh.SSHServerConnection | None) -> None:
-        """A connection has gone."""
-        if connection is not None:
-            self._connections.discard(connection)
-
-    def _environment(self, session: dict[str, str]) -> dict[str, str]:
-        # Nothing of this process' environment: a key may stand in it.
-        return {
-            "PATH": f"{self._bin}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            "HOME": str(self._home),
-            "USER": USER,
-            "LOGNAME": USER,
-            "SHELL": "/bin/sh",
-            "LANG": "C.UTF-8",
-            **self._order.body.get("env", {}),
-            **session,
-        }
-
-    async def _run(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
-        command, terminal = process.command, process.term_type
-        session = {k: v for k, v in process.env.items() if k.startswith(("LC_", "LANG"))}
-        if terminal:
-            session["TERM"] = terminal
-        arguments = ["/bin/sh", "-c", command] if command else ["/bin/sh"]
-        if not command and terminal:
-            process.stdout.write(NOTICE.replace("\n", "\r\n").encode())
-            arguments.append("-i")
-        try:
-            code = await self._child(process, arguments, self._environment(session))
-        except OSError as error:
-            process.stderr.write(f"{error.strerror}\n".encode())
-            code = 126
-        if code < 0:
-            process.exit_with_signal(signal.Signals(-code).name.removeprefix("SIG"))
-        else:
-            process.exit(code)
-        with contextlib.suppress(Exception):
-            await process.wait_closed()
-
-    async def _child(
-        self, process: asyncssh.SSHServerProcess[bytes], arguments: list[str], env: dict[str, str]
-    ) -> int:
-        options: dict[str, Any] = {"cwd": self._home, "env": env, "start_new_session": True}
-        if process.term_type:
-            ours, theirs = pty.openpty()
-            child = await asyncio.create_subprocess_exec(
-                *arguments, stdin=theirs, stdout=theirs, stderr=theirs, **options
-            )
-            os.close(theirs)
-            await process.redirect(stdin=ours, stdout=os.dup(ours), stderr=None)
-        else:
-            pipe = asyncio.subprocess.PIPE
-            child = await asyncio.create_subprocess_exec(
-                *arguments, stdin=pipe, stdout=pipe, stderr=pipe, **options
-            )
-            await process.redirect(stdin=child.stdin, stdout=child.stdout, stderr=child.stderr)
-        self._running.add(child)
-        gone = asyncio.ensure_future(process.channel.wait_closed())
-        ended = asyncio.ensure_future(child.wait())
-        try:
-            await asyncio.wait({gone, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if ended.done() and not process.term_type:
-                await _first(gone, _drained(process))  # what it wrote is still on its way
-        finally:
-            gone.cancel()
-            if not ended.done():
-                _kill(child)
-            self._running.discard(child)
-        return await ended
-
-
-async def _drained(process: asyncssh.SSHServerProcess[bytes]) -> None:
-    await process.stdout.drain()
-    await process.stderr.drain()
-
-
-async def _first(gone: asyncio.Future[None], work: Coroutine[Any, Any, None]) -> None:
-    """Wait for `work`, or until the channel is gone."""
-    task = asyncio.ensure_future(work)
-    await asyncio.wait({gone, task}, return_when=asyncio.FIRST_COMPLETED)
-    task.cancel()
+    def left(self, connection: asyncssh.SSHServerConnection) -> None:
+        """A client has gone."""
+        self._connections.discard(connection)
 
 
 class _Login(asyncssh.SSHServer):
-    def __init__(self, host: Host, password: str | None, key: str | None) -> None:
+    """Lets in root with the order's password or key, and nobody else."""
+
+    def __init__(self, host: Host) -> None:
         self._host = host
-        self._password, self._keys = password, _public_keys(key)
         self._connection: asyncssh.SSHServerConnection | None = None
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
-        self._host.opened(conn)
+        self._host.joined(conn)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._host.closed(self._connection)
+        if self._connection is not None:
+            self._host.left(self._connection)
 
     def begin_auth(self, username: str) -> bool:
         return True
 
     def password_auth_supported(self) -> bool:
-        return self._password is not None
+        return bool(self._host.password)
 
     def validate_password(self, username: str, password: str) -> bool:
-        return username == USER and password == self._password
+        expected = self._host.password
+        same = hmac.compare_digest(expected.encode(), password.encode())
+        return bool(expected) and same and username == "root"
 
     def public_key_auth_supported(self) -> bool:
-        return bool(self._keys)
+        return bool(self._host.keys)
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
-        return username == USER and key in self._keys
+        return username == "root" and key.public_data in self._host.keys
 
 
-def _public_keys(text: str | None) -> list[asyncssh.SSHKey]:
-    keys = []
-    for line in (text or "").splitlines():
-        with contextlib.suppress(asyncssh.KeyImportError):
-            keys.append(asyncssh.import_public_key(line))
+class _Files(asyncssh.SFTPServer):
+    """SFTP and SCP inside the home folder, whichever way it is written."""
+
+    def __init__(self, channel: asyncssh.SSHServerChannel[bytes], home: Path) -> None:
+        super().__init__(channel, chroot=os.fsencode(home))
+        self._home = os.fsencode(home)
+
+    def map_path(self, path: bytes) -> bytes:
+        # Where the shell shows it, `~`, root's usual home: all of them are the same folder.
+        for prefix in (self._home, b"~", b"/root"):
+            if path == prefix or path.startswith(prefix + b"/"):
+                path = path[len(prefix) :]
+                break
+        inside = posixpath.normpath(posixpath.join(b"/", path)).lstrip(b"/")
+        return posixpath.join(self._home, inside) if inside else self._home
+
+
+def _keys(text: str) -> set[bytes]:
+    keys = set()
+    for line in text.splitlines():
+        # A key that is cut off gives a ValueError.
+        with contextlib.suppress(asyncssh.KeyImportError, ValueError):
+            keys.add(asyncssh.import_public_key(line).public_data)
     return keys
 
 
-def _install_nvidia_smi(folder: Path, server: Server) -> None:
-    gpus = json.dumps([(model.full, model.mib, model.watts) for model in server.models])
-    script = folder / "nvidia-smi"
-    program = shlex.join([sys.executable, "-I", nvidia.__file__, gpus])
-    script.write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+def _environment(order: Order, home: Path, programs: Path) -> dict[str, str]:
+    """What a command sees: the order's variables, and nothing of this process's secrets."""
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    wanted: dict[str, str] = order.body["env"]
+    path = wanted.get("PATH") or os.environ.get("PATH") or os.defpath
+    fixed = {
+        "HOME": str(home),
+        "PWD": str(home),
+        "USER": "root",
+        "LOGNAME": "root",
+        "SHELL": "/bin/sh",
+        "PATH": f"{programs}{os.pathsep}{path}",
+    }
+    return {"PS1": "root@simulated:# ", **inherited, **wanted, **fixed}
+
+
+def _write_nvidia_smi(programs: Path, server: Server) -> None:
+    space = uuid.UUID(int=server.id)
+    gpus = [
+        {
+            "name": model.full,
+            "mib": model.mib,
+            "watts": model.watts,
+            "uuid": f"GPU-{uuid.uuid5(space, str(n))}",
+        }
+        for n, model in enumerate(server.models)
+    ]
+    facts, script = programs / ".gpus.json", programs / "nvidia-smi"
+    facts.write_text(json.dumps(gpus), encoding="utf-8")
+    # -I and -S: nothing of the user's Python gets in, and it starts quickly.
+    words = [sys.executable, "-I", "-S", os.path.abspath(nvidia.__file__), str(facts)]
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
     script.chmod(0o755)
 
 
-def _kill(process: asyncio.subprocess.Process) -> None:
-    # The whole group: what a shell has started must not outlive the session.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _bind(port: int) -> socket.socket:
+    sock = socket.socket()
+    try:
+        if port:
+            # Only for a known port: two sockets with this option may share one while unused.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((PUBLIC_HOST, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock

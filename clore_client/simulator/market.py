@@ -72,13 +72,13 @@ class Market:
 
     def settle(self) -> None:
         """Charge every wallet up to now, and end what can't go on."""
+        now = self.now()
         for account in self.accounts.values():
             if account.active:
-                self.settle_account(account)
+                self.settle_account(account, now)
 
-    def settle_account(self, account: Account) -> None:
-        """Charge one account's wallets up to now."""
-        now = self._clock.now()
+    def settle_account(self, account: Account, now: float) -> None:
+        """Charge one account's wallets up to `now`."""
         for currency in CURRENCIES:
             self._settle_wallet(account, currency, now)
 
@@ -133,7 +133,9 @@ class Market:
         if not server.online:
             raise RefusedError(6, "server-offline")
         self.settle()
-        if server.rented:
+        now = self.now()
+        self.settle_account(account, now)
+        if server.rented or server.id in self._tenants:
             raise RefusedError(6, "server-already-rented")
         price = server.on_demand(currency)
         if spot:
@@ -143,7 +145,6 @@ class Market:
         balance = account.balances[currency] or 0.0
         if balance <= 0 or balance < fee:
             raise RefusedError(6, "not_enough_balance")
-        now = self._clock.now()
         settings, rng = self._settings, self.rng
         deploy_after = draw(rng, settings.deploy_after)
         http_ports = [port for port, kind in body["ports"].items() if kind == "http"]
@@ -170,7 +171,6 @@ class Market:
             order.http_pub = f"{rng.getrandbits(40):010x}.clorecloud.invalid"
             order.login_token = secrets.token_hex(16)
         self._next_id += rng.randint(1, 9)  # others order, too
-        account.settled[currency] = now
         account.orders.append(order)
         account.active[order.id] = order
         self.orders[order.id] = order
@@ -187,7 +187,7 @@ class Market:
 
     def rebid(self, order: Order, bid: float) -> None:
         """A new bid per day for a spot order, or `RefusedError`."""
-        settings, now = self._settings, self._clock.now()
+        settings, now = self._settings, self.now()
         self._check_bid(self.servers[order.server_id], order.currency, bid)
         if bid < order.price:
             if order.lowered is not None:
@@ -203,10 +203,11 @@ class Market:
 
     def end(self, order: Order, by: str) -> bool:
         """End an order now; False when it had ended already."""
-        self.settle_account(self.accounts[order.key])
+        now = self.now()
+        self.settle_account(self.accounts[order.key], now)
         if not order.active:
             return False
-        self._end(order, by, self._clock.now())
+        self._end(order, by, now)
         return True
 
     def _end(self, order: Order, by: str, when: float) -> None:

@@ -1,85 +1,192 @@
-"""The `nvidia-smi` of a simulated host. Runs as a program of its own, and imports nothing else."""
+"""The `nvidia-smi` of a simulated host: a script that reads its GPUs from a JSON file."""
 
-from __future__ import annotations
-
+# Runs as a program of its own inside a rented host, so it imports only what starts quickly.
 import json
+import os
 import sys
+import time
 
-NOTE = "simulated by clore_client.simulator: there is no such GPU"
-UNITS = {"memory.total": "MiB", "memory.used": "MiB", "memory.free": "MiB", "power.limit": "W"}
+DRIVER, CUDA = "580.82.07", "13.0"
+NOTICE = "nvidia-smi: this is a simulated host, no real GPU is behind it"
+HELP = """nvidia-smi of a simulated host. It knows:
+    nvidia-smi [-i INDEX[,INDEX...]]
+    nvidia-smi -L
+    nvidia-smi --query-gpu=FIELD[,FIELD...] --format=csv[,noheader][,nounits] [-i ...]
+"""
+
+Gpu = dict[str, object]
+
+# field -> unit
+FIELDS = {
+    "name": "",
+    "gpu_name": "",
+    "index": "",
+    "count": "",
+    "uuid": "",
+    "gpu_uuid": "",
+    "serial": "",
+    "gpu_serial": "",
+    "pci.bus_id": "",
+    "gpu_bus_id": "",
+    "driver_version": "",
+    "compute_mode": "",
+    "persistence_mode": "",
+    "pstate": "",
+    "timestamp": "",
+    "temperature.gpu": "",
+    "fan.speed": "%",
+    "utilization.gpu": "%",
+    "utilization.memory": "%",
+    "memory.total": "MiB",
+    "memory.used": "MiB",
+    "memory.free": "MiB",
+    "memory.reserved": "MiB",
+    "power.draw": "W",
+    "power.limit": "W",
+    "clocks.sm": "MHz",
+    "clocks.mem": "MHz",
+    "clocks.gr": "MHz",
+}
 
 
-def main(gpus: list[tuple[str, int, int]], arguments: list[str]) -> int:
-    """Answer like nvidia-smi.
+def facts(index: int, gpu: Gpu, count: int) -> dict[str, str]:
+    """Every field of a GPU, without units."""
+    mib, watts = int(str(gpu["mib"])), float(str(gpu["watts"]))
+    idle = 1 + index % 3
+    bus = f"00000000:{index + 1:02X}:00.0"
+    values = {
+        "index": str(index),
+        "count": str(count),
+        "name": str(gpu["name"]),
+        "uuid": str(gpu["uuid"]),
+        "serial": "[N/A]",
+        "pci.bus_id": bus,
+        "driver_version": DRIVER,
+        "compute_mode": "Default",
+        "persistence_mode": "Enabled",
+        "pstate": "P8",
+        "timestamp": time.strftime("%Y/%m/%d %H:%M:%S.000"),
+        "temperature.gpu": str(30 + idle),
+        "fan.speed": "0",
+        "utilization.gpu": "0",
+        "utilization.memory": "0",
+        "memory.total": str(mib),
+        "memory.used": str(idle),
+        "memory.free": str(mib - idle),
+        "memory.reserved": "0",
+        "power.draw": f"{watts / 20:.2f}",
+        "power.limit": f"{watts:.2f}",
+        "clocks.sm": "210",
+        "clocks.gr": "210",
+        "clocks.mem": "405",
+    }
+    same = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_serial": "serial"}
+    same["gpu_bus_id"] = "pci.bus_id"
+    return values | {alias: values[field] for alias, field in same.items()}
 
-    Parameters:
-        gpus: name, memory in MiB and power limit in W of each.
-        arguments: the command line.
-    """
-    options = dict(a.partition("=")[::2] for a in arguments)
-    query = options.get("--query-gpu")
-    if query is not None:
-        print(NOTE, file=sys.stderr)
-        return _query(gpus, query.split(","), options.get("--format", "").split(","))
-    if "-L" in options or "--list-gpus" in options:
-        print(NOTE, file=sys.stderr)
-        for n, (name, _, _) in enumerate(gpus):
-            print(f"GPU {n}: {name} (UUID: GPU-simulated-{n})")
+
+def main(argv: list[str]) -> int:
+    """Answer as nvidia-smi does: argv[0] is the file with the GPUs."""
+    with open(argv[0], encoding="utf-8") as file:
+        gpus: list[Gpu] = json.load(file)
+    chosen = list(range(len(gpus)))
+    visible = os.environ.get("NVIDIA_VISIBLE_DEVICES", "all")
+    if visible not in ("all", ""):
+        parts = visible.split(",")
+        chosen = [n for n in chosen if str(n) in parts or gpus[n]["uuid"] in parts]
+    query, form, listing = "", "", False
+    rest = argv[1:]
+    while rest:
+        option, _, value = rest.pop(0).partition("=")
+        if option in ("-i", "--id", "-f", "--format", "--query-gpu") and not value and rest:
+            value = rest.pop(0)
+        if option in ("-L", "--list-gpus"):
+            listing = True
+        elif option == "--query-gpu":
+            query = value
+        elif option in ("-f", "--format") and option == "--format":
+            form = value
+        elif option in ("-i", "--id"):
+            wanted = value.split(",")
+            chosen = [n for n in chosen if str(n) in wanted or gpus[n]["uuid"] in wanted]
+            if not chosen:
+                print("No devices were found")
+                return 6
+        elif option in ("-h", "--help"):
+            print(HELP, end="")
+            return 0
+        else:
+            print(f"Invalid combination of input arguments: {option}. Please run -h for help.")
+            return 1
+    if not chosen:
+        print("No devices were found")
+        return 6
+    found = [facts(n, gpus[n], len(gpus)) for n in chosen]
+    if listing or query:
+        # Apart from the answer, which is for programs.
+        print(NOTICE, file=sys.stderr)
+    if listing:
+        for gpu in found:
+            print(f"GPU {gpu['index']}: {gpu['name']} (UUID: {gpu['uuid']})")
         return 0
-    if arguments:
-        print(f"nvidia-smi (simulated): not understood: {' '.join(arguments)}", file=sys.stderr)
-        return 6
-    _table(gpus)
-    return 0
+    return print_csv(found, query, form) if query else print_table(found)
 
 
-def _query(gpus: list[tuple[str, int, int]], fields: list[str], options: list[str]) -> int:
-    options = [option.strip() for option in options]
-    fields = [field.strip() for field in fields]
+def print_csv(found: list[dict[str, str]], query: str, form: str) -> int:
+    """The answer to --query-gpu."""
+    options = [part.strip() for part in form.split(",")]
+    fields = [part.strip() for part in query.split(",")]
     if "csv" not in options:
-        print('"--format=" switch is missing "csv".', file=sys.stderr)
-        return 6
-    rows = []
-    for n, (name, mib, watts) in enumerate(gpus):
-        known = {
-            "index": str(n),
-            "name": name,
-            "gpu_name": name,
-            "uuid": f"GPU-simulated-{n}",
-            "count": str(len(gpus)),
-            "driver_version": "0.0",
-            "memory.total": str(mib),
-            "memory.used": "0",
-            "memory.free": str(mib),
-            "utilization.gpu": "0 %",
-            "temperature.gpu": "35",
-            "power.limit": f"{watts:.2f}",
-        }
-        for field in fields:
-            if field not in known:
-                print(f'Field "{field}" is not a valid field to query.', file=sys.stderr)
-                return 2
-        units = {} if "nounits" in options else UNITS
-        rows.append(", ".join(f"{known[f]} {units[f]}" if f in units else known[f] for f in fields))
+        print('"--format=" switch is missing or has an invalid value. It has to include csv.')
+        return 1
+    for field in fields:
+        if field not in FIELDS:
+            print(f'Field "{field}" is not a valid field to query.\n')
+            return 2
+    units = "nounits" not in options
     if "noheader" not in options:
-        units = {} if "nounits" in options else UNITS
-        print(", ".join(f"{f} [{units[f]}]" if f in units else f for f in fields))
-    print("\n".join(rows))
+        heads = [f"{f} [{FIELDS[f]}]" if FIELDS[f] else f for f in fields]
+        print(", ".join(heads))
+    for gpu in found:
+        cells = [f"{gpu[f]} {FIELDS[f]}" if units and FIELDS[f] else gpu[f] for f in fields]
+        print(", ".join(cells))
     return 0
 
 
-def _table(gpus: list[tuple[str, int, int]]) -> None:
-    line = "+" + "-" * 70 + "+"
+def print_table(found: list[dict[str, str]]) -> int:
+    """The plain table."""
+    line = "+" + "-" * 41 + "+" + "-" * 24 + "+" + "-" * 22 + "+"
+    wide = "+" + "-" * 89 + "+"
+    print(time.strftime("%a %b %d %H:%M:%S %Y"))
+    print(wide)
+    title = f"NVIDIA-SMI {DRIVER}    Driver Version: {DRIVER}    CUDA Version: {CUDA}"
+    for text in (title, "SIMULATED HOST: these GPUs do not exist"):
+        print(f"| {text:<87} |")
     print(line)
-    print(f"| {'NVIDIA-SMI (a simulation)':<68} |")
-    print(f"| {NOTE:<68} |")
-    print(line)
-    print(f"| {'GPU':<4} {'Name':<34} {'Memory':>16} {'Power limit':>11} |")
-    print(line)
-    for n, (name, mib, watts) in enumerate(gpus):
-        print(f"| {n:<4} {name[:34]:<34} {f'0 / {mib} MiB':>16} {f'{watts} W':>11} |")
-    print(line)
+    heads = (
+        "GPU  Name                 Persistence-M",
+        "Bus-Id          Disp.A",
+        "Volatile GPU-Util",
+    )
+    print(f"| {heads[0]:<39} | {heads[1]:<22} | {heads[2]:<20} |")
+    heads = ("Fan  Temp   Perf          Pwr:Usage/Cap", "Memory-Usage", "Compute M.")
+    print(f"| {heads[0]:<39} | {heads[1]:>22} | {heads[2]:>20} |")
+    print(line.replace("-", "="))
+    for gpu in found:
+        name = f"{gpu['index']:>3}  {gpu['name'][:31]:<31} On"
+        print(f"| {name:<39} | {gpu['pci.bus_id']:<16}   Off | {'N/A':>20} |")
+        power = f"{float(gpu['power.draw']):.0f}W / {float(gpu['power.limit']):.0f}W"
+        heat = f"{gpu['fan.speed']:>3}%  {gpu['temperature.gpu']:>3}C    P8 {power:>20}"
+        memory = f"{gpu['memory.used']}MiB / {gpu['memory.total']}MiB"
+        print(f"| {heat:<39} | {memory:>22} | {'0%      Default':>20} |")
+        print(line)
+    print()
+    print(wide)
+    print(f"| {'Processes:':<87} |")
+    print(f"| {'  No running processes found':<87} |")
+    print(wide)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,16 +1,18 @@
-"""Simulator: a whole marketplace in a thread of its own."""
+"""`Simulator`: a marketplace that runs in a thread of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import concurrent.futures
 import contextlib
-import copy
-import math
+import dataclasses
+import os
 import shutil
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -20,46 +22,48 @@ from .books import Order
 from .catalogue import Server
 from .clock import Clock
 from .faults import Faults
-from .hosts import Host
+from .hosts import Hosts
 from .limits import Limits
 from .market import Market
-from .settings import Balance, Seconds, Settings, draw
+from .settings import CURRENCIES, Balance, Seconds, Settings, check_balance, check_seconds
 from .tls import make_context
 from .web import Web
 
 T = TypeVar("T")
+_TICK = 0.1  # how often wallets are charged when nobody asks
 
 
 class Simulator:
-    """A marketplace on loopback that speaks like the live API, with real SSH hosts.
+    """A marketplace on loopback that speaks the live API's form, with real SSH hosts.
 
-    Parameters:
-        servers: how many servers are listed.
-        seed: the same seed gives the same servers.
-        form: what it speaks: "live" or "documented".
-        rate_limit: seconds between two requests with one key, or HTTP 429.
-        create_order_interval: the same for create_order.
-        visible_after: seconds until my_orders shows a new order, or a (low, high) pair of them.
-        deploy_after: seconds until an order is deployed.
-        cancel_lingers: seconds for which my_orders shows an ended order as active.
-        balance: of each account, in USD for each of its wallets, or by currency.
-        ssh: whether deployed orders have real SSH hosts.
-        tls: https with a certificate of its own, see `ca_file`.
-        host, port: where it listens; loopback only, port 0 for any.
-        create_answer: "none", or where old answers carry the id: "order_id", "id", "order".
-        cancel_ended: "accept" or "refuse" the cancelling of an order that has ended.
-        clock_offset: seconds that its wall clock is ahead of this machine's.
-        retry_after: whether a 429 carries Retry-After.
-        creation_fee: USD for each order, charged after `creation_fee_after` seconds.
-        max_step: USD per day by which a bid may be lowered at once.
-        lowering_interval: seconds between two lowerings.
-        sshd_after: seconds from deployment until the host's SSH server answers.
-        reuse_ports: give the port of an ended order to the next one, as the live API does.
-        chaos: share of requests that go wrong at random, from `chaos_kinds`, by `chaos_seed`.
+    A context manager, or `start()` and `stop()`. Arguments (times in seconds):
 
-    Example:
-        >>> with Simulator(servers=50, rate_limit=0) as sim:
-        ...     client = CloreClient(sim.api_key, base_url=sim.url, rate_limit=0)
+    - `servers`, `seed`: how many servers the marketplace has; the same seed makes the same ones.
+    - `form`: "live" (what the API sends) or "documented" (what its reference page says).
+    - `rate_limit`, `create_order_interval`: one request, and one `create_order`, of a key in
+      that time; the live API's are the defaults, 0 means no limit.
+    - `visible_after`, `deploy_after`, `cancel_lingers`: when a new order shows up, when it is
+      deployed, and how long an ended one stays in the list of active ones. A number or a
+      (low, high) pair to draw from; `deploy_after=math.inf` never deploys.
+    - `balance`: USD in each wallet, or a dict of amounts by currency (None: a null balance).
+    - `ssh`: give each deployed order a real SSH host; without, its ports refuse connections.
+    - `tls`: serve https with a certificate of its own; `ca_file` is what to trust.
+    - `host`, `port`: where to listen; only loopback addresses.
+    - `create_answer`: what `create_order` tells of the new order in the live form: "none", or
+      as old answers did "order_id", "id" or "order" (`{"order": {"id": ...}}`).
+    - `cancel_ended`: "accept" or "refuse" the cancelling of an order that ended already.
+    - `clock_offset`: how far the server's clock is ahead of this machine's.
+    - `retry_after`: send `Retry-After` with a 429.
+    - `creation_fee`: USD, charged when an order is `creation_fee_after` old.
+    - `max_step`, `lowering_interval`: how far (USD per day) and how often a bid may be lowered.
+    - `sshd_after`: how long after the deployment the SSH host starts to listen.
+    - `reuse_ports`: give the port of an ended order to the next one, with another host key,
+      as the live API does.
+    - `chaos`, `chaos_seed`, `chaos_kinds`: the share of requests that go wrong at random, and
+      how; `faults`: texts like "create_order:lose_answer:2" for `Simulator.faults`.
+
+    A `create_order` that comes too soon is refused before anything is looked at. Rent runs from
+    the moment of creation, per second, with a fee of 5 % on demand and 1.25 % for spot orders.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class Simulator:
         cancel_ended: str = "accept",
         clock_offset: float = 0.0,
         retry_after: bool = False,
-        creation_fee: float = 0.1,
+        creation_fee: float = 0.10,
         creation_fee_after: float = 600.0,
         max_step: float = 1.0,
         lowering_interval: float = 600.0,
@@ -91,57 +95,61 @@ class Simulator:
         chaos: float = 0.0,
         chaos_seed: int | None = None,
         chaos_kinds: Sequence[str] | None = None,
+        faults: Sequence[str] = (),
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name != "self"}
-        self._settings = settings = Settings(**arguments)
+        arguments = locals()
+        names = [field.name for field in dataclasses.fields(Settings)]
+        self._settings = Settings(**{name: arguments[name] for name in names})
         self._clock = Clock(clock_offset)
-        self._market = Market(settings, self._clock)
-        self.faults = Faults(chaos, seed if chaos_seed is None else chaos_seed, chaos_kinds)
-        self._api = Api(settings, self._market)
-        limits = Limits(settings, self._market)
-        self._web = Web(self._api, limits, self.faults, self._clock)
-        self._market.on_created = self._created
-        self._market.on_ended = self._ended
+        self._market = Market(self._settings, self._clock)
+        self._api = Api(self._settings, self._market)
         self._market.on_server_changed = self._api.forget
-        self._hosts: dict[int, Host] = {}
-        self._free_ports: list[int] = []
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._thread: threading.Thread | None = None
-        self._loop = asyncio.new_event_loop()
-        self._folder: Path | None = None
+        #: What is to go wrong, see `Faults`.
+        self.faults = Faults(chaos, seed if chaos_seed is None else chaos_seed, chaos_kinds)
+        for text in faults:
+            self.faults.add_text(text)
+        limits = Limits(self._settings, self._market)
+        self._web = Web(self._api, limits, self.faults, self._clock)
+        self._hosts: Hosts | None = None
+        #: The key of the first account.
         self.api_key = self._market.add_account(None)
+        #: Where it listens, once started.
         self.url = ""
+        #: The certificate to trust, with `tls=True`.
         self.ca_file = ""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._pid = 0
+
+    def __repr__(self) -> str:
+        return f"<Simulator {self.url or 'not started'}>"
 
     # Lifecycle
 
     def start(self) -> Simulator:
-        """Listen; `url` tells where."""
+        """Listen; returns when requests can come."""
         if self._thread is not None:
-            raise RuntimeError("this simulator was started before")
-        context = None
-        if self._settings.tls:
-            self._folder = Path(tempfile.mkdtemp(prefix="clore-simulator-"))
-            context, ca_file = make_context(self._folder)
-            self.ca_file = str(ca_file)
-        self._thread = threading.Thread(target=self._serve, name="clore-simulator", daemon=True)
+            raise RuntimeError("a simulator can be started only once")
+        ready: Future[None] = Future()
+        self._pid = os.getpid()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._serve(ready)), name="clore-simulator", daemon=True
+        )
         self._thread.start()
-        try:
-            start = self._web.start(self._settings.host, self._settings.port, context)
-            port = asyncio.run_coroutine_threadsafe(start, self._loop).result()
-        except BaseException:
-            self._end_loop()
-            raise
-        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
-        self.url = f"{'https' if context else 'http'}://{host}:{port}"
+        ready.result()
+        atexit.register(self.stop)
         return self
 
     def stop(self) -> None:
-        """Stop listening, and every host with it."""
-        if self._thread is None or not self._thread.is_alive():
-            return
-        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
-        self._end_loop()
+        """Stop everything, the SSH hosts too. The books stay readable."""
+        if self._pid != os.getpid() or self._thread is None:
+            return  # a forked child must not end what its parent runs
+        atexit.unregister(self.stop)
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has stopped meanwhile
+                loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
 
     def __enter__(self) -> Simulator:
         return self.start()
@@ -150,153 +158,173 @@ class Simulator:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
-    def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-
-    async def _shut_down(self) -> None:
+    async def _serve(self, ready: Future[None]) -> None:
+        settings = self._settings
+        folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="clore-simulator-")))
+        try:
+            self._stopping = asyncio.Event()
+            self._hosts = Hosts(settings, self._market, folder)
+            tls = None
+            if settings.tls:
+                tls, ca_file = make_context(folder)
+                self.ca_file = str(ca_file)
+            port = await self._web.start(settings.host, settings.port, tls)
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            self.url = f"{'https' if tls else 'http'}://{host}:{port}"
+            self._loop = asyncio.get_running_loop()
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
+        while not self._stopping.is_set():
+            self._market.settle()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _TICK)
         await self._web.stop()
-        for host in self._hosts.values():
-            host.stop()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await self._hosts.stop()
+        self._market.settle()
+        shutil.rmtree(folder, ignore_errors=True)
+        self._loop = None
 
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        if self._thread is not None:
-            self._thread.join()
-        self._loop.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+    def _call(self, function: Callable[[], T]) -> T:
+        """Run a function where the state lives: in the loop's thread, while there is one."""
+        thread, loop = self._thread, self._loop
+        if thread is None or loop is None or thread is threading.current_thread():
+            return function()
+        result: Future[T] = Future()
 
-    def _do(self, work: Callable[[], T]) -> T:
-        """Run `work` where the state lives."""
+        def run() -> None:
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
 
-        async def job() -> T:
-            return work()
+        try:
+            loop.call_soon_threadsafe(run)
+        except RuntimeError:  # it has just stopped
+            thread.join()
+            return function()
+        while True:
+            # It may stop before it gets to that.
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                return result.result(0.5)
+            if not thread.is_alive() and not result.done():
+                return function()
 
-        if self._thread is None or not self._thread.is_alive():
-            return work()
-        return asyncio.run_coroutine_threadsafe(job(), self._loop).result()
-
-    # What tests and people look at
+    # The books
 
     @property
     def orders(self) -> list[Order]:
-        """Copies of all orders ever made, charged up to now: the truth, without any delay."""
+        """Every order ever made, oldest first, with what it was charged: copies as of now."""
+        return self._call(lambda: self._copies(list(self._market.orders.values())))
 
-        def work() -> list[Order]:
+    def orders_of(self, key: str) -> list[Order]:
+        """The orders of one account."""
+        return self._call(lambda: self._copies(self._market.accounts[key].orders))
+
+    def order(self, order_id: int) -> Order:
+        """One order; KeyError where there is none."""
+        return self._call(lambda: self._copies([self._market.orders[order_id]])[0])
+
+    def _copies(self, orders: list[Order]) -> list[Order]:
+        if self._loop is not None:
             self._market.settle()
-            return [copy.copy(order) for order in self._market.orders.values()]
-
-        return self._do(work)
-
-    @property
-    def requests(self) -> list[Call]:
-        """Every request that arrived, and how it was answered."""
-        return list(self._web.calls)
+        return [dataclasses.replace(o, tcp_ports=dict(o.tcp_ports)) for o in orders]
 
     @property
     def servers(self) -> list[Server]:
-        """Copies of the listed servers."""
-        return self._do(lambda: [copy.copy(s) for s in self._market.servers.values()])
+        """The servers, as the marketplace lists them: copies as of now."""
+        return self._call(
+            lambda: [dataclasses.replace(server) for server in self._market.servers.values()]
+        )
 
-    def add_key(self, balance: Balance | None = None) -> str:
-        """The key of a new account."""
-        return self._do(lambda: self._market.add_account(balance))
+    def server(self, server_id: int) -> Server:
+        """One server; KeyError where there is none."""
+        return self._call(lambda: dataclasses.replace(self._market.servers[server_id]))
+
+    @property
+    def requests(self) -> list[Call]:
+        """Every request that arrived, oldest first."""
+        return self._call(lambda: [dataclasses.replace(call) for call in self._web.calls])
+
+    def clear_requests(self) -> None:
+        """Forget the requests so far."""
+        self._call(self._web.calls.clear)
 
     def balance(self, currency: str = "CLORE-Blockchain", key: str | None = None) -> float:
-        """What a wallet holds now."""
+        """What is left in a wallet, in the currency itself."""
 
-        def work() -> float:
-            account = self._market.accounts[key or self.api_key]
-            self._market.settle_account(account)
-            return account.balances[currency] or 0.0
+        def read() -> float:
+            if self._loop is not None:
+                self._market.settle()
+            return self._market.accounts[key or self.api_key].balances[currency] or 0.0
 
-        return self._do(work)
+        return self._call(read)
 
-    # What the outside world may do
+    # What others do
+
+    def add_key(self, balance: Balance | None = None) -> str:
+        """Open a further account, and return its key."""
+        if balance is not None:
+            check_balance(balance)
+        return self._call(lambda: self._market.add_account(balance))
+
+    def set_balance(self, currency: str, amount: float | None, key: str | None = None) -> None:
+        """Set a wallet, in the currency itself."""
+        if currency not in CURRENCIES:
+            raise ValueError(f"currency must be one of {', '.join(CURRENCIES)}, not {currency!r}")
+        check_balance({currency: amount})
+
+        def change() -> None:
+            self._market.settle()
+            self._market.accounts[key or self.api_key].balances[currency] = amount
+
+        self._call(change)
 
     def end_order(self, order_id: int) -> bool:
-        """The host ends an order, or it is outbid; False when it had ended before."""
-        return self._do(lambda: self._market.end(self._market.orders[order_id], "host"))
+        """End an order from the host's side, as being outbid does; False if it had ended."""
+        return self._call(lambda: self._market.end(self._market.orders[order_id], "host"))
 
     def set_rented(self, server_id: int, rented: bool = True) -> None:
-        """Somebody else rents a server, or gives it back."""
-        market = self._market
-        self._do(lambda: market.set_rented(market.servers[server_id], rented))
+        """Let somebody else rent a server, or free it."""
+        self._call(lambda: self._market.set_rented(self._market.servers[server_id], rented))
 
     def set_offline(self, server_id: int, offline: bool = True) -> None:
-        """A server loses its connection, or comes back."""
-        self._do(lambda: setattr(self._market.servers[server_id], "online", not offline))
+        """Take a server off the network, with the order on it, or bring it back."""
 
-    def set_price(self, server_id: int, usd: float, spot: float | None = None) -> None:
-        """Change the listed price, USD per day; `spot` None leaves the lowest bid."""
-        market = self._market
-        self._do(lambda: market.set_price(market.servers[server_id], usd, spot))
+        def change() -> None:
+            self._market.servers[server_id].online = not offline
+            order = self._market.tenant(server_id)
+            if order is not None:
+                order.online = not offline
+                if self._hosts is not None:
+                    self._hosts.set_reachable(order, not offline)
+
+        self._call(change)
+
+    def set_price(
+        self, server_id: int, usd_per_day: float, spot_usd_per_day: float | None = None
+    ) -> None:
+        """Change what a server costs; with a spot price of 0 it takes no bids."""
+        if not usd_per_day > 0:
+            raise ValueError(f"usd_per_day must be above 0, not {usd_per_day!r}")
+        self._call(
+            lambda: self._market.set_price(
+                self._market.servers[server_id], usd_per_day, spot_usd_per_day
+            )
+        )
 
     def set_deploy_after(self, server_id: int, seconds: float | None) -> None:
-        """How long orders of this server take to deploy; `math.inf` is never, None as others."""
-        self._do(lambda: setattr(self._market.servers[server_id], "deploy_after", seconds))
+        """How long new orders on a server take to deploy; `math.inf`: forever, None: as others."""
+        if seconds is not None:
+            check_seconds("seconds", seconds)
 
-    # What happens to orders
+        def change() -> None:
+            self._market.servers[server_id].deploy_after = seconds
 
-    def _created(self, order: Order) -> None:
-        if order.deploy_after != math.inf:
-            task = asyncio.get_running_loop().create_task(self._deploy(order))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _deploy(self, order: Order) -> None:
-        await asyncio.sleep(order.deploy_after)
-        if not order.active:
-            return
-        for inner, kind in (order.body["ports"] or {"22": "tcp"}).items():
-            if kind == "tcp" and inner != "22":
-                order.tcp_ports[int(inner)] = _unused_port(self._settings.host)
-        if order.body["ports"].get("22", "tcp") == "tcp":
-            sock = self._bind()
-            order.tcp_ports[22] = sock.getsockname()[1]
-            if self._settings.ssh:
-                host = Host(order, self._market.servers[order.server_id])
-                self._hosts[order.id] = host
-                order.deployed = self._clock.now()
-                await asyncio.sleep(draw(self._market.rng, self._settings.sshd_after))
-                if not order.active:
-                    sock.close()
-                    return
-                await host.start(sock)
-                return
-            sock.close()
-        order.deployed = self._clock.now()
-
-    def _bind(self) -> socket.socket:
-        sock = socket.socket(socket.AF_INET6 if ":" in self._settings.host else socket.AF_INET)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if self._settings.reuse_ports:
-            while self._free_ports:
-                with contextlib.suppress(OSError):
-                    sock.bind((self._settings.host, self._free_ports.pop()))
-                    return sock
-        sock.bind((self._settings.host, 0))
-        return sock
-
-    def _ended(self, order: Order) -> None:
-        host = self._hosts.pop(order.id, None)
-        if host is not None:
-            host.stop()
-        if order.ssh_port is not None:
-            self._free_ports.append(order.ssh_port)
-
-
-def _unused_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.bind((host, 0))
-        port: int = sock.getsockname()[1]
-        return port
+        self._call(change)

@@ -51,7 +51,13 @@ class Web:
             timer.cancel()
         self._server.close()
         self._handlers.pre_shutdown()
+        transports = [handler.transport for handler in self._handlers.connections]
         await self._handlers.shutdown(0.05)
+        # Over TLS, closing waits for the other side, which may stay silent.
+        for transport in transports:
+            if transport is not None:
+                transport.abort()
+        await asyncio.sleep(0)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         arrived = self._clock.now()
@@ -212,10 +218,14 @@ def _hang_up(request: web.BaseRequest) -> web.Response:
 
 
 def _parse(data: bytes) -> Any:
+    """The JSON of a body; None where it is none, or text that no answer could repeat."""
     try:
-        return json.loads(data) if data else None
-    except ValueError:
+        value = json.loads(data) if data else None
+        if b"\\u" in data:  # halves of surrogate pairs can't be encoded again
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # the latter: brackets without end
         return None
+    return value
 
 
 async def _sleep(seconds: float) -> None:

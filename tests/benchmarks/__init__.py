@@ -1,0 +1,1 @@
+"""What the client costs, against requests on its own."""

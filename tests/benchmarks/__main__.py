@@ -1,0 +1,51 @@
+"""Print what the client costs, with the limits; exit status 1 where one is missed."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import requests
+
+from clore_client.simulator import Simulator
+
+from . import calls, imports, marketplace, pace
+from .children import child
+from .rows import Row
+
+
+def _prepare(folder: Path) -> str:
+    """Keep the answers of a simulator as files; returns the key that it gave out."""
+    with Simulator(servers=marketplace.SERVERS, rate_limit=0, ssh=False) as sim:
+        for name in ("wallets", "marketplace"):
+            answer = requests.get(f"{sim.url}/v1/{name}", headers={"auth": sim.api_key}, timeout=30)
+            answer.raise_for_status()
+            (folder / name).write_bytes(answer.content)
+        return sim.api_key
+
+
+def _rows() -> Iterator[Row]:
+    yield from imports.rows()
+    with tempfile.TemporaryDirectory() as bodies, tempfile.TemporaryDirectory() as secrets:
+        key = _prepare(Path(bodies))
+        with child("answerer", bodies, secrets) as answerer:
+            urls = answerer.read()
+            yield from calls.rows(urls, key)
+            yield from marketplace.rows(urls["http"], key)
+    yield from pace.rows()
+
+
+def main() -> int:
+    """Run all of it; returns the exit status."""
+    missed = 0
+    for row in _rows():
+        print(row, flush=True)
+        missed += not row.kept
+    print(f"{missed} limits missed" if missed else "every limit is kept")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""How well many threads with one key keep the pace."""
+
+from __future__ import annotations
+
+import http.client
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from threading import Barrier
+from typing import Any
+
+from clore_client import CloreClient
+
+from .children import child
+from .rows import Row
+
+THREADS, CALLS, LIMIT, ROUNDS = 8, 5, 0.05, 5
+
+
+def rows() -> Iterator[Row]:
+    """The three lines about the pace: the closest of all rounds, and the median time."""
+    measured = [_round() for _ in range(ROUNDS)]
+    leave, arrive, refused, whole = zip(*measured, strict=True)
+    ideal = (THREADS * CALLS - 1) * LIMIT
+    of = f"of {ROUNDS} rounds of {THREADS} threads with {CALLS} calls"
+    yield Row("closest departures / limit", min(leave) / LIMIT, 1.0, at_least=True, detail=of)
+    detail = f"{of}; {sum(refused)} answers were a 429"
+    yield Row("closest arrivals / limit", min(arrive) / LIMIT, 0.9, at_least=True, detail=detail)
+    detail = f"worst {max(whole) / ideal:.3f}"
+    yield Row("whole time / ideal", statistics.median(whole) / ideal, 1.05, detail=detail)
+
+
+def _round() -> tuple[float, float, int, float]:
+    """The closest departures and arrivals, the number of refusals and the whole time."""
+    with child("arrivals", str(0.9 * LIMIT)) as simulator:
+        url, key = simulator.read()
+        start = Barrier(THREADS + 1)
+        with CloreClient(key, base_url=url, rate_limit=LIMIT) as client, _departures() as left:
+
+            def work() -> None:
+                start.wait()
+                for _ in range(CALLS):
+                    client.get_wallets()
+
+            with ThreadPoolExecutor(THREADS) as pool:
+                jobs = [pool.submit(work) for _ in range(THREADS)]
+                start.wait()
+                began = time.monotonic()
+                for job in jobs:
+                    job.result()
+                whole = time.monotonic() - began
+        simulator.finish()
+        calls = simulator.read()
+    refused = sum(status == 429 for _, status in calls)
+    return _closest(left), _closest(arrived for arrived, _ in calls), refused, whole
+
+
+@contextmanager
+def _departures() -> Iterator[list[float]]:
+    """The moments at which a request is handed to its socket."""
+    moments: list[float] = []
+    send = http.client.HTTPConnection.send
+
+    def noted(self: http.client.HTTPConnection, data: Any) -> None:
+        moments.append(time.monotonic())
+        send(self, data)
+
+    http.client.HTTPConnection.send = noted  # type: ignore[method-assign]
+    try:
+        yield moments
+    finally:
+        http.client.HTTPConnection.send = send  # type: ignore[method-assign]
+
+
+def _closest(moments: Iterable[float]) -> float:
+    return min(later - earlier for earlier, later in pairwise(sorted(moments)))

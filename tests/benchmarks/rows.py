@@ -1,0 +1,74 @@
+"""A line of the table, and how two sides are compared."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement and its limit."""
+
+    what: str
+    value: float
+    limit: float
+    at_least: bool = False
+    detail: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the limit is kept."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        mark = "ok" if self.kept else "MISSED"
+        return f"{self.what:<58} {self.value:9.3f} {sign} {self.limit:<7g} {mark:<7} {self.detail}"
+
+
+def timed(call: Callable[[], Any], clock: Clock) -> float:
+    """Seconds that ``call`` takes, until all is freed that it made.
+
+    With what it returns: one side hands out everything, the other has let go of most by then.
+    """
+    start = clock()
+    call()
+    return clock() - start
+
+
+def compare(
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+    *,
+    clock: Clock,
+    rounds: int,
+    calls: int,
+) -> tuple[float, str]:
+    """The median over rounds of ours / peer's, and the medians behind it in milliseconds.
+
+    In a round both take turns, so that what else the machine does hits both.
+    """
+    ratios, times = [], []
+    for call in (ours, peer):  # neither pays for the first connection
+        call()
+    for _ in range(rounds):
+        gc.collect()
+        pairs = []
+        for i in range(calls):
+            if i % 2:
+                first, second = timed(peer, clock), timed(ours, clock)
+                pairs.append((second, first))
+            else:
+                pairs.append((timed(ours, clock), timed(peer, clock)))
+        mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
+        ratios.append(mine / other)
+        times.append((mine, other))
+    mine, other = (statistics.median(side) * 1000 for side in zip(*times, strict=True))
+    spread = f"rounds {min(ratios):.2f} to {max(ratios):.2f}"
+    return statistics.median(ratios), f"{mine:.2f} against {other:.2f} ms; {spread}"
