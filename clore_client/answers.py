@@ -8,7 +8,7 @@ import json as jsonlib
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -68,11 +68,11 @@ class Call:
     name: str  # the endpoint's last part, as "create_order"
     endpoint: str
     request: requests.PreparedRequest
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(repr=False)
     base_url: str
-    key: str
+    key: str = field(repr=False)
     repeatable: bool
-    secrets: tuple[str, ...]
+    secrets: tuple[str, ...] = field(repr=False)
 
     @property
     def label(self) -> str:
@@ -117,9 +117,9 @@ def secrets_in(value: Any, inside: bool = False) -> Iterator[str]:
         yield value
 
 
-def excerpt(body: bytes, limit: int = 160) -> str:
-    """The start of an HTML or text answer, without its tags, on one line."""
-    text = body[:4000].decode("utf-8", "replace")
+def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
+    """The start of an HTML or text answer, without its tags and secrets, on one line."""
+    text = without(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
     text = re.sub(r"(?is)<(script|style|head)\b.*?</\1\s*>", " ", text)
     text = html.unescape(re.sub(r"<[^<>]*>?", " ", text))
     return printable(" ".join(text.split()), limit)
@@ -201,7 +201,7 @@ def _no_envelope(
     call: Call, response: requests.Response, body: bytes, decoded: Any, again: bool
 ) -> CloreAPIError:
     status, hint = response.status_code, None
-    text: str | None = f"HTTP {status}: {excerpt(body) or 'an empty answer'}"
+    text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty answer'}"
     if 300 <= status < 400:
         text = f"HTTP {status}: a redirect to {_target(response)}, which is not followed"
     elif isinstance(decoded, dict):

@@ -38,11 +38,11 @@ def settle_cancel(look: Look, order_id: int, error: CloreError, patience: float)
             ended = False
         if ended:
             return
-        if ended is None:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 and ended is None:
             raise OrderNotFoundError(
                 f"there is no order {order_id} in this account", order_id=order_id
             ) from error
-        remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise error
         time.sleep(min(pause, remaining))

@@ -61,7 +61,8 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {_shown(value)}")
     low = value <= minimum if above else value < minimum
-    if math.isnan(value) or low or value > maximum or (value == math.inf and not infinite):
+    huge = isinstance(value, int) and abs(value) > 10**300  # beyond a float
+    if huge or value != value or low or value > maximum or (value == math.inf and not infinite):
         allowed = f"{'above' if above else 'at least'} {minimum:g}"
         allowed += "" if maximum == math.inf else f" and at most {maximum:g}"
         allowed += "" if infinite or maximum != math.inf else " and finite"
@@ -175,10 +176,16 @@ def check_public_key(name: str, value: Any) -> str:
             f"{name} is a private key, which must never leave your machine: "
             "give the public one, the content of the .pub file beside it"
         )
-    is_key = text.startswith(("ssh-", "ecdsa-", "sk-"))
-    if not is_key and (text[0] in "/~.\\" or text.endswith(".pub") or ".ssh" in text):
+    is_key = re.fullmatch(r"(ssh|ecdsa|sk)-\S+ +\S.*", text)
+    if not is_key and (
+        text[0] in "/~.\\" or text.endswith(".pub") or ".ssh" in text or text.startswith("id_")
+    ):
         raise ValueError(
             f"{name} looks like a path: give the content of the file, "
             f"as pathlib.Path({_shown(text)}).expanduser().read_text()"
+        )
+    if not is_key:
+        raise ValueError(
+            f"{name} must be one line like 'ssh-ed25519 AAAA... me@home', as the .pub file holds it"
         )
     return check_secret(name, text, MAX_SSH_KEY)

@@ -34,7 +34,7 @@ from clore_client.log import logger
 from clore_client.money import finite, wire_currency
 from clore_client.orders import Claims, Order, claims_for, created_id, to_orders
 from clore_client.pacing import account_of
-from clore_client.purchase import Draft, draft_order, find_order
+from clore_client.purchase import Draft, draft_order, find_order, sent_by_server_clock
 from clore_client.servers import Server, cheapest_first, listed_prices, to_servers
 from clore_client.ssh import open_ssh, parse_ssh_command
 from clore_client.transport import Transport, within
@@ -106,7 +106,7 @@ class CloreClient(Transport):
         """What is known of the API behind the base URL of this moment."""
         # In __dict__ and not in __init__: a subclass may not call that.
         memories: dict[str, MarketMemory] = self.__dict__.setdefault("_memories", {})
-        return memories.setdefault(self.BASE_URL, MarketMemory())
+        return memories.setdefault(self._base_url, MarketMemory())
 
     @property
     def _cancelled(self) -> set[int]:
@@ -124,7 +124,7 @@ class CloreClient(Transport):
     def _claims(self) -> Claims:
         """Which orders of the account are taken; a fake without a key has them for itself."""
         if self.api_key:
-            return claims_for(account_of(self.BASE_URL, self.api_key))
+            return claims_for(account_of(self._base_url, self.api_key))
         claims: Claims = self.__dict__.setdefault("_own_claims", Claims())
         return claims
 
@@ -172,9 +172,9 @@ class CloreClient(Transport):
             12.5
         """
         text = check_text("currency", currency)
-        wanted = (wire_currency(text) or text).strip().lower()
+        wanted = {text.strip().lower(), (wire_currency(text) or text).strip().lower()}
         for wallet in self.get_wallets():
-            if wanted in (wallet.name or "").lower():
+            if any(part in (wallet.name or "").lower() for part in wanted):
                 return wallet.balance or 0.0
         return 0.0
 
@@ -416,18 +416,22 @@ class CloreClient(Transport):
                 made = to_orders(
                     {"orders": [{**answer, "order_id": order_id}]}, (), self._market.rates
                 )[0]
-                made.setdefault("renting_server", server_id)
+                if made.server_id is None:
+                    made["renting_server"] = server_id
                 made.setdefault("currency", draft.wanted.currency)
                 made.setdefault("status", "creating")
                 made.setdefault("connection", {"ssh": "", "http_ports": {}})
                 return made
             sent_at = getattr(answer, "sent_at", None)
+            deadline = time.monotonic() + find_timeout + self.rate_limit
+            before = frozenset(self._seen)
 
             def look() -> tuple[list[Order], float | None]:
-                with within(time.monotonic() + find_timeout + self.rate_limit):
+                with within(max(deadline, time.monotonic() + self.rate_limit + 0.1)):
                     orders, listing = self._orders(completed=False)
-                clock = getattr(listing, "server_time_at", None)
-                return orders, clock(sent_at) if clock and sent_at is not None else None
+                if sent_at is None:  # an answer of a fake: no clock tells old orders from new ones
+                    return [order for order in orders if order.id not in before], None
+                return orders, sent_by_server_clock(sent_at, answer, listing)
 
             try:
                 return find_order(look, draft, claims, find_timeout)
@@ -490,18 +494,22 @@ class CloreClient(Transport):
 
     def _has_ended(self, order_id: int) -> bool | None:
         """Whether an order has ended; None where the account has none of that number."""
-        order = self.get_order(order_id)
-        if order is not None:
-            return order.has_ended
+        for completed in (False, True):
+            orders, answer = self._orders(completed)
+            for order in orders:
+                if order.id == order_id:
+                    return order.has_ended
+                if order.server_id == order_id and not order.has_ended:
+                    raise OrderNotFoundError(
+                        f"there is no order {order_id}: that is the server of order {order.id}",
+                        order_id=order_id,
+                    )
+            listed = answer.get("orders")
+            if not isinstance(listed, list) or [o for o in orders if o.id is None]:
+                raise CloreError("the orders are not listed whole: that decides nothing")
         if order_id in self._seen:
             return True
-        for active in self.get_orders():
-            if active.server_id == order_id:
-                raise OrderNotFoundError(
-                    f"there is no order {order_id}: that is the server of order {active.id}",
-                    order_id=order_id,
-                )
-        return None
+        return False if order_id in self._made else None
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
         """End several orders with one API call.
@@ -573,8 +581,8 @@ class CloreClient(Transport):
         failure: CloreError | None = None
         while True:
             try:
-                # The last look starts at the deadline, and gets its turn.
-                with within(max(deadline, time.monotonic() + self.rate_limit + 0.1)):
+                # The last look starts at the deadline, and gets its turn: two reads at most.
+                with within(max(deadline, time.monotonic() + 2 * self.rate_limit + 0.1)):
                     order = self.get_order(wanted)
                 failure = None
             except CloreError as error:
@@ -599,7 +607,9 @@ class CloreClient(Transport):
                     order_id=wanted,
                     order=seen,
                 ) from failure
-            time.sleep(min(poll_interval, remaining))
+            # No sooner than the API asked for, where it did.
+            pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
+            time.sleep(min(pause, remaining))
 
     # --- SSH ---
 
@@ -728,10 +738,10 @@ class CloreClient(Transport):
             answer = self._request("POST", "/v1/set_spot_price", json=body)
         except SpotPriceTooSoonError as error:
             # Sent again after a lost answer, it is refused because the first one was carried out.
-            if error.sends > 1 and self._bid_shows(wanted, bid):
+            if error.sends > 1 and self._bid_shows(order, bid):
                 return True
             raise
-        return "error" not in answer
+        return answer.get("error") in (None, "")
 
     def _new_bid(self, order: Order, new_price: float, above: bool) -> float:
         market = self._market
@@ -748,7 +758,13 @@ class CloreClient(Transport):
         self._ensure_rates(server_id, currency)
         return market.wire_bid(new_price, currency, server_id)
 
-    def _bid_shows(self, order_id: int, bid: float) -> bool:
-        order = self.get_order(order_id)
-        shown = finite(order.wire.get("price")) if order is not None else None
-        return shown is not None and abs(shown - bid) <= 1e-6 * bid
+    def _bid_shows(self, before: Order, bid: float) -> bool:
+        """Whether an order now shows a bid that was sent."""
+        after = self.get_order(before.id or 0)
+        shown = finite(after.wire.get("price")) if after is not None else None
+        if shown is None:
+            return False
+        if surely_documented(before):
+            # Its price is in the order's currency, the bid in USD: what tells is that it changed.
+            return shown != finite(before.wire.get("price"))
+        return abs(shown - bid) <= max(1e-6 * bid, 1e-8)  # bitcoin has eight digits

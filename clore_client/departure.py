@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ssl import SSLCertVerificationError
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import NewConnectionError
+from urllib3.exceptions import LocationParseError, NewConnectionError
 from urllib3.poolmanager import PoolManager, ProxyManager
 
 
@@ -22,6 +23,7 @@ class Departure(threading.local):
     def __init__(self) -> None:
         self.tell: Callable[[], None] | None = None
         self.at: float | None = None
+        self.connecting = False  # a watched connection was opened: then ``at`` is to be trusted
 
     def now(self) -> None:
         """The first byte is about to be written."""
@@ -32,7 +34,7 @@ class Departure(threading.local):
     @contextmanager
     def watched(self, tell: Callable[[], None]) -> Iterator[None]:
         """In the block, call ``tell`` when the thread's request leaves."""
-        self.tell, self.at = tell, None
+        self.tell, self.at, self.connecting = tell, None, False
         try:
             yield
         finally:
@@ -42,7 +44,22 @@ class Departure(threading.local):
 departure = Departure()
 
 
+# Raised before anything is sent, also by connections that tell nothing.
+_UNSENT = (
+    requests.ConnectTimeout,
+    requests.exceptions.InvalidURL,
+    requests.exceptions.ProxyError,
+    LocationParseError,
+    NewConnectionError,
+    SSLCertVerificationError,
+)
+
+
 class _Connection(HTTPConnection):
+    def connect(self) -> None:
+        departure.connecting = True
+        super().connect()
+
     def endheaders(self, *args: Any, **kwargs: Any) -> None:
         if self.sock is None:
             self.connect()
@@ -51,6 +68,10 @@ class _Connection(HTTPConnection):
 
 
 class _TLSConnection(HTTPSConnection):
+    def connect(self) -> None:
+        departure.connecting = True
+        super().connect()
+
     def endheaders(self, *args: Any, **kwargs: Any) -> None:
         if self.sock is None:
             self.connect()
@@ -101,11 +122,9 @@ def never_left(error: Exception, left: bool) -> bool:
     """Whether a request that failed is sure not to have reached anybody."""
     if left:
         return False
-    if isinstance(error, (requests.ConnectTimeout, requests.exceptions.ProxyError)):
+    if departure.connecting or isinstance(error, _UNSENT):
         return True
-    if isinstance(error, requests.exceptions.SSLError):
-        return True
-    return isinstance(reason_of(error), NewConnectionError)
+    return isinstance(reason_of(error), _UNSENT)
 
 
 def reason_of(error: BaseException) -> Any:

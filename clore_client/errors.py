@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 # The code table of the API reference.
@@ -49,23 +50,41 @@ def printable(text: str, limit: int = 2000) -> str:
     )
 
 
-def masked(value: Any) -> Any:
-    """A copy of ``value`` in which everything under a name of ``SECRET_FIELDS`` reads ``'***'``."""
+def masked(value: Any, depth: int = 20) -> Any:
+    """A copy of ``value`` in which everything under a name of ``SECRET_FIELDS`` reads ``'***'``.
+
+    What is nested deeper than ``depth`` is left out: no honest answer is.
+    """
+    if not isinstance(value, (dict, list, tuple)):
+        return value
+    if not depth:
+        return "..."
     if isinstance(value, dict):
         return {
-            k: "***" if str(k).lower() in SECRET_FIELDS and v else masked(v)
+            k: "***" if str(k).lower() in SECRET_FIELDS and v else masked(v, depth - 1)
             for k, v in value.items()
         }
-    if isinstance(value, (list, tuple)):
-        return [masked(v) for v in value]
-    return value
+    return [masked(v, depth - 1) for v in value]
 
 
 def without(text: str, secrets: tuple[str, ...]) -> str:
     """``text`` with each of the ``secrets`` replaced: an answer may repeat what it was sent."""
     for secret in secrets:
-        text = text.replace(secret, "***")
+        # As it is, and as it reads within JSON or within the repr of a string.
+        for spelling in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]):
+            text = text.replace(spelling, "***")
     return text
+
+
+def _scrubbed(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
+    """``value`` with the ``secrets`` replaced in all its strings."""
+    if isinstance(value, str):
+        return without(value, secrets)
+    if isinstance(value, dict) and depth:
+        return {k: _scrubbed(v, secrets, depth - 1) for k, v in value.items()}
+    if isinstance(value, list) and depth:
+        return [_scrubbed(v, secrets, depth - 1) for v in value]
+    return value
 
 
 class CloreError(Exception):
@@ -233,7 +252,7 @@ class CloreAPIError(CloreError):
     ) -> None:
         self.code = code
         self.error = None if error is None else without(error, secrets)
-        self.response = {} if response is None else response
+        self.response: dict[str, Any] = _scrubbed(response or {}, secrets)
         self.http_status = http_status
         self.endpoint = endpoint
         self.hint = hint

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clore_client.money import RateBook, finite, per_hour
-from clore_client.records import Record, dicts, is_live, whole_id
+from clore_client.records import Record, dicts, is_live, packed, whole_id
 
 # How an order may end. The live form knows the first two; the others are known from elsewhere.
 ENDED_STATUSES = frozenset(
@@ -154,9 +154,15 @@ def _live_status(record: dict[str, Any], cancelled: bool, host: str, ports: bool
     return "creating"
 
 
+def _either(record: dict[str, Any], name: str, other: str) -> Any:
+    """The documented field where it is told, else the live one."""
+    value = record.get(name)
+    return record.get(other) if value is None else value
+
+
 def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str, Any]:
     """The documented fields of an order in the live form."""
-    order_id = record.get("order_id", record.get("id"))
+    order_id = _either(record, "order_id", "id")
     ours = whole_id(order_id) in cancelled
     host, ports = _live_host(record), _live_ports(record)
     pub, http_port = record.get("http_pub"), record.get("http_port")
@@ -165,14 +171,14 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
         urls[str(port)] = f"https://{pub}"
     return {
         "order_id": order_id,
-        "renting_server": record.get("renting_server", record.get("si")),
+        "renting_server": _either(record, "renting_server", "si"),
         "status": _live_status(record, ours, host, bool(ports)),
         "connection": {
             "ssh": f"ssh root@{host} -p {ports[22]}" if host and 22 in ports else "",
             "http_ports": urls,
         },
         "price": per_hour(record.get("price")),
-        "started": record.get("started", record.get("ct")),
+        "started": _either(record, "started", "ct"),
     }
 
 
@@ -188,7 +194,7 @@ def to_order(
         rates: for ``usd_per_hour``.
     """
     order = Order({**record, **_live_fields(record, cancelled)} if live else record)
-    order._wire, order._live = record, live
+    order._wire, order._live = packed(record), live
     order._usd_per_hour = rates.usd(order.get("price"), order.get("currency"))
     return order
 
@@ -204,7 +210,7 @@ def created_id(answer: dict[str, Any]) -> int | None:
     nested = answer.get("order")
     for holder in (answer, nested if isinstance(nested, dict) else {}):
         for name in ("order_id", "id"):
-            if (order_id := whole_id(holder.get(name))) is not None:
+            if (order_id := whole_id(holder.get(name))) is not None and order_id > 0:
                 return order_id
     return None
 

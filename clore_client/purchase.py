@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from clore_client.answers import Envelope
 from clore_client.checks import (
     MAX_PASSWORD,
     MAX_TOKEN,
@@ -37,8 +38,8 @@ class Draft:
     """An order that is to be made: what is sent, and what is kept."""
 
     wanted: Wanted
-    body: dict[str, Any]
-    made_up_password: str | None
+    body: dict[str, Any] = field(repr=False)
+    made_up_password: str | None = field(repr=False)
     credentials: dict[str, str] = field(repr=False)
 
 
@@ -88,6 +89,19 @@ def draft_order(
         **credentials,
     }
     return Draft(wanted, body, made_up, credentials)
+
+
+def sent_by_server_clock(sent_at: float, *answers: dict[str, Any]) -> float | None:
+    """The moment of sending in Unix time by the server's clock, rounded down.
+
+    Each answer's ``Date`` bounds it from below, the quickest answer most closely.
+
+    Parameters:
+        sent_at: by ``time.monotonic()``.
+        answers: what came back since.
+    """
+    clocks = [answer.server_time_at(sent_at) for answer in answers if isinstance(answer, Envelope)]
+    return max((clock for clock in clocks if clock is not None), default=None)
 
 
 def find_order(

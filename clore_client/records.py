@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from clore_client.errors import masked
+from clore_client.errors import masked, printable
 
 R = TypeVar("R", bound="Record")
 
@@ -110,7 +110,7 @@ class Record(dict[str, Any]):
     def __repr__(self) -> str:
         # repr() of the parts escapes control characters: text in a record comes from strangers.
         shown = masked({k: v for k, v in self._summary().items() if v is not None})
-        fields = ", ".join(f"{k}={v!r}" for k, v in shown.items())
+        fields = ", ".join(f"{printable(str(k))}={v!r}" for k, v in shown.items())
         return f"<{type(self).__name__} {fields}>"
 
     __str__ = __repr__

@@ -245,7 +245,8 @@ def to_servers(
         if max_usd_per_hour is None:
             return True
         price = server_price(record, live, spot)
-        return price is not None and price <= max_usd_per_hour
+        # 8.4 a day over 24 is a hair above 0.35.
+        return price is not None and price <= max_usd_per_hour * (1 + 1e-12)
 
     return [to_server(r, live) for r in dicts(answer.get("servers")) if fits(r)]
 

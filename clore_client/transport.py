@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import requests
 import urllib3
+from requests.structures import CaseInsensitiveDict
 
 from clore_client.answers import (
     REPEATABLE_POSTS,
@@ -138,15 +139,26 @@ class Transport:
                 raise ValueError(f"user_agent must be printable ASCII, not {user_agent!r}")
             self._user_agent += f" {user_agent}"
         if base_url is not None:
-            self.BASE_URL = check_base_url(check_text("base_url", base_url), "base_url")
+            self._set_base_url(check_base_url(check_text("base_url", base_url), "base_url"))
             self._url_source = "argument"
         elif from_environment := os.environ.get(URL_VARIABLE):
-            self.BASE_URL = check_base_url(from_environment, URL_VARIABLE)
+            self._set_base_url(check_base_url(from_environment, URL_VARIABLE))
             self._url_source = f"environment variable {URL_VARIABLE}"
         else:
             self._url_source = f"class attribute {type(self).__name__}.BASE_URL"
 
+    def _set_base_url(self, url: str) -> None:
+        try:
+            self.BASE_URL = url
+        except AttributeError:  # a subclass has made it a property: that one decides
+            logger.debug("BASE_URL of %s can't be set", type(self).__name__)
+
     # --- attributes that may be set later ---
+
+    @property
+    def _base_url(self) -> str:
+        """The base URL of this moment, checked, without a trailing slash."""
+        return check_base_url(self.BASE_URL, "BASE_URL")
 
     @property
     def api_key(self) -> str | None:
@@ -241,7 +253,10 @@ class Transport:
                 )
                 raise _after(error, sends) from None
             except PushedBackError as push:
-                raise _pushed_back(call, push.seconds) from None
+                if failure is None:
+                    raise _pushed_back(call, push.seconds) from None
+                failure.error.retry_after = push.seconds
+                raise _after(failure.error, sends) from None
             sends += 1
             if isinstance(outcome, Envelope):
                 outcome.sends = sends
@@ -274,9 +289,10 @@ class Transport:
             raise ValueError("allow_redirects is refused: a redirect could lead the key elsewhere")
         method = check_text("method", method).upper()
         name = _name_of(check_endpoint(endpoint))
-        base_url = check_base_url(self.BASE_URL, "BASE_URL")
-        headers = {**self.headers, **(kwargs.pop("headers", None) or {})}
-        key = next((v for k, v in headers.items() if k.lower() == "auth" and v), "")
+        base_url = self._base_url
+        headers = CaseInsensitiveDict({**self.headers})
+        headers.update(kwargs.pop("headers", None) or {})
+        key = headers.get("auth") or ""
         if key:
             key = headers["auth"] = clean_key(key, "the headers")
             check_key_may_go_to(base_url)

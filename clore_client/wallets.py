@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clore_client.money import finite
-from clore_client.records import Record, dicts
+from clore_client.records import Record, dicts, packed
 
 
 class Wallet(Record):
@@ -39,7 +39,7 @@ def to_wallets(answer: dict[str, Any]) -> list[Wallet]:
     wallets = []
     for record in dicts(answer.get("wallets")):
         wallet = Wallet(record)
-        wallet._wire = record
+        wallet._wire = packed(record)
         if "deposit" in record:
             wallet.setdefault("deposit_address", record["deposit"])
         wallets.append(wallet)
