@@ -505,7 +505,8 @@ class CloreClient(Transport):
                         order_id=order_id,
                     )
             listed = answer.get("orders")
-            if not isinstance(listed, list) or [o for o in orders if o.id is None]:
+            ids = [order.id for order in orders if order.id is not None]
+            if not isinstance(listed, list) or len(ids) != len(listed):
                 raise CloreError("the orders are not listed whole: that decides nothing")
         if order_id in self._seen:
             return True
