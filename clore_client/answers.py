@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import email.utils
-import html
 import json as jsonlib
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -61,18 +59,33 @@ def _unix_time(date: str | None) -> float | None:
         return None
 
 
-@dataclass(frozen=True)
+# These are no dataclasses, here and elsewhere: that module costs a fifth of the import.
 class Call:
     """A request that is ready to be sent, and what may be done with it."""
 
-    name: str  # the endpoint's last part, as "create_order"
-    endpoint: str
-    request: requests.PreparedRequest
-    settings: dict[str, Any] = field(repr=False)
-    base_url: str
-    key: str = field(repr=False)
-    repeatable: bool
-    secrets: tuple[str, ...] = field(repr=False)
+    def __init__(
+        self,
+        *,
+        name: str,
+        endpoint: str,
+        request: requests.PreparedRequest,
+        settings: dict[str, Any],
+        base_url: str,
+        key: str,
+        repeatable: bool,
+        secrets: tuple[str, ...],
+    ) -> None:
+        self.name = name  # the endpoint's last part, as "create_order"
+        self.endpoint = endpoint
+        self.request = request
+        self.settings = settings
+        self.base_url = base_url
+        self.key = key
+        self.repeatable = repeatable
+        self.secrets = secrets
+
+    def __repr__(self) -> str:
+        return f"<Call {self.label}>"
 
     @property
     def label(self) -> str:
@@ -96,13 +109,13 @@ class Call:
         )
 
 
-@dataclass
 class Failure:
     """One send that did not end well."""
 
-    error: CloreError
-    again: bool  # whether it may be sent again
-    rate_limited: bool = False
+    def __init__(self, error: CloreError, again: bool, rate_limited: bool = False) -> None:
+        self.error = error
+        self.again = again  # whether it may be sent again
+        self.rate_limited = rate_limited
 
 
 def secrets_in(value: Any, inside: bool = False) -> Iterator[str]:
@@ -119,6 +132,8 @@ def secrets_in(value: Any, inside: bool = False) -> Iterator[str]:
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
     """The start of an HTML or text answer, without its tags and secrets, on one line."""
+    import html  # for errors only, and not cheap
+
     text = without(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
     text = re.sub(r"(?is)<(script|style|head)\b.*?</\1\s*>", " ", text)
     text = html.unescape(re.sub(r"<[^<>]*>?", " ", text))

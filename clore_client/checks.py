@@ -13,11 +13,9 @@ from clore_client.money import CURRENCIES, wire_currency
 
 Timeout = float | tuple[float | None, float | None] | None
 
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # Seen on the live API: with these in an env value, create_order answers code 1.
-_CHOKED_ON = re.compile(
-    "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
-)
+_CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
 MAX_PASSWORD = 32
 MAX_TOKEN = 32
 MAX_SSH_KEY = 3072
@@ -140,7 +138,7 @@ def check_env(name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
     for variable, text in value.items():
-        if not isinstance(variable, str) or not _ENV_NAME.fullmatch(variable):
+        if not isinstance(variable, str) or not re.fullmatch(_ENV_NAME, variable):
             raise ValueError(f"{name}: not the name of a variable: {_shown(variable)}")
         if len(variable) > MAX_ENV_NAME:
             raise ValueError(f"{name}: a name has at most {MAX_ENV_NAME} characters: {variable}")
@@ -150,7 +148,7 @@ def check_env(name: str, value: Any) -> dict[str, str]:
             raise ValueError(
                 f"{name}[{variable!r}] has {len(text)} characters; {MAX_ENV_VALUE} are allowed"
             )
-        if _CHOKED_ON.search(text):
+        if re.search(_CHOKED_ON, text):
             logger.warning(
                 "%s[%r] holds '&', a typographic quote or an emoji, with which the API is known "
                 "to answer code 1",

@@ -25,11 +25,17 @@ class Departure(threading.local):
         self.at: float | None = None
         self.connecting = False  # a watched connection was opened: then ``at`` is to be trusted
 
-    def now(self) -> None:
-        """The first byte is about to be written."""
-        if self.tell is not None:
-            self.at = time.monotonic()
-            self.tell()
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """The block writes the first byte."""
+        self.at = time.monotonic()
+        try:
+            yield
+        finally:
+            # Told afterwards: a thread that loses its turn between telling and writing would
+            # leave late, and so too close to the next one.
+            if self.tell is not None:
+                self.tell()
 
     @contextmanager
     def watched(self, tell: Callable[[], None]) -> Iterator[None]:
@@ -63,8 +69,8 @@ class _Connection(HTTPConnection):
     def endheaders(self, *args: Any, **kwargs: Any) -> None:
         if self.sock is None:
             self.connect()
-        departure.now()
-        super().endheaders(*args, **kwargs)
+        with departure.noted():
+            super().endheaders(*args, **kwargs)
 
 
 class _TLSConnection(HTTPSConnection):
@@ -75,8 +81,8 @@ class _TLSConnection(HTTPSConnection):
     def endheaders(self, *args: Any, **kwargs: Any) -> None:
         if self.sock is None:
             self.connect()
-        departure.now()
-        super().endheaders(*args, **kwargs)
+        with departure.noted():
+            super().endheaders(*args, **kwargs)
 
 
 class _Pool(HTTPConnectionPool):

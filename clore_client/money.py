@@ -22,6 +22,8 @@ CURRENCIES: dict[str, str] = {
 
 def finite(value: Any) -> float | None:
     """``value`` as a float when it is a finite number and no bool; else None."""
+    if type(value) is float:  # mostly, and this runs for thousands of servers
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:

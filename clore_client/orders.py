@@ -8,7 +8,6 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from clore_client.money import RateBook, finite, per_hour
@@ -215,17 +214,17 @@ def created_id(answer: dict[str, Any]) -> int | None:
     return None
 
 
-@dataclass(frozen=True)
 class Wanted:
     """What an order must look like to be the one that was just made.
 
     The live API has no idempotency key and answers without an order id.
     """
 
-    server_id: int
-    spot: bool
-    currency: str
-    image: str
+    def __init__(self, server_id: int, spot: bool, currency: str, image: str) -> None:
+        self.server_id = server_id
+        self.spot = spot
+        self.currency = currency
+        self.image = image
 
     def fits(self, order: Order, created_after: float | None) -> bool:
         """Whether ``order`` can be ours. A missing field contradicts nothing, but for the time.

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 # A server that asks for more patience than this gets an error to the user, not a sleep.
 LONGEST_PUSH_BACK = 60.0
@@ -32,13 +31,19 @@ class DeadlinePassedError(Exception):
     """There is no slot before the caller's deadline."""
 
 
-@dataclass(eq=False)
 class _Waiter:
-    rank: tuple[int, int]  # urgent ones first, then in order of arrival
-    interval: float
-    not_before: float
-    spacing: tuple[str, float] | None  # an endpoint with a limit of its own
-    granted_at: float | None = None
+    def __init__(
+        self,
+        rank: tuple[int, int],
+        interval: float,
+        not_before: float,
+        spacing: tuple[str, float] | None,
+    ) -> None:
+        self.rank = rank  # urgent ones first, then in order of arrival
+        self.interval = interval
+        self.not_before = not_before
+        self.spacing = spacing  # an endpoint with a limit of its own
+        self.granted_at: float | None = None
 
 
 class Pacer:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 import string
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from clore_client.answers import Envelope
@@ -33,20 +32,27 @@ FIRST_LOOK = 0.2
 LONGEST_PAUSE = 2.0
 
 
-@dataclass
 class Draft:
     """An order that is to be made: what is sent, and what is kept."""
 
-    wanted: Wanted
-    body: dict[str, Any] = field(repr=False)
-    made_up_password: str | None = field(repr=False)
-    credentials: dict[str, str] = field(repr=False)
+    def __init__(
+        self,
+        wanted: Wanted,
+        body: dict[str, Any],
+        made_up_password: str | None,
+        credentials: dict[str, str],
+    ) -> None:
+        self.wanted = wanted
+        self.body = body
+        self.made_up_password = made_up_password
+        self.credentials = credentials
 
 
 def make_password() -> str:
     """A password that nobody guesses, of characters that need no quoting anywhere."""
     alphabet = string.ascii_letters + string.digits
-    return "".join(secrets.choice(alphabet) for _ in range(PASSWORD_LENGTH))
+    source = random.SystemRandom()  # the system's source, as the module secrets uses it
+    return "".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH))
 
 
 def draft_order(
