@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import email.utils
-import json as jsonlib
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -246,6 +246,6 @@ def _target(response: requests.Response) -> str:
 def _decode(body: bytes) -> Any:
     """The JSON of an answer, or None; decoded once."""
     try:
-        return jsonlib.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError):
         return None

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clore_client.bids import MarketMemory, surely_documented, with_hourly_offers
 from clore_client.cancel import LINGER, settle_cancel
+from clore_client.ceiling import (
+    check_order_ceiling,
+    check_price_ceiling,
+    purchase_usd_per_hour,
+)
 from clore_client.checks import (
     check_bool,
     check_currency,
@@ -19,14 +25,17 @@ from clore_client.checks import (
 from clore_client.errors import (
     ERROR_CODES,
     AuthenticationError,
+    CancelUnconfirmedError,
     CloreAPIError,
     CloreError,
     ConfigurationError,
+    DatabaseError,
     InvalidResponseError,
     OrderEndedError,
     OrderFateUnknownError,
     OrderNotFoundError,
     RateLimitError,
+    ServerAlreadyRentedError,
     SpotPriceTooSoonError,
     WaitTimeoutError,
 )
@@ -34,7 +43,14 @@ from clore_client.log import logger
 from clore_client.money import finite, wire_currency
 from clore_client.orders import Claims, Order, claims_for, created_id, to_orders
 from clore_client.pacing import account_of
-from clore_client.purchase import Draft, draft_order, find_order, sent_by_server_clock
+from clore_client.purchase import (
+    Draft,
+    Search,
+    draft_order,
+    find_order,
+    sent_by_server_clock,
+)
+from clore_client.records import whole_id
 from clore_client.servers import Server, cheapest_first, listed_prices, to_servers
 from clore_client.ssh import open_ssh, parse_ssh_command
 from clore_client.transport import Transport, within
@@ -76,6 +92,8 @@ class CloreClient(Transport):
         backoff: seconds that the first backoff has at most; it doubles with each send.
         max_backoff: seconds that any backoff has at most.
         user_agent: added to the User-Agent, as ``"my-tool/1.0"``.
+        max_usd_per_hour: refuse every order and bid over this, before anything is sent.
+        max_active_orders: refuse an order when so many are active.
 
     Raises:
         ConfigurationError: a key, a base URL or a settings file that can't be used.
@@ -330,11 +348,12 @@ class CloreClient(Transport):
         *,
         find_timeout: float = 30.0,
         allow_above_on_demand: bool = False,
+        preview: bool = False,
     ) -> Order:
         """Rent a server. It costs money from here on, until :meth:`cancel_order`.
 
         Sent at most once, unless it surely had no effect. The live API answers without an order
-        id; the order is then looked up in ``my_orders``.
+        id, and sometimes an answer is lost: the order is then looked up in ``my_orders``.
 
         Parameters:
             server_id: the ``id`` of a server.
@@ -350,6 +369,8 @@ class CloreClient(Transport):
             jupyter_token: at most 32 characters.
             find_timeout: seconds that the order may take to show up.
             allow_above_on_demand: take a bid over the server's own on-demand price.
+            preview: send nothing, and return what would be sent: an :class:`Order` with only
+                ``body`` and ``usd_per_hour`` (by today's listing, or of the bid; None if unknown).
 
         Returns:
             An :class:`Order` that also carries ``code`` (0).
@@ -360,6 +381,7 @@ class CloreClient(Transport):
                 to get in stands in its ``credentials``.
             ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
             BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused.
+            SpendingLimitError: a ceiling of the client does not allow it; nothing was sent.
             RateUnknownError: a bid could not be converted; nothing was sent.
             ValueError, TypeError: an argument can't be right; nothing was sent.
 
@@ -379,7 +401,12 @@ class CloreClient(Transport):
             draft.body["spotprice"] = self._spot_bid(draft, spot_price, allow_above_on_demand)
         elif spot_price is not None:
             logger.warning("spot_price is only used with order_type='spot': it is not sent")
-        order = self._place(draft, find_timeout)
+        if check_bool("preview", preview):
+            usd_per_hour = self._usd_per_hour(draft.body)
+            shown = Order(body=draft.body, usd_per_hour=usd_per_hour)
+            shown._usd_per_hour = usd_per_hour
+            return shown
+        order, draft = self._place(draft, find_timeout)
         if order.id is not None:
             self._credentials[order.id] = draft.credentials
             self._made[order.id] = order.copy()
@@ -402,48 +429,109 @@ class CloreClient(Transport):
         if not market.documented and currency not in market.rates.fresh():
             self._spot_market(server_id)
 
-    def _place(self, draft: Draft, find_timeout: float) -> Order:
-        server_id = draft.wanted.server_id
-        claims = self._claims
+    def _place(self, draft: Draft, find_timeout: float) -> tuple[Order, Draft]:
+        """Send an order, and find out what became of it; also gives the draft that it is of."""
+        server_id, claims = draft.wanted.server_id, self._claims
         with claims.turn(server_id):
+            search = Search(draft, time.monotonic(), frozenset(self._seen))
+            doubt: CloreError | None = None
             try:
-                answer = self._request("POST", "/v1/create_order", json=draft.body)
-            except OrderFateUnknownError as error:
-                error.server_id, error.credentials = server_id, draft.credentials
-                raise
-            if (order_id := created_id(answer)) is not None:
-                claims.take(order_id)
-                made = to_orders(
-                    {"orders": [{**answer, "order_id": order_id}]}, (), self._market.rates
-                )[0]
-                if made.server_id is None:
-                    made["renting_server"] = server_id
-                made.setdefault("currency", draft.wanted.currency)
-                made.setdefault("status", "creating")
-                made.setdefault("connection", {"ssh": "", "http_ports": {}})
-                return made
-            sent_at = getattr(answer, "sent_at", None)
-            deadline = time.monotonic() + find_timeout + self.rate_limit
-            before = frozenset(self._seen)
-
-            def look() -> tuple[list[Order], float | None]:
-                with within(max(deadline, time.monotonic() + self.rate_limit + 0.1)):
-                    orders, listing = self._orders(completed=False)
-                if sent_at is None:  # an answer of a fake: no clock tells old orders from new ones
-                    return [order for order in orders if order.id not in before], None
-                return orders, sent_by_server_clock(sent_at, answer, listing)
-
-            try:
-                return find_order(look, draft, claims, find_timeout)
+                search.answer = self._request("POST", "/v1/create_order", json=draft.body)
+            except ServerAlreadyRentedError as error:
+                earlier = claims.unresolved.get(server_id)
+                if earlier is None:
+                    raise
+                # Maybe it is us who rent it, by an order of which the answer was lost.
+                return self._find(earlier, find_timeout, error), earlier.draft
+            except (OrderFateUnknownError, DatabaseError) as error:
+                doubt, search.sent_at = error, error._sent_at or search.sent_at
             except (KeyboardInterrupt, SystemExit):
-                logger.warning(
-                    "interrupted while an order of server %d, which was made, was looked up: "
-                    "see get_orders()",
-                    server_id,
-                )
+                claims.unresolved[server_id] = search
                 raise
+            if (order_id := created_id(search.answer)) is not None:
+                claims.take(order_id)
+                return self._answered(search, order_id), draft
+            return self._find(search, find_timeout, doubt), draft
 
-    def cancel_order(self, order_id: int, issue: str | None = None) -> bool:
+    def _answered(self, search: Search, order_id: int) -> Order:
+        """The order of an answer that names it."""
+        answer = {**search.answer, "order_id": order_id}
+        made = to_orders({"orders": [answer]}, (), self._market.rates)[0]
+        if made.server_id is None:
+            made["renting_server"] = search.draft.wanted.server_id
+        made.setdefault("currency", search.draft.wanted.currency)
+        made.setdefault("status", "creating")
+        made.setdefault("connection", {"ssh": "", "http_ports": {}})
+        return made
+
+    def _find(self, search: Search, timeout: float, doubt: CloreError | None) -> Order:
+        """Search my_orders for an order that was sent, and may have been made."""
+        claims, server_id = self._claims, search.draft.wanted.server_id
+        deadline = time.monotonic() + timeout + self.rate_limit
+
+        def look() -> tuple[list[Order], float | None]:
+            with within(max(deadline, time.monotonic() + self.rate_limit + 0.1)):
+                orders, listing = self._orders(completed=False)
+            created_after = sent_by_server_clock(search.sent_at, search.answer, listing)
+            if created_after is None:  # an answer of a fake: no clock tells old orders from new
+                orders = [order for order in orders if order.id not in search.seen_before]
+            return orders, created_after
+
+        claims.unresolved[server_id] = search
+        try:
+            order = find_order(look, search.draft, claims, timeout, doubt)
+        except OrderFateUnknownError as unknown:
+            if unknown.order_ids or unknown.__cause__ is not doubt or doubt is None:
+                raise
+            if isinstance(doubt, DatabaseError):
+                claims.unresolved.pop(server_id, None)
+            if isinstance(doubt, CloreAPIError):  # whole lists without it: the refusal is true
+                raise doubt from None
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            logger.warning(
+                "interrupted while an order of server %d was looked up, which may have been "
+                "made: see get_orders()",
+                server_id,
+            )
+            raise
+        claims.unresolved.pop(server_id, None)
+        return order
+
+    def _check_purchase(self, body: Any) -> None:
+        if self.max_usd_per_hour is None and self.max_active_orders is None:
+            return
+        if not isinstance(body, dict):
+            raise TypeError("with a ceiling, json of create_order must be a dict")
+        if self.max_usd_per_hour is not None:
+            what = f"an order of server {body.get('renting_server')}"
+            check_price_ceiling(self._usd_per_hour(body), self.max_usd_per_hour, what)
+        if self.max_active_orders is not None:
+            # Those that this client made may not be listed yet.
+            made = {i for i in self._made if i not in self._seen and i not in self._cancelled}
+            active = {order.id for order in self.get_orders() if order.id is not None}
+            check_order_ceiling(active | made, self.max_active_orders)
+
+    def _usd_per_hour(self, body: dict[str, Any]) -> float | None:
+        """What an order with this body costs by today's listing, or by its bid."""
+        server_id, currency = whole_id(body.get("renting_server")), body.get("currency")
+        if body.get("type") == "spot" and server_id is not None and isinstance(currency, str):
+            self._ensure_rates(server_id, currency)
+
+        def find_server(wanted: int) -> Server | None:
+            listed = to_servers(self._marketplace(), include_rented=True, server_id=wanted)
+            return listed[0] if listed else None
+
+        return purchase_usd_per_hour(body, find_server, self._market)
+
+    def cancel_order(
+        self,
+        order_id: int,
+        issue: str | None = None,
+        *,
+        confirm: bool = False,
+        confirm_timeout: float = 60.0,
+    ) -> bool:
         """End an order: it costs nothing from here on. Safe to repeat.
 
         What the API answers for an order that has ended is not known: after a refusal or a doubt
@@ -452,12 +540,15 @@ class CloreClient(Transport):
         Parameters:
             order_id: its number.
             issue: what was wrong with the server; cut at 2048 characters.
+            confirm: wait until the order has left the active ones, or is expired.
+            confirm_timeout: seconds for that.
 
         Returns:
             True, also when it had ended before.
 
         Raises:
             OrderNotFoundError: the account has no such order.
+            CancelUnconfirmedError: it still looked active after ``confirm_timeout``.
             CloreError: the order may still be running.
 
         Example:
@@ -465,6 +556,8 @@ class CloreClient(Transport):
             True
         """
         wanted = check_id("order_id", order_id)
+        check_bool("confirm", confirm)
+        check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         body: dict[str, Any] = {"id": wanted}
         if issue is not None:
             if not isinstance(issue, str):
@@ -482,7 +575,54 @@ class CloreClient(Transport):
             settle_cancel(lambda: self._has_ended(wanted), wanted, error, patience)
         self._cancelled.add(wanted)
         logger.info("order %d was cancelled", wanted)
+        if confirm:
+            self._confirm((wanted,), confirm_timeout)
         return True
+
+    def _confirm(self, order_ids: tuple[int, ...], timeout: float) -> None:
+        """Wait until cancelled orders have ended in the lists as well."""
+        deadline = time.monotonic() + timeout
+        left = list(order_ids)
+        for order_id in order_ids:
+            unconfirmed = CancelUnconfirmedError(
+                f"cancelled, but still active after {timeout:g}s: {', '.join(map(str, left))}",
+                order_ids=tuple(left),
+            )
+            remaining = max(0.0, deadline - time.monotonic())
+            settle_cancel(partial(self._has_ended, order_id), order_id, unconfirmed, remaining)
+            left.remove(order_id)
+
+    def cancel_all(self, *, confirm: bool = True, confirm_timeout: float = 60.0) -> list[int]:
+        """End every active order of the account, whoever made it.
+
+        Parameters:
+            confirm: wait until they have left the active ones, or are expired.
+            confirm_timeout: seconds for that.
+
+        Returns:
+            The ids of the orders that were active.
+
+        Raises:
+            CancelUnconfirmedError: some may still be running; ``order_ids`` names them.
+
+        Example:
+            >>> client.cancel_all()
+            [1958009, 1958010]
+        """
+        check_bool("confirm", confirm)
+        check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
+        ids = [order.id for order in self.get_orders() if order.id is not None]
+        # Those that this client made may not be listed yet.
+        ids += [i for i in self._made if i not in self._seen and i not in self._cancelled]
+        failed = {str(i) for i in self.cancel_orders(ids).get("failed_to_cancel") or ()}
+        left = tuple(i for i in ids if str(i) in failed and not self._ends_soon(i))
+        if left:
+            raise CancelUnconfirmedError(
+                f"not cancelled: {', '.join(map(str, left))}", order_ids=left
+            )
+        if confirm and ids:
+            self._confirm(tuple(ids), confirm_timeout)
+        return ids
 
     def _ends_soon(self, order_id: int) -> bool:
         """Whether an order has ended, or does while it may still be lingering."""
@@ -546,6 +686,8 @@ class CloreClient(Transport):
         timeout: float = 300,
         poll_interval: float = 5.0,
         target_status: str = "running",
+        *,
+        on_update: Callable[[Order | None], object] | None = None,
     ) -> Order:
         """Wait until an order has a status.
 
@@ -559,13 +701,16 @@ class CloreClient(Transport):
             poll_interval: seconds between two looks.
             target_status: ``"running"``, ``"creating"``, ``"cancelled"`` or ``"expired"``; the
                 last two meet each other.
+            on_update: called after each look with the :class:`Order`, or None while it does not
+                show; what it raises ends the wait.
 
         Returns:
             The :class:`Order`, with that status.
 
         Raises:
             OrderEndedError: it ended meanwhile.
-            WaitTimeoutError: it did not get there in time; a ``TimeoutError``.
+            WaitTimeoutError: it did not get there in time; a ``TimeoutError``. ``reason`` tells
+                whether it never showed up, or is still creating.
 
         Example:
             >>> client.wait_for_order(1958009, timeout=120).ssh_command
@@ -575,6 +720,8 @@ class CloreClient(Transport):
         check_number("timeout", timeout, infinite=True, unit="seconds")
         check_number("poll_interval", poll_interval, unit="seconds")
         check_text("target_status", target_status)
+        if on_update is not None and not callable(on_update):
+            raise TypeError(f"on_update must be callable, not {on_update!r}")
         ends = {"cancelled", "expired"}
         targets = ends if target_status in ends else {target_status}
         deadline = time.monotonic() + timeout
@@ -592,6 +739,8 @@ class CloreClient(Transport):
                 logger.debug("a look at order %d failed: %s", wanted, error)
                 order, failure = None, error
             seen = order or seen
+            if on_update is not None and failure is None:
+                on_update(order)
             if order is not None and order.status in targets:
                 return order
             if order is not None and order.has_ended:
@@ -746,6 +895,7 @@ class CloreClient(Transport):
 
     def _new_bid(self, order: Order, new_price: float, above: bool) -> float:
         market = self._market
+        check_price_ceiling(new_price, self.max_usd_per_hour, f"the bid for order {order.id}")
         market.check_below_on_demand("new_price", new_price, order.server_id, above)
         if surely_documented(order):
             return new_price

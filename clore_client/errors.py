@@ -187,6 +187,26 @@ class OrderNotFoundError(CloreError):
         self.order_id = order_id
 
 
+class CancelUnconfirmedError(CloreError):
+    """A cancelled order still looks active: look again, and cancel again; that does no harm.
+
+    Attributes:
+        order_id: the order, or the first of several.
+        order_ids: all of them.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, *, order_ids: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.order_ids = order_ids
+        self.order_id = order_ids[0]
+
+
+class SpendingLimitError(CloreError):
+    """A purchase that ``max_usd_per_hour`` or ``max_active_orders`` does not allow; not sent."""
+
+
 class OrderEndedError(CloreError):
     """An order ended while it was awaited.
 
@@ -208,12 +228,14 @@ class WaitTimeoutError(CloreError, TimeoutError):
     Attributes:
         order_id: which order.
         order: the order as it was last seen, or None when it never showed up.
+        reason: ``"never showed up"`` or ``"still creating"`` (or another status).
     """
 
     def __init__(self, message: str, *, order_id: int, order: Any = None) -> None:
         super().__init__(message)
         self.order_id = order_id
         self.order = order
+        self.reason = "never showed up" if order is None else f"still {order.get('status')}"
 
 
 class RateUnknownError(CloreError):

@@ -258,6 +258,8 @@ class Claims:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._taken: set[int] = set()
+        # Server id -> the purchase of which it is not known what became of it.
+        self.unresolved: dict[int, Any] = {}
         self._busy: set[int] = set()
 
     @contextmanager

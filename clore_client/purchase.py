@@ -48,6 +48,25 @@ class Draft:
         self.credentials = credentials
 
 
+class Search:
+    """A purchase that was sent: what is needed to find its order."""
+
+    def __init__(self, draft: Draft, sent_at: float, seen_before: frozenset[int]) -> None:
+        self.draft = draft
+        self._sent_at = sent_at
+        self.seen_before = seen_before
+        self.answer: dict[str, Any] = {}
+
+    @property
+    def sent_at(self) -> float:
+        """When it left, by ``time.monotonic()``; before its answer came, at the earliest."""
+        return getattr(self.answer, "sent_at", self._sent_at)
+
+    @sent_at.setter
+    def sent_at(self, moment: float) -> None:
+        self._sent_at = moment
+
+
 def make_password() -> str:
     """A password that nobody guesses, of characters that need no quoting anywhere."""
     alphabet = string.ascii_letters + string.digits
@@ -115,6 +134,7 @@ def find_order(
     draft: Draft,
     claims: Claims,
     timeout: float,
+    doubt: CloreError | None = None,
 ) -> Order:
     """Look until the order that was just made shows up, and claim it.
 
@@ -123,9 +143,11 @@ def find_order(
         draft: what was sent.
         claims: what other calls of this process have taken for theirs.
         timeout: seconds.
+        doubt: why it is not sure that an order was made, where that is so.
 
     Raises:
-        OrderFateUnknownError: none showed up in time, or two fit.
+        OrderFateUnknownError: none showed up in time, or two fit. Its cause is the failure of the
+            last look, where that failed; else the doubt.
     """
     server_id = draft.wanted.server_id
     deadline, pause = time.monotonic() + timeout, FIRST_LOOK
@@ -133,6 +155,7 @@ def find_order(
     while True:
         try:
             orders, created_after = look()
+            cause = None
         except CloreError as error:
             cause, orders, created_after = error, [], None
         found = claims.free(orders, lambda order: draft.wanted.fits(order, created_after))  # noqa: B023
@@ -144,13 +167,15 @@ def find_order(
         time.sleep(min(pause, remaining))
         pause = min(pause * 1.5, LONGEST_PAUSE)
     ids = tuple(order.id for order in found if order.id is not None)
+    made = "was made" if doubt is None else "may have been made"
     raise OrderFateUnknownError(
-        f"an order for server {server_id} was made, and it can't be told which of "
+        f"an order for server {server_id} {made}, and it can't be told which of "
         f"{', '.join(map(str, ids))} it is: look at get_orders()"
         if ids
-        else f"an order for server {server_id} was made, but did not show up in my_orders within "
-        f"{timeout:g}s: look at get_orders(), also a minute from now",
+        else f"an order for server {server_id} {made}, but did not show up in my_orders within "
+        f"{timeout:g}s. It was not sent again: look at get_orders(), also a minute from now, "
+        "before you order again",
         server_id=server_id,
         order_ids=ids,
         credentials=draft.credentials,
-    ) from cause
+    ) from (cause or doubt)

@@ -71,10 +71,10 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
     spot, on_demand = price.get("spot"), price.get("on_demand")
     if stated := positive(_part(spot, "USD-Blockchain")):
         return stated
-    for currency, field in _USD_FIELDS.items():
+    for currency, usd_field in _USD_FIELDS.items():
         # The same server quotes its on-demand price in both units: that is the rate.
         amount = positive(_part(spot, currency))
-        same, in_usd = positive(_part(on_demand, currency)), positive(_part(usd, field))
+        same, in_usd = positive(_part(on_demand, currency)), positive(_part(usd, usd_field))
         if amount and same and in_usd:
             return amount * in_usd / same
     return None
@@ -93,6 +93,16 @@ def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None
     amount = positive(given)
     # The smallest of numbers becomes 0, which is no price.
     return amount / HOURS_PER_DAY or None if live and amount else amount
+
+
+def on_demand_usd(server: Server, currency: Any) -> float | None:
+    """USD per hour of a translated server when it is paid in ``currency``, the wire's name.
+
+    The documented form tells one price for all currencies.
+    """
+    usd = _part(server, "price", "usd")
+    own = positive(_part(usd, _USD_FIELDS.get(currency, ""))) if isinstance(currency, str) else None
+    return own or positive(_part(usd, "on_demand_clore"))
 
 
 def server_reliability(record: dict[str, Any], live: bool) -> float | None:
@@ -226,6 +236,7 @@ def to_servers(
     max_usd_per_hour: float | None = None,
     min_reliability: float = 0.0,
     spot: bool = False,
+    server_id: int | None = None,
 ) -> list[Server]:
     """The servers of a marketplace answer that fit, in the order in which they came.
 
@@ -236,6 +247,8 @@ def to_servers(
 
     def fits(record: dict[str, Any]) -> bool:
         # What costs least comes first: this runs for thousands of records.
+        if server_id is not None and whole_id(record.get("id")) != server_id:
+            return False
         if not include_rented and record.get("rented"):
             return False
         if min_reliability > 0 and (server_reliability(record, live) or 0.0) < min_reliability:
@@ -277,9 +290,9 @@ def listed_prices(answer: dict[str, Any], rates: RateBook) -> dict[int, float]:
             continue
         told[server_id] = usd
         if live and len(implied) < len(_USD_FIELDS):
-            for currency, field in _USD_FIELDS.items():
+            for currency, usd_field in _USD_FIELDS.items():
                 amount = positive(_part(record, "price", "on_demand", currency))
-                in_usd = positive(_part(record, "price", "usd", field))
+                in_usd = positive(_part(record, "price", "usd", usd_field))
                 if amount and in_usd:
                     implied[currency] = in_usd / amount
     rates.tell(implied, firm=False)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
+import io
 import re
 import sys
+import textwrap
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 PACKAGE = "clore_client"
 FOLDER = Path(__file__).parent
-# In the order in which a reader wants to see them; what one needs to be defined comes before it.
+# In the order in which a reader wants to see them; what one needs to be run is put before it. A new
+# module needs a line here, or nothing is written.
 MODULES = (
     "version",
     "client",
@@ -23,6 +28,7 @@ MODULES = (
     "bids",
     "purchase",
     "cancel",
+    "ceiling",
     "ssh",
     "transport",
     "answers",
@@ -34,22 +40,26 @@ MODULES = (
     "settings",
     "log",
 )
-LEFT_OUT = frozenset({"__init__", "single_file"})
+LEFT_OUT = frozenset({"__init__", "single_file", "simulator"})
 THIRD_PARTY = frozenset({"paramiko", "requests", "scp", "urllib3"})
-LINE_LENGTH = 100
-BANNER = "# " + "=" * 98
+WIDTH = 100
+BANNER = "# " + "=" * (WIDTH - 2)
+# What tells a module which file it is: the client must not know.
+ORIGINS = frozenset({"__name__", "__file__", "__package__", "__spec__", "__path__", "__doc__"})
 
-HEADER = '''"""clore-client {version} in one file: a synchronous client for the Clore.ai GPU marketplace.
+HEADER = '''\
+"""clore-client {version} in one file: a client for the Clore.ai GPU marketplace.
 
     from clore_client import CloreClient
 
-It needs requests; connect_ssh also paramiko.
+It needs requests; connect_ssh also needs paramiko.
 
 Made from the package clore-client {version} by
-    python -m clore_client.single_file > clore_client.py
+    python -I -m clore_client.single_file > clore_client.py
 which, after `pip install -U clore-client`, also brings a copy up to date;
-    python -m clore_client.single_file --check clore_client.py
-tells whether that is due. Change the package and not this file.
+    python -I -m clore_client.single_file --check clore_client.py
+tells whether that is due. Without -I, a clore_client.py in the current folder would be taken for
+the package. Change the package, and not this file.
 
 MIT License, Copyright (c) 2026 The clore-client authors; the whole text stands at the end.
 
@@ -79,18 +89,32 @@ class MergeError(Exception):
 
 
 @dataclass
+class _Imports:
+    """Imports from outside of the package."""
+
+    plain: set[tuple[str, str]] = field(default_factory=set)  # import module as name
+    named: set[tuple[str, str]] = field(default_factory=set)  # from module import name
+
+    def bound(self) -> Iterator[tuple[str, str]]:
+        """Each name that they define, and what it is."""
+        for module, name in self.plain:
+            yield (name, module) if name else (module.split(".")[0], module.split(".")[0])
+        for module, name in self.named:
+            yield name, f"{module}.{name}"
+
+
+@dataclass
 class _Module:
     """One module of the package, taken apart."""
 
     name: str
-    title: str
-    text: str  # without docstring and imports
-    defines: set[str]
-    needs_now: set[str]  # names that running the module looks up
+    about: str  # its docstring
+    text: str = ""  # without docstring and imports
+    defines: set[str] = field(default_factory=set)
+    needs_now: set[str] = field(default_factory=set)  # names that running it looks up
     uses: dict[str, str] = field(default_factory=dict)  # name -> module of the package
-    plain: set[tuple[str, str]] = field(default_factory=set)  # import module as name
-    named: set[tuple[str, str]] = field(default_factory=set)  # from module import name
-    typed: set[str] = field(default_factory=set)  # imports for type checkers only
+    imports: _Imports = field(default_factory=_Imports)
+    typed: _Imports = field(default_factory=_Imports)  # for type checkers only
 
 
 def write(folder: Path = FOLDER, modules: tuple[str, ...] = MODULES) -> str:
@@ -99,21 +123,29 @@ def write(folder: Path = FOLDER, modules: tuple[str, ...] = MODULES) -> str:
     Raises:
         MergeError: something in it can't be merged.
     """
-    present = {path.stem for path in folder.glob("*.py")} - LEFT_OUT
-    if present != set(modules):
-        raise MergeError(f"modules without a place, or gone: {sorted(present ^ set(modules))}")
-    parsed = {name: _parse(name, (folder / f"{name}.py").read_text("utf-8")) for name in modules}
-    _check_names(parsed)
+    present = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/*.py")}
+    if odd := (present - LEFT_OUT) ^ set(modules):
+        raise MergeError(f"MODULES of single_file.py and the package differ: {sorted(odd)}")
+    parsed = {name: _parse(name, _read(folder, name)) for name in modules}
+    exported = _exported(_read(folder, "__init__"), parsed)
     ordered = [parsed[name] for name in _in_order(parsed, modules)]
-    version = _version((folder / "version.py").read_text("utf-8"))
-    contents = "\n".join(f"    {m.name:<10} {m.title}" for m in ordered)
-    parts = [HEADER.format(version=version, contents=contents), "", *_imports(ordered), ""]
-    parts += [*_exported((folder / "__init__.py").read_text("utf-8")), "", ""]
+    version = _version(_read(folder, "version"))
+    contents = "\n".join(_contents(module) for module in ordered)
+    parts = [
+        HEADER.format(version=version, contents=contents),
+        "",
+        *_imports(ordered),
+        "",
+        exported,
+    ]
     for module in ordered:
-        parts += [BANNER, f"# {module.name}: {module.title}", BANNER, "", module.text, "", ""]
-    parts += [BANNER, "# license", BANNER]
-    parts += [f"# {line}".rstrip() for line in LICENSE.splitlines()]
-    return re.sub(r"\n{4,}", "\n\n\n", "\n".join(parts)) + "\n"
+        parts += ["", "", *_banner(f"{module.name}\n\n{module.about}"), "", "", module.text]
+    parts += ["", "", *_banner(f"license\n\n{LICENSE}")]
+    return "\n".join(parts) + "\n"
+
+
+def _read(folder: Path, name: str) -> str:
+    return (folder / f"{name}.py").read_text("utf-8")
 
 
 def _version(source: str) -> str:
@@ -123,75 +155,112 @@ def _version(source: str) -> str:
     return match[1]
 
 
+def _contents(module: _Module) -> str:
+    title = module.about.split("\n")[0]
+    return textwrap.fill(title, WIDTH, initial_indent=f"    {module.name:<12}",
+                         subsequent_indent=" " * 16)  # fmt: skip
+
+
+def _banner(text: str) -> list[str]:
+    lines: list[str] = []
+    for line in text.split("\n"):
+        lines += textwrap.wrap(line, WIDTH - 2) or [""]
+    return [BANNER, *(f"# {line}".rstrip() for line in lines), BANNER]
+
+
 def _parse(name: str, source: str) -> _Module:
     tree = ast.parse(source)
-    title = (ast.get_docstring(tree) or "").strip()
-    if not title or "\n" in title:
-        raise MergeError(f"{name}.py must start with a docstring of one line")
-    module = _Module(name, title, "", set(), set())
-    lines = source.splitlines()
-    dropped: set[int] = set()
+    module = _Module(name, about=ast.get_docstring(tree) or "")
+    if not module.about:
+        raise MergeError(f"{name}.py has no docstring for the contents")
+    head = 0  # the last line of docstring and imports
     for position, node in enumerate(tree.body):
-        if position == 0 or isinstance(node, (ast.Import, ast.ImportFrom)) or _is_typing(node):
-            dropped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            _take_import(module, node)
-        elif _is_typing(node):
-            module.typed.update(ast.unparse(n) for n in node.body)  # type: ignore[attr-defined]
-        elif position:
+        typed = _is_typing(node)
+        if position and not typed and not isinstance(node, (ast.Import, ast.ImportFrom)):
             module.defines.update(_defined(node))
             module.needs_now.update(_looked_up(node))
-    for node in ast.walk(tree):
-        inner = isinstance(node, (ast.Import, ast.ImportFrom)) and node not in tree.body
-        if inner and PACKAGE in ast.unparse(node):
-            raise MergeError(f"{name}.py:{node.lineno}: an import of the package in a function")
-    kept = [line for number, line in enumerate(lines, 1) if number not in dropped]
-    module.text = "\n".join(kept).strip("\n")
+            if node.lineno <= head:
+                raise MergeError(f"{name}.py:{head}: another statement on the line of an import")
+            continue
+        if module.needs_now or module.defines:
+            raise MergeError(f"{name}.py:{node.lineno}: an import after other code")
+        head = node.end_lineno or node.lineno
+        for part in node.body if isinstance(node, ast.If) else [node] if position else []:
+            _take_import(module, part, module.typed if typed else module.imports)
+    _check_inside(name, tree)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and token.start[0] <= head:
+            raise MergeError(f"{name}.py:{token.start[0]}: a comment among imports would be lost")
+    module.text = "\n".join(source.split("\n")[head:]).strip("\n")
     return module
 
 
 def _is_typing(node: ast.stmt) -> bool:
-    test = node.test if isinstance(node, ast.If) else None
+    test = node.test if isinstance(node, ast.If) and not node.orelse else None
     return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
 
 
-def _take_import(module: _Module, node: ast.Import | ast.ImportFrom) -> None:
+def _take_import(module: _Module, node: ast.stmt, into: _Imports) -> None:
     where = f"{module.name}.py:{node.lineno}"
     if isinstance(node, ast.Import):
         for alias in node.names:
             if alias.name.split(".")[0] == PACKAGE:
                 raise MergeError(f"{where}: import the package's modules by name: from ... import")
-            module.plain.add((alias.name, alias.asname or ""))
+            into.plain.add((alias.name, alias.asname or ""))
         return
+    if not isinstance(node, ast.ImportFrom):
+        raise MergeError(f"{where}: something else than an import, for type checkers only")
     source = node.module or ""
     for alias in node.names:
         if node.level or alias.name == "*" or source == PACKAGE:
             raise MergeError(f"{where}: not an import by name from a module of the package")
-        if not source.startswith(f"{PACKAGE}."):
-            if alias.asname:
-                raise MergeError(f"{where}: {alias.name} is imported under another name")
-            module.named.add((source, alias.name))
-        elif alias.asname:
+        if alias.asname:
             raise MergeError(f"{where}: {alias.name} is imported under another name")
-        else:
+        if source == "__future__" and alias.name != "annotations":
+            raise MergeError(f"{where}: {alias.name} would hold for all modules")
+        if source.startswith(f"{PACKAGE}."):
             module.uses[alias.name] = source.removeprefix(f"{PACKAGE}.")
+        elif source != "__future__":
+            into.named.add((source, alias.name))
 
 
-def _defined(node: ast.stmt) -> Iterator[str]:
-    """The names that a statement of a module defines."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+def _check_inside(name: str, tree: ast.Module) -> None:
+    """Refuse what would not mean the same in the one file."""
+    for node in ast.walk(tree):
+        where = f"{name}.py:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in tree.body:
+            sources = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            sources += [alias.name for alias in node.names]
+            ours = any(source.split(".")[0] == PACKAGE for source in sources)
+            relative = isinstance(node, ast.ImportFrom) and node.level
+            if relative or (
+                ours and not any(node in ast.walk(n) for n in tree.body if _is_typing(n))
+            ):
+                raise MergeError(f"{where}: an import of the package that is not at the top")
+        elif isinstance(node, ast.Name) and node.id in ORIGINS:
+            raise MergeError(f"{where}: {node.id} is another one in the one file")
+
+
+def _defined(node: ast.AST) -> Iterator[str]:
+    """The names that a statement of a module defines there."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         yield node.name
-    elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-        for part in ast.walk(node):
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                yield part.id
+        return
+    if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        return
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.alias):  # an import under a condition
+        yield (node.asname or node.name).split(".")[0]
+    for child in ast.iter_child_nodes(node):
+        yield from _defined(child)
 
 
 def _looked_up(node: ast.AST) -> Iterator[str]:
     """The names that running a statement looks up; the bodies of functions run later."""
-    if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
         now: list[ast.AST] = [*node.args.defaults, *(d for d in node.args.kw_defaults if d)]
-        if isinstance(node, ast.FunctionDef):
+        if not isinstance(node, ast.Lambda):
             now += node.decorator_list
         for part in now:
             yield from _looked_up(part)
@@ -209,17 +278,17 @@ def _looked_up(node: ast.AST) -> Iterator[str]:
 def _check_names(modules: dict[str, _Module]) -> None:
     """Every name means one thing in all modules, and what is imported is there."""
     owners: dict[str, str] = {}
-    for module in modules.values():
-        for name in module.defines:
-            if name in owners:
-                raise MergeError(f"{name} is defined in {owners[name]}.py and {module.name}.py")
-            owners[name] = module.name
     imported: dict[str, str] = {}
     for module in modules.values():
-        bound = {asname or name.split(".")[0]: name for name, asname in module.plain}
-        bound |= {name: f"{source}.{name}" for source, name in module.named}
-        for name, origin in bound.items():
-            if imported.setdefault(name, origin).split(".")[0] != origin.split(".")[0]:
+        for name in sorted(module.defines):
+            if name in owners:
+                raise MergeError(f"{name} is defined in {owners[name]}.py and {module.name}.py")
+            if hasattr(builtins, name) or (name.startswith("__") and name != "__version__"):
+                raise MergeError(f"{name} of {module.name}.py would hold for all modules")
+            owners[name] = module.name
+    for module in modules.values():
+        for name, origin in sorted([*module.imports.bound(), *module.typed.bound()]):
+            if imported.setdefault(name, origin) != origin:
                 raise MergeError(f"{name} is imported as {imported[name]} and as {origin}")
             if name in owners:
                 raise MergeError(f"{name} is an import and defined in {owners[name]}.py")
@@ -252,56 +321,73 @@ def _in_order(modules: dict[str, _Module], wanted: tuple[str, ...]) -> list[str]
 
 def _imports(modules: list[_Module]) -> list[str]:
     """All imports, merged, in the order that ruff and isort keep."""
-    plain = {pair for module in modules for pair in module.plain}
-    named: dict[str, set[str]] = {}
+    now, typed = _Imports(), _Imports()
     for module in modules:
-        for source, name in module.named:
-            named.setdefault(source, set()).add(name)
+        now.plain |= module.imports.plain
+        now.named |= module.imports.named
+        typed.plain |= module.typed.plain
+        typed.named |= module.typed.named
+    typed.plain -= now.plain
+    typed.named -= now.named
     lines = ["from __future__ import annotations"]
-    named.pop("__future__", None)
     for third in (False, True):
-        lines.append("")
-        lines += [
-            f"import {name}{f' as {asname}' if asname else ''}"
-            for name, asname in sorted(plain)
-            if (name.split(".")[0] in THIRD_PARTY) is third
-        ]
-        for source in sorted(named):
-            if (source.split(".")[0] in THIRD_PARTY) is third:
-                lines += _from_import(source, named[source])
-    typed = sorted({line for module in modules for line in module.typed})
-    if typed:
-        lines += ["", "if TYPE_CHECKING:", *(f"    {line}" for line in typed)]
+        lines += ["", *_rendered(now, third)]
+    later = [line for third in (False, True) for line in _rendered(typed, third)]
+    if later:
+        lines += ["", "if TYPE_CHECKING:", *(f"    {line}" for line in later)]
     return lines
 
 
-def _from_import(source: str, names: set[str]) -> list[str]:
+def _rendered(imports: _Imports, third: bool) -> Iterator[str]:
     def rank(name: str) -> tuple[int, str]:  # constants, classes, then the others
         return (0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2, name)
 
-    ordered = sorted(names, key=rank)
-    line = f"from {source} import {', '.join(ordered)}"
-    if len(line) <= LINE_LENGTH:
-        return [line]
-    return [f"from {source} import (", *(f"    {name}," for name in ordered), ")"]
+    for name, asname in sorted(imports.plain):
+        if (name.split(".")[0] in THIRD_PARTY) is third:
+            yield f"import {name}{f' as {asname}' if asname else ''}"
+    for source in sorted({source for source, _ in imports.named}):
+        if (source.split(".")[0] in THIRD_PARTY) is not third:
+            continue
+        names = sorted((name for where, name in imports.named if where == source), key=rank)
+        line = f"from {source} import {', '.join(names)}"
+        if len(line) <= WIDTH:
+            yield line
+        else:
+            yield from [f"from {source} import (", *(f"    {name}," for name in names), ")"]
 
 
-def _exported(source: str) -> list[str]:
-    """The ``__all__`` of the package, as it stands there."""
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return source.splitlines()[node.lineno - 1 : node.end_lineno]
-    raise MergeError("__init__.py has no __all__")
+def _exported(source: str, modules: dict[str, _Module]) -> str:
+    """The ``__all__`` of the package, as it stands there; it has nothing else of its own."""
+    tree = ast.parse(source)
+    init = _Module("__init__", "")
+    text = ""
+    for node in tree.body[1:]:
+        if isinstance(node, ast.ImportFrom):
+            _take_import(init, node, init.imports)
+        elif isinstance(node, ast.Assign) and list(_defined(node)) == ["__all__"]:
+            text = "\n".join(source.split("\n")[node.lineno - 1 : node.end_lineno])
+            init.defines.update(ast.literal_eval(node.value))
+        else:
+            raise MergeError(f"__init__.py:{node.lineno}: neither an import by name nor __all__")
+    if not text:
+        raise MergeError("__init__.py has no __all__")
+    _check_names({**modules, "__init__": _Module("__init__", "", uses=init.uses)})
+    if missing := init.defines - init.uses.keys():
+        raise MergeError(f"__init__.py exports {sorted(missing)}, which it does not import")
+    return text
 
 
 def check(text: str, current: str) -> tuple[bool, str]:
     """Whether a copy is current, and a sentence that says so and names its version."""
-    match = re.match(r'"""clore-client (\S+) in one file', text)
-    version = match[1] if match else "unknown"
+    version, ours = (
+        match[1] if (match := re.search(r'"""clore-client (\S+) in one file', part)) else "unknown"
+        for part in (text, current)
+    )
     if text == current:
         return True, f"current, version {version}"
-    package = _version((FOLDER / "version.py").read_text("utf-8"))
-    return False, f"not current: its version is {version}, the package's {package}"
+    if version == ours:
+        return False, f"not current: its version is {version}, as the package's, but it differs"
+    return False, f"not current: its version is {version}, the package's {ours}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -321,7 +407,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.buffer.write(text.encode("utf-8"))
         return 0
     try:
-        copy = Path(options.check).read_bytes().decode("utf-8", "replace")
+        copy = Path(options.check).read_text("utf-8", "replace")
     except OSError as error:
         print(f"{options.check}: {error.strerror}", file=sys.stderr)
         return 2

@@ -8,9 +8,10 @@ import math
 import os
 import random
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import requests
@@ -46,11 +47,9 @@ from clore_client.pacing import (
 from clore_client.settings import (
     CONFIG_FILE,
     KEY_VARIABLE,
-    URL_VARIABLE,
-    check_base_url,
+    KeyAndUrl,
     check_key_may_go_to,
     clean_key,
-    find_key,
     is_loopback,
 )
 from clore_client.version import __version__
@@ -60,6 +59,8 @@ SPACED_POSTS = frozenset({"create_order"})
 LOGGED_POSTS = REPEATABLE_POSTS | SPACED_POSTS  # what costs or frees money
 KEYLESS_GETS = frozenset({"marketplace"})
 
+T = TypeVar("T", bound="Transport")
+_sessions: weakref.WeakSet[WatchedSession] = weakref.WeakSet()
 _deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline", default=math.inf)
 
 
@@ -94,10 +95,9 @@ def check_endpoint(endpoint: Any) -> str:
     return str(endpoint)
 
 
-class Transport:
+class Transport(KeyAndUrl):
     """The core of the client: settings, one kept-alive session, and ``_request``."""
 
-    BASE_URL = "https://api.clore.ai"
     # Defaults here as well, for a subclass that does not call __init__.
     timeout: Timeout = 30
     rate_limit: float = 1.1
@@ -105,9 +105,10 @@ class Transport:
     create_order_interval: float = 5.0
     backoff: float = 0.5
     max_backoff: float = 30.0
+    max_usd_per_hour: float | None = None
+    max_active_orders: int | None = None
     _user_agent = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
     _session_of: tuple[int, WatchedSession] | None = None
-    _key_source = _url_source = "nowhere"
 
     def __init__(
         self,
@@ -121,9 +122,10 @@ class Transport:
         backoff: float = 0.5,
         max_backoff: float = 30.0,
         user_agent: str | None = None,
+        max_usd_per_hour: float | None = None,
+        max_active_orders: int | None = None,
     ) -> None:
-        key, self._key_source = find_key(api_key)
-        self._headers: dict[str, str] = {"auth": key} if key else {}
+        self._settle(api_key, base_url)
         self.timeout = check_timeout("timeout", timeout)
         self.rate_limit = check_number("rate_limit", rate_limit, unit="seconds")
         if not isinstance(max_retries, int) or isinstance(max_retries, bool):
@@ -134,58 +136,38 @@ class Transport:
         )
         self.backoff = check_number("backoff", backoff, unit="seconds")
         self.max_backoff = check_number("max_backoff", max_backoff, unit="seconds")
+        if max_usd_per_hour is not None:
+            check_number("max_usd_per_hour", max_usd_per_hour, unit="USD per hour")
+        if max_active_orders is not None and type(max_active_orders) is not int:
+            raise TypeError(f"max_active_orders must be a whole number, not {max_active_orders!r}")
+        if max_active_orders is not None:
+            check_number("max_active_orders", max_active_orders)
+        self.max_usd_per_hour = max_usd_per_hour
+        self.max_active_orders = max_active_orders
         if user_agent is not None:
             if not (check_text("user_agent", user_agent).isascii() and user_agent.isprintable()):
                 raise ValueError(f"user_agent must be printable ASCII, not {user_agent!r}")
             self._user_agent += f" {user_agent}"
-        if base_url is not None:
-            self._set_base_url(check_base_url(check_text("base_url", base_url), "base_url"))
-            self._url_source = "argument"
-        elif from_environment := os.environ.get(URL_VARIABLE):
-            self._set_base_url(check_base_url(from_environment, URL_VARIABLE))
-            self._url_source = f"environment variable {URL_VARIABLE}"
-        else:
-            self._url_source = f"class attribute {type(self).__name__}.BASE_URL"
 
-    def _set_base_url(self, url: str) -> None:
-        try:
-            self.BASE_URL = url
-        except AttributeError:  # a subclass has made it a property: that one decides
-            logger.debug("BASE_URL of %s can't be set", type(self).__name__)
+    # --- copies of a client ---
 
-    # --- attributes that may be set later ---
+    def __copy__(self: T) -> T:
+        """A client of its own with the same settings and key, that knows of the same orders."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.__dict__.pop("_session_of", None)
+        twin._headers = dict(self.headers)
+        return twin
 
-    @property
-    def _base_url(self) -> str:
-        """The base URL of this moment, checked, without a trailing slash."""
-        return check_base_url(self.BASE_URL, "BASE_URL")
+    def __deepcopy__(self: T, memo: dict[int, Any]) -> T:
+        return self.__copy__()
 
-    @property
-    def api_key(self) -> str | None:
-        """The key, or None. Setting it changes ``headers``."""
-        return next((v for k, v in self.headers.items() if k.lower() == "auth"), None)
-
-    @api_key.setter
-    def api_key(self, key: str | None) -> None:
-        rest = {k: v for k, v in self.headers.items() if k.lower() != "auth"}
-        if key:
-            rest["auth"] = clean_key(key, "the attribute api_key")
-        self._headers = rest
-        self._key_source = "attribute"
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers of each request: ``{"auth": api_key}``, or ``{}`` without a key."""
-        try:
-            return self._headers
-        except AttributeError:  # a subclass that does not call __init__
-            self._headers = {}
-            return self._headers
-
-    @headers.setter
-    def headers(self, headers: dict[str, str]) -> None:
-        self._headers = dict(headers)
-        self._key_source = "attribute"
+    def __getstate__(self) -> Any:
+        # A pickle without the key would load as a client of whatever account is at hand there.
+        raise TypeError(
+            f"a {type(self).__name__} can't be pickled, for its key would be in the pickle: make "
+            f"one where it is needed, with {type(self).__name__}.from_env()"
+        )
 
     # --- the session ---
 
@@ -195,11 +177,12 @@ class Transport:
         if self._session_of is None or self._session_of[0] != pid:
             # A connection that a fork has shared must not be used by both sides.
             self._session_of = (pid, WatchedSession(self._user_agent))
+            _sessions.add(self._session_of[1])
         return self._session_of[1]
 
     def close(self) -> None:
         """Free the connections. The client can be used again; it then opens new ones."""
-        if self._session_of is not None:
+        if self._session_of is not None and self._session_of[0] == os.getpid():
             self._session_of[1].close()
 
     # --- a call ---
@@ -235,6 +218,8 @@ class Transport:
             >>> client._request("GET", "/v1/wallets")["wallets"]
         """
         call = self._prepare(method, endpoint, params, json, kwargs)
+        if call.name in SPACED_POSTS and not call.repeatable:
+            self._check_purchase(json)
         pacer = pacer_for(call.base_url, call.key)
         limit = max(1, self.max_retries)
         not_before = -math.inf
@@ -281,6 +266,9 @@ class Transport:
                 failure.error,
             )
             not_before = -math.inf if failure.rate_limited else time.monotonic() + delay
+
+    def _check_purchase(self, body: Any) -> None:
+        """Raise for a purchase that the user's ceilings do not allow; all of them come by here."""
 
     def _prepare(
         self, method: str, endpoint: str, params: Any, json: Any, kwargs: dict[str, Any]
@@ -395,3 +383,15 @@ def _after(error: CloreError, sends: int) -> CloreError:
     if sends:
         error.args = (f"Clore API request failed after {sends} retries: {error}",)
     return error
+
+
+_inherited: list[WatchedSession] = []
+
+
+def _keep_sessions() -> None:
+    # Freeing one would take the lock of its pool, which another thread may have held at the fork.
+    _inherited.extend(_sessions)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_sessions)

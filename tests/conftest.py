@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient
-from clore_client.simulator import Simulator
+from tests.market import ONE_FILE, Simulator
 
 FORMS = ("live", "documented")
 # The simulator's limits are under the client's, as 1.0 s is under 1.1 s - and by more than that,
@@ -27,6 +27,18 @@ FAST: dict[str, Any] = {
 }
 
 MakeSim = Callable[..., Simulator]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "internal: needs the package, or takes long; not run against the one file"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ONE_FILE and item.get_closest_marker("internal"):
+            item.add_marker(pytest.mark.skip(reason="not for the one file"))
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import pytest
 
 from clore_client import CloreAPIError, CloreClient, CloreError, Wallet
 from clore_client.answers import excerpt
-from clore_client.simulator import Simulator
 from tests.conftest import client_for
+from tests.market import Simulator
 
 PASSWORD = "pass\\w'o\"rd\tx"
 
@@ -57,11 +57,12 @@ def test_headers_merge_whatever_their_case(sim: Simulator, client: CloreClient) 
 
 
 def test_no_secret_in_the_locals_of_a_traceback(sim: Simulator) -> None:
-    sim.faults.add("create_order", "lose_answer")
+    sim.faults.add("create_order", "hang_after_commit", seconds=0.05)
+    sim.faults.add("my_orders", "envelope", envelope={"code": 0, "orders": []}, times=99)
     client = client_for(sim)
     server_id = client.find_servers("RTX 4090", min_reliability=96)[0]["id"]
     with pytest.raises(CloreError) as caught:
-        client.create_order(server_id)
+        client.create_order(server_id, find_timeout=0.1)
     stack = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
     own = [line for frame in stack.stack for line in (frame.locals or {}).items()]
     password = sim.orders[0].body["ssh_password"]

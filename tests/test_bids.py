@@ -17,8 +17,8 @@ from clore_client import (
     SpotPriceStepError,
     SpotPriceTooSoonError,
 )
-from clore_client.simulator import Simulator
 from tests.conftest import MakeSim, client_for, sent_to
+from tests.market import Simulator
 
 RATES = {"bitcoin": 68022.87, "CLORE-Blockchain": 0.002705, "USD-Blockchain": 1}
 

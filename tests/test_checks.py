@@ -8,8 +8,8 @@ import pytest
 
 from clore_client import CloreClient
 from clore_client.checks import check_number, check_public_key
-from clore_client.simulator import Simulator
 from tests.conftest import client_for
+from tests.market import Simulator
 from tests.test_records import LIVE_ORDER, LIVE_SERVER, changed, orders_of
 
 

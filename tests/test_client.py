@@ -25,8 +25,8 @@ from clore_client import (
     ServerOfflineError,
     WaitTimeoutError,
 )
-from clore_client.simulator import Simulator
 from tests.conftest import MakeSim, client_for, sent_to
+from tests.market import Simulator
 
 
 def plain_server(client: CloreClient, n: int = 0) -> int:
@@ -264,7 +264,7 @@ def test_an_env_value_that_the_api_chokes_on_is_warned_about(
     client: CloreClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(CloreError, match="code 1 has been seen"):
-        client.create_order(plain_server(client), env={"A": "b&c"})
+        client.create_order(plain_server(client), env={"A": "b&c"}, find_timeout=0.2)
     assert "known to answer code 1" in caplog.text.replace("\n", " ")
     assert "b&c" not in caplog.text
 

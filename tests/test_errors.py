@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import clore_client
-from clore_client import ApplicationError, CloreAPIError, CloreClient, CloreError, errors
-from clore_client.simulator import Simulator
+from clore_client import ApplicationError, CloreAPIError, CloreClient, CloreError
+from tests.market import Simulator
 
 TEXTS = {
     "not_enough_balance": "InsufficientBalanceError",
@@ -90,18 +90,24 @@ def test_every_exported_error_derives_from_the_one() -> None:
     for name in clore_client.__all__:
         if name.endswith("Error"):
             assert issubclass(getattr(clore_client, name), CloreError), name
+
+
+@pytest.mark.internal
+def test_every_error_is_exported() -> None:
+    from clore_client import errors
+
     public = {n for n in vars(errors) if n.endswith("Error") and not n.startswith("_")}
     assert public == {n for n in clore_client.__all__ if n.endswith("Error")}
 
 
 def test_every_error_pickles() -> None:
     made: list[CloreError] = [
-        errors.FateUnknownError("x", endpoint="/v1/y"),
-        errors.OrderEndedError("x", order_id=1, status="expired", order={"a": 1}),
-        errors.WaitTimeoutError("x", order_id=1),
-        errors.OrderNotFoundError("x", order_id=1),
-        errors.CloreConnectionError("x"),
-        errors.CloreAPIError(7, "text", {"code": 7}, http_status=200, hint="h"),
+        clore_client.FateUnknownError("x", endpoint="/v1/y"),
+        clore_client.OrderEndedError("x", order_id=1, status="expired", order={"a": 1}),
+        clore_client.WaitTimeoutError("x", order_id=1),
+        clore_client.OrderNotFoundError("x", order_id=1),
+        clore_client.CloreConnectionError("x"),
+        clore_client.CloreAPIError(7, "text", {"code": 7}, http_status=200, hint="h"),
     ]
     for error in made:
         twin = pickle.loads(pickle.dumps(error))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from clore_client import CloreClient
-from clore_client.simulator import Simulator
 from tests.conftest import MakeSim, client_for
+from tests.market import Simulator
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from clore_client import CloreClient, RateLimitError
 from clore_client.pacing import DeadlinePassedError, Pacer, PushedBackError, pacer_for
-from clore_client.simulator import Simulator
 from tests.conftest import MakeSim, client_for, sent_to
+from tests.market import Simulator
 
 
 def together(*calls: Callable[[], Any]) -> None:

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clore_client import CloreClient, SSHError
-from clore_client.simulator import Simulator
 from tests.conftest import MakeSim, client_for
+from tests.market import Simulator
 
 parse = CloreClient.parse_ssh_connection
 
