@@ -16,8 +16,8 @@ from pathlib import Path
 
 PACKAGE = "clore_client"
 FOLDER = Path(__file__).parent
-# In the order in which a reader wants to see them; what one needs to be run is put before it. A new
-# module needs a line here, or nothing is written.
+# In the order in which a reader wants to see them; what one needs to be run is put before it. One
+# that is not listed comes last.
 MODULES = (
     "version",
     "client",
@@ -29,6 +29,8 @@ MODULES = (
     "purchase",
     "cancel",
     "ceiling",
+    "state",
+    "signals",
     "ssh",
     "transport",
     "answers",
@@ -123,9 +125,10 @@ def write(folder: Path = FOLDER, modules: tuple[str, ...] = MODULES) -> str:
     Raises:
         MergeError: something in it can't be merged.
     """
-    present = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/*.py")}
-    if odd := (present - LEFT_OUT) ^ set(modules):
-        raise MergeError(f"MODULES of single_file.py and the package differ: {sorted(odd)}")
+    present = {path.stem for path in folder.glob("*.py")} - LEFT_OUT
+    if odd := set(modules) - present | {p.parent.name for p in folder.glob("*/*.py")} - LEFT_OUT:
+        raise MergeError(f"no modules of the package, or in a folder of their own: {sorted(odd)}")
+    modules = (*modules, *sorted(present - set(modules)))
     parsed = {name: _parse(name, _read(folder, name)) for name in modules}
     exported = _exported(_read(folder, "__init__"), parsed)
     ordered = [parsed[name] for name in _in_order(parsed, modules)]

@@ -12,6 +12,21 @@ import pytest
 from clore_client import CloreClient
 from tests.market import ONE_FILE, Simulator
 
+# What uses modules of the package; all other tests run against the one file as well.
+INTERNAL = [
+    "test_answers.py",
+    "test_checks.py",
+    "test_departure.py",
+    "test_pacing.py",
+    "test_records.py",
+    "test_simulator.py",
+    "test_simulator_cli.py",
+    "test_simulator_faults.py",
+    "test_simulator_ssh.py",
+    "test_single_file.py",
+]
+collect_ignore = INTERNAL if ONE_FILE else []
+
 FORMS = ("live", "documented")
 # The simulator's limits are under the client's, as 1.0 s is under 1.1 s - and by more than that,
 # since milliseconds get lost on a busy machine; test_pacing and the benchmarks look closely.

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Sets up what the tests need, then runs lint, types and all tests. Further arguments go to pytest.
+# Sets up what the tests need, then runs lint, types and all tests; those of public behaviour also
+# against the client as one file. Further arguments go to pytest.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -16,18 +17,37 @@ if [ -n "$missing" ]; then
 fi
 
 venv=${CLORE_TEST_VENV:-.venv-test}
-if [ ! -x "$venv/bin/python" ]; then
-    echo "== making $venv"
-    python=$(sh examples/find_python.sh)
-    "$python" -m venv "$venv"
-fi
-echo "== installing the package and its development tools"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+bare=$venv-file # for the one file: the same, without the package
+for folder in "$venv" "$bare"; do
+    if [ ! -x "$folder/bin/python" ]; then
+        echo "== making $folder"
+        python=$(sh examples/find_python.sh)
+        "$python" -m venv "$folder"
+    fi
+    echo "== installing the package and its development tools in $folder"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+done
+# What it needs stays.
+"$bare/bin/python" -m pip uninstall --quiet --disable-pip-version-check --yes clore-client
 
 echo "== lint"
 "$venv/bin/ruff" format --check .
 "$venv/bin/ruff" check .
 echo "== types"
 "$venv/bin/mypy"
-echo "== tests"
+
+echo "== tests of the client as one file"
+# In a folder of its own: beside the package, the package would be found first.
+copy=build/one-file
+rm -rf "$copy"
+mkdir -p "$copy"
+"$venv/bin/python" -m clore_client.single_file >"$copy/clore_client.py"
+cp -R clore_client/simulator "$copy/clore_simulator"
+cp -R tests examples README.md pyproject.toml "$copy"
+status=0
+(cd "$copy" && "$OLDPWD/$bare/bin/python" -m pytest "$@") || status=$?
+# 5: of the tests that were asked for, none is for the one file.
+[ "$status" = 0 ] || { [ "$status" = 5 ] && [ $# -gt 0 ]; } || exit "$status"
+
+echo "== tests of the package"
 exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,327 @@
+"""The package as one file: what it must look like, when it is current, and what can't be merged."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import clore_client
+from clore_client import single_file
+from clore_client.single_file import FOLDER, MODULES, MergeError, main, write
+from tests.conftest import INTERNAL
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = write()
+HEADER = ast.get_docstring(ast.parse(TEXT)) or ""
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A current copy, in a folder of its own."""
+    path = tmp_path / "clore_client.py"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+def python(folder: Path, code: str, *options: str) -> str:
+    """What Python prints that finds the folder's clore_client.py first."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, *options, "-c", code], env=environment, cwd=folder,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def tool(*command: str, cwd: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=cwd, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- the file ---
+
+
+def test_the_header_tells_what_it_is_and_how_to_update_it() -> None:
+    made = "-m clore_client.single_file > clore_client.py"
+    for part in (f"clore-client {clore_client.__version__} in one file", "MIT License", made):
+        assert part in HEADER
+    for part in ("--check clore_client.py", "pip install -U clore-client"):
+        assert part in HEADER
+    licence = (ROOT / "LICENSE").read_text().split()
+    told = TEXT.rsplit("# license\n", 1)[1].replace("# ", " ").replace("#\n", "").split()
+    start = licence.index("Permission")
+    assert told[told.index("Permission") : -1] == licence[start:]
+    assert " ".join(licence[2:start]).replace("(c)", "(c)") in HEADER
+
+
+def test_every_module_is_a_section_of_the_contents_in_the_same_order() -> None:
+    sections = re.findall(r"^# =+\n# (\w+)\n#\n# ", TEXT, re.MULTILINE)
+    listed = re.findall(r"^    (\w+) {2,}\S", HEADER.split("Contents:")[1], re.MULTILINE)
+    assert sections == [*listed, "license"]
+    assert sorted(listed) == sorted(MODULES), "a module has no place in MODULES"
+
+
+def test_comments_and_formatting_are_kept() -> None:
+    for name in MODULES:
+        source = (FOLDER / f"{name}.py").read_text()
+        body = ast.parse(source).body
+        first = next(
+            n for n in body[1:]
+            if not isinstance(n, (ast.Import, ast.ImportFrom)) and not single_file._is_typing(n)
+        )  # fmt: skip
+        code = "\n".join(source.split("\n")[first.lineno - 1 :]).strip("\n")
+        assert code in TEXT, name
+    assert "simulator" not in re.sub(r"(?s)\"\"\".*?\"\"\"|#.*", "", TEXT.lower())
+
+
+def test_ruff_and_mypy_find_nothing(copy: Path) -> None:
+    tool("ruff", "check", "--no-cache", "--config", str(ROOT / "pyproject.toml"), copy.name,
+         cwd=copy.parent)  # fmt: skip
+    tool("ruff", "format", "--check", "--no-cache", "--config", str(ROOT / "pyproject.toml"),
+         copy.name, cwd=copy.parent)  # fmt: skip
+    tool("mypy", "--strict", copy.name, cwd=copy.parent)
+
+
+def test_it_needs_only_requests(copy: Path) -> None:
+    code = """
+import sys
+for name in ("paramiko", "scp", "aiohttp", "asyncssh"):
+    sys.modules[name] = None
+import clore_client
+assert clore_client.__file__.endswith("clore_client.py"), clore_client.__file__
+print("fine")
+"""
+    assert python(copy.parent, code) == "fine"
+    tops = {
+        name.split(".")[0]
+        for node in ast.parse(TEXT).body
+        for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import)
+            else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        )
+    }  # fmt: skip
+    assert tops - sys.stdlib_module_names == {"requests", "urllib3"}  # requests brings urllib3
+
+
+def test_it_does_not_know_which_form_it_is_in(copy: Path) -> None:
+    code = """
+import clore_client, inspect
+names = sorted(clore_client.__all__)
+client = clore_client.CloreClient("a-long-enough-key", base_url="http://127.0.0.1:9")
+told = [clore_client.__version__, repr(client), client.describe(), client._user_agent]
+for name in names:
+    thing = getattr(clore_client, name)
+    told.append(name)
+    if inspect.isclass(thing):
+        told += [thing.__name__, thing.__doc__, [base.__name__ for base in thing.__mro__]]
+        told += [(n, inspect.getdoc(v)) for n, v in sorted(vars(thing).items()) if callable(v)]
+import logging
+told.append(sorted(n for n in logging.root.manager.loggerDict if "clore" in n))
+print(told)
+"""
+    assert python(copy.parent, code) == python(ROOT, code)
+
+
+def test_pickles_load_within_the_form_that_wrote_them(copy: Path) -> None:
+    code = """
+import pickle, clore_client
+for thing in (clore_client.Order({"order_id": 1}), clore_client.CloreConnectionError("x")):
+    twin = pickle.loads(pickle.dumps(thing))
+    assert type(twin) is type(thing) and str(twin) == str(thing)
+print("fine")
+"""
+    assert python(copy.parent, code) == "fine"
+
+
+def test_every_python_writes_the_same_bytes() -> None:
+    others = [p for n in (10, 11, 12, 13, 14) if (p := shutil.which(f"python3.{n}"))]
+    for program in {sys.executable, *others}:
+        probe = [program, "-I", "-c", "pass"]  # a launcher may stand for a Python that is not there
+        if program != sys.executable and subprocess.run(probe, capture_output=True).returncode:
+            continue
+        for extra in ([], ["-O"], ["-X", "utf8=0"]):
+            command = [program, "-I", *extra, str(FOLDER / "single_file.py")]
+            done = subprocess.run(command, capture_output=True, check=True,
+                                  env={**os.environ, "LC_ALL": "C"})  # fmt: skip
+            assert done.stdout == TEXT.encode(), program
+
+
+# --- whether a copy is current ---
+
+
+def test_check(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    version = clore_client.__version__
+    assert main(["--check", str(copy)]) == 0
+    assert f"current, version {version}" in capsys.readouterr().out
+    copy.write_bytes(TEXT.replace("\n", "\r\n").encode())  # as a checkout may have it
+    assert main(["--check", str(copy)]) == 0
+    capsys.readouterr()
+    copy.write_text(TEXT.replace("max_retries: int = 3", "max_retries: int = 4"))
+    assert main(["--check", str(copy)]) == 1
+    assert f"its version is {version}, as the package's, but it differs" in capsys.readouterr().out
+    copy.write_text(TEXT.replace(f"clore-client {version} in", "clore-client 0.0.1 in"))
+    assert main(["--check", str(copy)]) == 1
+    assert f"its version is 0.0.1, the package's {version}" in capsys.readouterr().out
+    copy.write_text("print()")
+    assert main(["--check", str(copy)]) == 1
+    assert "its version is unknown" in capsys.readouterr().out
+    assert main(["--check", str(copy.parent / "none.py")]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_the_command_writes_beside_a_copy(copy: Path) -> None:
+    """In the folder of a project, as the README has it: the copy there is not the package."""
+    if "site-packages" not in str(FOLDER) and not _is_installed():
+        pytest.skip("the package is not installed here")
+    command = f"'{sys.executable}' -I -m clore_client.single_file"
+    for _ in range(2):  # the shell empties it first
+        subprocess.run(f"{command} > clore_client.py", shell=True, cwd=copy.parent, check=True)
+        assert copy.read_bytes() == TEXT.encode()
+    subprocess.run(f"{command} --check clore_client.py", shell=True, cwd=copy.parent, check=True)
+
+
+def _is_installed() -> bool:
+    probe = [sys.executable, "-I", "-c", "import clore_client"]
+    return subprocess.run(probe, capture_output=True).returncode == 0
+
+
+# --- what can't be merged ---
+
+PACKAGE = {
+    "__init__": '"""x"""\n\nfrom clore_client.one import A\n\n__all__ = ["A"]\n',
+    "version": '"""The version."""\n\n__version__ = "1.2"\n',
+    "one": '"""One.\n\nMore of it.\n"""\n\nimport os\n\nfrom clore_client.two import B\n\n\n'
+    "class A(B):\n    x = os.sep\n",
+    "two": '"""Two."""\n\nimport os\n\n\nclass B:\n    pass\n',
+}
+Package = Callable[..., str]
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Package:
+    def made(**changed: str) -> str:
+        for name, source in {**PACKAGE, **changed}.items():
+            (tmp_path / f"{name}.py").write_text(source)
+        return write(tmp_path, ("version", "one", "two"))
+
+    return made
+
+
+def test_what_is_needed_comes_first(package: Package) -> None:
+    text = package()
+    assert text.count("import os\n") == 1
+    assert text.index("class B") < text.index("class A(B)")
+    assert "# one\n#\n# One.\n#\n# More of it.\n# =" in text
+    namespace: dict[str, object] = {}
+    exec(text, namespace)
+    assert namespace["__all__"] == ["A"]
+
+
+TWO = '"""Two."""\n'
+B = "\n\nclass B:\n    pass\n"
+
+
+@pytest.mark.parametrize(
+    ("two", "says"),
+    [
+        (TWO + B + "\n\nclass A:\n    pass\n", "A is defined in one.py and two.py"),
+        (TWO + B + "\n\nif 1:\n    A = 1\n", "A is defined in one.py and two.py"),
+        (TWO + B + "\n\nfor A in []:\n    pass\n", "A is defined in one.py and two.py"),
+        (TWO + B + "\n\nos = 1\n", "os is an import and defined in two.py"),
+        (TWO + B + "\n\ndef print():\n    pass\n", "print of two.py would hold for all"),
+        (TWO + B + "\n\ndef __getattr__(name):\n    pass\n", "would hold for all"),
+        (TWO + "\nimport clore_client.version" + B, "two.py:3: import the package's modules by"),
+        (TWO + "\nimport clore_client" + B, "two.py:3: import the package's modules by name"),
+        (TWO + "\nfrom clore_client import version" + B, "two.py:3: not an import by name"),
+        (TWO + "\nfrom .version import __version__" + B, "two.py:3: not an import by name"),
+        (TWO + "\nfrom clore_client.version import *" + B, "two.py:3: not an import by name"),
+        (TWO + "\nfrom clore_client.version import __version__ as v" + B, "another name"),
+        (TWO + "\nfrom os import path as p" + B, "path is imported under another name"),
+        (TWO + "\nfrom clore_client.version import x" + B, "version.py does not define"),
+        (TWO + "\nfrom clore_client.simulator import Simulator" + B, "does not define"),
+        (TWO + "\nimport json as os" + B, "os is imported as"),
+        (TWO + "\nfrom posixpath import os" + B, "os is imported as"),
+        (TWO + "\nfrom __future__ import generator_stop" + B, "would hold for all modules"),
+        (TWO + "\nimport sys; x = 1\n" + B, "another statement on the line of an import"),
+        (TWO + "\nx = 1\nimport sys\n" + B, "two.py:4: an import after other code"),
+        (TWO + "\nimport sys  # why\n" + B, "two.py:3: a comment among imports would be lost"),
+        (TWO + B + "\n\ndef f():\n    from clore_client.one import A\n", "not at the top"),
+        (TWO + B + "\n\ndef f():\n    from . import one\n", "not at the top"),
+        (TWO + B + "\n\nlog = __name__\n", "__name__ is another one in the one file"),
+        (TWO + "\nif TYPE_CHECKING:\n    x = 1\n" + B, "for type checkers only"),
+        (TWO + "\nfrom clore_client.one import A\n\n\nclass B(A):\n    pass\n", "need each other"),
+        (B, "two.py has no docstring"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(package: Package, two: str, says: str) -> None:
+    with pytest.raises(MergeError, match=re.escape(says)):
+        package(two=two)
+
+
+@pytest.mark.parametrize(
+    ("init", "says"),
+    [
+        ('"""x"""\n', "no __all__"),
+        ('"""x"""\n__all__ = ["A"]\n', r"exports ['A'], which it does not import"),
+        (PACKAGE["__init__"] + "\nx = 1\n", "neither an import by name nor __all__"),
+        ('"""x"""\nfrom clore_client.one import C\n\n__all__ = ["C"]\n', "does not define"),
+    ],
+)
+def test_the_package_itself_only_exports(package: Package, init: str, says: str) -> None:
+    with pytest.raises(MergeError, match=re.escape(says)):
+        package(__init__=init)
+
+
+def test_modules_that_are_not_listed_or_gone(package: Package, tmp_path: Path) -> None:
+    with pytest.raises(MergeError, match="version"):
+        package(version='"""Nothing."""\n')
+    assert "# three\n#\n# Three.\n" in package(three='"""Three."""\n')
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.py").touch()
+    with pytest.raises(MergeError, match="sub"):
+        package()
+    with pytest.raises(MergeError, match="gone"):
+        write(tmp_path, ("version", "one", "two", "gone", "sub"))
+
+
+def test_an_import_for_type_checkers_only(package: Package) -> None:
+    two = (TWO + "\nfrom typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    import paramiko\n\n"
+           "    from clore_client.one import A\n\n\nclass B:\n    a: 'A'\n")  # fmt: skip
+    text = package(two=two)
+    assert "if TYPE_CHECKING:\n    import paramiko\n" in text
+    assert "clore_client.one" not in text
+
+
+def test_a_failure_is_told_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> str:
+        raise MergeError("no way")
+
+    monkeypatch.setattr(single_file, "write", fail)
+    assert main([]) == main(["--check", "x"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "single_file: no way\n" * 2
+
+
+# --- the tests themselves ---
+
+
+def test_only_what_uses_modules_of_the_package_is_kept_from_the_one_file() -> None:
+    for path in Path(__file__).parent.glob("test_*.py"):
+        inside = re.search(
+            r"^(from|import) (clore_client\.|\.test_simulator|clore_client import single_file)",
+            path.read_text(), re.MULTILINE,
+        )  # fmt: skip
+        assert (path.name in INTERNAL) is bool(inside), path.name
