@@ -15,20 +15,24 @@ LOOK_EVERY = 1.0
 Look = Callable[[], bool | None]
 
 
-def settle_cancel(look: Look, order_id: int, error: CloreError, patience: float) -> None:
+def settle_cancel(
+    look: Look, order_id: int, error: CloreError, patience: float | None = None
+) -> None:
     """Return when the order has ended after all; else raise.
 
     Parameters:
         look: asks the two order lists.
         order_id: which order.
         error: what cancelling it ended with.
-        patience: seconds for which an order that was cancelled before may still look active.
+        patience: seconds for which an order that was cancelled before may still look active;
+            None for as long as the API is known to take.
 
     Raises:
         OrderNotFoundError: the account has no such order.
         CloreError: ``error``, when the order is still active or the lists can't be read.
     """
-    deadline, pause = time.monotonic() + patience, LOOK_EVERY / 16
+    deadline = time.monotonic() + (LINGER if patience is None else patience)
+    pause = LOOK_EVERY / 16
     while True:
         try:
             ended = look()

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from clore_client.bids import MarketMemory, surely_documented, with_hourly_offers
-from clore_client.cancel import LINGER, settle_cancel
-from clore_client.ceiling import (
-    check_order_ceiling,
-    check_price_ceiling,
-    purchase_usd_per_hour,
-)
+from clore_client.account import Account
+from clore_client.bids import with_hourly_offers
+from clore_client.cancel import settle_cancel
 from clore_client.checks import (
     check_bool,
-    check_currency,
     check_id,
     check_ids,
     check_number,
@@ -29,31 +23,22 @@ from clore_client.errors import (
     CloreAPIError,
     CloreError,
     ConfigurationError,
-    DatabaseError,
     InvalidResponseError,
     OrderEndedError,
-    OrderFateUnknownError,
     OrderNotFoundError,
     RateLimitError,
-    ServerAlreadyRentedError,
     SpotPriceTooSoonError,
     WaitTimeoutError,
 )
 from clore_client.log import logger
-from clore_client.money import finite, wire_currency
-from clore_client.orders import Claims, Order, claims_for, created_id, to_orders
-from clore_client.pacing import account_of
+from clore_client.money import wire_currency
+from clore_client.orders import Order
 from clore_client.purchase import (
-    Draft,
-    Search,
     draft_order,
-    find_order,
-    sent_by_server_clock,
 )
-from clore_client.records import whole_id
-from clore_client.servers import Server, cheapest_first, listed_prices, to_servers
+from clore_client.servers import Server, cheapest_first, to_servers
 from clore_client.ssh import open_ssh, parse_ssh_command
-from clore_client.transport import Transport, within
+from clore_client.transport import within
 from clore_client.wallets import Wallet, to_wallets
 
 if TYPE_CHECKING:
@@ -64,7 +49,7 @@ C = TypeVar("C", bound="CloreClient")
 MAX_ISSUE = 2048  # characters of ``issue`` that the API takes
 
 
-class CloreClient(Transport):
+class CloreClient(Account):
     """A client for the Clore.ai GPU marketplace.
 
     Every answer comes in the documented form, whatever the API sends: prices in USD per hour,
@@ -116,47 +101,6 @@ class CloreClient(Transport):
     def __repr__(self) -> str:
         key = "a key" if self.api_key else "no key"
         return f"<{type(self).__name__} of {self.BASE_URL} with {key}>"
-
-    # --- what a client remembers ---
-
-    @property
-    def _market(self) -> MarketMemory:
-        """What is known of the API behind the base URL of this moment."""
-        # In __dict__ and not in __init__: a subclass may not call that.
-        memories: dict[str, MarketMemory] = self.__dict__.setdefault("_memories", {})
-        return memories.setdefault(self._base_url, MarketMemory())
-
-    @property
-    def _cancelled(self) -> set[int]:
-        """Ids of the orders that this client cancelled."""
-        ids: set[int] = self.__dict__.setdefault("_cancelled_ids", set())
-        return ids
-
-    @property
-    def _seen(self) -> set[int]:
-        """Ids of the orders that this client has seen active."""
-        ids: set[int] = self.__dict__.setdefault("_seen_ids", set())
-        return ids
-
-    @property
-    def _claims(self) -> Claims:
-        """Which orders of the account are taken; a fake without a key has them for itself."""
-        if self.api_key:
-            return claims_for(account_of(self._base_url, self.api_key))
-        claims: Claims = self.__dict__.setdefault("_own_claims", Claims())
-        return claims
-
-    @property
-    def _made(self) -> dict[int, Order]:
-        """The orders that this client made, as they were then."""
-        made: dict[int, Order] = self.__dict__.setdefault("_made_orders", {})
-        return made
-
-    @property
-    def _credentials(self) -> dict[int, dict[str, str]]:
-        """Order id -> what was sent with it to get in."""
-        sent: dict[int, dict[str, str]] = self.__dict__.setdefault("_sent_credentials", {})
-        return sent
 
     # --- wallets ---
 
@@ -214,13 +158,6 @@ class CloreClient(Transport):
         """
         check_bool("include_rented", include_rented)
         return to_servers(self._marketplace(), include_rented=include_rented)
-
-    def _marketplace(self) -> dict[str, Any]:
-        answer = self._request("GET", "/v1/marketplace")
-        market = self._market
-        market.saw(answer)
-        market.listed = listed_prices(answer, market.rates)
-        return answer
 
     def find_servers(
         self,
@@ -284,14 +221,6 @@ class CloreClient(Transport):
 
     # --- orders ---
 
-    def _orders(self, completed: bool) -> tuple[list[Order], dict[str, Any]]:
-        params = {"return_completed": "true"} if completed else None
-        answer = self._request("GET", "/v1/my_orders", params=params)
-        self._market.saw(answer)
-        orders = to_orders(answer, self._cancelled, self._market.rates)
-        self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
-        return orders, answer
-
     def get_orders(self, include_completed: bool = False) -> list[Order]:
         """The orders of the account.
 
@@ -326,12 +255,7 @@ class CloreClient(Transport):
             >>> client.get_order(1958009).ssh_command
             'ssh root@n1.us.clorecloud.net -p 2060'
         """
-        wanted = check_id("order_id", order_id)
-        for completed in (False, True):
-            for order in self._orders(completed)[0]:
-                if order.id == wanted:
-                    return order
-        return None
+        return self._order(check_id("order_id", order_id))
 
     def create_order(
         self,
@@ -416,114 +340,6 @@ class CloreClient(Transport):
             order["ssh_password"] = draft.made_up_password
         return order
 
-    def _spot_bid(self, draft: Draft, spot_price: float, above: bool) -> float:
-        wanted = draft.wanted
-        check_number("spot_price", spot_price, above=True, unit="USD per hour")
-        market = self._market
-        market.check_below_on_demand("spot_price", spot_price, wanted.server_id, above)
-        self._ensure_rates(wanted.server_id, wanted.currency)
-        return market.wire_bid(spot_price, wanted.currency, wanted.server_id)
-
-    def _ensure_rates(self, server_id: int, currency: str) -> None:
-        market = self._market
-        if not market.documented and currency not in market.rates.fresh():
-            self._spot_market(server_id)
-
-    def _place(self, draft: Draft, find_timeout: float) -> tuple[Order, Draft]:
-        """Send an order, and find out what became of it; also gives the draft that it is of."""
-        server_id, claims = draft.wanted.server_id, self._claims
-        with claims.turn(server_id):
-            search = Search(draft, time.monotonic(), frozenset(self._seen))
-            doubt: CloreError | None = None
-            try:
-                search.answer = self._request("POST", "/v1/create_order", json=draft.body)
-            except ServerAlreadyRentedError as error:
-                earlier = claims.unresolved.get(server_id)
-                if earlier is None:
-                    raise
-                # Maybe it is us who rent it, by an order of which the answer was lost.
-                return self._find(earlier, find_timeout, error), earlier.draft
-            except (OrderFateUnknownError, DatabaseError) as error:
-                doubt, search.sent_at = error, error._sent_at or search.sent_at
-            except (KeyboardInterrupt, SystemExit):
-                claims.unresolved[server_id] = search
-                raise
-            if (order_id := created_id(search.answer)) is not None:
-                claims.take(order_id)
-                return self._answered(search, order_id), draft
-            return self._find(search, find_timeout, doubt), draft
-
-    def _answered(self, search: Search, order_id: int) -> Order:
-        """The order of an answer that names it."""
-        answer = {**search.answer, "order_id": order_id}
-        made = to_orders({"orders": [answer]}, (), self._market.rates)[0]
-        if made.server_id is None:
-            made["renting_server"] = search.draft.wanted.server_id
-        made.setdefault("currency", search.draft.wanted.currency)
-        made.setdefault("status", "creating")
-        made.setdefault("connection", {"ssh": "", "http_ports": {}})
-        return made
-
-    def _find(self, search: Search, timeout: float, doubt: CloreError | None) -> Order:
-        """Search my_orders for an order that was sent, and may have been made."""
-        claims, server_id = self._claims, search.draft.wanted.server_id
-        deadline = time.monotonic() + timeout + self.rate_limit
-
-        def look() -> tuple[list[Order], float | None]:
-            with within(max(deadline, time.monotonic() + self.rate_limit + 0.1)):
-                orders, listing = self._orders(completed=False)
-            created_after = sent_by_server_clock(search.sent_at, search.answer, listing)
-            if created_after is None:  # an answer of a fake: no clock tells old orders from new
-                orders = [order for order in orders if order.id not in search.seen_before]
-            return orders, created_after
-
-        claims.unresolved[server_id] = search
-        try:
-            order = find_order(look, search.draft, claims, timeout, doubt)
-        except OrderFateUnknownError as unknown:
-            if unknown.order_ids or unknown.__cause__ is not doubt or doubt is None:
-                raise
-            if isinstance(doubt, DatabaseError):
-                claims.unresolved.pop(server_id, None)
-            if isinstance(doubt, CloreAPIError):  # whole lists without it: the refusal is true
-                raise doubt from None
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            logger.warning(
-                "interrupted while an order of server %d was looked up, which may have been "
-                "made: see get_orders()",
-                server_id,
-            )
-            raise
-        claims.unresolved.pop(server_id, None)
-        return order
-
-    def _check_purchase(self, body: Any) -> None:
-        if self.max_usd_per_hour is None and self.max_active_orders is None:
-            return
-        if not isinstance(body, dict):
-            raise TypeError("with a ceiling, json of create_order must be a dict")
-        if self.max_usd_per_hour is not None:
-            what = f"an order of server {body.get('renting_server')}"
-            check_price_ceiling(self._usd_per_hour(body), self.max_usd_per_hour, what)
-        if self.max_active_orders is not None:
-            # Those that this client made may not be listed yet.
-            made = {i for i in self._made if i not in self._seen and i not in self._cancelled}
-            active = {order.id for order in self.get_orders() if order.id is not None}
-            check_order_ceiling(active | made, self.max_active_orders)
-
-    def _usd_per_hour(self, body: dict[str, Any]) -> float | None:
-        """What an order with this body costs by today's listing, or by its bid."""
-        server_id, currency = whole_id(body.get("renting_server")), body.get("currency")
-        if body.get("type") == "spot" and server_id is not None and isinstance(currency, str):
-            self._ensure_rates(server_id, currency)
-
-        def find_server(wanted: int) -> Server | None:
-            listed = to_servers(self._marketplace(), include_rented=True, server_id=wanted)
-            return listed[0] if listed else None
-
-        return purchase_usd_per_hour(body, find_server, self._market)
-
     def cancel_order(
         self,
         order_id: int,
@@ -571,26 +387,13 @@ class CloreClient(Transport):
         except CloreError as error:
             refused = isinstance(error, CloreAPIError) and error.sends <= 1
             known = wanted in self._cancelled
-            patience = LINGER if known or not refused else 0.0
+            patience = None if known or not refused else 0.0
             settle_cancel(lambda: self._has_ended(wanted), wanted, error, patience)
         self._cancelled.add(wanted)
         logger.info("order %d was cancelled", wanted)
         if confirm:
             self._confirm((wanted,), confirm_timeout)
         return True
-
-    def _confirm(self, order_ids: tuple[int, ...], timeout: float) -> None:
-        """Wait until cancelled orders have ended in the lists as well."""
-        deadline = time.monotonic() + timeout
-        left = list(order_ids)
-        for order_id in order_ids:
-            unconfirmed = CancelUnconfirmedError(
-                f"cancelled, but still active after {timeout:g}s: {', '.join(map(str, left))}",
-                order_ids=tuple(left),
-            )
-            remaining = max(0.0, deadline - time.monotonic())
-            settle_cancel(partial(self._has_ended, order_id), order_id, unconfirmed, remaining)
-            left.remove(order_id)
 
     def cancel_all(self, *, confirm: bool = True, confirm_timeout: float = 60.0) -> list[int]:
         """End every active order of the account, whoever made it.
@@ -623,34 +426,6 @@ class CloreClient(Transport):
         if confirm and ids:
             self._confirm(tuple(ids), confirm_timeout)
         return ids
-
-    def _ends_soon(self, order_id: int) -> bool:
-        """Whether an order has ended, or does while it may still be lingering."""
-        try:
-            settle_cancel(lambda: self._has_ended(order_id), order_id, CloreError(), LINGER)
-        except CloreError:
-            return False
-        return True
-
-    def _has_ended(self, order_id: int) -> bool | None:
-        """Whether an order has ended; None where the account has none of that number."""
-        for completed in (False, True):
-            orders, answer = self._orders(completed)
-            for order in orders:
-                if order.id == order_id:
-                    return order.has_ended
-                if order.server_id == order_id and not order.has_ended:
-                    raise OrderNotFoundError(
-                        f"there is no order {order_id}: that is the server of order {order.id}",
-                        order_id=order_id,
-                    )
-            listed = answer.get("orders")
-            ids = [order.id for order in orders if order.id is not None]
-            if not isinstance(listed, list) or len(ids) != len(listed):
-                raise CloreError("the orders are not listed whole: that decides nothing")
-        if order_id in self._seen:
-            return True
-        return False if order_id in self._made else None
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
         """End several orders with one API call.
@@ -841,11 +616,6 @@ class CloreClient(Transport):
         """
         return with_hourly_offers(self._spot_market(check_id("server_id", server_id)))
 
-    def _spot_market(self, server_id: int) -> dict[str, Any]:
-        answer = self._request("GET", "/v1/spot_marketplace", params={"market": server_id})
-        self._market.saw_market(answer)
-        return answer
-
     def set_spot_price(
         self, order_id: int, new_price: float, *, allow_above_on_demand: bool = False
     ) -> bool:
@@ -892,30 +662,3 @@ class CloreClient(Transport):
                 return True
             raise
         return answer.get("error") in (None, "")
-
-    def _new_bid(self, order: Order, new_price: float, above: bool) -> float:
-        market = self._market
-        check_price_ceiling(new_price, self.max_usd_per_hour, f"the bid for order {order.id}")
-        market.check_below_on_demand("new_price", new_price, order.server_id, above)
-        if surely_documented(order):
-            return new_price
-        currency, server_id = order.get("currency"), order.server_id
-        if server_id is None or not isinstance(currency, str):
-            raise OrderNotFoundError(
-                f"order {order.id} does not tell its server and currency: nothing was bid",
-                order_id=order.id,
-            )
-        currency = check_currency("the order's currency", currency)
-        self._ensure_rates(server_id, currency)
-        return market.wire_bid(new_price, currency, server_id)
-
-    def _bid_shows(self, before: Order, bid: float) -> bool:
-        """Whether an order now shows a bid that was sent."""
-        after = self.get_order(before.id or 0)
-        shown = finite(after.wire.get("price")) if after is not None else None
-        if shown is None:
-            return False
-        if surely_documented(before):
-            # Its price is in the order's currency, the bid in USD: what tells is that it changed.
-            return shown != finite(before.wire.get("price"))
-        return abs(shown - bid) <= max(1e-6 * bid, 1e-8)  # bitcoin has eight digits

@@ -15,6 +15,7 @@ from clore_client import (
     WaitTimeoutError,
 )
 from tests.conftest import MakeSim, client_for
+from tests.market import inside
 from tests.test_client import plain_server
 
 
@@ -22,7 +23,7 @@ from tests.test_client import plain_server
 def test_a_list_that_is_not_whole_decides_nothing(
     make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch, orders: object
 ) -> None:
-    monkeypatch.setattr("clore_client.client.LINGER", 0.3)
+    monkeypatch.setattr(inside("cancel.LINGER"), 0.3)
     sim = make_sim()
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
@@ -36,7 +37,7 @@ def test_a_list_that_is_not_whole_decides_nothing(
 def test_an_order_that_is_not_listed_yet_is_not_taken_for_a_missing_one(
     make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clore_client.client.LINGER", 0.3)
+    monkeypatch.setattr(inside("cancel.LINGER"), 0.3)
     sim = make_sim(create_answer="order_id", visible_after=60.0)
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
@@ -51,7 +52,7 @@ def test_an_order_that_is_not_listed_yet_is_not_taken_for_a_missing_one(
 def test_lists_that_can_not_be_read_leave_the_first_error(
     make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clore_client.client.LINGER", 0.2)
+    monkeypatch.setattr(inside("cancel.LINGER"), 0.2)
     sim = make_sim()
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
@@ -63,7 +64,7 @@ def test_lists_that_can_not_be_read_leave_the_first_error(
 
 
 def test_an_unknown_order_after_a_doubt(make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clore_client.client.LINGER", 0.2)
+    monkeypatch.setattr(inside("cancel.LINGER"), 0.2)
     sim = make_sim()
     sim.faults.add("cancel_order", "lose_request")
     with pytest.raises(OrderNotFoundError, match="no order 5 ") as caught:
@@ -118,7 +119,7 @@ def test_cancel_all(make_sim: MakeSim, form: str) -> None:
 
 
 def test_cancel_all_names_what_is_left(make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clore_client.client.LINGER", 0.2)
+    monkeypatch.setattr(inside("cancel.LINGER"), 0.2)
     sim = make_sim()
     client = client_for(sim)
     order = client.create_order(plain_server(client))

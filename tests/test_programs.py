@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clore_client import CloreClient, CloreError
-from tests.market import Simulator
+from tests.market import Simulator, inside
 
 PROGRAMS = int(os.environ.get("CLORE_PROGRAMS", "100"))
 LIMIT = 0.002
@@ -161,7 +161,7 @@ def test_programs(
         sim.faults.add(endpoint, kind, times, key=key, **options)
     run = Run(client)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clore_client.client.LINGER", 0.2)
+        patch.setattr(inside("cancel.LINGER"), 0.2)
         threads = [
             threading.Thread(target=run.thread, args=(server_ids[n], steps)) for n, steps in program
         ]
