@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from clore_client import CloreClient, RateLimitError
 from clore_client.pacing import DeadlinePassedError, Pacer, PushedBackError, pacer_for
+from clore_client.transport import backoff_delay
 from tests.conftest import MakeSim, client_for, sent_to
 from tests.market import Simulator
 
@@ -252,3 +253,20 @@ def test_a_request_that_does_not_leave_holds_nobody_up_for_ever(
         thread = in_line(pacer, "cancel", order, urgent=True)
         thread.join(10)
         assert order == ["cancel"]
+
+
+@given(
+    st.integers(1, 10_000),
+    st.floats(min_value=0, max_value=100),
+    st.floats(min_value=0, max_value=1000),
+)
+def test_backoff_is_capped_and_jittered_from_zero(sends: int, first: float, longest: float) -> None:
+    """Invariant: between 0 and the smaller of the cap and first * 2 ** (sends - 1)."""
+    bound = min(longest, first * 2.0 ** min(sends - 1, 32))
+    assert all(0 <= backoff_delay(sends, first, longest) <= bound for _ in range(5))
+
+
+def test_backoff_spreads_over_the_whole_range() -> None:
+    delays = [backoff_delay(3, 1.0, 30.0) for _ in range(2000)]
+    assert min(delays) < 0.2
+    assert max(delays) > 3.8
