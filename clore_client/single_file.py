@@ -29,9 +29,16 @@ MODULES = (
     "purchase",
     "cancel",
     "ceiling",
+    "account",
     "state",
     "signals",
+    "rental",
+    "tenancy",
+    "candidates",
+    "giving_back",
+    "leftovers",
     "ssh",
+    "remote",
     "transport",
     "answers",
     "pacing",
@@ -160,8 +167,8 @@ def _version(source: str) -> str:
 
 def _contents(module: _Module) -> str:
     title = module.about.split("\n")[0]
-    return textwrap.fill(title, WIDTH, initial_indent=f"    {module.name:<12}",
-                         subsequent_indent=" " * 16)  # fmt: skip
+    return textwrap.fill(title, WIDTH, initial_indent=f"    {module.name:<14}",
+                         subsequent_indent=" " * 18)  # fmt: skip
 
 
 def _banner(text: str) -> list[str]:

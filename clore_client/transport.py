@@ -52,6 +52,7 @@ from clore_client.settings import (
     clean_key,
     is_loopback,
 )
+from clore_client.state import DEFAULT_STATE_DIR, check_state_dir
 from clore_client.version import __version__
 
 URGENT_POSTS = frozenset({"cancel_order", "cancel_orders"})  # a waiting cancel costs money
@@ -107,6 +108,7 @@ class Transport(KeyAndUrl):
     max_backoff: float = 30.0
     max_usd_per_hour: float | None = None
     max_active_orders: int | None = None
+    _state_dir: str | os.PathLike[str] | None = DEFAULT_STATE_DIR
     _user_agent = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
     _session_of: tuple[int, WatchedSession] | None = None
 
@@ -124,6 +126,7 @@ class Transport(KeyAndUrl):
         user_agent: str | None = None,
         max_usd_per_hour: float | None = None,
         max_active_orders: int | None = None,
+        state_dir: str | os.PathLike[str] | None = DEFAULT_STATE_DIR,
     ) -> None:
         self._settle(api_key, base_url)
         self.timeout = check_timeout("timeout", timeout)
@@ -144,6 +147,7 @@ class Transport(KeyAndUrl):
             check_number("max_active_orders", max_active_orders)
         self.max_usd_per_hour = max_usd_per_hour
         self.max_active_orders = max_active_orders
+        self._state_dir = check_state_dir("state_dir", state_dir)
         if user_agent is not None:
             if not (check_text("user_agent", user_agent).isascii() and user_agent.isprintable()):
                 raise ValueError(f"user_agent must be printable ASCII, not {user_agent!r}")

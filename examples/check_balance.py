@@ -1,7 +1,7 @@
 """What is in the wallets, and what is running.
 
-    export CLORE_API_KEY=...
-    python check_balance.py
+export CLORE_API_KEY=...
+python check_balance.py
 """
 
 from clore_client import CloreClient
@@ -15,7 +15,9 @@ def main() -> None:
         print(f"{len(orders)} active order(s)")
         for order in orders:
             price = f"{order['price']:.6f} {order.get('currency')} per hour"
-            print(f"  {order['order_id']}  server {order['renting_server']}  {order.status}  {price}")
+            print(
+                f"  {order['order_id']}  server {order['renting_server']}  {order.status}  {price}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Rent the cheapest RTX 4090, run nvidia-smi on it, and give it back, whatever happens.
 
-    export CLORE_API_KEY=...
-    python rent_cheapest.py ["RTX 4090" [most USD per hour]]
+export CLORE_API_KEY=...
+python rent_cheapest.py ["RTX 4090" [most USD per hour]]
 """
 
 import sys

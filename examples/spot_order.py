@@ -1,7 +1,7 @@
 """Bid for a GPU on the spot market a little over the minimum, raise the bid, and give it back.
 
-    export CLORE_API_KEY=...
-    python spot_order.py ["RTX 3090" [most USD per hour]]
+export CLORE_API_KEY=...
+python spot_order.py ["RTX 3090" [most USD per hour]]
 """
 
 import sys

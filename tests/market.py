@@ -1,4 +1,4 @@
-"""The simulator, under the name that it has where the tests run."""
+"""Where the tests find the simulator and the client's inside, in each of its two forms."""
 
 from __future__ import annotations
 
@@ -18,4 +18,9 @@ else:
         "clore_simulator" if ONE_FILE else "clore_client.simulator"
     ).Simulator
 
-__all__ = ["ONE_FILE", "Simulator"]
+__all__ = ["ONE_FILE", "Simulator", "inside"]
+
+
+def inside(path: str) -> str:
+    """What ``"cancel.LINGER"`` is called; in the one file all names are its own."""
+    return f"clore_client.{path.partition('.')[2] if ONE_FILE else path}"

@@ -104,7 +104,7 @@ def test_rates_and_the_form_are_asked_for_again_after_five_minutes(
     client._ensure_rates(server_id, "bitcoin")
     assert len(sent_to(sim, "spot_marketplace")) == 1
     real = time.monotonic
-    monkeypatch.setattr("clore_client.money.time.monotonic", lambda: real() + 301)
+    monkeypatch.setattr("time.monotonic", lambda: real() + 301)
     assert client._market.rates.fresh() == {}
     monkeypatch.undo()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
@@ -34,10 +35,14 @@ def run(sim: Simulator, *command: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def section(heading: str) -> str:
+    """What the README has under a heading."""
+    return README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+
+
 def blocks(heading: str) -> list[str]:
     """The Python code under a heading of the README."""
-    section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", section(heading), re.DOTALL)
 
 
 def test_every_example_is_complete_and_short() -> None:
@@ -146,9 +151,11 @@ def test_the_readmes_snippet_for_tenacity(
 def test_the_readme_names_every_method_and_error() -> None:
     import clore_client
 
-    for name in vars(CloreClient):
+    for name in dir(CloreClient):
         if not name.startswith("_") and callable(getattr(CloreClient, name)):
-            assert f"`{name}(" in README, name
+            assert f"`{name}(" in README or f".{name}(" in README, name
+    for name in inspect.signature(CloreClient).parameters:
+        assert re.search(f"`{name}=?`", section("Key and settings")), name
     for name in clore_client.__all__:
         if name.endswith("Error"):
             assert f"`{name}`" in README, name

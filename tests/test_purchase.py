@@ -121,7 +121,7 @@ def test_an_interrupted_purchase_is_remembered(
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clore_client.purchase.time.sleep", interrupt)
+    monkeypatch.setattr("time.sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         client.create_order(server_id)
     monkeypatch.undo()

@@ -91,6 +91,36 @@ def test_a_key_that_can_be_none_is_refused_without_showing_it(key: Any) -> None:
         client.get_wallets()
 
 
+def test_the_error_names_where_a_bad_key_stands(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text('{"api_key": "Bearer geheim"}')
+    with pytest.raises(ConfigurationError, match=r"from ~/\.clore/config\.json starts") as caught:
+        CloreClient()
+    assert "geheim" not in str(caught.value)
+    monkeypatch.setenv("CLORE_API_KEY", "ge heim")
+    with pytest.raises(ConfigurationError, match="from the environment variable CLORE_API_KEY has"):
+        CloreClient()
+    assert CloreClient("from-argument").api_key == "from-argument"
+
+
+def test_the_file_is_never_written(config: Path) -> None:
+    config.parent.rmdir()
+    CloreClient().describe()
+    assert not config.parent.exists()
+    config.parent.mkdir()
+    config.write_text('{"api_key": "from-file\\n", "other": 1}')
+    config.chmod(0o400)
+    before = config.stat()
+    client = CloreClient()
+    client.api_key = "another"
+    client.close()
+    assert CloreClient.from_env().api_key == "from-file"
+    assert config.read_text() == '{"api_key": "from-file\\n", "other": 1}'
+    assert config.stat().st_mtime_ns == before.st_mtime_ns
+    assert [path.name for path in config.parent.iterdir()] == ["config.json"]
+
+
 def test_urls() -> None:
     assert CloreClient(base_url="https://api.clore.ai/").BASE_URL == "https://api.clore.ai"
     for bad in ("x", "api.clore.ai", "https://", "https://a@b", "https://h?x", "https://h#x",

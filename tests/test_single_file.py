@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -19,15 +20,23 @@ from clore_client.single_file import FOLDER, MODULES, MergeError, main, write
 from tests.conftest import INTERNAL
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = write()
-HEADER = ast.get_docstring(ast.parse(TEXT)) or ""
+
+
+@functools.cache
+def written() -> str:
+    return write()
+
+
+@functools.cache
+def header() -> str:
+    return ast.get_docstring(ast.parse(written())) or ""
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A current copy, in a folder of its own."""
     path = tmp_path / "clore_client.py"
-    path.write_bytes(TEXT.encode())
+    path.write_bytes(written().encode())
     return path
 
 
@@ -54,19 +63,19 @@ def tool(*command: str, cwd: Path) -> None:
 def test_the_header_tells_what_it_is_and_how_to_update_it() -> None:
     made = "-m clore_client.single_file > clore_client.py"
     for part in (f"clore-client {clore_client.__version__} in one file", "MIT License", made):
-        assert part in HEADER
+        assert part in header()
     for part in ("--check clore_client.py", "pip install -U clore-client"):
-        assert part in HEADER
+        assert part in header()
     licence = (ROOT / "LICENSE").read_text().split()
-    told = TEXT.rsplit("# license\n", 1)[1].replace("# ", " ").replace("#\n", "").split()
+    told = written().rsplit("# license\n", 1)[1].replace("# ", " ").replace("#\n", "").split()
     start = licence.index("Permission")
     assert told[told.index("Permission") : -1] == licence[start:]
-    assert " ".join(licence[2:start]).replace("(c)", "(c)") in HEADER
+    assert " ".join(licence[2:start]).replace("(c)", "(c)") in header()
 
 
 def test_every_module_is_a_section_of_the_contents_in_the_same_order() -> None:
-    sections = re.findall(r"^# =+\n# (\w+)\n#\n# ", TEXT, re.MULTILINE)
-    listed = re.findall(r"^    (\w+) {2,}\S", HEADER.split("Contents:")[1], re.MULTILINE)
+    sections = re.findall(r"^# =+\n# (\w+)\n#\n# ", written(), re.MULTILINE)
+    listed = re.findall(r"^    (\w+) {2,}\S", header().split("Contents:")[1], re.MULTILINE)
     assert sections == [*listed, "license"]
     assert sorted(listed) == sorted(MODULES), "a module has no place in MODULES"
 
@@ -80,8 +89,8 @@ def test_comments_and_formatting_are_kept() -> None:
             if not isinstance(n, (ast.Import, ast.ImportFrom)) and not single_file._is_typing(n)
         )  # fmt: skip
         code = "\n".join(source.split("\n")[first.lineno - 1 :]).strip("\n")
-        assert code in TEXT, name
-    assert "simulator" not in re.sub(r"(?s)\"\"\".*?\"\"\"|#.*", "", TEXT.lower())
+        assert code in written(), name
+    assert "simulator" not in re.sub(r"(?s)\"\"\".*?\"\"\"|#.*", "", written().lower())
 
 
 def test_ruff_and_mypy_find_nothing(copy: Path) -> None:
@@ -104,7 +113,7 @@ print("fine")
     assert python(copy.parent, code) == "fine"
     tops = {
         name.split(".")[0]
-        for node in ast.parse(TEXT).body
+        for node in ast.parse(written()).body
         for name in (
             [alias.name for alias in node.names] if isinstance(node, ast.Import)
             else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -153,7 +162,7 @@ def test_every_python_writes_the_same_bytes() -> None:
             command = [program, "-I", *extra, str(FOLDER / "single_file.py")]
             done = subprocess.run(command, capture_output=True, check=True,
                                   env={**os.environ, "LC_ALL": "C"})  # fmt: skip
-            assert done.stdout == TEXT.encode(), program
+            assert done.stdout == written().encode(), program
 
 
 # --- whether a copy is current ---
@@ -163,13 +172,13 @@ def test_check(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     version = clore_client.__version__
     assert main(["--check", str(copy)]) == 0
     assert f"current, version {version}" in capsys.readouterr().out
-    copy.write_bytes(TEXT.replace("\n", "\r\n").encode())  # as a checkout may have it
+    copy.write_bytes(written().replace("\n", "\r\n").encode())  # as a checkout may have it
     assert main(["--check", str(copy)]) == 0
     capsys.readouterr()
-    copy.write_text(TEXT.replace("max_retries: int = 3", "max_retries: int = 4"))
+    copy.write_text(written().replace("max_retries: int = 3", "max_retries: int = 4"))
     assert main(["--check", str(copy)]) == 1
     assert f"its version is {version}, as the package's, but it differs" in capsys.readouterr().out
-    copy.write_text(TEXT.replace(f"clore-client {version} in", "clore-client 0.0.1 in"))
+    copy.write_text(written().replace(f"clore-client {version} in", "clore-client 0.0.1 in"))
     assert main(["--check", str(copy)]) == 1
     assert f"its version is 0.0.1, the package's {version}" in capsys.readouterr().out
     copy.write_text("print()")
@@ -186,7 +195,7 @@ def test_the_command_writes_beside_a_copy(copy: Path) -> None:
     command = f"'{sys.executable}' -I -m clore_client.single_file"
     for _ in range(2):  # the shell empties it first
         subprocess.run(f"{command} > clore_client.py", shell=True, cwd=copy.parent, check=True)
-        assert copy.read_bytes() == TEXT.encode()
+        assert copy.read_bytes() == written().encode()
     subprocess.run(f"{command} --check clore_client.py", shell=True, cwd=copy.parent, check=True)
 
 
