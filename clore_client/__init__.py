@@ -5,6 +5,7 @@ from clore_client.errors import (
     ApplicationError,
     AuthenticationError,
     BidTooLowError,
+    BudgetExceededError,
     CancelUnconfirmedError,
     CloreAPIError,
     CloreConnectionError,
@@ -22,6 +23,7 @@ from clore_client.errors import (
     OrderNotFoundError,
     RateLimitError,
     RateUnknownError,
+    RentalError,
     ServerAlreadyRentedError,
     ServerOfflineError,
     SpendingLimitError,
@@ -30,8 +32,12 @@ from clore_client.errors import (
     SSHError,
     WaitTimeoutError,
 )
+from clore_client.leftovers import Leftover, Leftovers
 from clore_client.orders import Order
+from clore_client.remote import RunResult
+from clore_client.rental import Rental
 from clore_client.servers import Server
+from clore_client.signals import SignalExit
 from clore_client.version import __version__
 from clore_client.wallets import Wallet
 
@@ -39,6 +45,7 @@ __all__ = [
     "ApplicationError",
     "AuthenticationError",
     "BidTooLowError",
+    "BudgetExceededError",
     "CancelUnconfirmedError",
     "CloreAPIError",
     "CloreClient",
@@ -52,16 +59,22 @@ __all__ = [
     "InvalidEndpointError",
     "InvalidInputError",
     "InvalidResponseError",
+    "Leftover",
+    "Leftovers",
     "Order",
     "OrderEndedError",
     "OrderFateUnknownError",
     "OrderNotFoundError",
     "RateLimitError",
     "RateUnknownError",
+    "Rental",
+    "RentalError",
+    "RunResult",
     "SSHError",
     "Server",
     "ServerAlreadyRentedError",
     "ServerOfflineError",
+    "SignalExit",
     "SpendingLimitError",
     "SpotPriceStepError",
     "SpotPriceTooSoonError",

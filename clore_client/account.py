@@ -22,6 +22,7 @@ from clore_client.errors import (
     CloreAPIError,
     CloreError,
     DatabaseError,
+    OrderEndedError,
     OrderFateUnknownError,
     OrderNotFoundError,
     ServerAlreadyRentedError,
@@ -275,6 +276,15 @@ class Account(Transport):
 
     def _new_bid(self, order: Order, new_price: float, above: bool) -> float:
         market = self._market
+        if order.has_ended:
+            raise OrderEndedError(
+                f"Order {order.id} has ended, with status {order.status}: nothing was bid",
+                order_id=order.id or 0,
+                status=order.status or "",
+                order=order,
+            )
+        if order.get("spot") is False:
+            raise ValueError(f"order {order.id} is no spot order: nothing was bid")
         check_price_ceiling(new_price, self.max_usd_per_hour, f"the bid for order {order.id}")
         market.check_below_on_demand("new_price", new_price, order.server_id, above)
         if surely_documented(order):

@@ -154,7 +154,10 @@ def no_answer(call: Call, error: Exception, left_at: float | None) -> Failure:
     if isinstance(error, requests.RequestException):
         # It holds the request, and so the key and the body.
         error.request = error.response = None
-    cause = f"{type(error).__name__}: {reason_of(error)}"
+    reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
+    cause = f"{type(error).__name__}: {reason}"
+    # What lies below it is sixty lines of tracebacks that say the same.
+    error.__cause__ = error.__context__ = error.__traceback__ = None
     cause = printable(without(cause, call.secrets), 300)
     unsent = never_left(error, left_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)

@@ -31,6 +31,8 @@ def check_id(name: str, value: Any) -> int:
     """A positive integer, or its digits."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value.strip()):
         value = int(value)
+    if isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f"{name} must be a positive integer, not {_shown(value)}")
     if isinstance(value, str) or value < 1:

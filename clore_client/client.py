@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clore_client.account import Account
 from clore_client.bids import with_hourly_offers
 from clore_client.cancel import settle_cancel
+from clore_client.candidates import Wish
 from clore_client.checks import (
     check_bool,
     check_id,
@@ -21,6 +22,7 @@ from clore_client.errors import (
     AuthenticationError,
     CancelUnconfirmedError,
     CloreAPIError,
+    CloreConnectionError,
     CloreError,
     ConfigurationError,
     InvalidResponseError,
@@ -30,14 +32,18 @@ from clore_client.errors import (
     SpotPriceTooSoonError,
     WaitTimeoutError,
 )
+from clore_client.leftovers import Leftovers, end_leftovers, find_leftovers
 from clore_client.log import logger
 from clore_client.money import wire_currency
-from clore_client.orders import Order
+from clore_client.orders import ENDED_STATUSES, Order
 from clore_client.purchase import (
     draft_order,
 )
+from clore_client.rental import Rental
 from clore_client.servers import Server, cheapest_first, to_servers
+from clore_client.signals import SignalHandling
 from clore_client.ssh import open_ssh, parse_ssh_command
+from clore_client.state import state_folder
 from clore_client.transport import within
 from clore_client.wallets import Wallet, to_wallets
 
@@ -79,6 +85,7 @@ class CloreClient(Account):
         user_agent: added to the User-Agent, as ``"my-tool/1.0"``.
         max_usd_per_hour: refuse every order and bid over this, before anything is sent.
         max_active_orders: refuse an order when so many are active.
+        state_dir: where :meth:`rent` notes what it rents, for :meth:`leftovers`; None: nowhere.
 
     Raises:
         ConfigurationError: a key, a base URL or a settings file that can't be used.
@@ -193,6 +200,10 @@ class CloreClient(Account):
         if max_price_usd is not None:
             check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
         check_number("min_reliability", min_reliability, maximum=100.0)
+        if 0 < min_reliability <= 1:
+            logger.warning(
+                "min_reliability counts from 0 to 100: %g is next to none", min_reliability
+            )
         check_bool("use_spot", use_spot)
         fitting = to_servers(
             self._marketplace(),
@@ -385,6 +396,9 @@ class CloreClient(Account):
         except (AuthenticationError, ConfigurationError, RateLimitError):
             raise
         except CloreError as error:
+            error.args = (f"{error}\norder {wanted} may still be running, and cost money",)
+            if isinstance(error, CloreConnectionError) and error._sent_at is None:
+                raise  # nothing left this machine: the lists would say nothing new
             refused = isinstance(error, CloreAPIError) and error.sends <= 1
             known = wanted in self._cancelled
             patience = None if known or not refused else 0.0
@@ -498,6 +512,8 @@ class CloreClient(Account):
         if on_update is not None and not callable(on_update):
             raise TypeError(f"on_update must be callable, not {on_update!r}")
         ends = {"cancelled", "expired"}
+        if target_status not in {"running", "creating"} | ENDED_STATUSES:
+            logger.warning("no order is known to have the status %r: a slip?", target_status)
         targets = ends if target_status in ends else {target_status}
         deadline = time.monotonic() + timeout
         seen: Order | None = None
@@ -535,6 +551,154 @@ class CloreClient(Account):
             # No sooner than the API asked for, where it did.
             pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
             time.sleep(min(pause, remaining))
+
+    # --- rentals ---
+
+    def rent(
+        self,
+        gpu_type: str | None = None,
+        max_price_usd: float | None = None,
+        min_reliability: float = 0.0,
+        use_spot: bool = False,
+        *,
+        server_id: int | None = None,
+        image: str = "nvidia/cuda:12.1.0-base-ubuntu22.04",
+        currency: str = "CLORE-Blockchain",
+        ports: dict[str, str] | None = None,
+        env: dict[str, str] | None = None,
+        ssh_password: str | None = None,
+        ssh_key: str | None = None,
+        spot_price: float | None = None,
+        jupyter_token: str | None = None,
+        attempts: int = 5,
+        deploy_timeout: float = 300.0,
+        poll_interval: float = 5.0,
+        find_timeout: float = 30.0,
+        cancel_timeout: float = 300.0,
+        max_hours: float | None = None,
+        max_cost_usd: float | None = None,
+    ) -> Rental:
+        """A server for the length of a ``with`` block: found, ordered, awaited, and given back.
+
+        The cheapest server that fits is ordered. One that is rented away, offline, refuses the
+        currency or is refused with code 1 gives way to the next, and so does an order that shows a
+        price over the limit or does not run in time, once it is confirmed to have ended. However
+        the block is left - also by Ctrl-C, by SIGTERM, SIGHUP or the interpreter's exit - the order
+        is cancelled, and that it has ended is confirmed; a second Ctrl-C ends only the
+        confirmation. What a killed process leaves, :meth:`leftovers` finds.
+
+        ``max_hours`` and ``max_cost_usd`` are kept by a thread of this process: it cancels the
+        order and closes the rental's SSH connections. Code of the block that is busy elsewhere is
+        not interrupted, and nothing keeps them while the process is dead or the machine asleep.
+
+        Parameters:
+            gpu_type, min_reliability, use_spot: as for :meth:`find_servers`.
+            max_price_usd: USD per hour when paid in ``currency``, without fees.
+            server_id: only this server.
+            image, currency, ports, env, ssh_password, ssh_key, jupyter_token, find_timeout: as for
+                :meth:`create_order`.
+            spot_price: the bid in USD per hour for ``use_spot``; default the lowest that the host
+                takes.
+            attempts: how many servers are tried at most.
+            deploy_timeout: seconds that each may take to run.
+            poll_interval: seconds between two looks.
+            cancel_timeout: seconds for which the cancel is kept up, whatever ``max_retries`` is,
+                and then again at most for its confirmation.
+            max_hours: hours after which the rental is ended.
+            max_cost_usd: USD of cost, fees included, at which it is ended.
+
+        Returns:
+            A :class:`Rental`, which orders when it is entered: ``order``, ``server``,
+            ``cost_usd``, ``ssh()``, ``run()``, ``keep()``.
+
+        Raises:
+            RentalError: no server worked; ``tried`` tells why for each.
+            CancelUnconfirmedError: an order may still be running.
+            OrderFateUnknownError: an order may have been made.
+            BudgetExceededError: by calls of the rental, and when the block is left.
+
+        Example:
+            >>> with client.rent("RTX 4090", max_price_usd=0.40, max_hours=2) as rental:
+            ...     print(rental.run("nvidia-smi -L").stdout)
+        """
+        wish = Wish(
+            gpu_type=gpu_type,
+            max_price_usd=max_price_usd,
+            min_reliability=min_reliability,
+            use_spot=use_spot,
+            server_id=server_id,
+            image=image,
+            currency=currency,
+            ports=ports,
+            env=env,
+            ssh_password=ssh_password,
+            ssh_key=ssh_key,
+            spot_price=spot_price,
+            jupyter_token=jupyter_token,
+            attempts=attempts,
+            deploy_timeout=deploy_timeout,
+            poll_interval=poll_interval,
+            find_timeout=find_timeout,
+            cancel_timeout=cancel_timeout,
+            max_hours=max_hours,
+            max_cost_usd=max_cost_usd,
+        )
+        return Rental(self, wish, state_folder(self._state_dir))
+
+    def leftovers(self, *, wait: float = 30.0) -> Leftovers:
+        """What rentals of dead processes have left running on this account.
+
+        Parameters:
+            wait: seconds for which an order that was sent a moment ago may not be listed yet.
+
+        Returns:
+            :class:`Leftovers`: ``abandoned`` (of this machine), and apart from them ``elsewhere``
+            (entries of other machines) and ``unnoted`` (active orders without an entry).
+
+        Example:
+            >>> client.leftovers().abandoned
+            [<Leftover order 1958009 of server 99173, by process 4711 on 'desk'>]
+        """
+        check_number("wait", wait, unit="seconds")
+        return find_leftovers(self, state_folder(self._state_dir), wait)
+
+    def cancel_leftovers(self, *, wait: float = 30.0, cancel_timeout: float = 300.0) -> list[int]:
+        """End what :meth:`leftovers` lists as ``abandoned``, and nothing else.
+
+        Parameters:
+            wait: as for :meth:`leftovers`.
+            cancel_timeout: seconds for which each cancel is kept up.
+
+        Returns:
+            The ids of the orders, which are confirmed to have ended.
+
+        Raises:
+            CancelUnconfirmedError: some may still be running; ``order_ids`` names them.
+
+        Example:
+            >>> client.cancel_leftovers()
+            [1958009]
+        """
+        check_number("wait", wait, unit="seconds")
+        check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
+        return end_leftovers(self, state_folder(self._state_dir), wait, cancel_timeout)
+
+    @staticmethod
+    def handle_signals() -> SignalHandling:
+        """Let SIGTERM and SIGHUP end the rentals of all threads; to be called in the main thread.
+
+        They then raise :class:`SignalExit`, a ``SystemExit``, in the main thread. The first rental
+        does the same by itself, where it is entered in the main thread. A signal that has a handler
+        or is ignored stays as it is.
+
+        Returns:
+            A context manager whose end, or ``close()``, restores what was before.
+
+        Example:
+            >>> with client.handle_signals():
+            ...     work_with_threads()
+        """
+        return SignalHandling()
 
     # --- SSH ---
 
@@ -588,6 +752,8 @@ class CloreClient(Account):
             >>> with client.connect_ssh(order) as ssh:
             ...     print(ssh.exec_command("nvidia-smi -L")[1].read().decode())
         """
+        if not isinstance(order, Mapping):
+            raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
         check_number("timeout", timeout, above=True, unit="seconds")
         check_number("wait", wait, unit="seconds")
         for name, value in (("password", password), ("key_path", key_path)):

@@ -248,6 +248,35 @@ class SSHError(CloreError):
     """A login over SSH was not possible."""
 
 
+class RentalError(CloreError):
+    """``rent()`` found no host that worked, or a rental was used in a way that can't be.
+
+    Attributes:
+        tried: (server id, why not) for each host that was tried.
+    """
+
+    def __init__(self, message: str, *, tried: tuple[tuple[int, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.tried = tried
+
+
+class BudgetExceededError(CloreError):
+    """A rental was ended because its ``max_hours`` or ``max_cost_usd`` was reached.
+
+    Attributes:
+        order_id: the order that was ended.
+        hours, cost_usd: how long it ran, and what it cost.
+    """
+
+    def __init__(
+        self, message: str, *, order_id: int | None, hours: float, cost_usd: float
+    ) -> None:
+        super().__init__(message)
+        self.order_id = order_id
+        self.hours = hours
+        self.cost_usd = cost_usd
+
+
 class CloreAPIError(CloreError):
     """The API answered, and the answer is an error.
 

@@ -118,9 +118,12 @@ class Order(Record):
         return getattr(self, "_live", None)
 
     def _summary(self) -> dict[str, Any]:
+        if "body" in self:  # a preview
+            return {"usd_per_hour": self.usd_per_hour, "body": self["body"]}
         first = ("order_id", "renting_server", "status", "price", "currency", "image", "started")
         return {
             **{name: self.get(name) for name in first},
+            "usd_per_hour": None if self.usd_per_hour is None else round(self.usd_per_hour, 6),
             "ssh": self.ssh_command,
             **({"ssh_password": "***"} if self.get("ssh_password") else {}),
         }

@@ -14,7 +14,7 @@ from clore_client.log import logger
 SIGNALS = tuple(s for n in ("SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None)
 
 
-class SignalExit(SystemExit):  # noqa: N818 - no error: what SystemExit is to sys.exit()
+class SignalExit(SystemExit):
     """A signal that ends the process, raised in the main thread so that ``with`` blocks are left.
 
     No ``Exception``, just as ``SystemExit``; left alone, the process ends with 128 + the signal.
@@ -100,8 +100,11 @@ class SignalHandling:
             for signum in SIGNALS:
                 _install(signum)
         elif not _handling.installed:
-            _warn_once(0, "signals can only be handled from the main thread: SIGTERM and SIGHUP "
-                          "will not end this rental; call handle_signals() there first")  # fmt: skip
+            _warn_once(
+                0,
+                "signals can only be handled from the main thread: SIGTERM and SIGHUP will not "
+                "end this rental; call handle_signals() there first",
+            )
 
     def close(self) -> None:
         """Stop using it. Safe to repeat."""
@@ -158,12 +161,18 @@ class Shield:
         self._sigint = False
 
     def __enter__(self) -> Shield:
-        if in_main_thread():
-            self._entered, self.holding = True, True
+        if not in_main_thread():
+            return self
+        self._entered = True
+        try:
             self._outer, _handling.shield = _handling.shield, self
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 self._sigint = True
                 signal.signal(signal.SIGINT, self._on_interrupt)
+            self.holding = True  # the last step: until here they raise, and this is undone
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
@@ -187,6 +196,7 @@ class Shield:
     ) -> None:
         if not self._entered:
             return
+        self.holding = False  # first: whatever interrupts this, none is swallowed from here on
         if self._sigint:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _handling.shield = self._outer

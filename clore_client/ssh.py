@@ -143,10 +143,10 @@ def _not_up_yet(error: BaseException, paramiko_module: Any, where: str) -> str:
     """What to say of an sshd that is not up yet; raises for everything that time does not heal."""
     if isinstance(error, paramiko_module.AuthenticationException):
         raise SSHError(
-            f"{where} refused the login: {printable(str(error), 200)}. "
+            f"{where} refused the login: {printable(str(error).rstrip('.'), 200)}. "
             "Was the order made with another password or key?"
         ) from error
-    text = printable(str(error) or type(error).__name__, 200)
+    text = printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
     if isinstance(error, socket.gaierror):
         return f"the host name is not known ({text})"
     if isinstance(error, (OSError, EOFError)):

@@ -16,7 +16,8 @@ from typing import Any
 
 from clore_client.log import logger
 
-STATE_FOLDER = "clore-client"
+# Where the user has not said; without that variable ``~/.local/state/clore-client``.
+DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
 STATE_SUFFIX = ".json"
 LONGEST_ENTRY = 65536  # bytes; a longer file is none of ours
 LOCK_AT = 1 << 30  # where Windows locks: what is locked there can't be read
@@ -28,19 +29,25 @@ _held: dict[str, Entry] = {}  # path -> what this process has written and holds
 _told: set[str] = set()  # what has been warned of
 
 
-def state_folder(state_dir: Any, default: bool) -> Path | None:
-    """The folder of the entries; None where they are turned off.
+def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
+    """A folder, or None for no notes at all."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a folder or None, not {value!r}")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name} must not be empty: None turns the notes off")
+    return value
 
-    Parameters:
-        state_dir: where the user wants it, or None for nowhere.
-        default: where the user has not said.
-    """
-    if not default:
-        return None if state_dir is None else Path(os.path.expanduser(os.fspath(state_dir)))
+
+def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The folder of the entries, from what the user gave; None where they are turned off."""
+    if state_dir is None:
+        return None
+    if state_dir != DEFAULT_STATE_DIR:
+        return Path(os.path.abspath(os.path.expanduser(os.fspath(state_dir))))
     base = os.environ.get("XDG_STATE_HOME") or ""
     if not os.path.isabs(base):  # the specification says to ignore such a one
         base = os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(base) / STATE_FOLDER
+    return Path(base) / "clore-client"
 
 
 def account_digest(base_url: str, api_key: str | None) -> str:

@@ -250,6 +250,8 @@ class Transport(KeyAndUrl):
             if isinstance(outcome, Envelope):
                 outcome.sends = sends
                 return outcome
+            if failure is not None and outcome.error._sent_at is None:
+                outcome.error._sent_at = failure.error._sent_at  # an earlier send did leave
             failure = outcome
             failure.error.sends = sends
             delay = backoff_delay(sends, self.backoff, self.max_backoff)

@@ -1,7 +1,8 @@
 """Random programs under random faults, checked against the simulator's own books.
 
 Invariants: orders made <= orders intended; each create_order that returned names an order that
-exists, and no other call's; no wait goes past its deadline by more than one exchange; requests
+exists, and no other call's; after rent() is left its order is not active, or an error said so; no
+wait goes past its deadline by more than one exchange; requests
 keep the pace. CLORE_PROGRAMS=10000 runs as many programs.
 """
 
@@ -57,7 +58,9 @@ faults = st.lists(
     max_size=6,
 )
 steps = st.lists(
-    st.sampled_from(["create", "create", "cancel", "wait", "cancel_unknown", "cancel_all"]),
+    st.sampled_from(
+        ["create", "create", "cancel", "wait", "cancel_unknown", "cancel_all", "rent", "rent_fails"]
+    ),
     min_size=1,
     max_size=5,
 )
@@ -88,8 +91,9 @@ def server_ids(sim: Simulator) -> list[int]:
 class Run:
     """One program: what it intended, and what it got."""
 
-    def __init__(self, client: CloreClient) -> None:
+    def __init__(self, client: CloreClient, is_active: Callable[[int], bool]) -> None:
         self.client = client
+        self.is_active = is_active
         self.lock = threading.Lock()
         self.intended = 0
         self.returned: list[int] = []
@@ -113,6 +117,35 @@ class Run:
         mine.append(order["order_id"])
         with self.lock:
             self.returned.append(order["order_id"])
+
+    def rent(self, server_id: int, mine: list[int], fails: bool = False) -> None:
+        with self.lock:
+            self.intended += 1
+        rental = self.client.rent(
+            server_id=server_id,
+            deploy_timeout=0.2,
+            poll_interval=0.005,
+            find_timeout=0.3,
+            cancel_timeout=0.3,
+        )
+        order_id, told = None, False
+        try:
+            with rental:
+                order_id = rental.order.id
+                with self.lock:
+                    self.returned.append(order_id or 0)
+                if fails:
+                    raise KeyError("of the block")
+        except CloreError:
+            return
+        except KeyError as error:
+            told = bool(getattr(error, "__notes__", ()))
+        if not told:
+            assert order_id is not None
+            assert not self.is_active(order_id)
+
+    def rent_fails(self, server_id: int, mine: list[int]) -> None:
+        self.rent(server_id, mine, fails=True)
 
     def cancel(self, server_id: int, mine: list[int]) -> None:
         self.tried(lambda: self.client.cancel_order(mine[-1]))
@@ -155,11 +188,12 @@ def test_programs(
         rate_limit=LIMIT,
         create_order_interval=LIMIT,
         backoff=0.001,
+        state_dir=None,
     )
     for endpoint, kind, times in faults:
         options = {"seconds": SECONDS[kind]} if kind in SECONDS else {}
         sim.faults.add(endpoint, kind, times, key=key, **options)
-    run = Run(client)
+    run = Run(client, lambda order_id: sim.order(order_id).active)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inside("cancel.LINGER"), 0.2)
         threads = [

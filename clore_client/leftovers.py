@@ -1,0 +1,246 @@
+"""What rentals of processes that are dead have left running."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from clore_client.errors import CancelUnconfirmedError, CloreError
+from clore_client.giving_back import confirm_gone, confirm_until, keep_cancelling
+from clore_client.log import logger
+from clore_client.money import finite
+from clore_client.orders import Order
+from clore_client.records import whole_id
+from clore_client.state import Found, account_digest, read_entries
+from clore_client.tenancy import fits_intent
+
+# How far an order's time of creation, by the server's clock, may lie before and after the time of
+# the intent, by this machine's. A proxy may hold a request for a while.
+CLOCKS_APART = 300.0
+LATEST_ORDER = 900.0
+LEFTOVER_LOOK = 1.0  # seconds between two looks for orders that may not be listed yet
+
+
+class Leftover:
+    """An order that a rental left behind, and what its entry tells.
+
+    Attributes:
+        order: as it is listed now; None for an entry of another machine without one.
+        order_id, server_id: its numbers; ``order_id`` may be None where ``order`` is.
+        started: Unix time at which it was to be ordered.
+        host, pid: where.
+    """
+
+    def __init__(self, facts: dict[str, Any], order: Order | None, path: Path) -> None:
+        self.order = order
+        self.order_id = order.id if order is not None else whole_id(facts.get("order_id"))
+        self.server_id = whole_id(facts.get("server_id"))
+        self.started = finite(facts.get("started"))
+        host, pid = facts.get("host"), facts.get("pid")
+        self.host = host if isinstance(host, str) else None
+        self.pid = pid if isinstance(pid, int) else None
+        self.path = path
+
+    def __repr__(self) -> str:
+        return (
+            f"<Leftover order {self.order_id} of server {self.server_id}, by process {self.pid} "
+            f"on {self.host!r}>"
+        )
+
+
+class Leftovers:
+    """What ``CloreClient.leftovers`` has found.
+
+    Attributes:
+        abandoned: orders that still run, of rentals of this machine whose process is dead.
+        elsewhere: entries of other machines, whose processes can't be seen from here.
+        unnoted: active orders of the account that no entry tells of.
+    """
+
+    def __init__(
+        self, abandoned: list[Leftover], elsewhere: list[Leftover], unnoted: list[Order]
+    ) -> None:
+        self.abandoned = abandoned
+        self.elsewhere = elsewhere
+        self.unnoted = unnoted
+
+    def __repr__(self) -> str:
+        return (
+            f"<Leftovers: {self.abandoned}, {len(self.elsewhere)} of other machines, "
+            f"{len(self.unnoted)} orders without an entry>"
+        )
+
+
+class _Survey:
+    """One look at the entries and at the orders."""
+
+    def __init__(self, client: Any, folder: Path | None) -> None:
+        self.client = client
+        account = account_digest(str(client.BASE_URL).rstrip("/"), client.api_key)
+        # The entries first: what is ordered meanwhile has an entry, or is in no list.
+        entries = read_entries(folder)
+        self.entries = [e for e in entries if e.facts.get("account") == account]
+        for entry in entries:
+            if entry not in self.entries:
+                entry.close()
+        try:
+            self.orders = {o.id: o for o in client.get_orders() if o.id is not None}
+            self._match()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for entry in self.entries:
+            entry.close()
+
+    def _match(self) -> None:
+        named = {whole_id(e.facts.get("order_id")): e for e in self.entries}
+        named.pop(None, None)
+        self.of: dict[str, Order] = {}  # path of an entry -> its order
+        held: set[int] = set()
+        for entry in self.entries:
+            order_id = whole_id(entry.facts.get("order_id"))
+            if order_id is not None:
+                fitting = [self.orders[order_id]] if order_id in self.orders else []
+            else:
+                fitting = [
+                    order
+                    for number, order in self.orders.items()
+                    if number not in named and intended(entry.facts, order)
+                ]
+            if entry.free or not entry.ours:
+                if len(fitting) > 1:
+                    logger.warning("several orders fit %s: none is taken for it", entry.path)
+                elif fitting:
+                    self.of[str(entry.path)] = fitting[0]
+                    held.add(fitting[0].id or 0)
+            else:
+                held.update(order.id or 0 for order in fitting)
+        # One that two entries would have is nobody's.
+        owners: dict[int, list[str]] = {}
+        for path, order in self.of.items():
+            owners.setdefault(order.id or 0, []).append(path)
+        for paths in owners.values():
+            if len(paths) > 1:
+                for path in paths:
+                    logger.warning("%s and another entry fit the same order", path)
+                    self.of.pop(path)
+        self.unnoted = [o for i, o in self.orders.items() if i not in held and not o.has_ended]
+
+    def order_of(self, entry: Found) -> Order | None:
+        order = self.of.get(str(entry.path))
+        return None if order is None or order.has_ended else order
+
+    def undecided(self, wait: float) -> bool:
+        """Whether an order of a dead process may not be listed yet."""
+        return any(
+            entry.free and self.order_of(entry) is None and _young(entry.facts, wait)
+            for entry in self.entries
+        )
+
+    def tidy(self, wait: float) -> None:
+        """Remove the entries whose orders are gone."""
+        for entry in self.entries:
+            if not entry.free or self.order_of(entry) is not None:
+                continue
+            order_id = whole_id(entry.facts.get("order_id"))
+            if order_id is None:
+                gone = not _young(entry.facts, LATEST_ORDER + CLOCKS_APART)
+            elif _young(entry.facts, wait):
+                gone = False
+            else:
+                try:
+                    order = self.client.get_order(order_id)
+                except CloreError:
+                    continue
+                gone = order is None or order.has_ended
+            if gone:
+                logger.info("the order of %s is gone: the entry is removed", entry.path)
+                entry.remove()
+
+    def result(self) -> Leftovers:
+        abandoned, elsewhere = [], []
+        for entry in self.entries:
+            order = self.order_of(entry)
+            if not entry.ours:
+                elsewhere.append(Leftover(entry.facts, order, entry.path))
+            elif entry.free and order is not None:
+                abandoned.append(Leftover(entry.facts, order, entry.path))
+        return Leftovers(abandoned, elsewhere, self.unnoted)
+
+
+def intended(facts: dict[str, Any], order: Order) -> bool:
+    """Whether an order can come of the intent that an entry without an order's number tells."""
+    before = facts.get("before")
+    if order.server_id != whole_id(facts.get("server_id")):
+        return False
+    if isinstance(before, list) and order.id in before:
+        return False
+    if not fits_intent(order, facts.get("image"), facts.get("currency"), facts.get("spot")):
+        return False
+    started, made = finite(facts.get("started")), order.started_at
+    if started is None or made is None:
+        return False
+    return started - CLOCKS_APART <= made <= started + LATEST_ORDER + CLOCKS_APART
+
+
+def _young(facts: dict[str, Any], seconds: float) -> bool:
+    started = finite(facts.get("started"))
+    # One in the future is young: the clock has been set back since.
+    return started is not None and time.time() - started < seconds
+
+
+def _settled(client: Any, folder: Path | None, wait: float) -> _Survey:
+    deadline = time.monotonic() + wait
+    while True:
+        survey = _Survey(client, folder)
+        try:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not survey.undecided(wait):
+                survey.tidy(wait)
+                return survey
+        except BaseException:
+            survey.close()
+            raise
+        survey.close()
+        time.sleep(min(LEFTOVER_LOOK, max(0.01, wait / 10), remaining))
+
+
+def find_leftovers(client: Any, folder: Path | None, wait: float) -> Leftovers:
+    """What is left behind; see ``CloreClient.leftovers``."""
+    survey = _settled(client, folder, wait)
+    survey.close()
+    return survey.result()
+
+
+def end_leftovers(client: Any, folder: Path | None, wait: float, timeout: float) -> list[int]:
+    """End what dead processes of this machine left; see ``CloreClient.cancel_leftovers``."""
+    survey = _settled(client, folder, wait)
+    ended: list[int] = []
+    failed: dict[int, BaseException] = {}
+    try:
+        # Their locks are held: no other process does the same meanwhile.
+        for entry in survey.entries:
+            order = survey.order_of(entry)
+            if not (entry.free and entry.ours) or order is None or order.id is None:
+                continue
+            started = time.monotonic()
+            failure = keep_cancelling(client, order.id, started + timeout)
+            if failure is None:
+                failure = confirm_gone(client, order.id, confirm_until(started, timeout))
+            if failure is None:
+                logger.info("order %d, which a dead process left, was ended", order.id)
+                entry.remove()
+                ended.append(order.id)
+            else:
+                failed[order.id] = failure
+    finally:
+        survey.close()
+    if failed:
+        ids = ", ".join(map(str, failed))
+        raise CancelUnconfirmedError(
+            f"not confirmed to have ended: {ids} (ended: {ended})", order_ids=tuple(failed)
+        ) from next(iter(failed.values()))
+    return ended
