@@ -66,10 +66,11 @@ def pytest_pycollect_makemodule(
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if ONE_FILE and item.get_closest_marker("internal"):
-            item.add_marker(pytest.mark.skip(reason="not for the one file"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    internal = [item for item in items if ONE_FILE and item.get_closest_marker("internal")]
+    if internal:
+        config.hook.pytest_deselected(items=internal)
+        items[:] = [item for item in items if item not in internal]
 
 
 @pytest.fixture(autouse=True)
