@@ -100,6 +100,7 @@ class _Survey:
         named.pop(None, None)
         self.of: dict[str, Order] = {}  # path of an entry -> its order
         held: set[int] = set()
+        living: set[int] = set()  # orders that may be those of living processes
         for entry in self.entries:
             order_id = whole_id(entry.facts.get("order_id"))
             if order_id is not None:
@@ -117,17 +118,29 @@ class _Survey:
                     self.of[str(entry.path)] = fitting[0]
                     held.add(fitting[0].id or 0)
             else:
-                held.update(order.id or 0 for order in fitting)
-        # One that two entries would have is nobody's.
-        owners: dict[int, list[str]] = {}
-        for path, order in self.of.items():
-            owners.setdefault(order.id or 0, []).append(path)
-        for paths in owners.values():
-            if len(paths) > 1:
-                for path in paths:
-                    logger.warning("%s and another entry fit the same order", path)
-                    self.of.pop(path)
+                living.update(order.id or 0 for order in fitting)
+        held |= living
+        self._settle_claims(living)
         self.unnoted = [o for i, o in self.orders.items() if i not in held and not o.has_ended]
+
+    def _settle_claims(self, living: set[int]) -> None:
+        """Leave each order at most one entry."""
+        claims: dict[int, list[Found]] = {}
+        for entry in self.entries:
+            if (order := self.of.get(str(entry.path))) is not None:
+                claims.setdefault(order.id or 0, []).append(entry)
+        for order_id, entries in claims.items():
+            if order_id in living or (
+                len(entries) > 1 and not all(entry.free and entry.ours for entry in entries)
+            ):
+                logger.warning("order %d may be another process's: it is left alone", order_id)
+                losers = entries
+            else:
+                # Dead ones of this machine, whichever it was: the last is the likeliest.
+                entries.sort(key=lambda entry: finite(entry.facts.get("started")) or 0.0)
+                losers = entries[:-1]
+            for entry in losers:
+                self.of.pop(str(entry.path))
 
     def order_of(self, entry: Found) -> Order | None:
         order = self.of.get(str(entry.path))

@@ -265,14 +265,35 @@ def test_an_intent_without_an_order_goes_in_time(client: CloreClient, folder: Pa
     assert not odd.exists()
 
 
-def test_two_entries_for_one_order(sim: Simulator, client: CloreClient, folder: Path) -> None:
+def test_two_dead_entries_for_one_order(sim: Simulator, client: CloreClient, folder: Path) -> None:
+    """Whichever of them it was, nobody else's it is; the one that started last gets it."""
     order = order_of(client, sim)
-    for _ in range(2):
-        left(client, folder, order, order_id=None, started=time.time())
-    found = client.leftovers(wait=0)
-    assert found.abandoned == []
+    left(client, folder, order, order_id=None, started=time.time() - 1)
+    last = left(client, folder, order, order_id=None, started=time.time())
+    (found,) = client.leftovers(wait=0).abandoned
+    assert (found.order_id, found.path) == (order.id, last)
+    assert client.cancel_leftovers(wait=0) == [order.id]
+    assert active(sim) == []
+
+
+@pytest.mark.parametrize("other", ["living", "elsewhere"])
+def test_an_order_that_may_be_another_processs_is_left_alone(
+    sim: Simulator, client: CloreClient, folder: Path, other: str
+) -> None:
+    order = order_of(client, sim)
+    dead = left(client, folder, order, order_id=None, started=time.time())
+    entry = None
+    if other == "living":
+        facts = {k: v for k, v in json.loads(dead.read_text()).items() if k != "pid"}
+        entry = write_entry(folder, facts)
+    else:
+        left(client, folder, order, order_id=None, started=time.time(), boot="another",
+             machine="another", host="another")  # fmt: skip
+    assert client.leftovers(wait=0).abandoned == []
     assert client.cancel_leftovers(wait=0) == []
     assert active(sim) == [order.id]
+    if entry is not None:
+        entry.remove()
 
 
 @pytest.mark.parametrize(
