@@ -358,6 +358,7 @@ class CloreClient(Account):
         *,
         confirm: bool = False,
         confirm_timeout: float = 60.0,
+        settle_timeout: float | None = None,
     ) -> bool:
         """End an order: it costs nothing from here on. Safe to repeat.
 
@@ -369,6 +370,8 @@ class CloreClient(Account):
             issue: what was wrong with the server; cut at 2048 characters.
             confirm: wait until the order has left the active ones, or is expired.
             confirm_timeout: seconds for that.
+            settle_timeout: seconds for which, after a doubt, the order lists are asked whether it
+                has ended (30 by default); 0 asks once, for those who rather cancel again.
 
         Returns:
             True, also when it had ended before.
@@ -385,6 +388,8 @@ class CloreClient(Account):
         wanted = check_id("order_id", order_id)
         check_bool("confirm", confirm)
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
+        if settle_timeout is not None:
+            check_number("settle_timeout", settle_timeout, unit="seconds")
         body: dict[str, Any] = {"id": wanted}
         if issue is not None:
             if not isinstance(issue, str):
@@ -401,7 +406,7 @@ class CloreClient(Account):
                 raise  # nothing left this machine: the lists would say nothing new
             refused = isinstance(error, CloreAPIError) and error.sends <= 1
             known = wanted in self._cancelled
-            patience = None if known or not refused else 0.0
+            patience = settle_timeout if known or not refused else 0.0
             settle_cancel(lambda: self._has_ended(wanted), wanted, error, patience)
         self._cancelled.add(wanted)
         logger.info("order %d was cancelled", wanted)

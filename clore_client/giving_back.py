@@ -36,7 +36,8 @@ def keep_cancelling(
     while True:
         tries += 1
         try:
-            client.cancel_order(order_id)
+            # One look at the lists, and then the cancel again: that is what ends it.
+            client.cancel_order(order_id, settle_timeout=0.0)
             return None
         except (KeyboardInterrupt, SystemExit) as interrupt:
             if noted is None:

@@ -78,18 +78,24 @@ class _Survey:
     def __init__(self, client: Any, folder: Path | None) -> None:
         self.client = client
         account = account_digest(str(client.BASE_URL).rstrip("/"), client.api_key)
-        # The entries first: what is ordered meanwhile has an entry, or is in no list.
-        entries = read_entries(folder)
-        self.entries = [e for e in entries if e.facts.get("account") == account]
-        for entry in entries:
-            if entry not in self.entries:
-                entry.close()
+        self.entries: list[Found] = []
+        self._read(folder, account)
         try:
             self.orders = {o.id: o for o in client.get_orders() if o.id is not None}
+            # Again: a living process may have noted and ordered one between the two.
+            self._read(folder, account)
             self._match()
         except BaseException:
             self.close()
             raise
+
+    def _read(self, folder: Path | None, account: str) -> None:
+        known = {entry.path for entry in self.entries}
+        for entry in read_entries(folder):
+            if entry.path in known or entry.facts.get("account") != account:
+                entry.close()
+            else:
+                self.entries.append(entry)
 
     def close(self) -> None:
         for entry in self.entries:

@@ -40,7 +40,7 @@ from clore_client.orders import Order
 from clore_client.remote import RunResult, run_over_ssh
 from clore_client.servers import Server
 from clore_client.signals import SignalExit
-from clore_client.state import write_entry
+from clore_client.state import read_entries, write_entry
 from clore_client.tenancy import Age, Tenancy
 
 if TYPE_CHECKING:
@@ -156,6 +156,8 @@ class Rental(Tenancy):
         """
         self._check()
         order = self.order
+        if self._order_id is None or self._accepted:
+            raise RentalError(f"order {order.id} was ended already: it can't be kept")
         self._kept = True
         self._wake.put("kept")
         logger.info("order %s stays, on purpose", order.id)
@@ -323,6 +325,7 @@ class Rental(Tenancy):
         self._order, self._server = order, server
         if self._entry is not None:
             self._entry.note_order(order.id)
+        self._settle_dead(server_id)
         self._wake = queue.SimpleQueue()
         budget = wish.max_hours is not None or wish.max_cost_usd is not None
         if budget or not self._main:
@@ -333,6 +336,17 @@ class Rental(Tenancy):
                 daemon=True,
             ).start()
         return order
+
+    def _settle_dead(self, server_id: int) -> None:
+        """Drop notes of dead processes that could be taken for this order, which is ours."""
+        if self._wish.spot:
+            return  # several bids may stand on one server
+        for entry in read_entries(self._folder):
+            facts = entry.facts
+            same = facts.get("server_id") == server_id and facts.get("account") == self._account()
+            if entry.free and entry.ours and same and facts.get("order_id") is None:
+                entry.remove()
+            entry.close()
 
     def _nothing_bought(self) -> None:
         self._sending = self._age = None

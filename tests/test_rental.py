@@ -708,3 +708,24 @@ def test_no_notes(sim: Simulator, tmp_path: Any) -> None:
             client_for(sim, state_dir=wrong)
     with contextlib.suppress(CloreError):
         assert client_for(sim, state_dir=None).leftovers(wait=0).abandoned == []
+
+
+def test_a_hiccup_of_the_api_does_not_stop_the_cancelling(make_sim: MakeSim) -> None:
+    """After the sends of one cancel are used up, the next goes out, and not 30 s of looks."""
+    sim = make_sim()
+    client = client_for(sim, state_dir=None)
+    rental = client.rent("RTX 4090", min_reliability=96, poll_interval=0.02, cancel_timeout=60)
+    started = 0.0
+    with rental:
+        sim.faults.add("cancel_order", "http_500_before_commit", times=4)
+        started = time.monotonic()
+    assert time.monotonic() - started < 20
+    assert not any(order.active for order in sim.orders)
+
+
+def test_what_was_given_back_can_not_be_kept(make_sim: MakeSim) -> None:
+    client = client_for(make_sim(), state_dir=None)
+    with client.rent("RTX 4090", min_reliability=96, poll_interval=0.02) as rental:
+        pass
+    with pytest.raises(RentalError, match="ended already"):
+        rental.keep()

@@ -320,3 +320,36 @@ def test_which_order_an_intent_became(facts: dict[str, Any], fits: bool) -> None
                   started=1_000_000, status="running")  # fmt: skip
     assert intended({**entry, **facts}, order) is fits
     assert not intended(entry, Order(order, status="expired"))
+
+
+def test_a_dead_note_does_not_claim_an_order_that_was_kept(
+    sim: Simulator, client: CloreClient, folder: Path
+) -> None:
+    server_id = client.find_servers("RTX 4090", min_reliability=96)[0]["id"]
+    order = {"image": "nvidia/cuda:12.1.0-base-ubuntu22.04", "currency": "CLORE-Blockchain"}
+    dead = left(client, folder, None, server_id=server_id, started=time.time(), **order)
+    with client.rent(server_id=server_id, poll_interval=0.02) as rental:
+        kept = rental.keep()
+    assert not dead.exists()
+    assert client.cancel_leftovers(wait=0) == []
+    assert active(sim) == [kept.id]
+
+
+def test_a_rental_that_is_noted_while_the_orders_are_read_is_not_touched(
+    sim: Simulator, client: CloreClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = order_of(client, sim)
+    dead = left(client, folder, order, order_id=None, started=time.time())
+    living: list[Any] = []
+    read = client.get_orders
+
+    def get_orders(*args: Any) -> list[Order]:
+        if not living:
+            facts = {k: v for k, v in json.loads(dead.read_text()).items() if k != "pid"}
+            living.append(write_entry(folder, {**facts, "order_id": order.id}))
+        return read(*args)
+
+    monkeypatch.setattr(client, "get_orders", get_orders)
+    assert client.cancel_leftovers(wait=0) == []
+    assert active(sim) == [order.id]
+    living[0].remove()
