@@ -37,8 +37,8 @@ client = CloreClient(rate_limit=0.002, create_order_interval=0.002, backoff=0.01
 options = dict(poll_interval=0.02, find_timeout=10, cancel_timeout=20, attempts=9)
 
 def say(*words):
-    sys.stdout.write(" ".join(map(str, words)) + "\n")
-    sys.stdout.flush()
+    # In one write: text streams of Python mix up what several threads say at once.
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
 say("ready")
 sys.stdin.readline()
