@@ -219,7 +219,10 @@ def test_a_signal_ends_the_rentals_of_all_threads(busy: Simulator, start: Start)
             try:
                 with client.rent(**options) as rental:
                     say("rents", rental.order.id)
-                    time.sleep(3600 if threading.current_thread().daemon else 1.0)
+                    if threading.current_thread().daemon:
+                        time.sleep(3600)
+                    while not client.get_order(rental.order.id).has_ended:
+                        time.sleep(0.05)
                     rental.run("true")
             except BaseException as error:
                 say("raised", type(error).__name__)
