@@ -30,7 +30,6 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.money import finite
 from clore_client.orders import Claims, Order, claims_for, created_id, to_orders
-from clore_client.pacing import account_of
 from clore_client.purchase import (
     Draft,
     Search,
@@ -70,7 +69,7 @@ class Account(Transport):
     def _claims(self) -> Claims:
         """Which orders of the account are taken; a fake without a key has them for itself."""
         if self.api_key:
-            return claims_for(account_of(self._base_url, self.api_key))
+            return claims_for(self._base_url, self.api_key)
         claims: Claims = self.__dict__.setdefault("_own_claims", Claims())
         return claims
 
@@ -107,6 +106,12 @@ class Account(Transport):
         orders = to_orders(answer, self._cancelled, self._market.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
         return orders, answer
+
+    def _active_ids(self) -> list[int]:
+        """The orders that cost money, and those that this client made and are not listed yet."""
+        orders, _ = self._orders(completed=False)
+        listed = [order.id for order in orders if order.id is not None and not order.has_ended]
+        return listed + [i for i in self._made if i not in self._seen and i not in self._cancelled]
 
     def _order(self, order_id: int) -> Order | None:
         for completed in (False, True):
@@ -238,14 +243,7 @@ class Account(Transport):
             what = f"an order of server {body.get('renting_server')}"
             check_price_ceiling(self._usd_per_hour(body), self.max_usd_per_hour, what)
         if self.max_active_orders is not None:
-            # Those that this client made may not be listed yet.
-            made = {i for i in self._made if i not in self._seen and i not in self._cancelled}
-            active = {
-                order.id
-                for order in self._orders(completed=False)[0]
-                if order.id is not None and not order.has_ended
-            }
-            check_order_ceiling(active | made, self.max_active_orders)
+            check_order_ceiling(self._active_ids(), self.max_active_orders)
 
     def _usd_per_hour(self, body: dict[str, Any]) -> float | None:
         """What an order with this body costs by today's listing, or by its bid."""

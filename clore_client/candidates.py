@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from clore_client.checks import (
-    MAX_PASSWORD,
-    MAX_TOKEN,
-    check_bool,
-    check_currency,
-    check_env,
-    check_id,
-    check_number,
-    check_ports,
-    check_public_key,
-    check_secret,
-    check_text,
-)
-from clore_client.money import finite, positive
+from clore_client.checks import check_bool, check_currency, check_id, check_number, check_text
+from clore_client.money import HOURS_PER_DAY, finite, positive
+from clore_client.purchase import check_login, order_env, order_ports
+from clore_client.records import part_of
 from clore_client.servers import Server, on_demand_usd
 
 # On top of the price, for the renter (seen on the live API).
@@ -69,18 +59,9 @@ class Wish:
         self.server_id = None if server_id is None else check_id("server_id", server_id)
         self.currency = check_currency("currency", currency)
         self.image = check_text("image", image)
-        if ssh_password and ssh_key:
-            raise ValueError("ssh_password and ssh_key exclude each other: give one of them")
-        if ssh_password:
-            check_secret("ssh_password", ssh_password, MAX_PASSWORD)
-        if ssh_key:
-            check_public_key("ssh_key", ssh_key)
-        if jupyter_token is not None:
-            check_secret("jupyter_token", jupyter_token, MAX_TOKEN)
-        if ports:
-            check_ports("ports", ports)
-        if env:
-            check_env("env", env)
+        check_login(ssh_password, ssh_key, jupyter_token)
+        order_ports(ports)
+        order_env(env)
         if spot_price is not None:
             check_number("spot_price", spot_price, above=True, unit="USD per hour")
             if not use_spot:
@@ -164,11 +145,8 @@ class Wish:
 
 
 def _lowest_bid(server: Server, currency: str) -> float | None:
-    price = server.get("price")
-    original = price.get("original_usd") if isinstance(price, dict) else None
-    own = original.get(currency) if isinstance(original, dict) else None
-    stated = positive(own.get("spot")) if isinstance(own, dict) else None
-    return server.spot_usd_per_hour if stated is None else stated / 24.0
+    stated = positive(part_of(server, "price", "original_usd", currency, "spot"))
+    return server.spot_usd_per_hour if stated is None else stated / HOURS_PER_DAY
 
 
 def shown_usd(order: Any, server: Server, currency: str) -> float | None:
@@ -181,12 +159,10 @@ def shown_usd(order: Any, server: Server, currency: str) -> float | None:
         return None
     if currency == "USD-Blockchain":
         return amount
-    price = server.get("price")
-    listed = price.get("on_demand") if isinstance(price, dict) else None
-    per_day = positive(listed.get(currency)) if isinstance(listed, dict) else None
+    per_day = positive(part_of(server, "price", "on_demand", currency))
     in_usd = on_demand_usd(server, currency)
     if per_day and in_usd:
-        return amount * in_usd / (per_day / 24.0)
+        return amount * in_usd / (per_day / HOURS_PER_DAY)
     return finite(order.usd_per_hour)
 
 

@@ -25,17 +25,14 @@ from clore_client.errors import (
     CloreConnectionError,
     CloreError,
     ConfigurationError,
-    InvalidResponseError,
-    OrderEndedError,
     OrderNotFoundError,
     RateLimitError,
     SpotPriceTooSoonError,
-    WaitTimeoutError,
 )
 from clore_client.leftovers import Leftovers, end_leftovers, find_leftovers
 from clore_client.log import logger
 from clore_client.money import wire_currency
-from clore_client.orders import ENDED_STATUSES, Order
+from clore_client.orders import Order
 from clore_client.purchase import (
     draft_order,
 )
@@ -45,6 +42,7 @@ from clore_client.signals import SignalHandling
 from clore_client.ssh import open_ssh, parse_ssh_command
 from clore_client.state import state_folder
 from clore_client.transport import within
+from clore_client.waiting import wait_for_status
 from clore_client.wallets import Wallet, to_wallets
 
 if TYPE_CHECKING:
@@ -433,9 +431,7 @@ class CloreClient(Account):
         """
         check_bool("confirm", confirm)
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
-        ids = [order.id for order in self.get_orders() if order.id is not None]
-        # Those that this client made may not be listed yet.
-        ids += [i for i in self._made if i not in self._seen and i not in self._cancelled]
+        ids = self._active_ids()
         failed = {str(i) for i in self.cancel_orders(ids).get("failed_to_cancel") or ()}
         left = tuple(i for i in ids if str(i) in failed and not self._ends_soon(i))
         if left:
@@ -516,46 +512,13 @@ class CloreClient(Account):
         check_text("target_status", target_status)
         if on_update is not None and not callable(on_update):
             raise TypeError(f"on_update must be callable, not {on_update!r}")
-        ends = {"cancelled", "expired"}
-        if target_status not in {"running", "creating"} | ENDED_STATUSES:
-            logger.warning("no order is known to have the status %r: a slip?", target_status)
-        targets = ends if target_status in ends else {target_status}
-        deadline = time.monotonic() + timeout
-        seen: Order | None = None
-        failure: CloreError | None = None
-        while True:
-            try:
-                # The last look starts at the deadline, and gets its turn: two reads at most.
-                with within(max(deadline, time.monotonic() + 2 * self.rate_limit + 0.1)):
-                    order = self.get_order(wanted)
-                failure = None
-            except CloreError as error:
-                if not (error.retryable or isinstance(error, InvalidResponseError)):
-                    raise
-                logger.debug("a look at order %d failed: %s", wanted, error)
-                order, failure = None, error
-            seen = order or seen
-            if on_update is not None and failure is None:
-                on_update(order)
-            if order is not None and order.status in targets:
-                return order
-            if order is not None and order.has_ended:
-                raise OrderEndedError(
-                    f"Order {wanted} ended unexpectedly with status: {order.status}",
-                    order_id=wanted,
-                    status=order.status or "",
-                    order=order,
-                )
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise WaitTimeoutError(
-                    f"Order {wanted} did not reach status '{target_status}' within {timeout}s",
-                    order_id=wanted,
-                    order=seen,
-                ) from failure
-            # No sooner than the API asked for, where it did.
-            pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
-            time.sleep(min(pause, remaining))
+
+        def look(deadline: float) -> Order | None:
+            # The last look starts at the deadline, and gets its turn: two reads at most.
+            with within(max(deadline, time.monotonic() + 2 * self.rate_limit + 0.1)):
+                return self.get_order(wanted)
+
+        return wait_for_status(look, wanted, timeout, poll_interval, target_status, on_update)
 
     # --- rentals ---
 

@@ -73,16 +73,8 @@ class _Connection(HTTPConnection):
             super().endheaders(*args, **kwargs)
 
 
-class _TLSConnection(HTTPSConnection):
-    def connect(self) -> None:
-        departure.connecting = True
-        super().connect()
-
-    def endheaders(self, *args: Any, **kwargs: Any) -> None:
-        if self.sock is None:
-            self.connect()
-        with departure.noted():
-            super().endheaders(*args, **kwargs)
+class _TLSConnection(_Connection, HTTPSConnection):
+    pass
 
 
 class _Pool(HTTPConnectionPool):

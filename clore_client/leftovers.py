@@ -77,7 +77,7 @@ class _Survey:
 
     def __init__(self, client: Any, folder: Path | None) -> None:
         self.client = client
-        account = account_digest(str(client.BASE_URL).rstrip("/"), client.api_key)
+        account = account_digest(client.BASE_URL, client.api_key)
         self.entries: list[Found] = []
         self._read(folder, account)
         try:

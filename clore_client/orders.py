@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -11,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from clore_client.money import RateBook, finite, per_hour
-from clore_client.records import Record, dicts, is_live, packed, whole_id
+from clore_client.records import Record, dicts, is_live, packed, part_of, whole_id
+from clore_client.shared import PerAccount
 
 # How an order may end. The live form knows the first two; the others are known from elsewhere.
 ENDED_STATUSES = frozenset(
@@ -86,15 +86,13 @@ class Order(Record):
     @property
     def ssh_command(self) -> str | None:
         """``"ssh root@<host> -p <port>"`` once there is one."""
-        connection = self.get("connection")
-        command = connection.get("ssh") if isinstance(connection, dict) else None
+        command = part_of(self, "connection", "ssh")
         return command if isinstance(command, str) and command else None
 
     @property
     def http_urls(self) -> dict[str, str]:
         """Container port -> URL."""
-        connection = self.get("connection")
-        urls = connection.get("http_ports") if isinstance(connection, dict) else None
+        urls = part_of(self, "connection", "http_ports")
         if not isinstance(urls, dict):
             return {}
         return {str(k): v for k, v in urls.items() if isinstance(v, str)}
@@ -217,6 +215,15 @@ def created_id(answer: dict[str, Any]) -> int | None:
     return None
 
 
+def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+    """Whether an order can come of a purchase; a missing field contradicts nothing."""
+    told = (order.get("image"), order.get("currency"), order.get("spot"))
+    return all(
+        not isinstance(value, kind) or value == wanted
+        for value, kind, wanted in zip(told, (str, str, bool), (image, currency, spot), strict=True)
+    )
+
+
 class Wanted:
     """What an order must look like to be the one that was just made.
 
@@ -239,12 +246,7 @@ class Wanted:
         """
         if order.server_id != self.server_id or order.id is None:
             return False
-        spot, currency, image = (order.get(k) for k in ("spot", "currency", "image"))
-        if isinstance(spot, bool) and spot != self.spot:
-            return False
-        if isinstance(currency, str) and currency != self.currency:
-            return False
-        if isinstance(image, str) and image != self.image:
+        if not same_purchase(order, self.image, self.currency, self.spot):
             return False
         if created_after is None:
             return not order.has_ended
@@ -294,22 +296,9 @@ class Claims:
         return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
 
 
-_claims: dict[tuple[str, bytes], Claims] = {}
-_claims_lock = threading.Lock()
+_claims = PerAccount(Claims)
 
 
-def claims_for(account: tuple[str, bytes]) -> Claims:
+def claims_for(base_url: str, api_key: str) -> Claims:
     """The claims of an account, which all clients of this process share."""
-    with _claims_lock:
-        return _claims.setdefault(account, Claims())
-
-
-def _forget_claims() -> None:
-    # Another thread may have held a lock at the fork. A child has claimed nothing.
-    global _claims_lock
-    _claims_lock = threading.Lock()
-    _claims.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_claims)
+    return _claims.of(base_url, api_key)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from clore_client.shared import PerAccount
 
 # A server that asks for more patience than this gets an error to the user, not a sleep.
 LONGEST_PUSH_BACK = 60.0
@@ -155,28 +155,9 @@ class Pacer:
             self._changed.notify_all()
 
 
-_pacers: dict[tuple[str, bytes], Pacer] = {}
-_pacers_lock = threading.Lock()
-
-
-def account_of(base_url: str, api_key: str) -> tuple[str, bytes]:
-    """What stands for an account in the tables of this process; a digest, so that no key does."""
-    return (base_url, hashlib.sha256(api_key.encode()).digest())
+_pacers = PerAccount(Pacer)
 
 
 def pacer_for(base_url: str, api_key: str) -> Pacer:
     """The pacer that all requests of this process with this key to this API share."""
-    account = account_of(base_url, api_key)
-    with _pacers_lock:
-        return _pacers.setdefault(account, Pacer())
-
-
-def _forget_pacers() -> None:
-    # Another thread may have held a lock at the fork; a child starts with a pace of its own.
-    global _pacers_lock
-    _pacers_lock = threading.Lock()
-    _pacers.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pacers)
+    return _pacers.of(base_url, api_key)

@@ -74,6 +74,30 @@ def make_password() -> str:
     return "".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH))
 
 
+def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
+    """What was given to get into the machine, checked; an empty password or key is none."""
+    if ssh_password and ssh_key:
+        raise ValueError("ssh_password and ssh_key exclude each other: give one of them")
+    credentials: dict[str, str] = {}
+    if ssh_key:
+        credentials["ssh_key"] = check_public_key("ssh_key", ssh_key)
+    if ssh_password:
+        credentials["ssh_password"] = check_secret("ssh_password", ssh_password, MAX_PASSWORD)
+    if jupyter_token is not None:
+        credentials["jupyter_token"] = check_secret("jupyter_token", jupyter_token, MAX_TOKEN)
+    return credentials
+
+
+def order_ports(ports: Any) -> dict[str, str]:
+    """The ports that are sent; empty ones mean the default."""
+    return check_ports("ports", ports) if ports else dict(DEFAULT_PORTS)
+
+
+def order_env(env: Any) -> dict[str, str]:
+    """The environment that is sent; an empty one means the default."""
+    return check_env("env", env) if env else dict(DEFAULT_ENV)
+
+
 def draft_order(
     server_id: Any,
     image: Any,
@@ -86,31 +110,23 @@ def draft_order(
     jupyter_token: Any,
 ) -> Draft:
     """Check the arguments of ``create_order`` and make its body, all but a spot price."""
-    if ssh_password and ssh_key:
-        raise ValueError("ssh_password and ssh_key exclude each other: give one of them")
     wanted = Wanted(
         server_id=check_id("server_id", server_id),
         spot=check_order_type("order_type", order_type) == "spot",
         currency=check_currency("currency", currency),
         image=check_text("image", image),
     )
-    credentials: dict[str, str] = {}
+    credentials = check_login(ssh_password, ssh_key, jupyter_token)
     made_up = None
-    if ssh_key:
-        credentials["ssh_key"] = check_public_key("ssh_key", ssh_key)
-    elif ssh_password:
-        credentials["ssh_password"] = check_secret("ssh_password", ssh_password, MAX_PASSWORD)
-    else:
+    if not (ssh_key or ssh_password):
         credentials["ssh_password"] = made_up = make_password()
-    if jupyter_token is not None:
-        credentials["jupyter_token"] = check_secret("jupyter_token", jupyter_token, MAX_TOKEN)
     body = {
         "renting_server": wanted.server_id,
         "type": order_type,
         "currency": wanted.currency,
         "image": wanted.image,
-        "ports": check_ports("ports", ports) if ports else dict(DEFAULT_PORTS),
-        "env": check_env("env", env) if env else dict(DEFAULT_ENV),
+        "ports": order_ports(ports),
+        "env": order_env(env),
         **credentials,
     }
     return Draft(wanted, body, made_up, credentials)

@@ -22,6 +22,15 @@ def dicts(value: Any) -> list[dict[str, Any]]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
+def part_of(record: Any, *path: str) -> Any:
+    """What stands at ``path`` in nested dicts, or None."""
+    for key in path:
+        if not isinstance(record, dict):
+            return None
+        record = record.get(key)
+    return record
+
+
 def is_live(answer: Mapping[str, Any]) -> bool:
     """Whether an answer of the API is in the live form; decided once for the whole answer."""
     servers = answer.get("servers")

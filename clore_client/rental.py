@@ -40,7 +40,7 @@ from clore_client.orders import Order
 from clore_client.remote import RunResult, run_over_ssh
 from clore_client.servers import Server
 from clore_client.signals import SignalExit
-from clore_client.state import read_entries, write_entry
+from clore_client.state import write_entry
 from clore_client.tenancy import Age, Tenancy
 
 if TYPE_CHECKING:
@@ -341,10 +341,8 @@ class Rental(Tenancy):
         """Drop notes of dead processes that could be taken for this order, which is ours."""
         if self._wish.spot:
             return  # several bids may stand on one server
-        for entry in read_entries(self._folder):
-            facts = entry.facts
-            same = facts.get("server_id") == server_id and facts.get("account") == self._account()
-            if entry.free and entry.ours and same and facts.get("order_id") is None:
+        for entry in self._notes_for(server_id):
+            if entry.free and entry.ours and entry.facts.get("order_id") is None:
                 entry.remove()
             entry.close()
 

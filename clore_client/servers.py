@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from clore_client.money import HOURS_PER_DAY, RateBook, finite, per_hour, positive
-from clore_client.records import Record, dicts, is_live, packed, whole_id
+from clore_client.records import Record, dicts, is_live, packed, part_of, whole_id
 
 # Bounded, and without two ways to match one blank: the text comes from strangers.
 _COUNTED_GPU = re.compile(r"([0-9]{1,3})x\s+(.+)", re.DOTALL)
@@ -20,15 +20,6 @@ _USD_FIELDS = {
     "bitcoin": "on_demand_btc",
     "USD-Blockchain": "on_demand_usd",
 }
-
-
-def _part(record: Any, *path: str) -> Any:
-    """What stands at ``path`` in nested dicts, or None."""
-    for key in path:
-        if not isinstance(record, dict):
-            return None
-        record = record.get(key)
-    return record
 
 
 def _counted(specs: Any) -> tuple[int, str] | None:
@@ -60,21 +51,21 @@ def gpu_names(record: dict[str, Any]) -> list[str]:
 def _live_spot_per_day(price: dict[str, Any]) -> float | None:
     """The lowest spot bid in USD per day. ``price.usd.spot`` is mostly 0, which means not given."""
     usd = price.get("usd")
-    if stated := positive(_part(usd, "spot")):
+    if stated := positive(part_of(usd, "spot")):
         return stated
     original = price.get("original_usd")
     if isinstance(original, dict):
-        clore = positive(_part(original, "CLORE-Blockchain", "spot"))
-        others = [p for c in original if (p := positive(_part(original, c, "spot")))]
+        clore = positive(part_of(original, "CLORE-Blockchain", "spot"))
+        others = [p for c in original if (p := positive(part_of(original, c, "spot")))]
         if clore or others:
             return clore or min(others)
     spot, on_demand = price.get("spot"), price.get("on_demand")
-    if stated := positive(_part(spot, "USD-Blockchain")):
+    if stated := positive(part_of(spot, "USD-Blockchain")):
         return stated
     for currency, usd_field in _USD_FIELDS.items():
         # The same server quotes its on-demand price in both units: that is the rate.
-        amount = positive(_part(spot, currency))
-        same, in_usd = positive(_part(on_demand, currency)), positive(_part(usd, usd_field))
+        amount = positive(part_of(spot, currency))
+        same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
         if amount and same and in_usd:
             return amount * in_usd / same
     return None
@@ -86,7 +77,7 @@ def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None
     if not isinstance(price, dict):
         return None
     if spot:
-        given = _live_spot_per_day(price) if live else _part(price, "usd", "spot")
+        given = _live_spot_per_day(price) if live else part_of(price, "usd", "spot")
     else:
         usd = price.get("usd")
         given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
@@ -100,9 +91,11 @@ def on_demand_usd(server: Server, currency: Any) -> float | None:
 
     The documented form tells one price for all currencies.
     """
-    usd = _part(server, "price", "usd")
-    own = positive(_part(usd, _USD_FIELDS.get(currency, ""))) if isinstance(currency, str) else None
-    return own or positive(_part(usd, "on_demand_clore"))
+    usd = part_of(server, "price", "usd")
+    own = (
+        positive(part_of(usd, _USD_FIELDS.get(currency, ""))) if isinstance(currency, str) else None
+    )
+    return own or positive(part_of(usd, "on_demand_clore"))
 
 
 def server_reliability(record: dict[str, Any], live: bool) -> float | None:
@@ -144,7 +137,7 @@ class Server(Record):
     @property
     def vram_gb(self) -> float | None:
         """Memory of one GPU in GB, which the API rounds down."""
-        return positive(_part(self, "specs", "gpuram"))
+        return positive(part_of(self, "specs", "gpuram"))
 
     @property
     def usd_per_hour(self) -> float | None:
@@ -169,18 +162,18 @@ class Server(Record):
     @property
     def country(self) -> str | None:
         """The two-letter country code of its network."""
-        code = _part(self, "specs", "net", "cc")
+        code = part_of(self, "specs", "net", "cc")
         return code if isinstance(code, str) and code else None
 
     @property
     def ram_gb(self) -> float | None:
         """Main memory in GB."""
-        return positive(_part(self, "specs", "ram"))
+        return positive(part_of(self, "specs", "ram"))
 
     @property
     def disk_gb(self) -> float | None:
         """Size of the disk in GB: the last one that its description names."""
-        text = _part(self, "specs", "disk")
+        text = part_of(self, "specs", "disk")
         sizes = _DISK_SIZE.findall(text) if isinstance(text, str) else []
         return positive(float(sizes[-1])) if sizes else None
 
@@ -291,8 +284,8 @@ def listed_prices(answer: dict[str, Any], rates: RateBook) -> dict[int, float]:
         told[server_id] = usd
         if live and len(implied) < len(_USD_FIELDS):
             for currency, usd_field in _USD_FIELDS.items():
-                amount = positive(_part(record, "price", "on_demand", currency))
-                in_usd = positive(_part(record, "price", "usd", usd_field))
+                amount = positive(part_of(record, "price", "on_demand", currency))
+                in_usd = positive(part_of(record, "price", "usd", usd_field))
                 if amount and in_usd:
                     implied[currency] = in_usd / amount
     rates.tell(implied, firm=False)

@@ -52,7 +52,8 @@ def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
 
 def account_digest(base_url: str, api_key: str | None) -> str:
     """What stands for an account in an entry, from which nobody can tell the key."""
-    return hashlib.sha256(f"clore-client\n{base_url}\n{api_key or ''}".encode()).hexdigest()[:32]
+    account = f"clore-client\n{base_url.rstrip('/')}\n{api_key or ''}"
+    return hashlib.sha256(account.encode()).hexdigest()[:32]
 
 
 def _read_line(path: str) -> str:

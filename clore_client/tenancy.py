@@ -26,7 +26,7 @@ from clore_client.giving_back import (
     not_cancelled,
 )
 from clore_client.log import logger
-from clore_client.orders import Order
+from clore_client.orders import Order, same_purchase
 from clore_client.servers import Server
 from clore_client.signals import (
     Shield,
@@ -36,7 +36,7 @@ from clore_client.signals import (
     listen,
     stopping_signal,
 )
-from clore_client.state import Entry, account_digest, read_entries
+from clore_client.state import Entry, Found, account_digest, read_entries
 
 LONGEST_WATCH = 30.0  # seconds between two looks at the budget: the wall clock may have jumped
 FEE_LEAD = 5.0  # seconds before the creation fee is due, when it counts for the budget
@@ -124,7 +124,18 @@ class Tenancy:
             self._handling.close()
 
     def _account(self) -> str:
-        return account_digest(str(self._client.BASE_URL).rstrip("/"), self._client.api_key)
+        return account_digest(self._client.BASE_URL, self._client.api_key)
+
+    def _notes_for(self, server_id: int) -> list[Found]:
+        """What is noted of this server for this account; each is to be closed."""
+        account, notes = self._account(), []
+        for entry in read_entries(self._folder):
+            facts = entry.facts
+            if facts.get("server_id") == server_id and facts.get("account") == account:
+                notes.append(entry)
+            else:
+                entry.close()
+        return notes
 
     # --- the end ---
 
@@ -259,14 +270,13 @@ class Tenancy:
         if len(fitting) != 1:
             return None
         # A rental of another process could be for the same server: hands off.
-        for entry in read_entries(self._folder):
+        held = []
+        for entry in self._notes_for(server_id):
             mine = self._entry is not None and entry.path == self._entry.path
+            if not mine and not entry.free:
+                held.append(entry)
             entry.close()
-            facts = entry.facts
-            same = facts.get("server_id") == server_id and facts.get("account") == self._account()
-            if same and not mine and not entry.free:
-                return None
-        return fitting[0]
+        return None if held else fitting[0]
 
     # --- the budget, and signals that come to other threads ---
 
@@ -390,13 +400,8 @@ def not_confirmed(order_id: int) -> CloreError:
 
 
 def fits_intent(order: Order, image: Any, currency: Any, spot: Any) -> bool:
-    """Whether an order can come of an intent; a missing field contradicts nothing."""
-    told = (order.get("image"), order.get("currency"), order.get("spot"))
-    types = (str, str, bool)
-    return not order.has_ended and all(
-        not isinstance(value, kind) or value == wanted
-        for value, kind, wanted in zip(told, types, (image, currency, spot), strict=True)
-    )
+    """Whether an order that still runs can come of an intent."""
+    return not order.has_ended and same_purchase(order, image, currency, spot)
 
 
 def _end_all() -> None:

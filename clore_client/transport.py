@@ -41,6 +41,7 @@ from clore_client.log import logger
 from clore_client.pacing import (
     LONGEST_PUSH_BACK,
     DeadlinePassedError,
+    Pacer,
     PushedBackError,
     pacer_for,
 )
@@ -231,7 +232,7 @@ class Transport(KeyAndUrl):
         sends = 0
         while True:
             try:
-                outcome = self._send(call, not_before)
+                outcome = self._send(call, pacer, not_before)
             except DeadlinePassedError:
                 error = (
                     failure.error
@@ -331,10 +332,10 @@ class Transport(KeyAndUrl):
             secrets=tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)])),
         )
 
-    def _send(self, call: Call, not_before: float) -> Envelope | Failure:
+    def _send(self, call: Call, pacer: Pacer, not_before: float) -> Envelope | Failure:
         """Send once, when it is this request's turn."""
         spaced = call.name in SPACED_POSTS and not call.repeatable
-        slot = pacer_for(call.base_url, call.key).slot(
+        slot = pacer.slot(
             self.rate_limit,
             urgent=call.name in URGENT_POSTS,
             not_before=not_before,
