@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from functools import partial
 from typing import Any
 
 from clore_client.bids import MarketMemory, surely_documented
@@ -27,6 +27,7 @@ from clore_client.errors import (
     OrderNotFoundError,
     ServerAlreadyRentedError,
 )
+from clore_client.giving_back import confirm_gone
 from clore_client.log import logger
 from clore_client.money import finite
 from clore_client.orders import Claims, Order, claims_for, created_id, to_orders
@@ -39,6 +40,8 @@ from clore_client.purchase import (
 from clore_client.records import whole_id
 from clore_client.servers import Server, listed_prices, to_servers
 from clore_client.transport import Transport, within
+
+ALL_SERVERS = 0  # no server has that id
 
 
 class Account(Transport):
@@ -151,22 +154,25 @@ class Account(Transport):
     def _confirm(self, order_ids: tuple[int, ...], timeout: float) -> None:
         """Wait until cancelled orders have ended in the lists as well."""
         deadline = time.monotonic() + timeout
-        left = list(order_ids)
-        for order_id in order_ids:
-            unconfirmed = CancelUnconfirmedError(
-                f"cancelled, but still active after {timeout:g}s: {', '.join(map(str, left))}",
-                order_ids=tuple(left),
-            )
-            remaining = max(0.0, deadline - time.monotonic())
-            settle_cancel(partial(self._has_ended, order_id), order_id, unconfirmed, remaining)
-            left.remove(order_id)
+        for at, order_id in enumerate(order_ids):
+            failure = confirm_gone(self, order_id, deadline)
+            if failure is not None:
+                left = order_ids[at:]
+                raise CancelUnconfirmedError(
+                    f"cancelled, but still active after {timeout:g}s: {', '.join(map(str, left))}",
+                    order_ids=left,
+                ) from failure
 
     # --- purchases ---
 
     def _place(self, draft: Draft, find_timeout: float) -> tuple[Order, Draft]:
         """Send an order, and find out what became of it; also gives the draft that it is of."""
         server_id, claims = draft.wanted.server_id, self._claims
-        with claims.turn(server_id):
+        with contextlib.ExitStack() as turns:
+            if self.max_active_orders is not None:
+                # One at a time, else two could each be the last that is allowed.
+                turns.enter_context(claims.turn(ALL_SERVERS))
+            turns.enter_context(claims.turn(server_id))
             search = Search(draft, time.monotonic(), frozenset(self._seen))
             doubt: CloreError | None = None
             try:

@@ -31,6 +31,8 @@ from clore_client.errors import (
 
 # The retry policy. What it means to a user stands in the README under "Retries".
 RETRY_STATUSES = frozenset({500, 502, 503, 504, 520, 522})  # without a usable envelope
+# Codes with which nothing was done, also where they come with HTTP 5xx; code 6 that says why, too.
+NOTHING_DONE = frozenset({3, 4, 5})
 REPEATABLE_POSTS = frozenset({"cancel_order", "cancel_orders", "set_spot_price"})
 # Every other POST changes something, and is sent again only when it can't have had an effect.
 
@@ -190,15 +192,20 @@ def _error_envelope(call: Call, response: requests.Response, envelope: dict[str,
     code = envelope["code"]
     if code == 5:
         return _too_fast(call, response, envelope)
-    ambiguous = code == 1 and not call.repeatable
+    status, ambiguous = response.status_code, code == 1 and not call.repeatable
     error = api_error(
         envelope,
-        http_status=response.status_code,
+        http_status=status,
         endpoint=call.endpoint,
         hint=CREATE_ORDER_CODE_1 if ambiguous and call.name == "create_order" else None,
         retryable=False if ambiguous else None,
         secrets=call.secrets,
     )
+    refused = code in NOTHING_DONE or (code == 6 and error.error)
+    if status >= 500 and not (call.repeatable or ambiguous or refused):
+        lost = call.lost(f"HTTP {status}: {error.args[0]}")
+        lost.__cause__ = error
+        return Failure(lost, again=False)
     return Failure(error, again=code == 1 and not ambiguous)
 
 

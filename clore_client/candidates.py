@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from clore_client.checks import check_bool, check_currency, check_id, check_number, check_text
+from clore_client.checks import (
+    check_bool,
+    check_currency,
+    check_id,
+    check_interval,
+    check_number,
+    check_text,
+)
 from clore_client.money import HOURS_PER_DAY, finite, positive
 from clore_client.purchase import check_login, order_env, order_ports
 from clore_client.records import part_of
@@ -87,7 +94,7 @@ class Wish:
         self.deploy_timeout = check_number(
             "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
         )
-        self.poll_interval = check_number("poll_interval", poll_interval, unit="seconds")
+        self.poll_interval = check_interval("poll_interval", poll_interval)
         self.find_timeout = check_number("find_timeout", find_timeout, unit="seconds")
         self.cancel_timeout = check_number(
             "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"

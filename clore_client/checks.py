@@ -16,6 +16,8 @@ Timeout = float | tuple[float | None, float | None] | None
 _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # Seen on the live API: with these in an env value, create_order answers code 1.
 _CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
+LONGEST_INTERVAL = 86_400.0  # seconds
+LONGEST_TIMEOUT = 1e9
 MAX_PASSWORD = 32
 MAX_TOKEN = 32
 MAX_SSH_KEY = 3072
@@ -72,6 +74,11 @@ def check_number(
     return value
 
 
+def check_interval(name: str, value: Any) -> float:
+    """Seconds between two things, at most a day: time.sleep() has a limit."""
+    return check_number(name, value, maximum=LONGEST_INTERVAL, unit="seconds")
+
+
 def check_bool(name: str, value: Any) -> bool:
     """True or False; a string like ``"false"`` would count as true."""
     if not isinstance(value, bool):
@@ -97,11 +104,16 @@ def check_timeout(name: str, value: Any) -> Timeout:
                 f"{name} must be seconds or a (connect, read) pair, not {_shown(value)}"
             )
         parts = [
-            None if v is None else check_number(f"{name}[{i}]", v, above=True, unit="seconds")
+            None if v is None else _check_socket_timeout(f"{name}[{i}]", v)
             for i, v in enumerate(value)
         ]
         return (parts[0], parts[1])
-    return None if value is None else check_number(name, value, above=True, unit="seconds")
+    return None if value is None else _check_socket_timeout(name, value)
+
+
+def _check_socket_timeout(name: str, value: Any) -> float:
+    # Sockets take no more than what the system's clock can count.
+    return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
 
 
 def check_currency(name: str, value: Any) -> str:

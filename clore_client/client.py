@@ -14,6 +14,7 @@ from clore_client.checks import (
     check_bool,
     check_id,
     check_ids,
+    check_interval,
     check_number,
     check_text,
 )
@@ -508,7 +509,7 @@ class CloreClient(Account):
         """
         wanted = check_id("order_id", order_id)
         check_number("timeout", timeout, infinite=True, unit="seconds")
-        check_number("poll_interval", poll_interval, unit="seconds")
+        check_interval("poll_interval", poll_interval)
         check_text("target_status", target_status)
         if on_update is not None and not callable(on_update):
             raise TypeError(f"on_update must be callable, not {on_update!r}")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
-from clore_client.errors import CancelUnconfirmedError, CloreError, ConfigurationError
+from clore_client.errors import (
+    CancelUnconfirmedError,
+    CloreError,
+    ConfigurationError,
+    OrderNotFoundError,
+)
 from clore_client.log import logger
 
 LONGEST_CANCEL_PAUSE = 5.0  # seconds between two tries to cancel
+LONGEST_TOLD_PAUSE = 60.0  # where the API asks for more time
 CONFIRM_AT_LEAST = 30.0  # seconds: an ended order lingers that long (seen on the live API)
 CANCEL_AGAIN_AFTER = 30.0  # seconds after which one that still looks active is cancelled again
 LONGEST_LOOK_PAUSE = 1.0
@@ -53,15 +60,16 @@ def keep_cancelling(
         if remaining <= 0 or isinstance(failure, ConfigurationError):
             return failure
         if tries == 1 or tries % 10 == 0:
+            how_long = "until it is" if remaining == math.inf else f"for another {remaining:.0f} s"
             logger.warning(
-                "order %d could not be cancelled yet, which is tried for another %.0f s: %s",
+                "order %d could not be cancelled yet, which is tried %s: %s",
                 order_id,
-                remaining,
+                how_long,
                 failure,
             )
         told = getattr(failure, "retry_after", None)
         try:
-            time.sleep(min(max(pause, told or 0.0), remaining))
+            time.sleep(min(max(pause, told or 0.0), remaining, LONGEST_TOLD_PAUSE))
         except (KeyboardInterrupt, SystemExit) as interrupt:
             if noted is None:
                 raise
@@ -70,26 +78,22 @@ def keep_cancelling(
 
 
 def confirm_gone(client: Any, order_id: int, deadline: float) -> CloreError | None:
-    """Look until an order that was cancelled is gone; None then, else what to raise.
+    """Look until an order that was cancelled has ended; None then, else what to raise.
 
-    It is gone when the lists show it as ended, or neither shows it, twice.
+    It is cancelled again when it goes on looking active.
     """
-    pause, absent, cancelled_at = 0.02, 0, time.monotonic()
-    cause: CloreError | None = None
+    pause, cancelled_at = 0.02, time.monotonic()
     while True:
+        cause: CloreError | None = None
         try:
-            order = client.get_order(order_id)
+            if client._has_ended(order_id):
+                return None
+        except OrderNotFoundError as error:
+            return error
         except CloreError as error:
-            cause, absent = error, 0
-        else:
-            cause = None
-            if order is not None and order.has_ended:
-                return None
-            absent = 0 if order is not None else absent + 1
-            if absent > 1:
-                return None
+            cause = error
         now = time.monotonic()
-        if now >= deadline and absent != 1:
+        if now >= deadline:
             unconfirmed = CancelUnconfirmedError(
                 f"order {order_id} was cancelled, but it is not confirmed that it has ended: it "
                 f"may still be running, and cost money; cancel_order({order_id}) is safe to repeat",
@@ -100,10 +104,10 @@ def confirm_gone(client: Any, order_id: int, deadline: float) -> CloreError | No
         if now - cancelled_at > CANCEL_AGAIN_AFTER:
             cancelled_at = now
             try:
-                client.cancel_order(order_id)
+                client.cancel_order(order_id, settle_timeout=0.0)
             except CloreError as error:
                 logger.debug("order %d could not be cancelled again: %s", order_id, error)
-        time.sleep(max(0.0, min(pause, max(deadline - now, 0.02))))
+        time.sleep(min(pause, max(deadline - now, 0.02)))
         pause = min(pause * 2, LONGEST_LOOK_PAUSE)
 
 

@@ -18,7 +18,8 @@ from clore_client.tenancy import fits_intent
 # How far an order's time of creation, by the server's clock, may lie before and after the time of
 # the intent, by this machine's. A proxy may hold a request for a while.
 CLOCKS_APART = 300.0
-LATEST_ORDER = 900.0
+CLOCKS_COMPARED = 5.0  # where the entry tells how far they were apart
+LATEST_ORDER = 180.0
 LEFTOVER_LOOK = 1.0  # seconds between two looks for orders that may not be listed yet
 
 
@@ -202,7 +203,9 @@ def intended(facts: dict[str, Any], order: Order) -> bool:
     started, made = finite(facts.get("started")), order.started_at
     if started is None or made is None:
         return False
-    return started - CLOCKS_APART <= made <= started + LATEST_ORDER + CLOCKS_APART
+    ahead = finite(facts.get("server_clock"))
+    apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
+    return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
 
 
 def _young(facts: dict[str, Any], seconds: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 from clore_client.answers import Envelope
@@ -74,14 +74,20 @@ def make_password() -> str:
     return "".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH))
 
 
+def _given(value: Any) -> Any:
+    """An argument, or None for what is empty; 0 and False are no empty ones, but slips."""
+    return None if isinstance(value, Sized) and len(value) == 0 else value
+
+
 def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
     """What was given to get into the machine, checked; an empty password or key is none."""
-    if ssh_password and ssh_key:
+    ssh_password, ssh_key = _given(ssh_password), _given(ssh_key)
+    if ssh_password is not None and ssh_key is not None:
         raise ValueError("ssh_password and ssh_key exclude each other: give one of them")
     credentials: dict[str, str] = {}
-    if ssh_key:
+    if ssh_key is not None:
         credentials["ssh_key"] = check_public_key("ssh_key", ssh_key)
-    if ssh_password:
+    if ssh_password is not None:
         credentials["ssh_password"] = check_secret("ssh_password", ssh_password, MAX_PASSWORD)
     if jupyter_token is not None:
         credentials["jupyter_token"] = check_secret("jupyter_token", jupyter_token, MAX_TOKEN)
@@ -90,12 +96,12 @@ def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str
 
 def order_ports(ports: Any) -> dict[str, str]:
     """The ports that are sent; empty ones mean the default."""
-    return check_ports("ports", ports) if ports else dict(DEFAULT_PORTS)
+    return dict(DEFAULT_PORTS) if _given(ports) is None else check_ports("ports", ports)
 
 
 def order_env(env: Any) -> dict[str, str]:
     """The environment that is sent; an empty one means the default."""
-    return check_env("env", env) if env else dict(DEFAULT_ENV)
+    return dict(DEFAULT_ENV) if _given(env) is None else check_env("env", env)
 
 
 def draft_order(
@@ -118,7 +124,7 @@ def draft_order(
     )
     credentials = check_login(ssh_password, ssh_key, jupyter_token)
     made_up = None
-    if not (ssh_key or ssh_password):
+    if not credentials.keys() & {"ssh_key", "ssh_password"}:
         credentials["ssh_password"] = made_up = make_password()
     body = {
         "renting_server": wanted.server_id,

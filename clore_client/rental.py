@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import queue
 import threading
@@ -25,7 +24,6 @@ from clore_client.errors import (
     CurrencyNotAllowedError,
     DatabaseError,
     FateUnknownError,
-    InvalidResponseError,
     OrderEndedError,
     RateUnknownError,
     RentalError,
@@ -200,7 +198,7 @@ class Rental(Tenancy):
         note = None if failure is None else str(failure)
         plain = error is None or isinstance(error, Exception)
         if self._exceeded is not None and plain and not self._told_of_budget(error):
-            exceeded = copy.copy(self._exceeded)
+            exceeded = self._budget_error()
             if note:
                 add_note_to(exceeded, note)
             if error is None:
@@ -292,6 +290,7 @@ class Rental(Tenancy):
             {
                 "server_id": server_id,
                 "started": time.time(),
+                "server_clock": self._client._server_clock,
                 "image": wish.image,
                 "currency": wish.currency,
                 "spot": wish.spot,
@@ -316,8 +315,8 @@ class Rental(Tenancy):
             self._give_up()
             raise
         except SURELY_NO_ORDER as error:
-            # What is no envelope tells nothing.
-            if not isinstance(error, InvalidResponseError):
+            # Of an unknown code, or an answer that is no envelope, nobody knows what it means.
+            if not isinstance(error, CloreAPIError) or error.code in self._client.ERROR_CODES:
                 self._nothing_bought()
             raise
         self._order_id = order.id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import copy
+import math
 import os
 import queue
 import threading
@@ -80,7 +80,7 @@ class Tenancy:
         self._accepted = False  # the cancel was
         self._spent = 0.0  # USD, by orders that have ended
         self._kept = False
-        self._exceeded: BudgetExceededError | None = None
+        self._exceeded: tuple[str, float, float, int | None] | None = None  # why, h, USD, id
         self._signalled: int | None = None
         self._noted: list[BaseException] = []
         self._wake: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -284,12 +284,11 @@ class Tenancy:
         """Raise when the rental was ended from elsewhere."""
         if self._pid != os.getpid():
             return
-        if self._order_id is not None and self._exceeded is None and not self._kept:
-            exceeded = self._over_budget()
-            if exceeded is not None:
-                self._exceed(exceeded, self._order_id)
+        rented = self._order_id is not None and self._exceeded is None and not self._kept
+        if rented and self._exceed():
+            self._wake.put("over")  # the watching thread ends it: no network work here
         if self._exceeded is not None:
-            raise copy.copy(self._exceeded)
+            raise self._budget_error()
         if self._signalled is None:
             self._signalled = stopping_signal()
         if self._signalled is not None:
@@ -301,7 +300,7 @@ class Tenancy:
         return (
             isinstance(error, BudgetExceededError)
             and self._exceeded is not None
-            and (error.order_id == self._exceeded.order_id)
+            and error.order_id == self._exceeded[3]
         )
 
     def _cost_of(self, age: Age | None) -> float:
@@ -311,7 +310,10 @@ class Tenancy:
         rent = (self._price or 0.0) * (1 + self._wish.fee) * seconds / 3600.0
         return rent + (CREATION_FEE if seconds >= CREATION_FEE_AFTER else 0.0)
 
-    def _over_budget(self) -> BudgetExceededError | None:
+    def _exceed(self) -> bool:
+        """Whether it is over its budget; from the first time on, that stays so."""
+        if self._exceeded is not None:
+            return True
         wish, cost, hours = self._wish, self.cost_usd, self.hours
         age = self._age.seconds() if self._age is not None else 0.0
         due = CREATION_FEE if CREATION_FEE_AFTER - FEE_LEAD <= age < CREATION_FEE_AFTER else 0.0
@@ -320,10 +322,18 @@ class Tenancy:
         elif wish.max_cost_usd is not None and cost + due >= wish.max_cost_usd:
             text = f"max_cost_usd={wish.max_cost_usd:g} is spent"
         else:
-            return None
+            return False
+        self._exceeded = text, hours, cost, self._order_id
+        logger.warning("%s", self._budget_error())
+        return True
+
+    def _budget_error(self) -> BudgetExceededError:
+        text, hours, cost, order_id = self._exceeded or ("", 0.0, 0.0, None)
+        # No more than is known: the cancel may take its time, or come too late to be seen here.
+        state = "was ended" if self._accepted else "is being ended"
         return BudgetExceededError(
-            f"{text}: order {self._order_id} was ended after {hours:.4g} h and {cost:.4g} USD",
-            order_id=self._order_id,
+            f"{text}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
+            order_id=order_id,
             hours=hours,
             cost_usd=cost,
         )
@@ -351,32 +361,25 @@ class Tenancy:
                 wake.get(timeout=self._seconds_left())
             if self._order_id != order_id or self._kept or self._accepted:
                 return
-            if self._signalled is not None:
+            if self._signalled is not None or self._exceed():
                 self._end_from_elsewhere(order_id)
                 return
-            exceeded = self._over_budget()
-            if exceeded is not None:
-                self._exceed(exceeded, order_id)
-                return
-
-    def _exceed(self, exceeded: BudgetExceededError, order_id: int) -> None:
-        if self._exceeded is None:
-            self._exceeded = exceeded
-            logger.warning("%s", exceeded)
-            self._end_from_elsewhere(order_id)
 
     def _end_from_elsewhere(self, order_id: int) -> None:
-        deadline = time.monotonic() + self._wish.cancel_timeout
-        try:
-            failure = keep_cancelling(
-                self._client, order_id, deadline, stop=lambda: self._order_id != order_id
-            )
-            if failure is None and self._order_id == order_id:
-                self._ended()
-            elif failure is not None:
-                logger.error("order %d could not be cancelled: %s", order_id, failure)
-        finally:
-            self._close_ssh()
+        """Cancel for as long as it takes, or until the block is left."""
+        # Beside the cancel, which may have to wait for an API that is down.
+        threading.Thread(target=self._close_ssh, name="clore-rental-close", daemon=True).start()
+        failure = keep_cancelling(
+            self._client,
+            order_id,
+            math.inf,
+            stop=lambda: self._order_id != order_id or self._accepted,
+        )
+        if failure is not None:
+            logger.error("order %d could not be cancelled: %s", order_id, failure)
+        elif self._order_id == order_id and not self._accepted:
+            self._ended()
+        self._close_ssh()  # one may have been opened meanwhile
 
     def _on_signal(self, signum: int) -> None:
         # Within a signal handler: nothing here takes a lock.
@@ -386,8 +389,11 @@ class Tenancy:
 
     def _close_ssh(self) -> None:
         self._shell = None
-        while self._connections:
-            connection = self._connections.pop()
+        while True:
+            try:
+                connection = self._connections.pop()
+            except IndexError:  # another thread may do the same
+                return
             try:
                 connection.close()
             except Exception as error:

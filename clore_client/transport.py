@@ -27,7 +27,7 @@ from clore_client.answers import (
     no_answer,
     secrets_in,
 )
-from clore_client.checks import Timeout, check_number, check_text, check_timeout
+from clore_client.checks import Timeout, check_interval, check_number, check_text, check_timeout
 from clore_client.departure import WatchedSession, departure
 from clore_client.errors import (
     AuthenticationError,
@@ -109,6 +109,7 @@ class Transport(KeyAndUrl):
     max_backoff: float = 30.0
     max_usd_per_hour: float | None = None
     max_active_orders: int | None = None
+    _server_clock: float | None = None  # seconds that the server's clock is ahead of this one
     _state_dir: str | os.PathLike[str] | None = DEFAULT_STATE_DIR
     _user_agent = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
     _session_of: tuple[int, WatchedSession] | None = None
@@ -131,15 +132,15 @@ class Transport(KeyAndUrl):
     ) -> None:
         self._settle(api_key, base_url)
         self.timeout = check_timeout("timeout", timeout)
-        self.rate_limit = check_number("rate_limit", rate_limit, unit="seconds")
+        self.rate_limit = check_interval("rate_limit", rate_limit)
         if not isinstance(max_retries, int) or isinstance(max_retries, bool):
             raise TypeError(f"max_retries must be a whole number, not {max_retries!r}")
         self.max_retries = int(check_number("max_retries", max_retries, minimum=1))
         self.create_order_interval = check_number(
             "create_order_interval", create_order_interval, unit="seconds"
         )
-        self.backoff = check_number("backoff", backoff, unit="seconds")
-        self.max_backoff = check_number("max_backoff", max_backoff, unit="seconds")
+        self.backoff = check_interval("backoff", backoff)
+        self.max_backoff = check_interval("max_backoff", max_backoff)
         if max_usd_per_hour is not None:
             check_number("max_usd_per_hour", max_usd_per_hour, unit="USD per hour")
         if max_active_orders is not None and type(max_active_orders) is not int:
@@ -366,6 +367,9 @@ class Transport(KeyAndUrl):
         if isinstance(outcome, Envelope):
             outcome.date = response.headers.get("Date")
             outcome.sent_at, outcome.received_at = sent_at, received_at
+            server_time = outcome.server_time_at(received_at)
+            if server_time is not None:
+                self._server_clock = server_time + 0.5 - time.time()
         else:
             outcome.error._sent_at = sent_at
         return outcome

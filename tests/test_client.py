@@ -181,13 +181,14 @@ BAD_ORDERS: list[tuple[dict[str, Any], str]] = [
     *[({"currency": bad}, "currency") for bad in ("doge", "", None, 3)],
     *[({"image": bad}, "image") for bad in ("", " ", None, 3)],
     *[({"ports": bad}, "ports") for bad in ({0: "tcp"}, {"65536": "tcp"}, {"x": "tcp"},
-                                            {"22": "udp"}, {True: "tcp"}, ["22"], {22.0: "tcp"})],
+                                            {"22": "udp"}, {True: "tcp"}, ["22"], {22.0: "tcp"},
+                                            False, 0)],
     *[({"env": bad}, "env") for bad in ({"1A": "x"}, {"A B": "x"}, {"A": 1}, {"A": "x" * 1537},
-                                        {"A" * 129: "x"}, ["A"], {3: "x"})],
-    *[({"ssh_password": bad}, "ssh_password") for bad in ("x" * 33, 5, " ")],
+                                        {"A" * 129: "x"}, ["A"], {3: "x"}, 0, False)],
+    *[({"ssh_password": bad}, "ssh_password") for bad in ("x" * 33, 5, " ", 0, False)],
     *[({"ssh_key": bad}, "ssh_key") for bad in (
         "-----BEGIN OPENSSH PRIVATE KEY-----\nx", "~/.ssh/id_ed25519.pub", "/home/me/key",
-        "id_rsa.pub", "C:\\Users\\me\\.ssh\\id_rsa", "ssh-rsa " + "A" * 3072, 5)],
+        "id_rsa.pub", "C:\\Users\\me\\.ssh\\id_rsa", "ssh-rsa " + "A" * 3072, 5, 0, False)],
     ({"ssh_password": "a", "ssh_key": "ssh-rsa A"}, "ssh_password and ssh_key"),
     *[({"jupyter_token": bad}, "jupyter_token") for bad in ("x" * 33, "", 5)],
     *[({"order_type": "spot", "spot_price": bad}, "spot_price")
@@ -226,6 +227,7 @@ BAD_CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
     ("wait_for_order", (5, -1), {}, "timeout"),
     ("wait_for_order", (5, float("nan")), {}, "timeout"),
     ("wait_for_order", (5, 1, float("inf")), {}, "poll_interval"),
+    ("wait_for_order", (5, float("inf"), 1e300), {}, "poll_interval"),
     ("wait_for_order", (5, 1, 1, ""), {}, "target_status"),
     ("get_spot_market", ("x",), {}, "server_id"),
     ("set_spot_price", (5, 0), {}, "new_price"),
@@ -246,8 +248,9 @@ def test_bad_arguments_name_themselves_and_send_nothing(
     "options",
     [{"rate_limit": -1}, {"rate_limit": float("nan")}, {"max_retries": 0}, {"max_retries": 1.5},
      {"timeout": 0}, {"timeout": (1, 2, 3)}, {"timeout": (0, 1)}, {"create_order_interval": -1},
-     {"backoff": "x"}, {"user_agent": "a\nb"}, {"base_url": "api.clore.ai"},
-     {"base_url": "https://me:pw@h"}, {"base_url": "ftp://h"}, {"base_url": 5}],
+     {"timeout": 1e300}, {"rate_limit": 1e300}, {"backoff": "x"}, {"user_agent": "a\nb"},
+     {"base_url": "api.clore.ai"}, {"base_url": "https://me:pw@h"}, {"base_url": "ftp://h"},
+     {"base_url": 5}],
 )  # fmt: skip
 def test_bad_arguments_of_the_client(options: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError), match=next(iter(options))):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from clore_client import (
+    AuthenticationError,
     CloreClient,
     DatabaseError,
     OrderFateUnknownError,
@@ -16,6 +18,7 @@ from clore_client import (
     SpendingLimitError,
 )
 from tests.conftest import MakeSim, client_for, sent_to
+from tests.market import Simulator
 from tests.test_client import plain_server
 
 COMMITTED = [
@@ -72,6 +75,58 @@ def test_after_code_1_and_whole_lists_the_refusal_is_believed(make_sim: MakeSim,
     with pytest.raises(DatabaseError, match="empty wallet"):
         client.create_order(plain_server(client), find_timeout=0.3)
     assert len(sent_to(sim, "create_order")) == 1
+
+
+@pytest.mark.parametrize(
+    "body", ['{"code": 2}', '{"code": 6}', '{"code": 99, "error": "eh"}'], ids=["2", "6", "99"]
+)
+@pytest.mark.parametrize("after_commit", [True, False])
+def test_http_5xx_is_a_doubt_whatever_its_code(
+    sim: Simulator, client: CloreClient, body: str, after_commit: bool
+) -> None:
+    server_id = plain_server(client)
+    sim.faults.add("create_order", "status", status=503, body=body, after_commit=after_commit,
+                   content_type="application/json")  # fmt: skip
+    if after_commit:
+        assert client.create_order(server_id)["order_id"] == sim.orders[0].id
+    else:
+        with pytest.raises(OrderFateUnknownError, match="may have been made"):
+            client.create_order(server_id, find_timeout=0.2)
+    assert len(sent_to(sim, "create_order")) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ('{"code": 6, "error": "server-already-rented"}', ServerAlreadyRentedError),
+        ('{"code": 3}', AuthenticationError),
+    ],
+)
+def test_http_500_that_says_why_is_a_refusal(
+    sim: Simulator, client: CloreClient, body: str, error: type[Exception]
+) -> None:
+    server_id = plain_server(client)
+    sim.faults.add("create_order", "status", body=body, content_type="application/json")
+    with pytest.raises(error):
+        client.create_order(server_id)
+    assert sent_to(sim, "my_orders") == []
+
+
+def test_an_order_ceiling_holds_for_threads_that_order_at_once(make_sim: MakeSim) -> None:
+    sim = make_sim(visible_after=0.2)
+    servers = [s["id"] for s in client_for(sim).find_servers(min_reliability=90)[:4]]
+    clients = [client_for(sim, max_active_orders=1) for _ in servers]
+
+    def order(pair: tuple[CloreClient, int]) -> bool:
+        try:
+            pair[0].create_order(pair[1], currency="USD")
+        except SpendingLimitError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(order, zip(clients, servers, strict=True))) == 1
+    assert len(sim.orders) == 1
 
 
 def test_after_code_1_without_lists_it_stays_in_doubt(make_sim: MakeSim) -> None:

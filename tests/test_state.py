@@ -256,7 +256,7 @@ def test_an_order_that_is_not_listed_yet(make_sim: Any, folder: Path) -> None:
 
 
 def test_an_intent_without_an_order_goes_in_time(client: CloreClient, folder: Path) -> None:
-    late = left(client, folder, None, started=time.time() - 600)
+    late = left(client, folder, None, started=time.time() - 300)
     over = left(client, folder, None, started=time.time() - 3600)
     odd = left(client, folder, None, started="?")
     assert client.leftovers(wait=0).abandoned == []
@@ -308,8 +308,14 @@ def test_an_order_that_may_be_another_processs_is_left_alone(
         ({"before": [4]}, True),
         ({"started": 1_000_000.0 + 299}, True),
         ({"started": 1_000_000.0 + 301}, False),
-        ({"started": 1_000_000.0 - 1199}, True),
-        ({"started": 1_000_000.0 - 1201}, False),
+        ({"started": 1_000_000.0 - 479}, True),
+        ({"started": 1_000_000.0 - 481}, False),
+        ({"started": 1_000_000.0 + 4, "server_clock": 0.0}, True),
+        ({"started": 1_000_000.0 + 6, "server_clock": 0.0}, False),
+        ({"started": 1_000_000.0 + 3604, "server_clock": -3600.0}, True),
+        ({"started": 1_000_000.0 + 3606, "server_clock": -3600.0}, False),
+        ({"started": 1_000_000.0 - 184, "server_clock": 0.0}, True),
+        ({"started": 1_000_000.0 - 186, "server_clock": 0.0}, False),
         ({"started": None}, False),
     ],
 )

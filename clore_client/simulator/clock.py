@@ -12,12 +12,16 @@ class Clock:
     """Wall-clock time that follows the monotonic clock, `offset` seconds off this machine's."""
 
     def __init__(self, offset: float) -> None:
+        self._ahead = 0.0
         self._base = time() + offset - monotonic()
 
-    @staticmethod
-    def now() -> float:
+    def advance(self, seconds: float) -> None:
+        """Let time pass at once."""
+        self._ahead += seconds
+
+    def now(self) -> float:
         """Monotonic seconds."""
-        return monotonic()
+        return monotonic() + self._ahead
 
     def wall(self, now: float) -> float:
         """The server's Unix time at the monotonic moment `now`."""
@@ -25,4 +29,4 @@ class Clock:
 
     def date(self) -> str:
         """The `Date` header of this moment."""
-        return formatdate(self.wall(monotonic()), usegmt=True)
+        return formatdate(self.wall(self.now()), usegmt=True)

@@ -7,6 +7,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import tempfile
@@ -293,6 +294,15 @@ class Simulator:
     def set_rented(self, server_id: int, rented: bool = True) -> None:
         """Let somebody else rent a server, or free it."""
         self._call(lambda: self._market.set_rented(self._market.servers[server_id], rented))
+
+    def advance(self, seconds: float) -> None:
+        """Let hours pass at once for the books: orders are charged, fees fall due, wallets empty.
+
+        What is under way meanwhile, as a deployment, still takes its time.
+        """
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"seconds must be at least 0 and finite, not {seconds!r}")
+        self._call(lambda: self._clock.advance(seconds))
 
     def set_offline(self, server_id: int, offline: bool = True) -> None:
         """Take a server off the network, with the order on it, or bring it back."""
