@@ -11,6 +11,7 @@ import pytest
 
 from clore_client import CloreClient
 from tests.market import ONE_FILE, Simulator
+from tests.sshd import Sshd, running_sshd
 
 # What uses modules of the package; all other tests run against the one file as well.
 INTERNAL = [
@@ -135,3 +136,10 @@ def any_client(any_sim: Simulator) -> Iterator[CloreClient]:
 def sent_to(sim: Simulator, endpoint: str) -> list[Any]:
     """The requests that arrived at an endpoint."""
     return [call for call in sim.requests if call.endpoint == endpoint]
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    """A real OpenSSH server, one for all tests."""
+    with running_sshd(tmp_path_factory.mktemp("sshd")) as server:
+        yield server

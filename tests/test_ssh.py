@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from hypothesis import strategies as st
 from clore_client import CloreClient, SSHError
 from tests.conftest import MakeSim, client_for
 from tests.market import Simulator
+from tests.sshd import Sshd
 
 parse = CloreClient.parse_ssh_connection
 
@@ -197,44 +195,12 @@ def test_importing_the_package_imports_no_ssh() -> None:
 # --- the system's own sshd ---
 
 
-@pytest.fixture
-def sshd(tmp_path: Path) -> Iterator[tuple[int, Path]]:
-    """A real OpenSSH server that takes one key; yields its port and the key's file."""
-    program = shutil.which("sshd") or "/usr/sbin/sshd"
-    assert os.path.exists(program), "openssh-server is not installed; tests/run.sh installs it"
-    host_key, key = tmp_path / "host_key", tmp_path / "id_ed25519"
-    for path in (host_key, key):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
-    authorized = tmp_path / "authorized_keys"
-    authorized.write_text(Path(f"{key}.pub").read_text())
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    config = tmp_path / "sshd_config"
-    config.write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {host_key}\nPidFile none\n"
-        f"AuthorizedKeysFile {authorized}\nStrictModes no\nUsePAM no\n"
-        "PasswordAuthentication no\nPermitRootLogin yes\n"
-    )
-    if os.geteuid() == 0:
-        os.makedirs("/run/sshd", exist_ok=True)
-    process = subprocess.Popen([program, "-D", "-e", "-f", config], stderr=subprocess.DEVNULL)
-    try:
-        yield port, key
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def test_logging_in_to_openssh(sshd: tuple[int, Path]) -> None:
-    port, key = sshd
-    user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-    order = {"connection": {"ssh": f"ssh {user}@127.0.0.1 -p {port}"}}
+def test_logging_in_to_openssh(sshd: Sshd) -> None:
     client = CloreClient()
-    with client.connect_ssh(order, key_path=str(key), wait=20) as ssh:
+    with client.connect_ssh(sshd.order(), key_path=str(sshd.key), wait=20) as ssh:
         assert output_of(ssh, "echo over openssh") == "over openssh\n"
         transport = ssh.get_transport()
         assert transport is not None
         assert transport.is_active()
     with pytest.raises(SSHError, match="refused the login"):
-        client.connect_ssh(order, password="wrong", wait=20)
+        client.connect_ssh(sshd.order(), password="wrong", wait=20)

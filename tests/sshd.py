@@ -1,0 +1,95 @@
+"""The system's own OpenSSH server on a port of this machine, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Sshd:
+    """A running sshd that takes one key.
+
+    Attributes:
+        port, key, user: where, with which private key, and as whom to log in.
+        folder: of its files.
+    """
+
+    def __init__(self, folder: Path, port: int, options: str) -> None:
+        self.folder = folder
+        self.port = port
+        self.user = getpass.getuser()
+        self.key = folder / "id_ed25519"
+        self.options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def order(self, order_id: int = 7, **more: Any) -> dict[str, Any]:
+        """An order in the documented form whose machine this is."""
+        ssh = f"ssh {self.user}@127.0.0.1 -p {self.port}"
+        return {"order_id": order_id, "connection": {"ssh": ssh}, "status": "running", **more}
+
+    def make_keys(self, kind: str = "ed25519") -> None:
+        """New keys of the host, as a container has that was started anew."""
+        host_key = self.folder / "host_key"
+        host_key.unlink(missing_ok=True)
+        generate(host_key, kind)
+
+    def start(self) -> None:
+        program = shutil.which("sshd") or "/usr/sbin/sshd"
+        assert os.path.exists(program), "openssh-server is not installed; tests/run.sh installs it"
+        if os.geteuid() == 0:
+            os.makedirs("/run/sshd", exist_ok=True)
+        config = self.folder / "sshd_config"
+        config.write_text(
+            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.folder}/host_key\n"
+            f"PidFile none\nAuthorizedKeysFile {self.key}.pub\nStrictModes no\nUsePAM no\n"
+            f"PermitRootLogin yes\nMaxStartups 100\nSubsystem sftp internal-sftp\n{self.options}\n"
+        )
+        with open(self.folder / "log", "ab") as log:
+            self._process = subprocess.Popen([program, "-D", "-e", "-f", config], stderr=log)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+            time.sleep(0.02)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(10)
+            self._process = None
+
+
+def generate(path: Path, kind: str = "ed25519", passphrase: str = "") -> None:
+    """A key of OpenSSH's making."""
+    command = ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-f", str(path)]
+    subprocess.run(command, check=True)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def running_sshd(folder: Path, options: str = "PasswordAuthentication no") -> Iterator[Sshd]:
+    """A server for the length of the block; ``options`` are further lines of its configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    server = Sshd(folder, free_port(), options)
+    generate(server.key)
+    server.make_keys()
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
