@@ -34,10 +34,17 @@ from clore_client.errors import (
 )
 from clore_client.leftovers import Leftover, Leftovers
 from clore_client.orders import Order
-from clore_client.remote import RunResult
+from clore_client.remote import CommandResult, OutputLine
 from clore_client.rental import Rental
 from clore_client.servers import Server
 from clore_client.signals import SignalExit
+from clore_client.ssh_errors import (
+    CommandError,
+    CommandTimeoutError,
+    HostKeyChangedError,
+    TransferError,
+)
+from clore_client.transfer import Transferred
 from clore_client.version import __version__
 from clore_client.wallets import Wallet
 
@@ -51,10 +58,14 @@ __all__ = [
     "CloreClient",
     "CloreConnectionError",
     "CloreError",
+    "CommandError",
+    "CommandResult",
+    "CommandTimeoutError",
     "ConfigurationError",
     "CurrencyNotAllowedError",
     "DatabaseError",
     "FateUnknownError",
+    "HostKeyChangedError",
     "InsufficientBalanceError",
     "InvalidEndpointError",
     "InvalidInputError",
@@ -65,11 +76,11 @@ __all__ = [
     "OrderEndedError",
     "OrderFateUnknownError",
     "OrderNotFoundError",
+    "OutputLine",
     "RateLimitError",
     "RateUnknownError",
     "Rental",
     "RentalError",
-    "RunResult",
     "SSHError",
     "Server",
     "ServerAlreadyRentedError",
@@ -78,6 +89,8 @@ __all__ = [
     "SpendingLimitError",
     "SpotPriceStepError",
     "SpotPriceTooSoonError",
+    "TransferError",
+    "Transferred",
     "WaitTimeoutError",
     "Wallet",
     "__version__",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from clore_client.account import Account
 from clore_client.bids import with_hourly_offers
 from clore_client.cancel import settle_cancel
 from clore_client.candidates import Wish
@@ -32,6 +31,7 @@ from clore_client.errors import (
 )
 from clore_client.leftovers import Leftovers, end_leftovers, find_leftovers
 from clore_client.log import logger
+from clore_client.machine import Machine
 from clore_client.money import wire_currency
 from clore_client.orders import Order
 from clore_client.purchase import (
@@ -40,21 +40,17 @@ from clore_client.purchase import (
 from clore_client.rental import Rental
 from clore_client.servers import Server, cheapest_first, to_servers
 from clore_client.signals import SignalHandling
-from clore_client.ssh import open_ssh, parse_ssh_command
 from clore_client.state import state_folder
 from clore_client.transport import within
 from clore_client.waiting import wait_for_status
 from clore_client.wallets import Wallet, to_wallets
-
-if TYPE_CHECKING:
-    import paramiko
 
 C = TypeVar("C", bound="CloreClient")
 
 MAX_ISSUE = 2048  # characters of ``issue`` that the API takes
 
 
-class CloreClient(Account):
+class CloreClient(Machine):
     """A client for the Clore.ai GPU marketplace.
 
     Every answer comes in the documented form, whatever the API sends: prices in USD per hour,
@@ -668,70 +664,6 @@ class CloreClient(Account):
             ...     work_with_threads()
         """
         return SignalHandling()
-
-    # --- SSH ---
-
-    @staticmethod
-    def parse_ssh_connection(order: Any) -> dict[str, Any]:
-        """Where to log in, from an order's ``connection.ssh``. Never raises.
-
-        Parameters:
-            order: an order in the documented form.
-
-        Returns:
-            ``{"host", "port", "user", "raw"}``: ``""``, 22 and ``"root"`` where it does not say,
-            and the string as it came. A host or user that is not a plain name or address counts
-            as none.
-
-        Example:
-            >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
-            {'host': 'h.net', 'port': 2060, 'user': 'root', 'raw': 'ssh root@h.net -p 2060'}
-        """
-        return parse_ssh_command(order)
-
-    def connect_ssh(
-        self,
-        order: dict[str, Any],
-        password: str | None = None,
-        key_path: str | None = None,
-        *,
-        timeout: float = 30.0,
-        wait: float = 120.0,
-    ) -> paramiko.SSHClient:
-        """Log in to the machine of a running order. Needs paramiko.
-
-        A password wins over ``key_path``. With neither: the password that stands in the order, or
-        that this client sent with it; else the SSH agent and the user's default keys.
-
-        Parameters:
-            order: a running order, as :meth:`wait_for_order` returns it.
-            password: of the user in ``connection.ssh``.
-            key_path: file of a private key.
-            timeout: seconds for each step of the login.
-            wait: seconds that the machine's sshd may take to come up.
-
-        Returns:
-            A connected ``paramiko.SSHClient``, which the caller closes.
-
-        Raises:
-            SSHError: there is no address yet, nothing answered in time, or the login was refused.
-            ImportError: paramiko is not installed.
-
-        Example:
-            >>> with client.connect_ssh(order) as ssh:
-            ...     print(ssh.exec_command("nvidia-smi -L")[1].read().decode())
-        """
-        if not isinstance(order, Mapping):
-            raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
-        check_number("timeout", timeout, above=True, unit="seconds")
-        check_number("wait", wait, unit="seconds")
-        for name, value in (("password", password), ("key_path", key_path)):
-            if value is not None and not hasattr(value, "__fspath__"):
-                check_text(name, value, secret=name == "password")
-        if not password and not key_path:
-            sent = self._credentials.get(Order(order).id or 0, {})
-            password = order.get("ssh_password") or sent.get("ssh_password")
-        return open_ssh(order, password=password, key_path=key_path, timeout=timeout, wait=wait)
 
     # --- the spot market ---
 

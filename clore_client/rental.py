@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,11 +36,13 @@ from clore_client.errors import (
 from clore_client.giving_back import add_note_to
 from clore_client.log import logger
 from clore_client.orders import Order
-from clore_client.remote import RunResult, run_over_ssh
+from clore_client.remote import CommandResult
 from clore_client.servers import Server
 from clore_client.signals import SignalExit
+from clore_client.ssh import LOGIN_OPTIONS
 from clore_client.state import write_entry
 from clore_client.tenancy import Age, Tenancy
+from clore_client.transfer import Transferred
 
 if TYPE_CHECKING:
     import paramiko
@@ -120,32 +123,40 @@ class Rental(Tenancy):
             raise
         return connection  # type: ignore[no-any-return]
 
-    def run(self, command: str, *, timeout: float | None = None, **options: Any) -> RunResult:
-        """Run a command over SSH, and wait for its end. Needs paramiko.
+    def run(self, command: str | Sequence[str], **options: Any) -> CommandResult:
+        """Run a command on the machine, as :meth:`CloreClient.run` does. Needs paramiko.
 
         Parameters:
-            command: for the shell of the machine.
-            timeout: seconds; None waits for ever.
-            **options: for :meth:`CloreClient.connect_ssh`, when it logs in for the first time.
-
-        Returns:
-            A :class:`RunResult`: ``stdout``, ``stderr``, ``exit_status``.
+            command: for the shell of the machine; a list of arguments is quoted.
+            **options: for :meth:`CloreClient.run`; those of a login count when it logs in for the
+                first time. That connection is kept until the end of the block.
 
         Raises:
-            SSHError: it did not end in time, or the connection broke.
+            CommandError: the exit code was not 0.
             BudgetExceededError: the rental was ended meanwhile.
         """
+        return self._over_ssh(self._client.run, (command,), options)  # type: ignore[no-any-return]
+
+    def upload(self, local: Any, remote: Any, **options: Any) -> Transferred:
+        """Copy a file or directory to the machine, as :meth:`CloreClient.upload` does."""
+        return self._over_ssh(self._client.upload, (local, remote), options)  # type: ignore[no-any-return]
+
+    def download(self, remote: Any, local: Any, **options: Any) -> Transferred:
+        """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
+        return self._over_ssh(self._client.download, (remote, local), options)  # type: ignore[no-any-return]
+
+    def _over_ssh(
+        self, method: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Call a method of the client with the rental's own connection."""
         self._check()
-        if self._shell is None:
-            self._shell = self.ssh(**options)
+        login = {name: options.pop(name) for name in LOGIN_OPTIONS & options.keys()}
+        if self._shell is None or not _is_open(self._shell):
+            self._shell = self.ssh(**login)
         try:
-            result = run_over_ssh(self._shell, command, timeout)
-        except Exception:
-            self._shell = None
+            return method(self.order, *arguments, ssh=self._shell, **options)
+        finally:
             self._check()
-            raise
-        self._check()
-        return result
 
     def keep(self) -> Order:
         """Leave the order running, on purpose: the end of the block does nothing any more.
@@ -352,3 +363,8 @@ class Rental(Tenancy):
         if self._entry is not None:
             self._entry.remove()
             self._entry = None
+
+
+def _is_open(ssh: Any) -> bool:
+    transport = ssh.get_transport()
+    return transport is not None and transport.is_active()

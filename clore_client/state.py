@@ -87,7 +87,7 @@ def warn_of_state(what: str, error: object) -> None:
         )
 
 
-def _lock(handle: int) -> bool:
+def lock_file(handle: int) -> bool:
     """Lock an open file, without waiting; False when another holds it, OSError where none can."""
     try:
         if os.name == "nt":
@@ -125,7 +125,7 @@ class Entry:
         handle = os.open(self.path, flags | getattr(os, "O_BINARY", 0), 0o600)
         self._handle = handle
         deadline = time.monotonic() + 1.0
-        while not _lock(handle):  # somebody looks whether it is locked, this moment
+        while not lock_file(handle):  # somebody looks whether it is locked, this moment
             if time.monotonic() > deadline:
                 raise OSError("the file can't be locked")
             time.sleep(0.001)
@@ -274,7 +274,7 @@ def _read_entry(path: Path, machine: dict[str, str]) -> Found | None:
         if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_ENTRY:
             raise ValueError("not a small file")
         try:
-            free = held is None and _lock(handle)
+            free = held is None and lock_file(handle)
         except OSError as error:  # nobody can be told from anybody: hands off
             warn_of_state(f"files in {path.parent} can't be locked", error)
             free = False

@@ -18,8 +18,11 @@ INTERNAL = [
     "test_answers.py",
     "test_checks.py",
     "test_departure.py",
+    "test_forward.py",
+    "test_hostile_scp.py",
     "test_pacing.py",
     "test_records.py",
+    "test_run.py",
     "test_signals.py",
     "test_simulator.py",
     "test_simulator_cli.py",
@@ -27,6 +30,7 @@ INTERNAL = [
     "test_simulator_ssh.py",
     "test_single_file.py",
     "test_state.py",
+    "test_transfer.py",
 ]
 
 FORMS = ("live", "documented")

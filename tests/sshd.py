@@ -47,10 +47,13 @@ class Sshd:
         if os.geteuid() == 0:
             os.makedirs("/run/sshd", exist_ok=True)
         config = self.folder / "sshd_config"
+        (self.folder / "home").mkdir(exist_ok=True)
         config.write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.folder}/host_key\n"
             f"PidFile none\nAuthorizedKeysFile {self.key}.pub\nStrictModes no\nUsePAM no\n"
-            f"PermitRootLogin yes\nMaxStartups 100\nSubsystem sftp internal-sftp\n{self.options}\n"
+            f"PermitRootLogin yes\nMaxStartups 100\n"
+            # What the user's own shell reads at its start is none of ours, and can take long.
+            f"SetEnv HOME={self.folder}/home\nSubsystem sftp internal-sftp\n{self.options}\n"
         )
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen([program, "-D", "-e", "-f", config], stderr=log)

@@ -18,6 +18,7 @@ from clore_client import (
     CancelUnconfirmedError,
     CloreClient,
     CloreError,
+    CommandError,
     InsufficientBalanceError,
     OrderFateUnknownError,
     Rental,
@@ -673,10 +674,10 @@ def test_ssh_and_run(make_sim: MakeSim) -> None:
     sim = make_sim(ssh=True)
     client = client_for(sim)
     with rent(client, gpu_type="RTX 4090") as rental:
-        result = rental.run("echo out; echo err >&2; exit 3")
-        assert (result.stdout, result.stderr, result.exit_status) == ("out\n", "err\n", 3)
-        assert not result.ok
-        assert "exit_status=3" in repr(result)
+        result = rental.run("echo out; echo err >&2; exit 3", check=False)
+        assert (result.stdout, result.stderr, result.exit_code) == ("out\n", "err\n", 3)
+        with pytest.raises(CommandError):
+            rental.run("exit 3")
         big = rental.run("for i in $(seq 3000); do echo $i; echo $i >&2; done", timeout=60)
         assert big.stdout == big.stderr
         assert len(big.stdout.split()) == 3000

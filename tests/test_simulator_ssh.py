@@ -325,6 +325,32 @@ def test_openssh_client(order: Any, sim: Simulator, tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (5, b"in"), ended.stderr
 
 
+# Forwarding
+
+
+def test_forwards_to_itself_only(ssh: paramiko.SSHClient) -> None:
+    transport = ssh.get_transport()
+    assert transport is not None
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        for name in ("localhost", "127.0.0.1"):
+            with transport.open_channel("direct-tcpip", (name, port), ("127.0.0.1", 1)) as channel:
+                peer, _ = server.accept()
+                with peer:
+                    channel.sendall(b"to it")
+                    channel.shutdown_write()
+                    assert peer.makefile("rb").read() == b"to it"
+                    peer.sendall(b"and back")
+                assert channel.makefile("rb").read() == b"and back"
+        # Another name for this machine, and one that isn't: neither is connected to.
+        for name in ("127.0.0.2", "192.0.2.1", "example.org"):
+            with pytest.raises(paramiko.ChannelException):
+                transport.open_channel("direct-tcpip", (name, port), ("127.0.0.1", 1))
+    with pytest.raises(paramiko.ChannelException):
+        transport.open_channel("direct-tcpip", ("localhost", port), ("127.0.0.1", 1))
+    assert run(ssh, "echo still there")[1] == "still there\n"
+
+
 # The life of a host
 
 

@@ -27,6 +27,7 @@ from .settings import Settings, draw
 from .shell import Shells, kill_strays
 
 _INHERITED = ("LANG", "LC_ALL", "TZ")
+_ITSELF = ("localhost", "127.0.0.1", "::1")
 
 
 class Hosts:
@@ -215,6 +216,12 @@ class _Login(asyncssh.SSHServer):
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         return username == "root" and key.public_data in self._host.keys
+
+    def connection_requested(
+        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
+    ) -> bool:
+        # To itself, which is this machine; not to whatever this machine can reach.
+        return dest_host in _ITSELF
 
 
 class _Files(asyncssh.SFTPServer):
