@@ -1,6 +1,7 @@
 """A client for the Clore.ai GPU marketplace."""
 
 from clore_client.client import CloreClient
+from clore_client.commands import CommandResult, OutputLine
 from clore_client.errors import (
     ApplicationError,
     AuthenticationError,
@@ -34,7 +35,6 @@ from clore_client.errors import (
 )
 from clore_client.leftovers import Leftover, Leftovers
 from clore_client.orders import Order
-from clore_client.remote import CommandResult, OutputLine
 from clore_client.rental import Rental
 from clore_client.servers import Server
 from clore_client.signals import SignalExit

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from clore_client.account import Account
 from clore_client.checks import check_number, check_text
+from clore_client.commands import CommandResult, OutputLine
 from clore_client.download import check_download, download_path
 from clore_client.forwarding import Forward, check_forward_arguments
 from clore_client.hardened_scp import hardened_scp
 from clore_client.hostkeys import KeyCheck, Pins, check_host_key
 from clore_client.log import logger
 from clore_client.orders import Order
-from clore_client.remote import CommandResult, OutputLine, check_run_arguments, run_command
+from clore_client.remote import check_run_arguments, run_command
 from clore_client.ssh import (
     LOGIN_OPTIONS,
     Login,

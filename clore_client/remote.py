@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import codecs
 import math
-import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clore_client.checks import check_bool, check_number
+from clore_client.commands import (
+    STDERR,
+    STDOUT,
+    CommandResult,
+    OutputLine,
+    command_line,
+    encoded,
+    exports,
+    input_bytes,
+    lines_to,
+)
 from clore_client.ending import (
     PATIENCE,
     Guard,
@@ -32,87 +41,13 @@ if TYPE_CHECKING:
 
 READ_CHUNK = 4 << 20  # more than a window holds: one read empties a buffer
 INPUT_CHUNK = 32768
-LONGEST_PIECE = 65536  # characters of one call of on_output
 GLANCE = 0.25  # seconds between two looks at what rings no bell
 QUIET = 0.5  # seconds of silence after which an ended command may have said everything
 OVERTIME = 5.0  # seconds for the output of a command that ended in time
 LATE_OUTPUT = 4 << 20  # bytes beyond a window that an ended command may have left on the way
 GRACE = 1.0  # seconds to obey SIGTERM
 GRACE_OF_INTERRUPT = 0.5
-STDOUT, STDERR = "stdout", "stderr"
 BROKEN = "the connection broke before the command had ended"
-
-
-class CommandResult:
-    """How a command ended.
-
-    Attributes:
-        command: the line that the machine's shell was given, without what ``env`` adds to it.
-        exit_code: 0 to 255; -1 where a signal ended it.
-        stdout, stderr: its output as text; what is no UTF-8 is replaced.
-        duration: seconds from the request until the end.
-    """
-
-    __slots__ = ("command", "duration", "exit_code", "stderr", "stdout")
-
-    def __init__(
-        self, command: str, exit_code: int, stdout: str, stderr: str, duration: float
-    ) -> None:
-        self.command = command
-        self.exit_code = exit_code
-        self.stdout = stdout
-        self.stderr = stderr
-        self.duration = duration
-
-    @property
-    def ok(self) -> bool:
-        """Whether it ended with 0."""
-        return self.exit_code == 0
-
-    def __repr__(self) -> str:
-        return (
-            f"<CommandResult {printable(repr(self.command), 60)}: exit_code={self.exit_code}, "
-            f"{len(self.stdout)} characters of stdout, {len(self.stderr)} of stderr, "
-            f"{self.duration:.1f}s>"
-        )
-
-
-class OutputLine(str):
-    """A line of a command's output without its end, as it came: it may hold terminal escapes.
-
-    Attributes:
-        stream: ``"stdout"`` or ``"stderr"``.
-    """
-
-    __slots__ = ("stream",)
-
-    stream: str
-
-    def __new__(cls, text: str, stream: str = STDOUT) -> OutputLine:
-        line = super().__new__(cls, text)
-        line.stream = stream
-        return line
-
-
-def command_line(command: str | Sequence[str]) -> str:
-    """The line for the machine's shell: a string as it is, a list or tuple of arguments quoted."""
-    if isinstance(command, str):
-        line = command
-    elif isinstance(command, (list, tuple)):
-        for number, word in enumerate(command):
-            if not isinstance(word, str):
-                raise TypeError(
-                    f"command[{number}] must be a string, not {printable(repr(word), 80)}"
-                )
-        line = shlex.join(command)
-    else:
-        raise TypeError(
-            f"command must be a string, or a list of strings, not {printable(repr(command), 80)}"
-        )
-    if not line.strip():
-        raise ValueError("command must not be empty")
-    _encoded("command", line)
-    return line
 
 
 def check_run_arguments(
@@ -129,8 +64,8 @@ def check_run_arguments(
     check_bool("check", check)
     if timeout is not None:
         check_number("timeout", timeout, above=True, infinite=True, unit="seconds")
-    _input_bytes(input)
-    _exports(env)
+    input_bytes(input)
+    exports(env)
     if on_output is not None and not callable(on_output):
         raise TypeError(f"on_output must be callable, not {printable(repr(on_output), 80)}")
     return line
@@ -176,14 +111,14 @@ def run_command(
         command, check=check, timeout=timeout, input=input, env=env, on_output=on_output
     )
     check_number("login_timeout", login_timeout, above=True, unit="seconds")
-    data = _input_bytes(input)
+    data = input_bytes(input)
     limit = math.inf if timeout is None else timeout
     begin = time.monotonic()
     try:
         channel = _session(ssh, min(limit, login_timeout))
         running = _Running(channel, on_output)
         code = running.run(
-            _encoded("command", _exports(env) + line), data, begin + limit, begin + login_timeout
+            encoded("command", exports(env) + line), data, begin + limit, begin + login_timeout
         )
     except _OutOfTimeError as out:
         if out.text and login_timeout <= limit:
@@ -223,7 +158,7 @@ class _Running:
         self._pid_line = PidLine()
         self._given_up = False
         self._output: dict[str, list[bytes]] = {STDOUT: [], STDERR: []}
-        self._lines = None if on_output is None else _lines_to(on_output)
+        self._lines = None if on_output is None else lines_to(on_output)
 
     def run(self, line: bytes, data: bytes, deadline: float, start_by: float) -> int:
         """Start it, and wait; its exit code. However that is left, nothing of it goes on."""
@@ -461,46 +396,6 @@ class _SignalEar:
         self._behind.log(level, message, *args)
 
 
-class _Lines:
-    """Cuts a stream into lines."""
-
-    def __init__(self, stream: str, on_output: Callable[[OutputLine], object]) -> None:
-        self._stream = stream
-        self._on_output = on_output
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._rest = ""
-
-    def feed(self, data: bytes) -> None:
-        """Hand over each line that is complete now."""
-        *lines, self._rest = (self._rest + self._decoder.decode(data)).split("\n")
-        for line in lines:
-            self._hand_over(self._in_pieces(line).removesuffix("\r"))
-        self._rest = self._in_pieces(self._rest)
-
-    def finish(self) -> None:
-        """Hand over what has no line end."""
-        rest = self._in_pieces(self._rest + self._decoder.decode(b"", True))
-        self._rest = ""
-        if rest:
-            self._hand_over(rest)
-
-    def _in_pieces(self, text: str) -> str:
-        """Hand over the beginning of what is too long; the rest."""
-        at = 0
-        # One character more stays, so that a "\r" is never alone and a last piece never empty.
-        while len(text) - at > LONGEST_PIECE + 1:
-            self._hand_over(text[at : at + LONGEST_PIECE])
-            at += LONGEST_PIECE
-        return text[at:]
-
-    def _hand_over(self, text: str) -> None:
-        self._on_output(OutputLine(text, self._stream))
-
-
-def _lines_to(on_output: Callable[[OutputLine], object]) -> dict[str, _Lines]:
-    return {stream: _Lines(stream, on_output) for stream in (STDOUT, STDERR)}
-
-
 def _session(ssh: paramiko.SSHClient, seconds: float) -> Any:
     """A channel for one command."""
     transport = ssh.get_transport()
@@ -531,38 +426,3 @@ def _feed(channel: Any, data: bytes) -> None:
     except Exception as error:
         # It ended without reading all of it, which is no error, or the reading side will tell.
         logger.debug("a command's input was not sent whole: %s", reason(error))
-
-
-def _input_bytes(value: Any) -> bytes:
-    if value is None:
-        return b""
-    if isinstance(value, str):
-        return _encoded("input", value, nul=True)
-    if not isinstance(value, (bytes, bytearray, memoryview)):
-        raise TypeError(f"input must be a string or bytes, not {type(value).__name__}")
-    return bytes(value)
-
-
-def _exports(env: Any) -> str:
-    """What sets variables for the rest of a line; sshd by itself takes none from a client."""
-    if env is None:
-        return ""
-    if not isinstance(env, Mapping):
-        raise TypeError(f"env must be a dict of strings, not {type(env).__name__}")
-    for name, value in env.items():
-        if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
-            raise ValueError(f"env: not the name of a variable: {printable(repr(name), 80)}")
-        if not isinstance(value, str):
-            raise TypeError(f"env[{name!r}] must be a string, not {type(value).__name__}")
-        _encoded(f"env[{name!r}]", value)
-    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
-
-
-def _encoded(name: str, text: str, *, nul: bool = False) -> bytes:
-    """``text`` as bytes; names of files that are no UTF-8 come out as they were."""
-    if not nul and "\0" in text:
-        raise ValueError(f"{name} must not hold a NUL character")
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} holds a character that can't be encoded as UTF-8") from None

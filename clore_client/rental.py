@@ -16,6 +16,7 @@ from clore_client.candidates import (
     candidates,
     shown_usd,
 )
+from clore_client.commands import CommandResult
 from clore_client.errors import (
     AuthenticationError,
     BidTooLowError,
@@ -36,7 +37,6 @@ from clore_client.errors import (
 from clore_client.giving_back import add_note_to
 from clore_client.log import logger
 from clore_client.orders import Order
-from clore_client.remote import CommandResult
 from clore_client.servers import Server
 from clore_client.signals import SignalExit
 from clore_client.ssh import LOGIN_OPTIONS

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from clore_client.errors import SSHError, printable
 
 if TYPE_CHECKING:
-    from clore_client.remote import CommandResult
+    from clore_client.commands import CommandResult
 
 SHOWN_OF_STDERR = 500  # characters of its end that an error shows
 

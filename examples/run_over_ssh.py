@@ -4,7 +4,6 @@ export CLORE_API_KEY=...
 python run_over_ssh.py PASSWORD COMMAND...
 """
 
-import shlex
 import sys
 
 from clore_client import CloreClient, SSHError
@@ -17,9 +16,7 @@ def main(password: str, *command: str) -> None:
                 continue
             print(f"== {order.id}: {order.ssh_command}")
             try:
-                with client.connect_ssh(order, password=password) as ssh:
-                    _, output, errors = ssh.exec_command(shlex.join(command), timeout=60)
-                    print(output.read().decode(), errors.read().decode(), sep="", end="")
+                client.run(order, list(command), password=password, timeout=60, on_output=print)
             except SSHError as error:
                 print(f"   {error}")
 

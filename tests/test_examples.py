@@ -119,6 +119,18 @@ def test_run_over_ssh(make_sim: MakeSim) -> None:
     assert run(sim, "run_over_ssh.py").returncode == 1
 
 
+def test_move_data(make_sim: MakeSim, tmp_path: Path) -> None:
+    sim = make_sim(**EASY)
+    script, results = tmp_path / "job.sh", tmp_path / "results"
+    script.write_text("echo working; echo done > results/log; touch 'results/a b'\n")
+    done = run(sim, "move_data.py", str(script), str(results))
+    assert done.returncode == 0, done.stderr
+    assert "working\n" in done.stdout
+    assert "2 files" in done.stdout
+    assert (results / "log").read_text() == "done\n"
+    assert not any(order.active for order in sim.orders)
+
+
 def test_spot_order(make_sim: MakeSim) -> None:
     sim = make_sim(**EASY)
     done = run(sim, "spot_order.py", "RTX 4090", "1")

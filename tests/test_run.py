@@ -26,16 +26,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clore_client import CloreClient, SSHError, ending, remote
-from clore_client.ending import PidLine
-from clore_client.remote import (
+from clore_client.commands import (
     LONGEST_PIECE,
     CommandResult,
     OutputLine,
-    _lines_to,
-    check_run_arguments,
     command_line,
-    run_command,
+    lines_to,
 )
+from clore_client.ending import PidLine
+from clore_client.remote import check_run_arguments, run_command
 from clore_client.ssh_errors import CommandError, CommandTimeoutError
 from tests import hostile
 from tests.conftest import MakeSim, client_for
@@ -247,7 +246,7 @@ def test_an_exception_of_on_output_ends_the_command(ssh: paramiko.SSHClient) -> 
 )
 def test_lines_do_not_depend_on_the_pieces(text: str, size: int) -> None:
     seen: list[OutputLine] = []
-    lines = _lines_to(seen.append)["stderr"]
+    lines = lines_to(seen.append)["stderr"]
     data = text.encode()
     for start in range(0, len(data), size):
         lines.feed(data[start : start + size])
@@ -261,7 +260,7 @@ def test_lines_do_not_depend_on_the_pieces(text: str, size: int) -> None:
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
 def test_a_line_without_end_comes_in_pieces(more: int, end: str) -> None:
     seen: list[OutputLine] = []
-    lines = _lines_to(seen.append)["stdout"]
+    lines = lines_to(seen.append)["stdout"]
     text = "x" * (LONGEST_PIECE + more)
     for character in (text, end):
         lines.feed(character.encode())
