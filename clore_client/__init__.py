@@ -44,7 +44,7 @@ from clore_client.ssh_errors import (
     HostKeyChangedError,
     TransferError,
 )
-from clore_client.transfer import Transferred
+from clore_client.transferred import Transferred
 from clore_client.version import __version__
 from clore_client.wallets import Wallet
 

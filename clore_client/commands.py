@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +65,8 @@ class OutputLine(str):
 
 def command_line(command: str | Sequence[str]) -> str:
     """The line for the machine's shell: a string as it is, a list or tuple of arguments quoted."""
+    import shlex  # not for whoever only imports the package
+
     if isinstance(command, str):
         line = command
     elif isinstance(command, (list, tuple)):
@@ -137,6 +138,8 @@ def input_bytes(value: Any) -> bytes:
 
 def exports(env: Any) -> str:
     """What sets variables for the rest of a line; sshd by itself takes none from a client."""
+    import shlex
+
     if env is None:
         return ""
     if not isinstance(env, Mapping):

@@ -28,12 +28,12 @@ from clore_client.transfer import (
     Lanes,
     Options,
     Reporter,
-    Transferred,
     file_digest,
     leave_out,
     parse_sums,
     plan,
 )
+from clore_client.transferred import Transferred
 from clore_client.upload import send_names
 
 # What comes to us is held down by our own window only, which is large.

@@ -19,7 +19,6 @@ from clore_client.ssh_errors import TransferError
 
 if TYPE_CHECKING:
     import paramiko
-    import scp
 
 SCP_TIMEOUT = 30.0  # seconds of silence
 
@@ -43,7 +42,7 @@ def hardened_scp(
     max_bytes: int | None = None,
     progress: ScpProgress | None = None,
     owns_ssh: bool = False,
-) -> scp.SCPClient:
+) -> Any:
     """A ``scp.SCPClient`` on a connection, with its own methods, whose host may be hostile.
 
     It differs in this: what the host sends is checked before anything is made or changed here;

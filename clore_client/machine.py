@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clore_client.account import Account
 from clore_client.checks import check_number, check_text
 from clore_client.commands import CommandResult, OutputLine
-from clore_client.download import check_download, download_path
-from clore_client.forwarding import Forward, check_forward_arguments
-from clore_client.hardened_scp import hardened_scp
-from clore_client.hostkeys import KeyCheck, Pins, check_host_key
-from clore_client.log import logger
 from clore_client.orders import Order
-from clore_client.remote import check_run_arguments, run_command
-from clore_client.ssh import (
-    LOGIN_OPTIONS,
-    Login,
-    NotUpYetError,
-    parse_ssh_command,
-    plain_address,
-)
-from clore_client.ssh_lines import config_entry, terminal_line
 from clore_client.state import account_digest, state_folder
-from clore_client.transfer import Transferred
-from clore_client.upload import check_upload, upload_connections, upload_path
+from clore_client.transferred import Transferred
 
 if TYPE_CHECKING:
     import paramiko
-    import scp
+
+    from clore_client.connected import Connected
+    from clore_client.forwarding import Forward
+    from clore_client.hostkeys import Pins
+    from clore_client.ssh import Login
 
 PathArgument = str | os.PathLike[str]
 Progress = Callable[[str, int, int], object]
@@ -44,6 +31,8 @@ class Machine(Account):
     @property
     def _pins(self) -> Pins:
         """The host keys of the account's orders."""
+        from clore_client.hostkeys import Pins
+
         account = account_digest(self._base_url, self.api_key)
         pins: dict[str, Pins] = self.__dict__.setdefault("_host_keys", {})
         return pins.setdefault(account, Pins(state_folder(self._state_dir), account))
@@ -66,6 +55,8 @@ class Machine(Account):
             >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
             {'host': 'h.net', 'port': 2060, 'user': 'root', 'raw': 'ssh root@h.net -p 2060'}
         """
+        from clore_client.ssh import parse_ssh_command
+
         return parse_ssh_command(order)
 
     def connect_ssh(
@@ -177,6 +168,9 @@ class Machine(Account):
             >>> print(client.ssh_command(order))
             ssh -p 2060 root@n1.us.clorecloud.net
         """
+        from clore_client.ssh import plain_address
+        from clore_client.ssh_lines import terminal_line
+
         return terminal_line(plain_address(order), self._pins, self._alias(order), key_path)
 
     def ssh_config(
@@ -202,6 +196,9 @@ class Machine(Account):
         Example:
             >>> print(client.ssh_config(order), file=open("gpu.conf", "w"))
         """
+        from clore_client.ssh import plain_address
+        from clore_client.ssh_lines import config_entry
+
         number = self._order_number(order)
         entry = name if name is not None else f"clore-{number}" if number else "clore"
         return config_entry(
@@ -253,6 +250,8 @@ class Machine(Account):
             >>> print(client.run(order, "nvidia-smi -L").stdout)
             GPU 0: NVIDIA GeForce RTX 4090
         """
+        from clore_client.remote import check_run_arguments, run_command
+
         options: dict[str, Any] = {
             "check": check, "timeout": timeout, "input": input, "env": env, "on_output": on_output,
         }  # fmt: skip
@@ -284,8 +283,11 @@ class Machine(Account):
             >>> with client.forward(order, 8888) as port:
             ...     print(requests.get(f"http://127.0.0.1:{port}").status_code)
         """
+        from clore_client.connected import login_options
+        from clore_client.forwarding import Forward, check_forward_arguments
+
         check_forward_arguments(remote_port, local_port)
-        connection = ssh if ssh is not None else self._login(order, **_login_options(login)).open()
+        connection = ssh if ssh is not None else self._login(order, **login_options(login)).open()
         return Forward(connection, remote_port, local_port, owns=ssh is None)
 
     # --- moving data ---
@@ -340,6 +342,8 @@ class Machine(Account):
         Example:
             >>> client.upload(order, "train.py", "~/work/")
         """
+        from clore_client.upload import check_upload, upload_connections, upload_path
+
         options = check_upload(local, remote, preserve, verify, resume, streams, progress, timeout)
         ahead = upload_connections(*options) - 1
         with self._connected(order, ssh, login, timeout, ahead) as connected:
@@ -386,6 +390,8 @@ class Machine(Account):
             >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
             4976698672
         """
+        from clore_client.download import check_download, download_path
+
         options = check_download(
             remote, local, preserve, verify, resume, streams, max_bytes, progress, timeout
         )
@@ -401,7 +407,7 @@ class Machine(Account):
         progress: Callable[..., object] | None = None,
         timeout: float = 30.0,
         **login: Any,
-    ) -> scp.SCPClient:
+    ) -> Any:
         """A client of the package scp that a hostile host can't abuse, for those who know it.
 
         Parameters:
@@ -422,7 +428,10 @@ class Machine(Account):
             >>> with client.scp(order) as copy:
             ...     copy.put("train.py", "/root/train.py")
         """
-        connection = self._login(order, timeout=timeout, **_login_options(login)).open()
+        from clore_client.connected import login_options
+        from clore_client.hardened_scp import hardened_scp
+
+        connection = self._login(order, timeout=timeout, **login_options(login)).open()
         try:
             return hardened_scp(
                 connection,
@@ -449,6 +458,9 @@ class Machine(Account):
         host_key: str = "pin",
     ) -> Login:
         """Everything that is needed to log in, checked; nothing is sent."""
+        from clore_client.hostkeys import KeyCheck, check_host_key
+        from clore_client.ssh import Login, plain_address
+
         if not isinstance(order, Mapping):
             raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
         check_number("timeout", timeout, above=True, unit="seconds")
@@ -484,7 +496,9 @@ class Machine(Account):
         timeout: float = 30.0,
         ahead: int = 0,
     ) -> Connected:
-        options = _login_options(login)
+        from clore_client.connected import Connected, login_options
+
+        options = login_options(login)
         if ssh is not None:
             return Connected(None, ssh)
         return Connected(self._login(order, timeout=timeout, **options), None, ahead)
@@ -494,90 +508,9 @@ class Machine(Account):
         return Order(order).id
 
     def _alias(self, order: Mapping[str, Any]) -> str:
+        from clore_client.ssh import parse_ssh_command
+
         if not isinstance(order, Mapping):
             raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
         address = parse_ssh_command(order)
         return self._pins.alias(self._order_number(order), "{host}:{port}".format(**address))
-
-
-def _login_options(given: dict[str, Any]) -> dict[str, Any]:
-    for name in given:
-        if name not in LOGIN_OPTIONS:
-            raise TypeError(
-                f"there is no argument {name!r}; of a login there are {sorted(LOGIN_OPTIONS)}"
-            )
-    return given
-
-
-class Connected:
-    """Connections for the length of a block: the caller's one, or as many as are wanted.
-
-    Parameters:
-        login: to be used, or None for the caller's connection.
-        ssh: that one.
-        ahead: further connections that are opened at the same time as the first.
-    """
-
-    def __init__(self, login: Login | None, ssh: paramiko.SSHClient | None, ahead: int = 0) -> None:
-        self._login = login
-        self.ssh: Any = ssh
-        self._ahead = ahead if login is not None else 0
-        self._opening: list[threading.Thread] = []
-        self._opened: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def __enter__(self) -> Connected:
-        if self._login is not None:
-            for _ in range(self._ahead):
-                thread = threading.Thread(
-                    target=self._open_ahead, args=(self._login,), name="clore-login", daemon=True
-                )
-                thread.start()
-                self._opening.append(thread)
-            try:
-                self.ssh = self._first(self._login)
-            except BaseException:
-                self._close_ahead()
-                raise
-        return self
-
-    def _first(self, login: Login) -> Any:
-        try:
-            return login.once()
-        except NotUpYetError:
-            # Where one connection is all that there is, another may have it.
-            for _ in range(self._ahead):
-                self._ahead -= 1
-                if (ssh := self._opened.get()) is not None:
-                    return ssh
-        return login.open()
-
-    def __exit__(self, *_: object) -> None:
-        self._close_ahead()
-        if self._login is not None:
-            self.ssh.close()
-
-    def _open_ahead(self, login: Login) -> None:
-        try:
-            self._opened.put(login.once())
-        except Exception as error:
-            logger.debug("a further connection was refused: %s", error)
-            self._opened.put(None)
-
-    def _close_ahead(self) -> None:
-        for thread in self._opening:
-            thread.join()
-        while not self._opened.empty():
-            unused = self._opened.get()
-            if unused is not None:
-                unused.close()
-
-    @property
-    def another(self) -> Callable[[], Any] | None:
-        """Gives one more connection to the same machine; None where there is but the caller's."""
-        return None if self._login is None else self._next
-
-    def _next(self) -> Any:
-        if self._ahead > 0:
-            self._ahead -= 1
-            return self._opened.get()
-        return self._login.once() if self._login is not None else None

@@ -39,10 +39,9 @@ from clore_client.log import logger
 from clore_client.orders import Order
 from clore_client.servers import Server
 from clore_client.signals import SignalExit
-from clore_client.ssh import LOGIN_OPTIONS
 from clore_client.state import write_entry
 from clore_client.tenancy import Age, Tenancy
-from clore_client.transfer import Transferred
+from clore_client.transferred import Transferred
 
 if TYPE_CHECKING:
     import paramiko
@@ -149,6 +148,8 @@ class Rental(Tenancy):
         self, method: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
         """Call a method of the client with the rental's own connection."""
+        from clore_client.ssh import LOGIN_OPTIONS
+
         self._check()
         login = {name: options.pop(name) for name in LOGIN_OPTIONS & options.keys()}
         if self._shell is None or not _is_open(self._shell):

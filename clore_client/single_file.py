@@ -38,8 +38,25 @@ MODULES = (
     "candidates",
     "giving_back",
     "leftovers",
+    "machine",
+    "connected",
     "ssh",
+    "hostkeys",
+    "ssh_lines",
+    "ssh_errors",
+    "commands",
     "remote",
+    "ending",
+    "forwarding",
+    "transferred",
+    "upload",
+    "download",
+    "transfer",
+    "far_shell",
+    "hardened_scp",
+    "scp_receive",
+    "scp_send",
+    "scp_wire",
     "transport",
     "answers",
     "pacing",
@@ -199,12 +216,41 @@ def _parse(name: str, source: str) -> _Module:
         head = node.end_lineno or node.lineno
         for part in node.body if isinstance(node, ast.If) else [node] if position else []:
             _take_import(module, part, module.typed if typed else module.imports)
-    _check_inside(name, tree)
+    late = list(_late_imports(tree))
+    for node in late:
+        _take_import(module, node, module.imports)
+    _check_inside(name, tree, late)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and token.start[0] <= head:
             raise MergeError(f"{name}.py:{token.start[0]}: a comment among imports would be lost")
-    module.text = "\n".join(source.split("\n")[head:]).strip("\n")
+    module.text = "\n".join(_without(source.split("\n"), late)[head:]).strip("\n")
     return module
+
+
+def _late_imports(tree: ast.Module) -> Iterator[ast.ImportFrom]:
+    """Imports of the package at the beginning of functions, which spare an import their time."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            body = function.body[1:] if ast.get_docstring(function) else function.body
+            for node in body[:-1]:
+                if not isinstance(node, ast.ImportFrom) or not _is_ours(node):
+                    break
+                yield node
+
+
+def _is_ours(node: ast.ImportFrom) -> bool:
+    return not node.level and (node.module or "").startswith(f"{PACKAGE}.")
+
+
+def _without(lines: list[str], nodes: list[ast.ImportFrom]) -> list[str]:
+    """The lines without those of imports, and without an empty one after them."""
+    gone: set[int] = set()
+    for node in nodes:
+        end = node.end_lineno or node.lineno
+        gone.update(range(node.lineno, end + 1))
+        if not lines[end].strip():
+            gone.add(end + 1)
+    return [line for number, line in enumerate(lines, 1) if number not in gone]
 
 
 def _is_typing(node: ast.stmt) -> bool:
@@ -236,11 +282,12 @@ def _take_import(module: _Module, node: ast.stmt, into: _Imports) -> None:
             into.named.add((source, alias.name))
 
 
-def _check_inside(name: str, tree: ast.Module) -> None:
+def _check_inside(name: str, tree: ast.Module, late: list[ast.ImportFrom]) -> None:
     """Refuse what would not mean the same in the one file."""
     for node in ast.walk(tree):
         where = f"{name}.py:{getattr(node, 'lineno', 0)}"
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in tree.body:
+        inside = node not in tree.body and node not in late
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and inside:
             sources = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             sources += [alias.name for alias in node.names]
             ours = any(source.split(".")[0] == PACKAGE for source in sources)
@@ -248,7 +295,7 @@ def _check_inside(name: str, tree: ast.Module) -> None:
             if relative or (
                 ours and not any(node in ast.walk(n) for n in tree.body if _is_typing(n))
             ):
-                raise MergeError(f"{where}: an import of the package that is not at the top")
+                raise MergeError(f"{where}: an import of the package that is not at a top")
         elif isinstance(node, ast.Name) and node.id in ORIGINS:
             raise MergeError(f"{where}: {node.id} is another one in the one file")
 

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError, printable
-from clore_client.hostkeys import KeyCheck, fingerprint_of
 from clore_client.log import logger
 from clore_client.orders import plain_host, plain_user
 
 if TYPE_CHECKING:
     import paramiko
+
+    from clore_client.hostkeys import KeyCheck
 
 # What may be given for a login to methods that do more than log in.
 LOGIN_OPTIONS = frozenset({"password", "key_path", "passphrase", "wait", "host_key"})
@@ -46,7 +47,7 @@ def plain_address(order: Any) -> dict[str, Any]:
         return address
     status = order.get("status") if isinstance(order, Mapping) else None
     raise SSHError(
-        f"the order has no plain address for SSH: connection.ssh is "
+        f"the order has no address for SSH, or no plain one: connection.ssh is "
         f"{printable(repr(address['raw']), 80)}, status {status!r}; "
         "wait_for_order() returns an order that has one"
     )
@@ -228,6 +229,8 @@ class Login:
 
     def _refused(self, ssh: Any, error: Exception) -> SSHError:
         """Says what was refused, and what the host accepts."""
+        from clore_client.hostkeys import fingerprint_of
+
         if self.password is not None:
             what = "password"
         elif self.key is not None:

@@ -17,6 +17,7 @@ from clore_client.errors import SSHError, printable
 from clore_client.far_shell import BLOCK, CHANNEL_PAUSE, Exec, NoChannelError
 from clore_client.log import logger
 from clore_client.ssh_errors import TransferError
+from clore_client.transferred import Transferred
 
 SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller ones of a directory travel together
 BUNDLE_BYTES = 8 * 1024 * 1024
@@ -29,36 +30,6 @@ CHUNK = 256 * 1024  # bytes between two looks at whether to go on
 PART = ".clore-part-"
 
 Another = Callable[[], Any] | None
-
-
-class Transferred:
-    """What was transferred.
-
-    Attributes:
-        path: where it is now, as text.
-        files: how many files.
-        size: bytes of all of them.
-        duration: seconds.
-        skipped: (name, why) of what was left out: symlinks, and what is no file.
-    """
-
-    __slots__ = ("duration", "files", "path", "size", "skipped")
-
-    def __init__(
-        self, path: str, files: int, size: int, duration: float, skipped: list[tuple[str, str]]
-    ) -> None:
-        self.path = path
-        self.files = files
-        self.size = size
-        self.duration = duration
-        self.skipped = skipped
-
-    def __repr__(self) -> str:
-        left_out = f", {len(self.skipped)} left out" if self.skipped else ""
-        return (
-            f"<Transferred {printable(self.path, 200)!r}: {self.files} files, {self.size} bytes, "
-            f"{self.duration:.2f} s{left_out}>"
-        )
 
 
 class Options:

@@ -22,12 +22,12 @@ from clore_client.transfer import (
     Lanes,
     Options,
     Reporter,
-    Transferred,
     file_digest,
     leave_out,
     parse_sums,
     plan,
 )
+from clore_client.transferred import Transferred
 
 # sshd takes 2 MB on a channel before it wants to be asked again, and ten channels on a connection:
 # over a distance it is the number of channels that makes an upload fast.

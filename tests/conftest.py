@@ -22,7 +22,6 @@ INTERNAL = [
     "test_checks.py",
     "test_departure.py",
     "test_forward.py",
-    "test_hostile_scp.py",
     "test_pacing.py",
     "test_records.py",
     "test_run.py",
@@ -33,7 +32,6 @@ INTERNAL = [
     "test_simulator_ssh.py",
     "test_single_file.py",
     "test_state.py",
-    "test_transfer.py",
 ]
 
 FORMS = ("live", "documented")

@@ -28,6 +28,8 @@ from tests.hostile import ATTACKS, ESCAPES, Attack, HostileServer, scp_sink, scp
 from tests.market import inside
 from tests.sshd import Sshd
 
+pytestmark = pytest.mark.internal  # takes long, and is the same in the one file
+
 if TYPE_CHECKING:
     from clore_client.hardened_scp import hardened_scp
     from clore_client.ssh_errors import TransferError

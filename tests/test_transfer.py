@@ -22,6 +22,8 @@ from tests.relay import Relay
 from tests.sshd import Sshd, running_sshd
 from tests.test_ssh import rent
 
+pytestmark = pytest.mark.internal  # takes long, and is the same in the one file
+
 MB = 1024 * 1024
 ODD = [
     b"plain", b"with space", b"quo'te", b'dou"ble', b"new\nline", b"-rf", b"$(touch x)", b"`x`",
