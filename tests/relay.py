@@ -69,10 +69,10 @@ class Relay:
     async def _stop(self) -> None:
         self._server.close()
         self._cut()
+        # Cut off, they end by themselves.
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=5)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._broken or self._open >= self.most:
