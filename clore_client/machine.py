@@ -199,10 +199,11 @@ class Machine(Account):
         from clore_client.ssh import plain_address
         from clore_client.ssh_lines import config_entry
 
+        address = plain_address(order)
         number = self._order_number(order)
         entry = name if name is not None else f"clore-{number}" if number else "clore"
         return config_entry(
-            check_text("name", entry), plain_address(order), self._pins, self._alias(order),
+            check_text("name", entry), address, self._pins, self._alias(order),
             key_path,
         )  # fmt: skip
 
@@ -461,8 +462,7 @@ class Machine(Account):
         from clore_client.hostkeys import KeyCheck, check_host_key
         from clore_client.ssh import Login, plain_address
 
-        if not isinstance(order, Mapping):
-            raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
+        address = plain_address(order)
         check_number("timeout", timeout, above=True, unit="seconds")
         check_number("wait", wait, infinite=True, unit="seconds")
         mode = check_host_key("host_key", host_key)
@@ -474,7 +474,6 @@ class Machine(Account):
         if not password and not key_path:
             sent = self._credentials.get(self._order_number(order) or 0, {})
             password = order.get("ssh_password") or sent.get("ssh_password")
-        address = plain_address(order)
         keys = KeyCheck(
             self._pins, self._order_number(order), "{host}:{port}".format(**address), mode
         )

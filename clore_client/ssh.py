@@ -41,6 +41,8 @@ def parse_ssh_command(order: Any) -> dict[str, Any]:
 
 def plain_address(order: Any) -> dict[str, Any]:
     """The same of an order whose host and user are a plain name or address; else an error."""
+    if not isinstance(order, Mapping):
+        raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
     address = parse_ssh_command(order)
     user = _parsed(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
