@@ -42,6 +42,7 @@ DOWNLOAD_CONNECTIONS = 4
 DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes from which on further connections pay for their login
 AT_ONCE = 128 * 1024 * 1024  # bytes of a file that comes with the first answer
 MOST_FILES = 2_000_000
+LAST_SECOND = 253_402_300_799  # of the year 9999; filesystems know no times far beyond
 
 
 class RemoteTree:
@@ -61,7 +62,7 @@ class RemoteTree:
     def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
         """One entry of the listing."""
         folder = stat.S_ISDIR(mode)
-        item = Item(name, size, seconds * 10**9, mode & 0o777, folder)
+        item = Item(name, size, _nanoseconds(seconds), mode & 0o777, folder)
         if not name and folder:
             self.root = item
             return
@@ -414,7 +415,11 @@ def _file_facts(facts: bytes) -> Item:
     if found is None:
         raise SSHError("the machine says what can't be understood")
     size, seconds, mode = found.groups()
-    return Item(b"", int(size), int(seconds) * 10**9, int(mode, 8) & 0o777)
+    return Item(b"", int(size), _nanoseconds(int(seconds)), int(mode, 8) & 0o777)
+
+
+def _nanoseconds(seconds: int) -> int:
+    return min(max(seconds, 0), LAST_SECOND) * 10**9
 
 
 def _new_file(path: Path, mode: int, again: bool = False) -> Any:
