@@ -6,9 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 import stat
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,13 @@ from typing import Any
 from clore_client.checks import check_number
 from clore_client.errors import SSHError, printable
 from clore_client.far_shell import Exec, checked_name, far_command, far_path, parse_listing
-from clore_client.log import logger
-from clore_client.state import lock_file
+from clore_client.local_files import (
+    DoneRecord,
+    merge_into,
+    new_file,
+    remove_part,
+    write_all,
+)
 from clore_client.transfer import (
     CHUNK,
     LONGEST_ANSWER,
@@ -145,7 +148,7 @@ class Download:
                 self._install(tree, folder)
         except BaseException as error:
             if not self._options.resume:
-                _remove(self._part)
+                remove_part(self._part)
             judged = self._report.judged(error, self._files)
             if judged is error:
                 raise
@@ -198,7 +201,7 @@ class Download:
 
     def _receive_at_once(self, running: Exec, item: Item) -> None:
         digest = hashlib.sha256()
-        with _new_file(self._part, item.mode) as file:
+        with new_file(self._part, item.mode) as file:
             self._receive(running, item, item.size, file, digest)
         if self._options.verify:
             _compare(running.line(), digest.hexdigest())
@@ -212,7 +215,7 @@ class Download:
             piece = running.receive(min(CHUNK, left))
             if not piece:
                 raise running.refused("", f"{left} bytes are missing at the end")
-            _write(file, piece)
+            write_all(file, piece)
             if digest is not None:
                 digest.update(piece)
             left -= len(piece)
@@ -229,7 +232,7 @@ class Download:
                 if item.folder:
                     self._place(item).mkdir(exist_ok=bool(done))
         else:
-            _new_file(self._part, items[0].mode, again=bool(done)).close()
+            new_file(self._part, items[0].mode, again=bool(done)).close()
         todo = [job for job in jobs if job.key not in done]
         many = sum(job.size for job in todo) >= DOWNLOAD_MANY
         streams = self._options.streams or (DOWNLOAD_CONNECTIONS if many else 1)
@@ -247,7 +250,7 @@ class Download:
         done = self._record.done
         if done and os.path.lexists(self._part) and done <= {job.key for job in jobs}:
             return set(done)
-        _remove(self._part)
+        remove_part(self._part)
         self._record.clear()
         return set()
 
@@ -269,7 +272,7 @@ class Download:
         (item,), digest = job.items, hashlib.sha256()
         command = far_command("get", self._far(item), *job.blocks, length)
         with self._report.exec(ssh, command) as running:
-            with _new_file(self._place(item), item.mode, again=True) as file:
+            with new_file(self._place(item), item.mode, again=True) as file:
                 file.seek(job.start)
                 self._receive(running, item, length, file, digest)
             _compare(running.line(), digest.hexdigest())
@@ -282,7 +285,7 @@ class Download:
         with self._report.exec(ssh, far_command("many", self._options.far)) as running:
             send_names(running, files)
             for item in files:
-                with _new_file(self._place(item), item.mode, again=True) as file:
+                with new_file(self._place(item), item.mode, again=True) as file:
                     file.truncate(0)
                     self._receive(running, item, item.size, file)
             _no_more(running)
@@ -329,7 +332,7 @@ class Download:
 
     def _differs(self, item: Item) -> None:
         if self._record is not None:
-            _remove(self._part)
+            remove_part(self._part)
             self._record.clear()
         raise SSHError(f"SHA-256 of {printable(self._report.called(item), 300)} differs")
 
@@ -354,62 +357,6 @@ class Download:
             self._record.remove()
 
 
-class DoneRecord:
-    """What a download that may be resumed has done so far; held under a lock."""
-
-    def __init__(self, part: Path) -> None:
-        self._path = Path(f"{part}.done")
-        self.done: set[str] = set()
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> DoneRecord:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        self._file = os.fdopen(os.open(self._path, flags, 0o600), "r+", encoding="ascii")
-        if not lock_file(self._file.fileno()):
-            self._file.close()
-            raise SSHError("another process is at the same transfer")
-        self.done = set(self._file.read().split())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, key: str) -> None:
-        with self._lock:
-            self._file.write(f"{key}\n")
-            self._file.flush()
-
-    def clear(self) -> None:
-        self.done = set()
-        self._file.seek(0)
-        self._file.truncate()
-
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-
-def merge_into(part: Path, target: str, items: list[Item]) -> None:
-    """Move a tree over one that exists; a symlink in there is never written through."""
-    for item in items:  # all is looked at before the first is moved
-        place = os.path.join(target, checked_name(item.name))
-        if os.path.islink(place) and item.folder:
-            raise SSHError(f"local holds a symlink in the place of {printable(item.shown, 300)}")
-        if os.path.lexists(place) and os.path.isdir(place) != item.folder:
-            raise SSHError(f"local holds something else in the place of {item.shown}")
-    for item in items:
-        name = checked_name(item.name)
-        place = os.path.join(target, name)
-        if item.folder:
-            if not os.path.isdir(place):
-                os.mkdir(place)
-        else:
-            os.replace(part / name, place)
-    for item in [i for i in items if i.folder]:
-        name = checked_name(item.name)
-        shutil.copystat(part / name, os.path.join(target, name))
-    shutil.rmtree(part)
-
-
 def _file_facts(facts: bytes) -> Item:
     found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", facts)
     if found is None:
@@ -420,21 +367,6 @@ def _file_facts(facts: bytes) -> Item:
 
 def _nanoseconds(seconds: int) -> int:
     return min(max(seconds, 0), LAST_SECOND) * 10**9
-
-
-def _new_file(path: Path, mode: int, again: bool = False) -> Any:
-    """A file of our own; with ``again`` it may be there already."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    flags |= 0 if again else os.O_EXCL
-    permissions = 0o777 if mode & 0o111 else 0o666  # less the umask
-    return os.fdopen(os.open(path, flags, permissions), "r+b", buffering=0)
-
-
-def _write(file: Any, piece: bytes) -> None:
-    """All of it: the last that fits on a full disk is written in part, and no error."""
-    view = memoryview(piece)
-    while view:
-        view = view[file.write(view) :]
 
 
 def _compare(line: bytes, digest: str) -> None:
@@ -448,13 +380,3 @@ def _no_more(running: Exec) -> None:
         raise SSHError("the machine sends more than it announced")
     if running.status() != 0:
         raise running.refused()
-
-
-def _remove(part: Path) -> None:
-    try:
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("a temporary file stays: %s", error)

@@ -29,6 +29,8 @@ export LC_ALL=C
 unset CDPATH
 u() { t=$(printf %b "${1}x"); t=${t%x}; }
 fail() { printf "no %s\n" "$*"; exit 1; }
+# What is not to be resumed goes with whoever fails last: also after the connection broke.
+drop() { [ "$keep" = 1 ] || rm -rf "$j"; fail "$*"; }
 need() { command -v "$1" >/dev/null 2>&1 || fail "the machine has no $1"; }
 # openssl is up to six times as fast as sha256sum.
 hash() {
@@ -75,22 +77,23 @@ putsums) need sha256sum; target "$1" "$2" "$3" "$4"; cd "$p" && exec xargs -0 sh
 begin) target "$1" "$2" "$3" "$4"; printf "ok\n"
   if [ -s "$p.done" ]; then cat "$p.done"; else rm -rf "$p"; fi;;
 wipe) target "$1" "$2" "$3" "$4"; rm -rf "$p" "$p.done" && printf "ok\n";;
-put) # ... $5: name within, $6: block, $7: blocks, $8: bytes, $9: of the job, ${10}: whether to hash
-  target "$1" "$2" "$3" "$4"; u "$5"; j=$p
+put) # ... $5: name within, $6: block, $7: blocks, $8: bytes, $9: of the job, ${10}: whether to
+  # hash, ${11}: whether to keep what has arrived
+  target "$1" "$2" "$3" "$4"; u "$5"; j=$p; keep=${11}
   if [ "$3" = d ]; then p=$p/$t; mkdir -p "${p%/*}" || exit 1; fi
-  e=$(dd of="$p" bs=65536 seek="$6" conv=notrunc 2>&1) || fail "$e"
+  e=$(dd of="$p" bs=65536 seek="$6" conv=notrunc 2>&1) || drop "$e"
   e=${e##*
 }
-  [ "${e%% *}" = "$8" ] || fail "only ${e%% *} of $8 bytes arrived"
+  [ "${e%% *}" = "$8" ] || drop "only ${e%% *} of $8 bytes arrived"
   h=-
   if [ "${10}" = 1 ]; then h=$(ours "$p" "$6" "$7"); fi
   printf "%s\n" "$9" >>"$j.done" && printf "ok %s\n" "${h%% *}";;
 putsum) target "$1" "$2" "$3" "$4"; u "$5"; [ "$3" = f ] || p=$p/$t
   ours "$p" "$6" "$7";;
-untar) # ... $5: m for times of now, $6: of the job
-  target "$1" "$2" "$3" "$4"; need tar
+untar) # ... $5: m for times of now, $6: of the job, $7: whether to keep what has arrived
+  target "$1" "$2" "$3" "$4"; need tar; j=$p; keep=$7
   mkdir -p "$p" || exit 1
-  e=$(cd "$p" && tar "-xo${5}f" - 2>&1) || fail "$e"
+  e=$(cd "$p" && tar "-xo${5}f" - 2>&1) || drop "$e"
   printf "%s\n" "$6" >>"$p.done" && printf "ok\n";;
 meta) # ... $5: name within, $6: mode, $7: time or -
   target "$1" "$2" "$3" "$4"; u "$5"; [ "$3" = f ] || p=$p/$t

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
@@ -27,7 +28,7 @@ def import_scp() -> Any:
     """The scp package, or an ImportError that says what to install."""
     import_paramiko()
     try:
-        import scp as scp_module
+        scp_module = importlib.import_module("scp")
     except ImportError as error:
         raise ImportError(
             "scp() needs scp: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"

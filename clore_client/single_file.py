@@ -51,6 +51,7 @@ MODULES = (
     "transferred",
     "upload",
     "download",
+    "local_files",
     "transfer",
     "far_shell",
     "hardened_scp",

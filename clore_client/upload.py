@@ -237,7 +237,9 @@ class Upload:
 
     def _send_range(self, ssh: Any, job: Job, length: int) -> None:
         item, hashed, digest = job.items[0], int(self._hashes), hashlib.sha256()
-        command = self._verb("put", item.name, *job.blocks, length, job.key, hashed)
+        command = self._verb(
+            "put", item.name, *job.blocks, length, job.key, hashed, int(self._options.resume)
+        )
         with self._report.exec(ssh, command) as running:
             for piece in self._tree.pieces(item, job.start, length):
                 if hashed:
@@ -251,8 +253,8 @@ class Upload:
 
     def _send_bundle(self, ssh: Any, items: list[Item], key: str) -> None:
         last = key == "-"  # modes and times of directories
-        times = "" if self._options.preserve else "m"
-        with self._report.exec(ssh, self._verb("untar", times, key)) as running:
+        times, keep = "" if self._options.preserve else "m", int(self._options.resume)
+        with self._report.exec(ssh, self._verb("untar", times, key, keep)) as running:
             for item in items:
                 # Files are to come into a directory, whatever its mode will be.
                 mode = item.mode | 0o700 if item.folder and not last else item.mode

@@ -94,15 +94,26 @@ def test_every_exported_error_derives_from_the_one() -> None:
 
 @pytest.mark.internal
 def test_every_error_is_exported() -> None:
-    from clore_client import errors
+    from clore_client import errors, ssh_errors
 
-    public = {n for n in vars(errors) if n.endswith("Error") and not n.startswith("_")}
+    names = {*vars(errors), *vars(ssh_errors)}
+    public = {n for n in names if n.endswith("Error") and not n.startswith("_")}
     assert public == {n for n in clore_client.__all__ if n.endswith("Error")}
+
+
+def test_the_error_of_a_command_pickles() -> None:
+    error = clore_client.CommandError(clore_client.CommandResult("c", 1, "out", "err", 0.5))
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert (again.result.exit_code, again.result.stderr) == (1, "err")
 
 
 def test_every_error_pickles() -> None:
     made: list[CloreError] = [
         clore_client.FateUnknownError("x", endpoint="/v1/y"),
+        clore_client.CommandTimeoutError("c", 1.0, "out", "err"),
+        clore_client.TransferError("x", name="n", done=1, total=2),
+        clore_client.HostKeyChangedError("x", order_id=1, expected="a", found="b"),
         clore_client.OrderEndedError("x", order_id=1, status="expired", order={"a": 1}),
         clore_client.WaitTimeoutError("x", order_id=1),
         clore_client.OrderNotFoundError("x", order_id=1),

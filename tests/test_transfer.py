@@ -8,6 +8,8 @@ import resource
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -556,6 +558,37 @@ def test_a_machine_that_takes_few_channels(
             assert snapshot(here / "back") == snapshot(here / "tree")
             for folder in (far.folder / "tree", here / "back"):
                 shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("direction", ["upload", "download"])
+def test_ctrl_c_leaves_nothing(far: Far, here: Path, sshd: Sshd, direction: str) -> None:
+    (here / "a").write_bytes(content(20 * MB))
+    (far.folder / "a").write_bytes(content(20 * MB))
+    script = f"""
+import sys, threading, time
+from clore_client import CloreClient
+order = {far.order!r}
+
+def progress(*_):
+    print("moving", flush=True)
+    time.sleep(0.2)
+
+paths = ({str(here / "a")!r}, {str(far.folder / "b")!r})
+if {direction!r} == "download":
+    paths = ({str(far.folder / "a")!r}, {str(here / "b")!r})
+try:
+    CloreClient(state_dir=None).{direction}(
+        order, *paths, key_path={str(sshd.key)!r}, progress=progress, streams=2
+    )
+except KeyboardInterrupt:
+    print([t.name for t in threading.enumerate() if t.name.startswith("clore-")])
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "moving\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[0].splitlines()[-1] == "[]"
+    assert os.listdir(here) == os.listdir(far.folder) == ["a"]
 
 
 # --- the whole way, and over a connection of the caller's ---
