@@ -30,7 +30,7 @@ unset CDPATH
 u() { t=$(printf %b "${1}x"); t=${t%x}; }
 fail() { printf "no %s\n" "$*"; exit 1; }
 # What is not to be resumed goes with whoever fails last: also after the connection broke.
-drop() { [ "$keep" = 1 ] || rm -rf "$j"; fail "$*"; }
+drop() { [ "$keep" = 1 ] || rm -rf "$j" "$j.done"; fail "$*"; }
 need() { command -v "$1" >/dev/null 2>&1 || fail "the machine has no $1"; }
 # openssl is up to six times as fast as sha256sum.
 hash() {
@@ -76,7 +76,8 @@ sizes) target "$1" "$2" "$3" "$4"; cd "$p" && exec xargs -0 stat -c %s --;;
 putsums) need sha256sum; target "$1" "$2" "$3" "$4"; cd "$p" && exec xargs -0 sha256sum --;;
 begin) target "$1" "$2" "$3" "$4"; printf "ok\n"
   if [ -s "$p.done" ]; then cat "$p.done"; else rm -rf "$p"; fi;;
-wipe) target "$1" "$2" "$3" "$4"; rm -rf "$p" "$p.done" && printf "ok\n";;
+wipe) fail() { printf "ok\n"; exit 0; } # then there is nothing to be wiped
+  target "$1" "$2" "$3" "$4"; rm -rf "$p" "$p.done" && printf "ok\n";;
 put) # ... $5: name within, $6: block, $7: blocks, $8: bytes, $9: of the job, ${10}: whether to
   # hash, ${11}: whether to keep what has arrived
   target "$1" "$2" "$3" "$4"; u "$5"; j=$p; keep=${11}

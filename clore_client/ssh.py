@@ -242,9 +242,10 @@ class Login:
         if "timeout" in str(error).lower():
             return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
         accepted = getattr(error, "allowed_types", None) or self._accepted(ssh)
-        takes = ", ".join(printable(str(name), 40) for name in accepted[:8]) or "it does not say"
+        takes = ", ".join(printable(str(name), 40) for name in accepted[:8])
+        accepts = f"; it accepts: {takes}" if takes else ""
         return SSHError(
-            f"{self.where} refused the login with the {what}; it accepts: {takes}. "
+            f"{self.where} refused the login with the {what}{accepts}. "
             "Was the order made with another password or key?"
         )
 

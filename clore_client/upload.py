@@ -303,7 +303,7 @@ class Upload:
         with self._last or Exec(self._ssh, self._finish_verb(), timeout, timeout) as running:
             running.send(b"go\n")
             running.end()
-            return running.answer()
+            return running.answer().removeprefix("./")
 
     def _settle_tree(self) -> None:
         """Compare what has arrived; give modes and times to what has none yet."""
