@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,6 +53,13 @@ MakeSim = Callable[..., Simulator]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Whatever started the tests may ignore these, as nohup does; their children would, too.
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     # Fixtures of a module are made before a test has its own home.
     folder = tempfile.mkdtemp(prefix="clore-tests-")
     os.environ["XDG_STATE_HOME"] = folder

@@ -34,9 +34,6 @@ import os, signal, sys, threading, time
 from clore_client import CloreClient, SignalExit
 
 client = CloreClient(rate_limit=0.002, create_order_interval=0.002, backoff=0.01, timeout=5)
-# Whatever started the tests may ignore them, as nohup does.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
 options = dict(poll_interval=0.02, find_timeout=10, cancel_timeout=20, attempts=9)
 
 def say(*words):
