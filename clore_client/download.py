@@ -103,7 +103,8 @@ def _target_of(local: str, remote: bytes) -> str:
     """Where it goes: into a directory that exists, else to that very name."""
     name = os.fsdecode(remote.rstrip(b"/").rpartition(b"/")[2])
     if os.path.isdir(local):
-        return local if name in ("", ".", "..", "~") else os.path.join(local, name)
+        whole = name in ("", ".", "..") or remote.rstrip(b"/") == b"~"
+        return local if whole else os.path.join(local, name)
     parent = os.path.dirname(os.path.abspath(local))
     if local.endswith(("/", os.sep)) or not os.path.isdir(parent):
         missing = local if local.endswith(("/", os.sep)) else parent
@@ -138,6 +139,10 @@ class Download:
         self._record = DoneRecord(self._part) if options.resume else None
 
     def run(self) -> Transferred:
+        with self._report.watch:
+            return self._run()
+
+    def _run(self) -> Transferred:
         started = time.monotonic()
         tree = RemoteTree()
         try:
@@ -157,7 +162,7 @@ class Download:
 
     def _exec(self, verb: str, *arguments: bytes | str | int) -> Exec:
         timeout = self._options.timeout
-        return Exec(self._ssh, far_command(verb, *arguments), timeout, patience=timeout)
+        return Exec(self._ssh, far_command(verb, *arguments), self._report.watch, timeout)
 
     # --- what there is ---
 
@@ -205,6 +210,7 @@ class Download:
             self._receive(running, item, item.size, file, digest)
         if self._options.verify:
             _compare(running.line(), digest.hexdigest())
+        _check_same(item, _file_facts(running.line()), self._report.called(item))
         _no_more(running)
 
     def _receive(self, running: Exec, item: Item, left: int, file: Any, digest: Any = None) -> None:
@@ -214,7 +220,7 @@ class Download:
         while left:
             piece = running.receive(min(CHUNK, left))
             if not piece:
-                raise running.refused("", f"{left} bytes are missing at the end")
+                raise running.refused("", f"{left} bytes are missing {running.errors()}")
             write_all(file, piece)
             if digest is not None:
                 digest.update(piece)
@@ -240,8 +246,7 @@ class Download:
             lanes = Lanes(self._ssh, self._another, streams, DOWNLOAD_CHANNELS)
             lanes.run(todo, self._do, self._report)
         self._check_earlier([job for job in jobs if job.key in done])
-        bundled = [item for job in todo if job.length is None for item in job.files]
-        self._check_bundles(bundled)
+        self._check_unchanged(todo)
 
     def _earlier(self, jobs: list[Job]) -> set[str]:
         """The jobs that are done already; with another source, none are."""
@@ -304,21 +309,25 @@ class Download:
             for item in job.files:
                 self._report.count(item, item.size if job.length is None else job.length)
 
-    def _check_bundles(self, files: list[Item]) -> None:
-        """Small files came one after the other: none of them may have changed meanwhile."""
-        if not files:
-            return
+    def _check_unchanged(self, todo: list[Job]) -> None:
+        """What came in pieces, or one after the other, must not have changed meanwhile."""
+        bundled = [item for job in todo if job.length is None for item in job.files]
+        ranged = [item for job in todo if job.length is not None for item in job.files]
         if self._options.verify:
-            self._compare_all(files)
+            self._compare_all(bundled)
+            bundled = []
+        if not bundled and not ranged:
             return
         again = RemoteTree()
         with self._exec("look", self._options.far, -1, 0) as running:
-            if running.line() == b"d":
+            kind, _, facts = running.line().partition(b" ")
+            if kind == b"f":
+                again.items.append(_file_facts(facts))
+            elif kind == b"d":
                 parse_listing(running.rest(LONGEST_ANSWER), MOST_FILES, again.take)
-        now = {item.name: (item.size, item.mtime) for item in again.items}
-        for item in files:
-            if now.get(item.name) != (item.size, item.mtime):
-                raise SSHError(f"{printable(item.shown, 300)} was changed meanwhile")
+        now = {item.name: item for item in again.items}
+        for item in bundled + ranged:
+            _check_same(item, now.get(item.name), self._report.called(item))
 
     def _compare_all(self, files: list[Item]) -> None:
         if not files:
@@ -340,8 +349,11 @@ class Download:
 
     def _install(self, tree: RemoteTree, folder: bool) -> None:
         options, target = self._options, self._options.target
+        merging = folder and os.path.lexists(target)
         if options.preserve:
-            for item in [*tree.items[::-1], tree.root] if folder else self._files:
+            # From a directory that may not be written to, nothing could be moved.
+            whole = tree.files if merging else [*tree.items[::-1], tree.root]
+            for item in whole if folder else self._files:
                 place = self._place(item)
                 os.chmod(place, item.mode)
                 os.utime(place, ns=(item.mtime, item.mtime))
@@ -349,12 +361,10 @@ class Download:
             if self._part.stat().st_size != self._files[0].size:
                 raise SSHError(f"{self._part.stat().st_size} bytes have arrived")
             os.replace(self._part, target)
-        elif not os.path.lexists(target):
+        elif not merging:
             os.rename(self._part, target)
         else:
-            merge_into(self._part, target, tree.items)
-        if self._record is not None:
-            self._record.remove()
+            merge_into(self._part, target, tree.items, options.preserve)
 
 
 def _file_facts(facts: bytes) -> Item:
@@ -363,6 +373,11 @@ def _file_facts(facts: bytes) -> Item:
         raise SSHError("the machine says what can't be understood")
     size, seconds, mode = found.groups()
     return Item(b"", int(size), _nanoseconds(int(seconds)), int(mode, 8) & 0o777)
+
+
+def _check_same(item: Item, now: Item | None, name: str) -> None:
+    if now is None or (now.size, now.mtime) != (item.size, item.mtime):
+        raise SSHError(f"{printable(name, 300)} was changed meanwhile")
 
 
 def _nanoseconds(seconds: int) -> int:

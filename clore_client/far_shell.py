@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from clore_client.errors import SSHError, printable
@@ -21,7 +22,9 @@ BLOCK = 65536  # bytes; ranges begin at multiples of it
 MOST_NOISE = 65536  # bytes before the mark
 MOST_LINE = 65536
 WINDOW = 32 * 1024 * 1024  # bytes under way to us on one channel: 320 MB/s at 100 ms
+LAST_PATIENCE = 3.0  # seconds for each step of tidying up, after an error or Ctrl-C
 CHANNEL_PAUSE = 0.05  # seconds; a channel that was closed is freed a little later
+MOST_LEVELS = 256  # directories within one another; Python removes no tree that is much deeper
 PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
 
 SCRIPT = r"""
@@ -63,7 +66,10 @@ look)
     printf "f %s\n" "$s"
     n=${s%% *}
     [ "$n" -gt "$2" ] || head -c "$n" "$t" || exit 1
-    if [ "$3" = 1 ] && [ "$n" -le "$2" ]; then head -c "$n" "$t" | hash; fi
+    if [ "$n" -le "$2" ]; then
+      if [ "$3" = 1 ]; then head -c "$n" "$t" | hash; fi
+      stat -L -c "%s %Y %a" "$t"
+    fi
   elif [ -e "$t" ]; then printf "o\n"
   else printf "n\n"; fi;;
 get)
@@ -91,7 +97,8 @@ put) # ... $5: name within, $6: block, $7: blocks, $8: bytes, $9: of the job, ${
   printf "%s\n" "$9" >>"$j.done" && printf "ok %s\n" "${h%% *}";;
 putsum) target "$1" "$2" "$3" "$4"; u "$5"; [ "$3" = f ] || p=$p/$t
   ours "$p" "$6" "$7";;
-untar) # ... $5: m for times of now, $6: of the job, $7: whether to keep what has arrived
+untar) # ... $5: m for times of now, p for modes as sent, $6: of the job, $7: whether to keep
+  # what has arrived
   target "$1" "$2" "$3" "$4"; need tar; j=$p; keep=$7
   mkdir -p "$p" || exit 1
   e=$(cd "$p" && tar "-xo${5}f" - 2>&1) || drop "$e"
@@ -114,6 +121,8 @@ finish) # ... $5: bytes, $6: mode, $7: time or -; begins when it is told to
   else
     cd "$p" || exit 1
     case $f in /*) o=$f;; *) o=$OLDPWD/$f;; esac
+    # What is new there goes as a whole, with its modes and times.
+    find . -type d -exec sh -c "[ ! -e \"\$0/\$1\" ] && mv \"\$1\" \"\$0/\$1\"" "$o" {} \; -prune
     find . -type d -exec sh -c "for d; do mkdir -p \"\$0/\$d\" || exit 1; done" "$o" {} + || exit 1
     find . -type f -exec sh -c "for g; do mv -f \"\$g\" \"\$0/\$g\" || exit 1; done" "$o" {} + \
       || exit 1
@@ -156,19 +165,65 @@ class NoChannelError(SSHError):
     """A machine opens no further channel on a connection; sshd's MaxSessions is ten, else."""
 
 
+class Watch:
+    """Ends a connection that takes nothing any more, for as long as a block lasts.
+
+    paramiko writes to a socket with no limit of time, whatever the channel's timeout is.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.bitten: set[Any] = set()
+        self._busy: dict[int, tuple[float, Any]] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="clore-transfer", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @contextlib.contextmanager
+    def over(self, transport: Any) -> Iterator[None]:
+        """Something that writes to the machine, and by itself ends within the timeout."""
+        lane = threading.get_ident()
+        self._busy[lane] = (time.monotonic(), transport)
+        try:
+            yield
+        finally:
+            self._busy.pop(lane, None)
+
+    def hurry(self) -> None:
+        """It has failed: what is still to be done is not waited for as long."""
+        self.timeout = min(self.timeout, LAST_PATIENCE)
+
+    def _look(self) -> None:
+        while not self._over.wait(min(self.timeout, LAST_PATIENCE) / 4):
+            late = time.monotonic() - 1.25 * self.timeout - 0.25
+            for since, transport in list(self._busy.values()):
+                if since < late:
+                    self.bitten.add(transport)
+                    transport.close()
+
+
 class Exec:
     """One verb that runs on the machine: what is sent to it, and what it answers."""
 
-    def __init__(self, ssh: Any, command: str, timeout: float, patience: float = 0.0) -> None:
+    def __init__(self, ssh: Any, command: str, watch: Watch, patience: float = 0.0) -> None:
         """``patience``: seconds for which a machine without a free channel is asked again."""
-        self._timeout = timeout
+        self._timeout = timeout = watch.timeout
+        self._watch = watch
         transport = ssh.get_transport()
         if transport is None:
             raise SSHError("the connection is closed")
         deadline = time.monotonic() + patience
         while True:
             try:
-                self.channel = open_exec(transport, command, timeout, WINDOW, PACKET)
+                with watch.over(transport):
+                    self.channel = open_exec(transport, command, timeout, WINDOW, PACKET)
                 break
             except NoChannelError:
                 if time.monotonic() >= deadline:
@@ -178,8 +233,11 @@ class Exec:
         self._begun = False
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, EOFError):
+        with contextlib.suppress(OSError, EOFError), self._writing():
             self.channel.close()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return self._watch.over(self.channel.get_transport())
 
     def __enter__(self) -> Exec:
         return self
@@ -194,16 +252,19 @@ class Exec:
         view = memoryview(data)
         try:
             while view:
-                view = view[self.channel.send(view[:BLOCK]) :]
+                with self._writing():
+                    view = view[self.channel.send(view[:BLOCK]) :]
         except TimeoutError:
             raise SSHError(f"the machine took nothing for {self._timeout:g}s") from None
         except (OSError, EOFError):
+            if self.channel.get_transport() in self._watch.bitten:
+                raise SSHError(f"the machine took nothing for {self._timeout:g}s") from None
             return False
         return True
 
     def end(self) -> None:
         """There is no more to be sent."""
-        with contextlib.suppress(OSError, EOFError):
+        with contextlib.suppress(OSError, EOFError), self._writing():
             self.channel.shutdown_write()
 
     # --- and back ---
@@ -253,18 +314,20 @@ class Exec:
 
     def refused(self, *said: str) -> SSHError:
         """An error with what the machine says of it."""
-        said = (*said, self._errors())
+        said = (*said, self.errors())
         transport = self.channel.get_transport()
         if not any(s.strip() for s in said) and not transport.is_active():
             return SSHError("the connection broke")
         text = next((s.strip() for s in said if s.strip()), "it does not say why")
         return SSHError(f"the machine refuses: {printable(text, 500)}")
 
-    def _errors(self) -> str:
+    def errors(self) -> str:
+        """What has come on the other stream."""
         text = b""
         deadline = time.monotonic() + 1.0
         while self.channel.recv_stderr_ready() and len(text) < MOST_LINE:
-            text += self.channel.recv_stderr(MOST_LINE)
+            with self._writing():
+                text += self.channel.recv_stderr(MOST_LINE)
             if time.monotonic() > deadline:
                 break
         return text.decode("utf-8", "replace")
@@ -274,7 +337,8 @@ class Exec:
             piece, self._buffer = self._buffer[:most], self._buffer[most:]
             return piece
         try:
-            return self.channel.recv(most)  # type: ignore[no-any-return]
+            with self._writing():  # the window is widened
+                return self.channel.recv(most)  # type: ignore[no-any-return]
         except TimeoutError:
             raise SSHError(f"the machine sent nothing for {self._timeout:g}s") from None
 
@@ -282,11 +346,12 @@ class Exec:
         """Skip what comes before the mark."""
         self._begun = True
         wanted, seen = MARK.encode() + b"\n", b""
+        deadline = time.monotonic() + self._timeout
         while wanted not in seen:
             piece = self._more(BLOCK)
             seen += piece
-            if not piece or len(seen) > MOST_NOISE:
-                errors = self._errors()
+            if not piece or len(seen) > MOST_NOISE or time.monotonic() > deadline:
+                errors = self.errors()
                 if not seen and not errors and not self.channel.get_transport().is_active():
                     raise SSHError("the connection broke")
                 said = errors.strip() or seen.decode("utf-8", "replace").strip() or "nothing"
@@ -316,6 +381,8 @@ def open_exec(transport: Any, command: str, timeout: float, window: int, packet:
         kind = NoChannelError if refused and transport.is_active() else SSHError
         raise kind(f"the machine opens no channel: {text}") from error
     channel.settimeout(timeout)
+    for pipe in (channel.in_buffer, channel.in_stderr_buffer):
+        _bound(pipe, window + packet)
     request = paramiko.Message()
     request.add_byte(cMSG_CHANNEL_REQUEST)
     request.add_int(channel.remote_chanid)
@@ -329,11 +396,23 @@ def open_exec(transport: Any, command: str, timeout: float, window: int, packet:
     return channel
 
 
+def _bound(pipe: Any, most: int) -> None:
+    """End the connection of a machine that sends more than the window allows: paramiko keeps it."""
+    feed = pipe.feed
+
+    def bounded(data: Any) -> None:
+        if len(pipe) + len(data) > most:
+            raise EOFError  # in paramiko's own thread, which then closes all
+        feed(data)
+
+    pipe.feed = bounded
+
+
 def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
     """Read what ``find -exec stat`` printed: mode, size, time and name of each entry."""
     # A name may hold a newline: an entry begins where mode, size, time and "./" stand.
-    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,19}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
-    entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,19} -?[0-9]{1,19} \./|\Z)", re.S)
+    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
+    entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
     at = count = 0
     while at < len(text):
         found = entry.match(text, at)
@@ -354,6 +433,8 @@ def checked_name(name: bytes) -> str:
     parts = name.split(b"/")
     if not name or b"\0" in name or any(part in (b"", b".", b"..") for part in parts):
         raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
+    if len(parts) > MOST_LEVELS:
+        raise SSHError(f"the machine names a file below {len(parts)} directories")
     text = os.fsdecode(name)
     if os.name == "nt" and re.search(r'[\\:*?"<>|]', text):
         raise SSHError(f"a name that this system does not know: {printable(repr(name), 120)}")

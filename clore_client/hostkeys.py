@@ -90,11 +90,24 @@ class Pins:
         """Forget a machine's keys; whether there were any."""
         known = bool(self.of(alias))
         self._seen.pop(alias, None)
-        self._rewrite(alias, None)
+        if known:
+            self._rewrite(alias, None)
         return known
 
+    def make_folder(self) -> None:
+        """Make the folder, where OpenSSH is to pin a key before this client does."""
+        if self.path is not None:
+            try:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                logger.warning("host keys can't be kept for the next process: %s", error)
+
     def _lines(self) -> Iterator[tuple[str, Pin]]:
-        for line in self._text().splitlines():
+        try:
+            text = self._text()
+        except OSError:
+            return
+        for line in text.splitlines():
             words = line.split()
             if len(words) >= 3 and not words[0].startswith(("#", "@")):
                 with contextlib.suppress(ValueError):
@@ -107,7 +120,7 @@ class Pins:
         try:
             with open(self.path, encoding="utf-8", errors="replace") as file:
                 return file.read(LONGEST_PINS)
-        except OSError:
+        except FileNotFoundError:
             return ""
 
     def _rewrite(self, alias: str, pin: Pin | None) -> None:
@@ -124,10 +137,15 @@ class Pins:
                 if pin is not None:
                     lines.append(f"{alias} {pin[0]} {pin[1]}")
                 new = self.path.with_name(f"{PINS_FILE}.{os.getpid()}")
-                handle = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-                with open(handle, "w", encoding="utf-8", errors="replace") as file:
-                    file.write("".join(f"{line}\n" for line in lines[-MOST_PINS:]))
-                os.replace(new, self.path)
+                try:
+                    handle = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+                    with open(handle, "w", encoding="utf-8", errors="replace") as file:
+                        file.write("".join(f"{line}\n" for line in lines[-MOST_PINS:]))
+                    os.replace(new, self.path)
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        new.unlink()
+                    raise
         except OSError as error:
             logger.warning("host keys can't be kept for the next process: %s", error)
 

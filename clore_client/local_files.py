@@ -19,21 +19,31 @@ class DoneRecord:
     """What a download that may be resumed has done so far; held under a lock."""
 
     def __init__(self, part: Path) -> None:
+        self._part = part
         self._path = Path(f"{part}.done")
         self.done: set[str] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> DoneRecord:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        self._file = os.fdopen(os.open(self._path, flags, 0o600), "r+", encoding="ascii")
-        if not lock_file(self._file.fileno()):
+        self._file = os.fdopen(os.open(self._path, flags, 0o600), "r+", encoding="latin-1")
+        if not (lock_file(self._file.fileno()) and self._is_there()):
             self._file.close()
             raise SSHError("another process is at the same transfer")
         self.done = set(self._file.read().split())
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not os.path.lexists(self._part):
+            self._path.unlink(missing_ok=True)  # there is nothing to go on from
         self._file.close()
+
+    def _is_there(self) -> bool:
+        """Whether the file is still the one of that name: another process removes it in the end."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
     def add(self, key: str) -> None:
         with self._lock:
@@ -45,18 +55,17 @@ class DoneRecord:
         self._file.seek(0)
         self._file.truncate()
 
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
 
-
-def merge_into(part: Path, target: str, items: list[Item]) -> None:
+def merge_into(part: Path, target: str, items: list[Item], preserve: bool) -> None:
     """Move a tree over one that exists; a symlink in there is never written through."""
     for item in items:  # all is looked at before the first is moved
         place = os.path.join(target, checked_name(item.name))
         if os.path.islink(place) and item.folder:
             raise SSHError(f"local holds a symlink in the place of {printable(item.shown, 300)}")
         if os.path.lexists(place) and os.path.isdir(place) != item.folder:
-            raise SSHError(f"local holds something else in the place of {item.shown}")
+            raise SSHError(
+                f"local holds something else in the place of {printable(item.shown, 300)}"
+            )
     for item in items:
         name = checked_name(item.name)
         place = os.path.join(target, name)
@@ -65,9 +74,10 @@ def merge_into(part: Path, target: str, items: list[Item]) -> None:
                 os.mkdir(place)
         else:
             os.replace(part / name, place)
-    for item in [i for i in items if i.folder]:
-        name = checked_name(item.name)
-        shutil.copystat(part / name, os.path.join(target, name))
+    for item in [i for i in items[::-1] if i.folder and preserve]:
+        place = os.path.join(target, checked_name(item.name))
+        os.chmod(place, item.mode)
+        os.utime(place, ns=(item.mtime, item.mtime))
     shutil.rmtree(part)
 
 

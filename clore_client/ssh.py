@@ -26,6 +26,10 @@ DEFAULT_PORT = 22
 PARAMIKO_LOGGER = "clore_client.paramiko"
 KEEPALIVE = 15  # seconds
 REKEY_BYTES = 2**36
+LONGEST_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
+LONGEST_PACKET = 2**22  # bytes, far more than anybody asks for
+# Messages that begin with a count, for as many things as paramiko would then read from nothing.
+_EXT_INFO, _INFO_REQUEST = 7, 60
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
 # Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
@@ -47,7 +51,7 @@ def plain_address(order: Any) -> dict[str, Any]:
     user = _parsed(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
         return address
-    status = order.get("status") if isinstance(order, Mapping) else None
+    status = order.get("status")
     raise SSHError(
         f"the order has no address for SSH, or no plain one: connection.ssh is "
         f"{printable(repr(address['raw']), 80)}, status {status!r}; "
@@ -106,10 +110,12 @@ def import_paramiko() -> Any:
         raise ImportError(
             "SSH needs paramiko: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
         ) from error
-    # It tells of each try that fails with a traceback, which Python would print.
+    # It tells of each try that fails with a traceback and the host's own words, which Python, or
+    # whoever has set up logging, would print. A handler of its own still gets them.
     quiet = logging.getLogger(PARAMIKO_LOGGER)
     if not quiet.handlers:
         quiet.addHandler(logging.NullHandler())
+        quiet.propagate = False
     return paramiko
 
 
@@ -128,6 +134,8 @@ class Login:
         keys: KeyCheck,
     ) -> None:
         self.address = plain_address(order)
+        if passphrase is not None and key_path is None:
+            raise ValueError("passphrase is for the key of key_path, and there is none")
         self.password = password
         self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
         self.timeout = timeout
@@ -154,11 +162,21 @@ class Login:
                 raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
             raise ValueError(f"passphrase: {shown} is not encrypted") from error
         except Exception as error:
-            hint = "" if passphrase is None else ", or passphrase is a wrong one"
+            if isinstance(error, ValueError) and passphrase and self._is_encrypted(path):
+                raise ValueError(f"passphrase is not the one of {shown}") from error
             raise ValueError(
-                f"key_path: {shown} is no private key that can be used{hint}: "
+                f"key_path: {shown} is no private key that can be used: "
                 f"{printable(str(error) or type(error).__name__, 200)}"
             ) from error
+
+    def _is_encrypted(self, path: str) -> bool:
+        try:
+            self._paramiko.PKey.from_path(path)
+        except TypeError:
+            return True
+        except Exception:
+            return False
+        return False
 
     def open(self) -> paramiko.SSHClient:
         """Log in, and bear an sshd that is not up yet until ``wait`` is over."""
@@ -196,12 +214,14 @@ class Login:
                 look_for_keys=plain,
                 transport_factory=self._transport,
             )
+            if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
+                raise self._paramiko.ssh_exception.PartialAuthentication([])
         except self._paramiko.AuthenticationException as error:
             refused = self._refused(ssh, error)
-            ssh.close()
+            _give_up(ssh)
             raise refused from error
         except BaseException as error:
-            ssh.close()
+            _give_up(ssh)
             judged = _judged(error, self._paramiko, self.where)
             if judged is error:
                 raise
@@ -221,6 +241,9 @@ class Login:
         # paramiko would let a new key exchange wait for itself while several threads send, and the
         # connection die of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
         transport.packetizer.REKEY_BYTES = REKEY_BYTES
+        transport.handshake_timeout = self.timeout
+        _bound_host(transport.packetizer, self._paramiko.SSHException)
+        transport.auth_interactive_dumb = self._no_questions
         with contextlib.suppress(OSError, AttributeError):
             # Or each small packet waits up to 40 ms for the answer to the one before.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -241,12 +264,27 @@ class Login:
             what = "keys of the SSH agent and of ~/.ssh"
         if "timeout" in str(error).lower():
             return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
-        accepted = getattr(error, "allowed_types", None) or self._accepted(ssh)
+        accepted = getattr(error, "allowed_types", None)
+        if not accepted and not ssh.get_transport().is_active():
+            return SSHError(
+                f"{self.where} closed the connection during the login with the {what}: "
+                "refused, after too many tries perhaps"
+            )
+        accepted = accepted or self._accepted(ssh)
+        if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
+            more = ", ".join(printable(str(name), 40) for name in accepted[:8])
+            return SSHError(f"{self.where} took the {what}, but wants more than that: {more}")
         takes = ", ".join(printable(str(name), 40) for name in accepted[:8])
         accepts = f"; it accepts: {takes}" if takes else ""
         return SSHError(
             f"{self.where} refused the login with the {what}{accepts}. "
             "Was the order made with another password or key?"
+        )
+
+    def _no_questions(self, *_: Any) -> None:
+        # paramiko would print what the host says, and ask whoever sits at the terminal.
+        raise self._paramiko.ssh_exception.PartialAuthentication(
+            ["keyboard-interactive or password"]
         )
 
     def _accepted(self, ssh: Any) -> list[str]:
@@ -269,9 +307,55 @@ def _first(names: Any, wanted: Any) -> list[str]:
     return [n for n in wanted if n in names] + [n for n in names if n not in wanted]
 
 
+def _give_up(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    ssh.close()
+    if transport is not None:  # or paramiko's timer would live on with it
+        transport.packetizer.complete_handshake()
+
+
+def _bound_host(packetizer: Any, error: type[Exception]) -> None:
+    """Bound what a host may send: paramiko takes lines, packets and counts of any size."""
+    read_timeout: Any = getattr(packetizer, "_read_timeout", None)
+    read_all, read_message = packetizer.read_all, packetizer.read_message
+    greeting = 0
+
+    def bounded_greeting(timeout: float) -> Any:
+        nonlocal greeting
+        piece = read_timeout(timeout)
+        greeting += len(piece)
+        if greeting > LONGEST_GREETING:
+            raise error(": it has no end")
+        return piece
+
+    def bounded_packet(size: int, check_rekey: bool = False) -> Any:
+        if size > LONGEST_PACKET:
+            raise error(f"it sends a packet of {size} bytes")
+        return read_all(size, check_rekey)
+
+    def bounded_message() -> Any:
+        kind, message = read_message()
+        if kind in (_EXT_INFO, _INFO_REQUEST):
+            if kind == _INFO_REQUEST:
+                for _ in range(3):
+                    message.get_binary()
+            if message.get_int() > len(message.asbytes()):
+                raise error("it sends a list longer than its message")
+            message.rewind()
+        return kind, message
+
+    packetizer._read_timeout = bounded_greeting
+    packetizer.read_all = bounded_packet
+    packetizer.read_message = bounded_message
+
+
 def _judged(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
     """What to raise for a login that failed: ``NotUpYetError`` where time may heal it."""
     text = printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
+    if isinstance(error, EOFError):
+        text = "it closed the connection"
+    elif "existing session" in text.lower():  # paramiko's word for a handshake that took too long
+        text = "it did not finish the SSH handshake in time"
     judged: BaseException = error
     if isinstance(error, SSHError):
         judged = error
@@ -284,7 +368,7 @@ def _judged(error: BaseException, paramiko_module: Any, where: str) -> BaseExcep
             judged = SSHError(
                 f"there is nothing to log in to {where} with: pass password= or key_path="
             )
-        elif any(part in text.lower() for part in ("banner", "reset", "eof", "existing session")):
+        elif any(part in text.lower() for part in ("banner", "reset", "eof", "handshake in time")):
             judged = NotUpYetError(text)
         else:
             judged = SSHError(f"SSH to {where} failed: {text}")

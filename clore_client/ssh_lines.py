@@ -14,7 +14,10 @@ def terminal_line(address: dict[str, Any], pins: Pins, alias: str, key_path: Any
     """See ``CloreClient.ssh_command``."""
     words = ["ssh", "-p", str(address["port"])]
     if key_path is not None:
-        words += ["-i", _whole_path(key_path)]
+        path = _whole_path(key_path)
+        # -i wants the file to be there both as it is written and with its %-signs expanded.
+        plain = _unexpanded(path) == path
+        words += ["-i", path] if plain else ["-o", f"IdentityFile={_config_path(path)}"]
     if pins.path is not None and pins.of(alias) and alias.startswith("clore-order-"):
         for name, value in _pinned(pins, alias):
             words += ["-o", f"{name}={value}"]
@@ -43,6 +46,8 @@ def _pinned(pins: Pins, alias: str) -> list[tuple[str, str]]:
     known = pins.of(alias)
     strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
     if pins.path is not None and alias.startswith("clore-order-"):
+        if not known:
+            pins.make_folder()
         return [("HostKeyAlias", alias), ("UserKnownHostsFile", _config_path(str(pins.path))),
                 ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
     if not known:  # nothing is kept between two logins
@@ -57,9 +62,16 @@ def _whole_path(path: Any) -> str:
     return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
 
 
+def _unexpanded(path: str) -> str:
+    """A path with what OpenSSH would expand taken as it is."""
+    if "\n" in path or "${" in path:
+        raise ValueError(f"OpenSSH can't be told of a path with a newline or '${{': {path!r}")
+    return path.replace("%", "%%")
+
+
 def _config_path(path: str) -> str:
-    """A path in quotes, with what OpenSSH would expand taken as it is."""
-    if '"' in path or "\n" in path:
-        raise ValueError(f"OpenSSH can't be told of a path with a quote or newline: {path!r}")
-    escaped = path.replace("%", "%%")
-    return f'"{escaped}"' if re.search(r"\s", escaped) else escaped
+    """The same as a word of a configuration."""
+    if '"' in path:
+        raise ValueError(f"OpenSSH can't be told of a path with a quote: {path!r}")
+    escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
+    return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
+import re
 import threading
 import time
 import weakref
@@ -14,7 +15,7 @@ from typing import Any
 
 from clore_client.checks import check_bool, check_number
 from clore_client.errors import SSHError, printable
-from clore_client.far_shell import BLOCK, CHANNEL_PAUSE, Exec, NoChannelError
+from clore_client.far_shell import BLOCK, CHANNEL_PAUSE, Exec, NoChannelError, Watch
 from clore_client.log import logger
 from clore_client.ssh_errors import TransferError
 from clore_client.transferred import Transferred
@@ -24,6 +25,7 @@ BUNDLE_BYTES = 8 * 1024 * 1024
 BUNDLE_FILES = 1000
 SHORTEST_RANGE = 4 * 1024 * 1024
 LONGEST_RANGE = 64 * 1024 * 1024
+MOST_RANGES = 16384  # of all files; a machine may say that one has 10**18 bytes
 MOST_STREAMS = 16
 LONGEST_ANSWER = 256 * 1024 * 1024  # bytes of a listing
 CHUNK = 256 * 1024  # bytes between two looks at whether to go on
@@ -131,6 +133,8 @@ def plan(items: Iterable[Item], bundled: bool, resumable: bool) -> list[Job]:
     jobs: list[Job] = []
     bundle: list[Item] = []
     size = 0
+    items = list(items)
+    longest = max(LONGEST_RANGE, sum(i.size for i in items) // MOST_RANGES // BLOCK * BLOCK)
     for item in items:
         if bundled and item.size < SMALL_FILE:
             bundle.append(item)
@@ -139,7 +143,7 @@ def plan(items: Iterable[Item], bundled: bool, resumable: bool) -> list[Job]:
                 jobs.append(Job(bundle))
                 bundle, size = [], 0
             continue
-        step = min(max(-(-item.size // (parts * BLOCK)) * BLOCK, least), LONGEST_RANGE)
+        step = min(max(-(-item.size // (parts * BLOCK)) * BLOCK, least), longest)
         for start in range(0, max(item.size, 1), step):
             jobs.append(Job([item], start, min(step, item.size - start)))
     if bundle:
@@ -171,14 +175,17 @@ class Reporter:
         self._alive = time.monotonic()
         self.on_crowd: Callable[[], object] = lambda: None
         self._running: weakref.WeakSet[Exec] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self.watch = Watch(options.timeout)
 
     def exec(self, ssh: Any, command: str) -> Exec:
         """Run a verb in a lane; it is cut off when the transfer stops."""
         # A lane gives way to others; nobody else asks for a channel when there are none.
         patience = self._options.timeout if threading.get_ident() == self._owner else 0.0
-        running = Exec(ssh, command, self._options.timeout, patience)
+        running = Exec(ssh, command, self.watch, patience)
         self._alive = time.monotonic()
-        self._running.add(running)
+        with self._lock:
+            self._running.add(running)
         if self.stopped.is_set():
             running.close()
             raise StoppedError
@@ -193,7 +200,9 @@ class Reporter:
 
     def cut(self) -> None:
         """End what runs in the lanes."""
-        for running in list(self._running):
+        with self._lock:
+            all_of_them = list(self._running)
+        for running in all_of_them:
             running.close()
 
     def called(self, item: Item) -> str:
@@ -220,7 +229,7 @@ class Reporter:
         if item is None or not isinstance(error, (SSHError, OSError, EOFError)):
             return error
         name, done = self.called(item), self.done.get(item.name, 0)
-        kept = "; what has arrived is kept for resume=True" if self._options.resume else ""
+        kept = "; what has arrived is kept for resume=True" if self._options.resume and done else ""
         reason = printable(str(error) or type(error).__name__, 500)
         failure = TransferError(
             f"{printable(name, 300)} was not transferred, after {done} of {item.size} bytes: "
@@ -280,21 +289,23 @@ class Lanes:
             )
             for number in range(count)
         ]
-        for lane in lanes:
-            lane.start()
         try:
+            for lane in lanes:
+                lane.start()
             if meanwhile is not None:
                 meanwhile()
             self._oversee(len(lanes), report)
         except BaseException:
             report.stopped.set()
+            report.watch.hurry()
             raise
         finally:
             # What is left of the others' work would hold the end up for as long as timeout.
             if report.stopped.is_set():
                 report.cut()
             for lane in lanes:
-                lane.join()
+                if lane.ident is not None:  # it was started
+                    lane.join()
             self._close()
 
     def _oversee(self, running: int, report: Reporter) -> None:
@@ -368,8 +379,8 @@ def file_digest(path: str | Path, start: int, length: int) -> str:
 
 def parse_sums(text: bytes, count: int) -> list[str]:
     """The digests that sha256sum printed, in the order of the names."""
-    sums = [line.lstrip(b"\\")[:64].decode("ascii", "replace") for line in text.splitlines()]
-    # A name that holds a newline is escaped, and stays on its line.
+    # What else stands on a line is a piece of a name: not every sha256sum escapes newlines.
+    sums = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
     if len(sums) != count:
         raise SSHError(f"the machine hashed {len(sums)} files instead of {count}")
     return sums

@@ -141,6 +141,10 @@ class Upload:
         self._hashes = options.verify or options.resume or len(self._jobs) > 1
 
     def run(self) -> Transferred:
+        with self._report.watch:
+            return self._run()
+
+    def _run(self) -> Transferred:
         started = time.monotonic()
         try:
             earlier = self._earlier() if self._options.resume else set()
@@ -148,6 +152,7 @@ class Upload:
             self._check_earlier([job for job in self._jobs if job.key in earlier])
             path = self._finish()
         except BaseException as error:
+            self._report.watch.hurry()
             self._give_way()
             if not self._options.resume:
                 self._wipe()
@@ -162,7 +167,7 @@ class Upload:
 
     def _exec(self, verb: str, *arguments: bytes | str | int) -> Exec:
         timeout = self._options.timeout
-        return Exec(self._ssh, self._verb(verb, *arguments), timeout, patience=timeout)
+        return Exec(self._ssh, self._verb(verb, *arguments), self._report.watch, timeout)
 
     def _ask(self, verb: str, *arguments: bytes | str | int) -> str:
         with self._exec(verb, *arguments) as running:
@@ -253,7 +258,7 @@ class Upload:
 
     def _send_bundle(self, ssh: Any, items: list[Item], key: str) -> None:
         last = key == "-"  # modes and times of directories
-        times, keep = "" if self._options.preserve else "m", int(self._options.resume)
+        times, keep = "p" if self._options.preserve else "m", int(self._options.resume)
         with self._report.exec(ssh, self._verb("untar", times, key, keep)) as running:
             for item in items:
                 # Files are to come into a directory, whatever its mode will be.
@@ -288,7 +293,7 @@ class Upload:
         """Start what comes last: it waits for its word, which saves a round trip in the end."""
         if not self._tree.is_folder:
             with contextlib.suppress(NoChannelError):
-                self._last = Exec(self._ssh, self._finish_verb(), self._options.timeout)
+                self._last = Exec(self._ssh, self._finish_verb(), self._report.watch)
 
     def _give_way(self) -> None:
         """What comes last must not take the one channel that there is."""
@@ -299,8 +304,8 @@ class Upload:
     def _finish(self) -> str:
         if self._tree.is_folder:
             self._settle_tree()
-        timeout = self._options.timeout
-        with self._last or Exec(self._ssh, self._finish_verb(), timeout, timeout) as running:
+        watch, timeout = self._report.watch, self._options.timeout
+        with self._last or Exec(self._ssh, self._finish_verb(), watch, timeout) as running:
             running.send(b"go\n")
             running.end()
             return running.answer().removeprefix("./")

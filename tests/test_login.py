@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import shlex
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncssh
 import paramiko
 import pytest
+from asyncssh.packet import UInt32
 
 from clore_client import CloreClient, HostKeyChangedError, SSHError
 from tests.conftest import MakeSim, client_for
@@ -25,9 +30,12 @@ from tests.hostile import (
     endless_banner,
     endless_version,
     escaping_version,
+    silence,
 )
+from tests.relay import Relay
 from tests.sshd import Sshd, generate, running_sshd
 
+server_side: Any = paramiko  # whose types tell only of the client
 FINGERPRINT = r"SHA256:[A-Za-z0-9+/]{43}"
 
 
@@ -82,6 +90,38 @@ def test_kinds_of_keys(
             client.connect_ssh(order, key_path=key, passphrase="superfluous")
 
 
+@pytest.mark.parametrize("kind", ["ecdsa", "rsa"])
+@pytest.mark.parametrize("passphrase", ["", "pass phrase"])
+def test_keys_in_the_older_format(
+    client: CloreClient, machine: Sshd, kind: str, passphrase: str
+) -> None:
+    key = machine.folder / "older"
+    generate(key, kind, passphrase)
+    command = ["ssh-keygen", "-q", "-p", "-m", "PEM", "-P", passphrase, "-N", passphrase]
+    subprocess.run([*command, "-f", str(key)], check=True, stdout=subprocess.DEVNULL)
+    assert "OPENSSH" not in key.read_text()
+    (machine.folder / "id_ed25519.pub").write_text((machine.folder / "older.pub").read_text())
+    assert works(client, machine, key_path=str(key), passphrase=passphrase or None)
+
+
+def test_what_is_wrong_with_a_passphrase(client: CloreClient, tmp_path: Path) -> None:
+    """Before anything is sent: port 1 refuses."""
+    order = {"connection": {"ssh": "ssh root@127.0.0.1 -p 1"}}
+    plain, encrypted = tmp_path / "plain", tmp_path / "encrypted"
+    generate(plain)
+    generate(encrypted, passphrase="right")
+    for key, given, said in (
+        (encrypted, None, "is encrypted: give passphrase="),
+        (encrypted, "guessed", "passphrase is not the one of .*encrypted"),
+        (plain, "superfluous", "passphrase: .*plain' is not encrypted"),
+        (None, "of no key", "passphrase is for the key of key_path"),
+        (encrypted, "", "passphrase must not be empty"),
+    ):
+        with pytest.raises(ValueError, match=said) as caught:
+            client.connect_ssh(order, key_path=key, passphrase=given)
+        assert not given or given not in str(caught.value)
+
+
 def test_files_that_are_no_keys(client: CloreClient, tmp_path: Path) -> None:
     """Before anything is sent: port 1 refuses."""
     order = {"connection": {"ssh": "ssh root@127.0.0.1 -p 1"}}
@@ -102,7 +142,12 @@ def user() -> Iterator[tuple[str, str]]:
         subprocess.run(["chpasswd"], input=f"{name}:{password}\n", text=True, check=True)
         yield name, password
     finally:
-        subprocess.run(["userdel", "-r", name], check=False, stderr=subprocess.DEVNULL)
+        # It is refused for as long as the session of the last login has not ended.
+        deadline = time.monotonic() + 30
+        command = ["userdel", "-r", name]
+        while subprocess.run(command, stderr=subprocess.DEVNULL).returncode not in (0, 6, 12):
+            assert time.monotonic() < deadline, f"the user {name} of this test can't be removed"
+            time.sleep(0.1)
 
 
 def test_a_password(client: CloreClient, tmp_path: Path, user: tuple[str, str]) -> None:
@@ -122,9 +167,144 @@ def test_a_password(client: CloreClient, tmp_path: Path, user: tuple[str, str]) 
         assert time.monotonic() - start < 60
 
 
+def test_default_keys_and_the_agent(
+    client: CloreClient, machine: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    with pytest.raises(
+        SSHError, match=r"nothing to log in to .* with: pass password= or key_path="
+    ):
+        client.connect_ssh(machine.order(), wait=300)
+    default = tmp_path / "home" / ".ssh" / "id_ed25519"
+    default.parent.mkdir()
+    generate(default)
+    with pytest.raises(SSHError, match=r"keys of the SSH agent and of ~/.ssh; it accepts: public"):
+        client.connect_ssh(machine.order(), wait=300)
+    # The one in ~/.ssh is refused still.
+    place = str(tmp_path / "agent")
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", place], stdout=subprocess.DEVNULL)
+    try:
+        while not os.path.exists(place):
+            time.sleep(0.01)
+        monkeypatch.setenv("SSH_AUTH_SOCK", place)
+        subprocess.run(["ssh-add", "-q", machine.key], check=True)
+        assert works(client, machine, key_path=None)
+    finally:
+        agent.terminate()
+        agent.wait(10)
+    monkeypatch.delenv("SSH_AUTH_SOCK")
+    machine.key.rename(default)
+    assert works(client, machine, key_path=None)
+
+
 def test_what_was_refused_and_what_is_accepted(client: CloreClient, machine: Sshd) -> None:
     with pytest.raises(SSHError, match="with the password; it accepts: publickey"):
         client.connect_ssh(machine.order(), "wrong", wait=300)
+
+
+ASK_MORE = "PasswordAuthentication yes\nKbdInteractiveAuthentication yes\nAuthenticationMethods "
+
+
+def test_half_a_login_is_none(tmp_path: Path) -> None:
+    client = CloreClient("key", state_dir=tmp_path / "state")
+    with running_sshd(tmp_path / "m", f"{ASK_MORE} publickey,keyboard-interactive") as server:
+        with pytest.raises(SSHError, match=r"took the key .*, but wants more than that: keyb"):
+            client.connect_ssh(server.order(), key_path=server.key, wait=300)
+    assert not (tmp_path / "state").exists()
+
+
+def test_half_a_login_with_a_password(tmp_path: Path, user: tuple[str, str]) -> None:
+    """For which paramiko returns as if it were a whole one."""
+    client = CloreClient("key", state_dir=tmp_path / "state")
+    with running_sshd(tmp_path / "m", f"{ASK_MORE} password,publickey") as server:
+        server.user = user[0]
+        with pytest.raises(SSHError, match="took the password, but wants more than that: public"):
+            client.connect_ssh(server.order(), user[1], wait=300)
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_host_that_hangs_up_on_a_refused_login(client: CloreClient, tmp_path: Path) -> None:
+    with running_sshd(tmp_path / "m", "PasswordAuthentication yes\nMaxAuthTries 1") as server:
+        with pytest.raises(SSHError, match="closed the connection during the login with the pass"):
+            client.connect_ssh(server.order(), "wrong", wait=300)
+
+
+class Asking(paramiko.ServerInterface):
+    """A server that takes a key, or asks for a password its own way, and has more questions."""
+
+    def __init__(self, prompts: int = 1, correct: str = "secret") -> None:
+        self.prompts = prompts
+        self.correct = correct
+        self.answers: list[str] = []
+        self.transport: Any = None
+
+    def get_allowed_auths(self, username: str) -> str:
+        return "keyboard-interactive"
+
+    def check_auth_publickey(self, username: str, key: Any) -> Any:
+        return server_side.AUTH_PARTIALLY_SUCCESSFUL
+
+    def check_auth_interactive(self, username: str, submethods: str) -> Any:
+        if self.prompts > 1:
+            many = paramiko.Message()
+            many.add_byte(b"\x3c")  # SSH_MSG_USERAUTH_INFO_REQUEST
+            for _ in range(3):
+                many.add_string("")
+            many.add_int(self.prompts)
+            self.transport._send_message(many)
+        return server_side.InteractiveQuery("\x1b[2Jowned", "\x1b[2Jtype", ("Password:", False))
+
+    def check_auth_interactive_response(self, responses: Any) -> Any:
+        self.answers += responses
+        return (
+            server_side.AUTH_SUCCESSFUL if responses == [self.correct] else server_side.AUTH_FAILED
+        )
+
+    def check_channel_request(self, kind: str, chanid: int) -> Any:
+        return server_side.OPEN_SUCCEEDED
+
+    def talk(self, peer: socket.socket) -> None:
+        key: Any = paramiko.ECDSAKey
+        self.transport = paramiko.Transport(peer)
+        self.transport.add_server_key(key.generate())
+        self.transport.start_server(threading.Event(), self)
+        self.transport.join(20)
+
+
+def test_a_host_that_only_asks_questions() -> None:
+    client = CloreClient("key", state_dir=None)
+    asking = Asking()
+    with RawServer(asking.talk) as server:
+        with client.connect_ssh(server.order(), "secret", wait=10, host_key="accept") as ssh:
+            transport = ssh.get_transport()
+            assert transport is not None
+            assert transport.is_authenticated()
+        with pytest.raises(SSHError, match="with the password; it accepts: keyboard-interactive"):
+            client.connect_ssh(server.order(), "wrong", wait=300, host_key="accept")
+    assert asking.answers == ["secret", "wrong"]
+
+
+def test_nobody_at_the_terminal_is_asked(machine: Sshd, capfd: pytest.CaptureFixture[str]) -> None:
+    client = CloreClient("key", state_dir=None)
+    asking = Asking()
+    with RawServer(asking.talk) as server:
+        with pytest.raises(SSHError, match=r"took the key .*, but wants more than that: keyboard"):
+            client.connect_ssh(server.order(), key_path=machine.key, wait=300)
+    assert capfd.readouterr().out == ""
+    assert not asking.answers
+
+
+def test_more_questions_than_are_sent() -> None:
+    """A number of them, for which paramiko would make a list of that length."""
+    client = CloreClient("key", state_dir=None)
+    with RawServer(Asking(prompts=2**21).talk) as server:
+        tracemalloc.start()
+        try:
+            with pytest.raises(SSHError):
+                client.connect_ssh(server.order(), "secret", wait=0, timeout=20)
+            assert tracemalloc.get_traced_memory()[1] < 50_000_000
+        finally:
+            tracemalloc.stop()
 
 
 def test_wait_for_ssh(client: CloreClient, machine: Sshd) -> None:
@@ -163,6 +343,60 @@ def test_a_machine_that_is_not_up_yet(client: CloreClient, machine: Sshd) -> Non
             connection.close()
 
 
+def test_a_machine_that_comes_up_with_troubles(client: CloreClient, machine: Sshd) -> None:
+    """A reset, and a banner that comes late; then it works."""
+    with Relay(machine.port, delay=0.05) as relay:
+        order = machine.order()
+        order["connection"]["ssh"] = f"ssh {machine.user}@127.0.0.1 -p {relay.port}"
+        relay.most = 0
+        timer = threading.Timer(0.5, lambda: setattr(relay, "most", 9))
+        timer.start()
+        assert works(client, machine, order, wait=60)
+        timer.join()
+
+
+def packet_of_two_gigabytes(peer: socket.socket) -> None:
+    peer.sendall(b"SSH-2.0-x\r\n" + struct.pack(">I", 0x7FFFFFFC) + b"\4\x14" + bytes(10))
+    silence(peer)
+
+
+def fast_version(peer: socket.socket) -> None:
+    peer.sendall(b"SSH-2.0-")
+    while True:
+        peer.sendall(b"A" * 65536)
+
+
+@pytest.mark.parametrize(
+    ("talk", "said"),
+    [(fast_version, "it has no end"), (packet_of_two_gigabytes, "a packet of 21474836")],
+)
+def test_it_takes_no_more_than_there_can_be(client: CloreClient, talk: Any, said: str) -> None:
+    """It ends by size, long before the time is out."""
+    with RawServer(talk) as server:
+        with pytest.raises(SSHError, match=said):
+            client.connect_ssh(server.order(), "x", wait=0, timeout=300)
+
+
+def test_a_list_longer_than_its_message() -> None:
+    class Lists(asyncssh.SSHServer):
+        def connection_made(self, conn: Any) -> None:
+            self.connection = conn
+
+        def begin_auth(self, username: str) -> bool:
+            self.connection.send_packet(7, UInt32(2**31))  # SSH_MSG_EXT_INFO
+            return True
+
+    class Counting(HostileServer):
+        async def _listen(self) -> None:
+            await super()._listen()
+            self._acceptor.update(server_factory=Lists)
+
+    client = CloreClient("key", state_dir=None)
+    with Counting() as server:
+        with pytest.raises(SSHError, match="a list longer than its message"):
+            client.connect_ssh(server.order(), "x", wait=0, timeout=60)
+
+
 @pytest.mark.parametrize("talk", [endless_banner, endless_version, escaping_version])
 def test_a_banner_without_end(client: CloreClient, talk: Any) -> None:
     with RawServer(talk) as server:
@@ -171,22 +405,37 @@ def test_a_banner_without_end(client: CloreClient, talk: Any) -> None:
     assert not set(str(caught.value)) & set("\x1b\x07\x9b")
 
 
+def hang_up(peer: socket.socket) -> None:
+    peer.close()
+
+
+def garbage(peer: socket.socket) -> None:
+    peer.sendall(b"SSH-2.0-x\r\n" + bytes(range(256)) * 20)
+    silence(peer)
+
+
+def no_handshake(peer: socket.socket) -> None:
+    peer.sendall(b"SSH-2.0-x\r\n")
+    peer.recv(100)
+    peer.close()
+
+
+TROUBLES = (hang_up, garbage, no_handshake, silence, endless_banner, escaping_version)
+
+
 def test_failed_logins_print_nothing() -> None:
     script = (
-        "from clore_client import *\n"
-        "try: CloreClient(state_dir=None).connect_ssh(\n"
-        "    {'connection': {'ssh': 'ssh a@127.0.0.1 -p %d'}}, 'x', wait=0)\n"
-        "except SSHError: pass\n"
+        "import sys; from clore_client import *\n"
+        "for port in sys.argv[1:]:\n"
+        "    try: CloreClient(state_dir=None).connect_ssh(\n"
+        "        {'connection': {'ssh': f'ssh a@127.0.0.1 -p {port}'}}, 'x', wait=0, timeout=0.3)\n"
+        "    except SSHError: pass\n"
     )
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def serve() -> None:
-            with contextlib.suppress(OSError):
-                server.accept()[0].close()
-
-        threading.Thread(target=serve, daemon=True).start()
-        code = script % server.getsockname()[1]
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(RawServer(talk)).port for talk in TROUBLES]
+        ports.append(stack.enter_context(HostileServer(password="another")).port)
+        command = [sys.executable, "-c", script, *map(str, ports)]
+        done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -197,6 +446,41 @@ def test_keepalives_and_nothing_forwarded(client: CloreClient, machine: Sshd) ->
         assert transport.packetizer._Packetizer__keepalive_interval == 15  # type: ignore[attr-defined]
         _, output, _ = ssh.exec_command("echo $SSH_AUTH_SOCK-$DISPLAY")
         assert output.read() == b"-\n"
+
+
+def test_channels_that_a_host_opens_are_refused() -> None:
+    """It may ask for the agent and the display; there is none for it."""
+    client = CloreClient("key", state_dir=None)
+    with HostileServer() as server:
+        with client.connect_ssh(server.order(), "x", wait=10):
+            (connection,) = server._open
+            conn: Any = connection
+
+            async def ask(open_channel: Any) -> str:
+                try:
+                    await open_channel()
+                except asyncssh.ChannelOpenError as error:
+                    return str(error.code)
+                return "opened"
+
+            async def ask_all() -> list[str]:
+                session = asyncssh.SSHUNIXSession
+                agent, display = conn.create_agent_channel(), conn.create_x11_channel()
+                return [
+                    await ask(lambda: agent.open(session)),
+                    await ask(lambda: display.open(asyncssh.SSHTCPSession, "127.0.0.1", 6000)),
+                    await ask(lambda: conn.create_connection(
+                        asyncssh.SSHTCPSession, "127.0.0.1", 80, "127.0.0.1", 1)),
+                ]  # fmt: skip
+
+            answers: list[str] = []
+
+            async def run() -> None:
+                answers.extend(await ask_all())
+
+            server._await(run())
+            refused = str(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED)
+            assert answers == [refused] * 3
 
 
 # --- host keys ---
@@ -240,6 +524,25 @@ def test_a_fingerprint_of_ones_own(client: CloreClient, machine: Sshd) -> None:
             works(client, machine, host_key=bad)
     with pytest.raises(TypeError, match="host_key"):
         works(client, machine, host_key=None)
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa"])
+def test_a_machine_that_has_further_keys(client: CloreClient, machine: Sshd, kind: str) -> None:
+    """The pinned one is asked for, whichever else there is now."""
+    machine.stop()
+    machine.make_keys(kind)
+    machine.start()
+    assert works(client, machine)
+    machine.stop()
+    generate(machine.folder / "further")
+    machine.options += f"\nHostKey {machine.folder}/further"
+    machine.start()
+    assert works(client, machine)
+    client.forget_host_key(machine.order())
+    machine.stop()
+    machine.make_keys("rsa")
+    machine.start()
+    assert works(client, machine)  # with the further one, which goes first
 
 
 def test_the_next_process_knows_the_pin(client: CloreClient, machine: Sshd, tmp_path: Path) -> None:
@@ -296,7 +599,9 @@ def test_a_refused_login_pins_nothing() -> None:
 
 
 @pytest.mark.parametrize("trouble", ["a file", "binary", "huge"])
-def test_a_folder_in_a_bad_state(machine: Sshd, tmp_path: Path, trouble: str) -> None:
+def test_a_folder_in_a_bad_state(
+    machine: Sshd, tmp_path: Path, trouble: str, caplog: pytest.LogCaptureFixture
+) -> None:
     state = tmp_path / "bad"
     if trouble == "a file":
         state.write_text("no folder")
@@ -306,9 +611,66 @@ def test_a_folder_in_a_bad_state(machine: Sshd, tmp_path: Path, trouble: str) ->
         (state / "known_hosts").write_bytes(lines)
     client = CloreClient("key", state_dir=state)
     assert works(client, machine)
+    warnings = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (1 if trouble == "a file" else 0)
+    if trouble == "huge":
+        assert (state / "known_hosts").stat().st_size < 100_000
     started_anew(machine)
     with pytest.raises(HostKeyChangedError):
         works(client, machine)
+
+
+def test_pins_that_cannot_be_read_are_not_replaced(machine: Sshd, tmp_path: Path) -> None:
+    pins = tmp_path / "state" / "known_hosts"
+    pins.parent.mkdir()
+    pins.symlink_to(pins)
+    assert works(CloreClient("key", state_dir=pins.parent), machine)
+    assert pins.is_symlink()
+
+
+def test_a_full_disk(machine: Sshd, tmp_path: Path) -> None:
+    """As good as: no file may be longer than ten bytes."""
+    script = (
+        "import resource, sys; from clore_client import *\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "order = {'order_id': 7, 'connection': {'ssh': sys.argv[2]}}\n"
+        "client = CloreClient('key', state_dir=sys.argv[1])\n"
+        "client.wait_for_ssh(order, key_path=sys.argv[3], wait=20)\n"
+    )
+    line = machine.order()["connection"]["ssh"]
+    command = [sys.executable, "-B", "-c", script, tmp_path / "state", line, machine.key]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "host keys can't be kept" in done.stderr
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["known_hosts.lock"]
+
+
+def test_forgetting_nothing_makes_nothing(client: CloreClient, tmp_path: Path) -> None:
+    order = {"order_id": 7, "connection": {"ssh": ""}}
+    assert client.forget_host_key(order) is False
+    assert not (tmp_path / "state folder 100%").exists()
+
+
+def test_many_processes_at_once(machine: Sshd, tmp_path: Path) -> None:
+    script = (
+        "import sys; from clore_client import *\n"
+        "client = CloreClient('key', state_dir=sys.argv[1])\n"
+        "for n in range(int(sys.argv[4]), int(sys.argv[4]) + 4):\n"
+        "    order = {'order_id': n, 'connection': {'ssh': sys.argv[2]}}\n"
+        "    client.wait_for_ssh(order, key_path=sys.argv[3], wait=20)\n"
+    )
+    line = machine.order()["connection"]["ssh"]
+    shared = [str(tmp_path / "many"), line, str(machine.key)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", script, *shared, str(first)], stderr=-1)
+        for first in (10, 20, 30)
+    ]
+    for process in started:
+        assert process.communicate(timeout=60)[1] == b""
+    lines = (tmp_path / "many" / "known_hosts").read_text().splitlines()
+    key = (machine.folder / "host_key.pub").read_text().split()[:2]
+    assert [line.split()[1:] for line in lines] == [key] * 12
+    assert len({line.split()[0] for line in lines}) == 12
 
 
 def test_many_pins_at_once(machine: Sshd, tmp_path: Path) -> None:
@@ -341,6 +703,19 @@ def test_an_entry_for_openssh(client: CloreClient, machine: Sshd, tmp_path: Path
     config.write_text(entry)
     assert entry.startswith("Host clore-7\n")
     assert openssh("-F", str(config), "clore-7", "echo in").stdout == "in\n"
+    (tmp_path / "sent").write_text("as it was")
+    for program in ("scp", "sftp"):
+        words = [program, "-q", "-oBatchMode=yes", "-F", config]
+        there = tmp_path / f"by {program}"
+        if program == "scp":
+            subprocess.run([*words, tmp_path / "sent", f"clore-7:{there}"], check=True, timeout=30)
+        else:
+            batch = f'put "{tmp_path}/sent" "{there}"\n'
+            subprocess.run(
+                [*words, "-b", "-", "clore-7"], input=batch, text=True, check=True, timeout=30,
+                stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+        assert there.read_text() == "as it was"
     started_anew(machine)
     refused = openssh("-F", str(config), "clore-7", "echo in")
     assert refused.returncode == 255
@@ -351,7 +726,6 @@ def test_an_entry_for_openssh(client: CloreClient, machine: Sshd, tmp_path: Path
 def test_openssh_pins_in_the_same_place(
     client: CloreClient, machine: Sshd, tmp_path: Path, hashed: str
 ) -> None:
-    (tmp_path / "state folder 100%").mkdir()
     config = tmp_path / "config"
     config.write_text(client.ssh_config(machine.order(), name="gpu", key_path=machine.key))
     done = openssh("-F", str(config), "-o", f"HashKnownHosts={hashed}", "gpu", "echo in")
@@ -385,6 +759,46 @@ def test_the_line_for_a_terminal(client: CloreClient, machine: Sshd) -> None:
     assert openssh(*words[1:], "echo in").stdout == "in\n"
     started_anew(machine)
     assert openssh(*words[1:], "echo in").returncode == 255
+
+
+@pytest.mark.parametrize("name", ["o'neil", "b\\s", "two\\\\bs", "a #c", "%h", "$HOME", "tab\ta"])
+def test_paths_that_openssh_would_read_otherwise(machine: Sshd, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    key = folder / "key"
+    machine.key.rename(key)
+    client = CloreClient("key", state_dir=folder / "state")
+    config = tmp_path / "config"
+    config.write_text(client.ssh_config(machine.order(), key_path=key))
+    done = openssh("-F", str(config), "clore-7", "echo in")
+    assert (done.stdout, "Failed" in done.stderr) == ("in\n", False), done.stderr
+    assert (folder / "state" / "known_hosts").stat().st_size > 0
+    words = shlex.split(client.ssh_command(machine.order(), key_path=key))
+    assert openssh("-F", "none", *words[1:], "echo in").stdout == "in\n"
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\nb", "a${HOME}b"])
+def test_paths_that_openssh_cannot_be_told(machine: Sshd, tmp_path: Path, name: str) -> None:
+    client = CloreClient("key", state_dir=None)
+    with pytest.raises(ValueError, match="OpenSSH can't be told"):
+        client.ssh_config(machine.order(), key_path=tmp_path / name)
+    kept = CloreClient("key", state_dir=tmp_path / name)
+    with pytest.raises(ValueError, match="OpenSSH can't be told"):
+        kept.ssh_config(machine.order())
+
+
+@pytest.mark.parametrize("raw", ["ssh me@::1 -p 2060", "ssh me@[2001:db8::5]:2060"])
+def test_ipv6(client: CloreClient, tmp_path: Path, raw: str) -> None:
+    order = {"order_id": 7, "connection": {"ssh": raw}}
+    (tmp_path / "config").write_text(client.ssh_config(order))
+    for words in (
+        ["-F", "none", *shlex.split(client.ssh_command(order))[1:]],
+        ["-F", str(tmp_path / "config"), "clore-7"],
+    ):
+        understood = dict(line.split(" ", 1) for line in openssh("-G", *words).stdout.splitlines())
+        assert (understood["user"], understood["port"]) == ("me", "2060")
+        address = ipaddress.ip_address(understood["hostname"])
+        assert str(address) == client.parse_ssh_connection(order)["host"]
 
 
 @pytest.mark.parametrize(
@@ -426,6 +840,57 @@ def test_nothing_leaks(client: CloreClient, machine: Sshd) -> None:
     threads, files = count()
     assert threads <= before[0]
     assert files <= before[1]
+
+
+def test_failed_logins_leak_nothing(client: CloreClient, machine: Sshd) -> None:
+    def count() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    def fail(order: Any) -> None:
+        with pytest.raises(SSHError):
+            client.connect_ssh(order, "wrong", wait=0, timeout=60)
+
+    with RawServer(hang_up) as closed, RawServer(garbage) as mad:
+        orders = [machine.order(), closed.order(8), mad.order(9)]
+        for order in orders:
+            fail(order)
+        before = count()
+        for order in orders * 5:
+            fail(order)
+    # What the servers here hold has gone by then, and as much of ours would have stayed.
+    deadline = time.monotonic() + 10
+    while any(now > then for now, then in zip(count(), before, strict=True)) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    threads, files = count()
+    assert threads <= before[0]
+    assert files <= before[1]
+
+
+def test_optimized(machine: Sshd, tmp_path: Path) -> None:
+    """Under -O: what protects does not hang on an assert."""
+    script = (
+        "import sys; from clore_client import *\n"
+        "client = CloreClient('key', state_dir=None)\n"
+        "order = {'order_id': 7, 'connection': {'ssh': sys.argv[1]}}\n"
+        "login = dict(key_path=sys.argv[2], wait=20)\n"
+        "print(__debug__, client.run(order, 'echo in', **login).stdout.strip(), flush=True)\n"
+        "input()\n"
+        "try: client.run(order, 'true', **login)\n"
+        "except HostKeyChangedError: print('changed')\n"
+        "order['connection']['ssh'] = 'ssh root@-oProxyCommand=x'\n"
+        "for call in client.connect_ssh, client.ssh_command, client.ssh_config:\n"
+        "    try: call(order)\n"
+        "    except SSHError as error: print('no address' in str(error))\n"
+    )
+    line = machine.order()["connection"]["ssh"]
+    command = [sys.executable, "-O", "-c", script, line, str(machine.key)]
+    process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "False in\n"
+    started_anew(machine)
+    assert process.communicate("\n", timeout=60)[0].split() == ["changed"] + ["True"] * 3
 
 
 @pytest.mark.parametrize("missing", ["paramiko", "scp"])
@@ -471,4 +936,3 @@ def test_an_order_is_needed() -> None:
     for call in (client.connect_ssh, client.ssh_command, client.ssh_config, client.forget_host_key):
         with pytest.raises(TypeError, match="order"):
             call(1958009)
-    assert paramiko is not None

@@ -54,7 +54,8 @@ class Sides:
 
     def _scp(self, source: str, target: str) -> None:
         quiet = ["-q", "-r", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
-        key = ["-i", str(self._server.key), "-o", "IdentitiesOnly=yes"]
+        # No settings of the user's: compression, or a connection kept open, would be measured.
+        key = ["-F", "none", "-i", str(self._server.key), "-o", "IdentitiesOnly=yes"]
         command = ["scp", *quiet, *key, "-P", str(self._port), source, target]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
