@@ -23,6 +23,7 @@ INTERNAL = [
     "test_checks.py",
     "test_departure.py",
     "test_forward.py",
+    "test_hostile_transfer.py",
     "test_pacing.py",
     "test_records.py",
     "test_run.py",

@@ -27,8 +27,6 @@ from clore_client import CloreClient, SSHError, TransferError, download, far_she
 from tests.hostile import ESCAPES, HostileServer
 from tests.sshd import Sshd
 
-pytestmark = pytest.mark.internal  # is the same in the one file
-
 MARK = b"clore-transfer-1\n"
 FILE, FOLDER, LINK = b"81a4", b"41ed", b"a1ff"  # modes, as stat prints them
 Says = Callable[[str, Any], Any]
