@@ -336,7 +336,9 @@ def test_a_failure_is_told_and_writes_nothing(
 def test_only_what_uses_modules_of_the_package_is_kept_from_the_one_file() -> None:
     for path in Path(__file__).parent.glob("test_*.py"):
         inside = re.search(
-            r"^(from|import) (clore_client\.|\.test_simulator|clore_client import .*\b(single_file|far_shell)\b)",
-            path.read_text(), re.MULTILINE,
-        )  # fmt: skip
+            r"^(from|import) (clore_client\.|\.test_simulator"
+            r"|clore_client import .*\b(single_file|far_shell)\b)",
+            path.read_text(),
+            re.MULTILINE,
+        )
         assert (path.name in INTERNAL) is bool(inside), path.name
