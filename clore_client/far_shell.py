@@ -30,7 +30,7 @@ PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
 SCRIPT = r"""
 export LC_ALL=C
 unset CDPATH
-u() { t=$(printf %b "${1}x"); t=${t%x}; }
+u() { t=$1; case $t in *\\*) t=$(printf %b "${t}x"); t=${t%x};; esac; }
 fail() { printf "no %s\n" "$*"; exit 1; }
 # What is not to be resumed goes with whoever fails last: also after the connection broke.
 drop() { [ "$keep" = 1 ] || rm -rf "$j" "$j.done"; fail "$*"; }

@@ -41,6 +41,7 @@ MODULES = (
     "machine",
     "connected",
     "ssh",
+    "ssh_wire",
     "hostkeys",
     "ssh_lines",
     "ssh_errors",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.orders import plain_host, plain_user
+from clore_client.ssh_wire import prepared_transport
 
 if TYPE_CHECKING:
     import paramiko
@@ -25,14 +25,7 @@ DEFAULT_USER = "root"
 DEFAULT_PORT = 22
 PARAMIKO_LOGGER = "clore_client.paramiko"
 KEEPALIVE = 15  # seconds
-REKEY_BYTES = 2**36
-LONGEST_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
-LONGEST_PACKET = 2**22  # bytes, far more than anybody asks for
-# Messages that begin with a count, for as many things as paramiko would then read from nothing.
-_EXT_INFO, _INFO_REQUEST = 7, 60
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
-# Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
-FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
 
 def parse_ssh_command(order: Any) -> dict[str, Any]:
@@ -237,19 +230,8 @@ class Login:
         return ssh  # type: ignore[no-any-return]
 
     def _transport(self, sock: Any, **options: Any) -> Any:
-        transport = self._paramiko.Transport(sock, **options)
-        # paramiko would let a new key exchange wait for itself while several threads send, and the
-        # connection die of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
-        transport.packetizer.REKEY_BYTES = REKEY_BYTES
-        transport.handshake_timeout = self.timeout
-        _bound_host(transport.packetizer, self._paramiko.SSHException)
+        transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
         transport.auth_interactive_dumb = self._no_questions
-        with contextlib.suppress(OSError, AttributeError):
-            # Or each small packet waits up to 40 ms for the answer to the one before.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        wanted = transport.get_security_options()
-        wanted.ciphers = _first(wanted.ciphers, FAST_CIPHERS)
-        wanted.key_types = _first(wanted.key_types, self.keys.wanted_types)
         return transport
 
     def _refused(self, ssh: Any, error: Exception) -> SSHError:
@@ -302,51 +284,11 @@ class NotUpYetError(SSHError):
     """An sshd that may answer later; within this room only."""
 
 
-def _first(names: Any, wanted: Any) -> list[str]:
-    """``names`` with the ``wanted`` ones that are among them in front."""
-    return [n for n in wanted if n in names] + [n for n in names if n not in wanted]
-
-
 def _give_up(ssh: Any) -> None:
     transport = ssh.get_transport()
     ssh.close()
     if transport is not None:  # or paramiko's timer would live on with it
         transport.packetizer.complete_handshake()
-
-
-def _bound_host(packetizer: Any, error: type[Exception]) -> None:
-    """Bound what a host may send: paramiko takes lines, packets and counts of any size."""
-    read_timeout: Any = getattr(packetizer, "_read_timeout", None)
-    read_all, read_message = packetizer.read_all, packetizer.read_message
-    greeting = 0
-
-    def bounded_greeting(timeout: float) -> Any:
-        nonlocal greeting
-        piece = read_timeout(timeout)
-        greeting += len(piece)
-        if greeting > LONGEST_GREETING:
-            raise error(": it has no end")
-        return piece
-
-    def bounded_packet(size: int, check_rekey: bool = False) -> Any:
-        if size > LONGEST_PACKET:
-            raise error(f"it sends a packet of {size} bytes")
-        return read_all(size, check_rekey)
-
-    def bounded_message() -> Any:
-        kind, message = read_message()
-        if kind in (_EXT_INFO, _INFO_REQUEST):
-            if kind == _INFO_REQUEST:
-                for _ in range(3):
-                    message.get_binary()
-            if message.get_int() > len(message.asbytes()):
-                raise error("it sends a list longer than its message")
-            message.rewind()
-        return kind, message
-
-    packetizer._read_timeout = bounded_greeting
-    packetizer.read_all = bounded_packet
-    packetizer.read_message = bounded_message
 
 
 def _judged(error: BaseException, paramiko_module: Any, where: str) -> BaseException:

@@ -62,13 +62,17 @@ class LocalTree:
         """Where an item is here."""
         return os.fsdecode(os.path.join(self.path, item.name) if item.name else self.path)
 
-    def pieces(self, item: Item, start: int, length: int) -> Iterator[bytes]:
-        """A part of a file, which must stay as it was when it was looked at."""
-        with open(self.place(item), "rb") as file:
+    def pieces(self, item: Item, start: int, length: int) -> Iterator[memoryview]:
+        """A part of a file, which must stay as it was when it was looked at; one piece at a time.
+
+        What was yielded is overwritten by the next.
+        """
+        buffer = memoryview(bytearray(min(CHUNK, length)))
+        with open(self.place(item), "rb", buffering=0) as file:
             file.seek(start)
-            while length and (piece := file.read(min(CHUNK, length))):
-                length -= len(piece)
-                yield piece
+            while length and (size := file.readinto(buffer[:length])):
+                length -= size
+                yield buffer[:size]
             facts = os.fstat(file.fileno())
             if length or (facts.st_size, facts.st_mtime_ns) != (item.size, item.mtime):
                 raise SSHError("it was changed meanwhile")

@@ -271,6 +271,42 @@ class Asking(paramiko.ServerInterface):
         self.transport.join(20)
 
 
+class Late(Asking):
+    """A server that answers to the request for the login's service only along with the login."""
+
+    def check_auth_publickey(self, username: str, key: Any) -> Any:
+        return server_side.AUTH_SUCCESSFUL
+
+    def talk(self, peer: socket.socket) -> None:
+        held = []
+
+        class Transport(paramiko.Transport):
+            def _send_message(self, data: Any) -> None:
+                if data.asbytes()[:1] == b"\x06":  # SSH_MSG_SERVICE_ACCEPT
+                    held.append(data)
+                    return
+                while held:
+                    super()._send_message(held.pop())  # type: ignore[misc]
+                super()._send_message(data)  # type: ignore[misc]
+
+        self.transport = Transport(peer)
+        self.transport.add_server_key(paramiko.ECDSAKey.generate())
+        self.transport.start_server(threading.Event(), self)
+        self.transport.join(20)
+
+
+def test_a_login_is_not_held_up_by_the_request_for_it(machine: Sshd, tmp_path: Path) -> None:
+    """On a far machine, that is a round trip for each connection."""
+    client = CloreClient("key", state_dir=None)
+    with RawServer(Late().talk) as server:
+        for login in ({"key_path": machine.key}, {"password": "secret"}):
+            client.connect_ssh(server.order(), host_key="accept", **login).close()
+    # The machine has to say first how an RSA key may sign.
+    generate(tmp_path / "rsa", "rsa")
+    with RawServer(Late().talk) as server, pytest.raises(SSHError, match="did not answer"):
+        client.connect_ssh(server.order(), key_path=tmp_path / "rsa", wait=0, timeout=0.5)
+
+
 def test_a_host_that_only_asks_questions() -> None:
     client = CloreClient("key", state_dir=None)
     asking = Asking()
