@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import socket
+import struct
 import threading
+import time
+from queue import SimpleQueue
 from types import TracebackType
+
+PIECE = 65536  # bytes
+RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: to close is to break off
 
 
 class Relay:
     """Forwards connections to a port of this machine.
+
+    It has threads, and no event loop: a benchmark shares the CPU with it.
 
     Attributes:
         port: where it listens.
@@ -24,14 +32,15 @@ class Relay:
         self._target = target
         self._delay = delay  # seconds, each way
         self._broken = False
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._open = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._pairs: dict[socket.socket, socket.socket] = {}
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Relay:
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+        self.port = self._listener.getsockname()[1]
+        self._threads.append(threading.Thread(target=self._accept, daemon=True))
+        self._threads[0].start()
         return self
 
     def __exit__(
@@ -40,82 +49,87 @@ class Relay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
+        self.cut()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(10)
+        self._listener.close()
 
     def cut(self) -> None:
         """Break every connection, and refuse new ones."""
-        self._loop.call_soon_threadsafe(self._cut)
+        with self._lock:
+            self._broken = True
+            for end in (*self._pairs, *self._pairs.values()):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
-        """Take connections again; what was to be cut is cut before."""
-        asyncio.run_coroutine_threadsafe(self._mend(), self._loop).result(10)
+        """Take connections again."""
+        with self._lock:
+            self._broken = False
 
-    async def _mend(self) -> None:
-        self._broken = False
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._serve, args=(near,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
-    def _cut(self) -> None:
-        self._broken = True
-        for writer in list(self._writers):
-            writer.transport.abort()
+    def _serve(self, near: socket.socket) -> None:
+        with near, contextlib.suppress(OSError):
+            if not self._enter(near):
+                near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                return
+            try:
+                with socket.create_connection(("127.0.0.1", self._target)) as far:
+                    with self._lock:
+                        self._pairs[near] = far
+                    if not self._broken:
+                        self._carry(near, far)
+            finally:
+                with self._lock:
+                    del self._pairs[near]
 
-    async def _listen(self) -> None:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self._server = server
-        self.port = server.sockets[0].getsockname()[1]
+    def _enter(self, near: socket.socket) -> bool:
+        with self._lock:
+            if self._broken or len(self._pairs) >= self.most:
+                return False
+            self._pairs[near] = near
+            return True
 
-    async def _stop(self) -> None:
-        self._server.close()
-        self._cut()
-        # Cut off, they end by themselves.
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        if tasks:
-            await asyncio.wait(tasks, timeout=5)
+    def _carry(self, near: socket.socket, far: socket.socket) -> None:
+        threads = []
+        for source, target in ((near, far), (far, near)):
+            target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            waiting: SimpleQueue[tuple[float, bytes]] = SimpleQueue()
+            for work, end in ((self._receive, source), (self._send, target)):
+                threads.append(threading.Thread(target=work, args=(end, waiting), daemon=True))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._broken or self._open >= self.most:
-            writer.transport.abort()
-            return
-        self._open += 1
-        far = None
-        try:
-            far_reader, far = await asyncio.open_connection("127.0.0.1", self._target)
-            self._writers |= {writer, far}
-            await asyncio.gather(self._pump(reader, far), self._pump(far_reader, writer))
-        except OSError:
-            pass
-        finally:
-            self._open -= 1
-            for end in (writer, far):
-                if end is not None:
-                    self._writers.discard(end)
-                    end.close()
+    def _receive(self, source: socket.socket, waiting: SimpleQueue[tuple[float, bytes]]) -> None:
+        """Take what comes; what is on its way has no limit, as on a long line."""
+        data = b" "
+        while data:
+            try:
+                data = source.recv(PIECE)
+            except OSError:
+                data = b""
+            self.carried += len(data)
+            waiting.put((time.monotonic() + self._delay, data))
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Carry what comes, later; what is on its way is no limit, as on a long line."""
-        waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-        sender = asyncio.ensure_future(self._send(waiting, writer))
-        try:
-            while data := await reader.read(262144):
-                self.carried += len(data)
-                waiting.put_nowait((self._loop.time() + self._delay, data))
-        except OSError:
-            pass
-        waiting.put_nowait((self._loop.time() + self._delay, b""))
-        await sender
-
-    async def _send(
-        self, waiting: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter
-    ) -> None:
+    def _send(self, target: socket.socket, waiting: SimpleQueue[tuple[float, bytes]]) -> None:
         with contextlib.suppress(OSError):
             while True:
-                due, data = await waiting.get()
-                if (late := due - self._loop.time()) > 0:
-                    await asyncio.sleep(late)
+                due, data = waiting.get()
+                if (late := due - time.monotonic()) > 0:
+                    time.sleep(late)
                 if not data:
-                    writer.write_eof()
+                    target.shutdown(socket.SHUT_WR)
                     return
-                writer.write(data)
-                await writer.drain()
+                target.sendall(data)
