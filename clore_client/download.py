@@ -377,7 +377,10 @@ def _file_facts(facts: bytes) -> Item:
 
 def _check_same(item: Item, now: Item | None, name: str) -> None:
     if now is None or (now.size, now.mtime) != (item.size, item.mtime):
-        raise SSHError(f"{printable(name, 300)} was changed meanwhile")
+        raise SSHError(
+            f"{printable(name, 300)} was changed meanwhile; of what is still being written, "
+            "make a copy there, and download that"
+        )
 
 
 def _nanoseconds(seconds: int) -> int:

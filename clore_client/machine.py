@@ -369,7 +369,8 @@ class Machine(Account):
         """Copy a file or a whole directory from the machine of an order. Needs paramiko.
 
         The other way round as :meth:`upload`, and on the same terms. Nothing that the machine
-        says makes this write outside of ``local``.
+        says makes this write outside of ``local``. Of a file that is still being written, as a log,
+        make a copy there, and download that: what changes on the way is an error.
 
         Parameters:
             order: a running order.
