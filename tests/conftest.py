@@ -7,10 +7,12 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import paramiko
 import pytest
 
 from clore_client import CloreClient
@@ -152,6 +154,15 @@ def any_client(any_sim: Simulator) -> Iterator[CloreClient]:
         yield made
 
 
+def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """Wait until something is true, and return it."""
+    deadline = time.monotonic() + seconds
+    while not (got := condition()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+    return got
+
+
 def sent_to(sim: Simulator, endpoint: str) -> list[Any]:
     """The requests that arrived at an endpoint."""
     return [call for call in sim.requests if call.endpoint == endpoint]
@@ -162,3 +173,29 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     """A real OpenSSH server, one for all tests."""
     with running_sshd(tmp_path_factory.mktemp("sshd")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def openssh(sshd: Sshd) -> Iterator[paramiko.SSHClient]:
+    # Not by connect_ssh(), which remembers keys: this fixture comes before each test's own home.
+    with paramiko.SSHClient() as ssh:
+        ssh.set_missing_host_key_policy(paramiko.AutoAddPolicy())
+        ssh.connect("127.0.0.1", sshd.port, sshd.user, key_filename=str(sshd.key))
+        yield ssh
+
+
+@pytest.fixture
+def simulated(make_sim: MakeSim) -> Iterator[paramiko.SSHClient]:
+    with client_for(make_sim(ssh=True)) as client:
+        server = client.find_servers("RTX 4090", min_reliability=96)[0]
+        order = client.create_order(server["id"])
+        order = client.wait_for_order(order["order_id"], timeout=20, poll_interval=0.02)
+        with client.connect_ssh(order) as ssh:
+            yield ssh
+
+
+@pytest.fixture(params=["openssh", "simulated"])
+def ssh(request: pytest.FixtureRequest) -> paramiko.SSHClient:
+    """A connection to each kind of host."""
+    connection: paramiko.SSHClient = request.getfixturevalue(request.param)
+    return connection

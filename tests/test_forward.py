@@ -19,45 +19,11 @@ import pytest
 
 from clore_client import CloreClient, SSHError
 from clore_client.forwarding import Forward, check_forward_arguments
-from tests.conftest import MakeSim, client_for
+from tests.conftest import until
 from tests.hostile import HostileServer
 from tests.sshd import Sshd, free_port
 
 MB = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def openssh(sshd: Sshd) -> Iterator[paramiko.SSHClient]:
-    # Not by connect_ssh(), which remembers keys: this fixture comes before each test's own home.
-    with paramiko.SSHClient() as ssh:
-        ssh.set_missing_host_key_policy(paramiko.AutoAddPolicy())
-        ssh.connect("127.0.0.1", sshd.port, sshd.user, key_filename=str(sshd.key))
-        yield ssh
-
-
-@pytest.fixture
-def simulated(make_sim: MakeSim) -> Iterator[paramiko.SSHClient]:
-    with client_for(make_sim(ssh=True)) as client:
-        server = client.find_servers("RTX 4090", min_reliability=96)[0]
-        order = client.create_order(server["id"])
-        order = client.wait_for_order(order["order_id"], timeout=20, poll_interval=0.02)
-        with client.connect_ssh(order) as ssh:
-            yield ssh
-
-
-@pytest.fixture(params=["openssh", "simulated"])
-def ssh(request: pytest.FixtureRequest) -> paramiko.SSHClient:
-    """A connection to each kind of host."""
-    connection: paramiko.SSHClient = request.getfixturevalue(request.param)
-    return connection
-
-
-def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (got := condition()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
-    return got
 
 
 @contextlib.contextmanager

@@ -15,12 +15,11 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from clore_client import CloreClient
-from tests.conftest import MakeSim, client_for
+from tests.conftest import MakeSim, client_for, until
 from tests.market import Simulator
 
 pytestmark = [
@@ -120,13 +119,6 @@ def observer(busy: Simulator, tmp_path: Path) -> CloreClient:
 
 def active(sim: Simulator) -> set[int]:
     return {order.id for order in sim.orders if order.active}
-
-
-def until(reached: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 30
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 KEEPS = """

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,45 +37,11 @@ from clore_client.ending import PidLine
 from clore_client.remote import check_run_arguments, run_command
 from clore_client.ssh_errors import CommandError, CommandTimeoutError
 from tests import hostile
-from tests.conftest import MakeSim, client_for
+from tests.conftest import until
 from tests.hostile import HostileServer, Run, hang
 from tests.sshd import Sshd, running_sshd
 
 MB10 = 10_000_000
-
-
-@pytest.fixture(scope="module")
-def openssh(sshd: Sshd) -> Iterator[paramiko.SSHClient]:
-    # Not by connect_ssh(), which remembers keys: this fixture comes before each test's own home.
-    with paramiko.SSHClient() as ssh:
-        ssh.set_missing_host_key_policy(paramiko.AutoAddPolicy())
-        ssh.connect("127.0.0.1", sshd.port, sshd.user, key_filename=str(sshd.key))
-        yield ssh
-
-
-@pytest.fixture
-def simulated(make_sim: MakeSim) -> Iterator[paramiko.SSHClient]:
-    with client_for(make_sim(ssh=True)) as client:
-        server = client.find_servers("RTX 4090", min_reliability=96)[0]
-        order = client.create_order(server["id"])
-        order = client.wait_for_order(order["order_id"], timeout=20, poll_interval=0.02)
-        with client.connect_ssh(order) as ssh:
-            yield ssh
-
-
-@pytest.fixture(params=["openssh", "simulated"])
-def ssh(request: pytest.FixtureRequest) -> paramiko.SSHClient:
-    """A connection to each kind of host."""
-    connection: paramiko.SSHClient = request.getfixturevalue(request.param)
-    return connection
-
-
-def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (got := condition()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
-    return got
 
 
 def unique() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import requests
 
 from clore_client.simulator import Simulator
+from tests.conftest import until
 
 CLORE, BTC, USD = "CLORE-Blockchain", "bitcoin", "USD-Blockchain"
 RATES = {BTC: 68022.87, CLORE: 0.002705, USD: 1}
@@ -73,17 +74,6 @@ def free(sim: Simulator, n: int = 0, **wanted: Any) -> int:
         if not s.rented and s.online and len(s.allowed_coins) == 3 and s.usd_spot
     ]
     return found[n]
-
-
-def until(good: Callable[[], Any], seconds: float = 10.0) -> Any:
-    """Wait until something is true, and return it."""
-    end = time.monotonic() + seconds
-    while True:
-        value = good()
-        if value:
-            return value
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import requests
 
 from clore_client.simulator import Simulator
 
-from .test_simulator import QUICK, Renter, free, until
+from .conftest import until
+from .test_simulator import QUICK, Renter, free
 
 LOST = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
 

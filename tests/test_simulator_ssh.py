@@ -18,7 +18,8 @@ from scp import SCPClient
 
 from clore_client.simulator import Simulator
 
-from .test_simulator import QUICK, Renter, free, until
+from .conftest import until
+from .test_simulator import QUICK, Renter, free
 
 PASSWORD = "secret-password"
 SSH: dict[str, Any] = QUICK | {"ssh": True}
