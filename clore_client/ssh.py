@@ -314,4 +314,6 @@ def _judged(error: BaseException, paramiko_module: Any, where: str) -> BaseExcep
             judged = NotUpYetError(text)
         else:
             judged = SSHError(f"SSH to {where} failed: {text}")
+    elif isinstance(error, Exception):  # of paramiko, which takes every answer for a sensible one
+        judged = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
     return judged

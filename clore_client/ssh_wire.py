@@ -38,6 +38,7 @@ def prepared_transport(
     transport.packetizer.REKEY_BYTES = REKEY_BYTES
     transport.handshake_timeout = timeout
     _bound_host(transport.packetizer, paramiko.SSHException)
+    _name_errors(transport, paramiko.SSHException)
     _save_round_trip(transport, paramiko.Message)
     with contextlib.suppress(OSError, AttributeError):
         # Or each small packet waits up to 40 ms for the answer to the one before.
@@ -86,6 +87,21 @@ def _bound_host(packetizer: Any, error: type[Exception]) -> None:
     packetizer._read_timeout = bounded_greeting
     packetizer.read_all = bounded_packet
     packetizer.read_message = bounded_message
+
+
+def _name_errors(transport: Any, error: type[Exception]) -> None:
+    """Raise as paramiko's own error what its thread has died of: odd bytes can make it anything."""
+    get_exception = transport.get_exception
+
+    def named() -> Any:
+        failure = get_exception()
+        if failure is None or isinstance(failure, (error, OSError, EOFError)):
+            return failure
+        told = error(f"it sends what can't be understood ({type(failure).__name__})")
+        told.__cause__ = failure
+        return told
+
+    transport.get_exception = named
 
 
 def _save_round_trip(transport: Any, new_message: Callable[[], Any]) -> None:

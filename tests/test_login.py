@@ -271,6 +271,46 @@ class Asking(paramiko.ServerInterface):
         self.transport.join(20)
 
 
+class Odd(Asking):
+    """A server that sends what makes no sense: instead of the answer to a login, or later."""
+
+    def __init__(self, kind: int, in_login: bool) -> None:
+        super().__init__(correct="secret" if not in_login else "another")
+        self.in_login = in_login
+        self.message = paramiko.Message()
+        self.message.add_byte(bytes([kind]))
+        self.message.add_string(b"\xff\xfe\xfd")
+        self.message.add_boolean(False)
+
+    def check_auth_password(self, username: str, password: str) -> Any:
+        if not self.in_login:
+            return server_side.AUTH_SUCCESSFUL
+        self.transport._send_message(self.message)
+        return server_side.AUTH_FAILED
+
+    def check_channel_request(self, kind: str, chanid: int) -> Any:
+        self.transport._send_message(self.message)
+        return server_side.OPEN_SUCCEEDED
+
+
+@pytest.mark.parametrize("kind", [1, 6, 7, 20, 31, 51, 53, 60, 80, 91, 94, 98, 192])
+def test_a_host_that_talks_nonsense(kind: int, tmp_path: Path) -> None:
+    """Whatever that does within paramiko."""
+    client = CloreClient("key", state_dir=None)
+    login: dict[str, Any] = {"password": "secret", "wait": 0, "timeout": 1, "host_key": "accept"}
+    with RawServer(Odd(kind, True).talk) as server:
+        with pytest.raises(SSHError, match=r"127\.0\.0\.1") as caught:
+            client.connect_ssh(server.order(), **login)
+    assert str(caught.value).isprintable()
+    for use in (
+        lambda order: client.run(order, "true", **login),
+        lambda order: client.download(order, "x", tmp_path, **login),
+    ):
+        with RawServer(Odd(kind, False).talk) as server, pytest.raises(SSHError) as caught:
+            use(server.order())
+        assert str(caught.value).isprintable()
+
+
 class Late(Asking):
     """A server that answers to the request for the login's service only along with the login."""
 
