@@ -209,13 +209,12 @@ class Login:
             )
             if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
                 raise self._paramiko.ssh_exception.PartialAuthentication([])
-        except self._paramiko.AuthenticationException as error:
-            refused = self._refused(ssh, error)
-            _give_up(ssh)
-            raise refused from error
         except BaseException as error:
+            if self._is_refusal(ssh, error):
+                judged: BaseException = self._refused(ssh, error)
+            else:
+                judged = _judged(error, self._paramiko, self.where)
             _give_up(ssh)
-            judged = _judged(error, self._paramiko, self.where)
             if judged is error:
                 raise
             raise judged from error
@@ -234,7 +233,15 @@ class Login:
         transport.auth_interactive_dumb = self._no_questions
         return transport
 
-    def _refused(self, ssh: Any, error: Exception) -> SSHError:
+    def _is_refusal(self, ssh: Any, error: BaseException) -> bool:
+        if isinstance(error, self._paramiko.AuthenticationException):
+            return True
+        # With more keys than the machine has patience for, paramiko misses the connection.
+        missed = "existing session" in str(error).lower()
+        transport = ssh.get_transport() if missed else None
+        return transport is not None and bool(transport.initial_kex_done)
+
+    def _refused(self, ssh: Any, error: BaseException) -> SSHError:
         """Says what was refused, and what the host accepts."""
         from clore_client.hostkeys import fingerprint_of
 

@@ -6,6 +6,7 @@ paramiko has no settings for most of this: what is set here are attributes of it
 from __future__ import annotations
 
 import contextlib
+import copy
 import socket
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -97,7 +98,7 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
         failure = get_exception()
         if failure is None or isinstance(failure, (error, OSError, EOFError)):
             return failure
-        told = error(f"it sends what can't be understood ({type(failure).__name__})")
+        told = error(f"it broke off ({type(failure).__name__})")
         told.__cause__ = failure
         return told
 
@@ -116,19 +117,22 @@ def _save_round_trip(transport: Any, new_message: Callable[[], Any]) -> None:
         if not _may_be_prompt(handler) or message.asbytes()[:1] != _SERVICE_REQUEST:
             send(message)
             return
-        log_in = handler._parse_service_accept
+        asked = copy.copy(handler)  # which a refusal that comes at once does not empty
         handler._parse_service_accept = lambda _: None  # the answer changes nothing any more
         send(message)
         accepted = new_message()
         accepted.add_string("ssh-userauth")
         accepted.rewind()
-        log_in(accepted)
+        with contextlib.suppress(OSError, EOFError):  # paramiko waits for an answer, and will tell
+            asked._parse_service_accept(accepted)
 
     transport._send_message = prompt
 
 
 def _may_be_prompt(handler: Any) -> bool:
-    if handler is None or handler.authenticated:
+    if handler is None or handler.authenticated or handler.username is None:
         return False
-    # How to sign with an RSA key is told by the machine, just before that answer.
-    return handler.private_key is None or "rsa" not in handler.private_key.get_name()
+    # How to sign with an RSA key is told by the machine, just before that answer. An agent may
+    # refuse, or ask somebody first: only in paramiko's own thread is that bounded by a timeout.
+    key = handler.private_key
+    return key is None or not ("rsa" in key.get_name() or hasattr(key, "agent"))

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -311,40 +311,121 @@ def test_a_host_that_talks_nonsense(kind: int, tmp_path: Path) -> None:
         assert str(caught.value).isprintable()
 
 
-class Late(Asking):
-    """A server that answers to the request for the login's service only along with the login."""
+class AtRequest(Asking):
+    """A server that does something else at the request for the login's service than to accept."""
+
+    def __init__(self, instead: Callable[[paramiko.Transport, Any], object], answer: Any) -> None:
+        super().__init__()
+        self.instead = instead
+        self.answer = answer
+
+    def get_allowed_auths(self, username: str) -> str:
+        return "hostbased"
 
     def check_auth_publickey(self, username: str, key: Any) -> Any:
-        return server_side.AUTH_SUCCESSFUL
+        return self.answer
+
+    def check_auth_password(self, username: str, password: str) -> Any:
+        return self.answer
 
     def talk(self, peer: socket.socket) -> None:
         held = []
+        instead = self.instead
 
         class Transport(paramiko.Transport):
             def _send_message(self, data: Any) -> None:
                 if data.asbytes()[:1] == b"\x06":  # SSH_MSG_SERVICE_ACCEPT
-                    held.append(data)
+                    if instead(self, data) is None:
+                        held.append(data)
                     return
                 while held:
                     super()._send_message(held.pop())  # type: ignore[misc]
                 super()._send_message(data)  # type: ignore[misc]
 
         self.transport = Transport(peer)
-        self.transport.add_server_key(paramiko.ECDSAKey.generate())
+        self.transport.add_server_key(HOST_KEY)
         self.transport.start_server(threading.Event(), self)
         self.transport.join(20)
+
+
+HOST_KEY: Any = server_side.ECDSAKey.generate()
 
 
 def test_a_login_is_not_held_up_by_the_request_for_it(machine: Sshd, tmp_path: Path) -> None:
     """On a far machine, that is a round trip for each connection."""
     client = CloreClient("key", state_dir=None)
-    with RawServer(Late().talk) as server:
+    # It accepts only along with the answer to the login.
+    late = AtRequest(lambda transport, message: None, server_side.AUTH_SUCCESSFUL)
+    with RawServer(late.talk) as server:
         for login in ({"key_path": machine.key}, {"password": "secret"}):
             client.connect_ssh(server.order(), host_key="accept", **login).close()
     # The machine has to say first how an RSA key may sign.
     generate(tmp_path / "rsa", "rsa")
-    with RawServer(Late().talk) as server, pytest.raises(SSHError, match="did not answer"):
+    with RawServer(late.talk) as server, pytest.raises(SSHError, match="did not answer"):
         client.connect_ssh(server.order(), key_path=tmp_path / "rsa", wait=0, timeout=0.5)
+
+
+def refuse(transport: Any, _: Any) -> bool:
+    message = paramiko.Message()
+    message.add_byte(b"\x33")  # SSH_MSG_USERAUTH_FAILURE
+    message.add_string("hostbased")
+    message.add_boolean(False)
+    transport._send_message(message)
+    return True
+
+
+def leave(transport: Any, _: Any) -> bool:
+    transport.sock.shutdown(socket.SHUT_RDWR)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("instead", "said"),
+    [(refuse, "refused the login with .*; it accepts: hostbased"), (leave, "closed the connect")],
+)
+def test_a_refusal_before_the_login_has_arrived(machine: Sshd, instead: Any, said: str) -> None:
+    """The two cross on their way: each time, it is a refusal, and final."""
+    client = CloreClient("key", state_dir=None)
+    with RawServer(AtRequest(instead, server_side.AUTH_FAILED).talk) as server:
+        for login in ({"key_path": machine.key}, {"password": "secret"}) * 20:
+            with pytest.raises(SSHError, match=said):
+                client.connect_ssh(server.order(), host_key="accept", wait=300, **login)
+
+
+def test_more_keys_than_the_machine_bears(client: CloreClient, tmp_path: Path) -> None:
+    """paramiko goes on with the next one when the machine has hung up."""
+    folder = Path.home() / ".ssh"
+    folder.mkdir()
+    for kind in ("ed25519", "ecdsa"):
+        generate(folder / f"id_{kind}", kind)
+    with running_sshd(tmp_path / "m", "MaxAuthTries 1") as server:
+        with pytest.raises(SSHError, match=r"closed the connection during the login with the keys"):
+            client.connect_ssh(server.order(), wait=300)
+
+
+def test_an_agent_that_does_not_answer(
+    client: CloreClient, machine: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that waits for somebody to touch a token."""
+    blob = paramiko.PKey.from_path(machine.key).asbytes()
+    listed = b"\x0c" + struct.pack(">II", 1, len(blob)) + blob + struct.pack(">I", 0)
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
+
+    def serve(listener: socket.socket) -> None:
+        with listener, listener.accept()[0] as peer:
+            peer.recv(5)
+            peer.sendall(struct.pack(">I", len(listed)) + listed)
+            peer.recv(4096)  # what is to be signed
+            time.sleep(4)
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "agent"))
+    listener.listen()
+    thread = threading.Thread(target=serve, args=(listener,))
+    thread.start()
+    with pytest.raises(SSHError, match=r"did not answer to the login within 0\.5s"):
+        client.connect_ssh(machine.order(), wait=0, timeout=0.5)
+    thread.join()
 
 
 def test_a_host_that_only_asks_questions() -> None:
