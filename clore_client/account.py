@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from typing import Any
 
@@ -13,10 +14,7 @@ from clore_client.ceiling import (
     check_price_ceiling,
     purchase_usd_per_hour,
 )
-from clore_client.checks import (
-    check_currency,
-    check_number,
-)
+from clore_client.checks import check_currency, check_number, shortened
 from clore_client.errors import (
     CancelUnconfirmedError,
     CloreAPIError,
@@ -42,6 +40,7 @@ from clore_client.servers import Server, listed_prices, to_servers
 from clore_client.transport import Transport, within
 
 ALL_SERVERS = 0  # no server has that id
+SHORTEST_LOOK = 1.0  # seconds that an answer may take at least
 
 
 class Account(Transport):
@@ -102,9 +101,13 @@ class Account(Transport):
         self._market.saw_market(answer)
         return answer
 
-    def _orders(self, completed: bool) -> tuple[list[Order], dict[str, Any]]:
+    def _orders(
+        self, completed: bool, longest: float = math.inf
+    ) -> tuple[list[Order], dict[str, Any]]:
+        """A list of orders; ``longest``: seconds that are waited for an answer, at the most."""
         params = {"return_completed": "true"} if completed else None
-        answer = self._request("GET", "/v1/my_orders", params=params)
+        timeout = self.timeout if longest == math.inf else shortened(self.timeout, longest)
+        answer = self._request("GET", "/v1/my_orders", params=params, timeout=timeout)
         self._market.saw(answer)
         orders = to_orders(answer, self._cancelled, self._market.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
@@ -211,7 +214,8 @@ class Account(Transport):
 
         def look() -> tuple[list[Order], float | None]:
             with within(max(deadline, time.monotonic() + self.rate_limit + 0.1)):
-                orders, listing = self._orders(completed=False)
+                # One answer that does not come must not take all the time that there is.
+                orders, listing = self._orders(False, max(timeout / 2, SHORTEST_LOOK))
             created_after = sent_by_server_clock(search.sent_at, search.answer, listing)
             if created_after is None:  # an answer of a fake: no clock tells old orders from new
                 orders = [order for order in orders if order.id not in search.seen_before]

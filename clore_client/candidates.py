@@ -191,6 +191,11 @@ def candidates(client: Any, wish: Wish) -> tuple[list[Server], str]:
     found = client.find_servers(
         wish.gpu_type, min_reliability=wish.min_reliability, use_spot=wish.spot
     )
+    if not found:
+        named = f" whose GPU has {wish.gpu_type!r} in its name" if wish.gpu_type else ""
+        least = wish.min_reliability
+        trusted = f", with a reliability from {least:g}" if least else ""
+        return [], f"there is no free server{named}{trusted}"
     fitting = [s for s in found if s.id is not None and wish.why_not(s) is None]
     fitting.sort(key=lambda s: p if (p := wish.price_of(s)) is not None else float("inf"))
     return fitting, f"none of {len(found)} free servers of that kind fits price and currency"

@@ -111,6 +111,14 @@ def check_timeout(name: str, value: Any) -> Timeout:
     return None if value is None else _check_socket_timeout(name, value)
 
 
+def shortened(timeout: Timeout, longest: float) -> Timeout:
+    """A timeout that waits for nothing longer than ``longest`` seconds."""
+    if isinstance(timeout, tuple):
+        connect, read = (longest if part is None else min(part, longest) for part in timeout)
+        return connect, read
+    return longest if timeout is None else min(timeout, longest)
+
+
 def _check_socket_timeout(name: str, value: Any) -> float:
     # Sockets take no more than what the system's clock can count.
     return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")

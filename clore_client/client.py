@@ -393,10 +393,12 @@ class CloreClient(Machine):
                 body["issue"] = issue[:MAX_ISSUE]
         try:
             self._request("POST", "/v1/cancel_order", json=body)
-        except (AuthenticationError, ConfigurationError, RateLimitError):
+        except ConfigurationError:
             raise
         except CloreError as error:
             error.args = (f"{error}\norder {wanted} may still be running, and cost money",)
+            if isinstance(error, (AuthenticationError, RateLimitError)):
+                raise
             if isinstance(error, CloreConnectionError) and error._sent_at is None:
                 raise  # nothing left this machine: the lists would say nothing new
             refused = isinstance(error, CloreAPIError) and error.sends <= 1

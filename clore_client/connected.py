@@ -19,7 +19,8 @@ def login_options(given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in LOGIN_OPTIONS:
             raise TypeError(
-                f"there is no argument {name!r}; of a login there are {sorted(LOGIN_OPTIONS)}"
+                f"there is no argument {name!r}, neither here nor among those of a login: "
+                f"{', '.join(sorted(LOGIN_OPTIONS))}"
             )
     return given
 

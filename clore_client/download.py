@@ -51,7 +51,9 @@ LAST_SECOND = 253_402_300_799  # of the year 9999; filesystems know no times far
 class RemoteTree:
     """What the machine says there is; read with care."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: bool = True) -> None:
+        """``tell``: of what is left out."""
+        self._tell = tell
         self.items: list[Item] = []
         self.skipped: list[tuple[str, str]] = []
         self.root = Item(b"", 0, 0, 0o755, folder=True)
@@ -78,7 +80,7 @@ class RemoteTree:
             self._folders.add(name)
         if folder or stat.S_ISREG(mode):
             self.items.append(item)
-        else:
+        elif self._tell:
             leave_out(self.skipped, shown, "" if stat.S_ISLNK(mode) else None)
 
 
@@ -318,7 +320,7 @@ class Download:
             bundled = []
         if not bundled and not ranged:
             return
-        again = RemoteTree()
+        again = RemoteTree(tell=False)
         with self._exec("look", self._options.far, -1, 0) as running:
             kind, _, facts = running.line().partition(b" ")
             if kind == b"f":

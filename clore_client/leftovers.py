@@ -66,6 +66,10 @@ class Leftovers:
         self.elsewhere = elsewhere
         self.unnoted = unnoted
 
+    def __bool__(self) -> bool:
+        """Whether there is anything of the three."""
+        return bool(self.abandoned or self.elsewhere or self.unnoted)
+
     def __repr__(self) -> str:
         return (
             f"<Leftovers: {self.abandoned}, {len(self.elsewhere)} of other machines, "

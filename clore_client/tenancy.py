@@ -221,7 +221,7 @@ class Tenancy:
     def _find_interrupted(self, shield: Shield) -> BaseException | None:
         """Look for the order whose making was interrupted; it is then the one to end."""
         server_id, wish = self._sending or 0, self._wish
-        logger.warning("interrupted while server %d was ordered: looking for the order", server_id)
+        logger.warning("broken off while server %d was ordered: looking for the order", server_id)
         deadline = time.monotonic() + wish.find_timeout
         cause: BaseException | None = None
         try:
@@ -249,8 +249,8 @@ class Tenancy:
         self._give_up()
         logger.warning("no order of server %d showed up: look at leftovers() later", server_id)
         unknown = FateUnknownError(
-            f"an order of server {server_id} may have been made when this was interrupted: look at "
-            "leftovers() and get_orders() in a minute",
+            f"an order of server {server_id} may have been made before this was broken off: look "
+            "at leftovers() and get_orders() in a minute",
             endpoint="/v1/create_order",
         )
         unknown.__cause__ = cause

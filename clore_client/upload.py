@@ -44,7 +44,11 @@ class LocalTree:
         self.path = path
         self.items: list[Item] = []
         self.skipped: list[tuple[str, str]] = []
-        facts = os.stat(path)  # the one that is named may be a symlink
+        try:
+            facts = os.stat(path)  # the one that is named may be a symlink
+        except FileNotFoundError:
+            shown = printable(repr(os.fsdecode(path)), 300)
+            raise FileNotFoundError(f"local: there is nothing at {shown}") from None
         self.is_folder = stat.S_ISDIR(facts.st_mode)
         self._preserve = preserve
         if self.is_folder:

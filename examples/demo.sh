@@ -14,6 +14,8 @@ echo "== installing clore-client, with SSH and the simulator"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ".[all]"
 
 echo "== renting from the simulator"
+XDG_STATE_HOME=$(cd "$venv" && pwd)/state
+export XDG_STATE_HOME
 # From the examples' folder, so that what was installed runs, and not the source beside it.
 cd examples
 exec "../$venv/bin/python" -m clore_client.simulator --servers 200 \

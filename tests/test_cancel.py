@@ -34,6 +34,17 @@ def test_a_list_that_is_not_whole_decides_nothing(
     assert sim.orders[0].active
 
 
+@pytest.mark.parametrize("code", [3, 5])
+def test_a_refusal_says_that_the_order_may_still_run(make_sim: MakeSim, code: int) -> None:
+    sim = make_sim()
+    client = client_for(sim, max_retries=2)
+    order_id = client.create_order(plain_server(client))["order_id"]
+    sim.faults.add("cancel_order", "envelope", envelope={"code": code}, times=2)
+    with pytest.raises(CloreError, match=f"order {order_id} may still be running"):
+        client.cancel_order(order_id)
+    assert sim.orders[0].active
+
+
 def test_an_order_that_is_not_listed_yet_is_not_taken_for_a_missing_one(
     make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,9 +174,11 @@ def test_sigkill_of_the_one_that_lives(
     child.go()
     order_id = int(child.heard("rents"))
     assert observer.leftovers(wait=0).abandoned == []
+    assert not observer.leftovers(wait=0)
     assert observer.cancel_leftovers(wait=0) == []
     child.end()
     found = observer.leftovers(wait=0)
+    assert found
     assert [e.order_id for e in found.abandoned] == [order_id]
     assert found.abandoned[0].pid == child.process.pid
 

@@ -52,6 +52,17 @@ def test_an_order_of_which_the_answer_was_lost_is_found(
     assert len(sent_to(sim, "create_order")) == 1
 
 
+@pytest.mark.parametrize("timeout", [60, (60, 60), None])
+def test_a_list_that_hangs_takes_not_all_the_time(make_sim: MakeSim, timeout: Any) -> None:
+    """As for the defaults: 30 s for an answer, and 30 s for the search."""
+    sim = make_sim()
+    client = client_for(sim, timeout=timeout, max_retries=1)
+    server_id = plain_server(client)
+    sim.faults.add("my_orders", "hang")
+    order = client.create_order(server_id, find_timeout=6)
+    assert order["order_id"] == sim.orders[0].id
+
+
 @pytest.mark.parametrize("kind", NOT_COMMITTED)
 def test_an_order_that_was_not_made_stays_in_doubt(make_sim: MakeSim, kind: str) -> None:
     sim = make_sim()

@@ -413,7 +413,7 @@ def test_one_pinned_server(sim: Simulator, client: CloreClient) -> None:
 
 
 def test_nothing_fits(sim: Simulator, client: CloreClient) -> None:
-    with pytest.raises(RentalError, match="none of 0 free servers"):
+    with pytest.raises(RentalError, match="no free server whose GPU has 'RTX 9999'"):
         rent(client, gpu_type="RTX 9999").__enter__()
     assert sim.orders == []
 

@@ -280,6 +280,7 @@ def test_symlinks_are_told_of(far: Far, here: Path, caplog: pytest.LogCaptureFix
     (far.folder / "copy" / "link").symlink_to("file")
     got = far.down(far.folder / "copy", here / "back")
     assert [name for name, _ in got.skipped] == ["link"]
+    assert caplog.text.count("left out: link") == 1
     assert os.listdir(here / "back") == ["file"]
     (here / "named").symlink_to(source)  # the one that is named is followed
     assert far.up(here / "named", far.folder / "again").files == 1
@@ -290,7 +291,7 @@ def test_symlinks_are_told_of(far: Far, here: Path, caplog: pytest.LogCaptureFix
 
 def test_what_is_not_there(far: Far, here: Path) -> None:
     (here / "file").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"local: there is nothing at '.*missing'"):
         far.up(here / "missing", far.folder)
     with pytest.raises(FileNotFoundError, match="local"):
         far.down(far.folder, here / "no" / "where")
