@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from typing import Any
 
@@ -101,13 +100,9 @@ class Account(Transport):
         self._market.saw_market(answer)
         return answer
 
-    def _orders(
-        self, completed: bool, longest: float = math.inf
-    ) -> tuple[list[Order], dict[str, Any]]:
-        """A list of orders; ``longest``: seconds that are waited for an answer, at the most."""
+    def _orders(self, completed: bool, **options: Any) -> tuple[list[Order], dict[str, Any]]:
         params = {"return_completed": "true"} if completed else None
-        timeout = self.timeout if longest == math.inf else shortened(self.timeout, longest)
-        answer = self._request("GET", "/v1/my_orders", params=params, timeout=timeout)
+        answer = self._request("GET", "/v1/my_orders", params=params, **options)
         self._market.saw(answer)
         orders = to_orders(answer, self._cancelled, self._market.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
@@ -211,11 +206,12 @@ class Account(Transport):
         """Search my_orders for an order that was sent, and may have been made."""
         claims, server_id = self._claims, search.draft.wanted.server_id
         deadline = time.monotonic() + timeout + self.rate_limit
+        # One answer that does not come must not take all the time that there is.
+        patience = shortened(self.timeout, max(timeout / 2, SHORTEST_LOOK))
 
         def look() -> tuple[list[Order], float | None]:
             with within(max(deadline, time.monotonic() + self.rate_limit + 0.1)):
-                # One answer that does not come must not take all the time that there is.
-                orders, listing = self._orders(False, max(timeout / 2, SHORTEST_LOOK))
+                orders, listing = self._orders(completed=False, timeout=patience)
             created_after = sent_by_server_clock(search.sent_at, search.answer, listing)
             if created_after is None:  # an answer of a fake: no clock tells old orders from new
                 orders = [order for order in orders if order.id not in search.seen_before]

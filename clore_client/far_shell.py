@@ -254,10 +254,9 @@ class Exec:
             while view:
                 with self._writing():
                     view = view[self.channel.send(view[:BLOCK]) :]
-        except TimeoutError:
-            raise SSHError(f"the machine took nothing for {self._timeout:g}s") from None
-        except (OSError, EOFError):
-            if self.channel.get_transport() in self._watch.bitten:
+        except (OSError, EOFError) as error:
+            bitten = self.channel.get_transport() in self._watch.bitten
+            if bitten or isinstance(error, TimeoutError):
                 raise SSHError(f"the machine took nothing for {self._timeout:g}s") from None
             return False
         return True

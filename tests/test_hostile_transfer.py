@@ -481,15 +481,20 @@ def test_what_is_kept_for_later_is_not_the_target(here: Path, verb: str) -> None
         assert os.listdir(here) == []
 
 
+async def take_nothing(process: Any, how: str) -> None:
+    """As a machine that has begun, and then reads no more from the channel, or the connection."""
+    process.stdout.write(MARK)
+    await process.stdout.drain()
+    if how == "connection":
+        process.channel.get_connection()._transport.pause_reading()
+
+
 @pytest.mark.parametrize("how", ["channel", "connection"])
 def test_a_machine_that_takes_nothing(here: Path, how: str) -> None:
     (here / "x").write_bytes(bytes(30_000_000))
 
     async def run(command: str, process: Any) -> None:
-        process.stdout.write(MARK)
-        await process.stdout.drain()
-        if how == "connection":
-            process.channel.get_connection()._transport.pause_reading()
+        await take_nothing(process, how)
         await asyncio.Event().wait()
 
     window = 2**31 - 1 if how == "connection" else 2**20
@@ -674,10 +679,7 @@ def test_ctrl_c_does_not_wait_for_a_machine_that_hangs(
     (here / "x").write_bytes(bytes(30_000_000))
 
     async def run(command: str, process: Any) -> None:
-        process.stdout.write(MARK)
-        await process.stdout.drain()
-        if how == "connection":
-            process.channel.get_connection()._transport.pause_reading()
+        await take_nothing(process, how)
         if not pressed:
             pressed.append(True)
             asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGINT)

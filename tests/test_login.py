@@ -36,6 +36,7 @@ from tests.relay import Relay
 from tests.sshd import Sshd, generate, running_sshd
 
 server_side: Any = paramiko  # whose types tell only of the client
+HOST_KEY: Any = server_side.ECDSAKey.generate()
 FINGERPRINT = r"SHA256:[A-Za-z0-9+/]{43}"
 
 
@@ -263,10 +264,12 @@ class Asking(paramiko.ServerInterface):
     def check_channel_request(self, kind: str, chanid: int) -> Any:
         return server_side.OPEN_SUCCEEDED
 
+    def made(self, peer: socket.socket) -> paramiko.Transport:
+        return paramiko.Transport(peer)
+
     def talk(self, peer: socket.socket) -> None:
-        key: Any = paramiko.ECDSAKey
-        self.transport = paramiko.Transport(peer)
-        self.transport.add_server_key(key.generate())
+        self.transport = self.made(peer)
+        self.transport.add_server_key(HOST_KEY)
         self.transport.start_server(threading.Event(), self)
         self.transport.join(20)
 
@@ -328,7 +331,7 @@ class AtRequest(Asking):
     def check_auth_password(self, username: str, password: str) -> Any:
         return self.answer
 
-    def talk(self, peer: socket.socket) -> None:
+    def made(self, peer: socket.socket) -> paramiko.Transport:
         held = []
         instead = self.instead
 
@@ -342,13 +345,7 @@ class AtRequest(Asking):
                     super()._send_message(held.pop())  # type: ignore[misc]
                 super()._send_message(data)  # type: ignore[misc]
 
-        self.transport = Transport(peer)
-        self.transport.add_server_key(HOST_KEY)
-        self.transport.start_server(threading.Event(), self)
-        self.transport.join(20)
-
-
-HOST_KEY: Any = server_side.ECDSAKey.generate()
+        return Transport(peer)
 
 
 def test_a_login_is_not_held_up_by_the_request_for_it(machine: Sshd, tmp_path: Path) -> None:
