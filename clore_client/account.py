@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 from clore_client.bids import MarketMemory, surely_documented
-from clore_client.cancel import settle_cancel
+from clore_client.cancel import OrderState, confirm_ended
 from clore_client.ceiling import (
     check_order_ceiling,
     check_price_ceiling,
@@ -24,7 +25,6 @@ from clore_client.errors import (
     OrderNotFoundError,
     ServerAlreadyRentedError,
 )
-from clore_client.giving_back import confirm_gone
 from clore_client.log import logger
 from clore_client.money import finite
 from clore_client.orders import Claims, Order, claims_for, created_id, to_orders
@@ -36,7 +36,7 @@ from clore_client.purchase import (
 )
 from clore_client.records import whole_id
 from clore_client.servers import Server, listed_prices, to_servers
-from clore_client.transport import Transport, within
+from clore_client.transport import Transport, limited
 
 ALL_SERVERS = 0  # no server has that id
 SHORTEST_LOOK = 1.0  # seconds that an answer may take at least
@@ -67,6 +67,12 @@ class Account(Transport):
         return ids
 
     @property
+    def _ended(self) -> set[int]:
+        """Ids of the orders that are known to have ended."""
+        ids: set[int] = self.__dict__.setdefault("_ended_ids", set())
+        return ids
+
+    @property
     def _claims(self) -> Claims:
         """Which orders of the account are taken; a fake without a key has them for itself."""
         if self.api_key:
@@ -79,6 +85,13 @@ class Account(Transport):
         """The orders that this client made, as they were then."""
         made: dict[int, Order] = self.__dict__.setdefault("_made_orders", {})
         return made
+
+    @property
+    def _on_bid(self) -> dict[int, Callable[[float], None]]:
+        """Order id -> whom to tell of a new bid, in USD per hour."""
+        watchers: dict[int, Callable[[float], None]]
+        watchers = self.__dict__.setdefault("_bid_watchers", {})
+        return watchers
 
     @property
     def _credentials(self) -> dict[int, dict[str, str]]:
@@ -108,11 +121,19 @@ class Account(Transport):
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
         return orders, answer
 
+    def _known(self) -> set[int]:
+        """Ids of all orders that this client has made, seen active, or cancelled."""
+        return {*self._made, *self._seen, *self._cancelled}
+
     def _active_ids(self) -> list[int]:
-        """The orders that cost money, and those that this client made and are not listed yet."""
+        """The orders that cost money, and those that may, though they are not listed now."""
         orders, _ = self._orders(completed=False)
-        listed = [order.id for order in orders if order.id is not None and not order.has_ended]
-        return listed + [i for i in self._made if i not in self._seen and i not in self._cancelled]
+        active = [order.id for order in orders if order.id is not None and not order.has_ended]
+        missing = self._known() - set(active) - self._ended
+        if missing - self._cancelled:
+            ended, _ = self._orders(completed=True)
+            self._ended.update(o.id for o in ended if o.id is not None and o.has_ended)
+        return active + sorted(missing - self._cancelled - self._ended)
 
     def _order(self, order_id: int) -> Order | None:
         for completed in (False, True):
@@ -121,13 +142,18 @@ class Account(Transport):
                     return order
         return None
 
-    def _has_ended(self, order_id: int) -> bool | None:
-        """Whether an order has ended; None where the account has none of that number."""
+    def _order_state(self, order_id: int) -> OrderState:
+        """What the two order lists say of an order.
+
+        Raises:
+            OrderNotFoundError: it is the number of a server.
+            CloreError: the lists can't be read, or are not whole.
+        """
         for completed in (False, True):
             orders, answer = self._orders(completed)
             for order in orders:
                 if order.id == order_id:
-                    return order.has_ended
+                    return OrderState.ENDED if order.has_ended else OrderState.ACTIVE
                 if order.server_id == order_id and not order.has_ended:
                     raise OrderNotFoundError(
                         f"there is no order {order_id}: that is the server of order {order.id}",
@@ -137,59 +163,70 @@ class Account(Transport):
             ids = [order.id for order in orders if order.id is not None]
             if not isinstance(listed, list) or len(ids) != len(listed):
                 raise CloreError("the orders are not listed whole: that decides nothing")
-        if order_id in self._seen:
-            return True
-        return False if order_id in self._made else None
+        return OrderState.ABSENT
 
     def _ends_soon(self, order_id: int) -> bool:
-        """Whether an order has ended, or does while it may still be lingering."""
-        try:
-            settle_cancel(lambda: self._has_ended(order_id), order_id, CloreError())
-        except CloreError:
-            return False
-        return True
+        """Whether the list of completed orders has an order, at once or after it has lingered."""
+        return confirm_ended(self, order_id, None, accepted=False) is None
 
     def _confirm(self, order_ids: tuple[int, ...], timeout: float) -> None:
         """Wait until cancelled orders have ended in the lists as well."""
         deadline = time.monotonic() + timeout
         for at, order_id in enumerate(order_ids):
-            failure = confirm_gone(self, order_id, deadline)
+            failure = confirm_ended(self, order_id, deadline)
             if failure is not None:
                 left = order_ids[at:]
                 raise CancelUnconfirmedError(
                     f"cancelled, but still active after {timeout:g}s: {', '.join(map(str, left))}",
                     order_ids=left,
                 ) from failure
+            self._ended.add(order_id)
 
     # --- purchases ---
 
     def _place(self, draft: Draft, find_timeout: float) -> tuple[Order, Draft]:
         """Send an order, and find out what became of it; also gives the draft that it is of."""
         server_id, claims = draft.wanted.server_id, self._claims
-        with contextlib.ExitStack() as turns:
-            if self.max_active_orders is not None:
-                # One at a time, else two could each be the last that is allowed.
-                turns.enter_context(claims.turn(ALL_SERVERS))
-            turns.enter_context(claims.turn(server_id))
-            search = Search(draft, time.monotonic(), frozenset(self._seen))
+        # One purchase at a time under a ceiling, else two could each be the last that is allowed.
+        no_ceiling = self.max_active_orders is None
+        one = contextlib.nullcontext() if no_ceiling else claims.turn(ALL_SERVERS)
+        with one, claims.turn(server_id):
+            search = self._new_search(draft, find_timeout)
+            earlier = claims.unresolved.get(server_id)
+            claims.unresolved[server_id] = search  # before it is sent: an interrupt can come then
             doubt: CloreError | None = None
             try:
                 search.answer = self._request("POST", "/v1/create_order", json=draft.body)
-            except ServerAlreadyRentedError as error:
-                earlier = claims.unresolved.get(server_id)
-                if earlier is None:
-                    raise
-                # Maybe it is us who rent it, by an order of which the answer was lost.
-                return self._find(earlier, find_timeout, error), earlier.draft
             except (OrderFateUnknownError, DatabaseError) as error:
                 doubt, search.sent_at = error, error._sent_at or search.sent_at
-            except (KeyboardInterrupt, SystemExit):
-                claims.unresolved[server_id] = search
-                raise
-            if (order_id := created_id(search.answer)) is not None:
-                claims.take(order_id)
-                return self._answered(search, order_id), draft
-            return self._find(search, find_timeout, doubt), draft
+            except Exception as error:  # a refusal, or it was not sent
+                if earlier is None:
+                    claims.unresolved.pop(server_id, None)
+                    raise
+                claims.unresolved[server_id] = earlier
+                if not isinstance(error, ServerAlreadyRentedError):
+                    raise
+                # Maybe it is us who rent it, by an order whose answer was lost.
+                return self._find(earlier, find_timeout, error), earlier.draft
+            if (order_id := created_id(search.answer)) is None:
+                return self._find(search, find_timeout, doubt), draft
+            claims.take(order_id, search)
+            claims.unresolved.pop(server_id, None)
+            return self._answered(search, order_id), draft
+
+    def _new_search(self, draft: Draft, find_timeout: float) -> Search:
+        """Note which orders are there before a purchase is sent."""
+        before, complete = self._known(), False
+        if self._market.live:
+            # The live API names no order in its answer: what is there now can't be the new one.
+            patience = self.rate_limit + max(find_timeout / 2, SHORTEST_LOOK)
+            with contextlib.suppress(CloreError):
+                orders, _ = limited(
+                    lambda: self._orders(completed=False), deadline=time.monotonic() + patience
+                )
+                before |= {order.id for order in orders if order.id is not None}
+                complete = True
+        return Search(draft, frozenset(before), complete)
 
     def _answered(self, search: Search, order_id: int) -> Order:
         """The order of an answer that names it."""
@@ -210,21 +247,17 @@ class Account(Transport):
         patience = shortened(self.timeout, max(timeout / 2, SHORTEST_LOOK))
 
         def look() -> tuple[list[Order], float | None]:
-            with within(max(deadline, time.monotonic() + self.rate_limit + 0.1)):
-                orders, listing = self._orders(completed=False, timeout=patience)
-            created_after = sent_by_server_clock(search.sent_at, search.answer, listing)
-            if created_after is None:  # an answer of a fake: no clock tells old orders from new
-                orders = [order for order in orders if order.id not in search.seen_before]
-            return orders, created_after
+            orders, listing = limited(
+                lambda: self._orders(completed=False, timeout=patience),
+                deadline=max(deadline, time.monotonic() + self.rate_limit + SHORTEST_LOOK),
+            )
+            return orders, sent_by_server_clock(search.sent_at, search.answer, listing)
 
-        claims.unresolved[server_id] = search
         try:
-            order = find_order(look, search.draft, claims, timeout, doubt)
+            order = find_order(look, search, claims, timeout, doubt)
         except OrderFateUnknownError as unknown:
             if unknown.order_ids or unknown.__cause__ is not doubt or doubt is None:
                 raise
-            if isinstance(doubt, DatabaseError):
-                claims.unresolved.pop(server_id, None)
             if isinstance(doubt, CloreAPIError):  # whole lists without it: the refusal is true
                 raise doubt from None
             raise
@@ -302,6 +335,11 @@ class Account(Transport):
         currency = check_currency("the order's currency", currency)
         self._ensure_rates(server_id, currency)
         return market.wire_bid(new_price, currency, server_id)
+
+    def _tell_bid(self, order_id: int, usd_per_hour: float) -> None:
+        """Tell whoever counts the cost of an order of its new price."""
+        if (tell := self._on_bid.get(order_id)) is not None:
+            tell(usd_per_hour)
 
     def _bid_shows(self, before: Order, bid: float) -> bool:
         """Whether an order now shows a bid that was sent."""

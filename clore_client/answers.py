@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from clore_client.departure import never_left, reason_of
+from clore_client.connection import never_left, reason_of
 from clore_client.errors import (
     CREATE_ORDER_CODE_1,
     SECRET_FIELDS,
@@ -75,6 +75,7 @@ class Call:
         base_url: str,
         key: str,
         repeatable: bool,
+        urgent: bool,
         secrets: tuple[str, ...],
     ) -> None:
         self.name = name  # the endpoint's last part, as "create_order"
@@ -84,6 +85,7 @@ class Call:
         self.base_url = base_url
         self.key = key
         self.repeatable = repeatable
+        self.urgent = urgent  # leaves whatever pause the server has asked for
         self.secrets = secrets
 
     def __repr__(self) -> str:
@@ -153,19 +155,32 @@ def _retry_after(headers: Any) -> float | None:
 
 def no_answer(call: Call, error: Exception, left_at: float | None) -> Failure:
     """What to make of a send that failed; ``left_at`` tells whether anything left."""
-    if isinstance(error, requests.RequestException):
-        # It holds the request, and so the key and the body.
-        error.request = error.response = None
     reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
-    cause = f"{type(error).__name__}: {reason}"
-    # What lies below it is sixty lines of tracebacks that say the same.
-    error.__cause__ = error.__context__ = error.__traceback__ = None
-    cause = printable(without(cause, call.secrets), 300)
+    cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
     unsent = never_left(error, left_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)
     failed._sent_at = None if unsent else left_at
-    failed.__cause__ = error
+    # A new one: the error itself holds the request, and what the server sent, which may repeat it.
+    kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
+    failed.__cause__ = kind(cause)
     return Failure(failed, again=unsent or call.repeatable)
+
+
+def unusable(call: Call, response: requests.Response | None, problem: str) -> Failure:
+    """What to make of an answer that was not read to its end; asking again would bring another."""
+    status = 0 if response is None else response.status_code
+    if not call.repeatable:
+        return Failure(call.lost(f"HTTP {status}: {problem}"), again=False)
+    error = InvalidResponseError(
+        -1,
+        f"HTTP {status}: {problem}",
+        {},
+        http_status=status,
+        endpoint=call.endpoint,
+        retryable=False,
+        secrets=call.secrets,
+    )
+    return Failure(error, again=False)
 
 
 def judged(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:

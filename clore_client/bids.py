@@ -19,6 +19,7 @@ class MarketMemory:
     def __init__(self) -> None:
         self.rates = RateBook()
         self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
+        self.live = False  # whether an answer was positively in the live form
         self._documented_at = -math.inf
 
     @property
@@ -29,12 +30,14 @@ class MarketMemory:
     def saw(self, answer: dict[str, Any]) -> None:
         """Take from an answer of any kind that it is in the live form."""
         if is_live(answer):
+            self.live = True
             self._documented_at = -math.inf
 
     def saw_market(self, answer: dict[str, Any]) -> None:
         """Take the form and the rates from an answer of ``spot_marketplace``."""
         market = answer.get("market")
         if is_live(answer):
+            self.live = True
             self._documented_at = -math.inf
             if isinstance(market, dict):
                 self.rates.tell(market.get("currency_rates_in_usd"))

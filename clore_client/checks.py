@@ -119,6 +119,12 @@ def shortened(timeout: Timeout, longest: float) -> Timeout:
     return longest if timeout is None else min(timeout, longest)
 
 
+def longest_part(timeout: Timeout) -> float | None:
+    """Return the longer of the connect and the read timeout; None where one waits for ever."""
+    parts = timeout if isinstance(timeout, tuple) else (timeout, timeout)
+    return None if None in parts else max(part for part in parts if part is not None)
+
+
 def _check_socket_timeout(name: str, value: Any) -> float:
     # Sockets take no more than what the system's clock can count.
     return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")

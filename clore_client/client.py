@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from clore_client.account import SHORTEST_LOOK
 from clore_client.bids import with_hourly_offers
 from clore_client.cancel import settle_cancel
 from clore_client.candidates import Wish
@@ -21,10 +22,11 @@ from clore_client.errors import (
     ERROR_CODES,
     AuthenticationError,
     CancelUnconfirmedError,
-    CloreAPIError,
     CloreConnectionError,
     CloreError,
     ConfigurationError,
+    DatabaseError,
+    InvalidResponseError,
     OrderNotFoundError,
     RateLimitError,
     SpotPriceTooSoonError,
@@ -41,7 +43,7 @@ from clore_client.rental import Rental
 from clore_client.servers import Server, cheapest_first, to_servers
 from clore_client.signals import SignalHandling
 from clore_client.state import state_folder
-from clore_client.transport import within
+from clore_client.transport import limited
 from clore_client.waiting import wait_for_status
 from clore_client.wallets import Wallet, to_wallets
 
@@ -57,12 +59,14 @@ class CloreClient(Machine):
     reliability from 0 to 100, an ``order_id`` and a ``status`` for each order.
 
     Requests with the same key keep ``rate_limit`` seconds between them, in all threads and clients
-    of the process, and ``create_order`` keeps ``create_order_interval`` besides. One call is sent
+    of the process, and ``create_order`` keeps ``create_order_interval`` besides. One exchange takes
+    three times ``timeout`` at most, however slowly its answer drips. One call is sent
     ``max_retries`` times at most. Sent again after a lost or broken answer are reads,
     ``cancel_order``, ``cancel_orders`` and ``set_spot_price``; every other POST only when it never
     left this machine, or was refused for its pace. Between two sends lies an exponential backoff
     with full jitter, or what the API asks for in ``Retry-After``; over 60 seconds of that are a
-    :class:`RateLimitError` and not a sleep.
+    :class:`RateLimitError` and not a sleep. Cancels, and the reads that belong to them, leave
+    whatever the API asks for, at pauses of 1, 2, 4 ... 30 seconds.
 
     Parameters:
         api_key: sent as the header ``auth``. None or ``""``: the environment variable
@@ -81,6 +85,9 @@ class CloreClient(Machine):
         max_usd_per_hour: refuse every order and bid over this, before anything is sent.
         max_active_orders: refuse an order when so many are active.
         state_dir: where :meth:`rent` notes what it rents, for :meth:`leftovers`; None: nowhere.
+        max_response_mb: megabytes, decoded, that an answer may have; a larger one is an error.
+        order_lag: seconds for which the order lists may lag behind a change (up to 20, seen on the
+            live API). Only after that long does an order count as gone because no list has it.
 
     Raises:
         ConfigurationError: a key, a base URL or a settings file that can't be used.
@@ -358,23 +365,24 @@ class CloreClient(Machine):
         """End an order: it costs nothing from here on. Safe to repeat.
 
         What the API answers for an order that has ended is not known: after a refusal or a doubt
-        the order lists decide.
+        the order lists decide, and the cancel is sent again. That an order is in no list for a
+        moment does not mean that it has ended.
 
         Parameters:
             order_id: its number.
             issue: what was wrong with the server; cut at 2048 characters.
-            confirm: wait until the order has left the active ones, or is expired.
+            confirm: wait until it is listed as ended, or in no list for ``order_lag`` seconds.
             confirm_timeout: seconds for that.
-            settle_timeout: seconds for which, after a doubt, the order lists are asked whether it
-                has ended (30 by default); 0 asks once, for those who rather cancel again.
+            settle_timeout: seconds for which that is tried after a refusal or a doubt (30 by
+                default); 0 looks once, for those who rather cancel again.
 
         Returns:
             True, also when it had ended before.
 
         Raises:
             OrderNotFoundError: the account has no such order.
-            CancelUnconfirmedError: it still looked active after ``confirm_timeout``.
-            CloreError: the order may still be running.
+            CancelUnconfirmedError: the order may still be running; ``order_ids`` has it.
+            CloreError: so it may, too; nothing was sent, or the API refused key or pace.
 
         Example:
             >>> client.cancel_order(1958009)
@@ -385,31 +393,32 @@ class CloreClient(Machine):
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         if settle_timeout is not None:
             check_number("settle_timeout", settle_timeout, unit="seconds")
-        body: dict[str, Any] = {"id": wanted}
-        if issue is not None:
-            if not isinstance(issue, str):
-                raise TypeError(f"issue must be a string, not {issue!r}")
-            if issue:
-                body["issue"] = issue[:MAX_ISSUE]
+        if issue is not None and not isinstance(issue, str):
+            raise TypeError(f"issue must be a string, not {issue!r}")
+        limited(lambda: self._cancel(wanted, issue, settle_timeout), urgent=True)
+        if confirm:
+            self._confirm((wanted,), confirm_timeout)
+        return True
+
+    def _send_cancel(self, order_id: int, issue: str | None = None) -> None:
+        body = {"id": order_id, **({"issue": issue[:MAX_ISSUE]} if issue else {})}
+        self._request("POST", "/v1/cancel_order", json=body)
+        self._cancelled.add(order_id)
+        logger.info("order %d was cancelled", order_id)
+
+    def _cancel(self, order_id: int, issue: str | None, patience: float | None) -> None:
         try:
-            self._request("POST", "/v1/cancel_order", json=body)
+            self._send_cancel(order_id, issue)
         except ConfigurationError:
             raise
         except CloreError as error:
-            error.args = (f"{error}\norder {wanted} may still be running, and cost money",)
+            error.args = (f"{error}\norder {order_id} may still be running, and cost money",)
             if isinstance(error, (AuthenticationError, RateLimitError)):
                 raise
             if isinstance(error, CloreConnectionError) and error._sent_at is None:
                 raise  # nothing left this machine: the lists would say nothing new
-            refused = isinstance(error, CloreAPIError) and error.sends <= 1
-            known = wanted in self._cancelled
-            patience = settle_timeout if known or not refused else 0.0
-            settle_cancel(lambda: self._has_ended(wanted), wanted, error, patience)
-        self._cancelled.add(wanted)
-        logger.info("order %d was cancelled", wanted)
-        if confirm:
-            self._confirm((wanted,), confirm_timeout)
-        return True
+            settle_cancel(self, order_id, error, patience)
+            self._cancelled.add(order_id)
 
     def cancel_all(self, *, confirm: bool = True, confirm_timeout: float = 60.0) -> list[int]:
         """End every active order of the account, whoever made it.
@@ -430,6 +439,9 @@ class CloreClient(Machine):
         """
         check_bool("confirm", confirm)
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
+        return limited(lambda: self._cancel_all(confirm, confirm_timeout), urgent=True)
+
+    def _cancel_all(self, confirm: bool, confirm_timeout: float) -> list[int]:
         ids = self._active_ids()
         failed = {str(i) for i in self.cancel_orders(ids).get("failed_to_cancel") or ()}
         left = tuple(i for i in ids if str(i) in failed and not self._ends_soon(i))
@@ -514,8 +526,8 @@ class CloreClient(Machine):
 
         def look(deadline: float) -> Order | None:
             # The last look starts at the deadline, and gets its turn: two reads at most.
-            with within(max(deadline, time.monotonic() + 2 * self.rate_limit + 0.1)):
-                return self.get_order(wanted)
+            last = time.monotonic() + 2 * self.rate_limit + SHORTEST_LOOK
+            return limited(lambda: self.get_order(wanted), deadline=max(deadline, last))
 
         return wait_for_status(look, wanted, timeout, poll_interval, target_status, on_update)
 
@@ -627,7 +639,8 @@ class CloreClient(Machine):
             [<Leftover order 1958009 of server 99173, by process 4711 on 'desk'>]
         """
         check_number("wait", wait, unit="seconds")
-        return find_leftovers(self, state_folder(self._state_dir), wait)
+        folder = state_folder(self._state_dir)
+        return limited(lambda: find_leftovers(self, folder, wait), urgent=True)
 
     def cancel_leftovers(self, *, wait: float = 30.0, cancel_timeout: float = 300.0) -> list[int]:
         """End what :meth:`leftovers` lists as ``abandoned``, and nothing else.
@@ -648,7 +661,8 @@ class CloreClient(Machine):
         """
         check_number("wait", wait, unit="seconds")
         check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
-        return end_leftovers(self, state_folder(self._state_dir), wait, cancel_timeout)
+        folder = state_folder(self._state_dir)
+        return limited(lambda: end_leftovers(self, folder, wait, cancel_timeout), urgent=True)
 
     @staticmethod
     def handle_signals() -> SignalHandling:
@@ -723,11 +737,18 @@ class CloreClient(Machine):
             )
         bid = self._new_bid(order, new_price, allow_above_on_demand)
         body = {"order_id": wanted, "desired_price": bid}
+        accepted = True
         try:
             answer = self._request("POST", "/v1/set_spot_price", json=body)
+            accepted = answer.get("error") in (None, "")
         except SpotPriceTooSoonError as error:
             # Sent again after a lost answer, it is refused because the first one was carried out.
-            if error.sends > 1 and self._bid_shows(order, bid):
-                return True
+            if error.sends <= 1 or not self._bid_shows(order, bid):
+                raise
+        except (CloreConnectionError, DatabaseError, InvalidResponseError):
+            # It may have been carried out: a budget counts the higher price.
+            self._tell_bid(wanted, max(new_price, order.usd_per_hour or 0.0))
             raise
-        return answer.get("error") in (None, "")
+        if accepted:
+            self._tell_bid(wanted, new_price)
+        return accepted

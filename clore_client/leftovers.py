@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from clore_client.cancel import OrderState, confirm_ended, confirm_until, keep_cancelling
 from clore_client.errors import CancelUnconfirmedError, CloreError
-from clore_client.giving_back import confirm_gone, confirm_until, keep_cancelling
 from clore_client.log import logger
 from clore_client.money import finite
 from clore_client.orders import Order
 from clore_client.records import whole_id
 from clore_client.state import Found, account_digest, read_entries
-from clore_client.tenancy import fits_intent
+from clore_client.worker import fits_intent
 
 # How far an order's time of creation, by the server's clock, may lie before and after the time of
 # the intent, by this machine's. A proxy may hold a request for a while.
@@ -27,21 +27,23 @@ class Leftover:
     """An order that a rental left behind, and what its entry tells.
 
     Attributes:
-        order: as it is listed now; None for an entry of another machine without one.
+        order: as it is listed now; None where it is in no list, which does not mean that it has
+            ended, and for an entry of another machine without one.
         order_id, server_id: its numbers; ``order_id`` may be None where ``order`` is.
         started: Unix time at which it was to be ordered.
         host, pid: where.
     """
 
-    def __init__(self, facts: dict[str, Any], order: Order | None, path: Path) -> None:
+    def __init__(self, entry: Found, order: Order | None) -> None:
+        facts = entry.facts
         self.order = order
-        self.order_id = order.id if order is not None else whole_id(facts.get("order_id"))
+        self.order_id = order.id if order is not None else entry.order_id
         self.server_id = whole_id(facts.get("server_id"))
         self.started = finite(facts.get("started"))
         host, pid = facts.get("host"), facts.get("pid")
         self.host = host if isinstance(host, str) else None
         self.pid = pid if isinstance(pid, int) else None
-        self.path = path
+        self.path = entry.path
 
     def __repr__(self) -> str:
         return (
@@ -107,13 +109,12 @@ class _Survey:
             entry.close()
 
     def _match(self) -> None:
-        named = {whole_id(e.facts.get("order_id")): e for e in self.entries}
-        named.pop(None, None)
+        named = {entry.order_id for entry in self.entries}
         self.of: dict[str, Order] = {}  # path of an entry -> its order
         held: set[int] = set()
         living: set[int] = set()  # orders that may be those of living processes
         for entry in self.entries:
-            order_id = whole_id(entry.facts.get("order_id"))
+            order_id = entry.order_id
             if order_id is not None:
                 fitting = [self.orders[order_id]] if order_id in self.orders else []
             else:
@@ -165,33 +166,52 @@ class _Survey:
         )
 
     def tidy(self, wait: float) -> None:
-        """Remove the entries whose orders are gone."""
+        """Remove the entries whose orders have ended, or were never made."""
+        self.missing: list[Found] = []  # noted orders that no list has
+        intents: list[Found] = []
         for entry in self.entries:
             if not entry.free or self.order_of(entry) is not None:
                 continue
-            order_id = whole_id(entry.facts.get("order_id"))
-            if order_id is None:
-                gone = not _young(entry.facts, LATEST_ORDER + CLOCKS_APART)
-            elif _young(entry.facts, wait):
-                gone = False
-            else:
-                try:
-                    order = self.client.get_order(order_id)
-                except CloreError:
-                    continue
-                gone = order is None or order.has_ended
-            if gone:
-                logger.info("the order of %s is gone: the entry is removed", entry.path)
+            if entry.order_id is None:
+                if not _young(entry.facts, LATEST_ORDER + CLOCKS_APART):
+                    intents.append(entry)
+            elif not _young(entry.facts, wait):
+                self._tidy_order(entry, entry.order_id)
+        if intents:
+            self._tidy_intents(intents)
+
+    def _tidy_order(self, entry: Found, order_id: int) -> None:
+        try:
+            state = self.client._order_state(order_id)
+        except CloreError:
+            state = OrderState.ABSENT
+        if state is OrderState.ENDED:
+            logger.info("the order of %s has ended: the entry is removed", entry.path)
+            entry.remove()
+        else:
+            self.missing.append(entry)
+
+    def _tidy_intents(self, entries: list[Found]) -> None:
+        # One look is not enough: a list can be empty for a moment.
+        time.sleep(self.client.order_lag)
+        orders = self.client.get_orders()
+        for entry in entries:
+            if not any(intended(entry.facts, order) for order in orders):
+                logger.info("no order came of %s: the entry is removed", entry.path)
                 entry.remove()
 
+    def abandoned(self) -> list[tuple[Found, Order | None]]:
+        """Return the entries of dead processes of this machine whose orders may run."""
+        ours = [entry for entry in self.entries if entry.free and entry.ours]
+        return [
+            (entry, order)
+            for entry in ours
+            if (order := self.order_of(entry)) is not None or entry in self.missing
+        ]
+
     def result(self) -> Leftovers:
-        abandoned, elsewhere = [], []
-        for entry in self.entries:
-            order = self.order_of(entry)
-            if not entry.ours:
-                elsewhere.append(Leftover(entry.facts, order, entry.path))
-            elif entry.free and order is not None:
-                abandoned.append(Leftover(entry.facts, order, entry.path))
+        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.ours]
+        abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
         return Leftovers(abandoned, elsewhere, self.unnoted)
 
 
@@ -248,20 +268,22 @@ def end_leftovers(client: Any, folder: Path | None, wait: float, timeout: float)
     failed: dict[int, BaseException] = {}
     try:
         # Their locks are held: no other process does the same meanwhile.
-        for entry in survey.entries:
-            order = survey.order_of(entry)
-            if not (entry.free and entry.ours) or order is None or order.id is None:
+        for entry, order in survey.abandoned():
+            order_id = entry.order_id if order is None else order.id
+            if order_id is None:
                 continue
             started = time.monotonic()
-            failure = keep_cancelling(client, order.id, started + timeout)
+            # What no list has may be long gone, and its cancel be refused for ever.
+            until = started + (timeout if order is not None else min(timeout, client.order_lag))
+            failure: BaseException | None = keep_cancelling(client, order_id, lambda: until)  # noqa: B023
             if failure is None:
-                failure = confirm_gone(client, order.id, confirm_until(started, timeout))
+                failure = confirm_ended(client, order_id, confirm_until(started, timeout))
             if failure is None:
-                logger.info("order %d, which a dead process left, was ended", order.id)
+                logger.info("order %d, which a dead process left, was ended", order_id)
                 entry.remove()
-                ended.append(order.id)
+                ended.append(order_id)
             else:
-                failed[order.id] = failure
+                failed[order_id] = failure
     finally:
         survey.close()
     if failed:

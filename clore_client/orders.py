@@ -5,8 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import Any
 
 from clore_client.money import RateBook, finite, per_hour
@@ -236,63 +235,42 @@ class Wanted:
         self.currency = currency
         self.image = image
 
-    def fits(self, order: Order, created_after: float | None) -> bool:
-        """Whether ``order`` can be ours. A missing field contradicts nothing, but for the time.
-
-        Parameters:
-            order: a candidate.
-            created_after: Unix time by the server's clock, in whole seconds; None when that is
-                not known.
-        """
-        if order.server_id != self.server_id or order.id is None:
-            return False
-        if not same_purchase(order, self.image, self.currency, self.spot):
-            return False
-        if created_after is None:
-            return not order.has_ended
-        return order.started_at is not None and order.started_at >= created_after
+    def fits(self, order: Order) -> bool:
+        """Whether ``order`` can be ours. A missing field contradicts nothing."""
+        return (
+            order.id is not None
+            and order.server_id == self.server_id
+            and same_purchase(order, self.image, self.currency, self.spot)
+        )
 
 
 class Claims:
-    """Which orders of one account the calls of this process have taken for theirs.
+    """Which orders of one account the purchases of this process have taken for theirs.
 
-    Two calls that order the same server must not take each other's order, so their sending and
-    searching is done in turns; no lock is held meanwhile.
+    Two purchases of the same server must not take each other's order, so they are made in turns.
+    Everything here changes in one step, so that an interrupt leaves nothing half done.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._taken: set[int] = set()
-        # Server id -> the purchase of which it is not known what became of it.
+        self._taken: dict[int, object] = {}  # order id -> the purchase that it came of
+        # Server id -> the purchase whose outcome is not known.
         self.unresolved: dict[int, Any] = {}
-        self._busy: set[int] = set()
+        self._turns: dict[int, threading.Lock] = {}
+        # Seconds that the orders' time of creation lies behind the server's clock, as a negative
+        # number; learned from orders that were found.
+        self.clock_offset = 0.0
 
-    @contextmanager
-    def turn(self, server_id: int) -> Iterator[None]:
-        """For the length of the block, no other call of the process orders this server."""
-        with self._changed:
-            self._changed.wait_for(lambda: server_id not in self._busy)
-            self._busy.add(server_id)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._busy.discard(server_id)
-                self._changed.notify_all()
+    def turn(self, server_id: int) -> threading.Lock:
+        """Return what to hold so that no other call of the process orders this server."""
+        return self._turns.setdefault(server_id, threading.Lock())
 
-    def take(self, order_id: int) -> bool:
-        """Claim an order; False when another call has it already."""
-        with self._changed:
-            if order_id in self._taken:
-                return False
-            self._taken.add(order_id)
-            return True
+    def take(self, order_id: int, purchase: object) -> bool:
+        """Claim an order; False when another purchase has it already."""
+        return self._taken.setdefault(order_id, purchase) is purchase
 
-    def free(self, orders: list[Order], fits: Callable[[Order], bool]) -> list[Order]:
-        """Those of ``orders`` that fit and are nobody's yet, the newest last."""
-        with self._changed:
-            taken = set(self._taken)
-        found = {o.id: o for o in orders if o.id not in taken and fits(o)}
+    def free(self, orders: list[Order], purchase: object) -> list[Order]:
+        """Return those of ``orders`` that no other purchase has, the newest last."""
+        found = {o.id: o for o in orders if self._taken.get(o.id or 0, purchase) is purchase}
         return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import string
 import time
@@ -49,13 +50,21 @@ class Draft:
 
 
 class Search:
-    """A purchase that was sent: what is needed to find its order."""
+    """A purchase that was sent: what is needed to find its order.
 
-    def __init__(self, draft: Draft, sent_at: float, seen_before: frozenset[int]) -> None:
+    Attributes:
+        draft: what was sent.
+        before: ids of orders that were there before it was sent, and so are not its own.
+        complete: whether ``before`` comes from a list that was read for this purchase.
+        answer: of ``create_order``; empty where none came.
+    """
+
+    def __init__(self, draft: Draft, before: frozenset[int], complete: bool) -> None:
         self.draft = draft
-        self._sent_at = sent_at
-        self.seen_before = seen_before
+        self.before = before
+        self.complete = complete
         self.answer: dict[str, Any] = {}
+        self._sent_at = time.monotonic()
 
     @property
     def sent_at(self) -> float:
@@ -153,7 +162,7 @@ def sent_by_server_clock(sent_at: float, *answers: dict[str, Any]) -> float | No
 
 def find_order(
     look: Callable[[], tuple[list[Order], float | None]],
-    draft: Draft,
+    search: Search,
     claims: Claims,
     timeout: float,
     doubt: CloreError | None = None,
@@ -162,7 +171,7 @@ def find_order(
 
     Parameters:
         look: gives the orders of the account, and the moment of sending by the server's clock.
-        draft: what was sent.
+        search: the purchase.
         claims: what other calls of this process have taken for theirs.
         timeout: seconds.
         doubt: why it is not sure that an order was made, where that is so.
@@ -171,28 +180,59 @@ def find_order(
         OrderFateUnknownError: none showed up in time, or two fit. Its cause is the failure of the
             last look, where that failed; else the doubt.
     """
-    server_id = draft.wanted.server_id
     deadline, pause = time.monotonic() + timeout, FIRST_LOOK
-    cause: CloreError | None = None
     while True:
+        cause: CloreError | None = None
+        possible: list[Order] = []
+        created_after = None
         try:
             orders, created_after = look()
-            cause = None
+            possible = candidates_of(search, claims, orders)
         except CloreError as error:
-            cause, orders, created_after = error, [], None
-        found = claims.free(orders, lambda order: draft.wanted.fits(order, created_after))  # noqa: B023
-        if len(found) == 1 and found[0].id is not None and claims.take(found[0].id):
-            return found[0]
+            cause = error
+        found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
         remaining = deadline - time.monotonic()
+        if remaining <= 0 and not found and search.complete:
+            # The clocks may be apart: nothing else can be the one order that was not there before.
+            found = [order for order in possible if not order.has_ended]
+        if len(found) == 1 and claims.take(found[0].id or 0, search):
+            learn_offset(claims, found[0], created_after)
+            return found[0]
         if len(found) > 1 or remaining <= 0:
-            break
+            raise _not_found(search.draft, found or possible, timeout, doubt) from (cause or doubt)
         time.sleep(min(pause, remaining))
         pause = min(pause * 1.5, LONGEST_PAUSE)
-    ids = tuple(order.id for order in found if order.id is not None)
+
+
+def candidates_of(search: Search, claims: Claims, orders: list[Order]) -> list[Order]:
+    """Return the orders that can come of a purchase, whatever the clocks say."""
+    fitting = [o for o in orders if o.id not in search.before and search.draft.wanted.fits(o)]
+    return claims.free(fitting, search)
+
+
+def _is_new(order: Order, created_after: float | None, offset: float) -> bool:
+    """Whether an order was made after ``created_after``, as far as that is known."""
+    if created_after is None:
+        return not order.has_ended
+    return order.started_at is not None and order.started_at >= created_after + offset
+
+
+def learn_offset(claims: Claims, order: Order, created_after: float | None) -> None:
+    """Remember by how much the orders' clock lies behind the server's, from an order of ours."""
+    if created_after is not None and order.started_at is not None:
+        behind = math.floor(order.started_at - created_after)
+        claims.clock_offset = min(claims.clock_offset, behind)
+
+
+def _not_found(
+    draft: Draft, orders: list[Order], timeout: float, doubt: CloreError | None
+) -> OrderFateUnknownError:
+    server_id = draft.wanted.server_id
+    ids = tuple(order.id for order in orders if order.id is not None)
     made = "was made" if doubt is None else "may have been made"
-    raise OrderFateUnknownError(
+    return OrderFateUnknownError(
         f"an order for server {server_id} {made}, and it can't be told which of "
-        f"{', '.join(map(str, ids))} it is: look at get_orders()"
+        f"{', '.join(map(str, ids))} it is, if any: look at get_orders()"
         if ids
         else f"an order for server {server_id} {made}, but did not show up in my_orders within "
         f"{timeout:g}s. It was not sent again: look at get_orders(), also a minute from now, "
@@ -200,4 +240,4 @@ def find_order(
         server_id=server_id,
         order_ids=ids,
         credentials=draft.credentials,
-    ) from (cause or doubt)
+    )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
-import threading
-import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from clore_client.cancel import add_note_to
 from clore_client.candidates import (
     Wish,
     candidates,
@@ -18,35 +19,27 @@ from clore_client.candidates import (
 )
 from clore_client.commands import CommandResult
 from clore_client.errors import (
-    AuthenticationError,
     BidTooLowError,
-    CloreAPIError,
-    CloreConnectionError,
-    ConfigurationError,
+    BudgetExceededError,
     CurrencyNotAllowedError,
     DatabaseError,
-    FateUnknownError,
     OrderEndedError,
-    RateUnknownError,
     RentalError,
     ServerAlreadyRentedError,
     ServerOfflineError,
-    SpendingLimitError,
     WaitTimeoutError,
 )
-from clore_client.giving_back import add_note_to
 from clore_client.log import logger
 from clore_client.orders import Order
 from clore_client.servers import Server
 from clore_client.signals import SignalExit
-from clore_client.state import write_entry
-from clore_client.tenancy import Age, Tenancy
 from clore_client.transferred import Transferred
+from clore_client.worker import RentalWorker
 
 if TYPE_CHECKING:
     import paramiko
 
-# After these no order was made, and the next candidate may be had.
+# After these the next candidate may be had.
 NEXT_CANDIDATE = (
     ServerAlreadyRentedError,
     ServerOfflineError,
@@ -54,22 +47,30 @@ NEXT_CANDIDATE = (
     BidTooLowError,
     DatabaseError,
 )
-# After these no order was made either, and the next candidate would fare no better.
-SURELY_NO_ORDER = (
-    AuthenticationError,
-    CloreAPIError,
-    CloreConnectionError,
-    ConfigurationError,
-    RateUnknownError,
-    SpendingLimitError,
-    ValueError,
-    TypeError,
-    ImportError,
-)
 
 
-class Rental(Tenancy):
+class _BlockExit:
+    """``Rental.__exit__``, as an object of its own for each ``with`` statement.
+
+    A ``with`` statement looks ``__exit__`` up before it enters, holds it, and lets go of it when
+    it is left, however that happens. So the worker sees by a weak reference when the block is
+    gone, also where an interrupt cuts ``__exit__`` short at its first line.
+    """
+
+    def __get__(self, rental: Rental | None, owner: type[Rental]) -> Callable[..., None]:
+        if rental is None:
+            return owner._leave
+        leave = functools.partial(owner._leave, rental)
+        if rental._worker is None:
+            rental._block = weakref.ref(leave, rental._inbox.put)
+        return leave
+
+
+class Rental:
     """A server rented for the length of a ``with`` block; made by ``CloreClient.rent``.
+
+    What costs money is done by a :class:`RentalWorker`, in a thread of its own. The thread that
+    enters the block looks for servers, and waits.
 
     Attributes:
         order: the order as it was when it started to run, with what was sent to get in.
@@ -78,12 +79,22 @@ class Rental(Tenancy):
     """
 
     def __init__(self, client: Any, wish: Wish, folder: Path | None) -> None:
-        super().__init__(client, wish, folder)
+        self._client = client
+        self._wish = wish
+        self._folder = folder
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of the worker
+        self._block: weakref.ref[Any] | None = None
+        self._worker: RentalWorker | None = None
+        self._order: Order | None = None
+        self._server: Server | None = None
+        self._shell: Any = None
         self.tried: list[tuple[int, str]] = []
-        self._entered = False
 
     def __repr__(self) -> str:
-        state = "kept" if self._kept else "open" if self._order_id is not None else "not open"
+        worker = self._worker
+        state = "not open" if worker is None or worker.finished.is_open else "open"
+        if worker is not None and worker.kept:
+            state = "kept"
         return f"<Rental of order {self._order.id if self._order else None}, {state}>"
 
     # --- what a user asks it ---
@@ -102,21 +113,37 @@ class Rental(Tenancy):
             raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
         return self._server
 
+    @property
+    def hours(self) -> float:
+        """Hours since the first order of this rental; the larger of both clocks."""
+        return self._worker.budget.hours if self._worker else 0.0
+
+    @property
+    def cost_usd(self) -> float:
+        """USD that it has cost so far, with all fees and the hosts that did not work.
+
+        By the price of the order, the rate that the listing implied, 5 % (spot: 1.25 %) on top,
+        and 0.10 USD from the tenth minute on. A bid that this client has changed counts from then
+        on. It counts from when the order was handed over to be sent, and stops when the cancel was
+        accepted.
+        """
+        return self._worker.budget.cost_usd if self._worker else 0.0
+
     def ssh(self, **options: Any) -> paramiko.SSHClient:
         """A connection to the machine, closed at the end of the block. Needs paramiko.
 
         Parameters:
             **options: for :meth:`CloreClient.connect_ssh`, as ``key_path=``.
         """
-        self._check()
+        worker = self._open_worker()
         try:
             connection = self._client.connect_ssh(self.order, **options)
         except Exception:
-            self._check()  # it may have been ended meanwhile
+            worker.check()  # it may have been ended meanwhile
             raise
-        self._connections.append(connection)
+        worker.connections.append(connection)
         try:
-            self._check()
+            worker.check()
         except BaseException:
             connection.close()
             raise
@@ -150,93 +177,74 @@ class Rental(Tenancy):
         """Call a method of the client with the rental's own connection."""
         from clore_client.ssh import LOGIN_OPTIONS
 
-        self._check()
+        worker = self._open_worker()
         login = {name: options.pop(name) for name in LOGIN_OPTIONS & options.keys()}
         if self._shell is None or not _is_open(self._shell):
             self._shell = self.ssh(**login)
         try:
             return method(self.order, *arguments, ssh=self._shell, **options)
         finally:
-            self._check()
+            worker.check()
 
     def keep(self) -> Order:
         """Leave the order running, on purpose: the end of the block does nothing any more.
 
         Neither budget nor signals end it from here on.
         """
-        self._check()
-        order = self.order
-        if self._order_id is None or self._accepted:
+        worker, order = self._open_worker(), self.order
+        if worker.finished.is_open:
             raise RentalError(f"order {order.id} was ended already: it can't be kept")
-        self._kept = True
-        self._wake.put("kept")
-        logger.info("order %s stays, on purpose", order.id)
-        if self._entry is not None:
-            self._entry.remove()
-        self._forget()
+        worker.keep()
         return order
+
+    def _open_worker(self) -> RentalWorker:
+        """The worker, where the rental was not ended from elsewhere."""
+        if self._worker is None:
+            raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
+        self._worker.check()
+        return self._worker
 
     # --- the block ---
 
     def __enter__(self) -> Rental:
-        if self._entered:
+        if self._worker is not None:
             raise RentalError("a rental can be entered only once: call rent() again")
+        block = self._block if self._block is not None and self._block() is not None else None
+        self._worker = RentalWorker(self._client, self._wish, self._folder, self._inbox, block)
         try:
-            self._entered = True
-            self._open()
-            self._walk()
+            self._worker.start()
+            self._walk(self._worker)
         except BaseException as error:
-            self._out(error)
+            self._leave(type(error), error)
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._out(error)
+    __exit__ = _BlockExit()
 
-    def _out(self, error: BaseException | None) -> None:
+    def _leave(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
         """Give the server back, and raise what the user must know beyond ``error``."""
-        if self._pid != os.getpid():
+        worker = self._worker
+        if worker is None or worker.pid != os.getpid():
             return  # a forked child: the order is its parent's
-        failure = None if self._kept else self._end()
-        if self._entry is not None and self._order_id is None:
-            self._entry.remove()  # nothing came of it
-        self._forget()
-        self._close_ssh()
-        note = None if failure is None else str(failure)
-        plain = error is None or isinstance(error, Exception)
-        if self._exceeded is not None and plain and not self._told_of_budget(error):
-            exceeded = self._budget_error()
-            if note:
-                add_note_to(exceeded, note)
-            if error is None:
-                raise exceeded
-            raise exceeded from error
-        if plain and not self._noted and self._signalled is not None and not self._kept:
-            self._noted.append(SignalExit(self._signalled))
-        if self._noted and plain:
-            interrupt = self._noted[-1]
-            if note:
-                add_note_to(interrupt, note)
-            raise interrupt
-        if error is None and failure is not None:
-            raise failure
-        if error is not None and note and error is not failure:
-            add_note_to(error, note)
+        interrupts = worker.leave(isinstance(error, (KeyboardInterrupt, SystemExit)))
+        self._shell = None
+        worker.close()
+        _raise_beyond(error, worker, interrupts)
 
     # --- the walk ---
 
-    def _walk(self) -> None:
+    def _walk(self, worker: RentalWorker) -> None:
         wish, client = self._wish, self._client
-        self._before = {order.id for order in client.get_orders() if order.id is not None}
+        worker.note_orders(client.get_orders())
         servers, nothing = candidates(client, wish)
         for server in servers[: wish.attempts]:
-            self._check()
-            reason = self._try(server)
+            worker.check()
+            reason = self._try(worker, server)
             if reason is None:
                 return
             logger.info("server %s: %s", server.id, reason)
@@ -247,123 +255,92 @@ class Rental(Tenancy):
             tried=tuple(self.tried),
         )
 
-    def _try(self, server: Server) -> str | None:
+    def _try(self, worker: RentalWorker, server: Server) -> str | None:
         """Rent a server; None when it runs, else why it did not work."""
-        wish = self._wish
         try:
-            order = self._buy(server)
+            order = self._buy(worker, server)
         except NEXT_CANDIDATE as error:
             return str(error)
-        order_id = order.id or 0
-        reason = self._too_dear(order, server)
+        self._order, self._server = order, server
+        reason = self._too_dear(worker, order, server) or self._deploy(worker, order, server)
         if reason is None:
-            try:
-                running = self._client.wait_for_order(
-                    order_id, timeout=wish.deploy_timeout, poll_interval=wish.poll_interval
-                )
-            except (WaitTimeoutError, OrderEndedError) as error:
-                reason = str(error)
-            else:
-                if "ssh_password" in order:
-                    running["ssh_password"] = order["ssh_password"]
-                self._order = running
-                reason = self._too_dear(running, server)
-                if reason is None:
-                    self._check()
-                    return None
-        self._check()
-        failure = self._end()
+            return None
+        worker.check()
+        failure = worker.end_order()
         self._order = self._server = None
         if failure is not None:
             raise failure
-        if self._noted:
-            raise self._noted.pop()
         return reason
 
-    def _too_dear(self, order: Order, server: Server) -> str | None:
+    def _buy(self, worker: RentalWorker, server: Server) -> Order:
+        wish = self._wish
+        price = wish.price_of(server)
+        settings = {**wish.settings, "find_timeout": wish.find_timeout}
+        if wish.spot:
+            settings["spot_price"] = price
+            # The rate for the bid, now: what is asked for later would count as time that costs.
+            self._client.get_spot_market(server.id)
+        return worker.buy(server, price, settings)
+
+    def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
+        """Wait until an order runs; None then, else why it does not."""
+        wish = self._wish
+        try:
+            running: Order = self._client.wait_for_order(
+                order.id, timeout=wish.deploy_timeout, poll_interval=wish.poll_interval
+            )
+        except (WaitTimeoutError, OrderEndedError) as error:
+            return str(error)
+        if "ssh_password" in order:
+            running["ssh_password"] = order["ssh_password"]
+        self._order = running
+        reason = self._too_dear(worker, running, server)
+        if reason is None:
+            worker.check()
+        return reason
+
+    def _too_dear(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         price = shown_usd(order, server, self._wish.currency)
         if price is not None:
-            self._price = price
+            worker.told_price(price)
         if not self._wish.over(price):
             return None
         return f"order {order.id} costs {price:.4g} USD per hour, over the limit"
 
-    def _buy(self, server: Server) -> Order:
-        wish, server_id = self._wish, server.id or 0
-        settings = dict(wish.settings)
-        if wish.spot:
-            settings["spot_price"] = wish.price_of(server)
-            # The rate for the bid, now: what is asked for later would count as time that costs.
-            self._client.get_spot_market(server_id)
-        self._price = wish.price_of(server)
-        self._accepted = False
-        self._entry = write_entry(
-            self._folder,
-            {
-                "server_id": server_id,
-                "started": time.time(),
-                "server_clock": self._client._server_clock,
-                "image": wish.image,
-                "currency": wish.currency,
-                "spot": wish.spot,
-                "base_url": str(self._client.BASE_URL).rstrip("/"),
-                "account": self._account(),
-                "before": sorted(self._before),
-            },
-        )
-        age = Age()
-        self._age = age
-        self._since = self._since or age
-        self._sending = server_id
-        try:
-            order: Order = self._client.create_order(
-                server_id, find_timeout=wish.find_timeout, **settings
-            )
-            if order.id is None:
-                raise FateUnknownError("the answer to create_order names no order")
-        except FateUnknownError:
-            # The search for it has been done already.
-            self._sending = self._age = None
-            self._give_up()
-            raise
-        except SURELY_NO_ORDER as error:
-            # Of an unknown code, or an answer that is no envelope, nobody knows what it means.
-            if not isinstance(error, CloreAPIError) or error.code in self._client.ERROR_CODES:
-                self._nothing_bought()
-            raise
-        self._order_id = order.id
-        self._sending = None
-        self._order, self._server = order, server
-        if self._entry is not None:
-            self._entry.note_order(order.id)
-        self._settle_dead(server_id)
-        self._wake = queue.SimpleQueue()
-        budget = wish.max_hours is not None or wish.max_cost_usd is not None
-        if budget or not self._main:
-            threading.Thread(
-                target=self._watch,
-                args=(order.id, self._wake),
-                name=f"clore-rental-{order.id}",
-                daemon=True,
-            ).start()
-        return order
 
-    def _settle_dead(self, server_id: int) -> None:
-        """Drop notes of dead processes that could be taken for this order, which is ours."""
-        if self._wish.spot:
-            return  # several bids may stand on one server
-        for entry in self._notes_for(server_id):
-            if entry.free and entry.ours and entry.facts.get("order_id") is None:
-                entry.remove()
-            entry.close()
+def _raise_beyond(
+    error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
+) -> None:
+    """Raise what the user must know beyond the exception that a block was left by.
 
-    def _nothing_bought(self) -> None:
-        self._sending = self._age = None
-        if not self._spent:
-            self._since = None
-        if self._entry is not None:
-            self._entry.remove()
-            self._entry = None
+    Parameters:
+        error: that exception.
+        worker: which has ended the rental, or was interrupted.
+        interrupts: what came while it was ended.
+    """
+    failure = worker.failure
+    note = None if failure is None else str(failure)
+    plain = error is None or isinstance(error, Exception)
+    exceeded = worker.exceeded
+    if exceeded is not None and plain and not _is_of(error, exceeded[3]):
+        raised: BaseException = worker.budget_error()
+        if note:
+            add_note_to(raised, note)
+        raise raised from error
+    if plain and not interrupts and worker.signalled is not None and not worker.kept:
+        interrupts = [SignalExit(worker.signalled)]
+    if interrupts and plain:
+        if note:
+            add_note_to(interrupts[-1], note)
+        raise interrupts[-1]
+    if error is None and failure is not None:
+        raise failure
+    if error is not None and note and error is not failure:
+        add_note_to(error, note)
+
+
+def _is_of(error: BaseException | None, order_id: int | None) -> bool:
+    return isinstance(error, BudgetExceededError) and error.order_id == order_id
 
 
 def _is_open(ssh: Any) -> bool:

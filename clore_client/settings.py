@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import ipaddress
 import json
 import os
 import stat
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 from clore_client.checks import check_text
 from clore_client.errors import ConfigurationError, printable
 from clore_client.log import logger
+from clore_client.shared import is_loopback_host
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
@@ -114,44 +114,44 @@ def check_base_url(url: str, name: str) -> str:
         url: as it was given.
         name: where it comes from, for the error.
     """
+    if problem := _url_problem(url):
+        # The URL itself is not shown: a key may stand in it.
+        raise ConfigurationError(
+            f"{name} must be a URL like https://api.clore.ai: this one {problem}"
+        )
+    return url.rstrip("/")
+
+
+def _url_problem(url: str) -> str | None:
+    if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
+        return "has a blank or a character that no URL has"
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        parts, host = urlsplit(""), None
-    good = parts.scheme in ("http", "https") and host and url.isascii() and url.isprintable()
-    if (
-        not good
-        or " " in url
-        or "\\" in url
-        or "@" in parts.netloc
-        or parts.query
-        or parts.fragment
-    ):
-        raise ConfigurationError(
-            f"{name} must be a URL like https://api.clore.ai, not {printable(repr(url), 100)}"
-        )
-    return url.rstrip("/")
+        return "can't be parsed"
+    if parts.scheme not in ("http", "https"):
+        return "does not start with http:// or https://"
+    if not host:
+        return "has no host"
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        return "has a user, a query or a fragment in it"
+    return None
 
 
 @functools.lru_cache(maxsize=64)
 def is_loopback(base_url: str) -> bool:
     """Whether the URL's host is this machine."""
-    host = urlsplit(base_url).hostname or ""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback_host(urlsplit(base_url).hostname or "")
 
 
 def check_key_may_go_to(base_url: str) -> None:
     """A key goes out over https only, or to this machine."""
     if not base_url.lower().startswith("https://") and not is_loopback(base_url):
+        host = printable(urlsplit(base_url).hostname or "", 100)
         raise ConfigurationError(
-            f"base_url {printable(base_url, 100)} is not https, and the API key would be readable "
-            "on the way; nothing was sent"
+            f"base_url is not https (its host is {host}), and the API key would be readable on the "
+            "way; nothing was sent"
         )
 
 

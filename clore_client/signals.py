@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from clore_client.log import logger
@@ -37,7 +37,6 @@ class _Handling:
         self.pid = 0
         self.installed: set[int] = set()
         self.warned: set[int] = set()
-        self.shield: Shield | None = None  # of the main thread
         self.stopping: int | None = None
         # Told of a signal, each must be fit for a handler: no locks, no network.
         self.listeners: dict[int, Callable[[int], None]] = {}
@@ -60,10 +59,6 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     _handling.stopping = signum
     for tell in list(_handling.listeners.values()):
         tell(signum)
-    shield = _handling.shield
-    if shield is not None and shield.holding:
-        shield.noted.append(SignalExit(signum))
-        return
     raise SignalExit(signum)
 
 
@@ -108,11 +103,12 @@ class SignalHandling:
 
     def close(self) -> None:
         """Stop using it. Safe to repeat."""
-        if not self._open or self._pid != os.getpid():
+        if self._pid != os.getpid():
             return
-        self._open = False
         with _handling.lock:
-            _handling.users -= 1
+            if self._open:
+                self._open = False
+                _handling.users -= 1
             last = not _handling.users
         if last and in_main_thread():  # else it stays, and does what the default does
             for signum in list(_handling.installed):
@@ -146,66 +142,10 @@ def _warn_once(signum: int, text: str) -> None:
         logger.warning("%s", text)
 
 
-class Shield:
-    """Holds Ctrl-C, SIGTERM and SIGHUP off from the main thread, until ``let_through``.
-
-    In other threads, which no signal interrupts, it does nothing. A handler of the application for
-    Ctrl-C stays as it is.
-    """
-
-    def __init__(self) -> None:
-        self.noted: list[BaseException] = []
-        self.holding = False
-        self._outer: Shield | None = None
-        self._entered = False
-        self._sigint = False
-
-    def __enter__(self) -> Shield:
-        if not in_main_thread():
-            return self
-        self._entered = True
-        try:
-            self._outer, _handling.shield = _handling.shield, self
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                self._sigint = True
-                signal.signal(signal.SIGINT, self._on_interrupt)
-            self.holding = True  # the last step: until here they raise, and this is undone
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        if not self.holding:
-            raise KeyboardInterrupt
-        self.noted.append(KeyboardInterrupt())
-
-    def let_through(self) -> None:
-        """From here on they raise again, unless one has come already."""
-        self.holding = False
-
-    def hold(self) -> None:
-        """Hold them off again."""
-        self.holding = self._entered
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self._entered:
-            return
-        self.holding = False  # first: whatever interrupts this, none is swallowed from here on
-        if self._sigint:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        _handling.shield = self._outer
-
-
 def _forget_signals() -> None:
     # Another thread may have held the lock at the fork. The handler sees by the pid whose it is.
     _handling.lock = threading.Lock()
-    _handling.users, _handling.shield, _handling.stopping = 0, None, None
+    _handling.users, _handling.stopping = 0, None
     _handling.listeners.clear()
 
 

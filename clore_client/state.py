@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from clore_client.log import logger
+from clore_client.records import whole_id
+from clore_client.shared import canonical_url
 
 # Where the user has not said; without that variable ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
@@ -42,17 +44,22 @@ def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
     """The folder of the entries, from what the user gave; None where they are turned off."""
     if state_dir is None:
         return None
-    if state_dir != DEFAULT_STATE_DIR:
-        return Path(os.path.abspath(os.path.expanduser(os.fspath(state_dir))))
-    base = os.environ.get("XDG_STATE_HOME") or ""
-    if not os.path.isabs(base):  # the specification says to ignore such a one
-        base = os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(base) / "clore-client"
+    if state_dir == DEFAULT_STATE_DIR:
+        base = os.environ.get("XDG_STATE_HOME") or ""
+        if not os.path.isabs(base):  # the specification says to ignore such a one
+            base = os.path.join("~", ".local", "state")
+        folder = os.path.expanduser(os.path.join(base, "clore-client"))
+    else:
+        folder = os.path.expanduser(os.fspath(state_dir))
+    if folder.startswith("~"):  # there is no home: the name would be taken for a folder's
+        warn_of_state(f"{folder} has no place", "this user has no home directory")
+        return None
+    return Path(os.path.abspath(folder))
 
 
 def account_digest(base_url: str, api_key: str | None) -> str:
     """What stands for an account in an entry, from which nobody can tell the key."""
-    account = f"clore-client\n{base_url.rstrip('/')}\n{api_key or ''}"
+    account = f"clore-client\n{canonical_url(base_url)}\n{api_key or ''}"
     return hashlib.sha256(account.encode()).hexdigest()[:32]
 
 
@@ -216,6 +223,12 @@ class Found:
         self.ours = ours
         self._handle: int | None = None
         self._entry: Entry | None = None
+
+    @property
+    def order_id(self) -> int | None:
+        """The order that it became; None where that is not noted, or can't be right."""
+        order_id = whole_id(self.facts.get("order_id"))
+        return order_id if order_id is not None and order_id > 0 else None
 
     def remove(self) -> None:
         """Remove the file."""

@@ -8,9 +8,7 @@ import math
 import os
 import random
 import time
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -26,9 +24,18 @@ from clore_client.answers import (
     judged,
     no_answer,
     secrets_in,
+    unusable,
 )
-from clore_client.checks import Timeout, check_interval, check_number, check_text, check_timeout
-from clore_client.departure import WatchedSession, departure
+from clore_client.checks import (
+    Timeout,
+    check_interval,
+    check_number,
+    check_text,
+    check_timeout,
+    longest_part,
+    shortened,
+)
+from clore_client.connection import Session, Sessions, UnusableAnswerError, exchange, read_body
 from clore_client.errors import (
     AuthenticationError,
     CloreConnectionError,
@@ -38,12 +45,12 @@ from clore_client.errors import (
     printable,
 )
 from clore_client.log import logger
-from clore_client.pacing import (
+from clore_client.rate_limit import (
     LONGEST_PUSH_BACK,
     DeadlinePassedError,
-    Pacer,
     PushedBackError,
-    pacer_for,
+    RateLimit,
+    rate_limit_for,
 )
 from clore_client.settings import (
     CONFIG_FILE,
@@ -61,24 +68,58 @@ SPACED_POSTS = frozenset({"create_order"})
 LOGGED_POSTS = REPEATABLE_POSTS | SPACED_POSTS  # what costs or frees money
 KEYLESS_GETS = frozenset({"marketplace"})
 
+ANSWER_TIMEOUTS = 3.0  # how many times ``timeout`` an exchange may take in all
+LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that are refused for their pace
+
 T = TypeVar("T", bound="Transport")
-_sessions: weakref.WeakSet[WatchedSession] = weakref.WeakSet()
-_deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline", default=math.inf)
+Returned = TypeVar("Returned")
 
 
-@contextmanager
-def within(deadline: float) -> Iterator[None]:
-    """In the block, no call of this thread starts a send after ``deadline`` (monotonic time)."""
-    token = _deadline.set(min(deadline, _deadline.get()))
-    try:
-        yield
-    finally:
-        _deadline.reset(token)
+class Limits:
+    """What holds for the API calls of a caller.
+
+    Attributes:
+        deadline: monotonic time; no request starts after it, and none takes longer.
+        urgent: requests leave whatever pause the server has asked for.
+    """
+
+    def __init__(self, deadline: float = math.inf, urgent: bool = False) -> None:
+        self.deadline = deadline
+        self.urgent = urgent
+
+
+_limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=Limits())  # noqa: B039
+
+
+def limited(
+    call: Callable[[], Returned], *, deadline: float = math.inf, urgent: bool = False
+) -> Returned:
+    """Make a call whose requests have a deadline, or ignore the server's pauses.
+
+    Parameters:
+        call: what makes the requests.
+        deadline: monotonic time; an earlier one of the caller stays.
+        urgent: whether the requests end, or help to end, what costs money.
+    """
+    outer = _limits.get()
+    limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent)
+
+    def run() -> Returned:
+        _limits.set(limits)
+        return call()
+
+    # A context of its own, which is dropped with the call: an interrupt leaves nothing behind.
+    return contextvars.copy_context().run(run)
 
 
 def backoff_delay(sends: int, first: float, longest: float) -> float:
     """Seconds to wait after ``sends`` sends: exponential backoff with full jitter, capped."""
     return random.uniform(0.0, min(longest, first * 2.0 ** min(sends - 1, 32)))
+
+
+def cancel_delay(sends: int, first: float) -> float:
+    """Seconds to wait after a cancel was refused for its pace: 1, 2, 4 ... 30 by default."""
+    return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(sends, 32)))
 
 
 def _name_of(endpoint: str) -> str:
@@ -112,7 +153,8 @@ class Transport(KeyAndUrl):
     _server_clock: float | None = None  # seconds that the server's clock is ahead of this one
     _state_dir: str | os.PathLike[str] | None = DEFAULT_STATE_DIR
     _user_agent = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
-    _session_of: tuple[int, WatchedSession] | None = None
+    max_response_mb: float = 64.0
+    order_lag: float = 20.0
 
     def __init__(
         self,
@@ -129,6 +171,8 @@ class Transport(KeyAndUrl):
         max_usd_per_hour: float | None = None,
         max_active_orders: int | None = None,
         state_dir: str | os.PathLike[str] | None = DEFAULT_STATE_DIR,
+        max_response_mb: float = 64.0,
+        order_lag: float = 20.0,
     ) -> None:
         self._settle(api_key, base_url)
         self.timeout = check_timeout("timeout", timeout)
@@ -150,6 +194,10 @@ class Transport(KeyAndUrl):
         self.max_usd_per_hour = max_usd_per_hour
         self.max_active_orders = max_active_orders
         self._state_dir = check_state_dir("state_dir", state_dir)
+        self.max_response_mb = check_number(
+            "max_response_mb", max_response_mb, above=True, infinite=True, unit="megabytes"
+        )
+        self.order_lag = check_interval("order_lag", order_lag)
         if user_agent is not None:
             if not (check_text("user_agent", user_agent).isascii() and user_agent.isprintable()):
                 raise ValueError(f"user_agent must be printable ASCII, not {user_agent!r}")
@@ -161,7 +209,7 @@ class Transport(KeyAndUrl):
         """A client of its own with the same settings and key, that knows of the same orders."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.__dict__.pop("_session_of", None)
+        twin.__dict__.pop("_own_sessions", None)
         twin._headers = dict(self.headers)
         return twin
 
@@ -175,21 +223,16 @@ class Transport(KeyAndUrl):
             f"one where it is needed, with {type(self).__name__}.from_env()"
         )
 
-    # --- the session ---
+    # --- connections ---
 
     @property
-    def _session(self) -> requests.Session:
-        pid = os.getpid()
-        if self._session_of is None or self._session_of[0] != pid:
-            # A connection that a fork has shared must not be used by both sides.
-            self._session_of = (pid, WatchedSession(self._user_agent))
-            _sessions.add(self._session_of[1])
-        return self._session_of[1]
+    def _sessions(self) -> Sessions:
+        sessions: Sessions = self.__dict__.setdefault("_own_sessions", Sessions(self._user_agent))
+        return sessions
 
     def close(self) -> None:
         """Free the connections. The client can be used again; it then opens new ones."""
-        if self._session_of is not None and self._session_of[0] == os.getpid():
-            self._session_of[1].close()
+        self._sessions.close()
 
     # --- a call ---
 
@@ -226,14 +269,14 @@ class Transport(KeyAndUrl):
         call = self._prepare(method, endpoint, params, json, kwargs)
         if call.name in SPACED_POSTS and not call.repeatable:
             self._check_purchase(json)
-        pacer = pacer_for(call.base_url, call.key)
+        rate_limit = rate_limit_for(call.base_url, call.key)
         limit = max(1, self.max_retries)
         not_before = -math.inf
         failure: Failure | None = None
         sends = 0
         while True:
             try:
-                outcome = self._send(call, pacer, not_before)
+                outcome = self._send(call, rate_limit, not_before)
             except DeadlinePassedError:
                 error = (
                     failure.error
@@ -259,9 +302,13 @@ class Transport(KeyAndUrl):
             delay = backoff_delay(sends, self.backoff, self.max_backoff)
             if failure.rate_limited:
                 told = failure.error.retry_after
-                pacer.push_back(delay if told is None else told)
-                if told is not None and told > LONGEST_PUSH_BACK:
+                rate_limit.push_back(delay if told is None else told)
+                if call.urgent:
+                    delay = cancel_delay(sends, self.backoff)
+                elif told is not None and told > LONGEST_PUSH_BACK:
                     raise failure.error
+                else:
+                    delay = 0.0  # the push-back holds for this request, too
             if not failure.again:
                 raise failure.error
             if sends >= limit:
@@ -273,7 +320,7 @@ class Transport(KeyAndUrl):
                 limit,
                 failure.error,
             )
-            not_before = -math.inf if failure.rate_limited else time.monotonic() + delay
+            not_before = time.monotonic() + delay
 
     def _check_purchase(self, body: Any) -> None:
         """Raise for a purchase that the user's ceilings do not allow; all of them come by here."""
@@ -310,7 +357,8 @@ class Transport(KeyAndUrl):
             proxies = {"http": None, "https": None, "all": None, **proxies}
         # Without an auth of its own, requests would send what it finds in ~/.netrc.
         kwargs.setdefault("auth", _as_it_is)
-        session = self._session
+        repeatable = method in ("GET", "HEAD") or (method == "POST" and name in REPEATABLE_POSTS)
+        session = self._sessions.take()
         try:
             request = session.prepare_request(
                 requests.Request(
@@ -322,6 +370,8 @@ class Transport(KeyAndUrl):
         settings.update(
             session.merge_environment_settings(request.url, proxies, stream, verify, cert)
         )
+        self._sessions.put_back(session)
+        settings["stream"] = True  # the body is read piece by piece, up to a limit
         return Call(
             name=name,
             endpoint=endpoint,
@@ -329,32 +379,39 @@ class Transport(KeyAndUrl):
             settings=settings,
             base_url=base_url,
             key=key,
-            repeatable=method in ("GET", "HEAD") or (method == "POST" and name in REPEATABLE_POSTS),
+            repeatable=repeatable,
+            urgent=name in URGENT_POSTS or _limits.get().urgent,
             secrets=tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)])),
         )
 
-    def _send(self, call: Call, pacer: Pacer, not_before: float) -> Envelope | Failure:
+    def _send(self, call: Call, rate_limit: RateLimit, not_before: float) -> Envelope | Failure:
         """Send once, when it is this request's turn."""
         spaced = call.name in SPACED_POSTS and not call.repeatable
-        slot = pacer.slot(
+        turn = rate_limit.turn(
             self.rate_limit,
-            urgent=call.name in URGENT_POSTS,
+            urgent=call.urgent,
             not_before=not_before,
             spacing=(call.name, self.create_order_interval) if spaced else None,
-            deadline=_deadline.get(),
         )
-        with slot as leaves, departure.watched(leaves):
-            try:
-                response = self._session.send(call.request, **call.settings)
-                body = response.content
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                return no_answer(call, error, departure.at)
-            except OSError as error:  # a CA bundle or a certificate that is not there
-                raise ConfigurationError(f"{call.label} was not sent: {error}") from error
-            sent_at = departure.at
+        deadline = _limits.get().deadline
+        with turn.held:
+            rate_limit.wait(turn, deadline)
+            started_at = time.monotonic()
+            settings = dict(call.settings)
+            if (read_timeout := longest_part(settings["timeout"])) is not None:
+                deadline = min(deadline, started_at + ANSWER_TIMEOUTS * read_timeout)
+            if deadline < math.inf:
+                left = max(deadline - started_at, 0.001)
+                settings["timeout"] = shortened(settings["timeout"], left)
+            exchange.begin(lambda: rate_limit.left(turn), deadline)
+            answer = self._exchange(call, settings)
+            rate_limit.left(turn)
+        if isinstance(answer, Failure):
+            return answer
+        response, body = answer
+        # Connections of a proxy for SOCKS do not tell when a request left.
+        sent_at = started_at if exchange.left_at is None else exchange.left_at
         received_at = time.monotonic()
-        if sent_at is None:  # connections of a proxy for SOCKS tell nothing
-            sent_at = received_at - response.elapsed.total_seconds()
         logger.log(
             logging.INFO if call.name in LOGGED_POSTS else logging.DEBUG,
             "%s: HTTP %d, %d bytes in %.3f s",
@@ -373,6 +430,31 @@ class Transport(KeyAndUrl):
         else:
             outcome.error._sent_at = sent_at
         return outcome
+
+    def _exchange(
+        self, call: Call, settings: dict[str, Any]
+    ) -> tuple[requests.Response, bytes] | Failure:
+        """Send a request, and read its answer."""
+        reads = call.request.method in ("GET", "HEAD")
+        session: Session = self._sessions.take(fresh=not reads)
+        response = None
+        try:
+            response = session.send(call.request, **settings)
+            body = read_body(response, self.max_response_mb * 1e6)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            session.close()
+            return no_answer(call, error, exchange.left_at)
+        except UnusableAnswerError as error:
+            session.close()
+            return unusable(call, response, str(error))
+        except OSError as error:  # a CA bundle or a certificate that is not there
+            session.close()
+            raise ConfigurationError(f"{call.label} was not sent: {error}") from error
+        if reads:
+            self._sessions.put_back(session)
+        else:
+            session.close()
+        return response, body
 
 
 def _pushed_back(call: Call, seconds: float) -> RateLimitError:
@@ -394,15 +476,3 @@ def _after(error: CloreError, sends: int) -> CloreError:
     if sends:
         error.args = (f"Clore API request failed after {sends} retries: {error}",)
     return error
-
-
-_inherited: list[WatchedSession] = []
-
-
-def _keep_sessions() -> None:
-    # Freeing one would take the lock of its pool, which another thread may have held at the fork.
-    _inherited.extend(_sessions)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keep_sessions)

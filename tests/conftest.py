@@ -23,10 +23,10 @@ from tests.sshd import Sshd, running_sshd
 INTERNAL = [
     "test_answers.py",
     "test_checks.py",
-    "test_departure.py",
+    "test_connection.py",
     "test_forward.py",
     "test_hostile_transfer.py",
-    "test_pacing.py",
+    "test_rate_limit.py",
     "test_records.py",
     "test_run.py",
     "test_signals.py",
@@ -40,7 +40,7 @@ INTERNAL = [
 
 FORMS = ("live", "documented")
 # The simulator's limits are under the client's, as 1.0 s is under 1.1 s - and by more than that,
-# since milliseconds get lost on a busy machine; test_pacing and the benchmarks look closely.
+# since milliseconds get lost on a busy machine; test_rate_limit and the benchmarks look closely.
 RATE_LIMIT = 0.02
 FAST: dict[str, Any] = {
     "servers": 60,
@@ -138,6 +138,7 @@ def client_for(sim: Simulator, **options: Any) -> CloreClient:
         "create_order_interval": 0.05,
         "backoff": 0.01,
         "timeout": 5,
+        "order_lag": 0.3,
     }
     return CloreClient(**{**defaults, **options})
 

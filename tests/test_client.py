@@ -431,6 +431,7 @@ def test_another_order_is_not_taken_for_ours(
 def test_two_that_fit_are_not_guessed_between(sim: Simulator, client: CloreClient) -> None:
     server_id = plain_server(client)
     two = [listing(server_id, id=n) for n in (900001, 900002)]
+    sim.faults.add("my_orders", "envelope", envelope={"code": 0, "orders": []})  # before it is sent
     sim.faults.add("my_orders", "envelope", envelope={"code": 0, "orders": two}, times=9)
     with pytest.raises(OrderFateUnknownError, match="900001, 900002") as caught:
         client.create_order(server_id)

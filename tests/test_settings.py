@@ -238,7 +238,7 @@ def test_a_copy_is_a_client_of_its_own(sim: Simulator, how: Any) -> None:
     order = client.create_order(client.find_servers("RTX 4090")[0]["id"])
     twin = how(client)
     assert type(twin) is Mine
-    assert twin._session is not client._session
+    assert twin._sessions is not client._sessions
     assert (twin.api_key, twin.BASE_URL, twin.rate_limit) == (sim.api_key, sim.url, 0.02)
     assert twin.describe() == client.describe()
     twin.headers["auth"] = "other"

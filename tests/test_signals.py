@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, SignalExit
-from clore_client.signals import SIGNALS, Shield, SignalHandling, _handling
+from clore_client.signals import SIGNALS, SignalHandling, _handling
 from tests.market import Simulator
 from tests.test_rental import QUICK, active
 
@@ -129,25 +129,6 @@ def test_the_last_user_may_be_another_thread() -> None:
         with pytest.raises(SignalExit):
             send(signal.SIGTERM)
     assert default()
-
-
-def test_a_shield_holds_them_off() -> None:
-    with SignalHandling():
-        with Shield() as shield:
-            send(signal.SIGTERM)
-            send(signal.SIGINT)
-            assert [type(e) for e in shield.noted] == [SignalExit, KeyboardInterrupt]
-            shield.let_through()
-            with pytest.raises(KeyboardInterrupt):
-                send(signal.SIGINT)
-            with pytest.raises(SignalExit):
-                send(signal.SIGTERM)
-            shield.hold()
-            send(signal.SIGINT)
-            assert len(shield.noted) == 3
-        with pytest.raises(SignalExit):
-            send(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_signal_on_the_way_out_waits_for_the_cancel(

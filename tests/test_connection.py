@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from clore_client import CloreClient, CloreConnectionError, OrderFateUnknownError
-from clore_client.departure import never_left
+from clore_client.connection import never_left
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def test_a_host_that_can_not_be_parsed_leaves_nothing_behind() -> None:
         client_of(f"https://{'a' * 70}.example").create_order(1)
 
 
-def test_an_error_of_an_unwatched_connection_is_a_doubt() -> None:
+def test_an_error_of_an_unwatched_connection_is_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replaced adapter tells nothing of departures: then the kind of the error decides."""
 
     class Adapter(requests.adapters.BaseAdapter):
@@ -101,7 +101,9 @@ def test_an_error_of_an_unwatched_connection_is_a_doubt() -> None:
             pass
 
     client, adapter = client_of("http://127.0.0.1:1"), Adapter()
-    client._session.mount("http://", adapter)
+    session = client._sessions.take()
+    session.mount("http://", adapter)
+    monkeypatch.setattr(client._sessions, "take", lambda fresh=False: session)
     with pytest.raises(OrderFateUnknownError):
         client._request("POST", "/v1/create_order")
     assert adapter.calls == 1

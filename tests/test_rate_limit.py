@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clore_client import CloreClient, RateLimitError
-from clore_client.pacing import DeadlinePassedError, Pacer, PushedBackError, pacer_for
+from clore_client.rate_limit import (
+    DeadlinePassedError,
+    PushedBackError,
+    RateLimit,
+    Turn,
+    rate_limit_for,
+)
 from clore_client.transport import backoff_delay
 from tests.conftest import MakeSim, client_for, sent_to
 from tests.market import Simulator
@@ -38,6 +46,18 @@ def together(*calls: Callable[[], Any]) -> None:
         raise errors[0]
 
 
+@contextmanager
+def slot(
+    rate_limit: RateLimit, interval: float, *, deadline: float = math.inf, **options: Any
+) -> Iterator[Turn]:
+    """Wait for a slot; the block is the request, which leaves at its end at the latest."""
+    turn = rate_limit.turn(interval, **options)
+    with turn.held:
+        rate_limit.wait(turn, deadline)
+        yield turn
+        rate_limit.left(turn)
+
+
 def gaps(times: list[float]) -> list[float]:
     ordered = sorted(times)
     return [b - a for a, b in itertools.pairwise(ordered)]
@@ -53,8 +73,8 @@ def test_two_clients_and_eight_threads_keep_the_pace(make_sim: MakeSim) -> None:
 
 
 def test_keys_and_base_urls_have_a_pace_of_their_own(sim: Simulator, make_sim: MakeSim) -> None:
-    assert pacer_for("u", "a") is pacer_for("u", "a")
-    assert len({id(pacer_for(u, k)) for u in "uv" for k in "ab"}) == 4
+    assert rate_limit_for("http://u", "a") is rate_limit_for("http://u", "a")
+    assert len({id(rate_limit_for(f"http://{u}", k)) for u in "uv" for k in "ab"}) == 4
     other_key = client_for(sim, api_key=sim.add_key(), rate_limit=30)
     other_url = client_for(make_sim(), rate_limit=30)
     for client in (client_for(sim, rate_limit=30), other_key, other_url):
@@ -86,16 +106,16 @@ def test_no_two_departures_are_closer_than_their_intervals(
     wanted: list[tuple[float, bool, bool]],
 ) -> None:
     """Invariant: between neighbours lies the larger of their two intervals, and nobody is lost."""
-    pacer = Pacer()
+    limit = RateLimit()
     left: list[tuple[float, float, bool]] = []
     lock = threading.Lock()
 
     def send(interval: float, urgent: bool, spaced: bool) -> None:
         spacing = ("create_order", 0.006) if spaced else None
-        with pacer.slot(interval, urgent=urgent, spacing=spacing) as leaves:
+        with slot(limit, interval, urgent=urgent, spacing=spacing) as turn:
             with lock:
                 left.append((time.monotonic(), interval, spaced))
-                leaves()
+            limit.left(turn)
 
     together(*[lambda w=w: send(*w) for w in wanted])
     assert len(left) == len(wanted)
@@ -106,27 +126,31 @@ def test_no_two_departures_are_closer_than_their_intervals(
     assert all(gap >= 0.006 - 1e-4 for gap in gaps(spaced))
 
 
-def in_line(pacer: Pacer, name: str, order: list[str], **options: Any) -> threading.Thread:
+def waiting(limit: RateLimit) -> list[Turn]:
+    return [turn for turn in limit._waiting if turn.held.locked()]
+
+
+def in_line(limit: RateLimit, name: str, order: list[str], **options: Any) -> threading.Thread:
     """A thread that waits for a slot, and says so when it has it."""
 
     def wait() -> None:
-        with pacer.slot(0.05, **options):
+        with slot(limit, 0.05, **options):
             order.append(name)
 
-    before = len(pacer._waiting)
+    before = len(waiting(limit))
     thread = threading.Thread(target=wait)
     thread.start()
-    while len(pacer._waiting) == before and thread.is_alive():
+    while len(waiting(limit)) == before and thread.is_alive():
         time.sleep(0.001)
     return thread
 
 
 def test_slots_go_in_order_and_cancels_first() -> None:
-    pacer, order = Pacer(), list[str]()
-    with pacer.slot(0.3):
+    limit, order = RateLimit(), list[str]()
+    with slot(limit, 0.3):
         pass
-    threads = [in_line(pacer, name, order) for name in ("a", "b", "c")]
-    threads.append(in_line(pacer, "cancel", order, urgent=True))
+    threads = [in_line(limit, name, order) for name in ("a", "b", "c")]
+    threads.append(in_line(limit, "cancel", order, urgent=True))
     for thread in threads:
         thread.join(10)
     assert order == ["cancel", "a", "b", "c"]
@@ -148,44 +172,44 @@ def test_a_waiting_cancel_overtakes_waiting_reads(make_sim: MakeSim) -> None:
 
 
 def test_one_that_is_spaced_lets_others_pass() -> None:
-    pacer, order = Pacer(), list[str]()
-    with pacer.slot(0.0, spacing=("create_order", 0.5)):
+    limit, order = RateLimit(), list[str]()
+    with slot(limit, 0.0, spacing=("create_order", 0.5)):
         pass
-    threads = [in_line(pacer, "create", order, spacing=("create_order", 0.5))]
-    threads.append(in_line(pacer, "read", order))
+    threads = [in_line(limit, "create", order, spacing=("create_order", 0.5))]
+    threads.append(in_line(limit, "read", order))
     for thread in threads:
         thread.join(10)
     assert order == ["read", "create"]
 
 
 def test_waiters_look_again_after_a_push_back() -> None:
-    pacer, order = Pacer(), list[str]()
-    with pacer.slot(0.1):
+    limit, order = RateLimit(), list[str]()
+    with slot(limit, 0.1):
         pass
     started = time.monotonic()
-    thread = in_line(pacer, "a", order)
-    pacer.push_back(0.4)
+    thread = in_line(limit, "a", order)
+    limit.push_back(0.4)
     thread.join(10)
     assert time.monotonic() - started >= 0.4
 
 
 def test_a_long_push_back_is_an_error_for_everybody() -> None:
-    pacer, caught = Pacer(), list[float]()
-    with pacer.slot(0.5):
+    limit, caught = RateLimit(), list[float]()
+    with slot(limit, 0.5):
         pass
 
     def wait() -> None:
-        with pytest.raises(PushedBackError) as error, pacer.slot(0.5):
+        with pytest.raises(PushedBackError) as error, slot(limit, 0.5):
             pass
         caught.append(error.value.seconds)
 
     thread = threading.Thread(target=wait)
     thread.start()
     time.sleep(0.05)
-    pacer.push_back(1e9)
+    limit.push_back(1e9)
     thread.join(5)
     assert 60 < caught[0] <= 3600
-    with pytest.raises(PushedBackError), pacer.slot(0):
+    with pytest.raises(PushedBackError), slot(limit, 0):
         pass
 
 
@@ -220,37 +244,49 @@ def test_retry_after_as_a_date_counts_from_the_answers_date(make_sim: MakeSim) -
 
 
 def test_a_deadline_ends_the_waiting() -> None:
-    pacer = Pacer()
-    with pacer.slot(30):
+    limit = RateLimit()
+    with slot(limit, 30):
         pass
-    with pytest.raises(DeadlinePassedError), pacer.slot(30, deadline=time.monotonic() + 5):
+    with pytest.raises(DeadlinePassedError), slot(limit, 30, deadline=time.monotonic() + 5):
         pass
-    assert not pacer._waiting
+    assert not waiting(limit)
 
 
-def test_a_failed_waiter_leaves_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    pacer = Pacer()
-
-    def interrupted(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    with pacer.slot(0.05):
+@pytest.mark.parametrize("granted", [False, True])
+def test_a_turn_that_nobody_holds_is_skipped(granted: bool) -> None:
+    """As an interrupt leaves it, at any line between waiting and leaving."""
+    limit = RateLimit()
+    with slot(limit, 0.02):
         pass
-    monkeypatch.setattr(pacer._changed, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt), pacer.slot(0.05):
+    turn = limit.turn(0.02, urgent=True)
+    with turn.held:
+        if granted:
+            limit.wait(turn)
+        else:
+            limit._waiting.append(turn)
+    started = time.monotonic()
+    with slot(limit, 0.02):
         pass
-    monkeypatch.undo()
-    with pacer.slot(0.05):
+    assert time.monotonic() - started < 5
+    assert not waiting(limit)
+
+
+def test_urgent_requests_leave_whatever_the_server_asks_for() -> None:
+    limit = RateLimit()
+    limit.push_back(3600)
+    with slot(limit, 0.02, urgent=True):
+        pass
+    with pytest.raises(PushedBackError), slot(limit, 0.02):
         pass
 
 
 def test_a_request_that_does_not_leave_holds_nobody_up_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("clore_client.pacing.CONNECT_PATIENCE", 0.2)
-    pacer, order = Pacer(), list[str]()
-    with pacer.slot(0.01):
-        thread = in_line(pacer, "cancel", order, urgent=True)
+    monkeypatch.setattr("clore_client.rate_limit.CONNECT_PATIENCE", 0.2)
+    limit, order = RateLimit(), list[str]()
+    with slot(limit, 0.01):
+        thread = in_line(limit, "cancel", order, urgent=True)
         thread.join(10)
         assert order == ["cancel"]
 
