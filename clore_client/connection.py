@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import http.client
 import io
 import math
@@ -10,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from ssl import SSLCertVerificationError
 from typing import Any
 
@@ -43,7 +43,7 @@ class Exchange(threading.local):
         """
         self.tell, self.left_at, self.connecting, self.deadline = tell, None, False, deadline
 
-    @contextmanager
+    @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
         """Note that the block writes the first byte."""
         self.left_at = time.monotonic()
@@ -100,8 +100,10 @@ class _Response(http.client.HTTPResponse):
             interim = True
             self.headers = self.msg = None  # type: ignore[assignment]
             super().begin()
-        # A connection that sends what nobody asked for may do so again, and at another time.
-        self.will_close = self.will_close or interim
+        # A connection that sends what nobody asked for may do so again, and at another time; and
+        # what changes something gets a connection of its own.
+        changes = self._method not in ("GET", "HEAD")  # type: ignore[attr-defined]
+        self.will_close = self.will_close or interim or changes
 
 
 # Raised before anything is sent, also by connections that tell nothing.
@@ -174,7 +176,7 @@ class Session(requests.Session):
 
 
 class Sessions:
-    """The idle sessions of a client, with their open connections. One thread uses one at a time.
+    """The sessions of a client. One thread uses one at a time.
 
     So a session that an interrupt has left in any state is never used again, and no lock of its
     pool can hold up another thread.
@@ -182,35 +184,39 @@ class Sessions:
 
     def __init__(self, user_agent: str) -> None:
         self._user_agent = user_agent
-        self._idle: collections.deque[Session] = collections.deque()
-        self._pid = os.getpid()
+        self._forget()
 
-    def take(self, fresh: bool = False) -> Session:
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._for_reads: collections.deque[Session] = collections.deque()  # kept alive
+        self._for_changes: collections.deque[Session] = collections.deque()  # not connected
+
+    def take(self, reads: bool) -> Session:
         """Return a session for one request.
 
         Parameters:
-            fresh: without an open connection: a request that changes something must not meet one
-                that the server has closed, or an answer that is left from an earlier request.
+            reads: whether the request changes nothing. One that does gets a new connection: it
+                must not meet one that the server has closed, nor the rest of an earlier answer.
         """
         if self._pid != os.getpid():
-            # A connection that a fork has shared must not be used by both sides.
-            self._idle, self._pid = collections.deque(), os.getpid()
+            self._forget()  # a connection that a fork has shared must not be used by both sides
         try:
-            return Session(self._user_agent) if fresh else self._idle.pop()
+            return (self._for_reads if reads else self._for_changes).pop()
         except IndexError:
             return Session(self._user_agent)
 
-    def put_back(self, session: Session) -> None:
-        """Keep a session, with its connection, for another request."""
-        self._idle.append(session)
+    def put_back(self, session: Session, reads: bool) -> None:
+        """Keep a session for another request."""
+        (self._for_reads if reads else self._for_changes).append(session)
 
     def close(self) -> None:
-        """Close the idle connections."""
-        while self._pid == os.getpid() and self._idle:
-            try:
-                self._idle.pop().close()
-            except IndexError:  # another thread has taken the last
-                return
+        """Close the connections that are not in use."""
+        if self._pid != os.getpid():
+            return
+        for sessions in (self._for_reads, self._for_changes):
+            with contextlib.suppress(IndexError):  # another thread may have taken the last
+                while True:
+                    sessions.pop().close()
 
 
 class UnusableAnswerError(Exception):

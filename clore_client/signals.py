@@ -47,7 +47,7 @@ _handling = _Handling()
 
 def in_main_thread() -> bool:
     """Whether this is the main thread, the only one that signals interrupt."""
-    return threading.current_thread() is threading.main_thread()
+    return threading.get_ident() == threading.main_thread().ident
 
 
 def _on_signal(signum: int, frame: FrameType | None) -> None:

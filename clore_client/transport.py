@@ -35,7 +35,7 @@ from clore_client.checks import (
     longest_part,
     shortened,
 )
-from clore_client.connection import Session, Sessions, UnusableAnswerError, exchange, read_body
+from clore_client.connection import Sessions, UnusableAnswerError, exchange, read_body
 from clore_client.errors import (
     AuthenticationError,
     CloreConnectionError,
@@ -358,7 +358,7 @@ class Transport(KeyAndUrl):
         # Without an auth of its own, requests would send what it finds in ~/.netrc.
         kwargs.setdefault("auth", _as_it_is)
         repeatable = method in ("GET", "HEAD") or (method == "POST" and name in REPEATABLE_POSTS)
-        session = self._sessions.take()
+        session = self._sessions.take(reads=True)
         try:
             request = session.prepare_request(
                 requests.Request(
@@ -370,7 +370,7 @@ class Transport(KeyAndUrl):
         settings.update(
             session.merge_environment_settings(request.url, proxies, stream, verify, cert)
         )
-        self._sessions.put_back(session)
+        self._sessions.put_back(session, reads=True)
         settings["stream"] = True  # the body is read piece by piece, up to a limit
         return Call(
             name=name,
@@ -436,25 +436,22 @@ class Transport(KeyAndUrl):
     ) -> tuple[requests.Response, bytes] | Failure:
         """Send a request, and read its answer."""
         reads = call.request.method in ("GET", "HEAD")
-        session: Session = self._sessions.take(fresh=not reads)
+        session = self._sessions.take(reads)
         response = None
+        answer: tuple[requests.Response, bytes] | Failure
         try:
             response = session.send(call.request, **settings)
-            body = read_body(response, self.max_response_mb * 1e6)
+            answer = response, read_body(response, self.max_response_mb * 1e6)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            session.close()
-            return no_answer(call, error, exchange.left_at)
+            answer = no_answer(call, error, exchange.left_at)
         except UnusableAnswerError as error:
-            session.close()
-            return unusable(call, response, str(error))
+            answer = unusable(call, response, str(error))
         except OSError as error:  # a CA bundle or a certificate that is not there
-            session.close()
             raise ConfigurationError(f"{call.label} was not sent: {error}") from error
-        if reads:
-            self._sessions.put_back(session)
-        else:
-            session.close()
-        return response, body
+        if isinstance(answer, Failure) and response is not None:
+            response.close()
+        self._sessions.put_back(session, reads)
+        return answer
 
 
 def _pushed_back(call: Call, seconds: float) -> RateLimitError:

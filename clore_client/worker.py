@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextvars
 import math
@@ -180,6 +181,7 @@ class RentalWorker:
         self._purchases: list[Purchase] = []  # what costs money, or may
         self._current: Purchase | None = None  # the one that the user has
         self._before: set[int] = set()  # active orders that are not ours
+        self._started = False
         self._left_at: float | None = None
         self._hurried = False  # interrupted while it is left: the confirmation is skipped
         self._abandoned = False
@@ -191,17 +193,16 @@ class RentalWorker:
         self._handling = SignalHandling()
         listen(self, self._on_signal)
         context = contextvars.copy_context()
-        thread = threading.Thread(
-            target=lambda: context.run(self._work), name="clore-rental", daemon=True
-        )
         _open_rentals[id(self)] = self
         try:
-            thread.start()
+            # Not threading.Thread, whose start() waits with a lock that an interrupt can leave
+            # locked: then the thread would never run.
+            _thread.start_new_thread(context.run, (self._work,))
         except RuntimeError as error:
             _open_rentals.pop(id(self), None)
-            self.finished.open()
             self.close()
             raise RentalError(f"nothing was rented: {error}") from error
+        self._started = True
 
     def ask(self, action: Callable[[], Result]) -> Result:
         """Have the worker do something, and return what comes of it, or raise that."""
@@ -269,6 +270,10 @@ class RentalWorker:
             The interrupts that came meanwhile.
         """
         self._begin_to_leave()
+        if (
+            not self._started
+        ):  # or this moment: then it has bought nothing, and sees that it is left
+            return []
         caught: list[BaseException] = []
         times = [time.monotonic()] if interrupted else []
         while True:
@@ -327,11 +332,11 @@ class RentalWorker:
         for purchase in left:
             if purchase.entry is not None:
                 purchase.entry.given_up = True
+        ids = tuple(p.order_id for p in left if p.order_id is not None)
+        text = f"interrupted three times: {'; '.join(map(str, left))}: see leftovers()"
         if left:
-            self.failure = CancelUnconfirmedError(
-                f"interrupted three times: {', '.join(map(str, left))}; see leftovers() and "
-                "get_orders()",
-                order_ids=tuple(p.order_id for p in left if p.order_id is not None),
+            self.failure = (
+                CancelUnconfirmedError(text, order_ids=ids) if ids else FateUnknownError(text)
             )
 
     def _on_signal(self, signum: int) -> None:

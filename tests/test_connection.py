@@ -101,9 +101,9 @@ def test_an_error_of_an_unwatched_connection_is_a_doubt(monkeypatch: pytest.Monk
             pass
 
     client, adapter = client_of("http://127.0.0.1:1"), Adapter()
-    session = client._sessions.take()
+    session = client._sessions.take(reads=True)
     session.mount("http://", adapter)
-    monkeypatch.setattr(client._sessions, "take", lambda fresh=False: session)
+    monkeypatch.setattr(client._sessions, "take", lambda reads: session)
     with pytest.raises(OrderFateUnknownError):
         client._request("POST", "/v1/create_order")
     assert adapter.calls == 1
