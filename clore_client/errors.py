@@ -380,7 +380,7 @@ class SpotPriceTooSoonError(ApplicationError):
 
 
 class InvalidResponseError(CloreAPIError):
-    """What came back is no answer of the API: HTML, a redirect, broken JSON, no ``code``, no list."""
+    """What came back is no answer of the API: HTML, broken JSON, no ``code``, no list."""
 
 
 ERROR_CLASSES: dict[int, type[CloreAPIError]] = {

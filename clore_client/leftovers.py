@@ -11,9 +11,9 @@ from clore_client.errors import CancelUnconfirmedError, CloreError
 from clore_client.log import logger
 from clore_client.money import finite
 from clore_client.orders import Order
+from clore_client.purchases import fits_intent
 from clore_client.records import whole_id
 from clore_client.state import Found, account_digest, read_entries
-from clore_client.worker import fits_intent
 
 # How far an order's time of creation, by the server's clock, may lie before and after the time of
 # the intent, by this machine's. A proxy may hold a request for a while.

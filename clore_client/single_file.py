@@ -35,6 +35,7 @@ MODULES = (
     "signals",
     "rental",
     "worker",
+    "purchases",
     "budget",
     "candidates",
     "leftovers",

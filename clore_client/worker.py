@@ -15,8 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clore_client.budget import Budget, Meter
-from clore_client.cancel import confirm_ended, confirm_until, keep_cancelling, not_cancelled
+from clore_client.budget import Budget
+from clore_client.cancel import (
+    SHORTEST_TRY,
+    confirm_ended,
+    confirm_until,
+    keep_cancelling,
+    not_cancelled,
+)
 from clore_client.candidates import Wish
 from clore_client.errors import (
     AuthenticationError,
@@ -33,7 +39,8 @@ from clore_client.errors import (
     SpendingLimitError,
 )
 from clore_client.log import logger
-from clore_client.orders import Order, same_purchase
+from clore_client.orders import Order
+from clore_client.purchases import Purchase, Purchases
 from clore_client.servers import Server
 from clore_client.signals import (
     SignalExit,
@@ -42,7 +49,6 @@ from clore_client.signals import (
     listen,
     stopping_signal,
 )
-from clore_client.state import Entry, Found, account_digest, read_entries, write_entry
 from clore_client.transport import limited
 
 Result = TypeVar("Result")
@@ -113,35 +119,6 @@ class _Request:
         self.done.open()
 
 
-class Purchase:
-    """One order of a rental, from the intent to its confirmed end.
-
-    Attributes:
-        server_id: the server that it is for.
-        entry: its note in the state folder.
-        meter: what it costs.
-        order_id: None as long as it is not known whether there is an order.
-        answered: the API has answered that there is none, which is not always true.
-        accepted: its cancel was accepted.
-    """
-
-    def __init__(self, server_id: int, entry: Entry | None, meter: Meter) -> None:
-        self.server_id = server_id
-        self.entry = entry
-        self.meter = meter
-        self.sent_at = time.monotonic()
-        self.order_id: int | None = None
-        self.answered = False
-        self.accepted = False
-
-    def __str__(self) -> str:
-        return (
-            f"order {self.order_id} may still be running"
-            if self.order_id is not None
-            else f"an order of server {self.server_id} may have been made"
-        )
-
-
 class RentalWorker:
     """Owns the orders of one rental, from the first request to the confirmed end.
 
@@ -165,7 +142,6 @@ class RentalWorker:
     ) -> None:
         self._client = client
         self._wish = wish
-        self._folder = folder
         self._inbox = inbox
         self._block = block  # what the with statement holds; None without one
         self.pid = os.getpid()
@@ -178,9 +154,10 @@ class RentalWorker:
         self.exceeded: tuple[str, float, float, int | None] | None = None  # why, h, USD, id
         self._main = in_main_thread()
         self._handling: SignalHandling | None = None
-        self._purchases: list[Purchase] = []  # what costs money, or may
+        self._purchases = Purchases(
+            client, wish, folder, self.budget, wake=lambda: inbox.put(None), taken=_order_ids
+        )
         self._current: Purchase | None = None  # the one that the user has
-        self._before: set[int] = set()  # active orders that are not ours
         self._started = False
         self._left_at: float | None = None
         self._hurried = False  # interrupted while it is left: the confirmation is skipped
@@ -217,7 +194,7 @@ class RentalWorker:
 
     def note_orders(self, orders: list[Order]) -> None:
         """Note which orders are there before the first purchase."""
-        self._before = {order.id for order in orders if order.id is not None}
+        self._purchases.before = {order.id for order in orders if order.id is not None}
 
     def buy(self, server: Server, price: float | None, settings: dict[str, Any]) -> Order:
         """Order a server.
@@ -270,9 +247,7 @@ class RentalWorker:
             The interrupts that came meanwhile.
         """
         self._begin_to_leave()
-        if (
-            not self._started
-        ):  # or this moment: then it has bought nothing, and sees that it is left
+        if not self._started:  # or this moment, and has bought nothing: it sees that it is left
             return []
         caught: list[BaseException] = []
         times = [time.monotonic()] if interrupted else []
@@ -371,7 +346,7 @@ class RentalWorker:
         self.finished.open()
 
     def _next_request(self) -> None:
-        timeout = self.budget.seconds_left()
+        timeout = None if self.exceeded else self.budget.seconds_left()
         if self._doubtful():
             timeout = min(LOOK_BESIDE, math.inf if timeout is None else timeout)
         try:
@@ -410,81 +385,24 @@ class RentalWorker:
 
     def _buy(self, server: Server, price: float | None, settings: dict[str, Any]) -> Order:
         self.check()
-        purchase = self._note_intent(server.id or 0, price)
+        purchase = self._current = self._purchases.note_intent(server.id or 0, price)
         try:
             order: Order = self._client.create_order(purchase.server_id, **settings)
             if order.id is None:
                 raise FateUnknownError("the answer to create_order names no order")
         except DatabaseError:
-            purchase.answered = True
-            self.budget.drop(purchase.meter)
+            self._purchases.refused(purchase)
             self._current = None
             raise
         except SURELY_NO_ORDER as error:
             # Of an unknown code, or an answer that is no envelope, nobody knows what it means.
             if not isinstance(error, CloreAPIError) or error.code in self._client.ERROR_CODES:
-                self._forget(purchase)
+                self._purchases.forget(purchase)
+                self._current = None
             raise
-        self._became(purchase, order.id)
-        self._drop_dead_notes(purchase.server_id)
+        self._purchases.became(purchase, order.id)
+        self._purchases.drop_dead_notes(purchase.server_id)
         return order
-
-    def _note_intent(self, server_id: int, price: float | None) -> Purchase:
-        """Note a purchase in the state folder and here, before it is sent."""
-        wish = self._wish
-        entry = write_entry(
-            self._folder,
-            {
-                "server_id": server_id,
-                "started": time.time(),
-                "server_clock": self._client._server_clock,
-                "image": wish.image,
-                "currency": wish.currency,
-                "spot": wish.spot,
-                "base_url": str(self._client.BASE_URL).rstrip("/"),
-                "account": self._account(),
-                "before": sorted(self._before),
-            },
-        )
-        purchase = Purchase(server_id, entry, self.budget.start(price))
-        self._purchases.append(purchase)
-        self._current = purchase
-        return purchase
-
-    def _became(self, purchase: Purchase, order_id: int) -> None:
-        """Note which order a purchase became."""
-        purchase.order_id = order_id
-        self.budget.resume(purchase.meter)
-        if purchase.entry is not None:
-            purchase.entry.note_order(order_id)
-
-        def new_bid(usd_per_hour: float) -> None:
-            purchase.meter.change(usd_per_hour)
-            self._inbox.put(None)
-
-        self._client._on_bid[order_id] = new_bid
-
-    def _forget(self, purchase: Purchase) -> None:
-        """Drop a purchase of which nothing is left."""
-        if purchase.entry is not None:
-            purchase.entry.remove()
-        self._remove(purchase)
-        self.budget.drop(purchase.meter)
-        if self._current is purchase and not purchase.accepted:
-            self._current = None
-
-    def _give_up(self, purchase: Purchase) -> None:
-        """Leave a purchase to ``leftovers()``."""
-        if purchase.entry is not None:
-            purchase.entry.given_up = True
-        self._remove(purchase)
-        if purchase.order_id is None:
-            self.budget.drop(purchase.meter)
-
-    def _remove(self, purchase: Purchase) -> None:
-        if purchase in self._purchases:
-            self._purchases.remove(purchase)
-        self._client._on_bid.pop(purchase.order_id, None)
 
     def _keep(self) -> None:
         current = self._current
@@ -492,32 +410,7 @@ class RentalWorker:
             raise RentalError("the order was ended already: it can't be kept")
         self.kept = True
         logger.info("order %d stays, on purpose", current.order_id)
-        if current.entry is not None:
-            current.entry.remove()
-        self._remove(current)
-
-    def _account(self) -> str:
-        return account_digest(self._client.BASE_URL, self._client.api_key)
-
-    def _notes_for(self, server_id: int) -> list[Found]:
-        """What is noted of this server for this account; each is to be closed."""
-        account, notes = self._account(), []
-        for entry in read_entries(self._folder):
-            facts = entry.facts
-            if facts.get("server_id") == server_id and facts.get("account") == account:
-                notes.append(entry)
-            else:
-                entry.close()
-        return notes
-
-    def _drop_dead_notes(self, server_id: int) -> None:
-        """Drop notes of dead processes that could be taken for this order, which is ours."""
-        if self._wish.spot:
-            return  # several bids may stand on one server
-        for entry in self._notes_for(server_id):
-            if entry.free and entry.ours and entry.order_id is None:
-                entry.remove()
-            entry.close()
+        self._purchases.keep(current)
 
     # --- the end ---
 
@@ -555,13 +448,13 @@ class RentalWorker:
         started = time.monotonic()
         failures: list[BaseException | None] = [
             self._cancel(purchase, self._deadline)
-            for purchase in list(self._purchases)
+            for purchase in self._purchases
             if purchase.order_id is not None
         ]
-        for purchase in list(self._purchases):
+        for purchase in self._purchases:
             if purchase.order_id is None:
                 failures.append(self._settle_doubt(purchase))
-        for purchase in list(self._purchases):
+        for purchase in self._purchases:
             failures.append(self._confirm(purchase, started))
         return next((failure for failure in failures if failure is not None), None)
 
@@ -573,7 +466,7 @@ class RentalWorker:
         if failure is None:
             return None
         order_id = purchase.order_id or 0
-        self._give_up(purchase)
+        self._purchases.give_up(purchase)
         logger.error("order %d could not be cancelled: it may still be running", order_id)
         return not_cancelled(order_id, failure, self._wish.cancel_timeout)
 
@@ -599,16 +492,16 @@ class RentalWorker:
         )
         if self._hurried:
             logger.warning("order %d was cancelled, which is not confirmed: interrupted", order_id)
-            self._give_up(purchase)
+            self._purchases.give_up(purchase)
             return CloreError(
                 f"order {order_id} was cancelled; that it has ended was not confirmed"
             )
         if failure is not None:
             logger.error("order %d was cancelled, but may still be running", order_id)
-            self._give_up(purchase)
+            self._purchases.give_up(purchase)
             return failure
-        self._forget(purchase)
-        self._before.add(order_id)
+        self._purchases.forget(purchase)
+        self._purchases.before.add(order_id)
         return None
 
     # --- purchases in doubt ---
@@ -630,7 +523,14 @@ class RentalWorker:
                 until = time.monotonic() + self._wish.cancel_timeout
                 self._try_to_cancel(purchase, lambda: until)  # noqa: B023
             elif there_is_none:
-                self._forget(purchase)
+                self._purchases.forget(purchase)
+
+    def _look_for(self, purchase: Purchase) -> bool:
+        """Look once for the order of a purchase; True when time has shown that there is none."""
+        asked_at = time.monotonic()
+        deadline = max(asked_at + SHORTEST_TRY, self._deadline())
+        orders = limited(self._client.get_orders, deadline=deadline, urgent=True)
+        return self._purchases.look_for(purchase, orders, asked_at)
 
     def _settle_doubt(self, purchase: Purchase) -> BaseException | None:
         """Look for an order until it is found, which is then ended, or time has shown that there
@@ -651,9 +551,9 @@ class RentalWorker:
             if not shown:
                 time.sleep(min(LOOK_EVERY, max(0.001, self._client.order_lag / 4)))
         if shown and purchase.answered:
-            self._forget(purchase)
+            self._purchases.forget(purchase)
             return None
-        self._give_up(purchase)
+        self._purchases.give_up(purchase)
         logger.warning(
             "no order of server %d showed up: look at leftovers() later", purchase.server_id
         )
@@ -664,47 +564,9 @@ class RentalWorker:
         unknown.__cause__ = cause
         return unknown
 
-    def _look_for(self, purchase: Purchase) -> bool:
-        """Look once for the order of a purchase; True when time has shown that there is none.
 
-        A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
-        moment.
-        """
-        asked_at = time.monotonic()
-        orders = limited(
-            self._client.get_orders, deadline=max(asked_at + 1.0, self._deadline()), urgent=True
-        )
-        fitting = self._fitting(orders, purchase.server_id)
-        if len(fitting) == 1 and not self._is_held(purchase):
-            self._became(purchase, fitting[0].id or 0)
-        return not fitting and asked_at >= purchase.sent_at + 2 * self._client.order_lag
-
-    def _fitting(self, orders: list[Order], server_id: int) -> list[Order]:
-        """Return the orders that can come of a purchase of this rental."""
-        others = {p.order_id for worker in list(_open_rentals.values()) for p in worker._purchases}
-        wish = self._wish
-        return [
-            order
-            for order in orders
-            if order.server_id == server_id
-            and order.id not in self._before
-            and order.id not in others
-            and fits_intent(order, wish.image, wish.currency, wish.spot)
-        ]
-
-    def _is_held(self, purchase: Purchase) -> bool:
-        """Whether a rental of another process could be for the same server: hands off, then."""
-        held = False
-        for entry in self._notes_for(purchase.server_id):
-            mine = purchase.entry is not None and entry.path == purchase.entry.path
-            held = held or not (mine or entry.free)
-            entry.close()
-        return held
-
-
-def fits_intent(order: Order, image: Any, currency: Any, spot: Any) -> bool:
-    """Whether an order that still runs can come of an intent."""
-    return not order.has_ended and same_purchase(order, image, currency, spot)
+def _order_ids() -> set[int | None]:
+    return {p.order_id for worker in list(_open_rentals.values()) for p in worker._purchases}
 
 
 def _end_all() -> None:
