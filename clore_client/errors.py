@@ -188,7 +188,7 @@ class OrderNotFoundError(CloreError):
 
 
 class CancelUnconfirmedError(CloreError):
-    """A cancelled order still looks active: look again, and cancel again; that does no harm.
+    """An order could not be cancelled, or is not confirmed to have ended: cancel it again.
 
     Attributes:
         order_id: the order, or the first of several.
