@@ -563,9 +563,9 @@ class CloreClient(Machine):
         currency or is refused with code 1 gives way to the next, and so does an order that shows a
         price over the limit or does not run in time, once it is confirmed to have ended. However
         the block is left - also by Ctrl-C, by SIGTERM, SIGHUP or the interpreter's exit - the order
-        is cancelled, and that it has ended is confirmed. A second Ctrl-C ends only the confirmation,
-        three within two seconds end even the cancelling. What a killed process leaves,
-        :meth:`leftovers` finds.
+        is cancelled, and that it has ended is confirmed. A second Ctrl-C ends only the
+        confirmation, three within two seconds end even the cancelling. What a killed process
+        leaves, :meth:`leftovers` finds.
 
         A thread of the rental orders, cancels and confirms, as no signal interrupts it. After code
         1 it goes on looking for an order that was made all the same, and ends that one.
