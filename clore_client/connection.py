@@ -73,11 +73,9 @@ class _BoundedReader(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("the whole answer took too long")
         timeout = self._sock.gettimeout()
-        self._sock.settimeout(left if timeout is None else min(timeout, left))
-        try:
-            return self._raw.readinto(buffer)
-        finally:
-            self._sock.settimeout(timeout)
+        if timeout is None or left < timeout:
+            self._sock.settimeout(left)  # until the next request sets its own
+        return self._raw.readinto(buffer)
 
     def close(self) -> None:
         self._raw.close()

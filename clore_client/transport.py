@@ -227,8 +227,9 @@ class Transport(KeyAndUrl):
 
     @property
     def _sessions(self) -> Sessions:
-        sessions: Sessions = self.__dict__.setdefault("_own_sessions", Sessions(self._user_agent))
-        return sessions
+        sessions: Sessions | None = self.__dict__.get("_own_sessions")
+        # One step where two threads make it at once: both get the first.
+        return sessions or self.__dict__.setdefault("_own_sessions", Sessions(self._user_agent))
 
     def close(self) -> None:
         """Free the connections. The client can be used again; it then opens new ones."""
