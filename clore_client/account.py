@@ -170,10 +170,6 @@ class Account(Transport):
                 raise CloreError("the orders are not listed whole: that decides nothing")
         return OrderState.ABSENT
 
-    def _ends_soon(self, order_id: int) -> bool:
-        """Whether the list of completed orders has an order, at once or after it has lingered."""
-        return confirm_ended(self, order_id, None, accepted=False) is None
-
     def _confirm(self, order_ids: tuple[int, ...], timeout: float) -> None:
         """Wait until cancelled orders have ended in the lists as well."""
         deadline = time.monotonic() + timeout

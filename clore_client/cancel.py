@@ -182,7 +182,7 @@ def _sleep_until(moment: float, stop: Callable[[], bool]) -> None:
 def confirm_ended(
     client: Any,
     order_id: int,
-    deadline: float | None,
+    deadline: float,
     *,
     stop: Callable[[], bool] = lambda: False,
     accepted: bool = True,
@@ -192,13 +192,12 @@ def confirm_ended(
     Parameters:
         client: whose order it is.
         order_id: which order.
-        deadline: monotonic time at which to give up; None for as long as it may linger.
+        deadline: monotonic time at which to give up.
         stop: whether to give up at once.
         accepted: whether its cancel was. Then it has ended when it is gone for longer than the
             lists lag, and is cancelled again when it goes on looking active.
     """
     evidence, pause, cancelled_at = Evidence(client, order_id), 0.02, time.monotonic()
-    deadline = cancelled_at + LINGER if deadline is None else deadline
     while True:
         try:
             limited(evidence.look, deadline=deadline + SHORTEST_TRY, urgent=True)
@@ -223,6 +222,18 @@ def confirm_ended(
                 logger.debug("order %d could not be cancelled again: %s", order_id, error)
         _sleep_until(now + min(pause, max(deadline - now, 0.02)), stop)
         pause = min(pause * 2, LONGEST_LOOK_PAUSE)
+
+
+def ended_among(client: Any, order_ids: list[int], patience: float = math.inf) -> set[int]:
+    """Return those whose cancel failed and that are listed as ended, once they have lingered.
+
+    Parameters:
+        client: whose orders they are.
+        order_ids: which orders.
+        patience: seconds for all of them, at most as many as a cancelled order may linger.
+    """
+    until = time.monotonic() + min(patience, LINGER)
+    return {i for i in order_ids if confirm_ended(client, i, until, accepted=False) is None}
 
 
 def confirm_until(started: float, timeout: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from clore_client.account import SHORTEST_LOOK
 from clore_client.bids import with_hourly_offers
-from clore_client.cancel import settle_cancel
+from clore_client.cancel import ended_among, settle_cancel
 from clore_client.candidates import Wish
 from clore_client.checks import (
     check_bool,
@@ -443,8 +443,9 @@ class CloreClient(Machine):
 
     def _cancel_all(self, confirm: bool, confirm_timeout: float) -> list[int]:
         ids = self._active_ids()
-        failed = {str(i) for i in self.cancel_orders(ids).get("failed_to_cancel") or ()}
-        left = tuple(i for i in ids if str(i) in failed and not self._ends_soon(i))
+        failed = self._send_cancels(ids)[1] if ids else []
+        ended = ended_among(self, failed, confirm_timeout)
+        left = tuple(i for i in failed if i not in ended)
         if left:
             raise CancelUnconfirmedError(
                 f"not cancelled: {', '.join(map(str, left))}", order_ids=left
@@ -469,17 +470,25 @@ class CloreClient(Machine):
         ids = check_ids("order_ids", order_ids)
         if not ids:
             return {"code": 0, "failed_to_cancel": []}
-        answer = self._request("POST", "/v1/cancel_orders", json={"order_ids": ids})
-        listed = answer.get("failed_to_cancel")
-        failed = {str(i) for i in listed} if isinstance(listed, list) else set()
+        answer, failed = self._send_cancels(ids)
         if failed and getattr(answer, "sends", 1) > 1:
             # Sent again after a lost answer, it fails for those that the first one ended.
-            failed -= {str(i) for i in ids if str(i) in failed and self._ends_soon(i)}
-            answer["failed_to_cancel"] = [i for i in listed or () if str(i) in failed]
-        done = [i for i in ids if str(i) not in failed]
-        self._cancelled.update(done)
-        logger.info("orders %s were cancelled, %s were not", done, sorted(failed))
+            ended = {str(i) for i in ended_among(self, failed)}
+            answer["failed_to_cancel"] = [
+                i for i in answer["failed_to_cancel"] if str(i) not in ended
+            ]
         return answer
+
+    def _send_cancels(self, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Send ``cancel_orders``; also gives those of the ids that failed."""
+        answer = self._request("POST", "/v1/cancel_orders", json={"order_ids": ids})
+        listed = answer.get("failed_to_cancel")
+        names = {str(i) for i in listed} if isinstance(listed, list) else set()
+        failed = [i for i in ids if str(i) in names]
+        done = [i for i in ids if i not in failed]
+        self._cancelled.update(done)
+        logger.info("orders %s were cancelled, %s were not", done, failed)
+        return answer, failed
 
     def wait_for_order(
         self,

@@ -12,6 +12,8 @@ from clore_client.candidates import Wish
 from clore_client.orders import Order, same_purchase
 from clore_client.state import Entry, Found, account_digest, read_entries, write_entry
 
+LOOKS = 3  # how many lists must lack an order at least, before there is none
+
 
 class Purchase:
     """One order of a rental, from the intent to its confirmed end.
@@ -33,6 +35,7 @@ class Purchase:
         self.order_id: int | None = None
         self.answered = False
         self.accepted = False
+        self.absent: list[float] = []  # when it was asked for, and was in no list
 
     def __str__(self) -> str:
         return (
@@ -138,8 +141,8 @@ class Purchases:
     def look_for(self, purchase: Purchase, orders: list[Order], asked_at: float) -> bool:
         """Look for the order of a purchase; True when time has shown that there is none.
 
-        A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
-        moment.
+        A new order can take ``order_lag`` seconds to be listed. As a list can be empty for a
+        moment, several must lack it, over as long again.
 
         Parameters:
             purchase: whose outcome is in doubt.
@@ -149,7 +152,18 @@ class Purchases:
         fitting = [order for order in orders if self._fits(order, purchase)]
         if len(fitting) == 1 and not self._is_held(purchase):
             self.became(purchase, fitting[0].id or 0)
-        return not fitting and asked_at >= purchase.sent_at + 2 * self._client.order_lag
+        lag = self._client.order_lag
+        if fitting:
+            purchase.absent.clear()
+        elif asked_at >= purchase.sent_at + lag and self._lists_ours(orders):
+            purchase.absent.append(asked_at)
+        absent = purchase.absent
+        return len(absent) >= LOOKS and absent[-1] - absent[0] >= lag
+
+    def _lists_ours(self, orders: list[Order]) -> bool:
+        """Whether a list has all orders that surely run: one without them proves nothing."""
+        running = {p.order_id for p in self._all if p.order_id is not None and not p.accepted}
+        return running <= {order.id for order in orders}
 
     def _fits(self, order: Order, purchase: Purchase) -> bool:
         wish = self._wish

@@ -40,7 +40,7 @@ from clore_client.errors import (
 )
 from clore_client.log import logger
 from clore_client.orders import Order
-from clore_client.purchases import Purchase, Purchases
+from clore_client.purchases import LOOKS, Purchase, Purchases
 from clore_client.servers import Server
 from clore_client.signals import (
     SignalExit,
@@ -348,7 +348,8 @@ class RentalWorker:
     def _next_request(self) -> None:
         timeout = None if self.exceeded else self.budget.seconds_left()
         if self._doubtful():
-            timeout = min(LOOK_BESIDE, math.inf if timeout is None else timeout)
+            look = min(LOOK_BESIDE, max(0.001, self._client.order_lag / LOOKS))
+            timeout = min(look, math.inf if timeout is None else timeout)
         try:
             request = self._inbox.get(timeout=timeout)
         except queue.Empty:
@@ -549,7 +550,7 @@ class RentalWorker:
             if time.monotonic() >= self._deadline():
                 break
             if not shown:
-                time.sleep(min(LOOK_EVERY, max(0.001, self._client.order_lag / 4)))
+                time.sleep(min(LOOK_EVERY, max(0.001, self._client.order_lag / LOOKS)))
         if shown and purchase.answered:
             self._purchases.forget(purchase)
             return None
