@@ -93,7 +93,6 @@ def settle_cancel(client: Any, order_id: int, error: CloreError, patience: float
         OrderNotFoundError: the account has no such order.
         CancelUnconfirmedError: it may still be running.
     """
-    known = order_id in client._known()
     accepted = order_id in client._cancelled
     refused = isinstance(error, CloreAPIError) and error.sends <= 1
     evidence = Evidence(client, order_id)
@@ -106,7 +105,7 @@ def settle_cancel(client: Any, order_id: int, error: CloreError, patience: float
             raise not_found from error
         if evidence.state is OrderState.ENDED or (evidence.gone and accepted):
             return
-        if evidence.gone and not known:
+        if evidence.gone and order_id not in client._known():
             raise OrderNotFoundError(
                 f"there is no order {order_id} in this account", order_id=order_id
             ) from error

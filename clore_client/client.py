@@ -412,11 +412,11 @@ class CloreClient(Machine):
         except ConfigurationError:
             raise
         except CloreError as error:
-            error.args = (f"{error}\norder {order_id} may still be running, and cost money",)
-            if isinstance(error, (AuthenticationError, RateLimitError)):
+            unsent = isinstance(error, CloreConnectionError) and error._sent_at is None
+            if unsent or isinstance(error, (AuthenticationError, RateLimitError)):
+                # The lists would say nothing new.
+                error.args = (f"{error}\norder {order_id} may still be running, and cost money",)
                 raise
-            if isinstance(error, CloreConnectionError) and error._sent_at is None:
-                raise  # nothing left this machine: the lists would say nothing new
             settle_cancel(self, order_id, error, patience)
             self._cancelled.add(order_id)
 
