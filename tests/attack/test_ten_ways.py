@@ -168,6 +168,20 @@ def test_cancel_timeout_is_kept_with_a_long_timeout(server: FaultServer, notes: 
             server.fault("cancel_order", "endless_continue", FOR_EVER)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_a_cancel_that_drips_comes_through(
+    server: FaultServer, hasty: CloreClient, signum: int
+) -> None:
+    raised = KeyboardInterrupt if signum == signal.SIGINT else SystemExit
+    rental = hasty.rent("4090", **{**RENT, "cancel_timeout": 1.5})
+    press = threading.Timer(0.4, os.kill, (os.getpid(), signum))
+    with Watchdog(server, 12), pytest.raises(raised) as caught, rental:  # noqa: PT012
+        server.fault("cancel_order", "drip", FOR_EVER)
+        press.start()
+    assert any(str(server.running[0]) in note for note in getattr(caught.value, "__notes__", []))
+    assert unaccounted(server, hasty, caught.value, noted=True) == []
+
+
 @pytest.mark.parametrize("kind", ["hang", "drip"])
 def test_a_cancel_that_hangs_is_sent_again_elsewhere(
     server: FaultServer, hasty: CloreClient, kind: str
