@@ -307,19 +307,27 @@ def test_a_lost_answer_is_no_second_order(sim: Simulator, kind: str) -> None:
     assert active(sim) == []
 
 
-def test_a_fate_unknown_stops_the_walk(sim: Simulator, tmp_path: Any) -> None:
-    client = client_for(sim)
+def test_an_order_that_shows_up_late_is_ended_all_the_same(sim: Simulator, tmp_path: Any) -> None:
+    client = client_for(sim, order_lag=20.0)
     sim.faults.add("create_order", "commit_late", seconds=0.6)
+    with pytest.raises(OrderFateUnknownError):
+        with rent(client, find_timeout=0.1, cancel_timeout=60):
+            pytest.fail("entered")
+    assert len(sim.orders) == 1
+    assert active(sim) == []
+    assert entries(tmp_path) == []
+
+
+def test_a_fate_unknown_stops_the_walk(sim: Simulator, tmp_path: Any) -> None:
+    client = client_for(sim, order_lag=0.01)
+    sim.faults.add("create_order", "commit_late", seconds=3.0)
     with pytest.raises(OrderFateUnknownError):
         with rent(client, find_timeout=0.2):
             pytest.fail("entered")
     assert len(sent_to(sim, "create_order")) == 1
     assert len(entries(tmp_path)) == 1
     # The order is made after all, and found by what the entry tells.
-    deadline = time.monotonic() + 10
-    while not active(sim) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    made = active(sim)
+    made = until(lambda: active(sim))
     assert len(made) == 1
     assert client.cancel_leftovers(wait=5) == made
     assert entries(tmp_path) == []
