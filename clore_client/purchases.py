@@ -12,7 +12,7 @@ from clore_client.candidates import Wish
 from clore_client.orders import Order, same_purchase
 from clore_client.state import Entry, Found, account_digest, read_entries, write_entry
 
-LOOKS = 3  # how many lists must lack an order at least, before there is none
+LOOKS = 6  # how many lists must lack an order at least, before there is none
 
 
 class Purchase:

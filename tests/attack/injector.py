@@ -4,26 +4,26 @@ A scenario is a callable. ``visited`` runs it and counts which lines of the pack
 thread executes; ``inject`` runs it again and raises at one of them. Other threads are not touched,
 just as signals don't touch them. The simulator's lines don't count: it stands for the API.
 
-Left out is where no signal can come: between the last line under ``with lock:`` and the unlocking,
-as the interpreter looks for signals only after calls, at the end of loops, and at the beginning of
-Python functions; and where a generator goes on, as that may be its end as garbage.
+The interpreter looks for signals only after calls, at the end of loops, and at the beginning of
+Python functions. So left out are lines that do nothing, as ``try:``; the way from the last line
+under a ``with`` statement to an ``__exit__`` in C, as that of a lock; and the moment in which a
+generator goes on, as that may be its end as garbage.
 """
 
 from __future__ import annotations
 
+import dis
 import gc
 import inspect
 import linecache
 import os
 import random
-import re
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import clore_client
@@ -31,16 +31,21 @@ import clore_client
 PACKAGE = os.path.dirname(os.path.abspath(clore_client.__file__)) + os.sep
 SIMULATOR = os.path.join(PACKAGE, "simulator") + os.sep
 VISITS = 2
-LOCKS = (type(threading.Lock()), type(threading.RLock()))
-WITH_NAME = re.compile(r"\s*with ([\w.]+):")
+NOTHING = dis.opmap["NOP"]
+SAID = {"line": "", "call": " (entry)", "leave": " (way out)"}
 
 Scenario = Callable[[], object]
-Spot = tuple[str, int, str]  # file within the package, line, event: "line" or "call"
+Spot = tuple[str, int, str]  # file within the package, line, event: a key of SAID
 
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """A moment in the run of a scenario: a line, or the entry of a function, for the n-th time."""
+    """A moment in the run of a scenario, for the n-th time.
+
+    Attributes:
+        event: the beginning of a ``"line"``, the entry of a function (``"call"``), or that of an
+            ``__exit__`` in Python by which a ``with`` statement is left (``"leave"``).
+    """
 
     file: str
     line: int
@@ -48,8 +53,7 @@ class Place:
     visit: int
 
     def __str__(self) -> str:
-        entry = "" if self.event == "line" else " (entry)"
-        return f"{self.file}:{self.line}{entry}, visit {self.visit}"
+        return f"{self.file}:{self.line}{SAID[self.event]}, visit {self.visit}"
 
 
 @dataclass
@@ -69,10 +73,14 @@ class Outcome:
 
 def visited(scenario: Scenario) -> Counter[Spot]:
     """Run a scenario, and count how often each spot of the package was executed."""
-    seen = _Visits()
-    with _tracing(lambda frame, event: seen.note(frame, event)):
+    seen: Counter[Spot] = Counter()
+
+    def look(spot: Spot, frame: FrameType) -> None:
+        seen[spot] += 1
+
+    with _tracing(look):
         scenario()
-    return seen.counts
+    return seen
 
 
 def places(seen: Counter[Spot], visits: int = VISITS) -> list[Place]:
@@ -91,10 +99,14 @@ def sample(every: Sequence[Place], count: int, seed: int) -> list[Place]:
 
 def inject(scenario: Scenario, place: Place, kind: type[BaseException]) -> Outcome:
     """Run a scenario, raise at a place, and tell what left the scenario."""
-    outcome, seen = Outcome(), _Visits()
+    outcome, visits = Outcome(), 0
 
-    def look(frame: FrameType, event: str) -> None:
-        if outcome.injected is None and seen.note(frame, event) == place:
+    def look(spot: Spot, frame: FrameType) -> None:
+        nonlocal visits
+        if outcome.injected is not None or spot != (place.file, place.line, place.event):
+            return
+        visits += 1
+        if visits == place.visit:
             outcome.function = frame.f_code.co_name
             outcome.injected = kind(f"injected at {place}")
             raise outcome.injected
@@ -107,70 +119,71 @@ def inject(scenario: Scenario, place: Place, kind: type[BaseException]) -> Outco
     return outcome
 
 
-class _Visits:
-    """Counts visits to spots."""
+class _Tracer:
+    """Calls ``look`` at each moment of the package's functions at which a signal can come."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[Spot] = Counter()
-        self._first: dict[Spot, int] = {}  # the instruction at which a line was entered first
+    def __init__(self, look: Callable[[Spot, FrameType], None]) -> None:
+        self._look = look
+        self._entered: dict[tuple[CodeType, int], int] = {}  # a line's first instruction
+        self._leaving: Spot | None = None
+        self._bytecode: dict[CodeType, bytes] = {}
 
-    def note(self, frame: FrameType, event: str) -> Place | None:
-        """Count a visit; None where no signal can come."""
+    def on_call(self, frame: FrameType, event: str, argument: Any) -> Any:
+        """Take the beginning of any function; a trace function."""
+        code, leaving, self._leaving = frame.f_code, self._leaving, None
+        if leaving is not None and code.co_name == "__exit__":
+            self._look(leaving, frame)
+        if not _counts(code):
+            return None
+        if not code.co_flags & inspect.CO_GENERATOR:
+            self._look((_file(code), code.co_firstlineno, "call"), frame)
+        return self.on_line
+
+    def on_line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        """Take what happens in a function of the package; a local trace function."""
+        self._leaving = None
+        if event == "line" and not self._does_nothing(frame):
+            spot = _file(frame.f_code), frame.f_lineno, "line"
+            if self._leaves(frame):
+                self._leaving = (*spot[:2], "leave")
+            else:
+                self._look(spot, frame)
+        return self.on_line
+
+    def _does_nothing(self, frame: FrameType) -> bool:
         code = frame.f_code
-        line = code.co_firstlineno if event == "call" else frame.f_lineno
-        spot = code.co_filename.removeprefix(PACKAGE), line, event
-        if event == "call" and code.co_flags & inspect.CO_GENERATOR:
-            return None
-        first = self._first.setdefault(spot, frame.f_lasti)
-        if event == "line" and frame.f_lasti > first and _holds_lock(frame):
-            return None
-        self.counts[spot] += 1
-        return Place(*spot, self.counts[spot])
+        if code not in self._bytecode:
+            self._bytecode[code] = code.co_code
+        return self._bytecode[code][frame.f_lasti] == NOTHING
+
+    def _leaves(self, frame: FrameType) -> bool:
+        """Whether this is the second part of a ``with`` statement, after its block."""
+        code, line = frame.f_code, frame.f_lineno
+        if frame.f_lasti <= self._entered.setdefault((code, line), frame.f_lasti):
+            return False
+        return linecache.getline(code.co_filename, line).lstrip().startswith("with ")
 
 
-def _holds_lock(frame: FrameType) -> bool:
-    """Whether the line of a frame is ``with lock:``, for a lock of the interpreter's own."""
-    source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    match = WITH_NAME.match(source)
-    if match is None:
-        return False
-    first, *rest = match[1].split(".")
-    value = frame.f_locals.get(first, frame.f_globals.get(first))
-    for name in rest:
-        value = getattr(value, name, None)
-    return isinstance(value, LOCKS)
+def _file(code: CodeType) -> str:
+    return code.co_filename.removeprefix(PACKAGE)
 
 
-def _counts(frame: FrameType) -> bool:
-    """Whether a frame runs code of the package's functions."""
-    code = frame.f_code
+def _counts(code: CodeType) -> bool:
+    """Whether code is of the package's functions."""
     if not code.co_filename.startswith(PACKAGE) or code.co_filename.startswith(SIMULATOR):
         return False
     return code.co_name != "<module>"
 
 
 @contextmanager
-def _tracing(look: Callable[[FrameType, str], object]) -> Iterator[None]:
-    """Call ``look`` for each event of the package in this thread; other tracing comes back.
+def _tracing(look: Callable[[Spot, FrameType], None]) -> Iterator[None]:
+    """Call ``look`` while the block runs; other tracing comes back.
 
     No garbage is collected meanwhile: it would be of earlier runs.
     """
-
-    def on_line(frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
-            look(frame, event)
-        return on_line
-
-    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
-        if not _counts(frame):
-            return None
-        if event == "call":
-            look(frame, event)
-        return on_line
-
     before, collects = sys.gettrace(), gc.isenabled()
     gc.disable()
-    sys.settrace(on_call)
+    sys.settrace(_Tracer(look).on_call)
     try:
         yield
     finally:

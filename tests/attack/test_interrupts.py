@@ -1,6 +1,6 @@
 """Interrupts at every line, and real ones at the worst moments: nothing runs on, nothing hangs.
 
-``CLORE_TEST_INJECTIONS``: how many injections in all (150), ``all``, or places as
+``CLORE_TEST_INJECTIONS``: how many injections in all (600), ``all``, or places as
 ``pacing.py:120,rental.py:``. ``CLORE_TEST_SIGINTS``: how many real signals at the end of a block.
 """
 
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="these signals are POSIX"),
 ]
 
-INJECTIONS = os.environ.get("CLORE_TEST_INJECTIONS", "150")
+INJECTIONS = os.environ.get("CLORE_TEST_INJECTIONS", "600")
 SIGINTS = int(os.environ.get("CLORE_TEST_SIGINTS", "150"))
 CALL_LIMIT = 10.0  # seconds after which a call counts as hanging
 SCENE_LIMIT = 20.0
