@@ -110,6 +110,7 @@ class Purchases:
     def refused(self, purchase: Purchase) -> None:
         """Note that the API has answered that there is no order, which is not always true."""
         purchase.answered = True
+        purchase.sent_at = time.monotonic()  # it was carried out by now, if it was
         self._budget.drop(purchase.meter)
 
     def forget(self, purchase: Purchase) -> None:

@@ -209,8 +209,10 @@ class Rental:
     def __enter__(self) -> Rental:
         if self._worker is not None:
             raise RentalError("a rental can be entered only once: call rent() again")
-        block = self._block if self._block is not None and self._block() is not None else None
-        self._worker = RentalWorker(self._client, self._wish, self._folder, self._inbox, block)
+        holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
+        if self._block is not None and self._block() is not None:
+            holders.append(self._block)
+        self._worker = RentalWorker(self._client, self._wish, self._folder, self._inbox, holders)
         try:
             self._worker.start()
             self._walk(self._worker)
@@ -231,9 +233,16 @@ class Rental:
         worker = self._worker
         if worker is None or worker.pid != os.getpid():
             return  # a forked child: the order is its parent's
-        interrupts = worker.leave(isinstance(error, (KeyboardInterrupt, SystemExit)))
+        interrupts: list[BaseException] = []
+        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+        while not worker.closed:
+            try:
+                interrupts += worker.leave(interrupted)
+                worker.close()
+            except (KeyboardInterrupt, SystemExit) as late:  # between two lines of these
+                interrupts.append(late)
+                interrupted = True
         self._shell = None
-        worker.close()
         _raise_beyond(error, worker, interrupts)
 
     # --- the walk ---

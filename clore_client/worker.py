@@ -122,14 +122,15 @@ class _Request:
 class RentalWorker:
     """Owns the orders of one rental, from the first request to the confirmed end.
 
-    The thread ends them when the block is left, when the ``with`` statement is gone without having
-    said so (an interrupt can cut ``__exit__`` short at its first line), when the budget is spent,
-    at a signal that another thread got, and at the interpreter's exit.
+    The thread ends them when the block is left, when the ``with`` statement or the rental is gone
+    without having said so (an interrupt can cut ``__exit__`` short at its first line), when the
+    budget is spent, at a signal that another thread got, and at the interpreter's exit.
 
     Attributes:
         finished: opened when nothing is left to do.
         failure: what the user must know of the end; None when all is gone.
         connections: SSH connections to close with the rental.
+        closed: whether they are closed, and signals not handled any more.
     """
 
     def __init__(
@@ -138,17 +139,18 @@ class RentalWorker:
         wish: Wish,
         folder: Path | None,
         inbox: queue.SimpleQueue[Any],
-        block: weakref.ref[Any] | None,
+        holders: list[weakref.ref[Any]],
     ) -> None:
         self._client = client
         self._wish = wish
         self._inbox = inbox
-        self._block = block  # what the with statement holds; None without one
+        self._holders = holders  # the rental, and what its with statement holds
         self.pid = os.getpid()
         self.budget = Budget(wish)
         self.finished = Gate()
         self.failure: BaseException | None = None
         self.connections: list[Any] = []
+        self.closed = False
         self.kept = False
         self.signalled: int | None = None
         self.exceeded: tuple[str, float, float, int | None] | None = None  # why, h, USD, id
@@ -160,6 +162,7 @@ class RentalWorker:
         self._current: Purchase | None = None  # the one that the user has
         self._started = False
         self._left_at: float | None = None
+        self._interrupted_at: list[float] = []
         self._hurried = False  # interrupted while it is left: the confirmation is skipped
         self._abandoned = False
 
@@ -235,7 +238,7 @@ class RentalWorker:
             raise RentalError("the interpreter is about to exit: nothing is rented any more")
 
     def leave(self, interrupted: bool) -> list[BaseException]:
-        """End the rental, and wait for that.
+        """End the rental, and wait for that. Safe to repeat.
 
         The first interrupt meanwhile ends only the confirmation. The third within two seconds,
         the one that the block was left by included, ends even the cancelling.
@@ -250,7 +253,9 @@ class RentalWorker:
         if not self._started:  # or this moment, and has bought nothing: it sees that it is left
             return []
         caught: list[BaseException] = []
-        times = [time.monotonic()] if interrupted else []
+        times = self._interrupted_at
+        if interrupted:
+            times.append(time.monotonic())
         while True:
             try:
                 if self.finished.wait():
@@ -295,6 +300,7 @@ class RentalWorker:
         listen(self, None)
         if self._handling is not None:
             self._handling.close()
+        self.closed = True
 
     def _begin_to_leave(self) -> None:
         self._left_at = self._left_at or time.monotonic()
@@ -365,8 +371,8 @@ class RentalWorker:
         return self._left_at is not None or self._is_forgotten()
 
     def _is_forgotten(self) -> bool:
-        """Whether the ``with`` statement is gone."""
-        return self._block is not None and self._block() is None
+        """Whether the ``with`` statement, or the rental itself, is gone."""
+        return any(holder() is None for holder in self._holders)
 
     def _must_end(self) -> bool:
         current = self._current
@@ -530,7 +536,11 @@ class RentalWorker:
         """Look once for the order of a purchase; True when time has shown that there is none."""
         asked_at = time.monotonic()
         deadline = max(asked_at + SHORTEST_TRY, self._deadline())
-        orders = limited(self._client.get_orders, deadline=deadline, urgent=True)
+        try:
+            orders = limited(self._client.get_orders, deadline=deadline, urgent=True)
+        except CloreError:
+            purchase.absent.clear()  # nobody knows what that list would have said
+            raise
         return self._purchases.look_for(purchase, orders, asked_at)
 
     def _settle_doubt(self, purchase: Purchase) -> BaseException | None:
@@ -574,7 +584,8 @@ def _end_all() -> None:
     """At the interpreter's exit: end the rentals of daemon threads, and of blocks never left."""
     global _exiting
     _exiting = True
-    workers = [w for w in list(_open_rentals.values()) if w.pid == os.getpid()]
+    # One that was interrupted three times is not waited for a second time.
+    workers = [w for w in list(_open_rentals.values()) if w.pid == os.getpid() and not w._abandoned]
     for worker in workers:
         worker._begin_to_leave()
     for worker in workers:

@@ -113,5 +113,6 @@ def unaccounted(
     known = {leftover.order_id for leftover in found.abandoned}
     if not noted:
         known |= {order.id for order in found.unnoted}
-    lost = [order.id for order in left if order.id not in known]
+    # Not one that a late cancel has ended meanwhile.
+    lost = [order.id for order in left if order.id not in known and order.active]
     return wrong + [f"leftovers() does not find order {order_id}" for order_id in lost]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -211,11 +212,20 @@ class RentalScene(Scene):
 
 
 class StackScene(RentalScene):
-    """A rental that an ExitStack ends."""
+    """A rental that an ExitStack ends, which can be cut before it calls ``__exit__``.
+
+    The rental then ends with the last reference to it: those of the frames go as at the end of an
+    except clause.
+    """
 
     def run(self) -> None:
         with contextlib.ExitStack() as stack:
-            self.rental = stack.enter_context(self.stage.rent())
+            _ = stack.enter_context(self.stage.rent()).order
+
+    def complaints(self, caught: BaseException | None) -> Iterator[str]:
+        if caught is not None:
+            traceback.clear_frames(caught.__traceback__)
+        yield from super().complaints(caught)
 
 
 class SearchScene(RentalScene):
