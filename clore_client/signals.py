@@ -147,6 +147,12 @@ def _forget_signals() -> None:
     _handling.lock = threading.Lock()
     _handling.users, _handling.stopping = 0, None
     _handling.listeners.clear()
+    for signum in list(_handling.installed):
+        # With a handler of Python a child that waits for a lock can miss the signal; and it has no
+        # rental to end.
+        if signal.getsignal(signum) is _on_signal:
+            signal.signal(signum, signal.SIG_DFL)
+    _handling.installed.clear()
 
 
 if hasattr(os, "register_at_fork"):
