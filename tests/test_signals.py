@@ -27,6 +27,9 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]
     before = [(s, signal.signal(s, signal.SIG_DFL)) for s in (*SIGNALS, signal.SIGINT)]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _handling.warned.clear()
+    # An interrupt of another test may have cut the counting short.
+    monkeypatch.setattr(_handling, "users", 0)
+    monkeypatch.setattr(_handling, "installed", set())
     yield
     for signum, handler in before:
         signal.signal(signum, handler)
