@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, SSHError, TransferError
-from tests.conftest import MakeSim, client_for
+from tests.conftest import MakeSim, client_for, until
 from tests.relay import Relay
 from tests.sshd import Sshd, running_sshd
 from tests.test_ssh import rent
@@ -395,7 +395,7 @@ def test_a_source_that_changes_meanwhile(far: Far, here: Path) -> None:
 
     with pytest.raises(TransferError, match="changed meanwhile"):
         far.up(source, far.folder / "b", progress=shrink)
-    assert os.listdir(far.folder) == []
+    until(lambda: os.listdir(far.folder) == [])
 
 
 # --- connections that break ---
