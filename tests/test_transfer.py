@@ -423,7 +423,7 @@ def cut_after(relay: Relay, size: int) -> Callable[[str, int, int], None]:
 
 def test_a_lost_connection_leaves_nothing(far: Far, here: Path, relay: Relay) -> None:
     (here / "a").write_bytes(content(12 * MB))
-    (far.folder / "far").write_bytes(content(12 * MB))
+    (far.folder / "far").write_bytes(content(40 * MB))  # more than can be on its way
     slow = through(relay, far)
     with pytest.raises(TransferError, match="a was not transferred") as caught:
         slow.up(here / "a", far.folder / "b", progress=cut_after(relay, 5 * MB))
