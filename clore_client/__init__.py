@@ -1,7 +1,6 @@
 """A client for the Clore.ai GPU marketplace."""
 
 from clore_client.client import CloreClient
-from clore_client.commands import CommandResult, OutputLine
 from clore_client.errors import (
     ApplicationError,
     AuthenticationError,
@@ -11,10 +10,13 @@ from clore_client.errors import (
     CloreAPIError,
     CloreConnectionError,
     CloreError,
+    CommandError,
+    CommandTimeoutError,
     ConfigurationError,
     CurrencyNotAllowedError,
     DatabaseError,
     FateUnknownError,
+    HostKeyChangedError,
     InsufficientBalanceError,
     InvalidEndpointError,
     InvalidInputError,
@@ -31,22 +33,17 @@ from clore_client.errors import (
     SpotPriceStepError,
     SpotPriceTooSoonError,
     SSHError,
+    TransferError,
     WaitTimeoutError,
 )
-from clore_client.leftovers import Leftover, Leftovers
-from clore_client.orders import Order
-from clore_client.rental import Rental
-from clore_client.servers import Server
-from clore_client.signals import SignalExit
-from clore_client.ssh_errors import (
-    CommandError,
-    CommandTimeoutError,
-    HostKeyChangedError,
-    TransferError,
-)
-from clore_client.transferred import Transferred
+from clore_client.models.order import Order
+from clore_client.models.result import CommandResult, OutputLine, Transferred
+from clore_client.models.server import Server
+from clore_client.models.wallet import Wallet
+from clore_client.rental.recovery import Leftover, Leftovers
+from clore_client.rental.rental import Rental
+from clore_client.rental.signals import SignalExit
 from clore_client.version import __version__
-from clore_client.wallets import Wallet
 
 __all__ = [
     "ApplicationError",

@@ -6,18 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from clore_client.account import SHORTEST_LOOK
-from clore_client.bids import with_hourly_offers
-from clore_client.cancel import ended_among, settle_cancel
-from clore_client.candidates import Wish
-from clore_client.checks import (
-    check_bool,
-    check_id,
-    check_ids,
-    check_interval,
-    check_number,
-    check_text,
-)
+from clore_client.api.request import limited
+from clore_client.config import state_folder
 from clore_client.errors import (
     ERROR_CODES,
     AuthenticationError,
@@ -31,21 +21,29 @@ from clore_client.errors import (
     RateLimitError,
     SpotPriceTooSoonError,
 )
-from clore_client.leftovers import Leftovers, end_leftovers, find_leftovers
 from clore_client.log import logger
-from clore_client.machine import Machine
-from clore_client.money import wire_currency
-from clore_client.orders import Order
-from clore_client.purchase import (
-    draft_order,
+from clore_client.market.spot import with_hourly_offers
+from clore_client.models.order import Order
+from clore_client.models.server import Server, cheapest_first, to_servers
+from clore_client.models.wallet import Wallet, to_wallets
+from clore_client.orders.account import SHORTEST_LOOK
+from clore_client.orders.cancel import ended_among, settle_cancel
+from clore_client.orders.create import draft_order
+from clore_client.orders.wait import wait_for_status
+from clore_client.pricing import wire_currency
+from clore_client.rental.recovery import Leftovers, end_leftovers, find_leftovers
+from clore_client.rental.rental import Rental
+from clore_client.rental.selection import Wish
+from clore_client.rental.signals import SignalHandling
+from clore_client.ssh.machine import Machine
+from clore_client.validation import (
+    check_bool,
+    check_id,
+    check_ids,
+    check_interval,
+    check_number,
+    check_text,
 )
-from clore_client.rental import Rental
-from clore_client.servers import Server, cheapest_first, to_servers
-from clore_client.signals import SignalHandling
-from clore_client.state import state_folder
-from clore_client.transport import limited
-from clore_client.waiting import wait_for_status
-from clore_client.wallets import Wallet, to_wallets
 
 C = TypeVar("C", bound="CloreClient")
 

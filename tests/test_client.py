@@ -26,7 +26,7 @@ from clore_client import (
     WaitTimeoutError,
 )
 from tests.conftest import MakeSim, client_for, sent_to
-from tests.market import Simulator
+from tests.variant import Simulator
 
 
 def plain_server(client: CloreClient, n: int = 0) -> int:

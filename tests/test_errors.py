@@ -9,7 +9,7 @@ import pytest
 
 import clore_client
 from clore_client import ApplicationError, CloreAPIError, CloreClient, CloreError
-from tests.market import Simulator
+from tests.variant import Simulator
 
 TEXTS = {
     "not_enough_balance": "InsufficientBalanceError",
@@ -94,9 +94,9 @@ def test_every_exported_error_derives_from_the_one() -> None:
 
 @pytest.mark.internal
 def test_every_error_is_exported() -> None:
-    from clore_client import errors, ssh_errors
+    from clore_client import errors
 
-    names = {*vars(errors), *vars(ssh_errors)}
+    names = vars(errors)
     public = {n for n in names if n.endswith("Error") and not n.startswith("_")}
     assert public == {n for n in clore_client.__all__ if n.endswith("Error")}
 

@@ -15,7 +15,7 @@ import pytest
 
 from clore_client import CloreClient
 from tests.conftest import MakeSim, client_for
-from tests.market import Simulator
+from tests.variant import Simulator
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

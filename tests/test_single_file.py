@@ -16,8 +16,8 @@ import pytest
 
 import clore_client
 from clore_client import single_file
-from clore_client.single_file import FOLDER, MODULES, MergeError, main, write
-from tests.conftest import INTERNAL
+from clore_client.single_file import FOLDER, MergeError, main, write
+from tests.conftest import INTERNAL, TESTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,23 +74,21 @@ def test_the_header_tells_what_it_is_and_how_to_update_it() -> None:
 
 
 def test_every_module_is_a_section_of_the_contents_in_the_same_order() -> None:
-    sections = re.findall(r"^# =+\n# (\w+)\n#\n# ", written(), re.MULTILINE)
-    listed = re.findall(r"^    (\w+) {2,}\S", header().split("Contents:")[1], re.MULTILINE)
+    sections = re.findall(r"^# =+\n# ([a-z_.]+)\n#\n# ", written(), re.MULTILINE)
+    listed = re.findall(r"^    ([a-z_.]+) {2,}\S", header().split("Contents:")[1], re.MULTILINE)
     assert sections == [*listed, "license"]
-    assert sorted(listed) == sorted(MODULES), "a module has no place in MODULES"
+    assert [listed[0], listed[-1]] == ["version", "client"]
+    files = {path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.py")}
+    modules = {n.replace("/", ".") for n in files if not n.startswith("simulator/")}
+    assert set(listed) == {n for n in modules if not n.endswith(("__init__", "single_file"))}
 
 
 def test_comments_and_formatting_are_kept() -> None:
-    for name in MODULES:
-        source = (FOLDER / f"{name}.py").read_text()
-        body = ast.parse(source).body
-        first = next(
-            n for n in body[1:]
-            if not isinstance(n, (ast.Import, ast.ImportFrom)) and not single_file._is_typing(n)
-        )  # fmt: skip
-        late = list(single_file._late_imports(ast.parse(source)))
-        code = single_file._without(source.split("\n"), late)[first.lineno - 1 :]
-        assert "\n".join(code).strip("\n") in written(), name
+    for path in FOLDER.glob("models/[a-z]*.py"):
+        source = path.read_text()
+        first = next(n for n in ast.parse(source).body if isinstance(n, (ast.ClassDef, ast.Assign)))
+        code = source.split("\n")[first.lineno - 1 :]
+        assert "\n".join(code).strip("\n") in written(), path
     assert "simulator" not in re.sub(r"(?s)\"\"\".*?\"\"\"|#.*", "", written().lower())
 
 
@@ -222,7 +220,7 @@ def package(tmp_path: Path) -> Package:
     def made(**changed: str) -> str:
         for name, source in {**PACKAGE, **changed}.items():
             (tmp_path / f"{name}.py").write_text(source)
-        return write(tmp_path, ("version", "one", "two"))
+        return write(tmp_path)
 
     return made
 
@@ -239,43 +237,29 @@ def test_what_is_needed_comes_first(package: Package) -> None:
 
 TWO = '"""Two."""\n'
 B = "\n\nclass B:\n    pass\n"
+BY_NAME = "line 3: import names of the package as `from clore_client.module import name`"
 
 
 @pytest.mark.parametrize(
     ("two", "says"),
     [
-        (TWO + B + "\n\nclass A:\n    pass\n", "A is defined in one.py and two.py"),
-        (TWO + B + "\n\nif 1:\n    A = 1\n", "A is defined in one.py and two.py"),
-        (TWO + B + "\n\nfor A in []:\n    pass\n", "A is defined in one.py and two.py"),
-        (TWO + B + "\n\nos = 1\n", "os is an import and defined in two.py"),
-        (TWO + B + "\n\ndef print():\n    pass\n", "print of two.py would hold for all"),
-        (TWO + B + "\n\ndef __getattr__(name):\n    pass\n", "would hold for all"),
-        (TWO + "\nimport clore_client.version" + B, "two.py:3: import the package's modules by"),
-        (TWO + "\nimport clore_client" + B, "two.py:3: import the package's modules by name"),
-        (TWO + "\nfrom clore_client import version" + B, "two.py:3: not an import by name"),
-        (TWO + "\nfrom .version import __version__" + B, "two.py:3: not an import by name"),
-        (TWO + "\nfrom clore_client.version import *" + B, "two.py:3: not an import by name"),
-        (TWO + "\nfrom clore_client.version import __version__ as v" + B, "another name"),
-        (TWO + "\nfrom os import path as p" + B, "path is imported under another name"),
-        (TWO + "\nfrom clore_client.version import x" + B, "version.py does not define"),
+        (TWO + B + "\n\nclass A:\n    pass\n", "A is defined in one and in two"),
+        (TWO + B + "\n\nif 1:\n    A = 1\n", "A is defined in one and in two"),
+        (TWO + B + "\n\nos = 1\n", "os is an import of one, and defined in two"),
+        (TWO + "\nimport clore_client.version" + B, BY_NAME),
+        (TWO + "\nimport clore_client" + B, BY_NAME),
+        (TWO + "\nfrom clore_client import version" + B, BY_NAME),
+        (TWO + "\nfrom .version import __version__" + B, BY_NAME),
+        (TWO + "\nfrom clore_client.version import *" + B, BY_NAME),
+        (TWO + "\nfrom clore_client.version import __version__ as v" + B, BY_NAME),
+        (TWO + "\nfrom clore_client.version import x" + B, "version does not define"),
         (TWO + "\nfrom clore_client.simulator import Simulator" + B, "does not define"),
-        (TWO + "\nimport json as os" + B, "os is imported as"),
-        (TWO + "\nfrom posixpath import os" + B, "os is imported as"),
-        (TWO + "\nfrom __future__ import generator_stop" + B, "would hold for all modules"),
-        (TWO + "\nimport sys; x = 1\n" + B, "another statement on the line of an import"),
-        (TWO + "\nx = 1\nimport sys\n" + B, "two.py:4: an import after other code"),
-        (TWO + "\nimport sys  # why\n" + B, "two.py:3: a comment among imports would be lost"),
-        (TWO + B + "\n\ndef f():\n    x = 1\n    from clore_client.one import A\n", "not at a top"),
-        (TWO + B + "\n\ndef f():\n    from . import one\n    one\n", "not at a top"),
-        (TWO + B + "\n\ndef f():\n    import clore_client.one\n    return A\n", "not at a top"),
+        (TWO + B + "\n\ndef f():\n    from . import one\n    one\n", "import names of"),
         (
-            TWO + B + "\n\ndef f():\n    from clore_client.one import A as b\n    b\n",
-            "under another name",
+            TWO + "\nfrom clore_client.one import A\n\n\nclass B(A):\n    pass\n",
+            "import each other",
         ),
-        (TWO + B + "\n\nlog = __name__\n", "__name__ is another one in the one file"),
-        (TWO + "\nif TYPE_CHECKING:\n    x = 1\n" + B, "for type checkers only"),
-        (TWO + "\nfrom clore_client.one import A\n\n\nclass B(A):\n    pass\n", "need each other"),
-        (B, "two.py has no docstring"),
+        (B, "two has no docstring"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(package: Package, two: str, says: str) -> None:
@@ -284,29 +268,28 @@ def test_what_cannot_be_merged_is_refused(package: Package, two: str, says: str)
 
 
 @pytest.mark.parametrize(
-    ("init", "says"),
+    ("changed", "says"),
     [
-        ('"""x"""\n', "no __all__"),
-        ('"""x"""\n__all__ = ["A"]\n', r"exports ['A'], which it does not import"),
-        (PACKAGE["__init__"] + "\nx = 1\n", "neither an import by name nor __all__"),
-        ('"""x"""\nfrom clore_client.one import C\n\n__all__ = ["C"]\n', "does not define"),
+        ({"__init__": '"""x"""\n'}, "no __all__"),
+        ({"__init__": '"""x"""\n__all__ = ["C"]\n'}, "exports ['C'], which no module defines"),
+        ({"version": '"""Nothing."""\n'}, "version.py names no version"),
     ],
 )
-def test_the_package_itself_only_exports(package: Package, init: str, says: str) -> None:
+def test_a_package_that_lacks_something_is_refused(
+    package: Package, changed: dict[str, str], says: str
+) -> None:
     with pytest.raises(MergeError, match=re.escape(says)):
-        package(__init__=init)
+        package(**changed)
 
 
-def test_modules_that_are_not_listed_or_gone(package: Package, tmp_path: Path) -> None:
-    with pytest.raises(MergeError, match="version"):
-        package(version='"""Nothing."""\n')
-    assert "# three\n#\n# Three.\n" in package(three='"""Three."""\n')
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "x.py").touch()
-    with pytest.raises(MergeError, match="sub"):
-        package()
-    with pytest.raises(MergeError, match="gone"):
-        write(tmp_path, ("version", "one", "two", "gone", "sub"))
+def test_folders_become_sections(package: Package, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "three.py").write_text(
+        '"""Three."""\n\nfrom clore_client.one import A\n\n\nclass C(A):\n    pass\n'
+    )
+    text = package()
+    assert "# models.three\n#\n# Three.\n" in text
+    assert text.index("class A(B)") < text.index("class C(A)")
 
 
 def test_an_import_for_type_checkers_only(package: Package) -> None:
@@ -334,11 +317,11 @@ def test_a_failure_is_told_and_writes_nothing(
 
 
 def test_only_what_uses_modules_of_the_package_is_kept_from_the_one_file() -> None:
-    for path in Path(__file__).parent.glob("test_*.py"):
+    for path in TESTS.rglob("test_*.py"):
         inside = re.search(
-            r"^(from|import) (clore_client\.|\.test_simulator"
-            r"|clore_client import .*\b(single_file|far_shell)\b)",
+            r"^(from|import) (clore_client\.|\.test_api|clore_client import .*\bsingle_file\b)",
             path.read_text(),
             re.MULTILINE,
         )
-        assert (path.name in INTERNAL) is bool(inside), path.name
+        name = path.relative_to(TESTS).as_posix()
+        assert (name in INTERNAL) is bool(inside), name

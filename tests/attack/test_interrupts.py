@@ -1,7 +1,7 @@
 """Interrupts at every line, and real ones at the worst moments: nothing runs on, nothing hangs.
 
 ``CLORE_TEST_INJECTIONS``: how many injections in all (600), ``all``, or places as
-``pacing.py:120,rental.py:``. ``CLORE_TEST_SIGINTS``: how many real signals at the end of a block.
+``api/rate_limit.py:120,rental/rental.py:``. ``CLORE_TEST_SIGINTS``: how many real signals at the end of a block.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pytest
 from clore_client import CloreClient, CloreError, Rental
 from tests.attack.injector import Outcome, Place, inject, places, sample, visited
 from tests.conftest import MakeSim, client_for, sent_to, until
-from tests.market import Simulator
+from tests.variant import Simulator
 
 pytestmark = [
     pytest.mark.internal,

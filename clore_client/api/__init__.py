@@ -1,0 +1,1 @@
+"""One API call: pace, retries, connections."""

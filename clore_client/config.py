@@ -1,0 +1,349 @@
+"""Where the key and the base URL come from, and what makes them usable."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import ipaddress
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+from clore_client.errors import ConfigurationError, printable
+from clore_client.log import logger
+from clore_client.validation import check_text
+
+KEY_VARIABLE = "CLORE_API_KEY"
+URL_VARIABLE = "CLORE_BASE_URL"
+CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; read, never written
+
+# Where the user has not said; without that variable ``~/.local/state/clore-client``.
+DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
+
+_told: set[str] = set()  # what has been warned of
+K = TypeVar("K", bound="KeyAndUrl")
+
+
+def clean_key(key: object, source: str) -> str:
+    """A key that can stand in a header; its trailing newline, as files have it, is cut.
+
+    The key itself is in none of the errors.
+    """
+    if not isinstance(key, str):
+        raise ConfigurationError(
+            f"the API key from {source} must be a string, not {type(key).__name__}"
+        )
+    key = key.rstrip("\r\n")
+    if key.lower().startswith(("bearer ", "auth:", "auth ")):
+        raise ConfigurationError(
+            f"the API key from {source} starts with {key.split()[0]!r}: give the bare key"
+        )
+    if any(c.isspace() for c in key):
+        raise ConfigurationError(
+            f"the API key from {source} has a blank or a newline in it: give the bare key"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigurationError(
+            f"the API key from {source} has a character that no key has: was it copied whole?"
+        )
+    return key
+
+
+def find_key(argument: str | None) -> tuple[str | None, str]:
+    """The key and where it comes from: argument, environment, the official tools' file."""
+    if argument:
+        return clean_key(argument, "the argument api_key"), "argument"
+    if from_environment := os.environ.get(KEY_VARIABLE):
+        source = f"environment variable {KEY_VARIABLE}"
+        return clean_key(from_environment, f"the {source}"), source
+    from_file = _key_in_file()
+    return (from_file, f"file {CONFIG_FILE}") if from_file else (None, "nowhere")
+
+
+def need_key() -> None:
+    """Raise an error that says where it looked, when neither environment nor file has a key."""
+    if find_key(None)[0] is None:
+        variable = "is empty" if KEY_VARIABLE in os.environ else "is not set"
+        there = os.path.isfile(os.path.expanduser(CONFIG_FILE))
+        raise ConfigurationError(
+            f"there is no API key: the environment variable {KEY_VARIABLE} {variable}, "
+            f"and the file {CONFIG_FILE} {'has none in it' if there else 'is not there'}"
+        )
+
+
+def ending_of(key: object) -> str:
+    """What may be shown of a key: its last four characters, and of a short one a quarter."""
+    text = str(key)
+    return printable(text[len(text) - min(4, len(text) // 4) :])
+
+
+def _key_in_file() -> str | None:
+    try:
+        path = Path(CONFIG_FILE).expanduser()
+        text = path.read_text(encoding="utf-8")
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: there is no home
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"{CONFIG_FILE} can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
+        ) from None
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        # The parser's error holds the text, and so the key.
+        raise ConfigurationError(f"{CONFIG_FILE} is not JSON") from None
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{CONFIG_FILE} must hold a JSON object with an 'api_key'")
+    if not config.get("api_key"):
+        return None
+    key = clean_key(config["api_key"], CONFIG_FILE)
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        _warn_readable(str(path))
+    return key or None
+
+
+@functools.cache
+def _warn_readable(path: str) -> None:
+    logger.warning("%s holds your API key and others may read it: chmod 600 %s", path, path)
+
+
+@functools.lru_cache(maxsize=64)
+def check_base_url(url: str, name: str) -> str:
+    """An http(s) URL without its trailing slash.
+
+    Parameters:
+        url: as it was given.
+        name: where it comes from, for the error.
+    """
+    if problem := _url_problem(url):
+        # The URL itself is not shown: a key may stand in it.
+        raise ConfigurationError(
+            f"{name} must be a URL like https://api.clore.ai: this one {problem}"
+        )
+    return url.rstrip("/")
+
+
+def _url_problem(url: str) -> str | None:
+    if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
+        return "has a blank or a character that no URL has"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return "can't be parsed"
+    if parts.scheme not in ("http", "https"):
+        return "does not start with http:// or https://"
+    if not host:
+        return "has no host"
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        return "has a user, a query or a fragment in it"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def is_loopback(base_url: str) -> bool:
+    """Whether the URL's host is this machine."""
+    return is_loopback_host(urlsplit(base_url).hostname or "")
+
+
+def check_key_may_go_to(base_url: str) -> None:
+    """A key goes out over https only, or to this machine."""
+    if not base_url.lower().startswith("https://") and not is_loopback(base_url):
+        host = printable(urlsplit(base_url).hostname or "", 100)
+        raise ConfigurationError(
+            f"base_url is not https (its host is {host}), and the API key would be readable on the "
+            "way; nothing was sent"
+        )
+
+
+class KeyAndUrl:
+    """The key and the base URL of a client, and where they were found."""
+
+    BASE_URL = "https://api.clore.ai"
+    # What was found, and where.
+    _key_found: tuple[str | None, str] = (None, "nowhere")
+    _url_found: tuple[str | None, str] = (None, "nowhere")
+
+    def _settle(self, api_key: str | None, base_url: str | None) -> None:
+        key, _ = self._key_found = find_key(api_key)
+        self._headers: dict[str, str] = {"auth": key} if key else {}
+        if base_url is not None:
+            self._set_base_url(check_text("base_url", base_url), "base_url", "argument")
+        elif from_environment := os.environ.get(URL_VARIABLE):
+            source = f"environment variable {URL_VARIABLE}"
+            self._set_base_url(from_environment, URL_VARIABLE, source)
+
+    def _set_base_url(self, url: str, name: str, source: str) -> None:
+        url = check_base_url(url, name)
+        self._url_found = (url, source)
+        try:
+            self.BASE_URL = url
+        except AttributeError:  # a subclass has made it a property: that one decides
+            logger.debug("BASE_URL of %s can't be set", type(self).__name__)
+
+    # --- attributes that may be set later ---
+
+    @property
+    def _base_url(self) -> str:
+        """The base URL of this moment, checked, without a trailing slash."""
+        return check_base_url(self.BASE_URL, "BASE_URL")
+
+    @property
+    def api_key(self) -> str | None:
+        """The key, or None. Setting it changes ``headers``."""
+        return next((v for k, v in self.headers.items() if k.lower() == "auth"), None)
+
+    @api_key.setter
+    def api_key(self, key: str | None) -> None:
+        rest = {k: v for k, v in self.headers.items() if k.lower() != "auth"}
+        if key:
+            rest["auth"] = clean_key(key, "the attribute api_key")
+        self._headers = rest
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of each request: ``{"auth": api_key}``, or ``{}`` without a key."""
+        try:
+            return self._headers
+        except AttributeError:  # a subclass that does not call __init__
+            self._headers = {}
+            return self._headers
+
+    @headers.setter
+    def headers(self, headers: dict[str, str]) -> None:
+        self._headers = dict(headers)
+
+    # --- where the settings come from ---
+
+    @classmethod
+    def from_env(cls: type[K], **options: Any) -> K:
+        """A client whose key must come from the environment or the official tools' file.
+
+        Parameters:
+            **options: for the client, all but ``api_key``.
+
+        Raises:
+            ConfigurationError: there is no key, or one that can't be used; says where it looked.
+
+        Example:
+            >>> client = CloreClient.from_env(timeout=10)
+        """
+        if "api_key" in options:
+            raise TypeError("from_env() takes no api_key: pass it to the class itself")
+        need_key()
+        return cls(**options)
+
+    def describe(self) -> str:
+        """Where the key and the base URL come from, of the key its last four characters at most.
+
+        Example:
+            >>> print(client.describe())
+            a key that ends in '3f9a', from environment variable CLORE_API_KEY
+            base URL https://api.clore.ai, from class attribute CloreClient.BASE_URL
+        """
+        key, url = self.api_key, self.BASE_URL
+        found, source = self._key_found
+        if not key:
+            where = f"in {KEY_VARIABLE} or {CONFIG_FILE}" if key == found else "any more"
+            key_line = f"no key {where}"
+        else:
+            source = source if key == found else "attribute"
+            key_line = f"a key that ends in {ending_of(key)!r}, from {source}"
+        url_found, url_source = self._url_found
+        if url != url_found:
+            own = "BASE_URL" in self.__dict__
+            url_source = "attribute" if own else f"class attribute {type(self).__name__}.BASE_URL"
+        return f"{key_line}\nbase URL {printable(str(url), 200)}, from {url_source}"
+
+
+V = TypeVar("V")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a host, as a URL names it, is this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@functools.lru_cache(maxsize=64)
+def canonical_url(base_url: str) -> str:
+    """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
+    parts = urlsplit(base_url)
+    scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
+    host = "localhost" if is_loopback_host(host) else host
+    port = parts.port or _DEFAULT_PORTS.get(scheme)
+    return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
+
+
+class PerAccount(Generic[V]):
+    """One ``V`` for each base URL and key, made when it is first asked for.
+
+    A forked child starts with none: another thread may have held a lock of theirs at the fork.
+    """
+
+    def __init__(self, make: Callable[[], V]) -> None:
+        self._make = make
+        self._of: dict[tuple[str, bytes], V] = {}
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._of.clear)
+
+    def of(self, base_url: str, api_key: str) -> V:
+        """Return the one of this account."""
+        # A digest, so that no key stands in a table of the process.
+        account = (canonical_url(base_url), hashlib.sha256(api_key.encode()).digest())
+        found = self._of.get(account)
+        # One step, and so without a lock: of two that are made at once, both callers get the first.
+        return self._of.setdefault(account, self._make()) if found is None else found
+
+
+def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
+    """A folder, or None for no notes at all."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a folder or None, not {value!r}")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name} must not be empty: None turns the notes off")
+    return value
+
+
+def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The folder of the entries, from what the user gave; None where they are turned off."""
+    if state_dir is None:
+        return None
+    if state_dir == DEFAULT_STATE_DIR:
+        base = os.environ.get("XDG_STATE_HOME") or ""
+        if not os.path.isabs(base):  # the specification says to ignore such a one
+            base = os.path.join("~", ".local", "state")
+        folder = os.path.expanduser(os.path.join(base, "clore-client"))
+    else:
+        folder = os.path.expanduser(os.fspath(state_dir))
+    if folder.startswith("~"):  # there is no home: the name would be taken for a folder's
+        warn_of_state(f"{folder} has no place", "this user has no home directory")
+        return None
+    return Path(os.path.abspath(folder))
+
+
+def account_digest(base_url: str, api_key: str | None) -> str:
+    """What stands for an account in an entry, from which nobody can tell the key."""
+    account = f"clore-client\n{canonical_url(base_url)}\n{api_key or ''}"
+    return hashlib.sha256(account.encode()).hexdigest()[:32]
+
+
+def warn_of_state(what: str, error: object) -> None:
+    """One warning for each trouble: it must not stop a rental."""
+    if what not in _told:
+        _told.add(what)
+        logger.warning(
+            "%s: %s; should this process be killed, leftovers() can't know of its rentals",
+            what,
+            error,
+        )

@@ -1,0 +1,119 @@
+"""Bids: from USD per hour to what the API takes, and never a number of which that is not sure."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from clore_client.errors import RateUnknownError
+from clore_client.log import logger
+from clore_client.models.order import Order
+from clore_client.models.record import dicts, is_live
+from clore_client.pricing import RATE_MAX_AGE, RateBook, bid_per_day, per_hour, positive
+
+
+class MarketMemory:
+    """What one client knows of one API: its form, its exchange rates, the prices it listed."""
+
+    def __init__(self) -> None:
+        self.rates = RateBook()
+        self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
+        self.live = False  # whether an answer was positively in the live form
+        self._documented_at = -math.inf
+
+    @property
+    def documented(self) -> bool:
+        """Whether an answer of the last minutes was positively in the documented form."""
+        return time.monotonic() - self._documented_at <= RATE_MAX_AGE
+
+    def saw(self, answer: dict[str, Any]) -> None:
+        """Take from an answer of any kind that it is in the live form."""
+        if is_live(answer):
+            self.live = True
+            self._documented_at = -math.inf
+
+    def saw_market(self, answer: dict[str, Any]) -> None:
+        """Take the form and the rates from an answer of ``spot_marketplace``."""
+        market = answer.get("market")
+        if is_live(answer):
+            self.live = True
+            self._documented_at = -math.inf
+            if isinstance(market, dict):
+                self.rates.tell(market.get("currency_rates_in_usd"))
+        elif isinstance(market, dict) and market:
+            # An empty one would show no marker either: it is no evidence.
+            self.rates = RateBook()
+            self._documented_at = time.monotonic()
+
+    def check_below_on_demand(
+        self, name: str, usd_per_hour: float, server_id: int | None, allowed: bool
+    ) -> None:
+        """Refuse a bid over the server's own on-demand price, where that is known."""
+        listed = None if server_id is None else self.listed.get(server_id)
+        if allowed or listed is None or usd_per_hour <= listed * (1 + 1e-9):
+            return
+        raise ValueError(
+            f"{name}={usd_per_hour!r} USD per hour is over the on-demand price of server "
+            f"{server_id}, {listed:g} USD per hour: is it a price per day? "
+            "allow_above_on_demand=True sends it all the same"
+        )
+
+    def wire_bid(self, usd_per_hour: float, currency: str, server_id: int) -> float:
+        """A bid as the API takes it: per day in ``currency``, or as it is in the documented form.
+
+        Raises:
+            RateUnknownError: neither the form nor a rate is known for sure.
+        """
+        if self.documented:
+            logger.info("bid for server %d: %g USD per hour", server_id, usd_per_hour)
+            return usd_per_hour
+        rate = positive(self.rates.fresh().get(currency))
+        if rate is None:
+            raise RateUnknownError(
+                f"no exchange rate for {currency} came with the spot market of server {server_id}: "
+                "nothing was bid"
+            )
+        bid = bid_per_day(usd_per_hour, rate)
+        logger.info(
+            "bid for server %d: %g USD per hour = %.8g %s per day (1 %s = %g USD)",
+            server_id,
+            usd_per_hour,
+            bid,
+            currency,
+            currency,
+            rate,
+        )
+        return bid
+
+
+def surely_documented(order: Order) -> bool:
+    """Whether an order came in the documented form, with a field that only that one has."""
+    return order.is_live is False and any(
+        name in order.wire for name in ("status", "connection", "renting_server")
+    )
+
+
+def with_hourly_offers(answer: dict[str, Any]) -> dict[str, Any]:
+    """A ``spot_marketplace`` answer whose offers carry ``usd_per_hour`` as well.
+
+    A ``bid`` is per day in the offer's currency, and is turned by the rates of the same answer.
+    """
+    market = answer.get("market")
+    if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
+        return answer
+    live, rates = is_live(answer), RateBook()
+    rates.tell(market.get("currency_rates_in_usd"))
+
+    def hourly(offer: dict[str, Any]) -> float | None:
+        if live:
+            usd_per_day = rates.usd(positive(offer.get("bid")), offer.get("currency"))
+            return None if usd_per_day is None else per_hour(usd_per_day)
+        stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
+        return next((price for price in stated if price is not None), None)
+
+    answer["market"] = {
+        **market,
+        "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
+    }
+    return answer

@@ -1,0 +1,212 @@
+"""Order: its documented form, made from the live one; telling which order is the one just made."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Collection
+from typing import Any
+
+from clore_client.models.record import Record, dicts, is_live, packed, part_of, whole_id
+from clore_client.pricing import RateBook, finite, per_hour
+
+# How an order may end. The live form knows the first two; the others are known from elsewhere.
+ENDED_STATUSES = frozenset(
+    {"cancelled", "expired", "completed", "error", "failed", "finished", "stopped", "terminated"}
+)
+
+_HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?")
+_USER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+def plain_host(text: str) -> bool:
+    """Whether ``text`` is a host name or an address, and nothing that a shell or ssh would obey."""
+    if _HOST_NAME.fullmatch(text):
+        return True
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text  # no IPv6 zone: it may hold anything
+
+
+def plain_user(text: str) -> bool:
+    """Whether ``text`` is a plain name of a user."""
+    return bool(_USER_NAME.fullmatch(text))
+
+
+def _port(text: Any) -> int | None:
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,5}", text):
+        return None
+    return int(text) if 1 <= int(text) <= 65535 else None
+
+
+class Order(Record):
+    """One order, in the documented form.
+
+    A dict with ``order_id``, ``renting_server``, ``status``, ``connection`` (``ssh`` and
+    ``http_ports``), ``price`` (per hour, in the order's currency), ``started`` (Unix time), and
+    whatever else the API sent. The properties give None for what is missing or of an unexpected
+    type.
+    """
+
+    __slots__ = ("_live", "_usd_per_hour")
+    _live: bool
+    _usd_per_hour: float | None
+
+    @property
+    def id(self) -> int | None:
+        """The order's number."""
+        return whole_id(self.get("order_id"))
+
+    @property
+    def server_id(self) -> int | None:
+        """The number of the rented server."""
+        return whole_id(self.get("renting_server"))
+
+    @property
+    def status(self) -> str | None:
+        """``"creating"``, ``"running"``, ``"cancelled"`` or ``"expired"``."""
+        status = self.get("status")
+        return status if isinstance(status, str) else None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is deployed and reachable."""
+        return self.status == "running"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is over, and costs nothing any more."""
+        return self.status in ENDED_STATUSES
+
+    @property
+    def ssh_command(self) -> str | None:
+        """``"ssh root@<host> -p <port>"`` once there is one."""
+        command = part_of(self, "connection", "ssh")
+        return command if isinstance(command, str) and command else None
+
+    @property
+    def http_urls(self) -> dict[str, str]:
+        """Container port -> URL."""
+        urls = part_of(self, "connection", "http_ports")
+        if not isinstance(urls, dict):
+            return {}
+        return {str(k): v for k, v in urls.items() if isinstance(v, str)}
+
+    @property
+    def started_at(self) -> float | None:
+        """Unix time; on the live API that of its creation."""
+        return finite(self.get("started"))
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The price in USD per hour, by the rate known when the order was read; else None."""
+        try:
+            return self._usd_per_hour
+        except AttributeError:
+            return RateBook().usd(self.get("price"), self.get("currency"))
+
+    @property
+    def is_live(self) -> bool | None:
+        """Whether it came in the live form; None when it was built by hand."""
+        return getattr(self, "_live", None)
+
+    def _summary(self) -> dict[str, Any]:
+        if "body" in self:  # a preview
+            return {"usd_per_hour": self.usd_per_hour, "body": self["body"]}
+        first = ("order_id", "renting_server", "status", "price", "currency", "image", "started")
+        return {
+            **{name: self.get(name) for name in first},
+            "usd_per_hour": None if self.usd_per_hour is None else round(self.usd_per_hour, 6),
+            "ssh": self.ssh_command,
+            **({"ssh_password": "***"} if self.get("ssh_password") else {}),
+        }
+
+
+def _live_host(record: dict[str, Any]) -> str:
+    cluster = record.get("pub_cluster")
+    host = cluster[0] if isinstance(cluster, list) and cluster else cluster
+    return host if isinstance(host, str) and plain_host(host) else ""
+
+
+def _live_ports(record: dict[str, Any]) -> dict[int, int]:
+    """Container port -> public port."""
+    mapped: dict[int, int] = {}
+    entries = record.get("tcp_ports")
+    for entry in entries if isinstance(entries, list) else ():
+        inner, _, outer = entry.partition(":") if isinstance(entry, str) else ("", "", "")
+        container, public = _port(inner), _port(outer)
+        if container and public:
+            mapped.setdefault(container, public)
+    return mapped
+
+
+def _live_status(record: dict[str, Any], cancelled: bool, host: str, ports: bool) -> str:
+    if record.get("expired") is True:
+        return "cancelled" if cancelled else "expired"
+    deployed = record.get("mon_container") in (2, None)
+    if deployed and host and ports and record.get("online") is not False:
+        return "running"
+    return "creating"
+
+
+def _either(record: dict[str, Any], name: str, other: str) -> Any:
+    """The documented field where it is told, else the live one."""
+    value = record.get(name)
+    return record.get(other) if value is None else value
+
+
+def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str, Any]:
+    """The documented fields of an order in the live form."""
+    order_id = _either(record, "order_id", "id")
+    ours = whole_id(order_id) in cancelled
+    host, ports = _live_host(record), _live_ports(record)
+    pub, http_port = record.get("http_pub"), record.get("http_port")
+    urls = {}
+    if isinstance(pub, str) and plain_host(pub) and (port := _port(str(http_port))):
+        urls[str(port)] = f"https://{pub}"
+    return {
+        "order_id": order_id,
+        "renting_server": _either(record, "renting_server", "si"),
+        "status": _live_status(record, ours, host, bool(ports)),
+        "connection": {
+            "ssh": f"ssh root@{host} -p {ports[22]}" if host and 22 in ports else "",
+            "http_ports": urls,
+        },
+        "price": per_hour(record.get("price")),
+        "started": _either(record, "started", "ct"),
+    }
+
+
+def to_order(
+    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: RateBook
+) -> Order:
+    """An order as it came, as an :class:`Order` in the documented form.
+
+    Parameters:
+        record: what the API sent.
+        live: its answer's form.
+        cancelled: ids of orders that this client cancelled.
+        rates: for ``usd_per_hour``.
+    """
+    order = Order({**record, **_live_fields(record, cancelled)} if live else record)
+    order._wire, order._live = packed(record), live
+    order._usd_per_hour = rates.usd(order.get("price"), order.get("currency"))
+    return order
+
+
+def to_orders(answer: dict[str, Any], cancelled: Collection[int], rates: RateBook) -> list[Order]:
+    """The orders of an answer, in the documented form."""
+    live = is_live(answer)
+    return [to_order(r, live, cancelled, rates) for r in dicts(answer.get("orders"))]
+
+
+def created_id(answer: dict[str, Any]) -> int | None:
+    """The order id in an answer to ``create_order``, which only old and documented ones carry."""
+    nested = answer.get("order")
+    for holder in (answer, nested if isinstance(nested, dict) else {}):
+        for name in ("order_id", "id"):
+            if (order_id := whole_id(holder.get(name))) is not None and order_id > 0:
+                return order_id
+    return None

@@ -1,0 +1,292 @@
+"""Server: its documented form, made from the live one; matching and sorting by price."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from clore_client.models.record import Record, dicts, is_live, packed, part_of, whole_id
+from clore_client.pricing import HOURS_PER_DAY, RateBook, finite, per_hour, positive
+
+# Bounded, and without two ways to match one blank: the text comes from strangers.
+_COUNTED_GPU = re.compile(r"([0-9]{1,3})x\s+(.+)", re.DOTALL)
+_VENDOR = re.compile(r"(?:NVIDIA\s+)?(?:GeForce\s+)?", re.IGNORECASE)
+_DISK_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?GB")
+# Under ``price.usd`` of the live form, the on-demand price for each currency that pays it.
+_USD_FIELDS = {
+    "CLORE-Blockchain": "on_demand_clore",
+    "bitcoin": "on_demand_btc",
+    "USD-Blockchain": "on_demand_usd",
+}
+
+
+def _counted(specs: Any) -> tuple[int, str] | None:
+    """Count and name from ``specs.gpu`` (``"2x NVIDIA GeForce RTX 4070 Ti"``), or None."""
+    text = specs.get("gpu") if isinstance(specs, dict) else None
+    match = _COUNTED_GPU.fullmatch(text.strip()) if isinstance(text, str) else None
+    if not match:
+        return None
+    return int(match[1]), match[2][_VENDOR.match(match[2]).end() :]  # type: ignore[union-attr]
+
+
+def gpu_names(record: dict[str, Any]) -> list[str]:
+    """The flat list of GPU names of a server as it came, in either form."""
+    array = record.get("gpu_array")
+    if isinstance(array, list):
+        names: list[str] = []
+        for entry in array:
+            if isinstance(entry, str):  # the rule, without a list around it for each of thousands
+                if name := entry.strip():
+                    names.append(name)
+            elif isinstance(entry, list):
+                names += [n for item in entry if isinstance(item, str) and (n := item.strip())]
+        if names:
+            return names
+    counted = _counted(record.get("specs"))
+    return [counted[1]] * counted[0] if counted else []
+
+
+def _live_spot_per_day(price: dict[str, Any]) -> float | None:
+    """The lowest spot bid in USD per day. ``price.usd.spot`` is mostly 0, which means not given."""
+    usd = price.get("usd")
+    if stated := positive(part_of(usd, "spot")):
+        return stated
+    original = price.get("original_usd")
+    if isinstance(original, dict):
+        clore = positive(part_of(original, "CLORE-Blockchain", "spot"))
+        others = [p for c in original if (p := positive(part_of(original, c, "spot")))]
+        if clore or others:
+            return clore or min(others)
+    spot, on_demand = price.get("spot"), price.get("on_demand")
+    if stated := positive(part_of(spot, "USD-Blockchain")):
+        return stated
+    for currency, usd_field in _USD_FIELDS.items():
+        # The same server quotes its on-demand price in both units: that is the rate.
+        amount = positive(part_of(spot, currency))
+        same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
+        if amount and same and in_usd:
+            return amount * in_usd / same
+    return None
+
+
+def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None:
+    """USD per hour of a server as it came; None when it has no price above 0."""
+    price = record.get("price")
+    if not isinstance(price, dict):
+        return None
+    if spot:
+        given = _live_spot_per_day(price) if live else part_of(price, "usd", "spot")
+    else:
+        usd = price.get("usd")
+        given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
+    amount = positive(given)
+    # The smallest of numbers becomes 0, which is no price.
+    return amount / HOURS_PER_DAY or None if live and amount else amount
+
+
+def on_demand_usd(server: Server, currency: Any) -> float | None:
+    """USD per hour of a translated server when it is paid in ``currency``, the wire's name.
+
+    The documented form tells one price for all currencies.
+    """
+    usd = part_of(server, "price", "usd")
+    own = (
+        positive(part_of(usd, _USD_FIELDS.get(currency, ""))) if isinstance(currency, str) else None
+    )
+    return own or positive(part_of(usd, "on_demand_clore"))
+
+
+def server_reliability(record: dict[str, Any], live: bool) -> float | None:
+    """Reliability of a server as it came, 0 to 100; the live form counts from 0 to 1."""
+    number = finite(record.get("reliability"))
+    if number is None:
+        return None
+    # 0.9731 * 100 is a hair beside 97.31.
+    return round(number * 100.0, 9) if live else number
+
+
+class Server(Record):
+    """One server of the marketplace, in the documented form.
+
+    A dict with ``id``, ``gpu_array`` (a flat list of names), ``price`` (under ``usd`` in USD per
+    hour), ``reliability`` (0 to 100), ``rented``, ``specs``, and whatever else the API sent. The
+    properties give None for what is missing or of an unexpected type.
+    """
+
+    __slots__ = ()
+
+    @property
+    def id(self) -> int | None:
+        """The number to rent it by."""
+        return whole_id(self.get("id"))
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The name of its (first) GPU, as ``"RTX 4090"``."""
+        names = gpu_names(self)
+        return names[0] if names else None
+
+    @property
+    def gpu_count(self) -> int | None:
+        """How many GPUs it has."""
+        counted = _counted(self.get("specs"))
+        return counted[0] if counted else len(gpu_names(self)) or None
+
+    @property
+    def vram_gb(self) -> float | None:
+        """Memory of one GPU in GB, which the API rounds down."""
+        return positive(part_of(self, "specs", "gpuram"))
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """On-demand price in USD per hour, without fees."""
+        return server_price(self, live=False, spot=False)
+
+    @property
+    def spot_usd_per_hour(self) -> float | None:
+        """The lowest spot bid that the host takes, in USD per hour, without fees."""
+        return server_price(self, live=False, spot=True)
+
+    @property
+    def reliability(self) -> float | None:
+        """0 to 100."""
+        return finite(self.get("reliability"))
+
+    @property
+    def rented(self) -> bool:
+        """Whether somebody rents it now."""
+        return bool(self.get("rented"))
+
+    @property
+    def country(self) -> str | None:
+        """The two-letter country code of its network."""
+        code = part_of(self, "specs", "net", "cc")
+        return code if isinstance(code, str) and code else None
+
+    @property
+    def ram_gb(self) -> float | None:
+        """Main memory in GB."""
+        return positive(part_of(self, "specs", "ram"))
+
+    @property
+    def disk_gb(self) -> float | None:
+        """Size of the disk in GB: the last one that its description names."""
+        text = part_of(self, "specs", "disk")
+        sizes = _DISK_SIZE.findall(text) if isinstance(text, str) else []
+        return positive(float(sizes[-1])) if sizes else None
+
+    @property
+    def cuda_version(self) -> str | None:
+        """The highest CUDA version of its driver, as ``"13.0"``."""
+        version = self.get("cuda_version")
+        return version if isinstance(version, str) and version else None
+
+    def _summary(self) -> dict[str, Any]:
+        count, name = self.gpu_count, self.gpu_name
+        return {
+            "id": self.get("id"),
+            "gpu": f"{count}x {name}" if name else None,
+            "usd_per_hour": _rounded(self.usd_per_hour),
+            "spot_usd_per_hour": _rounded(self.spot_usd_per_hour),
+            "reliability": self.get("reliability"),
+            "country": self.country,
+            "rented": self.get("rented"),
+        }
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else round(number, 6)
+
+
+def to_server(record: dict[str, Any], live: bool) -> Server:
+    """A server as it came, as a :class:`Server` in the documented form.
+
+    It takes over what is nested in ``record``, and keeps the record itself packed.
+    """
+    server = Server(record)
+    server._wire = packed(record)
+    server["gpu_array"] = gpu_names(record)
+    if not live:
+        return server
+    if (reliability := server_reliability(record, live)) is not None:
+        server["reliability"] = reliability
+    price = record.get("price")
+    if isinstance(price, dict):
+        usd = price.get("usd")
+        hourly = {k: per_hour(v) for k, v in usd.items()} if isinstance(usd, dict) else {}
+        hourly["spot"] = server_price(record, live, spot=True)
+        server["price"] = {**price, "usd": hourly}
+    return server
+
+
+def to_servers(
+    answer: dict[str, Any],
+    *,
+    include_rented: bool = False,
+    gpu_type: str | None = None,
+    max_usd_per_hour: float | None = None,
+    min_reliability: float = 0.0,
+    spot: bool = False,
+    server_id: int | None = None,
+) -> list[Server]:
+    """The servers of a marketplace answer that fit, in the order in which they came.
+
+    They are chosen before they are translated: that a few of thousands are wanted is the rule.
+    """
+    live = is_live(answer)
+    wanted = gpu_type.strip().lower() if gpu_type else ""
+
+    def fits(record: dict[str, Any]) -> bool:
+        # What costs least comes first: this runs for thousands of records.
+        if server_id is not None and whole_id(record.get("id")) != server_id:
+            return False
+        if not include_rented and record.get("rented"):
+            return False
+        if min_reliability > 0 and (server_reliability(record, live) or 0.0) < min_reliability:
+            return False
+        if wanted and not any(wanted in name.lower() for name in gpu_names(record)):
+            return False
+        if max_usd_per_hour is None:
+            return True
+        price = server_price(record, live, spot)
+        # 8.4 a day over 24 is a hair above 0.35.
+        return price is not None and price <= max_usd_per_hour * (1 + 1e-12)
+
+    return [to_server(r, live) for r in dicts(answer.get("servers")) if fits(r)]
+
+
+def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Server]:
+    """Sorted by price; equal ones as they came, those without a price last."""
+
+    def price(server: Server) -> float:
+        usd = server.spot_usd_per_hour if spot else server.usd_per_hour
+        return math.inf if usd is None else usd
+
+    return sorted(servers, key=price)
+
+
+def listed_prices(answer: dict[str, Any], rates: RateBook) -> dict[int, float]:
+    """Server id -> on-demand USD per hour, for every server of an answer that tells both.
+
+    The exchange rates that the prices imply go to ``rates``, for display.
+    """
+    live = is_live(answer)
+    told: dict[int, float] = {}
+    implied: dict[str, float] = {}
+    for record in dicts(answer.get("servers")):
+        usd, server_id = server_price(record, live, spot=False), record.get("id")
+        if type(server_id) is not int:  # the rule; thousands come at once
+            server_id = whole_id(server_id)
+        if usd is None or server_id is None:
+            continue
+        told[server_id] = usd
+        if live and len(implied) < len(_USD_FIELDS):
+            for currency, usd_field in _USD_FIELDS.items():
+                amount = positive(part_of(record, "price", "on_demand", currency))
+                in_usd = positive(part_of(record, "price", "usd", usd_field))
+                if amount and in_usd:
+                    implied[currency] = in_usd / amount
+    rates.tell(implied, firm=False)
+    return told

@@ -1,0 +1,46 @@
+"""Wallet: a currency of the account and what is in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clore_client.models.record import Record, dicts, packed
+from clore_client.pricing import finite
+
+
+class Wallet(Record):
+    """One wallet: a dict with ``name``, ``balance`` and ``deposit_address``.
+
+    The live API calls the address ``deposit``, which is kept beside it.
+    """
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str | None:
+        """The currency, as ``"CLORE-Blockchain"``."""
+        name = self.get("name")
+        return name if isinstance(name, str) else None
+
+    @property
+    def balance(self) -> float | None:
+        """What it holds, in its currency."""
+        return finite(self.get("balance"))
+
+    @property
+    def deposit_address(self) -> str | None:
+        """Where to send coins to."""
+        address = self.get("deposit_address")
+        return address if isinstance(address, str) else None
+
+
+def to_wallets(answer: dict[str, Any]) -> list[Wallet]:
+    """The wallets of an answer, in the documented form."""
+    wallets = []
+    for record in dicts(answer.get("wallets")):
+        wallet = Wallet(record)
+        wallet._wire = packed(record)
+        if "deposit" in record:
+            wallet.setdefault("deposit_address", record["deposit"])
+        wallets.append(wallet)
+    return wallets

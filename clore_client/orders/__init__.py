@@ -1,0 +1,1 @@
+"""Making orders, waiting for them, ending them."""

@@ -1,0 +1,65 @@
+"""Waiting until an order has a status."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from clore_client.errors import CloreError, InvalidResponseError, OrderEndedError, WaitTimeoutError
+from clore_client.log import logger
+from clore_client.models.order import ENDED_STATUSES, Order
+
+_MEET = frozenset({"cancelled", "expired"})  # these two stand for each other
+
+
+def wait_for_status(
+    look: Callable[[float], Order | None],
+    order_id: int,
+    timeout: float,
+    poll_interval: float,
+    target_status: str,
+    on_update: Callable[[Order | None], object] | None,
+) -> Order:
+    """Look until the order has the status; see ``CloreClient.wait_for_order``.
+
+    Parameters:
+        look: gives the order or None, and starts no request after the deadline that it is given.
+        order_id, timeout, poll_interval, target_status, on_update: as there.
+    """
+    if target_status not in {"running", "creating"} | ENDED_STATUSES:
+        logger.warning("no order is known to have the status %r: a slip?", target_status)
+    targets = _MEET if target_status in _MEET else {target_status}
+    deadline = time.monotonic() + timeout
+    seen: Order | None = None
+    failure: CloreError | None = None
+    while True:
+        try:
+            order = look(deadline)
+            failure = None
+        except CloreError as error:
+            if not (error.retryable or isinstance(error, InvalidResponseError)):
+                raise
+            logger.debug("a look at order %d failed: %s", order_id, error)
+            order, failure = None, error
+        seen = order or seen
+        if on_update is not None and failure is None:
+            on_update(order)
+        if order is not None and order.status in targets:
+            return order
+        if order is not None and order.has_ended:
+            raise OrderEndedError(
+                f"Order {order_id} ended unexpectedly with status: {order.status}",
+                order_id=order_id,
+                status=order.status or "",
+                order=order,
+            )
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise WaitTimeoutError(
+                f"Order {order_id} did not reach status '{target_status}' within {timeout}s",
+                order_id=order_id,
+                order=seen,
+            ) from failure
+        # No sooner than the API asked for, where it did.
+        pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
+        time.sleep(min(pause, remaining))

@@ -1,0 +1,1 @@
+"""Renting a server for the length of a block."""

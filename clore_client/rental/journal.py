@@ -1,0 +1,260 @@
+"""What outlives a process: a small file for each intent to buy."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import socket
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+from clore_client.config import warn_of_state
+from clore_client.files import lock_file
+from clore_client.models.record import whole_id
+
+STATE_SUFFIX = ".json"
+LONGEST_ENTRY = 65536  # bytes; a longer file is none of ours
+_ID_ROOM = 20  # characters kept free for the order's number
+_FIRST = '{"order_id": '
+
+_state_lock = threading.Lock()
+_held: dict[str, Entry] = {}  # path -> what this process has written and holds
+
+
+def _read_line(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.readline(200).strip()
+    except OSError:
+        return ""
+
+
+def this_machine() -> dict[str, str]:
+    """Which machine this is, and which of its boots."""
+    machine = _read_line("/etc/machine-id") or _read_line("/var/lib/dbus/machine-id")
+    # The id itself is not to be handed around: machine-id(5).
+    digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
+    return {
+        "host": socket.gethostname(),
+        "machine": digest,
+        "boot": _read_line("/proc/sys/kernel/random/boot_id"),
+    }
+
+
+class Entry:
+    """One intent to buy, held under a lock while this process lives or until it is removed.
+
+    Attributes:
+        facts: what stands in the file.
+        given_up: the rental is over in this process, and its order may still run.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path = path
+        self.facts = facts
+        self.given_up = False
+        self._handle: int | None = None
+
+    def write(self) -> None:
+        """Make the file, lock it, and have it on the disk."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+        handle = os.open(self.path, flags | getattr(os, "O_BINARY", 0), 0o600)
+        self._handle = handle
+        if not lock_file(handle, patience=1.0):  # somebody may look whether it is locked
+            raise OSError("the file can't be locked")
+        rest = json.dumps(self.facts)[1:]
+        text = f"{_FIRST}{'null':<{_ID_ROOM}}, {rest}\n".encode()
+        if os.name == "nt":
+            os.lseek(handle, 0, os.SEEK_SET)
+        if os.write(handle, text) != len(text):
+            raise OSError("the disk is full")
+        os.fsync(handle)
+        _sync_folder(self.path.parent)
+        with _state_lock:
+            _held[str(self.path)] = self
+
+    def note_order(self, order_id: int) -> None:
+        """Write down which order it became, in place: a crash leaves the file whole."""
+        if self._handle is None:
+            return
+        try:
+            os.lseek(self._handle, len(_FIRST), os.SEEK_SET)
+            os.write(self._handle, f"{order_id:<{_ID_ROOM}}".encode())
+            os.fsync(self._handle)
+        except OSError as error:
+            warn_of_state(f"{self.path.name} could not be updated", error)
+
+    def remove(self) -> None:
+        """The order is gone, or stays on purpose. Safe to repeat."""
+        with _state_lock:
+            _held.pop(str(self.path), None)
+        if self._handle is None:
+            return
+        handle, self._handle = self._handle, None
+        try:
+            if os.name == "nt":
+                os.close(handle)
+                self.path.unlink(missing_ok=True)
+            else:  # while it is still locked
+                self.path.unlink(missing_ok=True)
+                os.close(handle)
+        except OSError as error:
+            warn_of_state(f"{self.path} could not be removed", error)
+
+    def drop(self) -> None:
+        """Remove what could not be written."""
+        with contextlib.suppress(OSError):
+            self.remove()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_entry(folder: Path | None, facts: dict[str, Any]) -> Entry | None:
+    """Write an entry; None, and one warning, where that is not possible."""
+    if folder is None:
+        return None
+    name = f"{random.SystemRandom().getrandbits(96):024x}{STATE_SUFFIX}"
+    machine = this_machine()
+    entry = Entry(folder / name, {**facts, **machine, "pid": os.getpid()})
+    try:
+        entry.write()
+    except OSError as error:
+        entry.drop()
+        warn_of_state(f"no note of this rental could be written to {folder}", error)
+        return None
+    return entry
+
+
+class Found:
+    """An entry as it was found in the folder.
+
+    Attributes:
+        facts: what stands in it.
+        free: nobody holds it; then it is locked by us, until ``close()``.
+        ours: it is of this machine.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], free: bool, ours: bool) -> None:
+        self.path = path
+        self.facts = facts
+        self.free = free
+        self.ours = ours
+        self._handle: int | None = None
+        self._entry: Entry | None = None
+
+    @property
+    def order_id(self) -> int | None:
+        """The order that it became; None where that is not noted, or can't be right."""
+        order_id = whole_id(self.facts.get("order_id"))
+        return order_id if order_id is not None and order_id > 0 else None
+
+    def remove(self) -> None:
+        """Remove the file."""
+        if self._entry is not None:
+            self._entry.remove()
+            return
+        with contextlib.suppress(OSError):
+            if os.name == "nt":
+                self.close()
+            self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of its lock."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                os.close(handle)
+
+
+def read_entries(folder: Path | None) -> list[Found]:
+    """All entries of the folder. What can't be read is warned of once, and left alone."""
+    if folder is None:
+        return []
+    try:
+        names = sorted(n for n in os.listdir(folder) if n.endswith(STATE_SUFFIX))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        warn_of_state(f"{folder} could not be read", error)
+        return []
+    machine = this_machine()
+    found = []
+    for name in names:
+        try:
+            entry = _read_entry(folder / name, machine)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            warn_of_state(f"{folder / name} is no readable entry", error)
+            continue
+        if entry is not None:
+            found.append(entry)
+    return found
+
+
+def _read_entry(path: Path, machine: dict[str, str]) -> Found | None:
+    with _state_lock:
+        held = _held.get(str(path))
+    flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    # Some systems lock only what is open for writing.
+    handle = os.open(path, flags | os.O_RDWR)
+    keep = False
+    try:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_ENTRY:
+            raise ValueError("not a small file")
+        try:
+            free = held is None and lock_file(handle)
+        except OSError as error:  # nobody can be told from anybody: hands off
+            warn_of_state(f"files in {path.parent} can't be locked", error)
+            free = False
+        os.lseek(handle, 0, os.SEEK_SET)
+        text = os.read(handle, LONGEST_ENTRY)
+        if not text:  # made this moment, or by a process that died before it sent anything
+            return None
+        if free and not path.exists():  # removed by its owner meanwhile
+            return None
+        facts = json.loads(text)
+        if not isinstance(facts, dict):
+            raise ValueError("not an object")
+        ours = all(facts.get(k) == machine[k] for k in ("host", "machine"))
+        found = Found(path, facts, free and ours, ours)
+        if held is not None and held.given_up:
+            found.free, found._entry = True, held
+        elif free and ours:
+            found._handle, keep = handle, True
+        return found
+    finally:
+        if not keep:
+            os.close(handle)
+
+
+def _forget_entries() -> None:
+    # A lock lives as long as any copy of its file is open: a child must not hold the parent's.
+    global _state_lock
+    _state_lock = threading.Lock()
+    for entry in _held.values():
+        if entry._handle is not None:
+            with contextlib.suppress(OSError):
+                os.close(entry._handle)
+            entry._handle = None
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_entries)

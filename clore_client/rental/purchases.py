@@ -1,0 +1,215 @@
+"""The orders of one rental: what is noted of them, and what became of those in doubt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from clore_client.config import account_digest
+from clore_client.models.order import Order
+from clore_client.orders.claims import same_purchase
+from clore_client.rental.budget import Budget, Meter
+from clore_client.rental.journal import Entry, Found, read_entries, write_entry
+from clore_client.rental.selection import Wish
+
+LOOKS = 6  # how many lists must lack an order at least, before there is none
+
+
+class Purchase:
+    """One order of a rental, from the intent to its confirmed end.
+
+    Attributes:
+        server_id: the server that it is for.
+        entry: its note in the state folder.
+        meter: what it costs.
+        order_id: None as long as it is not known whether there is an order.
+        answered: the API has answered that there is none, which is not always true.
+        accepted: its cancel was accepted.
+    """
+
+    def __init__(self, server_id: int, entry: Entry | None, meter: Meter) -> None:
+        self.server_id = server_id
+        self.entry = entry
+        self.meter = meter
+        self.sent_at = time.monotonic()
+        self.order_id: int | None = None
+        self.answered = False
+        self.accepted = False
+        self.absent: list[float] = []  # when it was asked for, and was in no list
+
+    def __str__(self) -> str:
+        return (
+            f"order {self.order_id} may still be running"
+            if self.order_id is not None
+            else f"an order of server {self.server_id} may have been made"
+        )
+
+
+class Purchases:
+    """All purchases of a rental that cost money, or may.
+
+    Attributes:
+        before: ids of the orders that are not its own.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        wish: Wish,
+        folder: Path | None,
+        budget: Budget,
+        wake: Callable[[], object],
+        taken: Callable[[], set[int | None]],
+    ) -> None:
+        self._client = client
+        self._wish = wish
+        self._folder = folder
+        self._budget = budget
+        self._wake = wake  # called when the price of an order changes
+        self._taken = taken  # gives the orders of all open rentals of the process
+        self._all: list[Purchase] = []
+        self.before: set[int] = set()
+
+    def __iter__(self) -> Iterator[Purchase]:
+        return iter(list(self._all))
+
+    def note_intent(self, server_id: int, price: float | None) -> Purchase:
+        """Note a purchase in the state folder and here, before it is sent."""
+        wish = self._wish
+        entry = write_entry(
+            self._folder,
+            {
+                "server_id": server_id,
+                "started": time.time(),
+                "server_clock": self._client._server_clock,
+                "image": wish.image,
+                "currency": wish.currency,
+                "spot": wish.spot,
+                "base_url": str(self._client.BASE_URL).rstrip("/"),
+                "account": self._account(),
+                "before": sorted(self.before),
+            },
+        )
+        purchase = Purchase(server_id, entry, self._budget.start(price))
+        self._all.append(purchase)
+        return purchase
+
+    def became(self, purchase: Purchase, order_id: int) -> None:
+        """Note which order a purchase became."""
+        purchase.order_id = order_id
+        self._budget.resume(purchase.meter)
+        if purchase.entry is not None:
+            purchase.entry.note_order(order_id)
+
+        def new_bid(usd_per_hour: float) -> None:
+            purchase.meter.change(usd_per_hour)
+            self._wake()
+
+        self._client._on_bid[order_id] = new_bid
+
+    def refused(self, purchase: Purchase) -> None:
+        """Note that the API has answered that there is no order, which is not always true."""
+        purchase.answered = True
+        purchase.sent_at = time.monotonic()  # it was carried out by now, if it was
+        self._budget.drop(purchase.meter)
+
+    def forget(self, purchase: Purchase) -> None:
+        """Drop a purchase of which nothing is left."""
+        if purchase.entry is not None:
+            purchase.entry.remove()
+        self._remove(purchase)
+        self._budget.drop(purchase.meter)
+
+    def give_up(self, purchase: Purchase) -> None:
+        """Leave a purchase to ``leftovers()``."""
+        if purchase.entry is not None:
+            purchase.entry.given_up = True
+        self._remove(purchase)
+        if purchase.order_id is None:
+            self._budget.drop(purchase.meter)
+
+    def keep(self, purchase: Purchase) -> None:
+        """Leave an order running on purpose."""
+        if purchase.entry is not None:
+            purchase.entry.remove()
+        self._remove(purchase)
+
+    def _remove(self, purchase: Purchase) -> None:
+        if purchase in self._all:
+            self._all.remove(purchase)
+        self._client._on_bid.pop(purchase.order_id, None)
+
+    def look_for(self, purchase: Purchase, orders: list[Order], asked_at: float) -> bool:
+        """Look for the order of a purchase; True when time has shown that there is none.
+
+        A new order can take ``order_lag`` seconds to be listed. As a list can be empty for a
+        moment, several must lack it, over as long again.
+
+        Parameters:
+            purchase: whose outcome is in doubt.
+            orders: the active ones.
+            asked_at: monotonic time at which they were asked for.
+        """
+        fitting = [order for order in orders if self._fits(order, purchase)]
+        if len(fitting) == 1 and not self._is_held(purchase):
+            self.became(purchase, fitting[0].id or 0)
+        lag = self._client.order_lag
+        if fitting:
+            purchase.absent.clear()
+        elif asked_at >= purchase.sent_at + lag and self._lists_ours(orders):
+            purchase.absent.append(asked_at)
+        absent = purchase.absent
+        return len(absent) >= LOOKS and absent[-1] - absent[0] >= lag
+
+    def _lists_ours(self, orders: list[Order]) -> bool:
+        """Whether a list has all orders that surely run: one without them proves nothing."""
+        running = {p.order_id for p in self._all if p.order_id is not None and not p.accepted}
+        return running <= {order.id for order in orders}
+
+    def _fits(self, order: Order, purchase: Purchase) -> bool:
+        wish = self._wish
+        return (
+            order.server_id == purchase.server_id
+            and order.id not in self.before
+            and order.id not in self._taken()
+            and fits_intent(order, wish.image, wish.currency, wish.spot)
+        )
+
+    def _is_held(self, purchase: Purchase) -> bool:
+        """Whether another rental could be for the same server: hands off, then."""
+        held = False
+        for entry in self._notes_for(purchase.server_id):
+            mine = purchase.entry is not None and entry.path == purchase.entry.path
+            held = held or not (mine or entry.free)
+            entry.close()
+        return held
+
+    def drop_dead_notes(self, server_id: int) -> None:
+        """Drop notes of dead processes that could be taken for an order that is ours."""
+        if self._wish.spot:
+            return  # several bids may stand on one server
+        for entry in self._notes_for(server_id):
+            if entry.free and entry.ours and entry.order_id is None:
+                entry.remove()
+            entry.close()
+
+    def _account(self) -> str:
+        return account_digest(self._client.BASE_URL, self._client.api_key)
+
+    def _notes_for(self, server_id: int) -> list[Found]:
+        """Return what is noted of this server for this account; each is to be closed."""
+        account, notes = self._account(), []
+        for entry in read_entries(self._folder):
+            facts = entry.facts
+            if facts.get("server_id") == server_id and facts.get("account") == account:
+                notes.append(entry)
+            else:
+                entry.close()
+        return notes
+
+
+def fits_intent(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+    """Whether an order that still runs can come of an intent."""
+    return not order.has_ended and same_purchase(order, image, currency, spot)

@@ -1,0 +1,295 @@
+"""What rentals of processes that are dead have left running."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from clore_client.config import account_digest
+from clore_client.errors import CancelUnconfirmedError, CloreError
+from clore_client.log import logger
+from clore_client.models.order import Order
+from clore_client.models.record import whole_id
+from clore_client.orders.cancel import OrderState, confirm_ended, confirm_until, keep_cancelling
+from clore_client.pricing import finite
+from clore_client.rental.journal import Found, read_entries
+from clore_client.rental.purchases import fits_intent
+
+# How far an order's time of creation, by the server's clock, may lie before and after the time of
+# the intent, by this machine's. A proxy may hold a request for a while.
+CLOCKS_APART = 300.0
+CLOCKS_COMPARED = 5.0  # where the entry tells how far they were apart
+LATEST_ORDER = 180.0
+LEFTOVER_LOOK = 1.0  # seconds between two looks for orders that may not be listed yet
+
+
+class Leftover:
+    """An order that a rental left behind, and what its entry tells.
+
+    Attributes:
+        order: as it is listed now; None where it is in no list, which does not mean that it has
+            ended, and for an entry of another machine without one.
+        order_id, server_id: its numbers; ``order_id`` may be None where ``order`` is.
+        started: Unix time at which it was to be ordered.
+        host, pid: where.
+    """
+
+    def __init__(self, entry: Found, order: Order | None) -> None:
+        facts = entry.facts
+        self.order = order
+        self.order_id = order.id if order is not None else entry.order_id
+        self.server_id = whole_id(facts.get("server_id"))
+        self.started = finite(facts.get("started"))
+        host, pid = facts.get("host"), facts.get("pid")
+        self.host = host if isinstance(host, str) else None
+        self.pid = pid if isinstance(pid, int) else None
+        self.path = entry.path
+
+    def __repr__(self) -> str:
+        return (
+            f"<Leftover order {self.order_id} of server {self.server_id}, by process {self.pid} "
+            f"on {self.host!r}>"
+        )
+
+
+class Leftovers:
+    """What ``CloreClient.leftovers`` has found.
+
+    Attributes:
+        abandoned: orders that still run, of rentals of this machine whose process is dead.
+        elsewhere: entries of other machines, whose processes can't be seen from here.
+        unnoted: active orders of the account that no entry tells of.
+    """
+
+    def __init__(
+        self, abandoned: list[Leftover], elsewhere: list[Leftover], unnoted: list[Order]
+    ) -> None:
+        self.abandoned = abandoned
+        self.elsewhere = elsewhere
+        self.unnoted = unnoted
+
+    def __bool__(self) -> bool:
+        """Whether there is anything of the three."""
+        return bool(self.abandoned or self.elsewhere or self.unnoted)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Leftovers: {self.abandoned}, {len(self.elsewhere)} of other machines, "
+            f"{len(self.unnoted)} orders without an entry>"
+        )
+
+
+class _Survey:
+    """One look at the entries and at the orders."""
+
+    def __init__(self, client: Any, folder: Path | None) -> None:
+        self.client = client
+        account = account_digest(client.BASE_URL, client.api_key)
+        self.entries: list[Found] = []
+        self._read(folder, account)
+        try:
+            self.orders = {o.id: o for o in client.get_orders() if o.id is not None}
+            # Again: a living process may have noted and ordered one between the two.
+            self._read(folder, account)
+            self._match()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, folder: Path | None, account: str) -> None:
+        known = {entry.path for entry in self.entries}
+        for entry in read_entries(folder):
+            if entry.path in known or entry.facts.get("account") != account:
+                entry.close()
+            else:
+                self.entries.append(entry)
+
+    def close(self) -> None:
+        for entry in self.entries:
+            entry.close()
+
+    def _match(self) -> None:
+        named = {entry.order_id for entry in self.entries}
+        self.of: dict[str, Order] = {}  # path of an entry -> its order
+        held: set[int] = set()
+        living: set[int] = set()  # orders that may be those of living processes
+        for entry in self.entries:
+            order_id = entry.order_id
+            if order_id is not None:
+                fitting = [self.orders[order_id]] if order_id in self.orders else []
+            else:
+                fitting = [
+                    order
+                    for number, order in self.orders.items()
+                    if number not in named and intended(entry.facts, order)
+                ]
+            if entry.free or not entry.ours:
+                if len(fitting) > 1:
+                    logger.warning("several orders fit %s: none is taken for it", entry.path)
+                elif fitting:
+                    self.of[str(entry.path)] = fitting[0]
+                    held.add(fitting[0].id or 0)
+            else:
+                living.update(order.id or 0 for order in fitting)
+        held |= living
+        self._settle_claims(living)
+        self.unnoted = [o for i, o in self.orders.items() if i not in held and not o.has_ended]
+
+    def _settle_claims(self, living: set[int]) -> None:
+        """Leave each order at most one entry."""
+        claims: dict[int, list[Found]] = {}
+        for entry in self.entries:
+            if (order := self.of.get(str(entry.path))) is not None:
+                claims.setdefault(order.id or 0, []).append(entry)
+        for order_id, entries in claims.items():
+            if order_id in living or (
+                len(entries) > 1 and not all(entry.free and entry.ours for entry in entries)
+            ):
+                logger.warning("order %d may be another process's: it is left alone", order_id)
+                losers = entries
+            else:
+                # Dead ones of this machine, whichever it was: the last is the likeliest.
+                entries.sort(key=lambda entry: finite(entry.facts.get("started")) or 0.0)
+                losers = entries[:-1]
+            for entry in losers:
+                self.of.pop(str(entry.path))
+
+    def order_of(self, entry: Found) -> Order | None:
+        order = self.of.get(str(entry.path))
+        return None if order is None or order.has_ended else order
+
+    def undecided(self, wait: float) -> bool:
+        """Whether an order of a dead process may not be listed yet."""
+        return any(
+            entry.free and self.order_of(entry) is None and _young(entry.facts, wait)
+            for entry in self.entries
+        )
+
+    def tidy(self, wait: float) -> None:
+        """Remove the entries whose orders have ended, or were never made."""
+        self.missing: list[Found] = []  # noted orders that no list has
+        intents: list[Found] = []
+        for entry in self.entries:
+            if not entry.free or self.order_of(entry) is not None:
+                continue
+            if entry.order_id is None:
+                if not _young(entry.facts, LATEST_ORDER + CLOCKS_APART):
+                    intents.append(entry)
+            elif not _young(entry.facts, wait):
+                self._tidy_order(entry, entry.order_id)
+        if intents:
+            self._tidy_intents(intents)
+
+    def _tidy_order(self, entry: Found, order_id: int) -> None:
+        try:
+            state = self.client._order_state(order_id)
+        except CloreError:
+            state = OrderState.ABSENT
+        if state is OrderState.ENDED:
+            logger.info("the order of %s has ended: the entry is removed", entry.path)
+            entry.remove()
+        else:
+            self.missing.append(entry)
+
+    def _tidy_intents(self, entries: list[Found]) -> None:
+        # One look is not enough: a list can be empty for a moment.
+        time.sleep(self.client.order_lag)
+        orders = self.client.get_orders()
+        for entry in entries:
+            if not any(intended(entry.facts, order) for order in orders):
+                logger.info("no order came of %s: the entry is removed", entry.path)
+                entry.remove()
+
+    def abandoned(self) -> list[tuple[Found, Order | None]]:
+        """Return the entries of dead processes of this machine whose orders may run."""
+        ours = [entry for entry in self.entries if entry.free and entry.ours]
+        return [
+            (entry, order)
+            for entry in ours
+            if (order := self.order_of(entry)) is not None or entry in self.missing
+        ]
+
+    def result(self) -> Leftovers:
+        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.ours]
+        abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
+        return Leftovers(abandoned, elsewhere, self.unnoted)
+
+
+def intended(facts: dict[str, Any], order: Order) -> bool:
+    """Whether an order can come of the intent that an entry without an order's number tells."""
+    before = facts.get("before")
+    if order.server_id != whole_id(facts.get("server_id")):
+        return False
+    if isinstance(before, list) and order.id in before:
+        return False
+    if not fits_intent(order, facts.get("image"), facts.get("currency"), facts.get("spot")):
+        return False
+    started, made = finite(facts.get("started")), order.started_at
+    if started is None or made is None:
+        return False
+    ahead = finite(facts.get("server_clock"))
+    apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
+    return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
+
+
+def _young(facts: dict[str, Any], seconds: float) -> bool:
+    started = finite(facts.get("started"))
+    # One in the future is young: the clock has been set back since.
+    return started is not None and time.time() - started < seconds
+
+
+def _settled(client: Any, folder: Path | None, wait: float) -> _Survey:
+    deadline = time.monotonic() + wait
+    while True:
+        survey = _Survey(client, folder)
+        try:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not survey.undecided(wait):
+                survey.tidy(wait)
+                return survey
+        except BaseException:
+            survey.close()
+            raise
+        survey.close()
+        time.sleep(min(LEFTOVER_LOOK, max(0.01, wait / 10), remaining))
+
+
+def find_leftovers(client: Any, folder: Path | None, wait: float) -> Leftovers:
+    """What is left behind; see ``CloreClient.leftovers``."""
+    survey = _settled(client, folder, wait)
+    survey.close()
+    return survey.result()
+
+
+def end_leftovers(client: Any, folder: Path | None, wait: float, timeout: float) -> list[int]:
+    """End what dead processes of this machine left; see ``CloreClient.cancel_leftovers``."""
+    survey = _settled(client, folder, wait)
+    ended: list[int] = []
+    failed: dict[int, BaseException] = {}
+    try:
+        # Their locks are held: no other process does the same meanwhile.
+        for entry, order in survey.abandoned():
+            order_id = entry.order_id if order is None else order.id
+            if order_id is None:
+                continue
+            started = time.monotonic()
+            # What no list has may be long gone, and its cancel be refused for ever.
+            until = started + (timeout if order is not None else min(timeout, client.order_lag))
+            failure: BaseException | None = keep_cancelling(client, order_id, lambda: until)  # noqa: B023
+            if failure is None:
+                failure = confirm_ended(client, order_id, confirm_until(started, timeout))
+            if failure is None:
+                logger.info("order %d, which a dead process left, was ended", order_id)
+                entry.remove()
+                ended.append(order_id)
+            else:
+                failed[order_id] = failure
+    finally:
+        survey.close()
+    if failed:
+        ids = ", ".join(map(str, failed))
+        raise CancelUnconfirmedError(
+            f"not confirmed to have ended: {ids} (ended: {ended})", order_ids=tuple(failed)
+        ) from next(iter(failed.values()))
+    return ended

@@ -1,0 +1,201 @@
+"""Which servers rent() tries, in which order, and what each costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clore_client.models.record import part_of
+from clore_client.models.server import Server, on_demand_usd
+from clore_client.orders.create import check_login, order_env, order_ports
+from clore_client.pricing import HOURS_PER_DAY, finite, positive
+from clore_client.validation import (
+    check_bool,
+    check_currency,
+    check_id,
+    check_interval,
+    check_number,
+    check_text,
+)
+
+# On top of the price, for the renter (seen on the live API).
+FEE_ON_DEMAND = 0.05
+FEE_SPOT = 0.0125
+CREATION_FEE = 0.10  # USD, once
+CREATION_FEE_AFTER = 600.0  # seconds; an order that ends before does not pay it
+# A bid of exactly the lowest can be a hair under it, once it has been converted and back.
+BID_MARGIN = 1e-4
+PRICE_SLACK = 1e-4  # of a price that went through an exchange rate
+
+
+class Wish:
+    """What ``rent()`` was asked for, checked."""
+
+    def __init__(
+        self,
+        *,
+        gpu_type: Any,
+        max_price_usd: Any,
+        min_reliability: Any,
+        use_spot: Any,
+        server_id: Any,
+        image: Any,
+        currency: Any,
+        ports: Any,
+        env: Any,
+        ssh_password: Any,
+        ssh_key: Any,
+        spot_price: Any,
+        jupyter_token: Any,
+        attempts: Any,
+        deploy_timeout: Any,
+        poll_interval: Any,
+        find_timeout: Any,
+        cancel_timeout: Any,
+        max_hours: Any,
+        max_cost_usd: Any,
+    ) -> None:
+        if gpu_type is not None:
+            check_text("gpu_type", gpu_type)
+        if max_price_usd is not None:
+            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
+        check_number("min_reliability", min_reliability, maximum=100.0)
+        self.gpu_type: str | None = gpu_type
+        self.max_price_usd: float | None = max_price_usd
+        self.min_reliability: float = min_reliability
+        self.spot = check_bool("use_spot", use_spot)
+        self.server_id = None if server_id is None else check_id("server_id", server_id)
+        self.currency = check_currency("currency", currency)
+        self.image = check_text("image", image)
+        check_login(ssh_password, ssh_key, jupyter_token)
+        order_ports(ports)
+        order_env(env)
+        if spot_price is not None:
+            check_number("spot_price", spot_price, above=True, unit="USD per hour")
+            if not use_spot:
+                raise ValueError("spot_price is only used with use_spot=True")
+            if max_price_usd is not None and spot_price > max_price_usd:
+                raise ValueError(
+                    f"spot_price must not be over max_price_usd: {spot_price!r}, {max_price_usd!r}"
+                )
+        self.spot_price: float | None = spot_price
+        self.settings: dict[str, Any] = {
+            "image": self.image,
+            "order_type": "spot" if self.spot else "on-demand",
+            "currency": self.currency,
+            "ports": ports,
+            "env": env,
+            "ssh_password": ssh_password,
+            "ssh_key": ssh_key,
+            "jupyter_token": jupyter_token,
+        }
+        if isinstance(attempts, bool) or not isinstance(attempts, int):
+            raise TypeError(f"attempts must be a whole number, not {attempts!r}")
+        self.attempts = int(check_number("attempts", attempts, minimum=1))
+        self.deploy_timeout = check_number(
+            "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
+        )
+        self.poll_interval = check_interval("poll_interval", poll_interval)
+        self.find_timeout = check_number("find_timeout", find_timeout, unit="seconds")
+        self.cancel_timeout = check_number(
+            "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
+        )
+        for name, value in (("max_hours", max_hours), ("max_cost_usd", max_cost_usd)):
+            if value is not None:
+                check_number(name, value, above=True, infinite=True)
+        self.max_hours: float | None = max_hours
+        self.max_cost_usd: float | None = max_cost_usd
+
+    @property
+    def fee(self) -> float:
+        """The renter's fee as a share of the price."""
+        return FEE_SPOT if self.spot else FEE_ON_DEMAND
+
+    def over(self, usd_per_hour: float | None) -> bool:
+        """Whether a price is over the limit."""
+        limit = self.max_price_usd
+        return limit is not None and usd_per_hour is not None and (
+            usd_per_hour > limit * (1 + PRICE_SLACK)
+        )  # fmt: skip
+
+    def price_of(self, server: Server) -> float | None:
+        """What a server would cost, in USD per hour without fees; None where that is not told."""
+        listed = on_demand_usd(server, self.currency)
+        if not self.spot:
+            return listed
+        lowest = _lowest_bid(server, self.currency)
+        if lowest is None:
+            return None
+        if self.spot_price is not None:
+            return self.spot_price if self.spot_price >= lowest else None
+        limit = self.max_price_usd
+        bid = lowest * (1 + BID_MARGIN)
+        return bid if limit is None or lowest > limit else min(bid, limit)
+
+    def why_not(self, server: Server) -> str | None:
+        """Why a server is no candidate, or None where it is one."""
+        coins = server.get("allowed_coins")
+        if isinstance(coins, list) and coins and self.currency not in coins:
+            return f"does not take {self.currency}"
+        price = self.price_of(server)
+        if price is None:
+            if self.spot:
+                return "takes no such bid"
+            if self.max_price_usd is not None or self.max_cost_usd is not None:
+                return "tells no price"
+            return None
+        if self.max_price_usd is not None and price > self.max_price_usd * (1 + 1e-12):
+            return f"costs {price:.4g} USD per hour"
+        on_demand = server.usd_per_hour
+        if self.spot and on_demand is not None and price > on_demand:
+            return "takes no bid under its on-demand price"
+        return None
+
+
+def _lowest_bid(server: Server, currency: str) -> float | None:
+    stated = positive(part_of(server, "price", "original_usd", currency, "spot"))
+    return server.spot_usd_per_hour if stated is None else stated / HOURS_PER_DAY
+
+
+def shown_usd(order: Any, server: Server, currency: str) -> float | None:
+    """The price that an order shows, in USD per hour; None where it shows none.
+
+    By the rate that the server's listing implies, where it has one: the limit was applied to that.
+    """
+    amount = positive(order.get("price"))
+    if amount is None:
+        return None
+    if currency == "USD-Blockchain":
+        return amount
+    per_day = positive(part_of(server, "price", "on_demand", currency))
+    in_usd = on_demand_usd(server, currency)
+    if per_day and in_usd:
+        return amount * in_usd / (per_day / HOURS_PER_DAY)
+    return finite(order.usd_per_hour)
+
+
+def candidates(client: Any, wish: Wish) -> tuple[list[Server], str]:
+    """Servers to try, the cheapest first in the wished currency; and what to say if none worked."""
+    if wish.server_id is not None:
+        listed = client.get_marketplace(include_rented=True)
+        pinned = [s for s in listed if s.id == wish.server_id]
+        if not pinned:
+            return [], f"server {wish.server_id} is not on the marketplace"
+        server = pinned[0]
+        why = "is rented" if server.rented else wish.why_not(server)
+        if (server.reliability or 0.0) < wish.min_reliability:
+            why = f"has a reliability of {server.reliability}"
+        wanted = (wish.gpu_type or "").strip().lower()
+        if not any(wanted in str(name).lower() for name in server.get("gpu_array") or [""]):
+            why = f"has no {wish.gpu_type}"
+        return ([], f"server {wish.server_id} {why}") if why else ([server], "")
+    found = client.find_servers(
+        wish.gpu_type, min_reliability=wish.min_reliability, use_spot=wish.spot
+    )
+    if not found:
+        named = f" whose GPU has {wish.gpu_type!r} in its name" if wish.gpu_type else ""
+        least = wish.min_reliability
+        trusted = f", with a reliability from {least:g}" if least else ""
+        return [], f"there is no free server{named}{trusted}"
+    fitting = [s for s in found if s.id is not None and wish.why_not(s) is None]
+    fitting.sort(key=lambda s: p if (p := wish.price_of(s)) is not None else float("inf"))
+    return fitting, f"none of {len(found)} free servers of that kind fits price and currency"

@@ -1,0 +1,601 @@
+"""The orders of one rental: bought, watched and ended in a thread that no signal interrupts."""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import contextvars
+import math
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from clore_client.api.request import limited
+from clore_client.errors import (
+    AuthenticationError,
+    BudgetExceededError,
+    CancelUnconfirmedError,
+    CloreAPIError,
+    CloreConnectionError,
+    CloreError,
+    ConfigurationError,
+    DatabaseError,
+    FateUnknownError,
+    RateUnknownError,
+    RentalError,
+    SpendingLimitError,
+)
+from clore_client.log import logger
+from clore_client.models.order import Order
+from clore_client.models.server import Server
+from clore_client.orders.cancel import (
+    SHORTEST_TRY,
+    confirm_ended,
+    confirm_until,
+    keep_cancelling,
+    not_cancelled,
+)
+from clore_client.rental.budget import Budget
+from clore_client.rental.purchases import LOOKS, Purchase, Purchases
+from clore_client.rental.selection import Wish
+from clore_client.rental.signals import (
+    SignalExit,
+    SignalHandling,
+    in_main_thread,
+    listen,
+    stopping_signal,
+)
+
+Result = TypeVar("Result")
+
+LOOK_EVERY = 0.5  # seconds between two looks for an order whose making is in doubt
+LOOK_BESIDE = 2.0  # the same, while the block goes on
+WAKE_EVERY = 0.5  # seconds after which a thread that waits looks again, should nobody wake it
+GIVE_UP_WITHIN = 2.0  # seconds for three interrupts that end even the cancelling
+
+# After these no order was made.
+SURELY_NO_ORDER = (
+    AuthenticationError,
+    CloreAPIError,
+    CloreConnectionError,
+    ConfigurationError,
+    RateUnknownError,
+    SpendingLimitError,
+    ValueError,
+    TypeError,
+    ImportError,
+)
+
+_open_rentals: dict[int, RentalWorker] = {}
+_exiting = False
+
+
+class Gate:
+    """Lets threads wait for something that happens once.
+
+    Not a ``threading.Event``, whose lock an interrupt can leave locked.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def open(self) -> None:
+        """Let all threads through."""
+        self.is_open = True
+        self._queue.put(None)
+
+    def wait(self) -> bool:
+        """Wait for a moment, and return whether it is open."""
+        if not self.is_open:
+            try:
+                self._queue.get(timeout=WAKE_EVERY)
+            except queue.Empty:
+                return self.is_open
+            self._queue.put(None)  # for whoever waits as well
+        return self.is_open
+
+
+class _Request:
+    """Something that the worker is asked to do."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self._action = action
+        self.done = Gate()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Do it, and keep what comes of it."""
+        try:
+            self.result = self._action()
+        except BaseException as error:
+            self.error = error
+        self.done.open()
+
+
+class RentalWorker:
+    """Owns the orders of one rental, from the first request to the confirmed end.
+
+    The thread ends them when the block is left, when the ``with`` statement or the rental is gone
+    without having said so (an interrupt can cut ``__exit__`` short at its first line), when the
+    budget is spent, at a signal that another thread got, and at the interpreter's exit.
+
+    Attributes:
+        finished: opened when nothing is left to do.
+        failure: what the user must know of the end; None when all is gone.
+        connections: SSH connections to close with the rental.
+        closed: whether they are closed, and signals not handled any more.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        wish: Wish,
+        folder: Path | None,
+        inbox: queue.SimpleQueue[Any],
+        holders: list[weakref.ref[Any]],
+    ) -> None:
+        self._client = client
+        self._wish = wish
+        self._inbox = inbox
+        self._holders = holders  # the rental, and what its with statement holds
+        self.pid = os.getpid()
+        self.budget = Budget(wish)
+        self.finished = Gate()
+        self.failure: BaseException | None = None
+        self.connections: list[Any] = []
+        self.closed = False
+        self.kept = False
+        self.signalled: int | None = None
+        self.exceeded: tuple[str, float, float, int | None] | None = None  # why, h, USD, id
+        self._main = in_main_thread()
+        self._handling: SignalHandling | None = None
+        self._purchases = Purchases(
+            client, wish, folder, self.budget, wake=lambda: inbox.put(None), taken=_order_ids
+        )
+        self._current: Purchase | None = None  # the one that the user has
+        self._started = False
+        self._left_at: float | None = None
+        self._interrupted_at: list[float] = []
+        self._hurried = False  # interrupted while it is left: the confirmation is skipped
+        self._abandoned = False
+
+    # --- what the rental asks for, in its own thread ---
+
+    def start(self) -> None:
+        """Start the thread, and let signals and the interpreter's exit end the rental, too."""
+        self._handling = SignalHandling()
+        listen(self, self._on_signal)
+        context = contextvars.copy_context()
+        _open_rentals[id(self)] = self
+        try:
+            # Not threading.Thread, whose start() waits with a lock that an interrupt can leave
+            # locked: then the thread would never run.
+            _thread.start_new_thread(context.run, (self._work,))
+        except RuntimeError as error:
+            _open_rentals.pop(id(self), None)
+            self.close()
+            raise RentalError(f"nothing was rented: {error}") from error
+        self._started = True
+
+    def ask(self, action: Callable[[], Result]) -> Result:
+        """Have the worker do something, and return what comes of it, or raise that."""
+        request = _Request(action)
+        self._inbox.put(request)
+        while not request.done.wait():
+            if self.finished.is_open:
+                raise RentalError("the rental is over: nothing is rented any more")
+        if request.error is not None:
+            raise request.error
+        return request.result  # type: ignore[no-any-return]
+
+    def note_orders(self, orders: list[Order]) -> None:
+        """Note which orders are there before the first purchase."""
+        self._purchases.before = {order.id for order in orders if order.id is not None}
+
+    def buy(self, server: Server, price: float | None, settings: dict[str, Any]) -> Order:
+        """Order a server.
+
+        Parameters:
+            server: as it is listed.
+            price: in USD per hour, without fees.
+            settings: for ``create_order``.
+        """
+        return self.ask(lambda: self._buy(server, price, settings))
+
+    def end_order(self) -> BaseException | None:
+        """End the current order; None when that is confirmed, else what to tell the user."""
+        return self.ask(self._end_current)
+
+    def keep(self) -> None:
+        """Leave the current order running."""
+        self.ask(self._keep)
+
+    def told_price(self, usd_per_hour: float) -> None:
+        """Take the price that the current order shows."""
+        if self._current is not None:
+            self._current.meter.correct(usd_per_hour)
+
+    def check(self) -> None:
+        """Raise when the rental was ended from elsewhere."""
+        if self.pid != os.getpid():
+            return
+        if not self.kept and self._current is not None and self._exceed():
+            self._inbox.put(None)  # the worker ends it: no network work here
+        if self.exceeded is not None:
+            raise self.budget_error()
+        if self.signalled is None:
+            self.signalled = stopping_signal()
+        if self.signalled is not None:
+            raise SignalExit(self.signalled)
+        if _exiting:
+            raise RentalError("the interpreter is about to exit: nothing is rented any more")
+
+    def leave(self, interrupted: bool) -> list[BaseException]:
+        """End the rental, and wait for that. Safe to repeat.
+
+        The first interrupt meanwhile ends only the confirmation. The third within two seconds,
+        the one that the block was left by included, ends even the cancelling.
+
+        Parameters:
+            interrupted: whether the block was left by an interrupt.
+
+        Returns:
+            The interrupts that came meanwhile.
+        """
+        self._begin_to_leave()
+        if not self._started:  # or this moment, and has bought nothing: it sees that it is left
+            return []
+        caught: list[BaseException] = []
+        times = self._interrupted_at
+        if interrupted:
+            times.append(time.monotonic())
+        while True:
+            try:
+                if self.finished.wait():
+                    break
+            except (KeyboardInterrupt, SystemExit) as interrupt:
+                self._hurried = True
+                caught.append(interrupt)
+                times.append(time.monotonic())
+                if len(times) >= 3 and times[-1] - times[-3] <= GIVE_UP_WITHIN:
+                    self._abandon()
+                    break
+        return caught
+
+    def budget_error(self) -> BudgetExceededError:
+        """Make the error for a budget that is spent."""
+        text, hours, cost, order_id = self.exceeded or ("", 0.0, 0.0, None)
+        # No more than is known: the cancel may take its time, or come too late to be seen here.
+        ended = self._current is None or self._current.accepted
+        state = "was ended" if ended else "is being ended"
+        return BudgetExceededError(
+            f"{text}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
+            order_id=order_id,
+            hours=hours,
+            cost_usd=cost,
+        )
+
+    def close_ssh(self) -> None:
+        """Close the SSH connections of the rental."""
+        while True:
+            try:
+                connection = self.connections.pop()
+            except IndexError:  # another thread may do the same
+                return
+            try:
+                connection.close()
+            except Exception as error:
+                logger.debug("an SSH connection could not be closed: %s", error)
+
+    def close(self) -> None:
+        """Close the connections, and handle signals no more."""
+        self.close_ssh()
+        listen(self, None)
+        if self._handling is not None:
+            self._handling.close()
+        self.closed = True
+
+    def _begin_to_leave(self) -> None:
+        self._left_at = self._left_at or time.monotonic()
+        self._inbox.put(None)
+
+    def _abandon(self) -> None:
+        """Stop ending the rental: what may run is left to ``leftovers()``."""
+        self._abandoned = True
+        left = list(self._purchases)
+        for purchase in left:
+            if purchase.entry is not None:
+                purchase.entry.given_up = True
+        ids = tuple(p.order_id for p in left if p.order_id is not None)
+        text = f"interrupted three times: {'; '.join(map(str, left))}: see leftovers()"
+        if left:
+            self.failure = (
+                CancelUnconfirmedError(text, order_ids=ids) if ids else FateUnknownError(text)
+            )
+
+    def _on_signal(self, signum: int) -> None:
+        # Within a signal handler: nothing here takes a lock.
+        if not self._main:
+            self.signalled = signum
+            self._inbox.put(None)
+
+    # --- the thread ---
+
+    def _work(self) -> None:
+        try:
+            while not (self._is_left() or self.kept):
+                self._next_request()
+                if self._must_end():
+                    self._end_early()
+                self._look_at_doubts()
+        except BaseException as error:
+            self.failure = error
+        self._left_at = self._left_at or time.monotonic()
+        try:
+            failure = self._end()
+        except BaseException as error:
+            failure = error
+        if not self._abandoned:
+            self.failure = failure or self.failure
+        _open_rentals.pop(id(self), None)
+        if self._is_forgotten():  # then nobody else does this
+            self.close()
+            if self.failure is not None:
+                logger.error("a rental whose block is gone: %s", self.failure)
+        self.finished.open()
+
+    def _next_request(self) -> None:
+        timeout = None if self.exceeded else self.budget.seconds_left()
+        if self._doubtful():
+            look = min(LOOK_BESIDE, max(0.001, self._client.order_lag / LOOKS))
+            timeout = min(look, math.inf if timeout is None else timeout)
+        try:
+            request = self._inbox.get(timeout=timeout)
+        except queue.Empty:
+            return
+        if isinstance(request, _Request):
+            request.run()
+
+    def _doubtful(self) -> list[Purchase]:
+        """Return the purchases that may have become orders, but for the one that is being made."""
+        return [p for p in self._purchases if p.order_id is None and p is not self._current]
+
+    def _is_left(self) -> bool:
+        return self._left_at is not None or self._is_forgotten()
+
+    def _is_forgotten(self) -> bool:
+        """Whether the ``with`` statement, or the rental itself, is gone."""
+        return any(holder() is None for holder in self._holders)
+
+    def _must_end(self) -> bool:
+        current = self._current
+        if current is None or current.accepted or current.order_id is None or self.kept:
+            return False
+        return self.signalled is not None or self._exceed()
+
+    def _exceed(self) -> bool:
+        """Whether it is over its budget; from the first time on, that stays so."""
+        if self.exceeded is None and (text := self.budget.exceeded_by()) is not None:
+            order_id = None if self._current is None else self._current.order_id
+            self.exceeded = text, self.budget.hours, self.budget.cost_usd, order_id
+            logger.warning("%s", self.budget_error())
+        return self.exceeded is not None
+
+    # --- buying ---
+
+    def _buy(self, server: Server, price: float | None, settings: dict[str, Any]) -> Order:
+        self.check()
+        purchase = self._current = self._purchases.note_intent(server.id or 0, price)
+        try:
+            order: Order = self._client.create_order(purchase.server_id, **settings)
+            if order.id is None:
+                raise FateUnknownError("the answer to create_order names no order")
+        except DatabaseError:
+            self._purchases.refused(purchase)
+            self._current = None
+            raise
+        except SURELY_NO_ORDER as error:
+            # Of an unknown code, or an answer that is no envelope, nobody knows what it means.
+            if not isinstance(error, CloreAPIError) or error.code in self._client.ERROR_CODES:
+                self._purchases.forget(purchase)
+                self._current = None
+            raise
+        self._purchases.became(purchase, order.id)
+        self._purchases.drop_dead_notes(purchase.server_id)
+        return order
+
+    def _keep(self) -> None:
+        current = self._current
+        if current is None or current.order_id is None or current.accepted:
+            raise RentalError("the order was ended already: it can't be kept")
+        self.kept = True
+        logger.info("order %d stays, on purpose", current.order_id)
+        self._purchases.keep(current)
+
+    # --- the end ---
+
+    def _deadline(self) -> float:
+        """Until when cancels are kept up: without end while the block goes on."""
+        if self._left_at is None:
+            return math.inf
+        return self._left_at + self._wish.cancel_timeout
+
+    def _end_early(self) -> None:
+        """End the current order while the block goes on."""
+        current = self._current
+        if current is None or current.order_id is None:
+            return
+        # Beside the cancel, which may have to wait for an API that is down.
+        threading.Thread(target=self.close_ssh, name="clore-rental-close", daemon=True).start()
+        failure = self._try_to_cancel(current, self._deadline)
+        if failure is not None:
+            logger.error("order %d could not be cancelled: %s", current.order_id, failure)
+        self.close_ssh()  # one may have been opened meanwhile
+
+    def _end_current(self) -> BaseException | None:
+        current, started = self._current, time.monotonic()
+        if current is None:
+            return None
+        until = started + self._wish.cancel_timeout
+        failure: BaseException | None = self._cancel(current, lambda: min(until, self._deadline()))
+        if failure is None:
+            failure = self._confirm(current, started)
+        self._current = None
+        return failure
+
+    def _end(self) -> BaseException | None:
+        """End all that costs money, the cancels first; None when it is gone."""
+        started = time.monotonic()
+        failures: list[BaseException | None] = [
+            self._cancel(purchase, self._deadline)
+            for purchase in self._purchases
+            if purchase.order_id is not None
+        ]
+        for purchase in self._purchases:
+            if purchase.order_id is None:
+                failures.append(self._settle_doubt(purchase))
+        for purchase in self._purchases:
+            failures.append(self._confirm(purchase, started))
+        return next((failure for failure in failures if failure is not None), None)
+
+    def _cancel(
+        self, purchase: Purchase, deadline: Callable[[], float]
+    ) -> CancelUnconfirmedError | None:
+        """Cancel until that is accepted, or leave the order to ``leftovers()``."""
+        failure = self._try_to_cancel(purchase, deadline)
+        if failure is None:
+            return None
+        order_id = purchase.order_id or 0
+        self._purchases.give_up(purchase)
+        logger.error("order %d could not be cancelled: it may still be running", order_id)
+        return not_cancelled(order_id, failure, self._wish.cancel_timeout)
+
+    def _try_to_cancel(self, purchase: Purchase, deadline: Callable[[], float]) -> Exception | None:
+        if purchase.accepted:
+            return None
+        failure = keep_cancelling(
+            self._client, purchase.order_id or 0, deadline, lambda: self._abandoned
+        )
+        if failure is None:
+            purchase.accepted = True  # from here on it costs nothing
+            self.budget.stop(purchase.meter)
+        return failure
+
+    def _confirm(self, purchase: Purchase, started: float) -> CloreError | None:
+        """Wait until an order that was cancelled is listed as ended."""
+        order_id = purchase.order_id or 0
+        deadline = confirm_until(started, self._wish.cancel_timeout)
+        failure = (
+            None
+            if self._hurried
+            else confirm_ended(self._client, order_id, deadline, stop=lambda: self._hurried)
+        )
+        if self._hurried:
+            logger.warning("order %d was cancelled, which is not confirmed: interrupted", order_id)
+            self._purchases.give_up(purchase)
+            return CloreError(
+                f"order {order_id} was cancelled; that it has ended was not confirmed"
+            )
+        if failure is not None:
+            logger.error("order %d was cancelled, but may still be running", order_id)
+            self._purchases.give_up(purchase)
+            return failure
+        self._purchases.forget(purchase)
+        self._purchases.before.add(order_id)
+        return None
+
+    # --- purchases in doubt ---
+
+    def _look_at_doubts(self) -> None:
+        """Look once for the orders of purchases that the API has refused with code 1."""
+        for purchase in self._doubtful():
+            try:
+                there_is_none = self._look_for(purchase)
+            except CloreError as error:
+                logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
+                continue
+            if purchase.order_id is not None:
+                logger.warning(
+                    "order %d of server %d was made after all: it is ended",
+                    purchase.order_id,
+                    purchase.server_id,
+                )
+                until = time.monotonic() + self._wish.cancel_timeout
+                self._try_to_cancel(purchase, lambda: until)  # noqa: B023
+            elif there_is_none:
+                self._purchases.forget(purchase)
+
+    def _look_for(self, purchase: Purchase) -> bool:
+        """Look once for the order of a purchase; True when time has shown that there is none."""
+        asked_at = time.monotonic()
+        deadline = max(asked_at + SHORTEST_TRY, self._deadline())
+        try:
+            orders = limited(self._client.get_orders, deadline=deadline, urgent=True)
+        except CloreError:
+            purchase.absent.clear()  # nobody knows what that list would have said
+            raise
+        return self._purchases.look_for(purchase, orders, asked_at)
+
+    def _settle_doubt(self, purchase: Purchase) -> BaseException | None:
+        """Look for an order until it is found, which is then ended, or time has shown that there
+        is none."""
+        logger.warning("looking for an order of server %d", purchase.server_id)
+        cause: BaseException | None = None
+        shown = False
+        while not (shown or self._abandoned):
+            try:
+                shown = self._look_for(purchase)
+                cause = None
+            except CloreError as error:
+                cause = error
+            if purchase.order_id is not None:
+                return self._cancel(purchase, self._deadline)
+            if time.monotonic() >= self._deadline():
+                break
+            if not shown:
+                time.sleep(min(LOOK_EVERY, max(0.001, self._client.order_lag / LOOKS)))
+        if shown and purchase.answered:
+            self._purchases.forget(purchase)
+            return None
+        self._purchases.give_up(purchase)
+        logger.warning(
+            "no order of server %d showed up: look at leftovers() later", purchase.server_id
+        )
+        unknown = FateUnknownError(
+            f"{purchase}, and did not show up: look at leftovers() and get_orders() in a minute",
+            endpoint="/v1/create_order",
+        )
+        unknown.__cause__ = cause
+        return unknown
+
+
+def _order_ids() -> set[int | None]:
+    return {p.order_id for worker in list(_open_rentals.values()) for p in worker._purchases}
+
+
+def _end_all() -> None:
+    """At the interpreter's exit: end the rentals of daemon threads, and of blocks never left."""
+    global _exiting
+    _exiting = True
+    # One that was interrupted three times is not waited for a second time.
+    workers = [w for w in list(_open_rentals.values()) if w.pid == os.getpid() and not w._abandoned]
+    for worker in workers:
+        worker._begin_to_leave()
+    for worker in workers:
+        worker.leave(interrupted=False)
+        if worker.failure is not None:
+            logger.error("at exit: %s", worker.failure)
+
+
+atexit.register(_end_all)
+
+if hasattr(os, "register_at_fork"):
+    # The rentals are the parent's.
+    os.register_at_fork(after_in_child=_open_rentals.clear)

@@ -1,0 +1,1 @@
+"""Work on rented machines, over SSH."""

@@ -1,0 +1,326 @@
+"""Getting into a rented machine. paramiko is imported when it is used, not with the package."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from clore_client.errors import SSHError, printable
+from clore_client.log import logger
+from clore_client.models.order import plain_host, plain_user
+from clore_client.ssh.transport import prepared_transport
+
+if TYPE_CHECKING:
+    import paramiko
+
+    from clore_client.ssh.host_keys import KeyCheck
+
+# What may be given for a login to methods that do more than log in.
+LOGIN_OPTIONS = frozenset({"password", "key_path", "passphrase", "wait", "host_key"})
+DEFAULT_USER = "root"
+DEFAULT_PORT = 22
+PARAMIKO_LOGGER = "clore_client.paramiko"
+KEEPALIVE = 15  # seconds
+SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
+
+
+def parse_ssh_command(order: Any) -> dict[str, Any]:
+    """Host, port and user of ``connection.ssh``; see ``CloreClient.parse_ssh_connection``."""
+    raw = _ssh_line(order)
+    host, port, user = _parsed(raw)
+    return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
+            "raw": raw}  # fmt: skip
+
+
+def plain_address(order: Any) -> dict[str, Any]:
+    """The same of an order whose host and user are a plain name or address; else an error."""
+    if not isinstance(order, Mapping):
+        raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
+    address = parse_ssh_command(order)
+    user = _parsed(address["raw"])[2]
+    if address["host"] and (not user or plain_user(user)):
+        return address
+    status = order.get("status")
+    raise SSHError(
+        f"the order has no address for SSH, or no plain one: connection.ssh is "
+        f"{printable(repr(address['raw']), 80)}, status {status!r}; "
+        "wait_for_order() returns an order that has one"
+    )
+
+
+def _ssh_line(order: Any) -> str:
+    connection = order.get("connection") if isinstance(order, Mapping) else None
+    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
+    return raw if isinstance(raw, str) else ""
+
+
+def _parsed(raw: str) -> tuple[str, int, str]:
+    """The host, if it is a plain one; the port; and the user as it stands there, or ``""``."""
+    words = raw.split()
+    if words[:1] == ["ssh"]:
+        words = words[1:]
+    target, port, user = "", DEFAULT_PORT, ""
+    while words:
+        word = words.pop(0)
+        if word in ("-p", "-l") and words:
+            value = words.pop(0)
+            if word == "-l":
+                user = value
+            else:
+                port = _port_number(value)
+        elif word.startswith("-p"):
+            port = _port_number(word[2:])
+        elif word.startswith("-") or target:
+            # An option that could run something here, or a command: not an address to trust.
+            return "", DEFAULT_PORT, ""
+        else:
+            target = word
+    named, at, host = target.rpartition("@")
+    user = named if at else user
+    if host.startswith("[") and "]" in host:
+        host, _, rest = host[1:].partition("]")
+        port = _port_number(rest[1:]) if rest[:1] == ":" else port
+    elif host.count(":") == 1:
+        host, _, rest = host.partition(":")
+        port = _port_number(rest)
+    return host if plain_host(host) else "", port, user
+
+
+def _port_number(text: str) -> int:
+    digits = text.isascii() and text.isdigit() and len(text) <= 5
+    return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
+
+
+def import_paramiko() -> Any:
+    """paramiko, or an ImportError that says what to install."""
+    try:
+        import paramiko
+    except ImportError as error:
+        raise ImportError(
+            "SSH needs paramiko: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
+        ) from error
+    # It tells of each try that fails with a traceback and the host's own words, which Python, or
+    # whoever has set up logging, would print. A handler of its own still gets them.
+    quiet = logging.getLogger(PARAMIKO_LOGGER)
+    if not quiet.handlers:
+        quiet.addHandler(logging.NullHandler())
+        quiet.propagate = False
+    return paramiko
+
+
+class Login:
+    """How to get into the machine of an order: everything that ``connect_ssh`` was given."""
+
+    def __init__(
+        self,
+        order: Any,
+        *,
+        password: str | None,
+        key_path: str | os.PathLike[str] | None,
+        passphrase: str | None,
+        timeout: float,
+        wait: float,
+        keys: KeyCheck,
+    ) -> None:
+        self.address = plain_address(order)
+        if passphrase is not None and key_path is None:
+            raise ValueError("passphrase is for the key of key_path, and there is none")
+        self.password = password
+        self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
+        self.timeout = timeout
+        self.wait = wait
+        self.keys = keys
+        self._paramiko = import_paramiko()
+        # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
+        self.key = None if self.key_path is None else self._read_key(self.key_path, passphrase)
+
+    @property
+    def where(self) -> str:
+        """The address, for an error."""
+        return "{user}@{host}:{port}".format(**self.address)
+
+    def _read_key(self, path: str, passphrase: str | None) -> Any:
+        shown = printable(repr(path), 200)
+        if not os.path.isfile(path):
+            raise ValueError(f"key_path: there is no file {shown}")
+        secret = None if passphrase is None else passphrase.encode()
+        try:
+            return self._paramiko.PKey.from_path(path, secret)
+        except TypeError as error:  # it is encrypted and there is none, or the other way round
+            if passphrase is None:
+                raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
+            raise ValueError(f"passphrase: {shown} is not encrypted") from error
+        except Exception as error:
+            if isinstance(error, ValueError) and passphrase and self._is_encrypted(path):
+                raise ValueError(f"passphrase is not the one of {shown}") from error
+            raise ValueError(
+                f"key_path: {shown} is no private key that can be used: "
+                f"{printable(str(error) or type(error).__name__, 200)}"
+            ) from error
+
+    def _is_encrypted(self, path: str) -> bool:
+        try:
+            self._paramiko.PKey.from_path(path)
+        except TypeError:
+            return True
+        except Exception:
+            return False
+        return False
+
+    def open(self) -> paramiko.SSHClient:
+        """Log in, and bear an sshd that is not up yet until ``wait`` is over."""
+        deadline = time.monotonic() + self.wait
+        while True:
+            try:
+                return self.once()
+            except NotUpYetError as error:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}") from (
+                        error.__cause__
+                    )
+                logger.debug("no SSH at %s yet: %s", self.where, error)
+                time.sleep(min(SSH_PAUSE, remaining))
+
+    def once(self) -> paramiko.SSHClient:
+        """Try to log in."""
+        ssh = self._paramiko.SSHClient()
+        ssh.set_log_channel(PARAMIKO_LOGGER)
+        ssh.set_missing_host_key_policy(self.keys)
+        plain = self.password is None and self.key is None
+        try:
+            ssh.connect(
+                self.address["host"],
+                port=self.address["port"],
+                username=self.address["user"],
+                password=self.password,
+                pkey=self.key,
+                timeout=self.timeout,
+                banner_timeout=self.timeout,
+                auth_timeout=self.timeout,
+                channel_timeout=self.timeout,
+                allow_agent=plain,
+                look_for_keys=plain,
+                transport_factory=self._transport,
+            )
+            if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
+                raise self._paramiko.ssh_exception.PartialAuthentication([])
+        except BaseException as error:
+            if self._is_refusal(ssh, error):
+                judged: BaseException = self._refused(ssh, error)
+            else:
+                judged = _judged(error, self._paramiko, self.where)
+            _give_up(ssh)
+            if judged is error:
+                raise
+            raise judged from error
+        transport = ssh.get_transport()
+        if transport is not None:
+            transport.set_keepalive(KEEPALIVE)
+        try:
+            self.keys.remember()
+        except BaseException:
+            ssh.close()
+            raise
+        return ssh  # type: ignore[no-any-return]
+
+    def _transport(self, sock: Any, **options: Any) -> Any:
+        transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
+        transport.auth_interactive_dumb = self._no_questions
+        return transport
+
+    def _is_refusal(self, ssh: Any, error: BaseException) -> bool:
+        if isinstance(error, self._paramiko.AuthenticationException):
+            return True
+        # With more keys than the machine has patience for, paramiko misses the connection.
+        missed = "existing session" in str(error).lower()
+        transport = ssh.get_transport() if missed else None
+        return transport is not None and bool(transport.initial_kex_done)
+
+    def _refused(self, ssh: Any, error: BaseException) -> SSHError:
+        """Says what was refused, and what the host accepts."""
+        from clore_client.ssh.host_keys import fingerprint_of
+
+        if self.password is not None:
+            what = "password"
+        elif self.key is not None:
+            what = f"key {printable(repr(self.key_path), 200)} ({fingerprint_of(self.key)})"
+        else:
+            what = "keys of the SSH agent and of ~/.ssh"
+        if "timeout" in str(error).lower():
+            return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
+        accepted = getattr(error, "allowed_types", None)
+        if not accepted and not ssh.get_transport().is_active():
+            return SSHError(
+                f"{self.where} closed the connection during the login with the {what}: "
+                "refused, after too many tries perhaps"
+            )
+        accepted = accepted or self._accepted(ssh)
+        if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
+            more = ", ".join(printable(str(name), 40) for name in accepted[:8])
+            return SSHError(f"{self.where} took the {what}, but wants more than that: {more}")
+        takes = ", ".join(printable(str(name), 40) for name in accepted[:8])
+        accepts = f"; it accepts: {takes}" if takes else ""
+        return SSHError(
+            f"{self.where} refused the login with the {what}{accepts}. "
+            "Was the order made with another password or key?"
+        )
+
+    def _no_questions(self, *_: Any) -> None:
+        # paramiko would print what the host says, and ask whoever sits at the terminal.
+        raise self._paramiko.ssh_exception.PartialAuthentication(
+            ["keyboard-interactive or password"]
+        )
+
+    def _accepted(self, ssh: Any) -> list[str]:
+        # The answer to a login without anything lists the ways that there are.
+        try:
+            ssh.get_transport().auth_none(self.address["user"])
+        except self._paramiko.BadAuthenticationType as error:
+            return list(error.allowed_types)
+        except Exception as error:
+            logger.debug("%s does not say what it accepts: %s", self.where, error)
+        return []
+
+
+class NotUpYetError(SSHError):
+    """An sshd that may answer later; within this room only."""
+
+
+def _give_up(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    ssh.close()
+    if transport is not None:  # or paramiko's timer would live on with it
+        transport.packetizer.complete_handshake()
+
+
+def _judged(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
+    """What to raise for a login that failed: ``NotUpYetError`` where time may heal it."""
+    text = printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
+    if isinstance(error, EOFError):
+        text = "it closed the connection"
+    elif "existing session" in text.lower():  # paramiko's word for a handshake that took too long
+        text = "it did not finish the SSH handshake in time"
+    judged: BaseException = error
+    if isinstance(error, SSHError):
+        judged = error
+    elif isinstance(error, socket.gaierror):
+        judged = NotUpYetError(f"the host name is not known ({text})")
+    elif isinstance(error, (OSError, EOFError)):
+        judged = NotUpYetError(text)
+    elif isinstance(error, paramiko_module.SSHException):
+        if "no authentication methods" in text.lower():
+            judged = SSHError(
+                f"there is nothing to log in to {where} with: pass password= or key_path="
+            )
+        elif any(part in text.lower() for part in ("banner", "reset", "eof", "handshake in time")):
+            judged = NotUpYetError(text)
+        else:
+            judged = SSHError(f"SSH to {where} failed: {text}")
+    elif isinstance(error, Exception):  # of paramiko, which takes every answer for a sensible one
+        judged = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
+    return judged

@@ -1,0 +1,77 @@
+"""How OpenSSH is told to log in: a line for a terminal, and an entry for its configuration."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from typing import Any
+
+from clore_client.ssh.host_keys import Pins
+
+
+def terminal_line(address: dict[str, Any], pins: Pins, alias: str, key_path: Any) -> str:
+    """See ``CloreClient.ssh_command``."""
+    words = ["ssh", "-p", str(address["port"])]
+    if key_path is not None:
+        path = _whole_path(key_path)
+        # -i wants the file to be there both as it is written and with its %-signs expanded.
+        plain = _unexpanded(path) == path
+        words += ["-i", path] if plain else ["-o", f"IdentityFile={_config_path(path)}"]
+    if pins.path is not None and pins.of(alias) and alias.startswith("clore-order-"):
+        for name, value in _pinned(pins, alias):
+            words += ["-o", f"{name}={value}"]
+    words.append(f"{address['user']}@{address['host']}")
+    return shlex.join(words)
+
+
+def config_entry(name: str, address: dict[str, Any], pins: Pins, alias: str, key_path: Any) -> str:
+    """See ``CloreClient.ssh_config``."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ValueError(f"name must be a plain name for `ssh <name>`, not {name!r}")
+    lines = [
+        ("HostName", address["host"]),
+        ("Port", str(address["port"])),
+        ("User", address["user"]),
+    ]
+    if key_path is not None:
+        lines += [("IdentityFile", _config_path(_whole_path(key_path))), ("IdentitiesOnly", "yes")]
+    lines += _pinned(pins, alias)
+    lines += [("ServerAliveInterval", "15"), ("ForwardAgent", "no"), ("ForwardX11", "no")]
+    return f"Host {name}\n" + "".join(f"    {key} {value}\n" for key, value in lines)
+
+
+def _pinned(pins: Pins, alias: str) -> list[tuple[str, str]]:
+    """What makes OpenSSH insist on the pinned key, or pin the first one in the same place."""
+    known = pins.of(alias)
+    strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
+    if pins.path is not None and alias.startswith("clore-order-"):
+        if not known:
+            pins.make_folder()
+        return [("HostKeyAlias", alias), ("UserKnownHostsFile", _config_path(str(pins.path))),
+                ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
+    if not known:  # nothing is kept between two logins
+        return [("UserKnownHostsFile", os.devnull), ("StrictHostKeyChecking", "accept-new")]
+    kind, key = known[0]
+    # No file to put it in: OpenSSH 8.5 and newer take it from a command.
+    return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
+            ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
+
+
+def _whole_path(path: Any) -> str:
+    return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
+
+
+def _unexpanded(path: str) -> str:
+    """A path with what OpenSSH would expand taken as it is."""
+    if "\n" in path or "${" in path:
+        raise ValueError(f"OpenSSH can't be told of a path with a newline or '${{': {path!r}")
+    return path.replace("%", "%%")
+
+
+def _config_path(path: str) -> str:
+    """The same as a word of a configuration."""
+    if '"' in path:
+        raise ValueError(f"OpenSSH can't be told of a path with a quote: {path!r}")
+    escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
+    return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped

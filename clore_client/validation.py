@@ -1,0 +1,217 @@
+"""Checks of arguments: each error names the argument, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from clore_client.errors import printable
+from clore_client.log import logger
+from clore_client.pricing import CURRENCIES, wire_currency
+
+Timeout = float | tuple[float | None, float | None] | None
+
+_ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+# Seen on the live API: with these in an env value, create_order answers code 1.
+_CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
+LONGEST_INTERVAL = 86_400.0  # seconds
+LONGEST_TIMEOUT = 1e9
+MAX_PASSWORD = 32
+MAX_TOKEN = 32
+MAX_SSH_KEY = 3072
+MAX_ENV_NAME = 128
+MAX_ENV_VALUE = 1536
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value), 80)
+
+
+def check_id(name: str, value: Any) -> int:
+    """A positive integer, or its digits."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value.strip()):
+        value = int(value)
+    if isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"{name} must be a positive integer, not {_shown(value)}")
+    if isinstance(value, str) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, not {_shown(value)}")
+    return value
+
+
+def check_ids(name: str, values: Any) -> list[int]:
+    """Several ids; a single one or a string is most likely a slip."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of order ids, not {_shown(values)}")
+    return [check_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float = 0.0,
+    above: bool = False,
+    maximum: float = math.inf,
+    infinite: bool = False,
+    unit: str = "",
+) -> float:
+    """A number from ``minimum`` (``above`` it where told) to ``maximum``; never NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {_shown(value)}")
+    low = value <= minimum if above else value < minimum
+    huge = isinstance(value, int) and abs(value) > 10**300  # beyond a float
+    if huge or value != value or low or value > maximum or (value == math.inf and not infinite):
+        allowed = f"{'above' if above else 'at least'} {minimum:g}"
+        allowed += "" if maximum == math.inf else f" and at most {maximum:g}"
+        allowed += "" if infinite or maximum != math.inf else " and finite"
+        raise ValueError(
+            f"{name} must be {allowed}{unit and ' (' + unit + ')'}, not {_shown(value)}"
+        )
+    return value
+
+
+def check_interval(name: str, value: Any) -> float:
+    """Seconds between two things, at most a day: time.sleep() has a limit."""
+    return check_number(name, value, maximum=LONGEST_INTERVAL, unit="seconds")
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """True or False; a string like ``"false"`` would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {_shown(value)}")
+    return value
+
+
+def check_text(name: str, value: Any, *, secret: bool = False) -> str:
+    """A string that is not empty; a ``secret`` one is not shown."""
+    if not isinstance(value, str):
+        shown = type(value).__name__ if secret else _shown(value)
+        raise TypeError(f"{name} must be a string, not {shown}")
+    if not value.strip():
+        raise ValueError(f"{name} must not be empty")
+    return value
+
+
+def check_timeout(name: str, value: Any) -> Timeout:
+    """Seconds, or requests' ``(connect, read)`` pair; None waits for ever, as in requests."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(
+                f"{name} must be seconds or a (connect, read) pair, not {_shown(value)}"
+            )
+        parts = [
+            None if v is None else _check_socket_timeout(f"{name}[{i}]", v)
+            for i, v in enumerate(value)
+        ]
+        return (parts[0], parts[1])
+    return None if value is None else _check_socket_timeout(name, value)
+
+
+def shortened(timeout: Timeout, longest: float) -> Timeout:
+    """A timeout that waits for nothing longer than ``longest`` seconds."""
+    if isinstance(timeout, tuple):
+        connect, read = (longest if part is None else min(part, longest) for part in timeout)
+        return connect, read
+    return longest if timeout is None else min(timeout, longest)
+
+
+def longest_part(timeout: Timeout) -> float | None:
+    """Return the longer of the connect and the read timeout; None where one waits for ever."""
+    parts = timeout if isinstance(timeout, tuple) else (timeout, timeout)
+    return None if None in parts else max(part for part in parts if part is not None)
+
+
+def _check_socket_timeout(name: str, value: Any) -> float:
+    # Sockets take no more than what the system's clock can count.
+    return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
+
+
+def check_currency(name: str, value: Any) -> str:
+    """The wire's name for a currency, from that name or ``BTC``, ``CLORE``, ``USD``, any case."""
+    found = wire_currency(check_text(name, value))
+    if found is None:
+        allowed = ", ".join(sorted({*CURRENCIES.values()})) + ", BTC, CLORE or USD"
+        raise ValueError(f"{name} must be one of {allowed}, not {_shown(value)}")
+    return found
+
+
+def check_order_type(name: str, value: Any) -> str:
+    """``"on-demand"`` or ``"spot"``."""
+    if value not in ("on-demand", "spot"):
+        raise ValueError(f"{name} must be 'on-demand' or 'spot', not {_shown(value)}")
+    return str(value)
+
+
+def check_ports(name: str, value: Any) -> dict[str, str]:
+    """Container port -> ``"tcp"`` or ``"http"``, as the API wants it."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {_shown(value)}")
+    ports: dict[str, str] = {}
+    for port, protocol in value.items():
+        digits = str(port) if isinstance(port, (int, str)) and not isinstance(port, bool) else ""
+        if not re.fullmatch(r"[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65535:
+            raise ValueError(f"{name}: a port must be 1 to 65535, not {_shown(port)}")
+        if protocol not in ("tcp", "http"):
+            raise ValueError(f"{name}[{port!r}] must be 'tcp' or 'http', not {_shown(protocol)}")
+        ports[str(int(digits))] = protocol
+    return ports
+
+
+def check_env(name: str, value: Any) -> dict[str, str]:
+    """Environment variables of the container. Values are never shown: they may be secrets."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
+    for variable, text in value.items():
+        if not isinstance(variable, str) or not re.fullmatch(_ENV_NAME, variable):
+            raise ValueError(f"{name}: not the name of a variable: {_shown(variable)}")
+        if len(variable) > MAX_ENV_NAME:
+            raise ValueError(f"{name}: a name has at most {MAX_ENV_NAME} characters: {variable}")
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{variable!r}] must be a string, not {type(text).__name__}")
+        if len(text) > MAX_ENV_VALUE:
+            raise ValueError(
+                f"{name}[{variable!r}] has {len(text)} characters; {MAX_ENV_VALUE} are allowed"
+            )
+        if re.search(_CHOKED_ON, text):
+            logger.warning(
+                "%s[%r] holds '&', a typographic quote or an emoji, with which the API is known "
+                "to answer code 1",
+                name,
+                variable,
+            )
+    return dict(value)
+
+
+def check_secret(name: str, value: Any, longest: int) -> str:
+    """A password or token of at most ``longest`` characters."""
+    text = check_text(name, value, secret=True)
+    if len(text) > longest:
+        raise ValueError(f"{name} has {len(text)} characters; the API takes at most {longest}")
+    return text
+
+
+def check_public_key(name: str, value: Any) -> str:
+    """An SSH public key as a line of text; not a private one, and not the path of a file."""
+    text = check_text(name, value, secret=True).strip()
+    if "PRIVATE KEY" in text:
+        raise ValueError(
+            f"{name} is a private key, which must never leave your machine: "
+            "give the public one, the content of the .pub file beside it"
+        )
+    is_key = re.fullmatch(r"(ssh|ecdsa|sk)-\S+ +\S.*", text)
+    if not is_key and (
+        text[0] in "/~.\\" or text.endswith(".pub") or ".ssh" in text or text.startswith("id_")
+    ):
+        raise ValueError(
+            f"{name} looks like a path: give the content of the file, "
+            f"as pathlib.Path({_shown(text)}).expanduser().read_text()"
+        )
+    if not is_key:
+        raise ValueError(
+            f"{name} must be one line like 'ssh-ed25519 AAAA... me@home', as the .pub file holds it"
+        )
+    return check_secret(name, text, MAX_SSH_KEY)

@@ -1,0 +1,181 @@
+"""Bids: USD per hour from the user, what the API takes on the wire, and nothing when in doubt."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import pytest
+
+from clore_client import (
+    BidTooLowError,
+    CloreClient,
+    CloreError,
+    OrderNotFoundError,
+    RateUnknownError,
+    SpotPriceStepError,
+    SpotPriceTooSoonError,
+)
+from tests.conftest import MakeSim, client_for, sent_to
+from tests.variant import Simulator
+
+RATES = {"bitcoin": 68022.87, "CLORE-Blockchain": 0.002705, "USD-Blockchain": 1}
+
+
+def spot_server(client: CloreClient) -> tuple[int, float]:
+    server = client.find_servers("RTX 4090", min_reliability=96, use_spot=True)[0]
+    assert server.spot_usd_per_hour is not None
+    return server["id"], server.spot_usd_per_hour
+
+
+@pytest.mark.parametrize("currency", ["bitcoin", "CLORE-Blockchain", "USD-Blockchain"])
+def test_a_bid_goes_out_per_day_in_the_currency(
+    sim: Simulator, client: CloreClient, currency: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    server_id, minimum = spot_server(client)
+    usd = minimum * 1.2
+    order = client.create_order(server_id, order_type="spot", currency=currency, spot_price=usd)
+    sent = sent_to(sim, "create_order")[0].body["spotprice"]
+    assert sent == pytest.approx(usd * 24 / RATES[currency])
+    assert order["price"] == pytest.approx(usd / RATES[currency])
+    assert order.usd_per_hour == pytest.approx(usd)
+    assert f"{usd:g} USD per hour" in caplog.text
+    assert f"{sent:.8g} {currency} per day" in caplog.text
+    assert client.set_spot_price(order["order_id"], usd * 1.1) is True
+    changed = sent_to(sim, "set_spot_price")[0].body
+    assert changed["order_id"] == order["order_id"]
+    assert changed["desired_price"] == pytest.approx(usd * 1.1 * 24 / RATES[currency])
+    assert len(sent_to(sim, "spot_marketplace")) == 1
+    offers = client.get_spot_market(server_id)["market"]["offers"]
+    mine = next(offer for offer in offers if offer["my"])
+    assert mine["usd_per_hour"] == pytest.approx(usd * 1.1)
+
+
+def test_the_documented_form_takes_usd_per_hour(make_sim: MakeSim) -> None:
+    sim = make_sim(form="documented")
+    client = client_for(sim)
+    server_id, minimum = spot_server(client)
+    order = client.create_order(server_id, order_type="spot", spot_price=minimum * 1.1)
+    assert sent_to(sim, "create_order")[0].body["spotprice"] == minimum * 1.1
+    assert client.set_spot_price(order["order_id"], minimum * 1.2) is True
+    assert sent_to(sim, "set_spot_price")[0].body["desired_price"] == minimum * 1.2
+    assert sim.orders[0].usd_per_hour == pytest.approx(minimum * 1.2)
+    assert client.set_spot_price(order["order_id"], minimum * 0.1) is False
+    offers = client.get_spot_market(server_id)["market"]["offers"]
+    assert all(offer["usd_per_hour"] > 0 for offer in offers)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"market": None, "exists": False},
+        {"market": {}},
+        {"market": {"currency_rates_in_usd": None, "offers": []}},
+        {"market": {"currency_rates_in_usd": {"bitcoin": 60000}}, "exists": True},
+        {"market": {"currency_rates_in_usd": {"CLORE-Blockchain": 0}}},
+        {"market": {"currency_rates_in_usd": {"CLORE-Blockchain": float("nan")}}},
+        {"market": {"server": {}, "offers": []}},
+        {},
+    ],
+)
+def test_in_doubt_nothing_is_bid(sim: Simulator, client: CloreClient, answer: Any) -> None:
+    server_id, minimum = spot_server(client)
+    sim.faults.add("spot_marketplace", "envelope", envelope={"code": 0, **answer}, times=9)
+    with pytest.raises(RateUnknownError, match="nothing was bid"):
+        client.create_order(server_id, order_type="spot", spot_price=minimum)
+    assert not sent_to(sim, "create_order")
+
+
+def test_without_an_answer_nothing_is_bid(sim: Simulator, client: CloreClient) -> None:
+    server_id, minimum = spot_server(client)
+    sim.faults.add("spot_marketplace", "lose_request", times=9)
+    with pytest.raises(CloreError):
+        client.create_order(server_id, order_type="spot", spot_price=minimum)
+    assert not sent_to(sim, "create_order")
+
+
+def test_rates_and_the_form_are_asked_for_again_after_five_minutes(
+    sim: Simulator, client: CloreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server_id, _ = spot_server(client)
+    client.get_spot_market(server_id)
+    client._ensure_rates(server_id, "bitcoin")
+    assert len(sent_to(sim, "spot_marketplace")) == 1
+    real = time.monotonic
+    monkeypatch.setattr("time.monotonic", lambda: real() + 301)
+    assert client._market.rates.fresh() == {}
+    monkeypatch.undo()
+
+
+def test_an_api_that_turns_out_to_be_live_is_no_longer_taken_for_documented(
+    sim: Simulator, client: CloreClient
+) -> None:
+    server_id, minimum = spot_server(client)
+    sim.faults.add("spot_marketplace", "envelope",
+                   envelope={"code": 0, "market": {"offers": [{"price": 1}]}})  # fmt: skip
+    client.get_spot_market(server_id)
+    assert client._market.documented
+    client.get_marketplace()
+    assert not client._market.documented
+    client.create_order(server_id, order_type="spot", spot_price=minimum * 1.1)
+    sent = sent_to(sim, "create_order")[0].body["spotprice"]
+    assert sent == pytest.approx(minimum * 1.1 * 24 / RATES["CLORE-Blockchain"])
+
+
+def test_a_bid_over_the_on_demand_price_is_refused(
+    any_sim: Simulator, any_client: CloreClient
+) -> None:
+    server_id, minimum = spot_server(any_client)
+    per_day = minimum * 24  # the slip that cost people 24 times the price
+    with pytest.raises(ValueError, match=r"spot_price=.*over the on-demand price"):
+        any_client.create_order(server_id, order_type="spot", spot_price=per_day)
+    assert not sent_to(any_sim, "create_order")
+    order = any_client.create_order(server_id, order_type="spot", spot_price=minimum * 1.1)
+    with pytest.raises(ValueError, match=r"new_price=.*over the on-demand price"):
+        any_client.set_spot_price(order["order_id"], per_day)
+    assert not sent_to(any_sim, "set_spot_price")
+    assert any_client.set_spot_price(order["order_id"], per_day, allow_above_on_demand=True)
+
+
+def test_refused_bids(make_sim: MakeSim) -> None:
+    sim = make_sim(max_step=0.2, lowering_interval=600)
+    client = client_for(sim)
+    server_id, minimum = spot_server(client)
+    with pytest.raises(BidTooLowError):
+        client.create_order(server_id, order_type="spot", spot_price=minimum * 0.5)
+    order = client.create_order(server_id, order_type="spot", spot_price=minimum * 1.3)
+    with pytest.raises(SpotPriceStepError) as step:
+        client.set_spot_price(order["order_id"], minimum * 1.01)
+    assert step.value.max_step == pytest.approx(0.2 / RATES["CLORE-Blockchain"])
+    usd = minimum * 1.3 - 0.1 / 24
+    assert client.set_spot_price(order["order_id"], usd) is True
+    with pytest.raises(SpotPriceTooSoonError) as soon:
+        client.set_spot_price(order["order_id"], usd - 0.05 / 24)
+    assert 0 < (soon.value.retry_after or 0) <= 600
+    assert soon.value.retryable
+    with pytest.raises(OrderNotFoundError, match="nothing was bid"):
+        client.set_spot_price(5, 0.1)
+
+
+def test_a_bid_that_was_carried_out_and_then_refused_is_a_success(
+    sim: Simulator, client: CloreClient
+) -> None:
+    server_id, minimum = spot_server(client)
+    order = client.create_order(server_id, order_type="spot", spot_price=minimum * 1.3)
+    sim.faults.add("set_spot_price", "lose_answer")
+    assert client.set_spot_price(order["order_id"], minimum * 1.28) is True
+    assert len(sent_to(sim, "set_spot_price")) == 2
+    sim.faults.add("set_spot_price", "lose_request")
+    with pytest.raises(SpotPriceTooSoonError):
+        client.set_spot_price(order["order_id"], minimum * 1.26)
+
+
+def test_a_spot_price_for_on_demand_is_not_sent(
+    sim: Simulator, client: CloreClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    server_id, minimum = spot_server(client)
+    client.create_order(server_id, spot_price=minimum)
+    assert "spotprice" not in sent_to(sim, "create_order")[0].body
+    assert "not sent" in caplog.text

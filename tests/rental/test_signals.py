@@ -1,0 +1,162 @@
+"""One handler for SIGTERM and SIGHUP: where it goes, when it leaves, and what it raises."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from clore_client import CloreClient, SignalExit
+from clore_client.rental.signals import SIGNALS, SignalHandling, _handling
+from tests.rental.test_rental import QUICK, active
+from tests.variant import Simulator
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="these signals are POSIX"),
+    pytest.mark.internal,
+]
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    before = [(s, signal.signal(s, signal.SIG_DFL)) for s in (*SIGNALS, signal.SIGINT)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _handling.warned.clear()
+    # An interrupt of another test may have cut the counting short.
+    monkeypatch.setattr(_handling, "users", 0)
+    monkeypatch.setattr(_handling, "installed", set())
+    yield
+    for signum, handler in before:
+        signal.signal(signum, handler)
+
+
+def default(signum: int = signal.SIGTERM) -> bool:
+    return signal.getsignal(signum) == signal.SIG_DFL
+
+
+def send(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_raises(sim: Simulator, client: CloreClient, signum: int) -> None:
+    with pytest.raises(SignalExit) as caught:  # noqa: PT012
+        with client.rent(**QUICK):
+            assert len(active(sim)) == 1
+            send(signum)
+            threading.Event().wait(10)
+    assert caught.value.signum == signum
+    assert caught.value.code == 128 + signum
+    assert not isinstance(caught.value, Exception)
+    assert active(sim) == []
+    assert default(signum)
+
+
+def test_it_is_counted(sim: Simulator, client: CloreClient) -> None:
+    assert default()
+    with CloreClient.handle_signals():
+        assert not default()
+        outer = client.handle_signals()
+        with client.rent(**QUICK):
+            assert not default()
+            assert not default(signal.SIGHUP)
+        outer.close()
+        outer.close()
+        assert not default()
+    assert default()
+    assert default(signal.SIGHUP)
+    with pytest.raises(ValueError, match="mine"):
+        with client.rent(**QUICK):
+            raise ValueError("mine")
+    assert default()
+
+
+def test_a_handler_of_the_application_stays(caplog: pytest.LogCaptureFixture) -> None:
+    arrived: list[int] = []
+
+    def theirs(signum: int, frame: Any) -> None:
+        arrived.append(signum)
+
+    signal.signal(signal.SIGTERM, theirs)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for _ in range(2):
+        with SignalHandling():
+            assert signal.getsignal(signal.SIGTERM) is theirs
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            send(signal.SIGTERM)
+            send(signal.SIGHUP)
+    assert signal.getsignal(signal.SIGTERM) is theirs
+    assert arrived == [signal.SIGTERM] * 2
+    assert caplog.text.count("SIGTERM has a handler already") == 1
+    assert caplog.text.count("SIGHUP is ignored") == 1
+
+
+def test_a_handler_that_came_later_stays() -> None:
+    def theirs(signum: int, frame: Any) -> None:
+        pass
+
+    with SignalHandling():
+        signal.signal(signal.SIGTERM, theirs)
+    assert signal.getsignal(signal.SIGTERM) is theirs
+    assert default(signal.SIGHUP)
+
+
+def test_another_thread_can_install_nothing(
+    sim: Simulator, client: CloreClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    def work() -> None:
+        with client.rent(**QUICK):
+            assert default()
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert caplog.text.count("only be handled from the main thread") == 1
+    assert active(sim) == []
+    assert default()
+
+
+def test_the_last_user_may_be_another_thread() -> None:
+    handling = SignalHandling()
+    thread = threading.Thread(target=handling.close)
+    thread.start()
+    thread.join()
+    # It can't be taken away there; the next user finds it, and takes it away.
+    with SignalHandling():
+        with pytest.raises(SignalExit):
+            send(signal.SIGTERM)
+    assert default()
+
+
+def test_a_signal_on_the_way_out_waits_for_the_cancel(
+    sim: Simulator, client: CloreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = client.cancel_order
+
+    def cancel(*args: Any, **kwargs: Any) -> bool:
+        send(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(client, "cancel_order", cancel)
+    with pytest.raises(SignalExit):
+        with client.rent(**QUICK):
+            pass
+    assert active(sim) == []
+    assert default()
+    # It replaces no interrupt that the block was left by, and follows every other exception.
+    mine = KeyboardInterrupt("mine")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        with client.rent(**QUICK):
+            raise mine
+    assert caught.value is mine
+    with pytest.raises(SignalExit) as ended:
+        with client.rent(**QUICK):
+            raise ValueError("mine")
+    assert isinstance(ended.value.__context__, ValueError)
+    assert active(sim) == []

@@ -1,0 +1,624 @@
+"""Commands over SSH: on the system's sshd, on the simulator's hosts, and on servers that hang."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import logging
+import os
+import pickle
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import paramiko
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clore_client import CloreClient, SSHError
+from clore_client.errors import CommandError, CommandTimeoutError
+from clore_client.models.result import CommandResult, OutputLine
+from clore_client.ssh import command as remote
+from clore_client.ssh import watchdog as ending
+from clore_client.ssh.command import check_run_arguments, run_command
+from clore_client.ssh.command_line import LONGEST_PIECE, command_line, lines_to
+from clore_client.ssh.watchdog import PidLine
+from tests import hostile
+from tests.conftest import until
+from tests.hostile import HostileServer, Run, hang
+from tests.sshd import Sshd, running_sshd
+
+MB10 = 10_000_000
+
+
+def unique() -> str:
+    """A number of seconds that nobody else sleeps for."""
+    return f"{random.SystemRandom().randint(10**6, 10**7)}.25"
+
+
+def enough(ssh: paramiko.SSHClient) -> float:
+    """Seconds in which a command has surely written something, however slow this machine is."""
+    return max(0.4, 6 * run_command(ssh, "echo x").duration)
+
+
+def sleeping(number: str) -> list[str]:
+    """The processes that have an argument."""
+    found = subprocess.run(["pgrep", "-f", f"sleep {number}"], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+# --- what a command gives ---
+
+
+def test_result(ssh: paramiko.SSHClient) -> None:
+    result = run_command(ssh, "echo out; echo err >&2; exit 7", check=False)
+    assert (result.exit_code, result.stdout, result.stderr) == (7, "out\n", "err\n")
+    assert result.command == "echo out; echo err >&2; exit 7"
+    assert not result.ok
+    assert 0 < result.duration < 60
+    assert run_command(ssh, "true").ok
+    assert run_command(ssh, "kill -KILL $$", check=False).exit_code == -1
+    assert run_command(ssh, "echo a\necho b\n").stdout == "a\nb\n"
+    with pytest.raises(CommandError, match="ended with a signal"):
+        run_command(ssh, "kill -KILL $$")
+
+
+def test_repr_of_a_result() -> None:
+    result = CommandResult("echo \x1b[2J\n" + "x" * 200, 3, "secret\n", "no", 1.25)
+    assert "secret" not in repr(result)
+    assert repr(result).isprintable()
+    assert "exit_code=3, 7 characters of stdout, 2 of stderr, 1.2s" in repr(result)
+    assert pickle.loads(pickle.dumps(result)).stdout == copy.copy(result).stdout == "secret\n"
+
+
+def test_check_shows_the_tail_of_stderr_escaped(ssh: paramiko.SSHClient) -> None:
+    evil = "\x1b]0;owned\x07"
+    line = "seq 1 9999 >&2; printf '\\033]0;owned\\007' >&2; printf '\\033[2J'; exit 3"
+    with pytest.raises(CommandError) as caught:
+        run_command(ssh, line)
+    error = caught.value
+    assert "exit code 3" in str(error)
+    assert "9999" in str(error)
+    assert len(str(error)) < 3000
+    assert all(part.isprintable() for part in str(error).split("\n"))
+    # To the caller it is data, as it came.
+    assert error.result.stderr.endswith(evil)
+    assert error.result.stdout == "\x1b[2J"
+    assert pickle.loads(pickle.dumps(error)).result.exit_code == 3
+
+
+def test_much_on_all_streams_at_once(ssh: paramiko.SSHClient) -> None:
+    line = "head -c 10000000 /dev/zero & head -c 10000000 /dev/zero >&2 & cat; wait"
+    result = run_command(ssh, line, input=b"x" * MB10)
+    assert len(result.stdout) == 2 * MB10
+    assert result.stdout.count("x") == MB10
+    assert result.stderr == "\0" * MB10
+
+
+def test_input(ssh: paramiko.SSHClient) -> None:
+    data = os.urandom(300_000)
+    assert run_command(ssh, "od -An -v -tx1 | tr -d ' \\n'", input=data).stdout == data.hex()
+    assert run_command(ssh, "cat", input="grün\n").stdout == "grün\n"
+    # No input is an empty one, and not one that never comes.
+    for nothing in (None, "", b""):
+        assert run_command(ssh, "cat; echo done", input=nothing).stdout == "done\n"
+
+
+def test_input_that_nobody_reads(ssh: paramiko.SSHClient) -> None:
+    assert run_command(ssh, "echo hi", input=b"x" * MB10).stdout == "hi\n"
+    assert run_command(ssh, "head -c 3", input=b"y" * MB10).stdout == "yyy"
+    until(lambda: not [t for t in threading.enumerate() if t.name == "clore-stdin"])
+
+
+def test_bytes_that_are_no_utf8(ssh: paramiko.SSHClient) -> None:
+    result = run_command(ssh, "printf 'a\\377b\\303'; printf '\\200' >&2")
+    assert (result.stdout, result.stderr) == ("a\ufffdb\ufffd", "\ufffd")
+
+
+def test_a_list_is_quoted(ssh: paramiko.SSHClient) -> None:
+    names = ["a b", "it's", '"$HOME"', "*", "~", "new\nline", "", "-n", "\\", "grün", "$(id)", ";"]
+    assert run_command(ssh, ["printf", "<%s>", *names]).stdout == "".join(f"<{n}>" for n in names)
+    assert run_command(ssh, ("echo", "a  b")).command == "echo 'a  b'"
+
+
+def test_a_name_that_is_no_utf8_gets_there_as_it_is(openssh: paramiko.SSHClient) -> None:
+    raw = os.fsdecode(b"\xff\xfe")
+    assert run_command(openssh, ["printf", "%s", raw, "x"]).stdout == "\ufffd\ufffdx"
+    assert run_command(openssh, f"printf %s {raw} | od -An -tx1").stdout.split() == ["ff", "fe"]
+
+
+def test_env(ssh: paramiko.SSHClient, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    values = {"ONE": 'it\'s "quoted" $HOME `id` \\', "TWO": "two\nlines\n", "THREE": "", "_4": "&"}
+    result = run_command(ssh, 'printf "<%s>" "$ONE" "$TWO" "$THREE" "$_4"', env=values)
+    assert result.stdout == "".join(f"<{value}>" for value in values.values())
+    assert result.command == 'printf "<%s>" "$ONE" "$TWO" "$THREE" "$_4"'
+    # Neither where the command fails, nor where the shell can't even read it.
+    for line in ("exit 3", "echo (", "echo '"):
+        with pytest.raises(CommandError) as caught:
+            run_command(ssh, line, env={"TOKEN": "hunter2"}, input="hunter2")
+        shown = (str(caught.value), repr(caught.value.result), caught.value.result.stderr)
+        assert "hunter2" not in " ".join(shown), line
+    # The simulated host logs what it is asked to run; nobody on this side does.
+    ours = [r for r in caplog.records if not r.name.startswith("asyncssh")]
+    assert ours
+    assert "hunter2" not in "".join(record.getMessage() for record in ours)
+
+
+def test_stderr_is_the_commands_alone(ssh: paramiko.SSHClient) -> None:
+    assert run_command(ssh, "true").stderr == ""
+    assert run_command(ssh, "printf mine >&2").stderr == "mine"
+    assert run_command(ssh, "printf clore- >&2", env={"A": "b"}).stderr == "clore-"
+
+
+# --- output as it comes ---
+
+
+def test_lines_as_they_come(ssh: paramiko.SSHClient) -> None:
+    seen: list[OutputLine] = []
+    line = "printf 'a\\r\\nb\\n\\n'; printf 'e1\\ne2' >&2; printf '10%%\\r20%%\\r\\nrest\\r'"
+    result = run_command(ssh, line, on_output=seen.append)
+    assert [x for x in seen if x.stream == "stdout"] == ["a", "b", "", "10%\r20%", "rest\r"]
+    assert [x for x in seen if x.stream == "stderr"] == ["e1", "e2"]
+    assert result.stdout == "a\r\nb\n\n10%\r20%\r\nrest\r"
+    assert result.stderr == "e1\ne2"
+
+
+def test_a_line_comes_before_the_command_ends(ssh: paramiko.SSHClient, tmp_path: Path) -> None:
+    """The command waits for what on_output does."""
+    go = tmp_path / "go"
+    line = f"echo first; while [ ! -e {go} ]; do sleep 0.02; done; echo second"
+    seen: list[str] = []
+
+    def on_output(text: OutputLine) -> None:
+        seen.append(text)
+        go.touch()
+
+    assert run_command(ssh, line, on_output=on_output, timeout=30).ok
+    assert seen == ["first", "second"]
+
+
+def test_an_exception_of_on_output_ends_the_command(ssh: paramiko.SSHClient) -> None:
+    number = unique()
+    seen = []
+
+    def on_output(text: OutputLine) -> None:
+        seen.append(text)
+        raise OSError("of my own")
+
+    with pytest.raises(OSError, match=r"^of my own$"):
+        run_command(ssh, f"echo x; echo y; sleep {number}", on_output=on_output)
+    assert seen == ["x"]
+    until(lambda: not sleeping(number))
+    assert run_command(ssh, "echo still there").stdout == "still there\n"
+
+
+@given(
+    st.text(alphabet=st.sampled_from("aé€😀\r\n"), max_size=40),
+    st.integers(min_value=1, max_value=5),
+)
+def test_lines_do_not_depend_on_the_pieces(text: str, size: int) -> None:
+    seen: list[OutputLine] = []
+    lines = lines_to(seen.append)["stderr"]
+    data = text.encode()
+    for start in range(0, len(data), size):
+        lines.feed(data[start : start + size])
+    lines.finish()
+    *whole, rest = text.split("\n")
+    assert seen == [line.removesuffix("\r") for line in whole] + [rest] * bool(rest)
+    assert {line.stream for line in seen} <= {"stderr"}
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 2, LONGEST_PIECE, LONGEST_PIECE + 1, 300_000])
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_line_without_end_comes_in_pieces(more: int, end: str) -> None:
+    seen: list[OutputLine] = []
+    lines = lines_to(seen.append)["stdout"]
+    text = "x" * (LONGEST_PIECE + more)
+    for character in (text, end):
+        lines.feed(character.encode())
+        assert len(lines._rest) <= LONGEST_PIECE + 1
+    lines.finish()
+    assert "".join(seen) == text
+    assert all(0 < len(piece) <= LONGEST_PIECE + 2 for piece in seen)
+
+
+def test_an_output_line_is_a_string() -> None:
+    line = OutputLine("text", "stderr")
+    assert line == "text"
+    assert line.stream == "stderr"
+    assert pickle.loads(pickle.dumps(line)).stream == copy.deepcopy(line).stream == "stderr"
+
+
+# --- the end of a command ---
+
+
+def test_a_timeout_ends_the_process_and_its_children(ssh: paramiko.SSHClient) -> None:
+    number = unique()
+    line = f"echo out; echo err >&2; printf part; sh -c 'sleep {number} & sleep {number}'"
+    seen: list[str] = []
+    timeout = enough(ssh)
+    with pytest.raises(CommandTimeoutError) as caught:
+        run_command(ssh, line, timeout=timeout, on_output=seen.append)
+    error = caught.value
+    assert isinstance(error, TimeoutError)
+    assert (error.command, error.timeout) == (line, timeout)
+    assert (error.stdout, error.stderr) == ("out\npart", "err\n")
+    assert sorted(seen) == ["err", "out", "part"]
+    until(lambda: not sleeping(number))
+    assert run_command(ssh, "echo still there").stdout == "still there\n"
+
+
+def test_a_timeout_ends_a_process_that_ignores_sigterm(ssh: paramiko.SSHClient) -> None:
+    number = unique()
+    line = f"trap '' TERM; sleep {number} & while :; do sleep {number}; done"
+    with pytest.raises(CommandTimeoutError):
+        run_command(ssh, line, timeout=0.3)
+    until(lambda: not sleeping(number))
+
+
+def test_what_is_written_after_sigterm_is_not_lost(openssh: paramiko.SSHClient) -> None:
+    line = "trap 'echo bye; exit 5' TERM; echo hi; while :; do sleep 0.05; done"
+    with pytest.raises(CommandTimeoutError) as caught:
+        run_command(openssh, line, timeout=enough(openssh))
+    assert caught.value.stdout == "hi\nbye\n"
+
+
+def test_no_timeout_where_it_ends_in_time(openssh: paramiko.SSHClient) -> None:
+    for timeout in (None, 30, 1e12, float("inf")):
+        assert run_command(openssh, "echo hi", timeout=timeout).stdout == "hi\n"
+    # A slow function of the caller's is not the command's fault.
+    timeout = enough(openssh)
+    slow = run_command(
+        openssh, "echo hi; echo ho", timeout=timeout, on_output=lambda _: time.sleep(timeout)
+    )
+    assert slow.stdout == "hi\nho\n"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_function_that_takes_longer_than_the_timeout(
+    openssh: paramiko.SSHClient, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """What has ended by itself meanwhile keeps its result; what has not is ended all the same."""
+    monkeypatch.setattr(remote, "GRACE", 0.1)
+    monkeypatch.setattr(remote, "PATIENCE", 0.1)
+    number = unique()
+    timeout = enough(openssh)
+    still: list[list[str]] = []
+
+    def slow(_: OutputLine) -> None:
+        time.sleep(timeout + 0.3)
+        until(lambda: not sleeping(number))
+        still.append(sleeping(number))
+
+    line = "echo hi" if ends else f"echo hi; sleep {number}"
+    if ends:
+        assert run_command(openssh, line, timeout=timeout, on_output=slow).stdout == "hi\n"
+    else:
+        with pytest.raises(CommandTimeoutError):
+            run_command(openssh, line, timeout=timeout, on_output=slow)
+    assert still == [[]]
+
+
+CTRL_C = """
+import sys
+from clore_client import CloreClient
+from clore_client.ssh.command import run_command
+order = {"connection": {"ssh": sys.argv[1]}, "order_id": 7}
+with CloreClient().connect_ssh(order, key_path=sys.argv[2], wait=20) as ssh:
+    try:
+        run_command(ssh, sys.argv[3], on_output=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("line", ["", "trap '' TERM; "])
+def test_ctrl_c_ends_the_process(sshd: Sshd, line: str) -> None:
+    number = unique()
+    command = f"{line}echo started; sleep {number} & sleep {number}; sleep {number}"
+    address = sshd.order()["connection"]["ssh"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CTRL_C, address, str(sshd.key), command],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    with child:
+        assert child.stdout.readline() == "started\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.read() == "interrupted\n"
+    assert child.returncode == 0
+    until(lambda: not sleeping(number))
+
+
+def test_background_processes_are_not_waited_for(ssh: paramiko.SSHClient) -> None:
+    number = unique()
+    try:
+        started = time.monotonic()
+        assert run_command(ssh, f"nohup sleep {number} >/dev/null 2>&1 & echo on").stdout == "on\n"
+        result = run_command(ssh, f"sleep {number} & echo on; echo err >&2; exit 4", check=False)
+        assert (result.stdout, result.stderr, result.exit_code) == ("on\n", "err\n", 4)
+        assert time.monotonic() - started < 60
+        assert sleeping(number)
+    finally:
+        for pid in sleeping(number):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def test_nothing_is_lost_where_the_background_holds_the_output(
+    openssh: paramiko.SSHClient,
+) -> None:
+    number = unique()
+    try:
+        line = f"sleep {number} & head -c 5000000 /dev/zero; printf end"
+        seen = []
+        result = run_command(openssh, line, on_output=lambda text: seen.append(len(text)))
+        assert len(result.stdout) == sum(seen) == 5_000_003
+        assert result.stdout.endswith("end")
+    finally:
+        for pid in sleeping(number):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_background_process_that_writes_without_end(openssh: paramiko.SSHClient) -> None:
+    word = secrets.token_hex(8)
+    assert run_command(openssh, f"yes {word} & echo on", timeout=60).ok
+    until(lambda: not subprocess.run(["pgrep", "-f", f"yes {word}"], capture_output=True).stdout)
+
+
+def test_many_commands_at_once(openssh: paramiko.SSHClient) -> None:
+    results: list[str] = []
+
+    def one(number: int) -> None:
+        results.append(run_command(openssh, f"sleep 0.1; echo {number}").stdout)
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [f"{number}\n" for number in range(8)]
+
+
+def test_a_broken_connection(sshd: Sshd) -> None:
+    ssh = CloreClient().connect_ssh(sshd.order(), key_path=str(sshd.key), wait=20)
+    transport = ssh.get_transport()
+    assert transport is not None
+
+    def cut(_: OutputLine) -> None:
+        transport.sock.shutdown(socket.SHUT_RDWR)
+
+    number = unique()
+    with pytest.raises(SSHError, match="broke before the command had ended"):
+        run_command(ssh, f"echo x; sleep {number}", on_output=cut)
+    with pytest.raises(SSHError, match=r"closed|broke"):
+        run_command(ssh, "echo x")
+    ssh.close()
+    with pytest.raises(SSHError, match="closed"):
+        run_command(ssh, "echo x")
+    for pid in sleeping(number):
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def test_no_thread_or_file_descriptor_leaks(openssh: paramiko.SSHClient) -> None:
+    def fds() -> int:
+        return len(os.listdir("/dev/fd"))
+
+    run_command(openssh, "true")
+    threads, files = threading.active_count(), fds()
+    for number in range(12):
+        run_command(openssh, "cat", input=b"x" * 100_000, timeout=30)
+        if number % 4 == 0:
+            with pytest.raises(CommandTimeoutError):
+                run_command(openssh, "sleep 100", timeout=0.05)
+    until(lambda: threading.active_count() <= threads)
+    assert fds() <= files
+    transport: Any = openssh.get_transport()
+    until(lambda: not len(transport._channels))
+
+
+# --- what a shell tells of itself ---
+
+
+@given(st.integers(min_value=1, max_value=40), st.binary(max_size=30), st.binary(max_size=30))
+def test_the_line_of_the_process_id(size: int, before: bytes, after: bytes) -> None:
+    line = PidLine()
+    told = line.prefix.split("'")[1].removeprefix("echo ").removesuffix("$PPID >&2").encode()
+    data = before + told + b"4711\n" + after
+    got = b"".join(line.taken_out(data[at : at + size]) for at in range(0, len(data), size))
+    assert got + line.rest() == before + after
+    assert line.pid == 4711
+
+
+@pytest.mark.parametrize("number", [b"1\n", b"0\n", b"-5\n", b"x\n", b"\n", b"9" * 40, b""])
+def test_a_process_id_that_cannot_be(number: bytes) -> None:
+    line = PidLine()
+    told = line.prefix.split("'")[1].removeprefix("echo ").removesuffix("$PPID >&2").encode()
+    data = told + number
+    assert line.taken_out(data) + line.rest() == data
+    assert line.pid is None
+
+
+# --- arguments ---
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("", ValueError),
+        (" \n", ValueError),
+        ([], ValueError),
+        ("a\0b", ValueError),
+        (["a\0b"], ValueError),
+        ("\ud800", ValueError),
+        (b"ls", TypeError),
+        (5, TypeError),
+        (None, TypeError),
+        (["nice", 5], TypeError),
+        ([b"ls"], TypeError),
+        ({"ls": 1}, TypeError),
+    ],
+)
+def test_bad_commands(command: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="command"):
+        command_line(command)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"check": 1},
+        {"check": "no"},
+        {"timeout": 0},
+        {"timeout": -1},
+        {"timeout": float("nan")},
+        {"timeout": "5"},
+        {"timeout": True},
+        {"input": 5},
+        {"input": ["x"]},
+        {"input": "\ud800"},
+        {"env": ["A=b"]},
+        {"env": {"A": 5}},
+        {"env": {"A B": "x"}},
+        {"env": {"A;id": "x"}},
+        {"env": {"": "x"}},
+        {"env": {5: "x"}},
+        {"env": {"A": "x\0"}},
+        {"on_output": 5},
+    ],
+)
+def test_bad_arguments(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises((TypeError, ValueError), match=name):
+        check_run_arguments("ls", **wrong)
+    with pytest.raises((TypeError, ValueError), match=name):
+        run_command(None, "ls", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_bad_value_of_env_is_not_shown() -> None:
+    with pytest.raises(ValueError, match=r"env\['A'\]") as caught:
+        check_run_arguments("ls", env={"A": "hunter2\0"})
+    assert "hunter2" not in str(caught.value)
+
+
+# --- servers that hang, lie or break off ---
+
+
+@contextlib.contextmanager
+def connected(server: HostileServer) -> Iterator[paramiko.SSHClient]:
+    client = paramiko.SSHClient()
+    client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
+    with server:
+        client.connect("127.0.0.1", server.port, "root", "x", allow_agent=False)
+        with client:
+            yield client
+
+
+@pytest.mark.parametrize(
+    ("place", "text"), [("open", "did not open a channel"), ("exec", "did not start the command")]
+)
+def test_a_server_that_hangs_before_a_command_runs(place: str, text: str) -> None:
+    with connected(HostileServer(hang_at=place)) as ssh:
+        started = time.monotonic()
+        with pytest.raises(SSHError, match=rf"{text}.* within 0\.3s"):
+            run_command(ssh, "ls", login_timeout=0.3)
+        with pytest.raises(CommandTimeoutError, match=r"within 0\.2s"):
+            run_command(ssh, "ls", timeout=0.2)
+        assert time.monotonic() - started < 20
+
+
+def test_a_server_that_says_nothing_of_a_command() -> None:
+    with connected(HostileServer()) as ssh, pytest.raises(CommandTimeoutError):
+        run_command(ssh, "ls", timeout=0.2)
+
+
+def test_a_server_that_refuses_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostile._Process, "exec_requested", lambda self, command: False)
+    with connected(HostileServer()) as ssh:
+        with pytest.raises(SSHError, match="did not start the command"):
+            run_command(ssh, "ls")
+
+
+def test_a_server_that_opens_no_channel(tmp_path: Path) -> None:
+    with running_sshd(tmp_path / "sshd", "MaxSessions 0") as server:
+        with CloreClient().connect_ssh(server.order(), key_path=str(server.key), wait=20) as ssh:
+            with pytest.raises(SSHError, match="opened no channel"):
+                run_command(ssh, "ls")
+
+
+async def closes_without_status(command: str, process: Any) -> None:
+    process.stdout.write(b"so far\n")
+
+
+async def breaks_off(command: str, process: Any) -> None:
+    process.stdout.write(b"so far\n")
+    process.channel.get_connection().abort()
+
+
+async def tells_a_status_and_breaks_off(command: str, process: Any) -> None:
+    process.channel._send_request(b"exit-status", b"\0\0\0\0")
+    await asyncio.sleep(0.1)
+    process.channel.get_connection().abort()
+
+
+@pytest.mark.parametrize(
+    ("run", "text"),
+    [
+        (closes_without_status, "without telling how it ended"),
+        (breaks_off, "broke before"),
+        (tells_a_status_and_breaks_off, "broke before"),
+    ],
+)
+def test_no_end_is_no_success(run: Run, text: str) -> None:
+    with connected(HostileServer(run)) as ssh:
+        with pytest.raises(SSHError, match=text) as caught:
+            run_command(ssh, "ls", check=False, timeout=20)
+        assert not isinstance(caught.value, CommandTimeoutError)
+
+
+async def stalls(command: str, process: Any) -> None:
+    """The network stops between the exit status and the rest of the output."""
+    process.channel._send_request(b"exit-status", b"\0\0\0\0")
+    await asyncio.sleep(0.05)
+    time.sleep(1.2)  # and nothing else is answered either
+    process.stdout.write(b"the end\n")
+
+
+def test_a_slow_network_loses_no_output() -> None:
+    with connected(HostileServer(stalls)) as ssh:
+        assert run_command(ssh, "ls").stdout == "the end\n"
+
+
+async def deaf(command: str, process: Any) -> None:
+    """Let the client send, and take nothing off the wire."""
+    connection = process.channel.get_connection()
+    sock = connection.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection._transport.pause_reading()
+    await hang()
+
+
+def test_a_server_that_takes_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A send then hangs, and no signal and no close gets out."""
+    monkeypatch.setattr(ending, "PATIENCE", 0.3)
+    with connected(HostileServer(deaf)) as ssh:
+        transport: Any = ssh.get_transport()
+        transport.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        started = time.monotonic()
+        with pytest.raises(CommandTimeoutError):
+            run_command(ssh, "cat", input=b"x" * MB10, timeout=0.5)
+        assert time.monotonic() - started < 30
+        assert not transport.is_active()
+        until(lambda: not [t for t in threading.enumerate() if t.name.startswith("clore-")])

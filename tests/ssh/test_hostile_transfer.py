@@ -1,0 +1,698 @@
+"""Machines that lie: nothing outside of the target is touched, and every wait has an end."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest.mock
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clore_client import CloreClient, SSHError, TransferError
+from clore_client.ssh import download, transfer, upload
+from clore_client.ssh import remote as far_shell
+from tests.hostile import ESCAPES, HostileServer
+from tests.sshd import Sshd
+
+MARK = b"clore-transfer-1\n"
+FILE, FOLDER, LINK = b"81a4", b"41ed", b"a1ff"  # modes, as stat prints them
+Says = Callable[[str, Any], Any]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """An empty folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+def verb_of(command: str) -> str:
+    found = re.search(r"' clore (\w+)", command)
+    return found[1] if found else ""
+
+
+def a_file(facts: bytes, content: bytes = b"12345") -> dict[str, bytes]:
+    return {"look": b"f " + facts + b"\n" + content + facts + b"\n"}
+
+
+WHOLE = a_file(b"5 0 644")
+
+
+def says(answers: dict[str, bytes], status: int = 0, hang: bool = False) -> Says:
+    """Answers each verb with those bytes; others with nothing."""
+
+    async def run(command: str, process: Any) -> None:
+        process.stdout.write(MARK + answers.get(verb_of(command), b""))
+        await process.stdout.drain()
+        if hang:
+            await asyncio.Event().wait()
+        process.exit(status)
+
+    return run
+
+
+def listing(*entries: tuple[bytes, int, bytes]) -> dict[str, bytes]:
+    lines = [b"%s %d 1700000000 %s\n" % entry for entry in entries]
+    return {"look": b"d\n" + b"41ed 4096 1700000000 .\n" + b"".join(lines)}
+
+
+def name(text: bytes) -> dict[str, bytes]:
+    return listing((FILE, 5, b"./" + text))
+
+
+def endless(first: bytes, piece: bytes) -> Says:
+    async def run(command: str, process: Any) -> None:
+        process.stdout.write(first)
+        while True:
+            process.stdout.write(piece)
+            await process.stdout.drain()
+
+    return run
+
+
+def leaves(text: bytes, abort: bool = False) -> Says:
+    """Says that much, and closes the channel, or the connection; no exit status."""
+
+    async def run(command: str, process: Any) -> None:
+        process.stdout.write(text)
+        await process.stdout.drain()
+        if abort:
+            process.channel.get_connection().abort()
+
+    return run
+
+
+def changing(answers: dict[str, bytes], look: Callable[[], bytes]) -> Says:
+    """Says something else each time that it is asked what there is."""
+
+    async def run(command: str, process: Any) -> None:
+        seen = {"look": look()} if verb_of(command) == "look" else {}
+        await says({**answers, **seen})(command, process)
+
+    return run
+
+
+async def dripping(command: str, process: Any) -> None:
+    while True:
+        process.stdout.write(b"w")
+        await asyncio.sleep(0.1)
+
+
+async def noisy(command: str, process: Any) -> None:
+    process.stdout.write(MARK + b"f 5 0 644\n")
+    while True:
+        process.stderr.write(b"x" * 65536)
+        await process.stderr.drain()
+
+
+# Options of those whose names begin so.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "a size beyond": {"max_bytes": None},
+    "sizes beyond": {"max_bytes": None},
+    "more than max_bytes": {"max_bytes": 4},
+    "a wrong hash of a range": {"streams": 2},
+    "no hash of a range": {"streams": 2},
+    "a range": {"streams": 2},
+    "more after a range": {"streams": 2},
+    "another file after a range": {"streams": 2},
+}
+ZEROS = b"0" * 64 + b"  -\n"
+FIVE = hashlib.sha256(b"12345").hexdigest().encode() + b"  -\n"
+
+DOWNLOADS: dict[str, Says] = {
+    **{
+        f"a file named {text!r}": says({**name(text), "many": b"12345"})
+        for text in (b"../x", b"a/../../x", b"/x", b"..", b".", b"a//x", b"a/", b"a\0b", b"a/./b")
+    },
+    "an absolute name": says({"look": b"d\n" + FILE + b" 5 0 /tmp/x\n", "many": b"12345"}),
+    "a name twice": says({**listing((FILE, 5, b"./x"), (FILE, 5, b"./x")), "many": b"1234512345"}),
+    "a file as a folder": says(
+        {**listing((FILE, 5, b"./x"), (FILE, 5, b"./x/y")), "many": b"1234512345"}
+    ),
+    "a file below a symlink": says(
+        {**listing((LINK, 5, b"./x"), (FILE, 5, b"./x/y")), "many": b"12345"}
+    ),
+    "a folder that is not listed": says({**name(b"a/b"), "many": b"12345"}),
+    "a negative size": says({"look": b"d\n" + FILE + b" -5 0 ./x\n"}),
+    "an absurd size": says({"look": b"f 1000000000000000000 0 644\n12345"}),
+    "a size beyond all memory": says({"look": b"f 999999999999999999 0 644\n12345"}),
+    "sizes beyond all memory": says(
+        {**listing(*[(FILE, 10**17, b"./%d" % n) for n in range(50)]), "get": b"12345"}
+    ),
+    "more than max_bytes": says(WHOLE),
+    "more than max_bytes in a folder": says(
+        {**listing((FILE, 3, b"./x"), (FILE, 3, b"./y")), "many": b"123456"}
+    ),
+    "a size that no file has": says(listing((FILE, 10**18 * 9, b"./x"))),
+    "too many levels": says(
+        listing(*[(FOLDER, 1, b"./" + b"/".join([b"a"] * n)) for n in range(1, 1200)])
+    ),
+    "too many files": says(listing(*[(FILE, 0, b"./%d" % n) for n in range(2000)])),
+    "an endless listing": endless(MARK + b"d\n", b"81a4 0 0 ./x\n" * 5000),
+    "an endless name": endless(MARK + b"d\n81a4 0 0 ./x", b"x" * 65536),
+    "a folder that is a device": says({"look": b"o\n"}),
+    "a wrong hash of a range": says({"look": b"f 5 0 644\n", "get": b"12345" + ZEROS}),
+    "no hash of a range": says({"look": b"f 5 0 644\n", "get": b"12345"}),
+    "a range that is too long": says({"look": b"f 5 0 644\n", "get": b"123456" + FIVE}),
+    "more after a range": says({"look": b"f 5 0 644\n", "get": b"12345" + FIVE + b"x"}),
+    "another file after a range": changing(
+        {"get": b"12345" + FIVE}, lambda: b"f 5 %d 644\n" % (time.monotonic_ns() % 10**9)
+    ),
+    "another file after the file": says({"look": b"f 5 0 644\n123455 1 644\n"}),
+    "nothing after the file": says({"look": b"f 5 0 644\n12345"}),
+    "other files after the bundle": changing(
+        {"many": b"12345"}, lambda: b"d\n81a4 5 %d ./x\n" % (time.monotonic_ns() % 10**9)
+    ),
+    "a wrong hash of a file, verified": says({"look": b"f 5 0 644\n12345" + ZEROS + b"5 0 644\n"}),
+    "no hash of a file, verified": says(WHOLE),
+    "wrong hashes, verified": says({**listing((FILE, 5, b"./x")), "many": b"12345", "sums": ZEROS}),
+    "too few hashes, verified": says({**listing((FILE, 5, b"./x")), "many": b"12345"}),
+    "too many hashes, verified": says(
+        {**listing((FILE, 5, b"./x")), "many": b"12345", "sums": FIVE + FIVE}
+    ),
+    "garbage for hashes, verified": says(
+        {**listing((FILE, 5, b"./x")), "many": b"12345", "sums": b"\xff\n" * 9 + ESCAPES}
+    ),
+    "a trickle before the mark": dripping,
+    **{
+        f"leaving after {text[-9:]!r}{' for good' * abort}": leaves(text, abort)
+        for text in (
+            b"",
+            b"wel",
+            MARK,
+            MARK + b"f 5",
+            MARK + b"f 5 0 644\n12",
+            MARK + b"f 5 0 644\n12345",
+            MARK + WHOLE["look"],
+            MARK + b"d\n41ed",
+            MARK + b"d\n" + FILE + b" 5 0 ./x\n",
+        )
+        for abort in (False, True)
+    },
+    "no size": says({"look": b"f\n"}),
+    "no mode": says({"look": b"f 5 0 9\n12345"}),
+    "more than announced": says({"look": b"f 5 0 644\n123456"}),
+    "fewer than announced": says({"look": b"f 5 0 644\n1234"}),
+    "an exit status of 1": says(WHOLE, status=1),
+    "a bundle too long": says({**listing((FILE, 5, b"./x")), "many": b"123456"}),
+    "a bundle too short": says({**listing((FILE, 5, b"./x")), "many": b"1234"}),
+    "a listing that fails": says(listing((FILE, 5, b"./x")), status=1),
+    "nothing": says({}),
+    "what nobody understands": says({"look": b"\xff\xfe" + ESCAPES}),
+    "escapes": says({"look": b"x " + ESCAPES * 100 + b"\n"}),
+    "an endless line": endless(MARK, b"x" * 65536),
+    "no end of noise": endless(b"", b"welcome\n" * 8192),
+    "an endless file": endless(MARK + b"f 5 0 644\n", b"x" * 65536),
+    "endless errors": noisy,
+    "silence": says({}, hang=True),
+    "silence in the file": says({"look": b"f 5 0 644\n123"}, hang=True),
+    "silence after the file": says(WHOLE, hang=True),
+    "silence in the bundle": says({**listing((FILE, 5, b"./x")), "many": b"123"}, hang=True),
+}
+
+
+UPLOADS: dict[str, Says] = {
+    "a wrong hash": says({"put": b"ok " + b"0" * 64 + b"\n", "finish": b"ok x\n"}),
+    "a refusal": says({"put": b"no " + ESCAPES + b"\n", "untar": b"no " + ESCAPES + b"\n"}),
+    "nothing": says({}),
+    "garbage": says({"put": b"\xff" * 1000, "untar": b"\xff" * 1000}),
+    "an endless answer": endless(MARK, b"ok " * 20000),
+    "silence": says({}, hang=True),
+    "success and no end": says({"put": b"ok -\n", "untar": b"ok\n"}, hang=True),
+    "sizes that differ": says({"put": b"ok -\n", "untar": b"ok\n", "sizes": b"4\n"}),
+    "no sizes": says({"put": b"ok -\n", "untar": b"ok\n", "sizes": b""}),
+    "no finish": says({"put": b"ok -\n", "untar": b"ok\n", "sizes": b"5\n"}),
+    "no word of the end": says({"put": b"ok -\n", "untar": b"ok\n", "sizes": b"4\n"}, status=1),
+    "a refusal at the end": says(
+        {"put": b"ok -\n", "untar": b"ok\n", "sizes": b"4\n", "finish": b"no " + ESCAPES + b"\n"}
+    ),
+    "half an answer": says({"put": b"ok", "untar": b"ok"}),
+    "sizes that are none": says({"put": b"no\n", "untar": b"ok\n", "sizes": ESCAPES}),
+    "no hash, verified": says({"put": b"ok -\n", "untar": b"ok\n", "sizes": b"4\n"}),
+    "a wrong hash, verified": says(
+        {"put": b"ok " + ZEROS, "untar": b"ok\n", "sizes": b"4\n", "putsums": ZEROS}
+    ),
+    "a trickle before the mark": dripping,
+    **{
+        f"leaving after {text!r}{' for good' * abort}": leaves(text, abort)
+        for text in (b"", MARK, MARK + b"o", MARK + b"ok")
+        for abort in (False, True)
+    },
+}
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for place, folders, files in os.walk(folder):
+        for entry in [*folders, *files]:
+            path = os.path.join(place, entry)
+            facts = os.lstat(path)
+            kind = stat.S_IFMT(facts.st_mode)
+            text = Path(path).read_bytes() if stat.S_ISREG(facts.st_mode) else b""
+            # A temporary name was in these, and has gone.
+            times = 0 if entry in ("inner", "target") else facts.st_mtime_ns
+            found[path] = (kind, facts.st_mode, facts.st_size, times, text)
+    return found
+
+
+def surroundings(root: Path) -> Path:
+    """A folder in which the target is to be, with things around it to be left alone."""
+    for place in ("x", "inner/x", "inner/target/x", "inner/sub/x"):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_text("mine")
+    return root / "inner"
+
+
+@contextlib.contextmanager
+def small_limits() -> Iterator[None]:
+    """What is refused for its size is so early: the test is to be fast."""
+    with contextlib.ExitStack() as stack:
+        for module, limit, value in (
+            (download, "LONGEST_ANSWER", 10**6),
+            (download, "MOST_FILES", 1500),
+            (upload, "LONGEST_ANSWER", 10**6),
+        ):
+            stack.enter_context(unittest.mock.patch.object(module, limit, value))
+        yield
+
+
+def violations() -> list[str]:
+    """Run every attack; what any of them achieved."""
+    cases = [
+        (kind, what, target)
+        for kind, attacks in (("download", DOWNLOADS), ("upload", UPLOADS))
+        for what in attacks
+        for target in ("target", "new")
+    ]
+    with small_limits(), concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return [found for found in pool.map(lambda case: violation(*case), cases) if found]
+
+
+def violation(kind: str, what: str, target: str) -> str:
+    """Run one; empty where it achieved nothing."""
+    attack = (DOWNLOADS if kind == "download" else UPLOADS)[what]
+    with tempfile.TemporaryDirectory() as root, HostileServer(attack) as server:
+        inner = surroundings(Path(root))
+        before = snapshot(Path(root))
+        problem = _attacked(kind, what, server, inner, target)
+        after = snapshot(Path(root))
+        if after != before:
+            changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+            problem += f" changed {sorted(changed)}"
+        return f"{kind}, {what}, {target}: {problem}" if problem else ""
+
+
+def _attacked(kind: str, what: str, server: HostileServer, inner: Path, target: str) -> str:
+    client = CloreClient(state_dir=None)
+    options: dict[str, Any] = {"password": "x", "wait": 5, "timeout": 0.5}
+    options["verify"] = "verified" in what
+    if kind == "download":
+        options["max_bytes"] = 10**12
+        for named, more in OPTIONS.items():
+            options.update(more if what.startswith(named) else {})
+    start = time.monotonic()
+    try:
+        if kind == "download":
+            client.download(server.order(), "far", inner / target, **options)
+        elif target == "target":
+            client.upload(server.order(), inner / "target", "far", **options)
+        else:
+            client.upload(server.order(), inner / "x", "far", **options)
+    except SSHError as error:
+        text = f"{error} {error!r} {error.__cause__}"
+        if any(char in text for char in "\x1b\x07\x9b"):
+            return f"escapes come through: {text!r}"
+        if not isinstance(error, TransferError):
+            return f"not a TransferError: {error!r}"
+        took = time.monotonic() - start
+        return f"took {took:.1f} s" if took > 30 else ""
+    except BaseException as error:
+        return f"raised {error!r}"
+    return "succeeded"
+
+
+@pytest.mark.parametrize("what", sorted(DOWNLOADS))
+@pytest.mark.parametrize("target", ["target", "new"])
+def test_downloads_from_a_hostile_machine(what: str, target: str) -> None:
+    with small_limits():
+        assert violation("download", what, target) == ""
+    assert not [t for t in threading.enumerate() if t.name == "clore-transfer"]
+
+
+@pytest.mark.parametrize("what", sorted(UPLOADS))
+@pytest.mark.parametrize("target", ["target", "new"])
+def test_uploads_to_a_hostile_machine(what: str, target: str) -> None:
+    with small_limits():
+        assert violation("upload", what, target) == ""
+    assert not [t for t in threading.enumerate() if t.name == "clore-transfer"]
+
+
+def test_all_of_it_without_asserts() -> None:
+    code = "from tests.ssh.test_hostile_transfer import *; print(violations())"
+    command = [sys.executable, "-O", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("hang_at", ["auth", "open", "exec"])
+def test_a_machine_that_hangs(here: Path, hang_at: str) -> None:
+    (here / "x").write_text("x")
+    client = CloreClient(state_dir=None)
+    options: dict[str, Any] = {"password": "x", "wait": 0, "timeout": 0.5}
+    with HostileServer(hang_at=hang_at) as server:
+        with pytest.raises(SSHError):
+            client.download(server.order(), "far", here / "y", **options)
+        with pytest.raises(SSHError):
+            client.upload(server.order(), here / "x", "far", **options)
+    assert os.listdir(here) == ["x"]
+
+
+def test_names_are_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Control characters may stand in a name; where it is shown, they are escaped."""
+    odd = b"a" + ESCAPES + b"\nb"
+    answers = {**listing((FILE, 5, b"./" + odd), (LINK, 1, b"./l" + odd)), "many": b"12345"}
+    caplog.set_level(logging.DEBUG, "clore_client")
+    with HostileServer(says(answers)) as server:
+        client = CloreClient(state_dir=None)
+        got = client.download(server.order(), "far", tmp_path / "new", password="x", wait=5)
+    assert os.listdir(os.fsencode(tmp_path / "new")) == [odd]
+    assert [len(got.skipped), got.files] == [1, 1]
+    ours = [r.getMessage() for r in caplog.records if r.name == "clore_client"]
+    assert any("left out" in line for line in ours)
+    for text in (*ours, repr(got)):
+        assert not set(text) & set("\x1b\x07\x9b\n")
+
+
+def test_modes_and_times_of_a_hostile_machine(here: Path) -> None:
+    """No setuid, and no time beyond the year 9999."""
+    client = CloreClient(state_dir=None)
+    options: dict[str, Any] = {"password": "x", "wait": 5, "preserve": True}
+    with HostileServer(says(a_file(b"5 1700000000 6755"))) as server:
+        client.download(server.order(), "far", here / "suid", **options)
+    assert stat.S_IMODE((here / "suid").stat().st_mode) == 0o755
+    with HostileServer(says(a_file(b"5 999999999999999999 644"))) as server:
+        client.download(server.order(8), "far", here / "time", **options)
+    assert (here / "time").stat().st_mtime <= 253_402_300_799
+
+
+def test_a_symlink_of_ones_own_is_not_written_through(here: Path) -> None:
+    (here / "elsewhere").mkdir()
+    (here / "far").mkdir()
+    (here / "far" / "sub").symlink_to(here / "elsewhere")
+    answers = {**listing((FOLDER, 1, b"./sub"), (FILE, 5, b"./sub/x")), "many": b"12345"}
+    with HostileServer(says(answers)) as server:
+        with pytest.raises(TransferError, match="symlink"):
+            CloreClient(state_dir=None).download(server.order(), "far", here, password="x", wait=5)
+    assert os.listdir(here / "elsewhere") == []
+    assert sorted(os.listdir(here)) == ["elsewhere", "far"]
+
+
+def test_noise_of_start_up_files_is_skipped(tmp_path: Path) -> None:
+    async def chatty(command: str, process: Any) -> None:
+        process.stdout.write(b"Welcome!\nclore-transfer\n")
+        process.stderr.write(b"motd\n")
+        await says(WHOLE)(command, process)
+
+    with HostileServer(chatty) as server:
+        CloreClient(state_dir=None).download(
+            server.order(), "far", tmp_path / "x", password="x", wait=5
+        )
+    assert (tmp_path / "x").read_bytes() == b"12345"
+
+
+def test_kinds_that_change_places(tmp_path: Path) -> None:
+    """A folder where a file of ours is, and the other way round."""
+    inner = surroundings(tmp_path)
+    (inner / "target" / "far").mkdir()
+    before = snapshot(tmp_path)
+    client = CloreClient(state_dir=None)
+    options: dict[str, Any] = {"password": "x", "wait": 5}
+    with HostileServer(says({**listing((FILE, 5, b"./x")), "many": b"12345"})) as server:
+        with pytest.raises(TransferError, match="no directory"):
+            client.download(server.order(), "far", inner / "x", **options)
+        (inner / "target" / "far" / "x").mkdir()
+        with pytest.raises(TransferError, match="something else"):
+            client.download(server.order(), "far", inner / "target", **options)
+        (inner / "target" / "far" / "x").rmdir()
+    with HostileServer(says(WHOLE)) as server:
+        with pytest.raises(TransferError, match="is a directory"):
+            client.download(server.order(8), "far", inner / "target", **options)
+    assert snapshot(tmp_path).keys() == before.keys()
+
+
+@pytest.mark.parametrize("verb", ["look", "get", "rangesum"])
+def test_what_is_kept_for_later_is_not_the_target(here: Path, verb: str) -> None:
+    """With resume=True, what came in part may stay beside the target; nothing else does."""
+    answers = {"get": b"12345" + FIVE}
+    times = iter([0, 1, 0])  # of the file, each time that it is looked at
+    if verb == "rangesum":
+        answers[verb] = ZEROS
+    else:
+        answers[verb] = b"x"
+    look = (
+        says(answers) if verb == "look" else changing(answers, lambda: b"f 5 %d 6\n" % next(times))
+    )
+    options: dict[str, Any] = {"password": "x", "wait": 5, "timeout": 0.5, "resume": True}
+    client = CloreClient(state_dir=None)
+    with HostileServer(look) as server:
+        with pytest.raises(TransferError):
+            client.download(server.order(), "f", here / "z", **options)
+        if verb == "rangesum":  # there is something to go on from: not what the machine says it is
+            assert [n[:12] for n in os.listdir(here)] == [".clore-part-"] * 2
+            with pytest.raises(TransferError, match="SHA-256"):
+                client.download(server.order(), "f", here / "z", **options)
+    if verb == "get":
+        assert [n[:12] for n in os.listdir(here)] == [".clore-part-"] * 2
+    else:
+        assert os.listdir(here) == []
+
+
+async def take_nothing(process: Any, how: str) -> None:
+    """As a machine that has begun, and then reads no more from the channel, or the connection."""
+    process.stdout.write(MARK)
+    await process.stdout.drain()
+    if how == "connection":
+        process.channel.get_connection()._transport.pause_reading()
+
+
+@pytest.mark.parametrize("how", ["channel", "connection"])
+def test_a_machine_that_takes_nothing(here: Path, how: str) -> None:
+    (here / "x").write_bytes(bytes(30_000_000))
+
+    async def run(command: str, process: Any) -> None:
+        await take_nothing(process, how)
+        await asyncio.Event().wait()
+
+    window = 2**31 - 1 if how == "connection" else 2**20
+    with HostileServer(run, window=window) as server:
+        with pytest.raises(TransferError):
+            CloreClient(state_dir=None).upload(
+                server.order(), here / "x", "far", password="x", wait=5, timeout=0.5
+            )
+    assert not [t for t in threading.enumerate() if t.name == "clore-transfer"]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_more_than_the_window_allows(
+    here: Path, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not read is not kept without a limit: the connection ends."""
+    monkeypatch.setattr(far_shell, "WINDOW", 2**20)
+    passed = threading.Event()
+
+    async def run(command: str, process: Any) -> None:
+        process.stdout.write(MARK + b"f 90000000 0 644\n")
+        for _ in range(90_000_000 // 65536):
+            if process.channel.is_closing():
+                return
+            process.channel._send_window = 10**9
+            getattr(process, stream).write(bytes(65536))
+            await asyncio.sleep(0)
+        passed.set()
+
+    def slow(*_: Any) -> None:
+        passed.wait(1)  # as a slow disk
+
+    with HostileServer(run) as server, pytest.raises(TransferError) as caught:
+        CloreClient(state_dir=None).download(
+            server.order(), "far", here / "x", password="x", wait=5, timeout=5, progress=slow
+        )
+    assert not passed.is_set()
+    assert "sent nothing" not in str(caught.value)
+    assert os.listdir(here) == []
+
+
+def test_the_path_that_a_machine_tells_is_data(here: Path) -> None:
+    (here / "x").write_bytes(b"12345")
+    answers = {"put": b"ok -\n", "finish": b"ok ./" + ESCAPES + b"\n"}
+    with HostileServer(says(answers)) as server:
+        sent = CloreClient(state_dir=None).upload(
+            server.order(), here / "x", "far", password="x", wait=5
+        )
+    assert os.fsencode(sent.path) == ESCAPES
+    assert not set(repr(sent)) & set("\x1b\x07\x9b\n")
+
+
+# --- an honest machine, on which a file changes meanwhile ---
+
+
+@pytest.mark.parametrize("change", ["grow", "shrink", "rewrite", "remove"])
+@pytest.mark.parametrize("how", ["at once", "ranges", "folder", "kept"])
+def test_a_file_that_changes_there_meanwhile(
+    sshd: Sshd, tmp_path: Path, here: Path, change: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(far_shell, "WINDOW", 2**18)  # so that most is still to come
+    far = tmp_path / "far"
+    far.mkdir()
+    (far / "x").write_bytes(bytes(9_000_000))
+    os.utime(far / "x", (1_600_000_000, 1_600_000_000))
+    changed: list[bool] = []
+
+    def progress(*_: Any) -> None:
+        if changed:
+            return
+        changed.append(True)
+        if change == "remove":
+            (far / "x").unlink()
+        elif change == "shrink":
+            os.truncate(far / "x", 8_000_000)
+        else:
+            with open(far / "x", "ab" if change == "grow" else "r+b") as file:
+                file.write(b"other")
+
+    options: dict[str, Any] = {"streams": 2} if how == "ranges" else {"resume": how == "kept"}
+    source = far if how == "folder" else far / "x"
+    with pytest.raises(TransferError):
+        CloreClient(state_dir=None).download(
+            sshd.order(), source, here / "new", key_path=sshd.key, progress=progress, **options
+        )
+    if how != "kept":
+        assert os.listdir(here) == []
+    assert not (here / "new").exists()
+
+
+# --- honest machines, whose details had been wrong once ---
+
+
+def test_a_merge_leaves_the_modes_of_what_is_there(sshd: Sshd, tmp_path: Path, here: Path) -> None:
+    """A private folder of ours stays private, unless preserve=True says otherwise."""
+    client = CloreClient(state_dir=None)
+    far = tmp_path / "far"
+    (far / "sub").mkdir(parents=True)
+    (far / "sub" / "x").write_text("x")
+    os.utime(far / "sub", (1_500_000_000, 1_500_000_000))
+    (here / "far" / "sub").mkdir(parents=True)
+    (here / "far" / "sub").chmod(0o700)
+    client.download(sshd.order(), far, here, key_path=sshd.key)
+    assert stat.S_IMODE((here / "far" / "sub").stat().st_mode) == 0o700
+    client.download(sshd.order(), far, here, key_path=sshd.key, preserve=True)
+    assert stat.S_IMODE((here / "far" / "sub").stat().st_mode) == 0o755
+    assert (here / "far" / "sub").stat().st_mtime == 1_500_000_000
+
+
+def test_new_folders_of_a_merge_keep_their_modes_there(
+    sshd: Sshd, tmp_path: Path, here: Path
+) -> None:
+    (here / "data" / "new" / "deep").mkdir(parents=True)
+    (here / "data" / "old").mkdir()
+    for name in ("a", "new/b", "new/deep/c", "old/d"):
+        (here / "data" / name).write_text(name)
+    (here / "data" / "new").chmod(0o700)
+    os.utime(here / "data" / "new", (1_500_000_000, 1_500_000_000))
+    far = tmp_path / "far"
+    (far / "data" / "old").mkdir(parents=True)
+    (far / "data" / "old" / "mine").write_text("mine")
+    CloreClient(state_dir=None).upload(
+        sshd.order(), here / "data", far, key_path=sshd.key, preserve=True
+    )
+    assert stat.S_IMODE((far / "data" / "new").stat().st_mode) == 0o700
+    assert (far / "data" / "new").stat().st_mtime == 1_500_000_000
+    for name in ("a", "new/b", "new/deep/c", "old/d"):
+        assert (far / "data" / name).read_text() == name
+    assert os.listdir(far) == ["data"]
+    assert sorted(os.listdir(far / "data" / "old")) == ["d", "mine"]
+
+
+def test_a_folder_that_is_named_as_a_home(sshd: Sshd, tmp_path: Path, here: Path) -> None:
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "x").write_text("x")
+    CloreClient(state_dir=None).download(sshd.order(), tmp_path / "~", here, key_path=sshd.key)
+    assert os.listdir(here) == ["~"]
+
+
+def test_what_cannot_be_read_there_is_named(tmp_path: Path, here: Path) -> None:
+    """As cat says it, where a bundle ends too early."""
+
+    async def run(command: str, process: Any) -> None:
+        if verb_of(command) == "many":
+            process.stderr.write(b"cat: ./x: Permission denied\n")
+        await says(listing((FILE, 5, b"./x")), status=int(verb_of(command) == "many"))(
+            command, process
+        )
+
+    with HostileServer(run) as server, pytest.raises(TransferError, match="x: Permission denied"):
+        CloreClient(state_dir=None).download(
+            server.order(), "far", here / "new", password="x", wait=5
+        )
+
+
+def test_hashes_of_odd_names() -> None:
+    """Not every sha256sum escapes newlines; all names are as harmless as none."""
+    one, two = b"1" * 64, b"2" * 64
+    text = one + b"  ./a\rb\nc\n\\" + two + b"  ./d\\ne\n"
+    assert transfer.parse_sums(text, 2) == [one.decode(), two.decode()]
+    with pytest.raises(SSHError, match="hashed 1 files"):
+        transfer.parse_sums(one + b"  ./a\n", 2)
+
+
+def test_ranges_are_few_whatever_the_sizes() -> None:
+    items = [transfer.Item(b"%d" % n, 10**17, 0, 0o644) for n in range(5)]
+    jobs = transfer.plan(items, bundled=True, resumable=True)
+    assert len(jobs) < 20_000
+    for item in items:
+        own = [job for job in jobs if job.items == [item]]
+        assert sum(job.size for job in own) == item.size
+        assert all(job.start % far_shell.BLOCK == 0 for job in own)
+
+
+@pytest.mark.parametrize("how", ["channel", "connection"])
+def test_ctrl_c_does_not_wait_for_a_machine_that_hangs(
+    here: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even to remove what is there."""
+    monkeypatch.setattr(far_shell, "LAST_PATIENCE", 0.3)
+    pressed: list[bool] = []
+    (here / "x").write_bytes(bytes(30_000_000))
+
+    async def run(command: str, process: Any) -> None:
+        await take_nothing(process, how)
+        if not pressed:
+            pressed.append(True)
+            asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+
+    window = 2**31 - 1 if how == "connection" else 2**20
+    with HostileServer(run, window=window) as server:
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            CloreClient(state_dir=None).upload(
+                server.order(), here / "x", "far", password="x", wait=5, timeout=60
+            )
+    assert time.monotonic() - start < 50
+    assert not [t for t in threading.enumerate() if t.name == "clore-transfer"]

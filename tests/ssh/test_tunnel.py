@@ -1,0 +1,372 @@
+"""Forwarded ports: over the system's sshd, the simulator's hosts, and servers that hang."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import paramiko
+import pytest
+
+from clore_client import CloreClient, SSHError
+from clore_client.ssh.tunnel import Forward, check_forward_arguments
+from tests.conftest import until
+from tests.hostile import HostileServer
+from tests.sshd import Sshd, free_port
+
+MB = 1_000_000
+
+
+@contextlib.contextmanager
+def service(talk: Callable[[socket.socket], None]) -> Iterator[int]:
+    """What listens on the server, in a thread for each connection; its port."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    threads = []
+
+    def serve(peer: socket.socket) -> None:
+        with peer, contextlib.suppress(OSError):
+            peer.settimeout(20)
+            talk(peer)
+
+    def accept() -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            threads.append(threading.Thread(target=serve, args=(peer,)))
+            threads[-1].start()
+
+    acceptor = threading.Thread(target=accept)
+    acceptor.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        for thread in (acceptor, *threads):
+            thread.join()
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+
+def is_reset(port: int) -> bool:
+    """Whether a connection ends with an error, already while it is made or when it is read."""
+    try:
+        with connect(port) as sock:
+            return sock.recv(1) is None
+    except ConnectionResetError:
+        return True
+
+
+def all_of(sock: socket.socket) -> bytes:
+    parts = []
+    while part := sock.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def echo(peer: socket.socket) -> None:
+    while data := peer.recv(65536):
+        peer.sendall(data)
+
+
+def asked(port: int, data: bytes) -> bytes:
+    """What an echo gives, and its end."""
+    with connect(port) as sock:
+
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        got = all_of(sock)
+        sender.join()
+        return got
+
+
+# --- data ---
+
+
+def test_both_ways(ssh: paramiko.SSHClient) -> None:
+    data = os.urandom(3 * MB)
+    with service(echo) as port:
+        forward = Forward(ssh, port)
+        with forward as local:
+            assert isinstance(local, int)
+            assert asked(local, data) == data
+            assert asked(local, b"") == b""
+            until(lambda: not forward._links)
+
+
+def test_fifty_at_once(ssh: paramiko.SSHClient) -> None:
+    together = threading.Barrier(50)
+
+    def talk(peer: socket.socket) -> None:
+        data = peer.recv(100)
+        together.wait(20)  # all of them are open before the first one gets an answer
+        peer.sendall(data * 1000)
+
+    def one(number: int) -> bool:
+        with connect(local) as sock:
+            sock.sendall(b"%2d" % number)
+            return all_of(sock) == b"%2d" % number * 1000
+
+    with service(talk) as port, Forward(ssh, port) as local, ThreadPoolExecutor(50) as pool:
+        assert all(pool.map(one, range(50)))
+
+
+def test_half_close_of_this_side(ssh: paramiko.SSHClient) -> None:
+    """The service answers only when it has seen the end."""
+    with service(lambda peer: peer.sendall(b"%d" % len(all_of(peer)))) as port:
+        with Forward(ssh, port) as local:
+            assert asked(local, b"x" * MB) == b"%d" % MB
+
+
+def test_half_close_of_the_service(ssh: paramiko.SSHClient) -> None:
+    """It says all it has, and listens on."""
+    heard: list[bytes] = []
+
+    def talk(peer: socket.socket) -> None:
+        peer.sendall(b"greeting")
+        peer.shutdown(socket.SHUT_WR)
+        heard.append(all_of(peer))
+
+    with service(talk) as port, Forward(ssh, port) as local, connect(local) as sock:
+        assert all_of(sock) == b"greeting"
+        sock.sendall(b"after its end")
+        sock.shutdown(socket.SHUT_WR)
+        until(lambda: heard == [b"after its end"])
+
+
+def test_a_client_that_goes_away_ends_the_service(ssh: paramiko.SSHClient) -> None:
+    gone = threading.Event()
+
+    def talk(peer: socket.socket) -> None:
+        try:
+            while True:
+                peer.sendall(b"x" * 65536)
+        finally:
+            gone.set()
+
+    with service(talk) as port, Forward(ssh, port) as local:
+        with connect(local) as sock:
+            assert sock.recv(10)
+        assert gone.wait(20)
+
+
+# --- the local port ---
+
+
+def test_loopback_only(openssh: paramiko.SSHClient) -> None:
+    with Forward(openssh, 9) as local:
+        with socket.socket() as sock:
+            with pytest.raises(OSError, match="refused"):
+                sock.connect(("127.0.0.2", local))
+    with pytest.raises(OSError, match="refused"):
+        connect(local)
+
+
+def test_a_chosen_port_and_a_busy_one(openssh: paramiko.SSHClient) -> None:
+    wanted = free_port()
+    with service(echo) as port:
+        for _ in range(2):  # free again at once
+            with Forward(openssh, port, wanted) as local:
+                assert local == wanted
+                assert asked(local, b"x") == b"x"
+                with pytest.raises(OSError, match=rf"local_port {wanted} ") as caught:
+                    Forward(openssh, port, wanted).__enter__()
+                assert caught.value.errno == errno.EADDRINUSE
+                assert asked(local, b"x") == b"x"
+
+
+def test_a_busy_port_closes_a_connection_that_is_its_own(sshd: Sshd) -> None:
+    ssh = CloreClient().connect_ssh(sshd.order(), key_path=str(sshd.key), wait=20)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(OSError, match="local_port"):
+            Forward(ssh, 9, taken.getsockname()[1], owns=True).__enter__()
+    assert ssh.get_transport() is None
+
+
+@pytest.mark.parametrize(
+    ("ports", "name"),
+    [
+        ((0,), "remote_port"),
+        ((65536,), "remote_port"),
+        ((-1,), "remote_port"),
+        ((True,), "remote_port"),
+        (("80",), "remote_port"),
+        ((80.0,), "remote_port"),
+        ((None,), "remote_port"),
+        ((80, -1), "local_port"),
+        ((80, 65536), "local_port"),
+        ((80, False), "local_port"),
+        ((80, None), "local_port"),
+    ],
+)
+def test_bad_ports(ports: tuple[Any, ...], name: str) -> None:
+    for call in (check_forward_arguments, lambda *p: Forward(None, *p)):  # type: ignore[arg-type]
+        with pytest.raises((TypeError, ValueError), match=name):
+            call(*ports)
+
+
+# --- what goes wrong ---
+
+
+def test_nothing_listens_there(ssh: paramiko.SSHClient, caplog: pytest.LogCaptureFixture) -> None:
+    dead = free_port()
+    with Forward(ssh, dead) as local:
+        for _ in range(2):
+            assert is_reset(local)
+    warnings = [r for r in caplog.records if r.name == "clore_client"]
+    assert [r.levelno for r in warnings] == [logging.WARNING] * 2
+    assert f"port {dead} " in warnings[0].getMessage()
+    transport = ssh.get_transport()
+    assert transport is not None
+    assert transport.is_active()
+
+
+def test_what_was_cut_off_does_not_look_complete(sshd: Sshd) -> None:
+    """A connection that dies on the way ends with an error, and new ones are closed."""
+
+    def talk(peer: socket.socket) -> None:
+        peer.sendall(b"the first half")
+        peer.recv(1)
+
+    ssh = CloreClient().connect_ssh(sshd.order(), key_path=str(sshd.key), wait=20)
+    transport = ssh.get_transport()
+    assert transport is not None
+    with ssh, service(talk) as port, Forward(ssh, port) as local:
+        with connect(local) as sock:
+            assert sock.recv(100) == b"the first half"
+            transport.sock.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(ConnectionResetError):
+                sock.recv(100)
+        assert is_reset(local)
+    with pytest.raises(SSHError, match="closed"):
+        Forward(ssh, port).__enter__()
+
+
+# --- the end of the block ---
+
+
+@pytest.mark.parametrize("owns", [False, True])
+def test_the_end_of_the_block_ends_everything(sshd: Sshd, owns: bool) -> None:
+    ended, released = threading.Event(), threading.Event()
+
+    def talk(peer: socket.socket) -> None:
+        peer.sendall(b"hello")
+        with contextlib.suppress(OSError):
+            all_of(peer)
+        ended.set()
+        released.wait(20)  # it doesn't close its side
+
+    ssh = CloreClient().connect_ssh(sshd.order(), key_path=str(sshd.key), wait=20)
+    transport = ssh.get_transport()
+    assert transport is not None
+    with ssh, service(talk) as port:
+        with contextlib.suppress(KeyError), Forward(ssh, port, owns=owns) as local:
+            sock = connect(local)
+            assert sock.recv(5) == b"hello"
+            raise KeyError("of the block")
+        with sock, contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+        assert ended.wait(20)
+        with pytest.raises(OSError, match="refused"):
+            connect(local)
+        assert transport.is_active() is not owns
+        assert not forward_threads()
+        released.set()
+
+
+def forward_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith(("clore-forward", "clore-hang"))]
+
+
+def test_data_that_nobody_takes_does_not_hold_up_the_end(ssh: paramiko.SSHClient) -> None:
+    def talk(peer: socket.socket) -> None:
+        started.set()
+        with contextlib.suppress(OSError):
+            while True:
+                peer.sendall(b"x" * 65536)
+
+    started = threading.Event()
+    with service(talk) as port:
+        with Forward(ssh, port) as local:
+            reader = connect(local)  # which reads nothing
+            assert started.wait(20)
+            time.sleep(0.2)
+        reader.close()
+        assert not forward_threads()
+
+
+def test_entered_once(openssh: paramiko.SSHClient) -> None:
+    forward = Forward(openssh, 9)
+    with forward as local:
+        assert repr(forward) == f"<Forward of 127.0.0.1:{local} to port 9, open>"
+    assert "closed" in repr(forward)
+    with pytest.raises(SSHError, match="only once"):
+        forward.__enter__()
+
+
+def test_nothing_leaks(ssh: paramiko.SSHClient) -> None:
+    def fds() -> int:
+        return len(os.listdir("/dev/fd"))
+
+    transport: Any = ssh.get_transport()
+    with service(echo) as port:
+
+        def cycle() -> None:
+            with Forward(ssh, port) as local:
+                assert asked(local, b"x" * 1000) == b"x" * 1000
+                left_open.append(connect(local))
+                left_open[-1].sendall(b"x")
+                left_open[-1].recv(1)
+            left_open.pop().close()
+
+        left_open: list[socket.socket] = []
+        cycle()
+        until(lambda: not len(transport._channels))
+        threads, files = threading.active_count(), fds()
+        for _ in range(20):
+            cycle()
+        assert not forward_threads()
+        until(lambda: threading.active_count() <= threads and fds() <= files)
+        until(lambda: not len(transport._channels))
+
+
+def test_a_server_that_hangs_when_a_channel_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither leaving the block nor closing the connection waits for it."""
+    monkeypatch.setattr("clore_client.ssh.tunnel.FORWARD_LEAVING", 0.2)
+    monkeypatch.setattr("clore_client.ssh.tunnel.FORWARD_OPENING", 1.0)
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(
+        "tests.hostile._Login.connection_requested", lambda *_: never(), raising=False
+    )
+    with HostileServer() as server:
+        for owns in (False, True):
+            client = paramiko.SSHClient()
+            client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
+            client.connect("127.0.0.1", server.port, "root", "x", allow_agent=False)
+            with client:
+                started = time.monotonic()
+                with Forward(client, 9, owns=owns) as local, connect(local):
+                    time.sleep(0.1)
+                assert time.monotonic() - started < 20
+                until(lambda: not forward_threads())

@@ -1,0 +1,26 @@
+"""Where the tests find the simulator and the client's inside, in each of its two forms."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+import clore_client
+
+# The tests of public behaviour run twice: against the package, and against the one file. Beside a
+# clore_client.py the name is no package, and the simulator goes by another one.
+ONE_FILE = not hasattr(clore_client, "__path__")
+
+if TYPE_CHECKING:
+    from clore_client.simulator import Simulator
+else:
+    Simulator = importlib.import_module(
+        "clore_simulator" if ONE_FILE else "clore_client.simulator"
+    ).Simulator
+
+__all__ = ["ONE_FILE", "Simulator", "inside"]
+
+
+def inside(path: str) -> str:
+    """What ``"orders.cancel.LINGER"`` is called; in the one file all names are its own."""
+    return f"clore_client.{path.partition('.')[2] if ONE_FILE else path}"
