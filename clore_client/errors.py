@@ -103,7 +103,7 @@ class CloreError(Exception):
     retry_after: float | None = None
     sends: int = 1
     # When the last of them left, by time.monotonic(); None when nothing left.
-    _sent_at: float | None = None
+    sent_at: float | None = None
     # Kept out of pickles and copies, as they hold what was sent.
     _private: tuple[str, ...] = ()
 

@@ -74,6 +74,13 @@ def check_number(
     return value
 
 
+def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
+    """Check a whole number, at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {_shown(value)}")
+    return int(check_number(name, value, minimum=minimum))
+
+
 def check_interval(name: str, value: Any) -> float:
     """Seconds between two things, at most a day: time.sleep() has a limit."""
     return check_number(name, value, maximum=LONGEST_INTERVAL, unit="seconds")

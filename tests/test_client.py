@@ -489,9 +489,10 @@ def test_threads_do_not_take_each_others_orders(make_sim: MakeSim) -> None:
 
 
 class Fake(CloreClient):
-    """Answers without a network, and without calling __init__."""
+    """Answers without a network."""
 
     def __init__(self, answers: dict[str, Any]) -> None:
+        super().__init__()
         self.answers = answers
         self.calls: list[tuple[Any, ...]] = []
 

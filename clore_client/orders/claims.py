@@ -18,27 +18,6 @@ def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
     )
 
 
-class Wanted:
-    """What an order must look like to be the one that was just made.
-
-    The live API has no idempotency key and answers without an order id.
-    """
-
-    def __init__(self, server_id: int, spot: bool, currency: str, image: str) -> None:
-        self.server_id = server_id
-        self.spot = spot
-        self.currency = currency
-        self.image = image
-
-    def fits(self, order: Order) -> bool:
-        """Whether ``order`` can be ours. A missing field contradicts nothing."""
-        return (
-            order.id is not None
-            and order.server_id == self.server_id
-            and same_purchase(order, self.image, self.currency, self.spot)
-        )
-
-
 class Claims:
     """Which orders of one account the purchases of this process have taken for theirs.
 

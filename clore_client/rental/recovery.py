@@ -11,7 +11,8 @@ from clore_client.errors import CancelUnconfirmedError, CloreError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.record import whole_id
-from clore_client.orders.cancel import OrderState, confirm_ended, confirm_until, keep_cancelling
+from clore_client.orders.account import AccountOrders, OrderState
+from clore_client.orders.cancel import Cancellation, confirm_until
 from clore_client.pricing import finite
 from clore_client.rental.journal import Found, read_entries
 from clore_client.rental.purchases import fits_intent
@@ -83,13 +84,13 @@ class Leftovers:
 class _Survey:
     """One look at the entries and at the orders."""
 
-    def __init__(self, client: Any, folder: Path | None) -> None:
-        self.client = client
-        account = account_digest(client.BASE_URL, client.api_key)
+    def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
+        self._orders = orders
+        account = account_digest(orders.client.base_url, orders.client.api_key)
         self.entries: list[Found] = []
         self._read(folder, account)
         try:
-            self.orders = {o.id: o for o in client.get_orders() if o.id is not None}
+            self.listed = {o.id: o for o in orders.active() if o.id is not None}
             # Again: a living process may have noted and ordered one between the two.
             self._read(folder, account)
             self._match()
@@ -117,11 +118,11 @@ class _Survey:
         for entry in self.entries:
             order_id = entry.order_id
             if order_id is not None:
-                fitting = [self.orders[order_id]] if order_id in self.orders else []
+                fitting = [self.listed[order_id]] if order_id in self.listed else []
             else:
                 fitting = [
                     order
-                    for number, order in self.orders.items()
+                    for number, order in self.listed.items()
                     if number not in named and intended(entry.facts, order)
                 ]
             if entry.free or not entry.ours:
@@ -134,7 +135,7 @@ class _Survey:
                 living.update(order.id or 0 for order in fitting)
         held |= living
         self._settle_claims(living)
-        self.unnoted = [o for i, o in self.orders.items() if i not in held and not o.has_ended]
+        self.unnoted = [o for i, o in self.listed.items() if i not in held and not o.has_ended]
 
     def _settle_claims(self, living: set[int]) -> None:
         """Leave each order at most one entry."""
@@ -183,7 +184,7 @@ class _Survey:
 
     def _tidy_order(self, entry: Found, order_id: int) -> None:
         try:
-            state = self.client._order_state(order_id)
+            state = self._orders.state(order_id)
         except CloreError:
             state = OrderState.ABSENT
         if state is OrderState.ENDED:
@@ -194,8 +195,8 @@ class _Survey:
 
     def _tidy_intents(self, entries: list[Found]) -> None:
         # One look is not enough: a list can be empty for a moment.
-        time.sleep(self.client.order_lag)
-        orders = self.client.get_orders()
+        time.sleep(self._orders.client.order_lag)
+        orders = self._orders.active()
         for entry in entries:
             if not any(intended(entry.facts, order) for order in orders):
                 logger.info("no order came of %s: the entry is removed", entry.path)
@@ -239,10 +240,10 @@ def _young(facts: dict[str, Any], seconds: float) -> bool:
     return started is not None and time.time() - started < seconds
 
 
-def _settled(client: Any, folder: Path | None, wait: float) -> _Survey:
+def _settled(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey:
     deadline = time.monotonic() + wait
     while True:
-        survey = _Survey(client, folder)
+        survey = _Survey(orders, folder)
         try:
             remaining = deadline - time.monotonic()
             if remaining <= 0 or not survey.undecided(wait):
@@ -255,16 +256,18 @@ def _settled(client: Any, folder: Path | None, wait: float) -> _Survey:
         time.sleep(min(LEFTOVER_LOOK, max(0.01, wait / 10), remaining))
 
 
-def find_leftovers(client: Any, folder: Path | None, wait: float) -> Leftovers:
+def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
     """What is left behind; see ``CloreClient.leftovers``."""
-    survey = _settled(client, folder, wait)
+    survey = _settled(orders, folder, wait)
     survey.close()
     return survey.result()
 
 
-def end_leftovers(client: Any, folder: Path | None, wait: float, timeout: float) -> list[int]:
+def end_leftovers(
+    orders: AccountOrders, folder: Path | None, wait: float, timeout: float
+) -> list[int]:
     """End what dead processes of this machine left; see ``CloreClient.cancel_leftovers``."""
-    survey = _settled(client, folder, wait)
+    survey = _settled(orders, folder, wait)
     ended: list[int] = []
     failed: dict[int, BaseException] = {}
     try:
@@ -275,10 +278,14 @@ def end_leftovers(client: Any, folder: Path | None, wait: float, timeout: float)
                 continue
             started = time.monotonic()
             # What no list has may be long gone, and its cancel be refused for ever.
-            until = started + (timeout if order is not None else min(timeout, client.order_lag))
-            failure: BaseException | None = keep_cancelling(client, order_id, lambda: until)  # noqa: B023
+            until = started + (
+                timeout if order is not None else min(timeout, orders.client.order_lag)
+            )
+            cancellation = Cancellation(orders, order_id)
+            failure = cancellation.keep_on(lambda: until, confirm=False)  # noqa: B023
             if failure is None:
-                failure = confirm_ended(client, order_id, confirm_until(started, timeout))
+                confirmed_by = confirm_until(started, timeout)
+                failure = cancellation.keep_on(lambda: confirmed_by, confirm=True)  # noqa: B023
             if failure is None:
                 logger.info("order %d, which a dead process left, was ended", order_id)
                 entry.remove()

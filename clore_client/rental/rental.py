@@ -26,7 +26,9 @@ from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, Transferred
 from clore_client.models.server import Server
+from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import add_note_to
+from clore_client.rental.client import RentalClient
 from clore_client.rental.selection import Wish, candidates, shown_usd
 from clore_client.rental.signals import SignalExit
 from clore_client.rental.worker import RentalWorker
@@ -73,8 +75,11 @@ class Rental:
         tried: (server id, why not) for each host that did not work.
     """
 
-    def __init__(self, client: Any, wish: Wish, folder: Path | None) -> None:
+    def __init__(
+        self, client: RentalClient, orders: AccountOrders, wish: Wish, folder: Path | None
+    ) -> None:
         self._client = client
+        self._orders = orders
         self._wish = wish
         self._folder = folder
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of the worker
@@ -142,7 +147,7 @@ class Rental:
         except BaseException:
             connection.close()
             raise
-        return connection  # type: ignore[no-any-return]
+        return connection
 
     def run(self, command: str | Sequence[str], **options: Any) -> CommandResult:
         """Run a command on the machine, as :meth:`CloreClient.run` does. Needs paramiko.
@@ -207,7 +212,9 @@ class Rental:
         holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
         if self._block is not None and self._block() is not None:
             holders.append(self._block)
-        self._worker = RentalWorker(self._client, self._wish, self._folder, self._inbox, holders)
+        self._worker = RentalWorker(
+            self._client, self._orders, self._wish, self._folder, self._inbox, holders
+        )
         try:
             self._worker.start()
             self._walk(self._worker)
@@ -283,7 +290,7 @@ class Rental:
         if wish.spot:
             settings["spot_price"] = price
             # The rate for the bid, now: what is asked for later would count as time that costs.
-            self._client.get_spot_market(server.id)
+            self._client.get_spot_market(server.id or 0)
         return worker.buy(server, price, settings)
 
     def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
@@ -291,7 +298,7 @@ class Rental:
         wish = self._wish
         try:
             running: Order = self._client.wait_for_order(
-                order.id, timeout=wish.deploy_timeout, poll_interval=wish.poll_interval
+                order.id or 0, timeout=wish.deploy_timeout, poll_interval=wish.poll_interval
             )
         except (WaitTimeoutError, OrderEndedError) as error:
             return str(error)

@@ -8,6 +8,7 @@ from clore_client.models.record import part_of
 from clore_client.models.server import Server, on_demand_usd
 from clore_client.orders.create import check_login, order_env, order_ports
 from clore_client.pricing import HOURS_PER_DAY, finite, positive
+from clore_client.rental.client import RentalClient
 from clore_client.validation import (
     check_bool,
     check_currency,
@@ -173,7 +174,7 @@ def shown_usd(order: Any, server: Server, currency: str) -> float | None:
     return finite(order.usd_per_hour)
 
 
-def candidates(client: Any, wish: Wish) -> tuple[list[Server], str]:
+def candidates(client: RentalClient, wish: Wish) -> tuple[list[Server], str]:
     """Servers to try, the cheapest first in the wished currency; and what to say if none worked."""
     if wish.server_id is not None:
         listed = client.get_marketplace(include_rented=True)

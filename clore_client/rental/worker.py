@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from clore_client.api.request import limited
 from clore_client.errors import (
+    ERROR_CODES,
     AuthenticationError,
     BudgetExceededError,
     CancelUnconfirmedError,
@@ -33,15 +34,11 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.server import Server
-from clore_client.orders.cancel import (
-    SHORTEST_TRY,
-    confirm_ended,
-    confirm_until,
-    keep_cancelling,
-    not_cancelled,
-)
+from clore_client.orders.account import AccountOrders
+from clore_client.orders.cancel import SHORTEST_TRY, confirm_until
 from clore_client.rental.budget import Budget
-from clore_client.rental.purchases import LOOKS, Purchase, Purchases
+from clore_client.rental.client import RentalClient
+from clore_client.rental.purchases import LOOKS, RentalOrder, RentalOrders
 from clore_client.rental.selection import Wish
 from clore_client.rental.signals import (
     SignalExit,
@@ -135,13 +132,15 @@ class RentalWorker:
 
     def __init__(
         self,
-        client: Any,
+        client: RentalClient,
+        orders: AccountOrders,
         wish: Wish,
         folder: Path | None,
         inbox: queue.SimpleQueue[Any],
         holders: list[weakref.ref[Any]],
     ) -> None:
         self._client = client
+        self._orders = orders
         self._wish = wish
         self._inbox = inbox
         self._holders = holders  # the rental, and what its with statement holds
@@ -156,10 +155,10 @@ class RentalWorker:
         self.exceeded: tuple[str, float, float, int | None] | None = None  # why, h, USD, id
         self._main = in_main_thread()
         self._handling: SignalHandling | None = None
-        self._purchases = Purchases(
-            client, wish, folder, self.budget, wake=lambda: inbox.put(None), taken=_order_ids
+        self._purchases = RentalOrders(
+            orders, wish, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
         )
-        self._current: Purchase | None = None  # the one that the user has
+        self._current: RentalOrder | None = None  # the one that the user has
         self._started = False
         self._left_at: float | None = None
         self._interrupted_at: list[float] = []
@@ -354,7 +353,7 @@ class RentalWorker:
     def _next_request(self) -> None:
         timeout = None if self.exceeded else self.budget.seconds_left()
         if self._doubtful():
-            look = min(LOOK_BESIDE, max(0.001, self._client.order_lag / LOOKS))
+            look = min(LOOK_BESIDE, max(0.001, self._orders.client.order_lag / LOOKS))
             timeout = min(look, math.inf if timeout is None else timeout)
         try:
             request = self._inbox.get(timeout=timeout)
@@ -363,7 +362,13 @@ class RentalWorker:
         if isinstance(request, _Request):
             request.run()
 
-    def _doubtful(self) -> list[Purchase]:
+    def _taken(self) -> set[int | None]:
+        """Return the orders of all open rentals of this account in this process."""
+        account = self._orders.claims
+        workers = [w for w in list(_open_rentals.values()) if w._orders.claims is account]
+        return {purchase.order_id for worker in workers for purchase in worker._purchases}
+
+    def _doubtful(self) -> list[RentalOrder]:
         """Return the purchases that may have become orders, but for the one that is being made."""
         return [p for p in self._purchases if p.order_id is None and p is not self._current]
 
@@ -403,7 +408,7 @@ class RentalWorker:
             raise
         except SURELY_NO_ORDER as error:
             # Of an unknown code, or an answer that is no envelope, nobody knows what it means.
-            if not isinstance(error, CloreAPIError) or error.code in self._client.ERROR_CODES:
+            if not isinstance(error, CloreAPIError) or error.code in ERROR_CODES:
                 self._purchases.forget(purchase)
                 self._current = None
             raise
@@ -466,7 +471,7 @@ class RentalWorker:
         return next((failure for failure in failures if failure is not None), None)
 
     def _cancel(
-        self, purchase: Purchase, deadline: Callable[[], float]
+        self, purchase: RentalOrder, deadline: Callable[[], float]
     ) -> CancelUnconfirmedError | None:
         """Cancel until that is accepted, or leave the order to ``leftovers()``."""
         failure = self._try_to_cancel(purchase, deadline)
@@ -475,27 +480,30 @@ class RentalWorker:
         order_id = purchase.order_id or 0
         self._purchases.give_up(purchase)
         logger.error("order %d could not be cancelled: it may still be running", order_id)
-        return not_cancelled(order_id, failure, self._wish.cancel_timeout)
+        return purchase.cancellation(self._orders).unconfirmed(self._wish.cancel_timeout)
 
-    def _try_to_cancel(self, purchase: Purchase, deadline: Callable[[], float]) -> Exception | None:
+    def _try_to_cancel(
+        self, purchase: RentalOrder, deadline: Callable[[], float]
+    ) -> CloreError | None:
         if purchase.accepted:
             return None
-        failure = keep_cancelling(
-            self._client, purchase.order_id or 0, deadline, lambda: self._abandoned
+        failure = purchase.cancellation(self._orders).keep_on(
+            deadline, confirm=False, stop=lambda: self._abandoned
         )
-        if failure is None:
-            purchase.accepted = True  # from here on it costs nothing
+        if failure is None:  # from here on it costs nothing
             self.budget.stop(purchase.meter)
         return failure
 
-    def _confirm(self, purchase: Purchase, started: float) -> CloreError | None:
+    def _confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
         """Wait until an order that was cancelled is listed as ended."""
         order_id = purchase.order_id or 0
         deadline = confirm_until(started, self._wish.cancel_timeout)
         failure = (
             None
             if self._hurried
-            else confirm_ended(self._client, order_id, deadline, stop=lambda: self._hurried)
+            else purchase.cancellation(self._orders).keep_on(
+                lambda: deadline, confirm=True, stop=lambda: self._hurried
+            )
         )
         if self._hurried:
             logger.warning("order %d was cancelled, which is not confirmed: interrupted", order_id)
@@ -532,7 +540,7 @@ class RentalWorker:
             elif there_is_none:
                 self._purchases.forget(purchase)
 
-    def _look_for(self, purchase: Purchase) -> bool:
+    def _look_for(self, purchase: RentalOrder) -> bool:
         """Look once for the order of a purchase; True when time has shown that there is none."""
         asked_at = time.monotonic()
         deadline = max(asked_at + SHORTEST_TRY, self._deadline())
@@ -543,7 +551,7 @@ class RentalWorker:
             raise
         return self._purchases.look_for(purchase, orders, asked_at)
 
-    def _settle_doubt(self, purchase: Purchase) -> BaseException | None:
+    def _settle_doubt(self, purchase: RentalOrder) -> BaseException | None:
         """Look for an order until it is found, which is then ended, or time has shown that there
         is none."""
         logger.warning("looking for an order of server %d", purchase.server_id)
@@ -560,7 +568,7 @@ class RentalWorker:
             if time.monotonic() >= self._deadline():
                 break
             if not shown:
-                time.sleep(min(LOOK_EVERY, max(0.001, self._client.order_lag / LOOKS)))
+                time.sleep(min(LOOK_EVERY, max(0.001, self._orders.client.order_lag / LOOKS)))
         if shown and purchase.answered:
             self._purchases.forget(purchase)
             return None
@@ -574,10 +582,6 @@ class RentalWorker:
         )
         unknown.__cause__ = cause
         return unknown
-
-
-def _order_ids() -> set[int | None]:
-    return {p.order_id for worker in list(_open_rentals.values()) for p in worker._purchases}
 
 
 def _end_all() -> None:

@@ -342,15 +342,15 @@ def test_a_rental_that_is_noted_while_the_orders_are_read_is_not_touched(
     order = order_of(client, sim)
     dead = left(client, folder, order, order_id=None, started=time.time())
     living: list[Any] = []
-    read = client.get_orders
+    real = client._request
 
-    def get_orders(*args: Any) -> list[Order]:
-        if not living:
+    def request(method: str, endpoint: str, *args: Any, **kwargs: Any) -> Any:
+        if endpoint == "/v1/my_orders" and not living:
             facts = {k: v for k, v in json.loads(dead.read_text()).items() if k != "pid"}
             living.append(write_entry(folder, {**facts, "order_id": order.id}))
-        return read(*args)
+        return real(method, endpoint, *args, **kwargs)
 
-    monkeypatch.setattr(client, "get_orders", get_orders)
+    monkeypatch.setattr(client, "_request", request)
     assert client.cancel_leftovers(wait=0) == []
     assert active(sim) == [order.id]
     living[0].remove()
