@@ -540,6 +540,21 @@ def test_an_order_that_code_1_hid_stays_noted(server: FaultServer, notes: Path) 
             assert sorted(noted) == [101, 102]
 
 
+def test_an_order_of_the_same_number_in_another_account_does_not_hide_it(
+    server: FaultServer, notes: Path
+) -> None:
+    with FaultServer() as other, client_for(other, notes) as elsewhere:
+        server.books.hidden_for[101] = 0.4
+        server.fault("create_order", "refuse", commit=True, code=1)
+        with (
+            elsewhere.rent("4090", **RENT) as rental,
+            client_for(server, notes, order_lag=1) as client,
+        ):
+            error = rented(client, 0)
+            assert [order.id for order in server.orders][0] == rental.order.id
+            assert unaccounted(server, client, error, noted=True) == []
+
+
 def test_orders_that_are_all_listed_late_are_accounted_for(notes: Path) -> None:
     with (
         FaultServer(visible_after=0.4) as server,
