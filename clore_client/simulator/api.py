@@ -8,12 +8,12 @@ from random import Random
 from typing import Any
 
 from . import forms
-from .books import Account, Order
 from .catalogue import RATES, Server, in_currency
 from .checks import amount_of, chokes, id_of, object_of, order_body, require
 from .faults import ENDPOINTS
 from .market import TOLERANCE, Market, RefusedError
 from .settings import Settings
+from .state import Account, Order
 
 JSON = "application/json; charset=utf-8"
 KEYLESS = ("marketplace",)

@@ -9,7 +9,7 @@ from .catalogue import RATES, Server, in_currency
 from .settings import CURRENCIES
 
 if TYPE_CHECKING:
-    from .books import Account, Order
+    from .state import Account, Order
 
 PUBLIC_HOST = "127.0.0.1"
 

@@ -19,12 +19,12 @@ from random import Random
 import asyncssh
 
 from . import nvidia
-from .books import Order
 from .catalogue import Server
 from .forms import PUBLIC_HOST
 from .market import Market
 from .settings import Settings, draw
 from .shell import Shells, kill_strays
+from .state import Order
 
 _INHERITED = ("LANG", "LC_ALL", "TZ")
 _ITSELF = ("localhost", "127.0.0.1", "::1")

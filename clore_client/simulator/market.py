@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
-from .books import DAY, Account, Order
 from .catalogue import RATES, Server, in_currency, make_servers
 from .clock import Clock
 from .settings import CURRENCIES, Balance, Settings, draw
+from .state import DAY, Account, Order
 
 # Room for what a number loses on its way from one currency and unit to another and back.
 TOLERANCE = 1e-6

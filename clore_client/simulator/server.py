@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import TypeVar
 
 from .api import Api, Call
-from .books import Order
 from .catalogue import Server
 from .clock import Clock
 from .faults import Faults
@@ -27,6 +26,7 @@ from .hosts import Hosts
 from .limits import Limits
 from .market import Market
 from .settings import CURRENCIES, Balance, Seconds, Settings, check_balance, check_seconds
+from .state import Order
 from .tls import make_context
 from .web import Web
 
