@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from . import forms
+from . import wire
 from .catalogue import RATES, Server, in_currency
 from .checks import amount_of, chokes, id_of, object_of, order_body, require
 from .faults import ENDPOINTS
@@ -51,7 +51,7 @@ class Answer:
 
 def envelope(content: dict[str, Any], status: int = 200) -> Answer:
     """An answer with that envelope."""
-    return Answer(forms.encode(content), status, code=content.get("code"))
+    return Answer(wire.encode(content), status, code=content.get("code"))
 
 
 class Api:
@@ -108,7 +108,7 @@ class Api:
             for server in self._market.servers.values():
                 part = self._encoded.get(server.id)
                 if part is None:
-                    part = forms.encode(forms.server(server, self._form))
+                    part = wire.encode(wire.server(server, self._form))
                     self._encoded[server.id] = part
                 parts.append(part)
             mine = b',"my_servers":[]' if self._form == "live" else b""
@@ -116,13 +116,13 @@ class Api:
         return self._marketplace
 
     def _wallets(self, account: Account, call: Call) -> dict[str, Any]:
-        return {"wallets": forms.wallets(account, self._form), "code": 0}
+        return {"wallets": wire.wallets(account, self._form), "code": 0}
 
     def _my_orders(self, account: Account, call: Call) -> dict[str, Any]:
         completed = call.query.get("return_completed", "").lower() in ("true", "1")
         now, servers = self._market.now(), self._market.servers
         records = [
-            forms.order(order, servers[order.server_id], self._form, now)
+            wire.order(order, servers[order.server_id], self._form, now)
             for order in account.orders
             if order.is_visible(now) and (completed or not order.is_gone(now))
         ]
@@ -138,10 +138,10 @@ class Api:
         tenant = self._market.tenant(server.id)
         for order in account.orders:
             if order.spot and order.server_id == server.id:
-                offers.append(forms.offer(order))
+                offers.append(wire.offer(order))
         if tenant is not None and tenant.spot and tenant.key != account.key:
-            offers.append(forms.offer(tenant) | {"my": False})
-        return forms.spot_market(server, offers, self._form)
+            offers.append(wire.offer(tenant) | {"my": False})
+        return wire.spot_market(server, offers, self._form)
 
     # Orders
 

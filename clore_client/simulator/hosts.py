@@ -20,11 +20,11 @@ import asyncssh
 
 from . import nvidia
 from .catalogue import Server
-from .forms import PUBLIC_HOST
 from .market import Market
 from .settings import Settings, draw
 from .shell import Shells, kill_strays
 from .state import Order
+from .wire import PUBLIC_HOST
 
 _INHERITED = ("LANG", "LC_ALL", "TZ")
 _ITSELF = ("localhost", "127.0.0.1", "::1")
