@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from . import wire
-from .catalogue import RATES, Server, in_currency
+from .catalog import RATES, Server, in_currency
 from .checks import amount_of, chokes, id_of, object_of, order_body, require
 from .faults import ENDPOINTS
 from .market import TOLERANCE, Market, RefusedError

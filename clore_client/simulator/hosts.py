@@ -19,7 +19,7 @@ from random import Random
 import asyncssh
 
 from . import nvidia
-from .catalogue import Server
+from .catalog import Server
 from .market import Market
 from .settings import Settings, draw
 from .shell import Shells, kill_strays

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
-from .catalogue import RATES, Server, in_currency, make_servers
+from .catalog import RATES, Server, in_currency, make_servers
 from .clock import Clock
 from .settings import CURRENCIES, Balance, Settings, draw
 from .state import DAY, Account, Order

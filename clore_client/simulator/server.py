@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from .api import Api, Call
-from .catalogue import Server
+from .catalog import Server
 from .clock import Clock
 from .faults import Faults
 from .hosts import Hosts

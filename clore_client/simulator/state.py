@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .catalogue import RATES
+from .catalog import RATES
 
 DAY = 86_400.0
 FEE_RATES = {"on-demand": 0.05, "spot": 0.0125}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from .catalogue import RATES, Server, in_currency
+from .catalog import RATES, Server, in_currency
 from .settings import CURRENCIES
 
 if TYPE_CHECKING:
