@@ -18,7 +18,7 @@ from random import Random
 
 import asyncssh
 
-from . import nvidia
+from . import nvidia_smi
 from .catalog import Server
 from .market import Market
 from .settings import Settings, draw
@@ -280,7 +280,7 @@ def _write_nvidia_smi(programs: Path, server: Server) -> None:
     facts, script = programs / ".gpus.json", programs / "nvidia-smi"
     facts.write_text(json.dumps(gpus), encoding="utf-8")
     # -I and -S: nothing of the user's Python gets in, and it starts quickly.
-    words = [sys.executable, "-I", "-S", os.path.abspath(nvidia.__file__), str(facts)]
+    words = [sys.executable, "-I", "-S", os.path.abspath(nvidia_smi.__file__), str(facts)]
     script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
     script.chmod(0o755)
 
