@@ -306,7 +306,7 @@ class Account(Transport):
         wanted = draft.wanted
         check_number("spot_price", spot_price, above=True, unit="USD per hour")
         market = self._market
-        market.check_below_on_demand("spot_price", spot_price, wanted.server_id, above)
+        market.check_bid_price("spot_price", spot_price, wanted.server_id, above)
         self._ensure_rates(wanted.server_id, wanted.currency)
         return market.wire_bid(spot_price, wanted.currency, wanted.server_id)
 
@@ -322,7 +322,7 @@ class Account(Transport):
         if order.get("spot") is False:
             raise ValueError(f"order {order.id} is no spot order: nothing was bid")
         check_price_ceiling(new_price, self.max_usd_per_hour, f"the bid for order {order.id}")
-        market.check_below_on_demand("new_price", new_price, order.server_id, above)
+        market.check_bid_price("new_price", new_price, order.server_id, above)
         if surely_documented(order):
             return new_price
         currency, server_id = order.get("currency"), order.server_id
