@@ -34,6 +34,9 @@ class Market:
         self.rng = Random(f"market {settings.seed}")
         self._next_id = 1_958_000 + self.rng.randint(0, 9)
         self.servers = {s.id: s for s in make_servers(settings.servers, settings.seed)}
+        if settings.form == "documented":  # it has no way to say that a host takes no bids
+            for server in self.servers.values():
+                server.usd_spot = server.usd_spot or dict(server.usd_on_demand)
         self.accounts: dict[str, Account] = {}
         self.orders: dict[int, Order] = {}
         self._tenants: dict[int, Order] = {}  # server id -> its active order

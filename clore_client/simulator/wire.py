@@ -23,21 +23,19 @@ def server(server: Server, form: str) -> dict[str, Any]:
     """A server of the marketplace."""
     if form == "live":
         return {**server.record, "rented": server.rented, "price": _live_price(server)}
-    spot = server.usd_spot.get("CLORE-Blockchain")
-    reliability = server.reliability
     return {
         "id": server.id,
         "gpu_array": server.gpus,
         "price": {
             "usd": {
                 "on_demand_clore": round(server.usd_on_demand["CLORE-Blockchain"] / 24, 6),
-                "spot": round(spot / 24, 6) if spot else None,
+                "spot": round(server.usd_spot.get("CLORE-Blockchain", 0.0) / 24, 6),
             }
         },
-        "reliability": None if reliability is None else round(reliability * 100, 2),
+        "reliability": round(server.reliability * 100, 2),
         "rented": server.rented,
         "allowed_coins": list(server.allowed_coins),
-        "specs": server.record["specs"],
+        "specs": server.specs,
     }
 
 
@@ -79,7 +77,8 @@ def wallets(account: Account, form: str) -> list[dict[str, Any]]:
     records = []
     for name in CURRENCIES:
         record: dict[str, Any] = {"name": name, deposit: account.deposits[name]}
-        record["balance"] = account.balances[name]
+        balance = account.balances[name]
+        record["balance"] = balance if form == "live" else balance or 0.0
         if form == "live":
             record["withdrawal_fee"] = fees[name]
         records.append(record)
@@ -109,7 +108,7 @@ def _live_order(order: Order, server: Server, now: float) -> dict[str, Any]:
         "expired": gone,
         "online": order.online and not gone,
         "specs": {key: specs[key] for key in ("gpu", "gpuram") if key in specs},
-        "reliability": server.reliability,
+        "reliability": server.record["reliability"],
         "owner": server.record.get("owner"),
         "gpu_array": server.record.get("gpu_array"),
     }
@@ -138,7 +137,7 @@ def _documented_order(order: Order, now: float) -> dict[str, Any]:
         status = "cancelled" if order.ended_by == "cancel" else "expired"
     elif order.deployed is not None:
         status = "running" if order.online else "creating"
-        if order.ssh_port:
+        if order.ssh_port and order.online:
             ssh = f"ssh root@{PUBLIC_HOST} -p {order.ssh_port}"
         if order.http_port:
             http = {order.http_port: f"https://{order.http_pub}"}
@@ -177,8 +176,7 @@ def spot_market(server: Server, offers: list[dict[str, Any]], form: str) -> dict
     for offer in offers:
         usd = offer["bid"] * RATES[offer["currency"]] / 24
         plain.append({k: v for k, v in offer.items() if k != "bid"} | {"price": round(usd, 8)})
-    spot = server.usd_spot.get("CLORE-Blockchain")
-    minimum = round(spot / 24, 6) if spot else None
+    minimum = round(server.usd_spot.get("CLORE-Blockchain", 0.0) / 24, 6)
     return {"code": 0, "market": {"offers": plain, "min_price": minimum}}
 
 
