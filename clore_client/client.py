@@ -27,7 +27,7 @@ from clore_client.models.order import Order
 from clore_client.models.server import Server, cheapest_first, to_servers
 from clore_client.models.wallet import Wallet, to_wallets
 from clore_client.orders.account import SHORTEST_LOOK
-from clore_client.orders.cancel import ended_among, settle_cancel
+from clore_client.orders.cancel import ended_among, send_in_batches, settle_cancel
 from clore_client.orders.create import draft_order
 from clore_client.orders.wait import wait_for_status
 from clore_client.pricing import wire_currency
@@ -453,7 +453,7 @@ class CloreClient(Machine):
         return ids
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
-        """End several orders with one API call.
+        """End several orders, with one API call for each 64 of them.
 
         Parameters:
             order_ids: their numbers; with none, nothing is sent.
@@ -479,6 +479,9 @@ class CloreClient(Machine):
 
     def _send_cancels(self, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Send ``cancel_orders``; also gives those of the ids that failed."""
+        return send_in_batches(self._send_cancel_batch, ids)
+
+    def _send_cancel_batch(self, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
         answer = self._request("POST", "/v1/cancel_orders", json={"order_ids": ids})
         listed = answer.get("failed_to_cancel")
         names = {str(i) for i in listed} if isinstance(listed, list) else set()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clore_client.api.request import LONGEST_CANCEL_PAUSE, limited
+from clore_client.api.retry import Envelope
 from clore_client.errors import (
     CancelUnconfirmedError,
     CloreAPIError,
@@ -25,6 +26,7 @@ from clore_client.log import logger
 
 # A cancelled order can stand among the active ones for 2 to 20 seconds (seen on the live API).
 LINGER = 30.0
+MAX_CANCELS = 64  # ids that the API takes in one ``cancel_orders``
 LONGEST_LOOK_PAUSE = 1.0  # seconds between two looks at the lists
 CANCEL_AGAIN_AFTER = 30.0  # seconds after which one that still looks active is cancelled again
 CONFIRM_AT_LEAST = 30.0
@@ -221,6 +223,50 @@ def confirm_ended(
                 logger.debug("order %d could not be cancelled again: %s", order_id, error)
         _sleep_until(now + min(pause, max(deadline - now, 0.02)), stop)
         pause = min(pause * 2, LONGEST_LOOK_PAUSE)
+
+
+def send_in_batches(
+    send: Callable[[list[int]], tuple[dict[str, Any], list[int]]], order_ids: list[int]
+) -> tuple[dict[str, Any], list[int]]:
+    """Send as many ``cancel_orders`` as the ids need, and merge their answers.
+
+    Goes on after a batch that failed, because every order left running costs money.
+
+    Parameters:
+        send: sends one batch, and returns its envelope and those of its ids that failed.
+        order_ids: which orders.
+
+    Raises:
+        CloreError: the first failure of a batch; it names the orders of every failed one.
+    """
+    batches = [order_ids[i : i + MAX_CANCELS] for i in range(0, len(order_ids), MAX_CANCELS)]
+    if len(batches) == 1:
+        return send(order_ids)
+    answer: dict[str, Any] = {}
+    failed: list[int] = []
+    listed: list[Any] = []
+    unsent: list[int] = []
+    failure: CloreError | None = None
+    sends = 1
+    for batch in batches:
+        try:
+            answer, batch_failed = send(batch)
+        except CloreError as error:
+            failure = failure or error
+            unsent += batch
+            continue
+        failed += batch_failed
+        names = answer.get("failed_to_cancel")
+        listed += names if isinstance(names, list) else []
+        sends = max(sends, getattr(answer, "sends", 1))
+    if failure is not None:
+        left = ", ".join(map(str, unsent + failed))
+        failure.args = (f"{failure}\norders {left} may still be running, and cost money",)
+        raise failure
+    answer["failed_to_cancel"] = listed
+    if isinstance(answer, Envelope):
+        answer.sends = sends
+    return answer, failed
 
 
 def ended_among(client: Any, order_ids: list[int], patience: float = math.inf) -> set[int]:
