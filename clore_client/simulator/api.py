@@ -15,6 +15,7 @@ from .market import TOLERANCE, Market, RefusedError
 from .settings import Settings
 from .state import Account, Order
 
+MAX_CANCELS = 64  # ids in one cancel_orders
 JSON = "application/json; charset=utf-8"
 KEYLESS = ("marketplace",)
 READS = ("wallets", "marketplace", "my_orders", "spot_marketplace")
@@ -60,6 +61,7 @@ class Api:
     def __init__(self, settings: Settings, market: Market) -> None:
         self._settings = settings
         self._form = settings.form
+        self._status_rng = Random(f"statuses {settings.seed}")
         self._market = market
         self._handlers: dict[str, Callable[[Account, Call], dict[str, Any]]] = {
             "wallets": self._wallets,
@@ -84,7 +86,13 @@ class Api:
         try:
             return self._process(call)
         except RefusedError as refused:
-            return envelope(refused.envelope, refused.status)
+            return envelope(refused.envelope, self._status_of(refused))
+
+    def _status_of(self, refused: RefusedError) -> int:
+        """Return the HTTP status of a refusal; code 6 comes with 200 or 500."""
+        if refused.envelope["code"] != 6:
+            return refused.status
+        return self._status_rng.choice((200, 500))
 
     def _process(self, call: Call) -> Answer:
         endpoint = call.endpoint
@@ -121,12 +129,14 @@ class Api:
     def _my_orders(self, account: Account, call: Call) -> dict[str, Any]:
         completed = call.query.get("return_completed", "").lower() in ("true", "1")
         now, servers = self._market.now(), self._market.servers
-        records = [
-            wire.order(order, servers[order.server_id], self._form, now)
+        shown = [
+            order
             for order in account.orders
             if order.is_visible(now) and (completed or not order.is_gone(now))
         ]
-        return {"orders": records, "code": 0}
+        records = [wire.order(o, servers[o.server_id], self._form, now) for o in shown]
+        newer = self._form == "live" and any("newer_fields" in o.quirks for o in shown)
+        return {"orders": records, **({"limit": 64} if newer else {}), "code": 0}
 
     def _spot_marketplace(self, account: Account, call: Call) -> dict[str, Any]:
         server = self._market.servers.get(id_of(call.query.get("market")))
@@ -183,7 +193,7 @@ class Api:
 
     def _cancel_orders(self, account: Account, call: Call) -> dict[str, Any]:
         ids = object_of(call.body).get("order_ids")
-        require(isinstance(ids, list))
+        require(isinstance(ids, list) and len(ids) <= MAX_CANCELS)
         wanted = [id_of(value) for value in ids]  # type: ignore[union-attr]
         failed = [str(id) for id in wanted if not self._cancel(account, id, None)]
         return {"code": 0, "failed_to_cancel": failed}

@@ -255,10 +255,8 @@ def _add_oddities(rng: Random, server: Server) -> None:
         record["gpu_array"] = rng.choice((None, [], [None], [""], "RTX"))
     if happens(0.25):
         total = len(server.models)
-        record["partial_gpu_rental"] = {
-            "total_gpus": total,
-            "available_gpus": rng.randint(0, total),
-        }
+        counts = {"total_gpus": total, "available_gpus": rng.randint(0, total)}
+        record["partial_gpu_rental"] = True if happens(0.3) else counts
     if happens(0.04):
         specs[rng.choice(("mb", "cpu", "disk"))] = rng.choice(_ODD_TEXT)
     if happens(0.02):
