@@ -399,7 +399,7 @@ class CloreClient(HTTPClient):
             spot_price: the bid for ``order_type="spot"``, in **USD per hour**.
             jupyter_token: at most 32 characters.
             find_timeout: seconds that the order may take to show up.
-            allow_above_on_demand: take a bid over the server's own on-demand price.
+            allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
             preview: send nothing, and return what would be sent: an :class:`Order` with only
                 ``body`` and ``usd_per_hour`` (by today's listing, or of the bid; None if unknown).
 
@@ -510,7 +510,7 @@ class CloreClient(HTTPClient):
         return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
-        """End several orders with one API call.
+        """End several orders, with one API call for each 64 of them.
 
         Parameters:
             order_ids: their numbers; with none, nothing is sent.
@@ -755,7 +755,7 @@ class CloreClient(HTTPClient):
         Parameters:
             order_id: its number.
             new_price: **USD per hour**.
-            allow_above_on_demand: take a bid over the server's own on-demand price.
+            allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
 
         Returns:
             True when the answer carries no ``error``.

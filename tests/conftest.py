@@ -29,6 +29,7 @@ INTERNAL = [
     "rental/test_signals.py",
     "simulator/test_api.py",
     "simulator/test_cli.py",
+    "simulator/test_documented.py",
     "simulator/test_faults.py",
     "simulator/test_ssh.py",
     "ssh/test_command.py",

@@ -76,6 +76,6 @@ class Market:
             ValueError: it is above the on-demand price.
             RateUnknownError: neither the form nor a rate is known for sure.
         """
-        self.memory.check_below_on_demand(name, usd_per_hour, server_id, allow_above)
+        self.memory.check_bid_price(name, usd_per_hour, server_id, allow_above)
         self.ensure_rates(server_id, currency)
         return self.memory.wire_bid(usd_per_hour, currency, server_id)

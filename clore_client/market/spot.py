@@ -12,6 +12,10 @@ from clore_client.models.order import Order
 from clore_client.models.record import dicts, is_live
 from clore_client.pricing import RATE_MAX_AGE, RateBook, bid_per_day, per_hour, positive
 
+# A price per day taken for one per hour is 24 times too high; an honest bid is far below this.
+MAX_TIMES_ON_DEMAND = 10.0
+ROUNDING = 1e-9  # what a price may lose on its way between per day and per hour
+
 
 class MarketMemory:
     """What one client knows of one API: its form, its exchange rates, the prices it listed."""
@@ -46,17 +50,38 @@ class MarketMemory:
             self.rates = RateBook()
             self._documented_at = time.monotonic()
 
-    def check_below_on_demand(
-        self, name: str, usd_per_hour: float, server_id: int | None, allowed: bool
+    def check_bid_price(
+        self, name: str, usd_per_hour: float, server_id: int | None, allow_any: bool
     ) -> None:
-        """Refuse a bid over the server's own on-demand price, where that is known."""
+        """Warn about a bid above the server's on-demand price; refuse one far above it.
+
+        Checks nothing where that price is not known.
+
+        Parameters:
+            name: the argument that the bid came in, for the error.
+            usd_per_hour: the bid.
+            server_id: the server that the bid is for.
+            allow_any: whether to send a bid however far above it is.
+
+        Raises:
+            ValueError: the bid is more than ten times the on-demand price.
+        """
         listed = None if server_id is None else self.listed.get(server_id)
-        if allowed or listed is None or usd_per_hour <= listed * (1 + 1e-9):
+        if listed is None or usd_per_hour <= listed * (1 + ROUNDING):
             return
-        raise ValueError(
-            f"{name}={usd_per_hour!r} USD per hour is over the on-demand price of server "
-            f"{server_id}, {listed:g} USD per hour: is it a price per day? "
-            "allow_above_on_demand=True sends it all the same"
+        highest = MAX_TIMES_ON_DEMAND * listed
+        if usd_per_hour > highest * (1 + ROUNDING) and not allow_any:
+            raise ValueError(
+                f"{name} must be at most {highest:g} USD per hour, {MAX_TIMES_ON_DEMAND:g} times "
+                f"the on-demand price of server {server_id} ({listed:g}), not {usd_per_hour!r}: is "
+                "it a price per day? Pass allow_above_on_demand=True to bid it anyway"
+            )
+        logger.warning(
+            "%s=%r USD per hour is above the on-demand price of server %s, %g USD per hour",
+            name,
+            usd_per_hour,
+            server_id,
+            listed,
         )
 
     def wire_bid(self, usd_per_hour: float, currency: str, server_id: int) -> float:

@@ -162,6 +162,9 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
     order_id = _either(record, "order_id", "id")
     ours = whole_id(order_id) in cancelled
     host, ports = _live_host(record), _live_ports(record)
+    status = _live_status(record, ours, host, bool(ports))
+    # Host and ports may be filled in long before anything answers there.
+    reachable = status == "running" and 22 in ports
     pub, http_port = record.get("http_pub"), record.get("http_port")
     urls = {}
     if isinstance(pub, str) and plain_host(pub) and (port := _port(str(http_port))):
@@ -169,9 +172,9 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
     return {
         "order_id": order_id,
         "renting_server": _either(record, "renting_server", "si"),
-        "status": _live_status(record, ours, host, bool(ports)),
+        "status": status,
         "connection": {
-            "ssh": f"ssh root@{host} -p {ports[22]}" if host and 22 in ports else "",
+            "ssh": f"ssh root@{host} -p {ports[22]}" if reachable else "",
             "http_ports": urls,
         },
         "price": per_hour(record.get("price")),

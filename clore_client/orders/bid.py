@@ -61,7 +61,7 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
     memory = orders.market.memory
-    memory.check_below_on_demand("new_price", usd_per_hour, order.server_id, allow_above)
+    memory.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
     if surely_documented(order):
         return usd_per_hour
     currency, server_id = order.get("currency"), order.server_id

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from clore_client.api.call import Envelope
 from clore_client.api.request import LONGEST_CANCEL_PAUSE, limited
 from clore_client.errors import (
     AuthenticationError,
@@ -29,6 +30,7 @@ from clore_client.orders.account import AccountOrders, OrderState
 MAX_ISSUE = 2048  # characters of ``issue`` that the API takes
 # A cancelled order can stand among the active ones for 2 to 20 seconds (seen on the live API).
 LINGER = 30.0
+MAX_CANCELS = 64  # ids that the API takes in one ``cancel_orders``
 FIRST_PAUSE = 0.02  # seconds between the first two looks at the lists; it doubles
 LONGEST_LOOK_PAUSE = 1.0
 CANCEL_AGAIN_AFTER = 30.0  # seconds after which one that still looks active is cancelled again
@@ -295,15 +297,46 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
 
 
 def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
-    """Send ``cancel_orders``; return the answer, and those of the ids that failed."""
-    answer = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": ids})
-    listed = answer.get("failed_to_cancel")
-    names = {str(i) for i in listed} if isinstance(listed, list) else set()
-    failed = [i for i in ids if str(i) in names]
-    done = [i for i in ids if i not in failed]
-    orders.cancelled.update(done)
-    logger.info("orders %s were cancelled, %s were not", done, failed)
+    """Send as many ``cancel_orders`` as the ids need; return the answer, and those that failed.
+
+    Goes on after a batch that failed, because every order left running costs money.
+    """
+    failure: CloreError | None = None
+    listed: list[Any] = []
+    unsent: list[int] = []
+    answer: dict[str, Any] = {}
+    sends = 1
+    for start in range(0, len(ids), MAX_CANCELS):
+        batch = ids[start : start + MAX_CANCELS]
+        try:
+            answer = _send_batch(orders, batch)
+        except CloreError as error:
+            failure = failure or error
+            unsent += batch
+            continue
+        names = answer.get("failed_to_cancel")
+        listed += names if isinstance(names, list) else []
+        sends = max(sends, getattr(answer, "sends", 1))
+    failed = [i for i in ids if str(i) in {str(name) for name in listed}]
+    if failure is not None:
+        if len(ids) > MAX_CANCELS:
+            left = ", ".join(map(str, [*unsent, *failed]))
+            failure.args = (f"{failure}\norders {left} may still be running, and cost money",)
+        raise failure
+    answer["failed_to_cancel"] = listed
+    if isinstance(answer, Envelope):
+        answer.sends = sends
     return answer, failed
+
+
+def _send_batch(orders: AccountOrders, batch: list[int]) -> dict[str, Any]:
+    answer = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
+    names = answer.get("failed_to_cancel")
+    failed = {str(name) for name in names} if isinstance(names, list) else set()
+    done = [i for i in batch if str(i) not in failed]
+    orders.cancelled.update(done)
+    logger.info("orders %s were cancelled, %s were not", done, sorted(failed))
+    return answer
 
 
 def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> tuple[int, ...]:

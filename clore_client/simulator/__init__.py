@@ -1,5 +1,5 @@
 """A GPU marketplace on this machine, to try and test a client against."""
 
-from .server import Simulator
+from .simulator import Simulator
 
 __all__ = ["Simulator"]

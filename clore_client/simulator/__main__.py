@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from types import FrameType
 
 from .faults import ENDPOINTS, KINDS
-from .server import Simulator
 from .settings import Seconds
+from .simulator import Simulator
 
 _EPILOG = f"""\
 Without a command it prints how to reach it, and serves until Ctrl-C. With one it sets

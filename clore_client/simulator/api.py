@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from . import forms
-from .books import Account, Order
-from .catalogue import RATES, Server, in_currency
+from . import wire
+from .catalog import RATES, Server, in_currency
 from .checks import amount_of, chokes, id_of, object_of, order_body, require
 from .faults import ENDPOINTS
 from .market import TOLERANCE, Market, RefusedError
 from .settings import Settings
+from .state import Account, Order
 
+MAX_CANCELS = 64  # ids in one cancel_orders
 JSON = "application/json; charset=utf-8"
 KEYLESS = ("marketplace",)
 READS = ("wallets", "marketplace", "my_orders", "spot_marketplace")
@@ -51,7 +52,7 @@ class Answer:
 
 def envelope(content: dict[str, Any], status: int = 200) -> Answer:
     """An answer with that envelope."""
-    return Answer(forms.encode(content), status, code=content.get("code"))
+    return Answer(wire.encode(content), status, code=content.get("code"))
 
 
 class Api:
@@ -60,6 +61,7 @@ class Api:
     def __init__(self, settings: Settings, market: Market) -> None:
         self._settings = settings
         self._form = settings.form
+        self._status_rng = Random(f"statuses {settings.seed}")
         self._market = market
         self._handlers: dict[str, Callable[[Account, Call], dict[str, Any]]] = {
             "wallets": self._wallets,
@@ -84,7 +86,13 @@ class Api:
         try:
             return self._process(call)
         except RefusedError as refused:
-            return envelope(refused.envelope, refused.status)
+            return envelope(refused.envelope, self._status_of(refused))
+
+    def _status_of(self, refused: RefusedError) -> int:
+        """Return the HTTP status of a refusal; code 6 comes with 200 or 500."""
+        if refused.envelope["code"] != 6:
+            return refused.status
+        return self._status_rng.choice((200, 500))
 
     def _process(self, call: Call) -> Answer:
         endpoint = call.endpoint
@@ -108,7 +116,7 @@ class Api:
             for server in self._market.servers.values():
                 part = self._encoded.get(server.id)
                 if part is None:
-                    part = forms.encode(forms.server(server, self._form))
+                    part = wire.encode(wire.server(server, self._form))
                     self._encoded[server.id] = part
                 parts.append(part)
             mine = b',"my_servers":[]' if self._form == "live" else b""
@@ -116,17 +124,19 @@ class Api:
         return self._marketplace
 
     def _wallets(self, account: Account, call: Call) -> dict[str, Any]:
-        return {"wallets": forms.wallets(account, self._form), "code": 0}
+        return {"wallets": wire.wallets(account, self._form), "code": 0}
 
     def _my_orders(self, account: Account, call: Call) -> dict[str, Any]:
         completed = call.query.get("return_completed", "").lower() in ("true", "1")
         now, servers = self._market.now(), self._market.servers
-        records = [
-            forms.order(order, servers[order.server_id], self._form, now)
+        shown = [
+            order
             for order in account.orders
             if order.is_visible(now) and (completed or not order.is_gone(now))
         ]
-        return {"orders": records, "code": 0}
+        records = [wire.order(o, servers[o.server_id], self._form, now) for o in shown]
+        newer = self._form == "live" and any("newer_fields" in o.quirks for o in shown)
+        return {"orders": records, **({"limit": 64} if newer else {}), "code": 0}
 
     def _spot_marketplace(self, account: Account, call: Call) -> dict[str, Any]:
         server = self._market.servers.get(id_of(call.query.get("market")))
@@ -138,10 +148,10 @@ class Api:
         tenant = self._market.tenant(server.id)
         for order in account.orders:
             if order.spot and order.server_id == server.id:
-                offers.append(forms.offer(order))
+                offers.append(wire.offer(order))
         if tenant is not None and tenant.spot and tenant.key != account.key:
-            offers.append(forms.offer(tenant) | {"my": False})
-        return forms.spot_market(server, offers, self._form)
+            offers.append(wire.offer(tenant) | {"my": False})
+        return wire.spot_market(server, offers, self._form)
 
     # Orders
 
@@ -183,7 +193,7 @@ class Api:
 
     def _cancel_orders(self, account: Account, call: Call) -> dict[str, Any]:
         ids = object_of(call.body).get("order_ids")
-        require(isinstance(ids, list))
+        require(isinstance(ids, list) and len(ids) <= MAX_CANCELS)
         wanted = [id_of(value) for value in ids]  # type: ignore[union-attr]
         failed = [str(id) for id in wanted if not self._cancel(account, id, None)]
         return {"code": 0, "failed_to_cancel": failed}

@@ -58,8 +58,9 @@ def order_body(body: object) -> dict[str, Any]:
     _text(order, "jupyter_token", 32)
     _text(order, "ssh_key", 3072)
     _text(order, "command", 65536)
-    for name in ("autossh_entrypoint", "remember_password"):
-        require(isinstance(order.get(name, False), bool))
+    require(isinstance(order.get("remember_password", False), bool))
+    entrypoint = order.get("autossh_entrypoint", False)
+    require(isinstance(entrypoint, bool) or entrypoint == "ssh_autoinstall")
     require(isinstance(order.get("dockerhub_auth", {}), (dict, str)))
     _ports(order["ports"])
     _env(order["env"])

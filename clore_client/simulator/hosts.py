@@ -18,13 +18,13 @@ from random import Random
 
 import asyncssh
 
-from . import nvidia
-from .books import Order
-from .catalogue import Server
-from .forms import PUBLIC_HOST
+from . import nvidia_smi
+from .catalog import Server
 from .market import Market
 from .settings import Settings, draw
 from .shell import Shells, kill_strays
+from .state import Order
+from .wire import PUBLIC_HOST
 
 _INHERITED = ("LANG", "LC_ALL", "TZ")
 _ITSELF = ("localhost", "127.0.0.1", "::1")
@@ -41,7 +41,7 @@ class Hosts:
         self._hosts: dict[int, Host] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._cleaning: set[asyncio.Task[None]] = set()
-        self._reserved: dict[int, list[socket.socket]] = {}
+        self._reserved: dict[int, dict[int, socket.socket]] = {}  # order id -> container port
         self._freed: list[int] = []
         self._loop = asyncio.get_running_loop()
         market.on_created = self._created
@@ -68,6 +68,13 @@ class Hosts:
             host.shut()
 
     def _created(self, order: Order) -> None:
+        socks = {
+            int(port): self._reserve()
+            for port, kind in (order.body["ports"] or {"22": "tcp"}).items()
+            if kind == "tcp"
+        }
+        self._reserved[order.id] = socks
+        order.tcp_ports = {inner: sock.getsockname()[1] for inner, sock in socks.items()}
         task = self._loop.create_task(self._deploy(order))
         self._tasks[order.id] = task
 
@@ -79,7 +86,7 @@ class Hosts:
         if host is not None:
             host.shut()
             self._keep(self._loop.create_task(host.remove()))
-        for sock in self._reserved.pop(order.id, ()):
+        for sock in self._reserved.pop(order.id, {}).values():
             sock.close()
         if self._settings.reuse_ports:
             self._freed.extend(reversed(order.tcp_ports.values()))
@@ -92,19 +99,14 @@ class Hosts:
         if order.deploy_after == float("inf"):
             return
         await asyncio.sleep(order.created + order.deploy_after - self._market.now())
-        socks: dict[int, socket.socket] = {}
-        for port, kind in (order.body["ports"] or {"22": "tcp"}).items():
-            if kind == "tcp":
-                socks[int(port)] = self._reserve()
-        self._reserved[order.id] = list(socks.values())
-        ports = {inner: sock.getsockname()[1] for inner, sock in socks.items()}
+        socks = self._reserved[order.id]
         sshd_after = draw(self._rng, self._settings.sshd_after)
         if self._settings.ssh and 22 in socks:
             host = Host(order, self._market.servers[order.server_id], self._folder)
             self._hosts[order.id] = host
             if not sshd_after:
                 await host.listen(socks[22])
-        order.tcp_ports, order.deployed = ports, self._market.now()
+        order.deployed = self._market.now()
         if sshd_after and order.id in self._hosts:
             await asyncio.sleep(sshd_after)
             await self._hosts[order.id].listen(socks[22])
@@ -280,7 +282,7 @@ def _write_nvidia_smi(programs: Path, server: Server) -> None:
     facts, script = programs / ".gpus.json", programs / "nvidia-smi"
     facts.write_text(json.dumps(gpus), encoding="utf-8")
     # -I and -S: nothing of the user's Python gets in, and it starts quickly.
-    words = [sys.executable, "-I", "-S", os.path.abspath(nvidia.__file__), str(facts)]
+    words = [sys.executable, "-I", "-S", os.path.abspath(nvidia_smi.__file__), str(facts)]
     script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
     script.chmod(0o755)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any
 
-from .books import DAY, Account, Order
-from .catalogue import RATES, Server, in_currency, make_servers
+from .catalog import RATES, Server, in_currency, make_servers
 from .clock import Clock
 from .settings import CURRENCIES, Balance, Settings, draw
+from .state import DAY, ORDER_QUIRKS, Account, Order
 
 # Room for what a number loses on its way from one currency and unit to another and back.
 TOLERANCE = 1e-6
@@ -32,8 +32,12 @@ class Market:
         self._settings = settings
         self._clock = clock
         self.rng = Random(f"market {settings.seed}")
+        self._quirks_rng = Random(f"quirks {settings.seed}")
         self._next_id = 1_958_000 + self.rng.randint(0, 9)
         self.servers = {s.id: s for s in make_servers(settings.servers, settings.seed)}
+        if settings.form == "documented":  # it has no way to say that a host takes no bids
+            for server in self.servers.values():
+                server.usd_spot = server.usd_spot or dict(server.usd_on_demand)
         self.accounts: dict[str, Account] = {}
         self.orders: dict[int, Order] = {}
         self._tenants: dict[int, Order] = {}  # server id -> its active order
@@ -164,6 +168,7 @@ class Market:
             deploy_after=deploy_after if server.deploy_after is None else server.deploy_after,
             lingers=draw(rng, settings.cancel_lingers),
             body=body,
+            quirks=frozenset(q for q, p in ORDER_QUIRKS.items() if self._quirks_rng.random() < p),
         )
         if http_ports:
             # A name that resolves nowhere: nothing real is behind it.

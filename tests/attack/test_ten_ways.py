@@ -551,7 +551,7 @@ def test_an_order_of_the_same_number_in_another_account_does_not_hide_it(
             client_for(server, notes, order_lag=1) as client,
         ):
             error = rented(client, 0)
-            assert [order.id for order in server.orders][0] == rental.order.id
+            assert server.orders[0].id == rental.order.id
             assert unaccounted(server, client, error, noted=True) == []
 
 

@@ -124,19 +124,72 @@ def test_an_api_that_turns_out_to_be_live_is_no_longer_taken_for_documented(
     assert sent == pytest.approx(minimum * 1.1 * 24 / RATES["CLORE-Blockchain"])
 
 
-def test_a_bid_over_the_on_demand_price_is_refused(
-    any_sim: Simulator, any_client: CloreClient
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings logged since the last call."""
+    shown = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    caplog.clear()
+    return shown
+
+
+def test_a_bid_above_the_on_demand_price_is_sent_with_one_warning(
+    any_sim: Simulator, any_client: CloreClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server_id, minimum = spot_server(any_client)
-    per_day = minimum * 24  # the slip that cost people 24 times the price
-    with pytest.raises(ValueError, match=r"spot_price=.*over the on-demand price"):
-        any_client.create_order(server_id, order_type="spot", spot_price=per_day)
+    server = any_client.find_cheapest("RTX 4090", min_reliability=96)
+    assert server is not None
+    assert server.usd_per_hour is not None
+    bid = server.usd_per_hour * 2
+    order = any_client.create_order(server["id"], order_type="spot", spot_price=bid)
+    assert any_sim.orders[0].usd_per_hour == pytest.approx(bid, rel=1e-4)
+    (warning,) = warnings_of(caplog)
+    assert f"spot_price={bid!r}" in warning
+    assert f"{server.usd_per_hour:g}" in warning
+    assert any_client.set_spot_price(order["order_id"], bid * 1.5) is True
+    assert any_sim.orders[0].usd_per_hour == pytest.approx(bid * 1.5, rel=1e-4)
+    (warning,) = warnings_of(caplog)
+    assert f"new_price={bid * 1.5!r}" in warning
+
+
+def test_a_bid_up_to_the_on_demand_price_gives_no_warning(
+    any_client: CloreClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = any_client.find_cheapest("RTX 4090", min_reliability=96)
+    assert server is not None
+    price = server.usd_per_hour
+    assert price is not None
+    order = any_client.create_order(server["id"], order_type="spot", spot_price=price)
+    assert any_client.set_spot_price(order["order_id"], price) is True
+    assert warnings_of(caplog) == []
+
+
+def test_ten_times_the_on_demand_price_is_the_highest_bid(
+    any_sim: Simulator, any_client: CloreClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = any_client.find_cheapest("RTX 4090", min_reliability=96)
+    assert server is not None
+    price = server.usd_per_hour
+    assert price is not None
+    server_id = server["id"]
+    for bid in (price * 24, price * 10.001):  # the first is the slip: a price per day
+        for preview in (True, False):
+            with pytest.raises(ValueError, match=r"spot_price must be at most") as refused:
+                any_client.create_order(
+                    server_id, order_type="spot", spot_price=bid, preview=preview
+                )
+            for told in (repr(bid), f"{price * 10:g}", "allow_above_on_demand=True"):
+                assert told in str(refused.value)
     assert not sent_to(any_sim, "create_order")
-    order = any_client.create_order(server_id, order_type="spot", spot_price=minimum * 1.1)
-    with pytest.raises(ValueError, match=r"new_price=.*over the on-demand price"):
-        any_client.set_spot_price(order["order_id"], per_day)
+    order = any_client.create_order(server_id, order_type="spot", spot_price=price * 10)
+    with pytest.raises(ValueError, match=r"new_price must be at most"):
+        any_client.set_spot_price(order["order_id"], price * 24)
     assert not sent_to(any_sim, "set_spot_price")
-    assert any_client.set_spot_price(order["order_id"], per_day, allow_above_on_demand=True)
+    assert any_client.set_spot_price(order["order_id"], price * 24, allow_above_on_demand=True)
+    assert any_sim.orders[0].usd_per_hour == pytest.approx(price * 24, rel=1e-4)
+    other = any_client.find_servers("RTX 4090", min_reliability=96)[0]
+    caplog.clear()
+    any_client.create_order(
+        other["id"], order_type="spot", spot_price=price * 24, allow_above_on_demand=True
+    )
+    assert len(warnings_of(caplog)) == 1
 
 
 def test_refused_bids(make_sim: MakeSim) -> None:

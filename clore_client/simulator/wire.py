@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from .catalogue import RATES, Server, in_currency
+from .catalog import RATES, Server, in_currency
 from .settings import CURRENCIES
 
 if TYPE_CHECKING:
-    from .books import Account, Order
+    from .state import Account, Order
 
 PUBLIC_HOST = "127.0.0.1"
 
@@ -23,21 +23,19 @@ def server(server: Server, form: str) -> dict[str, Any]:
     """A server of the marketplace."""
     if form == "live":
         return {**server.record, "rented": server.rented, "price": _live_price(server)}
-    spot = server.usd_spot.get("CLORE-Blockchain")
-    reliability = server.reliability
     return {
         "id": server.id,
         "gpu_array": server.gpus,
         "price": {
             "usd": {
                 "on_demand_clore": round(server.usd_on_demand["CLORE-Blockchain"] / 24, 6),
-                "spot": round(spot / 24, 6) if spot else None,
+                "spot": round(server.usd_spot.get("CLORE-Blockchain", 0.0) / 24, 6),
             }
         },
-        "reliability": None if reliability is None else round(reliability * 100, 2),
+        "reliability": round(server.reliability * 100, 2),
         "rented": server.rented,
         "allowed_coins": list(server.allowed_coins),
-        "specs": server.record["specs"],
+        "specs": server.specs,
     }
 
 
@@ -79,7 +77,8 @@ def wallets(account: Account, form: str) -> list[dict[str, Any]]:
     records = []
     for name in CURRENCIES:
         record: dict[str, Any] = {"name": name, deposit: account.deposits[name]}
-        record["balance"] = account.balances[name]
+        balance = account.balances[name]
+        record["balance"] = balance if form == "live" else balance or 0.0
         if form == "live":
             record["withdrawal_fee"] = fees[name]
         records.append(record)
@@ -93,7 +92,6 @@ def order(order: Order, server: Server, form: str, now: float) -> dict[str, Any]
 
 def _live_order(order: Order, server: Server, now: float) -> dict[str, Any]:
     gone = order.is_gone(now)
-    specs = server.record["specs"] or {}
     record: dict[str, Any] = {
         "id": order.id,
         "si": order.server_id,
@@ -104,32 +102,60 @@ def _live_order(order: Order, server: Server, now: float) -> dict[str, Any]:
         "creation_fee": in_currency(order.creation_fee_usd, order.currency),
         "spend": round(order.rent + order.fee, 10),
         "ct": order.created_at,
-        "mrl": order.mrl,
+        "mrl": order.mrl * 3600,
         "spot": order.spot,
         "expired": gone,
         "online": order.online and not gone,
-        "specs": {key: specs[key] for key in ("gpu", "gpuram") if key in specs},
-        "reliability": server.reliability,
+        **_live_connection(order, gone),
+        "specs": _order_specs(server),
+        "rating": server.record.get("rating"),
+        "cuda_version": server.record.get("cuda_version"),
+        "reliability": server.record["reliability"],
         "owner": server.record.get("owner"),
         "gpu_array": server.record.get("gpu_array"),
     }
-    if gone:
-        record |= {"mon_container": 2 if order.deployed else 1, "tcp_ports": []}
-    elif order.deployed is not None:
-        record |= {
-            "mon_container": 2,
-            "pub_cluster": [PUBLIC_HOST],
-            "tcp_ports": [f"{inner}:{public}" for inner, public in order.tcp_ports.items()],
-        }
-        if order.http_port:
-            record |= {"http_port": order.http_port, "http_pub": order.http_pub}
-            if order.body.get("jupyter_token"):
-                record["auto_login"] = order.login_token
-    elif order.id % 2:  # both ways of not being there yet are seen
-        record |= {"mon_container": 1, "pub_cluster": [], "tcp_ports": []}
-    else:
-        record["mon_container"] = 0
+    if "defaults_missing" in order.quirks and not gone:
+        del record["fee"]
+        for name in ("spot", "expired"):
+            if record[name] is False:
+                del record[name]
+    if "newer_fields" in order.quirks:
+        record["original_price_usd"] = round(order.price * RATES[order.currency], 6)
+        record["my_past_rating"] = None
     return record
+
+
+def _live_connection(order: Order, gone: bool) -> dict[str, Any]:
+    quirks = order.quirks
+    if gone:
+        return {"mon_container": 2 if order.deployed else 1, "tcp_ports": []}
+    early = order.deployed is None
+    fields: dict[str, Any] = {"mon_container": int("mon_container_1" in quirks) if early else 2}
+    if early and "filled_early" not in quirks:
+        if "no_lists_early" not in quirks:
+            fields |= {"pub_cluster": [], "tcp_ports": []}
+        return fields
+    fields |= {
+        "pub_cluster": PUBLIC_HOST if "host_as_text" in quirks else [PUBLIC_HOST],
+        "tcp_ports": [f"{inner}:{public}" for inner, public in order.tcp_ports.items()],
+    }
+    if order.http_port:
+        fields |= {"http_port": order.http_port, "http_pub": order.http_pub}
+        if order.body.get("jupyter_token") and not early:
+            fields["auto_login"] = order.login_token
+    return fields
+
+
+def _order_specs(server: Server) -> dict[str, Any] | None:
+    """Return the specs as an order repeats them: with more than the marketplace lists."""
+    specs: dict[str, Any] | None = server.record["specs"]
+    if specs is None:
+        return None
+    specs = {**specs, "backend_version": 21, "xfs": 1}
+    if specs.get("net"):
+        down, up = specs["net"]["down"], specs["net"]["up"]
+        specs["net"] = {**specs["net"], "test_history": [f"S|1760764742|{down}|{up}"]}
+    return specs
 
 
 def _documented_order(order: Order, now: float) -> dict[str, Any]:
@@ -138,7 +164,7 @@ def _documented_order(order: Order, now: float) -> dict[str, Any]:
         status = "cancelled" if order.ended_by == "cancel" else "expired"
     elif order.deployed is not None:
         status = "running" if order.online else "creating"
-        if order.ssh_port:
+        if order.ssh_port and order.online:
             ssh = f"ssh root@{PUBLIC_HOST} -p {order.ssh_port}"
         if order.http_port:
             http = {order.http_port: f"https://{order.http_pub}"}
@@ -177,8 +203,7 @@ def spot_market(server: Server, offers: list[dict[str, Any]], form: str) -> dict
     for offer in offers:
         usd = offer["bid"] * RATES[offer["currency"]] / 24
         plain.append({k: v for k, v in offer.items() if k != "bid"} | {"price": round(usd, 8)})
-    spot = server.usd_spot.get("CLORE-Blockchain")
-    minimum = round(spot / 24, 6) if spot else None
+    minimum = round(server.usd_spot.get("CLORE-Blockchain", 0.0) / 24, 6)
     return {"code": 0, "market": {"offers": plain, "min_price": minimum}}
 
 

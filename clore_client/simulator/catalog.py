@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -100,10 +101,11 @@ class Server:
     usd_spot: dict[str, float]  # empty where the host takes no bids
     allowed_coins: tuple[str, ...]
     mrl: int  # hours
-    reliability: float | None
+    reliability: float  # 0 to 1
     rented: bool
     online: bool
-    record: dict[str, Any] = field(repr=False)  # the listing, but for `rented` and `price`
+    specs: dict[str, Any] = field(repr=False)  # all of them, whatever the live listing leaves out
+    record: dict[str, Any] = field(repr=False)  # the live listing without `rented` and `price`
     quirks: frozenset[str] = frozenset()
     deploy_after: float | None = None
 
@@ -220,6 +222,7 @@ def _server(rng: Random, id: int, models: tuple[Model, ...], usd: float, spot: f
         reliability=reliability,
         rented=False,
         online=True,
+        specs=record["specs"],
         record=record,
         quirks=frozenset({"spot_in_usd"} if rng.random() < 0.08 else ()),
     )
@@ -252,14 +255,13 @@ def _add_oddities(rng: Random, server: Server) -> None:
         record["gpu_array"] = rng.choice((None, [], [None], [""], "RTX"))
     if happens(0.25):
         total = len(server.models)
-        record["partial_gpu_rental"] = {
-            "total_gpus": total,
-            "available_gpus": rng.randint(0, total),
-        }
+        counts = {"total_gpus": total, "available_gpus": rng.randint(0, total)}
+        record["partial_gpu_rental"] = True if happens(0.3) else counts
     if happens(0.04):
         specs[rng.choice(("mb", "cpu", "disk"))] = rng.choice(_ODD_TEXT)
     if happens(0.02):
         record["name"] = rng.choice(_ODD_TEXT)
+    server.specs = copy.deepcopy(specs)
     for key in ("rating", "cuda_version", "gigaspot", "owner", "mrl"):
         if happens(0.02):
             record[key] = None
@@ -271,7 +273,7 @@ def _add_oddities(rng: Random, server: Server) -> None:
         elif happens(0.015):
             del specs[key]
     if happens(0.015):
-        server.reliability = record["reliability"] = None
+        record["reliability"] = None
     if happens(0.005):
         record["specs"] = None
     server.quirks = frozenset(quirks)

@@ -19,16 +19,16 @@ from types import TracebackType
 from typing import TypeVar
 
 from .api import Api, Call
-from .books import Order
-from .catalogue import Server
+from .catalog import Server
 from .clock import Clock
 from .faults import Faults
 from .hosts import Hosts
+from .http_server import HTTPServer
 from .limits import Limits
 from .market import Market
 from .settings import CURRENCIES, Balance, Seconds, Settings, check_balance, check_seconds
+from .state import Order
 from .tls import make_context
-from .web import Web
 
 T = TypeVar("T")
 _TICK = 0.1  # how often wallets are charged when nobody asks
@@ -110,7 +110,7 @@ class Simulator:
         for text in faults:
             self.faults.add_text(text)
         limits = Limits(self._settings, self._market)
-        self._web = Web(self._api, limits, self.faults, self._clock)
+        self._http = HTTPServer(self._api, limits, self.faults, self._clock)
         self._hosts: Hosts | None = None
         #: The key of the first account.
         self.api_key = self._market.add_account(None)
@@ -173,7 +173,7 @@ class Simulator:
             if settings.tls:
                 tls, ca_file = make_context(folder)
                 self.ca_file = str(ca_file)
-            port = await self._web.start(settings.host, settings.port, tls)
+            port = await self._http.start(settings.host, settings.port, tls)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             self.url = f"{'https' if tls else 'http'}://{host}:{port}"
             self._loop = asyncio.get_running_loop()
@@ -186,7 +186,7 @@ class Simulator:
             self._market.settle()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _TICK)
-        await self._web.stop()
+        await self._http.stop()
         await self._hosts.stop()
         self._market.settle()
         shutil.rmtree(folder, ignore_errors=True)
@@ -251,11 +251,11 @@ class Simulator:
     @property
     def requests(self) -> list[Call]:
         """Every request that arrived, oldest first."""
-        return self._call(lambda: [dataclasses.replace(call) for call in self._web.calls])
+        return self._call(lambda: [dataclasses.replace(call) for call in self._http.calls])
 
     def clear_requests(self) -> None:
         """Forget the requests so far."""
-        self._call(self._web.calls.clear)
+        self._call(self._http.calls.clear)
 
     def balance(self, currency: str = "CLORE-Blockchain", key: str | None = None) -> float:
         """What is left in a wallet, in the currency itself."""

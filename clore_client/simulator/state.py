@@ -5,9 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .catalogue import RATES
+from .catalog import RATES
 
 DAY = 86_400.0
+# Ways in which live orders differ, with the share of orders that have each.
+ORDER_QUIRKS = {
+    "filled_early": 0.4,  # host and ports stand in the record before `mon_container` is 2
+    "no_lists_early": 0.4,  # no `pub_cluster` and `tcp_ports` before that, instead of empty ones
+    "mon_container_1": 0.5,  # `mon_container` is 1 before that, instead of 0
+    "host_as_text": 0.2,  # `pub_cluster` is a string
+    "defaults_missing": 0.3,  # `fee`, and a false `spot` or `expired`, are left out
+    "newer_fields": 0.3,  # `original_price_usd` and `my_past_rating`, `limit` in the envelope
+}
 FEE_RATES = {"on-demand": 0.05, "spot": 0.0125}
 
 
@@ -34,7 +43,7 @@ class Order:
     image: str
     currency: str
     price: float  # per day
-    mrl: float  # hours
+    mrl: float  # hours; seconds on the wire
     creation_fee_usd: float
     created: float
     created_at: int  # Unix time by the server's clock
@@ -42,6 +51,7 @@ class Order:
     deploy_after: float
     lingers: float
     body: dict[str, Any] = field(repr=False)  # what create_order sent
+    quirks: frozenset[str] = frozenset()  # how the live form shows it, see `ORDER_QUIRKS`
     http_port: str = ""
     http_pub: str = ""
     login_token: str = field(default="", repr=False)
@@ -90,7 +100,7 @@ class Order:
 
     @property
     def ssh_port(self) -> int | None:
-        """The public port of the SSH host, once deployed."""
+        """The public port of the SSH host."""
         return self.tcp_ports.get(22)
 
     def is_visible(self, now: float) -> bool:

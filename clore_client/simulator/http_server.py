@@ -23,7 +23,7 @@ _SERVER = "clore-simulator"
 _RESET = struct.pack("ii", 1, 0)
 
 
-class Web:
+class HTTPServer:
     """Serves an `Api` over HTTP, and writes down every request."""
 
     def __init__(self, api: Api, limits: Limits, faults: Faults, clock: Clock) -> None:
@@ -200,7 +200,7 @@ def _page(status: int) -> Answer:
         502: "Bad gateway",
         503: "Service Temporarily Unavailable",
         504: "Gateway time-out",
-        520: "Web server is returning an unknown error",
+        520: "HTTPServer server is returning an unknown error",
         522: "Connection timed out",
     }.get(status, "Error")
     html = (
