@@ -407,7 +407,7 @@ class CloreClient(HTTPClient):
             An :class:`Order` that also carries ``code`` (0).
 
         Raises:
-            OrderFateUnknownError: an order may or may not have been made, or it can't be told
+            OrderOutcomeUnknownError: an order may or may not have been made, or it can't be told
                 which one it is: look at :meth:`get_orders` before ordering again. What was sent
                 to get in stands in its ``credentials``.
             ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
@@ -637,7 +637,7 @@ class CloreClient(HTTPClient):
         Raises:
             RentalError: no server worked; ``tried`` tells why for each.
             CancelUnconfirmedError: an order may still be running.
-            OrderFateUnknownError: an order may have been made.
+            OrderOutcomeUnknownError: an order may have been made.
             BudgetExceededError: by calls of the rental, and when the block is left.
 
         Example:

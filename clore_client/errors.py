@@ -132,7 +132,7 @@ class CloreConnectionError(CloreError):
     retryable = True
 
 
-class FateUnknownError(CloreError):
+class OutcomeUnknownError(CloreError):
     """A request that changes something may or may not have been carried out.
 
     It is not sent again, since twice would do harm. Look at the state of the account first.
@@ -146,7 +146,7 @@ class FateUnknownError(CloreError):
         self.endpoint = endpoint
 
 
-class OrderFateUnknownError(FateUnknownError):
+class OrderOutcomeUnknownError(OutcomeUnknownError):
     """An order may or may not have been made, or it can't be told which one is ours.
 
     Attributes:

@@ -23,8 +23,8 @@ from clore_client.errors import (
     AuthenticationError,
     CloreConnectionError,
     CloreError,
-    FateUnknownError,
-    OrderFateUnknownError,
+    OrderOutcomeUnknownError,
+    OutcomeUnknownError,
     printable,
 )
 from clore_client.validation import Timeout, check_text, check_timeout
@@ -100,13 +100,13 @@ class Call:
         if self.repeatable:
             return CloreConnectionError(cause)
         if self.name == "create_order":
-            return OrderFateUnknownError(
+            return OrderOutcomeUnknownError(
                 f"create_order was sent and got no clear answer ({cause}): the order may or may "
                 "not have been made. It was not sent again. Look at get_orders() for it, also a "
                 "minute from now, before you order again",
                 endpoint=self.endpoint,
             )
-        return FateUnknownError(
+        return OutcomeUnknownError(
             f"{self.label} was sent and got no clear answer ({cause}): it may or may not have been "
             "carried out. It was not sent again. Look at the state of your account first",
             endpoint=self.endpoint,

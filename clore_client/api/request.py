@@ -228,7 +228,7 @@ class HTTPClient:
         Raises:
             CloreAPIError: the API answered with an error; see the subclasses.
             CloreConnectionError: no answer came, and asking again did not help.
-            FateUnknownError: a POST that changes something may or may not have been carried out.
+            OutcomeUnknownError: a POST that changes something may or may not have been carried out.
             ValueError, TypeError: an argument can't be right; nothing was sent.
 
         Example:

@@ -14,7 +14,7 @@ from clore_client.api.request import HTTPClient, limited
 from clore_client.errors import (
     CloreError,
     DatabaseError,
-    OrderFateUnknownError,
+    OrderOutcomeUnknownError,
     ServerAlreadyRentedError,
 )
 from clore_client.log import logger
@@ -200,7 +200,7 @@ class Purchase:
             find_timeout: seconds that the order may take to show up.
 
         Raises:
-            OrderFateUnknownError: an order may or may not have been made.
+            OrderOutcomeUnknownError: an order may or may not have been made.
             CloreError: the API refused, or nothing was sent.
         """
         claims = self._orders.claims
@@ -246,7 +246,7 @@ class Purchase:
         doubt: CloreError | None = None
         try:
             self.answer = self._orders.client._request("POST", "/v1/create_order", json=self.body)
-        except (OrderFateUnknownError, DatabaseError) as error:
+        except (OrderOutcomeUnknownError, DatabaseError) as error:
             doubt, self._sent_at = error, error.sent_at or self._sent_at
         except Exception as error:  # a refusal, or it was not sent
             if earlier is None:

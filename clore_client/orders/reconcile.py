@@ -8,7 +8,7 @@ from typing import Protocol
 
 from clore_client.api.call import Envelope
 from clore_client.api.request import limited
-from clore_client.errors import CloreAPIError, CloreError, OrderFateUnknownError
+from clore_client.errors import CloreAPIError, CloreError, OrderOutcomeUnknownError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders
@@ -47,7 +47,7 @@ def find_order(
         doubt: why it is not sure that an order was made, where that is so.
 
     Raises:
-        OrderFateUnknownError: none showed up in time, or two fit. Its cause is the failure of the
+        OrderOutcomeUnknownError: none showed up in time, or two fit. Its cause is the failure of the
             last look, where that failed; else the doubt.
         CloreAPIError: the doubt was a refusal, and whole lists without the order confirm it.
     """
@@ -131,11 +131,11 @@ def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> 
 
 def _not_found(
     purchase: SentPurchase, orders: list[Order], timeout: float, doubt: CloreError | None
-) -> OrderFateUnknownError:
+) -> OrderOutcomeUnknownError:
     server_id = purchase.server_id
     ids = tuple(order.id for order in orders if order.id is not None)
     made = "was made" if doubt is None else "may have been made"
-    return OrderFateUnknownError(
+    return OrderOutcomeUnknownError(
         f"an order for server {server_id} {made}, and it can't be told which of "
         f"{', '.join(map(str, ids))} it is, if any: look at get_orders()"
         if ids

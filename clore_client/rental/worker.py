@@ -26,7 +26,7 @@ from clore_client.errors import (
     CloreError,
     ConfigurationError,
     DatabaseError,
-    FateUnknownError,
+    OutcomeUnknownError,
     RateUnknownError,
     RentalError,
     SpendingLimitError,
@@ -316,7 +316,7 @@ class RentalWorker:
         text = f"interrupted three times: {'; '.join(map(str, left))}: see leftovers()"
         if left:
             self.failure = (
-                CancelUnconfirmedError(text, order_ids=ids) if ids else FateUnknownError(text)
+                CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
             )
 
     def _on_signal(self, signum: int) -> None:
@@ -401,7 +401,7 @@ class RentalWorker:
         try:
             order: Order = self._client.create_order(purchase.server_id, **settings)
             if order.id is None:
-                raise FateUnknownError("the answer to create_order names no order")
+                raise OutcomeUnknownError("the answer to create_order names no order")
         except DatabaseError:
             self._purchases.refused(purchase)
             self._current = None
@@ -576,7 +576,7 @@ class RentalWorker:
         logger.warning(
             "no order of server %d showed up: look at leftovers() later", purchase.server_id
         )
-        unknown = FateUnknownError(
+        unknown = OutcomeUnknownError(
             f"{purchase}, and did not show up: look at leftovers() and get_orders() in a minute",
             endpoint="/v1/create_order",
         )

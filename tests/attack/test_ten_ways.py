@@ -29,7 +29,7 @@ from clore_client import (
     CloreError,
     ConfigurationError,
     Order,
-    OrderFateUnknownError,
+    OrderOutcomeUnknownError,
     RentalError,
     WaitTimeoutError,
 )
@@ -209,7 +209,7 @@ def test_a_purchase_whose_answer_never_ends_is_in_doubt(
     server: FaultServer, hasty: CloreClient
 ) -> None:
     server.fault("create_order", "drip")
-    with Watchdog(server, 12), pytest.raises(OrderFateUnknownError):
+    with Watchdog(server, 12), pytest.raises(OrderOutcomeUnknownError):
         hasty.create_order(101, find_timeout=0.3)
     assert len(server.sent_to("create_order")) == 1
 
@@ -286,7 +286,7 @@ def test_a_purchase_that_is_answered_hugely_is_in_doubt(server: FaultServer) -> 
         order = client.create_order(101)
         assert server.running == [order.id]
         server.fault("create_order", "huge", mb=100)
-        with pytest.raises(OrderFateUnknownError):
+        with pytest.raises(OrderOutcomeUnknownError):
             client.create_order(102, find_timeout=0.5)
     assert len(server.sent_to("create_order")) == 2
 
@@ -499,7 +499,7 @@ def test_an_order_that_was_there_before_is_not_the_new_one(
     try:
         order = client.create_order(101, find_timeout=0.6)
         assert [order.id] == server.running
-    except OrderFateUnknownError as raised:
+    except OrderOutcomeUnknownError as raised:
         error = raised
     # Only if it was the first call of a client, which can't know what was there before.
     assert error is None or looked_at == "nothing"

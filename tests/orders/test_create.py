@@ -13,7 +13,7 @@ from clore_client import (
     AuthenticationError,
     CloreClient,
     DatabaseError,
-    OrderFateUnknownError,
+    OrderOutcomeUnknownError,
     ServerAlreadyRentedError,
     SpendingLimitError,
 )
@@ -69,11 +69,11 @@ def test_an_order_that_was_not_made_stays_in_doubt(make_sim: MakeSim, kind: str)
     client = client_for(sim, timeout=0.3)
     server_id = plain_server(client)
     sim.faults.add("create_order", kind)
-    with pytest.raises(OrderFateUnknownError, match="may have been made") as caught:
+    with pytest.raises(OrderOutcomeUnknownError, match="may have been made") as caught:
         client.create_order(server_id, find_timeout=0.3)
     assert caught.value.server_id == server_id
     assert caught.value.credentials["ssh_password"]
-    assert isinstance(caught.value.__cause__, OrderFateUnknownError)
+    assert isinstance(caught.value.__cause__, OrderOutcomeUnknownError)
     assert len(sent_to(sim, "create_order")) == 1
     assert not sim.orders
 
@@ -101,7 +101,7 @@ def test_http_5xx_is_a_doubt_whatever_its_code(
     if after_commit:
         assert client.create_order(server_id)["order_id"] == sim.orders[0].id
     else:
-        with pytest.raises(OrderFateUnknownError, match="may have been made"):
+        with pytest.raises(OrderOutcomeUnknownError, match="may have been made"):
             client.create_order(server_id, find_timeout=0.2)
     assert len(sent_to(sim, "create_order")) == 1
 
@@ -146,7 +146,7 @@ def test_after_code_1_without_lists_it_stays_in_doubt(make_sim: MakeSim) -> None
     server_id = plain_server(client)
     sim.faults.add("create_order", "http_500_after_commit")
     sim.faults.add("my_orders", "html_502", times=999)
-    with pytest.raises(OrderFateUnknownError):
+    with pytest.raises(OrderOutcomeUnknownError):
         client.create_order(server_id, find_timeout=0.2)
 
 
@@ -157,7 +157,7 @@ def test_an_order_in_doubt_is_searched_for_again_before_a_refusal_is_believed(
     client = client_for(sim)
     server_id = plain_server(client)
     sim.faults.add("create_order", "lose_answer")
-    with pytest.raises(OrderFateUnknownError):
+    with pytest.raises(OrderOutcomeUnknownError):
         client.create_order(server_id, find_timeout=0.05)
     order = client_for(sim).create_order(server_id, find_timeout=20)
     (made,) = sim.orders
