@@ -47,8 +47,8 @@ def find_order(
         doubt: why it is not sure that an order was made, where that is so.
 
     Raises:
-        OrderOutcomeUnknownError: none showed up in time, or two fit. Its cause is the failure of the
-            last look, where that failed; else the doubt.
+        OrderOutcomeUnknownError: none showed up in time, or two fit. Its cause is the failure of
+            the last look, where that failed; else the doubt.
         CloreAPIError: the doubt was a refusal, and whole lists without the order confirm it.
     """
     try:
