@@ -32,7 +32,7 @@ from clore_client.orders.wait import wait_for_status
 from clore_client.pricing import wire_currency
 from clore_client.rental.recovery import Leftovers, end_leftovers, find_leftovers
 from clore_client.rental.rental import Rental
-from clore_client.rental.selection import Wish
+from clore_client.rental.selection import RentalSettings
 from clore_client.rental.signals import SignalHandling
 from clore_client.validation import (
     Timeout,
@@ -644,7 +644,7 @@ class CloreClient(HTTPClient):
             >>> with client.rent("RTX 4090", max_price_usd=0.40, max_hours=2) as rental:
             ...     print(rental.run("nvidia-smi -L").stdout)
         """
-        wish = Wish(
+        settings = RentalSettings(
             gpu_type=gpu_type,
             max_price_usd=max_price_usd,
             min_reliability=min_reliability,
@@ -666,7 +666,7 @@ class CloreClient(HTTPClient):
             max_hours=max_hours,
             max_cost_usd=max_cost_usd,
         )
-        return Rental(self, self._orders, wish, state_folder(self._state_dir))
+        return Rental(self, self._orders, settings, state_folder(self._state_dir))
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
         """What rentals of dead processes have left running on this account.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from clore_client.market.spot import MarketMemory
+from clore_client.market.spot import MarketData
 from clore_client.models.server import Server, listed_prices, to_servers
 
 
@@ -29,25 +29,25 @@ class Market:
 
     def __init__(self, client: Requester) -> None:
         self._client = client
-        self._memories: dict[str, MarketMemory] = {}  # base URL -> what its answers told
+        self._by_url: dict[str, MarketData] = {}  # base URL -> what its answers told
 
     @property
-    def memory(self) -> MarketMemory:
+    def data(self) -> MarketData:
         """What is known of the API behind the base URL of this moment."""
-        return self._memories.setdefault(self._client.base_url, MarketMemory())
+        return self._by_url.setdefault(self._client.base_url, MarketData())
 
     def read(self) -> dict[str, Any]:
         """Read the listing."""
         answer = self._client._request("GET", "/v1/marketplace")
-        memory = self.memory
-        memory.saw(answer)
-        memory.listed = listed_prices(answer, memory.rates)
+        data = self.data
+        data.observe(answer)
+        data.listed = listed_prices(answer, data.rates)
         return answer
 
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""
         answer = self._client._request("GET", "/v1/spot_marketplace", params={"market": server_id})
-        self.memory.saw_market(answer)
+        self.data.observe_spot(answer)
         return answer
 
     def find_server(self, server_id: int) -> Server | None:
@@ -57,8 +57,8 @@ class Market:
 
     def ensure_rates(self, server_id: int, currency: str) -> None:
         """Read the rate by which a bid is converted, where it is not known or too old."""
-        memory = self.memory
-        if not memory.documented and currency not in memory.rates.fresh():
+        data = self.data
+        if not data.documented and currency not in data.rates.fresh():
             self.read_spot(server_id)
 
     def wire_bid(
@@ -76,6 +76,6 @@ class Market:
             ValueError: it is above the on-demand price.
             RateUnknownError: neither the form nor a rate is known for sure.
         """
-        self.memory.check_bid_price(name, usd_per_hour, server_id, allow_above)
+        self.data.check_bid_price(name, usd_per_hour, server_id, allow_above)
         self.ensure_rates(server_id, currency)
-        return self.memory.wire_bid(usd_per_hour, currency, server_id)
+        return self.data.wire_bid(usd_per_hour, currency, server_id)

@@ -91,9 +91,9 @@ class AccountOrders:
         if isinstance(answer, Envelope) and not isinstance(answer.get("orders"), list):
             # An answer to something else, perhaps: it does not say that there is no order.
             raise InvalidResponseError(-1, "no list of orders", answer, endpoint="/v1/my_orders")
-        memory = self.market.memory
-        memory.saw(answer)
-        orders = to_orders(answer, self.cancelled, memory.rates)
+        data = self.market.data
+        data.observe(answer)
+        orders = to_orders(answer, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
         return orders, answer
 

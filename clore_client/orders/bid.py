@@ -60,8 +60,8 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
         raise ValueError(f"order {order.id} is no spot order: nothing was bid")
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
-    memory = orders.market.memory
-    memory.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
+    data = orders.market.data
+    data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
     if surely_documented(order):
         return usd_per_hour
     currency, server_id = order.get("currency"), order.server_id
@@ -72,7 +72,7 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
         )
     currency = check_currency("the order's currency", currency)
     orders.market.ensure_rates(server_id, currency)
-    return memory.wire_bid(usd_per_hour, currency, server_id)
+    return data.wire_bid(usd_per_hour, currency, server_id)
 
 
 def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:

@@ -29,14 +29,14 @@ class Claims:
         self._taken: dict[int, object] = {}  # order id -> the purchase that it came of
         # Server id -> the purchase whose outcome is not known.
         self.unresolved: dict[int, Any] = {}
-        self._turns: dict[int, threading.Lock] = {}
+        self._locks: dict[int, threading.Lock] = {}
         # Seconds that the orders' time of creation lies behind the server's clock, as a negative
         # number; learned from orders that were found.
         self.clock_offset = 0.0
 
-    def turn(self, server_id: int) -> threading.Lock:
+    def lock(self, server_id: int) -> threading.Lock:
         """Return what to hold so that no other call of the process orders this server."""
-        return self._turns.setdefault(server_id, threading.Lock())
+        return self._locks.setdefault(server_id, threading.Lock())
 
     def take(self, order_id: int, purchase: object) -> bool:
         """Claim an order; False when another purchase has it already."""

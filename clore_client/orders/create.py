@@ -206,8 +206,8 @@ class Purchase:
         claims = self._orders.claims
         # One purchase at a time under a limit, else two could each be the last that is allowed.
         no_limit = self._orders.client.max_active_orders is None
-        one = contextlib.nullcontext() if no_limit else claims.turn(ALL_SERVERS)
-        with one, claims.turn(self.server_id):
+        one = contextlib.nullcontext() if no_limit else claims.lock(ALL_SERVERS)
+        with one, claims.lock(self.server_id):
             self._check_limits()
             self._read_baseline(find_timeout)
             order, purchase = self._submit(find_timeout)
@@ -222,10 +222,10 @@ class Purchase:
 
     def _read_baseline(self, find_timeout: float) -> None:
         """Note which orders are there before the purchase is sent."""
-        orders, memory = self._orders, self._orders.market.memory
+        orders, data = self._orders, self._orders.market.data
         self.before = frozenset(orders.known)
         replaced = getattr(orders.client._request, "__func__", None) is not HTTPClient._request
-        if not memory.live and (replaced or memory.documented):
+        if not data.live and (replaced or data.documented):
             return  # the answer will name the order
         # The live API names no order in its answer: what is there now can't be the new one.
         patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LOOK)
@@ -266,7 +266,7 @@ class Purchase:
     def _named_order(self, order_id: int) -> Order:
         """Return the order of an answer that names it."""
         answer = {**self.answer, "order_id": order_id}
-        made = to_orders({"orders": [answer]}, (), self._orders.market.memory.rates)[0]
+        made = to_orders({"orders": [answer]}, (), self._orders.market.data.rates)[0]
         if made.server_id is None:
             made["renting_server"] = self.server_id
         made.setdefault("currency", self.currency)

@@ -27,9 +27,9 @@ def usd_per_hour_of(body: dict[str, Any], market: Market) -> float | None:
         return None if server is None else on_demand_usd(server, currency)
     market.ensure_rates(server_id, currency)
     bid = positive(body.get("spotprice"))
-    if bid is None or market.memory.documented:
+    if bid is None or market.data.documented:
         return bid
-    rate = positive(market.memory.rates.fresh().get(currency))
+    rate = positive(market.data.rates.fresh().get(currency))
     return None if rate is None else bid * rate / HOURS_PER_DAY
 
 

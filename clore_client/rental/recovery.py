@@ -14,8 +14,8 @@ from clore_client.models.record import whole_id
 from clore_client.orders.account import AccountOrders, OrderState
 from clore_client.orders.cancel import Cancellation, confirm_until
 from clore_client.pricing import finite
-from clore_client.rental.journal import Found, read_entries
-from clore_client.rental.purchases import fits_intent
+from clore_client.rental.journal import JournalEntry, read_entries
+from clore_client.rental.orders import fits_intent
 
 # How far an order's time of creation, by the server's clock, may lie before and after the time of
 # the intent, by this machine's. A proxy may hold a request for a while.
@@ -36,13 +36,13 @@ class Leftover:
         host, pid: where.
     """
 
-    def __init__(self, entry: Found, order: Order | None) -> None:
-        facts = entry.facts
+    def __init__(self, entry: JournalEntry, order: Order | None) -> None:
+        data = entry.data
         self.order = order
         self.order_id = order.id if order is not None else entry.order_id
-        self.server_id = whole_id(facts.get("server_id"))
-        self.started = finite(facts.get("started"))
-        host, pid = facts.get("host"), facts.get("pid")
+        self.server_id = whole_id(data.get("server_id"))
+        self.started = finite(data.get("started"))
+        host, pid = data.get("host"), data.get("pid")
         self.host = host if isinstance(host, str) else None
         self.pid = pid if isinstance(pid, int) else None
         self.path = entry.path
@@ -87,7 +87,7 @@ class _Survey:
     def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
         self._orders = orders
         account = account_digest(orders.client.base_url, orders.client.api_key)
-        self.entries: list[Found] = []
+        self.entries: list[JournalEntry] = []
         self._read(folder, account)
         try:
             self.listed = {o.id: o for o in orders.active() if o.id is not None}
@@ -101,7 +101,7 @@ class _Survey:
     def _read(self, folder: Path | None, account: str) -> None:
         known = {entry.path for entry in self.entries}
         for entry in read_entries(folder):
-            if entry.path in known or entry.facts.get("account") != account:
+            if entry.path in known or entry.data.get("account") != account:
                 entry.close()
             else:
                 self.entries.append(entry)
@@ -123,9 +123,9 @@ class _Survey:
                 fitting = [
                     order
                     for number, order in self.listed.items()
-                    if number not in named and intended(entry.facts, order)
+                    if number not in named and intended(entry.data, order)
                 ]
-            if entry.free or not entry.ours:
+            if entry.abandoned or not entry.of_this_machine:
                 if len(fitting) > 1:
                     logger.warning("several orders fit %s: none is taken for it", entry.path)
                 elif fitting:
@@ -139,50 +139,51 @@ class _Survey:
 
     def _settle_claims(self, living: set[int]) -> None:
         """Leave each order at most one entry."""
-        claims: dict[int, list[Found]] = {}
+        claims: dict[int, list[JournalEntry]] = {}
         for entry in self.entries:
             if (order := self.of.get(str(entry.path))) is not None:
                 claims.setdefault(order.id or 0, []).append(entry)
         for order_id, entries in claims.items():
             if order_id in living or (
-                len(entries) > 1 and not all(entry.free and entry.ours for entry in entries)
+                len(entries) > 1
+                and not all(entry.abandoned and entry.of_this_machine for entry in entries)
             ):
                 logger.warning("order %d may be another process's: it is left alone", order_id)
                 losers = entries
             else:
                 # Dead ones of this machine, whichever it was: the last is the likeliest.
-                entries.sort(key=lambda entry: finite(entry.facts.get("started")) or 0.0)
+                entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
                 losers = entries[:-1]
             for entry in losers:
                 self.of.pop(str(entry.path))
 
-    def order_of(self, entry: Found) -> Order | None:
+    def order_of(self, entry: JournalEntry) -> Order | None:
         order = self.of.get(str(entry.path))
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:
         """Whether an order of a dead process may not be listed yet."""
         return any(
-            entry.free and self.order_of(entry) is None and _young(entry.facts, wait)
+            entry.abandoned and self.order_of(entry) is None and _young(entry.data, wait)
             for entry in self.entries
         )
 
     def tidy(self, wait: float) -> None:
         """Remove the entries whose orders have ended, or were never made."""
-        self.missing: list[Found] = []  # noted orders that no list has
-        intents: list[Found] = []
+        self.missing: list[JournalEntry] = []  # noted orders that no list has
+        intents: list[JournalEntry] = []
         for entry in self.entries:
-            if not entry.free or self.order_of(entry) is not None:
+            if not entry.abandoned or self.order_of(entry) is not None:
                 continue
             if entry.order_id is None:
-                if not _young(entry.facts, LATEST_ORDER + CLOCKS_APART):
+                if not _young(entry.data, LATEST_ORDER + CLOCKS_APART):
                     intents.append(entry)
-            elif not _young(entry.facts, wait):
+            elif not _young(entry.data, wait):
                 self._tidy_order(entry, entry.order_id)
         if intents:
             self._tidy_intents(intents)
 
-    def _tidy_order(self, entry: Found, order_id: int) -> None:
+    def _tidy_order(self, entry: JournalEntry, order_id: int) -> None:
         try:
             state = self._orders.state(order_id)
         except CloreError:
@@ -193,18 +194,18 @@ class _Survey:
         else:
             self.missing.append(entry)
 
-    def _tidy_intents(self, entries: list[Found]) -> None:
+    def _tidy_intents(self, entries: list[JournalEntry]) -> None:
         # One look is not enough: a list can be empty for a moment.
         time.sleep(self._orders.client.order_lag)
         orders = self._orders.active()
         for entry in entries:
-            if not any(intended(entry.facts, order) for order in orders):
+            if not any(intended(entry.data, order) for order in orders):
                 logger.info("no order came of %s: the entry is removed", entry.path)
                 entry.remove()
 
-    def abandoned(self) -> list[tuple[Found, Order | None]]:
+    def abandoned(self) -> list[tuple[JournalEntry, Order | None]]:
         """Return the entries of dead processes of this machine whose orders may run."""
-        ours = [entry for entry in self.entries if entry.free and entry.ours]
+        ours = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
         return [
             (entry, order)
             for entry in ours
@@ -212,30 +213,30 @@ class _Survey:
         ]
 
     def result(self) -> Leftovers:
-        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.ours]
+        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
         abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
         return Leftovers(abandoned, elsewhere, self.unnoted)
 
 
-def intended(facts: dict[str, Any], order: Order) -> bool:
+def intended(data: dict[str, Any], order: Order) -> bool:
     """Whether an order can come of the intent that an entry without an order's number tells."""
-    before = facts.get("before")
-    if order.server_id != whole_id(facts.get("server_id")):
+    before = data.get("before")
+    if order.server_id != whole_id(data.get("server_id")):
         return False
     if isinstance(before, list) and order.id in before:
         return False
-    if not fits_intent(order, facts.get("image"), facts.get("currency"), facts.get("spot")):
+    if not fits_intent(order, data.get("image"), data.get("currency"), data.get("spot")):
         return False
-    started, made = finite(facts.get("started")), order.started_at
+    started, made = finite(data.get("started")), order.started_at
     if started is None or made is None:
         return False
-    ahead = finite(facts.get("server_clock"))
+    ahead = finite(data.get("server_clock"))
     apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
     return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
 
 
-def _young(facts: dict[str, Any], seconds: float) -> bool:
-    started = finite(facts.get("started"))
+def _young(data: dict[str, Any], seconds: float) -> bool:
+    started = finite(data.get("started"))
     # One in the future is young: the clock has been set back since.
     return started is not None and time.time() - started < seconds
 

@@ -28,7 +28,7 @@ BID_MARGIN = 1e-4
 PRICE_SLACK = 1e-4  # of a price that went through an exchange rate
 
 
-class Wish:
+class RentalSettings:
     """What ``rent()`` was asked for, checked."""
 
     def __init__(
@@ -79,7 +79,7 @@ class Wish:
                     f"spot_price must not be over max_price_usd: {spot_price!r}, {max_price_usd!r}"
                 )
         self.spot_price: float | None = spot_price
-        self.settings: dict[str, Any] = {
+        self.order_arguments: dict[str, Any] = {
             "image": self.image,
             "order_type": "spot" if self.spot else "on-demand",
             "currency": self.currency,
@@ -174,29 +174,29 @@ def shown_usd(order: Any, server: Server, currency: str) -> float | None:
     return finite(order.usd_per_hour)
 
 
-def candidates(client: RentalClient, wish: Wish) -> tuple[list[Server], str]:
+def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Server], str]:
     """Servers to try, the cheapest first in the wished currency; and what to say if none worked."""
-    if wish.server_id is not None:
+    if settings.server_id is not None:
         listed = client.get_marketplace(include_rented=True)
-        pinned = [s for s in listed if s.id == wish.server_id]
+        pinned = [s for s in listed if s.id == settings.server_id]
         if not pinned:
-            return [], f"server {wish.server_id} is not on the marketplace"
+            return [], f"server {settings.server_id} is not on the marketplace"
         server = pinned[0]
-        why = "is rented" if server.rented else wish.why_not(server)
-        if (server.reliability or 0.0) < wish.min_reliability:
+        why = "is rented" if server.rented else settings.why_not(server)
+        if (server.reliability or 0.0) < settings.min_reliability:
             why = f"has a reliability of {server.reliability}"
-        wanted = (wish.gpu_type or "").strip().lower()
+        wanted = (settings.gpu_type or "").strip().lower()
         if not any(wanted in str(name).lower() for name in server.get("gpu_array") or [""]):
-            why = f"has no {wish.gpu_type}"
-        return ([], f"server {wish.server_id} {why}") if why else ([server], "")
+            why = f"has no {settings.gpu_type}"
+        return ([], f"server {settings.server_id} {why}") if why else ([server], "")
     found = client.find_servers(
-        wish.gpu_type, min_reliability=wish.min_reliability, use_spot=wish.spot
+        settings.gpu_type, min_reliability=settings.min_reliability, use_spot=settings.spot
     )
     if not found:
-        named = f" whose GPU has {wish.gpu_type!r} in its name" if wish.gpu_type else ""
-        least = wish.min_reliability
+        named = f" whose GPU has {settings.gpu_type!r} in its name" if settings.gpu_type else ""
+        least = settings.min_reliability
         trusted = f", with a reliability from {least:g}" if least else ""
         return [], f"there is no free server{named}{trusted}"
-    fitting = [s for s in found if s.id is not None and wish.why_not(s) is None]
-    fitting.sort(key=lambda s: p if (p := wish.price_of(s)) is not None else float("inf"))
+    fitting = [s for s in found if s.id is not None and settings.why_not(s) is None]
+    fitting.sort(key=lambda s: p if (p := settings.price_of(s)) is not None else float("inf"))
     return fitting, f"none of {len(found)} free servers of that kind fits price and currency"

@@ -38,8 +38,8 @@ from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import SHORTEST_TRY, confirm_until
 from clore_client.rental.budget import Budget
 from clore_client.rental.client import RentalClient
-from clore_client.rental.purchases import LOOKS, RentalOrder, RentalOrders
-from clore_client.rental.selection import Wish
+from clore_client.rental.orders import LOOKS, RentalOrder, RentalOrders
+from clore_client.rental.selection import RentalSettings
 from clore_client.rental.signals import (
     SignalExit,
     SignalHandling,
@@ -134,18 +134,18 @@ class RentalWorker:
         self,
         client: RentalClient,
         orders: AccountOrders,
-        wish: Wish,
+        settings: RentalSettings,
         folder: Path | None,
         inbox: queue.SimpleQueue[Any],
         holders: list[weakref.ref[Any]],
     ) -> None:
         self._client = client
         self._orders = orders
-        self._wish = wish
+        self._settings = settings
         self._inbox = inbox
         self._holders = holders  # the rental, and what its with statement holds
         self.pid = os.getpid()
-        self.budget = Budget(wish)
+        self.budget = Budget(settings)
         self.finished = Gate()
         self.failure: BaseException | None = None
         self.connections: list[Any] = []
@@ -156,7 +156,7 @@ class RentalWorker:
         self._main = in_main_thread()
         self._handling: SignalHandling | None = None
         self._purchases = RentalOrders(
-            orders, wish, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
+            orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
         )
         self._current: RentalOrder | None = None  # the one that the user has
         self._started = False
@@ -198,15 +198,15 @@ class RentalWorker:
         """Note which orders are there before the first purchase."""
         self._purchases.before = {order.id for order in orders if order.id is not None}
 
-    def buy(self, server: Server, price: float | None, settings: dict[str, Any]) -> Order:
+    def buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
         """Order a server.
 
         Parameters:
             server: as it is listed.
             price: in USD per hour, without fees.
-            settings: for ``create_order``.
+            arguments: of ``create_order``.
         """
-        return self.ask(lambda: self._buy(server, price, settings))
+        return self.ask(lambda: self._buy(server, price, arguments))
 
     def end_order(self) -> BaseException | None:
         """End the current order; None when that is confirmed, else what to tell the user."""
@@ -311,7 +311,7 @@ class RentalWorker:
         left = list(self._purchases)
         for purchase in left:
             if purchase.entry is not None:
-                purchase.entry.given_up = True
+                purchase.entry.abandoned = True
         ids = tuple(p.order_id for p in left if p.order_id is not None)
         text = f"interrupted three times: {'; '.join(map(str, left))}: see leftovers()"
         if left:
@@ -395,11 +395,11 @@ class RentalWorker:
 
     # --- buying ---
 
-    def _buy(self, server: Server, price: float | None, settings: dict[str, Any]) -> Order:
+    def _buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
         self.check()
         purchase = self._current = self._purchases.note_intent(server.id or 0, price)
         try:
-            order: Order = self._client.create_order(purchase.server_id, **settings)
+            order: Order = self._client.create_order(purchase.server_id, **arguments)
             if order.id is None:
                 raise OutcomeUnknownError("the answer to create_order names no order")
         except DatabaseError:
@@ -430,7 +430,7 @@ class RentalWorker:
         """Until when cancels are kept up: without end while the block goes on."""
         if self._left_at is None:
             return math.inf
-        return self._left_at + self._wish.cancel_timeout
+        return self._left_at + self._settings.cancel_timeout
 
     def _end_early(self) -> None:
         """End the current order while the block goes on."""
@@ -448,7 +448,7 @@ class RentalWorker:
         current, started = self._current, time.monotonic()
         if current is None:
             return None
-        until = started + self._wish.cancel_timeout
+        until = started + self._settings.cancel_timeout
         failure: BaseException | None = self._cancel(current, lambda: min(until, self._deadline()))
         if failure is None:
             failure = self._confirm(current, started)
@@ -480,7 +480,7 @@ class RentalWorker:
         order_id = purchase.order_id or 0
         self._purchases.give_up(purchase)
         logger.error("order %d could not be cancelled: it may still be running", order_id)
-        return purchase.cancellation(self._orders).unconfirmed(self._wish.cancel_timeout)
+        return purchase.cancellation(self._orders).unconfirmed(self._settings.cancel_timeout)
 
     def _try_to_cancel(
         self, purchase: RentalOrder, deadline: Callable[[], float]
@@ -497,7 +497,7 @@ class RentalWorker:
     def _confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
         """Wait until an order that was cancelled is listed as ended."""
         order_id = purchase.order_id or 0
-        deadline = confirm_until(started, self._wish.cancel_timeout)
+        deadline = confirm_until(started, self._settings.cancel_timeout)
         failure = (
             None
             if self._hurried
@@ -535,7 +535,7 @@ class RentalWorker:
                     purchase.order_id,
                     purchase.server_id,
                 )
-                until = time.monotonic() + self._wish.cancel_timeout
+                until = time.monotonic() + self._settings.cancel_timeout
                 self._try_to_cancel(purchase, lambda: until)  # noqa: B023
             elif there_is_none:
                 self._purchases.forget(purchase)

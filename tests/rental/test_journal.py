@@ -131,20 +131,20 @@ def test_a_lock_tells_who_lives(folder: Path) -> None:
     entry = write_entry(folder, FACTS)
     assert entry is not None
     (found,) = read_entries(folder)
-    assert (found.free, found.ours) == (False, True)
+    assert (found.abandoned, found.of_this_machine) == (False, True)
     look = (
         "import sys; from pathlib import Path;"
         "from clore_client.rental.journal import read_entries;"
-        "print([(e.free, e.ours) for e in read_entries(Path(sys.argv[1]))])"
+        "print([(e.abandoned, e.of_this_machine) for e in read_entries(Path(sys.argv[1]))])"
     )
     command = [sys.executable, "-c", look, str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     seen = subprocess.check_output(command, env=environment, text=True)
     assert seen == "[(False, True)]\n"
     # A rental that is over, and whose order may still run, is this process's to end: no other's.
-    entry.given_up = True
+    entry.abandoned = True
     (found,) = read_entries(folder)
-    assert (found.free, found.ours) == (True, True)
+    assert (found.abandoned, found.of_this_machine) == (True, True)
     assert subprocess.check_output(command, env=environment, text=True) == "[(False, True)]\n"
     # A child that lives on holds nothing.
     if hasattr(os, "fork"):

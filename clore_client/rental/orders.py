@@ -13,8 +13,8 @@ from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import Cancellation
 from clore_client.orders.claims import same_purchase
 from clore_client.rental.budget import Budget, Meter
-from clore_client.rental.journal import Entry, Found, read_entries, write_entry
-from clore_client.rental.selection import Wish
+from clore_client.rental.journal import JournalEntry, read_entries, write_entry
+from clore_client.rental.selection import RentalSettings
 
 LOOKS = 6  # how many lists must lack an order at least, before there is none
 
@@ -30,7 +30,7 @@ class RentalOrder:
         answered: the API has answered that there is none, which is not always true.
     """
 
-    def __init__(self, server_id: int, entry: Entry | None, meter: Meter) -> None:
+    def __init__(self, server_id: int, entry: JournalEntry | None, meter: Meter) -> None:
         self.server_id = server_id
         self.entry = entry
         self.meter = meter
@@ -69,14 +69,14 @@ class RentalOrders:
     def __init__(
         self,
         orders: AccountOrders,
-        wish: Wish,
+        settings: RentalSettings,
         folder: Path | None,
         budget: Budget,
         wake: Callable[[], object],
         taken: Callable[[], set[int | None]],
     ) -> None:
         self._orders = orders
-        self._wish = wish
+        self._settings = settings
         self._folder = folder
         self._budget = budget
         self._wake = wake  # called when the price of an order changes
@@ -89,16 +89,16 @@ class RentalOrders:
 
     def note_intent(self, server_id: int, price: float | None) -> RentalOrder:
         """Note a purchase in the state folder and here, before it is sent."""
-        wish = self._wish
+        settings = self._settings
         entry = write_entry(
             self._folder,
             {
                 "server_id": server_id,
                 "started": time.time(),
                 "server_clock": self._orders.client.server_clock,
-                "image": wish.image,
-                "currency": wish.currency,
-                "spot": wish.spot,
+                "image": settings.image,
+                "currency": settings.currency,
+                "spot": settings.spot,
                 "base_url": self._orders.client.base_url,
                 "account": self._account(),
                 "before": sorted(self.before),
@@ -137,7 +137,7 @@ class RentalOrders:
     def give_up(self, purchase: RentalOrder) -> None:
         """Leave a purchase to ``leftovers()``."""
         if purchase.entry is not None:
-            purchase.entry.given_up = True
+            purchase.entry.abandoned = True
         self._remove(purchase)
         if purchase.order_id is None:
             self._budget.drop(purchase.meter)
@@ -181,12 +181,12 @@ class RentalOrders:
         return running <= {order.id for order in orders}
 
     def _fits(self, order: Order, purchase: RentalOrder) -> bool:
-        wish = self._wish
+        settings = self._settings
         return (
             order.server_id == purchase.server_id
             and order.id not in self.before
             and order.id not in self._taken()
-            and fits_intent(order, wish.image, wish.currency, wish.spot)
+            and fits_intent(order, settings.image, settings.currency, settings.spot)
         )
 
     def _is_held(self, purchase: RentalOrder) -> bool:
@@ -194,28 +194,28 @@ class RentalOrders:
         held = False
         for entry in self._notes_for(purchase.server_id):
             mine = purchase.entry is not None and entry.path == purchase.entry.path
-            held = held or not (mine or entry.free)
+            held = held or not (mine or entry.abandoned)
             entry.close()
         return held
 
     def drop_dead_notes(self, server_id: int) -> None:
         """Drop notes of dead processes that could be taken for an order that is ours."""
-        if self._wish.spot:
+        if self._settings.spot:
             return  # several bids may stand on one server
         for entry in self._notes_for(server_id):
-            if entry.free and entry.ours and entry.order_id is None:
+            if entry.abandoned and entry.of_this_machine and entry.order_id is None:
                 entry.remove()
             entry.close()
 
     def _account(self) -> str:
         return account_digest(self._orders.client.base_url, self._orders.client.api_key)
 
-    def _notes_for(self, server_id: int) -> list[Found]:
+    def _notes_for(self, server_id: int) -> list[JournalEntry]:
         """Return what is noted of this server for this account; each is to be closed."""
         account, notes = self._account(), []
         for entry in read_entries(self._folder):
-            facts = entry.facts
-            if facts.get("server_id") == server_id and facts.get("account") == account:
+            data = entry.data
+            if data.get("server_id") == server_id and data.get("account") == account:
                 notes.append(entry)
             else:
                 entry.close()
