@@ -173,10 +173,7 @@ def prepare_call(
     key = _check_key(all_headers, base_url, endpoint, name)
     timeout = check_timeout("timeout", options.pop("timeout", timeout))
     verify, cert, stream = (options.pop(k, None) for k in ("verify", "cert", "stream"))
-    proxies = dict(options.pop("proxies", None) or {})
-    if is_loopback(base_url):
-        # Over plain http a proxy from the environment would read the key.
-        proxies = {"http": None, "https": None, "all": None, **proxies}
+    proxies = _proxies(base_url, options.pop("proxies", None))
     # Without an auth of its own, requests would send what it finds in ~/.netrc.
     options.setdefault("auth", _no_auth)
     try:
@@ -204,6 +201,14 @@ def prepare_call(
         urgent=name in URGENT_POSTS or urgent,
         secrets=tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)])),
     )
+
+
+def _proxies(base_url: str, given: Any) -> dict[str, Any]:
+    proxies = dict(given or {})
+    if is_loopback(base_url):
+        # Over plain http a proxy from the environment would read the key.
+        proxies = {"http": None, "https": None, "all": None, **proxies}
+    return proxies
 
 
 def _check_key(headers: Any, base_url: str, endpoint: str, name: str) -> str:

@@ -11,6 +11,7 @@ from clore_client.pricing import HOURS_PER_DAY, finite, positive
 from clore_client.rental.client import RentalClient
 from clore_client.validation import (
     check_bool,
+    check_count,
     check_currency,
     check_id,
     check_interval,
@@ -55,30 +56,13 @@ class RentalSettings:
         max_hours: Any,
         max_cost_usd: Any,
     ) -> None:
-        if gpu_type is not None:
-            check_text("gpu_type", gpu_type)
-        if max_price_usd is not None:
-            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        self.gpu_type: str | None = gpu_type
-        self.max_price_usd: float | None = max_price_usd
-        self.min_reliability: float = min_reliability
-        self.spot = check_bool("use_spot", use_spot)
-        self.server_id = None if server_id is None else check_id("server_id", server_id)
+        self._set_search(gpu_type, max_price_usd, min_reliability, use_spot, server_id)
         self.currency = check_currency("currency", currency)
         self.image = check_text("image", image)
         check_login(ssh_password, ssh_key, jupyter_token)
         order_ports(ports)
         order_env(env)
-        if spot_price is not None:
-            check_number("spot_price", spot_price, above=True, unit="USD per hour")
-            if not use_spot:
-                raise ValueError("spot_price is only used with use_spot=True")
-            if max_price_usd is not None and spot_price > max_price_usd:
-                raise ValueError(
-                    f"spot_price must not be over max_price_usd: {spot_price!r}, {max_price_usd!r}"
-                )
-        self.spot_price: float | None = spot_price
+        self.spot_price = self._checked_bid(spot_price)
         self.order_arguments: dict[str, Any] = {
             "image": self.image,
             "order_type": "spot" if self.spot else "on-demand",
@@ -89,9 +73,7 @@ class RentalSettings:
             "ssh_key": ssh_key,
             "jupyter_token": jupyter_token,
         }
-        if isinstance(attempts, bool) or not isinstance(attempts, int):
-            raise TypeError(f"attempts must be a whole number, not {attempts!r}")
-        self.attempts = int(check_number("attempts", attempts, minimum=1))
+        self.attempts = check_count("attempts", attempts, minimum=1)
         self.deploy_timeout = check_number(
             "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
         )
@@ -100,11 +82,34 @@ class RentalSettings:
         self.cancel_timeout = check_number(
             "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
         )
-        for name, value in (("max_hours", max_hours), ("max_cost_usd", max_cost_usd)):
-            if value is not None:
-                check_number(name, value, above=True, infinite=True)
-        self.max_hours: float | None = max_hours
-        self.max_cost_usd: float | None = max_cost_usd
+        self.max_hours = _check_budget("max_hours", max_hours)
+        self.max_cost_usd = _check_budget("max_cost_usd", max_cost_usd)
+
+    def _set_search(
+        self, gpu_type: Any, max_price_usd: Any, min_reliability: Any, use_spot: Any, server_id: Any
+    ) -> None:
+        if gpu_type is not None:
+            check_text("gpu_type", gpu_type)
+        if max_price_usd is not None:
+            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
+        check_number("min_reliability", min_reliability, maximum=100.0)
+        self.gpu_type: str | None = gpu_type
+        self.max_price_usd: float | None = max_price_usd
+        self.min_reliability: float = min_reliability
+        self.spot = check_bool("use_spot", use_spot)
+        self.server_id = None if server_id is None else check_id("server_id", server_id)
+
+    def _checked_bid(self, spot_price: Any) -> float | None:
+        if spot_price is None:
+            return None
+        check_number("spot_price", spot_price, above=True, unit="USD per hour")
+        if not self.spot:
+            raise ValueError("spot_price is only used with use_spot=True")
+        if self.max_price_usd is not None and spot_price > self.max_price_usd:
+            raise ValueError(
+                f"spot_price must not be over max_price_usd: {spot_price!r}, {self.max_price_usd!r}"
+            )
+        return float(spot_price)
 
     @property
     def fee(self) -> float:
@@ -150,6 +155,10 @@ class RentalSettings:
         if self.spot and on_demand is not None and price > on_demand:
             return "takes no bid under its on-demand price"
         return None
+
+
+def _check_budget(name: str, value: Any) -> float | None:
+    return None if value is None else check_number(name, value, above=True, infinite=True)
 
 
 def _lowest_bid(server: Server, currency: str) -> float | None:
