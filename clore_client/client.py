@@ -30,10 +30,6 @@ from clore_client.orders.cancel import cancel_all, cancel_order, cancel_orders, 
 from clore_client.orders.create import Purchase
 from clore_client.orders.wait import wait_for_status
 from clore_client.pricing import wire_currency
-from clore_client.rental.recovery import Leftovers, end_leftovers, find_leftovers
-from clore_client.rental.rental import Rental
-from clore_client.rental.selection import RentalSettings
-from clore_client.rental.signals import SignalHandling
 from clore_client.validation import (
     Timeout,
     check_bool,
@@ -48,6 +44,9 @@ from clore_client.validation import (
 if TYPE_CHECKING:
     import paramiko
 
+    from clore_client.rental.recovery import Leftovers
+    from clore_client.rental.rental import Rental
+    from clore_client.rental.signals import SignalHandling
     from clore_client.ssh.access import SSHAccess
     from clore_client.ssh.tunnel import Forward
 
@@ -644,6 +643,9 @@ class CloreClient(HTTPClient):
             >>> with client.rent("RTX 4090", max_price_usd=0.40, max_hours=2) as rental:
             ...     print(rental.run("nvidia-smi -L").stdout)
         """
+        from clore_client.rental.rental import Rental
+        from clore_client.rental.selection import RentalSettings
+
         settings = RentalSettings(
             gpu_type=gpu_type,
             max_price_usd=max_price_usd,
@@ -682,6 +684,8 @@ class CloreClient(HTTPClient):
             >>> client.leftovers().abandoned
             [<Leftover order 1958009 of server 99173, by process 4711 on 'desk'>]
         """
+        from clore_client.rental.recovery import find_leftovers
+
         check_number("wait", wait, unit="seconds")
         folder = state_folder(self._state_dir)
         return limited(lambda: find_leftovers(self._orders, folder, wait), urgent=True)
@@ -703,6 +707,8 @@ class CloreClient(HTTPClient):
             >>> client.cancel_leftovers()
             [1958009]
         """
+        from clore_client.rental.recovery import end_leftovers
+
         check_number("wait", wait, unit="seconds")
         check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
         folder = state_folder(self._state_dir)
@@ -725,6 +731,8 @@ class CloreClient(HTTPClient):
             >>> with client.handle_signals():
             ...     work_with_threads()
         """
+        from clore_client.rental.signals import SignalHandling
+
         return SignalHandling()
 
     # --- the spot market ---
