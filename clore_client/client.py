@@ -16,7 +16,7 @@ from clore_client.config import (
     need_key,
     state_folder,
 )
-from clore_client.errors import ERROR_CODES, printable
+from clore_client.errors import ERROR_CODES, Secret, hidden_values, printable
 from clore_client.log import logger
 from clore_client.market.market import Market
 from clore_client.market.spot import with_hourly_offers
@@ -122,6 +122,7 @@ class CloreClient(HTTPClient):
         max_response_mb: float = 64.0,
         order_lag: float = 20.0,
     ) -> None:
+        api_key = Secret.of(api_key)  # what fails below shows its variables to error reporters
         super().__init__(
             api_key,
             timeout,
@@ -420,6 +421,8 @@ class CloreClient(HTTPClient):
             >>> order["order_id"], order["ssh_password"]
             (1958009, 'q1nE0rNN7mBdmKyUHyKzXgLa')
         """
+        ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
+        env = hidden_values(env)
         purchase = Purchase(
             self._orders,
             server_id=server_id,
@@ -646,6 +649,8 @@ class CloreClient(HTTPClient):
         from clore_client.rental.rental import Rental
         from clore_client.rental.selection import RentalSettings
 
+        ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
+        env = hidden_values(env)
         settings = RentalSettings(
             gpu_type=gpu_type,
             max_price_usd=max_price_usd,
@@ -859,6 +864,7 @@ class CloreClient(HTTPClient):
             >>> with client.connect_ssh(order) as ssh:
             ...     print(ssh.exec_command("nvidia-smi -L")[1].read().decode())
         """
+        password, passphrase = Secret.of(password), Secret.of(passphrase)
         return self._ssh.login(
             order,
             password=password,
@@ -885,6 +891,7 @@ class CloreClient(HTTPClient):
         Example:
             >>> client.wait_for_ssh(order, wait=600)
         """
+        password, passphrase = Secret.of(password), Secret.of(passphrase)
         self.connect_ssh(
             order,
             password,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from clore_client.errors import ConfigurationError, printable
+from clore_client.errors import ConfigurationError, Secret, printable
 from clore_client.log import logger
 
 KEY_VARIABLE = "CLORE_API_KEY"
@@ -48,7 +48,7 @@ def clean_key(key: object, source: str) -> str:
         raise ConfigurationError(
             f"the API key from {source} has a character that no key has: was it copied whole?"
         )
-    return key
+    return Secret(key)
 
 
 def find_key(argument: str | None) -> tuple[str | None, str]:

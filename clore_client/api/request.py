@@ -25,7 +25,13 @@ from clore_client.api.rate_limit import (
 )
 from clore_client.api.retry import Failure, classify, classify_error, classify_unusable
 from clore_client.config import URL_VARIABLE, check_base_url, clean_key, find_key
-from clore_client.errors import CloreConnectionError, CloreError, ConfigurationError, RateLimitError
+from clore_client.errors import (
+    CloreConnectionError,
+    CloreError,
+    ConfigurationError,
+    RateLimitError,
+    Secret,
+)
 from clore_client.log import logger
 from clore_client.validation import (
     Timeout,
@@ -200,7 +206,7 @@ class HTTPClient:
 
     @headers.setter
     def headers(self, headers: dict[str, str]) -> None:
-        self._headers = dict(headers)
+        self._headers = {k: Secret.of(v) if k.lower() == "auth" else v for k, v in headers.items()}
 
     # --- one call ---
 

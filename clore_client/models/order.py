@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from clore_client.models.record import Record, dicts, is_live, packed, part_of, whole_id
+from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
 from clore_client.pricing import RateBook, finite, per_hour
 
 # How an order may end. The live form knows the first two; the others are known from elsewhere.
@@ -195,7 +195,7 @@ def to_order(
         rates: for ``usd_per_hour``.
     """
     order = Order({**record, **_live_fields(record, cancelled)} if live else record)
-    order._wire, order._live = packed(record), live
+    order._wire, order._live = record, live
     order._usd_per_hour = rates.usd(order.get("price"), order.get("currency"))
     return order
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from clore_client.models.record import Record, dicts, is_live, packed, part_of, whole_id
+from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
 from clore_client.pricing import HOURS_PER_DAY, RateBook, finite, per_hour, positive
 
 # Bounded, and without two ways to match one blank: the text comes from strangers. Compiled when
@@ -202,12 +202,9 @@ def _rounded(number: float | None) -> float | None:
 
 
 def to_server(record: dict[str, Any], live: bool) -> Server:
-    """A server as it came, as a :class:`Server` in the documented form.
-
-    It takes over what is nested in ``record``, and keeps the record itself packed.
-    """
+    """Return a server as it came as a :class:`Server` in the documented form."""
     server = Server(record)
-    server._wire = packed(record)
+    server._wire = record
     server["gpu_array"] = gpu_names(record)
     if not live:
         return server

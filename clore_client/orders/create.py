@@ -15,6 +15,7 @@ from clore_client.errors import (
     CloreError,
     DatabaseError,
     OrderOutcomeUnknownError,
+    Secret,
     ServerAlreadyRentedError,
 )
 from clore_client.log import logger
@@ -47,7 +48,7 @@ def make_password() -> str:
     """A password that nobody guesses, of characters that need no quoting anywhere."""
     alphabet = string.ascii_letters + string.digits
     source = random.SystemRandom()  # the system's source, as the module secrets uses it
-    return "".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH))
+    return Secret("".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH)))
 
 
 def _given(value: Any) -> Any:
@@ -217,7 +218,7 @@ class Purchase:
         logger.info("order %s of server %d was made", order.id, self.server_id)
         order["code"] = 0
         if purchase.generated_password:
-            order["ssh_password"] = purchase.generated_password
+            order["ssh_password"] = str(purchase.generated_password)
         return order
 
     def _read_baseline(self, find_timeout: float) -> None:
