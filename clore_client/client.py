@@ -42,6 +42,7 @@ from clore_client.validation import (
     check_ids,
     check_interval,
     check_number,
+    check_string,
     check_text,
 )
 
@@ -195,8 +196,8 @@ class CloreClient(Machine):
             >>> client.find_servers("RTX 4090", max_price_usd=0.5, min_reliability=95)[0].gpu_name
             'RTX 4090'
         """
-        if gpu_type is not None and not isinstance(gpu_type, str):
-            raise TypeError(f"gpu_type must be a string, not {gpu_type!r}")
+        if gpu_type is not None:
+            check_string("gpu_type", gpu_type)
         if max_price_usd is not None:
             check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
         check_number("min_reliability", min_reliability, maximum=100.0)
@@ -391,8 +392,8 @@ class CloreClient(Machine):
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         if settle_timeout is not None:
             check_number("settle_timeout", settle_timeout, unit="seconds")
-        if issue is not None and not isinstance(issue, str):
-            raise TypeError(f"issue must be a string, not {issue!r}")
+        if issue is not None:
+            check_string("issue", issue)
         limited(lambda: self._cancel(wanted, issue, settle_timeout), urgent=True)
         if confirm:
             self._confirm((wanted,), confirm_timeout)

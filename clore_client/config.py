@@ -309,7 +309,7 @@ class PerAccount(Generic[V]):
 def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
     """A folder, or None for no notes at all."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a folder or None, not {value!r}")
+        raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
     if isinstance(value, str) and not value.strip():
         raise ValueError(f"{name} must not be empty: None turns the notes off")
     return value

@@ -18,6 +18,7 @@ _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
 LONGEST_INTERVAL = 86_400.0  # seconds
 LONGEST_TIMEOUT = 1e9
+MAX_ID_DIGITS = 18
 MAX_PASSWORD = 32
 MAX_TOKEN = 32
 MAX_SSH_KEY = 3072
@@ -26,7 +27,11 @@ MAX_ENV_VALUE = 1536
 
 
 def _shown(value: Any) -> str:
-    return printable(repr(value), 80)
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, or a class with a broken __repr__
+        text = f"<{type(value).__name__} without a text>"
+    return printable(text, 80)
 
 
 def check_id(name: str, value: Any) -> int:
@@ -37,8 +42,11 @@ def check_id(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise TypeError(f"{name} must be a positive integer, not {_shown(value)}")
-    if isinstance(value, str) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, not {_shown(value)}")
+    if isinstance(value, str) or not 1 <= value < 10**MAX_ID_DIGITS:
+        raise ValueError(
+            f"{name} must be a positive integer of at most {MAX_ID_DIGITS} digits, "
+            f"not {_shown(value)}"
+        )
     return value
 
 
@@ -74,6 +82,13 @@ def check_number(
     return value
 
 
+def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
+    """Check a whole number, at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {_shown(value)}")
+    return int(check_number(name, value, minimum=minimum))
+
+
 def check_interval(name: str, value: Any) -> float:
     """Seconds between two things, at most a day: time.sleep() has a limit."""
     return check_number(name, value, maximum=LONGEST_INTERVAL, unit="seconds")
@@ -83,6 +98,13 @@ def check_bool(name: str, value: Any) -> bool:
     """True or False; a string like ``"false"`` would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {_shown(value)}")
+    return value
+
+
+def check_string(name: str, value: Any) -> str:
+    """Check a string, which may be empty."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {_shown(value)}")
     return value
 
 
@@ -152,7 +174,9 @@ def check_ports(name: str, value: Any) -> dict[str, str]:
         raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {_shown(value)}")
     ports: dict[str, str] = {}
     for port, protocol in value.items():
-        digits = str(port) if isinstance(port, (int, str)) and not isinstance(port, bool) else ""
+        digits = port if isinstance(port, str) else ""
+        if isinstance(port, int) and not isinstance(port, bool) and 1 <= port <= 65535:
+            digits = str(port)
         if not re.fullmatch(r"[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65535:
             raise ValueError(f"{name}: a port must be 1 to 65535, not {_shown(port)}")
         if protocol not in ("tcp", "http"):

@@ -55,6 +55,7 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.validation import (
     Timeout,
+    check_count,
     check_interval,
     check_number,
     check_text,
@@ -178,9 +179,7 @@ class Transport(KeyAndUrl):
         self._settle(api_key, base_url)
         self.timeout = check_timeout("timeout", timeout)
         self.rate_limit = check_interval("rate_limit", rate_limit)
-        if not isinstance(max_retries, int) or isinstance(max_retries, bool):
-            raise TypeError(f"max_retries must be a whole number, not {max_retries!r}")
-        self.max_retries = int(check_number("max_retries", max_retries, minimum=1))
+        self.max_retries = check_count("max_retries", max_retries, minimum=1)
         self.create_order_interval = check_number(
             "create_order_interval", create_order_interval, unit="seconds"
         )
@@ -188,10 +187,8 @@ class Transport(KeyAndUrl):
         self.max_backoff = check_interval("max_backoff", max_backoff)
         if max_usd_per_hour is not None:
             check_number("max_usd_per_hour", max_usd_per_hour, unit="USD per hour")
-        if max_active_orders is not None and type(max_active_orders) is not int:
-            raise TypeError(f"max_active_orders must be a whole number, not {max_active_orders!r}")
         if max_active_orders is not None:
-            check_number("max_active_orders", max_active_orders)
+            check_count("max_active_orders", max_active_orders)
         self.max_usd_per_hour = max_usd_per_hour
         self.max_active_orders = max_active_orders
         self._state_dir = check_state_dir("state_dir", state_dir)
@@ -367,8 +364,14 @@ class Transport(KeyAndUrl):
                     method, base_url + endpoint, headers=headers, params=params, json=json, **kwargs
                 )
             )
+            secrets = tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)]))
         except requests.exceptions.InvalidJSONError as error:
             raise ValueError(f"json can't be sent as JSON: {error}") from None
+        except RecursionError:
+            raise ValueError("json can't be sent as JSON: it is nested too deeply") from None
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"json, params or another argument can't be sent: {error}") from None
         settings.update(
             session.merge_environment_settings(request.url, proxies, stream, verify, cert)
         )
@@ -383,7 +386,7 @@ class Transport(KeyAndUrl):
             key=key,
             repeatable=repeatable,
             urgent=name in URGENT_POSTS or _limits.get().urgent,
-            secrets=tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)])),
+            secrets=secrets,
         )
 
     def _send(self, call: Call, rate_limit: RateLimit, not_before: float) -> Envelope | Failure:

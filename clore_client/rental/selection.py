@@ -10,6 +10,7 @@ from clore_client.orders.create import check_login, order_env, order_ports
 from clore_client.pricing import HOURS_PER_DAY, finite, positive
 from clore_client.validation import (
     check_bool,
+    check_count,
     check_currency,
     check_id,
     check_interval,
@@ -88,9 +89,7 @@ class Wish:
             "ssh_key": ssh_key,
             "jupyter_token": jupyter_token,
         }
-        if isinstance(attempts, bool) or not isinstance(attempts, int):
-            raise TypeError(f"attempts must be a whole number, not {attempts!r}")
-        self.attempts = int(check_number("attempts", attempts, minimum=1))
+        self.attempts = check_count("attempts", attempts, minimum=1)
         self.deploy_timeout = check_number(
             "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
         )
