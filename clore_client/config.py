@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from clore_client.errors import ConfigurationError, printable
 from clore_client.log import logger
-from clore_client.validation import check_text
+from clore_client.validation import check_headers, check_text
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
@@ -112,14 +112,22 @@ def _warn_readable(path: str) -> None:
     logger.warning("%s holds your API key and others may read it: chmod 600 %s", path, path)
 
 
-@functools.lru_cache(maxsize=64)
-def check_base_url(url: str, name: str) -> str:
-    """An http(s) URL without its trailing slash.
+def check_base_url(url: object, name: str) -> str:
+    """Return an http(s) URL without its trailing slash.
 
     Parameters:
         url: as it was given.
         name: where it comes from, for the error.
     """
+    if not isinstance(url, str):
+        raise TypeError(
+            f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
+        )
+    return _usable_url(url, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _usable_url(url: str, name: str) -> str:
     if problem := _url_problem(url):
         # The URL itself is not shown: a key may stand in it.
         raise ConfigurationError(
@@ -196,7 +204,8 @@ class KeyAndUrl:
     @property
     def api_key(self) -> str | None:
         """The key, or None. Setting it changes ``headers``."""
-        return next((v for k, v in self.headers.items() if k.lower() == "auth"), None)
+        named = ((k, v) for k, v in self.headers.items() if isinstance(k, str))
+        return next((v for k, v in named if k.lower() == "auth"), None)
 
     @api_key.setter
     def api_key(self, key: str | None) -> None:
@@ -216,7 +225,7 @@ class KeyAndUrl:
 
     @headers.setter
     def headers(self, headers: dict[str, str]) -> None:
-        self._headers = dict(headers)
+        self._headers = check_headers("headers", headers)
 
     # --- where the settings come from ---
 

@@ -16,6 +16,8 @@ Timeout = float | tuple[float | None, float | None] | None
 _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # Seen on the live API: with these in an env value, create_order answers code 1.
 _CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
 LONGEST_TIMEOUT = 1e9
 MAX_ID_DIGITS = 18
@@ -116,6 +118,25 @@ def check_text(name: str, value: Any, *, secret: bool = False) -> str:
     if not value.strip():
         raise ValueError(f"{name} must not be empty")
     return value
+
+
+def check_headers(name: str, value: Any) -> dict[str, Any]:
+    """Check HTTP headers; None as a value leaves a header out. Values are never shown."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
+    for header, text in value.items():
+        if not isinstance(header, str):
+            raise TypeError(f"{name}: a header's name must be a string, not {_shown(header)}")
+        if not re.fullmatch(_HEADER_NAME, header):
+            raise ValueError(f"{name}: not the name of a header: {_shown(header)}")
+        if text is None or header.lower() == "auth":  # the key is checked where it is used
+            continue
+        if not isinstance(text, (str, bytes)):
+            raise TypeError(f"{name}[{header!r}] must be a string, not {type(text).__name__}")
+        shape = text if isinstance(text, str) else text.decode("latin-1")
+        if not re.fullmatch(_HEADER_VALUE, shape):
+            raise ValueError(f"{name}[{header!r}] has a character that no header may have")
+    return dict(value)
 
 
 def check_timeout(name: str, value: Any) -> Timeout:

@@ -14,6 +14,11 @@ from tests.variant import Simulator
 HUGE = 10**5000  # str() of it is a ValueError of Python's own
 
 
+def by_type(value: object) -> str:
+    """Return the name of a parameter, also of one whose str() fails."""
+    return type(value).__name__
+
+
 @pytest.fixture(scope="module", params=FORMS)
 def bad_sim(request: pytest.FixtureRequest) -> Iterator[Simulator]:
     """One simulator in each form for all tests: hardly anything is sent to it."""
@@ -27,12 +32,84 @@ def any_sim(bad_sim: Simulator) -> Simulator:
     return bad_sim
 
 
+CALLS: dict[str, Callable[[CloreClient], object]] = {
+    "get_marketplace": lambda c: c.get_marketplace(),
+    "get_wallets": lambda c: c.get_wallets(),
+    "get_orders": lambda c: c.get_orders(),
+    "create_order": lambda c: c.create_order(5),
+    "cancel_order": lambda c: c.cancel_order(5),
+    "cancel_orders": lambda c: c.cancel_orders([5]),
+    "set_spot_price": lambda c: c.set_spot_price(5, 0.1),
+    "get_spot_market": lambda c: c.get_spot_market(5),
+    "_request": lambda c: c._request("GET", "/v1/wallets"),
+}
+
+
 def refused(sim: Simulator, call: Callable[[], object], name: str) -> str:
     """Return the text of the error; nothing may have been sent."""
     with pytest.raises((TypeError, ValueError), match=name) as caught:
         call()
     assert sim.requests == []
     return str(caught.value)
+
+
+# Settings that are changed on the client
+
+
+@pytest.mark.parametrize("url", [5, None, b"http://x", ["http://x"], HUGE, {}], ids=by_type)
+def test_a_base_url_that_is_no_string(
+    any_sim: Simulator, any_client: CloreClient, url: Any
+) -> None:
+    any_client.BASE_URL = url
+    for call in CALLS.values():
+        text = refused(any_sim, lambda call=call: call(any_client), "BASE_URL must be a string")  # type: ignore[misc]
+        assert type(url).__name__ in text
+
+
+def test_a_base_url_of_a_subclass_that_is_no_string(sim: Simulator) -> None:
+    class Mine(CloreClient):
+        BASE_URL = 5  # type: ignore[assignment]
+
+    refused(sim, Mine("key").get_wallets, "BASE_URL must be a string")
+
+
+@pytest.mark.parametrize("url", ["", " ", "ftp://x", "127.0.0.1", "http://"])
+def test_a_base_url_that_can_not_be_used(sim: Simulator, client: CloreClient, url: str) -> None:
+    client.BASE_URL = url
+    refused(sim, client.get_wallets, "BASE_URL must be")
+
+
+@pytest.mark.parametrize(
+    "headers", [{5: "x"}, {None: "x"}, {b"auth": "x"}, {"X-A": 5}, {"X-A": HUGE}, {"": "x"},
+                {"X-A": "a\nb"}, {"X A": "b"}, {"X-A": "\u20ac"}],
+    ids=by_type,
+)  # fmt: skip
+def test_headers_that_can_not_be_sent(
+    any_sim: Simulator, any_client: CloreClient, headers: Any
+) -> None:
+    client = any_client
+    refused(any_sim, lambda: setattr(client, "headers", headers), "headers")
+    assert client.headers == {"auth": any_sim.api_key}
+    client.headers.update(headers)  # not seen by the setter
+    for call in CALLS.values():
+        refused(any_sim, lambda call=call: call(client), "headers")  # type: ignore[misc]
+    assert "a key" in repr(client)
+    assert client.api_key == any_sim.api_key
+
+
+@pytest.mark.parametrize("headers", [5, "auth", [("auth", "x")], [5], None, HUGE], ids=by_type)
+def test_headers_that_are_no_dict(sim: Simulator, client: CloreClient, headers: Any) -> None:
+    refused(sim, lambda: setattr(client, "headers", headers), "headers must be a dict")
+    if headers is not None:
+        call = lambda: client._request("GET", "/v1/wallets", headers=headers)  # noqa: E731
+        refused(sim, call, "headers must be a dict")
+
+
+def test_headers_that_are_fine_still_go_out(sim: Simulator, client: CloreClient) -> None:
+    client.headers = {**client.headers, "X-A": "b", "X-B": b"c"}  # type: ignore[dict-item]
+    client._request("GET", "/v1/wallets", headers={"X-C": "d", "X-A": None})
+    sent = sim.requests[0].headers
+    assert (sent.get("X-A"), sent.get("X-B"), sent.get("X-C")) == (None, "c", "d")
 
 
 # Integers of thousands of digits

@@ -56,6 +56,7 @@ from clore_client.log import logger
 from clore_client.validation import (
     Timeout,
     check_count,
+    check_headers,
     check_interval,
     check_number,
     check_text,
@@ -332,8 +333,8 @@ class Transport(KeyAndUrl):
         method = check_text("method", method).upper()
         name = _name_of(check_endpoint(endpoint))
         base_url = self._base_url
-        headers = CaseInsensitiveDict({**self.headers})
-        headers.update(kwargs.pop("headers", None) or {})
+        headers = CaseInsensitiveDict(check_headers("headers", self.headers))
+        headers.update(check_headers("headers", kwargs.pop("headers", None) or {}))
         key = headers.get("auth") or ""
         if key:
             key = headers["auth"] = clean_key(key, "the headers")
