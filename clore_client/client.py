@@ -38,6 +38,7 @@ from clore_client.rental.signals import SignalHandling
 from clore_client.ssh.machine import Machine
 from clore_client.validation import (
     check_bool,
+    check_callback,
     check_id,
     check_ids,
     check_interval,
@@ -532,8 +533,7 @@ class CloreClient(Machine):
         check_number("timeout", timeout, infinite=True, unit="seconds")
         check_interval("poll_interval", poll_interval)
         check_text("target_status", target_status)
-        if on_update is not None and not callable(on_update):
-            raise TypeError(f"on_update must be callable, not {on_update!r}")
+        check_callback("on_update", on_update, 1)
 
         def look(deadline: float) -> Order | None:
             # The last look starts at the deadline, and gets its turn: two reads at most.

@@ -103,6 +103,25 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
+def check_callback(name: str, value: Any, arguments: int) -> None:
+    """Check a function that is called with so many arguments; None is none."""
+    if value is None:
+        return
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {_shown(value)}")
+    import inspect  # for callers that give one, and not cheap
+
+    try:
+        signature = inspect.signature(value)
+    except (ValueError, TypeError):  # a builtin that does not tell
+        return
+    try:
+        signature.bind(*[None] * arguments)
+    except TypeError:
+        one = "one argument" if arguments == 1 else f"{arguments} arguments"
+        raise TypeError(f"{name} must be callable with {one}, not {_shown(value)}") from None
+
+
 def check_string(name: str, value: Any) -> str:
     """Check a string, which may be empty."""
     if not isinstance(value, str):

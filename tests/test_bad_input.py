@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from clore_client import CloreClient
+from clore_client import CloreClient, CloreError
 from tests.conftest import FAST, FORMS
 from tests.variant import Simulator
 
@@ -189,3 +189,28 @@ def test_what_can_not_be_sent_as_json(sim: Simulator, client: CloreClient) -> No
     for body in (nested, {"a": object()}, {"a": float("nan")}, {(1, 2): 3}):
         call = lambda body=body: client._request("POST", "/v1/x", json=body)  # noqa: E731
         refused(sim, call, "json")
+
+
+# Callbacks
+
+
+@pytest.mark.parametrize(
+    "callback", [5, "print", lambda: None, lambda order, more: None, lambda *, order: None, HUGE],
+    ids=by_type,
+)  # fmt: skip
+def test_an_on_update_that_can_not_take_an_order(
+    any_sim: Simulator, any_client: CloreClient, callback: Any
+) -> None:
+    refused(any_sim, lambda: any_client.wait_for_order(5, 1, on_update=callback), "on_update")
+
+
+@pytest.mark.parametrize(
+    "callback", [print, [].append, lambda order: None, lambda *orders: None,
+                 lambda order, more=None: None, type("C", (), {"__call__": lambda s, o: None})()],
+    ids=by_type,
+)  # fmt: skip
+def test_an_on_update_that_takes_an_order(
+    sim: Simulator, client: CloreClient, callback: Any
+) -> None:
+    with pytest.raises(CloreError, match="did not reach"):
+        client.wait_for_order(5, 0.01, 0.01, on_update=callback)
