@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from clore_client.errors import ConfigurationError, printable
 from clore_client.log import logger
-from clore_client.validation import check_headers, check_text
+from clore_client.validation import check_headers, check_local_path, check_text
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
@@ -321,6 +321,8 @@ def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
         raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
     if isinstance(value, str) and not value.strip():
         raise ValueError(f"{name} must not be empty: None turns the notes off")
+    if value is not None:
+        check_local_path(name, value)
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,6 +22,8 @@ _HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
 LONGEST_TIMEOUT = 1e9
 MAX_ID_DIGITS = 18
+MAX_PATH = 4095  # bytes of a local path
+MAX_PATH_PART = 255  # bytes of one name in it
 MAX_PASSWORD = 32
 MAX_TOKEN = 32
 MAX_SSH_KEY = 3072
@@ -101,6 +104,22 @@ def check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {_shown(value)}")
     return value
+
+
+def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
+    """Refuse a path that no file system takes."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a character that no path may have") from None
+    if b"\0" in encoded:
+        raise ValueError(f"{name} must not hold a NUL")
+    longest_part = max(map(len, encoded.split(b"/")))
+    if len(encoded) > MAX_PATH or longest_part > MAX_PATH_PART:
+        raise ValueError(
+            f"{name} is too long: it has {len(encoded)} bytes, {longest_part} of them in one name; "
+            f"{MAX_PATH} and {MAX_PATH_PART} are allowed"
+        )
 
 
 def check_callback(name: str, value: Any, arguments: int) -> None:

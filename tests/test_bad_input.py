@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from tests.conftest import FAST, FORMS
 from tests.variant import Simulator
 
 HUGE = 10**5000  # str() of it is a ValueError of Python's own
+TOO_LONG = "x" * 5000  # longer than a path may be, and than a name in it
+ORDER = {"order_id": 5, "connection": {"ssh": "ssh root@127.0.0.1 -p 9", "http_ports": {}}}
 
 
 def by_type(value: object) -> str:
@@ -214,3 +217,24 @@ def test_an_on_update_that_takes_an_order(
 ) -> None:
     with pytest.raises(CloreError, match="did not reach"):
         client.wait_for_order(5, 0.01, 0.01, on_update=callback)
+
+
+# Local paths
+
+
+@pytest.mark.parametrize("path", [TOO_LONG, "a/" + "x" * 256, "a/" * 3000, Path(TOO_LONG)])
+def test_a_local_path_that_is_too_long(
+    any_sim: Simulator, any_client: CloreClient, path: Any
+) -> None:
+    refused(any_sim, lambda: any_client.upload(ORDER, path, "x"), "local is too long")
+    refused(any_sim, lambda: any_client.download(ORDER, "x", path), "local is too long")
+    text = refused(
+        any_sim, lambda: any_client.connect_ssh(ORDER, key_path=path), "key_path is too long"
+    )
+    assert len(text) < 500
+    refused(any_sim, lambda: CloreClient("key", state_dir=path), "state_dir is too long")
+
+
+def test_a_local_path_that_is_as_long_as_it_may_be(sim: Simulator, client: CloreClient) -> None:
+    with pytest.raises(FileNotFoundError, match="local"):
+        client.upload(ORDER, "x" * 255, "x")

@@ -13,6 +13,7 @@ from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.models.order import plain_host, plain_user
 from clore_client.ssh.transport import prepared_transport
+from clore_client.validation import check_local_path
 
 if TYPE_CHECKING:
     import paramiko
@@ -129,6 +130,8 @@ class Login:
         self.address = plain_address(order)
         if passphrase is not None and key_path is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
+        if key_path is not None:
+            check_local_path("key_path", key_path)
         self.password = password
         self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
         self.timeout = timeout

@@ -17,7 +17,7 @@ from clore_client.errors import SSHError, TransferError, printable
 from clore_client.log import logger
 from clore_client.models.result import Transferred
 from clore_client.ssh.remote import BLOCK, CHANNEL_PAUSE, Exec, NoChannelError, Watch
-from clore_client.validation import check_bool, check_number
+from clore_client.validation import check_bool, check_local_path, check_number
 
 SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller ones of a directory travel together
 BUNDLE_BYTES = 8 * 1024 * 1024
@@ -70,6 +70,8 @@ def check_path(name: str, value: Any) -> bytes:
     path = os.fsencode(value)
     if not path or b"\0" in path:
         raise ValueError(f"{name} must not be empty or hold a NUL: {path!r}")
+    if name == "local":
+        check_local_path(name, path)
     return path
 
 
