@@ -62,6 +62,7 @@ from clore_client.validation import (
     check_text,
     check_timeout,
     longest_part,
+    short_repr,
     shortened,
 )
 from clore_client.version import __version__
@@ -331,6 +332,8 @@ class Transport(KeyAndUrl):
         if "allow_redirects" in kwargs:
             raise ValueError("allow_redirects is refused: a redirect could lead the key elsewhere")
         method = check_text("method", method).upper()
+        if not (method.isascii() and method.isalpha()):
+            raise ValueError(f"method must be one like 'GET', not {short_repr(method)}")
         name = _name_of(check_endpoint(endpoint))
         base_url = self._base_url
         headers = CaseInsensitiveDict(check_headers("headers", self.headers))

@@ -10,7 +10,7 @@ from clore_client.config import account_digest, state_folder
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, Transferred
 from clore_client.orders.account import Account
-from clore_client.validation import check_number, check_text
+from clore_client.validation import check_number, check_text, short_repr
 
 if TYPE_CHECKING:
     import paramiko
@@ -510,6 +510,8 @@ class Machine(Account):
         from clore_client.ssh.connect import parse_ssh_command
 
         if not isinstance(order, Mapping):
-            raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
+            raise TypeError(
+                f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
+            )
         address = parse_ssh_command(order)
         return self._pins.alias(self._order_number(order), "{host}:{port}".format(**address))
