@@ -145,12 +145,12 @@ class Api:
                 return {"market": None, "exists": False, "code": 0}
             return {"code": 0, "market": {"offers": []}}
         offers = _strangers_bids(server)
-        tenant = self._market.tenant(server.id)
+        active = self._market.active_order_on(server.id)
         for order in account.orders:
             if order.spot and order.server_id == server.id:
                 offers.append(wire.offer(order))
-        if tenant is not None and tenant.spot and tenant.key != account.key:
-            offers.append(wire.offer(tenant) | {"my": False})
+        if active is not None and active.spot and active.key != account.key:
+            offers.append(wire.offer(active) | {"my": False})
         return wire.spot_market(server, offers, self._form)
 
     # Orders

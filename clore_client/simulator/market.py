@@ -40,7 +40,7 @@ class Market:
                 server.usd_spot = server.usd_spot or dict(server.usd_on_demand)
         self.accounts: dict[str, Account] = {}
         self.orders: dict[int, Order] = {}
-        self._tenants: dict[int, Order] = {}  # server id -> its active order
+        self._active_orders: dict[int, Order] = {}  # server id -> its active order
         self.on_created: Callable[[Order], None] = lambda order: None
         self.on_ended: Callable[[Order], None] = lambda order: None
         self.on_server_changed: Callable[[Server], None] = lambda server: None
@@ -139,7 +139,7 @@ class Market:
         self.settle()
         now = self.now()
         self.settle_account(account, now)
-        if server.rented or server.id in self._tenants:
+        if server.rented or server.id in self._active_orders:
             raise RefusedError(6, "server-already-rented")
         price = server.on_demand(currency)
         if spot:
@@ -179,7 +179,7 @@ class Market:
         account.orders.append(order)
         account.active[order.id] = order
         self.orders[order.id] = order
-        self._tenants[server.id] = order
+        self._active_orders[server.id] = order
         self.set_rented(server, True)
         self.on_created(order)
         return order
@@ -220,16 +220,16 @@ class Market:
             return
         order.ended, order.ended_by = when, by
         del self.accounts[order.key].active[order.id]
-        if self._tenants.get(order.server_id) is order:
-            del self._tenants[order.server_id]
+        if self._active_orders.get(order.server_id) is order:
+            del self._active_orders[order.server_id]
             self.set_rented(self.servers[order.server_id], False)
         self.on_ended(order)
 
     # Servers
 
-    def tenant(self, server_id: int) -> Order | None:
+    def active_order_on(self, server_id: int) -> Order | None:
         """The active order on a server."""
-        return self._tenants.get(server_id)
+        return self._active_orders.get(server_id)
 
     def set_rented(self, server: Server, rented: bool) -> None:
         """Mark a server as rented, by whomever, or as free."""

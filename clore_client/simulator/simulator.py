@@ -309,7 +309,7 @@ class Simulator:
 
         def change() -> None:
             self._market.servers[server_id].online = not offline
-            order = self._market.tenant(server_id)
+            order = self._market.active_order_on(server_id)
             if order is not None:
                 order.online = not offline
                 if self._hosts is not None:
