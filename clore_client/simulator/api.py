@@ -144,7 +144,7 @@ class Api:
             if self._form == "live":
                 return {"market": None, "exists": False, "code": 0}
             return {"code": 0, "market": {"offers": []}}
-        offers = _strangers_bids(server)
+        offers = _other_bids(server)
         active = self._market.active_order_on(server.id)
         for order in account.orders:
             if order.spot and order.server_id == server.id:
@@ -229,7 +229,7 @@ class Api:
         return order if order is not None and order.key == account.key else None
 
 
-def _strangers_bids(server: Server) -> list[dict[str, Any]]:
+def _other_bids(server: Server) -> list[dict[str, Any]]:
     """Old bids of others: the same ones whenever somebody asks."""
     rng = Random(f"bids {server.id}")
     bids = []
