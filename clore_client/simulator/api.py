@@ -9,7 +9,7 @@ from typing import Any
 
 from . import wire
 from .catalog import RATES, Server, in_currency
-from .checks import amount_of, chokes, id_of, object_of, order_body, require
+from .checks import amount_of, breaks_database, id_of, object_of, order_body, require
 from .faults import ENDPOINTS
 from .market import TOLERANCE, Market, RefusedError
 from .settings import Settings
@@ -160,7 +160,7 @@ class Api:
         server_id, currency = body["renting_server"], body["currency"]
         spot = body["type"] == "spot"
         server = self._market.servers.get(server_id)
-        if chokes(body["env"]):
+        if breaks_database(body["env"]):
             raise RefusedError(1, status=500)
         required = body.get("required_price")
         if required is not None and server is not None and not spot:

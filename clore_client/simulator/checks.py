@@ -11,7 +11,7 @@ from .settings import CURRENCIES
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Seen to make the API answer with a database error: `&`, quotes of other alphabets, emoji.
-_CHOKES = re.compile(
+_BREAKS_DATABASE = re.compile(
     "[&\u00ab\u00bb\u2018-\u201f\u2039\u203a\u300c-\u300f\u2600-\u27bf\U0001f000-\U0001ffff]"
 )
 _ENV_NAME, _ENV_VALUE, _ENV_ALL = 128, 1536, 12288
@@ -71,9 +71,9 @@ def order_body(body: object) -> dict[str, Any]:
     return order
 
 
-def chokes(env: dict[str, str]) -> bool:
+def breaks_database(env: dict[str, str]) -> bool:
     """Whether the API's database would choke on a value."""
-    return any(_CHOKES.search(value) for value in env.values())
+    return any(_BREAKS_DATABASE.search(value) for value in env.values())
 
 
 def _text(body: dict[str, Any], name: str, limit: int) -> None:
