@@ -92,7 +92,7 @@ class Fault:
     key: str | None = field(repr=False)
     options: Mapping[str, Any]
 
-    def hits(self, endpoint: str, key: str) -> bool:
+    def applies_to(self, endpoint: str, key: str) -> bool:
         """Whether it is meant for this request."""
         return self.endpoint in ("*", endpoint) and self.key in (None, key)
 
@@ -160,11 +160,11 @@ class Faults:
             self._share, self._kinds = share, chosen
             self._rng = Random(f"chaos {seed}")
 
-    def take(self, endpoint: str, key: str) -> Fault | None:
+    def next_for(self, endpoint: str, key: str) -> Fault | None:
         """The fault for a request, used up once."""
         with self._lock:
             for fault in self._waiting:
-                if fault.hits(endpoint, key):
+                if fault.applies_to(endpoint, key):
                     fault.times -= 1
                     if fault.times < 1:
                         self._waiting.remove(fault)

@@ -31,7 +31,7 @@ class HTTPServer:
         self._limits = limits
         self._faults = faults
         self._clock = clock
-        self._late: set[asyncio.TimerHandle] = set()
+        self._late_timers: set[asyncio.TimerHandle] = set()
         self.calls: list[Call] = []
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> int:
@@ -47,7 +47,7 @@ class HTTPServer:
 
     async def stop(self) -> None:
         """Stop listening, and end what is under way."""
-        for timer in self._late:
+        for timer in self._late_timers:
             timer.cancel()
         self._server.close()
         self._handlers.pre_shutdown()
@@ -75,14 +75,14 @@ class HTTPServer:
         call.body = _parse(await request.read())
         answer = self._limits.refuse(call)
         if answer is None:
-            fault = self._faults.take(call.endpoint, call.key)
+            fault = self._faults.next_for(call.endpoint, call.key)
             if fault is None:
                 answer = self._api.process(call)
             else:
                 call.fault = fault.kind
-                answer = await self._misbehave(fault, call, request)
+                answer = await self._apply_fault(fault, call, request)
         if answer is None or request.transport is None:
-            return _hang_up(request)
+            return _disconnect(request)
         call.status, call.code = answer.status, answer.code
         return web.Response(body=answer.body, status=answer.status, headers=self._headers(answer))
 
@@ -94,7 +94,9 @@ class HTTPServer:
             **answer.headers,
         }
 
-    async def _misbehave(self, fault: Fault, call: Call, request: web.BaseRequest) -> Answer | None:
+    async def _apply_fault(
+        self, fault: Fault, call: Call, request: web.BaseRequest
+    ) -> Answer | None:
         """The answer of a request that goes wrong; None: the connection is closed instead."""
         kind, options = fault.kind, fault.options
         if kind == "lose_request":
@@ -107,8 +109,8 @@ class HTTPServer:
                 self._api.process(call)
             await _sleep(options["seconds"])
             return None
-        made = _answer_before(kind, options)
-        if made is not None and not _commits(kind, options):
+        made = _fixed_answer(kind, options)
+        if made is not None and not _is_processed(kind, options):
             return made
         answer = self._api.process(call)
         if kind == "lose_answer":
@@ -120,20 +122,20 @@ class HTTPServer:
             return Answer(answer.body[: len(answer.body) // 2], answer.status)
         if kind == "reset_mid_body":
             call.status = answer.status
-            await self._break_off(answer, request, options["reset"])
+            await self._send_half(answer, request, options["reset"])
             return None
         assert made is not None
         return made
 
     def _process_late(self, call: Call, seconds: float) -> None:
         def process() -> None:
-            self._late.discard(timer)
+            self._late_timers.discard(timer)
             self._api.process(call)
 
         timer = asyncio.get_running_loop().call_later(seconds, process)
-        self._late.add(timer)
+        self._late_timers.add(timer)
 
-    async def _break_off(self, answer: Answer, request: web.BaseRequest, reset: bool) -> None:
+    async def _send_half(self, answer: Answer, request: web.BaseRequest, reset: bool) -> None:
         transport = request.transport
         if transport is None:
             return
@@ -155,7 +157,7 @@ class HTTPServer:
             transport.abort()
 
 
-def _answer_before(kind: str, options: Any) -> Answer | None:
+def _fixed_answer(kind: str, options: Any) -> Answer | None:
     """The answer of the kinds whose answer has nothing to do with the market's."""
     if kind in ("http_500_after_commit", "http_500_before_commit"):
         return envelope({"code": 1}, 500)
@@ -187,7 +189,7 @@ def _answer_before(kind: str, options: Any) -> Answer | None:
     return None
 
 
-def _commits(kind: str, options: Any) -> bool:
+def _is_processed(kind: str, options: Any) -> bool:
     if kind in ("http_500_after_commit", "not_json", "no_code"):
         return True
     return bool(options.get("after_commit", False))
@@ -211,7 +213,7 @@ def _page(status: int) -> Answer:
     return Answer(html.encode(), status, "text/html; charset=UTF-8")
 
 
-def _hang_up(request: web.BaseRequest) -> web.Response:
+def _disconnect(request: web.BaseRequest) -> web.Response:
     if request.transport is not None:
         request.transport.close()
     return web.Response()  # goes nowhere: the connection is closing
