@@ -75,7 +75,7 @@ class Api:
         self._encoded: dict[int, bytes] = {}
         self._marketplace: bytes | None = None
 
-    def forget(self, server: Server) -> None:
+    def invalidate(self, server: Server) -> None:
         """A server has changed: write it anew the next time."""
         self._encoded.pop(server.id, None)
         self._marketplace = None

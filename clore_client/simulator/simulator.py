@@ -104,7 +104,7 @@ class Simulator:
         self._clock = Clock(clock_offset)
         self._market = Market(self._settings, self._clock)
         self._api = Api(self._settings, self._market)
-        self._market.on_server_changed = self._api.forget
+        self._market.on_server_changed = self._api.invalidate
         #: What is to go wrong, see `Faults`.
         self.faults = Faults(chaos, seed if chaos_seed is None else chaos_seed, chaos_kinds)
         for text in faults:
