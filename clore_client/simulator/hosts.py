@@ -27,7 +27,7 @@ from .state import Order
 from .wire import PUBLIC_HOST
 
 _INHERITED = ("LANG", "LC_ALL", "TZ")
-_ITSELF = ("localhost", "127.0.0.1", "::1")
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class Hosts:
@@ -42,16 +42,16 @@ class Hosts:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._cleaning: set[asyncio.Task[None]] = set()
         self._reserved: dict[int, dict[int, socket.socket]] = {}  # order id -> container port
-        self._freed: list[int] = []
+        self._free_ports: list[int] = []
         self._loop = asyncio.get_running_loop()
-        market.on_created = self._created
-        market.on_ended = self._ended
+        market.on_created = self._on_created
+        market.on_ended = self._on_ended
 
     async def stop(self) -> None:
         """End all hosts."""
         for order in list(self._market.orders.values()):
             if order.id in self._tasks or order.id in self._reserved:
-                self._ended(order)
+                self._on_ended(order)
         if self._cleaning:
             await asyncio.wait(set(self._cleaning))
 
@@ -63,11 +63,11 @@ class Hosts:
         if reachable:
             sock = _bind(order.ssh_port or 0)
             sock.listen()  # from now on nobody is refused
-            self._keep(self._loop.create_task(host.listen(sock)))
+            self._track(self._loop.create_task(host.listen(sock)))
         else:
-            host.shut()
+            host.close()
 
-    def _created(self, order: Order) -> None:
+    def _on_created(self, order: Order) -> None:
         socks = {
             int(port): self._reserve()
             for port, kind in (order.body["ports"] or {"22": "tcp"}).items()
@@ -78,20 +78,20 @@ class Hosts:
         task = self._loop.create_task(self._deploy(order))
         self._tasks[order.id] = task
 
-    def _ended(self, order: Order) -> None:
+    def _on_ended(self, order: Order) -> None:
         task = self._tasks.pop(order.id, None)
         if task is not None:
             task.cancel()
         host = self._hosts.pop(order.id, None)
         if host is not None:
-            host.shut()
-            self._keep(self._loop.create_task(host.remove()))
+            host.close()
+            self._track(self._loop.create_task(host.remove()))
         for sock in self._reserved.pop(order.id, {}).values():
             sock.close()
         if self._settings.reuse_ports:
-            self._freed.extend(reversed(order.tcp_ports.values()))
+            self._free_ports.extend(reversed(order.tcp_ports.values()))
 
-    def _keep(self, task: asyncio.Task[None]) -> None:
+    def _track(self, task: asyncio.Task[None]) -> None:
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
 
@@ -113,9 +113,9 @@ class Hosts:
 
     def _reserve(self) -> socket.socket:
         # Bound, but not listening: what connects is refused until somebody listens.
-        while self._freed:
+        while self._free_ports:
             with contextlib.suppress(OSError):
-                return _bind(self._freed.pop())
+                return _bind(self._free_ports.pop())
         return _bind(0)
 
 
@@ -148,10 +148,10 @@ class Host:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._acceptor = await asyncssh.listen(
             sock=sock,
-            server_factory=lambda: _Login(self),
+            server_factory=lambda: _SSHServer(self),
             server_host_keys=[self._key],
             process_factory=self._shells.serve,
-            sftp_factory=lambda channel: _Files(channel, self.home),
+            sftp_factory=lambda channel: _SFTPServer(channel, self.home),
             allow_scp=True,
             encoding=None,
             line_editor=False,
@@ -159,7 +159,7 @@ class Host:
             server_version="SimulatedHost",
         )
 
-    def shut(self) -> None:
+    def close(self) -> None:
         """Stop listening, cut every connection, end every command."""
         if self._acceptor is not None:
             self._acceptor.close()
@@ -178,16 +178,16 @@ class Host:
 
         await asyncio.get_running_loop().run_in_executor(None, clean)
 
-    def joined(self, connection: asyncssh.SSHServerConnection) -> None:
+    def add_connection(self, connection: asyncssh.SSHServerConnection) -> None:
         """A client has connected."""
         self._connections.add(connection)
 
-    def left(self, connection: asyncssh.SSHServerConnection) -> None:
+    def remove_connection(self, connection: asyncssh.SSHServerConnection) -> None:
         """A client has gone."""
         self._connections.discard(connection)
 
 
-class _Login(asyncssh.SSHServer):
+class _SSHServer(asyncssh.SSHServer):
     """Lets in root with the order's password or key, and nobody else."""
 
     def __init__(self, host: Host) -> None:
@@ -196,11 +196,11 @@ class _Login(asyncssh.SSHServer):
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
-        self._host.joined(conn)
+        self._host.add_connection(conn)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._connection is not None:
-            self._host.left(self._connection)
+            self._host.remove_connection(self._connection)
 
     def begin_auth(self, username: str) -> bool:
         return True
@@ -223,10 +223,10 @@ class _Login(asyncssh.SSHServer):
         self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
     ) -> bool:
         # To itself, which is this machine; not to whatever this machine can reach.
-        return dest_host in _ITSELF
+        return dest_host in _LOOPBACK_NAMES
 
 
-class _Files(asyncssh.SFTPServer):
+class _SFTPServer(asyncssh.SFTPServer):
     """SFTP and SCP inside the home folder, whichever way it is written."""
 
     def __init__(self, channel: asyncssh.SSHServerChannel[bytes], home: Path) -> None:
