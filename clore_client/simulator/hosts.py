@@ -22,7 +22,7 @@ from . import nvidia_smi
 from .catalog import Server
 from .market import Market
 from .settings import Settings, draw
-from .shell import Shells, kill_strays
+from .shell import Commands, kill_background_commands
 from .state import Order
 from .wire import PUBLIC_HOST
 
@@ -130,7 +130,7 @@ class Host:
         programs = self._folder / "bin"
         programs.mkdir()
         _write_nvidia_smi(programs, server)
-        self._shells = Shells(self.home, _environment(order, self.home, programs))
+        self._commands = Commands(self.home, _environment(order, self.home, programs))
         self._key = asyncssh.generate_private_key("ssh-ed25519")
         self._acceptor: asyncssh.SSHAcceptor | None = None
         self._connections: set[asyncssh.SSHServerConnection] = set()
@@ -150,7 +150,7 @@ class Host:
             sock=sock,
             server_factory=lambda: _SSHServer(self),
             server_host_keys=[self._key],
-            process_factory=self._shells.serve,
+            process_factory=self._commands.serve,
             sftp_factory=lambda channel: _SFTPServer(channel, self.home),
             allow_scp=True,
             encoding=None,
@@ -166,14 +166,14 @@ class Host:
             self._acceptor = None
         for connection in list(self._connections):
             connection.abort()
-        self._shells.kill()
+        self._commands.kill()
 
     async def remove(self) -> None:
         """Remove what is left: stray processes and the folder."""
 
         def clean() -> None:
-            if self._shells.used:
-                kill_strays(self.home, self._shells.kill)
+            if self._commands.used:
+                kill_background_commands(self.home, self._commands.kill)
             shutil.rmtree(self._folder, ignore_errors=True)
 
         await asyncio.get_running_loop().run_in_executor(None, clean)

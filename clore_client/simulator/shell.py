@@ -24,7 +24,7 @@ MOTD = b"This is a simulated host: a shell on your own machine, without any GPU.
 Process = asyncssh.SSHServerProcess[bytes]
 
 
-class Shells:
+class Commands:
     """The running commands of one host."""
 
     def __init__(self, home: Path, environment: dict[str, str]) -> None:
@@ -65,13 +65,13 @@ class Shells:
         self._running.add(child)
         pumps: list[asyncio.Task[None]] = []
         tasks: list[asyncio.Future[Any]] = [gone]
-        quiet = _Quiet()
+        state = _OutputState()
         exited: asyncio.Future[Any] = _exit_of(child)
         try:
             source, *sinks = ends
             writers = (process.stdout, process.stderr)
             pumps = [
-                asyncio.ensure_future(_pump_out(await _reader(file), sink, quiet))
+                asyncio.ensure_future(_pump_out(await _reader(file), sink, state))
                 for file, sink in zip(sinks, writers, strict=False)
             ]
             writer = await _writer(source)
@@ -83,9 +83,9 @@ class Shells:
             # What the command leaves in the background may hold the output open: like sshd,
             # tell the exit status all the same, once all that it had written has been sent.
             while not gone.done() and not all(pump.done() for pump in pumps):
-                before = quiet.count
+                before = state.count
                 await asyncio.wait({gone, *pumps}, timeout=_SETTLE)
-                if quiet.count == before and quiet.reading >= sum(not p.done() for p in pumps):
+                if state.count == before and state.reading >= sum(not p.done() for p in pumps):
                     break
             code = exited.result()
             if code < 0:
@@ -136,7 +136,7 @@ class Shells:
         )
 
 
-class _Quiet:
+class _OutputState:
     """Tells whether the pumps wait for output, and how many pieces they have sent."""
 
     def __init__(self) -> None:
@@ -189,21 +189,21 @@ async def _writer(file: BinaryIO) -> asyncio.StreamWriter:
 
 
 async def _pump_out(
-    reader: asyncio.StreamReader, writer: asyncssh.SSHWriter[bytes], quiet: _Quiet
+    reader: asyncio.StreamReader, writer: asyncssh.SSHWriter[bytes], state: _OutputState
 ) -> None:
     transport: Any = getattr(reader, "_transport", None)
     try:
         while True:
-            quiet.reading += 1
+            state.reading += 1
             try:
                 data = await reader.read(_CHUNK)
             except OSError:
                 return  # a terminal ends like this
             finally:
-                quiet.reading -= 1
+                state.reading -= 1
             if not data:
                 return
-            quiet.count += 1
+            state.count += 1
             writer.write(data)
             await writer.drain()
     except (OSError, asyncssh.Error):
@@ -246,7 +246,7 @@ def _resize(terminal: int, size: tuple[int, int, int, int]) -> None:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, packed)
 
 
-def kill_strays(home: Path, running: Callable[[], None]) -> None:
+def kill_background_commands(home: Path, running: Callable[[], None]) -> None:
     """End what commands left running in the background of a host, known by its HOME."""
     running()
     mark = b"HOME=" + os.fsencode(home)
