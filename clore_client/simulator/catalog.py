@@ -18,12 +18,12 @@ class Model:
     """A kind of GPU; `usd` is the usual price of one a day."""
 
     name: str
-    full: str  # as nvidia-smi names it
+    smi_name: str  # as nvidia-smi names it
     mib: int
     usd: float
     watts: int
     weight: int
-    listed: str = ""  # as `specs.gpu` names it, where that differs from `full`
+    listed_name: str = ""  # as `specs.gpu` names it, where that differs from `full`
 
 
 def _geforce(name: str, mib: int, usd: float, watts: int, weight: int) -> Model:
@@ -159,7 +159,7 @@ def _random(rng: Random, id: int) -> Server:
     server = _server(rng, id, models, usd, spot)
     server.rented = rng.random() < 0.35
     server.online = rng.random() > 0.04
-    _add_oddities(rng, server)
+    _add_quirks(rng, server)
     return server
 
 
@@ -187,7 +187,9 @@ def _server(rng: Random, id: int, models: tuple[Model, ...], usd: float, spot: f
             "ram": round(rng.choice((8, 16, 32, 64, 128, 256, 512)) * 0.994, 2),
             "disk": f"{disk} {size}GB",
             "disk_speed": round(rng.uniform(180, 6800), 2),
-            "gpu": "Mixed GPUs" if mixed else f"{len(models)}x {first.listed or first.full}",
+            "gpu": "Mixed GPUs"
+            if mixed
+            else f"{len(models)}x {first.listed_name or first.smi_name}",
             "gpuram": min(model.mib for model in models) // 1024,
             "net": {
                 "cc": rng.choice(_COUNTRIES),
@@ -228,52 +230,52 @@ def _server(rng: Random, id: int, models: tuple[Model, ...], usd: float, spot: f
     )
 
 
-def _add_oddities(rng: Random, server: Server) -> None:
+def _add_quirks(rng: Random, server: Server) -> None:
     record, specs = server.record, server.record["specs"]
 
-    def happens(share: float) -> bool:
+    def chance(share: float) -> bool:
         return rng.random() < share
 
     quirks = set(server.quirks)
-    if happens(0.12):
+    if chance(0.12):
         keep = rng.choice((("bitcoin",), ("bitcoin", "CLORE-Blockchain"), ("USD-Blockchain",)))
         server.allowed_coins = keep
         record["allowed_coins"] = list(keep)
-        if happens(0.5):
+        if chance(0.5):
             quirks.add("allowed_prices_only")
-    if happens(0.1):
+    if chance(0.1):
         for prices in (server.usd_on_demand, server.usd_spot):
             if prices:
                 prices["bitcoin"] = round(prices["bitcoin"] * 1.06, 2)
-    if happens(0.2):
+    if chance(0.2):
         quirks.add(rng.choice(("no_original", "no_usd", "null_usd", "null_spot", "null_original")))
-    if happens(0.15):
-        record["gpu_array"] = [[f" {name}" if happens(0.5) else name] for name in server.gpus]
-    elif happens(0.1):
+    if chance(0.15):
+        record["gpu_array"] = [[f" {name}" if chance(0.5) else name] for name in server.gpus]
+    elif chance(0.1):
         del record["gpu_array"]
-    elif happens(0.02):
+    elif chance(0.02):
         record["gpu_array"] = rng.choice((None, [], [None], [""], "RTX"))
-    if happens(0.25):
+    if chance(0.25):
         total = len(server.models)
         counts = {"total_gpus": total, "available_gpus": rng.randint(0, total)}
-        record["partial_gpu_rental"] = True if happens(0.3) else counts
-    if happens(0.04):
+        record["partial_gpu_rental"] = True if chance(0.3) else counts
+    if chance(0.04):
         specs[rng.choice(("mb", "cpu", "disk"))] = rng.choice(_ODD_TEXT)
-    if happens(0.02):
+    if chance(0.02):
         record["name"] = rng.choice(_ODD_TEXT)
     server.specs = copy.deepcopy(specs)
     for key in ("rating", "cuda_version", "gigaspot", "owner", "mrl"):
-        if happens(0.02):
+        if chance(0.02):
             record[key] = None
-        elif happens(0.02):
+        elif chance(0.02):
             del record[key]
     for key in ("net", "ram", "gpuram", "cpus", "disk", "pl", "stock_pl", "mb", "pcie_rev"):
-        if happens(0.015):
+        if chance(0.015):
             specs[key] = None
-        elif happens(0.015):
+        elif chance(0.015):
             del specs[key]
-    if happens(0.015):
+    if chance(0.015):
         record["reliability"] = None
-    if happens(0.005):
+    if chance(0.005):
         record["specs"] = None
     server.quirks = frozenset(quirks)

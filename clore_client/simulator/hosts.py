@@ -272,7 +272,7 @@ def _write_nvidia_smi(programs: Path, server: Server) -> None:
     space = uuid.UUID(int=server.id)
     gpus = [
         {
-            "name": model.full,
+            "name": model.smi_name,
             "mib": model.mib,
             "watts": model.watts,
             "uuid": f"GPU-{uuid.uuid5(space, str(n))}",

@@ -49,7 +49,7 @@ FIELDS = {
 }
 
 
-def facts(index: int, gpu: Gpu, count: int) -> dict[str, str]:
+def gpu_fields(index: int, gpu: Gpu, count: int) -> dict[str, str]:
     """Every field of a GPU, without units."""
     mib, watts = int(str(gpu["mib"])), float(str(gpu["watts"]))
     idle = 1 + index % 3
@@ -80,9 +80,9 @@ def facts(index: int, gpu: Gpu, count: int) -> dict[str, str]:
         "clocks.gr": "210",
         "clocks.mem": "405",
     }
-    same = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_serial": "serial"}
-    same["gpu_bus_id"] = "pci.bus_id"
-    return values | {alias: values[field] for alias, field in same.items()}
+    aliases = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_serial": "serial"}
+    aliases["gpu_bus_id"] = "pci.bus_id"
+    return values | {alias: values[field] for alias, field in aliases.items()}
 
 
 def main(argv: list[str]) -> int:
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
     if not chosen:
         print("No devices were found")
         return 6
-    found = [facts(n, gpus[n], len(gpus)) for n in chosen]
+    found = [gpu_fields(n, gpus[n], len(gpus)) for n in chosen]
     if listing or query:
         # Apart from the answer, which is for programs.
         print(NOTICE, file=sys.stderr)
