@@ -166,7 +166,7 @@ class Market:
             created_at=int(self._clock.wall(now)),
             visible_at=now + draw(rng, settings.visible_after),
             deploy_after=deploy_after if server.deploy_after is None else server.deploy_after,
-            lingers=draw(rng, settings.cancel_lingers),
+            linger_seconds=draw(rng, settings.cancel_lingers),
             body=body,
             quirks=frozenset(q for q, p in ORDER_QUIRKS.items() if self._quirks_rng.random() < p),
         )
@@ -195,15 +195,15 @@ class Market:
         settings, now = self._settings, self.now()
         self._check_bid(self.servers[order.server_id], order.currency, bid)
         if bid < order.price:
-            if order.lowered is not None:
-                wait = order.lowered + settings.lowering_interval - now
+            if order.lowered_at is not None:
+                wait = order.lowered_at + settings.lowering_interval - now
                 if wait > 0:
                     seconds = max(1, round(wait))
                     raise RefusedError(6, "can_lower_every_600_seconds", time_to_lowering=seconds)
             step = settings.max_step / RATES[order.currency]
             if order.price - bid > step * (1 + TOLERANCE):
                 raise RefusedError(6, "exceeded_max_step", max_step=step)
-            order.lowered = now
+            order.lowered_at = now
         order.price = bid
 
     def end(self, order: Order, by: str) -> bool:

@@ -49,7 +49,7 @@ class Order:
     created_at: int  # Unix time by the server's clock
     visible_at: float
     deploy_after: float
-    lingers: float
+    linger_seconds: float
     body: dict[str, Any] = field(repr=False)  # what create_order sent
     quirks: frozenset[str] = frozenset()  # how the live form shows it, see `ORDER_QUIRKS`
     http_port: str = ""
@@ -61,7 +61,7 @@ class Order:
     ended: float | None = None
     ended_by: str | None = None  # "cancel", "wallet", "mrl" or "host"
     issue: str | None = None
-    lowered: float | None = None
+    lowered_at: float | None = None
     rent: float = 0.0
     fee: float = 0.0
     creation_fee: float = 0.0  # 0 until it is charged
@@ -109,4 +109,4 @@ class Order:
 
     def is_gone(self, now: float) -> bool:
         """Whether it ended, and my_orders has noticed."""
-        return self.ended is not None and now >= self.ended + self.lingers
+        return self.ended is not None and now >= self.ended + self.linger_seconds

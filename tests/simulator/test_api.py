@@ -243,7 +243,7 @@ def test_delays_may_be_ranges() -> None:
         assert renter.orders(completed=True) == []
         for order in sim.orders:
             assert 50 <= order.visible_at - order.created <= 60
-            assert 7 <= order.lingers <= 9
+            assert 7 <= order.linger_seconds <= 9
 
 
 def test_an_order_that_never_deploys(sim: Simulator, renter: Renter) -> None:
