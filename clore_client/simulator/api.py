@@ -1,4 +1,4 @@
-"""The endpoints: a request that has arrived becomes an answer."""
+"""Answer requests: one method for each endpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .market import TOLERANCE, Market, RefusedError
 from .settings import Settings
 from .state import Account, Order
 
-MAX_CANCELS = 64  # ids in one cancel_orders
+MAX_CANCELS = 64  # ids that one cancel_orders takes
 JSON = "application/json; charset=utf-8"
 KEYLESS = ("marketplace",)
 READS = ("wallets", "marketplace", "my_orders", "spot_marketplace")
@@ -23,25 +23,25 @@ READS = ("wallets", "marketplace", "my_orders", "spot_marketplace")
 
 @dataclass
 class Call:
-    """A request as it arrived, and how it was answered."""
+    """Record a request, and how it was answered."""
 
     method: str
     path: str
-    endpoint: str  # the last part of the path
+    endpoint: str  # last part of the path
     query: dict[str, str]
-    body: Any = field(repr=False)  # parsed, None where there is none
+    body: Any = field(repr=False)  # parsed JSON, or None
     headers: dict[str, str] = field(repr=False)
-    arrived: float  # monotonic seconds
+    arrived: float  # time.monotonic()
     key: str = field(repr=False)
     fault: str | None = None
     processed: bool = False  # whether the market acted on it
-    status: int | None = None  # None: not answered
+    status: int | None = None  # None if there was no answer
     code: int | None = None
 
 
 @dataclass
 class Answer:
-    """What goes back."""
+    """Hold the answer to a request."""
 
     body: bytes
     status: int = 200
@@ -51,12 +51,12 @@ class Answer:
 
 
 def envelope(content: dict[str, Any], status: int = 200) -> Answer:
-    """An answer with that envelope."""
+    """Return an answer with the given envelope."""
     return Answer(wire.encode(content), status, code=content.get("code"))
 
 
 class Api:
-    """The renter's endpoints on top of a market."""
+    """Process requests to the endpoints for renters."""
 
     def __init__(self, settings: Settings, market: Market) -> None:
         self._settings = settings
@@ -76,12 +76,12 @@ class Api:
         self._marketplace: bytes | None = None
 
     def invalidate(self, server: Server) -> None:
-        """A server has changed: write it anew the next time."""
+        """Drop the cached listing of a server that has changed."""
         self._encoded.pop(server.id, None)
         self._marketplace = None
 
     def process(self, call: Call) -> Answer:
-        """Act on a request."""
+        """Process a request: change the market where it asks for that, and return the answer."""
         call.processed = True
         try:
             return self._process(call)
@@ -89,7 +89,7 @@ class Api:
             return envelope(refused.envelope, self._status_of(refused))
 
     def _status_of(self, refused: RefusedError) -> int:
-        """Return the HTTP status of a refusal; code 6 comes with 200 or 500."""
+        """Return the HTTP status of a refusal: code 6 comes with 200 or 500."""
         if refused.envelope["code"] != 6:
             return refused.status
         return self._status_rng.choice((200, 500))
@@ -177,7 +177,7 @@ class Api:
         return {"code": 0} if answer == "none" else {answer: order.id, "code": 0}
 
     def _per_day(self, price: float, currency: str) -> float:
-        """A bid as sent -> per day in `currency`."""
+        """Convert a bid as it was sent to one per day in `currency`."""
         if self._form == "live":
             return price
         return in_currency(price * 24, currency)
@@ -219,7 +219,7 @@ class Api:
             if self._form == "live":
                 raise
             refusal = refused.envelope | {"code": 0}
-            if "max_step" in refusal:  # USD per hour, as all prices of this form
+            if "max_step" in refusal:  # prices in this form are USD per hour
                 refusal["max_step"] *= RATES[order.currency] / 24
             return refusal
         return {"code": 0}
@@ -230,7 +230,7 @@ class Api:
 
 
 def _other_bids(server: Server) -> list[dict[str, Any]]:
-    """Old bids of others: the same ones whenever somebody asks."""
+    """Return bids of other users that are not active, the same ones each time."""
     rng = Random(f"bids {server.id}")
     bids = []
     for n in range(rng.randint(0, 3)):

@@ -1,4 +1,4 @@
-"""A seeded marketplace: the servers, and the oddities that real listings have."""
+"""Generate the servers of a market from a seed, with the quirks of real listings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _DIGITS = {"bitcoin": 10, "CLORE-Blockchain": 4, "USD-Blockchain": 6}
 
 @dataclass(frozen=True)
 class Model:
-    """A kind of GPU; `usd` is the usual price of one a day."""
+    """Describe a GPU model; `usd` is its typical price per day."""
 
     name: str
-    smi_name: str  # as nvidia-smi names it
+    smi_name: str  # the name that nvidia-smi shows
     mib: int
     usd: float
     watts: int
     weight: int
-    listed_name: str = ""  # as `specs.gpu` names it, where that differs from `full`
+    listed_name: str = ""  # the name in `specs.gpu`, if it is another one
 
 
 def _geforce(name: str, mib: int, usd: float, watts: int, weight: int) -> Model:
@@ -76,7 +76,7 @@ _IMAGES = (
     "nvidia/cuda:12.1.0-base-ubuntu22.04",
     "pytorch/pytorch:2.5.1-cuda12.4-cudnn9-runtime",
 )
-# Names are the hosts' own choice, so what reads them must not trust them.
+# Hosts choose these texts, so a client must not trust them.
 _ODD_TEXT = (
     "<script>alert('hosted')</script>",
     "<img src=x onerror=alert(1)> & <b>bold</b>",
@@ -93,54 +93,54 @@ _ODD_TEXT = (
 
 @dataclass
 class Server:
-    """What the marketplace knows about a server; prices are USD per day, by currency."""
+    """Hold a server; its prices are USD per day, by the currency that pays them."""
 
     id: int
     models: tuple[Model, ...]
     usd_on_demand: dict[str, float]
-    usd_spot: dict[str, float]  # empty where the host takes no bids
+    usd_spot: dict[str, float]  # empty if the host takes no bids
     allowed_coins: tuple[str, ...]
     mrl: int  # hours
     reliability: float  # 0 to 1
     rented: bool
     online: bool
-    specs: dict[str, Any] = field(repr=False)  # all of them, whatever the live listing leaves out
-    record: dict[str, Any] = field(repr=False)  # the live listing without `rented` and `price`
+    specs: dict[str, Any] = field(repr=False)  # complete, also where the live listing is not
+    record: dict[str, Any] = field(repr=False)  # live listing without `rented` and `price`
     quirks: frozenset[str] = frozenset()
     deploy_after: float | None = None
 
     @property
     def gpus(self) -> list[str]:
-        """The names of the GPUs, one for each."""
+        """Return the names of the GPUs, one for each."""
         return [model.name for model in self.models]
 
     def on_demand(self, currency: str) -> float:
-        """The price per day in `currency`."""
+        """Return the on-demand price per day in `currency`."""
         return in_currency(self.usd_on_demand[currency], currency)
 
     def min_bid(self, currency: str) -> float | None:
-        """The lowest bid per day in `currency`, or None where no bids are taken."""
+        """Return the lowest bid per day in `currency`, or None if the host takes no bids."""
         usd = self.usd_spot.get(currency)
         return in_currency(usd, currency) if usd else None
 
 
 def in_currency(usd: float, currency: str) -> float:
-    """USD as an amount of `currency`, rounded as listings are."""
+    """Convert USD to `currency`, rounded as in listings."""
     return round(usd / RATES[currency], _DIGITS[currency])
 
 
 def make_servers(count: int, seed: int) -> list[Server]:
-    """`count` servers, the same ones for the same seed."""
+    """Make `count` servers; the same seed makes the same ones."""
     rng = Random(f"servers {seed}")
     ids = rng.sample(range(1_000, 1_000 + max(130_000, 3 * count)), count)
-    # A market without one plain, cheap 4090 would make the simplest demo fail by chance.
+    # Without these, a demo that rents the cheapest RTX 4090 would sometimes fail.
     plain = set(rng.sample(range(count), min(count, max(4, count // 25))))
     return [_plain(rng, id) if n in plain else _random(rng, id) for n, id in enumerate(ids)]
 
 
 def _plain(rng: Random, id: int) -> Server:
     usd = round(rng.uniform(3.0, 3.6), 2)
-    # Below every other 4090's prices, whatever those are: the cheapest one is always a good one.
+    # Cheaper than every other server with an RTX 4090, on demand and spot.
     server = _server(rng, id, (RTX_4090,), usd, round(usd * rng.uniform(0.5, 0.55), 2))
     server.reliability = round(rng.uniform(0.965, 0.9995), 4)
     server.record["reliability"] = server.reliability
@@ -202,7 +202,7 @@ def _server(rng: Random, id: int, models: tuple[Model, ...], usd: float, spot: f
             "pl": [w - rng.choice((0, 0, 20)) for w in watts],
             "stock_pl": watts,
         },
-        # Listings carry more than anybody has written down; this stands for the rest.
+        # Stands for the fields of real listings that nobody has documented.
         "host": {
             "kernel": rng.choice(("5.15.0-157-generic", "6.8.0-85-generic", "6.14.0-33-generic")),
             "driver": rng.choice(("535.274.02", "570.195.03", "580.82.07", "580.95.05")),

@@ -1,4 +1,4 @@
-"""The HTTP side: requests in, answers out, and what goes wrong in between."""
+"""Serve the API over HTTP, and apply faults."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .faults import Fault, Faults
 from .limits import Limits, too_fast
 
 _SERVER = "clore-simulator"
-# Closing a socket with this option set sends a reset.
+# SO_LINGER with this value: closing the socket sends a reset.
 _RESET = struct.pack("ii", 1, 0)
 
 
 class HTTPServer:
-    """Serves an `Api` over HTTP, and writes down every request."""
+    """Serve an `Api` over HTTP, and record every request."""
 
     def __init__(self, api: Api, limits: Limits, faults: Faults, clock: Clock) -> None:
         self._api = api
@@ -35,8 +35,8 @@ class HTTPServer:
         self.calls: list[Call] = []
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> int:
-        """Listen, and return the port."""
-        # A fault that hangs has to end when its client goes.
+        """Start to listen, and return the port."""
+        # A hanging fault has to end when its client disconnects.
         self._handlers = web.Server(self._handle, handler_cancellation=True, access_log=None)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
@@ -46,14 +46,14 @@ class HTTPServer:
         return bound
 
     async def stop(self) -> None:
-        """Stop listening, and end what is under way."""
+        """Stop listening, and abort requests in progress."""
         for timer in self._late_timers:
             timer.cancel()
         self._server.close()
         self._handlers.pre_shutdown()
         transports = [handler.transport for handler in self._handlers.connections]
         await self._handlers.shutdown(0.05)
-        # Over TLS, closing waits for the other side, which may stay silent.
+        # With TLS, closing would wait for the peer.
         for transport in transports:
             if transport is not None:
                 transport.abort()
@@ -97,7 +97,7 @@ class HTTPServer:
     async def _apply_fault(
         self, fault: Fault, call: Call, request: web.BaseRequest
     ) -> Answer | None:
-        """The answer of a request that goes wrong; None: the connection is closed instead."""
+        """Return the answer to a request with a fault; None closes the connection instead."""
         kind, options = fault.kind, fault.options
         if kind == "lose_request":
             return None
@@ -145,7 +145,7 @@ class HTTPServer:
         head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         half = answer.body[: len(answer.body) // 2]
         transport.write(head.encode() + b"\r\n" + half)
-        # A reset drops what was not sent yet.
+        # A reset drops unsent data, so wait until it is sent.
         for _ in range(200):
             if transport.is_closing() or not transport.get_write_buffer_size():
                 break
@@ -158,7 +158,7 @@ class HTTPServer:
 
 
 def _fixed_answer(kind: str, options: Any) -> Answer | None:
-    """The answer of the kinds whose answer has nothing to do with the market's."""
+    """Return the answer of a fault that does not depend on the market's answer."""
     if kind in ("http_500_after_commit", "http_500_before_commit"):
         return envelope({"code": 1}, 500)
     if kind == "code_1":
@@ -216,16 +216,16 @@ def _page(status: int) -> Answer:
 def _disconnect(request: web.BaseRequest) -> web.Response:
     if request.transport is not None:
         request.transport.close()
-    return web.Response()  # goes nowhere: the connection is closing
+    return web.Response()  # not sent: the connection is closing
 
 
 def _parse(data: bytes) -> Any:
-    """The JSON of a body; None where it is none, or text that no answer could repeat."""
+    """Return the JSON of a body, or None if it is invalid or can't be encoded again."""
     try:
         value = json.loads(data) if data else None
-        if b"\\u" in data:  # halves of surrogate pairs can't be encoded again
+        if b"\\u" in data:  # lone surrogates can't be encoded again
             json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):  # the latter: brackets without end
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply
         return None
     return value
 
@@ -237,5 +237,5 @@ async def _sleep(seconds: float) -> None:
 
 
 def _family(host: str) -> int:
-    # "localhost" must not become two sockets with two ports.
+    # "localhost" would otherwise open two sockets with different ports.
     return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,4 +1,4 @@
-"""What a simulator is told when it is made, checked once."""
+"""Check the arguments of `Simulator`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CURRENCIES = ("bitcoin", "CLORE-Blockchain", "USD-Blockchain")
 
 
 def draw(rng: Random, seconds: Seconds) -> float:
-    """A number of seconds: the given one, or one out of a (low, high) pair."""
+    """Return a number of seconds, drawn at random if given a (low, high) pair."""
     if isinstance(seconds, tuple):
         return rng.uniform(*seconds)
     return seconds
@@ -23,7 +23,7 @@ def draw(rng: Random, seconds: Seconds) -> float:
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `Simulator`, where they are described."""
+    """Hold the arguments of `Simulator`; see there."""
 
     servers: int
     seed: int
@@ -82,7 +82,7 @@ class Settings:
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Refuse what is neither a number of seconds nor a (low, high) pair of them."""
+    """Check a number of seconds, or a (low, high) pair of them."""
     if not isinstance(value, tuple):
         _check_number(name, value)
         return
@@ -95,7 +95,7 @@ def check_seconds(name: str, value: object) -> None:
 
 
 def check_balance(value: object) -> None:
-    """Refuse what is neither an amount in USD nor amounts by currency."""
+    """Check an amount in USD, or a dict of amounts by currency."""
     if not isinstance(value, Mapping):
         _check_number("balance", value, infinite=False)
         return
@@ -133,7 +133,7 @@ def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _check_loopback(host: object) -> None:
-    # Whoever reaches the SSH hosts runs commands as this user.
+    # Whoever reaches the SSH hosts can run commands as this user.
     try:
         good = host == "localhost" or ipaddress.ip_address(str(host)).is_loopback
     except ValueError:

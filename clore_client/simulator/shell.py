@@ -1,4 +1,4 @@
-"""Commands on a simulated host: a real shell in a folder of its own."""
+"""Run commands on a simulated host, in a real shell with its own folder."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ Process = asyncssh.SSHServerProcess[bytes]
 
 
 class Commands:
-    """The running commands of one host."""
+    """Run the commands of one host."""
 
     def __init__(self, home: Path, environment: dict[str, str]) -> None:
         self._home = home
         self._environment = environment
         self._running: set[subprocess.Popen[bytes]] = set()
-        self.used = False  # whether any process was ever started
+        self.used = False  # whether a process was ever started
 
     async def serve(self, process: Process) -> None:
-        """Run what one SSH channel asks for, until it or its client ends."""
+        """Run the command of an SSH channel, until it ends or the client disconnects."""
         try:
             await self._serve(process)
         except (OSError, asyncssh.Error):
-            pass  # the client has gone
+            pass  # the client has disconnected
         finally:
             process.close()
 
     def kill(self) -> None:
-        """End every command that runs, with all of its process group."""
+        """Kill all running commands with their process groups."""
         for child in list(self._running):
             _kill(child, signal.SIGKILL)
 
@@ -80,8 +80,8 @@ class Commands:
             if not exited.done():
                 _kill(child, signal.SIGKILL)
                 return
-            # What the command leaves in the background may hold the output open: like sshd,
-            # tell the exit status all the same, once all that it had written has been sent.
+            # A background process may keep the output open. Like sshd, send the exit status
+            # anyway, once all output so far has been sent.
             while not gone.done() and not all(pump.done() for pump in pumps):
                 before = state.count
                 await asyncio.wait({gone, *pumps}, timeout=_SETTLE)
@@ -110,7 +110,7 @@ class Commands:
         master, slave = os.openpty()
         try:
             _resize(master, process.get_terminal_size())
-            # A new session that opens a terminal gets it as its controlling one.
+            # The first terminal that a new session opens becomes its controlling terminal.
             opened = ["/bin/sh", "-c", 'exec <"$0" >"$0" 2>&1; exec "$@"', os.ttyname(slave)]
             argv = opened + _shell(process.command, interactive=True)
             child = self._popen(argv, slave, slave, slave, {"TERM": terminal})
@@ -137,7 +137,7 @@ class Commands:
 
 
 class _OutputState:
-    """Tells whether the pumps wait for output, and how many pieces they have sent."""
+    """Count the pumps that wait for output, and the chunks that were sent."""
 
     def __init__(self) -> None:
         self.reading = 0
@@ -151,14 +151,14 @@ def _shell(command: str | None, interactive: bool = False) -> list[str]:
 
 
 def _kill(child: subprocess.Popen[bytes], number: int) -> None:
-    # Before it has been waited for, its number can't belong to anybody else.
+    # Until it has been waited for, its process id is not reused.
     if child.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, number)
 
 
 def _exit_of(child: subprocess.Popen[bytes]) -> asyncio.Future[int]:
-    """A future with the exit status. A thread waits: it needs no signal handlers."""
+    """Return a future with the exit status. It waits in a thread, without signal handlers."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[int] = loop.create_future()
 
@@ -168,7 +168,7 @@ def _exit_of(child: subprocess.Popen[bytes]) -> asyncio.Future[int]:
 
     def wait() -> None:
         code = child.wait()
-        with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop has closed
             loop.call_soon_threadsafe(tell, code)
 
     threading.Thread(target=wait, name="clore-simulator-wait", daemon=True).start()
@@ -198,7 +198,7 @@ async def _pump_out(
             try:
                 data = await reader.read(_CHUNK)
             except OSError:
-                return  # a terminal ends like this
+                return  # end of output of a terminal
             finally:
                 state.reading -= 1
             if not data:
@@ -207,7 +207,7 @@ async def _pump_out(
             writer.write(data)
             await writer.drain()
     except (OSError, asyncssh.Error):
-        pass  # the client has gone
+        pass  # the client has disconnected
     finally:
         if transport is not None:
             transport.close()
@@ -247,7 +247,7 @@ def _resize(terminal: int, size: tuple[int, int, int, int]) -> None:
 
 
 def kill_background_commands(home: Path, running: Callable[[], None]) -> None:
-    """End what commands left running in the background of a host, known by its HOME."""
+    """Kill background processes of a host, which have its HOME in their environment."""
     running()
     mark = b"HOME=" + os.fsencode(home)
     for entry in Path("/proc").glob("[0-9]*/environ"):

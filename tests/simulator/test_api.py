@@ -372,7 +372,7 @@ def test_empty_wallet_ends_orders() -> None:
         assert renter.create(free(sim), currency=USD) == {"code": 0}
 
 
-def test_books_stay_readable_after_the_end() -> None:
+def test_orders_stay_readable_after_the_end() -> None:
     with Simulator(**QUICK) as sim:
         Renter(sim).create(free(sim))
     (order,) = sim.orders

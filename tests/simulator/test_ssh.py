@@ -32,7 +32,7 @@ def sim() -> Iterator[Simulator]:
 
 
 def rent(sim: Simulator, **more: Any) -> Any:
-    """A deployed order, from the simulator's own books."""
+    """Return a deployed order, as the simulator knows it."""
     server_id = more.pop("server_id", None) or free(sim)
     assert Renter(sim).create(server_id, **more) == {"code": 0}
     order_id = sim.orders[-1].id
