@@ -33,11 +33,13 @@ from clore_client.pricing import wire_currency
 from clore_client.validation import (
     Timeout,
     check_bool,
+    check_callback,
     check_count,
     check_id,
     check_ids,
     check_interval,
     check_number,
+    check_string,
     check_text,
 )
 
@@ -291,8 +293,8 @@ class CloreClient(HTTPClient):
             >>> client.find_servers("RTX 4090", max_price_usd=0.5, min_reliability=95)[0].gpu_name
             'RTX 4090'
         """
-        if gpu_type is not None and not isinstance(gpu_type, str):
-            raise TypeError(f"gpu_type must be a string, not {gpu_type!r}")
+        if gpu_type is not None:
+            check_string("gpu_type", gpu_type)
         if max_price_usd is not None:
             check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
         check_number("min_reliability", min_reliability, maximum=100.0)
@@ -481,8 +483,8 @@ class CloreClient(HTTPClient):
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         if settle_timeout is not None:
             check_number("settle_timeout", settle_timeout, unit="seconds")
-        if issue is not None and not isinstance(issue, str):
-            raise TypeError(f"issue must be a string, not {issue!r}")
+        if issue is not None:
+            check_string("issue", issue)
         cancellation = limited(
             lambda: cancel_order(self._orders, wanted, issue, settle_timeout), urgent=True
         )
@@ -566,8 +568,7 @@ class CloreClient(HTTPClient):
         check_number("timeout", timeout, infinite=True, unit="seconds")
         check_interval("poll_interval", poll_interval)
         check_text("target_status", target_status)
-        if on_update is not None and not callable(on_update):
-            raise TypeError(f"on_update must be callable, not {on_update!r}")
+        check_callback("on_update", on_update, 1)
 
         return wait_for_status(
             self._orders, wanted, timeout, poll_interval, target_status, on_update

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from clore_client.errors import ConfigurationError, Secret, printable
 from clore_client.log import logger
+from clore_client.validation import check_local_path
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
@@ -110,14 +111,22 @@ def _warn_readable(path: str) -> None:
     logger.warning("%s holds your API key and others may read it: chmod 600 %s", path, path)
 
 
-@functools.lru_cache(maxsize=64)
-def check_base_url(url: str, name: str) -> str:
-    """An http(s) URL without its trailing slash.
+def check_base_url(url: object, name: str) -> str:
+    """Return an http(s) URL without its trailing slash.
 
     Parameters:
         url: as it was given.
         name: where it comes from, for the error.
     """
+    if not isinstance(url, str):
+        raise TypeError(
+            f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
+        )
+    return _usable_url(url, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _usable_url(url: str, name: str) -> str:
     if problem := _url_problem(url):
         # The URL itself is not shown: a key may stand in it.
         raise ConfigurationError(
@@ -207,9 +216,11 @@ class PerAccount(Generic[V]):
 def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
     """A folder, or None for no notes at all."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a folder or None, not {value!r}")
+        raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
     if isinstance(value, str) and not value.strip():
         raise ValueError(f"{name} must not be empty: None turns the notes off")
+    if value is not None:
+        check_local_path(name, value)
     return value
 
 

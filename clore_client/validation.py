@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,8 +17,13 @@ Timeout = float | tuple[float | None, float | None] | None
 _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # Seen on the live API: with these in an env value, create_order answers code 1.
 _CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
 LONGEST_TIMEOUT = 1e9
+MAX_ID_DIGITS = 18
+MAX_PATH = 4095  # bytes of a local path
+MAX_PATH_PART = 255  # bytes of one name in it
 MAX_PASSWORD = 32
 MAX_TOKEN = 32
 MAX_SSH_KEY = 3072
@@ -25,8 +31,13 @@ MAX_ENV_NAME = 128
 MAX_ENV_VALUE = 1536
 
 
-def _shown(value: Any) -> str:
-    return printable(repr(value), 80)
+def short_repr(value: Any) -> str:
+    """Return a value on one short line, for an error."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, or a class with a broken __repr__
+        text = f"<{type(value).__name__} without a text>"
+    return printable(text, 80)
 
 
 def check_id(name: str, value: Any) -> int:
@@ -36,16 +47,19 @@ def check_id(name: str, value: Any) -> int:
     if isinstance(value, Mapping):
         raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise TypeError(f"{name} must be a positive integer, not {_shown(value)}")
-    if isinstance(value, str) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, not {_shown(value)}")
+        raise TypeError(f"{name} must be a positive integer, not {short_repr(value)}")
+    if isinstance(value, str) or not 1 <= value < 10**MAX_ID_DIGITS:
+        raise ValueError(
+            f"{name} must be a positive integer of at most {MAX_ID_DIGITS} digits, "
+            f"not {short_repr(value)}"
+        )
     return value
 
 
 def check_ids(name: str, values: Any) -> list[int]:
     """Several ids; a single one or a string is most likely a slip."""
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list of order ids, not {_shown(values)}")
+        raise TypeError(f"{name} must be a list of order ids, not {short_repr(values)}")
     return [check_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
@@ -61,7 +75,7 @@ def check_number(
 ) -> float:
     """A number from ``minimum`` (``above`` it where told) to ``maximum``; never NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {_shown(value)}")
+        raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {short_repr(value)}")
     low = value <= minimum if above else value < minimum
     huge = isinstance(value, int) and abs(value) > 10**300  # beyond a float
     if huge or value != value or low or value > maximum or (value == math.inf and not infinite):
@@ -69,7 +83,7 @@ def check_number(
         allowed += "" if maximum == math.inf else f" and at most {maximum:g}"
         allowed += "" if infinite or maximum != math.inf else " and finite"
         raise ValueError(
-            f"{name} must be {allowed}{unit and ' (' + unit + ')'}, not {_shown(value)}"
+            f"{name} must be {allowed}{unit and ' (' + unit + ')'}, not {short_repr(value)}"
         )
     return value
 
@@ -77,7 +91,7 @@ def check_number(
 def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
     """Check a whole number, at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {_shown(value)}")
+        raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
     return int(check_number(name, value, minimum=minimum))
 
 
@@ -89,18 +103,79 @@ def check_interval(name: str, value: Any) -> float:
 def check_bool(name: str, value: Any) -> bool:
     """True or False; a string like ``"false"`` would count as true."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {_shown(value)}")
+        raise TypeError(f"{name} must be True or False, not {short_repr(value)}")
+    return value
+
+
+def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
+    """Refuse a path that no file system takes."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a character that no path may have") from None
+    if b"\0" in encoded:
+        raise ValueError(f"{name} must not hold a NUL")
+    longest_part = max(map(len, encoded.split(b"/")))
+    if len(encoded) > MAX_PATH or longest_part > MAX_PATH_PART:
+        raise ValueError(
+            f"{name} is too long: it has {len(encoded)} bytes, {longest_part} of them in one name; "
+            f"{MAX_PATH} and {MAX_PATH_PART} are allowed"
+        )
+
+
+def check_callback(name: str, value: Any, arguments: int) -> None:
+    """Check a function that is called with so many arguments; None is none."""
+    if value is None:
+        return
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {short_repr(value)}")
+    import inspect  # for callers that give one, and not cheap
+
+    try:
+        signature = inspect.signature(value)
+    except (ValueError, TypeError):  # a builtin that does not tell
+        return
+    try:
+        signature.bind(*[None] * arguments)
+    except TypeError:
+        one = "one argument" if arguments == 1 else f"{arguments} arguments"
+        raise TypeError(f"{name} must be callable with {one}, not {short_repr(value)}") from None
+
+
+def check_string(name: str, value: Any) -> str:
+    """Check a string, which may be empty."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {short_repr(value)}")
     return value
 
 
 def check_text(name: str, value: Any, *, secret: bool = False) -> str:
     """A string that is not empty; a ``secret`` one is not shown."""
     if not isinstance(value, str):
-        shown = type(value).__name__ if secret else _shown(value)
+        shown = type(value).__name__ if secret else short_repr(value)
         raise TypeError(f"{name} must be a string, not {shown}")
     if not value.strip():
         raise ValueError(f"{name} must not be empty")
     return value
+
+
+def check_headers(name: str, value: Any) -> dict[str, Any]:
+    """Check HTTP headers; None as a value leaves a header out. Values are never shown."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
+    for header, text in value.items():
+        if not isinstance(header, str):
+            raise TypeError(f"{name}: a header's name must be a string, not {short_repr(header)}")
+        if not re.fullmatch(_HEADER_NAME, header):
+            raise ValueError(f"{name}: not the name of a header: {short_repr(header)}")
+        if text is None or header.lower() == "auth":  # the key is checked where it is used
+            continue
+        if not isinstance(text, (str, bytes)):
+            raise TypeError(f"{name}[{header!r}] must be a string, not {type(text).__name__}")
+        shape = text if isinstance(text, str) else text.decode("latin-1")
+        if not re.fullmatch(_HEADER_VALUE, shape):
+            raise ValueError(f"{name}[{header!r}] has a character that no header may have")
+    return dict(value)
 
 
 def check_timeout(name: str, value: Any) -> Timeout:
@@ -108,7 +183,7 @@ def check_timeout(name: str, value: Any) -> Timeout:
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(
-                f"{name} must be seconds or a (connect, read) pair, not {_shown(value)}"
+                f"{name} must be seconds or a (connect, read) pair, not {short_repr(value)}"
             )
         parts = [
             None if v is None else _check_socket_timeout(f"{name}[{i}]", v)
@@ -142,28 +217,32 @@ def check_currency(name: str, value: Any) -> str:
     found = wire_currency(check_text(name, value))
     if found is None:
         allowed = ", ".join(sorted({*CURRENCIES.values()})) + ", BTC, CLORE or USD"
-        raise ValueError(f"{name} must be one of {allowed}, not {_shown(value)}")
+        raise ValueError(f"{name} must be one of {allowed}, not {short_repr(value)}")
     return found
 
 
 def check_order_type(name: str, value: Any) -> str:
     """``"on-demand"`` or ``"spot"``."""
     if value not in ("on-demand", "spot"):
-        raise ValueError(f"{name} must be 'on-demand' or 'spot', not {_shown(value)}")
+        raise ValueError(f"{name} must be 'on-demand' or 'spot', not {short_repr(value)}")
     return str(value)
 
 
 def check_ports(name: str, value: Any) -> dict[str, str]:
     """Container port -> ``"tcp"`` or ``"http"``, as the API wants it."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {_shown(value)}")
+        raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {short_repr(value)}")
     ports: dict[str, str] = {}
     for port, protocol in value.items():
-        digits = str(port) if isinstance(port, (int, str)) and not isinstance(port, bool) else ""
+        digits = port if isinstance(port, str) else ""
+        if isinstance(port, int) and not isinstance(port, bool) and 1 <= port <= 65535:
+            digits = str(port)
         if not re.fullmatch(r"[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65535:
-            raise ValueError(f"{name}: a port must be 1 to 65535, not {_shown(port)}")
+            raise ValueError(f"{name}: a port must be 1 to 65535, not {short_repr(port)}")
         if protocol not in ("tcp", "http"):
-            raise ValueError(f"{name}[{port!r}] must be 'tcp' or 'http', not {_shown(protocol)}")
+            raise ValueError(
+                f"{name}[{port!r}] must be 'tcp' or 'http', not {short_repr(protocol)}"
+            )
         ports[str(int(digits))] = protocol
     return ports
 
@@ -174,7 +253,7 @@ def check_env(name: str, value: Any) -> dict[str, str]:
         raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
     for variable, text in value.items():
         if not isinstance(variable, str) or not re.fullmatch(_ENV_NAME, variable):
-            raise ValueError(f"{name}: not the name of a variable: {_shown(variable)}")
+            raise ValueError(f"{name}: not the name of a variable: {short_repr(variable)}")
         if len(variable) > MAX_ENV_NAME:
             raise ValueError(f"{name}: a name has at most {MAX_ENV_NAME} characters: {variable}")
         if not isinstance(text, str):
@@ -215,7 +294,7 @@ def check_public_key(name: str, value: Any) -> str:
     ):
         raise ValueError(
             f"{name} looks like a path: give the content of the file, "
-            f"as pathlib.Path({_shown(text)}).expanduser().read_text()"
+            f"as pathlib.Path({short_repr(text)}).expanduser().read_text()"
         )
     if not is_key:
         raise ValueError(

@@ -949,8 +949,13 @@ Timeout = float | tuple[float | None, float | None] | None
 _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # Seen on the live API: with these in an env value, create_order answers code 1.
 _CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
 LONGEST_TIMEOUT = 1e9
+MAX_ID_DIGITS = 18
+MAX_PATH = 4095  # bytes of a local path
+MAX_PATH_PART = 255  # bytes of one name in it
 MAX_PASSWORD = 32
 MAX_TOKEN = 32
 MAX_SSH_KEY = 3072
@@ -958,8 +963,13 @@ MAX_ENV_NAME = 128
 MAX_ENV_VALUE = 1536
 
 
-def _shown(value: Any) -> str:
-    return printable(repr(value), 80)
+def short_repr(value: Any) -> str:
+    """Return a value on one short line, for an error."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, or a class with a broken __repr__
+        text = f"<{type(value).__name__} without a text>"
+    return printable(text, 80)
 
 
 def check_id(name: str, value: Any) -> int:
@@ -969,16 +979,19 @@ def check_id(name: str, value: Any) -> int:
     if isinstance(value, Mapping):
         raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise TypeError(f"{name} must be a positive integer, not {_shown(value)}")
-    if isinstance(value, str) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, not {_shown(value)}")
+        raise TypeError(f"{name} must be a positive integer, not {short_repr(value)}")
+    if isinstance(value, str) or not 1 <= value < 10**MAX_ID_DIGITS:
+        raise ValueError(
+            f"{name} must be a positive integer of at most {MAX_ID_DIGITS} digits, "
+            f"not {short_repr(value)}"
+        )
     return value
 
 
 def check_ids(name: str, values: Any) -> list[int]:
     """Several ids; a single one or a string is most likely a slip."""
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list of order ids, not {_shown(values)}")
+        raise TypeError(f"{name} must be a list of order ids, not {short_repr(values)}")
     return [check_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
@@ -994,7 +1007,7 @@ def check_number(
 ) -> float:
     """A number from ``minimum`` (``above`` it where told) to ``maximum``; never NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {_shown(value)}")
+        raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {short_repr(value)}")
     low = value <= minimum if above else value < minimum
     huge = isinstance(value, int) and abs(value) > 10**300  # beyond a float
     if huge or value != value or low or value > maximum or (value == math.inf and not infinite):
@@ -1002,7 +1015,7 @@ def check_number(
         allowed += "" if maximum == math.inf else f" and at most {maximum:g}"
         allowed += "" if infinite or maximum != math.inf else " and finite"
         raise ValueError(
-            f"{name} must be {allowed}{unit and ' (' + unit + ')'}, not {_shown(value)}"
+            f"{name} must be {allowed}{unit and ' (' + unit + ')'}, not {short_repr(value)}"
         )
     return value
 
@@ -1010,7 +1023,7 @@ def check_number(
 def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
     """Check a whole number, at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {_shown(value)}")
+        raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
     return int(check_number(name, value, minimum=minimum))
 
 
@@ -1022,18 +1035,79 @@ def check_interval(name: str, value: Any) -> float:
 def check_bool(name: str, value: Any) -> bool:
     """True or False; a string like ``"false"`` would count as true."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {_shown(value)}")
+        raise TypeError(f"{name} must be True or False, not {short_repr(value)}")
+    return value
+
+
+def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
+    """Refuse a path that no file system takes."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a character that no path may have") from None
+    if b"\0" in encoded:
+        raise ValueError(f"{name} must not hold a NUL")
+    longest_part = max(map(len, encoded.split(b"/")))
+    if len(encoded) > MAX_PATH or longest_part > MAX_PATH_PART:
+        raise ValueError(
+            f"{name} is too long: it has {len(encoded)} bytes, {longest_part} of them in one name; "
+            f"{MAX_PATH} and {MAX_PATH_PART} are allowed"
+        )
+
+
+def check_callback(name: str, value: Any, arguments: int) -> None:
+    """Check a function that is called with so many arguments; None is none."""
+    if value is None:
+        return
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {short_repr(value)}")
+    import inspect  # for callers that give one, and not cheap
+
+    try:
+        signature = inspect.signature(value)
+    except (ValueError, TypeError):  # a builtin that does not tell
+        return
+    try:
+        signature.bind(*[None] * arguments)
+    except TypeError:
+        one = "one argument" if arguments == 1 else f"{arguments} arguments"
+        raise TypeError(f"{name} must be callable with {one}, not {short_repr(value)}") from None
+
+
+def check_string(name: str, value: Any) -> str:
+    """Check a string, which may be empty."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {short_repr(value)}")
     return value
 
 
 def check_text(name: str, value: Any, *, secret: bool = False) -> str:
     """A string that is not empty; a ``secret`` one is not shown."""
     if not isinstance(value, str):
-        shown = type(value).__name__ if secret else _shown(value)
+        shown = type(value).__name__ if secret else short_repr(value)
         raise TypeError(f"{name} must be a string, not {shown}")
     if not value.strip():
         raise ValueError(f"{name} must not be empty")
     return value
+
+
+def check_headers(name: str, value: Any) -> dict[str, Any]:
+    """Check HTTP headers; None as a value leaves a header out. Values are never shown."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
+    for header, text in value.items():
+        if not isinstance(header, str):
+            raise TypeError(f"{name}: a header's name must be a string, not {short_repr(header)}")
+        if not re.fullmatch(_HEADER_NAME, header):
+            raise ValueError(f"{name}: not the name of a header: {short_repr(header)}")
+        if text is None or header.lower() == "auth":  # the key is checked where it is used
+            continue
+        if not isinstance(text, (str, bytes)):
+            raise TypeError(f"{name}[{header!r}] must be a string, not {type(text).__name__}")
+        shape = text if isinstance(text, str) else text.decode("latin-1")
+        if not re.fullmatch(_HEADER_VALUE, shape):
+            raise ValueError(f"{name}[{header!r}] has a character that no header may have")
+    return dict(value)
 
 
 def check_timeout(name: str, value: Any) -> Timeout:
@@ -1041,7 +1115,7 @@ def check_timeout(name: str, value: Any) -> Timeout:
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(
-                f"{name} must be seconds or a (connect, read) pair, not {_shown(value)}"
+                f"{name} must be seconds or a (connect, read) pair, not {short_repr(value)}"
             )
         parts = [
             None if v is None else _check_socket_timeout(f"{name}[{i}]", v)
@@ -1075,28 +1149,32 @@ def check_currency(name: str, value: Any) -> str:
     found = wire_currency(check_text(name, value))
     if found is None:
         allowed = ", ".join(sorted({*CURRENCIES.values()})) + ", BTC, CLORE or USD"
-        raise ValueError(f"{name} must be one of {allowed}, not {_shown(value)}")
+        raise ValueError(f"{name} must be one of {allowed}, not {short_repr(value)}")
     return found
 
 
 def check_order_type(name: str, value: Any) -> str:
     """``"on-demand"`` or ``"spot"``."""
     if value not in ("on-demand", "spot"):
-        raise ValueError(f"{name} must be 'on-demand' or 'spot', not {_shown(value)}")
+        raise ValueError(f"{name} must be 'on-demand' or 'spot', not {short_repr(value)}")
     return str(value)
 
 
 def check_ports(name: str, value: Any) -> dict[str, str]:
     """Container port -> ``"tcp"`` or ``"http"``, as the API wants it."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {_shown(value)}")
+        raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {short_repr(value)}")
     ports: dict[str, str] = {}
     for port, protocol in value.items():
-        digits = str(port) if isinstance(port, (int, str)) and not isinstance(port, bool) else ""
+        digits = port if isinstance(port, str) else ""
+        if isinstance(port, int) and not isinstance(port, bool) and 1 <= port <= 65535:
+            digits = str(port)
         if not re.fullmatch(r"[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65535:
-            raise ValueError(f"{name}: a port must be 1 to 65535, not {_shown(port)}")
+            raise ValueError(f"{name}: a port must be 1 to 65535, not {short_repr(port)}")
         if protocol not in ("tcp", "http"):
-            raise ValueError(f"{name}[{port!r}] must be 'tcp' or 'http', not {_shown(protocol)}")
+            raise ValueError(
+                f"{name}[{port!r}] must be 'tcp' or 'http', not {short_repr(protocol)}"
+            )
         ports[str(int(digits))] = protocol
     return ports
 
@@ -1107,7 +1185,7 @@ def check_env(name: str, value: Any) -> dict[str, str]:
         raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
     for variable, text in value.items():
         if not isinstance(variable, str) or not re.fullmatch(_ENV_NAME, variable):
-            raise ValueError(f"{name}: not the name of a variable: {_shown(variable)}")
+            raise ValueError(f"{name}: not the name of a variable: {short_repr(variable)}")
         if len(variable) > MAX_ENV_NAME:
             raise ValueError(f"{name}: a name has at most {MAX_ENV_NAME} characters: {variable}")
         if not isinstance(text, str):
@@ -1148,7 +1226,7 @@ def check_public_key(name: str, value: Any) -> str:
     ):
         raise ValueError(
             f"{name} looks like a path: give the content of the file, "
-            f"as pathlib.Path({_shown(text)}).expanduser().read_text()"
+            f"as pathlib.Path({short_repr(text)}).expanduser().read_text()"
         )
     if not is_key:
         raise ValueError(
@@ -1258,14 +1336,22 @@ def _warn_readable(path: str) -> None:
     logger.warning("%s holds your API key and others may read it: chmod 600 %s", path, path)
 
 
-@functools.lru_cache(maxsize=64)
-def check_base_url(url: str, name: str) -> str:
-    """An http(s) URL without its trailing slash.
+def check_base_url(url: object, name: str) -> str:
+    """Return an http(s) URL without its trailing slash.
 
     Parameters:
         url: as it was given.
         name: where it comes from, for the error.
     """
+    if not isinstance(url, str):
+        raise TypeError(
+            f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
+        )
+    return _usable_url(url, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _usable_url(url: str, name: str) -> str:
     if problem := _url_problem(url):
         # The URL itself is not shown: a key may stand in it.
         raise ConfigurationError(
@@ -1355,9 +1441,11 @@ class PerAccount(Generic[V]):
 def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
     """A folder, or None for no notes at all."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a folder or None, not {value!r}")
+        raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
     if isinstance(value, str) and not value.strip():
         raise ValueError(f"{name} must not be empty: None turns the notes off")
+    if value is not None:
+        check_local_path(name, value)
     return value
 
 
@@ -1445,10 +1533,12 @@ def is_live(answer: Mapping[str, Any]) -> bool:
 
 
 def whole_id(value: Any) -> int | None:
-    """An id that came as an integer, or as a string of digits; else None."""
+    """Return an id that came as an integer, or as a string of digits; else None."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
         return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if abs(value) < 10**18 else None
 
 
 class Record(dict[str, Any]):
@@ -2283,9 +2373,11 @@ def prepare_call(
     if "allow_redirects" in options:
         raise ValueError("allow_redirects is refused: a redirect could lead the key elsewhere")
     method = check_text("method", method).upper()
+    if not (method.isascii() and method.isalpha()):
+        raise ValueError(f"method must be one like 'GET', not {short_repr(method)}")
     name = endpoint_name(check_endpoint(endpoint))
-    all_headers = CaseInsensitiveDict({**headers})
-    all_headers.update(options.pop("headers", None) or {})
+    all_headers = CaseInsensitiveDict(check_headers("headers", headers))
+    all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
     key = _check_key(all_headers, base_url, endpoint, name)
     timeout = check_timeout("timeout", options.pop("timeout", timeout))
     verify, cert, stream = (options.pop(k, None) for k in ("verify", "cert", "stream"))
@@ -2299,8 +2391,14 @@ def prepare_call(
                 **options,
             )
         )  # fmt: skip
+        secrets = tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)]))
     except requests.exceptions.InvalidJSONError as error:
         raise ValueError(f"json can't be sent as JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("json can't be sent as JSON: it is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"json, params or another argument can't be sent: {error}") from None
     return Call(
         name=name,
         endpoint=endpoint,
@@ -2315,7 +2413,7 @@ def prepare_call(
         key=key,
         repeatable=method in ("GET", "HEAD") or (method == "POST" and name in REPEATABLE_POSTS),
         urgent=name in URGENT_POSTS or urgent,
-        secrets=tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)])),
+        secrets=secrets,
     )
 
 
@@ -3102,7 +3200,8 @@ class HTTPClient:
     @property
     def api_key(self) -> str | None:
         """The key, or None. Setting it changes ``headers``."""
-        return next((v for k, v in self.headers.items() if k.lower() == "auth"), None)
+        named = ((k, v) for k, v in self.headers.items() if isinstance(k, str))
+        return next((v for k, v in named if k.lower() == "auth"), None)
 
     @api_key.setter
     def api_key(self, key: str | None) -> None:
@@ -3118,7 +3217,8 @@ class HTTPClient:
 
     @headers.setter
     def headers(self, headers: dict[str, str]) -> None:
-        self._headers = {k: Secret.of(v) if k.lower() == "auth" else v for k, v in headers.items()}
+        checked = check_headers("headers", headers)
+        self._headers = {k: Secret.of(v) if k.lower() == "auth" else v for k, v in checked.items()}
 
     # --- one call ---
 
@@ -7045,7 +7145,9 @@ def parse_ssh_command(order: Any) -> dict[str, Any]:
 def plain_address(order: Any) -> dict[str, Any]:
     """The same of an order whose host and user are a plain name or address; else an error."""
     if not isinstance(order, Mapping):
-        raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
+        raise TypeError(
+            f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
+        )
     address = parse_ssh_command(order)
     user = _parsed(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
@@ -7053,7 +7155,7 @@ def plain_address(order: Any) -> dict[str, Any]:
     status = order.get("status")
     raise SSHError(
         f"the order has no address for SSH, or no plain one: connection.ssh is "
-        f"{printable(repr(address['raw']), 80)}, status {status!r}; "
+        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
         "wait_for_order() returns an order that has one"
     )
 
@@ -7135,6 +7237,8 @@ class Login:
         self.address = plain_address(order)
         if passphrase is not None and key_path is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
+        if key_path is not None:
+            check_local_path("key_path", key_path)
         self.password = password
         self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
         self.timeout = timeout
@@ -7366,12 +7470,12 @@ def pin_fingerprint(pin: Pin) -> str:
 def check_host_key(name: str, value: Any) -> str:
     """``"pin"``, ``"accept"``, or a fingerprint."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {value!r}")
+        raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {short_repr(value)}")
     if value in ("pin", "accept") or re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", value):
         return value.rstrip("=")
     raise ValueError(
         f"{name} must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
-        f"`ssh-keygen -l` prints it, not {printable(repr(value), 80)}"
+        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
     )
 
 
@@ -7579,7 +7683,7 @@ def terminal_line(address: dict[str, Any], pins: Pins, alias: str, key_path: Any
 def config_entry(name: str, address: dict[str, Any], pins: Pins, alias: str, key_path: Any) -> str:
     """See ``CloreClient.ssh_config``."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"name must be a plain name for `ssh <name>`, not {name!r}")
+        raise ValueError(f"name must be a plain name for `ssh <name>`, not {short_repr(name)}")
     lines = [
         ("HostName", address["host"]),
         ("Port", str(address["port"])),
@@ -7610,20 +7714,28 @@ def _pinned(pins: Pins, alias: str) -> list[tuple[str, str]]:
 
 
 def _whole_path(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"key_path must be a path, not {short_repr(path)}")
+    check_local_path("key_path", path)
     return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
 
 
 def _unexpanded(path: str) -> str:
     """A path with what OpenSSH would expand taken as it is."""
     if "\n" in path or "${" in path:
-        raise ValueError(f"OpenSSH can't be told of a path with a newline or '${{': {path!r}")
+        raise ValueError(
+            "key_path or state_dir: OpenSSH can't be told of a newline or '${': "
+            f"{short_repr(path)}"
+        )
     return path.replace("%", "%%")
 
 
 def _config_path(path: str) -> str:
     """The same as a word of a configuration."""
     if '"' in path:
-        raise ValueError(f"OpenSSH can't be told of a path with a quote: {path!r}")
+        raise ValueError(
+            f"key_path or state_dir: OpenSSH can't be told of a double quote: {short_repr(path)}"
+        )
     escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
     return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped
 
@@ -7821,7 +7933,9 @@ class SSHAccess:
 
     def _alias(self, order: Mapping[str, Any]) -> str:
         if not isinstance(order, Mapping):
-            raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
+            raise TypeError(
+                f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
+            )
         address = parse_ssh_command(order)
         return self._host_keys.alias(self._order_number(order), "{host}:{port}".format(**address))
 
@@ -7845,13 +7959,11 @@ def command_line(command: str | Sequence[str]) -> str:
     elif isinstance(command, (list, tuple)):
         for number, word in enumerate(command):
             if not isinstance(word, str):
-                raise TypeError(
-                    f"command[{number}] must be a string, not {printable(repr(word), 80)}"
-                )
+                raise TypeError(f"command[{number}] must be a string, not {short_repr(word)}")
         line = shlex.join(command)
     else:
         raise TypeError(
-            f"command must be a string, or a list of strings, not {printable(repr(command), 80)}"
+            f"command must be a string, or a list of strings, not {short_repr(command)}"
         )
     if not line.strip():
         raise ValueError("command must not be empty")
@@ -7919,7 +8031,7 @@ def exports(env: Any) -> str:
         raise TypeError(f"env must be a dict of strings, not {type(env).__name__}")
     for name, value in env.items():
         if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
-            raise ValueError(f"env: not the name of a variable: {printable(repr(name), 80)}")
+            raise ValueError(f"env: not the name of a variable: {short_repr(name)}")
         if not isinstance(value, str):
             raise TypeError(f"env[{name!r}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)
@@ -8164,7 +8276,7 @@ def check_run_arguments(
     input_bytes(input)
     exports(env)
     if on_output is not None and not callable(on_output):
-        raise TypeError(f"on_output must be callable, not {printable(repr(on_output), 80)}")
+        raise TypeError(f"on_output must be callable, not {short_repr(on_output)}")
     return line
 
 
@@ -9001,11 +9113,11 @@ class Options:
         self.resume = check_bool("resume", resume)
         if streams is not None:
             if type(streams) is not int:
-                raise TypeError(f"streams must be a whole number, not {streams!r}")
+                raise TypeError(f"streams must be a whole number, not {short_repr(streams)}")
             check_number("streams", streams, minimum=1, maximum=MOST_STREAMS)
         self.streams: int | None = streams
         if progress is not None and not callable(progress):
-            raise TypeError(f"progress must be callable, not {progress!r}")
+            raise TypeError(f"progress must be callable, not {short_repr(progress)}")
         self.progress: Callable[[str, int, int], object] | None = progress
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
 
@@ -9013,10 +9125,15 @@ class Options:
 def check_path(name: str, value: Any) -> bytes:
     """A path as bytes."""
     if not isinstance(value, (str, bytes, os.PathLike)):
-        raise TypeError(f"{name} must be a path, not {value!r}")
-    path = os.fsencode(value)
+        raise TypeError(f"{name} must be a path, not {short_repr(value)}")
+    try:
+        path = os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a character that no path may have") from None
     if not path or b"\0" in path:
-        raise ValueError(f"{name} must not be empty or hold a NUL: {path!r}")
+        raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
+    if name == "local":
+        check_local_path(name, path)
     return path
 
 
@@ -9835,7 +9952,7 @@ class DownloadOptions(Options):
         super().__init__(local, remote, preserve, verify, resume, streams, progress, timeout)
         if max_bytes is not None:
             if type(max_bytes) is not int:
-                raise TypeError(f"max_bytes must be a whole number, not {max_bytes!r}")
+                raise TypeError(f"max_bytes must be a whole number, not {short_repr(max_bytes)}")
             check_number("max_bytes", max_bytes, unit="bytes")
         self.max_bytes: int | None = max_bytes
         self.far = far_path(self.remote)
@@ -11148,9 +11265,9 @@ def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
     for name, port, lowest in (("remote_port", remote_port, 1), ("local_port", local_port, 0)):
         allowed = f"{name} must be a port from {lowest} to 65535"
         if isinstance(port, bool) or not isinstance(port, int):
-            raise TypeError(f"{allowed}, not {printable(repr(port), 80)}")
+            raise TypeError(f"{allowed}, not {short_repr(port)}")
         if not lowest <= port <= 65535:
-            raise ValueError(f"{allowed}, not {printable(str(port), 80)}")
+            raise ValueError(f"{allowed}, not {short_repr(port)}")
 
 
 class Forward:
@@ -11656,8 +11773,8 @@ class CloreClient(HTTPClient):
             >>> client.find_servers("RTX 4090", max_price_usd=0.5, min_reliability=95)[0].gpu_name
             'RTX 4090'
         """
-        if gpu_type is not None and not isinstance(gpu_type, str):
-            raise TypeError(f"gpu_type must be a string, not {gpu_type!r}")
+        if gpu_type is not None:
+            check_string("gpu_type", gpu_type)
         if max_price_usd is not None:
             check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
         check_number("min_reliability", min_reliability, maximum=100.0)
@@ -11846,8 +11963,8 @@ class CloreClient(HTTPClient):
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         if settle_timeout is not None:
             check_number("settle_timeout", settle_timeout, unit="seconds")
-        if issue is not None and not isinstance(issue, str):
-            raise TypeError(f"issue must be a string, not {issue!r}")
+        if issue is not None:
+            check_string("issue", issue)
         cancellation = limited(
             lambda: cancel_order(self._orders, wanted, issue, settle_timeout), urgent=True
         )
@@ -11931,8 +12048,7 @@ class CloreClient(HTTPClient):
         check_number("timeout", timeout, infinite=True, unit="seconds")
         check_interval("poll_interval", poll_interval)
         check_text("target_status", target_status)
-        if on_update is not None and not callable(on_update):
-            raise TypeError(f"on_update must be callable, not {on_update!r}")
+        check_callback("on_update", on_update, 1)
 
         return wait_for_status(
             self._orders, wanted, timeout, poll_interval, target_status, on_update

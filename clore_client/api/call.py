@@ -27,7 +27,7 @@ from clore_client.errors import (
     OutcomeUnknownError,
     printable,
 )
-from clore_client.validation import Timeout, check_text, check_timeout
+from clore_client.validation import Timeout, check_headers, check_text, check_timeout, short_repr
 
 URGENT_POSTS = frozenset({"cancel_order", "cancel_orders"})  # a waiting cancel costs money
 SPACED_POSTS = frozenset({"create_order"})  # the API spaces these
@@ -167,9 +167,11 @@ def prepare_call(
     if "allow_redirects" in options:
         raise ValueError("allow_redirects is refused: a redirect could lead the key elsewhere")
     method = check_text("method", method).upper()
+    if not (method.isascii() and method.isalpha()):
+        raise ValueError(f"method must be one like 'GET', not {short_repr(method)}")
     name = endpoint_name(check_endpoint(endpoint))
-    all_headers = CaseInsensitiveDict({**headers})
-    all_headers.update(options.pop("headers", None) or {})
+    all_headers = CaseInsensitiveDict(check_headers("headers", headers))
+    all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
     key = _check_key(all_headers, base_url, endpoint, name)
     timeout = check_timeout("timeout", options.pop("timeout", timeout))
     verify, cert, stream = (options.pop(k, None) for k in ("verify", "cert", "stream"))
@@ -183,8 +185,14 @@ def prepare_call(
                 **options,
             )
         )  # fmt: skip
+        secrets = tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)]))
     except requests.exceptions.InvalidJSONError as error:
         raise ValueError(f"json can't be sent as JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("json can't be sent as JSON: it is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"json, params or another argument can't be sent: {error}") from None
     return Call(
         name=name,
         endpoint=endpoint,
@@ -199,7 +207,7 @@ def prepare_call(
         key=key,
         repeatable=method in ("GET", "HEAD") or (method == "POST" and name in REPEATABLE_POSTS),
         urgent=name in URGENT_POSTS or urgent,
-        secrets=tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)])),
+        secrets=secrets,
     )
 
 

@@ -36,6 +36,7 @@ from clore_client.log import logger
 from clore_client.validation import (
     Timeout,
     check_count,
+    check_headers,
     check_interval,
     check_number,
     check_text,
@@ -190,7 +191,8 @@ class HTTPClient:
     @property
     def api_key(self) -> str | None:
         """The key, or None. Setting it changes ``headers``."""
-        return next((v for k, v in self.headers.items() if k.lower() == "auth"), None)
+        named = ((k, v) for k, v in self.headers.items() if isinstance(k, str))
+        return next((v for k, v in named if k.lower() == "auth"), None)
 
     @api_key.setter
     def api_key(self, key: str | None) -> None:
@@ -206,7 +208,8 @@ class HTTPClient:
 
     @headers.setter
     def headers(self, headers: dict[str, str]) -> None:
-        self._headers = {k: Secret.of(v) if k.lower() == "auth" else v for k, v in headers.items()}
+        checked = check_headers("headers", headers)
+        self._headers = {k: Secret.of(v) if k.lower() == "auth" else v for k, v in checked.items()}
 
     # --- one call ---
 

@@ -52,10 +52,12 @@ def is_live(answer: Mapping[str, Any]) -> bool:
 
 
 def whole_id(value: Any) -> int | None:
-    """An id that came as an integer, or as a string of digits; else None."""
+    """Return an id that came as an integer, or as a string of digits; else None."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
         return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if abs(value) < 10**18 else None
 
 
 class Record(dict[str, Any]):

@@ -1,4 +1,4 @@
-"""A GPU marketplace on this machine, to try and test a client against."""
+"""Simulate the GPU marketplace on this machine, to try and test clients against."""
 
 from .simulator import Simulator
 

@@ -1,4 +1,4 @@
-"""`python -m clore_client.simulator`: serve a marketplace, or run a command against one."""
+"""Serve a simulated marketplace, or run a command against one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .settings import Seconds
 from .simulator import Simulator
 
 _EPILOG = f"""\
-Without a command it prints how to reach it, and serves until Ctrl-C. With one it sets
-CLORE_BASE_URL and CLORE_API_KEY, runs it, and ends with its exit status.
+Without a command it prints its URL and key, and serves until Ctrl-C. With a command it
+sets CLORE_BASE_URL and CLORE_API_KEY, runs the command, and exits with its status.
 
-Where a help text says LOW,HIGH, a pair of numbers to draw from will do, as in 2,20.
+LOW,HIGH is a pair of numbers to draw from at random, such as 2,20.
 Endpoints of --fault: * {" ".join(ENDPOINTS)}
 Kinds of --fault: {" ".join(KINDS)}
 """
@@ -42,34 +42,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--servers", type=int, default=200, metavar="N", help="how many servers (default: 200)")
-    add("--seed", type=int, default=1, metavar="N", help="which ones, and which chaos (default: 1)")
+    add(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of servers and chaos (default: 1)",
+    )
     add("--form", choices=("live", "documented"), default="live", help="default: live")
     add("--host", default="127.0.0.1", help="a loopback address (default: 127.0.0.1)")
     add("--port", type=int, default=0, help="default: any that is free")
-    add("--tls", action="store_true", help="serve https, with a certificate of its own")
-    add("--no-ssh", action="store_true", help="give orders no SSH hosts")
+    add("--tls", action="store_true", help="serve https with a self-signed certificate")
+    add("--no-ssh", action="store_true", help="run no SSH hosts")
     add("--balance", type=float, default=100.0, metavar="USD", help="in each wallet (default: 100)")
     add("--rate-limit", type=float, default=1.0, metavar="SECONDS",
-        help="between two requests of a key (default: 1)")  # fmt: skip
+        help="minimum between two requests of a key (default: 1)")  # fmt: skip
     add("--create-order-interval", type=float, default=5.0, metavar="SECONDS",
-        help="between two create_order of a key (default: 5)")  # fmt: skip
+        help="minimum between two create_order of a key (default: 5)")  # fmt: skip
     for name, default, text in (
-        ("visible-after", 2.0, "until a new order shows up"),
+        ("visible-after", 2.0, "until a new order is listed"),
         ("deploy-after", 5.0, "until a new order is deployed"),
-        ("sshd-after", 0.0, "from then on until its SSH host answers"),
-        ("cancel-lingers", 2.0, "that an ended order still looks active"),
+        ("sshd-after", 0.0, "from then until its SSH host accepts connections"),
+        ("cancel-lingers", 2.0, "for which an ended order is still listed as active"),
     ):
         add(f"--{name}", type=_seconds, default=default, metavar="SECONDS",
             help=f"{text}, or LOW,HIGH (default: {default:g})")  # fmt: skip
     add("--clock-offset", type=float, default=0.0, metavar="SECONDS",
-        help="that the server's clock is ahead (default: 0)")  # fmt: skip
+        help="by which the server's clock is ahead (default: 0)")  # fmt: skip
     add("--create-answer", choices=("none", "order_id", "id", "order"), default="none",
-        help="what create_order tells of the new order (default: none)")  # fmt: skip
-    add("--retry-after", action="store_true", help="send Retry-After with a 429")
+        help="how create_order names the new order (default: none)")  # fmt: skip
+    add("--retry-after", action="store_true", help="send Retry-After with HTTP 429")
     add("--chaos", type=float, default=0.0, metavar="SHARE",
-        help="the share of requests that go wrong at random, such as 0.2")  # fmt: skip
+        help="fraction of requests that fail at random, such as 0.2")  # fmt: skip
     add("--fault", action="append", default=[], metavar="ENDPOINT:KIND[:TIMES]",
-        help="let the next requests to an endpoint go wrong; may be repeated")  # fmt: skip
+        help="make the next requests to an endpoint fail; may be repeated")  # fmt: skip
     add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -124,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM end the command and this program in good order."""
+    """Stop the command and this program on Ctrl-C and SIGTERM."""
 
     def __init__(self) -> None:
         self.arrived = threading.Event()
@@ -135,12 +141,12 @@ class _Signals:
         ]
 
     def restore(self) -> None:
-        """Leave signals as they were."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before:
             signal.signal(number, handler)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        # A terminal sends Ctrl-C to the command as well: how it ends is the command's choice.
+        # The terminal sends Ctrl-C to the command, too, which decides how to end.
         self.arrived.set()
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
@@ -157,7 +163,7 @@ def _variables(simulator: Simulator) -> dict[str, str]:
 
 
 def _announce(simulator: Simulator) -> None:
-    print(f"A simulated marketplace listens on {simulator.url}; Ctrl-C ends it.")
+    print(f"A simulated marketplace listens on {simulator.url}; press Ctrl-C to stop it.")
     print("Nothing in it is real, and nothing costs money.")
     print(f"Key: {simulator.api_key}\n")
     for name, value in _variables(simulator).items():

@@ -1,4 +1,4 @@
-"""The endpoints: a request that has arrived becomes an answer."""
+"""Answer requests: one method for each endpoint."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from . import wire
 from .catalog import RATES, Server, in_currency
-from .checks import amount_of, chokes, id_of, object_of, order_body, require
+from .checks import amount_of, breaks_database, id_of, object_of, order_body, require
 from .faults import ENDPOINTS
 from .market import TOLERANCE, Market, RefusedError
 from .settings import Settings
 from .state import Account, Order
 
-MAX_CANCELS = 64  # ids in one cancel_orders
+MAX_CANCELS = 64  # ids that one cancel_orders takes
 JSON = "application/json; charset=utf-8"
 KEYLESS = ("marketplace",)
 READS = ("wallets", "marketplace", "my_orders", "spot_marketplace")
@@ -23,25 +23,25 @@ READS = ("wallets", "marketplace", "my_orders", "spot_marketplace")
 
 @dataclass
 class Call:
-    """A request as it arrived, and how it was answered."""
+    """Record a request, and how it was answered."""
 
     method: str
     path: str
-    endpoint: str  # the last part of the path
+    endpoint: str  # last part of the path
     query: dict[str, str]
-    body: Any = field(repr=False)  # parsed, None where there is none
+    body: Any = field(repr=False)  # parsed JSON, or None
     headers: dict[str, str] = field(repr=False)
-    arrived: float  # monotonic seconds
+    arrived: float  # time.monotonic()
     key: str = field(repr=False)
     fault: str | None = None
     processed: bool = False  # whether the market acted on it
-    status: int | None = None  # None: not answered
+    status: int | None = None  # None if there was no answer
     code: int | None = None
 
 
 @dataclass
 class Answer:
-    """What goes back."""
+    """Hold the answer to a request."""
 
     body: bytes
     status: int = 200
@@ -51,12 +51,12 @@ class Answer:
 
 
 def envelope(content: dict[str, Any], status: int = 200) -> Answer:
-    """An answer with that envelope."""
+    """Return an answer with the given envelope."""
     return Answer(wire.encode(content), status, code=content.get("code"))
 
 
 class Api:
-    """The renter's endpoints on top of a market."""
+    """Process requests to the endpoints for renters."""
 
     def __init__(self, settings: Settings, market: Market) -> None:
         self._settings = settings
@@ -75,13 +75,13 @@ class Api:
         self._encoded: dict[int, bytes] = {}
         self._marketplace: bytes | None = None
 
-    def forget(self, server: Server) -> None:
-        """A server has changed: write it anew the next time."""
+    def invalidate(self, server: Server) -> None:
+        """Drop the cached listing of a server that has changed."""
         self._encoded.pop(server.id, None)
         self._marketplace = None
 
     def process(self, call: Call) -> Answer:
-        """Act on a request."""
+        """Process a request: change the market where it asks for that, and return the answer."""
         call.processed = True
         try:
             return self._process(call)
@@ -89,7 +89,7 @@ class Api:
             return envelope(refused.envelope, self._status_of(refused))
 
     def _status_of(self, refused: RefusedError) -> int:
-        """Return the HTTP status of a refusal; code 6 comes with 200 or 500."""
+        """Return the HTTP status of a refusal: code 6 comes with 200 or 500."""
         if refused.envelope["code"] != 6:
             return refused.status
         return self._status_rng.choice((200, 500))
@@ -144,13 +144,13 @@ class Api:
             if self._form == "live":
                 return {"market": None, "exists": False, "code": 0}
             return {"code": 0, "market": {"offers": []}}
-        offers = _strangers_bids(server)
-        tenant = self._market.tenant(server.id)
+        offers = _other_bids(server)
+        active = self._market.active_order_on(server.id)
         for order in account.orders:
             if order.spot and order.server_id == server.id:
                 offers.append(wire.offer(order))
-        if tenant is not None and tenant.spot and tenant.key != account.key:
-            offers.append(wire.offer(tenant) | {"my": False})
+        if active is not None and active.spot and active.key != account.key:
+            offers.append(wire.offer(active) | {"my": False})
         return wire.spot_market(server, offers, self._form)
 
     # Orders
@@ -160,7 +160,7 @@ class Api:
         server_id, currency = body["renting_server"], body["currency"]
         spot = body["type"] == "spot"
         server = self._market.servers.get(server_id)
-        if chokes(body["env"]):
+        if breaks_database(body["env"]):
             raise RefusedError(1, status=500)
         required = body.get("required_price")
         if required is not None and server is not None and not spot:
@@ -177,7 +177,7 @@ class Api:
         return {"code": 0} if answer == "none" else {answer: order.id, "code": 0}
 
     def _per_day(self, price: float, currency: str) -> float:
-        """A bid as sent -> per day in `currency`."""
+        """Convert a bid as it was sent to one per day in `currency`."""
         if self._form == "live":
             return price
         return in_currency(price * 24, currency)
@@ -219,7 +219,7 @@ class Api:
             if self._form == "live":
                 raise
             refusal = refused.envelope | {"code": 0}
-            if "max_step" in refusal:  # USD per hour, as all prices of this form
+            if "max_step" in refusal:  # prices in this form are USD per hour
                 refusal["max_step"] *= RATES[order.currency] / 24
             return refusal
         return {"code": 0}
@@ -229,8 +229,8 @@ class Api:
         return order if order is not None and order.key == account.key else None
 
 
-def _strangers_bids(server: Server) -> list[dict[str, Any]]:
-    """Old bids of others: the same ones whenever somebody asks."""
+def _other_bids(server: Server) -> list[dict[str, Any]]:
+    """Return bids of other users that are not active, the same ones each time."""
     rng = Random(f"bids {server.id}")
     bids = []
     for n in range(rng.randint(0, 3)):

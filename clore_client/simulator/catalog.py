@@ -1,4 +1,4 @@
-"""A seeded marketplace: the servers, and the oddities that real listings have."""
+"""Generate the servers of a market from a seed, with the quirks of real listings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _DIGITS = {"bitcoin": 10, "CLORE-Blockchain": 4, "USD-Blockchain": 6}
 
 @dataclass(frozen=True)
 class Model:
-    """A kind of GPU; `usd` is the usual price of one a day."""
+    """Describe a GPU model; `usd` is its typical price per day."""
 
     name: str
-    full: str  # as nvidia-smi names it
+    smi_name: str  # the name that nvidia-smi shows
     mib: int
     usd: float
     watts: int
     weight: int
-    listed: str = ""  # as `specs.gpu` names it, where that differs from `full`
+    listed_name: str = ""  # the name in `specs.gpu`, if it is another one
 
 
 def _geforce(name: str, mib: int, usd: float, watts: int, weight: int) -> Model:
@@ -76,7 +76,7 @@ _IMAGES = (
     "nvidia/cuda:12.1.0-base-ubuntu22.04",
     "pytorch/pytorch:2.5.1-cuda12.4-cudnn9-runtime",
 )
-# Names are the hosts' own choice, so what reads them must not trust them.
+# Hosts choose these texts, so a client must not trust them.
 _ODD_TEXT = (
     "<script>alert('hosted')</script>",
     "<img src=x onerror=alert(1)> & <b>bold</b>",
@@ -93,54 +93,55 @@ _ODD_TEXT = (
 
 @dataclass
 class Server:
-    """What the marketplace knows about a server; prices are USD per day, by currency."""
+    """Hold a server; its prices are USD per day, by the currency that pays them."""
 
     id: int
     models: tuple[Model, ...]
     usd_on_demand: dict[str, float]
-    usd_spot: dict[str, float]  # empty where the host takes no bids
+    usd_spot: dict[str, float]  # empty if the host takes no bids
     allowed_coins: tuple[str, ...]
     mrl: int  # hours
     reliability: float  # 0 to 1
     rented: bool
     online: bool
-    specs: dict[str, Any] = field(repr=False)  # all of them, whatever the live listing leaves out
-    record: dict[str, Any] = field(repr=False)  # the live listing without `rented` and `price`
+    specs: dict[str, Any] = field(repr=False)  # complete, also where the live listing is not
+    record: dict[str, Any] = field(repr=False)  # live listing without `rented` and `price`
     quirks: frozenset[str] = frozenset()
     deploy_after: float | None = None
 
     @property
     def gpus(self) -> list[str]:
-        """The names of the GPUs, one for each."""
+        """Return the names of the GPUs, one for each."""
         return [model.name for model in self.models]
 
     def on_demand(self, currency: str) -> float:
-        """The price per day in `currency`."""
+        """Return the on-demand price per day in `currency`."""
         return in_currency(self.usd_on_demand[currency], currency)
 
     def min_bid(self, currency: str) -> float | None:
-        """The lowest bid per day in `currency`, or None where no bids are taken."""
+        """Return the lowest bid per day in `currency`, or None if the host takes no bids."""
         usd = self.usd_spot.get(currency)
         return in_currency(usd, currency) if usd else None
 
 
 def in_currency(usd: float, currency: str) -> float:
-    """USD as an amount of `currency`, rounded as listings are."""
+    """Convert USD to `currency`, rounded as in listings."""
     return round(usd / RATES[currency], _DIGITS[currency])
 
 
 def make_servers(count: int, seed: int) -> list[Server]:
-    """`count` servers, the same ones for the same seed."""
+    """Make `count` servers; the same seed makes the same ones."""
     rng = Random(f"servers {seed}")
     ids = rng.sample(range(1_000, 1_000 + max(130_000, 3 * count)), count)
-    # A market without one plain, cheap 4090 would make the simplest demo fail by chance.
+    # Without these, a demo that rents the cheapest RTX 4090 would sometimes fail.
     plain = set(rng.sample(range(count), min(count, max(4, count // 25))))
     return [_plain(rng, id) if n in plain else _random(rng, id) for n, id in enumerate(ids)]
 
 
 def _plain(rng: Random, id: int) -> Server:
     usd = round(rng.uniform(3.0, 3.6), 2)
-    server = _server(rng, id, (RTX_4090,), usd, round(usd * rng.uniform(0.6, 0.75), 2))
+    # Cheaper than every other server with an RTX 4090, on demand and spot.
+    server = _server(rng, id, (RTX_4090,), usd, round(usd * rng.uniform(0.5, 0.55), 2))
     server.reliability = round(rng.uniform(0.965, 0.9995), 4)
     server.record["reliability"] = server.reliability
     server.mrl = server.record["mrl"] = 720
@@ -153,13 +154,12 @@ def _random(rng: Random, id: int) -> Server:
     models = (model,) * count
     if count > 1 and rng.random() < 0.08:
         models = tuple(rng.choice(MODELS) for _ in range(count))
-    # Above the plain 4090s in any case, so that the cheapest one is a good one.
     usd = round(max(sum(m.usd * rng.uniform(0.8, 1.6) for m in models), 0.05), 2)
     spot = 0.0 if rng.random() < 0.12 else round(usd * rng.uniform(0.5, 0.9), 2)
     server = _server(rng, id, models, usd, spot)
     server.rented = rng.random() < 0.35
     server.online = rng.random() > 0.04
-    _add_oddities(rng, server)
+    _add_quirks(rng, server)
     return server
 
 
@@ -187,7 +187,9 @@ def _server(rng: Random, id: int, models: tuple[Model, ...], usd: float, spot: f
             "ram": round(rng.choice((8, 16, 32, 64, 128, 256, 512)) * 0.994, 2),
             "disk": f"{disk} {size}GB",
             "disk_speed": round(rng.uniform(180, 6800), 2),
-            "gpu": "Mixed GPUs" if mixed else f"{len(models)}x {first.listed or first.full}",
+            "gpu": "Mixed GPUs"
+            if mixed
+            else f"{len(models)}x {first.listed_name or first.smi_name}",
             "gpuram": min(model.mib for model in models) // 1024,
             "net": {
                 "cc": rng.choice(_COUNTRIES),
@@ -200,7 +202,7 @@ def _server(rng: Random, id: int, models: tuple[Model, ...], usd: float, spot: f
             "pl": [w - rng.choice((0, 0, 20)) for w in watts],
             "stock_pl": watts,
         },
-        # Listings carry more than anybody has written down; this stands for the rest.
+        # Stands for the fields of real listings that nobody has documented.
         "host": {
             "kernel": rng.choice(("5.15.0-157-generic", "6.8.0-85-generic", "6.14.0-33-generic")),
             "driver": rng.choice(("535.274.02", "570.195.03", "580.82.07", "580.95.05")),
@@ -228,52 +230,52 @@ def _server(rng: Random, id: int, models: tuple[Model, ...], usd: float, spot: f
     )
 
 
-def _add_oddities(rng: Random, server: Server) -> None:
+def _add_quirks(rng: Random, server: Server) -> None:
     record, specs = server.record, server.record["specs"]
 
-    def happens(share: float) -> bool:
+    def chance(share: float) -> bool:
         return rng.random() < share
 
     quirks = set(server.quirks)
-    if happens(0.12):
+    if chance(0.12):
         keep = rng.choice((("bitcoin",), ("bitcoin", "CLORE-Blockchain"), ("USD-Blockchain",)))
         server.allowed_coins = keep
         record["allowed_coins"] = list(keep)
-        if happens(0.5):
+        if chance(0.5):
             quirks.add("allowed_prices_only")
-    if happens(0.1):
+    if chance(0.1):
         for prices in (server.usd_on_demand, server.usd_spot):
             if prices:
                 prices["bitcoin"] = round(prices["bitcoin"] * 1.06, 2)
-    if happens(0.2):
+    if chance(0.2):
         quirks.add(rng.choice(("no_original", "no_usd", "null_usd", "null_spot", "null_original")))
-    if happens(0.15):
-        record["gpu_array"] = [[f" {name}" if happens(0.5) else name] for name in server.gpus]
-    elif happens(0.1):
+    if chance(0.15):
+        record["gpu_array"] = [[f" {name}" if chance(0.5) else name] for name in server.gpus]
+    elif chance(0.1):
         del record["gpu_array"]
-    elif happens(0.02):
+    elif chance(0.02):
         record["gpu_array"] = rng.choice((None, [], [None], [""], "RTX"))
-    if happens(0.25):
+    if chance(0.25):
         total = len(server.models)
         counts = {"total_gpus": total, "available_gpus": rng.randint(0, total)}
-        record["partial_gpu_rental"] = True if happens(0.3) else counts
-    if happens(0.04):
+        record["partial_gpu_rental"] = True if chance(0.3) else counts
+    if chance(0.04):
         specs[rng.choice(("mb", "cpu", "disk"))] = rng.choice(_ODD_TEXT)
-    if happens(0.02):
+    if chance(0.02):
         record["name"] = rng.choice(_ODD_TEXT)
     server.specs = copy.deepcopy(specs)
     for key in ("rating", "cuda_version", "gigaspot", "owner", "mrl"):
-        if happens(0.02):
+        if chance(0.02):
             record[key] = None
-        elif happens(0.02):
+        elif chance(0.02):
             del record[key]
     for key in ("net", "ram", "gpuram", "cpus", "disk", "pl", "stock_pl", "mb", "pcie_rev"):
-        if happens(0.015):
+        if chance(0.015):
             specs[key] = None
-        elif happens(0.015):
+        elif chance(0.015):
             del specs[key]
-    if happens(0.015):
+    if chance(0.015):
         record["reliability"] = None
-    if happens(0.005):
+    if chance(0.005):
         record["specs"] = None
     server.quirks = frozenset(quirks)

@@ -1,4 +1,4 @@
-"""What a body must look like; anything else is refused with code 2."""
+"""Check request bodies; a wrong one is refused with code 2."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .market import RefusedError
 from .settings import CURRENCIES
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# Seen to make the API answer with a database error: `&`, quotes of other alphabets, emoji.
-_CHOKES = re.compile(
+# Characters that make the live API answer with a database error: &, typographic quotes, emoji.
+_BREAKS_DATABASE = re.compile(
     "[&\u00ab\u00bb\u2018-\u201f\u2039\u203a\u300c-\u300f\u2600-\u27bf\U0001f000-\U0001ffff]"
 )
 _ENV_NAME, _ENV_VALUE, _ENV_ALL = 128, 1536, 12288
@@ -24,14 +24,14 @@ def require(good: bool) -> None:
 
 
 def object_of(body: object) -> dict[str, Any]:
-    """The body as a JSON object."""
+    """Return the body if it is a JSON object."""
     require(isinstance(body, dict))
     return body  # type: ignore[return-value]
 
 
 def id_of(value: object) -> int:
-    """A positive whole number, or the digits of one."""
-    # Python refuses to read numbers of thousands of digits.
+    """Return a positive integer, given as a number or as a string of digits."""
+    # int() fails for thousands of digits.
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 20:
         value = int(value)
     require(isinstance(value, int) and not isinstance(value, bool) and value > 0)
@@ -39,15 +39,15 @@ def id_of(value: object) -> int:
 
 
 def amount_of(value: object) -> float:
-    """A positive finite number."""
+    """Return a positive finite number."""
     require(isinstance(value, (int, float)) and not isinstance(value, bool))
-    # Not isfinite(): whole numbers of hundreds of digits are too large for it.
+    # math.isfinite() fails for integers beyond the range of floats.
     require(0 < value <= sys.float_info.max)  # type: ignore[operator]
     return float(value)  # type: ignore[arg-type]
 
 
 def order_body(body: object) -> dict[str, Any]:
-    """A checked copy of create_order's body, with defaults for what may be missing."""
+    """Return a checked copy of the body of create_order, with defaults for missing fields."""
     order = {"ports": {}, "env": {}} | object_of(body)
     order["renting_server"] = id_of(order.get("renting_server"))
     require(order.get("type") in ("on-demand", "spot"))
@@ -71,9 +71,9 @@ def order_body(body: object) -> dict[str, Any]:
     return order
 
 
-def chokes(env: dict[str, str]) -> bool:
-    """Whether the API's database would choke on a value."""
-    return any(_CHOKES.search(value) for value in env.values())
+def breaks_database(env: dict[str, str]) -> bool:
+    """Return whether a value would make the API answer with a database error."""
+    return any(_BREAKS_DATABASE.search(value) for value in env.values())
 
 
 def _text(body: dict[str, Any], name: str, limit: int) -> None:

@@ -1,32 +1,32 @@
-"""The simulator's clocks: one for durations, one that its answers show."""
+"""Provide two clocks: a monotonic one, and the server's wall clock."""
 
 from __future__ import annotations
 
 from email.utils import formatdate
 
-# Bound here, so that a test that patches the time module moves only its own side.
+# Imported by name, so that a test that patches the time module does not move this clock.
 from time import monotonic, time
 
 
 class Clock:
-    """Wall-clock time that follows the monotonic clock, `offset` seconds off this machine's."""
+    """Derive the server's wall clock from the monotonic clock, `offset` seconds ahead."""
 
     def __init__(self, offset: float) -> None:
         self._ahead = 0.0
         self._base = time() + offset - monotonic()
 
     def advance(self, seconds: float) -> None:
-        """Let time pass at once."""
+        """Jump ahead."""
         self._ahead += seconds
 
     def now(self) -> float:
-        """Monotonic seconds."""
+        """Return monotonic seconds, including all jumps."""
         return monotonic() + self._ahead
 
     def wall(self, now: float) -> float:
-        """The server's Unix time at the monotonic moment `now`."""
+        """Return the server's Unix time at monotonic time `now`."""
         return self._base + now
 
     def date(self) -> str:
-        """The `Date` header of this moment."""
+        """Return the current time as a `Date` header."""
         return formatdate(self.wall(self.now()), usegmt=True)

@@ -1,4 +1,4 @@
-"""Faults on purpose: which request is to go wrong, and how."""
+"""Inject faults: choose which requests fail, and how."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ ENDPOINTS = (
     "spot_marketplace",
 )
 
-# Every kind with its options and their defaults. "Processed" means: the market acted on it.
+# Kinds of faults with their options and defaults. "Processed" means that the market acted.
 KINDS: dict[str, dict[str, Any]] = {
-    # processed, then the connection is closed without a byte
+    # processed, then the connection is closed without an answer
     "lose_answer": {},
-    # the connection is closed, nothing processed
+    # not processed, the connection is closed
     "lose_request": {},
-    # never answered, not processed; after `seconds` the connection is closed
+    # not processed and never answered; the connection is closed after `seconds`
     "hang": {"seconds": math.inf},
     # processed, never answered
     "hang_after_commit": {"seconds": math.inf},
-    # the connection is closed at once, and the request processed `seconds` later
+    # the connection is closed at once; processed `seconds` later
     "commit_late": {"seconds": 1.0},
-    # processed; half the answer, then a reset (or a plain close)
+    # processed; half of the answer, then a reset (or a normal close)
     "reset_mid_body": {"reset": True},
     # processed, then HTTP 500 {"code": 1}
     "http_500_after_commit": {},
@@ -40,29 +40,29 @@ KINDS: dict[str, dict[str, Any]] = {
     "http_500_before_commit": {},
     # {"code": 1} with any HTTP status
     "code_1": {"status": 200, "after_commit": False},
-    # the proxy's HTML page
+    # an HTML page from the proxy in front of the API
     "html_502": {"status": 502, "after_commit": False},
-    # the proxy refuses the User-Agent: plain text `error code: 1010`
+    # plain text from the proxy, which refuses the User-Agent
     "html_403": {},
-    # 429 {"code": 5}, or an HTML page; `retry_after`: seconds or an HTTP date
+    # HTTP 429 {"code": 5} or an HTML page; `retry_after` is seconds or an HTTP date
     "rate_limit": {"retry_after": None, "html": False},
     # processed at once, answered `seconds` later
     "slow": {"seconds": 1.0},
-    # processed; the JSON is cut off, the Content-Length fits
+    # processed; half of the JSON, with a Content-Length that fits
     "truncated_json": {},
     # processed; HTTP 200 with text
     "not_json": {"body": "OK"},
-    # processed; HTTP 200 with a JSON object that has no code
+    # processed; HTTP 200 with a JSON object without a code
     "no_code": {"body": {"status": "ok"}},
-    # 30x to somewhere else
+    # a redirect to another host
     "redirect": {"location": "https://elsewhere.invalid/", "status": 302},
-    # anything: a status with a body
+    # any status with any body
     "status": {"status": 500, "body": "", "content_type": "text/plain", "after_commit": False},
-    # the given envelope
+    # any envelope
     "envelope": {"envelope": {"code": 1}, "status": 200, "after_commit": False},
 }
 
-# What a careful client gets over without being told what happened.
+# Kinds that a careful client recovers from by itself.
 RECOVERABLE = (
     "lose_answer",
     "lose_request",
@@ -84,7 +84,7 @@ _CHAOS_OPTIONS = {
 
 @dataclass
 class Fault:
-    """One thing that goes wrong, `times` times."""
+    """Describe a fault that happens `times` times."""
 
     endpoint: str
     kind: str
@@ -92,13 +92,13 @@ class Fault:
     key: str | None = field(repr=False)
     options: Mapping[str, Any]
 
-    def hits(self, endpoint: str, key: str) -> bool:
-        """Whether it is meant for this request."""
+    def applies_to(self, endpoint: str, key: str) -> bool:
+        """Return whether the fault applies to a request."""
         return self.endpoint in ("*", endpoint) and self.key in (None, key)
 
 
 class Faults:
-    """The faults that wait for their requests, first in, first out. Thread-safe."""
+    """Queue faults for requests to come, first in, first out. Thread-safe."""
 
     def __init__(self, chaos: float, seed: int, kinds: Sequence[str] | None) -> None:
         self._lock = threading.Lock()
@@ -108,10 +108,10 @@ class Faults:
     def add(
         self, endpoint: str, kind: str, times: float = 1, *, key: str | None = None, **options: Any
     ) -> None:
-        """Let the next `times` requests to `endpoint` ("*": any) go wrong.
+        """Make the next `times` requests to `endpoint` ("*" for any) fail.
 
-        `math.inf` times means until `clear()`; `key` restricts it to one account. A request
-        that the rate limit refuses uses up no fault. The options of each kind stand in `KINDS`.
+        `times=math.inf` lasts until `clear()`; `key` limits the fault to one account. A request
+        refused by the rate limit uses up no fault. See `KINDS` for the options of each kind.
         """
         if endpoint != "*" and endpoint not in ENDPOINTS:
             raise ValueError(f"endpoint must be * or one of {', '.join(ENDPOINTS)}: {endpoint!r}")
@@ -129,7 +129,7 @@ class Faults:
             self._waiting.append(Fault(endpoint, kind, times, key, {**known, **options}))
 
     def add_text(self, text: str) -> None:
-        """The same from `endpoint:kind` or `endpoint:kind:times`."""
+        """Add a fault given as `endpoint:kind` or `endpoint:kind:times`."""
         endpoint, _, rest = text.partition(":")
         kind, _, times = rest.partition(":")
         if times and not times.isdigit():
@@ -137,18 +137,18 @@ class Faults:
         self.add(endpoint, kind, int(times or 1))
 
     def clear(self, key: str | None = None) -> None:
-        """Forget the faults that wait: all, or those for one account."""
+        """Remove the queued faults: all, or those for one key."""
         with self._lock:
             self._waiting = [f for f in self._waiting if key is not None and f.key != key]
 
     @property
     def waiting(self) -> int:
-        """How many faults have not met their last request yet."""
+        """Return how many faults are still queued."""
         with self._lock:
             return len(self._waiting)
 
     def set_chaos(self, share: float, seed: int, kinds: Sequence[str] | None = None) -> None:
-        """Let a `share` of all requests go wrong at random; 0 ends that."""
+        """Make a `share` of all requests fail at random; 0 stops that."""
         if isinstance(share, bool) or not 0 <= share <= 1:
             raise ValueError(f"chaos must be a number from 0 to 1, not {share!r}")
         chosen = tuple(RECOVERABLE if kinds is None else kinds)
@@ -160,11 +160,11 @@ class Faults:
             self._share, self._kinds = share, chosen
             self._rng = Random(f"chaos {seed}")
 
-    def take(self, endpoint: str, key: str) -> Fault | None:
-        """The fault for a request, used up once."""
+    def next_for(self, endpoint: str, key: str) -> Fault | None:
+        """Return the fault for a request, and count it as used."""
         with self._lock:
             for fault in self._waiting:
-                if fault.hits(endpoint, key):
+                if fault.applies_to(endpoint, key):
                     fault.times -= 1
                     if fault.times < 1:
                         self._waiting.remove(fault)

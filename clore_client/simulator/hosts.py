@@ -1,4 +1,4 @@
-"""The SSH hosts of deployed orders."""
+"""Run an SSH host for each deployed order."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from . import nvidia_smi
 from .catalog import Server
 from .market import Market
 from .settings import Settings, draw
-from .shell import Shells, kill_strays
+from .shell import Commands, kill_background_commands
 from .state import Order
 from .wire import PUBLIC_HOST
 
 _INHERITED = ("LANG", "LC_ALL", "TZ")
-_ITSELF = ("localhost", "127.0.0.1", "::1")
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class Hosts:
-    """Deploys orders, and takes their hosts away when they end."""
+    """Deploy orders, and remove their hosts when they end."""
 
     def __init__(self, settings: Settings, market: Market, folder: Path) -> None:
         self._settings = settings
@@ -41,33 +41,33 @@ class Hosts:
         self._hosts: dict[int, Host] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._cleaning: set[asyncio.Task[None]] = set()
-        self._reserved: dict[int, dict[int, socket.socket]] = {}  # order id -> container port
-        self._freed: list[int] = []
+        self._reserved: dict[int, dict[int, socket.socket]] = {}  # order id -> by port
+        self._free_ports: list[int] = []
         self._loop = asyncio.get_running_loop()
-        market.on_created = self._created
-        market.on_ended = self._ended
+        market.on_created = self._on_created
+        market.on_ended = self._on_ended
 
     async def stop(self) -> None:
-        """End all hosts."""
+        """Remove all hosts."""
         for order in list(self._market.orders.values()):
             if order.id in self._tasks or order.id in self._reserved:
-                self._ended(order)
+                self._on_ended(order)
         if self._cleaning:
             await asyncio.wait(set(self._cleaning))
 
     def set_reachable(self, order: Order, reachable: bool) -> None:
-        """Cut a host off the network, or bring it back on the same port."""
+        """Disconnect a host from the network, or reconnect it on the same port."""
         host = self._hosts.get(order.id)
         if host is None:
             return
         if reachable:
             sock = _bind(order.ssh_port or 0)
-            sock.listen()  # from now on nobody is refused
-            self._keep(self._loop.create_task(host.listen(sock)))
+            sock.listen()  # at once, so that no connection is refused
+            self._track(self._loop.create_task(host.listen(sock)))
         else:
-            host.shut()
+            host.close()
 
-    def _created(self, order: Order) -> None:
+    def _on_created(self, order: Order) -> None:
         socks = {
             int(port): self._reserve()
             for port, kind in (order.body["ports"] or {"22": "tcp"}).items()
@@ -78,20 +78,20 @@ class Hosts:
         task = self._loop.create_task(self._deploy(order))
         self._tasks[order.id] = task
 
-    def _ended(self, order: Order) -> None:
+    def _on_ended(self, order: Order) -> None:
         task = self._tasks.pop(order.id, None)
         if task is not None:
             task.cancel()
         host = self._hosts.pop(order.id, None)
         if host is not None:
-            host.shut()
-            self._keep(self._loop.create_task(host.remove()))
+            host.close()
+            self._track(self._loop.create_task(host.remove()))
         for sock in self._reserved.pop(order.id, {}).values():
             sock.close()
         if self._settings.reuse_ports:
-            self._freed.extend(reversed(order.tcp_ports.values()))
+            self._free_ports.extend(reversed(order.tcp_ports.values()))
 
-    def _keep(self, task: asyncio.Task[None]) -> None:
+    def _track(self, task: asyncio.Task[None]) -> None:
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
 
@@ -112,15 +112,15 @@ class Hosts:
             await self._hosts[order.id].listen(socks[22])
 
     def _reserve(self) -> socket.socket:
-        # Bound, but not listening: what connects is refused until somebody listens.
-        while self._freed:
+        # Bound but not listening: connections are refused until the SSH daemon listens.
+        while self._free_ports:
             with contextlib.suppress(OSError):
-                return _bind(self._freed.pop())
+                return _bind(self._free_ports.pop())
         return _bind(0)
 
 
 class Host:
-    """One rented server: a folder, an SSH daemon, and the commands that run there."""
+    """Run a rented server: a folder, an SSH daemon, and commands."""
 
     def __init__(self, order: Order, server: Server, folder: Path) -> None:
         self._order = order
@@ -130,7 +130,7 @@ class Host:
         programs = self._folder / "bin"
         programs.mkdir()
         _write_nvidia_smi(programs, server)
-        self._shells = Shells(self.home, _environment(order, self.home, programs))
+        self._commands = Commands(self.home, _environment(order, self.home, programs))
         self._key = asyncssh.generate_private_key("ssh-ed25519")
         self._acceptor: asyncssh.SSHAcceptor | None = None
         self._connections: set[asyncssh.SSHServerConnection] = set()
@@ -141,17 +141,17 @@ class Host:
             self.password = ""
 
     async def listen(self, sock: socket.socket) -> None:
-        """Accept connections."""
+        """Start to accept connections."""
         if self._acceptor is not None:
             return
-        # Or the connections of this listener would keep the port from a later one.
+        # Else old connections would block the port for a later listener.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._acceptor = await asyncssh.listen(
             sock=sock,
-            server_factory=lambda: _Login(self),
+            server_factory=lambda: _SSHServer(self),
             server_host_keys=[self._key],
-            process_factory=self._shells.serve,
-            sftp_factory=lambda channel: _Files(channel, self.home),
+            process_factory=self._commands.serve,
+            sftp_factory=lambda channel: _SFTPServer(channel, self.home),
             allow_scp=True,
             encoding=None,
             line_editor=False,
@@ -159,36 +159,36 @@ class Host:
             server_version="SimulatedHost",
         )
 
-    def shut(self) -> None:
-        """Stop listening, cut every connection, end every command."""
+    def close(self) -> None:
+        """Stop listening, abort all connections, and kill all commands."""
         if self._acceptor is not None:
             self._acceptor.close()
             self._acceptor = None
         for connection in list(self._connections):
             connection.abort()
-        self._shells.kill()
+        self._commands.kill()
 
     async def remove(self) -> None:
-        """Remove what is left: stray processes and the folder."""
+        """Kill background processes, and delete the folder."""
 
         def clean() -> None:
-            if self._shells.used:
-                kill_strays(self.home, self._shells.kill)
+            if self._commands.used:
+                kill_background_commands(self.home, self._commands.kill)
             shutil.rmtree(self._folder, ignore_errors=True)
 
         await asyncio.get_running_loop().run_in_executor(None, clean)
 
-    def joined(self, connection: asyncssh.SSHServerConnection) -> None:
-        """A client has connected."""
+    def add_connection(self, connection: asyncssh.SSHServerConnection) -> None:
+        """Note a client that has connected."""
         self._connections.add(connection)
 
-    def left(self, connection: asyncssh.SSHServerConnection) -> None:
-        """A client has gone."""
+    def remove_connection(self, connection: asyncssh.SSHServerConnection) -> None:
+        """Drop a client that has disconnected."""
         self._connections.discard(connection)
 
 
-class _Login(asyncssh.SSHServer):
-    """Lets in root with the order's password or key, and nobody else."""
+class _SSHServer(asyncssh.SSHServer):
+    """Accept only root, with the order's password or key."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -196,11 +196,11 @@ class _Login(asyncssh.SSHServer):
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
-        self._host.joined(conn)
+        self._host.add_connection(conn)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._connection is not None:
-            self._host.left(self._connection)
+            self._host.remove_connection(self._connection)
 
     def begin_auth(self, username: str) -> bool:
         return True
@@ -222,19 +222,19 @@ class _Login(asyncssh.SSHServer):
     def connection_requested(
         self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
     ) -> bool:
-        # To itself, which is this machine; not to whatever this machine can reach.
-        return dest_host in _ITSELF
+        # Only to this machine, not to the network that it can reach.
+        return dest_host in _LOOPBACK_NAMES
 
 
-class _Files(asyncssh.SFTPServer):
-    """SFTP and SCP inside the home folder, whichever way it is written."""
+class _SFTPServer(asyncssh.SFTPServer):
+    """Serve SFTP and SCP inside the home folder, however its path is written."""
 
     def __init__(self, channel: asyncssh.SSHServerChannel[bytes], home: Path) -> None:
         super().__init__(channel, chroot=os.fsencode(home))
         self._home = os.fsencode(home)
 
     def map_path(self, path: bytes) -> bytes:
-        # Where the shell shows it, `~`, root's usual home: all of them are the same folder.
+        # The real path, `~`, and `/root` are all the home folder.
         for prefix in (self._home, b"~", b"/root"):
             if path == prefix or path.startswith(prefix + b"/"):
                 path = path[len(prefix) :]
@@ -246,14 +246,14 @@ class _Files(asyncssh.SFTPServer):
 def _keys(text: str) -> set[bytes]:
     keys = set()
     for line in text.splitlines():
-        # A key that is cut off gives a ValueError.
+        # A truncated key raises ValueError.
         with contextlib.suppress(asyncssh.KeyImportError, ValueError):
             keys.add(asyncssh.import_public_key(line).public_data)
     return keys
 
 
 def _environment(order: Order, home: Path, programs: Path) -> dict[str, str]:
-    """What a command sees: the order's variables, and nothing of this process's secrets."""
+    """Return the environment of commands: the order's variables, and no secrets of this process."""
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     wanted: dict[str, str] = order.body["env"]
     path = wanted.get("PATH") or os.environ.get("PATH") or os.defpath
@@ -272,7 +272,7 @@ def _write_nvidia_smi(programs: Path, server: Server) -> None:
     space = uuid.UUID(int=server.id)
     gpus = [
         {
-            "name": model.full,
+            "name": model.smi_name,
             "mib": model.mib,
             "watts": model.watts,
             "uuid": f"GPU-{uuid.uuid5(space, str(n))}",
@@ -281,7 +281,7 @@ def _write_nvidia_smi(programs: Path, server: Server) -> None:
     ]
     facts, script = programs / ".gpus.json", programs / "nvidia-smi"
     facts.write_text(json.dumps(gpus), encoding="utf-8")
-    # -I and -S: nothing of the user's Python gets in, and it starts quickly.
+    # -I and -S ignore the user's Python settings, and start fast.
     words = [sys.executable, "-I", "-S", os.path.abspath(nvidia_smi.__file__), str(facts)]
     script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
     script.chmod(0o755)
@@ -291,7 +291,7 @@ def _bind(port: int) -> socket.socket:
     sock = socket.socket()
     try:
         if port:
-            # Only for a known port: two sockets with this option may share one while unused.
+            # Not for port 0: two sockets with this option can get the same one.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((PUBLIC_HOST, port))
     except OSError:

@@ -1,4 +1,4 @@
-"""The HTTP side: requests in, answers out, and what goes wrong in between."""
+"""Serve the API over HTTP, and apply faults."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .faults import Fault, Faults
 from .limits import Limits, too_fast
 
 _SERVER = "clore-simulator"
-# Closing a socket with this option set sends a reset.
+# SO_LINGER with this value: closing the socket sends a reset.
 _RESET = struct.pack("ii", 1, 0)
 
 
 class HTTPServer:
-    """Serves an `Api` over HTTP, and writes down every request."""
+    """Serve an `Api` over HTTP, and record every request."""
 
     def __init__(self, api: Api, limits: Limits, faults: Faults, clock: Clock) -> None:
         self._api = api
         self._limits = limits
         self._faults = faults
         self._clock = clock
-        self._late: set[asyncio.TimerHandle] = set()
+        self._late_timers: set[asyncio.TimerHandle] = set()
         self.calls: list[Call] = []
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> int:
-        """Listen, and return the port."""
-        # A fault that hangs has to end when its client goes.
+        """Start to listen, and return the port."""
+        # A hanging fault has to end when its client disconnects.
         self._handlers = web.Server(self._handle, handler_cancellation=True, access_log=None)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
@@ -46,14 +46,14 @@ class HTTPServer:
         return bound
 
     async def stop(self) -> None:
-        """Stop listening, and end what is under way."""
-        for timer in self._late:
+        """Stop listening, and abort requests in progress."""
+        for timer in self._late_timers:
             timer.cancel()
         self._server.close()
         self._handlers.pre_shutdown()
         transports = [handler.transport for handler in self._handlers.connections]
         await self._handlers.shutdown(0.05)
-        # Over TLS, closing waits for the other side, which may stay silent.
+        # With TLS, closing would wait for the peer.
         for transport in transports:
             if transport is not None:
                 transport.abort()
@@ -75,14 +75,14 @@ class HTTPServer:
         call.body = _parse(await request.read())
         answer = self._limits.refuse(call)
         if answer is None:
-            fault = self._faults.take(call.endpoint, call.key)
+            fault = self._faults.next_for(call.endpoint, call.key)
             if fault is None:
                 answer = self._api.process(call)
             else:
                 call.fault = fault.kind
-                answer = await self._misbehave(fault, call, request)
+                answer = await self._apply_fault(fault, call, request)
         if answer is None or request.transport is None:
-            return _hang_up(request)
+            return _disconnect(request)
         call.status, call.code = answer.status, answer.code
         return web.Response(body=answer.body, status=answer.status, headers=self._headers(answer))
 
@@ -94,8 +94,10 @@ class HTTPServer:
             **answer.headers,
         }
 
-    async def _misbehave(self, fault: Fault, call: Call, request: web.BaseRequest) -> Answer | None:
-        """The answer of a request that goes wrong; None: the connection is closed instead."""
+    async def _apply_fault(
+        self, fault: Fault, call: Call, request: web.BaseRequest
+    ) -> Answer | None:
+        """Return the answer to a request with a fault; None closes the connection instead."""
         kind, options = fault.kind, fault.options
         if kind == "lose_request":
             return None
@@ -107,8 +109,8 @@ class HTTPServer:
                 self._api.process(call)
             await _sleep(options["seconds"])
             return None
-        made = _answer_before(kind, options)
-        if made is not None and not _commits(kind, options):
+        made = _fixed_answer(kind, options)
+        if made is not None and not _is_processed(kind, options):
             return made
         answer = self._api.process(call)
         if kind == "lose_answer":
@@ -120,20 +122,20 @@ class HTTPServer:
             return Answer(answer.body[: len(answer.body) // 2], answer.status)
         if kind == "reset_mid_body":
             call.status = answer.status
-            await self._break_off(answer, request, options["reset"])
+            await self._send_half(answer, request, options["reset"])
             return None
         assert made is not None
         return made
 
     def _process_late(self, call: Call, seconds: float) -> None:
         def process() -> None:
-            self._late.discard(timer)
+            self._late_timers.discard(timer)
             self._api.process(call)
 
         timer = asyncio.get_running_loop().call_later(seconds, process)
-        self._late.add(timer)
+        self._late_timers.add(timer)
 
-    async def _break_off(self, answer: Answer, request: web.BaseRequest, reset: bool) -> None:
+    async def _send_half(self, answer: Answer, request: web.BaseRequest, reset: bool) -> None:
         transport = request.transport
         if transport is None:
             return
@@ -143,7 +145,7 @@ class HTTPServer:
         head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         half = answer.body[: len(answer.body) // 2]
         transport.write(head.encode() + b"\r\n" + half)
-        # A reset drops what was not sent yet.
+        # A reset drops unsent data, so wait until it is sent.
         for _ in range(200):
             if transport.is_closing() or not transport.get_write_buffer_size():
                 break
@@ -155,8 +157,8 @@ class HTTPServer:
             transport.abort()
 
 
-def _answer_before(kind: str, options: Any) -> Answer | None:
-    """The answer of the kinds whose answer has nothing to do with the market's."""
+def _fixed_answer(kind: str, options: Any) -> Answer | None:
+    """Return the answer of a fault that does not depend on the market's answer."""
     if kind in ("http_500_after_commit", "http_500_before_commit"):
         return envelope({"code": 1}, 500)
     if kind == "code_1":
@@ -187,7 +189,7 @@ def _answer_before(kind: str, options: Any) -> Answer | None:
     return None
 
 
-def _commits(kind: str, options: Any) -> bool:
+def _is_processed(kind: str, options: Any) -> bool:
     if kind in ("http_500_after_commit", "not_json", "no_code"):
         return True
     return bool(options.get("after_commit", False))
@@ -211,19 +213,19 @@ def _page(status: int) -> Answer:
     return Answer(html.encode(), status, "text/html; charset=UTF-8")
 
 
-def _hang_up(request: web.BaseRequest) -> web.Response:
+def _disconnect(request: web.BaseRequest) -> web.Response:
     if request.transport is not None:
         request.transport.close()
-    return web.Response()  # goes nowhere: the connection is closing
+    return web.Response()  # not sent: the connection is closing
 
 
 def _parse(data: bytes) -> Any:
-    """The JSON of a body; None where it is none, or text that no answer could repeat."""
+    """Return the JSON of a body, or None if it is invalid or can't be encoded again."""
     try:
         value = json.loads(data) if data else None
-        if b"\\u" in data:  # halves of surrogate pairs can't be encoded again
+        if b"\\u" in data:  # lone surrogates can't be encoded again
             json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):  # the latter: brackets without end
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply
         return None
     return value
 
@@ -235,5 +237,5 @@ async def _sleep(seconds: float) -> None:
 
 
 def _family(host: str) -> int:
-    # "localhost" must not become two sockets with two ports.
+    # "localhost" would otherwise open two sockets with different ports.
     return socket.AF_INET6 if ":" in host else socket.AF_INET

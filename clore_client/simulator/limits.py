@@ -1,4 +1,4 @@
-"""The API's limits: so many requests of a key in so many seconds."""
+"""Limit the rate of requests per key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .settings import Settings
 
 
 class Limits:
-    """Refuses what comes too fast. What is refused doesn't start a new interval."""
+    """Refuse requests that come too fast. A refused request does not start a new interval."""
 
     def __init__(self, settings: Settings, market: Market) -> None:
         self._settings = settings
@@ -18,8 +18,8 @@ class Limits:
         self._last: dict[tuple[str, str], float] = {}
 
     def refuse(self, call: Call) -> Answer | None:
-        """A 429 for a request that comes too fast, None for one that may pass."""
-        # Keys that nobody has get code 3 at once; requests without a key share one limit.
+        """Return a 429 answer for a request that comes too fast, else None."""
+        # An unknown key gets code 3 without a limit; requests without a key share one limit.
         if call.key and call.key not in self._market.accounts:
             return None
         intervals = {"": self._settings.rate_limit}
@@ -37,7 +37,7 @@ class Limits:
 
 
 def too_fast(retry_after: float | str | None) -> Answer:
-    """The answer to a request that comes too fast."""
+    """Return the answer to a request that comes too fast."""
     answer = envelope({"code": 5}, 429)
     if retry_after is not None:
         answer.headers["Retry-After"] = str(retry_after)

@@ -1,4 +1,4 @@
-"""The market's state: who rents what, and what it costs. Used from one thread only."""
+"""Keep the state of the market: accounts, orders, and charges. Not thread-safe."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .clock import Clock
 from .settings import CURRENCIES, Balance, Settings, draw
 from .state import DAY, ORDER_QUIRKS, Account, Order
 
-# Room for what a number loses on its way from one currency and unit to another and back.
+# Relative error allowed for prices converted between currencies and units.
 TOLERANCE = 1e-6
 
 
 class RefusedError(Exception):
-    """An answer with a code other than 0."""
+    """Refuse a request with a code other than 0."""
 
     def __init__(self, code: int, error: str | None = None, status: int = 200, **more: Any) -> None:
         super().__init__(code, error)
@@ -26,7 +26,7 @@ class RefusedError(Exception):
 
 
 class Market:
-    """Servers, accounts and orders. `on_created` and `on_ended` are told about orders."""
+    """Hold servers, accounts and orders. Callbacks report new and ended orders."""
 
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self._settings = settings
@@ -35,24 +35,24 @@ class Market:
         self._quirks_rng = Random(f"quirks {settings.seed}")
         self._next_id = 1_958_000 + self.rng.randint(0, 9)
         self.servers = {s.id: s for s in make_servers(settings.servers, settings.seed)}
-        if settings.form == "documented":  # it has no way to say that a host takes no bids
+        if settings.form == "documented":  # it can't express that a host takes no bids
             for server in self.servers.values():
                 server.usd_spot = server.usd_spot or dict(server.usd_on_demand)
         self.accounts: dict[str, Account] = {}
         self.orders: dict[int, Order] = {}
-        self._tenants: dict[int, Order] = {}  # server id -> its active order
+        self._active_orders: dict[int, Order] = {}  # server id -> its active order
         self.on_created: Callable[[Order], None] = lambda order: None
         self.on_ended: Callable[[Order], None] = lambda order: None
         self.on_server_changed: Callable[[Server], None] = lambda server: None
 
     def now(self) -> float:
-        """Monotonic seconds."""
+        """Return monotonic seconds."""
         return self._clock.now()
 
     # Accounts
 
     def add_account(self, balance: Balance | None) -> str:
-        """A new account and its key; `balance` as in `Simulator`."""
+        """Add an account, and return its key; `balance` is as in `Simulator`."""
         if balance is None:
             balance = self._settings.balance
         balances: dict[str, float | None] = {}
@@ -75,14 +75,14 @@ class Market:
     # Money
 
     def settle(self) -> None:
-        """Charge every wallet up to now, and end what can't go on."""
+        """Charge every wallet up to now, and end orders that are not paid for any more."""
         now = self.now()
         for account in self.accounts.values():
             if account.active:
                 self.settle_account(account, now)
 
     def settle_account(self, account: Account, now: float) -> None:
-        """Charge one account's wallets up to `now`."""
+        """Charge the wallets of one account up to `now`."""
         for currency in CURRENCIES:
             self._settle_wallet(account, currency, now)
 
@@ -92,7 +92,7 @@ class Market:
             orders = [o for o in account.active.values() if o.currency == currency]
             if not orders:
                 break
-            # From event to event, so that it doesn't matter how rarely somebody looks.
+            # Go from event to event, so that the result does not depend on how often this runs.
             balance = account.balances[currency] or 0.0
             per_second = sum(o.price * (1 + o.fee_rate) for o in orders) / DAY
             broke = since + balance / per_second
@@ -128,7 +128,7 @@ class Market:
         self, account: Account, server_id: int, spot: bool, currency: str, bid: float | None,
         body: dict[str, Any],
     ) -> Order:  # fmt: skip
-        """A new order, or `RefusedError`; `bid` is per day in `currency`."""
+        """Create an order, or raise `RefusedError`; `bid` is per day in `currency`."""
         server = self.servers.get(server_id)
         if server is None:
             raise RefusedError(2)
@@ -139,7 +139,7 @@ class Market:
         self.settle()
         now = self.now()
         self.settle_account(account, now)
-        if server.rented or server.id in self._tenants:
+        if server.rented or server.id in self._active_orders:
             raise RefusedError(6, "server-already-rented")
         price = server.on_demand(currency)
         if spot:
@@ -166,48 +166,48 @@ class Market:
             created_at=int(self._clock.wall(now)),
             visible_at=now + draw(rng, settings.visible_after),
             deploy_after=deploy_after if server.deploy_after is None else server.deploy_after,
-            lingers=draw(rng, settings.cancel_lingers),
+            linger_seconds=draw(rng, settings.cancel_lingers),
             body=body,
             quirks=frozenset(q for q, p in ORDER_QUIRKS.items() if self._quirks_rng.random() < p),
         )
         if http_ports:
-            # A name that resolves nowhere: nothing real is behind it.
+            # The name does not resolve, because nothing is behind it.
             order.http_port = http_ports[0]
             order.http_pub = f"{rng.getrandbits(40):010x}.clorecloud.invalid"
             order.login_token = secrets.token_hex(16)
-        self._next_id += rng.randint(1, 9)  # others order, too
+        self._next_id += rng.randint(1, 9)  # other users create orders, too
         account.orders.append(order)
         account.active[order.id] = order
         self.orders[order.id] = order
-        self._tenants[server.id] = order
+        self._active_orders[server.id] = order
         self.set_rented(server, True)
         self.on_created(order)
         return order
 
     def _check_bid(self, server: Server, currency: str, bid: float) -> None:
-        # A host that takes no bids has no minimum to name; no bid is enough for it.
+        # A host without a minimum bid takes no bids at all.
         minimum = server.min_bid(currency)
         if minimum is None or bid < minimum * (1 - TOLERANCE):
             raise RefusedError(6, "too_low_price")
 
     def rebid(self, order: Order, bid: float) -> None:
-        """A new bid per day for a spot order, or `RefusedError`."""
+        """Change the bid (per day) of a spot order. Raise `RefusedError` if it is refused."""
         settings, now = self._settings, self.now()
         self._check_bid(self.servers[order.server_id], order.currency, bid)
         if bid < order.price:
-            if order.lowered is not None:
-                wait = order.lowered + settings.lowering_interval - now
+            if order.lowered_at is not None:
+                wait = order.lowered_at + settings.lowering_interval - now
                 if wait > 0:
                     seconds = max(1, round(wait))
                     raise RefusedError(6, "can_lower_every_600_seconds", time_to_lowering=seconds)
             step = settings.max_step / RATES[order.currency]
             if order.price - bid > step * (1 + TOLERANCE):
                 raise RefusedError(6, "exceeded_max_step", max_step=step)
-            order.lowered = now
+            order.lowered_at = now
         order.price = bid
 
     def end(self, order: Order, by: str) -> bool:
-        """End an order now; False when it had ended already."""
+        """End an order now. Return False if it had already ended."""
         now = self.now()
         self.settle_account(self.accounts[order.key], now)
         if not order.active:
@@ -220,24 +220,24 @@ class Market:
             return
         order.ended, order.ended_by = when, by
         del self.accounts[order.key].active[order.id]
-        if self._tenants.get(order.server_id) is order:
-            del self._tenants[order.server_id]
+        if self._active_orders.get(order.server_id) is order:
+            del self._active_orders[order.server_id]
             self.set_rented(self.servers[order.server_id], False)
         self.on_ended(order)
 
     # Servers
 
-    def tenant(self, server_id: int) -> Order | None:
-        """The active order on a server."""
-        return self._tenants.get(server_id)
+    def active_order_on(self, server_id: int) -> Order | None:
+        """Return the active order on a server, if any."""
+        return self._active_orders.get(server_id)
 
     def set_rented(self, server: Server, rented: bool) -> None:
-        """Mark a server as rented, by whomever, or as free."""
+        """Mark a server as rented or free."""
         server.rented = rented
         self.on_server_changed(server)
 
     def set_price(self, server: Server, usd: float, spot: float | None) -> None:
-        """Change the listing; orders keep the price at which they were made."""
+        """Change the listed prices; existing orders keep theirs."""
         server.usd_on_demand = dict.fromkeys(CURRENCIES, usd)
         if spot is not None:
             server.usd_spot = dict.fromkeys(CURRENCIES, spot) if spot else {}

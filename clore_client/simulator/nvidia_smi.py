@@ -1,6 +1,6 @@
-"""The `nvidia-smi` of a simulated host: a script that reads its GPUs from a JSON file."""
+"""Imitate `nvidia-smi` on a simulated host, with GPUs from a JSON file."""
 
-# Runs as a program of its own inside a rented host, so it imports only what starts quickly.
+# Runs as a separate program on a host, so it imports only modules that load fast.
 import json
 import os
 import sys
@@ -8,7 +8,7 @@ import time
 
 DRIVER, CUDA = "580.82.07", "13.0"
 NOTICE = "nvidia-smi: this is a simulated host, no real GPU is behind it"
-HELP = """nvidia-smi of a simulated host. It knows:
+HELP = """nvidia-smi of a simulated host. Supported:
     nvidia-smi [-i INDEX[,INDEX...]]
     nvidia-smi -L
     nvidia-smi --query-gpu=FIELD[,FIELD...] --format=csv[,noheader][,nounits] [-i ...]
@@ -49,8 +49,8 @@ FIELDS = {
 }
 
 
-def facts(index: int, gpu: Gpu, count: int) -> dict[str, str]:
-    """Every field of a GPU, without units."""
+def gpu_fields(index: int, gpu: Gpu, count: int) -> dict[str, str]:
+    """Return all fields of a GPU, without units."""
     mib, watts = int(str(gpu["mib"])), float(str(gpu["watts"]))
     idle = 1 + index % 3
     bus = f"00000000:{index + 1:02X}:00.0"
@@ -80,13 +80,13 @@ def facts(index: int, gpu: Gpu, count: int) -> dict[str, str]:
         "clocks.gr": "210",
         "clocks.mem": "405",
     }
-    same = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_serial": "serial"}
-    same["gpu_bus_id"] = "pci.bus_id"
-    return values | {alias: values[field] for alias, field in same.items()}
+    aliases = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_serial": "serial"}
+    aliases["gpu_bus_id"] = "pci.bus_id"
+    return values | {alias: values[field] for alias, field in aliases.items()}
 
 
 def main(argv: list[str]) -> int:
-    """Answer as nvidia-smi does: argv[0] is the file with the GPUs."""
+    """Run as nvidia-smi does; argv[0] is the JSON file."""
     with open(argv[0], encoding="utf-8") as file:
         gpus: list[Gpu] = json.load(file)
     chosen = list(range(len(gpus)))
@@ -121,9 +121,9 @@ def main(argv: list[str]) -> int:
     if not chosen:
         print("No devices were found")
         return 6
-    found = [facts(n, gpus[n], len(gpus)) for n in chosen]
+    found = [gpu_fields(n, gpus[n], len(gpus)) for n in chosen]
     if listing or query:
-        # Apart from the answer, which is for programs.
+        # On stderr, because programs read stdout.
         print(NOTICE, file=sys.stderr)
     if listing:
         for gpu in found:
@@ -133,7 +133,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_csv(found: list[dict[str, str]], query: str, form: str) -> int:
-    """The answer to --query-gpu."""
+    """Print the answer to --query-gpu."""
     options = [part.strip() for part in form.split(",")]
     fields = [part.strip() for part in query.split(",")]
     if "csv" not in options:
@@ -154,7 +154,7 @@ def print_csv(found: list[dict[str, str]], query: str, form: str) -> int:
 
 
 def print_table(found: list[dict[str, str]]) -> int:
-    """The plain table."""
+    """Print the default table."""
     line = "+" + "-" * 41 + "+" + "-" * 24 + "+" + "-" * 22 + "+"
     wide = "+" + "-" * 89 + "+"
     print(time.strftime("%a %b %d %H:%M:%S %Y"))

@@ -1,4 +1,4 @@
-"""What a simulator is told when it is made, checked once."""
+"""Check the arguments of `Simulator`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CURRENCIES = ("bitcoin", "CLORE-Blockchain", "USD-Blockchain")
 
 
 def draw(rng: Random, seconds: Seconds) -> float:
-    """A number of seconds: the given one, or one out of a (low, high) pair."""
+    """Return a number of seconds, drawn at random if given a (low, high) pair."""
     if isinstance(seconds, tuple):
         return rng.uniform(*seconds)
     return seconds
@@ -23,7 +23,7 @@ def draw(rng: Random, seconds: Seconds) -> float:
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `Simulator`, where they are described."""
+    """Hold the arguments of `Simulator`; see there."""
 
     servers: int
     seed: int
@@ -53,14 +53,14 @@ class Settings:
     chaos_kinds: Sequence[str] | None
 
     def __post_init__(self) -> None:
-        _whole("servers", self.servers, 0, 100_000)
-        _whole("seed", self.seed)
+        _check_int("servers", self.servers, 0, 100_000)
+        _check_int("seed", self.seed)
         if self.chaos_seed is not None:
-            _whole("chaos_seed", self.chaos_seed)
-        _whole("port", self.port, 0, 65535)
-        _one_of("form", self.form, ("live", "documented"))
-        _one_of("create_answer", self.create_answer, ("none", "order_id", "id", "order"))
-        _one_of("cancel_ended", self.cancel_ended, ("accept", "refuse"))
+            _check_int("chaos_seed", self.chaos_seed)
+        _check_int("port", self.port, 0, 65535)
+        _check_choice("form", self.form, ("live", "documented"))
+        _check_choice("create_answer", self.create_answer, ("none", "order_id", "id", "order"))
+        _check_choice("cancel_ended", self.cancel_ended, ("accept", "refuse"))
         for name in (
             "rate_limit",
             "create_order_interval",
@@ -69,43 +69,43 @@ class Settings:
             "max_step",
             "lowering_interval",
         ):
-            _number(name, getattr(self, name))
+            _check_number(name, getattr(self, name))
         for name in ("visible_after", "deploy_after", "cancel_lingers", "sshd_after"):
             check_seconds(name, getattr(self, name))
-        _number("clock_offset", self.clock_offset, low=-math.inf, infinite=False)
-        _number("chaos", self.chaos, high=1.0)
+        _check_number("clock_offset", self.clock_offset, low=-math.inf, infinite=False)
+        _check_number("chaos", self.chaos, high=1.0)
         for name in ("ssh", "tls", "retry_after", "reuse_ports"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         check_balance(self.balance)
-        _loopback(self.host)
+        _check_loopback(self.host)
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Refuse what is neither a number of seconds nor a (low, high) pair of them."""
+    """Check a number of seconds, or a (low, high) pair of them."""
     if not isinstance(value, tuple):
-        _number(name, value)
+        _check_number(name, value)
         return
     if len(value) != 2:
         raise ValueError(f"{name} must be a number or a (low, high) pair, not {value!r}")
     for part in value:
-        _number(name, part, infinite=False)
+        _check_number(name, part, infinite=False)
     if value[0] > value[1]:
         raise ValueError(f"{name} must be a (low, high) pair, not {value!r}")
 
 
 def check_balance(value: object) -> None:
-    """Refuse what is neither an amount in USD nor amounts by currency."""
+    """Check an amount in USD, or a dict of amounts by currency."""
     if not isinstance(value, Mapping):
-        _number("balance", value, infinite=False)
+        _check_number("balance", value, infinite=False)
         return
     for currency, amount in value.items():
-        _one_of("balance", currency, CURRENCIES)
+        _check_choice("balance", currency, CURRENCIES)
         if amount is not None:
-            _number("balance", amount, infinite=False)
+            _check_number("balance", amount, infinite=False)
 
 
-def _number(
+def _check_number(
     name: str,
     value: object,
     low: float = 0.0,
@@ -118,7 +118,7 @@ def _number(
         raise ValueError(f"{name} must be a number {limits}, not {value!r}")
 
 
-def _whole(name: str, value: object, low: int | None = None, high: int | None = None) -> None:
+def _check_int(name: str, value: object, low: int | None = None, high: int | None = None) -> None:
     good = isinstance(value, int) and not isinstance(value, bool)
     if good and low is not None and high is not None:
         good = low <= value <= high  # type: ignore[operator]
@@ -127,13 +127,13 @@ def _whole(name: str, value: object, low: int | None = None, high: int | None = 
         raise ValueError(f"{name} must be a whole number{limits}, not {value!r}")
 
 
-def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
 
 
-def _loopback(host: object) -> None:
-    # Whoever reaches the SSH hosts runs commands as this user.
+def _check_loopback(host: object) -> None:
+    # Whoever reaches the SSH hosts can run commands as this user.
     try:
         good = host == "localhost" or ipaddress.ip_address(str(host)).is_loopback
     except ValueError:

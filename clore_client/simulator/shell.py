@@ -1,4 +1,4 @@
-"""Commands on a simulated host: a real shell in a folder of its own."""
+"""Run commands on a simulated host, in a real shell with its own folder."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ MOTD = b"This is a simulated host: a shell on your own machine, without any GPU.
 Process = asyncssh.SSHServerProcess[bytes]
 
 
-class Shells:
-    """The running commands of one host."""
+class Commands:
+    """Run the commands of one host."""
 
     def __init__(self, home: Path, environment: dict[str, str]) -> None:
         self._home = home
         self._environment = environment
         self._running: set[subprocess.Popen[bytes]] = set()
-        self.used = False  # whether any process was ever started
+        self.used = False  # whether a process was ever started
 
     async def serve(self, process: Process) -> None:
-        """Run what one SSH channel asks for, until it or its client ends."""
+        """Run the command of an SSH channel, until it ends or the client disconnects."""
         try:
             await self._serve(process)
         except (OSError, asyncssh.Error):
-            pass  # the client has gone
+            pass  # the client has disconnected
         finally:
             process.close()
 
     def kill(self) -> None:
-        """End every command that runs, with all of its process group."""
+        """Kill all running commands with their process groups."""
         for child in list(self._running):
             _kill(child, signal.SIGKILL)
 
@@ -65,13 +65,13 @@ class Shells:
         self._running.add(child)
         pumps: list[asyncio.Task[None]] = []
         tasks: list[asyncio.Future[Any]] = [gone]
-        quiet = _Quiet()
+        state = _OutputState()
         exited: asyncio.Future[Any] = _exit_of(child)
         try:
             source, *sinks = ends
             writers = (process.stdout, process.stderr)
             pumps = [
-                asyncio.ensure_future(_pump_out(await _reader(file), sink, quiet))
+                asyncio.ensure_future(_pump_out(await _reader(file), sink, state))
                 for file, sink in zip(sinks, writers, strict=False)
             ]
             writer = await _writer(source)
@@ -80,12 +80,12 @@ class Shells:
             if not exited.done():
                 _kill(child, signal.SIGKILL)
                 return
-            # What the command leaves in the background may hold the output open: like sshd,
-            # tell the exit status all the same, once all that it had written has been sent.
+            # A background process may keep the output open. Like sshd, send the exit status
+            # anyway, once all output so far has been sent.
             while not gone.done() and not all(pump.done() for pump in pumps):
-                before = quiet.count
+                before = state.count
                 await asyncio.wait({gone, *pumps}, timeout=_SETTLE)
-                if quiet.count == before and quiet.reading >= sum(not p.done() for p in pumps):
+                if state.count == before and state.reading >= sum(not p.done() for p in pumps):
                     break
             code = exited.result()
             if code < 0:
@@ -110,7 +110,7 @@ class Shells:
         master, slave = os.openpty()
         try:
             _resize(master, process.get_terminal_size())
-            # A new session that opens a terminal gets it as its controlling one.
+            # The first terminal that a new session opens becomes its controlling terminal.
             opened = ["/bin/sh", "-c", 'exec <"$0" >"$0" 2>&1; exec "$@"', os.ttyname(slave)]
             argv = opened + _shell(process.command, interactive=True)
             child = self._popen(argv, slave, slave, slave, {"TERM": terminal})
@@ -136,8 +136,8 @@ class Shells:
         )
 
 
-class _Quiet:
-    """Tells whether the pumps wait for output, and how many pieces they have sent."""
+class _OutputState:
+    """Count the pumps that wait for output, and the chunks that were sent."""
 
     def __init__(self) -> None:
         self.reading = 0
@@ -151,14 +151,14 @@ def _shell(command: str | None, interactive: bool = False) -> list[str]:
 
 
 def _kill(child: subprocess.Popen[bytes], number: int) -> None:
-    # Before it has been waited for, its number can't belong to anybody else.
+    # Until it has been waited for, its process id is not reused.
     if child.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, number)
 
 
 def _exit_of(child: subprocess.Popen[bytes]) -> asyncio.Future[int]:
-    """A future with the exit status. A thread waits: it needs no signal handlers."""
+    """Return a future with the exit status. It waits in a thread, without signal handlers."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[int] = loop.create_future()
 
@@ -168,7 +168,7 @@ def _exit_of(child: subprocess.Popen[bytes]) -> asyncio.Future[int]:
 
     def wait() -> None:
         code = child.wait()
-        with contextlib.suppress(RuntimeError):  # the loop has closed meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop has closed
             loop.call_soon_threadsafe(tell, code)
 
     threading.Thread(target=wait, name="clore-simulator-wait", daemon=True).start()
@@ -189,25 +189,25 @@ async def _writer(file: BinaryIO) -> asyncio.StreamWriter:
 
 
 async def _pump_out(
-    reader: asyncio.StreamReader, writer: asyncssh.SSHWriter[bytes], quiet: _Quiet
+    reader: asyncio.StreamReader, writer: asyncssh.SSHWriter[bytes], state: _OutputState
 ) -> None:
     transport: Any = getattr(reader, "_transport", None)
     try:
         while True:
-            quiet.reading += 1
+            state.reading += 1
             try:
                 data = await reader.read(_CHUNK)
             except OSError:
-                return  # a terminal ends like this
+                return  # end of output of a terminal
             finally:
-                quiet.reading -= 1
+                state.reading -= 1
             if not data:
                 return
-            quiet.count += 1
+            state.count += 1
             writer.write(data)
             await writer.drain()
     except (OSError, asyncssh.Error):
-        pass  # the client has gone
+        pass  # the client has disconnected
     finally:
         if transport is not None:
             transport.close()
@@ -246,8 +246,8 @@ def _resize(terminal: int, size: tuple[int, int, int, int]) -> None:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, packed)
 
 
-def kill_strays(home: Path, running: Callable[[], None]) -> None:
-    """End what commands left running in the background of a host, known by its HOME."""
+def kill_background_commands(home: Path, running: Callable[[], None]) -> None:
+    """Kill background processes of a host, which have its HOME in their environment."""
     running()
     mark = b"HOME=" + os.fsencode(home)
     for entry in Path("/proc").glob("[0-9]*/environ"):

@@ -1,4 +1,4 @@
-"""`Simulator`: a marketplace that runs in a thread of its own."""
+"""Run a simulated marketplace in a thread."""
 
 from __future__ import annotations
 
@@ -31,40 +31,43 @@ from .state import Order
 from .tls import make_context
 
 T = TypeVar("T")
-_TICK = 0.1  # how often wallets are charged when nobody asks
+_TICK = 0.1  # seconds between two charges without requests
 
 
 class Simulator:
-    """A marketplace on loopback that speaks the live API's form, with real SSH hosts.
+    """Simulate the marketplace on loopback, in the live API's form, with real SSH hosts.
 
-    A context manager, or `start()` and `stop()`. Arguments (times in seconds):
+    Use it as a context manager, or call `start()` and `stop()`. Arguments (times in seconds):
 
-    - `servers`, `seed`: how many servers the marketplace has; the same seed makes the same ones.
+    - `servers`, `seed`: the number of servers; the same seed makes the same ones.
     - `form`: "live" (what the API sends) or "documented" (what its reference page says).
-    - `rate_limit`, `create_order_interval`: one request, and one `create_order`, of a key in
-      that time; the live API's are the defaults, 0 means no limit.
-    - `visible_after`, `deploy_after`, `cancel_lingers`: when a new order shows up, when it is
-      deployed, and how long an ended one stays in the list of active ones. A number or a
-      (low, high) pair to draw from; `deploy_after=math.inf` never deploys.
+    - `rate_limit`, `create_order_interval`: minimum time between two requests, and between two
+      `create_order`, of one key. The defaults are those of the live API; 0 means no limit.
+    - `visible_after`, `deploy_after`, `cancel_lingers`: time until a new order is listed, until
+      it is deployed, and for which an ended order is still listed as active. Each is a number
+      or a (low, high) pair to draw from; `deploy_after=math.inf` never deploys.
     - `balance`: USD in each wallet, or a dict of amounts by currency (None: a null balance).
-    - `ssh`: give each deployed order a real SSH host; without, its ports refuse connections.
-    - `tls`: serve https with a certificate of its own; `ca_file` is what to trust.
-    - `host`, `port`: where to listen; only loopback addresses.
-    - `create_answer`: what `create_order` tells of the new order in the live form: "none", or
-      as old answers did "order_id", "id" or "order" (`{"order": {"id": ...}}`).
-    - `cancel_ended`: "accept" or "refuse" the cancelling of an order that ended already.
+    - `ssh`: run a real SSH host for each deployed order; if False, its ports refuse connections.
+    - `tls`: serve https with a self-signed certificate, which is in `ca_file`.
+    - `host`, `port`: the address to listen on; only loopback addresses are allowed.
+    - `create_answer`: how `create_order` names the new order in the live form: "none", or as
+      in older answers "order_id", "id" or "order" (`{"order": {"id": ...}}`).
+    - `cancel_ended`: "accept" or "refuse" a cancel of an order that has already ended.
     - `clock_offset`: how far the server's clock is ahead of this machine's.
-    - `retry_after`: send `Retry-After` with a 429.
-    - `creation_fee`: USD, charged when an order is `creation_fee_after` old.
-    - `max_step`, `lowering_interval`: how far (USD per day) and how often a bid may be lowered.
-    - `sshd_after`: how long after the deployment the SSH host starts to listen.
-    - `reuse_ports`: give the port of an ended order to the next one, with another host key,
+    - `retry_after`: send `Retry-After` with HTTP 429.
+    - `creation_fee`: USD, charged when an order is `creation_fee_after` seconds old.
+    - `max_step`, `lowering_interval`: by how much (USD per day) and how often a bid may be
+      lowered.
+    - `sshd_after`: time from the deployment until the SSH host accepts connections.
+    - `reuse_ports`: give the ports of an ended order to the next one, with another host key,
       as the live API does.
-    - `chaos`, `chaos_seed`, `chaos_kinds`: the share of requests that go wrong at random, and
-      how; `faults`: texts like "create_order:lose_answer:2" for `Simulator.faults`.
+    - `chaos`, `chaos_seed`, `chaos_kinds`: the fraction of requests that fail at random, and
+      how. `faults`: a list like ["create_order:lose_answer:2"], for `Simulator.faults`.
 
-    A `create_order` that comes too soon is refused before anything is looked at. Rent runs from
-    the moment of creation, per second, with a fee of 5 % on demand and 1.25 % for spot orders.
+    In the live form, records differ by seeded chance as those of the live API do: see
+    `ORDER_QUIRKS`, and `Server.quirks`. Rent is charged per second from the creation of an
+    order, plus a fee of 5 % on demand and 1.25 % for spot orders. The rate limit of
+    `create_order` applies before any other check.
     """
 
     def __init__(
@@ -104,8 +107,8 @@ class Simulator:
         self._clock = Clock(clock_offset)
         self._market = Market(self._settings, self._clock)
         self._api = Api(self._settings, self._market)
-        self._market.on_server_changed = self._api.forget
-        #: What is to go wrong, see `Faults`.
+        self._market.on_server_changed = self._api.invalidate
+        #: Faults to inject, see `Faults`.
         self.faults = Faults(chaos, seed if chaos_seed is None else chaos_seed, chaos_kinds)
         for text in faults:
             self.faults.add_text(text)
@@ -114,9 +117,9 @@ class Simulator:
         self._hosts: Hosts | None = None
         #: The key of the first account.
         self.api_key = self._market.add_account(None)
-        #: Where it listens, once started.
+        #: The base URL, once started.
         self.url = ""
-        #: The certificate to trust, with `tls=True`.
+        #: The CA file for clients, with `tls=True`.
         self.ca_file = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -128,7 +131,7 @@ class Simulator:
     # Lifecycle
 
     def start(self) -> Simulator:
-        """Listen; returns when requests can come."""
+        """Start, and return once it listens."""
         if self._thread is not None:
             raise RuntimeError("a simulator can be started only once")
         ready: Future[None] = Future()
@@ -142,13 +145,13 @@ class Simulator:
         return self
 
     def stop(self) -> None:
-        """Stop everything, the SSH hosts too. The books stay readable."""
+        """Stop everything, including the SSH hosts. Orders and requests stay readable."""
         if self._pid != os.getpid() or self._thread is None:
-            return  # a forked child must not end what its parent runs
+            return  # a forked child must not stop its parent's simulator
         atexit.unregister(self.stop)
         loop = self._loop
         if loop is not None:
-            with contextlib.suppress(RuntimeError):  # it has stopped meanwhile
+            with contextlib.suppress(RuntimeError):  # it has stopped
                 loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
 
@@ -193,7 +196,7 @@ class Simulator:
         self._loop = None
 
     def _call(self, function: Callable[[], T]) -> T:
-        """Run a function where the state lives: in the loop's thread, while there is one."""
+        """Call a function in the event loop's thread, or here if that has stopped."""
         thread, loop = self._thread, self._loop
         if thread is None or loop is None or thread is threading.current_thread():
             return function()
@@ -211,25 +214,25 @@ class Simulator:
             thread.join()
             return function()
         while True:
-            # It may stop before it gets to that.
+            # The loop may stop before it calls the function.
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 return result.result(0.5)
             if not thread.is_alive() and not result.done():
                 return function()
 
-    # The books
+    # State
 
     @property
     def orders(self) -> list[Order]:
-        """Every order ever made, oldest first, with what it was charged: copies as of now."""
+        """Return copies of all orders, oldest first, charged up to now."""
         return self._call(lambda: self._copies(list(self._market.orders.values())))
 
     def orders_of(self, key: str) -> list[Order]:
-        """The orders of one account."""
+        """Return copies of the orders of one account."""
         return self._call(lambda: self._copies(self._market.accounts[key].orders))
 
     def order(self, order_id: int) -> Order:
-        """One order; KeyError where there is none."""
+        """Return a copy of an order. Raise KeyError if there is none."""
         return self._call(lambda: self._copies([self._market.orders[order_id]])[0])
 
     def _copies(self, orders: list[Order]) -> list[Order]:
@@ -239,26 +242,26 @@ class Simulator:
 
     @property
     def servers(self) -> list[Server]:
-        """The servers, as the marketplace lists them: copies as of now."""
+        """Return copies of all servers, in the order of the marketplace."""
         return self._call(
             lambda: [dataclasses.replace(server) for server in self._market.servers.values()]
         )
 
     def server(self, server_id: int) -> Server:
-        """One server; KeyError where there is none."""
+        """Return a copy of a server. Raise KeyError if there is none."""
         return self._call(lambda: dataclasses.replace(self._market.servers[server_id]))
 
     @property
     def requests(self) -> list[Call]:
-        """Every request that arrived, oldest first."""
+        """Return copies of all recorded requests, oldest first."""
         return self._call(lambda: [dataclasses.replace(call) for call in self._http.calls])
 
     def clear_requests(self) -> None:
-        """Forget the requests so far."""
+        """Clear the recorded requests."""
         self._call(self._http.calls.clear)
 
     def balance(self, currency: str = "CLORE-Blockchain", key: str | None = None) -> float:
-        """What is left in a wallet, in the currency itself."""
+        """Return the balance of a wallet, in its currency."""
 
         def read() -> float:
             if self._loop is not None:
@@ -267,16 +270,16 @@ class Simulator:
 
         return self._call(read)
 
-    # What others do
+    # Changes from outside
 
     def add_key(self, balance: Balance | None = None) -> str:
-        """Open a further account, and return its key."""
+        """Add another account, and return its key."""
         if balance is not None:
             check_balance(balance)
         return self._call(lambda: self._market.add_account(balance))
 
     def set_balance(self, currency: str, amount: float | None, key: str | None = None) -> None:
-        """Set a wallet, in the currency itself."""
+        """Set the balance of a wallet, in its currency."""
         if currency not in CURRENCIES:
             raise ValueError(f"currency must be one of {', '.join(CURRENCIES)}, not {currency!r}")
         check_balance({currency: amount})
@@ -288,28 +291,28 @@ class Simulator:
         self._call(change)
 
     def end_order(self, order_id: int) -> bool:
-        """End an order from the host's side, as being outbid does; False if it had ended."""
+        """End an order as a host does, or a higher bid. Return False if it had already ended."""
         return self._call(lambda: self._market.end(self._market.orders[order_id], "host"))
 
     def set_rented(self, server_id: int, rented: bool = True) -> None:
-        """Let somebody else rent a server, or free it."""
+        """Mark a server as rented by another user, or as free."""
         self._call(lambda: self._market.set_rented(self._market.servers[server_id], rented))
 
     def advance(self, seconds: float) -> None:
-        """Let hours pass at once for the books: orders are charged, fees fall due, wallets empty.
+        """Jump ahead in time: charge orders and fees, and end orders that can't be paid.
 
-        What is under way meanwhile, as a deployment, still takes its time.
+        Deployments and other work in progress still take their real time.
         """
         if not 0 <= seconds < math.inf:
             raise ValueError(f"seconds must be at least 0 and finite, not {seconds!r}")
         self._call(lambda: self._clock.advance(seconds))
 
     def set_offline(self, server_id: int, offline: bool = True) -> None:
-        """Take a server off the network, with the order on it, or bring it back."""
+        """Take a server and its active order offline, or bring them back."""
 
         def change() -> None:
             self._market.servers[server_id].online = not offline
-            order = self._market.tenant(server_id)
+            order = self._market.active_order_on(server_id)
             if order is not None:
                 order.online = not offline
                 if self._hosts is not None:
@@ -320,7 +323,7 @@ class Simulator:
     def set_price(
         self, server_id: int, usd_per_day: float, spot_usd_per_day: float | None = None
     ) -> None:
-        """Change what a server costs; with a spot price of 0 it takes no bids."""
+        """Change the prices of a server; with a spot price of 0 it takes no bids."""
         if not usd_per_day > 0:
             raise ValueError(f"usd_per_day must be above 0, not {usd_per_day!r}")
         self._call(
@@ -330,7 +333,10 @@ class Simulator:
         )
 
     def set_deploy_after(self, server_id: int, seconds: float | None) -> None:
-        """How long new orders on a server take to deploy; `math.inf`: forever, None: as others."""
+        """Set how long new orders on a server take to deploy.
+
+        `math.inf` never deploys; None uses the setting `deploy_after`.
+        """
         if seconds is not None:
             check_seconds("seconds", seconds)
 

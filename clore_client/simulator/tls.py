@@ -1,4 +1,4 @@
-"""A certificate for loopback, signed by itself."""
+"""Make a self-signed certificate for loopback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cryptography.x509.oid import NameOID
 
 
 def make_context(folder: Path) -> tuple[ssl.SSLContext, Path]:
-    """A server's TLS context, and the file that clients have to trust."""
+    """Return a TLS context for a server, and the CA file for its clients."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "clore simulator")])
     now = datetime.datetime.now(datetime.timezone.utc)

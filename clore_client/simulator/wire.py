@@ -1,4 +1,4 @@
-"""Records as the two forms of the API write them."""
+"""Write records in either of the two forms of the API."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PUBLIC_HOST = "127.0.0.1"
 
 
 def encode(value: object) -> bytes:
-    """JSON as the API writes it: no blanks, UTF-8 as it is."""
+    """Encode JSON as the API does: without spaces, and with non-ASCII characters as UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def server(server: Server, form: str) -> dict[str, Any]:
-    """A server of the marketplace."""
+    """Return a server as the marketplace lists it."""
     if form == "live":
         return {**server.record, "rented": server.rented, "price": _live_price(server)}
     return {
@@ -71,7 +71,7 @@ def _live_price(server: Server) -> dict[str, Any] | None:
 
 
 def wallets(account: Account, form: str) -> list[dict[str, Any]]:
-    """The wallets of an account."""
+    """Return the wallets of an account."""
     deposit = "deposit" if form == "live" else "deposit_address"
     fees = {"bitcoin": 0.00005, "CLORE-Blockchain": 1, "USD-Blockchain": 1}
     records = []
@@ -86,7 +86,7 @@ def wallets(account: Account, form: str) -> list[dict[str, Any]]:
 
 
 def order(order: Order, server: Server, form: str, now: float) -> dict[str, Any]:
-    """An order of my_orders."""
+    """Return an order as my_orders lists it."""
     return _live_order(order, server, now) if form == "live" else _documented_order(order, now)
 
 
@@ -147,7 +147,7 @@ def _live_connection(order: Order, gone: bool) -> dict[str, Any]:
 
 
 def _order_specs(server: Server) -> dict[str, Any] | None:
-    """Return the specs as an order repeats them: with more than the marketplace lists."""
+    """Return the server's specs as orders show them, with more fields than the marketplace."""
     specs: dict[str, Any] | None = server.record["specs"]
     if specs is None:
         return None
@@ -182,7 +182,7 @@ def _documented_order(order: Order, now: float) -> dict[str, Any]:
 
 
 def spot_market(server: Server, offers: list[dict[str, Any]], form: str) -> dict[str, Any]:
-    """The envelope of spot_marketplace; `offers` carry their bid per day in `currency`."""
+    """Return the envelope of spot_marketplace; the bids in `offers` are per day."""
     bids = {coin: server.min_bid(coin) for coin in server.allowed_coins}
     if form == "live":
         return {
@@ -208,7 +208,7 @@ def spot_market(server: Server, offers: list[dict[str, Any]], form: str) -> dict
 
 
 def offer(order: Order) -> dict[str, Any]:
-    """One's own bid on a server."""
+    """Return the account's own offer from its order."""
     return {
         "offer_id": order.id,
         "bid": order.price,

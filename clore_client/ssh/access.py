@@ -14,7 +14,7 @@ from clore_client.ssh.connect import Login, plain_address
 from clore_client.ssh.host_keys import Pins
 from clore_client.ssh.openssh import config_entry, terminal_line
 from clore_client.ssh.sessions import Connected
-from clore_client.validation import check_number, check_text
+from clore_client.validation import check_number, check_text, short_repr
 
 if TYPE_CHECKING:
     import paramiko
@@ -121,6 +121,8 @@ class SSHAccess:
         from clore_client.ssh.connect import parse_ssh_command
 
         if not isinstance(order, Mapping):
-            raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
+            raise TypeError(
+                f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
+            )
         address = parse_ssh_command(order)
         return self._host_keys.alias(self._order_number(order), "{host}:{port}".format(**address))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clore_client.errors import CommandError, CommandTimeoutError, SSHError, printable
+from clore_client.errors import CommandError, CommandTimeoutError, SSHError
 from clore_client.log import logger
 from clore_client.models.result import STDERR, STDOUT, CommandResult, OutputLine
 from clore_client.ssh.command_line import command_line, encoded, exports, input_bytes, lines_to
@@ -24,7 +24,7 @@ from clore_client.ssh.watchdog import (
     send_signal,
     soon_done,
 )
-from clore_client.validation import check_bool, check_number
+from clore_client.validation import check_bool, check_number, short_repr
 
 if TYPE_CHECKING:
     import paramiko
@@ -57,7 +57,7 @@ def check_run_arguments(
     input_bytes(input)
     exports(env)
     if on_output is not None and not callable(on_output):
-        raise TypeError(f"on_output must be callable, not {printable(repr(on_output), 80)}")
+        raise TypeError(f"on_output must be callable, not {short_repr(on_output)}")
     return line
 
 

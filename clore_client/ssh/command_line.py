@@ -6,8 +6,8 @@ import codecs
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from clore_client.errors import printable
 from clore_client.models.result import STDERR, STDOUT, OutputLine
+from clore_client.validation import short_repr
 
 LONGEST_PIECE = 65536  # characters of one call of on_output
 
@@ -21,13 +21,11 @@ def command_line(command: str | Sequence[str]) -> str:
     elif isinstance(command, (list, tuple)):
         for number, word in enumerate(command):
             if not isinstance(word, str):
-                raise TypeError(
-                    f"command[{number}] must be a string, not {printable(repr(word), 80)}"
-                )
+                raise TypeError(f"command[{number}] must be a string, not {short_repr(word)}")
         line = shlex.join(command)
     else:
         raise TypeError(
-            f"command must be a string, or a list of strings, not {printable(repr(command), 80)}"
+            f"command must be a string, or a list of strings, not {short_repr(command)}"
         )
     if not line.strip():
         raise ValueError("command must not be empty")
@@ -95,7 +93,7 @@ def exports(env: Any) -> str:
         raise TypeError(f"env must be a dict of strings, not {type(env).__name__}")
     for name, value in env.items():
         if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
-            raise ValueError(f"env: not the name of a variable: {printable(repr(name), 80)}")
+            raise ValueError(f"env: not the name of a variable: {short_repr(name)}")
         if not isinstance(value, str):
             raise TypeError(f"env[{name!r}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)

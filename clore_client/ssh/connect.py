@@ -13,6 +13,7 @@ from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.models.order import plain_host, plain_user
 from clore_client.ssh.transport import prepared_transport
+from clore_client.validation import check_local_path, short_repr
 
 if TYPE_CHECKING:
     import paramiko
@@ -39,7 +40,9 @@ def parse_ssh_command(order: Any) -> dict[str, Any]:
 def plain_address(order: Any) -> dict[str, Any]:
     """The same of an order whose host and user are a plain name or address; else an error."""
     if not isinstance(order, Mapping):
-        raise TypeError(f"order must be one as wait_for_order() returns it, not {order!r}")
+        raise TypeError(
+            f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
+        )
     address = parse_ssh_command(order)
     user = _parsed(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
@@ -47,7 +50,7 @@ def plain_address(order: Any) -> dict[str, Any]:
     status = order.get("status")
     raise SSHError(
         f"the order has no address for SSH, or no plain one: connection.ssh is "
-        f"{printable(repr(address['raw']), 80)}, status {status!r}; "
+        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
         "wait_for_order() returns an order that has one"
     )
 
@@ -129,6 +132,8 @@ class Login:
         self.address = plain_address(order)
         if passphrase is not None and key_path is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
+        if key_path is not None:
+            check_local_path("key_path", key_path)
         self.password = password
         self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
         self.timeout = timeout

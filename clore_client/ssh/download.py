@@ -31,7 +31,7 @@ from clore_client.ssh.transfer import (
     plan,
 )
 from clore_client.ssh.upload import send_names
-from clore_client.validation import check_number
+from clore_client.validation import check_number, short_repr
 
 # What comes to us is held down by our own window only, which is large.
 DOWNLOAD_CHANNELS = 2
@@ -88,7 +88,7 @@ class DownloadOptions(Options):
         super().__init__(local, remote, preserve, verify, resume, streams, progress, timeout)
         if max_bytes is not None:
             if type(max_bytes) is not int:
-                raise TypeError(f"max_bytes must be a whole number, not {max_bytes!r}")
+                raise TypeError(f"max_bytes must be a whole number, not {short_repr(max_bytes)}")
             check_number("max_bytes", max_bytes, unit="bytes")
         self.max_bytes: int | None = max_bytes
         self.far = far_path(self.remote)

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clore_client.errors import HostKeyChangedError, printable
+from clore_client.errors import HostKeyChangedError
 from clore_client.files import lock_file
 from clore_client.log import logger
+from clore_client.validation import short_repr
 
 PINS_FILE = "known_hosts"  # in the state folder, and in the form of OpenSSH
 LONGEST_PINS = 1_000_000  # bytes; a longer file is none of ours
@@ -46,12 +47,12 @@ def pin_fingerprint(pin: Pin) -> str:
 def check_host_key(name: str, value: Any) -> str:
     """``"pin"``, ``"accept"``, or a fingerprint."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {value!r}")
+        raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {short_repr(value)}")
     if value in ("pin", "accept") or re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", value):
         return value.rstrip("=")
     raise ValueError(
         f"{name} must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
-        f"`ssh-keygen -l` prints it, not {printable(repr(value), 80)}"
+        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
     )
 
 

@@ -8,6 +8,7 @@ import shlex
 from typing import Any
 
 from clore_client.ssh.host_keys import Pins
+from clore_client.validation import check_local_path, short_repr
 
 
 def terminal_line(address: dict[str, Any], pins: Pins, alias: str, key_path: Any) -> str:
@@ -28,7 +29,7 @@ def terminal_line(address: dict[str, Any], pins: Pins, alias: str, key_path: Any
 def config_entry(name: str, address: dict[str, Any], pins: Pins, alias: str, key_path: Any) -> str:
     """See ``CloreClient.ssh_config``."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"name must be a plain name for `ssh <name>`, not {name!r}")
+        raise ValueError(f"name must be a plain name for `ssh <name>`, not {short_repr(name)}")
     lines = [
         ("HostName", address["host"]),
         ("Port", str(address["port"])),
@@ -59,19 +60,27 @@ def _pinned(pins: Pins, alias: str) -> list[tuple[str, str]]:
 
 
 def _whole_path(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"key_path must be a path, not {short_repr(path)}")
+    check_local_path("key_path", path)
     return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
 
 
 def _unexpanded(path: str) -> str:
     """A path with what OpenSSH would expand taken as it is."""
     if "\n" in path or "${" in path:
-        raise ValueError(f"OpenSSH can't be told of a path with a newline or '${{': {path!r}")
+        raise ValueError(
+            "key_path or state_dir: OpenSSH can't be told of a newline or '${': "
+            f"{short_repr(path)}"
+        )
     return path.replace("%", "%%")
 
 
 def _config_path(path: str) -> str:
     """The same as a word of a configuration."""
     if '"' in path:
-        raise ValueError(f"OpenSSH can't be told of a path with a quote: {path!r}")
+        raise ValueError(
+            f"key_path or state_dir: OpenSSH can't be told of a double quote: {short_repr(path)}"
+        )
     escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
     return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped

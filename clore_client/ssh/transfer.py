@@ -17,7 +17,7 @@ from clore_client.errors import SSHError, TransferError, printable
 from clore_client.log import logger
 from clore_client.models.result import Transferred
 from clore_client.ssh.remote import BLOCK, CHANNEL_PAUSE, Exec, NoChannelError, Watch
-from clore_client.validation import check_bool, check_number
+from clore_client.validation import check_bool, check_local_path, check_number, short_repr
 
 SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller ones of a directory travel together
 BUNDLE_BYTES = 8 * 1024 * 1024
@@ -54,11 +54,11 @@ class Options:
         self.resume = check_bool("resume", resume)
         if streams is not None:
             if type(streams) is not int:
-                raise TypeError(f"streams must be a whole number, not {streams!r}")
+                raise TypeError(f"streams must be a whole number, not {short_repr(streams)}")
             check_number("streams", streams, minimum=1, maximum=MOST_STREAMS)
         self.streams: int | None = streams
         if progress is not None and not callable(progress):
-            raise TypeError(f"progress must be callable, not {progress!r}")
+            raise TypeError(f"progress must be callable, not {short_repr(progress)}")
         self.progress: Callable[[str, int, int], object] | None = progress
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
 
@@ -66,10 +66,15 @@ class Options:
 def check_path(name: str, value: Any) -> bytes:
     """A path as bytes."""
     if not isinstance(value, (str, bytes, os.PathLike)):
-        raise TypeError(f"{name} must be a path, not {value!r}")
-    path = os.fsencode(value)
+        raise TypeError(f"{name} must be a path, not {short_repr(value)}")
+    try:
+        path = os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a character that no path may have") from None
     if not path or b"\0" in path:
-        raise ValueError(f"{name} must not be empty or hold a NUL: {path!r}")
+        raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
+    if name == "local":
+        check_local_path(name, path)
     return path
 
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from clore_client.errors import SSHError, printable
+from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.ssh.watchdog import connection_errors, reason, soon_done
+from clore_client.validation import short_repr
 
 if TYPE_CHECKING:
     import paramiko
@@ -34,9 +35,9 @@ def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
     for name, port, lowest in (("remote_port", remote_port, 1), ("local_port", local_port, 0)):
         allowed = f"{name} must be a port from {lowest} to 65535"
         if isinstance(port, bool) or not isinstance(port, int):
-            raise TypeError(f"{allowed}, not {printable(repr(port), 80)}")
+            raise TypeError(f"{allowed}, not {short_repr(port)}")
         if not lowest <= port <= 65535:
-            raise ValueError(f"{allowed}, not {printable(str(port), 80)}")
+            raise ValueError(f"{allowed}, not {short_repr(port)}")
 
 
 class Forward:

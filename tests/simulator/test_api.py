@@ -141,6 +141,21 @@ def test_default_market_has_everything_that_a_real_one_has() -> None:
     assert cheapest.id in {s["id"] for s in good}
 
 
+def test_the_cheapest_4090_is_a_good_one_with_any_seed() -> None:
+    for seed in range(200):
+        found = [
+            s
+            for s in Simulator(servers=200, seed=seed).servers
+            if "RTX 4090" in s.gpus and not s.rented
+        ]
+        for prices in ("usd_on_demand", "usd_spot"):
+            priced = [s for s in found if getattr(s, prices)]
+            cheapest = min(priced, key=lambda s: getattr(s, prices)[CLORE])
+            assert cheapest.online
+            assert cheapest.allowed_coins == (BTC, CLORE, USD)
+            assert cheapest.reliability > 0.95
+
+
 def test_markets_of_a_seed_are_the_same() -> None:
     def market(seed: int) -> Any:
         with Simulator(servers=30, seed=seed, ssh=False) as sim:
@@ -228,7 +243,7 @@ def test_delays_may_be_ranges() -> None:
         assert renter.orders(completed=True) == []
         for order in sim.orders:
             assert 50 <= order.visible_at - order.created <= 60
-            assert 7 <= order.lingers <= 9
+            assert 7 <= order.linger_seconds <= 9
 
 
 def test_an_order_that_never_deploys(sim: Simulator, renter: Renter) -> None:
@@ -357,7 +372,7 @@ def test_empty_wallet_ends_orders() -> None:
         assert renter.create(free(sim), currency=USD) == {"code": 0}
 
 
-def test_books_stay_readable_after_the_end() -> None:
+def test_orders_stay_readable_after_the_end() -> None:
     with Simulator(**QUICK) as sim:
         Renter(sim).create(free(sim))
     (order,) = sim.orders

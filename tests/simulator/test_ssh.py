@@ -32,7 +32,7 @@ def sim() -> Iterator[Simulator]:
 
 
 def rent(sim: Simulator, **more: Any) -> Any:
-    """A deployed order, from the simulator's own books."""
+    """Return a deployed order, as the simulator knows it."""
     server_id = more.pop("server_id", None) or free(sim)
     assert Renter(sim).create(server_id, **more) == {"code": 0}
     order_id = sim.orders[-1].id
@@ -224,16 +224,16 @@ def test_nvidia_smi(ssh: paramiko.SSHClient, sim: Simulator, order: Any) -> None
     code, output, errors = run(ssh, "nvidia-smi --query-gpu=name,memory.total --format=csv")
     lines = output.splitlines()
     assert (code, lines[0]) == (0, "name, memory.total [MiB]")
-    assert lines[1:] == [f"{model.full}, {model.mib} MiB" for model in models]
+    assert lines[1:] == [f"{model.smi_name}, {model.mib} MiB" for model in models]
     assert "simulated" in errors
     bare = "nvidia-smi --query-gpu=name,memory.total --format=csv,noheader,nounits"
-    assert run(ssh, bare)[1].splitlines() == [f"{m.full}, {m.mib}" for m in models]
+    assert run(ssh, bare)[1].splitlines() == [f"{m.smi_name}, {m.mib}" for m in models]
     spaced = "nvidia-smi --query-gpu name --format csv,noheader -i 0"
-    assert run(ssh, spaced)[1] == f"{models[0].full}\n"
+    assert run(ssh, spaced)[1] == f"{models[0].smi_name}\n"
     code, output, _ = run(ssh, "nvidia-smi")
     assert code == 0
     assert "SIMULATED" in output
-    assert models[0].full[:31] in output
+    assert models[0].smi_name[:31] in output
     assert len(run(ssh, "nvidia-smi -L")[1].splitlines()) == len(models)
     assert run(ssh, "nvidia-smi --query-gpu=nonsense --format=csv")[0] == 2
     assert run(ssh, "nvidia-smi --query-gpu=name")[0] == 1
