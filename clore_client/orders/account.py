@@ -319,7 +319,7 @@ class Account(Transport):
                 status=order.status or "",
                 order=order,
             )
-        if order.get("spot") is False:
+        if order.is_spot is False:
             raise ValueError(f"order {order.id} is no spot order: nothing was bid")
         check_price_ceiling(new_price, self.max_usd_per_hour, f"the bid for order {order.id}")
         market.check_bid_price("new_price", new_price, order.server_id, above)
