@@ -1,5 +1,7 @@
 """A client for the Clore.ai GPU marketplace."""
 
+from typing import TYPE_CHECKING, Any
+
 from clore_client.client import CloreClient
 from clore_client.errors import (
     ApplicationError,
@@ -15,15 +17,15 @@ from clore_client.errors import (
     ConfigurationError,
     CurrencyNotAllowedError,
     DatabaseError,
-    FateUnknownError,
     HostKeyChangedError,
     InsufficientBalanceError,
     InvalidEndpointError,
     InvalidInputError,
     InvalidResponseError,
     OrderEndedError,
-    OrderFateUnknownError,
     OrderNotFoundError,
+    OrderOutcomeUnknownError,
+    OutcomeUnknownError,
     RateLimitError,
     RateUnknownError,
     RentalError,
@@ -40,10 +42,12 @@ from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, Transferred
 from clore_client.models.server import Server
 from clore_client.models.wallet import Wallet
-from clore_client.rental.recovery import Leftover, Leftovers
-from clore_client.rental.rental import Rental
-from clore_client.rental.signals import SignalExit
 from clore_client.version import __version__
+
+if TYPE_CHECKING:
+    from clore_client.rental.recovery import Leftover, Leftovers
+    from clore_client.rental.rental import Rental
+    from clore_client.rental.signals import SignalExit
 
 __all__ = [
     "ApplicationError",
@@ -61,7 +65,6 @@ __all__ = [
     "ConfigurationError",
     "CurrencyNotAllowedError",
     "DatabaseError",
-    "FateUnknownError",
     "HostKeyChangedError",
     "InsufficientBalanceError",
     "InvalidEndpointError",
@@ -71,8 +74,9 @@ __all__ = [
     "Leftovers",
     "Order",
     "OrderEndedError",
-    "OrderFateUnknownError",
     "OrderNotFoundError",
+    "OrderOutcomeUnknownError",
+    "OutcomeUnknownError",
     "OutputLine",
     "RateLimitError",
     "RateUnknownError",
@@ -92,3 +96,19 @@ __all__ = [
     "Wallet",
     "__version__",
 ]
+
+_OF_RENTALS = {
+    "Leftover": "recovery",
+    "Leftovers": "recovery",
+    "Rental": "rental",
+    "SignalExit": "signals",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Who only reads the marketplace does not wait for the import of what rents.
+    if name in _OF_RENTALS:
+        import importlib
+
+        return getattr(importlib.import_module(f"clore_client.rental.{_OF_RENTALS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from clore_client.api.request import limited
-from clore_client.config import state_folder
-from clore_client.errors import (
-    ERROR_CODES,
-    AuthenticationError,
-    CancelUnconfirmedError,
-    CloreConnectionError,
-    CloreError,
-    ConfigurationError,
-    DatabaseError,
-    InvalidResponseError,
-    OrderNotFoundError,
-    RateLimitError,
-    SpotPriceTooSoonError,
+from clore_client.api.request import HTTPClient, limited
+from clore_client.config import (
+    CONFIG_FILE,
+    DEFAULT_STATE_DIR,
+    KEY_VARIABLE,
+    check_state_dir,
+    ending_of,
+    need_key,
+    state_folder,
 )
+from clore_client.errors import ERROR_CODES, Secret, hidden_values, printable
 from clore_client.log import logger
+from clore_client.market.market import Market
 from clore_client.market.spot import with_hourly_offers
 from clore_client.models.order import Order
+from clore_client.models.result import CommandResult, OutputLine, Transferred
 from clore_client.models.server import Server, cheapest_first, to_servers
 from clore_client.models.wallet import Wallet, to_wallets
-from clore_client.orders.account import SHORTEST_LOOK
-from clore_client.orders.cancel import ended_among, send_in_batches, settle_cancel
-from clore_client.orders.create import draft_order
+from clore_client.orders.account import AccountOrders
+from clore_client.orders.bid import set_spot_price
+from clore_client.orders.cancel import cancel_all, cancel_order, cancel_orders, confirm_ended
+from clore_client.orders.create import Purchase
 from clore_client.orders.wait import wait_for_status
 from clore_client.pricing import wire_currency
-from clore_client.rental.recovery import Leftovers, end_leftovers, find_leftovers
-from clore_client.rental.rental import Rental
-from clore_client.rental.selection import Wish
-from clore_client.rental.signals import SignalHandling
-from clore_client.ssh.machine import Machine
 from clore_client.validation import (
+    Timeout,
     check_bool,
     check_callback,
+    check_count,
     check_id,
     check_ids,
     check_interval,
@@ -47,12 +43,21 @@ from clore_client.validation import (
     check_text,
 )
 
+if TYPE_CHECKING:
+    import paramiko
+
+    from clore_client.rental.recovery import Leftovers
+    from clore_client.rental.rental import Rental
+    from clore_client.rental.signals import SignalHandling
+    from clore_client.ssh.access import SSHAccess
+    from clore_client.ssh.tunnel import Forward
+
 C = TypeVar("C", bound="CloreClient")
+PathArgument = str | os.PathLike[str]
+Progress = Callable[[str, int, int], object]
 
-MAX_ISSUE = 2048  # characters of ``issue`` that the API takes
 
-
-class CloreClient(Machine):
+class CloreClient(HTTPClient):
     """A client for the Clore.ai GPU marketplace.
 
     Every answer comes in the documented form, whatever the API sends: prices in USD per hour,
@@ -101,6 +106,57 @@ class CloreClient(Machine):
 
     ERROR_CODES = ERROR_CODES
 
+    def __init__(
+        self,
+        api_key: str | None = None,
+        timeout: Timeout = 30,
+        rate_limit: float = 1.1,
+        max_retries: int = 3,
+        *,
+        base_url: str | None = None,
+        create_order_interval: float = 5.0,
+        backoff: float = 0.5,
+        max_backoff: float = 30.0,
+        user_agent: str | None = None,
+        max_usd_per_hour: float | None = None,
+        max_active_orders: int | None = None,
+        state_dir: str | os.PathLike[str] | None = DEFAULT_STATE_DIR,
+        max_response_mb: float = 64.0,
+        order_lag: float = 20.0,
+    ) -> None:
+        api_key = Secret.of(api_key)  # what fails below shows its variables to error reporters
+        super().__init__(
+            api_key,
+            timeout,
+            rate_limit,
+            max_retries,
+            base_url=base_url,
+            create_order_interval=create_order_interval,
+            backoff=backoff,
+            max_backoff=max_backoff,
+            user_agent=user_agent,
+            max_response_mb=max_response_mb,
+        )
+        if max_usd_per_hour is not None:
+            check_number("max_usd_per_hour", max_usd_per_hour, unit="USD per hour")
+        if max_active_orders is not None:
+            check_count("max_active_orders", max_active_orders)
+        self.max_usd_per_hour = max_usd_per_hour
+        self.max_active_orders = max_active_orders
+        self.order_lag = check_interval("order_lag", order_lag)
+        self._state_dir = check_state_dir("state_dir", state_dir)
+        self._market = Market(self)
+        self._orders = AccountOrders(self, self._market)
+        self._ssh_access: SSHAccess | None = None  # made when it is used, with paramiko
+
+    def __copy__(self: C) -> C:
+        """Return a client of its own with the same settings and key, that knows the same orders."""
+        twin = super().__copy__()
+        twin._market = Market(twin)
+        twin._orders = self._orders.shared_with(twin, twin._market)
+        twin._ssh_access = None
+        return twin
+
     def __enter__(self: C) -> C:
         return self
 
@@ -110,6 +166,46 @@ class CloreClient(Machine):
     def __repr__(self) -> str:
         key = "a key" if self.api_key else "no key"
         return f"<{type(self).__name__} of {self.BASE_URL} with {key}>"
+
+    @classmethod
+    def from_env(cls: type[C], **options: Any) -> C:
+        """A client whose key must come from the environment or the official tools' file.
+
+        Parameters:
+            **options: for the client, all but ``api_key``.
+
+        Raises:
+            ConfigurationError: there is no key, or one that can't be used; says where it looked.
+
+        Example:
+            >>> client = CloreClient.from_env(timeout=10)
+        """
+        if "api_key" in options:
+            raise TypeError("from_env() takes no api_key: pass it to the class itself")
+        need_key()
+        return cls(**options)
+
+    def describe(self) -> str:
+        """Where the key and the base URL come from, of the key its last four characters at most.
+
+        Example:
+            >>> print(client.describe())
+            a key that ends in '3f9a', from environment variable CLORE_API_KEY
+            base URL https://api.clore.ai, from class attribute CloreClient.BASE_URL
+        """
+        key, url = self.api_key, self.BASE_URL
+        found, source = self._key_source
+        if not key:
+            where = f"in {KEY_VARIABLE} or {CONFIG_FILE}" if key == found else "any more"
+            key_line = f"no key {where}"
+        else:
+            source = source if key == found else "attribute"
+            key_line = f"a key that ends in {ending_of(key)!r}, from {source}"
+        url_found, url_source = self._url_source
+        if url != url_found:
+            own = "BASE_URL" in self.__dict__
+            url_source = "attribute" if own else f"class attribute {type(self).__name__}.BASE_URL"
+        return f"{key_line}\nbase URL {printable(str(url), 200)}, from {url_source}"
 
     # --- wallets ---
 
@@ -166,7 +262,7 @@ class CloreClient(Machine):
             1873
         """
         check_bool("include_rented", include_rented)
-        return to_servers(self._marketplace(), include_rented=include_rented)
+        return to_servers(self._market.read(), include_rented=include_rented)
 
     def find_servers(
         self,
@@ -208,7 +304,7 @@ class CloreClient(Machine):
             )
         check_bool("use_spot", use_spot)
         fitting = to_servers(
-            self._marketplace(),
+            self._market.read(),
             gpu_type=gpu_type,
             max_usd_per_hour=max_price_usd,
             min_reliability=min_reliability,
@@ -248,7 +344,7 @@ class CloreClient(Machine):
             >>> [(order.id, order.status) for order in client.get_orders()]
             [(1958009, 'running')]
         """
-        orders, _ = self._orders(check_bool("include_completed", include_completed))
+        orders, _ = self._orders.read(check_bool("include_completed", include_completed))
         return orders if include_completed else [o for o in orders if not o.has_ended]
 
     def get_order(self, order_id: int) -> Order | None:
@@ -268,7 +364,7 @@ class CloreClient(Machine):
             >>> client.get_order(1958009).ssh_command
             'ssh root@n1.us.clorecloud.net -p 2060'
         """
-        return self._order(check_id("order_id", order_id))
+        return self._orders.find(check_id("order_id", order_id))
 
     def create_order(
         self,
@@ -313,7 +409,7 @@ class CloreClient(Machine):
             An :class:`Order` that also carries ``code`` (0).
 
         Raises:
-            OrderFateUnknownError: an order may or may not have been made, or it can't be told
+            OrderOutcomeUnknownError: an order may or may not have been made, or it can't be told
                 which one it is: look at :meth:`get_orders` before ordering again. What was sent
                 to get in stands in its ``credentials``.
             ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
@@ -327,31 +423,25 @@ class CloreClient(Machine):
             >>> order["order_id"], order["ssh_password"]
             (1958009, 'q1nE0rNN7mBdmKyUHyKzXgLa')
         """
-        draft = draft_order(
-            server_id, image, order_type, currency, ports, env, ssh_password, ssh_key, jupyter_token
+        ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
+        env = hidden_values(env)
+        purchase = Purchase(
+            self._orders,
+            server_id=server_id,
+            image=image,
+            order_type=order_type,
+            currency=currency,
+            ports=ports,
+            env=env,
+            ssh_password=ssh_password,
+            ssh_key=ssh_key,
+            jupyter_token=jupyter_token,
         )
         check_number("find_timeout", find_timeout, unit="seconds")
         check_bool("allow_above_on_demand", allow_above_on_demand)
-        if draft.wanted.spot:
-            if spot_price is None:
-                raise ValueError("spot_price is required for order_type='spot', in USD per hour")
-            draft.body["spotprice"] = self._spot_bid(draft, spot_price, allow_above_on_demand)
-        elif spot_price is not None:
-            logger.warning("spot_price is only used with order_type='spot': it is not sent")
-        if check_bool("preview", preview):
-            usd_per_hour = self._usd_per_hour(draft.body)
-            shown = Order(body=draft.body, usd_per_hour=usd_per_hour)
-            shown._usd_per_hour = usd_per_hour
-            return shown
-        order, draft = self._place(draft, find_timeout)
-        if order.id is not None:
-            self._credentials[order.id] = draft.credentials
-            self._made[order.id] = order.copy()
-        logger.info("order %s of server %d was made", order.id, draft.wanted.server_id)
-        order["code"] = 0
-        if draft.made_up_password:
-            order["ssh_password"] = draft.made_up_password
-        return order
+        check_bool("preview", preview)
+        purchase.set_bid(spot_price, allow_above_on_demand)
+        return purchase.preview() if preview else purchase.place(find_timeout)
 
     def cancel_order(
         self,
@@ -395,30 +485,12 @@ class CloreClient(Machine):
             check_number("settle_timeout", settle_timeout, unit="seconds")
         if issue is not None:
             check_string("issue", issue)
-        limited(lambda: self._cancel(wanted, issue, settle_timeout), urgent=True)
+        cancellation = limited(
+            lambda: cancel_order(self._orders, wanted, issue, settle_timeout), urgent=True
+        )
         if confirm:
-            self._confirm((wanted,), confirm_timeout)
+            confirm_ended([cancellation], confirm_timeout)
         return True
-
-    def _send_cancel(self, order_id: int, issue: str | None = None) -> None:
-        body = {"id": order_id, **({"issue": issue[:MAX_ISSUE]} if issue else {})}
-        self._request("POST", "/v1/cancel_order", json=body)
-        self._cancelled.add(order_id)
-        logger.info("order %d was cancelled", order_id)
-
-    def _cancel(self, order_id: int, issue: str | None, patience: float | None) -> None:
-        try:
-            self._send_cancel(order_id, issue)
-        except ConfigurationError:
-            raise
-        except CloreError as error:
-            unsent = isinstance(error, CloreConnectionError) and error._sent_at is None
-            if unsent or isinstance(error, (AuthenticationError, RateLimitError)):
-                # The lists would say nothing new.
-                error.args = (f"{error}\norder {order_id} may still be running, and cost money",)
-                raise
-            settle_cancel(self, order_id, error, patience)
-            self._cancelled.add(order_id)
 
     def cancel_all(self, *, confirm: bool = True, confirm_timeout: float = 60.0) -> list[int]:
         """End every active order of the account, whoever made it.
@@ -439,20 +511,7 @@ class CloreClient(Machine):
         """
         check_bool("confirm", confirm)
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
-        return limited(lambda: self._cancel_all(confirm, confirm_timeout), urgent=True)
-
-    def _cancel_all(self, confirm: bool, confirm_timeout: float) -> list[int]:
-        ids = self._active_ids()
-        failed = self._send_cancels(ids)[1] if ids else []
-        ended = ended_among(self, failed, confirm_timeout)
-        left = tuple(i for i in failed if i not in ended)
-        if left:
-            raise CancelUnconfirmedError(
-                f"not cancelled: {', '.join(map(str, left))}", order_ids=left
-            )
-        if confirm and ids:
-            self._confirm(tuple(ids), confirm_timeout)
-        return ids
+        return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
         """End several orders, with one API call for each 64 of them.
@@ -467,31 +526,7 @@ class CloreClient(Machine):
             >>> client.cancel_orders([1958009, 1958010])["failed_to_cancel"]
             []
         """
-        ids = check_ids("order_ids", order_ids)
-        if not ids:
-            return {"code": 0, "failed_to_cancel": []}
-        answer, failed = self._send_cancels(ids)
-        if failed and getattr(answer, "sends", 1) > 1:
-            # Sent again after a lost answer, it fails for those that the first one ended.
-            ended = {str(i) for i in ended_among(self, failed)}
-            answer["failed_to_cancel"] = [
-                i for i in answer["failed_to_cancel"] if str(i) not in ended
-            ]
-        return answer
-
-    def _send_cancels(self, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """Send ``cancel_orders``; also gives those of the ids that failed."""
-        return send_in_batches(self._send_cancel_batch, ids)
-
-    def _send_cancel_batch(self, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
-        answer = self._request("POST", "/v1/cancel_orders", json={"order_ids": ids})
-        listed = answer.get("failed_to_cancel")
-        names = {str(i) for i in listed} if isinstance(listed, list) else set()
-        failed = [i for i in ids if str(i) in names]
-        done = [i for i in ids if i not in failed]
-        self._cancelled.update(done)
-        logger.info("orders %s were cancelled, %s were not", done, failed)
-        return answer, failed
+        return cancel_orders(self._orders, check_ids("order_ids", order_ids))
 
     def wait_for_order(
         self,
@@ -535,12 +570,9 @@ class CloreClient(Machine):
         check_text("target_status", target_status)
         check_callback("on_update", on_update, 1)
 
-        def look(deadline: float) -> Order | None:
-            # The last look starts at the deadline, and gets its turn: two reads at most.
-            last = time.monotonic() + 2 * self.rate_limit + SHORTEST_LOOK
-            return limited(lambda: self.get_order(wanted), deadline=max(deadline, last))
-
-        return wait_for_status(look, wanted, timeout, poll_interval, target_status, on_update)
+        return wait_for_status(
+            self._orders, wanted, timeout, poll_interval, target_status, on_update
+        )
 
     # --- rentals ---
 
@@ -608,14 +640,19 @@ class CloreClient(Machine):
         Raises:
             RentalError: no server worked; ``tried`` tells why for each.
             CancelUnconfirmedError: an order may still be running.
-            OrderFateUnknownError: an order may have been made.
+            OrderOutcomeUnknownError: an order may have been made.
             BudgetExceededError: by calls of the rental, and when the block is left.
 
         Example:
             >>> with client.rent("RTX 4090", max_price_usd=0.40, max_hours=2) as rental:
             ...     print(rental.run("nvidia-smi -L").stdout)
         """
-        wish = Wish(
+        from clore_client.rental.rental import Rental
+        from clore_client.rental.selection import RentalSettings
+
+        ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
+        env = hidden_values(env)
+        settings = RentalSettings(
             gpu_type=gpu_type,
             max_price_usd=max_price_usd,
             min_reliability=min_reliability,
@@ -637,7 +674,7 @@ class CloreClient(Machine):
             max_hours=max_hours,
             max_cost_usd=max_cost_usd,
         )
-        return Rental(self, wish, state_folder(self._state_dir))
+        return Rental(self, self._orders, settings, state_folder(self._state_dir))
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
         """What rentals of dead processes have left running on this account.
@@ -653,9 +690,11 @@ class CloreClient(Machine):
             >>> client.leftovers().abandoned
             [<Leftover order 1958009 of server 99173, by process 4711 on 'desk'>]
         """
+        from clore_client.rental.recovery import find_leftovers
+
         check_number("wait", wait, unit="seconds")
         folder = state_folder(self._state_dir)
-        return limited(lambda: find_leftovers(self, folder, wait), urgent=True)
+        return limited(lambda: find_leftovers(self._orders, folder, wait), urgent=True)
 
     def cancel_leftovers(self, *, wait: float = 30.0, cancel_timeout: float = 300.0) -> list[int]:
         """End what :meth:`leftovers` lists as ``abandoned``, and nothing else.
@@ -674,10 +713,14 @@ class CloreClient(Machine):
             >>> client.cancel_leftovers()
             [1958009]
         """
+        from clore_client.rental.recovery import end_leftovers
+
         check_number("wait", wait, unit="seconds")
         check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
         folder = state_folder(self._state_dir)
-        return limited(lambda: end_leftovers(self, folder, wait, cancel_timeout), urgent=True)
+        return limited(
+            lambda: end_leftovers(self._orders, folder, wait, cancel_timeout), urgent=True
+        )
 
     @staticmethod
     def handle_signals() -> SignalHandling:
@@ -694,6 +737,8 @@ class CloreClient(Machine):
             >>> with client.handle_signals():
             ...     work_with_threads()
         """
+        from clore_client.rental.signals import SignalHandling
+
         return SignalHandling()
 
     # --- the spot market ---
@@ -712,7 +757,7 @@ class CloreClient(Machine):
             >>> client.get_spot_market(99173)["market"]["offers"][0]["usd_per_hour"]
             0.09016
         """
-        return with_hourly_offers(self._spot_market(check_id("server_id", server_id)))
+        return with_hourly_offers(self._market.read_spot(check_id("server_id", server_id)))
 
     def set_spot_price(
         self, order_id: int, new_price: float, *, allow_above_on_demand: bool = False
@@ -744,26 +789,415 @@ class CloreClient(Machine):
         wanted = check_id("order_id", order_id)
         check_number("new_price", new_price, above=True, unit="USD per hour")
         check_bool("allow_above_on_demand", allow_above_on_demand)
-        # One that was just made may not be listed yet.
-        order = self.get_order(wanted) or self._made.get(wanted)
-        if order is None:
-            raise OrderNotFoundError(
-                f"there is no order {wanted}: nothing was bid", order_id=wanted
-            )
-        bid = self._new_bid(order, new_price, allow_above_on_demand)
-        body = {"order_id": wanted, "desired_price": bid}
-        accepted = True
+        return set_spot_price(self._orders, wanted, new_price, allow_above_on_demand)
+
+    # --- SSH ---
+
+    @property
+    def _ssh(self) -> SSHAccess:
+        from clore_client.ssh.access import SSHAccess
+
+        if self._ssh_access is None:
+            self._ssh_access = SSHAccess(self, self._orders, state_folder(self._state_dir))
+        return self._ssh_access
+
+    # --- getting in ---
+
+    @staticmethod
+    def parse_ssh_connection(order: Any) -> dict[str, Any]:
+        """Where to log in, from an order's ``connection.ssh``. Never raises.
+
+        Parameters:
+            order: an order in the documented form.
+
+        Returns:
+            ``{"host", "port", "user", "raw"}``: ``""``, 22 and ``"root"`` where it does not say,
+            and the string as it came. A host or user that is not a plain name or address counts
+            as none.
+
+        Example:
+            >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
+            {'host': 'h.net', 'port': 2060, 'user': 'root', 'raw': 'ssh root@h.net -p 2060'}
+        """
+        from clore_client.ssh.connect import parse_ssh_command
+
+        return parse_ssh_command(order)
+
+    def connect_ssh(
+        self,
+        order: Mapping[str, Any],
+        password: str | None = None,
+        key_path: PathArgument | None = None,
+        *,
+        passphrase: str | None = None,
+        wait: float = 120.0,
+        timeout: float = 30.0,
+        host_key: str = "pin",
+    ) -> paramiko.SSHClient:
+        """Log in to the machine of a running order. Needs paramiko.
+
+        A password wins over ``key_path``. With neither: the password that stands in the order, or
+        that this client sent with it; else the SSH agent and the user's default keys. The agent
+        is never forwarded, nor is X11.
+
+        Parameters:
+            order: a running order, as :meth:`wait_for_order` returns it.
+            password: of the user in ``connection.ssh``.
+            key_path: file of a private key: Ed25519, ECDSA or RSA.
+            passphrase: of that key, where it is encrypted.
+            wait: seconds that the machine's sshd may take to come up.
+            timeout: seconds for each step of the login.
+            host_key: ``"pin"`` keeps the key that the machine shows at the first login to this
+                order, in the state folder too where that is in use, and insists on it from then
+                on; a fingerprint (``"SHA256:..."``) insists on that one, and pins it;
+                ``"accept"`` takes whatever is shown.
+
+        Returns:
+            A connected ``paramiko.SSHClient``, which the caller closes.
+
+        Raises:
+            SSHError: there is no address yet, nothing answered in time, or the login was refused.
+            HostKeyChangedError: another key than before for this order; nothing was sent.
+            ValueError: ``key_path`` or ``passphrase`` can't be used, among others.
+            ImportError: paramiko is not installed.
+
+        Example:
+            >>> with client.connect_ssh(order) as ssh:
+            ...     print(ssh.exec_command("nvidia-smi -L")[1].read().decode())
+        """
+        password, passphrase = Secret.of(password), Secret.of(passphrase)
+        return self._ssh.login(
+            order,
+            password=password,
+            key_path=key_path,
+            passphrase=passphrase,
+            wait=wait,
+            timeout=timeout,
+            host_key=host_key,
+        ).open()
+
+    def wait_for_ssh(
+        self,
+        order: Mapping[str, Any],
+        password: str | None = None,
+        key_path: PathArgument | None = None,
+        *,
+        passphrase: str | None = None,
+        wait: float = 300.0,
+        timeout: float = 30.0,
+        host_key: str = "pin",
+    ) -> None:
+        """Return when a login works; parameters and errors are those of :meth:`connect_ssh`.
+
+        Example:
+            >>> client.wait_for_ssh(order, wait=600)
+        """
+        password, passphrase = Secret.of(password), Secret.of(passphrase)
+        self.connect_ssh(
+            order,
+            password,
+            key_path,
+            passphrase=passphrase,
+            wait=wait,
+            timeout=timeout,
+            host_key=host_key,
+        ).close()
+
+    def forget_host_key(self, order: Mapping[str, Any]) -> bool:
+        """Forget the host key that is pinned for an order: the next login takes a new one.
+
+        Parameters:
+            order: whose container was started anew, which may make new keys.
+
+        Returns:
+            Whether there was one.
+
+        Example:
+            >>> client.forget_host_key(order)
+            True
+        """
+        return self._ssh.forget_host_key(order)
+
+    def ssh_command(self, order: Mapping[str, Any], *, key_path: PathArgument | None = None) -> str:
+        """The line that logs in from a terminal, quoted for a shell.
+
+        Where the host key is pinned in the state folder, OpenSSH is told to insist on it.
+
+        Parameters:
+            order: a running order.
+            key_path: file of a private key, to be named in the line.
+
+        Raises:
+            SSHError: the order has no address yet, or one that is not a plain name or address.
+
+        Example:
+            >>> print(client.ssh_command(order))
+            ssh -p 2060 root@n1.us.clorecloud.net
+        """
+        return self._ssh.terminal_line(order, key_path)
+
+    def ssh_config(
+        self,
+        order: Mapping[str, Any],
+        *,
+        name: str | None = None,
+        key_path: PathArgument | None = None,
+    ) -> str:
+        """An entry for ``~/.ssh/config``, for rsync, VS Code and tmux.
+
+        It insists on the pinned host key; without one yet, OpenSSH pins the first that it sees, in
+        the same place.
+
+        Parameters:
+            order: a running order.
+            name: of the entry, as in ``ssh <name>``; ``clore-<order id>`` by default.
+            key_path: file of a private key.
+
+        Raises:
+            SSHError: the order has no address yet, or one that is not a plain name or address.
+
+        Example:
+            >>> print(client.ssh_config(order), file=open("gpu.conf", "w"))
+        """
+        return self._ssh.config_entry(order, name, key_path)
+
+    # --- running work ---
+
+    def run(
+        self,
+        order: Mapping[str, Any],
+        command: str | Sequence[str],
+        *,
+        check: bool = True,
+        timeout: float | None = None,
+        input: str | bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[OutputLine], object] | None = None,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> CommandResult:
+        """Run a command on the machine of an order, and wait for its end. Needs paramiko.
+
+        Parameters:
+            order: a running order.
+            command: for the shell of the machine; a list of arguments is quoted.
+            check: raise for another exit code than 0.
+            timeout: seconds, after which the command is ended; None waits for ever. Ctrl-C ends
+                it, too.
+            input: what it reads from its standard input.
+            env: environment variables.
+            on_output: called with each line as it comes, without its line end; the line's
+                ``stream`` is ``"stdout"`` or ``"stderr"``.
+            ssh: a connection to use, as :meth:`connect_ssh` returns it; it stays open.
+            **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``, as for
+                :meth:`connect_ssh`.
+
+        Returns:
+            A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text;
+            bytes that are no UTF-8 are replaced) and ``duration`` in seconds.
+
+        Raises:
+            CommandError: the exit code was not 0; ``result`` has it all.
+            CommandTimeoutError: it did not end in time, and was ended.
+            SSHError: the login failed, or the connection broke.
+
+        Example:
+            >>> print(client.run(order, "nvidia-smi -L").stdout)
+            GPU 0: NVIDIA GeForce RTX 4090
+        """
+        from clore_client.ssh.command import check_run_arguments, run_command
+
+        options: dict[str, Any] = {
+            "check": check, "timeout": timeout, "input": input, "env": env, "on_output": on_output,
+        }  # fmt: skip
+        check_run_arguments(command, **options)
+        with self._ssh.connected(order, ssh, login) as connected:
+            return run_command(connected.ssh, command, **options)
+
+    def forward(
+        self,
+        order: Mapping[str, Any],
+        remote_port: int,
+        local_port: int = 0,
+        *,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> Forward:
+        """Forward a port of this machine, on loopback only, to one of an order's machine.
+
+        Parameters:
+            order: a running order.
+            remote_port: on the machine, where something listens.
+            local_port: here; 0 takes a free one.
+            ssh, **login: as for :meth:`run`.
+
+        Returns:
+            A context manager that yields the local port, forwarded until the block is left.
+
+        Example:
+            >>> with client.forward(order, 8888) as port:
+            ...     print(requests.get(f"http://127.0.0.1:{port}").status_code)
+        """
+        from clore_client.ssh.sessions import login_options
+        from clore_client.ssh.tunnel import Forward, check_forward_arguments
+
+        check_forward_arguments(remote_port, local_port)
+        connection = (
+            ssh if ssh is not None else self._ssh.login(order, **login_options(login)).open()
+        )
+        return Forward(connection, remote_port, local_port, owns=ssh is None)
+
+    # --- moving data ---
+
+    def upload(
+        self,
+        order: Mapping[str, Any],
+        local: PathArgument,
+        remote: PathArgument,
+        *,
+        preserve: bool = False,
+        verify: bool = False,
+        resume: bool = False,
+        streams: int | None = None,
+        progress: Progress | None = None,
+        timeout: float = 30.0,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> Transferred:
+        """Copy a file or a whole directory to the machine of an order. Needs paramiko.
+
+        As with ``cp -r``, what is copied to a directory that exists is put into it. It is sent
+        under a temporary name, and renamed when it is complete. Sizes are compared always, and
+        SHA-256 where ``verify`` says so, the transfer was resumed, or a file went in several
+        pieces. Symlinks within a directory are left out, and told of; so is what is neither file
+        nor directory.
+
+        Parameters:
+            order: a running order.
+            local: a file or directory here.
+            remote: a path there; a relative one and ``~`` count from the home directory.
+            preserve: keep permissions and times; else the usual permissions for new files, with
+                the right to execute kept.
+            verify: compare SHA-256 of every file.
+            resume: keep what was transferred before an error, and go on from there. A source whose
+                size or time has changed starts over.
+            streams: connections at once, 1 to 16; None chooses by the size.
+            progress: called as ``progress(name, done, total)``, in bytes, in this thread.
+            timeout: seconds for each step of the login, and without any progress.
+            ssh, **login: as for :meth:`run`.
+
+        Returns:
+            A :class:`Transferred`: ``path``, ``files``, ``size`` in bytes, ``duration`` in
+            seconds, and ``skipped``.
+
+        Raises:
+            TransferError: it did not arrive whole: a full disk, a lost connection; ``name``,
+                ``done`` and ``total`` tell how far it came.
+            SSHError: the login failed.
+            FileNotFoundError: there is nothing at ``local``.
+
+        Example:
+            >>> client.upload(order, "train.py", "~/work/")
+        """
+        from clore_client.ssh.upload import check_upload, upload_connections, upload_path
+
+        options = check_upload(local, remote, preserve, verify, resume, streams, progress, timeout)
+        ahead = upload_connections(*options) - 1
+        with self._ssh.connected(order, ssh, login, timeout, ahead) as connected:
+            return upload_path(connected.ssh, connected.another, options)
+
+    def download(
+        self,
+        order: Mapping[str, Any],
+        remote: PathArgument,
+        local: PathArgument,
+        *,
+        preserve: bool = False,
+        verify: bool = False,
+        resume: bool = False,
+        streams: int | None = None,
+        max_bytes: int | None = None,
+        progress: Progress | None = None,
+        timeout: float = 30.0,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> Transferred:
+        """Copy a file or a whole directory from the machine of an order. Needs paramiko.
+
+        The other way round as :meth:`upload`, and on the same terms. Nothing that the machine
+        says makes this write outside of ``local``. Of a file that is still being written, as a log,
+        make a copy there, and download that: what changes on the way is an error.
+
+        Parameters:
+            order: a running order.
+            remote: a path there; a relative one and ``~`` count from the home directory.
+            local: a path here.
+            max_bytes: refuse what is larger.
+            preserve, verify, resume, streams, progress, timeout, ssh, **login: as for
+                :meth:`upload`.
+
+        Returns:
+            A :class:`Transferred`.
+
+        Raises:
+            TransferError: it did not arrive whole, is larger than ``max_bytes``, or the machine
+                sent what can't be right.
+            SSHError: the login failed.
+
+        Example:
+            >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
+            4976698672
+        """
+        from clore_client.ssh.download import check_download, download_path
+
+        options = check_download(
+            remote, local, preserve, verify, resume, streams, max_bytes, progress, timeout
+        )
+        ahead = (options.streams or 1) - 1
+        with self._ssh.connected(order, ssh, login, timeout, ahead) as connected:
+            return download_path(connected.ssh, connected.another, options)
+
+    def scp(
+        self,
+        order: Mapping[str, Any],
+        *,
+        max_bytes: int | None = None,
+        progress: Callable[..., object] | None = None,
+        timeout: float = 30.0,
+        **login: Any,
+    ) -> Any:
+        """A client of the package scp that a hostile host can't abuse, for those who know it.
+
+        Parameters:
+            order: a running order.
+            max_bytes: refuse to receive more in one ``get()``.
+            progress: as for ``scp.SCPClient``.
+            timeout: seconds for each step of the login, and without any progress.
+            **login: as for :meth:`run`.
+
+        Returns:
+            An ``scp.SCPClient`` with a connection of its own, which ``close()``, or the end of
+            its block, closes.
+
+        Raises:
+            ImportError: paramiko or scp is not installed.
+
+        Example:
+            >>> with client.scp(order) as copy:
+            ...     copy.put("train.py", "/root/train.py")
+        """
+        from clore_client.ssh.scp import hardened_scp
+        from clore_client.ssh.sessions import login_options
+
+        connection = self._ssh.login(order, timeout=timeout, **login_options(login)).open()
         try:
-            answer = self._request("POST", "/v1/set_spot_price", json=body)
-            accepted = answer.get("error") in (None, "")
-        except SpotPriceTooSoonError as error:
-            # Sent again after a lost answer, it is refused because the first one was carried out.
-            if error.sends <= 1 or not self._bid_shows(order, bid):
-                raise
-        except (CloreConnectionError, DatabaseError, InvalidResponseError):
-            # It may have been carried out: a budget counts the higher price.
-            self._tell_bid(wanted, max(new_price, order.usd_per_hour or 0.0))
+            return hardened_scp(
+                connection,
+                socket_timeout=timeout,
+                max_bytes=max_bytes,
+                progress=progress,
+                owns_ssh=True,
+            )
+        except BaseException:
+            connection.close()
             raise
-        if accepted:
-            self._tell_bid(wanted, new_price)
-        return accepted

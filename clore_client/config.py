@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from clore_client.errors import ConfigurationError, printable
+from clore_client.errors import ConfigurationError, Secret, printable
 from clore_client.log import logger
-from clore_client.validation import check_headers, check_local_path, check_text
+from clore_client.validation import check_local_path
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
@@ -25,7 +25,6 @@ CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; read, ne
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
 
 _told: set[str] = set()  # what has been warned of
-K = TypeVar("K", bound="KeyAndUrl")
 
 
 def clean_key(key: object, source: str) -> str:
@@ -50,7 +49,7 @@ def clean_key(key: object, source: str) -> str:
         raise ConfigurationError(
             f"the API key from {source} has a character that no key has: was it copied whole?"
         )
-    return key
+    return Secret(key)
 
 
 def find_key(argument: str | None) -> tuple[str | None, str]:
@@ -167,107 +166,6 @@ def check_key_may_go_to(base_url: str) -> None:
             f"base_url is not https (its host is {host}), and the API key would be readable on the "
             "way; nothing was sent"
         )
-
-
-class KeyAndUrl:
-    """The key and the base URL of a client, and where they were found."""
-
-    BASE_URL = "https://api.clore.ai"
-    # What was found, and where.
-    _key_found: tuple[str | None, str] = (None, "nowhere")
-    _url_found: tuple[str | None, str] = (None, "nowhere")
-
-    def _settle(self, api_key: str | None, base_url: str | None) -> None:
-        key, _ = self._key_found = find_key(api_key)
-        self._headers: dict[str, str] = {"auth": key} if key else {}
-        if base_url is not None:
-            self._set_base_url(check_text("base_url", base_url), "base_url", "argument")
-        elif from_environment := os.environ.get(URL_VARIABLE):
-            source = f"environment variable {URL_VARIABLE}"
-            self._set_base_url(from_environment, URL_VARIABLE, source)
-
-    def _set_base_url(self, url: str, name: str, source: str) -> None:
-        url = check_base_url(url, name)
-        self._url_found = (url, source)
-        try:
-            self.BASE_URL = url
-        except AttributeError:  # a subclass has made it a property: that one decides
-            logger.debug("BASE_URL of %s can't be set", type(self).__name__)
-
-    # --- attributes that may be set later ---
-
-    @property
-    def _base_url(self) -> str:
-        """The base URL of this moment, checked, without a trailing slash."""
-        return check_base_url(self.BASE_URL, "BASE_URL")
-
-    @property
-    def api_key(self) -> str | None:
-        """The key, or None. Setting it changes ``headers``."""
-        named = ((k, v) for k, v in self.headers.items() if isinstance(k, str))
-        return next((v for k, v in named if k.lower() == "auth"), None)
-
-    @api_key.setter
-    def api_key(self, key: str | None) -> None:
-        rest = {k: v for k, v in self.headers.items() if k.lower() != "auth"}
-        if key:
-            rest["auth"] = clean_key(key, "the attribute api_key")
-        self._headers = rest
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers of each request: ``{"auth": api_key}``, or ``{}`` without a key."""
-        try:
-            return self._headers
-        except AttributeError:  # a subclass that does not call __init__
-            self._headers = {}
-            return self._headers
-
-    @headers.setter
-    def headers(self, headers: dict[str, str]) -> None:
-        self._headers = check_headers("headers", headers)
-
-    # --- where the settings come from ---
-
-    @classmethod
-    def from_env(cls: type[K], **options: Any) -> K:
-        """A client whose key must come from the environment or the official tools' file.
-
-        Parameters:
-            **options: for the client, all but ``api_key``.
-
-        Raises:
-            ConfigurationError: there is no key, or one that can't be used; says where it looked.
-
-        Example:
-            >>> client = CloreClient.from_env(timeout=10)
-        """
-        if "api_key" in options:
-            raise TypeError("from_env() takes no api_key: pass it to the class itself")
-        need_key()
-        return cls(**options)
-
-    def describe(self) -> str:
-        """Where the key and the base URL come from, of the key its last four characters at most.
-
-        Example:
-            >>> print(client.describe())
-            a key that ends in '3f9a', from environment variable CLORE_API_KEY
-            base URL https://api.clore.ai, from class attribute CloreClient.BASE_URL
-        """
-        key, url = self.api_key, self.BASE_URL
-        found, source = self._key_found
-        if not key:
-            where = f"in {KEY_VARIABLE} or {CONFIG_FILE}" if key == found else "any more"
-            key_line = f"no key {where}"
-        else:
-            source = source if key == found else "attribute"
-            key_line = f"a key that ends in {ending_of(key)!r}, from {source}"
-        url_found, url_source = self._url_found
-        if url != url_found:
-            own = "BASE_URL" in self.__dict__
-            url_source = "attribute" if own else f"class attribute {type(self).__name__}.BASE_URL"
-        return f"{key_line}\nbase URL {printable(str(url), 200)}, from {url_source}"
 
 
 V = TypeVar("V")

@@ -43,6 +43,25 @@ CREATE_ORDER_CODE_1 = (
 )
 
 
+class Secret(str):
+    """A string whose repr does not show it: error reporters print the variables of each frame."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """Return a string as a secret, and anything else as it is."""
+        return cls(value) if isinstance(value, str) else value
+
+
+def hidden_values(env: Any) -> Any:
+    """Return a dict whose strings are secrets, and anything else as it is."""
+    return {k: Secret.of(v) for k, v in env.items()} if isinstance(env, dict) else env
+
+
 def printable(text: str, limit: int = 2000) -> str:
     """``text`` on one line, cut at ``limit`` characters, with nothing a terminal would obey."""
     cut = text if len(text) <= limit else text[:limit] + "..."
@@ -74,7 +93,7 @@ def without(text: str, secrets: tuple[str, ...]) -> str:
     """``text`` with each of the ``secrets`` replaced: an answer may repeat what it was sent."""
     for secret in secrets:
         # As it is, and as it reads within JSON or within the repr of a string.
-        for spelling in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]):
+        for spelling in (secret, json.dumps(secret)[1:-1], repr(str(secret))[1:-1]):
             text = text.replace(spelling, "***")
     return text
 
@@ -103,7 +122,7 @@ class CloreError(Exception):
     retry_after: float | None = None
     sends: int = 1
     # When the last of them left, by time.monotonic(); None when nothing left.
-    _sent_at: float | None = None
+    sent_at: float | None = None
     # Kept out of pickles and copies, as they hold what was sent.
     _private: tuple[str, ...] = ()
 
@@ -132,7 +151,7 @@ class CloreConnectionError(CloreError):
     retryable = True
 
 
-class FateUnknownError(CloreError):
+class OutcomeUnknownError(CloreError):
     """A request that changes something may or may not have been carried out.
 
     It is not sent again, since twice would do harm. Look at the state of the account first.
@@ -146,7 +165,7 @@ class FateUnknownError(CloreError):
         self.endpoint = endpoint
 
 
-class OrderFateUnknownError(FateUnknownError):
+class OrderOutcomeUnknownError(OutcomeUnknownError):
     """An order may or may not have been made, or it can't be told which one is ours.
 
     Attributes:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from clore_client.errors import printable
+from clore_client.errors import Secret, printable
 from clore_client.log import logger
 from clore_client.pricing import CURRENCIES, wire_currency
 
@@ -269,7 +269,7 @@ def check_env(name: str, value: Any) -> dict[str, str]:
                 name,
                 variable,
             )
-    return dict(value)
+    return {variable: Secret(text) for variable, text in value.items()}
 
 
 def check_secret(name: str, value: Any, longest: int) -> str:
@@ -277,7 +277,7 @@ def check_secret(name: str, value: Any, longest: int) -> str:
     text = check_text(name, value, secret=True)
     if len(text) > longest:
         raise ValueError(f"{name} has {len(text)} characters; the API takes at most {longest}")
-    return text
+    return Secret(text)
 
 
 def check_public_key(name: str, value: Any) -> str:

@@ -16,7 +16,8 @@ echo "== installing clore-client, with SSH and the simulator"
 echo "== renting from the simulator"
 XDG_STATE_HOME=$(cd "$venv" && pwd)/state
 export XDG_STATE_HOME
-# From the examples' folder, so that what was installed runs, and not the source beside it.
-cd examples
-exec "../$venv/bin/python" -m clore_client.simulator --servers 200 \
-    --visible-after 2 --deploy-after 5 "../$venv/bin/python" rent_cheapest.py "$@"
+# The script finds examples/clore_client.py beside it; the simulator comes from what was installed.
+examples=$PWD/examples
+cd "$venv"
+exec bin/python -m clore_client.simulator --servers 200 \
+    --visible-after 2 --deploy-after 5 bin/python "$examples/rent_cheapest.py" "$@"

@@ -18,8 +18,8 @@ from clore_client import (
     InvalidInputError,
     Order,
     OrderEndedError,
-    OrderFateUnknownError,
     OrderNotFoundError,
+    OrderOutcomeUnknownError,
     Server,
     ServerAlreadyRentedError,
     ServerOfflineError,
@@ -433,7 +433,7 @@ def test_two_that_fit_are_not_guessed_between(sim: Simulator, client: CloreClien
     two = [listing(server_id, id=n) for n in (900001, 900002)]
     sim.faults.add("my_orders", "envelope", envelope={"code": 0, "orders": []})  # before it is sent
     sim.faults.add("my_orders", "envelope", envelope={"code": 0, "orders": two}, times=9)
-    with pytest.raises(OrderFateUnknownError, match="900001, 900002") as caught:
+    with pytest.raises(OrderOutcomeUnknownError, match="900001, 900002") as caught:
         client.create_order(server_id)
     assert caught.value.order_ids == (900001, 900002)
     assert caught.value.server_id == server_id
@@ -443,7 +443,7 @@ def test_two_that_fit_are_not_guessed_between(sim: Simulator, client: CloreClien
 def test_none_in_time_is_told(make_sim: MakeSim) -> None:
     sim = make_sim(visible_after=60.0)
     client = client_for(sim)
-    with pytest.raises(OrderFateUnknownError, match="did not show up") as caught:
+    with pytest.raises(OrderOutcomeUnknownError, match="did not show up") as caught:
         client.create_order(plain_server(client), find_timeout=0.2)
     assert caught.value.order_ids == ()
     assert not caught.value.retryable
@@ -489,9 +489,10 @@ def test_threads_do_not_take_each_others_orders(make_sim: MakeSim) -> None:
 
 
 class Fake(CloreClient):
-    """Answers without a network, and without calling __init__."""
+    """Answers without a network."""
 
     def __init__(self, answers: dict[str, Any]) -> None:
+        super().__init__()
         self.answers = answers
         self.calls: list[tuple[Any, ...]] = []
 

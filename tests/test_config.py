@@ -210,15 +210,6 @@ def test_describe_tells_where_the_url_comes_from(monkeypatch: pytest.MonkeyPatch
     assert "https://later.example, from attribute" in client.describe()
 
 
-def test_a_subclass_without_init_describes_itself() -> None:
-    class Bare(CloreClient):
-        def __init__(self) -> None:
-            self.headers = {"auth": "geheim-of-a-subclass-1234"}
-
-    assert "ends in '1234', from attribute" in Bare().describe()
-    assert "class attribute Bare.BASE_URL" in Bare().describe()
-
-
 # --- copies ---
 
 

@@ -110,7 +110,7 @@ def test_the_error_of_a_command_pickles() -> None:
 
 def test_every_error_pickles() -> None:
     made: list[CloreError] = [
-        clore_client.FateUnknownError("x", endpoint="/v1/y"),
+        clore_client.OutcomeUnknownError("x", endpoint="/v1/y"),
         clore_client.CommandTimeoutError("c", 1.0, "out", "err"),
         clore_client.TransferError("x", name="n", done=1, total=2),
         clore_client.HostKeyChangedError("x", order_id=1, expected="a", found="b"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -36,21 +37,32 @@ def run(sim: Simulator, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def section(heading: str) -> str:
-    """What the README has under a heading."""
+    """Return what the README has under a heading."""
     return README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
 
 
-def blocks(heading: str) -> list[str]:
-    """The Python code under a heading of the README."""
-    return re.findall(r"```python\n(.*?)```", section(heading), re.DOTALL)
+BLOCKS = [
+    (heading, code)
+    for heading in re.findall(r"^## (.+)$", README, re.MULTILINE)
+    for code in re.findall(r"```python\n(.*?)```", section(heading), re.DOTALL)
+]
+CLIENT = "from clore_client import CloreClient\n\nclient = CloreClient()\n"
+ORDER = 'order = client.get_orders()[0]\norder["ssh_password"] = "my-password"\n'
+
+
+def complete(code: str) -> str:
+    """Return a block of the README with what it takes for granted."""
+    head = "" if "CloreClient(" in code else CLIENT
+    return head + (ORDER if "(order" in code and "order = " not in code else "") + code
 
 
 def test_every_example_is_complete_and_short() -> None:
     for path in (ROOT / "examples").glob("*.py"):
         source = path.read_text()
-        assert len(source.splitlines()) <= 40, path
-        assert "simulator" not in source.lower()
         assert path.name in README
+        if path.name not in ("clore_client.py", "draw_session.py"):
+            assert len(source.splitlines()) <= 40, path
+            assert "simulator" not in source.lower()
 
 
 def test_check_balance(make_sim: MakeSim) -> None:
@@ -141,30 +153,71 @@ def test_spot_order(make_sim: MakeSim) -> None:
     assert not order.active
 
 
-def test_the_readmes_quickstart(make_sim: MakeSim, tmp_path: Path) -> None:
-    sim = make_sim(**EASY)
-    (code, *more) = blocks("Quickstart")
-    script = tmp_path / "quickstart.py"
-    script.write_text("\n".join([code, *more]))
-    done = run(sim, str(script))
-    assert done.returncode == 0, done.stderr
-    assert "simulat" in done.stdout.lower()
-    assert sim.orders
-    assert not any(order.active for order in sim.orders)
-
-
-def test_the_readmes_snippet_for_tenacity(
-    make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("heading", "code"), BLOCKS, ids=[h for h, _ in BLOCKS])
+def test_every_block_of_the_readme_runs(
+    make_sim: MakeSim, tmp_path: Path, heading: str, code: str
 ) -> None:
+    sim = make_sim(**{**EASY, "rate_limit": 0.05, "create_order_interval": 0.05})
+    if ORDER in complete(code):
+        client = client_for(sim, rate_limit=0.1)
+        server = client.find_servers("RTX 4090", min_reliability=96)[0]
+        made = client.create_order(server["id"], ssh_password="my-password")
+        client.wait_for_order(made["order_id"], timeout=30, poll_interval=0.05)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.py").write_text("open('model.bin', 'w').write('trained')\n")
+    (tmp_path / "block.py").write_text(complete(code))
+    done = subprocess.run(
+        [sys.executable, "block.py"], env=environment(sim), cwd=tmp_path,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if heading == "SSH and files":
+        assert (tmp_path / "model.bin").read_text() == "trained"
+    else:
+        assert not any(order.active for order in sim.orders)
+    if heading in ("First example", "Rent"):
+        assert "SIMULATED" in done.stdout
+
+
+@pytest.mark.internal
+def test_every_block_of_the_readme_has_sound_types(tmp_path: Path) -> None:
+    for number, (_, code) in enumerate(BLOCKS):
+        (tmp_path / f"block_{number}.py").write_text(complete(code))
+    config = ["--strict", "--config-file", str(ROOT / "pyproject.toml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *config, *map(str, tmp_path.glob("block_*.py"))],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_readmes_loop_with_tenacity(make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch) -> None:
     sim = make_sim()
     monkeypatch.setenv("CLORE_BASE_URL", sim.url)
     monkeypatch.setenv("CLORE_API_KEY", sim.api_key)
-    code = next(block for block in blocks("Errors") if "tenacity" in block)
+    code = next(code for heading, code in BLOCKS if "tenacity" in code)
     sim.faults.add("wallets", "html_502", times=4)
     namespace: dict[str, object] = {}
     exec(code, namespace)
     assert namespace["wallets"]
     assert len(sim.requests) == 5
+
+
+@pytest.mark.internal
+def test_the_one_file_beside_the_examples_is_current() -> None:
+    from clore_client import single_file
+
+    assert (ROOT / "examples" / "clore_client.py").read_text("utf-8") == single_file.write(), (
+        "python -I -m clore_client.single_file > examples/clore_client.py"
+    )
+
+
+def test_the_picture_in_the_readme_is_of_a_whole_run() -> None:
+    assert "(examples/session.svg)" in README
+    picture = (ROOT / "examples" / "session.svg").read_text("utf-8")
+    texts = ["".join(element.itertext()) for element in ElementTree.fromstring(picture)[-1]]
+    for part in ("$ python rent_cheapest.py", "NVIDIA-SMI", "given back; it has cost"):
+        assert any(part in text for text in texts), part
 
 
 def test_the_readme_names_every_method_and_error() -> None:
@@ -174,7 +227,7 @@ def test_the_readme_names_every_method_and_error() -> None:
         if not name.startswith("_") and callable(getattr(CloreClient, name)):
             assert f"`{name}(" in README or f".{name}(" in README, name
     for name in inspect.signature(CloreClient).parameters:
-        assert re.search(f"`{name}=?`", section("Key and settings")), name
+        assert re.search(f"`{name}=?`", section("Settings")), name
     for name in clore_client.__all__:
         if name.endswith("Error"):
             assert f"`{name}`" in README, name

@@ -57,8 +57,10 @@ def test_null_fields_beside_live_ones_and_an_untouched_wire() -> None:
                      specs={"gpu": "x"})  # fmt: skip
     (order,) = orders_of(record)
     assert (order.id, order.server_id, order.started_at) == (1958009, 105169, 1784203200)
-    order["specs"]["gpu"] = "changed"
+    order.wire["specs"]["gpu"] = "changed"
+    order["status"] = "changed"
     assert order.wire["specs"]["gpu"] == "x"
+    assert "status" not in order.wire
 
 
 @pytest.mark.parametrize("answer", [{"order_id": 0}, {"order_id": -1}, {"id": None}])

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import email.utils
 import json
-import math
 import re
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 
+from clore_client.api.call import Call, Envelope, unix_time
 from clore_client.api.connection import never_left, reason_of
 from clore_client.errors import (
     CREATE_ORDER_CODE_1,
-    SECRET_FIELDS,
     CloreAPIError,
     CloreConnectionError,
     CloreError,
-    FateUnknownError,
     InvalidResponseError,
-    OrderFateUnknownError,
     RateLimitError,
     api_error,
     error_text,
@@ -33,84 +28,6 @@ from clore_client.errors import (
 RETRY_STATUSES = frozenset({500, 502, 503, 504, 520, 522})  # without a usable envelope
 # Codes with which nothing was done, also where they come with HTTP 5xx; code 6 that says why, too.
 NOTHING_DONE = frozenset({3, 4, 5})
-REPEATABLE_POSTS = frozenset({"cancel_order", "cancel_orders", "set_spot_price"})
-# Every other POST changes something, and is sent again only when it can't have had an effect.
-
-
-class Envelope(dict[str, Any]):
-    """A decoded answer that remembers when it was asked for, and the server's clock."""
-
-    __slots__ = ("date", "received_at", "sends", "sent_at")
-    date: str | None
-    received_at: float
-    sent_at: float
-    sends: int
-
-    def server_time_at(self, moment: float) -> float | None:
-        """The server's Unix time at a monotonic ``moment``, rounded down; None without a Date."""
-        stamp = _unix_time(self.date)
-        return None if stamp is None else math.floor(stamp - (self.received_at - moment))
-
-
-def _unix_time(date: str | None) -> float | None:
-    if not date:
-        return None
-    try:
-        return email.utils.parsedate_to_datetime(date).timestamp()
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
-
-
-# These are no dataclasses, here and elsewhere: that module costs a fifth of the import.
-class Call:
-    """A request that is ready to be sent, and what may be done with it."""
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        endpoint: str,
-        request: requests.PreparedRequest,
-        settings: dict[str, Any],
-        base_url: str,
-        key: str,
-        repeatable: bool,
-        urgent: bool,
-        secrets: tuple[str, ...],
-    ) -> None:
-        self.name = name  # the endpoint's last part, as "create_order"
-        self.endpoint = endpoint
-        self.request = request
-        self.settings = settings
-        self.base_url = base_url
-        self.key = key
-        self.repeatable = repeatable
-        self.urgent = urgent  # leaves whatever pause the server has asked for
-        self.secrets = secrets
-
-    def __repr__(self) -> str:
-        return f"<Call {self.label}>"
-
-    @property
-    def label(self) -> str:
-        return f"{self.request.method} {self.endpoint}"
-
-    def lost(self, cause: str) -> CloreError:
-        """The error for a request of which it is not known what became of it."""
-        if self.repeatable:
-            return CloreConnectionError(cause)
-        if self.name == "create_order":
-            return OrderFateUnknownError(
-                f"create_order was sent and got no clear answer ({cause}): the order may or may "
-                "not have been made. It was not sent again. Look at get_orders() for it, also a "
-                "minute from now, before you order again",
-                endpoint=self.endpoint,
-            )
-        return FateUnknownError(
-            f"{self.label} was sent and got no clear answer ({cause}): it may or may not have been "
-            "carried out. It was not sent again. Look at the state of your account first",
-            endpoint=self.endpoint,
-        )
 
 
 class Failure:
@@ -120,18 +37,6 @@ class Failure:
         self.error = error
         self.again = again  # whether it may be sent again
         self.rate_limited = rate_limited
-
-
-def secrets_in(value: Any, inside: bool = False) -> Iterator[str]:
-    """Every string of a body that must not be shown: all that stands under a secret's name."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from secrets_in(item, inside or str(name).lower() in SECRET_FIELDS)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from secrets_in(item, inside)
-    elif inside and isinstance(value, str) and len(value) > 3:
-        yield value
 
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
@@ -149,24 +54,24 @@ def _retry_after(headers: Any) -> float | None:
     value = (headers.get("Retry-After") or "").strip()
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", value):
         return float(value)
-    until, now = _unix_time(value), _unix_time(headers.get("Date"))
+    until, now = unix_time(value), unix_time(headers.get("Date"))
     return None if until is None or now is None else max(0.0, until - now)
 
 
-def no_answer(call: Call, error: Exception, left_at: float | None) -> Failure:
+def classify_error(call: Call, error: Exception, left_at: float | None) -> Failure:
     """What to make of a send that failed; ``left_at`` tells whether anything left."""
     reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
     cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
     unsent = never_left(error, left_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)
-    failed._sent_at = None if unsent else left_at
+    failed.sent_at = None if unsent else left_at
     # A new one: the error itself holds the request, and what the server sent, which may repeat it.
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
     return Failure(failed, again=unsent or call.repeatable)
 
 
-def unusable(call: Call, response: requests.Response | None, problem: str) -> Failure:
+def classify_unusable(call: Call, response: requests.Response | None, problem: str) -> Failure:
     """What to make of an answer that was not read to its end; asking again would bring another."""
     status = 0 if response is None else response.status_code
     if not call.repeatable:
@@ -183,7 +88,7 @@ def unusable(call: Call, response: requests.Response | None, problem: str) -> Fa
     return Failure(error, again=False)
 
 
-def judged(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
+def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
     """What to make of an answer."""
     decoded = _decode(body)
     status = response.status_code

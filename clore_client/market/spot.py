@@ -17,7 +17,7 @@ MAX_TIMES_ON_DEMAND = 10.0
 ROUNDING = 1e-9  # what a price may lose on its way between per day and per hour
 
 
-class MarketMemory:
+class MarketData:
     """What one client knows of one API: its form, its exchange rates, the prices it listed."""
 
     def __init__(self) -> None:
@@ -31,13 +31,13 @@ class MarketMemory:
         """Whether an answer of the last minutes was positively in the documented form."""
         return time.monotonic() - self._documented_at <= RATE_MAX_AGE
 
-    def saw(self, answer: dict[str, Any]) -> None:
+    def observe(self, answer: dict[str, Any]) -> None:
         """Take from an answer of any kind that it is in the live form."""
         if is_live(answer):
             self.live = True
             self._documented_at = -math.inf
 
-    def saw_market(self, answer: dict[str, Any]) -> None:
+    def observe_spot(self, answer: dict[str, Any]) -> None:
         """Take the form and the rates from an answer of ``spot_marketplace``."""
         market = answer.get("market")
         if is_live(answer):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from clore_client.models.record import Record, dicts, is_live, packed, part_of, whole_id
+from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
 from clore_client.pricing import RateBook, finite, per_hour
 
 # How an order may end. The live form knows the first two; the others are known from elsewhere.
@@ -15,13 +15,14 @@ ENDED_STATUSES = frozenset(
     {"cancelled", "expired", "completed", "error", "failed", "finished", "stopped", "terminated"}
 )
 
-_HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?")
-_USER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+# Compiled when they are used: that takes longer than importing the module.
+_HOST_NAME = r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?"
+_USER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 
 
 def plain_host(text: str) -> bool:
     """Whether ``text`` is a host name or an address, and nothing that a shell or ssh would obey."""
-    if _HOST_NAME.fullmatch(text):
+    if re.fullmatch(_HOST_NAME, text):
         return True
     try:
         ipaddress.ip_address(text)
@@ -32,7 +33,7 @@ def plain_host(text: str) -> bool:
 
 def plain_user(text: str) -> bool:
     """Whether ``text`` is a plain name of a user."""
-    return bool(_USER_NAME.fullmatch(text))
+    return bool(re.fullmatch(_USER_NAME, text))
 
 
 def _port(text: Any) -> int | None:
@@ -202,7 +203,7 @@ def to_order(
         rates: for ``usd_per_hour``.
     """
     order = Order({**record, **_live_fields(record, cancelled)} if live else record)
-    order._wire, order._live = packed(record), live
+    order._wire, order._live = record, live
     order._usd_per_hour = rates.usd(order.get("price"), order.get("currency"))
     return order
 

@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from clore_client.models.record import Record, dicts, is_live, packed, part_of, whole_id
+from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
 from clore_client.pricing import HOURS_PER_DAY, RateBook, finite, per_hour, positive
 
-# Bounded, and without two ways to match one blank: the text comes from strangers.
-_COUNTED_GPU = re.compile(r"([0-9]{1,3})x\s+(.+)", re.DOTALL)
-_VENDOR = re.compile(r"(?:NVIDIA\s+)?(?:GeForce\s+)?", re.IGNORECASE)
-_DISK_SIZE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?GB")
+# Bounded, and without two ways to match one blank: the text comes from strangers. Compiled when
+# they are used: that takes longer than importing the module.
+_COUNTED_GPU = r"(?s)([0-9]{1,3})x\s+(.+)"
+_VENDOR = r"(?i)(?:NVIDIA\s+)?(?:GeForce\s+)?"
+_DISK_SIZE = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?GB"
 # Under ``price.usd`` of the live form, the on-demand price for each currency that pays it.
 _USD_FIELDS = {
     "CLORE-Blockchain": "on_demand_clore",
@@ -25,10 +26,10 @@ _USD_FIELDS = {
 def _counted(specs: Any) -> tuple[int, str] | None:
     """Count and name from ``specs.gpu`` (``"2x NVIDIA GeForce RTX 4070 Ti"``), or None."""
     text = specs.get("gpu") if isinstance(specs, dict) else None
-    match = _COUNTED_GPU.fullmatch(text.strip()) if isinstance(text, str) else None
+    match = re.fullmatch(_COUNTED_GPU, text.strip()) if isinstance(text, str) else None
     if not match:
         return None
-    return int(match[1]), match[2][_VENDOR.match(match[2]).end() :]  # type: ignore[union-attr]
+    return int(match[1]), match[2][re.match(_VENDOR, match[2]).end() :]  # type: ignore[union-attr]
 
 
 def gpu_names(record: dict[str, Any]) -> list[str]:
@@ -174,7 +175,7 @@ class Server(Record):
     def disk_gb(self) -> float | None:
         """Size of the disk in GB: the last one that its description names."""
         text = part_of(self, "specs", "disk")
-        sizes = _DISK_SIZE.findall(text) if isinstance(text, str) else []
+        sizes = re.findall(_DISK_SIZE, text) if isinstance(text, str) else []
         return positive(float(sizes[-1])) if sizes else None
 
     @property
@@ -201,12 +202,9 @@ def _rounded(number: float | None) -> float | None:
 
 
 def to_server(record: dict[str, Any], live: bool) -> Server:
-    """A server as it came, as a :class:`Server` in the documented form.
-
-    It takes over what is nested in ``record``, and keeps the record itself packed.
-    """
+    """Return a server as it came as a :class:`Server` in the documented form."""
     server = Server(record)
-    server._wire = packed(record)
+    server._wire = record
     server["gpu_array"] = gpu_names(record)
     if not live:
         return server

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clore_client.models.record import Record, dicts, packed
+from clore_client.models.record import Record, dicts
 from clore_client.pricing import finite
 
 
@@ -39,7 +39,7 @@ def to_wallets(answer: dict[str, Any]) -> list[Wallet]:
     wallets = []
     for record in dicts(answer.get("wallets")):
         wallet = Wallet(record)
-        wallet._wire = packed(record)
+        wallet._wire = record
         if "deposit" in record:
             wallet.setdefault("deposit_address", record["deposit"])
         wallets.append(wallet)

@@ -1,4 +1,4 @@
-"""Ending an order: cancelling until that is accepted, and confirming that it has ended.
+"""Cancel orders until that is accepted, and confirm that they have ended.
 
 An order has ended when the list of completed orders says so, or when its cancel was accepted and it
 is gone from both lists for longer than they lag behind. Nothing else is taken for an end: a list
@@ -7,261 +7,321 @@ can be empty for a moment.
 
 from __future__ import annotations
 
-import enum
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from clore_client.api.call import Envelope
 from clore_client.api.request import LONGEST_CANCEL_PAUSE, limited
-from clore_client.api.retry import Envelope
 from clore_client.errors import (
+    AuthenticationError,
     CancelUnconfirmedError,
     CloreAPIError,
+    CloreConnectionError,
     CloreError,
     ConfigurationError,
     OrderNotFoundError,
+    RateLimitError,
 )
 from clore_client.log import logger
+from clore_client.orders.account import AccountOrders, OrderState
 
+MAX_ISSUE = 2048  # characters of ``issue`` that the API takes
 # A cancelled order can stand among the active ones for 2 to 20 seconds (seen on the live API).
 LINGER = 30.0
 MAX_CANCELS = 64  # ids that the API takes in one ``cancel_orders``
-LONGEST_LOOK_PAUSE = 1.0  # seconds between two looks at the lists
+FIRST_PAUSE = 0.02  # seconds between the first two looks at the lists; it doubles
+LONGEST_LOOK_PAUSE = 1.0
 CANCEL_AGAIN_AFTER = 30.0  # seconds after which one that still looks active is cancelled again
 CONFIRM_AT_LEAST = 30.0
 SHORTEST_TRY = 1.0  # seconds that one try to cancel has at least
 
 
-class OrderState(enum.Enum):
-    """What the two order lists say of an order."""
+class Cancellation:
+    """The end of one order: its cancel, and what the lists show since.
 
-    ACTIVE = "active"
-    ENDED = "ended"
-    ABSENT = "absent"
+    Attributes:
+        order_id: which order.
+        accepted: whether a cancel of it was accepted; it costs nothing from then on.
+        failure: why the last try to cancel failed.
+    """
 
-
-class Evidence:
-    """What has been seen of an order in the lists, one look after the other."""
-
-    def __init__(self, client: Any, order_id: int) -> None:
-        self._client = client
-        self._order_id = order_id
+    def __init__(self, orders: AccountOrders, order_id: int, issue: str | None = None) -> None:
+        self.order_id = order_id
+        self.accepted = order_id in orders.cancelled
+        self.failure: Exception | None = None
+        self._orders = orders
+        self._issue = issue
+        self._doubtful = False  # whether a cancel may have been carried out
+        self._state: OrderState | None = None  # None where the last look failed
         self._absent_since: float | None = None
-        self.state: OrderState | None = None  # None where the last look failed
-        self.failure: CloreError | None = None
+        self._look_failure: CloreError | None = None
+        self._sent_at = -math.inf
+        self._pause = max(0.001, 2 * orders.client.backoff)  # before the next cancel
 
-    def look(self) -> None:
-        """Look once at the lists.
+    def send(self) -> None:
+        """Send the cancel once."""
+        self._sent_at = time.monotonic()
+        body: dict[str, Any] = {"id": self.order_id}
+        if self._issue:
+            body["issue"] = self._issue[:MAX_ISSUE]
+        try:
+            self._orders.client._request("POST", "/v1/cancel_order", json=body)
+        except Exception as error:
+            self.failure = error
+            if not isinstance(error, CloreAPIError) or error.sends > 1:
+                self._doubtful = True
+            raise
+        self._accept()
+        logger.info("order %d was cancelled", self.order_id)
+
+    def keep_on(
+        self,
+        deadline: Callable[[], float],
+        *,
+        confirm: bool,
+        persist: bool = True,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> CloreError | None:
+        """Cancel until that is accepted, and look until the order has ended.
+
+        Parameters:
+            deadline: gives the monotonic time at which to give up.
+            confirm: whether to look until the order has ended; else an accepted cancel is enough.
+            persist: whether to go on when the API refuses to cancel an order that is active.
+            stop: whether to give up at once.
+
+        Returns:
+            None when that is reached, else what to tell the user.
+        """
+        look_pause = FIRST_PAUSE
+        while True:
+            self._send_if_due(deadline())
+            if self._done and not confirm:
+                return None
+            if isinstance(self.failure, ConfigurationError):
+                return self.unconfirmed()
+            try:
+                if self._look(deadline()):
+                    return None
+            except OrderNotFoundError as error:
+                return error
+            remaining = deadline() - time.monotonic()
+            if remaining <= 0 or stop() or (self._refused and not persist):
+                return self.unconfirmed()
+            waits_for_cancel = persist and not self._done
+            pause = max(self._next_send() - time.monotonic(), 0) if waits_for_cancel else look_pause
+            until = time.monotonic() + min(pause, remaining)
+            _sleep_until(until, lambda: stop() or time.monotonic() >= deadline())
+            look_pause = min(look_pause * 2, LONGEST_LOOK_PAUSE)
+
+    def unconfirmed(self, seconds: float | None = None) -> CancelUnconfirmedError:
+        """Make the error for an order that may still be running.
+
+        Parameters:
+            seconds: for which it was tried, to be told.
+        """
+        order_id = self.order_id
+        what = "was cancelled, but it is not confirmed that it has ended"
+        if not self._done:
+            within = "" if seconds is None else f" within {seconds:g}s"
+            what = f"could not be cancelled{within}"
+        why = "" if self._done else f" ({self.failure})"
+        error = CancelUnconfirmedError(
+            f"order {order_id} {what}: it may still be running, and cost money; "
+            f"cancel_order({order_id}) is safe to repeat{why}",
+            order_ids=(order_id,),
+        )
+        error.__cause__ = self._look_failure if self._done else self.failure
+        return error
+
+    # --- the cancel ---
+
+    @property
+    def _done(self) -> bool:
+        """Whether the last cancel was accepted."""
+        return self.accepted and self.failure is None
+
+    @property
+    def _refused(self) -> bool:
+        """Whether the API has refused to cancel an order that is active, and never left a doubt."""
+        return self._state is OrderState.ACTIVE and not (self.accepted or self._doubtful)
+
+    def _accept(self) -> None:
+        self.accepted, self.failure = True, None
+        self._orders.cancelled.add(self.order_id)
+
+    def _next_send(self) -> float:
+        """Return the monotonic time at which to send the cancel."""
+        if not self._done:
+            return self._sent_at + self._pause if self.failure else -math.inf
+        # Accepted, and yet it goes on looking active.
+        return self._sent_at + CANCEL_AGAIN_AFTER if self._state is OrderState.ACTIVE else math.inf
+
+    def _send_if_due(self, deadline: float) -> None:
+        if time.monotonic() < self._next_send():
+            return
+        was_done, tried_before = self._done, self.failure is not None
+        if tried_before:
+            self._pause = min(self._pause * 2, LONGEST_CANCEL_PAUSE)
+        try:
+            limited(self.send, deadline=self._end_of_try(deadline), urgent=True)
+        except Exception as error:
+            if was_done:  # it was accepted all the same
+                self.failure = None
+            elif not tried_before:
+                left = deadline - time.monotonic()
+                how_long = "until it is" if left == math.inf else f"for another {left:.0f} s"
+                logger.warning(
+                    "order %d could not be cancelled yet, which is tried %s: %s",
+                    self.order_id,
+                    how_long,
+                    error,
+                )
+
+    def _end_of_try(self, deadline: float, at_least: float = SHORTEST_TRY) -> float:
+        """Return until when one request may take: one that hangs is given up, and sent again."""
+        now = time.monotonic()
+        left = deadline - now
+        return deadline if left == math.inf else now + max(at_least, left / 3)
+
+    # --- the lists ---
+
+    def _look(self, deadline: float) -> bool:
+        """Look once at the lists; return whether the order has ended.
 
         Raises:
-            OrderNotFoundError: the number is that of a server.
+            OrderNotFoundError: the account has no such order.
         """
+        orders = self._orders
         asked_at = time.monotonic()
-        self.state = self.failure = None
+        at_least = SHORTEST_TRY + 2 * orders.client.rate_limit  # two lists
+        self._state = self._look_failure = None
         try:
-            self.state = self._client._order_state(self._order_id)
+            self._state = limited(
+                lambda: orders.state(self.order_id),
+                deadline=self._end_of_try(deadline, at_least),
+                urgent=True,
+            )
         except OrderNotFoundError:
             raise
         except CloreError as error:
-            self.failure = error
-        if self.state is OrderState.ABSENT:
-            self._absent_since = self._absent_since or asked_at
-        elif self.state is not None:
+            self._look_failure = error
+            return False
+        if self._state is OrderState.ENDED:
+            self._accept()
+            orders.ended.add(self.order_id)
+            return True
+        if self._state is OrderState.ACTIVE:
             self._absent_since = None
+            return False
+        self._absent_since = self._absent_since or asked_at
+        if time.monotonic() - self._absent_since < orders.client.order_lag:
+            return False
+        if not self.accepted and self.order_id not in orders.known:
+            raise OrderNotFoundError(
+                f"there is no order {self.order_id} in this account", order_id=self.order_id
+            ) from self.failure
+        return self.accepted
 
-    @property
-    def gone(self) -> bool:
-        """Whether the order is in neither list for longer than the lists lag behind."""
-        since = self._absent_since
-        return (
-            self.state is OrderState.ABSENT
-            and since is not None
-            and time.monotonic() - since >= self._client.order_lag
-        )
 
-
-def settle_cancel(client: Any, order_id: int, error: CloreError, patience: float | None) -> None:
-    """Return when an order has ended, or a cancel was accepted after all.
-
-    Parameters:
-        client: whose order it is.
-        order_id: which order.
-        error: what cancelling it ended with.
-        patience: seconds for which the lists are asked, and the cancel is sent again; None for as
-            long as a cancelled order may linger.
+def cancel_order(
+    orders: AccountOrders, order_id: int, issue: str | None, settle_timeout: float | None
+) -> Cancellation:
+    """Cancel an order; see ``CloreClient.cancel_order``.
 
     Raises:
-        OrderNotFoundError: the account has no such order.
-        CancelUnconfirmedError: it may still be running.
+        OrderNotFoundError, CancelUnconfirmedError, CloreError: as there.
     """
-    accepted = order_id in client._cancelled
-    refused = isinstance(error, CloreAPIError) and error.sends <= 1
-    evidence = Evidence(client, order_id)
-    deadline = time.monotonic() + (LINGER if patience is None else patience)
-    pause = LONGEST_LOOK_PAUSE / 16
-    while True:
-        try:
-            evidence.look()
-        except OrderNotFoundError as not_found:
-            raise not_found from error
-        if evidence.state is OrderState.ENDED or (evidence.gone and accepted):
-            return
-        if evidence.gone and order_id not in client._known():
-            raise OrderNotFoundError(
-                f"there is no order {order_id} in this account", order_id=order_id
-            ) from error
-        remaining = deadline - time.monotonic()
-        # An active order whose cancel was refused: asking again for longer changes nothing.
-        if remaining <= 0 or (refused and evidence.state is OrderState.ACTIVE and not accepted):
-            raise not_cancelled(order_id, error)
-        time.sleep(min(pause, remaining))
-        pause = min(pause * 2, LONGEST_LOOK_PAUSE)
-        if evidence.state is not None and pause >= LONGEST_LOOK_PAUSE:
-            try:
-                client._send_cancel(order_id)
-            except CloreError as again:
-                logger.debug("order %d could not be cancelled again: %s", order_id, again)
-            else:
-                return
+    cancellation = Cancellation(orders, order_id, issue)
+    try:
+        cancellation.send()
+    except ConfigurationError:
+        raise
+    except CloreError as error:
+        unsent = isinstance(error, CloreConnectionError) and error.sent_at is None
+        if unsent or isinstance(error, (AuthenticationError, RateLimitError)):
+            # The lists would say nothing new.
+            error.args = (f"{error}\norder {order_id} may still be running, and cost money",)
+            raise
+        until = time.monotonic() + (LINGER if settle_timeout is None else settle_timeout)
+        failure = cancellation.keep_on(lambda: until, confirm=False, persist=False)
+        if failure is not None:
+            raise failure from error
+    return cancellation
 
 
-def keep_cancelling(
-    client: Any,
-    order_id: int,
-    deadline: Callable[[], float],
-    stop: Callable[[], bool] = lambda: False,
-) -> Exception | None:
-    """Cancel an order until that is accepted; None then, else the last failure.
+def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
+    """Cancel several orders with one request; see ``CloreClient.cancel_orders``."""
+    if not ids:
+        return {"code": 0, "failed_to_cancel": []}
+    answer, failed = _send_cancels(orders, ids)
+    if failed and getattr(answer, "sends", 1) > 1:
+        # Sent again after a lost answer, it fails for those that the first one ended.
+        until = time.monotonic() + LINGER
+        left = _still_running(orders, failed, until)
+        answer["failed_to_cancel"] = [
+            i for i in answer["failed_to_cancel"] if str(i) in map(str, left)
+        ]
+    return answer
 
-    Parameters:
-        client: whose ``cancel_order`` is called, before anything is read.
-        order_id: which order.
-        deadline: gives the monotonic time at which to stop trying.
-        stop: whether to give up at once.
+
+def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int]:
+    """Cancel all active orders of the account; see ``CloreClient.cancel_all``."""
+    ids = orders.active_ids()
+    failed = _send_cancels(orders, ids)[1] if ids else []
+    until = time.monotonic() + min(timeout, LINGER)
+    if left := _still_running(orders, failed, until):
+        raise CancelUnconfirmedError(f"not cancelled: {', '.join(map(str, left))}", order_ids=left)
+    if confirm:
+        confirm_ended([Cancellation(orders, order_id) for order_id in ids], timeout)
+    return ids
+
+
+def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
+    """Wait until orders that were cancelled have ended in the lists as well.
+
+    Raises:
+        CancelUnconfirmedError: some have not.
     """
-    pause, tries = max(0.001, 2 * float(client.backoff)), 0
-    while True:
-        tries += 1
-        try:
-            # Another cancel is worth more than a long look at the lists: that is what ends it.
-            limited(
-                lambda: client.cancel_order(order_id, settle_timeout=0.0),
-                deadline=_end_of_try(client, deadline()),
-                urgent=True,
-            )
-            return None
-        except Exception as error:
-            failure = error
-        remaining = deadline() - time.monotonic()
-        if remaining <= 0 or stop() or isinstance(failure, ConfigurationError):
-            return failure
-        if tries == 1 or tries % 10 == 0:
-            how_long = "until it is" if remaining == math.inf else f"for another {remaining:.0f} s"
-            logger.warning(
-                "order %d could not be cancelled yet, which is tried %s: %s",
-                order_id,
-                how_long,
-                failure,
-            )
-        _sleep_until(time.monotonic() + pause, lambda: stop() or time.monotonic() >= deadline())
-        pause = min(pause * 2, LONGEST_CANCEL_PAUSE)
+    until = time.monotonic() + timeout
+    for number, cancellation in enumerate(cancellations):
+        failure = cancellation.keep_on(lambda: until, confirm=True)
+        if failure is not None:
+            left = tuple(c.order_id for c in cancellations[number:])
+            raise CancelUnconfirmedError(
+                f"cancelled, but still active after {timeout:g}s: {', '.join(map(str, left))}",
+                order_ids=left,
+            ) from failure
 
 
-def _end_of_try(client: Any, deadline: float) -> float:
-    """Until when one try may take: one that hangs is given up, and sent again."""
-    now = time.monotonic()
-    left = deadline - now
-    return deadline if left == math.inf else now + max(SHORTEST_TRY, left / 3)
-
-
-def _sleep_until(moment: float, stop: Callable[[], bool]) -> None:
-    while (left := moment - time.monotonic()) > 0 and not stop():
-        time.sleep(min(left, 0.1))
-
-
-def confirm_ended(
-    client: Any,
-    order_id: int,
-    deadline: float,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    accepted: bool = True,
-) -> CloreError | None:
-    """Look until a cancelled order has ended; None then, else what to raise.
-
-    Parameters:
-        client: whose order it is.
-        order_id: which order.
-        deadline: monotonic time at which to give up.
-        stop: whether to give up at once.
-        accepted: whether its cancel was. Then it has ended when it is gone for longer than the
-            lists lag, and is cancelled again when it goes on looking active.
-    """
-    evidence, pause, cancelled_at = Evidence(client, order_id), 0.02, time.monotonic()
-    while True:
-        try:
-            limited(evidence.look, deadline=deadline + SHORTEST_TRY, urgent=True)
-        except OrderNotFoundError as error:
-            return error
-        if evidence.state is OrderState.ENDED or (evidence.gone and accepted):
-            return None
-        now = time.monotonic()
-        if now >= deadline or stop():
-            unconfirmed = CancelUnconfirmedError(
-                f"order {order_id} was cancelled, but it is not confirmed that it has ended: it "
-                f"may still be running, and cost money; cancel_order({order_id}) is safe to repeat",
-                order_ids=(order_id,),
-            )
-            unconfirmed.__cause__ = evidence.failure
-            return unconfirmed
-        if accepted and now - cancelled_at > CANCEL_AGAIN_AFTER:
-            cancelled_at = now
-            try:
-                client.cancel_order(order_id, settle_timeout=0.0)
-            except CloreError as error:
-                logger.debug("order %d could not be cancelled again: %s", order_id, error)
-        _sleep_until(now + min(pause, max(deadline - now, 0.02)), stop)
-        pause = min(pause * 2, LONGEST_LOOK_PAUSE)
-
-
-def send_in_batches(
-    send: Callable[[list[int]], tuple[dict[str, Any], list[int]]], order_ids: list[int]
-) -> tuple[dict[str, Any], list[int]]:
-    """Send as many ``cancel_orders`` as the ids need, and merge their answers.
+def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
+    """Send as many ``cancel_orders`` as the ids need; return the answer, and those that failed.
 
     Goes on after a batch that failed, because every order left running costs money.
-
-    Parameters:
-        send: sends one batch, and returns its envelope and those of its ids that failed.
-        order_ids: which orders.
-
-    Raises:
-        CloreError: the first failure of a batch; it names the orders of every failed one.
     """
-    batches = [order_ids[i : i + MAX_CANCELS] for i in range(0, len(order_ids), MAX_CANCELS)]
-    if len(batches) == 1:
-        return send(order_ids)
-    answer: dict[str, Any] = {}
-    failed: list[int] = []
+    failure: CloreError | None = None
     listed: list[Any] = []
     unsent: list[int] = []
-    failure: CloreError | None = None
+    answer: dict[str, Any] = {}
     sends = 1
-    for batch in batches:
+    for start in range(0, len(ids), MAX_CANCELS):
+        batch = ids[start : start + MAX_CANCELS]
         try:
-            answer, batch_failed = send(batch)
+            answer = _send_batch(orders, batch)
         except CloreError as error:
             failure = failure or error
             unsent += batch
             continue
-        failed += batch_failed
         names = answer.get("failed_to_cancel")
         listed += names if isinstance(names, list) else []
         sends = max(sends, getattr(answer, "sends", 1))
+    failed = [i for i in ids if str(i) in {str(name) for name in listed}]
     if failure is not None:
-        left = ", ".join(map(str, unsent + failed))
-        failure.args = (f"{failure}\norders {left} may still be running, and cost money",)
+        if len(ids) > MAX_CANCELS:
+            left = ", ".join(map(str, [*unsent, *failed]))
+            failure.args = (f"{failure}\norders {left} may still be running, and cost money",)
         raise failure
     answer["failed_to_cancel"] = listed
     if isinstance(answer, Envelope):
@@ -269,39 +329,37 @@ def send_in_batches(
     return answer, failed
 
 
-def ended_among(client: Any, order_ids: list[int], patience: float = math.inf) -> set[int]:
-    """Return those whose cancel failed and that are listed as ended, once they have lingered.
+def _send_batch(orders: AccountOrders, batch: list[int]) -> dict[str, Any]:
+    answer = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
+    names = answer.get("failed_to_cancel")
+    failed = {str(name) for name in names} if isinstance(names, list) else set()
+    done = [i for i in batch if str(i) not in failed]
+    orders.cancelled.update(done)
+    logger.info("orders %s were cancelled, %s were not", done, sorted(failed))
+    return answer
 
-    Parameters:
-        client: whose orders they are.
-        order_ids: which orders.
-        patience: seconds for all of them, at most as many as a cancelled order may linger.
-    """
-    until = time.monotonic() + min(patience, LINGER)
-    return {i for i in order_ids if confirm_ended(client, i, until, accepted=False) is None}
+
+def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> tuple[int, ...]:
+    """Cancel one by one; return those that may still be running."""
+    return tuple(
+        order_id
+        for order_id in ids
+        if Cancellation(orders, order_id).keep_on(lambda: until, confirm=False)
+    )
 
 
 def confirm_until(started: float, timeout: float) -> float:
-    """When to stop confirming what was begun at ``started`` (monotonic time)."""
+    """Return when to stop confirming what was begun at ``started`` (monotonic time)."""
     return max(started + timeout, time.monotonic() + min(CONFIRM_AT_LEAST, timeout))
 
 
-def not_cancelled(
-    order_id: int, failure: BaseException, seconds: float | None = None
-) -> CancelUnconfirmedError:
-    """Make the error for an order that could not be cancelled."""
-    within = "" if seconds is None else f" within {seconds:g}s"
-    error = CancelUnconfirmedError(
-        f"order {order_id} could not be cancelled{within}: it may still be running, and cost "
-        f"money; cancel_order({order_id}) is safe to repeat ({failure})",
-        order_ids=(order_id,),
-    )
-    error.__cause__ = failure
-    return error
+def _sleep_until(moment: float, stop: Callable[[], bool]) -> None:
+    while (left := moment - time.monotonic()) > 0 and not stop():
+        time.sleep(min(left, 0.1))
 
 
 def add_note_to(error: BaseException, note: str) -> None:
-    """``error.add_note(note)``, which Python has from 3.11 on."""
+    """Call ``error.add_note(note)``, which Python has from 3.11 on."""
     notes = getattr(error, "__notes__", None)
     try:
         if hasattr(error, "add_note"):

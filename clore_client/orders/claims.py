@@ -18,27 +18,6 @@ def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
     )
 
 
-class Wanted:
-    """What an order must look like to be the one that was just made.
-
-    The live API has no idempotency key and answers without an order id.
-    """
-
-    def __init__(self, server_id: int, spot: bool, currency: str, image: str) -> None:
-        self.server_id = server_id
-        self.spot = spot
-        self.currency = currency
-        self.image = image
-
-    def fits(self, order: Order) -> bool:
-        """Whether ``order`` can be ours. A missing field contradicts nothing."""
-        return (
-            order.id is not None
-            and order.server_id == self.server_id
-            and same_purchase(order, self.image, self.currency, self.spot)
-        )
-
-
 class Claims:
     """Which orders of one account the purchases of this process have taken for theirs.
 
@@ -50,14 +29,14 @@ class Claims:
         self._taken: dict[int, object] = {}  # order id -> the purchase that it came of
         # Server id -> the purchase whose outcome is not known.
         self.unresolved: dict[int, Any] = {}
-        self._turns: dict[int, threading.Lock] = {}
+        self._locks: dict[int, threading.Lock] = {}
         # Seconds that the orders' time of creation lies behind the server's clock, as a negative
         # number; learned from orders that were found.
         self.clock_offset = 0.0
 
-    def turn(self, server_id: int) -> threading.Lock:
+    def lock(self, server_id: int) -> threading.Lock:
         """Return what to hold so that no other call of the process orders this server."""
-        return self._turns.setdefault(server_id, threading.Lock())
+        return self._locks.setdefault(server_id, threading.Lock())
 
     def take(self, order_id: int, purchase: object) -> bool:
         """Claim an order; False when another purchase has it already."""

@@ -1,24 +1,36 @@
-"""Making an order: the body that is sent, and finding the order that the API made of it."""
+"""Make an order: check it, send it once, and find the order that the API made of it."""
 
 from __future__ import annotations
 
-import math
+import contextlib
 import random
 import string
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Sized
 from typing import Any
 
-from clore_client.api.retry import Envelope
-from clore_client.errors import CloreError, OrderFateUnknownError
-from clore_client.models.order import Order
-from clore_client.orders.claims import Claims, Wanted
+from clore_client.api.call import Envelope
+from clore_client.api.request import HTTPClient, limited
+from clore_client.errors import (
+    CloreError,
+    DatabaseError,
+    OrderOutcomeUnknownError,
+    Secret,
+    ServerAlreadyRentedError,
+)
+from clore_client.log import logger
+from clore_client.models.order import Order, created_id, to_orders
+from clore_client.orders.account import AccountOrders
+from clore_client.orders.claims import same_purchase
+from clore_client.orders.limits import check_order_limit, check_price_limit, usd_per_hour_of
+from clore_client.orders.reconcile import SHORTEST_LOOK, find_order
 from clore_client.validation import (
     MAX_PASSWORD,
     MAX_TOKEN,
     check_currency,
     check_env,
     check_id,
+    check_number,
     check_order_type,
     check_ports,
     check_public_key,
@@ -29,59 +41,14 @@ from clore_client.validation import (
 DEFAULT_PORTS = {"22": "tcp"}
 DEFAULT_ENV = {"NVIDIA_VISIBLE_DEVICES": "all"}
 PASSWORD_LENGTH = 24
-# A new order shows up 2 to 20 seconds after it was made (seen on the live API).
-FIRST_LOOK = 0.2
-LONGEST_PAUSE = 2.0
-
-
-class Draft:
-    """An order that is to be made: what is sent, and what is kept."""
-
-    def __init__(
-        self,
-        wanted: Wanted,
-        body: dict[str, Any],
-        made_up_password: str | None,
-        credentials: dict[str, str],
-    ) -> None:
-        self.wanted = wanted
-        self.body = body
-        self.made_up_password = made_up_password
-        self.credentials = credentials
-
-
-class Search:
-    """A purchase that was sent: what is needed to find its order.
-
-    Attributes:
-        draft: what was sent.
-        before: ids of orders that were there before it was sent, and so are not its own.
-        complete: whether ``before`` comes from a list that was read for this purchase.
-        answer: of ``create_order``; empty where none came.
-    """
-
-    def __init__(self, draft: Draft, before: frozenset[int], complete: bool) -> None:
-        self.draft = draft
-        self.before = before
-        self.complete = complete
-        self.answer: dict[str, Any] = {}
-        self._sent_at = time.monotonic()
-
-    @property
-    def sent_at(self) -> float:
-        """When it left, by ``time.monotonic()``; before its answer came, at the earliest."""
-        return getattr(self.answer, "sent_at", self._sent_at)
-
-    @sent_at.setter
-    def sent_at(self, moment: float) -> None:
-        self._sent_at = moment
+ALL_SERVERS = 0  # no server has that id
 
 
 def make_password() -> str:
     """A password that nobody guesses, of characters that need no quoting anywhere."""
     alphabet = string.ascii_letters + string.digits
     source = random.SystemRandom()  # the system's source, as the module secrets uses it
-    return "".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH))
+    return Secret("".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH)))
 
 
 def _given(value: Any) -> Any:
@@ -114,131 +81,196 @@ def order_env(env: Any) -> dict[str, str]:
     return dict(DEFAULT_ENV) if _given(env) is None else check_env("env", env)
 
 
-def draft_order(
-    server_id: Any,
-    image: Any,
-    order_type: Any,
-    currency: Any,
-    ports: Any,
-    env: Any,
-    ssh_password: Any,
-    ssh_key: Any,
-    jupyter_token: Any,
-) -> Draft:
-    """Check the arguments of ``create_order`` and make its body, all but a spot price."""
-    wanted = Wanted(
-        server_id=check_id("server_id", server_id),
-        spot=check_order_type("order_type", order_type) == "spot",
-        currency=check_currency("currency", currency),
-        image=check_text("image", image),
-    )
-    credentials = check_login(ssh_password, ssh_key, jupyter_token)
-    made_up = None
-    if not credentials.keys() & {"ssh_key", "ssh_password"}:
-        credentials["ssh_password"] = made_up = make_password()
-    body = {
-        "renting_server": wanted.server_id,
-        "type": order_type,
-        "currency": wanted.currency,
-        "image": wanted.image,
-        "ports": order_ports(ports),
-        "env": order_env(env),
-        **credentials,
-    }
-    return Draft(wanted, body, made_up, credentials)
-
-
-def sent_by_server_clock(sent_at: float, *answers: dict[str, Any]) -> float | None:
-    """The moment of sending in Unix time by the server's clock, rounded down.
-
-    Each answer's ``Date`` bounds it from below, the quickest answer most closely.
+class Purchase:
+    """One purchase, from its arguments to the order that the API made of it.
 
     Parameters:
-        sent_at: by ``time.monotonic()``.
-        answers: what came back since.
+        orders: of the account that buys.
+        server_id, image, order_type, ...: the arguments of ``CloreClient.create_order``.
+
+    Attributes:
+        server_id, spot, currency, image: what the order must show.
+        body: what is sent.
+        credentials: what is sent to get in.
+        generated_password: the password that was made up, or None.
+        before: ids of orders that were there before it was sent, and so are not its own.
+        baseline_read: whether ``before`` comes from a list that was read for this purchase.
+        answer: of ``create_order``; empty where none came.
     """
-    clocks = [answer.server_time_at(sent_at) for answer in answers if isinstance(answer, Envelope)]
-    return max((clock for clock in clocks if clock is not None), default=None)
 
+    def __init__(
+        self,
+        orders: AccountOrders,
+        *,
+        server_id: Any,
+        image: Any,
+        order_type: Any,
+        currency: Any,
+        ports: Any,
+        env: Any,
+        ssh_password: Any,
+        ssh_key: Any,
+        jupyter_token: Any,
+    ) -> None:
+        self._orders = orders
+        self.server_id = check_id("server_id", server_id)
+        self.spot = check_order_type("order_type", order_type) == "spot"
+        self.currency = check_currency("currency", currency)
+        self.image = check_text("image", image)
+        self.credentials = check_login(ssh_password, ssh_key, jupyter_token)
+        self.generated_password: str | None = None
+        if not self.credentials.keys() & {"ssh_key", "ssh_password"}:
+            self.credentials["ssh_password"] = self.generated_password = make_password()
+        self.body: dict[str, Any] = {
+            "renting_server": self.server_id,
+            "type": order_type,
+            "currency": self.currency,
+            "image": self.image,
+            "ports": order_ports(ports),
+            "env": order_env(env),
+            **self.credentials,
+        }
+        self.before: frozenset[int] = frozenset()
+        self.baseline_read = False
+        self.answer: dict[str, Any] = {}
+        self._sent_at = time.monotonic()
 
-def find_order(
-    look: Callable[[], tuple[list[Order], float | None]],
-    search: Search,
-    claims: Claims,
-    timeout: float,
-    doubt: CloreError | None = None,
-) -> Order:
-    """Look until the order that was just made shows up, and claim it.
+    @property
+    def sent_at(self) -> float:
+        """When it left, by ``time.monotonic()``; before its answer came, at the earliest."""
+        return getattr(self.answer, "sent_at", self._sent_at)
 
-    Parameters:
-        look: gives the orders of the account, and the moment of sending by the server's clock.
-        search: the purchase.
-        claims: what other calls of this process have taken for theirs.
-        timeout: seconds.
-        doubt: why it is not sure that an order was made, where that is so.
+    def matches(self, order: Order) -> bool:
+        """Return whether an order can come of this purchase. A missing field contradicts nothing.
 
-    Raises:
-        OrderFateUnknownError: none showed up in time, or two fit. Its cause is the failure of the
-            last look, where that failed; else the doubt.
-    """
-    deadline, pause = time.monotonic() + timeout, FIRST_LOOK
-    while True:
-        cause: CloreError | None = None
-        possible: list[Order] = []
-        created_after = None
+        The live API has no idempotency key and answers without an order id.
+        """
+        return (
+            order.id is not None
+            and order.id not in self.before
+            and order.server_id == self.server_id
+            and same_purchase(order, self.image, self.currency, self.spot)
+        )
+
+    # --- price and limits ---
+
+    def set_bid(self, spot_price: float | None, allow_above: bool) -> None:
+        """Add the bid of a spot order.
+
+        Parameters:
+            spot_price: in USD per hour.
+            allow_above: whether it may be above the on-demand price.
+        """
+        if not self.spot:
+            if spot_price is not None:
+                logger.warning("spot_price is only used with order_type='spot': it is not sent")
+            return
+        if spot_price is None:
+            raise ValueError("spot_price is required for order_type='spot', in USD per hour")
+        check_number("spot_price", spot_price, above=True, unit="USD per hour")
+        self.body["spotprice"] = self._orders.market.wire_bid(
+            "spot_price", spot_price, self.server_id, self.currency, allow_above
+        )
+
+    def usd_per_hour(self) -> float | None:
+        """Return the price by today's listing, or of the bid, without fees; None if not known."""
+        return usd_per_hour_of(self.body, self._orders.market)
+
+    def preview(self) -> Order:
+        """Return what would be sent, and what it would cost."""
+        usd_per_hour = self.usd_per_hour()
+        shown = Order(body=self.body, usd_per_hour=usd_per_hour)
+        shown._usd_per_hour = usd_per_hour
+        return shown
+
+    def _check_limits(self) -> None:
+        client = self._orders.client
+        if client.max_usd_per_hour is not None:
+            check_price_limit(
+                self.usd_per_hour(), client.max_usd_per_hour, f"an order of server {self.server_id}"
+            )
+        if client.max_active_orders is not None:
+            check_order_limit(self._orders.active_ids(), client.max_active_orders)
+
+    # --- the order ---
+
+    def place(self, find_timeout: float) -> Order:
+        """Send the purchase once, and return its order.
+
+        Parameters:
+            find_timeout: seconds that the order may take to show up.
+
+        Raises:
+            OrderOutcomeUnknownError: an order may or may not have been made.
+            CloreError: the API refused, or nothing was sent.
+        """
+        claims = self._orders.claims
+        # One purchase at a time under a limit, else two could each be the last that is allowed.
+        no_limit = self._orders.client.max_active_orders is None
+        one = contextlib.nullcontext() if no_limit else claims.lock(ALL_SERVERS)
+        with one, claims.lock(self.server_id):
+            self._check_limits()
+            self._read_baseline(find_timeout)
+            order, purchase = self._submit(find_timeout)
+        if order.id is not None:
+            self._orders.credentials[order.id] = purchase.credentials
+            self._orders.made[order.id] = order.copy()
+        logger.info("order %s of server %d was made", order.id, self.server_id)
+        order["code"] = 0
+        if purchase.generated_password:
+            order["ssh_password"] = str(purchase.generated_password)
+        return order
+
+    def _read_baseline(self, find_timeout: float) -> None:
+        """Note which orders are there before the purchase is sent."""
+        orders, data = self._orders, self._orders.market.data
+        self.before = frozenset(orders.known)
+        replaced = getattr(orders.client._request, "__func__", None) is not HTTPClient._request
+        if not data.live and (replaced or data.documented):
+            return  # the answer will name the order
+        # The live API names no order in its answer: what is there now can't be the new one.
+        patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LOOK)
+        with contextlib.suppress(CloreError):
+            listed, answer = limited(
+                lambda: orders.read(completed=False), deadline=time.monotonic() + patience
+            )
+            if isinstance(answer, Envelope):  # a fake's list is the same before and after
+                self.before |= {order.id for order in listed if order.id is not None}
+                self.baseline_read = True
+
+    def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
+        """Send the purchase; return the order and the purchase that it came of."""
+        claims, server_id = self._orders.claims, self.server_id
+        earlier = claims.unresolved.get(server_id)
+        claims.unresolved[server_id] = self  # before it is sent: an interrupt can come then
+        self._sent_at = time.monotonic()
+        doubt: CloreError | None = None
         try:
-            orders, created_after = look()
-            possible = candidates_of(search, claims, orders)
-        except CloreError as error:
-            cause = error
-        found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
-        remaining = deadline - time.monotonic()
-        if remaining <= 0 and not found and search.complete:
-            # The clocks may be apart: nothing else can be the one order that was not there before.
-            found = [order for order in possible if not order.has_ended]
-        if len(found) == 1 and claims.take(found[0].id or 0, search):
-            learn_offset(claims, found[0], created_after)
-            return found[0]
-        if len(found) > 1 or remaining <= 0:
-            raise _not_found(search.draft, found or possible, timeout, doubt) from (cause or doubt)
-        time.sleep(min(pause, remaining))
-        pause = min(pause * 1.5, LONGEST_PAUSE)
+            self.answer = self._orders.client._request("POST", "/v1/create_order", json=self.body)
+        except (OrderOutcomeUnknownError, DatabaseError) as error:
+            doubt, self._sent_at = error, error.sent_at or self._sent_at
+        except Exception as error:  # a refusal, or it was not sent
+            if earlier is None:
+                claims.unresolved.pop(server_id, None)
+                raise
+            claims.unresolved[server_id] = earlier
+            if not isinstance(error, ServerAlreadyRentedError):
+                raise
+            # Maybe it is us who rent it, by an order whose answer was lost.
+            return find_order(self._orders, earlier, find_timeout, error), earlier
+        if (order_id := created_id(self.answer)) is None:
+            return find_order(self._orders, self, find_timeout, doubt), self
+        claims.take(order_id, self)
+        claims.unresolved.pop(server_id, None)
+        return self._named_order(order_id), self
 
-
-def candidates_of(search: Search, claims: Claims, orders: list[Order]) -> list[Order]:
-    """Return the orders that can come of a purchase, whatever the clocks say."""
-    fitting = [o for o in orders if o.id not in search.before and search.draft.wanted.fits(o)]
-    return claims.free(fitting, search)
-
-
-def _is_new(order: Order, created_after: float | None, offset: float) -> bool:
-    """Whether an order was made after ``created_after``, as far as that is known."""
-    if created_after is None:
-        return not order.has_ended
-    return order.started_at is not None and order.started_at >= created_after + offset
-
-
-def learn_offset(claims: Claims, order: Order, created_after: float | None) -> None:
-    """Remember by how much the orders' clock lies behind the server's, from an order of ours."""
-    if created_after is not None and order.started_at is not None:
-        behind = math.floor(order.started_at - created_after)
-        claims.clock_offset = min(claims.clock_offset, behind)
-
-
-def _not_found(
-    draft: Draft, orders: list[Order], timeout: float, doubt: CloreError | None
-) -> OrderFateUnknownError:
-    server_id = draft.wanted.server_id
-    ids = tuple(order.id for order in orders if order.id is not None)
-    made = "was made" if doubt is None else "may have been made"
-    return OrderFateUnknownError(
-        f"an order for server {server_id} {made}, and it can't be told which of "
-        f"{', '.join(map(str, ids))} it is, if any: look at get_orders()"
-        if ids
-        else f"an order for server {server_id} {made}, but did not show up in my_orders within "
-        f"{timeout:g}s. It was not sent again: look at get_orders(), also a minute from now, "
-        "before you order again",
-        server_id=server_id,
-        order_ids=ids,
-        credentials=draft.credentials,
-    )
+    def _named_order(self, order_id: int) -> Order:
+        """Return the order of an answer that names it."""
+        answer = {**self.answer, "order_id": order_id}
+        made = to_orders({"orders": [answer]}, (), self._orders.market.data.rates)[0]
+        if made.server_id is None:
+            made["renting_server"] = self.server_id
+        made.setdefault("currency", self.currency)
+        made.setdefault("status", "creating")
+        made.setdefault("connection", {"ssh": "", "http_ports": {}})
+        return made

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from clore_client.api.request import limited
 from clore_client.errors import CloreError, InvalidResponseError, OrderEndedError, WaitTimeoutError
 from clore_client.log import logger
 from clore_client.models.order import ENDED_STATUSES, Order
+from clore_client.orders.account import AccountOrders
+from clore_client.orders.reconcile import SHORTEST_LOOK
 
 _MEET = frozenset({"cancelled", "expired"})  # these two stand for each other
 
 
 def wait_for_status(
-    look: Callable[[float], Order | None],
+    orders: AccountOrders,
     order_id: int,
     timeout: float,
     poll_interval: float,
@@ -23,7 +26,7 @@ def wait_for_status(
     """Look until the order has the status; see ``CloreClient.wait_for_order``.
 
     Parameters:
-        look: gives the order or None, and starts no request after the deadline that it is given.
+        orders: of the account.
         order_id, timeout, poll_interval, target_status, on_update: as there.
     """
     if target_status not in {"running", "creating"} | ENDED_STATUSES:
@@ -34,7 +37,9 @@ def wait_for_status(
     failure: CloreError | None = None
     while True:
         try:
-            order = look(deadline)
+            # The last look starts at the deadline, and gets its turn: two reads at most.
+            last = time.monotonic() + 2 * orders.client.rate_limit + SHORTEST_LOOK
+            order = limited(lambda: orders.find(order_id), deadline=max(deadline, last))
             failure = None
         except CloreError as error:
             if not (error.retryable or isinstance(error, InvalidResponseError)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from clore_client.rental.selection import CREATION_FEE, CREATION_FEE_AFTER, Wish
+from clore_client.rental.selection import CREATION_FEE, CREATION_FEE_AFTER, RentalSettings
 
 LONGEST_WATCH = 30.0  # seconds between two looks at the budget: the wall clock may have jumped
 FEE_LEAD = 5.0  # seconds before the creation fee is due, when it counts for the budget
@@ -56,9 +56,9 @@ class Meter:
 class Budget:
     """The limits of a rental, and the meters of its orders."""
 
-    def __init__(self, wish: Wish) -> None:
-        self._max_hours, self._max_cost = wish.max_hours, wish.max_cost_usd
-        self._fee = wish.fee
+    def __init__(self, settings: RentalSettings) -> None:
+        self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
+        self._fee = settings.fee
         self._since: Age | None = None  # of the first order
         self._spent = 0.0  # USD, by orders that have ended
         self._meters: list[Meter] = []

@@ -1,4 +1,4 @@
-"""What outlives a process: a small file for each intent to buy."""
+"""Keep the journal: a small file for each intent to buy, which outlives the process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ID_ROOM = 20  # characters kept free for the order's number
 _FIRST = '{"order_id": '
 
 _state_lock = threading.Lock()
-_held: dict[str, Entry] = {}  # path -> what this process has written and holds
+_written: dict[str, JournalEntry] = {}  # path -> what this process has written and holds
 
 
 def _read_line(path: str) -> str:
@@ -46,29 +46,43 @@ def this_machine() -> dict[str, str]:
     }
 
 
-class Entry:
-    """One intent to buy, held under a lock while this process lives or until it is removed.
+class JournalEntry:
+    """A note of one intent to buy, as one small file.
+
+    A living process holds the lock of what it has written. Whoever finds a file that nobody holds
+    knows that its process is dead, and holds it until ``close()``.
 
     Attributes:
-        facts: what stands in the file.
-        given_up: the rental is over in this process, and its order may still run.
+        data: what stands in the file.
+        of_this_machine: whether this machine wrote it.
+        abandoned: whether its order may run on without anybody to end it: the process is dead, or
+            the rental gave it up.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, path: Path, data: dict[str, Any]) -> None:
         self.path = path
-        self.facts = facts
-        self.given_up = False
+        self.data = data
+        self.of_this_machine = True
+        self.abandoned = False
         self._handle: int | None = None
+        self._written_here = False
+
+    @property
+    def order_id(self) -> int | None:
+        """The order that it became; None where that is not noted, or can't be right."""
+        order_id = whole_id(self.data.get("order_id"))
+        return order_id if order_id is not None and order_id > 0 else None
 
     def write(self) -> None:
         """Make the file, lock it, and have it on the disk."""
+        self._written_here = True
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
         handle = os.open(self.path, flags | getattr(os, "O_BINARY", 0), 0o600)
         self._handle = handle
         if not lock_file(handle, patience=1.0):  # somebody may look whether it is locked
             raise OSError("the file can't be locked")
-        rest = json.dumps(self.facts)[1:]
+        rest = json.dumps(self.data)[1:]
         text = f"{_FIRST}{'null':<{_ID_ROOM}}, {rest}\n".encode()
         if os.name == "nt":
             os.lseek(handle, 0, os.SEEK_SET)
@@ -77,12 +91,13 @@ class Entry:
         os.fsync(handle)
         _sync_folder(self.path.parent)
         with _state_lock:
-            _held[str(self.path)] = self
+            _written[str(self.path)] = self
 
     def note_order(self, order_id: int) -> None:
         """Write down which order it became, in place: a crash leaves the file whole."""
         if self._handle is None:
             return
+        self.data["order_id"] = order_id
         try:
             os.lseek(self._handle, len(_FIRST), os.SEEK_SET)
             os.write(self._handle, f"{order_id:<{_ID_ROOM}}".encode())
@@ -90,27 +105,37 @@ class Entry:
         except OSError as error:
             warn_of_state(f"{self.path.name} could not be updated", error)
 
+    def hold(self, handle: int) -> None:
+        """Keep the lock of a file that was found, until ``close()``."""
+        self._handle = handle
+
     def remove(self) -> None:
-        """The order is gone, or stays on purpose. Safe to repeat."""
+        """Remove the file. Safe to repeat."""
         with _state_lock:
-            _held.pop(str(self.path), None)
-        if self._handle is None:
-            return
+            _written.pop(str(self.path), None)
         handle, self._handle = self._handle, None
+        if handle is None and self._written_here:
+            return
         try:
-            if os.name == "nt":
+            if os.name == "nt" and handle is not None:
                 os.close(handle)
-                self.path.unlink(missing_ok=True)
-            else:  # while it is still locked
-                self.path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)  # elsewhere while it is still locked
+            if os.name != "nt" and handle is not None:
                 os.close(handle)
         except OSError as error:
             warn_of_state(f"{self.path} could not be removed", error)
 
-    def drop(self) -> None:
-        """Remove what could not be written."""
-        with contextlib.suppress(OSError):
-            self.remove()
+    def close(self) -> None:
+        """Let go of a file that was found; one that was written here stays held."""
+        if not self._written_here:
+            self.forget()
+
+    def forget(self) -> None:
+        """Close the file."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -123,64 +148,23 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_entry(folder: Path | None, facts: dict[str, Any]) -> Entry | None:
+def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | None:
     """Write an entry; None, and one warning, where that is not possible."""
     if folder is None:
         return None
     name = f"{random.SystemRandom().getrandbits(96):024x}{STATE_SUFFIX}"
     machine = this_machine()
-    entry = Entry(folder / name, {**facts, **machine, "pid": os.getpid()})
+    entry = JournalEntry(folder / name, {**data, **machine, "pid": os.getpid()})
     try:
         entry.write()
     except OSError as error:
-        entry.drop()
+        entry.remove()
         warn_of_state(f"no note of this rental could be written to {folder}", error)
         return None
     return entry
 
 
-class Found:
-    """An entry as it was found in the folder.
-
-    Attributes:
-        facts: what stands in it.
-        free: nobody holds it; then it is locked by us, until ``close()``.
-        ours: it is of this machine.
-    """
-
-    def __init__(self, path: Path, facts: dict[str, Any], free: bool, ours: bool) -> None:
-        self.path = path
-        self.facts = facts
-        self.free = free
-        self.ours = ours
-        self._handle: int | None = None
-        self._entry: Entry | None = None
-
-    @property
-    def order_id(self) -> int | None:
-        """The order that it became; None where that is not noted, or can't be right."""
-        order_id = whole_id(self.facts.get("order_id"))
-        return order_id if order_id is not None and order_id > 0 else None
-
-    def remove(self) -> None:
-        """Remove the file."""
-        if self._entry is not None:
-            self._entry.remove()
-            return
-        with contextlib.suppress(OSError):
-            if os.name == "nt":
-                self.close()
-            self.path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Let go of its lock."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            with contextlib.suppress(OSError):
-                os.close(handle)
-
-
-def read_entries(folder: Path | None) -> list[Found]:
+def read_entries(folder: Path | None) -> list[JournalEntry]:
     """All entries of the folder. What can't be read is warned of once, and left alone."""
     if folder is None:
         return []
@@ -206,9 +190,11 @@ def read_entries(folder: Path | None) -> list[Found]:
     return found
 
 
-def _read_entry(path: Path, machine: dict[str, str]) -> Found | None:
+def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
     with _state_lock:
-        held = _held.get(str(path))
+        written = _written.get(str(path))
+    if written is not None:
+        return written
     flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     # Some systems lock only what is open for writing.
@@ -219,7 +205,7 @@ def _read_entry(path: Path, machine: dict[str, str]) -> Found | None:
         if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_ENTRY:
             raise ValueError("not a small file")
         try:
-            free = held is None and lock_file(handle)
+            free = lock_file(handle)
         except OSError as error:  # nobody can be told from anybody: hands off
             warn_of_state(f"files in {path.parent} can't be locked", error)
             free = False
@@ -229,15 +215,15 @@ def _read_entry(path: Path, machine: dict[str, str]) -> Found | None:
             return None
         if free and not path.exists():  # removed by its owner meanwhile
             return None
-        facts = json.loads(text)
-        if not isinstance(facts, dict):
+        data = json.loads(text)
+        if not isinstance(data, dict):
             raise ValueError("not an object")
-        ours = all(facts.get(k) == machine[k] for k in ("host", "machine"))
-        found = Found(path, facts, free and ours, ours)
-        if held is not None and held.given_up:
-            found.free, found._entry = True, held
-        elif free and ours:
-            found._handle, keep = handle, True
+        found = JournalEntry(path, data)
+        found.of_this_machine = all(data.get(k) == machine[k] for k in ("host", "machine"))
+        found.abandoned = free and found.of_this_machine
+        if found.abandoned:
+            found.hold(handle)
+            keep = True
         return found
     finally:
         if not keep:
@@ -248,12 +234,9 @@ def _forget_entries() -> None:
     # A lock lives as long as any copy of its file is open: a child must not hold the parent's.
     global _state_lock
     _state_lock = threading.Lock()
-    for entry in _held.values():
-        if entry._handle is not None:
-            with contextlib.suppress(OSError):
-                os.close(entry._handle)
-            entry._handle = None
-    _held.clear()
+    for entry in _written.values():
+        entry.forget()
+    _written.clear()
 
 
 if hasattr(os, "register_at_fork"):

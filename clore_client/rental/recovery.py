@@ -11,10 +11,11 @@ from clore_client.errors import CancelUnconfirmedError, CloreError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.record import whole_id
-from clore_client.orders.cancel import OrderState, confirm_ended, confirm_until, keep_cancelling
+from clore_client.orders.account import AccountOrders, OrderState
+from clore_client.orders.cancel import Cancellation, confirm_until
 from clore_client.pricing import finite
-from clore_client.rental.journal import Found, read_entries
-from clore_client.rental.purchases import fits_intent
+from clore_client.rental.journal import JournalEntry, read_entries
+from clore_client.rental.orders import fits_intent
 
 # How far an order's time of creation, by the server's clock, may lie before and after the time of
 # the intent, by this machine's. A proxy may hold a request for a while.
@@ -35,13 +36,13 @@ class Leftover:
         host, pid: where.
     """
 
-    def __init__(self, entry: Found, order: Order | None) -> None:
-        facts = entry.facts
+    def __init__(self, entry: JournalEntry, order: Order | None) -> None:
+        data = entry.data
         self.order = order
         self.order_id = order.id if order is not None else entry.order_id
-        self.server_id = whole_id(facts.get("server_id"))
-        self.started = finite(facts.get("started"))
-        host, pid = facts.get("host"), facts.get("pid")
+        self.server_id = whole_id(data.get("server_id"))
+        self.started = finite(data.get("started"))
+        host, pid = data.get("host"), data.get("pid")
         self.host = host if isinstance(host, str) else None
         self.pid = pid if isinstance(pid, int) else None
         self.path = entry.path
@@ -83,13 +84,13 @@ class Leftovers:
 class _Survey:
     """One look at the entries and at the orders."""
 
-    def __init__(self, client: Any, folder: Path | None) -> None:
-        self.client = client
-        account = account_digest(client.BASE_URL, client.api_key)
-        self.entries: list[Found] = []
+    def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
+        self._orders = orders
+        account = account_digest(orders.client.base_url, orders.client.api_key)
+        self.entries: list[JournalEntry] = []
         self._read(folder, account)
         try:
-            self.orders = {o.id: o for o in client.get_orders() if o.id is not None}
+            self.listed = {o.id: o for o in orders.active() if o.id is not None}
             # Again: a living process may have noted and ordered one between the two.
             self._read(folder, account)
             self._match()
@@ -100,7 +101,7 @@ class _Survey:
     def _read(self, folder: Path | None, account: str) -> None:
         known = {entry.path for entry in self.entries}
         for entry in read_entries(folder):
-            if entry.path in known or entry.facts.get("account") != account:
+            if entry.path in known or entry.data.get("account") != account:
                 entry.close()
             else:
                 self.entries.append(entry)
@@ -117,14 +118,14 @@ class _Survey:
         for entry in self.entries:
             order_id = entry.order_id
             if order_id is not None:
-                fitting = [self.orders[order_id]] if order_id in self.orders else []
+                fitting = [self.listed[order_id]] if order_id in self.listed else []
             else:
                 fitting = [
                     order
-                    for number, order in self.orders.items()
-                    if number not in named and intended(entry.facts, order)
+                    for number, order in self.listed.items()
+                    if number not in named and intended(entry.data, order)
                 ]
-            if entry.free or not entry.ours:
+            if entry.abandoned or not entry.of_this_machine:
                 if len(fitting) > 1:
                     logger.warning("several orders fit %s: none is taken for it", entry.path)
                 elif fitting:
@@ -134,56 +135,57 @@ class _Survey:
                 living.update(order.id or 0 for order in fitting)
         held |= living
         self._settle_claims(living)
-        self.unnoted = [o for i, o in self.orders.items() if i not in held and not o.has_ended]
+        self.unnoted = [o for i, o in self.listed.items() if i not in held and not o.has_ended]
 
     def _settle_claims(self, living: set[int]) -> None:
         """Leave each order at most one entry."""
-        claims: dict[int, list[Found]] = {}
+        claims: dict[int, list[JournalEntry]] = {}
         for entry in self.entries:
             if (order := self.of.get(str(entry.path))) is not None:
                 claims.setdefault(order.id or 0, []).append(entry)
         for order_id, entries in claims.items():
             if order_id in living or (
-                len(entries) > 1 and not all(entry.free and entry.ours for entry in entries)
+                len(entries) > 1
+                and not all(entry.abandoned and entry.of_this_machine for entry in entries)
             ):
                 logger.warning("order %d may be another process's: it is left alone", order_id)
                 losers = entries
             else:
                 # Dead ones of this machine, whichever it was: the last is the likeliest.
-                entries.sort(key=lambda entry: finite(entry.facts.get("started")) or 0.0)
+                entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
                 losers = entries[:-1]
             for entry in losers:
                 self.of.pop(str(entry.path))
 
-    def order_of(self, entry: Found) -> Order | None:
+    def order_of(self, entry: JournalEntry) -> Order | None:
         order = self.of.get(str(entry.path))
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:
         """Whether an order of a dead process may not be listed yet."""
         return any(
-            entry.free and self.order_of(entry) is None and _young(entry.facts, wait)
+            entry.abandoned and self.order_of(entry) is None and _young(entry.data, wait)
             for entry in self.entries
         )
 
     def tidy(self, wait: float) -> None:
         """Remove the entries whose orders have ended, or were never made."""
-        self.missing: list[Found] = []  # noted orders that no list has
-        intents: list[Found] = []
+        self.missing: list[JournalEntry] = []  # noted orders that no list has
+        intents: list[JournalEntry] = []
         for entry in self.entries:
-            if not entry.free or self.order_of(entry) is not None:
+            if not entry.abandoned or self.order_of(entry) is not None:
                 continue
             if entry.order_id is None:
-                if not _young(entry.facts, LATEST_ORDER + CLOCKS_APART):
+                if not _young(entry.data, LATEST_ORDER + CLOCKS_APART):
                     intents.append(entry)
-            elif not _young(entry.facts, wait):
+            elif not _young(entry.data, wait):
                 self._tidy_order(entry, entry.order_id)
         if intents:
             self._tidy_intents(intents)
 
-    def _tidy_order(self, entry: Found, order_id: int) -> None:
+    def _tidy_order(self, entry: JournalEntry, order_id: int) -> None:
         try:
-            state = self.client._order_state(order_id)
+            state = self._orders.state(order_id)
         except CloreError:
             state = OrderState.ABSENT
         if state is OrderState.ENDED:
@@ -192,18 +194,18 @@ class _Survey:
         else:
             self.missing.append(entry)
 
-    def _tidy_intents(self, entries: list[Found]) -> None:
+    def _tidy_intents(self, entries: list[JournalEntry]) -> None:
         # One look is not enough: a list can be empty for a moment.
-        time.sleep(self.client.order_lag)
-        orders = self.client.get_orders()
+        time.sleep(self._orders.client.order_lag)
+        orders = self._orders.active()
         for entry in entries:
-            if not any(intended(entry.facts, order) for order in orders):
+            if not any(intended(entry.data, order) for order in orders):
                 logger.info("no order came of %s: the entry is removed", entry.path)
                 entry.remove()
 
-    def abandoned(self) -> list[tuple[Found, Order | None]]:
+    def abandoned(self) -> list[tuple[JournalEntry, Order | None]]:
         """Return the entries of dead processes of this machine whose orders may run."""
-        ours = [entry for entry in self.entries if entry.free and entry.ours]
+        ours = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
         return [
             (entry, order)
             for entry in ours
@@ -211,38 +213,38 @@ class _Survey:
         ]
 
     def result(self) -> Leftovers:
-        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.ours]
+        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
         abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
         return Leftovers(abandoned, elsewhere, self.unnoted)
 
 
-def intended(facts: dict[str, Any], order: Order) -> bool:
+def intended(data: dict[str, Any], order: Order) -> bool:
     """Whether an order can come of the intent that an entry without an order's number tells."""
-    before = facts.get("before")
-    if order.server_id != whole_id(facts.get("server_id")):
+    before = data.get("before")
+    if order.server_id != whole_id(data.get("server_id")):
         return False
     if isinstance(before, list) and order.id in before:
         return False
-    if not fits_intent(order, facts.get("image"), facts.get("currency"), facts.get("spot")):
+    if not fits_intent(order, data.get("image"), data.get("currency"), data.get("spot")):
         return False
-    started, made = finite(facts.get("started")), order.started_at
+    started, made = finite(data.get("started")), order.started_at
     if started is None or made is None:
         return False
-    ahead = finite(facts.get("server_clock"))
+    ahead = finite(data.get("server_clock"))
     apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
     return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
 
 
-def _young(facts: dict[str, Any], seconds: float) -> bool:
-    started = finite(facts.get("started"))
+def _young(data: dict[str, Any], seconds: float) -> bool:
+    started = finite(data.get("started"))
     # One in the future is young: the clock has been set back since.
     return started is not None and time.time() - started < seconds
 
 
-def _settled(client: Any, folder: Path | None, wait: float) -> _Survey:
+def _settled(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey:
     deadline = time.monotonic() + wait
     while True:
-        survey = _Survey(client, folder)
+        survey = _Survey(orders, folder)
         try:
             remaining = deadline - time.monotonic()
             if remaining <= 0 or not survey.undecided(wait):
@@ -255,16 +257,18 @@ def _settled(client: Any, folder: Path | None, wait: float) -> _Survey:
         time.sleep(min(LEFTOVER_LOOK, max(0.01, wait / 10), remaining))
 
 
-def find_leftovers(client: Any, folder: Path | None, wait: float) -> Leftovers:
+def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
     """What is left behind; see ``CloreClient.leftovers``."""
-    survey = _settled(client, folder, wait)
+    survey = _settled(orders, folder, wait)
     survey.close()
     return survey.result()
 
 
-def end_leftovers(client: Any, folder: Path | None, wait: float, timeout: float) -> list[int]:
+def end_leftovers(
+    orders: AccountOrders, folder: Path | None, wait: float, timeout: float
+) -> list[int]:
     """End what dead processes of this machine left; see ``CloreClient.cancel_leftovers``."""
-    survey = _settled(client, folder, wait)
+    survey = _settled(orders, folder, wait)
     ended: list[int] = []
     failed: dict[int, BaseException] = {}
     try:
@@ -275,10 +279,14 @@ def end_leftovers(client: Any, folder: Path | None, wait: float, timeout: float)
                 continue
             started = time.monotonic()
             # What no list has may be long gone, and its cancel be refused for ever.
-            until = started + (timeout if order is not None else min(timeout, client.order_lag))
-            failure: BaseException | None = keep_cancelling(client, order_id, lambda: until)  # noqa: B023
+            until = started + (
+                timeout if order is not None else min(timeout, orders.client.order_lag)
+            )
+            cancellation = Cancellation(orders, order_id)
+            failure = cancellation.keep_on(lambda: until, confirm=False)  # noqa: B023
             if failure is None:
-                failure = confirm_ended(client, order_id, confirm_until(started, timeout))
+                confirmed_by = confirm_until(started, timeout)
+                failure = cancellation.keep_on(lambda: confirmed_by, confirm=True)  # noqa: B023
             if failure is None:
                 logger.info("order %d, which a dead process left, was ended", order_id)
                 entry.remove()

@@ -26,8 +26,10 @@ from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, Transferred
 from clore_client.models.server import Server
+from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import add_note_to
-from clore_client.rental.selection import Wish, candidates, shown_usd
+from clore_client.rental.client import RentalClient
+from clore_client.rental.selection import RentalSettings, candidates, shown_usd
 from clore_client.rental.signals import SignalExit
 from clore_client.rental.worker import RentalWorker
 
@@ -73,9 +75,16 @@ class Rental:
         tried: (server id, why not) for each host that did not work.
     """
 
-    def __init__(self, client: Any, wish: Wish, folder: Path | None) -> None:
+    def __init__(
+        self,
+        client: RentalClient,
+        orders: AccountOrders,
+        settings: RentalSettings,
+        folder: Path | None,
+    ) -> None:
         self._client = client
-        self._wish = wish
+        self._orders = orders
+        self._settings = settings
         self._folder = folder
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of the worker
         self._block: weakref.ref[Any] | None = None
@@ -142,7 +151,7 @@ class Rental:
         except BaseException:
             connection.close()
             raise
-        return connection  # type: ignore[no-any-return]
+        return connection
 
     def run(self, command: str | Sequence[str], **options: Any) -> CommandResult:
         """Run a command on the machine, as :meth:`CloreClient.run` does. Needs paramiko.
@@ -207,7 +216,9 @@ class Rental:
         holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
         if self._block is not None and self._block() is not None:
             holders.append(self._block)
-        self._worker = RentalWorker(self._client, self._wish, self._folder, self._inbox, holders)
+        self._worker = RentalWorker(
+            self._client, self._orders, self._settings, self._folder, self._inbox, holders
+        )
         try:
             self._worker.start()
             self._walk(self._worker)
@@ -243,10 +254,10 @@ class Rental:
     # --- the walk ---
 
     def _walk(self, worker: RentalWorker) -> None:
-        wish, client = self._wish, self._client
+        settings, client = self._settings, self._client
         worker.note_orders(client.get_orders())
-        servers, nothing = candidates(client, wish)
-        for server in servers[: wish.attempts]:
+        servers, nothing = candidates(client, settings)
+        for server in servers[: settings.attempts]:
             worker.check()
             reason = self._try(worker, server)
             if reason is None:
@@ -277,21 +288,21 @@ class Rental:
         return reason
 
     def _buy(self, worker: RentalWorker, server: Server) -> Order:
-        wish = self._wish
-        price = wish.price_of(server)
-        settings = {**wish.settings, "find_timeout": wish.find_timeout}
-        if wish.spot:
-            settings["spot_price"] = price
+        settings = self._settings
+        price = settings.price_of(server)
+        arguments = {**settings.order_arguments, "find_timeout": settings.find_timeout}
+        if settings.spot:
+            arguments["spot_price"] = price
             # The rate for the bid, now: what is asked for later would count as time that costs.
-            self._client.get_spot_market(server.id)
-        return worker.buy(server, price, settings)
+            self._client.get_spot_market(server.id or 0)
+        return worker.buy(server, price, arguments)
 
     def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         """Wait until an order runs; None then, else why it does not."""
-        wish = self._wish
+        settings = self._settings
         try:
             running: Order = self._client.wait_for_order(
-                order.id, timeout=wish.deploy_timeout, poll_interval=wish.poll_interval
+                order.id or 0, timeout=settings.deploy_timeout, poll_interval=settings.poll_interval
             )
         except (WaitTimeoutError, OrderEndedError) as error:
             return str(error)
@@ -304,10 +315,10 @@ class Rental:
         return reason
 
     def _too_dear(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
-        price = shown_usd(order, server, self._wish.currency)
+        price = shown_usd(order, server, self._settings.currency)
         if price is not None:
             worker.told_price(price)
-        if not self._wish.over(price):
+        if not self._settings.over(price):
             return None
         return f"order {order.id} costs {price:.4g} USD per hour, over the limit"
 

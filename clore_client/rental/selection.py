@@ -8,6 +8,7 @@ from clore_client.models.record import part_of
 from clore_client.models.server import Server, on_demand_usd
 from clore_client.orders.create import check_login, order_env, order_ports
 from clore_client.pricing import HOURS_PER_DAY, finite, positive
+from clore_client.rental.client import RentalClient
 from clore_client.validation import (
     check_bool,
     check_count,
@@ -28,7 +29,7 @@ BID_MARGIN = 1e-4
 PRICE_SLACK = 1e-4  # of a price that went through an exchange rate
 
 
-class Wish:
+class RentalSettings:
     """What ``rent()`` was asked for, checked."""
 
     def __init__(
@@ -55,31 +56,14 @@ class Wish:
         max_hours: Any,
         max_cost_usd: Any,
     ) -> None:
-        if gpu_type is not None:
-            check_text("gpu_type", gpu_type)
-        if max_price_usd is not None:
-            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        self.gpu_type: str | None = gpu_type
-        self.max_price_usd: float | None = max_price_usd
-        self.min_reliability: float = min_reliability
-        self.spot = check_bool("use_spot", use_spot)
-        self.server_id = None if server_id is None else check_id("server_id", server_id)
+        self._set_search(gpu_type, max_price_usd, min_reliability, use_spot, server_id)
         self.currency = check_currency("currency", currency)
         self.image = check_text("image", image)
         check_login(ssh_password, ssh_key, jupyter_token)
         order_ports(ports)
         order_env(env)
-        if spot_price is not None:
-            check_number("spot_price", spot_price, above=True, unit="USD per hour")
-            if not use_spot:
-                raise ValueError("spot_price is only used with use_spot=True")
-            if max_price_usd is not None and spot_price > max_price_usd:
-                raise ValueError(
-                    f"spot_price must not be over max_price_usd: {spot_price!r}, {max_price_usd!r}"
-                )
-        self.spot_price: float | None = spot_price
-        self.settings: dict[str, Any] = {
+        self.spot_price = self._checked_bid(spot_price)
+        self.order_arguments: dict[str, Any] = {
             "image": self.image,
             "order_type": "spot" if self.spot else "on-demand",
             "currency": self.currency,
@@ -98,11 +82,34 @@ class Wish:
         self.cancel_timeout = check_number(
             "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
         )
-        for name, value in (("max_hours", max_hours), ("max_cost_usd", max_cost_usd)):
-            if value is not None:
-                check_number(name, value, above=True, infinite=True)
-        self.max_hours: float | None = max_hours
-        self.max_cost_usd: float | None = max_cost_usd
+        self.max_hours = _check_budget("max_hours", max_hours)
+        self.max_cost_usd = _check_budget("max_cost_usd", max_cost_usd)
+
+    def _set_search(
+        self, gpu_type: Any, max_price_usd: Any, min_reliability: Any, use_spot: Any, server_id: Any
+    ) -> None:
+        if gpu_type is not None:
+            check_text("gpu_type", gpu_type)
+        if max_price_usd is not None:
+            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
+        check_number("min_reliability", min_reliability, maximum=100.0)
+        self.gpu_type: str | None = gpu_type
+        self.max_price_usd: float | None = max_price_usd
+        self.min_reliability: float = min_reliability
+        self.spot = check_bool("use_spot", use_spot)
+        self.server_id = None if server_id is None else check_id("server_id", server_id)
+
+    def _checked_bid(self, spot_price: Any) -> float | None:
+        if spot_price is None:
+            return None
+        check_number("spot_price", spot_price, above=True, unit="USD per hour")
+        if not self.spot:
+            raise ValueError("spot_price is only used with use_spot=True")
+        if self.max_price_usd is not None and spot_price > self.max_price_usd:
+            raise ValueError(
+                f"spot_price must not be over max_price_usd: {spot_price!r}, {self.max_price_usd!r}"
+            )
+        return float(spot_price)
 
     @property
     def fee(self) -> float:
@@ -150,6 +157,10 @@ class Wish:
         return None
 
 
+def _check_budget(name: str, value: Any) -> float | None:
+    return None if value is None else check_number(name, value, above=True, infinite=True)
+
+
 def _lowest_bid(server: Server, currency: str) -> float | None:
     stated = positive(part_of(server, "price", "original_usd", currency, "spot"))
     return server.spot_usd_per_hour if stated is None else stated / HOURS_PER_DAY
@@ -172,29 +183,29 @@ def shown_usd(order: Any, server: Server, currency: str) -> float | None:
     return finite(order.usd_per_hour)
 
 
-def candidates(client: Any, wish: Wish) -> tuple[list[Server], str]:
+def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Server], str]:
     """Servers to try, the cheapest first in the wished currency; and what to say if none worked."""
-    if wish.server_id is not None:
+    if settings.server_id is not None:
         listed = client.get_marketplace(include_rented=True)
-        pinned = [s for s in listed if s.id == wish.server_id]
+        pinned = [s for s in listed if s.id == settings.server_id]
         if not pinned:
-            return [], f"server {wish.server_id} is not on the marketplace"
+            return [], f"server {settings.server_id} is not on the marketplace"
         server = pinned[0]
-        why = "is rented" if server.rented else wish.why_not(server)
-        if (server.reliability or 0.0) < wish.min_reliability:
+        why = "is rented" if server.rented else settings.why_not(server)
+        if (server.reliability or 0.0) < settings.min_reliability:
             why = f"has a reliability of {server.reliability}"
-        wanted = (wish.gpu_type or "").strip().lower()
+        wanted = (settings.gpu_type or "").strip().lower()
         if not any(wanted in str(name).lower() for name in server.get("gpu_array") or [""]):
-            why = f"has no {wish.gpu_type}"
-        return ([], f"server {wish.server_id} {why}") if why else ([server], "")
+            why = f"has no {settings.gpu_type}"
+        return ([], f"server {settings.server_id} {why}") if why else ([server], "")
     found = client.find_servers(
-        wish.gpu_type, min_reliability=wish.min_reliability, use_spot=wish.spot
+        settings.gpu_type, min_reliability=settings.min_reliability, use_spot=settings.spot
     )
     if not found:
-        named = f" whose GPU has {wish.gpu_type!r} in its name" if wish.gpu_type else ""
-        least = wish.min_reliability
+        named = f" whose GPU has {settings.gpu_type!r} in its name" if settings.gpu_type else ""
+        least = settings.min_reliability
         trusted = f", with a reliability from {least:g}" if least else ""
         return [], f"there is no free server{named}{trusted}"
-    fitting = [s for s in found if s.id is not None and wish.why_not(s) is None]
-    fitting.sort(key=lambda s: p if (p := wish.price_of(s)) is not None else float("inf"))
+    fitting = [s for s in found if s.id is not None and settings.why_not(s) is None]
+    fitting.sort(key=lambda s: p if (p := settings.price_of(s)) is not None else float("inf"))
     return fitting, f"none of {len(found)} free servers of that kind fits price and currency"

@@ -15,17 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clore_client.api.request import limited
 from clore_client.errors import (
+    ERROR_CODES,
     AuthenticationError,
     BudgetExceededError,
     CancelUnconfirmedError,
     CloreAPIError,
     CloreConnectionError,
-    CloreError,
     ConfigurationError,
     DatabaseError,
-    FateUnknownError,
+    OutcomeUnknownError,
     RateUnknownError,
     RentalError,
     SpendingLimitError,
@@ -33,16 +32,13 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.server import Server
-from clore_client.orders.cancel import (
-    SHORTEST_TRY,
-    confirm_ended,
-    confirm_until,
-    keep_cancelling,
-    not_cancelled,
-)
+from clore_client.orders.account import AccountOrders
 from clore_client.rental.budget import Budget
-from clore_client.rental.purchases import LOOKS, Purchase, Purchases
-from clore_client.rental.selection import Wish
+from clore_client.rental.cleanup import Cleanup
+from clore_client.rental.client import RentalClient
+from clore_client.rental.handoff import Gate, ThreadCall
+from clore_client.rental.orders import LOOKS, RentalOrder, RentalOrders
+from clore_client.rental.selection import RentalSettings
 from clore_client.rental.signals import (
     SignalExit,
     SignalHandling,
@@ -53,9 +49,7 @@ from clore_client.rental.signals import (
 
 Result = TypeVar("Result")
 
-LOOK_EVERY = 0.5  # seconds between two looks for an order whose making is in doubt
 LOOK_BESIDE = 2.0  # the same, while the block goes on
-WAKE_EVERY = 0.5  # seconds after which a thread that waits looks again, should nobody wake it
 GIVE_UP_WITHIN = 2.0  # seconds for three interrupts that end even the cancelling
 
 # After these no order was made.
@@ -75,50 +69,6 @@ _open_rentals: dict[int, RentalWorker] = {}
 _exiting = False
 
 
-class Gate:
-    """Lets threads wait for something that happens once.
-
-    Not a ``threading.Event``, whose lock an interrupt can leave locked.
-    """
-
-    def __init__(self) -> None:
-        self.is_open = False
-        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def open(self) -> None:
-        """Let all threads through."""
-        self.is_open = True
-        self._queue.put(None)
-
-    def wait(self) -> bool:
-        """Wait for a moment, and return whether it is open."""
-        if not self.is_open:
-            try:
-                self._queue.get(timeout=WAKE_EVERY)
-            except queue.Empty:
-                return self.is_open
-            self._queue.put(None)  # for whoever waits as well
-        return self.is_open
-
-
-class _Request:
-    """Something that the worker is asked to do."""
-
-    def __init__(self, action: Callable[[], Any]) -> None:
-        self._action = action
-        self.done = Gate()
-        self.result: Any = None
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        """Do it, and keep what comes of it."""
-        try:
-            self.result = self._action()
-        except BaseException as error:
-            self.error = error
-        self.done.open()
-
-
 class RentalWorker:
     """Owns the orders of one rental, from the first request to the confirmed end.
 
@@ -135,18 +85,20 @@ class RentalWorker:
 
     def __init__(
         self,
-        client: Any,
-        wish: Wish,
+        client: RentalClient,
+        orders: AccountOrders,
+        settings: RentalSettings,
         folder: Path | None,
         inbox: queue.SimpleQueue[Any],
         holders: list[weakref.ref[Any]],
     ) -> None:
         self._client = client
-        self._wish = wish
+        self._orders = orders
+        self._settings = settings
         self._inbox = inbox
         self._holders = holders  # the rental, and what its with statement holds
         self.pid = os.getpid()
-        self.budget = Budget(wish)
+        self.budget = Budget(settings)
         self.finished = Gate()
         self.failure: BaseException | None = None
         self.connections: list[Any] = []
@@ -156,15 +108,13 @@ class RentalWorker:
         self.exceeded: tuple[str, float, float, int | None] | None = None  # why, h, USD, id
         self._main = in_main_thread()
         self._handling: SignalHandling | None = None
-        self._purchases = Purchases(
-            client, wish, folder, self.budget, wake=lambda: inbox.put(None), taken=_order_ids
+        self._rental_orders = RentalOrders(
+            orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
         )
-        self._current: Purchase | None = None  # the one that the user has
+        self._cleanup = Cleanup(orders, self._rental_orders, settings, self.budget)
+        self._current: RentalOrder | None = None  # the one that the user has
         self._started = False
-        self._left_at: float | None = None
         self._interrupted_at: list[float] = []
-        self._hurried = False  # interrupted while it is left: the confirmation is skipped
-        self._abandoned = False
 
     # --- what the rental asks for, in its own thread ---
 
@@ -184,9 +134,14 @@ class RentalWorker:
             raise RentalError(f"nothing was rented: {error}") from error
         self._started = True
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether it was interrupted three times: what may run is left to ``leftovers()``."""
+        return self._cleanup.abandoned
+
     def ask(self, action: Callable[[], Result]) -> Result:
         """Have the worker do something, and return what comes of it, or raise that."""
-        request = _Request(action)
+        request = ThreadCall(action)
         self._inbox.put(request)
         while not request.done.wait():
             if self.finished.is_open:
@@ -197,17 +152,17 @@ class RentalWorker:
 
     def note_orders(self, orders: list[Order]) -> None:
         """Note which orders are there before the first purchase."""
-        self._purchases.before = {order.id for order in orders if order.id is not None}
+        self._rental_orders.before = {order.id for order in orders if order.id is not None}
 
-    def buy(self, server: Server, price: float | None, settings: dict[str, Any]) -> Order:
+    def buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
         """Order a server.
 
         Parameters:
             server: as it is listed.
             price: in USD per hour, without fees.
-            settings: for ``create_order``.
+            arguments: of ``create_order``.
         """
-        return self.ask(lambda: self._buy(server, price, settings))
+        return self.ask(lambda: self._buy(server, price, arguments))
 
     def end_order(self) -> BaseException | None:
         """End the current order; None when that is confirmed, else what to tell the user."""
@@ -261,7 +216,7 @@ class RentalWorker:
                 if self.finished.wait():
                     break
             except (KeyboardInterrupt, SystemExit) as interrupt:
-                self._hurried = True
+                self._cleanup.hurried = True
                 caught.append(interrupt)
                 times.append(time.monotonic())
                 if len(times) >= 3 and times[-1] - times[-3] <= GIVE_UP_WITHIN:
@@ -303,21 +258,21 @@ class RentalWorker:
         self.closed = True
 
     def _begin_to_leave(self) -> None:
-        self._left_at = self._left_at or time.monotonic()
+        self._cleanup.leave()
         self._inbox.put(None)
 
     def _abandon(self) -> None:
         """Stop ending the rental: what may run is left to ``leftovers()``."""
-        self._abandoned = True
-        left = list(self._purchases)
+        self._cleanup.abandoned = True
+        left = list(self._rental_orders)
         for purchase in left:
             if purchase.entry is not None:
-                purchase.entry.given_up = True
+                purchase.entry.abandoned = True
         ids = tuple(p.order_id for p in left if p.order_id is not None)
         text = f"interrupted three times: {'; '.join(map(str, left))}: see leftovers()"
         if left:
             self.failure = (
-                CancelUnconfirmedError(text, order_ids=ids) if ids else FateUnknownError(text)
+                CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
             )
 
     def _on_signal(self, signum: int) -> None:
@@ -334,15 +289,15 @@ class RentalWorker:
                 self._next_request()
                 if self._must_end():
                     self._end_early()
-                self._look_at_doubts()
+                self._cleanup.look_at_doubts(self._current)
         except BaseException as error:
             self.failure = error
-        self._left_at = self._left_at or time.monotonic()
+        self._cleanup.leave()
         try:
-            failure = self._end()
+            failure = self._cleanup.end_all()
         except BaseException as error:
             failure = error
-        if not self._abandoned:
+        if not self._cleanup.abandoned:
             self.failure = failure or self.failure
         _open_rentals.pop(id(self), None)
         if self._is_forgotten():  # then nobody else does this
@@ -353,22 +308,24 @@ class RentalWorker:
 
     def _next_request(self) -> None:
         timeout = None if self.exceeded else self.budget.seconds_left()
-        if self._doubtful():
-            look = min(LOOK_BESIDE, max(0.001, self._client.order_lag / LOOKS))
+        if self._cleanup.in_doubt(self._current):
+            look = min(LOOK_BESIDE, max(0.001, self._orders.client.order_lag / LOOKS))
             timeout = min(look, math.inf if timeout is None else timeout)
         try:
             request = self._inbox.get(timeout=timeout)
         except queue.Empty:
             return
-        if isinstance(request, _Request):
+        if isinstance(request, ThreadCall):
             request.run()
 
-    def _doubtful(self) -> list[Purchase]:
-        """Return the purchases that may have become orders, but for the one that is being made."""
-        return [p for p in self._purchases if p.order_id is None and p is not self._current]
+    def _taken(self) -> set[int | None]:
+        """Return the orders of all open rentals of this account in this process."""
+        account = self._orders.claims
+        workers = [w for w in list(_open_rentals.values()) if w._orders.claims is account]
+        return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
     def _is_left(self) -> bool:
-        return self._left_at is not None or self._is_forgotten()
+        return self._cleanup.left_at is not None or self._is_forgotten()
 
     def _is_forgotten(self) -> bool:
         """Whether the ``with`` statement, or the rental itself, is gone."""
@@ -390,25 +347,25 @@ class RentalWorker:
 
     # --- buying ---
 
-    def _buy(self, server: Server, price: float | None, settings: dict[str, Any]) -> Order:
+    def _buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
         self.check()
-        purchase = self._current = self._purchases.note_intent(server.id or 0, price)
+        purchase = self._current = self._rental_orders.note_intent(server.id or 0, price)
         try:
-            order: Order = self._client.create_order(purchase.server_id, **settings)
+            order: Order = self._client.create_order(purchase.server_id, **arguments)
             if order.id is None:
-                raise FateUnknownError("the answer to create_order names no order")
+                raise OutcomeUnknownError("the answer to create_order names no order")
         except DatabaseError:
-            self._purchases.refused(purchase)
+            self._rental_orders.refused(purchase)
             self._current = None
             raise
         except SURELY_NO_ORDER as error:
             # Of an unknown code, or an answer that is no envelope, nobody knows what it means.
-            if not isinstance(error, CloreAPIError) or error.code in self._client.ERROR_CODES:
-                self._purchases.forget(purchase)
+            if not isinstance(error, CloreAPIError) or error.code in ERROR_CODES:
+                self._rental_orders.forget(purchase)
                 self._current = None
             raise
-        self._purchases.became(purchase, order.id)
-        self._purchases.drop_dead_notes(purchase.server_id)
+        self._rental_orders.became(purchase, order.id)
+        self._rental_orders.drop_dead_notes(purchase.server_id)
         return order
 
     def _keep(self) -> None:
@@ -417,15 +374,9 @@ class RentalWorker:
             raise RentalError("the order was ended already: it can't be kept")
         self.kept = True
         logger.info("order %d stays, on purpose", current.order_id)
-        self._purchases.keep(current)
+        self._rental_orders.keep(current)
 
     # --- the end ---
-
-    def _deadline(self) -> float:
-        """Until when cancels are kept up: without end while the block goes on."""
-        if self._left_at is None:
-            return math.inf
-        return self._left_at + self._wish.cancel_timeout
 
     def _end_early(self) -> None:
         """End the current order while the block goes on."""
@@ -434,7 +385,7 @@ class RentalWorker:
             return
         # Beside the cancel, which may have to wait for an API that is down.
         threading.Thread(target=self.close_ssh, name="clore-rental-close", daemon=True).start()
-        failure = self._try_to_cancel(current, self._deadline)
+        failure = self._cleanup.try_to_cancel(current, self._cleanup.deadline)
         if failure is not None:
             logger.error("order %d could not be cancelled: %s", current.order_id, failure)
         self.close_ssh()  # one may have been opened meanwhile
@@ -443,141 +394,14 @@ class RentalWorker:
         current, started = self._current, time.monotonic()
         if current is None:
             return None
-        until = started + self._wish.cancel_timeout
-        failure: BaseException | None = self._cancel(current, lambda: min(until, self._deadline()))
+        until = started + self._settings.cancel_timeout
+        failure: BaseException | None = self._cleanup.cancel(
+            current, lambda: min(until, self._cleanup.deadline())
+        )
         if failure is None:
-            failure = self._confirm(current, started)
+            failure = self._cleanup.confirm(current, started)
         self._current = None
         return failure
-
-    def _end(self) -> BaseException | None:
-        """End all that costs money, the cancels first; None when it is gone."""
-        started = time.monotonic()
-        failures: list[BaseException | None] = [
-            self._cancel(purchase, self._deadline)
-            for purchase in self._purchases
-            if purchase.order_id is not None
-        ]
-        for purchase in self._purchases:
-            if purchase.order_id is None:
-                failures.append(self._settle_doubt(purchase))
-        for purchase in self._purchases:
-            failures.append(self._confirm(purchase, started))
-        return next((failure for failure in failures if failure is not None), None)
-
-    def _cancel(
-        self, purchase: Purchase, deadline: Callable[[], float]
-    ) -> CancelUnconfirmedError | None:
-        """Cancel until that is accepted, or leave the order to ``leftovers()``."""
-        failure = self._try_to_cancel(purchase, deadline)
-        if failure is None:
-            return None
-        order_id = purchase.order_id or 0
-        self._purchases.give_up(purchase)
-        logger.error("order %d could not be cancelled: it may still be running", order_id)
-        return not_cancelled(order_id, failure, self._wish.cancel_timeout)
-
-    def _try_to_cancel(self, purchase: Purchase, deadline: Callable[[], float]) -> Exception | None:
-        if purchase.accepted:
-            return None
-        failure = keep_cancelling(
-            self._client, purchase.order_id or 0, deadline, lambda: self._abandoned
-        )
-        if failure is None:
-            purchase.accepted = True  # from here on it costs nothing
-            self.budget.stop(purchase.meter)
-        return failure
-
-    def _confirm(self, purchase: Purchase, started: float) -> CloreError | None:
-        """Wait until an order that was cancelled is listed as ended."""
-        order_id = purchase.order_id or 0
-        deadline = confirm_until(started, self._wish.cancel_timeout)
-        failure = (
-            None
-            if self._hurried
-            else confirm_ended(self._client, order_id, deadline, stop=lambda: self._hurried)
-        )
-        if self._hurried:
-            logger.warning("order %d was cancelled, which is not confirmed: interrupted", order_id)
-            self._purchases.give_up(purchase)
-            return CloreError(
-                f"order {order_id} was cancelled; that it has ended was not confirmed"
-            )
-        if failure is not None:
-            logger.error("order %d was cancelled, but may still be running", order_id)
-            self._purchases.give_up(purchase)
-            return failure
-        self._purchases.forget(purchase)
-        self._purchases.before.add(order_id)
-        return None
-
-    # --- purchases in doubt ---
-
-    def _look_at_doubts(self) -> None:
-        """Look once for the orders of purchases that the API has refused with code 1."""
-        for purchase in self._doubtful():
-            try:
-                there_is_none = self._look_for(purchase)
-            except CloreError as error:
-                logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
-                continue
-            if purchase.order_id is not None:
-                logger.warning(
-                    "order %d of server %d was made after all: it is ended",
-                    purchase.order_id,
-                    purchase.server_id,
-                )
-                until = time.monotonic() + self._wish.cancel_timeout
-                self._try_to_cancel(purchase, lambda: until)  # noqa: B023
-            elif there_is_none:
-                self._purchases.forget(purchase)
-
-    def _look_for(self, purchase: Purchase) -> bool:
-        """Look once for the order of a purchase; True when time has shown that there is none."""
-        asked_at = time.monotonic()
-        deadline = max(asked_at + SHORTEST_TRY, self._deadline())
-        try:
-            orders = limited(self._client.get_orders, deadline=deadline, urgent=True)
-        except CloreError:
-            purchase.absent.clear()  # nobody knows what that list would have said
-            raise
-        return self._purchases.look_for(purchase, orders, asked_at)
-
-    def _settle_doubt(self, purchase: Purchase) -> BaseException | None:
-        """Look for an order until it is found, which is then ended, or time has shown that there
-        is none."""
-        logger.warning("looking for an order of server %d", purchase.server_id)
-        cause: BaseException | None = None
-        shown = False
-        while not (shown or self._abandoned):
-            try:
-                shown = self._look_for(purchase)
-                cause = None
-            except CloreError as error:
-                cause = error
-            if purchase.order_id is not None:
-                return self._cancel(purchase, self._deadline)
-            if time.monotonic() >= self._deadline():
-                break
-            if not shown:
-                time.sleep(min(LOOK_EVERY, max(0.001, self._client.order_lag / LOOKS)))
-        if shown and purchase.answered:
-            self._purchases.forget(purchase)
-            return None
-        self._purchases.give_up(purchase)
-        logger.warning(
-            "no order of server %d showed up: look at leftovers() later", purchase.server_id
-        )
-        unknown = FateUnknownError(
-            f"{purchase}, and did not show up: look at leftovers() and get_orders() in a minute",
-            endpoint="/v1/create_order",
-        )
-        unknown.__cause__ = cause
-        return unknown
-
-
-def _order_ids() -> set[int | None]:
-    return {p.order_id for worker in list(_open_rentals.values()) for p in worker._purchases}
 
 
 def _end_all() -> None:
@@ -585,7 +409,7 @@ def _end_all() -> None:
     global _exiting
     _exiting = True
     # One that was interrupted three times is not waited for a second time.
-    workers = [w for w in list(_open_rentals.values()) if w.pid == os.getpid() and not w._abandoned]
+    workers = [w for w in list(_open_rentals.values()) if w.pid == os.getpid() and not w.abandoned]
     for worker in workers:
         worker._begin_to_leave()
     for worker in workers:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import requests
 
-from clore_client import CloreClient, CloreConnectionError, OrderFateUnknownError
+from clore_client import CloreClient, CloreConnectionError, OrderOutcomeUnknownError
 from clore_client.api.connection import never_left
 
 
@@ -77,7 +77,7 @@ def test_a_tls_handshake_that_fails_leaves_nothing_behind(
 @pytest.mark.parametrize("serve", [reset, silent])
 def test_over_plain_http_the_same_is_a_doubt(serve: Callable[[socket.socket], None]) -> None:
     with server(serve) as (port, peers):
-        with pytest.raises(OrderFateUnknownError):
+        with pytest.raises(OrderOutcomeUnknownError):
             client_of(f"http://127.0.0.1:{port}")._request("POST", "/v1/create_order")
         assert len(peers) == 1
 
@@ -104,7 +104,7 @@ def test_an_error_of_an_unwatched_connection_is_a_doubt(monkeypatch: pytest.Monk
     session = client._sessions.take(reads=True)
     session.mount("http://", adapter)
     monkeypatch.setattr(client._sessions, "take", lambda reads: session)
-    with pytest.raises(OrderFateUnknownError):
+    with pytest.raises(OrderOutcomeUnknownError):
         client._request("POST", "/v1/create_order")
     assert adapter.calls == 1
     assert never_left(requests.ConnectTimeout(), left=False)

@@ -22,10 +22,10 @@ from clore_client import (
     CloreError,
     ConfigurationError,
     DatabaseError,
-    FateUnknownError,
     InvalidEndpointError,
     InvalidResponseError,
-    OrderFateUnknownError,
+    OrderOutcomeUnknownError,
+    OutcomeUnknownError,
     SpotPriceStepError,
 )
 from tests.conftest import FAST, MakeSim, client_for, sent_to
@@ -134,7 +134,7 @@ def test_a_purchase_in_doubt_is_sent_once(
         order()  # found, as if nothing had happened
         assert len(sent_to(sim, "create_order")) == 1
         return
-    with pytest.raises(OrderFateUnknownError, match="get_orders") as caught:
+    with pytest.raises(OrderOutcomeUnknownError, match="get_orders") as caught:
         order()
     assert len(sent_to(sim, "create_order")) == 1
     assert not caught.value.retryable
@@ -143,7 +143,7 @@ def test_a_purchase_in_doubt_is_sent_once(
         assert caught.value.server_id == server.id
         assert caught.value.credentials == {"ssh_password": PASSWORD}
         again = pickle.loads(pickle.dumps(caught.value))
-        assert type(again) is OrderFateUnknownError
+        assert type(again) is OrderOutcomeUnknownError
         assert str(again) == str(caught.value)
         assert again.credentials == {}
         assert b"hunter2" not in pickle.dumps(caught.value)
@@ -151,9 +151,9 @@ def test_a_purchase_in_doubt_is_sent_once(
 
 def test_other_posts_in_doubt_are_sent_once(sim: Simulator, client: CloreClient) -> None:
     sim.faults.add("*", "lose_request")
-    with pytest.raises(FateUnknownError, match="state of your account") as caught:
+    with pytest.raises(OutcomeUnknownError, match="state of your account") as caught:
         client._request("POST", "/v1/set_server_settings", json={"name": "rig"})
-    assert not isinstance(caught.value, OrderFateUnknownError)
+    assert not isinstance(caught.value, OrderOutcomeUnknownError)
     assert not caught.value.retryable
     assert len(sim.requests) == 1
 

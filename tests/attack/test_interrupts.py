@@ -1,7 +1,8 @@
 """Interrupts at every line, and real ones at the worst moments: nothing runs on, nothing hangs.
 
 ``CLORE_TEST_INJECTIONS``: how many injections in all (600), ``all``, or places as
-``api/rate_limit.py:120,rental/rental.py:``. ``CLORE_TEST_SIGINTS``: how many real signals at the end of a block.
+``api/rate_limit.py:120,rental/rental.py:``. ``CLORE_TEST_SIGINTS``: how many real signals at the
+end of a block.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from clore_client import (
     CloreError,
     ConfigurationError,
     Order,
-    OrderFateUnknownError,
+    OrderOutcomeUnknownError,
     RentalError,
     WaitTimeoutError,
 )
@@ -209,7 +209,7 @@ def test_a_purchase_whose_answer_never_ends_is_in_doubt(
     server: FaultServer, hasty: CloreClient
 ) -> None:
     server.fault("create_order", "drip")
-    with Watchdog(server, 12), pytest.raises(OrderFateUnknownError):
+    with Watchdog(server, 12), pytest.raises(OrderOutcomeUnknownError):
         hasty.create_order(101, find_timeout=0.3)
     assert len(server.sent_to("create_order")) == 1
 
@@ -286,7 +286,7 @@ def test_a_purchase_that_is_answered_hugely_is_in_doubt(server: FaultServer) -> 
         order = client.create_order(101)
         assert server.running == [order.id]
         server.fault("create_order", "huge", mb=100)
-        with pytest.raises(OrderFateUnknownError):
+        with pytest.raises(OrderOutcomeUnknownError):
             client.create_order(102, find_timeout=0.5)
     assert len(server.sent_to("create_order")) == 2
 
@@ -499,7 +499,7 @@ def test_an_order_that_was_there_before_is_not_the_new_one(
     try:
         order = client.create_order(101, find_timeout=0.6)
         assert [order.id] == server.running
-    except OrderFateUnknownError as raised:
+    except OrderOutcomeUnknownError as raised:
         error = raised
     # Only if it was the first call of a client, which can't know what was there before.
     assert error is None or looked_at == "nothing"
@@ -538,6 +538,21 @@ def test_an_order_that_code_1_hid_stays_noted(server: FaultServer, notes: Path) 
         with client.rent("4090", **{**RENT, "find_timeout": 0.2}):
             noted = [json.loads(path.read_text())["server_id"] for path in notes.glob("*.json")]
             assert sorted(noted) == [101, 102]
+
+
+def test_an_order_of_the_same_number_in_another_account_does_not_hide_it(
+    server: FaultServer, notes: Path
+) -> None:
+    with FaultServer() as other, client_for(other, notes) as elsewhere:
+        server.books.hidden_for[101] = 0.4
+        server.fault("create_order", "refuse", commit=True, code=1)
+        with (
+            elsewhere.rent("4090", **RENT) as rental,
+            client_for(server, notes, order_lag=1) as client,
+        ):
+            error = rented(client, 0)
+            assert server.orders[0].id == rental.order.id
+            assert unaccounted(server, client, error, noted=True) == []
 
 
 def test_orders_that_are_all_listed_late_are_accounted_for(notes: Path) -> None:

@@ -101,11 +101,11 @@ def test_rates_and_the_form_are_asked_for_again_after_five_minutes(
 ) -> None:
     server_id, _ = spot_server(client)
     client.get_spot_market(server_id)
-    client._ensure_rates(server_id, "bitcoin")
+    client._market.ensure_rates(server_id, "bitcoin")
     assert len(sent_to(sim, "spot_marketplace")) == 1
     real = time.monotonic
     monkeypatch.setattr("time.monotonic", lambda: real() + 301)
-    assert client._market.rates.fresh() == {}
+    assert client._market.data.rates.fresh() == {}
     monkeypatch.undo()
 
 
@@ -116,9 +116,9 @@ def test_an_api_that_turns_out_to_be_live_is_no_longer_taken_for_documented(
     sim.faults.add("spot_marketplace", "envelope",
                    envelope={"code": 0, "market": {"offers": [{"price": 1}]}})  # fmt: skip
     client.get_spot_market(server_id)
-    assert client._market.documented
+    assert client._market.data.documented
     client.get_marketplace()
-    assert not client._market.documented
+    assert not client._market.data.documented
     client.create_order(server_id, order_type="spot", spot_price=minimum * 1.1)
     sent = sent_to(sim, "create_order")[0].body["spotprice"]
     assert sent == pytest.approx(minimum * 1.1 * 24 / RATES["CLORE-Blockchain"])

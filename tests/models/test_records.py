@@ -95,8 +95,8 @@ def test_a_live_server_in_the_documented_form() -> None:
     assert (server.usd_per_hour, server.spot_usd_per_hour) == (0.125, 2 / 24)
     assert (server.country, server.ram_gb, server.disk_gb) == ("NO", 31.81, 394.1)
     assert (server.cuda_version, server.reliability, server.rented) == ("13.0", 97.31, False)
-    server["specs"]["net"]["cc"] = "XX"
-    server["price"]["original_usd"].clear()
+    server.wire["specs"]["net"]["cc"] = "XX"
+    server["price"]["usd"]["spot"] = 5
     server["gpu_array"].append("more")
     assert server.wire == LIVE_SERVER
 

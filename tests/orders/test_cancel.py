@@ -50,10 +50,11 @@ def test_an_order_that_is_not_listed_yet_is_not_taken_for_a_missing_one(
     sim = make_sim(create_answer="order_id", visible_after=60.0)
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
-    sim.faults.add("cancel_order", "html_502")
+    sim.faults.add("cancel_order", "html_502", times=999)
     with pytest.raises(CancelUnconfirmedError, match="502") as caught:
         client.cancel_order(order["order_id"])
     assert caught.value.retryable
+    sim.faults.clear()
     assert client.cancel_order(order["order_id"]) is True
     assert not sim.orders[0].active
 
@@ -65,7 +66,7 @@ def test_lists_that_can_not_be_read_leave_the_first_error(
     sim = make_sim()
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
-    sim.faults.add("cancel_order", "lose_request")
+    sim.faults.add("cancel_order", "lose_request", times=999)
     sim.faults.add("my_orders", "html_502", times=999)
     with pytest.raises(CancelUnconfirmedError, match="after 1 retries"):
         client.cancel_order(order["order_id"])
@@ -135,6 +136,7 @@ def test_cancel_all_names_what_is_left(make_sim: MakeSim, monkeypatch: pytest.Mo
     client.wait_for_order(order["order_id"], timeout=20, poll_interval=0.02)
     answer = {"code": 0, "failed_to_cancel": [str(order["order_id"])]}
     sim.faults.add("cancel_orders", "envelope", envelope=answer)
+    sim.faults.add("cancel_order", "html_502", times=999)
     with pytest.raises(CancelUnconfirmedError) as caught:
         client.cancel_all()
     assert caught.value.order_ids == (order["order_id"],)

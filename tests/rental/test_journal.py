@@ -131,20 +131,20 @@ def test_a_lock_tells_who_lives(folder: Path) -> None:
     entry = write_entry(folder, FACTS)
     assert entry is not None
     (found,) = read_entries(folder)
-    assert (found.free, found.ours) == (False, True)
+    assert (found.abandoned, found.of_this_machine) == (False, True)
     look = (
         "import sys; from pathlib import Path;"
         "from clore_client.rental.journal import read_entries;"
-        "print([(e.free, e.ours) for e in read_entries(Path(sys.argv[1]))])"
+        "print([(e.abandoned, e.of_this_machine) for e in read_entries(Path(sys.argv[1]))])"
     )
     command = [sys.executable, "-c", look, str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     seen = subprocess.check_output(command, env=environment, text=True)
     assert seen == "[(False, True)]\n"
     # A rental that is over, and whose order may still run, is this process's to end: no other's.
-    entry.given_up = True
+    entry.abandoned = True
     (found,) = read_entries(folder)
-    assert (found.free, found.ours) == (True, True)
+    assert (found.abandoned, found.of_this_machine) == (True, True)
     assert subprocess.check_output(command, env=environment, text=True) == "[(False, True)]\n"
     # A child that lives on holds nothing.
     if hasattr(os, "fork"):
@@ -342,15 +342,15 @@ def test_a_rental_that_is_noted_while_the_orders_are_read_is_not_touched(
     order = order_of(client, sim)
     dead = left(client, folder, order, order_id=None, started=time.time())
     living: list[Any] = []
-    read = client.get_orders
+    real = client._request
 
-    def get_orders(*args: Any) -> list[Order]:
-        if not living:
+    def request(method: str, endpoint: str, *args: Any, **kwargs: Any) -> Any:
+        if endpoint == "/v1/my_orders" and not living:
             facts = {k: v for k, v in json.loads(dead.read_text()).items() if k != "pid"}
             living.append(write_entry(folder, {**facts, "order_id": order.id}))
-        return read(*args)
+        return real(method, endpoint, *args, **kwargs)
 
-    monkeypatch.setattr(client, "get_orders", get_orders)
+    monkeypatch.setattr(client, "_request", request)
     assert client.cancel_leftovers(wait=0) == []
     assert active(sim) == [order.id]
     living[0].remove()

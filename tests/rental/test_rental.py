@@ -20,7 +20,7 @@ from clore_client import (
     CloreError,
     CommandError,
     InsufficientBalanceError,
-    OrderFateUnknownError,
+    OrderOutcomeUnknownError,
     Rental,
     RentalError,
     SSHError,
@@ -310,7 +310,7 @@ def test_a_lost_answer_is_no_second_order(sim: Simulator, kind: str) -> None:
 def test_an_order_that_shows_up_late_is_ended_all_the_same(sim: Simulator, tmp_path: Any) -> None:
     client = client_for(sim, order_lag=20.0)
     sim.faults.add("create_order", "commit_late", seconds=0.6)
-    with pytest.raises(OrderFateUnknownError):
+    with pytest.raises(OrderOutcomeUnknownError):
         with rent(client, find_timeout=0.1, cancel_timeout=60):
             pytest.fail("entered")
     assert len(sim.orders) == 1
@@ -321,7 +321,7 @@ def test_an_order_that_shows_up_late_is_ended_all_the_same(sim: Simulator, tmp_p
 def test_a_fate_unknown_stops_the_walk(sim: Simulator, tmp_path: Any) -> None:
     client = client_for(sim, order_lag=0.01)
     sim.faults.add("create_order", "commit_late", seconds=3.0)
-    with pytest.raises(OrderFateUnknownError):
+    with pytest.raises(OrderOutcomeUnknownError):
         with rent(client, find_timeout=0.2):
             pytest.fail("entered")
     assert len(sent_to(sim, "create_order")) == 1

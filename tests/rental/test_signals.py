@@ -137,13 +137,14 @@ def test_the_last_user_may_be_another_thread() -> None:
 def test_a_signal_on_the_way_out_waits_for_the_cancel(
     sim: Simulator, client: CloreClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = client.cancel_order
+    real = client._request
 
-    def cancel(*args: Any, **kwargs: Any) -> bool:
-        send(signal.SIGTERM)
-        return real(*args, **kwargs)
+    def request(method: str, endpoint: str, *args: Any, **kwargs: Any) -> Any:
+        if endpoint == "/v1/cancel_order":
+            send(signal.SIGTERM)
+        return real(method, endpoint, *args, **kwargs)
 
-    monkeypatch.setattr(client, "cancel_order", cancel)
+    monkeypatch.setattr(client, "_request", request)
     with pytest.raises(SignalExit):
         with client.rent(**QUICK):
             pass

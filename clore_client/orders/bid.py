@@ -1,0 +1,87 @@
+"""Change the bid of a spot order."""
+
+from __future__ import annotations
+
+from clore_client.errors import (
+    CloreConnectionError,
+    DatabaseError,
+    InvalidResponseError,
+    OrderEndedError,
+    OrderNotFoundError,
+    SpotPriceTooSoonError,
+)
+from clore_client.market.spot import surely_documented
+from clore_client.models.order import Order
+from clore_client.orders.account import AccountOrders
+from clore_client.orders.limits import check_price_limit
+from clore_client.pricing import finite
+from clore_client.validation import check_currency
+
+
+def set_spot_price(
+    orders: AccountOrders, order_id: int, usd_per_hour: float, allow_above: bool
+) -> bool:
+    """Change the bid of an order; see ``CloreClient.set_spot_price``."""
+    # One that was just made may not be listed yet.
+    order = orders.find(order_id) or orders.made.get(order_id)
+    if order is None:
+        raise OrderNotFoundError(
+            f"there is no order {order_id}: nothing was bid", order_id=order_id
+        )
+    bid = _wire_bid(orders, order, usd_per_hour, allow_above)
+    body = {"order_id": order_id, "desired_price": bid}
+    accepted = True
+    try:
+        answer = orders.client._request("POST", "/v1/set_spot_price", json=body)
+        accepted = answer.get("error") in (None, "")
+    except SpotPriceTooSoonError as error:
+        # Sent again after a lost answer, it is refused because the first one was carried out.
+        if error.sends <= 1 or not _shows_bid(orders, order, bid):
+            raise
+    except (CloreConnectionError, DatabaseError, InvalidResponseError):
+        # It may have been carried out: a budget counts the higher price.
+        orders.tell_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
+        raise
+    if accepted:
+        orders.tell_bid(order_id, usd_per_hour)
+    return accepted
+
+
+def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool) -> float:
+    """Check a bid, and return it as the API takes it."""
+    if order.has_ended:
+        raise OrderEndedError(
+            f"Order {order.id} has ended, with status {order.status}: nothing was bid",
+            order_id=order.id or 0,
+            status=order.status or "",
+            order=order,
+        )
+    if order.is_spot is False:
+        raise ValueError(f"order {order.id} is no spot order: nothing was bid")
+    limit = orders.client.max_usd_per_hour
+    check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
+    data = orders.market.data
+    data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
+    if surely_documented(order):
+        return usd_per_hour
+    currency, server_id = order.get("currency"), order.server_id
+    if server_id is None or not isinstance(currency, str):
+        raise OrderNotFoundError(
+            f"order {order.id} does not tell its server and currency: nothing was bid",
+            order_id=order.id,
+        )
+    currency = check_currency("the order's currency", currency)
+    orders.market.ensure_rates(server_id, currency)
+    return data.wire_bid(usd_per_hour, currency, server_id)
+
+
+def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:
+    """Return whether an order now shows a bid that was sent."""
+    after = orders.find(before.id or 0)
+    shown = finite(after.wire.get("price")) if after is not None else None
+    if shown is None:
+        return False
+    if surely_documented(before):
+        # Its price is in the order's currency, the bid in USD: what tells is that it changed.
+        return shown != finite(before.wire.get("price"))
+    return abs(shown - bid) <= max(1e-6 * bid, 1e-8)  # bitcoin has eight digits

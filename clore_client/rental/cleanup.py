@@ -1,0 +1,185 @@
+"""End the orders of a rental: cancel, confirm, and settle what is in doubt."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from clore_client.api.request import limited
+from clore_client.errors import CancelUnconfirmedError, CloreError, OutcomeUnknownError
+from clore_client.log import logger
+from clore_client.orders.account import AccountOrders
+from clore_client.orders.cancel import SHORTEST_TRY, confirm_until
+from clore_client.rental.budget import Budget
+from clore_client.rental.orders import LOOKS, RentalOrder, RentalOrders
+from clore_client.rental.selection import RentalSettings
+
+LOOK_EVERY = 0.5  # seconds between two looks for an order whose making is in doubt
+
+
+class Cleanup:
+    """Ends the orders of one rental.
+
+    Attributes:
+        left_at: monotonic time at which the block was left; None while it goes on.
+        hurried: interrupted while it is left: the confirmation is skipped.
+        abandoned: interrupted three times: what may run is left to ``leftovers()``.
+    """
+
+    def __init__(
+        self,
+        orders: AccountOrders,
+        rental_orders: RentalOrders,
+        settings: RentalSettings,
+        budget: Budget,
+    ) -> None:
+        self._orders = orders
+        self._rental_orders = rental_orders
+        self._settings = settings
+        self._budget = budget
+        self.left_at: float | None = None
+        self.hurried = False
+        self.abandoned = False
+
+    def leave(self) -> None:
+        """Note that the block is left: cancels have a deadline from here on."""
+        self.left_at = self.left_at or time.monotonic()
+
+    def deadline(self) -> float:
+        """Return until when cancels are kept up: without end while the block goes on."""
+        if self.left_at is None:
+            return math.inf
+        return self.left_at + self._settings.cancel_timeout
+
+    def in_doubt(self, being_made: RentalOrder | None) -> list[RentalOrder]:
+        """Return the purchases that may have become orders, but for the one being made."""
+        return [p for p in self._rental_orders if p.order_id is None and p is not being_made]
+
+    def end_all(self) -> BaseException | None:
+        """End all that costs money, the cancels first; None when it is gone."""
+        started = time.monotonic()
+        failures: list[BaseException | None] = [
+            self.cancel(purchase, self.deadline)
+            for purchase in self._rental_orders
+            if purchase.order_id is not None
+        ]
+        for purchase in self._rental_orders:
+            if purchase.order_id is None:
+                failures.append(self._settle_doubt(purchase))
+        for purchase in self._rental_orders:
+            failures.append(self.confirm(purchase, started))
+        return next((failure for failure in failures if failure is not None), None)
+
+    def cancel(
+        self, purchase: RentalOrder, deadline: Callable[[], float]
+    ) -> CancelUnconfirmedError | None:
+        """Cancel until that is accepted, or leave the order to ``leftovers()``."""
+        failure = self.try_to_cancel(purchase, deadline)
+        if failure is None:
+            return None
+        order_id = purchase.order_id or 0
+        self._rental_orders.give_up(purchase)
+        logger.error("order %d could not be cancelled: it may still be running", order_id)
+        return purchase.cancellation(self._orders).unconfirmed(self._settings.cancel_timeout)
+
+    def try_to_cancel(
+        self, purchase: RentalOrder, deadline: Callable[[], float]
+    ) -> CloreError | None:
+        if purchase.accepted:
+            return None
+        failure = purchase.cancellation(self._orders).keep_on(
+            deadline, confirm=False, stop=lambda: self.abandoned
+        )
+        if failure is None:  # from here on it costs nothing
+            self._budget.stop(purchase.meter)
+        return failure
+
+    def confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
+        """Wait until an order that was cancelled is listed as ended."""
+        order_id = purchase.order_id or 0
+        deadline = confirm_until(started, self._settings.cancel_timeout)
+        failure = (
+            None
+            if self.hurried
+            else purchase.cancellation(self._orders).keep_on(
+                lambda: deadline, confirm=True, stop=lambda: self.hurried
+            )
+        )
+        if self.hurried:
+            logger.warning("order %d was cancelled, which is not confirmed: interrupted", order_id)
+            self._rental_orders.give_up(purchase)
+            return CloreError(
+                f"order {order_id} was cancelled; that it has ended was not confirmed"
+            )
+        if failure is not None:
+            logger.error("order %d was cancelled, but may still be running", order_id)
+            self._rental_orders.give_up(purchase)
+            return failure
+        self._rental_orders.forget(purchase)
+        self._rental_orders.before.add(order_id)
+        return None
+
+    # --- purchases in doubt ---
+
+    def look_at_doubts(self, being_made: RentalOrder | None) -> None:
+        """Look once for the orders of purchases that the API has refused with code 1."""
+        for purchase in self.in_doubt(being_made):
+            try:
+                there_is_none = self._look_for(purchase)
+            except CloreError as error:
+                logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
+                continue
+            if purchase.order_id is not None:
+                logger.warning(
+                    "order %d of server %d was made after all: it is ended",
+                    purchase.order_id,
+                    purchase.server_id,
+                )
+                until = time.monotonic() + self._settings.cancel_timeout
+                self.try_to_cancel(purchase, lambda: until)  # noqa: B023
+            elif there_is_none:
+                self._rental_orders.forget(purchase)
+
+    def _look_for(self, purchase: RentalOrder) -> bool:
+        """Look once for the order of a purchase; True when time has shown that there is none."""
+        asked_at = time.monotonic()
+        deadline = max(asked_at + SHORTEST_TRY, self.deadline())
+        try:
+            orders = limited(self._orders.active, deadline=deadline, urgent=True)
+        except CloreError:
+            purchase.absent.clear()  # nobody knows what that list would have said
+            raise
+        return self._rental_orders.look_for(purchase, orders, asked_at)
+
+    def _settle_doubt(self, purchase: RentalOrder) -> BaseException | None:
+        """Look for an order until it is found, which is then ended, or time has shown that there
+        is none."""
+        logger.warning("looking for an order of server %d", purchase.server_id)
+        cause: BaseException | None = None
+        shown = False
+        while not (shown or self.abandoned):
+            try:
+                shown = self._look_for(purchase)
+                cause = None
+            except CloreError as error:
+                cause = error
+            if purchase.order_id is not None:
+                return self.cancel(purchase, self.deadline)
+            if time.monotonic() >= self.deadline():
+                break
+            if not shown:
+                time.sleep(min(LOOK_EVERY, max(0.001, self._orders.client.order_lag / LOOKS)))
+        if shown and purchase.answered:
+            self._rental_orders.forget(purchase)
+            return None
+        self._rental_orders.give_up(purchase)
+        logger.warning(
+            "no order of server %d showed up: look at leftovers() later", purchase.server_id
+        )
+        unknown = OutcomeUnknownError(
+            f"{purchase}, and did not show up: look at leftovers() and get_orders() in a minute",
+            endpoint="/v1/create_order",
+        )
+        unknown.__cause__ = cause
+        return unknown

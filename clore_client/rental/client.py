@@ -1,0 +1,48 @@
+"""What a rental needs of a client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from clore_client.models.order import Order
+from clore_client.models.result import CommandResult, Transferred
+from clore_client.models.server import Server
+
+if TYPE_CHECKING:
+    import paramiko
+
+
+class RentalClient(Protocol):
+    """The methods of ``CloreClient`` that a rental uses."""
+
+    def find_servers(
+        self,
+        gpu_type: str | None = None,
+        max_price_usd: float | None = None,
+        min_reliability: float = 0.0,
+        use_spot: bool = False,
+    ) -> list[Server]: ...
+
+    def get_marketplace(self, include_rented: bool = False) -> list[Server]: ...
+
+    def get_orders(self, include_completed: bool = False) -> list[Order]: ...
+
+    def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
+
+    def wait_for_order(self, order_id: int, timeout: float, poll_interval: float) -> Order: ...
+
+    @property
+    def create_order(self) -> Callable[..., Order]: ...
+
+    @property
+    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
+
+    @property
+    def run(self) -> Callable[..., CommandResult]: ...
+
+    @property
+    def upload(self) -> Callable[..., Transferred]: ...
+
+    @property
+    def download(self) -> Callable[..., Transferred]: ...

@@ -1,0 +1,128 @@
+"""Log in to the machines of an account, each with the host key of its order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clore_client.config import account_digest
+from clore_client.models.order import Order
+from clore_client.orders.account import AccountOrders, OrdersClient
+from clore_client.ssh.connect import Login, plain_address
+from clore_client.ssh.host_keys import Pins
+from clore_client.ssh.openssh import config_entry, terminal_line
+from clore_client.ssh.sessions import Connected
+from clore_client.validation import check_number, check_text, short_repr
+
+if TYPE_CHECKING:
+    import paramiko
+
+
+class SSHAccess:
+    """The way to the machines of an account.
+
+    Parameters:
+        client: whose key and base URL stand for the account.
+        orders: which know what was sent to get in.
+        folder: the state folder, or None where none is in use.
+    """
+
+    def __init__(self, client: OrdersClient, orders: AccountOrders, folder: Path | None) -> None:
+        self._client = client
+        self._orders = orders
+        self._folder = folder
+        self._by_account: dict[str, Pins] = {}
+
+    @property
+    def _host_keys(self) -> Pins:
+        """The host keys of the account of this moment."""
+        account = account_digest(self._client.base_url, self._client.api_key)
+        return self._by_account.setdefault(account, Pins(self._folder, account))
+
+    def forget_host_key(self, order: Mapping[str, Any]) -> bool:
+        """Forget the host key of an order; see ``CloreClient.forget_host_key``."""
+        return self._host_keys.forget(self._alias(order))
+
+    def terminal_line(self, order: Mapping[str, Any], key_path: Any) -> str:
+        """Return the line for a terminal; see ``CloreClient.ssh_command``."""
+        return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
+
+    def config_entry(self, order: Mapping[str, Any], name: str | None, key_path: Any) -> str:
+        """Return the entry for a configuration; see ``CloreClient.ssh_config``."""
+        address = plain_address(order)
+        number = self._order_number(order)
+        entry = name if name is not None else f"clore-{number}" if number else "clore"
+        return config_entry(
+            check_text("name", entry), address, self._host_keys, self._alias(order), key_path
+        )
+
+    def login(
+        self,
+        order: Mapping[str, Any],
+        *,
+        password: str | None = None,
+        key_path: str | os.PathLike[str] | None = None,
+        passphrase: str | None = None,
+        wait: float = 120.0,
+        timeout: float = 30.0,
+        host_key: str = "pin",
+    ) -> Login:
+        """Everything that is needed to log in, checked; nothing is sent."""
+        from clore_client.ssh.connect import Login, plain_address
+        from clore_client.ssh.host_keys import KeyCheck, check_host_key
+
+        address = plain_address(order)
+        check_number("timeout", timeout, above=True, unit="seconds")
+        check_number("wait", wait, infinite=True, unit="seconds")
+        mode = check_host_key("host_key", host_key)
+        for name, value in (
+            ("password", password), ("key_path", key_path), ("passphrase", passphrase),
+        ):  # fmt: skip
+            if value is not None and not (name == "key_path" and hasattr(value, "__fspath__")):
+                check_text(name, value, secret=name != "key_path")
+        if not password and not key_path:
+            sent = self._orders.credentials.get(self._order_number(order) or 0, {})
+            password = order.get("ssh_password") or sent.get("ssh_password")
+        keys = KeyCheck(
+            self._host_keys, self._order_number(order), "{host}:{port}".format(**address), mode
+        )
+        return Login(
+            order,
+            password=password,
+            key_path=key_path,
+            passphrase=passphrase,
+            timeout=timeout,
+            wait=wait,
+            keys=keys,
+        )
+
+    def connected(
+        self,
+        order: Mapping[str, Any],
+        ssh: paramiko.SSHClient | None,
+        login: dict[str, Any],
+        timeout: float = 30.0,
+        ahead: int = 0,
+    ) -> Connected:
+        from clore_client.ssh.sessions import Connected, login_options
+
+        options = login_options(login)
+        if ssh is not None:
+            return Connected(None, ssh)
+        return Connected(self.login(order, timeout=timeout, **options), None, ahead)
+
+    @staticmethod
+    def _order_number(order: Mapping[str, Any]) -> int | None:
+        return Order(order).id
+
+    def _alias(self, order: Mapping[str, Any]) -> str:
+        from clore_client.ssh.connect import parse_ssh_command
+
+        if not isinstance(order, Mapping):
+            raise TypeError(
+                f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
+            )
+        address = parse_ssh_command(order)
+        return self._host_keys.alias(self._order_number(order), "{host}:{port}".format(**address))
