@@ -3937,7 +3937,7 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
             order=order,
         )
     if order.is_spot is False:
-        raise ValueError(f"order {order.id} is no spot order: nothing was bid")
+        raise ValueError(f"order_id: order {order.id} is no spot order; nothing was bid")
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
     data = orders.market.data
