@@ -1666,6 +1666,14 @@ class Order(Record):
         return self.status == "running"
 
     @property
+    def is_spot(self) -> bool | None:
+        """Whether it is a spot order; None where the record does not tell."""
+        spot = self.get("spot")
+        if isinstance(spot, bool):
+            return spot
+        return False if self.is_live else None  # the live form leaves out a false one
+
+    @property
     def has_ended(self) -> bool:
         """Whether it is over, and costs nothing any more."""
         return self.status in ENDED_STATUSES
@@ -3928,8 +3936,8 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
             status=order.status or "",
             order=order,
         )
-    if order.get("spot") is False:
-        raise ValueError(f"order {order.id} is no spot order: nothing was bid")
+    if order.is_spot is False:
+        raise ValueError(f"order_id: order {order.id} is no spot order; nothing was bid")
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
     data = orders.market.data
