@@ -87,7 +87,7 @@ class CloreClient(HTTPClient):
         backoff: the longest first backoff, in seconds; it doubles with each retry.
         max_backoff: the longest backoff, in seconds.
         user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
-        max_usd_per_hour: refuse every order and bid above this price, before anything is sent.
+        max_usd_per_hour: refuse every order and bid above this price, before it is sent.
         max_active_orders: refuse a new order when this many are active.
         state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`; None
             turns that off.
@@ -624,7 +624,7 @@ class CloreClient(HTTPClient):
         :meth:`leftovers` finds the orders that still run.
 
         A worker thread orders, cancels and confirms, because signals do not interrupt it. After
-        code 1, it keeps looking for an order that exists all the same, and cancels it.
+        code 1, an order may exist all the same: the worker looks for it, and cancels it.
 
         The worker also checks ``max_hours`` and ``max_cost_usd``: it cancels the order and closes
         the rental's SSH connections. It does not interrupt other code in the block, and it can do

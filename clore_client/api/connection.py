@@ -98,8 +98,8 @@ class _Response(http.client.HTTPResponse):
             interim = True
             self.headers = self.msg = None  # type: ignore[assignment]
             super().begin()
-        # An interim response can come late, in the response to another request. A request that
-        # changes something must not use an old connection.
+        # Do not reuse a connection that may send another interim response later, or the connection
+        # of a request that changes something.
         changes = self._method not in ("GET", "HEAD")  # type: ignore[attr-defined]
         self.will_close = self.will_close or interim or changes
 

@@ -10,7 +10,7 @@ from typing import Any
 from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
 from clore_client.pricing import RateBook, finite, per_hour
 
-# The live form has only the first two; the others are there in case the API adds them.
+# The live form has only the first two; the others are known from other sources.
 ENDED_STATUSES = frozenset(
     {"cancelled", "expired", "completed", "error", "failed", "finished", "stopped", "terminated"}
 )
@@ -89,7 +89,7 @@ class Order(Record):
 
     @property
     def http_urls(self) -> dict[str, str]:
-        """The URL of each container port."""
+        """A dict with the URL of each container port."""
         urls = part_of(self, "connection", "http_ports")
         if not isinstance(urls, dict):
             return {}

@@ -70,7 +70,7 @@ class AccountOrders:
 
     @property
     def claims(self) -> Claims:
-        """The claims of the account, which all clients share; without a key, of this client."""
+        """The claims of the account, shared by its clients; without a key, this client's own."""
         key = self.client.api_key
         return claims_for(self.client.base_url, key) if key else self._own_claims
 

@@ -277,8 +277,8 @@ def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int
     until = time.monotonic() + min(timeout, LINGER)
     if left := _still_running(orders, failed, until):
         raise CancelUnconfirmedError(
-            f"not cancelled: {', '.join(map(str, left))}; they may still be running, and cost "
-            "money, so cancel them again",
+            f"orders not cancelled: {', '.join(map(str, left))}; they may still be running, and "
+            "cost money, so cancel them again",
             order_ids=left,
         )
     if confirm:
@@ -298,7 +298,8 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
         if failure is not None:
             left = tuple(c.order_id for c in cancellations[number:])
             raise CancelUnconfirmedError(
-                f"cancelled, but still active after {timeout:g}s: {', '.join(map(str, left))}; "
+                f"orders cancelled, but still active after {timeout:g}s: "
+                f"{', '.join(map(str, left))}; "
                 "look at get_orders(), and cancel them again",
                 order_ids=left,
             ) from failure

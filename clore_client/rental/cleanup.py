@@ -66,7 +66,7 @@ class Cleanup:
         ]
         for purchase in self._rental_orders:
             if purchase.order_id is None:
-                failures.append(self._settle_doubt(purchase))
+                failures.append(self._reconcile(purchase))
         for purchase in self._rental_orders:
             failures.append(self.confirm(purchase, started))
         return next((failure for failure in failures if failure is not None), None)
@@ -160,9 +160,9 @@ class Cleanup:
             raise
         return self._rental_orders.look_for(purchase, orders, asked_at)
 
-    def _settle_doubt(self, purchase: RentalOrder) -> BaseException | None:
+    def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
         """Look for the order of a purchase until it is found and cancelled, or surely none."""
-        logger.warning("looking for an order of server %d", purchase.server_id)
+        logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
         shown = False
         while not (shown or self.abandoned):

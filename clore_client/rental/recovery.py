@@ -303,8 +303,8 @@ def end_leftovers(
     if failed:
         ids = ", ".join(map(str, failed))
         raise CancelUnconfirmedError(
-            f"not confirmed to have ended: {ids} (ended: {ended}); they may still be running, and "
-            "cost money, so call cancel_leftovers() again",
+            f"orders not confirmed to have ended: {ids} (ended: {ended}); they may still be "
+            "running, and cost money, so call cancel_leftovers() again",
             order_ids=tuple(failed),
         ) from next(iter(failed.values()))
     return ended
