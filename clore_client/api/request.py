@@ -45,7 +45,7 @@ from clore_client.validation import (
 )
 from clore_client.version import __version__
 
-ANSWER_TIMEOUTS = 3.0  # the longest time for one request, as a multiple of ``timeout``
+RESPONSE_TIMEOUTS = 3.0  # the longest time for one request, as a multiple of ``timeout``
 LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
 
 H = TypeVar("H", bound="HTTPClient")
@@ -317,16 +317,16 @@ class HTTPClient:
             started_at = time.monotonic()
             settings = dict(call.settings)
             if (read_timeout := longest_part(settings["timeout"])) is not None:
-                deadline = min(deadline, started_at + ANSWER_TIMEOUTS * read_timeout)
+                deadline = min(deadline, started_at + RESPONSE_TIMEOUTS * read_timeout)
             if deadline < math.inf:
                 left = max(deadline - started_at, 0.001)
                 settings["timeout"] = shortened(settings["timeout"], left)
             exchange.begin(lambda: rate_limit.left(turn), deadline)
-            answer = self._exchange(call, settings)
+            result = self._exchange(call, settings)
             rate_limit.left(turn)
-        if isinstance(answer, Failure):
-            return answer
-        response, body = answer
+        if isinstance(result, Failure):
+            return result
+        response, body = result
         # Connections of a SOCKS proxy don't record when a request is sent.
         sent_at = started_at if exchange.left_at is None else exchange.left_at
         return self._classify(call, response, body, sent_at)
@@ -361,20 +361,20 @@ class HTTPClient:
         reads = call.request.method in ("GET", "HEAD")
         session = self._sessions.take(reads)
         response = None
-        answer: tuple[requests.Response, bytes] | Failure
+        result: tuple[requests.Response, bytes] | Failure
         try:
             response = session.send(call.request, **settings)
-            answer = response, read_body(response, self.max_response_mb * 1e6)
+            result = response, read_body(response, self.max_response_mb * 1e6)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            answer = classify_error(call, error, exchange.left_at)
+            result = classify_error(call, error, exchange.left_at)
         except UnusableAnswerError as error:
-            answer = classify_unusable(call, response, str(error))
+            result = classify_unusable(call, response, str(error))
         except OSError as error:  # a CA bundle or a certificate is missing
             raise ConfigurationError(f"{call.label} was not sent: {error}") from error
-        if isinstance(answer, Failure) and response is not None:
+        if isinstance(result, Failure) and response is not None:
             response.close()
         self._sessions.put_back(session, reads)
-        return answer
+        return result
 
 
 def _not_sent(

@@ -38,17 +38,19 @@ class Market:
 
     def read(self) -> dict[str, Any]:
         """Read the list of servers."""
-        answer = self._client._request("GET", "/v1/marketplace")
+        response = self._client._request("GET", "/v1/marketplace")
         data = self.data
-        data.observe(answer)
-        data.listed = listed_prices(answer, data.rates)
-        return answer
+        data.observe(response)
+        data.listed = listed_prices(response, data.rates)
+        return response
 
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""
-        answer = self._client._request("GET", "/v1/spot_marketplace", params={"market": server_id})
-        self.data.observe_spot(answer)
-        return answer
+        response = self._client._request(
+            "GET", "/v1/spot_marketplace", params={"market": server_id}
+        )
+        self.data.observe_spot(response)
+        return response
 
     def find_server(self, server_id: int) -> Server | None:
         """Return a server, rented or not, or None if it is not listed."""

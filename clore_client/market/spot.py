@@ -31,16 +31,16 @@ class MarketData:
         """True if a response of the last minutes was certainly in the documented form."""
         return time.monotonic() - self._documented_at <= RATE_MAX_AGE
 
-    def observe(self, answer: dict[str, Any]) -> None:
+    def observe(self, response: dict[str, Any]) -> None:
         """Record that the API uses the live form, if a response shows it."""
-        if is_live(answer):
+        if is_live(response):
             self.live = True
             self._documented_at = -math.inf
 
-    def observe_spot(self, answer: dict[str, Any]) -> None:
+    def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
-        market = answer.get("market")
-        if is_live(answer):
+        market = response.get("market")
+        if is_live(response):
             self.live = True
             self._documented_at = -math.inf
             if isinstance(market, dict):
@@ -121,15 +121,15 @@ def surely_documented(order: Order) -> bool:
     )
 
 
-def with_hourly_offers(answer: dict[str, Any]) -> dict[str, Any]:
+def with_hourly_offers(response: dict[str, Any]) -> dict[str, Any]:
     """Add ``usd_per_hour`` to the offers of a ``spot_marketplace`` response.
 
     A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
     """
-    market = answer.get("market")
+    market = response.get("market")
     if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
-        return answer
-    live, rates = is_live(answer), RateBook()
+        return response
+    live, rates = is_live(response), RateBook()
     rates.tell(market.get("currency_rates_in_usd"))
 
     def hourly(offer: dict[str, Any]) -> float | None:
@@ -139,8 +139,8 @@ def with_hourly_offers(answer: dict[str, Any]) -> dict[str, Any]:
         stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
         return next((price for price in stated if price is not None), None)
 
-    answer["market"] = {
+    response["market"] = {
         **market,
         "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
     }
-    return answer
+    return response

@@ -200,19 +200,19 @@ def to_order(
     return order
 
 
-def to_orders(answer: dict[str, Any], cancelled: Collection[int], rates: RateBook) -> list[Order]:
+def to_orders(response: dict[str, Any], cancelled: Collection[int], rates: RateBook) -> list[Order]:
     """Convert the orders of a response to the documented form."""
-    live = is_live(answer)
-    return [to_order(r, live, cancelled, rates) for r in dicts(answer.get("orders"))]
+    live = is_live(response)
+    return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
 
 
-def created_id(answer: dict[str, Any]) -> int | None:
+def created_id(response: dict[str, Any]) -> int | None:
     """Return the order id in a response to ``create_order``.
 
     The live API sends none any more; older responses and the documented form have one.
     """
-    nested = answer.get("order")
-    for holder in (answer, nested if isinstance(nested, dict) else {}):
+    nested = response.get("order")
+    for holder in (response, nested if isinstance(nested, dict) else {}):
         for name in ("order_id", "id"):
             if (order_id := whole_id(holder.get(name))) is not None and order_id > 0:
                 return order_id

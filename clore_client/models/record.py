@@ -31,19 +31,19 @@ def part_of(record: Any, *path: str) -> Any:
     return record
 
 
-def is_live(answer: Mapping[str, Any]) -> bool:
+def is_live(response: Mapping[str, Any]) -> bool:
     """Return whether a response is in the live form."""
-    servers = answer.get("servers")
+    servers = response.get("servers")
     for server in servers if isinstance(servers, list) else ():  # no copy of a long list
         price = server.get("price") if isinstance(server, dict) else None
         if isinstance(price, dict) and any(marker in price for marker in LIVE_PRICE_MARKERS):
             return True
-    for order in dicts(answer.get("orders")):
+    for order in dicts(response.get("orders")):
         if any(marker in order for marker in LIVE_ORDER_MARKERS):
             return True
-    if "exists" in answer:
+    if "exists" in response:
         return True
-    market = answer.get("market")
+    market = response.get("market")
     if not isinstance(market, dict):
         return False
     if any(marker in market for marker in LIVE_MARKET_MARKERS):

@@ -228,7 +228,7 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
 
 
 def to_servers(
-    answer: dict[str, Any],
+    response: dict[str, Any],
     *,
     include_rented: bool = False,
     gpu_type: str | None = None,
@@ -241,7 +241,7 @@ def to_servers(
 
     Filters before it converts, because most calls want few of thousands of servers.
     """
-    live = is_live(answer)
+    live = is_live(response)
     wanted = gpu_type.strip().lower() if gpu_type else ""
 
     def fits(record: dict[str, Any]) -> bool:
@@ -260,7 +260,7 @@ def to_servers(
         # 8.4 / 24 is slightly above 0.35.
         return price is not None and price <= max_usd_per_hour * (1 + 1e-12)
 
-    return [to_server(r, live) for r in dicts(answer.get("servers")) if fits(r)]
+    return [to_server(r, live) for r in dicts(response.get("servers")) if fits(r)]
 
 
 def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Server]:
@@ -273,15 +273,15 @@ def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Ser
     return sorted(servers, key=price)
 
 
-def listed_prices(answer: dict[str, Any], rates: RateBook) -> dict[int, float]:
+def listed_prices(response: dict[str, Any], rates: RateBook) -> dict[int, float]:
     """Return the on-demand price in USD per hour by server id.
 
     Stores the exchange rates that follow from the prices in ``rates``, for display.
     """
-    live = is_live(answer)
+    live = is_live(response)
     prices: dict[int, float] = {}
     implied: dict[str, float] = {}
-    for record in dicts(answer.get("servers")):
+    for record in dicts(response.get("servers")):
         usd, server_id = server_price(record, live, spot=False), record.get("id")
         if type(server_id) is not int:  # the usual case is an int, kept fast
             server_id = whole_id(server_id)

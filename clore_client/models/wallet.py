@@ -34,10 +34,10 @@ class Wallet(Record):
         return address if isinstance(address, str) else None
 
 
-def to_wallets(answer: dict[str, Any]) -> list[Wallet]:
+def to_wallets(response: dict[str, Any]) -> list[Wallet]:
     """Convert the wallets of a response to the documented form."""
     wallets = []
-    for record in dicts(answer.get("wallets")):
+    for record in dicts(response.get("wallets")):
         wallet = Wallet(record)
         wallet._wire = record
         if "deposit" in record:

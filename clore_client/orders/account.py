@@ -87,17 +87,17 @@ class AccountOrders:
             **options: arguments of ``_request``.
         """
         params = {"return_completed": "true"} if completed else None
-        answer = self.client._request("GET", "/v1/my_orders", params=params, **options)
-        if isinstance(answer, Envelope) and not isinstance(answer.get("orders"), list):
+        response = self.client._request("GET", "/v1/my_orders", params=params, **options)
+        if isinstance(response, Envelope) and not isinstance(response.get("orders"), list):
             # A response without a list does not mean that there are no orders.
             raise InvalidResponseError(
-                -1, "the response has no list of orders", answer, endpoint="/v1/my_orders"
+                -1, "the response has no list of orders", response, endpoint="/v1/my_orders"
             )
         data = self.market.data
-        data.observe(answer)
-        orders = to_orders(answer, self.cancelled, data.rates)
+        data.observe(response)
+        orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
-        return orders, answer
+        return orders, response
 
     def active(self) -> list[Order]:
         """Read the orders that have not ended."""
@@ -119,7 +119,7 @@ class AccountOrders:
             CloreError: the lists can't be read, or are not complete.
         """
         for completed in (False, True):
-            orders, answer = self.read(completed)
+            orders, response = self.read(completed)
             for order in orders:
                 if order.id == order_id:
                     return OrderState.ENDED if order.has_ended else OrderState.ACTIVE
@@ -129,7 +129,7 @@ class AccountOrders:
                         "pass the number of the order",
                         order_id=order_id,
                     )
-            listed = answer.get("orders")
+            listed = response.get("orders")
             ids = [order.id for order in orders if order.id is not None]
             if not isinstance(listed, list) or len(ids) != len(listed):
                 raise CloreError(

@@ -34,8 +34,8 @@ def set_spot_price(
     body = {"order_id": order_id, "desired_price": bid}
     accepted = True
     try:
-        answer = orders.client._request("POST", "/v1/set_spot_price", json=body)
-        accepted = answer.get("error") in (None, "")
+        response = orders.client._request("POST", "/v1/set_spot_price", json=body)
+        accepted = response.get("error") in (None, "")
     except SpotPriceTooSoonError as error:
         # After a lost response, the API refuses the retry because the first request took effect.
         if error.sends <= 1 or not _shows_bid(orders, order, bid):

@@ -259,15 +259,15 @@ def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
     """Cancel several orders; see ``CloreClient.cancel_orders``."""
     if not ids:
         return {"code": 0, "failed_to_cancel": []}
-    answer, failed = _send_cancels(orders, ids)
-    if failed and getattr(answer, "sends", 1) > 1:
+    response, failed = _send_cancels(orders, ids)
+    if failed and getattr(response, "sends", 1) > 1:
         # After a lost response, the retry fails for the orders that the first request ended.
         until = time.monotonic() + LINGER
         left = _still_running(orders, failed, until)
-        answer["failed_to_cancel"] = [
-            i for i in answer["failed_to_cancel"] if str(i) in map(str, left)
+        response["failed_to_cancel"] = [
+            i for i in response["failed_to_cancel"] if str(i) in map(str, left)
         ]
-    return answer
+    return response
 
 
 def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int]:
@@ -313,19 +313,19 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
     failure: CloreError | None = None
     listed: list[Any] = []
     unsent: list[int] = []
-    answer: dict[str, Any] = {}
+    response: dict[str, Any] = {}
     sends = 1
     for start in range(0, len(ids), MAX_CANCELS):
         batch = ids[start : start + MAX_CANCELS]
         try:
-            answer = _send_batch(orders, batch)
+            response = _send_batch(orders, batch)
         except CloreError as error:
             failure = failure or error
             unsent += batch
             continue
-        names = answer.get("failed_to_cancel")
+        names = response.get("failed_to_cancel")
         listed += names if isinstance(names, list) else []
-        sends = max(sends, getattr(answer, "sends", 1))
+        sends = max(sends, getattr(response, "sends", 1))
     failed = [i for i in ids if str(i) in {str(name) for name in listed}]
     if failure is not None:
         if len(ids) > MAX_CANCELS:
@@ -334,20 +334,20 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
                 f"{failure}\norders {left} may still be running, and cost money: cancel them again",
             )
         raise failure
-    answer["failed_to_cancel"] = listed
-    if isinstance(answer, Envelope):
-        answer.sends = sends
-    return answer, failed
+    response["failed_to_cancel"] = listed
+    if isinstance(response, Envelope):
+        response.sends = sends
+    return response, failed
 
 
 def _send_batch(orders: AccountOrders, batch: list[int]) -> dict[str, Any]:
-    answer = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
-    names = answer.get("failed_to_cancel")
+    response = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
+    names = response.get("failed_to_cancel")
     failed = {str(name) for name in names} if isinstance(names, list) else set()
     done = [i for i in batch if str(i) not in failed]
     orders.cancelled.update(done)
     logger.info("cancelled orders: %s; not cancelled: %s", done, sorted(failed))
-    return answer
+    return response
 
 
 def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ class Purchase:
         generated_password: the password, if the client generated it, or None.
         before: ids of older orders, which can't be the new one.
         baseline_read: whether ``before`` comes from a list that was read for this purchase.
-        answer: the response to ``create_order``; empty if none arrived.
+        response: the response to ``create_order``; empty if none arrived.
     """
 
     def __init__(
@@ -132,13 +132,13 @@ class Purchase:
         }
         self.before: frozenset[int] = frozenset()
         self.baseline_read = False
-        self.answer: dict[str, Any] = {}
+        self.response: dict[str, Any] = {}
         self._sent_at = time.monotonic()
 
     @property
     def sent_at(self) -> float:
         """The monotonic time at which the request was sent; without a response, the earliest."""
-        return getattr(self.answer, "sent_at", self._sent_at)
+        return getattr(self.response, "sent_at", self._sent_at)
 
     def matches(self, order: Order) -> bool:
         """Return whether an order can be the result of this purchase. Missing fields are ignored.
@@ -231,10 +231,10 @@ class Purchase:
         # The live API returns no order id, so record which orders can't be the new one.
         patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LOOK)
         with contextlib.suppress(CloreError):
-            listed, answer = limited(
+            listed, response = limited(
                 lambda: orders.read(completed=False), deadline=time.monotonic() + patience
             )
-            if isinstance(answer, Envelope):  # a fake client in a test may have a fixed list
+            if isinstance(response, Envelope):  # a fake client in a test may have a fixed list
                 self.before |= {order.id for order in listed if order.id is not None}
                 self.baseline_read = True
 
@@ -246,7 +246,7 @@ class Purchase:
         self._sent_at = time.monotonic()
         doubt: CloreError | None = None
         try:
-            self.answer = self._orders.client._request("POST", "/v1/create_order", json=self.body)
+            self.response = self._orders.client._request("POST", "/v1/create_order", json=self.body)
         except (OrderOutcomeUnknownError, DatabaseError) as error:
             doubt, self._sent_at = error, error.sent_at or self._sent_at
         except Exception as error:  # the API refused, or the request was not sent
@@ -258,7 +258,7 @@ class Purchase:
                 raise
             # An earlier purchase may have rented it, with a response that was lost.
             return find_order(self._orders, earlier, find_timeout, error), earlier
-        if (order_id := created_id(self.answer)) is None:
+        if (order_id := created_id(self.response)) is None:
             return find_order(self._orders, self, find_timeout, doubt), self
         claims.take(order_id, self)
         claims.unresolved.pop(server_id, None)
@@ -266,8 +266,8 @@ class Purchase:
 
     def _named_order(self, order_id: int) -> Order:
         """Return the order of a response that has an order id."""
-        answer = {**self.answer, "order_id": order_id}
-        made = to_orders({"orders": [answer]}, (), self._orders.market.data.rates)[0]
+        response = {**self.response, "order_id": order_id}
+        made = to_orders({"orders": [response]}, (), self._orders.market.data.rates)[0]
         if made.server_id is None:
             made["renting_server"] = self.server_id
         made.setdefault("currency", self.currency)

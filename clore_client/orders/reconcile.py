@@ -27,7 +27,7 @@ class SentPurchase(Protocol):
     server_id: int
     credentials: dict[str, str]
     baseline_read: bool
-    answer: dict[str, object]
+    response: dict[str, object]
 
     @property
     def sent_at(self) -> float: ...
@@ -108,9 +108,9 @@ def _look(
     # The Date of each response gives a lower bound, and the largest one is the closest.
     clocks = [
         clock
-        for answer in (purchase.answer, listing)
-        if isinstance(answer, Envelope)
-        and (clock := answer.server_time_at(purchase.sent_at)) is not None
+        for response in (purchase.response, listing)
+        if isinstance(response, Envelope)
+        and (clock := response.server_time_at(purchase.sent_at)) is not None
     ]
     return listed, max(clocks, default=None)
 
