@@ -97,7 +97,7 @@ __all__ = [
     "__version__",
 ]
 
-_OF_RENTALS = {
+_LAZY_NAMES = {
     "Leftover": "recovery",
     "Leftovers": "recovery",
     "Rental": "rental",
@@ -106,9 +106,9 @@ _OF_RENTALS = {
 
 
 def __getattr__(name: str) -> Any:
-    # Who only reads the marketplace does not wait for the import of what rents.
-    if name in _OF_RENTALS:
+    # The rental modules are imported on first use, which makes the import faster.
+    if name in _LAZY_NAMES:
         import importlib
 
-        return getattr(importlib.import_module(f"clore_client.rental.{_OF_RENTALS[name]}"), name)
+        return getattr(importlib.import_module(f"clore_client.rental.{_LAZY_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""CloreClient: a thin method for each thing that a renter does."""
+"""CloreClient, with one method for each task."""
 
 from __future__ import annotations
 
@@ -60,42 +60,45 @@ Progress = Callable[[str, int, int], object]
 class CloreClient(HTTPClient):
     """A client for the Clore.ai GPU marketplace.
 
-    Every answer comes in the documented form, whatever the API sends: prices in USD per hour,
+    Records come in the documented form, whatever form the API sends: prices in USD per hour,
     reliability from 0 to 100, an ``order_id`` and a ``status`` for each order.
 
-    Requests with the same key keep ``rate_limit`` seconds between them, in all threads and clients
-    of the process, and ``create_order`` keeps ``create_order_interval`` besides. One exchange takes
-    three times ``timeout`` at most, however slowly its answer drips. One call is sent
-    ``max_retries`` times at most. Sent again after a lost or broken answer are reads,
-    ``cancel_order``, ``cancel_orders`` and ``set_spot_price``; every other POST only when it never
-    left this machine, or was refused for its pace. Between two sends lies an exponential backoff
-    with full jitter, or what the API asks for in ``Retry-After``; over 60 seconds of that are a
-    :class:`RateLimitError` and not a sleep. Cancels, and the reads that belong to them, leave
-    whatever the API asks for, at pauses of 1, 2, 4 ... 30 seconds.
+    Requests with the same key are at least ``rate_limit`` seconds apart, across all threads and
+    clients of the process, and orders at least ``create_order_interval`` seconds. One request
+    takes at most three times ``timeout``, even when its response arrives slowly.
+
+    One call sends its request at most ``max_retries`` times. After a lost or broken response, only
+    reads, ``cancel_order``, ``cancel_orders`` and ``set_spot_price`` are retried. Any other POST is
+    retried only when it never left this machine, or when it hit the API's rate limit. The client
+    waits between retries: an exponential backoff with full jitter, or the pause that the API asks
+    for in ``Retry-After``. A pause of more than 60 seconds raises :class:`RateLimitError` at once.
+    Cancels, and the reads that confirm them, ignore that pause and wait 1, 2, 4 ... 30 seconds.
 
     Parameters:
-        api_key: sent as the header ``auth``. None or ``""``: the environment variable
-            ``CLORE_API_KEY``, then ``~/.clore/config.json``, else no key, with which only the
+        api_key: sent as the header ``auth``. With None or ``""``, the client takes the environment
+            variable ``CLORE_API_KEY``, then ``~/.clore/config.json``. Without a key, only the
             marketplace can be read.
-        timeout: seconds for one HTTP exchange, a number or a ``(connect, read)`` pair.
-        rate_limit: smallest number of seconds between two requests with the same key in this
-            process. The API allows one a second.
-        max_retries: how many times one call is sent at most, the first included; at least 1.
-        base_url: None: the environment variable ``CLORE_BASE_URL``, else the class attribute
-            ``BASE_URL``. A key goes out over https only, or to a loopback address.
-        create_order_interval: seconds between two ``create_order``; the API allows one in five.
-        backoff: seconds that the first backoff has at most; it doubles with each send.
-        max_backoff: seconds that any backoff has at most.
-        user_agent: added to the User-Agent, as ``"my-tool/1.0"``.
-        max_usd_per_hour: refuse every order and bid over this, before anything is sent.
-        max_active_orders: refuse an order when so many are active.
-        state_dir: where :meth:`rent` notes what it rents, for :meth:`leftovers`; None: nowhere.
-        max_response_mb: megabytes, decoded, that an answer may have; a larger one is an error.
-        order_lag: seconds for which the order lists may lag behind a change (up to 20, seen on the
-            live API). Only after that long does an order count as gone because no list has it.
+        timeout: seconds for one request, as a number or a ``(connect, read)`` pair.
+        rate_limit: the smallest number of seconds between two requests with the same key in this
+            process. The API allows one request per second (seen on the live API).
+        max_retries: how many times one request is sent at most, including the first; at least 1.
+        base_url: with None, the client takes the environment variable ``CLORE_BASE_URL``, then the
+            class attribute ``BASE_URL``. A key is sent over https only, or to a loopback address.
+        create_order_interval: seconds between two orders. The API allows one in five seconds (seen
+            on the live API).
+        backoff: the longest first backoff, in seconds; it doubles with each retry.
+        max_backoff: the longest backoff, in seconds.
+        user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
+        max_usd_per_hour: refuse every order and bid above this price, before it is sent.
+        max_active_orders: refuse a new order when this many are active.
+        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`; None
+            turns that off.
+        max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
+        order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
+            live API). An order that is in no list counts as ended only after that time.
 
     Raises:
-        ConfigurationError: a key, a base URL or a settings file that can't be used.
+        ConfigurationError: a key, a base URL or a settings file can't be used.
 
     Example:
         >>> with CloreClient() as client:
@@ -124,7 +127,7 @@ class CloreClient(HTTPClient):
         max_response_mb: float = 64.0,
         order_lag: float = 20.0,
     ) -> None:
-        api_key = Secret.of(api_key)  # what fails below shows its variables to error reporters
+        api_key = Secret.of(api_key)  # error reporters show local variables
         super().__init__(
             api_key,
             timeout,
@@ -147,10 +150,10 @@ class CloreClient(HTTPClient):
         self._state_dir = check_state_dir("state_dir", state_dir)
         self._market = Market(self)
         self._orders = AccountOrders(self, self._market)
-        self._ssh_access: SSHAccess | None = None  # made when it is used, with paramiko
+        self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
     def __copy__(self: C) -> C:
-        """Return a client of its own with the same settings and key, that knows the same orders."""
+        """Return another client with the same settings and key, and the same known orders."""
         twin = super().__copy__()
         twin._market = Market(twin)
         twin._orders = self._orders.shared_with(twin, twin._market)
@@ -169,13 +172,13 @@ class CloreClient(HTTPClient):
 
     @classmethod
     def from_env(cls: type[C], **options: Any) -> C:
-        """A client whose key must come from the environment or the official tools' file.
+        """Return a client with the key from the environment or the official tools' file.
 
         Parameters:
-            **options: for the client, all but ``api_key``.
+            **options: arguments of the client, except ``api_key``.
 
         Raises:
-            ConfigurationError: there is no key, or one that can't be used; says where it looked.
+            ConfigurationError: no key was found, or it can't be used. The error names the places.
 
         Example:
             >>> client = CloreClient.from_env(timeout=10)
@@ -186,7 +189,12 @@ class CloreClient(HTTPClient):
         return cls(**options)
 
     def describe(self) -> str:
-        """Where the key and the base URL come from, of the key its last four characters at most.
+        """Return a text that says where the key and the base URL come from.
+
+        It shows at most the last four characters of the key.
+
+        Returns:
+            Two lines, one for the key and one for the base URL.
 
         Example:
             >>> print(client.describe())
@@ -210,14 +218,14 @@ class CloreClient(HTTPClient):
     # --- wallets ---
 
     def get_wallets(self) -> list[Wallet]:
-        """The wallets of the account.
+        """Return the wallets of the account.
 
         Returns:
             A list of :class:`Wallet`: ``name``, ``balance`` (in its currency, may be None),
             ``deposit_address``.
 
         Raises:
-            CloreAPIError, CloreConnectionError: see the README, "Errors".
+            CloreAPIError, CloreConnectionError: the request failed; see the README, "Errors".
 
         Example:
             >>> [wallet["name"] for wallet in client.get_wallets()]
@@ -226,13 +234,13 @@ class CloreClient(HTTPClient):
         return to_wallets(self._request("GET", "/v1/wallets"))
 
     def get_balance(self, currency: str = "CLORE-Blockchain") -> float:
-        """The balance of one wallet, in its currency.
+        """Return the balance of one wallet, in its currency.
 
         Parameters:
             currency: part of the wallet's name, in any case, or ``BTC``, ``CLORE``, ``USD``.
 
         Returns:
-            The balance of the first wallet that fits; 0.0 where there is none or it is null.
+            The balance of the first wallet that matches; 0.0 if none matches or it has no balance.
 
         Example:
             >>> client.get_balance("USD")
@@ -248,10 +256,10 @@ class CloreClient(HTTPClient):
     # --- the marketplace ---
 
     def get_marketplace(self, include_rented: bool = False) -> list[Server]:
-        """The servers of the marketplace, as the API lists them. Needs no key.
+        """Return the servers of the marketplace, in the API's order. Needs no key.
 
         Parameters:
-            include_rented: also those that somebody rents now.
+            include_rented: include the servers that are rented now.
 
         Returns:
             A list of :class:`Server`: ``id``, ``gpu_array``, ``price`` (under ``usd`` in USD per
@@ -271,23 +279,23 @@ class CloreClient(HTTPClient):
         min_reliability: float = 0.0,
         use_spot: bool = False,
     ) -> list[Server]:
-        """Servers that can be rented now, the cheapest first, equal ones as the API lists them.
+        """Return the servers that can be rented now, the cheapest first.
 
-        A price that is missing, null or not above 0 is no price: such a server comes last, and
-        never passes a price limit. Fees come on top of the prices: 5 % on demand, 1.25 % spot
-        (seen on the live API).
+        Servers with the same price keep the API's order. A server without a price, or with one that
+        is not above 0, comes last and never passes a price limit. The API adds fees to the prices:
+        5 % on demand, 1.25 % spot (seen on the live API).
 
         Parameters:
             gpu_type: part of a GPU's name, in any case: ``"4090"``, ``"rtx 3080"``.
-            max_price_usd: USD per hour.
-            min_reliability: 0 to 100.
-            use_spot: filter and sort by the lowest spot bid that the host takes.
+            max_price_usd: the highest price, in USD per hour.
+            min_reliability: the lowest reliability, 0 to 100.
+            use_spot: filter and sort by the lowest spot bid that the host accepts.
 
         Returns:
-            A list of :class:`Server`, maybe empty.
+            A list of :class:`Server`, which may be empty.
 
         Raises:
-            ValueError, TypeError: an argument can't be right; nothing was sent.
+            ValueError, TypeError: an argument is not valid; nothing was sent.
 
         Example:
             >>> client.find_servers("RTX 4090", max_price_usd=0.5, min_reliability=95)[0].gpu_name
@@ -300,7 +308,7 @@ class CloreClient(HTTPClient):
         check_number("min_reliability", min_reliability, maximum=100.0)
         if 0 < min_reliability <= 1:
             logger.warning(
-                "min_reliability counts from 0 to 100: %g is next to none", min_reliability
+                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
             )
         check_bool("use_spot", use_spot)
         fitting = to_servers(
@@ -319,7 +327,10 @@ class CloreClient(HTTPClient):
         min_reliability: float = 0.0,
         use_spot: bool = False,
     ) -> Server | None:
-        """The first of :meth:`find_servers`, or None where none fits. Same parameters.
+        """Return the first server of :meth:`find_servers`, which takes the same parameters.
+
+        Returns:
+            A :class:`Server`, or None if no server fits.
 
         Example:
             >>> client.find_cheapest("RTX 4090").usd_per_hour
@@ -331,10 +342,10 @@ class CloreClient(HTTPClient):
     # --- orders ---
 
     def get_orders(self, include_completed: bool = False) -> list[Order]:
-        """The orders of the account.
+        """Return the orders of the account.
 
         Parameters:
-            include_completed: also those that have ended.
+            include_completed: include the orders that have ended.
 
         Returns:
             A list of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
@@ -348,17 +359,16 @@ class CloreClient(HTTPClient):
         return orders if include_completed else [o for o in orders if not o.has_ended]
 
     def get_order(self, order_id: int) -> Order | None:
-        """One order, active or ended.
+        """Return one order, active or ended.
 
-        The list of ended orders, which grows with the account's history, is read only when the
-        order is not among the active ones.
+        The list of ended orders can be long, so it is read only if the order is not active.
 
         Parameters:
-            order_id: its number.
+            order_id: the number of the order.
 
         Returns:
-            An :class:`Order`, or None where the account has none of that number (or the API does
-            not show it yet: that takes up to 20 seconds after ``create_order``).
+            An :class:`Order`, or None if the lists do not have it. A new order can take up to 20
+            seconds to show up (seen on the live API).
 
         Example:
             >>> client.get_order(1958009).ssh_command
@@ -383,40 +393,41 @@ class CloreClient(HTTPClient):
         allow_above_on_demand: bool = False,
         preview: bool = False,
     ) -> Order:
-        """Rent a server. It costs money from here on, until :meth:`cancel_order`.
+        """Rent a server. It costs money from now on, until :meth:`cancel_order`.
 
-        Sent at most once, unless it surely had no effect. The live API answers without an order
-        id, and sometimes an answer is lost: the order is then looked up in ``my_orders``.
+        The request is sent once, and again only if it cannot have had an effect. The live API
+        returns no order id, and a response can be lost; the client then finds the order in the
+        list of orders.
 
         Parameters:
             server_id: the ``id`` of a server.
             image: a Docker image.
             order_type: ``"on-demand"`` or ``"spot"``.
-            currency: what to pay with: the API's name, or ``BTC``, ``CLORE``, ``USD``.
+            currency: the currency to pay with: the API's name, or ``BTC``, ``CLORE``, ``USD``.
             ports: container port -> ``"tcp"`` or ``"http"``; default ``{"22": "tcp"}``.
             env: environment variables; default ``{"NVIDIA_VISIBLE_DEVICES": "all"}``.
-            ssh_password: at most 32 characters. With neither this nor ``ssh_key``, one is made up
-                and stands in the result as ``ssh_password``.
-            ssh_key: a public key, as the ``.pub`` file holds it; at most 3072 characters.
+            ssh_password: at most 32 characters. Without it and without ``ssh_key``, the client
+                generates a password and returns it as ``ssh_password`` of the order.
+            ssh_key: a public key, the content of a ``.pub`` file; at most 3072 characters.
             spot_price: the bid for ``order_type="spot"``, in **USD per hour**.
             jupyter_token: at most 32 characters.
-            find_timeout: seconds that the order may take to show up.
+            find_timeout: seconds to wait for the order to show up.
             allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
-            preview: send nothing, and return what would be sent: an :class:`Order` with only
-                ``body`` and ``usd_per_hour`` (by today's listing, or of the bid; None if unknown).
+            preview: send no order, and return what would be sent: an :class:`Order` with only
+                ``body`` and ``usd_per_hour`` (the listed price or the bid; None if unknown).
 
         Returns:
-            An :class:`Order` that also carries ``code`` (0).
+            An :class:`Order` that also has ``code`` (0).
 
         Raises:
-            OrderOutcomeUnknownError: an order may or may not have been made, or it can't be told
-                which one it is: look at :meth:`get_orders` before ordering again. What was sent
-                to get in stands in its ``credentials``.
+            OrderOutcomeUnknownError: the order may or may not exist, or several orders could be
+                it. Look at :meth:`get_orders` before you order again. ``credentials`` has the
+                password, key and token that were sent.
             ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
-            BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused.
-            SpendingLimitError: a ceiling of the client does not allow it; nothing was sent.
-            RateUnknownError: a bid could not be converted; nothing was sent.
-            ValueError, TypeError: an argument can't be right; nothing was sent.
+            BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused the order.
+            SpendingLimitError: a limit of the client does not allow it; no order was sent.
+            RateUnknownError: the bid could not be converted; no order was sent.
+            ValueError, TypeError: an argument is not valid; no order was sent.
 
         Example:
             >>> order = client.create_order(99173, currency="USD")
@@ -452,27 +463,28 @@ class CloreClient(HTTPClient):
         confirm_timeout: float = 60.0,
         settle_timeout: float | None = None,
     ) -> bool:
-        """End an order: it costs nothing from here on. Safe to repeat.
+        """Cancel an order, so that it costs nothing from now on. Safe to repeat.
 
-        What the API answers for an order that has ended is not known: after a refusal or a doubt
-        the order lists decide, and the cancel is sent again. That an order is in no list for a
-        moment does not mean that it has ended.
+        If the API refuses, or the response is lost, the client checks the order lists and sends the
+        cancel again. An order that is missing from the lists only for a moment has not ended.
 
         Parameters:
-            order_id: its number.
-            issue: what was wrong with the server; cut at 2048 characters.
-            confirm: wait until it is listed as ended, or in no list for ``order_lag`` seconds.
-            confirm_timeout: seconds for that.
-            settle_timeout: seconds for which that is tried after a refusal or a doubt (30 by
-                default); 0 looks once, for those who rather cancel again.
+            order_id: the number of the order.
+            issue: a report of what was wrong with the server; cut at 2048 characters.
+            confirm: wait until the order is listed as ended, or missing from all lists for
+                ``order_lag`` seconds.
+            confirm_timeout: seconds to wait for that.
+            settle_timeout: seconds to keep trying after a refusal or a lost response (default 30);
+                0 checks the lists once.
 
         Returns:
-            True, also when it had ended before.
+            True, also if the order had already ended.
 
         Raises:
             OrderNotFoundError: the account has no such order.
-            CancelUnconfirmedError: the order may still be running; ``order_ids`` has it.
-            CloreError: so it may, too; nothing was sent, or the API refused key or pace.
+            CancelUnconfirmedError: the order may still be running; ``order_ids`` has its number.
+            CloreError: the request was not sent, or the API refused the key or the rate. The order
+                may still be running.
 
         Example:
             >>> client.cancel_order(1958009)
@@ -493,17 +505,17 @@ class CloreClient(HTTPClient):
         return True
 
     def cancel_all(self, *, confirm: bool = True, confirm_timeout: float = 60.0) -> list[int]:
-        """End every active order of the account, whoever made it.
+        """Cancel every active order of the account, also those of other programs.
 
         Parameters:
-            confirm: wait until they have left the active ones, or are expired.
-            confirm_timeout: seconds for that.
+            confirm: wait until the orders have ended, as in :meth:`cancel_order`.
+            confirm_timeout: seconds to wait for that.
 
         Returns:
             The ids of the orders that were active.
 
         Raises:
-            CancelUnconfirmedError: some may still be running; ``order_ids`` names them.
+            CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
 
         Example:
             >>> client.cancel_all()
@@ -514,13 +526,13 @@ class CloreClient(HTTPClient):
         return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
-        """End several orders, with one API call for each 64 of them.
+        """Cancel several orders, with one API call for every 64 of them.
 
         Parameters:
-            order_ids: their numbers; with none, nothing is sent.
+            order_ids: the numbers of the orders; if empty, nothing is sent.
 
         Returns:
-            The envelope; the ids that failed stand under ``failed_to_cancel``.
+            The API's response as a dict, with the ids that failed in ``failed_to_cancel``.
 
         Example:
             >>> client.cancel_orders([1958009, 1958010])["failed_to_cancel"]
@@ -539,26 +551,26 @@ class CloreClient(HTTPClient):
     ) -> Order:
         """Wait until an order has a status.
 
-        A new order shows up 2 to 20 seconds after it was made and mostly runs after 30 to 120
-        (seen on the live API). A poll that fails is borne. When the time is out the order is not
-        cancelled: it may still be running, and cost money.
+        A new order shows up after 2 to 20 seconds and usually runs after 30 to 120 (seen on the
+        live API). A poll that fails is repeated. The order is not cancelled after a timeout: it may
+        still be running, and cost money.
 
         Parameters:
-            order_id: its number.
-            timeout: seconds; ``float("inf")`` waits for ever.
-            poll_interval: seconds between two looks.
+            order_id: the number of the order.
+            timeout: seconds; ``float("inf")`` waits forever.
+            poll_interval: seconds between two polls.
             target_status: ``"running"``, ``"creating"``, ``"cancelled"`` or ``"expired"``; the
-                last two meet each other.
-            on_update: called after each look with the :class:`Order`, or None while it does not
-                show; what it raises ends the wait.
+                last two count as the same.
+            on_update: called after each poll with the :class:`Order`, or None while it is in no
+                list. An exception that it raises ends the wait.
 
         Returns:
-            The :class:`Order`, with that status.
+            The :class:`Order` with that status.
 
         Raises:
-            OrderEndedError: it ended meanwhile.
-            WaitTimeoutError: it did not get there in time; a ``TimeoutError``. ``reason`` tells
-                whether it never showed up, or is still creating.
+            OrderEndedError: the order ended before it had the status.
+            WaitTimeoutError: it did not have the status in time; also a ``TimeoutError``.
+                ``reason`` says if it never showed up or is still creating.
 
         Example:
             >>> client.wait_for_order(1958009, timeout=120).ssh_command
@@ -600,48 +612,52 @@ class CloreClient(HTTPClient):
         max_hours: float | None = None,
         max_cost_usd: float | None = None,
     ) -> Rental:
-        """A server for the length of a ``with`` block: found, ordered, awaited, and given back.
+        """Rent a server for the length of a ``with`` block, and cancel the order at its end.
 
-        The cheapest server that fits is ordered. One that is rented away, offline, refuses the
-        currency or is refused with code 1 gives way to the next, and so does an order that shows a
-        price over the limit or does not run in time, once it is confirmed to have ended. However
-        the block is left - also by Ctrl-C, by SIGTERM, SIGHUP or the interpreter's exit - the order
-        is cancelled, and that it has ended is confirmed. A second Ctrl-C ends only the
-        confirmation, three within two seconds end even the cancelling. What a killed process
-        leaves, :meth:`leftovers` finds.
+        The client orders the cheapest server that fits, and waits until it runs. It tries the next
+        server if one was just rented by somebody else, is offline, does not accept the currency or
+        is refused with code 1. It also tries the next one if an order costs more than the limit or
+        does not run in time; it first confirms that this order has ended.
 
-        A thread of the rental orders, cancels and confirms, as no signal interrupts it. After code
-        1 it goes on looking for an order that was made all the same, and ends that one.
+        The order is cancelled, and its end confirmed, when the block ends in any way: also by
+        Ctrl-C, SIGTERM, SIGHUP or the exit of the interpreter. A second Ctrl-C skips the
+        confirmation. Three within two seconds stop the cancelling too. After a killed process,
+        :meth:`leftovers` finds the orders that still run.
 
-        ``max_hours`` and ``max_cost_usd`` are kept by a thread of this process: it cancels the
-        order and closes the rental's SSH connections. Code of the block that is busy elsewhere is
-        not interrupted, and nothing keeps them while the process is dead or the machine asleep.
+        A worker thread orders, cancels and confirms, because signals do not interrupt it. After
+        code 1, an order may exist all the same: the worker looks for it, and cancels it.
+
+        The worker also checks ``max_hours`` and ``max_cost_usd``: it cancels the order and closes
+        the rental's SSH connections. It does not interrupt other code in the block, and it can do
+        nothing while the process is dead or the machine is asleep.
 
         Parameters:
             gpu_type, min_reliability, use_spot: as for :meth:`find_servers`.
-            max_price_usd: USD per hour when paid in ``currency``, without fees.
-            server_id: only this server.
+            max_price_usd: the highest price in USD per hour when paid in ``currency``, without
+                fees.
+            server_id: try only this server.
             image, currency, ports, env, ssh_password, ssh_key, jupyter_token, find_timeout: as for
                 :meth:`create_order`.
-            spot_price: the bid in USD per hour for ``use_spot``; default the lowest that the host
-                takes.
-            attempts: how many servers are tried at most.
-            deploy_timeout: seconds that each may take to run.
-            poll_interval: seconds between two looks.
-            cancel_timeout: seconds for which the cancel is kept up, whatever ``max_retries`` is,
-                and then again at most for its confirmation.
-            max_hours: hours after which the rental is ended.
-            max_cost_usd: USD of cost, fees included, at which it is ended.
+            spot_price: the bid for ``use_spot``, in USD per hour; default the lowest that the host
+                accepts.
+            attempts: how many servers to try at most.
+            deploy_timeout: seconds to wait until an order runs.
+            poll_interval: seconds between two polls.
+            cancel_timeout: seconds to keep sending the cancel, independent of ``max_retries``, and
+                at most as many seconds to confirm the end.
+            max_hours: hours after which the rental ends.
+            max_cost_usd: cost in USD, with fees, at which the rental ends.
 
         Returns:
-            A :class:`Rental`, which orders when it is entered: ``order``, ``server``,
+            A :class:`Rental`, which orders when its block begins: ``order``, ``server``,
             ``cost_usd``, ``ssh()``, ``run()``, ``keep()``.
 
         Raises:
-            RentalError: no server worked; ``tried`` tells why for each.
+            RentalError: no server worked; ``tried`` has the reason for each.
             CancelUnconfirmedError: an order may still be running.
-            OrderOutcomeUnknownError: an order may have been made.
-            BudgetExceededError: by calls of the rental, and when the block is left.
+            OrderOutcomeUnknownError: an order may or may not exist.
+            BudgetExceededError: a limit is reached; raised by calls of the rental and at the end
+                of the block.
 
         Example:
             >>> with client.rent("RTX 4090", max_price_usd=0.40, max_hours=2) as rental:
@@ -677,14 +693,14 @@ class CloreClient(HTTPClient):
         return Rental(self, self._orders, settings, state_folder(self._state_dir))
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
-        """What rentals of dead processes have left running on this account.
+        """Find the orders that rentals of dead processes left running on this account.
 
         Parameters:
-            wait: seconds for which an order that was sent a moment ago may not be listed yet.
+            wait: seconds to wait for an order that was just sent and may not be listed yet.
 
         Returns:
-            :class:`Leftovers`: ``abandoned`` (of this machine), and apart from them ``elsewhere``
-            (entries of other machines) and ``unnoted`` (active orders without an entry).
+            :class:`Leftovers`: ``abandoned`` (orders of this machine), ``elsewhere`` (orders of
+            other machines) and ``unnoted`` (active orders that are not in the journal).
 
         Example:
             >>> client.leftovers().abandoned
@@ -697,17 +713,17 @@ class CloreClient(HTTPClient):
         return limited(lambda: find_leftovers(self._orders, folder, wait), urgent=True)
 
     def cancel_leftovers(self, *, wait: float = 30.0, cancel_timeout: float = 300.0) -> list[int]:
-        """End what :meth:`leftovers` lists as ``abandoned``, and nothing else.
+        """Cancel the orders that :meth:`leftovers` lists as ``abandoned``, and no others.
 
         Parameters:
             wait: as for :meth:`leftovers`.
-            cancel_timeout: seconds for which each cancel is kept up.
+            cancel_timeout: seconds to keep sending each cancel.
 
         Returns:
-            The ids of the orders, which are confirmed to have ended.
+            The ids of the orders, which have confirmed ended.
 
         Raises:
-            CancelUnconfirmedError: some may still be running; ``order_ids`` names them.
+            CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
 
         Example:
             >>> client.cancel_leftovers()
@@ -724,14 +740,14 @@ class CloreClient(HTTPClient):
 
     @staticmethod
     def handle_signals() -> SignalHandling:
-        """Let SIGTERM and SIGHUP end the rentals of all threads; to be called in the main thread.
+        """Let SIGTERM and SIGHUP end the rentals of all threads. Call it in the main thread.
 
-        They then raise :class:`SignalExit`, a ``SystemExit``, in the main thread. The first rental
-        does the same by itself, where it is entered in the main thread. A signal that has a handler
-        or is ignored stays as it is.
+        The signals then raise :class:`SignalExit`, a ``SystemExit``, in the main thread. The first
+        rental that begins in the main thread does the same, without this call. A signal that
+        already has a handler, or is ignored, stays as it is.
 
         Returns:
-            A context manager whose end, or ``close()``, restores what was before.
+            A context manager; its end, or ``close()``, restores the former handlers.
 
         Example:
             >>> with client.handle_signals():
@@ -744,14 +760,15 @@ class CloreClient(HTTPClient):
     # --- the spot market ---
 
     def get_spot_market(self, server_id: int) -> dict[str, Any]:
-        """The offers for a server on the spot market.
+        """Return the offers for a server on the spot market.
 
         Parameters:
             server_id: the ``id`` of a server.
 
         Returns:
-            The envelope, with ``market``. Each of its ``offers`` also carries ``usd_per_hour``
-            (None where the rate is missing); its ``bid`` is per day in its ``currency``.
+            The API's response as a dict, with ``market``. Each of its ``offers`` also has
+            ``usd_per_hour`` (None if there is no exchange rate). Its ``bid`` is per day, in its
+            ``currency`` (seen on the live API).
 
         Example:
             >>> client.get_spot_market(99173)["market"]["offers"][0]["usd_per_hour"]
@@ -764,23 +781,24 @@ class CloreClient(HTTPClient):
     ) -> bool:
         """Change the bid of a spot order.
 
-        The API lets a bid be lowered once in 600 seconds, and by one step.
+        The live API lets you lower a bid once in 600 seconds, by a limited step.
 
         Parameters:
-            order_id: its number.
-            new_price: **USD per hour**.
+            order_id: the number of the order.
+            new_price: the new bid, in **USD per hour**.
             allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
 
         Returns:
-            True when the answer carries no ``error``.
+            True if the response has no ``error``.
 
         Raises:
-            OrderNotFoundError: the account has no such order; nothing was sent.
-            SpotPriceTooSoonError: lowered too soon; ``retry_after`` says when again.
-            SpotPriceStepError: lowered by too much; ``max_step`` says by how much at most, in the
-                order's currency per day.
-            BidTooLowError: under what the host takes.
-            RateUnknownError: the bid could not be converted; nothing was sent.
+            OrderNotFoundError: the account has no such order; no bid was sent.
+            SpotPriceTooSoonError: the bid was lowered too soon; ``retry_after`` has the seconds to
+                wait.
+            SpotPriceStepError: the bid was lowered by too much; ``max_step`` has the largest step,
+                in the order's currency per day.
+            BidTooLowError: the bid is lower than the host accepts.
+            RateUnknownError: the bid could not be converted; no bid was sent.
 
         Example:
             >>> client.set_spot_price(1958009, 0.08)
@@ -801,19 +819,17 @@ class CloreClient(HTTPClient):
             self._ssh_access = SSHAccess(self, self._orders, state_folder(self._state_dir))
         return self._ssh_access
 
-    # --- getting in ---
-
     @staticmethod
     def parse_ssh_connection(order: Any) -> dict[str, Any]:
-        """Where to log in, from an order's ``connection.ssh``. Never raises.
+        """Parse the host, port and user from an order's ``connection.ssh``. Never raises.
 
         Parameters:
             order: an order in the documented form.
 
         Returns:
-            ``{"host", "port", "user", "raw"}``: ``""``, 22 and ``"root"`` where it does not say,
-            and the string as it came. A host or user that is not a plain name or address counts
-            as none.
+            ``{"host", "port", "user", "raw"}``; ``raw`` is the unchanged string. Missing parts are
+            ``""``, 22 and ``"root"``. A host or user that is not a plain name or address counts as
+            missing.
 
         Example:
             >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
@@ -834,31 +850,31 @@ class CloreClient(HTTPClient):
         timeout: float = 30.0,
         host_key: str = "pin",
     ) -> paramiko.SSHClient:
-        """Log in to the machine of a running order. Needs paramiko.
+        """Log in to the machine of a running order over SSH. Needs paramiko.
 
-        A password wins over ``key_path``. With neither: the password that stands in the order, or
-        that this client sent with it; else the SSH agent and the user's default keys. The agent
-        is never forwarded, nor is X11.
+        A password takes precedence over ``key_path``. Without both, the login uses the password of
+        the order, or the one that this client sent with it, or else the SSH agent and the user's
+        default keys. The SSH agent and X11 are never forwarded.
 
         Parameters:
             order: a running order, as :meth:`wait_for_order` returns it.
-            password: of the user in ``connection.ssh``.
-            key_path: file of a private key: Ed25519, ECDSA or RSA.
-            passphrase: of that key, where it is encrypted.
-            wait: seconds that the machine's sshd may take to come up.
+            password: the password of the user in ``connection.ssh``.
+            key_path: the file of a private key: Ed25519, ECDSA or RSA.
+            passphrase: the passphrase of that key, if it is encrypted.
+            wait: seconds to wait until the machine's SSH server responds.
             timeout: seconds for each step of the login.
-            host_key: ``"pin"`` keeps the key that the machine shows at the first login to this
-                order, in the state folder too where that is in use, and insists on it from then
-                on; a fingerprint (``"SHA256:..."``) insists on that one, and pins it;
-                ``"accept"`` takes whatever is shown.
+            host_key: ``"pin"`` stores the host key of the first login to this order, also in
+                ``state_dir``, and later logins accept only that key. A fingerprint
+                (``"SHA256:..."``) accepts only that key, and pins it. ``"accept"`` accepts any key.
 
         Returns:
-            A connected ``paramiko.SSHClient``, which the caller closes.
+            A connected ``paramiko.SSHClient``. The caller closes it.
 
         Raises:
-            SSHError: there is no address yet, nothing answered in time, or the login was refused.
-            HostKeyChangedError: another key than before for this order; nothing was sent.
-            ValueError: ``key_path`` or ``passphrase`` can't be used, among others.
+            SSHError: the order has no address yet, nothing responded in time, or the login was
+                refused.
+            HostKeyChangedError: the host key for this order has changed; no login was sent.
+            ValueError: an argument is not valid, or ``key_path`` or ``passphrase`` can't be used.
             ImportError: paramiko is not installed.
 
         Example:
@@ -887,7 +903,7 @@ class CloreClient(HTTPClient):
         timeout: float = 30.0,
         host_key: str = "pin",
     ) -> None:
-        """Return when a login works; parameters and errors are those of :meth:`connect_ssh`.
+        """Wait until a login works. Parameters and errors are those of :meth:`connect_ssh`.
 
         Example:
             >>> client.wait_for_ssh(order, wait=600)
@@ -904,13 +920,13 @@ class CloreClient(HTTPClient):
         ).close()
 
     def forget_host_key(self, order: Mapping[str, Any]) -> bool:
-        """Forget the host key that is pinned for an order: the next login takes a new one.
+        """Forget the pinned host key of an order, so that the next login accepts a new one.
 
         Parameters:
-            order: whose container was started anew, which may make new keys.
+            order: an order with a container that was restarted, which can change the host key.
 
         Returns:
-            Whether there was one.
+            True if a key was pinned.
 
         Example:
             >>> client.forget_host_key(order)
@@ -919,16 +935,19 @@ class CloreClient(HTTPClient):
         return self._ssh.forget_host_key(order)
 
     def ssh_command(self, order: Mapping[str, Any], *, key_path: PathArgument | None = None) -> str:
-        """The line that logs in from a terminal, quoted for a shell.
+        """Return the command that logs in from a terminal, quoted for a shell.
 
-        Where the host key is pinned in the state folder, OpenSSH is told to insist on it.
+        If the host key is pinned in ``state_dir``, OpenSSH accepts only that key.
 
         Parameters:
             order: a running order.
-            key_path: file of a private key, to be named in the line.
+            key_path: the file of a private key, which the command names.
+
+        Returns:
+            The command, on one line.
 
         Raises:
-            SSHError: the order has no address yet, or one that is not a plain name or address.
+            SSHError: the order has no address yet, or it is not a plain name or address.
 
         Example:
             >>> print(client.ssh_command(order))
@@ -943,25 +962,28 @@ class CloreClient(HTTPClient):
         name: str | None = None,
         key_path: PathArgument | None = None,
     ) -> str:
-        """An entry for ``~/.ssh/config``, for rsync, VS Code and tmux.
+        """Return an entry for ``~/.ssh/config``, for rsync, VS Code and others.
 
-        It insists on the pinned host key; without one yet, OpenSSH pins the first that it sees, in
-        the same place.
+        With this entry, OpenSSH accepts only the pinned host key. If there is none yet, OpenSSH
+        pins the first one, in the same file.
 
         Parameters:
             order: a running order.
-            name: of the entry, as in ``ssh <name>``; ``clore-<order id>`` by default.
-            key_path: file of a private key.
+            name: the name of the entry, as in ``ssh <name>``; ``clore-<order id>`` by default.
+            key_path: the file of a private key.
+
+        Returns:
+            The lines of the entry.
 
         Raises:
-            SSHError: the order has no address yet, or one that is not a plain name or address.
+            SSHError: the order has no address yet, or it is not a plain name or address.
 
         Example:
             >>> print(client.ssh_config(order), file=open("gpu.conf", "w"))
         """
         return self._ssh.config_entry(order, name, key_path)
 
-    # --- running work ---
+    # --- commands and ports ---
 
     def run(
         self,
@@ -976,29 +998,29 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> CommandResult:
-        """Run a command on the machine of an order, and wait for its end. Needs paramiko.
+        """Run a command on the machine of an order, and wait until it ends. Needs paramiko.
 
         Parameters:
             order: a running order.
-            command: for the shell of the machine; a list of arguments is quoted.
-            check: raise for another exit code than 0.
-            timeout: seconds, after which the command is ended; None waits for ever. Ctrl-C ends
-                it, too.
-            input: what it reads from its standard input.
+            command: a command for the machine's shell; a list of arguments is quoted.
+            check: raise an error if the exit code is not 0.
+            timeout: seconds after which the command is stopped; None waits forever. Ctrl-C also
+                stops it.
+            input: the data for its standard input.
             env: environment variables.
-            on_output: called with each line as it comes, without its line end; the line's
+            on_output: called with each line as it arrives, without its line end; the line's
                 ``stream`` is ``"stdout"`` or ``"stderr"``.
-            ssh: a connection to use, as :meth:`connect_ssh` returns it; it stays open.
+            ssh: a connection from :meth:`connect_ssh`, which stays open; default a new one.
             **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``, as for
                 :meth:`connect_ssh`.
 
         Returns:
             A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text;
-            bytes that are no UTF-8 are replaced) and ``duration`` in seconds.
+            bytes that are not UTF-8 are replaced) and ``duration`` in seconds.
 
         Raises:
-            CommandError: the exit code was not 0; ``result`` has it all.
-            CommandTimeoutError: it did not end in time, and was ended.
+            CommandError: the exit code was not 0; ``result`` has the :class:`CommandResult`.
+            CommandTimeoutError: the command did not end in time, and was stopped.
             SSHError: the login failed, or the connection broke.
 
         Example:
@@ -1023,16 +1045,16 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Forward:
-        """Forward a port of this machine, on loopback only, to one of an order's machine.
+        """Forward a local port, on loopback only, to a port of an order's machine.
 
         Parameters:
             order: a running order.
-            remote_port: on the machine, where something listens.
-            local_port: here; 0 takes a free one.
+            remote_port: the port on the order's machine.
+            local_port: the port on this machine; 0 takes a free one.
             ssh, **login: as for :meth:`run`.
 
         Returns:
-            A context manager that yields the local port, forwarded until the block is left.
+            A context manager that gives the local port and forwards it until the block ends.
 
         Example:
             >>> with client.forward(order, 8888) as port:
@@ -1047,7 +1069,7 @@ class CloreClient(HTTPClient):
         )
         return Forward(connection, remote_port, local_port, owns=ssh is None)
 
-    # --- moving data ---
+    # --- transfers ---
 
     def upload(
         self,
@@ -1064,26 +1086,27 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Transferred:
-        """Copy a file or a whole directory to the machine of an order. Needs paramiko.
+        """Copy a file or directory to the machine of an order. Needs paramiko.
 
-        As with ``cp -r``, what is copied to a directory that exists is put into it. It is sent
-        under a temporary name, and renamed when it is complete. Sizes are compared always, and
-        SHA-256 where ``verify`` says so, the transfer was resumed, or a file went in several
-        pieces. Symlinks within a directory are left out, and told of; so is what is neither file
-        nor directory.
+        If ``remote`` is an existing directory, the copy is put into it, as with ``cp -r``. A file
+        gets a temporary name first, and its real name when it is complete. The client always
+        compares sizes. It compares SHA-256 if ``verify`` is on, if the transfer was resumed, or if
+        a file was sent in several pieces. In a directory, symlinks and special files are skipped
+        and listed in the result.
 
         Parameters:
             order: a running order.
-            local: a file or directory here.
-            remote: a path there; a relative one and ``~`` count from the home directory.
-            preserve: keep permissions and times; else the usual permissions for new files, with
-                the right to execute kept.
+            local: a file or directory on this machine.
+            remote: a path on the order's machine; a relative path or ``~`` starts at the home
+                directory.
+            preserve: keep permissions and times. Without it, files get the default permissions, and
+                keep the permission to execute.
             verify: compare SHA-256 of every file.
-            resume: keep what was transferred before an error, and go on from there. A source whose
-                size or time has changed starts over.
-            streams: connections at once, 1 to 16; None chooses by the size.
+            resume: keep partial files after an error, and continue with them in the next call. If
+                the size or time of the source has changed, the transfer starts over.
+            streams: the number of parallel connections, 1 to 16; None chooses by the size.
             progress: called as ``progress(name, done, total)``, in bytes, in this thread.
-            timeout: seconds for each step of the login, and without any progress.
+            timeout: seconds for each step of the login, and the longest time without progress.
             ssh, **login: as for :meth:`run`.
 
         Returns:
@@ -1091,10 +1114,10 @@ class CloreClient(HTTPClient):
             seconds, and ``skipped``.
 
         Raises:
-            TransferError: it did not arrive whole: a full disk, a lost connection; ``name``,
-                ``done`` and ``total`` tell how far it came.
+            TransferError: the transfer is not complete, for example because the disk is full or the
+                connection broke; ``name``, ``done`` and ``total`` say how far it got.
             SSHError: the login failed.
-            FileNotFoundError: there is nothing at ``local``.
+            FileNotFoundError: ``local`` does not exist.
 
         Example:
             >>> client.upload(order, "train.py", "~/work/")
@@ -1122,17 +1145,18 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Transferred:
-        """Copy a file or a whole directory from the machine of an order. Needs paramiko.
+        """Copy a file or directory from the machine of an order. Needs paramiko.
 
-        The other way round as :meth:`upload`, and on the same terms. Nothing that the machine
-        says makes this write outside of ``local``. Of a file that is still being written, as a log,
-        make a copy there, and download that: what changes on the way is an error.
+        Works like :meth:`upload` in the other direction. A hostile machine can't make the client
+        write outside ``local``. A file that changes during the transfer is an error: to download a
+        growing log, copy it on the machine first.
 
         Parameters:
             order: a running order.
-            remote: a path there; a relative one and ``~`` count from the home directory.
-            local: a path here.
-            max_bytes: refuse what is larger.
+            remote: a path on the order's machine; a relative path or ``~`` starts at the home
+                directory.
+            local: a path on this machine.
+            max_bytes: refuse a larger transfer.
             preserve, verify, resume, streams, progress, timeout, ssh, **login: as for
                 :meth:`upload`.
 
@@ -1140,8 +1164,8 @@ class CloreClient(HTTPClient):
             A :class:`Transferred`.
 
         Raises:
-            TransferError: it did not arrive whole, is larger than ``max_bytes``, or the machine
-                sent what can't be right.
+            TransferError: the transfer is not complete, is larger than ``max_bytes``, or the
+                machine sent invalid data.
             SSHError: the login failed.
 
         Example:
@@ -1166,18 +1190,18 @@ class CloreClient(HTTPClient):
         timeout: float = 30.0,
         **login: Any,
     ) -> Any:
-        """A client of the package scp that a hostile host can't abuse, for those who know it.
+        """Return a client of the package scp, guarded against hostile hosts.
 
         Parameters:
             order: a running order.
-            max_bytes: refuse to receive more in one ``get()``.
+            max_bytes: the most bytes that one ``get()`` may receive.
             progress: as for ``scp.SCPClient``.
-            timeout: seconds for each step of the login, and without any progress.
+            timeout: seconds for each step of the login, and the longest time without progress.
             **login: as for :meth:`run`.
 
         Returns:
-            An ``scp.SCPClient`` with a connection of its own, which ``close()``, or the end of
-            its block, closes.
+            An ``scp.SCPClient`` with its own connection; ``close()``, or the end of its block,
+            closes it.
 
         Raises:
             ImportError: paramiko or scp is not installed.

@@ -1,4 +1,4 @@
-"""Where the key and the base URL come from, and what makes them usable."""
+"""Find and check the API key, the base URL and the state folder."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from clore_client.validation import check_local_path
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
-CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; read, never written
+CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools, which is only read
 
-# Where the user has not said; without that variable ``~/.local/state/clore-client``.
+# Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
 
-_told: set[str] = set()  # what has been warned of
+_warned: set[str] = set()
 
 
 def clean_key(key: object, source: str) -> str:
-    """A key that can stand in a header; its trailing newline, as files have it, is cut.
+    """Check an API key, and return it without a trailing newline.
 
-    The key itself is in none of the errors.
+    No error shows the key.
     """
     if not isinstance(key, str):
         raise ConfigurationError(
@@ -39,21 +39,21 @@ def clean_key(key: object, source: str) -> str:
     key = key.rstrip("\r\n")
     if key.lower().startswith(("bearer ", "auth:", "auth ")):
         raise ConfigurationError(
-            f"the API key from {source} starts with {key.split()[0]!r}: give the bare key"
+            f"the API key from {source} starts with {key.split()[0]!r}: give only the key"
         )
     if any(c.isspace() for c in key):
         raise ConfigurationError(
-            f"the API key from {source} has a blank or a newline in it: give the bare key"
+            f"the API key from {source} has a blank or a newline in it: give only the key"
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigurationError(
-            f"the API key from {source} has a character that no key has: was it copied whole?"
+            f"the API key from {source} has a character that no key has: copy it again"
         )
     return Secret(key)
 
 
 def find_key(argument: str | None) -> tuple[str | None, str]:
-    """The key and where it comes from: argument, environment, the official tools' file."""
+    """Return the key and its source: the argument, the environment, or the official tools' file."""
     if argument:
         return clean_key(argument, "the argument api_key"), "argument"
     if from_environment := os.environ.get(KEY_VARIABLE):
@@ -64,18 +64,19 @@ def find_key(argument: str | None) -> tuple[str | None, str]:
 
 
 def need_key() -> None:
-    """Raise an error that says where it looked, when neither environment nor file has a key."""
+    """Raise an error if neither the environment nor the official tools' file has a key."""
     if find_key(None)[0] is None:
         variable = "is empty" if KEY_VARIABLE in os.environ else "is not set"
         there = os.path.isfile(os.path.expanduser(CONFIG_FILE))
         raise ConfigurationError(
             f"there is no API key: the environment variable {KEY_VARIABLE} {variable}, "
-            f"and the file {CONFIG_FILE} {'has none in it' if there else 'is not there'}"
+            f"and the file {CONFIG_FILE} {'has none in it' if there else 'does not exist'}; "
+            f"set {KEY_VARIABLE}"
         )
 
 
 def ending_of(key: object) -> str:
-    """What may be shown of a key: its last four characters, and of a short one a quarter."""
+    """Return the end of a key, for display: four characters, or a quarter of a short key."""
     text = str(key)
     return printable(text[len(text) - min(4, len(text) // 4) :])
 
@@ -85,7 +86,7 @@ def _key_in_file() -> str | None:
         path = Path(CONFIG_FILE).expanduser()
         text = path.read_text(encoding="utf-8")
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: there is no home
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: no home directory
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
@@ -94,10 +95,10 @@ def _key_in_file() -> str | None:
     try:
         config = json.loads(text)
     except (ValueError, RecursionError):
-        # The parser's error holds the text, and so the key.
-        raise ConfigurationError(f"{CONFIG_FILE} is not JSON") from None
+        # The error of the parser contains the text, and so the key.
+        raise ConfigurationError(f"{CONFIG_FILE} is not valid JSON: correct or remove it") from None
     if not isinstance(config, dict):
-        raise ConfigurationError(f"{CONFIG_FILE} must hold a JSON object with an 'api_key'")
+        raise ConfigurationError(f"{CONFIG_FILE} must contain a JSON object with an 'api_key'")
     if not config.get("api_key"):
         return None
     key = clean_key(config["api_key"], CONFIG_FILE)
@@ -108,15 +109,17 @@ def _key_in_file() -> str | None:
 
 @functools.cache
 def _warn_readable(path: str) -> None:
-    logger.warning("%s holds your API key and others may read it: chmod 600 %s", path, path)
+    logger.warning(
+        "%s contains your API key, and other users can read it: run chmod 600 %s", path, path
+    )
 
 
 def check_base_url(url: object, name: str) -> str:
-    """Return an http(s) URL without its trailing slash.
+    """Check an http(s) URL, and return it without a trailing slash.
 
     Parameters:
-        url: as it was given.
-        name: where it comes from, for the error.
+        url: the URL.
+        name: the argument or variable that has it, for the error.
     """
     if not isinstance(url, str):
         raise TypeError(
@@ -128,7 +131,7 @@ def check_base_url(url: object, name: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _usable_url(url: str, name: str) -> str:
     if problem := _url_problem(url):
-        # The URL itself is not shown: a key may stand in it.
+        # The URL is not shown, as it may contain a key.
         raise ConfigurationError(
             f"{name} must be a URL like https://api.clore.ai: this one {problem}"
         )
@@ -154,17 +157,17 @@ def _url_problem(url: str) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def is_loopback(base_url: str) -> bool:
-    """Whether the URL's host is this machine."""
+    """Return whether the host of a URL is this machine."""
     return is_loopback_host(urlsplit(base_url).hostname or "")
 
 
 def check_key_may_go_to(base_url: str) -> None:
-    """A key goes out over https only, or to this machine."""
+    """Check that a URL is safe for the key: https, or this machine."""
     if not base_url.lower().startswith("https://") and not is_loopback(base_url):
         host = printable(urlsplit(base_url).hostname or "", 100)
         raise ConfigurationError(
-            f"base_url is not https (its host is {host}), and the API key would be readable on the "
-            "way; nothing was sent"
+            f"base_url is not https (its host is {host}), so others could read the API key, and "
+            "nothing was sent: use an https URL"
         )
 
 
@@ -173,7 +176,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def is_loopback_host(host: str) -> bool:
-    """Whether a host, as a URL names it, is this machine."""
+    """Return whether the host name or address in a URL is this machine."""
     if host.lower() == "localhost":
         return True
     try:
@@ -184,7 +187,7 @@ def is_loopback_host(host: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
-    """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
+    """Return the same text for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     host = "localhost" if is_loopback_host(host) else host
@@ -193,9 +196,9 @@ def canonical_url(base_url: str) -> str:
 
 
 class PerAccount(Generic[V]):
-    """One ``V`` for each base URL and key, made when it is first asked for.
+    """A table with one object per base URL and key, made on first use.
 
-    A forked child starts with none: another thread may have held a lock of theirs at the fork.
+    It is empty in a forked child, because another thread may have held a lock at the fork.
     """
 
     def __init__(self, make: Callable[[], V]) -> None:
@@ -205,54 +208,54 @@ class PerAccount(Generic[V]):
             os.register_at_fork(after_in_child=self._of.clear)
 
     def of(self, base_url: str, api_key: str) -> V:
-        """Return the one of this account."""
-        # A digest, so that no key stands in a table of the process.
+        """Return the object of an account."""
+        # The table has a digest in place of the key.
         account = (canonical_url(base_url), hashlib.sha256(api_key.encode()).digest())
         found = self._of.get(account)
-        # One step, and so without a lock: of two that are made at once, both callers get the first.
+        # setdefault() is atomic: if two threads make one, both get the first.
         return self._of.setdefault(account, self._make()) if found is None else found
 
 
 def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
-    """A folder, or None for no notes at all."""
+    """Check a state folder; None turns the journal off."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
     if isinstance(value, str) and not value.strip():
-        raise ValueError(f"{name} must not be empty: None turns the notes off")
+        raise ValueError(f"{name} must not be empty: None turns the journal off")
     if value is not None:
         check_local_path(name, value)
     return value
 
 
 def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
-    """The folder of the entries, from what the user gave; None where they are turned off."""
+    """Return the absolute path of the state folder; None if it is turned off."""
     if state_dir is None:
         return None
     if state_dir == DEFAULT_STATE_DIR:
         base = os.environ.get("XDG_STATE_HOME") or ""
-        if not os.path.isabs(base):  # the specification says to ignore such a one
+        if not os.path.isabs(base):  # the XDG specification ignores relative paths
             base = os.path.join("~", ".local", "state")
         folder = os.path.expanduser(os.path.join(base, "clore-client"))
     else:
         folder = os.path.expanduser(os.fspath(state_dir))
-    if folder.startswith("~"):  # there is no home: the name would be taken for a folder's
-        warn_of_state(f"{folder} has no place", "this user has no home directory")
+    if folder.startswith("~"):  # "~" would become the name of a folder
+        warn_of_state(f"{folder} can't be used", "this user has no home directory")
         return None
     return Path(os.path.abspath(folder))
 
 
 def account_digest(base_url: str, api_key: str | None) -> str:
-    """What stands for an account in an entry, from which nobody can tell the key."""
+    """Return a digest that identifies an account in the journal without its key."""
     account = f"clore-client\n{canonical_url(base_url)}\n{api_key or ''}"
     return hashlib.sha256(account.encode()).hexdigest()[:32]
 
 
 def warn_of_state(what: str, error: object) -> None:
-    """One warning for each trouble: it must not stop a rental."""
-    if what not in _told:
-        _told.add(what)
+    """Warn once about a problem of the state folder, which must not stop a rental."""
+    if what not in _warned:
+        _warned.add(what)
         logger.warning(
-            "%s: %s; should this process be killed, leftovers() can't know of its rentals",
+            "%s: %s; if this process is killed, leftovers() can't find its rentals",
             what,
             error,
         )

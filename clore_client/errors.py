@@ -1,4 +1,4 @@
-"""Every error that the package raises, and the tables that choose one for an answer of the API."""
+"""All errors of the package, and the tables that map an API response to an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ERROR_CODES: dict[int, str] = {
     6: "See error field in response",
 }
 
-# Whose values are never shown, wherever they stand. Compared in lower case.
+# Fields whose values are never shown. Compared in lower case.
 SECRET_FIELDS = frozenset(
     {
         "api_key",
@@ -36,15 +36,14 @@ SECRET_FIELDS = frozenset(
 )
 
 CREATE_ORDER_CODE_1 = (
-    "on create_order, code 1 has been seen for an empty wallet, for a server that was rented a "
-    "moment ago, for a required_price other than the listing's, and for env values with '&', "
-    "typographic quotes or emoji - and also when the order had been made: look at get_orders() "
-    "before you order again"
+    "on create_order, code 1 has been seen for an empty wallet, for a server that was just rented, "
+    "for a required_price that differs from the listing, for env values with '&', typographic "
+    "quotes or emoji, and also when the order was made: look at get_orders() before you order again"
 )
 
 
 class Secret(str):
-    """A string whose repr does not show it: error reporters print the variables of each frame."""
+    """A string with a masked repr, because error reporters print local variables."""
 
     __slots__ = ()
 
@@ -53,17 +52,17 @@ class Secret(str):
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """Return a string as a secret, and anything else as it is."""
+        """Return a string as a secret, and any other value unchanged."""
         return cls(value) if isinstance(value, str) else value
 
 
 def hidden_values(env: Any) -> Any:
-    """Return a dict whose strings are secrets, and anything else as it is."""
+    """Return a dict with its strings as secrets, and any other value unchanged."""
     return {k: Secret.of(v) for k, v in env.items()} if isinstance(env, dict) else env
 
 
 def printable(text: str, limit: int = 2000) -> str:
-    """``text`` on one line, cut at ``limit`` characters, with nothing a terminal would obey."""
+    """Return ``text`` on one line, cut at ``limit`` characters, without control characters."""
     cut = text if len(text) <= limit else text[:limit] + "..."
     if cut.isprintable():
         return cut
@@ -73,9 +72,9 @@ def printable(text: str, limit: int = 2000) -> str:
 
 
 def masked(value: Any, depth: int = 20) -> Any:
-    """A copy of ``value`` in which everything under a name of ``SECRET_FIELDS`` reads ``'***'``.
+    """Return a copy of ``value`` with ``'***'`` in place of all ``SECRET_FIELDS``.
 
-    What is nested deeper than ``depth`` is left out: no honest answer is.
+    Values that are nested deeper than ``depth`` are left out.
     """
     if not isinstance(value, (dict, list, tuple)):
         return value
@@ -90,16 +89,16 @@ def masked(value: Any, depth: int = 20) -> Any:
 
 
 def without(text: str, secrets: tuple[str, ...]) -> str:
-    """``text`` with each of the ``secrets`` replaced: an answer may repeat what it was sent."""
+    """Return ``text`` with the ``secrets`` replaced, as a response may repeat the request."""
     for secret in secrets:
-        # As it is, and as it reads within JSON or within the repr of a string.
+        # The secret can also be escaped, in JSON or in the repr of a string.
         for spelling in (secret, json.dumps(secret)[1:-1], repr(str(secret))[1:-1]):
             text = text.replace(spelling, "***")
     return text
 
 
 def _scrubbed(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
-    """``value`` with the ``secrets`` replaced in all its strings."""
+    """Return ``value`` with the ``secrets`` replaced in all its strings."""
     if isinstance(value, str):
         return without(value, secrets)
     if isinstance(value, dict) and depth:
@@ -110,20 +109,20 @@ def _scrubbed(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
 
 
 class CloreError(Exception):
-    """The parent of every error of this package.
+    """The base class of all errors of this package.
 
     Attributes:
-        retryable: whether the same call may succeed later, and may be made again without harm.
-        retry_after: seconds after which that makes sense, or None where nobody said.
+        retryable: True if the same call may succeed later, and can be repeated safely.
+        retry_after: seconds to wait before that, or None if not known.
         sends: how many times the request was sent before this error.
     """
 
     retryable: bool = False
     retry_after: float | None = None
     sends: int = 1
-    # When the last of them left, by time.monotonic(); None when nothing left.
+    # time.monotonic() of the last send; None if nothing was sent.
     sent_at: float | None = None
-    # Kept out of pickles and copies, as they hold what was sent.
+    # Attributes with secrets, which pickles and copies leave out.
     _private: tuple[str, ...] = ()
 
     def __init__(self, message: str = "") -> None:
@@ -146,15 +145,16 @@ class ConfigurationError(CloreError, ValueError):
 
 
 class CloreConnectionError(CloreError):
-    """No answer came: no connection, a timeout, a connection that broke."""
+    """No response arrived: the connection failed, timed out or broke."""
 
     retryable = True
 
 
 class OutcomeUnknownError(CloreError):
-    """A request that changes something may or may not have been carried out.
+    """A request that changes something may or may not have taken effect.
 
-    It is not sent again, since twice would do harm. Look at the state of the account first.
+    It was not sent again, because a second effect would do harm. Check the account before you
+    repeat the call.
 
     Attributes:
         endpoint: the path that was called.
@@ -166,13 +166,13 @@ class OutcomeUnknownError(CloreError):
 
 
 class OrderOutcomeUnknownError(OutcomeUnknownError):
-    """An order may or may not have been made, or it can't be told which one is ours.
+    """An order may or may not exist, or several orders could be it.
 
     Attributes:
-        server_id: the server that was to be rented.
-        order_ids: the orders that it could be; empty where none was seen.
-        credentials: what was sent to get into the machine: ``ssh_password``, ``ssh_key``,
-            ``jupyter_token``. In no text, and not in a pickle of this error.
+        server_id: the server of the order.
+        order_ids: the orders that it could be; empty if none was seen.
+        credentials: the login that was sent with the order: ``ssh_password``, ``ssh_key``,
+            ``jupyter_token``. It is in no text and no pickle of this error.
     """
 
     _private = ("credentials",)
@@ -201,7 +201,7 @@ class OrderNotFoundError(CloreError):
     """No order of the account has this id.
 
     Attributes:
-        order_id: the id that was asked for.
+        order_id: the id.
     """
 
     def __init__(self, message: str, *, order_id: int | None = None) -> None:
@@ -210,11 +210,13 @@ class OrderNotFoundError(CloreError):
 
 
 class CancelUnconfirmedError(CloreError):
-    """An order could not be cancelled, or is not confirmed to have ended: cancel it again.
+    """An order may still be running, after a cancel that failed or is not confirmed.
+
+    Cancel it again.
 
     Attributes:
         order_id: the order, or the first of several.
-        order_ids: all of them.
+        order_ids: all orders that may still be running.
     """
 
     retryable = True
@@ -226,14 +228,17 @@ class CancelUnconfirmedError(CloreError):
 
 
 class SpendingLimitError(CloreError):
-    """A purchase that ``max_usd_per_hour`` or ``max_active_orders`` does not allow; not sent."""
+    """A limit, ``max_usd_per_hour`` or ``max_active_orders``, refused an order or bid.
+
+    Nothing was ordered.
+    """
 
 
 class OrderEndedError(CloreError):
-    """An order ended while it was awaited.
+    """An order ended before it had the status that a call waited for.
 
     Attributes:
-        order_id, status: which order, and how it ended.
+        order_id, status: the order, and its final status.
         order: the order as it was last seen.
     """
 
@@ -245,11 +250,11 @@ class OrderEndedError(CloreError):
 
 
 class WaitTimeoutError(CloreError, TimeoutError):
-    """An order did not reach the awaited status in time. It may still be running, and cost money.
+    """An order did not reach a status in time. It may still be running, and cost money.
 
     Attributes:
-        order_id: which order.
-        order: the order as it was last seen, or None when it never showed up.
+        order_id: the order.
+        order: the order as it was last seen, or None if it never showed up.
         reason: ``"never showed up"`` or ``"still creating"`` (or another status).
     """
 
@@ -261,20 +266,20 @@ class WaitTimeoutError(CloreError, TimeoutError):
 
 
 class RateUnknownError(CloreError):
-    """No exchange rate is at hand, or the API's form is not known, so nothing was bid."""
+    """A bid could not be converted, because the exchange rate is not known; nothing was bid."""
 
     retryable = True
 
 
 class SSHError(CloreError):
-    """A login over SSH was not possible."""
+    """An SSH login, command or transfer failed."""
 
 
 class RentalError(CloreError):
-    """``rent()`` found no host that worked, or a rental was used in a way that can't be.
+    """``rent()`` found no server that works, or a rental was used in the wrong state.
 
     Attributes:
-        tried: (server id, why not) for each host that was tried.
+        tried: (server id, reason) for each server that was tried.
     """
 
     def __init__(self, message: str, *, tried: tuple[tuple[int, str], ...] = ()) -> None:
@@ -283,11 +288,11 @@ class RentalError(CloreError):
 
 
 class BudgetExceededError(CloreError):
-    """A rental was ended because its ``max_hours`` or ``max_cost_usd`` was reached.
+    """A rental ended because it reached its ``max_hours`` or ``max_cost_usd``.
 
     Attributes:
-        order_id: the order that was ended.
-        hours, cost_usd: how long it ran, and what it cost.
+        order_id: the order of the rental.
+        hours, cost_usd: the time and the cost of the rental until then.
     """
 
     def __init__(
@@ -300,15 +305,15 @@ class BudgetExceededError(CloreError):
 
 
 class CloreAPIError(CloreError):
-    """The API answered, and the answer is an error.
+    """The API responded with an error.
 
     Attributes:
-        code: the ``code`` of the envelope; -1 where there is none.
+        code: the ``code`` of the response; -1 if there is none.
         error: its ``error`` field as text, or None.
-        response: the decoded envelope, or ``{}``.
-        http_status: the status of the answer; None when nothing was sent.
+        response: the decoded response, or ``{}``.
+        http_status: the HTTP status of the response; None if nothing was sent.
         endpoint: the path that was called.
-        hint: what usually causes this, or None.
+        hint: the usual cause of this error, or None.
     """
 
     def __init__(
@@ -338,21 +343,21 @@ class CloreAPIError(CloreError):
 
 
 class DatabaseError(CloreAPIError):
-    """Code 1. Ambiguous where something was to be bought: the order may have been made."""
+    """Code 1. On ``create_order`` it is ambiguous: the order may exist (seen on the live API)."""
 
     retryable = True
 
 
 class InvalidInputError(CloreAPIError):
-    """Code 2: the API did not understand the request."""
+    """Code 2: the API found the request invalid."""
 
 
 class AuthenticationError(CloreAPIError):
-    """Code 3: the API key is missing or not accepted."""
+    """Code 3: the API key is missing or invalid."""
 
 
 class InvalidEndpointError(CloreAPIError):
-    """Code 4: there is no such endpoint."""
+    """Code 4: the endpoint does not exist."""
 
 
 class RateLimitError(CloreAPIError):
@@ -362,31 +367,31 @@ class RateLimitError(CloreAPIError):
 
 
 class ApplicationError(CloreAPIError):
-    """Code 6: the request was understood and refused; ``error`` says why."""
+    """Code 6: the API refused the request; ``error`` has the reason."""
 
 
 class InsufficientBalanceError(ApplicationError):
-    """The wallet does not hold enough of the currency."""
+    """The balance of the wallet is too low."""
 
 
 class ServerAlreadyRentedError(ApplicationError):
-    """Somebody has rented the server."""
+    """The server is already rented."""
 
 
 class ServerOfflineError(ApplicationError):
-    """The server is not connected."""
+    """The server is offline."""
 
 
 class BidTooLowError(ApplicationError):
-    """The bid is under what the host takes."""
+    """The bid is lower than the host accepts."""
 
 
 class CurrencyNotAllowedError(ApplicationError):
-    """The host does not take this currency."""
+    """The host does not accept this currency."""
 
 
 class SpotPriceStepError(ApplicationError):
-    """The bid was to change by more than one step allows.
+    """The change of the bid is larger than one step allows.
 
     Attributes:
         max_step: the largest step, in the order's currency per day, or None.
@@ -396,13 +401,13 @@ class SpotPriceStepError(ApplicationError):
 
 
 class SpotPriceTooSoonError(ApplicationError):
-    """A bid may be lowered once in 600 seconds; ``retry_after`` says when again."""
+    """The bid was lowered less than 600 seconds ago; ``retry_after`` has the seconds to wait."""
 
     retryable = True
 
 
 class InvalidResponseError(CloreAPIError):
-    """What came back is no answer of the API: HTML, broken JSON, no ``code``, no list."""
+    """The response is not from the API, or broken: HTML, invalid JSON, no ``code``, no list."""
 
 
 ERROR_CLASSES: dict[int, type[CloreAPIError]] = {
@@ -414,7 +419,7 @@ ERROR_CLASSES: dict[int, type[CloreAPIError]] = {
     6: ApplicationError,
 }
 
-# The ``error`` texts seen on the live API with code 6, with "-" and "_" taken for the same.
+# The ``error`` texts of code 6 (seen on the live API), with "-" replaced by "_".
 ERROR_TEXTS: dict[str, type[ApplicationError]] = {
     "not_enough_balance": InsufficientBalanceError,
     "server_already_rented": ServerAlreadyRentedError,
@@ -427,7 +432,7 @@ ERROR_TEXTS: dict[str, type[ApplicationError]] = {
 
 
 def error_text(envelope: dict[str, Any]) -> str | None:
-    """The ``error`` field of an envelope as text, or None."""
+    """Return the ``error`` field of a response as text, or None."""
     raw = envelope.get("error")
     return raw if isinstance(raw, str) or raw is None else repr(raw)
 
@@ -441,14 +446,14 @@ def api_error(
     retryable: bool | None = None,
     secrets: tuple[str, ...] = (),
 ) -> CloreAPIError:
-    """The error for an envelope whose ``code`` is an integer other than 0.
+    """Make the error for a response with a ``code`` other than 0.
 
     Parameters:
-        envelope: the decoded answer.
+        envelope: the decoded response.
         http_status: its HTTP status.
         endpoint: the path that was called.
-        hint: added to the text on a line of its own.
-        retryable: overrides the class's own word.
+        hint: added to the text on its own line.
+        retryable: overrides the default of the class.
         secrets: strings that must not appear in the text.
     """
     code = envelope["code"]
@@ -467,29 +472,28 @@ def api_error(
         secrets=secrets,
     )
     if isinstance(error, SpotPriceStepError):
-        error.max_step = _figure(envelope.get("max_step"))
+        error.max_step = _response_number(envelope.get("max_step"))
     elif isinstance(error, SpotPriceTooSoonError):
-        error.retry_after = _figure(envelope.get("time_to_lowering"))
+        error.retry_after = _response_number(envelope.get("time_to_lowering"))
     return error
 
 
-def _figure(value: Any) -> float | None:
-    # The comparison is False for NaN, which JSON as Python reads it may hold.
+def _response_number(value: Any) -> float | None:
+    # Python's JSON parser accepts NaN, for which the comparison is False.
     return float(value) if type(value) in (int, float) and abs(value) < 1e12 else None
 
 
-SHOWN_OF_STDERR = 500  # characters of its end that an error shows
+SHOWN_OF_STDERR = 500  # an error shows the last characters
 
 
 class HostKeyChangedError(SSHError):
-    """A machine shows another host key than it did before for the same order.
+    """The host key of a machine has changed since the first login to this order.
 
-    Either its container was started anew, or something else answers in its place. Nothing was
-    sent to it.
+    Its container was restarted, or another machine responds in its place. No login was sent.
 
     Attributes:
-        order_id: of the order, or None where the record names none.
-        expected, found: fingerprints, as ``"SHA256:..."``.
+        order_id: the order, or None if the record has no id.
+        expected, found: fingerprints such as ``"SHA256:..."``.
     """
 
     def __init__(
@@ -502,7 +506,7 @@ class HostKeyChangedError(SSHError):
 
 
 class CommandError(SSHError):
-    """A command ended with another exit code than 0, and ``check`` was on.
+    """A command ended with an exit code other than 0, and ``check`` was on.
 
     Attributes:
         result: the :class:`CommandResult`.
@@ -518,17 +522,17 @@ class CommandError(SSHError):
 
 
 class CommandTimeoutError(SSHError, TimeoutError):
-    """A command did not end in time, and was ended.
+    """A command did not end in time, and was stopped.
 
     Attributes:
-        command: the line that ran.
+        command: the command.
         timeout: seconds.
-        stdout, stderr: what it had written until then.
+        stdout, stderr: its output until then.
     """
 
     def __init__(self, command: str, timeout: float, stdout: str = "", stderr: str = "") -> None:
         super().__init__(
-            f"{printable(command, 200)} did not end within {timeout:g}s, and was ended"
+            f"{printable(command, 200)} did not end within {timeout:g}s, and was stopped"
             f"{_tail(stderr)}"
         )
         self.command = command
@@ -541,11 +545,11 @@ class CommandTimeoutError(SSHError, TimeoutError):
 
 
 class TransferError(SSHError):
-    """A file was not transferred, or not whole; what stood in its place is as it was.
+    """A file was not transferred completely. An existing file in its place is unchanged.
 
     Attributes:
-        name: of the file, as the caller named it or relative to the folder that was named.
-        done, total: bytes; ``total`` is None where it is not known.
+        name: the file, as the caller named it or relative to the named folder.
+        done, total: bytes; ``total`` is None if not known.
     """
 
     def __init__(

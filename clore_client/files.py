@@ -1,22 +1,22 @@
-"""Locks between processes, by files."""
+"""Lock files, to exclude other processes."""
 
 from __future__ import annotations
 
 import os
 import time
 
-LOCK_AT = 1 << 30  # where Windows locks: what is locked there can't be read
+LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
 
 
 def lock_file(handle: int, patience: float = 0.0) -> bool:
-    """Lock an open file until it is closed; return whether that worked.
+    """Lock an open file until it is closed, and return whether that worked.
 
     Parameters:
-        handle: of a file that is open for writing: some systems lock no other.
-        patience: seconds to wait for another process that holds it.
+        handle: a file that is open for writing, as some systems require.
+        patience: seconds to wait for another process that has locked it.
 
     Raises:
-        OSError: files can't be locked here.
+        OSError: the file system does not support locks.
     """
     deadline = time.monotonic() + patience
     while not _try_to_lock(handle):

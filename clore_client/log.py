@@ -1,4 +1,4 @@
-"""The one logger of the package; it has no handlers, as is due for a library."""
+"""The logger of the package. The application adds the handlers."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Write the package as one clore_client.py, for those who copy a file into a project."""
+"""Write the package as one file, clore_client.py, to copy into a project."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 PACKAGE = "clore_client"
 FOLDER = Path(__file__).parent
-# In the order of the sections: what is needed first comes first.
-FLOORS = ("version", "log", "errors", "files", "pricing", "validation", "config", "models", "api",
+# The order of the sections; a module comes after those that it imports.
+SECTIONS = ("version", "log", "errors", "files", "pricing", "validation", "config", "models", "api",
           "market", "orders", "rental", "ssh", "client")  # fmt: skip
 LEFT_OUT = frozenset({"__init__", "__main__", "single_file", "simulator"})
 THIRD_PARTY = frozenset({"paramiko", "requests", "scp", "urllib3"})
@@ -26,16 +26,16 @@ HEADER = '''\
 
     from clore_client import CloreClient
 
-It needs requests; connect_ssh also needs paramiko.
+It needs requests; connect_ssh and other SSH methods also need paramiko.
 
-Made from the package clore-client {version} by
+This file is generated from the package clore-client {version}. Do not edit it. To update it, run
+    pip install -U clore-client
     python -I -m clore_client.single_file > clore_client.py
-which, after `pip install -U clore-client`, also brings a copy up to date;
+To check if it is current, run
     python -I -m clore_client.single_file --check clore_client.py
-tells whether that is due. Without -I, a clore_client.py in the current folder would be taken for
-the package. Change the package, and not this file.
+Without -I, Python would import the clore_client.py of the current folder, not the package.
 
-MIT License, Copyright (c) 2026 The clore-client authors; the whole text stands at the end.
+MIT License, Copyright (c) 2026 The clore-client authors; the full text is at the end.
 
 Contents:
 {contents}
@@ -67,11 +67,11 @@ Import = tuple[str, str, str]  # module, name or "" for the module itself, alias
 
 @dataclass
 class _Module:
-    """A module of the package, taken apart."""
+    """The parts of one module of the package."""
 
     name: str  # "api.request"
     about: str = ""  # its docstring
-    text: str = ""  # without its docstring, and without the imports that move to the top
+    text: str = ""  # without its docstring and its imports
     defines: set[str] = field(default_factory=set)
     needs: set[str] = field(default_factory=set)  # modules of the package that it imports
     uses: dict[str, str] = field(default_factory=dict)  # name -> module of the package
@@ -83,13 +83,13 @@ def write(folder: Path = FOLDER) -> str:
     """Return the package in ``folder`` as the text of one file.
 
     Raises:
-        MergeError: something in it can't be merged.
+        MergeError: a module can't be merged.
     """
     modules = _in_order([_parse(folder, path) for path in _files(folder)])
     exported = _exported(folder, modules)
     version = re.search(r'__version__ = "(.+)"', (folder / "version.py").read_text("utf-8"))
     if version is None:
-        raise MergeError("version.py names no version")
+        raise MergeError("version.py has no __version__")
     contents = "\n".join(
         textwrap.fill(
             module.about.split("\n")[0],
@@ -121,7 +121,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _in_order(modules: list[_Module]) -> list[_Module]:
-    """Sort modules by floor, and each after those that it imports."""
+    """Sort modules by section, and each one after the modules that it imports."""
     _check_names(modules)
     by_name = {module.name: module for module in modules}
     ordered: list[_Module] = []
@@ -134,18 +134,18 @@ def _in_order(modules: list[_Module]) -> list[_Module]:
                 place(by_name[name], (*path, module.name))
             ordered.append(module)
 
-    for module in sorted(modules, key=_floor):
+    for module in sorted(modules, key=_section):
         place(module, ())
     return ordered
 
 
-def _floor(module: _Module) -> tuple[int, str]:
+def _section(module: _Module) -> tuple[int, str]:
     top = module.name.split(".")[0]
-    return (FLOORS.index(top) if top in FLOORS else len(FLOORS), module.name)
+    return (SECTIONS.index(top) if top in SECTIONS else len(SECTIONS), module.name)
 
 
 def _check_names(modules: list[_Module]) -> None:
-    """Check that each name means one thing in all modules, and that what is imported is there."""
+    """Check that each name is defined in one module only, and that imported names exist."""
     owners: dict[str, str] = {}
     for module in modules:
         for name in sorted(module.defines):
@@ -178,7 +178,7 @@ def _parse(folder: Path, path: Path) -> _Module:
     for node in tree.body[1:]:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             _take(module, node, module.imports)
-            module.needs.update(_ours(node))
+            module.needs.update(_package_imports(node))
             moved.append(node)
         elif _is_type_checking(node):
             for part in ast.walk(node):
@@ -188,19 +188,23 @@ def _parse(folder: Path, path: Path) -> _Module:
         else:
             module.defines.update(_defined(node))
     for part in ast.walk(tree):
-        if isinstance(part, (ast.Import, ast.ImportFrom)) and part not in moved and _is_ours(part):
+        if (
+            isinstance(part, (ast.Import, ast.ImportFrom))
+            and part not in moved
+            and _is_package_import(part)
+        ):
             _take(module, part, module.imports)  # within a function
             moved.append(part)
     module.text = _without(source, moved)
     return module
 
 
-def _ours(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
-    if isinstance(node, ast.ImportFrom) and _is_ours(node):
+def _package_imports(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    if isinstance(node, ast.ImportFrom) and _is_package_import(node):
         yield (node.module or "").removeprefix(f"{PACKAGE}.")
 
 
-def _is_ours(node: ast.Import | ast.ImportFrom) -> bool:
+def _is_package_import(node: ast.Import | ast.ImportFrom) -> bool:
     names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
     names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     return any(name.split(".")[0] == PACKAGE for name in names) or bool(getattr(node, "level", 0))
@@ -212,12 +216,15 @@ def _is_type_checking(node: ast.stmt) -> bool:
 
 
 def _take(module: _Module, node: ast.Import | ast.ImportFrom, into: set[Import]) -> None:
-    """Note what an import binds. One of the package must be ``from clore_client.x import name``."""
+    """Record the names of an import.
+
+    An import of the package must have the form ``from clore_client.module import name``.
+    """
     source = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
     for alias in node.names:
         if source == "__future__":
             continue
-        if not _is_ours(node):
+        if not _is_package_import(node):
             into.add((source, alias.name, alias.asname or "") if source else
                      (alias.name, "", alias.asname or ""))  # fmt: skip
         elif source.startswith(f"{PACKAGE}.") and not alias.asname and alias.name != "*":
@@ -230,7 +237,7 @@ def _take(module: _Module, node: ast.Import | ast.ImportFrom, into: set[Import])
 
 
 def _defined(node: ast.AST) -> Iterator[str]:
-    """Yield the names that a statement binds at the top of a module."""
+    """Yield the module-level names that a statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         yield node.name
         return
@@ -243,7 +250,7 @@ def _defined(node: ast.AST) -> Iterator[str]:
 
 
 def _without(source: str, nodes: list[ast.stmt]) -> str:
-    """Return a module's text without some statements, nor the empty line after each of them."""
+    """Return a module's text without some statements and the empty lines after them."""
     lines = source.split("\n")
     gone: set[int] = set()
     for node in nodes:
@@ -265,7 +272,7 @@ def _banner(text: str) -> list[str]:
 
 
 def _imports(modules: list[_Module]) -> list[str]:
-    """Return all imports, merged, in the order that ruff keeps."""
+    """Return the lines of all imports, merged, in the order that ruff expects."""
     now: set[Import] = set().union(*(module.imports for module in modules))
     later: set[Import] = set().union(*(module.typing_imports for module in modules)) - now
     lines = ["from __future__ import annotations"]
@@ -294,7 +301,7 @@ def _rendered(imports: set[Import], third: bool) -> Iterator[str]:
 
 
 def _exported(folder: Path, modules: list[_Module]) -> str:
-    """Return the ``__all__`` of the package, as it stands there."""
+    """Return the source of the package's ``__all__``."""
     source = (folder / "__init__.py").read_text("utf-8")
     there = {name for module in modules for name in module.defines}
     for node in ast.parse(source).body:
@@ -309,7 +316,7 @@ def _exported(folder: Path, modules: list[_Module]) -> str:
 
 
 def check(text: str, current: str) -> tuple[bool, str]:
-    """Return whether a copy is current, and a sentence that says so and names its version."""
+    """Return whether a copy is current, and a text with the result and its version."""
     version, ours = (
         match[1] if (match := re.search(r'"""clore-client (\S+) in one file', part)) else "unknown"
         for part in (text, current)
@@ -317,17 +324,17 @@ def check(text: str, current: str) -> tuple[bool, str]:
     if text == current:
         return True, f"current, version {version}"
     if version == ours:
-        return False, f"not current: its version is {version}, as the package's, but it differs"
+        return False, f"not current: it has the package's version {version}, but other content"
     return False, f"not current: its version is {version}, the package's {ours}"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the file to standard output, or check a copy; returns the exit status."""
+    """Write the file to standard output, or check a copy. Return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m clore_client.single_file",
         description="Write the client as one file to standard output.",
     )
-    parser.add_argument("--check", metavar="FILE", help="tell whether FILE is current")
+    parser.add_argument("--check", metavar="FILE", help="check if FILE is current")
     options = parser.parse_args(arguments)
     try:
         text = write()

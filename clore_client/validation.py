@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, its value and what is allowed."""
+"""Check arguments. Each error names the argument, its value and the allowed values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clore_client.pricing import CURRENCIES, wire_currency
 Timeout = float | tuple[float | None, float | None] | None
 
 _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-# Seen on the live API: with these in an env value, create_order answers code 1.
+# With these characters in an env value, create_order returns code 1 (seen on the live API).
 _CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
@@ -41,7 +41,7 @@ def short_repr(value: Any) -> str:
 
 
 def check_id(name: str, value: Any) -> int:
-    """A positive integer, or its digits."""
+    """Check an id: a positive integer, or a string of digits."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value.strip()):
         value = int(value)
     if isinstance(value, Mapping):
@@ -57,7 +57,7 @@ def check_id(name: str, value: Any) -> int:
 
 
 def check_ids(name: str, values: Any) -> list[int]:
-    """Several ids; a single one or a string is most likely a slip."""
+    """Check a list of ids; a single id or a string is an error."""
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of order ids, not {short_repr(values)}")
     return [check_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
@@ -73,11 +73,11 @@ def check_number(
     infinite: bool = False,
     unit: str = "",
 ) -> float:
-    """A number from ``minimum`` (``above`` it where told) to ``maximum``; never NaN."""
+    """Check a number from ``minimum`` (or above it, with ``above``) to ``maximum``; never NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {short_repr(value)}")
     low = value <= minimum if above else value < minimum
-    huge = isinstance(value, int) and abs(value) > 10**300  # beyond a float
+    huge = isinstance(value, int) and abs(value) > 10**300  # too large for a float
     if huge or value != value or low or value > maximum or (value == math.inf and not infinite):
         allowed = f"{'above' if above else 'at least'} {minimum:g}"
         allowed += "" if maximum == math.inf else f" and at most {maximum:g}"
@@ -96,12 +96,12 @@ def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
 
 
 def check_interval(name: str, value: Any) -> float:
-    """Seconds between two things, at most a day: time.sleep() has a limit."""
+    """Check a number of seconds, at most a day, as ``time.sleep()`` has a limit."""
     return check_number(name, value, maximum=LONGEST_INTERVAL, unit="seconds")
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """True or False; a string like ``"false"`` would count as true."""
+    """Check that a value is True or False; a string such as ``"false"`` would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {short_repr(value)}")
     return value
@@ -150,7 +150,7 @@ def check_string(name: str, value: Any) -> str:
 
 
 def check_text(name: str, value: Any, *, secret: bool = False) -> str:
-    """A string that is not empty; a ``secret`` one is not shown."""
+    """Check a string that must not be empty. The error does not show it if it is ``secret``."""
     if not isinstance(value, str):
         shown = type(value).__name__ if secret else short_repr(value)
         raise TypeError(f"{name} must be a string, not {shown}")
@@ -179,7 +179,7 @@ def check_headers(name: str, value: Any) -> dict[str, Any]:
 
 
 def check_timeout(name: str, value: Any) -> Timeout:
-    """Seconds, or requests' ``(connect, read)`` pair; None waits for ever, as in requests."""
+    """Check a timeout: seconds, a ``(connect, read)`` pair, or None to wait forever."""
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(
@@ -194,7 +194,7 @@ def check_timeout(name: str, value: Any) -> Timeout:
 
 
 def shortened(timeout: Timeout, longest: float) -> Timeout:
-    """A timeout that waits for nothing longer than ``longest`` seconds."""
+    """Return a timeout with all parts cut to ``longest`` seconds."""
     if isinstance(timeout, tuple):
         connect, read = (longest if part is None else min(part, longest) for part in timeout)
         return connect, read
@@ -202,18 +202,18 @@ def shortened(timeout: Timeout, longest: float) -> Timeout:
 
 
 def longest_part(timeout: Timeout) -> float | None:
-    """Return the longer of the connect and the read timeout; None where one waits for ever."""
+    """Return the longer of the connect and the read timeout; None if one waits forever."""
     parts = timeout if isinstance(timeout, tuple) else (timeout, timeout)
     return None if None in parts else max(part for part in parts if part is not None)
 
 
 def _check_socket_timeout(name: str, value: Any) -> float:
-    # Sockets take no more than what the system's clock can count.
+    # Sockets accept only what the clock of the system can count.
     return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
 
 
 def check_currency(name: str, value: Any) -> str:
-    """The wire's name for a currency, from that name or ``BTC``, ``CLORE``, ``USD``, any case."""
+    """Return the API's name of a currency, given that name or ``BTC``, ``CLORE``, ``USD``."""
     found = wire_currency(check_text(name, value))
     if found is None:
         allowed = ", ".join(sorted({*CURRENCIES.values()})) + ", BTC, CLORE or USD"
@@ -222,14 +222,14 @@ def check_currency(name: str, value: Any) -> str:
 
 
 def check_order_type(name: str, value: Any) -> str:
-    """``"on-demand"`` or ``"spot"``."""
+    """Check an order type: ``"on-demand"`` or ``"spot"``."""
     if value not in ("on-demand", "spot"):
         raise ValueError(f"{name} must be 'on-demand' or 'spot', not {short_repr(value)}")
     return str(value)
 
 
 def check_ports(name: str, value: Any) -> dict[str, str]:
-    """Container port -> ``"tcp"`` or ``"http"``, as the API wants it."""
+    """Check a dict of container ports with ``"tcp"`` or ``"http"``, and make its keys strings."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {short_repr(value)}")
     ports: dict[str, str] = {}
@@ -248,24 +248,31 @@ def check_ports(name: str, value: Any) -> dict[str, str]:
 
 
 def check_env(name: str, value: Any) -> dict[str, str]:
-    """Environment variables of the container. Values are never shown: they may be secrets."""
+    """Check environment variables. Errors never show the values, which may be secrets."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
     for variable, text in value.items():
         if not isinstance(variable, str) or not re.fullmatch(_ENV_NAME, variable):
-            raise ValueError(f"{name}: not the name of a variable: {short_repr(variable)}")
+            raise ValueError(
+                f"{name}: a variable name must have only letters, digits and _, and not begin "
+                f"with a digit, unlike {short_repr(variable)}"
+            )
         if len(variable) > MAX_ENV_NAME:
-            raise ValueError(f"{name}: a name has at most {MAX_ENV_NAME} characters: {variable}")
+            raise ValueError(
+                f"{name}: a variable name must have at most {MAX_ENV_NAME} characters, unlike "
+                f"{short_repr(variable)}"
+            )
         if not isinstance(text, str):
             raise TypeError(f"{name}[{variable!r}] must be a string, not {type(text).__name__}")
         if len(text) > MAX_ENV_VALUE:
             raise ValueError(
-                f"{name}[{variable!r}] has {len(text)} characters; {MAX_ENV_VALUE} are allowed"
+                f"{name}[{variable!r}] must have at most {MAX_ENV_VALUE} characters, not "
+                f"{len(text)}"
             )
         if re.search(_CHOKED_ON, text):
             logger.warning(
-                "%s[%r] holds '&', a typographic quote or an emoji, with which the API is known "
-                "to answer code 1",
+                "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "
+                "refuse with code 1",
                 name,
                 variable,
             )
@@ -273,31 +280,32 @@ def check_env(name: str, value: Any) -> dict[str, str]:
 
 
 def check_secret(name: str, value: Any, longest: int) -> str:
-    """A password or token of at most ``longest`` characters."""
+    """Check a password or token of at most ``longest`` characters."""
     text = check_text(name, value, secret=True)
     if len(text) > longest:
-        raise ValueError(f"{name} has {len(text)} characters; the API takes at most {longest}")
+        raise ValueError(f"{name} must have at most {longest} characters, not {len(text)}")
     return Secret(text)
 
 
 def check_public_key(name: str, value: Any) -> str:
-    """An SSH public key as a line of text; not a private one, and not the path of a file."""
+    """Check an SSH public key: one line of text, not a private key and not a path."""
     text = check_text(name, value, secret=True).strip()
     if "PRIVATE KEY" in text:
         raise ValueError(
             f"{name} is a private key, which must never leave your machine: "
-            "give the public one, the content of the .pub file beside it"
+            "pass the public key, which is the content of the .pub file"
         )
     is_key = re.fullmatch(r"(ssh|ecdsa|sk)-\S+ +\S.*", text)
     if not is_key and (
         text[0] in "/~.\\" or text.endswith(".pub") or ".ssh" in text or text.startswith("id_")
     ):
         raise ValueError(
-            f"{name} looks like a path: give the content of the file, "
-            f"as pathlib.Path({short_repr(text)}).expanduser().read_text()"
+            f"{name} looks like a path: pass the content of the file, "
+            f"pathlib.Path({short_repr(text)}).expanduser().read_text()"
         )
     if not is_key:
         raise ValueError(
-            f"{name} must be one line like 'ssh-ed25519 AAAA... me@home', as the .pub file holds it"
+            f"{name} must be one line such as 'ssh-ed25519 AAAA... me@home', the content of a .pub "
+            "file"
         )
     return check_secret(name, text, MAX_SSH_KEY)

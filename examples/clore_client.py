@@ -2,73 +2,70 @@
 
     from clore_client import CloreClient
 
-It needs requests; connect_ssh also needs paramiko.
+It needs requests; connect_ssh and other SSH methods also need paramiko.
 
-Made from the package clore-client 0.1.0 by
+This file is generated from the package clore-client 0.1.0. Do not edit it. To update it, run
+    pip install -U clore-client
     python -I -m clore_client.single_file > clore_client.py
-which, after `pip install -U clore-client`, also brings a copy up to date;
+To check if it is current, run
     python -I -m clore_client.single_file --check clore_client.py
-tells whether that is due. Without -I, a clore_client.py in the current folder would be taken for
-the package. Change the package, and not this file.
+Without -I, Python would import the clore_client.py of the current folder, not the package.
 
-MIT License, Copyright (c) 2026 The clore-client authors; the whole text stands at the end.
+MIT License, Copyright (c) 2026 The clore-client authors; the full text is at the end.
 
 Contents:
     version             The version of the package, in one place.
-    log                 The one logger of the package; it has no handlers, as is due for a library.
-    errors              Every error that the package raises, and the tables that choose one for an
-                        answer of the API.
-    files               Locks between processes, by files.
-    pricing             The units: USD per hour and currency per day, exchange rates, and numbers
-                        from strangers.
-    validation          Checks of arguments: each error names the argument, its value and what is
-                        allowed.
-    config              Where the key and the base URL come from, and what makes them usable.
-    models.record       What servers, orders and wallets have in common, and which form an answer is
-                        in.
-    models.order        Order: its documented form, made from the live one; telling which order is
-                        the one just made.
-    models.result       What came of a command or a transfer over SSH.
-    models.server       Server: its documented form, made from the live one; matching and sorting by
-                        price.
-    models.wallet       Wallet: a currency of the account and what is in it.
-    api.call            Prepare an API call: what is sent, and what may be done with it.
-    api.connection      Connections that tell when a request leaves, and end an answer that takes
-                        too long.
-    api.rate_limit      When the next request may leave: one rate limit for each key and base URL in
-                        the process.
-    api.retry           What an answer, or the lack of one, means: an envelope, an error, and
-                        whether to ask again.
-    api.request         Make API calls: key, pace, retries, and an envelope or an error at the end.
-    market.spot         Bids: from USD per hour to what the API takes, and never a number of which
-                        that is not sure.
-    market.market       Read the marketplace, and remember the prices and exchange rates that it
-                        tells.
-    orders.claims       Which order belongs to which purchase: no order is handed out twice.
-    orders.account      Read the orders of an account, and remember those that this client has made
-                        or seen.
-    orders.limits       Check the limits that the user has set: a price per hour, and a number of
+    log                 The logger of the package. The application adds the handlers.
+    errors              All errors of the package, and the tables that map an API response to an
+                        error.
+    files               Lock files, to exclude other processes.
+    pricing             Convert prices between units and currencies.
+    validation          Check arguments. Each error names the argument, its value and the allowed
+                        values.
+    config              Find and check the API key, the base URL and the state folder.
+    models.record       Record, the base class of servers, orders and wallets, and helpers to read
+                        API responses.
+    models.order        Order, and its conversion from the live form to the documented form.
+    models.result       Results of commands and transfers over SSH.
+    models.server       Server, its conversion from the live form to the documented form, filters
+                        and sorting.
+    models.wallet       Wallet, the balance of one currency.
+    api.call            Prepare an API call: check its arguments, and decide how it may be retried.
+    api.connection      HTTP connections that record when a request is sent, and limit the time of
+                        its response.
+    api.rate_limit      Keep requests apart: one rate limit for each key and base URL in the
+                        process.
+    api.retry           Classify a response or a failure: success, retry, or error.
+    api.request         Make API calls: send a request, respect the rate limit, retry, return a
+                        response or an error.
+    market.spot         Check spot bids, and convert them from USD per hour to the unit of the API.
+    market.market       Read the marketplace, and keep its prices and exchange rates.
+    orders.claims       Assign orders to purchases, so that no two purchases get the same order.
+    orders.account      Read the orders of an account, and remember the orders of this client.
+    orders.limits       Check the user's limits: the price per hour, and the number of active
                         orders.
     orders.bid          Change the bid of a spot order.
-    orders.cancel       Cancel orders until that is accepted, and confirm that they have ended.
-    orders.reconcile    Find the order of a purchase whose answer named none, or never came.
-    orders.create       Make an order: check it, send it once, and find the order that the API made
-                        of it.
-    orders.wait         Waiting until an order has a status.
-    rental.client       What a rental needs of a client.
-    rental.selection    Which servers rent() tries, in which order, and what each costs.
-    rental.budget       What a rental costs, and when it has cost enough.
-    rental.journal      Keep the journal: a small file for each intent to buy, which outlives the
+    orders.cancel       Cancel orders until the API accepts it, and confirm that they have ended.
+    orders.reconcile    Reconcile a purchase with the order lists, when the response had no order id
+                        or was lost.
+    orders.create       Create an order: check the arguments, send them once, and find the new
+                        order.
+    orders.wait         Wait until an order has a status.
+    rental.client       RentalClient, the interface to ``CloreClient`` that rentals use.
+    rental.selection    Select the servers that ``rent()`` tries, with their prices.
+    rental.budget       Count the cost of a rental, and check its limits.
+    rental.journal      Keep the journal: one small file for each purchase, which survives the
                         process.
-    rental.orders       The orders of one rental: what is noted of them, and what became of those in
-                        doubt.
-    rental.cleanup      End the orders of a rental: cancel, confirm, and settle what is in doubt.
-    rental.handoff      Wait for another thread, in ways that an interrupt leaves whole.
-    rental.recovery     What rentals of processes that are dead have left running.
-    rental.signals      SIGTERM and SIGHUP end rentals: one handler for the process.
-    rental.worker       The orders of one rental: bought, watched and ended in a thread that no
-                        signal interrupts.
-    rental.rental       rent(): a server found, ordered, awaited, and given back whatever happens.
+    rental.orders       Keep track of the orders of one rental, in memory and in the journal.
+    rental.cleanup      End the orders of a rental: cancel, confirm, and reconcile purchases with
+                        unknown outcome.
+    rental.handoff      Wait for another thread, safely in case of interrupts.
+    rental.recovery     Find and cancel the orders that rentals of dead processes left running.
+    rental.signals      Handle SIGTERM and SIGHUP, so that they end rentals.
+    rental.worker       RentalWorker, the thread that orders, watches and ends the orders of one
+                        rental.
+    rental.rental       Rental, the context manager of ``rent()``: find, order, wait, and cancel at
+                        the end.
     ssh.transport       paramiko's transports, made to bear what a stranger's machine may send, and
                         fast far away.
     ssh.connect         Getting into a rented machine. paramiko is imported when it is used, not
@@ -102,7 +99,7 @@ Contents:
     ssh.scp             A ``scp.SCPClient`` for machines that nobody vouches for.
     ssh.tunnel          A port of this machine's loopback that leads to a port of a server, for as
                         long as a block.
-    client              CloreClient: a thin method for each thing that a renter does.
+    client              CloreClient, with one method for each task.
 """
 
 from __future__ import annotations
@@ -226,7 +223,7 @@ __version__ = "0.1.0"
 # ==================================================================================================
 # log
 #
-# The one logger of the package; it has no handlers, as is due for a library.
+# The logger of the package. The application adds the handlers.
 # ==================================================================================================
 
 
@@ -236,7 +233,7 @@ logger = logging.getLogger("clore_client")
 # ==================================================================================================
 # errors
 #
-# Every error that the package raises, and the tables that choose one for an answer of the API.
+# All errors of the package, and the tables that map an API response to an error.
 # ==================================================================================================
 
 
@@ -250,7 +247,7 @@ ERROR_CODES: dict[int, str] = {
     6: "See error field in response",
 }
 
-# Whose values are never shown, wherever they stand. Compared in lower case.
+# Fields whose values are never shown. Compared in lower case.
 SECRET_FIELDS = frozenset(
     {
         "api_key",
@@ -268,15 +265,14 @@ SECRET_FIELDS = frozenset(
 )
 
 CREATE_ORDER_CODE_1 = (
-    "on create_order, code 1 has been seen for an empty wallet, for a server that was rented a "
-    "moment ago, for a required_price other than the listing's, and for env values with '&', "
-    "typographic quotes or emoji - and also when the order had been made: look at get_orders() "
-    "before you order again"
+    "on create_order, code 1 has been seen for an empty wallet, for a server that was just rented, "
+    "for a required_price that differs from the listing, for env values with '&', typographic "
+    "quotes or emoji, and also when the order was made: look at get_orders() before you order again"
 )
 
 
 class Secret(str):
-    """A string whose repr does not show it: error reporters print the variables of each frame."""
+    """A string with a masked repr, because error reporters print local variables."""
 
     __slots__ = ()
 
@@ -285,17 +281,17 @@ class Secret(str):
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """Return a string as a secret, and anything else as it is."""
+        """Return a string as a secret, and any other value unchanged."""
         return cls(value) if isinstance(value, str) else value
 
 
 def hidden_values(env: Any) -> Any:
-    """Return a dict whose strings are secrets, and anything else as it is."""
+    """Return a dict with its strings as secrets, and any other value unchanged."""
     return {k: Secret.of(v) for k, v in env.items()} if isinstance(env, dict) else env
 
 
 def printable(text: str, limit: int = 2000) -> str:
-    """``text`` on one line, cut at ``limit`` characters, with nothing a terminal would obey."""
+    """Return ``text`` on one line, cut at ``limit`` characters, without control characters."""
     cut = text if len(text) <= limit else text[:limit] + "..."
     if cut.isprintable():
         return cut
@@ -305,9 +301,9 @@ def printable(text: str, limit: int = 2000) -> str:
 
 
 def masked(value: Any, depth: int = 20) -> Any:
-    """A copy of ``value`` in which everything under a name of ``SECRET_FIELDS`` reads ``'***'``.
+    """Return a copy of ``value`` with ``'***'`` in place of all ``SECRET_FIELDS``.
 
-    What is nested deeper than ``depth`` is left out: no honest answer is.
+    Values that are nested deeper than ``depth`` are left out.
     """
     if not isinstance(value, (dict, list, tuple)):
         return value
@@ -322,16 +318,16 @@ def masked(value: Any, depth: int = 20) -> Any:
 
 
 def without(text: str, secrets: tuple[str, ...]) -> str:
-    """``text`` with each of the ``secrets`` replaced: an answer may repeat what it was sent."""
+    """Return ``text`` with the ``secrets`` replaced, as a response may repeat the request."""
     for secret in secrets:
-        # As it is, and as it reads within JSON or within the repr of a string.
+        # The secret can also be escaped, in JSON or in the repr of a string.
         for spelling in (secret, json.dumps(secret)[1:-1], repr(str(secret))[1:-1]):
             text = text.replace(spelling, "***")
     return text
 
 
 def _scrubbed(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
-    """``value`` with the ``secrets`` replaced in all its strings."""
+    """Return ``value`` with the ``secrets`` replaced in all its strings."""
     if isinstance(value, str):
         return without(value, secrets)
     if isinstance(value, dict) and depth:
@@ -342,20 +338,20 @@ def _scrubbed(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
 
 
 class CloreError(Exception):
-    """The parent of every error of this package.
+    """The base class of all errors of this package.
 
     Attributes:
-        retryable: whether the same call may succeed later, and may be made again without harm.
-        retry_after: seconds after which that makes sense, or None where nobody said.
+        retryable: True if the same call may succeed later, and can be repeated safely.
+        retry_after: seconds to wait before that, or None if not known.
         sends: how many times the request was sent before this error.
     """
 
     retryable: bool = False
     retry_after: float | None = None
     sends: int = 1
-    # When the last of them left, by time.monotonic(); None when nothing left.
+    # time.monotonic() of the last send; None if nothing was sent.
     sent_at: float | None = None
-    # Kept out of pickles and copies, as they hold what was sent.
+    # Attributes with secrets, which pickles and copies leave out.
     _private: tuple[str, ...] = ()
 
     def __init__(self, message: str = "") -> None:
@@ -378,15 +374,16 @@ class ConfigurationError(CloreError, ValueError):
 
 
 class CloreConnectionError(CloreError):
-    """No answer came: no connection, a timeout, a connection that broke."""
+    """No response arrived: the connection failed, timed out or broke."""
 
     retryable = True
 
 
 class OutcomeUnknownError(CloreError):
-    """A request that changes something may or may not have been carried out.
+    """A request that changes something may or may not have taken effect.
 
-    It is not sent again, since twice would do harm. Look at the state of the account first.
+    It was not sent again, because a second effect would do harm. Check the account before you
+    repeat the call.
 
     Attributes:
         endpoint: the path that was called.
@@ -398,13 +395,13 @@ class OutcomeUnknownError(CloreError):
 
 
 class OrderOutcomeUnknownError(OutcomeUnknownError):
-    """An order may or may not have been made, or it can't be told which one is ours.
+    """An order may or may not exist, or several orders could be it.
 
     Attributes:
-        server_id: the server that was to be rented.
-        order_ids: the orders that it could be; empty where none was seen.
-        credentials: what was sent to get into the machine: ``ssh_password``, ``ssh_key``,
-            ``jupyter_token``. In no text, and not in a pickle of this error.
+        server_id: the server of the order.
+        order_ids: the orders that it could be; empty if none was seen.
+        credentials: the login that was sent with the order: ``ssh_password``, ``ssh_key``,
+            ``jupyter_token``. It is in no text and no pickle of this error.
     """
 
     _private = ("credentials",)
@@ -433,7 +430,7 @@ class OrderNotFoundError(CloreError):
     """No order of the account has this id.
 
     Attributes:
-        order_id: the id that was asked for.
+        order_id: the id.
     """
 
     def __init__(self, message: str, *, order_id: int | None = None) -> None:
@@ -442,11 +439,13 @@ class OrderNotFoundError(CloreError):
 
 
 class CancelUnconfirmedError(CloreError):
-    """An order could not be cancelled, or is not confirmed to have ended: cancel it again.
+    """An order may still be running, after a cancel that failed or is not confirmed.
+
+    Cancel it again.
 
     Attributes:
         order_id: the order, or the first of several.
-        order_ids: all of them.
+        order_ids: all orders that may still be running.
     """
 
     retryable = True
@@ -458,14 +457,17 @@ class CancelUnconfirmedError(CloreError):
 
 
 class SpendingLimitError(CloreError):
-    """A purchase that ``max_usd_per_hour`` or ``max_active_orders`` does not allow; not sent."""
+    """A limit, ``max_usd_per_hour`` or ``max_active_orders``, refused an order or bid.
+
+    Nothing was ordered.
+    """
 
 
 class OrderEndedError(CloreError):
-    """An order ended while it was awaited.
+    """An order ended before it had the status that a call waited for.
 
     Attributes:
-        order_id, status: which order, and how it ended.
+        order_id, status: the order, and its final status.
         order: the order as it was last seen.
     """
 
@@ -477,11 +479,11 @@ class OrderEndedError(CloreError):
 
 
 class WaitTimeoutError(CloreError, TimeoutError):
-    """An order did not reach the awaited status in time. It may still be running, and cost money.
+    """An order did not reach a status in time. It may still be running, and cost money.
 
     Attributes:
-        order_id: which order.
-        order: the order as it was last seen, or None when it never showed up.
+        order_id: the order.
+        order: the order as it was last seen, or None if it never showed up.
         reason: ``"never showed up"`` or ``"still creating"`` (or another status).
     """
 
@@ -493,20 +495,20 @@ class WaitTimeoutError(CloreError, TimeoutError):
 
 
 class RateUnknownError(CloreError):
-    """No exchange rate is at hand, or the API's form is not known, so nothing was bid."""
+    """A bid could not be converted, because the exchange rate is not known; nothing was bid."""
 
     retryable = True
 
 
 class SSHError(CloreError):
-    """A login over SSH was not possible."""
+    """An SSH login, command or transfer failed."""
 
 
 class RentalError(CloreError):
-    """``rent()`` found no host that worked, or a rental was used in a way that can't be.
+    """``rent()`` found no server that works, or a rental was used in the wrong state.
 
     Attributes:
-        tried: (server id, why not) for each host that was tried.
+        tried: (server id, reason) for each server that was tried.
     """
 
     def __init__(self, message: str, *, tried: tuple[tuple[int, str], ...] = ()) -> None:
@@ -515,11 +517,11 @@ class RentalError(CloreError):
 
 
 class BudgetExceededError(CloreError):
-    """A rental was ended because its ``max_hours`` or ``max_cost_usd`` was reached.
+    """A rental ended because it reached its ``max_hours`` or ``max_cost_usd``.
 
     Attributes:
-        order_id: the order that was ended.
-        hours, cost_usd: how long it ran, and what it cost.
+        order_id: the order of the rental.
+        hours, cost_usd: the time and the cost of the rental until then.
     """
 
     def __init__(
@@ -532,15 +534,15 @@ class BudgetExceededError(CloreError):
 
 
 class CloreAPIError(CloreError):
-    """The API answered, and the answer is an error.
+    """The API responded with an error.
 
     Attributes:
-        code: the ``code`` of the envelope; -1 where there is none.
+        code: the ``code`` of the response; -1 if there is none.
         error: its ``error`` field as text, or None.
-        response: the decoded envelope, or ``{}``.
-        http_status: the status of the answer; None when nothing was sent.
+        response: the decoded response, or ``{}``.
+        http_status: the HTTP status of the response; None if nothing was sent.
         endpoint: the path that was called.
-        hint: what usually causes this, or None.
+        hint: the usual cause of this error, or None.
     """
 
     def __init__(
@@ -570,21 +572,21 @@ class CloreAPIError(CloreError):
 
 
 class DatabaseError(CloreAPIError):
-    """Code 1. Ambiguous where something was to be bought: the order may have been made."""
+    """Code 1. On ``create_order`` it is ambiguous: the order may exist (seen on the live API)."""
 
     retryable = True
 
 
 class InvalidInputError(CloreAPIError):
-    """Code 2: the API did not understand the request."""
+    """Code 2: the API found the request invalid."""
 
 
 class AuthenticationError(CloreAPIError):
-    """Code 3: the API key is missing or not accepted."""
+    """Code 3: the API key is missing or invalid."""
 
 
 class InvalidEndpointError(CloreAPIError):
-    """Code 4: there is no such endpoint."""
+    """Code 4: the endpoint does not exist."""
 
 
 class RateLimitError(CloreAPIError):
@@ -594,31 +596,31 @@ class RateLimitError(CloreAPIError):
 
 
 class ApplicationError(CloreAPIError):
-    """Code 6: the request was understood and refused; ``error`` says why."""
+    """Code 6: the API refused the request; ``error`` has the reason."""
 
 
 class InsufficientBalanceError(ApplicationError):
-    """The wallet does not hold enough of the currency."""
+    """The balance of the wallet is too low."""
 
 
 class ServerAlreadyRentedError(ApplicationError):
-    """Somebody has rented the server."""
+    """The server is already rented."""
 
 
 class ServerOfflineError(ApplicationError):
-    """The server is not connected."""
+    """The server is offline."""
 
 
 class BidTooLowError(ApplicationError):
-    """The bid is under what the host takes."""
+    """The bid is lower than the host accepts."""
 
 
 class CurrencyNotAllowedError(ApplicationError):
-    """The host does not take this currency."""
+    """The host does not accept this currency."""
 
 
 class SpotPriceStepError(ApplicationError):
-    """The bid was to change by more than one step allows.
+    """The change of the bid is larger than one step allows.
 
     Attributes:
         max_step: the largest step, in the order's currency per day, or None.
@@ -628,13 +630,13 @@ class SpotPriceStepError(ApplicationError):
 
 
 class SpotPriceTooSoonError(ApplicationError):
-    """A bid may be lowered once in 600 seconds; ``retry_after`` says when again."""
+    """The bid was lowered less than 600 seconds ago; ``retry_after`` has the seconds to wait."""
 
     retryable = True
 
 
 class InvalidResponseError(CloreAPIError):
-    """What came back is no answer of the API: HTML, broken JSON, no ``code``, no list."""
+    """The response is not from the API, or broken: HTML, invalid JSON, no ``code``, no list."""
 
 
 ERROR_CLASSES: dict[int, type[CloreAPIError]] = {
@@ -646,7 +648,7 @@ ERROR_CLASSES: dict[int, type[CloreAPIError]] = {
     6: ApplicationError,
 }
 
-# The ``error`` texts seen on the live API with code 6, with "-" and "_" taken for the same.
+# The ``error`` texts of code 6 (seen on the live API), with "-" replaced by "_".
 ERROR_TEXTS: dict[str, type[ApplicationError]] = {
     "not_enough_balance": InsufficientBalanceError,
     "server_already_rented": ServerAlreadyRentedError,
@@ -659,7 +661,7 @@ ERROR_TEXTS: dict[str, type[ApplicationError]] = {
 
 
 def error_text(envelope: dict[str, Any]) -> str | None:
-    """The ``error`` field of an envelope as text, or None."""
+    """Return the ``error`` field of a response as text, or None."""
     raw = envelope.get("error")
     return raw if isinstance(raw, str) or raw is None else repr(raw)
 
@@ -673,14 +675,14 @@ def api_error(
     retryable: bool | None = None,
     secrets: tuple[str, ...] = (),
 ) -> CloreAPIError:
-    """The error for an envelope whose ``code`` is an integer other than 0.
+    """Make the error for a response with a ``code`` other than 0.
 
     Parameters:
-        envelope: the decoded answer.
+        envelope: the decoded response.
         http_status: its HTTP status.
         endpoint: the path that was called.
-        hint: added to the text on a line of its own.
-        retryable: overrides the class's own word.
+        hint: added to the text on its own line.
+        retryable: overrides the default of the class.
         secrets: strings that must not appear in the text.
     """
     code = envelope["code"]
@@ -699,29 +701,28 @@ def api_error(
         secrets=secrets,
     )
     if isinstance(error, SpotPriceStepError):
-        error.max_step = _figure(envelope.get("max_step"))
+        error.max_step = _response_number(envelope.get("max_step"))
     elif isinstance(error, SpotPriceTooSoonError):
-        error.retry_after = _figure(envelope.get("time_to_lowering"))
+        error.retry_after = _response_number(envelope.get("time_to_lowering"))
     return error
 
 
-def _figure(value: Any) -> float | None:
-    # The comparison is False for NaN, which JSON as Python reads it may hold.
+def _response_number(value: Any) -> float | None:
+    # Python's JSON parser accepts NaN, for which the comparison is False.
     return float(value) if type(value) in (int, float) and abs(value) < 1e12 else None
 
 
-SHOWN_OF_STDERR = 500  # characters of its end that an error shows
+SHOWN_OF_STDERR = 500  # an error shows the last characters
 
 
 class HostKeyChangedError(SSHError):
-    """A machine shows another host key than it did before for the same order.
+    """The host key of a machine has changed since the first login to this order.
 
-    Either its container was started anew, or something else answers in its place. Nothing was
-    sent to it.
+    Its container was restarted, or another machine responds in its place. No login was sent.
 
     Attributes:
-        order_id: of the order, or None where the record names none.
-        expected, found: fingerprints, as ``"SHA256:..."``.
+        order_id: the order, or None if the record has no id.
+        expected, found: fingerprints such as ``"SHA256:..."``.
     """
 
     def __init__(
@@ -734,7 +735,7 @@ class HostKeyChangedError(SSHError):
 
 
 class CommandError(SSHError):
-    """A command ended with another exit code than 0, and ``check`` was on.
+    """A command ended with an exit code other than 0, and ``check`` was on.
 
     Attributes:
         result: the :class:`CommandResult`.
@@ -750,17 +751,17 @@ class CommandError(SSHError):
 
 
 class CommandTimeoutError(SSHError, TimeoutError):
-    """A command did not end in time, and was ended.
+    """A command did not end in time, and was stopped.
 
     Attributes:
-        command: the line that ran.
+        command: the command.
         timeout: seconds.
-        stdout, stderr: what it had written until then.
+        stdout, stderr: its output until then.
     """
 
     def __init__(self, command: str, timeout: float, stdout: str = "", stderr: str = "") -> None:
         super().__init__(
-            f"{printable(command, 200)} did not end within {timeout:g}s, and was ended"
+            f"{printable(command, 200)} did not end within {timeout:g}s, and was stopped"
             f"{_tail(stderr)}"
         )
         self.command = command
@@ -773,11 +774,11 @@ class CommandTimeoutError(SSHError, TimeoutError):
 
 
 class TransferError(SSHError):
-    """A file was not transferred, or not whole; what stood in its place is as it was.
+    """A file was not transferred completely. An existing file in its place is unchanged.
 
     Attributes:
-        name: of the file, as the caller named it or relative to the folder that was named.
-        done, total: bytes; ``total`` is None where it is not known.
+        name: the file, as the caller named it or relative to the named folder.
+        done, total: bytes; ``total`` is None if not known.
     """
 
     def __init__(
@@ -797,22 +798,22 @@ def _tail(text: str) -> str:
 # ==================================================================================================
 # files
 #
-# Locks between processes, by files.
+# Lock files, to exclude other processes.
 # ==================================================================================================
 
 
-LOCK_AT = 1 << 30  # where Windows locks: what is locked there can't be read
+LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
 
 
 def lock_file(handle: int, patience: float = 0.0) -> bool:
-    """Lock an open file until it is closed; return whether that worked.
+    """Lock an open file until it is closed, and return whether that worked.
 
     Parameters:
-        handle: of a file that is open for writing: some systems lock no other.
-        patience: seconds to wait for another process that holds it.
+        handle: a file that is open for writing, as some systems require.
+        patience: seconds to wait for another process that has locked it.
 
     Raises:
-        OSError: files can't be locked here.
+        OSError: the file system does not support locks.
     """
     deadline = time.monotonic() + patience
     while not _try_to_lock(handle):
@@ -841,14 +842,14 @@ def _try_to_lock(handle: int) -> bool:
 # ==================================================================================================
 # pricing
 #
-# The units: USD per hour and currency per day, exchange rates, and numbers from strangers.
+# Convert prices between units and currencies.
 # ==================================================================================================
 
 
 HOURS_PER_DAY = 24.0
-RATE_MAX_AGE = 300.0  # seconds that a rate may be old when a bid is converted with it
+RATE_MAX_AGE = 300.0  # seconds; an older exchange rate does not convert a bid
 
-# The wire's names, and what people call them.
+# Common names, and the names of the API.
 CURRENCIES: dict[str, str] = {
     "bitcoin": "bitcoin",
     "btc": "bitcoin",
@@ -860,8 +861,8 @@ CURRENCIES: dict[str, str] = {
 
 
 def finite(value: Any) -> float | None:
-    """``value`` as a float when it is a finite number and no bool; else None."""
-    if type(value) is float:  # mostly, and this runs for thousands of servers
+    """Return ``value`` as a float if it is a finite number and not a bool, else None."""
+    if type(value) is float:  # the usual case, kept fast
         return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -873,24 +874,24 @@ def finite(value: Any) -> float | None:
 
 
 def positive(value: Any) -> float | None:
-    """``value`` as a float when it is a finite number above 0: what counts as a price."""
+    """Return ``value`` as a float if it is a finite number above 0, else None."""
     number = finite(value)
     return number if number is not None and number > 0 else None
 
 
 def per_hour(per_day: Any) -> Any:
-    """A price per day as one per hour; what is no number comes back as it is."""
+    """Convert a price per day to a price per hour, and return any other value unchanged."""
     number = finite(per_day)
     return per_day if number is None else number / HOURS_PER_DAY
 
 
 def wire_currency(name: str) -> str | None:
-    """The wire's name for ``name`` (``"BTC"``, ``"clore"``, ``"USD-Blockchain"``), or None."""
+    """Return the API's name of a currency such as ``"BTC"`` or ``"clore"``, or None."""
     return CURRENCIES.get(name.strip().lower())
 
 
 def bid_per_day(usd_per_hour: float, usd_rate: float) -> float:
-    """A bid in USD per hour as currency per day.
+    """Convert a bid from USD per hour to currency per day.
 
     Parameters:
         usd_per_hour: the bid.
@@ -900,54 +901,54 @@ def bid_per_day(usd_per_hour: float, usd_rate: float) -> float:
 
 
 class RateBook:
-    """The exchange rates of one API, as it last told them: USD for one unit of a currency."""
+    """The latest exchange rates of one API: USD for one unit of a currency."""
 
     def __init__(self) -> None:
-        # One tuple, replaced as a whole: threads that read it need no lock.
-        self._told: tuple[dict[str, float], float] = ({}, -math.inf)
+        # (rates, time), replaced in one step, so that readers need no lock.
+        self._latest: tuple[dict[str, float], float] = ({}, -math.inf)
 
     def tell(self, rates: Any, *, firm: bool = True) -> None:
-        """Remember ``rates``, a mapping of wire names to USD; whatever is no price is dropped.
+        """Store exchange rates, and skip values that are not prices.
 
         Parameters:
-            rates: what the API sent.
-            firm: whether bids may be converted with them; if not, they serve for display.
+            rates: a dict from the API, with USD for each currency.
+            firm: whether they may convert bids; if not, they are for display only.
         """
         if not isinstance(rates, dict):
             return
         good = {name: rate for name, value in rates.items() if (rate := positive(value))}
-        known, told_at = self._told
+        known, stored_at = self._latest
         if firm and good:
-            self._told = (good, time.monotonic())
+            self._latest = (good, time.monotonic())
         elif good and not self.fresh():
-            self._told = ({**known, **good}, told_at)
+            self._latest = ({**known, **good}, stored_at)
 
     def fresh(self) -> dict[str, float]:
-        """The rates that a bid may be converted with: at most five minutes old, else none."""
-        rates, told_at = self._told
-        return rates if time.monotonic() - told_at <= RATE_MAX_AGE else {}
+        """Return the rates that may convert bids; an empty dict if they are too old."""
+        rates, stored_at = self._latest
+        return rates if time.monotonic() - stored_at <= RATE_MAX_AGE else {}
 
     def usd(self, amount: Any, currency: Any) -> float | None:
-        """``amount`` of ``currency`` in USD at the rate last told, or None. For display."""
+        """Convert ``amount`` of ``currency`` to USD for display, or return None."""
         number = finite(amount)
         if number is None or not isinstance(currency, str):
             return None
         name = wire_currency(currency) or currency
-        rate = 1.0 if name == "USD-Blockchain" else self._told[0].get(name)
+        rate = 1.0 if name == "USD-Blockchain" else self._latest[0].get(name)
         return None if rate is None else number * rate
 
 
 # ==================================================================================================
 # validation
 #
-# Checks of arguments: each error names the argument, its value and what is allowed.
+# Check arguments. Each error names the argument, its value and the allowed values.
 # ==================================================================================================
 
 
 Timeout = float | tuple[float | None, float | None] | None
 
 _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-# Seen on the live API: with these in an env value, create_order answers code 1.
+# With these characters in an env value, create_order returns code 1 (seen on the live API).
 _CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
@@ -973,7 +974,7 @@ def short_repr(value: Any) -> str:
 
 
 def check_id(name: str, value: Any) -> int:
-    """A positive integer, or its digits."""
+    """Check an id: a positive integer, or a string of digits."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value.strip()):
         value = int(value)
     if isinstance(value, Mapping):
@@ -989,7 +990,7 @@ def check_id(name: str, value: Any) -> int:
 
 
 def check_ids(name: str, values: Any) -> list[int]:
-    """Several ids; a single one or a string is most likely a slip."""
+    """Check a list of ids; a single id or a string is an error."""
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of order ids, not {short_repr(values)}")
     return [check_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
@@ -1005,11 +1006,11 @@ def check_number(
     infinite: bool = False,
     unit: str = "",
 ) -> float:
-    """A number from ``minimum`` (``above`` it where told) to ``maximum``; never NaN."""
+    """Check a number from ``minimum`` (or above it, with ``above``) to ``maximum``; never NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {short_repr(value)}")
     low = value <= minimum if above else value < minimum
-    huge = isinstance(value, int) and abs(value) > 10**300  # beyond a float
+    huge = isinstance(value, int) and abs(value) > 10**300  # too large for a float
     if huge or value != value or low or value > maximum or (value == math.inf and not infinite):
         allowed = f"{'above' if above else 'at least'} {minimum:g}"
         allowed += "" if maximum == math.inf else f" and at most {maximum:g}"
@@ -1028,12 +1029,12 @@ def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
 
 
 def check_interval(name: str, value: Any) -> float:
-    """Seconds between two things, at most a day: time.sleep() has a limit."""
+    """Check a number of seconds, at most a day, as ``time.sleep()`` has a limit."""
     return check_number(name, value, maximum=LONGEST_INTERVAL, unit="seconds")
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """True or False; a string like ``"false"`` would count as true."""
+    """Check that a value is True or False; a string such as ``"false"`` would count as true."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {short_repr(value)}")
     return value
@@ -1082,7 +1083,7 @@ def check_string(name: str, value: Any) -> str:
 
 
 def check_text(name: str, value: Any, *, secret: bool = False) -> str:
-    """A string that is not empty; a ``secret`` one is not shown."""
+    """Check a string that must not be empty. The error does not show it if it is ``secret``."""
     if not isinstance(value, str):
         shown = type(value).__name__ if secret else short_repr(value)
         raise TypeError(f"{name} must be a string, not {shown}")
@@ -1111,7 +1112,7 @@ def check_headers(name: str, value: Any) -> dict[str, Any]:
 
 
 def check_timeout(name: str, value: Any) -> Timeout:
-    """Seconds, or requests' ``(connect, read)`` pair; None waits for ever, as in requests."""
+    """Check a timeout: seconds, a ``(connect, read)`` pair, or None to wait forever."""
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
             raise ValueError(
@@ -1126,7 +1127,7 @@ def check_timeout(name: str, value: Any) -> Timeout:
 
 
 def shortened(timeout: Timeout, longest: float) -> Timeout:
-    """A timeout that waits for nothing longer than ``longest`` seconds."""
+    """Return a timeout with all parts cut to ``longest`` seconds."""
     if isinstance(timeout, tuple):
         connect, read = (longest if part is None else min(part, longest) for part in timeout)
         return connect, read
@@ -1134,18 +1135,18 @@ def shortened(timeout: Timeout, longest: float) -> Timeout:
 
 
 def longest_part(timeout: Timeout) -> float | None:
-    """Return the longer of the connect and the read timeout; None where one waits for ever."""
+    """Return the longer of the connect and the read timeout; None if one waits forever."""
     parts = timeout if isinstance(timeout, tuple) else (timeout, timeout)
     return None if None in parts else max(part for part in parts if part is not None)
 
 
 def _check_socket_timeout(name: str, value: Any) -> float:
-    # Sockets take no more than what the system's clock can count.
+    # Sockets accept only what the clock of the system can count.
     return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
 
 
 def check_currency(name: str, value: Any) -> str:
-    """The wire's name for a currency, from that name or ``BTC``, ``CLORE``, ``USD``, any case."""
+    """Return the API's name of a currency, given that name or ``BTC``, ``CLORE``, ``USD``."""
     found = wire_currency(check_text(name, value))
     if found is None:
         allowed = ", ".join(sorted({*CURRENCIES.values()})) + ", BTC, CLORE or USD"
@@ -1154,14 +1155,14 @@ def check_currency(name: str, value: Any) -> str:
 
 
 def check_order_type(name: str, value: Any) -> str:
-    """``"on-demand"`` or ``"spot"``."""
+    """Check an order type: ``"on-demand"`` or ``"spot"``."""
     if value not in ("on-demand", "spot"):
         raise ValueError(f"{name} must be 'on-demand' or 'spot', not {short_repr(value)}")
     return str(value)
 
 
 def check_ports(name: str, value: Any) -> dict[str, str]:
-    """Container port -> ``"tcp"`` or ``"http"``, as the API wants it."""
+    """Check a dict of container ports with ``"tcp"`` or ``"http"``, and make its keys strings."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {short_repr(value)}")
     ports: dict[str, str] = {}
@@ -1180,24 +1181,31 @@ def check_ports(name: str, value: Any) -> dict[str, str]:
 
 
 def check_env(name: str, value: Any) -> dict[str, str]:
-    """Environment variables of the container. Values are never shown: they may be secrets."""
+    """Check environment variables. Errors never show the values, which may be secrets."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
     for variable, text in value.items():
         if not isinstance(variable, str) or not re.fullmatch(_ENV_NAME, variable):
-            raise ValueError(f"{name}: not the name of a variable: {short_repr(variable)}")
+            raise ValueError(
+                f"{name}: a variable name must have only letters, digits and _, and not begin "
+                f"with a digit, unlike {short_repr(variable)}"
+            )
         if len(variable) > MAX_ENV_NAME:
-            raise ValueError(f"{name}: a name has at most {MAX_ENV_NAME} characters: {variable}")
+            raise ValueError(
+                f"{name}: a variable name must have at most {MAX_ENV_NAME} characters, unlike "
+                f"{short_repr(variable)}"
+            )
         if not isinstance(text, str):
             raise TypeError(f"{name}[{variable!r}] must be a string, not {type(text).__name__}")
         if len(text) > MAX_ENV_VALUE:
             raise ValueError(
-                f"{name}[{variable!r}] has {len(text)} characters; {MAX_ENV_VALUE} are allowed"
+                f"{name}[{variable!r}] must have at most {MAX_ENV_VALUE} characters, not "
+                f"{len(text)}"
             )
         if re.search(_CHOKED_ON, text):
             logger.warning(
-                "%s[%r] holds '&', a typographic quote or an emoji, with which the API is known "
-                "to answer code 1",
+                "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "
+                "refuse with code 1",
                 name,
                 variable,
             )
@@ -1205,32 +1213,33 @@ def check_env(name: str, value: Any) -> dict[str, str]:
 
 
 def check_secret(name: str, value: Any, longest: int) -> str:
-    """A password or token of at most ``longest`` characters."""
+    """Check a password or token of at most ``longest`` characters."""
     text = check_text(name, value, secret=True)
     if len(text) > longest:
-        raise ValueError(f"{name} has {len(text)} characters; the API takes at most {longest}")
+        raise ValueError(f"{name} must have at most {longest} characters, not {len(text)}")
     return Secret(text)
 
 
 def check_public_key(name: str, value: Any) -> str:
-    """An SSH public key as a line of text; not a private one, and not the path of a file."""
+    """Check an SSH public key: one line of text, not a private key and not a path."""
     text = check_text(name, value, secret=True).strip()
     if "PRIVATE KEY" in text:
         raise ValueError(
             f"{name} is a private key, which must never leave your machine: "
-            "give the public one, the content of the .pub file beside it"
+            "pass the public key, which is the content of the .pub file"
         )
     is_key = re.fullmatch(r"(ssh|ecdsa|sk)-\S+ +\S.*", text)
     if not is_key and (
         text[0] in "/~.\\" or text.endswith(".pub") or ".ssh" in text or text.startswith("id_")
     ):
         raise ValueError(
-            f"{name} looks like a path: give the content of the file, "
-            f"as pathlib.Path({short_repr(text)}).expanduser().read_text()"
+            f"{name} looks like a path: pass the content of the file, "
+            f"pathlib.Path({short_repr(text)}).expanduser().read_text()"
         )
     if not is_key:
         raise ValueError(
-            f"{name} must be one line like 'ssh-ed25519 AAAA... me@home', as the .pub file holds it"
+            f"{name} must be one line such as 'ssh-ed25519 AAAA... me@home', the content of a .pub "
+            "file"
         )
     return check_secret(name, text, MAX_SSH_KEY)
 
@@ -1238,24 +1247,24 @@ def check_public_key(name: str, value: Any) -> str:
 # ==================================================================================================
 # config
 #
-# Where the key and the base URL come from, and what makes them usable.
+# Find and check the API key, the base URL and the state folder.
 # ==================================================================================================
 
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
-CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; read, never written
+CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools, which is only read
 
-# Where the user has not said; without that variable ``~/.local/state/clore-client``.
+# Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
 
-_told: set[str] = set()  # what has been warned of
+_warned: set[str] = set()
 
 
 def clean_key(key: object, source: str) -> str:
-    """A key that can stand in a header; its trailing newline, as files have it, is cut.
+    """Check an API key, and return it without a trailing newline.
 
-    The key itself is in none of the errors.
+    No error shows the key.
     """
     if not isinstance(key, str):
         raise ConfigurationError(
@@ -1264,21 +1273,21 @@ def clean_key(key: object, source: str) -> str:
     key = key.rstrip("\r\n")
     if key.lower().startswith(("bearer ", "auth:", "auth ")):
         raise ConfigurationError(
-            f"the API key from {source} starts with {key.split()[0]!r}: give the bare key"
+            f"the API key from {source} starts with {key.split()[0]!r}: give only the key"
         )
     if any(c.isspace() for c in key):
         raise ConfigurationError(
-            f"the API key from {source} has a blank or a newline in it: give the bare key"
+            f"the API key from {source} has a blank or a newline in it: give only the key"
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigurationError(
-            f"the API key from {source} has a character that no key has: was it copied whole?"
+            f"the API key from {source} has a character that no key has: copy it again"
         )
     return Secret(key)
 
 
 def find_key(argument: str | None) -> tuple[str | None, str]:
-    """The key and where it comes from: argument, environment, the official tools' file."""
+    """Return the key and its source: the argument, the environment, or the official tools' file."""
     if argument:
         return clean_key(argument, "the argument api_key"), "argument"
     if from_environment := os.environ.get(KEY_VARIABLE):
@@ -1289,18 +1298,19 @@ def find_key(argument: str | None) -> tuple[str | None, str]:
 
 
 def need_key() -> None:
-    """Raise an error that says where it looked, when neither environment nor file has a key."""
+    """Raise an error if neither the environment nor the official tools' file has a key."""
     if find_key(None)[0] is None:
         variable = "is empty" if KEY_VARIABLE in os.environ else "is not set"
         there = os.path.isfile(os.path.expanduser(CONFIG_FILE))
         raise ConfigurationError(
             f"there is no API key: the environment variable {KEY_VARIABLE} {variable}, "
-            f"and the file {CONFIG_FILE} {'has none in it' if there else 'is not there'}"
+            f"and the file {CONFIG_FILE} {'has none in it' if there else 'does not exist'}; "
+            f"set {KEY_VARIABLE}"
         )
 
 
 def ending_of(key: object) -> str:
-    """What may be shown of a key: its last four characters, and of a short one a quarter."""
+    """Return the end of a key, for display: four characters, or a quarter of a short key."""
     text = str(key)
     return printable(text[len(text) - min(4, len(text) // 4) :])
 
@@ -1310,7 +1320,7 @@ def _key_in_file() -> str | None:
         path = Path(CONFIG_FILE).expanduser()
         text = path.read_text(encoding="utf-8")
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: there is no home
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: no home directory
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
@@ -1319,10 +1329,10 @@ def _key_in_file() -> str | None:
     try:
         config = json.loads(text)
     except (ValueError, RecursionError):
-        # The parser's error holds the text, and so the key.
-        raise ConfigurationError(f"{CONFIG_FILE} is not JSON") from None
+        # The error of the parser contains the text, and so the key.
+        raise ConfigurationError(f"{CONFIG_FILE} is not valid JSON: correct or remove it") from None
     if not isinstance(config, dict):
-        raise ConfigurationError(f"{CONFIG_FILE} must hold a JSON object with an 'api_key'")
+        raise ConfigurationError(f"{CONFIG_FILE} must contain a JSON object with an 'api_key'")
     if not config.get("api_key"):
         return None
     key = clean_key(config["api_key"], CONFIG_FILE)
@@ -1333,15 +1343,17 @@ def _key_in_file() -> str | None:
 
 @functools.cache
 def _warn_readable(path: str) -> None:
-    logger.warning("%s holds your API key and others may read it: chmod 600 %s", path, path)
+    logger.warning(
+        "%s contains your API key, and other users can read it: run chmod 600 %s", path, path
+    )
 
 
 def check_base_url(url: object, name: str) -> str:
-    """Return an http(s) URL without its trailing slash.
+    """Check an http(s) URL, and return it without a trailing slash.
 
     Parameters:
-        url: as it was given.
-        name: where it comes from, for the error.
+        url: the URL.
+        name: the argument or variable that has it, for the error.
     """
     if not isinstance(url, str):
         raise TypeError(
@@ -1353,7 +1365,7 @@ def check_base_url(url: object, name: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _usable_url(url: str, name: str) -> str:
     if problem := _url_problem(url):
-        # The URL itself is not shown: a key may stand in it.
+        # The URL is not shown, as it may contain a key.
         raise ConfigurationError(
             f"{name} must be a URL like https://api.clore.ai: this one {problem}"
         )
@@ -1379,17 +1391,17 @@ def _url_problem(url: str) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def is_loopback(base_url: str) -> bool:
-    """Whether the URL's host is this machine."""
+    """Return whether the host of a URL is this machine."""
     return is_loopback_host(urlsplit(base_url).hostname or "")
 
 
 def check_key_may_go_to(base_url: str) -> None:
-    """A key goes out over https only, or to this machine."""
+    """Check that a URL is safe for the key: https, or this machine."""
     if not base_url.lower().startswith("https://") and not is_loopback(base_url):
         host = printable(urlsplit(base_url).hostname or "", 100)
         raise ConfigurationError(
-            f"base_url is not https (its host is {host}), and the API key would be readable on the "
-            "way; nothing was sent"
+            f"base_url is not https (its host is {host}), so others could read the API key, and "
+            "nothing was sent: use an https URL"
         )
 
 
@@ -1398,7 +1410,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def is_loopback_host(host: str) -> bool:
-    """Whether a host, as a URL names it, is this machine."""
+    """Return whether the host name or address in a URL is this machine."""
     if host.lower() == "localhost":
         return True
     try:
@@ -1409,7 +1421,7 @@ def is_loopback_host(host: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
-    """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
+    """Return the same text for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     host = "localhost" if is_loopback_host(host) else host
@@ -1418,9 +1430,9 @@ def canonical_url(base_url: str) -> str:
 
 
 class PerAccount(Generic[V]):
-    """One ``V`` for each base URL and key, made when it is first asked for.
+    """A table with one object per base URL and key, made on first use.
 
-    A forked child starts with none: another thread may have held a lock of theirs at the fork.
+    It is empty in a forked child, because another thread may have held a lock at the fork.
     """
 
     def __init__(self, make: Callable[[], V]) -> None:
@@ -1430,54 +1442,54 @@ class PerAccount(Generic[V]):
             os.register_at_fork(after_in_child=self._of.clear)
 
     def of(self, base_url: str, api_key: str) -> V:
-        """Return the one of this account."""
-        # A digest, so that no key stands in a table of the process.
+        """Return the object of an account."""
+        # The table has a digest in place of the key.
         account = (canonical_url(base_url), hashlib.sha256(api_key.encode()).digest())
         found = self._of.get(account)
-        # One step, and so without a lock: of two that are made at once, both callers get the first.
+        # setdefault() is atomic: if two threads make one, both get the first.
         return self._of.setdefault(account, self._make()) if found is None else found
 
 
 def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
-    """A folder, or None for no notes at all."""
+    """Check a state folder; None turns the journal off."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
     if isinstance(value, str) and not value.strip():
-        raise ValueError(f"{name} must not be empty: None turns the notes off")
+        raise ValueError(f"{name} must not be empty: None turns the journal off")
     if value is not None:
         check_local_path(name, value)
     return value
 
 
 def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
-    """The folder of the entries, from what the user gave; None where they are turned off."""
+    """Return the absolute path of the state folder; None if it is turned off."""
     if state_dir is None:
         return None
     if state_dir == DEFAULT_STATE_DIR:
         base = os.environ.get("XDG_STATE_HOME") or ""
-        if not os.path.isabs(base):  # the specification says to ignore such a one
+        if not os.path.isabs(base):  # the XDG specification ignores relative paths
             base = os.path.join("~", ".local", "state")
         folder = os.path.expanduser(os.path.join(base, "clore-client"))
     else:
         folder = os.path.expanduser(os.fspath(state_dir))
-    if folder.startswith("~"):  # there is no home: the name would be taken for a folder's
-        warn_of_state(f"{folder} has no place", "this user has no home directory")
+    if folder.startswith("~"):  # "~" would become the name of a folder
+        warn_of_state(f"{folder} can't be used", "this user has no home directory")
         return None
     return Path(os.path.abspath(folder))
 
 
 def account_digest(base_url: str, api_key: str | None) -> str:
-    """What stands for an account in an entry, from which nobody can tell the key."""
+    """Return a digest that identifies an account in the journal without its key."""
     account = f"clore-client\n{canonical_url(base_url)}\n{api_key or ''}"
     return hashlib.sha256(account.encode()).hexdigest()[:32]
 
 
 def warn_of_state(what: str, error: object) -> None:
-    """One warning for each trouble: it must not stop a rental."""
-    if what not in _told:
-        _told.add(what)
+    """Warn once about a problem of the state folder, which must not stop a rental."""
+    if what not in _warned:
+        _warned.add(what)
         logger.warning(
-            "%s: %s; should this process be killed, leftovers() can't know of its rentals",
+            "%s: %s; if this process is killed, leftovers() can't find its rentals",
             what,
             error,
         )
@@ -1486,25 +1498,25 @@ def warn_of_state(what: str, error: object) -> None:
 # ==================================================================================================
 # models.record
 #
-# What servers, orders and wallets have in common, and which form an answer is in.
+# Record, the base class of servers, orders and wallets, and helpers to read API responses.
 # ==================================================================================================
 
 
 R = TypeVar("R", bound="Record")
 
-# A record with one of these fields makes the whole answer one of the live form.
+# One record with one of these fields means that the whole response is in the live form.
 LIVE_PRICE_MARKERS = ("on_demand", "original_usd")
 LIVE_ORDER_MARKERS = ("si", "ct", "mon_container", "pub_cluster")
 LIVE_MARKET_MARKERS = ("currency_rates_in_usd", "server")
 
 
 def dicts(value: Any) -> list[dict[str, Any]]:
-    """The dicts of a list, or nothing: what an answer has in place of records is no record."""
+    """Return the dicts in a list, without anything that is not a record."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def part_of(record: Any, *path: str) -> Any:
-    """What stands at ``path`` in nested dicts, or None."""
+    """Return the value at ``path`` in nested dicts, or None."""
     for key in path:
         if not isinstance(record, dict):
             return None
@@ -1512,19 +1524,19 @@ def part_of(record: Any, *path: str) -> Any:
     return record
 
 
-def is_live(answer: Mapping[str, Any]) -> bool:
-    """Whether an answer of the API is in the live form; decided once for the whole answer."""
-    servers = answer.get("servers")
-    for server in servers if isinstance(servers, list) else ():  # without a copy of thousands
+def is_live(response: Mapping[str, Any]) -> bool:
+    """Return whether a response is in the live form."""
+    servers = response.get("servers")
+    for server in servers if isinstance(servers, list) else ():  # no copy of a long list
         price = server.get("price") if isinstance(server, dict) else None
         if isinstance(price, dict) and any(marker in price for marker in LIVE_PRICE_MARKERS):
             return True
-    for order in dicts(answer.get("orders")):
+    for order in dicts(response.get("orders")):
         if any(marker in order for marker in LIVE_ORDER_MARKERS):
             return True
-    if "exists" in answer:
+    if "exists" in response:
         return True
-    market = answer.get("market")
+    market = response.get("market")
     if not isinstance(market, dict):
         return False
     if any(marker in market for marker in LIVE_MARKET_MARKERS):
@@ -1533,7 +1545,7 @@ def is_live(answer: Mapping[str, Any]) -> bool:
 
 
 def whole_id(value: Any) -> int | None:
-    """Return an id that came as an integer, or as a string of digits; else None."""
+    """Return an id, given as an integer or as a string of digits, or None."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
         return int(value)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -1542,10 +1554,9 @@ def whole_id(value: Any) -> int | None:
 
 
 class Record(dict[str, Any]):
-    """A dict in the documented form that remembers what the API sent.
+    """A dict in the documented form, with the original from the API in ``.wire``.
 
-    ``.wire`` gives the record as it came. Records built by hand are taken to be in the
-    documented form already, and are their own ``.wire``.
+    A record that did not come from the API counts as documented, and is its own ``.wire``.
     """
 
     __slots__ = ("_wire",)
@@ -1553,7 +1564,7 @@ class Record(dict[str, Any]):
 
     @property
     def wire(self) -> dict[str, Any]:
-        """A copy of the whole record as the API sent it."""
+        """A copy of the record as the API sent it."""
         try:
             return copy.deepcopy(self._wire)
         except AttributeError:
@@ -1568,7 +1579,7 @@ class Record(dict[str, Any]):
         return twin
 
     def copy(self: R) -> R:
-        """A shallow copy of the same type, with the same ``.wire``."""
+        """Return a shallow copy of the same type, with the same ``.wire``."""
         return self._like(self)
 
     __copy__ = copy
@@ -1580,11 +1591,11 @@ class Record(dict[str, Any]):
         return self._like({**other, **self}) if isinstance(other, Mapping) else NotImplemented
 
     def _summary(self) -> dict[str, Any]:
-        """What the repr shows."""
+        """Return the fields that the repr shows."""
         return self
 
     def __repr__(self) -> str:
-        # repr() of the parts escapes control characters: text in a record comes from strangers.
+        # Text in a record comes from strangers: repr() of the parts escapes control characters.
         shown = masked({k: v for k, v in self._summary().items() if v is not None})
         fields = ", ".join(f"{printable(str(k))}={v!r}" for k, v in shown.items())
         return f"<{type(self).__name__} {fields}>"
@@ -1595,33 +1606,33 @@ class Record(dict[str, Any]):
 # ==================================================================================================
 # models.order
 #
-# Order: its documented form, made from the live one; telling which order is the one just made.
+# Order, and its conversion from the live form to the documented form.
 # ==================================================================================================
 
 
-# How an order may end. The live form knows the first two; the others are known from elsewhere.
+# The live form has only the first two; the others are known from other sources.
 ENDED_STATUSES = frozenset(
     {"cancelled", "expired", "completed", "error", "failed", "finished", "stopped", "terminated"}
 )
 
-# Compiled when they are used: that takes longer than importing the module.
+# Compiled on first use, which makes the import faster.
 _HOST_NAME = r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?"
 _USER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 
 
 def plain_host(text: str) -> bool:
-    """Whether ``text`` is a host name or an address, and nothing that a shell or ssh would obey."""
+    """Return whether ``text`` is a host name or address that is safe for a shell and ssh."""
     if re.fullmatch(_HOST_NAME, text):
         return True
     try:
         ipaddress.ip_address(text)
     except ValueError:
         return False
-    return "%" not in text  # no IPv6 zone: it may hold anything
+    return "%" not in text  # an IPv6 zone can hold any character
 
 
 def plain_user(text: str) -> bool:
-    """Whether ``text`` is a plain name of a user."""
+    """Return whether ``text`` is a user name that is safe for a shell and ssh."""
     return bool(re.fullmatch(_USER_NAME, text))
 
 
@@ -1636,8 +1647,8 @@ class Order(Record):
 
     A dict with ``order_id``, ``renting_server``, ``status``, ``connection`` (``ssh`` and
     ``http_ports``), ``price`` (per hour, in the order's currency), ``started`` (Unix time), and
-    whatever else the API sent. The properties give None for what is missing or of an unexpected
-    type.
+    all other fields that the API sent. A property is None if its field is missing or has an
+    unexpected type.
     """
 
     __slots__ = ("_live", "_usd_per_hour")
@@ -1646,7 +1657,7 @@ class Order(Record):
 
     @property
     def id(self) -> int | None:
-        """The order's number."""
+        """The number of the order."""
         return whole_id(self.get("order_id"))
 
     @property
@@ -1662,7 +1673,7 @@ class Order(Record):
 
     @property
     def is_running(self) -> bool:
-        """Whether it is deployed and reachable."""
+        """True if the order is deployed and has an address."""
         return self.status == "running"
 
     @property
@@ -1675,18 +1686,18 @@ class Order(Record):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is over, and costs nothing any more."""
+        """True if the order has ended, and costs nothing any more."""
         return self.status in ENDED_STATUSES
 
     @property
     def ssh_command(self) -> str | None:
-        """``"ssh root@<host> -p <port>"`` once there is one."""
+        """``"ssh root@<host> -p <port>"``, or None before the order runs."""
         command = part_of(self, "connection", "ssh")
         return command if isinstance(command, str) and command else None
 
     @property
     def http_urls(self) -> dict[str, str]:
-        """Container port -> URL."""
+        """A dict with the URL of each container port."""
         urls = part_of(self, "connection", "http_ports")
         if not isinstance(urls, dict):
             return {}
@@ -1694,12 +1705,12 @@ class Order(Record):
 
     @property
     def started_at(self) -> float | None:
-        """Unix time; on the live API that of its creation."""
+        """The Unix time of its start; on the live API, of its creation."""
         return finite(self.get("started"))
 
     @property
     def usd_per_hour(self) -> float | None:
-        """The price in USD per hour, by the rate known when the order was read; else None."""
+        """The price in USD per hour, by the exchange rate at the time of reading, or None."""
         try:
             return self._usd_per_hour
         except AttributeError:
@@ -1707,7 +1718,7 @@ class Order(Record):
 
     @property
     def is_live(self) -> bool | None:
-        """Whether it came in the live form; None when it was built by hand."""
+        """True if it came in the live form; None if it did not come from the API."""
         return getattr(self, "_live", None)
 
     def _summary(self) -> dict[str, Any]:
@@ -1729,7 +1740,7 @@ def _live_host(record: dict[str, Any]) -> str:
 
 
 def _live_ports(record: dict[str, Any]) -> dict[int, int]:
-    """Container port -> public port."""
+    """Return the public port of each container port."""
     mapped: dict[int, int] = {}
     entries = record.get("tcp_ports")
     for entry in entries if isinstance(entries, list) else ():
@@ -1750,18 +1761,18 @@ def _live_status(record: dict[str, Any], cancelled: bool, host: str, ports: bool
 
 
 def _either(record: dict[str, Any], name: str, other: str) -> Any:
-    """The documented field where it is told, else the live one."""
+    """Return the documented field, or the live one if that is missing."""
     value = record.get(name)
     return record.get(other) if value is None else value
 
 
 def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str, Any]:
-    """The documented fields of an order in the live form."""
+    """Return the documented fields of an order in the live form."""
     order_id = _either(record, "order_id", "id")
-    ours = whole_id(order_id) in cancelled
+    by_this_client = whole_id(order_id) in cancelled
     host, ports = _live_host(record), _live_ports(record)
-    status = _live_status(record, ours, host, bool(ports))
-    # Host and ports may be filled in long before anything answers there.
+    status = _live_status(record, by_this_client, host, bool(ports))
+    # The API can send host and ports before the container runs (seen on the live API).
     reachable = status == "running" and 22 in ports
     pub, http_port = record.get("http_pub"), record.get("http_port")
     urls = {}
@@ -1783,13 +1794,13 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
 def to_order(
     record: dict[str, Any], live: bool, cancelled: Collection[int], rates: RateBook
 ) -> Order:
-    """An order as it came, as an :class:`Order` in the documented form.
+    """Convert an order from the API to an :class:`Order`.
 
     Parameters:
-        record: what the API sent.
-        live: its answer's form.
-        cancelled: ids of orders that this client cancelled.
-        rates: for ``usd_per_hour``.
+        record: the order, as the API sent it.
+        live: whether the response is in the live form.
+        cancelled: ids of the orders that this client cancelled.
+        rates: the exchange rates for ``usd_per_hour``.
     """
     order = Order({**record, **_live_fields(record, cancelled)} if live else record)
     order._wire, order._live = record, live
@@ -1797,16 +1808,19 @@ def to_order(
     return order
 
 
-def to_orders(answer: dict[str, Any], cancelled: Collection[int], rates: RateBook) -> list[Order]:
-    """The orders of an answer, in the documented form."""
-    live = is_live(answer)
-    return [to_order(r, live, cancelled, rates) for r in dicts(answer.get("orders"))]
+def to_orders(response: dict[str, Any], cancelled: Collection[int], rates: RateBook) -> list[Order]:
+    """Convert the orders of a response to the documented form."""
+    live = is_live(response)
+    return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
 
 
-def created_id(answer: dict[str, Any]) -> int | None:
-    """The order id in an answer to ``create_order``, which only old and documented ones carry."""
-    nested = answer.get("order")
-    for holder in (answer, nested if isinstance(nested, dict) else {}):
+def created_id(response: dict[str, Any]) -> int | None:
+    """Return the order id in a response to ``create_order``.
+
+    The live API sends none any more; older responses and the documented form have one.
+    """
+    nested = response.get("order")
+    for holder in (response, nested if isinstance(nested, dict) else {}):
         for name in ("order_id", "id"):
             if (order_id := whole_id(holder.get(name))) is not None and order_id > 0:
                 return order_id
@@ -1816,7 +1830,7 @@ def created_id(answer: dict[str, Any]) -> int | None:
 # ==================================================================================================
 # models.result
 #
-# What came of a command or a transfer over SSH.
+# Results of commands and transfers over SSH.
 # ==================================================================================================
 
 
@@ -1824,13 +1838,13 @@ STDOUT, STDERR = "stdout", "stderr"
 
 
 class CommandResult:
-    """How a command ended.
+    """The result of a command.
 
     Attributes:
-        command: the line that the machine's shell was given, without what ``env`` adds to it.
-        exit_code: 0 to 255; -1 where a signal ended it.
-        stdout, stderr: its output as text; what is no UTF-8 is replaced.
-        duration: seconds from the request until the end.
+        command: the command for the machine's shell, without the variables of ``env``.
+        exit_code: 0 to 255; -1 if a signal ended the command.
+        stdout, stderr: the output as text; bytes that are not UTF-8 are replaced.
+        duration: seconds from the start to the end.
     """
 
     __slots__ = ("command", "duration", "exit_code", "stderr", "stdout")
@@ -1846,7 +1860,7 @@ class CommandResult:
 
     @property
     def ok(self) -> bool:
-        """Whether it ended with 0."""
+        """True if the exit code is 0."""
         return self.exit_code == 0
 
     def __repr__(self) -> str:
@@ -1858,7 +1872,9 @@ class CommandResult:
 
 
 class OutputLine(str):
-    """A line of a command's output without its end, as it came: it may hold terminal escapes.
+    """A line of a command's output, without its line end.
+
+    It can contain terminal escapes: do not print it unchecked.
 
     Attributes:
         stream: ``"stdout"`` or ``"stderr"``.
@@ -1875,14 +1891,14 @@ class OutputLine(str):
 
 
 class Transferred:
-    """What was transferred.
+    """The result of a transfer.
 
     Attributes:
-        path: where it is now, as text.
-        files: how many files.
-        size: bytes of all of them.
+        path: the path of the copy, as text.
+        files: the number of files.
+        size: the bytes of all files.
         duration: seconds.
-        skipped: (name, why) of what was left out: symlinks, and what is no file.
+        skipped: (name, reason) for symlinks and special files, which are not copied.
     """
 
     __slots__ = ("duration", "files", "path", "size", "skipped")
@@ -1897,26 +1913,26 @@ class Transferred:
         self.skipped = skipped
 
     def __repr__(self) -> str:
-        left_out = f", {len(self.skipped)} left out" if self.skipped else ""
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         return (
             f"<Transferred {printable(self.path, 200)!r}: {self.files} files, {self.size} bytes, "
-            f"{self.duration:.2f} s{left_out}>"
+            f"{self.duration:.2f} s{skipped}>"
         )
 
 
 # ==================================================================================================
 # models.server
 #
-# Server: its documented form, made from the live one; matching and sorting by price.
+# Server, its conversion from the live form to the documented form, filters and sorting.
 # ==================================================================================================
 
 
-# Bounded, and without two ways to match one blank: the text comes from strangers. Compiled when
-# they are used: that takes longer than importing the module.
+# The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
+# makes the import faster.
 _COUNTED_GPU = r"(?s)([0-9]{1,3})x\s+(.+)"
 _VENDOR = r"(?i)(?:NVIDIA\s+)?(?:GeForce\s+)?"
 _DISK_SIZE = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?GB"
-# Under ``price.usd`` of the live form, the on-demand price for each currency that pays it.
+# The field of the live form's ``price.usd`` with the on-demand price, for each currency.
 _USD_FIELDS = {
     "CLORE-Blockchain": "on_demand_clore",
     "bitcoin": "on_demand_btc",
@@ -1925,7 +1941,7 @@ _USD_FIELDS = {
 
 
 def _counted(specs: Any) -> tuple[int, str] | None:
-    """Count and name from ``specs.gpu`` (``"2x NVIDIA GeForce RTX 4070 Ti"``), or None."""
+    """Return the count and name in ``specs.gpu`` (``"2x NVIDIA GeForce RTX 4070 Ti"``), or None."""
     text = specs.get("gpu") if isinstance(specs, dict) else None
     match = re.fullmatch(_COUNTED_GPU, text.strip()) if isinstance(text, str) else None
     if not match:
@@ -1934,12 +1950,12 @@ def _counted(specs: Any) -> tuple[int, str] | None:
 
 
 def gpu_names(record: dict[str, Any]) -> list[str]:
-    """The flat list of GPU names of a server as it came, in either form."""
+    """Return the GPU names of a server in either form, as a flat list."""
     array = record.get("gpu_array")
     if isinstance(array, list):
         names: list[str] = []
         for entry in array:
-            if isinstance(entry, str):  # the rule, without a list around it for each of thousands
+            if isinstance(entry, str):  # the usual case, kept fast
                 if name := entry.strip():
                     names.append(name)
             elif isinstance(entry, list):
@@ -1951,7 +1967,10 @@ def gpu_names(record: dict[str, Any]) -> list[str]:
 
 
 def _live_spot_per_day(price: dict[str, Any]) -> float | None:
-    """The lowest spot bid in USD per day. ``price.usd.spot`` is mostly 0, which means not given."""
+    """Return the lowest spot bid in USD per day, or None.
+
+    ``price.usd.spot`` is often 0, which means that it is in another field (seen on the live API).
+    """
     usd = price.get("usd")
     if stated := positive(part_of(usd, "spot")):
         return stated
@@ -1965,7 +1984,7 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
     if stated := positive(part_of(spot, "USD-Blockchain")):
         return stated
     for currency, usd_field in _USD_FIELDS.items():
-        # The same server quotes its on-demand price in both units: that is the rate.
+        # The on-demand price of the server in both currencies gives the exchange rate.
         amount = positive(part_of(spot, currency))
         same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
         if amount and same and in_usd:
@@ -1974,7 +1993,7 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
 
 
 def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None:
-    """USD per hour of a server as it came; None when it has no price above 0."""
+    """Return the price of a server in USD per hour, or None if it has no price above 0."""
     price = record.get("price")
     if not isinstance(price, dict):
         return None
@@ -1984,14 +2003,14 @@ def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None
         usd = price.get("usd")
         given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
     amount = positive(given)
-    # The smallest of numbers becomes 0, which is no price.
+    # A very small number becomes 0, which is no price.
     return amount / HOURS_PER_DAY or None if live and amount else amount
 
 
 def on_demand_usd(server: Server, currency: Any) -> float | None:
-    """USD per hour of a translated server when it is paid in ``currency``, the wire's name.
+    """Return the on-demand price in USD per hour when paid in ``currency`` (the API's name).
 
-    The documented form tells one price for all currencies.
+    The documented form has one price for all currencies.
     """
     usd = part_of(server, "price", "usd")
     own = (
@@ -2001,11 +2020,11 @@ def on_demand_usd(server: Server, currency: Any) -> float | None:
 
 
 def server_reliability(record: dict[str, Any], live: bool) -> float | None:
-    """Reliability of a server as it came, 0 to 100; the live form counts from 0 to 1."""
+    """Return the reliability of a server, 0 to 100; the live form has 0 to 1."""
     number = finite(record.get("reliability"))
     if number is None:
         return None
-    # 0.9731 * 100 is a hair beside 97.31.
+    # Without rounding, 0.9731 * 100 is not 97.31.
     return round(number * 100.0, 9) if live else number
 
 
@@ -2013,52 +2032,52 @@ class Server(Record):
     """One server of the marketplace, in the documented form.
 
     A dict with ``id``, ``gpu_array`` (a flat list of names), ``price`` (under ``usd`` in USD per
-    hour), ``reliability`` (0 to 100), ``rented``, ``specs``, and whatever else the API sent. The
-    properties give None for what is missing or of an unexpected type.
+    hour), ``reliability`` (0 to 100), ``rented``, ``specs``, and all other fields that the API
+    sent. A property is None if its field is missing or has an unexpected type.
     """
 
     __slots__ = ()
 
     @property
     def id(self) -> int | None:
-        """The number to rent it by."""
+        """The number of the server, for :meth:`CloreClient.create_order`."""
         return whole_id(self.get("id"))
 
     @property
     def gpu_name(self) -> str | None:
-        """The name of its (first) GPU, as ``"RTX 4090"``."""
+        """The name of its (first) GPU, for example ``"RTX 4090"``."""
         names = gpu_names(self)
         return names[0] if names else None
 
     @property
     def gpu_count(self) -> int | None:
-        """How many GPUs it has."""
+        """The number of GPUs."""
         counted = _counted(self.get("specs"))
         return counted[0] if counted else len(gpu_names(self)) or None
 
     @property
     def vram_gb(self) -> float | None:
-        """Memory of one GPU in GB, which the API rounds down."""
+        """The memory of one GPU in GB, which the live API rounds down."""
         return positive(part_of(self, "specs", "gpuram"))
 
     @property
     def usd_per_hour(self) -> float | None:
-        """On-demand price in USD per hour, without fees."""
+        """The on-demand price in USD per hour, without fees."""
         return server_price(self, live=False, spot=False)
 
     @property
     def spot_usd_per_hour(self) -> float | None:
-        """The lowest spot bid that the host takes, in USD per hour, without fees."""
+        """The lowest spot bid that the host accepts, in USD per hour, without fees."""
         return server_price(self, live=False, spot=True)
 
     @property
     def reliability(self) -> float | None:
-        """0 to 100."""
+        """The reliability, 0 to 100."""
         return finite(self.get("reliability"))
 
     @property
     def rented(self) -> bool:
-        """Whether somebody rents it now."""
+        """True if the server is rented now."""
         return bool(self.get("rented"))
 
     @property
@@ -2069,19 +2088,19 @@ class Server(Record):
 
     @property
     def ram_gb(self) -> float | None:
-        """Main memory in GB."""
+        """The main memory in GB."""
         return positive(part_of(self, "specs", "ram"))
 
     @property
     def disk_gb(self) -> float | None:
-        """Size of the disk in GB: the last one that its description names."""
+        """The size of the disk in GB, from the last number of its description."""
         text = part_of(self, "specs", "disk")
         sizes = re.findall(_DISK_SIZE, text) if isinstance(text, str) else []
         return positive(float(sizes[-1])) if sizes else None
 
     @property
     def cuda_version(self) -> str | None:
-        """The highest CUDA version of its driver, as ``"13.0"``."""
+        """The highest CUDA version that its driver supports, for example ``"13.0"``."""
         version = self.get("cuda_version")
         return version if isinstance(version, str) and version else None
 
@@ -2103,7 +2122,12 @@ def _rounded(number: float | None) -> float | None:
 
 
 def to_server(record: dict[str, Any], live: bool) -> Server:
-    """Return a server as it came as a :class:`Server` in the documented form."""
+    """Convert a server from the API to a :class:`Server`.
+
+    Parameters:
+        record: the server, as the API sent it.
+        live: whether the response is in the live form.
+    """
     server = Server(record)
     server._wire = record
     server["gpu_array"] = gpu_names(record)
@@ -2121,7 +2145,7 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
 
 
 def to_servers(
-    answer: dict[str, Any],
+    response: dict[str, Any],
     *,
     include_rented: bool = False,
     gpu_type: str | None = None,
@@ -2130,15 +2154,15 @@ def to_servers(
     spot: bool = False,
     server_id: int | None = None,
 ) -> list[Server]:
-    """The servers of a marketplace answer that fit, in the order in which they came.
+    """Return the servers of a response that fit, in the API's order.
 
-    They are chosen before they are translated: that a few of thousands are wanted is the rule.
+    Filters before it converts, because most calls want few of thousands of servers.
     """
-    live = is_live(answer)
+    live = is_live(response)
     wanted = gpu_type.strip().lower() if gpu_type else ""
 
     def fits(record: dict[str, Any]) -> bool:
-        # What costs least comes first: this runs for thousands of records.
+        # The cheapest checks come first, as this runs for thousands of records.
         if server_id is not None and whole_id(record.get("id")) != server_id:
             return False
         if not include_rented and record.get("rented"):
@@ -2150,14 +2174,14 @@ def to_servers(
         if max_usd_per_hour is None:
             return True
         price = server_price(record, live, spot)
-        # 8.4 a day over 24 is a hair above 0.35.
+        # 8.4 / 24 is slightly above 0.35.
         return price is not None and price <= max_usd_per_hour * (1 + 1e-12)
 
-    return [to_server(r, live) for r in dicts(answer.get("servers")) if fits(r)]
+    return [to_server(r, live) for r in dicts(response.get("servers")) if fits(r)]
 
 
 def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Server]:
-    """Sorted by price; equal ones as they came, those without a price last."""
+    """Sort servers by price; equal ones keep their order, those without a price come last."""
 
     def price(server: Server) -> float:
         usd = server.spot_usd_per_hour if spot else server.usd_per_hour
@@ -2166,21 +2190,21 @@ def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Ser
     return sorted(servers, key=price)
 
 
-def listed_prices(answer: dict[str, Any], rates: RateBook) -> dict[int, float]:
-    """Server id -> on-demand USD per hour, for every server of an answer that tells both.
+def listed_prices(response: dict[str, Any], rates: RateBook) -> dict[int, float]:
+    """Return the on-demand price in USD per hour by server id.
 
-    The exchange rates that the prices imply go to ``rates``, for display.
+    Stores the exchange rates that follow from the prices in ``rates``, for display.
     """
-    live = is_live(answer)
-    told: dict[int, float] = {}
+    live = is_live(response)
+    prices: dict[int, float] = {}
     implied: dict[str, float] = {}
-    for record in dicts(answer.get("servers")):
+    for record in dicts(response.get("servers")):
         usd, server_id = server_price(record, live, spot=False), record.get("id")
-        if type(server_id) is not int:  # the rule; thousands come at once
+        if type(server_id) is not int:  # the usual case is an int, kept fast
             server_id = whole_id(server_id)
         if usd is None or server_id is None:
             continue
-        told[server_id] = usd
+        prices[server_id] = usd
         if live and len(implied) < len(_USD_FIELDS):
             for currency, usd_field in _USD_FIELDS.items():
                 amount = positive(part_of(record, "price", "on_demand", currency))
@@ -2188,46 +2212,46 @@ def listed_prices(answer: dict[str, Any], rates: RateBook) -> dict[int, float]:
                 if amount and in_usd:
                     implied[currency] = in_usd / amount
     rates.tell(implied, firm=False)
-    return told
+    return prices
 
 
 # ==================================================================================================
 # models.wallet
 #
-# Wallet: a currency of the account and what is in it.
+# Wallet, the balance of one currency.
 # ==================================================================================================
 
 
 class Wallet(Record):
     """One wallet: a dict with ``name``, ``balance`` and ``deposit_address``.
 
-    The live API calls the address ``deposit``, which is kept beside it.
+    The live API calls the address ``deposit``; that field is kept too.
     """
 
     __slots__ = ()
 
     @property
     def name(self) -> str | None:
-        """The currency, as ``"CLORE-Blockchain"``."""
+        """The currency, for example ``"CLORE-Blockchain"``."""
         name = self.get("name")
         return name if isinstance(name, str) else None
 
     @property
     def balance(self) -> float | None:
-        """What it holds, in its currency."""
+        """The balance, in its currency."""
         return finite(self.get("balance"))
 
     @property
     def deposit_address(self) -> str | None:
-        """Where to send coins to."""
+        """The address for deposits."""
         address = self.get("deposit_address")
         return address if isinstance(address, str) else None
 
 
-def to_wallets(answer: dict[str, Any]) -> list[Wallet]:
-    """The wallets of an answer, in the documented form."""
+def to_wallets(response: dict[str, Any]) -> list[Wallet]:
+    """Convert the wallets of a response to the documented form."""
     wallets = []
-    for record in dicts(answer.get("wallets")):
+    for record in dicts(response.get("wallets")):
         wallet = Wallet(record)
         wallet._wire = record
         if "deposit" in record:
@@ -2239,20 +2263,20 @@ def to_wallets(answer: dict[str, Any]) -> list[Wallet]:
 # ==================================================================================================
 # api.call
 #
-# Prepare an API call: what is sent, and what may be done with it.
+# Prepare an API call: check its arguments, and decide how it may be retried.
 # ==================================================================================================
 
 
 URGENT_POSTS = frozenset({"cancel_order", "cancel_orders"})  # a waiting cancel costs money
-SPACED_POSTS = frozenset({"create_order"})  # the API spaces these
+SPACED_POSTS = frozenset({"create_order"})  # these have a longer interval
 KEYLESS_GETS = frozenset({"marketplace"})
-REPEATABLE_POSTS = frozenset({"cancel_order", "cancel_orders", "set_spot_price"})
-# Every other POST changes something, and is sent again only when it can't have had an effect.
-LOGGED_POSTS = REPEATABLE_POSTS | SPACED_POSTS  # what costs or frees money
+REPEATABLE_POSTS = frozenset({"cancel_order", "cancel_orders", "set_spot_price"})  # idempotent
+# Any other POST is sent again only if it cannot have had an effect.
+LOGGED_POSTS = REPEATABLE_POSTS | SPACED_POSTS  # these start or stop costs
 
 
 class Envelope(dict[str, Any]):
-    """A decoded answer that remembers when it was asked for, and the server's clock."""
+    """A decoded response, with the times of the request and the server's clock."""
 
     __slots__ = ("date", "received_at", "sends", "sent_at")
     date: str | None
@@ -2261,7 +2285,10 @@ class Envelope(dict[str, Any]):
     sends: int
 
     def server_time_at(self, moment: float) -> float | None:
-        """The server's Unix time at a monotonic ``moment``, rounded down; None without a Date."""
+        """Return the server's Unix time at a monotonic ``moment``, rounded down.
+
+        Returns None if the response had no Date.
+        """
         stamp = unix_time(self.date)
         return None if stamp is None else math.floor(stamp - (self.received_at - moment))
 
@@ -2275,9 +2302,9 @@ def unix_time(date: str | None) -> float | None:
         return None
 
 
-# These are no dataclasses, here and elsewhere: that module costs a fifth of the import.
+# Not a dataclass: importing dataclasses takes a fifth of the import time.
 class Call:
-    """A request that is ready to be sent, and what may be done with it."""
+    """A request that is ready to be sent, and the rules for its retries."""
 
     def __init__(
         self,
@@ -2292,14 +2319,14 @@ class Call:
         urgent: bool,
         secrets: tuple[str, ...],
     ) -> None:
-        self.name = name  # the endpoint's last part, as "create_order"
+        self.name = name  # the last part of the endpoint, such as "create_order"
         self.endpoint = endpoint
         self.request = request
         self.settings = settings
         self.base_url = base_url
         self.key = key
         self.repeatable = repeatable
-        self.urgent = urgent  # leaves whatever pause the server has asked for
+        self.urgent = urgent  # ignores the pause that the server asks for
         self.secrets = secrets
 
     def __repr__(self) -> str:
@@ -2310,25 +2337,26 @@ class Call:
         return f"{self.request.method} {self.endpoint}"
 
     def lost(self, cause: str) -> CloreError:
-        """The error for a request of which it is not known what became of it."""
+        """Make the error for a request that was sent and got no usable response."""
         if self.repeatable:
             return CloreConnectionError(cause)
         if self.name == "create_order":
             return OrderOutcomeUnknownError(
-                f"create_order was sent and got no clear answer ({cause}): the order may or may "
-                "not have been made. It was not sent again. Look at get_orders() for it, also a "
-                "minute from now, before you order again",
+                f"create_order was sent but got no clear response ({cause}): the order may or may "
+                "not exist. It was not sent again. Look at get_orders() now and again in a minute, "
+                "before you order again",
                 endpoint=self.endpoint,
             )
         return OutcomeUnknownError(
-            f"{self.label} was sent and got no clear answer ({cause}): it may or may not have been "
-            "carried out. It was not sent again. Look at the state of your account first",
+            f"{self.label} was sent but got no clear response ({cause}): it may or may not have "
+            "taken effect. It was not sent again. Check the state of your account before you "
+            "repeat it",
             endpoint=self.endpoint,
         )
 
 
 def secrets_in(value: Any, inside: bool = False) -> Iterator[str]:
-    """Every string of a body that must not be shown: all that stands under a secret's name."""
+    """Yield every string in a body that must not be shown: the values of secret fields."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from secrets_in(item, inside or str(name).lower() in SECRET_FIELDS)
@@ -2340,7 +2368,7 @@ def secrets_in(value: Any, inside: bool = False) -> Iterator[str]:
 
 
 def check_endpoint(endpoint: Any) -> str:
-    """Check a path such as ``"/v1/wallets"``: the key must not be led to another host."""
+    """Check a path such as ``"/v1/wallets"``, so that the key can't go to another host."""
     check_text("endpoint", endpoint)
     fine = endpoint.startswith("/") and not endpoint.startswith("//") and endpoint.isprintable()
     if not fine or "\\" in endpoint or " " in endpoint or "/.." in endpoint:
@@ -2351,7 +2379,7 @@ def check_endpoint(endpoint: Any) -> str:
 
 
 def endpoint_name(endpoint: str) -> str:
-    """Return the last part of a path, as ``"create_order"``."""
+    """Return the last part of a path, such as ``"create_order"``."""
     path = unquote(urlsplit(endpoint).path)
     return path.rstrip("/").rsplit("/", 1)[-1].lower()
 
@@ -2369,17 +2397,20 @@ def prepare_call(
     timeout: Timeout,
     urgent: bool,
 ) -> Call:
-    """Check the arguments of ``_request``, and prepare what is sent.
+    """Check the arguments of ``_request``, and prepare the request.
 
     Parameters:
-        session: by which the request is prepared.
+        session: prepares the request.
         method, endpoint, params, json: as for ``_request``.
-        options: further arguments for requests.
-        base_url, headers, timeout: of the client.
-        urgent: whether the request leaves whatever pause the server has asked for.
+        options: other arguments for requests.
+        base_url, headers, timeout: the settings of the client.
+        urgent: whether the request ignores the pause that the server asks for.
     """
     if "allow_redirects" in options:
-        raise ValueError("allow_redirects is refused: a redirect could lead the key elsewhere")
+        raise ValueError(
+            "allow_redirects is not supported, as a redirect could send the key to another host: "
+            "leave it out"
+        )
     method = check_text("method", method).upper()
     if not (method.isascii() and method.isalpha()):
         raise ValueError(f"method must be one like 'GET', not {short_repr(method)}")
@@ -2390,7 +2421,7 @@ def prepare_call(
     timeout = check_timeout("timeout", options.pop("timeout", timeout))
     verify, cert, stream = (options.pop(k, None) for k in ("verify", "cert", "stream"))
     proxies = _proxies(base_url, options.pop("proxies", None))
-    # Without an auth of its own, requests would send what it finds in ~/.netrc.
+    # Without this, requests would send a password from ~/.netrc.
     options.setdefault("auth", _no_auth)
     try:
         request = session.prepare_request(
@@ -2401,9 +2432,9 @@ def prepare_call(
         )  # fmt: skip
         secrets = tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)]))
     except requests.exceptions.InvalidJSONError as error:
-        raise ValueError(f"json can't be sent as JSON: {error}") from None
+        raise ValueError(f"json can't be encoded as JSON: {error}") from None
     except RecursionError:
-        raise ValueError("json can't be sent as JSON: it is nested too deeply") from None
+        raise ValueError("json can't be encoded as JSON: it is nested too deeply") from None
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"json, params or another argument can't be sent: {error}") from None
@@ -2415,7 +2446,7 @@ def prepare_call(
             "timeout": timeout,
             "allow_redirects": False,
             **session.merge_environment_settings(request.url, proxies, stream, verify, cert),
-            "stream": True,  # the body is read piece by piece, up to a limit
+            "stream": True,  # read_body() limits the size
         },
         base_url=base_url,
         key=key,
@@ -2428,13 +2459,13 @@ def prepare_call(
 def _proxies(base_url: str, given: Any) -> dict[str, Any]:
     proxies = dict(given or {})
     if is_loopback(base_url):
-        # Over plain http a proxy from the environment would read the key.
+        # A proxy from the environment could read the key over plain http.
         proxies = {"http": None, "https": None, "all": None, **proxies}
     return proxies
 
 
 def _check_key(headers: Any, base_url: str, endpoint: str, name: str) -> str:
-    """Return the key that goes out, which needs a safe way; few endpoints need none."""
+    """Return the key of a request, after a check that it is set and the URL is safe for it."""
     key: str = headers.get("auth") or ""
     if key:
         key = headers["auth"] = clean_key(key, "the headers")
@@ -2443,8 +2474,8 @@ def _check_key(headers: Any, base_url: str, endpoint: str, name: str) -> str:
         raise AuthenticationError(
             3,
             endpoint=endpoint,
-            hint=f"there is no API key: pass api_key=..., set {KEY_VARIABLE}, "
-            f"or put it into {CONFIG_FILE}; nothing was sent",
+            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
+            f"or put the key into {CONFIG_FILE}",
         )
     return key
 
@@ -2456,50 +2487,50 @@ def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
 # ==================================================================================================
 # api.connection
 #
-# Connections that tell when a request leaves, and end an answer that takes too long.
+# HTTP connections that record when a request is sent, and limit the time of its response.
 # ==================================================================================================
 
 
-ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})  # what is asked for, one at a time
-PIECE = 16 * 1024  # bytes that are read at once: deflated ones grow a thousandfold at most
+ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
+PIECE = 16 * 1024  # bytes per read; decompressed, they can become a thousand times as many
 
 
 class Exchange(threading.local):
-    """This thread's request: whom to tell that it leaves, and until when its answer may take."""
+    """The current request of each thread: its send time and its deadline."""
 
     def __init__(self) -> None:
-        self.tell: Callable[[], None] | None = None
-        self.left_at: float | None = None  # when the first byte left, by time.monotonic()
-        self.connecting = False  # a watched connection was opened: ``left_at`` can be trusted
+        self.on_left: Callable[[], None] | None = None
+        self.left_at: float | None = None  # when the first byte was sent, by time.monotonic()
+        self.connecting = False  # a connection of this module is used, so ``left_at`` is reliable
         self.deadline = math.inf
 
-    def begin(self, tell: Callable[[], None], deadline: float) -> None:
-        """Start over for another request.
+    def begin(self, on_left: Callable[[], None], deadline: float) -> None:
+        """Start another request.
 
         Parameters:
-            tell: called when it leaves.
-            deadline: monotonic time at which its answer must have come.
+            on_left: called when the request is sent.
+            deadline: monotonic time by which the whole response must have arrived.
         """
-        self.tell, self.left_at, self.connecting, self.deadline = tell, None, False, deadline
+        self.on_left, self.left_at, self.connecting, self.deadline = on_left, None, False, deadline
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
-        """Note that the block writes the first byte."""
+        """Record that the block sends the first byte."""
         self.left_at = time.monotonic()
         try:
             yield
         finally:
-            # Told afterwards: a thread that loses its turn between telling and writing would
-            # leave late, and so too close to the next one.
-            if self.tell is not None:
-                self.tell()
+            # Called after the write: a thread that pauses in between would send too late, and so
+            # too close to the next request.
+            if self.on_left is not None:
+                self.on_left()
 
 
 exchange = Exchange()
 
 
 class _BoundedReader(io.RawIOBase):
-    """Reads from a socket until a deadline, however few bytes come at a time."""
+    """A reader of a socket with one deadline for all reads."""
 
     def __init__(self, raw: Any, sock: Any, deadline: float) -> None:
         self._raw, self._sock, self._deadline = raw, sock, deadline
@@ -2510,10 +2541,10 @@ class _BoundedReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> Any:
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the whole answer took too long")
+            raise TimeoutError("the whole response took too long: a longer timeout= allows more")
         timeout = self._sock.gettimeout()
         if timeout is None or left < timeout:
-            self._sock.settimeout(left)  # until the next request sets its own
+            self._sock.settimeout(left)  # the next request sets it again
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -2522,7 +2553,7 @@ class _BoundedReader(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    """An answer that has a deadline, and is never taken from an interim one such as 103."""
+    """A response with a deadline, which skips interim responses such as 103."""
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -2537,13 +2568,13 @@ class _Response(http.client.HTTPResponse):
             interim = True
             self.headers = self.msg = None  # type: ignore[assignment]
             super().begin()
-        # A connection that sends what nobody asked for may do so again, and at another time; and
-        # what changes something gets a connection of its own.
+        # Do not reuse a connection that may send another interim response later, or the connection
+        # of a request that changes something.
         changes = self._method not in ("GET", "HEAD")  # type: ignore[attr-defined]
         self.will_close = self.will_close or interim or changes
 
 
-# Raised before anything is sent, also by connections that tell nothing.
+# Raised before anything is sent, by any kind of connection.
 _UNSENT = (
     requests.ConnectTimeout,
     requests.exceptions.InvalidURL,
@@ -2581,7 +2612,7 @@ class _TLSPool(HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    """requests' adapter over connections that tell when the first byte is about to leave."""
+    """The adapter of requests, with connections that record when a request is sent."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
@@ -2589,7 +2620,7 @@ class _Adapter(HTTPAdapter):
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> ProxyManager:
         manager: ProxyManager = super().proxy_manager_for(*args, **kwargs)
-        if type(manager) is ProxyManager:  # the one for SOCKS has connections of its own
+        if type(manager) is ProxyManager:  # SOCKS has other connection classes
             self._watch(manager)
         return manager
 
@@ -2599,7 +2630,7 @@ class _Adapter(HTTPAdapter):
 
 
 class Session(requests.Session):
-    """A session over watched connections that looks at no redirect, let alone follows one."""
+    """A session of requests that records when a request is sent, and follows no redirect."""
 
     def __init__(self, user_agent: str) -> None:
         super().__init__()
@@ -2613,10 +2644,10 @@ class Session(requests.Session):
 
 
 class Sessions:
-    """The sessions of a client. One thread uses one at a time.
+    """The sessions of a client. Each request has a session for itself.
 
-    So a session that an interrupt has left in any state is never used again, and no lock of its
-    pool can hold up another thread.
+    A session whose request is interrupted is not used again, as its state and its locks are not
+    known.
     """
 
     def __init__(self, user_agent: str) -> None:
@@ -2632,11 +2663,11 @@ class Sessions:
         """Return a session for one request.
 
         Parameters:
-            reads: whether the request changes nothing. One that does gets a new connection: it
-                must not meet one that the server has closed, nor the rest of an earlier answer.
+            reads: whether the request only reads. Any other gets a new connection, because an old
+                one may be closed by the server, or contain the rest of another response.
         """
         if self._pid != os.getpid():
-            self._forget()  # a connection that a fork has shared must not be used by both sides
+            self._forget()  # after a fork, two processes must not use one connection
         try:
             return (self._for_reads if reads else self._for_changes).pop()
         except IndexError:
@@ -2651,41 +2682,46 @@ class Sessions:
         if self._pid != os.getpid():
             return
         for sessions in (self._for_reads, self._for_changes):
-            with contextlib.suppress(IndexError):  # another thread may have taken the last
+            with contextlib.suppress(IndexError):  # empty
                 while True:
                     sessions.pop().close()
 
 
 class UnusableAnswerError(Exception):
-    """An answer that is not read to its end."""
+    """A response that can't be read to its end."""
 
 
 def read_body(response: requests.Response, longest: float) -> bytes:
-    """Read and decode the body of an answer, and no more than that.
+    """Read and decompress the body of a response, up to a limit.
 
     Parameters:
-        response: whose body has not been read.
-        longest: how many bytes, decoded, it may have.
+        response: a response with an unread body.
+        longest: the most bytes, decompressed.
 
     Raises:
-        UnusableAnswerError: it has more, or an encoding that was not asked for.
+        UnusableAnswerError: the body is larger, or has an unexpected encoding.
     """
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ENCODINGS:
-        raise UnusableAnswerError("the answer has an encoding that was not asked for")
+        raise UnusableAnswerError("the response has an encoding that was not requested")
     pieces, size = [], 0
     for piece in response.iter_content(PIECE):
         size += len(piece)
         if size > longest:
             raise UnusableAnswerError(
-                f"the answer is larger than {longest / 1e6:g} MB; max_response_mb= allows more"
+                f"the response is larger than {longest / 1e6:g} MB: set a larger max_response_mb"
             )
         pieces.append(piece)
     return b"".join(pieces)
 
 
 def never_left(error: Exception, left: bool) -> bool:
-    """Whether a request that failed is sure not to have reached anybody."""
+    """Return whether it is certain that a failed request was not sent.
+
+    Parameters:
+        error: the failure.
+        left: whether a connection of this module recorded a send.
+    """
     if left:
         return False
     if exchange.connecting or isinstance(error, _UNSENT):
@@ -2694,7 +2730,7 @@ def never_left(error: Exception, left: bool) -> bool:
 
 
 def reason_of(error: BaseException) -> Any:
-    """Return what is behind an error of requests: urllib3's ``reason``, or its cause."""
+    """Return the cause inside an error of requests: the ``reason`` of urllib3, if there is one."""
     inner = error.args[0] if error.args else error
     return getattr(inner, "reason", inner)
 
@@ -2702,22 +2738,23 @@ def reason_of(error: BaseException) -> Any:
 # ==================================================================================================
 # api.rate_limit
 #
-# When the next request may leave: one rate limit for each key and base URL in the process.
+# Keep requests apart: one rate limit for each key and base URL in the process.
 # ==================================================================================================
 
 
-# A server that asks for more patience than this gets an error to the user, not a sleep.
-LONGEST_PUSH_BACK = 60.0
-# However long a pause a broken proxy may ask for, it is not remembered for longer than this.
-LONGEST_MEMORY = 3600.0
-# Seconds that a request may take from its slot to its first byte before others stop waiting.
-CONNECT_PATIENCE = 10.0
-# Seconds after which a waiting request looks again, should nobody have woken it.
-LOOK_AGAIN = 0.05
+# All in seconds.
+LONGEST_PUSH_BACK = 60.0  # a longer pause raises an error instead of sleeping
+LONGEST_MEMORY = 3600.0  # a broken proxy may ask for a pause of any length
+CONNECT_PATIENCE = 10.0  # other requests wait no longer than this for one that connects
+LOOK_AGAIN = 0.05  # a waiting request checks again, even if no other thread wakes it
 
 
 class PushedBackError(Exception):
-    """The next slot is further away than anybody should sleep; carries the seconds."""
+    """The server asked for a pause that is too long to sleep.
+
+    Attributes:
+        seconds: the rest of the pause.
+    """
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -2725,17 +2762,17 @@ class PushedBackError(Exception):
 
 
 class DeadlinePassedError(Exception):
-    """There is no slot before the caller's deadline."""
+    """The request can't be sent before its deadline."""
 
 
 class Turn:
-    """One request's place in the line: ``with turn.held:`` around waiting and sending.
+    """The place of one request in the queue. Use ``with turn.held:`` around waiting and sending.
 
-    An interrupt can end that block at any line. The interpreter unlocks ``held`` then, and whoever
-    looks next skips a turn that nobody holds: nothing has to be cleaned up.
+    An interrupt can end that block at any line and unlocks ``held``. Other requests skip a turn
+    that is not locked, so it needs no cleanup.
 
     Attributes:
-        held: locked for as long as the request waits or is sent.
+        held: locked while the request waits or is sent.
     """
 
     def __init__(
@@ -2747,10 +2784,10 @@ class Turn:
         urgent: bool,
     ) -> None:
         self.held = threading.Lock()
-        self.rank = rank  # urgent ones first, then in order of arrival
+        self.rank = rank  # urgent requests first, then in order of arrival
         self.interval = interval
         self.not_before = not_before
-        self.spacing = spacing  # an endpoint with a limit of its own
+        self.spacing = spacing  # an endpoint with a longer interval, and its seconds
         self.urgent = urgent
         self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.granted_at: float | None = None
@@ -2758,22 +2795,22 @@ class Turn:
 
 
 class RateLimit:
-    """Hands out slots in order. Between two requests lies the larger of their intervals.
+    """A queue of requests. Two requests are apart by the larger of their intervals.
 
-    The next slot counts from when a request left and not from a plan: a slow connect must not
-    bring two requests closer together. Until a request has left, nobody gets the slot after it,
-    but for one that takes longer than ``CONNECT_PATIENCE`` to leave: a waiting cancel costs money.
+    The interval starts when a request is really sent, so that a slow connect can't bring two
+    requests too close together. The next request waits until then, but at most
+    ``CONNECT_PATIENCE``, because it may be a cancel, which costs money while it waits.
 
-    Only plain locks and queues are used here, as ``threading.Condition`` stays locked for ever
-    where an interrupt comes between its lock and its ``with`` block.
+    It uses only plain locks and queues: an interrupt at the wrong moment can leave a
+    ``threading.Condition`` locked forever.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # held for a look, never while waiting
+        self._lock = threading.Lock()  # never held while waiting
         self._arrivals = itertools.count()
         self._waiting: list[Turn] = []
-        self._granted: Turn | None = None  # has its slot, and may not have left
-        self._last = (-math.inf, 0.0)  # when the last request left, and its interval
+        self._granted: Turn | None = None  # may be sent, but is perhaps still connecting
+        self._last = (-math.inf, 0.0)  # when the last request was sent, and its interval
         self._last_of: dict[str, tuple[float, float]] = {}  # the same for each spacing
         self._pushed_to = -math.inf
 
@@ -2785,23 +2822,23 @@ class RateLimit:
         not_before: float = -math.inf,
         spacing: tuple[str, float] | None = None,
     ) -> Turn:
-        """Make a turn, to be held and then passed to :meth:`wait`.
+        """Make a turn, which the caller locks and passes to :meth:`wait`.
 
         Parameters:
-            interval: seconds to keep from the request before and the one after.
-            urgent: before all waiting ones that are not, and whatever pause the server asked for.
-            not_before: monotonic time, for a caller that backs off.
-            spacing: a name, and the seconds to keep from the last request of that name.
+            interval: seconds from the request before, and to the one after.
+            urgent: whether it goes first, and ignores the pause that the server asks for.
+            not_before: the earliest monotonic time, for a backoff.
+            spacing: a name, and the seconds from the last request of that name.
         """
         rank = (0 if urgent else 1, next(self._arrivals))
         return Turn(rank, interval, not_before, spacing, urgent)
 
     def wait(self, turn: Turn, deadline: float = math.inf) -> None:
-        """Wait until the request may leave.
+        """Wait until the request may be sent.
 
         Raises:
-            PushedBackError: the server asked for a longer pause than anybody should sleep.
-            DeadlinePassedError: no slot is free before ``deadline`` (monotonic time).
+            PushedBackError: the server asked for a pause that is too long to sleep.
+            DeadlinePassedError: it can't be sent before ``deadline`` (monotonic time).
         """
         with self._lock:
             self._waiting.append(turn)
@@ -2816,7 +2853,7 @@ class RateLimit:
                 continue
 
     def left(self, turn: Turn) -> None:
-        """Note that the request has left, or failed to: then it has had its slot all the same."""
+        """Record that the request was sent, or has failed."""
         if turn.granted_at is None or turn.left_at is not None:
             return
         turn.left_at = time.monotonic()
@@ -2825,16 +2862,16 @@ class RateLimit:
             self._wake()
 
     def push_back(self, seconds: float) -> None:
-        """Let nobody's request leave for ``seconds``, as the server said; cancels still do."""
+        """Send no request for ``seconds``, as the server asked, except urgent ones."""
         to = time.monotonic() + min(seconds, LONGEST_MEMORY)
         with self._lock:
             self._pushed_to = max(self._pushed_to, to)
             self._wake()
 
     def _look(self, turn: Turn, deadline: float) -> float:
-        """Grant the slot and return 0, or return the seconds until another look."""
+        """Let the request be sent and return 0, or return the seconds until the next check."""
         now = time.monotonic()
-        self._skip_the_gone(now)
+        self._drop_interrupted(now)
         if not turn.urgent and self._pushed_to - now > LONGEST_PUSH_BACK:
             raise PushedBackError(self._pushed_to - now)
         at = self._ready_at(turn)
@@ -2850,10 +2887,10 @@ class RateLimit:
         self._waiting.remove(turn)
         return 0.0
 
-    def _skip_the_gone(self, now: float) -> None:
+    def _drop_interrupted(self, now: float) -> None:
         self._waiting = [t for t in self._waiting if t.held.locked() and t.granted_at is None]
         if self._granted is not None and not self._granted.held.locked():
-            # Interrupted on its way: whether and when it left is not known.
+            # It was interrupted, so it may have been sent just now.
             self._settle(self._granted, self._granted.left_at or now)
 
     def _settle(self, turn: Turn, left_at: float) -> None:
@@ -2888,35 +2925,35 @@ _rate_limits = PerAccount(RateLimit)
 
 
 def rate_limit_for(base_url: str, api_key: str) -> RateLimit:
-    """Return the rate limit that all requests of this process with this key to this API share."""
+    """Return the rate limit for this key and API, which all threads and clients share."""
     return _rate_limits.of(base_url, api_key)
 
 
 # ==================================================================================================
 # api.retry
 #
-# What an answer, or the lack of one, means: an envelope, an error, and whether to ask again.
+# Classify a response or a failure: success, retry, or error.
 # ==================================================================================================
 
 
-# The retry policy. What it means to a user stands in the README under "Retries".
-RETRY_STATUSES = frozenset({500, 502, 503, 504, 520, 522})  # without a usable envelope
-# Codes with which nothing was done, also where they come with HTTP 5xx; code 6 that says why, too.
+# The retry policy; the README describes it under "Retries".
+RETRY_STATUSES = frozenset({500, 502, 503, 504, 520, 522})  # for responses without a code
+# With these codes, and with code 6 and a reason, the API did nothing, even with HTTP 5xx.
 NOTHING_DONE = frozenset({3, 4, 5})
 
 
 class Failure:
-    """One send that did not end well."""
+    """One request that failed."""
 
     def __init__(self, error: CloreError, again: bool, rate_limited: bool = False) -> None:
         self.error = error
-        self.again = again  # whether it may be sent again
+        self.again = again  # whether to retry
         self.rate_limited = rate_limited
 
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
-    """The start of an HTML or text answer, without its tags and secrets, on one line."""
-    import html  # for errors only, and not cheap
+    """Return the start of an HTML or text body on one line, without tags and secrets."""
+    import html  # slow to import, and only errors need it
 
     text = without(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
     text = re.sub(r"(?is)<(script|style|head)\b.*?</\1\s*>", " ", text)
@@ -2925,7 +2962,7 @@ def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds from a Retry-After header; a date counts from the answer's own Date."""
+    """Return the seconds of a Retry-After header; a date counts from the Date of the response."""
     value = (headers.get("Retry-After") or "").strip()
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", value):
         return float(value)
@@ -2934,20 +2971,26 @@ def _retry_after(headers: Any) -> float | None:
 
 
 def classify_error(call: Call, error: Exception, left_at: float | None) -> Failure:
-    """What to make of a send that failed; ``left_at`` tells whether anything left."""
+    """Classify a request that got no response.
+
+    Parameters:
+        call: the call.
+        error: the exception of requests or urllib3.
+        left_at: monotonic time at which the request was sent; None if it was not.
+    """
     reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
     cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
     unsent = never_left(error, left_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)
     failed.sent_at = None if unsent else left_at
-    # A new one: the error itself holds the request, and what the server sent, which may repeat it.
+    # A new exception, because the original one holds the request with its secrets.
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
     return Failure(failed, again=unsent or call.repeatable)
 
 
 def classify_unusable(call: Call, response: requests.Response | None, problem: str) -> Failure:
-    """What to make of an answer that was not read to its end; asking again would bring another."""
+    """Classify a response that can't be read to its end. A retry would get the same again."""
     status = 0 if response is None else response.status_code
     if not call.repeatable:
         return Failure(call.lost(f"HTTP {status}: {problem}"), again=False)
@@ -2964,7 +3007,7 @@ def classify_unusable(call: Call, response: requests.Response | None, problem: s
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
-    """What to make of an answer."""
+    """Classify a response: success, retry, or error."""
     decoded = _decode(body)
     status = response.status_code
     if isinstance(decoded, dict) and type(decoded.get("code")) is int:
@@ -3021,13 +3064,13 @@ def _no_envelope(
     call: Call, response: requests.Response, body: bytes, decoded: Any, again: bool
 ) -> CloreAPIError:
     status, hint = response.status_code, None
-    text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty answer'}"
+    text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty response'}"
     if 300 <= status < 400:
-        text = f"HTTP {status}: a redirect to {_target(response)}, which is not followed"
+        text = f"HTTP {status}: a redirect to {_target(response)}, which the client does not follow"
     elif isinstance(decoded, dict):
         text = error_text(decoded)
     elif b"error code: 1010" in body[:4000]:
-        hint = "the proxy in front of the API refused the User-Agent"
+        hint = "the proxy in front of the API refused the User-Agent: set another user_agent"
     return InvalidResponseError(
         -1,
         text,
@@ -3049,7 +3092,7 @@ def _target(response: requests.Response) -> str:
 
 
 def _decode(body: bytes) -> Any:
-    """The JSON of an answer, or None; decoded once."""
+    """Return the decoded JSON of a body, or None."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -3059,24 +3102,23 @@ def _decode(body: bytes) -> Any:
 # ==================================================================================================
 # api.request
 #
-# Make API calls: key, pace, retries, and an envelope or an error at the end.
+# Make API calls: send a request, respect the rate limit, retry, return a response or an error.
 # ==================================================================================================
 
 
-# How long a call may take, however slowly its answer drips.
-ANSWER_TIMEOUTS = 3.0  # times ``timeout``, for one exchange
-LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that are refused for their pace
+RESPONSE_TIMEOUTS = 3.0  # the longest time for one request, as a multiple of ``timeout``
+LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
 
 H = TypeVar("H", bound="HTTPClient")
 Returned = TypeVar("Returned")
 
 
 class Limits:
-    """The limits that a caller sets for its API calls.
+    """The limits that a caller sets for its requests.
 
     Attributes:
-        deadline: monotonic time; no request starts after it, and none takes longer.
-        urgent: requests leave whatever pause the server has asked for.
+        deadline: monotonic time by which every request must have ended.
+        urgent: whether requests ignore the pause that the server asks for.
     """
 
     def __init__(self, deadline: float = math.inf, urgent: bool = False) -> None:
@@ -3090,12 +3132,12 @@ _limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", defau
 def limited(
     call: Callable[[], Returned], *, deadline: float = math.inf, urgent: bool = False
 ) -> Returned:
-    """Make a call whose requests have a deadline, or ignore the server's pauses.
+    """Run a function whose requests have a deadline, or ignore the server's pauses.
 
     Parameters:
-        call: what makes the requests.
-        deadline: monotonic time; an earlier one of the caller stays.
-        urgent: whether the requests end, or help to end, what costs money.
+        call: the function that makes the requests.
+        deadline: monotonic time; an earlier deadline of an outer call stays.
+        urgent: whether requests ignore the server's pauses, because they stop costs.
     """
     outer = _limits.get()
     limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent)
@@ -3104,25 +3146,25 @@ def limited(
         _limits.set(limits)
         return call()
 
-    # A context of its own, which is dropped with the call: an interrupt leaves nothing behind.
+    # In a copy of the context, an interrupt can't leave the limits set.
     return contextvars.copy_context().run(run)
 
 
 def backoff_delay(sends: int, first: float, longest: float) -> float:
-    """Return the seconds to wait after some sends: exponential backoff with full jitter, capped."""
+    """Return the seconds before the next retry: exponential backoff with full jitter, capped."""
     return random.uniform(0.0, min(longest, first * 2.0 ** min(sends - 1, 32)))
 
 
 def cancel_delay(sends: int, first: float) -> float:
-    """Return the seconds to wait after a cancel was refused for its pace: 1, 2, 4 ... 30."""
+    """Return the seconds to wait after a cancel hit the rate limit: 1, 2, 4 ... 30."""
     return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(sends, 32)))
 
 
 class HTTPClient:
-    """Owns the settings, the connections and ``_request``, the one way to the API.
+    """The settings and connections of a client, and ``_request``, which makes every API call.
 
     Attributes:
-        server_clock: seconds that the server's clock is ahead of this one; None if not known.
+        server_clock: seconds by which the server's clock is ahead of this one; None if not known.
     """
 
     BASE_URL = "https://api.clore.ai"
@@ -3169,7 +3211,7 @@ class HTTPClient:
         self.server_clock: float | None = None
 
     def __copy__(self: H) -> H:
-        """Return a client of its own with the same settings and key."""
+        """Return another client with the same settings and key."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._sessions = Sessions(self._user_agent)
@@ -3180,34 +3222,34 @@ class HTTPClient:
         return self.__copy__()
 
     def __getstate__(self) -> Any:
-        # A pickle without the key would load as a client of whatever account is at hand there.
+        # Without the key, the pickle could load as a client of another account.
         raise TypeError(
-            f"a {type(self).__name__} can't be pickled, for its key would be in the pickle: make "
-            f"one where it is needed, with {type(self).__name__}.from_env()"
+            f"a {type(self).__name__} can't be pickled, because its key would be in the pickle: "
+            f"create it in the other process, with {type(self).__name__}.from_env()"
         )
 
     def close(self) -> None:
         """Close the connections. The client can be used again; it then opens new ones."""
         self._sessions.close()
 
-    # --- settings that may be set later ---
+    # --- settings that can change later ---
 
     def _set_base_url(self, url: str, name: str, source: str) -> None:
         url = check_base_url(url, name)
         self._url_source = (url, source)
         try:
             self.BASE_URL = url
-        except AttributeError:  # a subclass has made it a property: that one decides
+        except AttributeError:  # a subclass defines it as a property
             logger.debug("BASE_URL of %s can't be set", type(self).__name__)
 
     @property
     def base_url(self) -> str:
-        """Return ``BASE_URL`` as it is now, checked, without a trailing slash."""
+        """The current ``BASE_URL``, checked, without a trailing slash."""
         return check_base_url(self.BASE_URL, "BASE_URL")
 
     @property
     def api_key(self) -> str | None:
-        """The key, or None. Setting it changes ``headers``."""
+        """The API key, or None. Setting it changes ``headers``."""
         named = ((k, v) for k, v in self.headers.items() if isinstance(k, str))
         return next((v for k, v in named if k.lower() == "auth"), None)
 
@@ -3228,7 +3270,7 @@ class HTTPClient:
         checked = check_headers("headers", headers)
         self._headers = {k: Secret.of(v) if k.lower() == "auth" else v for k, v in checked.items()}
 
-    # --- one call ---
+    # --- requests ---
 
     def _request(
         self,
@@ -3238,24 +3280,24 @@ class HTTPClient:
         json: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Make one paced, retried API call; the way to endpoints that have no method of their own.
+        """Make one API call, with rate limit and retries. Use it for endpoints without a method.
 
         Parameters:
             method: ``"GET"`` or ``"POST"``.
-            endpoint: the path, as ``"/v1/wallets"``.
+            endpoint: the path, for example ``"/v1/wallets"``.
             params: the query.
             json: the body.
-            **kwargs: for requests; ``headers`` are merged with the client's, ``timeout``
+            **kwargs: arguments for requests; ``headers`` are merged with the client's, ``timeout``
                 overrides its timeout (seconds, or a ``(connect, read)`` pair).
 
         Returns:
-            The decoded envelope, whose ``code`` is 0.
+            The API's response as a dict; its ``code`` is 0.
 
         Raises:
-            CloreAPIError: the API answered with an error; see the subclasses.
-            CloreConnectionError: no answer came, and asking again did not help.
-            OutcomeUnknownError: a POST that changes something may or may not have been carried out.
-            ValueError, TypeError: an argument can't be right; nothing was sent.
+            CloreAPIError: the API responded with an error; see the subclasses.
+            CloreConnectionError: no response arrived, and retries did not help.
+            OutcomeUnknownError: a POST that changes something may or may not have taken effect.
+            ValueError, TypeError: an argument is not valid; nothing was sent.
 
         Example:
             >>> client._request("GET", "/v1/wallets")["wallets"]
@@ -3274,7 +3316,7 @@ class HTTPClient:
                 outcome.sends = sends
                 return outcome
             if failure is not None and outcome.error.sent_at is None:
-                outcome.error.sent_at = failure.error.sent_at  # an earlier send did leave
+                outcome.error.sent_at = failure.error.sent_at  # an earlier request was sent
             failure = outcome
             failure.error.sends = sends
             delay = self._delay(call, failure, sends, rate_limit)
@@ -3283,7 +3325,7 @@ class HTTPClient:
             if sends >= max(1, self.max_retries):
                 raise _gave_up(failure.error, sends)
             logger.warning(
-                "%s: send %d of %d failed, is sent again: %s",
+                "%s: attempt %d of %d failed, retrying: %s",
                 call.label,
                 sends,
                 self.max_retries,
@@ -3311,20 +3353,20 @@ class HTTPClient:
         return call
 
     def _delay(self, call: Call, failure: Failure, sends: int, rate_limit: RateLimit) -> float:
-        """Return the seconds to wait after a failure; all requests wait for what the API asks."""
+        """Return the backoff before the next retry, or push all requests back as the API asks."""
         delay = backoff_delay(sends, self.backoff, self.max_backoff)
         if not failure.rate_limited:
             return delay
-        told = failure.error.retry_after
-        rate_limit.push_back(delay if told is None else told)
+        asked = failure.error.retry_after
+        rate_limit.push_back(delay if asked is None else asked)
         if call.urgent:
             return cancel_delay(sends, self.backoff)
-        if told is not None and told > LONGEST_PUSH_BACK:
+        if asked is not None and asked > LONGEST_PUSH_BACK:
             raise failure.error
-        return 0.0  # the push-back holds for this request, too
+        return 0.0  # this request waits for the push-back
 
     def _send(self, call: Call, rate_limit: RateLimit, not_before: float) -> Envelope | Failure:
-        """Send once, when it is this request's turn."""
+        """Wait until the rate limit allows it, and send the request once."""
         spaced = call.name in SPACED_POSTS and not call.repeatable
         turn = rate_limit.turn(
             self.rate_limit,
@@ -3338,17 +3380,17 @@ class HTTPClient:
             started_at = time.monotonic()
             settings = dict(call.settings)
             if (read_timeout := longest_part(settings["timeout"])) is not None:
-                deadline = min(deadline, started_at + ANSWER_TIMEOUTS * read_timeout)
+                deadline = min(deadline, started_at + RESPONSE_TIMEOUTS * read_timeout)
             if deadline < math.inf:
                 left = max(deadline - started_at, 0.001)
                 settings["timeout"] = shortened(settings["timeout"], left)
             exchange.begin(lambda: rate_limit.left(turn), deadline)
-            answer = self._exchange(call, settings)
+            result = self._exchange(call, settings)
             rate_limit.left(turn)
-        if isinstance(answer, Failure):
-            return answer
-        response, body = answer
-        # Connections of a proxy for SOCKS do not tell when a request left.
+        if isinstance(result, Failure):
+            return result
+        response, body = result
+        # Connections of a SOCKS proxy don't record when a request is sent.
         sent_at = started_at if exchange.left_at is None else exchange.left_at
         return self._classify(call, response, body, sent_at)
 
@@ -3378,42 +3420,43 @@ class HTTPClient:
     def _exchange(
         self, call: Call, settings: dict[str, Any]
     ) -> tuple[requests.Response, bytes] | Failure:
-        """Send a request, and read its answer."""
+        """Send a request, and read its response."""
         reads = call.request.method in ("GET", "HEAD")
         session = self._sessions.take(reads)
         response = None
-        answer: tuple[requests.Response, bytes] | Failure
+        result: tuple[requests.Response, bytes] | Failure
         try:
             response = session.send(call.request, **settings)
-            answer = response, read_body(response, self.max_response_mb * 1e6)
+            result = response, read_body(response, self.max_response_mb * 1e6)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            answer = classify_error(call, error, exchange.left_at)
+            result = classify_error(call, error, exchange.left_at)
         except UnusableAnswerError as error:
-            answer = classify_unusable(call, response, str(error))
-        except OSError as error:  # a CA bundle or a certificate that is not there
+            result = classify_unusable(call, response, str(error))
+        except OSError as error:  # a CA bundle or a certificate is missing
             raise ConfigurationError(f"{call.label} was not sent: {error}") from error
-        if isinstance(answer, Failure) and response is not None:
+        if isinstance(result, Failure) and response is not None:
             response.close()
         self._sessions.put_back(session, reads)
-        return answer
+        return result
 
 
 def _not_sent(
     call: Call, failure: Failure | None, sends: int, reason: DeadlinePassedError | PushedBackError
 ) -> CloreError:
-    """Make the error for a request that was not sent, or not again."""
+    """Make the error for a request that could not be sent, or not again."""
     if isinstance(reason, PushedBackError) and failure is None:
         error = RateLimitError(
             5,
             endpoint=call.endpoint,
-            hint=f"the API asked for a pause, of which {reason.seconds:.0f} s are left; "
-            "nothing was sent",
+            hint=f"the API asked for a pause, so nothing was sent: try again in "
+            f"{reason.seconds:.0f} s",
         )
         error.retry_after, error.sends = reason.seconds, 0
         return error
     if failure is None:
         return CloreConnectionError(
-            f"{call.label} was not sent: its time was over before its turn came"
+            f"{call.label} was not sent, as the rate limit left no time for it before the "
+            "deadline: allow more time, or make fewer requests"
         )
     if isinstance(reason, PushedBackError):
         failure.error.retry_after = reason.seconds
@@ -3421,7 +3464,7 @@ def _not_sent(
 
 
 def _gave_up(error: CloreError, sends: int) -> CloreError:
-    """Return ``error``, saying that asking again did not help."""
+    """Add to the text of ``error`` that retries did not help."""
     error.args = (f"Clore API request failed after {sends} retries: {error}",)
     return error
 
@@ -3429,60 +3472,60 @@ def _gave_up(error: CloreError, sends: int) -> CloreError:
 # ==================================================================================================
 # market.spot
 #
-# Bids: from USD per hour to what the API takes, and never a number of which that is not sure.
+# Check spot bids, and convert them from USD per hour to the unit of the API.
 # ==================================================================================================
 
 
-# A price per day taken for one per hour is 24 times too high; an honest bid is far below this.
+# A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
-ROUNDING = 1e-9  # what a price may lose on its way between per day and per hour
+ROUNDING = 1e-9  # the rounding error between prices per day and per hour
 
 
 class MarketData:
-    """What one client knows of one API: its form, its exchange rates, the prices it listed."""
+    """The form, the exchange rates and the listed prices of one API."""
 
     def __init__(self) -> None:
         self.rates = RateBook()
         self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
-        self.live = False  # whether an answer was positively in the live form
+        self.live = False  # whether a response was certainly in the live form
         self._documented_at = -math.inf
 
     @property
     def documented(self) -> bool:
-        """Whether an answer of the last minutes was positively in the documented form."""
+        """True if a response of the last minutes was certainly in the documented form."""
         return time.monotonic() - self._documented_at <= RATE_MAX_AGE
 
-    def observe(self, answer: dict[str, Any]) -> None:
-        """Take from an answer of any kind that it is in the live form."""
-        if is_live(answer):
+    def observe(self, response: dict[str, Any]) -> None:
+        """Record that the API uses the live form, if a response shows it."""
+        if is_live(response):
             self.live = True
             self._documented_at = -math.inf
 
-    def observe_spot(self, answer: dict[str, Any]) -> None:
-        """Take the form and the rates from an answer of ``spot_marketplace``."""
-        market = answer.get("market")
-        if is_live(answer):
+    def observe_spot(self, response: dict[str, Any]) -> None:
+        """Record the form and the exchange rates of a response to ``spot_marketplace``."""
+        market = response.get("market")
+        if is_live(response):
             self.live = True
             self._documented_at = -math.inf
             if isinstance(market, dict):
                 self.rates.tell(market.get("currency_rates_in_usd"))
         elif isinstance(market, dict) and market:
-            # An empty one would show no marker either: it is no evidence.
+            # An empty market shows nothing about the form.
             self.rates = RateBook()
             self._documented_at = time.monotonic()
 
     def check_bid_price(
         self, name: str, usd_per_hour: float, server_id: int | None, allow_any: bool
     ) -> None:
-        """Warn about a bid above the server's on-demand price; refuse one far above it.
+        """Warn about a bid above the server's on-demand price, and refuse one far above it.
 
-        Checks nothing where that price is not known.
+        Does nothing if that price is not known.
 
         Parameters:
-            name: the argument that the bid came in, for the error.
+            name: the name of the argument, for the error.
             usd_per_hour: the bid.
-            server_id: the server that the bid is for.
-            allow_any: whether to send a bid however far above it is.
+            server_id: the server.
+            allow_any: whether to allow any bid.
 
         Raises:
             ValueError: the bid is more than ten times the on-demand price.
@@ -3494,8 +3537,8 @@ class MarketData:
         if usd_per_hour > highest * (1 + ROUNDING) and not allow_any:
             raise ValueError(
                 f"{name} must be at most {highest:g} USD per hour, {MAX_TIMES_ON_DEMAND:g} times "
-                f"the on-demand price of server {server_id} ({listed:g}), not {usd_per_hour!r}: is "
-                "it a price per day? Pass allow_above_on_demand=True to bid it anyway"
+                f"the on-demand price of server {server_id} ({listed:g}), not {usd_per_hour!r}: "
+                "give the price per hour and not per day, or pass allow_above_on_demand=True"
             )
         logger.warning(
             "%s=%r USD per hour is above the on-demand price of server %s, %g USD per hour",
@@ -3506,10 +3549,12 @@ class MarketData:
         )
 
     def wire_bid(self, usd_per_hour: float, currency: str, server_id: int) -> float:
-        """A bid as the API takes it: per day in ``currency``, or as it is in the documented form.
+        """Convert a bid to the unit of the API.
+
+        That is ``currency`` per day in the live form, and USD per hour in the documented form.
 
         Raises:
-            RateUnknownError: neither the form nor a rate is known for sure.
+            RateUnknownError: the exchange rate is not known.
         """
         if self.documented:
             logger.info("bid for server %d: %g USD per hour", server_id, usd_per_hour)
@@ -3517,8 +3562,8 @@ class MarketData:
         rate = positive(self.rates.fresh().get(currency))
         if rate is None:
             raise RateUnknownError(
-                f"no exchange rate for {currency} came with the spot market of server {server_id}: "
-                "nothing was bid"
+                f"the spot market of server {server_id} has no exchange rate for {currency}, so "
+                "nothing was bid: try again later, or use another currency"
             )
         bid = bid_per_day(usd_per_hour, rate)
         logger.info(
@@ -3534,21 +3579,21 @@ class MarketData:
 
 
 def surely_documented(order: Order) -> bool:
-    """Whether an order came in the documented form, with a field that only that one has."""
+    """Return whether an order has a field that only the documented form has."""
     return order.is_live is False and any(
         name in order.wire for name in ("status", "connection", "renting_server")
     )
 
 
-def with_hourly_offers(answer: dict[str, Any]) -> dict[str, Any]:
-    """A ``spot_marketplace`` answer whose offers carry ``usd_per_hour`` as well.
+def with_hourly_offers(response: dict[str, Any]) -> dict[str, Any]:
+    """Add ``usd_per_hour`` to the offers of a ``spot_marketplace`` response.
 
-    A ``bid`` is per day in the offer's currency, and is turned by the rates of the same answer.
+    A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
     """
-    market = answer.get("market")
+    market = response.get("market")
     if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
-        return answer
-    live, rates = is_live(answer), RateBook()
+        return response
+    live, rates = is_live(response), RateBook()
     rates.tell(market.get("currency_rates_in_usd"))
 
     def hourly(offer: dict[str, Any]) -> float | None:
@@ -3558,22 +3603,22 @@ def with_hourly_offers(answer: dict[str, Any]) -> dict[str, Any]:
         stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
         return next((price for price in stated if price is not None), None)
 
-    answer["market"] = {
+    response["market"] = {
         **market,
         "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
     }
-    return answer
+    return response
 
 
 # ==================================================================================================
 # market.market
 #
-# Read the marketplace, and remember the prices and exchange rates that it tells.
+# Read the marketplace, and keep its prices and exchange rates.
 # ==================================================================================================
 
 
 class Requester(Protocol):
-    """What reading the marketplace needs of a client."""
+    """The parts of ``CloreClient`` that the marketplace uses."""
 
     @property
     def base_url(self) -> str: ...
@@ -3589,38 +3634,40 @@ class Requester(Protocol):
 
 
 class Market:
-    """The marketplace of the API that a client uses."""
+    """The marketplace of a client's API."""
 
     def __init__(self, client: Requester) -> None:
         self._client = client
-        self._by_url: dict[str, MarketData] = {}  # base URL -> what its answers told
+        self._by_url: dict[str, MarketData] = {}  # by base URL, which can change
 
     @property
     def data(self) -> MarketData:
-        """What is known of the API behind the base URL of this moment."""
+        """The market data of the current base URL."""
         return self._by_url.setdefault(self._client.base_url, MarketData())
 
     def read(self) -> dict[str, Any]:
-        """Read the listing."""
-        answer = self._client._request("GET", "/v1/marketplace")
+        """Read the list of servers."""
+        response = self._client._request("GET", "/v1/marketplace")
         data = self.data
-        data.observe(answer)
-        data.listed = listed_prices(answer, data.rates)
-        return answer
+        data.observe(response)
+        data.listed = listed_prices(response, data.rates)
+        return response
 
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""
-        answer = self._client._request("GET", "/v1/spot_marketplace", params={"market": server_id})
-        self.data.observe_spot(answer)
-        return answer
+        response = self._client._request(
+            "GET", "/v1/spot_marketplace", params={"market": server_id}
+        )
+        self.data.observe_spot(response)
+        return response
 
     def find_server(self, server_id: int) -> Server | None:
-        """Return a server as it is listed now, rented or not."""
+        """Return a server, rented or not, or None if it is not listed."""
         listed = to_servers(self.read(), include_rented=True, server_id=server_id)
         return listed[0] if listed else None
 
     def ensure_rates(self, server_id: int, currency: str) -> None:
-        """Read the rate by which a bid is converted, where it is not known or too old."""
+        """Read the exchange rate for a bid, if it is not known or too old."""
         data = self.data
         if not data.documented and currency not in data.rates.fresh():
             self.read_spot(server_id)
@@ -3628,17 +3675,18 @@ class Market:
     def wire_bid(
         self, name: str, usd_per_hour: float, server_id: int, currency: str, allow_above: bool
     ) -> float:
-        """Return a bid as the API takes it.
+        """Check a bid, and return it in the unit of the API.
 
         Parameters:
-            name: of the argument, for the error.
+            name: the name of the argument, for the error.
             usd_per_hour: the bid.
-            server_id, currency: what is bid for, and what is paid with.
-            allow_above: whether it may be above the on-demand price.
+            server_id: the server.
+            currency: the currency to pay with.
+            allow_above: whether to allow a bid far above the on-demand price.
 
         Raises:
-            ValueError: it is above the on-demand price.
-            RateUnknownError: neither the form nor a rate is known for sure.
+            ValueError: the bid is more than ten times the on-demand price.
+            RateUnknownError: the exchange rate is not known.
         """
         self.data.check_bid_price(name, usd_per_hour, server_id, allow_above)
         self.ensure_rates(server_id, currency)
@@ -3648,45 +3696,44 @@ class Market:
 # ==================================================================================================
 # orders.claims
 #
-# Which order belongs to which purchase: no order is handed out twice.
+# Assign orders to purchases, so that no two purchases get the same order.
 # ==================================================================================================
 
 
 def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
-    """Whether an order can come of a purchase; a missing field contradicts nothing."""
-    told = (order.get("image"), order.get("currency"), order.get("spot"))
-    return all(
-        not isinstance(value, kind) or value == wanted
-        for value, kind, wanted in zip(told, (str, str, bool), (image, currency, spot), strict=True)
+    """Return whether an order can be the result of a purchase. Missing fields are ignored."""
+    fields = (
+        (order.get("image"), str, image),
+        (order.get("currency"), str, currency),
+        (order.get("spot"), bool, spot),
     )
+    return all(not isinstance(value, kind) or value == wanted for value, kind, wanted in fields)
 
 
 class Claims:
-    """Which orders of one account the purchases of this process have taken for theirs.
+    """The orders of one account that the purchases of this process have claimed.
 
-    Two purchases of the same server must not take each other's order, so they are made in turns.
-    Everything here changes in one step, so that an interrupt leaves nothing half done.
+    Purchases of the same server are made one after the other, so that they can't claim each other's
+    order. Each change is one atomic step, because an interrupt can come at any time.
     """
 
     def __init__(self) -> None:
-        self._taken: dict[int, object] = {}  # order id -> the purchase that it came of
-        # Server id -> the purchase whose outcome is not known.
-        self.unresolved: dict[int, Any] = {}
+        self._taken: dict[int, object] = {}  # order id -> its purchase
+        self.unresolved: dict[int, Any] = {}  # server id -> a purchase with an unknown outcome
         self._locks: dict[int, threading.Lock] = {}
-        # Seconds that the orders' time of creation lies behind the server's clock, as a negative
-        # number; learned from orders that were found.
+        # Seconds from the server's clock to the creation time of orders; 0 or negative.
         self.clock_offset = 0.0
 
     def lock(self, server_id: int) -> threading.Lock:
-        """Return what to hold so that no other call of the process orders this server."""
+        """Return the lock to hold while a server is ordered."""
         return self._locks.setdefault(server_id, threading.Lock())
 
     def take(self, order_id: int, purchase: object) -> bool:
-        """Claim an order; False when another purchase has it already."""
+        """Claim an order. Return False if another purchase has it."""
         return self._taken.setdefault(order_id, purchase) is purchase
 
     def free(self, orders: list[Order], purchase: object) -> list[Order]:
-        """Return those of ``orders`` that no other purchase has, the newest last."""
+        """Return the ``orders`` that no other purchase has claimed, the newest last."""
         found = {o.id: o for o in orders if self._taken.get(o.id or 0, purchase) is purchase}
         return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
 
@@ -3695,19 +3742,19 @@ _claims = PerAccount(Claims)
 
 
 def claims_for(base_url: str, api_key: str) -> Claims:
-    """The claims of an account, which all clients of this process share."""
+    """Return the claims of an account, which all clients of this process share."""
     return _claims.of(base_url, api_key)
 
 
 # ==================================================================================================
 # orders.account
 #
-# Read the orders of an account, and remember those that this client has made or seen.
+# Read the orders of an account, and remember the orders of this client.
 # ==================================================================================================
 
 
 class OrdersClient(Requester, Protocol):
-    """What orders need of a client."""
+    """The parts of ``CloreClient`` that the orders use."""
 
     timeout: Timeout
     rate_limit: float
@@ -3722,7 +3769,7 @@ class OrdersClient(Requester, Protocol):
 
 
 class OrderState(enum.Enum):
-    """What the two order lists say of an order."""
+    """The state of an order in the two order lists."""
 
     ACTIVE = "active"
     ENDED = "ended"
@@ -3730,16 +3777,16 @@ class OrderState(enum.Enum):
 
 
 class AccountOrders:
-    """The orders of the account of a client.
+    """The orders of a client's account.
 
     Attributes:
-        client: by which they are read.
-        market: whose rates give their prices in USD.
-        made: order id -> the order as it was when this client made it.
-        credentials: order id -> what was sent with it to get in.
-        cancelled: ids of the orders that this client has cancelled.
-        ended: ids of the orders that are known to have ended.
-        bid_listeners: order id -> whom to tell of a new bid, in USD per hour.
+        client: makes the requests.
+        market: has the exchange rates for prices in USD.
+        made: order id -> the order, as this client made it.
+        credentials: order id -> the password, key and token that were sent with it.
+        cancelled: ids of the orders that this client cancelled.
+        ended: ids of the orders that have ended.
+        bid_listeners: order id -> a function to call with a new bid, in USD per hour.
     """
 
     def __init__(self, client: OrdersClient, market: Market) -> None:
@@ -3750,50 +3797,52 @@ class AccountOrders:
         self.cancelled: set[int] = set()
         self.ended: set[int] = set()
         self.bid_listeners: dict[int, Callable[[float], None]] = {}
-        self._seen: set[int] = set()  # active, by this client
+        self._seen: set[int] = set()  # ids of the orders that this client has seen active
         self._own_claims = Claims()
 
     def shared_with(self, client: OrdersClient, market: Market) -> AccountOrders:
-        """Return the same orders for a copy of the client."""
+        """Return these orders for a copy of the client."""
         twin = copy.copy(self)
         twin.client, twin.market = client, market
         return twin
 
     @property
     def claims(self) -> Claims:
-        """Which orders of the account are taken; without a key this client has its own."""
+        """The claims of the account, shared by its clients; without a key, this client's own."""
         key = self.client.api_key
         return claims_for(self.client.base_url, key) if key else self._own_claims
 
     @property
     def known(self) -> set[int]:
-        """Ids of all orders that this client has made, seen active, or cancelled."""
+        """The ids of all orders that this client has made, seen active, or cancelled."""
         return {*self.made, *self._seen, *self.cancelled}
 
     def read(self, completed: bool, **options: Any) -> tuple[list[Order], dict[str, Any]]:
-        """Read one of the two lists; returns its orders and the whole answer.
+        """Read one of the two order lists, and return its orders and the whole response.
 
         Parameters:
-            completed: the list that has the orders that have ended, too.
-            **options: for ``_request``.
+            completed: read the list that includes the orders that have ended.
+            **options: arguments of ``_request``.
         """
         params = {"return_completed": "true"} if completed else None
-        answer = self.client._request("GET", "/v1/my_orders", params=params, **options)
-        if isinstance(answer, Envelope) and not isinstance(answer.get("orders"), list):
-            # An answer to something else, perhaps: it does not say that there is no order.
-            raise InvalidResponseError(-1, "no list of orders", answer, endpoint="/v1/my_orders")
+        response = self.client._request("GET", "/v1/my_orders", params=params, **options)
+        if isinstance(response, Envelope) and not isinstance(response.get("orders"), list):
+            # A response without a list does not mean that there are no orders.
+            raise InvalidResponseError(
+                -1, "the response has no list of orders", response, endpoint="/v1/my_orders"
+            )
         data = self.market.data
-        data.observe(answer)
-        orders = to_orders(answer, self.cancelled, data.rates)
+        data.observe(response)
+        orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
-        return orders, answer
+        return orders, response
 
     def active(self) -> list[Order]:
         """Read the orders that have not ended."""
         return [order for order in self.read(completed=False)[0] if not order.has_ended]
 
     def find(self, order_id: int) -> Order | None:
-        """Return an order; the ended ones are read only when it is not active."""
+        """Return an order, or None. Reads the ended orders only if it is not active."""
         for completed in (False, True):
             for order in self.read(completed)[0]:
                 if order.id == order_id:
@@ -3801,30 +3850,36 @@ class AccountOrders:
         return None
 
     def state(self, order_id: int) -> OrderState:
-        """Return what the two lists say of an order.
+        """Return the state of an order in the two lists.
 
         Raises:
-            OrderNotFoundError: it is the number of a server.
-            CloreError: the lists can't be read, or are not whole.
+            OrderNotFoundError: ``order_id`` is the number of a server.
+            CloreError: the lists can't be read, or are not complete.
         """
         for completed in (False, True):
-            orders, answer = self.read(completed)
+            orders, response = self.read(completed)
             for order in orders:
                 if order.id == order_id:
                     return OrderState.ENDED if order.has_ended else OrderState.ACTIVE
                 if order.server_id == order_id and not order.has_ended:
                     raise OrderNotFoundError(
-                        f"there is no order {order_id}: that is the server of order {order.id}",
+                        f"there is no order {order_id}, which is the server of order {order.id}: "
+                        "pass the number of the order",
                         order_id=order_id,
                     )
-            listed = answer.get("orders")
+            listed = response.get("orders")
             ids = [order.id for order in orders if order.id is not None]
             if not isinstance(listed, list) or len(ids) != len(listed):
-                raise CloreError("the orders are not listed whole: that decides nothing")
+                incomplete = CloreError(
+                    f"the list of orders is incomplete, so the state of order {order_id} is not "
+                    "known: try again"
+                )
+                incomplete.retryable = True
+                raise incomplete
         return OrderState.ABSENT
 
     def active_ids(self) -> list[int]:
-        """Return the orders that cost money, and those that may, though no list has them now."""
+        """Return the ids of active orders, and of known orders that the list does not have now."""
         orders, _ = self.read(completed=False)
         active = [order.id for order in orders if order.id is not None and not order.has_ended]
         missing = self.known - set(active) - self.ended
@@ -3834,24 +3889,24 @@ class AccountOrders:
         return active + sorted(missing - self.cancelled - self.ended)
 
     def tell_bid(self, order_id: int, usd_per_hour: float) -> None:
-        """Tell whoever counts the cost of an order of its new price."""
-        if (tell := self.bid_listeners.get(order_id)) is not None:
-            tell(usd_per_hour)
+        """Report the new price of an order to its budget."""
+        if (listener := self.bid_listeners.get(order_id)) is not None:
+            listener(usd_per_hour)
 
 
 # ==================================================================================================
 # orders.limits
 #
-# Check the limits that the user has set: a price per hour, and a number of orders.
+# Check the user's limits: the price per hour, and the number of active orders.
 # ==================================================================================================
 
 
 def usd_per_hour_of(body: dict[str, Any], market: Market) -> float | None:
-    """Return what an order costs, in USD per hour without fees; None if not known.
+    """Return the price of an order in USD per hour, without fees; None if not known.
 
     Parameters:
-        body: of ``create_order``, as it goes out.
-        market: whose listing has the price, or the rate by which a bid is read.
+        body: the body of ``create_order``.
+        market: has the listed prices, and the exchange rates for bids.
     """
     server_id, currency = whole_id(body.get("renting_server")), body.get("currency")
     if server_id is None or not isinstance(currency, str):
@@ -3868,26 +3923,27 @@ def usd_per_hour_of(body: dict[str, Any], market: Market) -> float | None:
 
 
 def check_price_limit(usd_per_hour: float | None, limit: float | None, what: str) -> None:
-    """Refuse a price over ``max_usd_per_hour``, and one that is not known."""
+    """Refuse a price that is above ``max_usd_per_hour`` or not known."""
     if limit is None:
         return
     if usd_per_hour is None:
         raise SpendingLimitError(
-            f"the price of {what} is not known, and max_usd_per_hour is {limit:g}: nothing was sent"
+            f"the price of {what} is not known, and max_usd_per_hour is {limit:g}, so nothing was "
+            "ordered or bid: choose another server, or set no limit"
         )
     if usd_per_hour > limit * (1 + 1e-9):
         raise SpendingLimitError(
-            f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}: "
-            "nothing was sent"
+            f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}, so "
+            "nothing was ordered or bid: choose a lower price, or raise the limit"
         )
 
 
 def check_order_limit(active: Collection[int], limit: int | None) -> None:
-    """Refuse one more order than ``max_active_orders``."""
+    """Refuse a new order if ``max_active_orders`` are active."""
     if limit is not None and len(active) >= limit:
         raise SpendingLimitError(
             f"{len(active)} orders are active ({', '.join(map(str, sorted(active)))}), and "
-            f"max_active_orders is {limit}: nothing was sent"
+            f"max_active_orders is {limit}, so nothing was ordered: cancel one, or raise the limit"
         )
 
 
@@ -3902,24 +3958,26 @@ def set_spot_price(
     orders: AccountOrders, order_id: int, usd_per_hour: float, allow_above: bool
 ) -> bool:
     """Change the bid of an order; see ``CloreClient.set_spot_price``."""
-    # One that was just made may not be listed yet.
+    # A new order may not be listed yet.
     order = orders.find(order_id) or orders.made.get(order_id)
     if order is None:
         raise OrderNotFoundError(
-            f"there is no order {order_id}: nothing was bid", order_id=order_id
+            f"there is no order {order_id} in this account, so nothing was bid: look at "
+            "get_orders()",
+            order_id=order_id,
         )
     bid = _wire_bid(orders, order, usd_per_hour, allow_above)
     body = {"order_id": order_id, "desired_price": bid}
     accepted = True
     try:
-        answer = orders.client._request("POST", "/v1/set_spot_price", json=body)
-        accepted = answer.get("error") in (None, "")
+        response = orders.client._request("POST", "/v1/set_spot_price", json=body)
+        accepted = response.get("error") in (None, "")
     except SpotPriceTooSoonError as error:
-        # Sent again after a lost answer, it is refused because the first one was carried out.
+        # After a lost response, the API refuses the retry because the first request took effect.
         if error.sends <= 1 or not _shows_bid(orders, order, bid):
             raise
     except (CloreConnectionError, DatabaseError, InvalidResponseError):
-        # It may have been carried out: a budget counts the higher price.
+        # The bid may have taken effect, so a budget counts the higher price.
         orders.tell_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
         raise
     if accepted:
@@ -3928,16 +3986,19 @@ def set_spot_price(
 
 
 def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool) -> float:
-    """Check a bid, and return it as the API takes it."""
+    """Check a bid, and return it in the unit of the API."""
     if order.has_ended:
         raise OrderEndedError(
-            f"Order {order.id} has ended, with status {order.status}: nothing was bid",
+            f"Order {order.id} has ended, with status {order.status}, so nothing was bid",
             order_id=order.id or 0,
             status=order.status or "",
             order=order,
         )
     if order.is_spot is False:
-        raise ValueError(f"order_id: order {order.id} is no spot order; nothing was bid")
+        raise ValueError(
+            f"order_id {order.id} is not a spot order, so nothing was bid: only spot orders have a "
+            "bid"
+        )
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
     data = orders.market.data
@@ -3947,7 +4008,7 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
     currency, server_id = order.get("currency"), order.server_id
     if server_id is None or not isinstance(currency, str):
         raise OrderNotFoundError(
-            f"order {order.id} does not tell its server and currency: nothing was bid",
+            f"order {order.id} shows no server or currency, so nothing was bid: try again later",
             order_id=order.id,
         )
     currency = check_currency("the order's currency", currency)
@@ -3956,47 +4017,48 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
 
 
 def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:
-    """Return whether an order now shows a bid that was sent."""
+    """Return whether an order now has the bid that was sent."""
     after = orders.find(before.id or 0)
     shown = finite(after.wire.get("price")) if after is not None else None
     if shown is None:
         return False
     if surely_documented(before):
-        # Its price is in the order's currency, the bid in USD: what tells is that it changed.
+        # The price is in the order's currency and the bid in USD: only a change can be seen.
         return shown != finite(before.wire.get("price"))
-    return abs(shown - bid) <= max(1e-6 * bid, 1e-8)  # bitcoin has eight digits
+    return abs(shown - bid) <= max(1e-6 * bid, 1e-8)  # bitcoin has eight decimals
 
 
 # ==================================================================================================
 # orders.cancel
 #
-# Cancel orders until that is accepted, and confirm that they have ended.
+# Cancel orders until the API accepts it, and confirm that they have ended.
 #
 # An order has ended when the list of completed orders says so, or when its cancel was accepted and
 # it
-# is gone from both lists for longer than they lag behind. Nothing else is taken for an end: a list
-# can be empty for a moment.
+# is missing from both lists for longer than ``order_lag``. One look is not enough, because a list
+# can
+# be empty for a moment.
 # ==================================================================================================
 
 
-MAX_ISSUE = 2048  # characters of ``issue`` that the API takes
-# A cancelled order can stand among the active ones for 2 to 20 seconds (seen on the live API).
+MAX_ISSUE = 2048  # characters of ``issue`` that the API accepts
+# A cancelled order can stay in the active list for 2 to 20 seconds (seen on the live API).
 LINGER = 30.0
-MAX_CANCELS = 64  # ids that the API takes in one ``cancel_orders``
-FIRST_PAUSE = 0.02  # seconds between the first two looks at the lists; it doubles
+MAX_CANCELS = 64  # ids that the API accepts in one ``cancel_orders``
+FIRST_PAUSE = 0.02  # seconds between the first two reads of the lists; it doubles
 LONGEST_LOOK_PAUSE = 1.0
-CANCEL_AGAIN_AFTER = 30.0  # seconds after which one that still looks active is cancelled again
+CANCEL_AGAIN_AFTER = 30.0  # seconds; an order that still looks active is cancelled again
 CONFIRM_AT_LEAST = 30.0
-SHORTEST_TRY = 1.0  # seconds that one try to cancel has at least
+SHORTEST_TRY = 1.0  # the shortest time limit of one request, in seconds
 
 
 class Cancellation:
-    """The end of one order: its cancel, and what the lists show since.
+    """The cancel of one order, and its state in the order lists.
 
     Attributes:
-        order_id: which order.
-        accepted: whether a cancel of it was accepted; it costs nothing from then on.
-        failure: why the last try to cancel failed.
+        order_id: the order.
+        accepted: whether the API accepted a cancel; the order costs nothing from then on.
+        failure: the error of the last cancel, or None.
     """
 
     def __init__(self, orders: AccountOrders, order_id: int, issue: str | None = None) -> None:
@@ -4005,8 +4067,8 @@ class Cancellation:
         self.failure: Exception | None = None
         self._orders = orders
         self._issue = issue
-        self._doubtful = False  # whether a cancel may have been carried out
-        self._state: OrderState | None = None  # None where the last look failed
+        self._doubtful = False  # whether a cancel may have taken effect
+        self._state: OrderState | None = None  # None if the last read of the lists failed
         self._absent_since: float | None = None
         self._look_failure: CloreError | None = None
         self._sent_at = -math.inf
@@ -4036,16 +4098,16 @@ class Cancellation:
         persist: bool = True,
         stop: Callable[[], bool] = lambda: False,
     ) -> CloreError | None:
-        """Cancel until that is accepted, and look until the order has ended.
+        """Send the cancel until it is accepted, and read the lists until the order has ended.
 
         Parameters:
-            deadline: gives the monotonic time at which to give up.
-            confirm: whether to look until the order has ended; else an accepted cancel is enough.
-            persist: whether to go on when the API refuses to cancel an order that is active.
-            stop: whether to give up at once.
+            deadline: returns the monotonic time at which to give up.
+            confirm: wait until the order has ended; else an accepted cancel is enough.
+            persist: go on if the API refuses to cancel an active order.
+            stop: returns whether to give up at once.
 
         Returns:
-            None when that is reached, else what to tell the user.
+            None on success, else the error for the user.
         """
         look_pause = FIRST_PAUSE
         while True:
@@ -4072,7 +4134,7 @@ class Cancellation:
         """Make the error for an order that may still be running.
 
         Parameters:
-            seconds: for which it was tried, to be told.
+            seconds: the time that was spent on it, for the text.
         """
         order_id = self.order_id
         what = "was cancelled, but it is not confirmed that it has ended"
@@ -4081,8 +4143,8 @@ class Cancellation:
             what = f"could not be cancelled{within}"
         why = "" if self._done else f" ({self.failure})"
         error = CancelUnconfirmedError(
-            f"order {order_id} {what}: it may still be running, and cost money; "
-            f"cancel_order({order_id}) is safe to repeat{why}",
+            f"order {order_id} {what}: it may still be running, and cost money, so call "
+            f"cancel_order({order_id}) again, which is safe to repeat{why}",
             order_ids=(order_id,),
         )
         error.__cause__ = self._look_failure if self._done else self.failure
@@ -4092,12 +4154,12 @@ class Cancellation:
 
     @property
     def _done(self) -> bool:
-        """Whether the last cancel was accepted."""
+        """True if the last cancel was accepted."""
         return self.accepted and self.failure is None
 
     @property
     def _refused(self) -> bool:
-        """Whether the API has refused to cancel an order that is active, and never left a doubt."""
+        """True if the API clearly refused to cancel an order that is active."""
         return self._state is OrderState.ACTIVE and not (self.accepted or self._doubtful)
 
     def _accept(self) -> None:
@@ -4108,7 +4170,7 @@ class Cancellation:
         """Return the monotonic time at which to send the cancel."""
         if not self._done:
             return self._sent_at + self._pause if self.failure else -math.inf
-        # Accepted, and yet it goes on looking active.
+        # The cancel was accepted, but the order still looks active.
         return self._sent_at + CANCEL_AGAIN_AFTER if self._state is OrderState.ACTIVE else math.inf
 
     def _send_if_due(self, deadline: float) -> None:
@@ -4120,20 +4182,20 @@ class Cancellation:
         try:
             limited(self.send, deadline=self._end_of_try(deadline), urgent=True)
         except Exception as error:
-            if was_done:  # it was accepted all the same
+            if was_done:  # an earlier cancel was accepted
                 self.failure = None
             elif not tried_before:
                 left = deadline - time.monotonic()
-                how_long = "until it is" if left == math.inf else f"for another {left:.0f} s"
+                how_long = "without limit" if left == math.inf else f"for {left:.0f} s"
                 logger.warning(
-                    "order %d could not be cancelled yet, which is tried %s: %s",
+                    "order %d could not be cancelled, retrying %s: %s",
                     self.order_id,
                     how_long,
                     error,
                 )
 
     def _end_of_try(self, deadline: float, at_least: float = SHORTEST_TRY) -> float:
-        """Return until when one request may take: one that hangs is given up, and sent again."""
+        """Return the deadline of one request, so that a request that hangs is retried."""
         now = time.monotonic()
         left = deadline - now
         return deadline if left == math.inf else now + max(at_least, left / 3)
@@ -4141,7 +4203,7 @@ class Cancellation:
     # --- the lists ---
 
     def _look(self, deadline: float) -> bool:
-        """Look once at the lists; return whether the order has ended.
+        """Read the lists once, and return whether the order has ended.
 
         Raises:
             OrderNotFoundError: the account has no such order.
@@ -4173,7 +4235,8 @@ class Cancellation:
             return False
         if not self.accepted and self.order_id not in orders.known:
             raise OrderNotFoundError(
-                f"there is no order {self.order_id} in this account", order_id=self.order_id
+                f"there is no order {self.order_id} in this account: look at get_orders()",
+                order_id=self.order_id,
             ) from self.failure
         return self.accepted
 
@@ -4184,7 +4247,7 @@ def cancel_order(
     """Cancel an order; see ``CloreClient.cancel_order``.
 
     Raises:
-        OrderNotFoundError, CancelUnconfirmedError, CloreError: as there.
+        OrderNotFoundError, CancelUnconfirmedError, CloreError: as in that method.
     """
     cancellation = Cancellation(orders, order_id, issue)
     try:
@@ -4194,8 +4257,10 @@ def cancel_order(
     except CloreError as error:
         unsent = isinstance(error, CloreConnectionError) and error.sent_at is None
         if unsent or isinstance(error, (AuthenticationError, RateLimitError)):
-            # The lists would say nothing new.
-            error.args = (f"{error}\norder {order_id} may still be running, and cost money",)
+            # The order lists can't be read either, or can't have changed.
+            error.args = (
+                f"{error}\norder {order_id} may still be running, and cost money: cancel it again",
+            )
             raise
         until = time.monotonic() + (LINGER if settle_timeout is None else settle_timeout)
         failure = cancellation.keep_on(lambda: until, confirm=False, persist=False)
@@ -4205,18 +4270,18 @@ def cancel_order(
 
 
 def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
-    """Cancel several orders with one request; see ``CloreClient.cancel_orders``."""
+    """Cancel several orders; see ``CloreClient.cancel_orders``."""
     if not ids:
         return {"code": 0, "failed_to_cancel": []}
-    answer, failed = _send_cancels(orders, ids)
-    if failed and getattr(answer, "sends", 1) > 1:
-        # Sent again after a lost answer, it fails for those that the first one ended.
+    response, failed = _send_cancels(orders, ids)
+    if failed and getattr(response, "sends", 1) > 1:
+        # After a lost response, the retry fails for the orders that the first request ended.
         until = time.monotonic() + LINGER
         left = _still_running(orders, failed, until)
-        answer["failed_to_cancel"] = [
-            i for i in answer["failed_to_cancel"] if str(i) in map(str, left)
+        response["failed_to_cancel"] = [
+            i for i in response["failed_to_cancel"] if str(i) in map(str, left)
         ]
-    return answer
+    return response
 
 
 def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int]:
@@ -4225,17 +4290,21 @@ def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int
     failed = _send_cancels(orders, ids)[1] if ids else []
     until = time.monotonic() + min(timeout, LINGER)
     if left := _still_running(orders, failed, until):
-        raise CancelUnconfirmedError(f"not cancelled: {', '.join(map(str, left))}", order_ids=left)
+        raise CancelUnconfirmedError(
+            f"orders not cancelled: {', '.join(map(str, left))}; they may still be running, and "
+            "cost money, so cancel them again",
+            order_ids=left,
+        )
     if confirm:
         confirm_ended([Cancellation(orders, order_id) for order_id in ids], timeout)
     return ids
 
 
 def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
-    """Wait until orders that were cancelled have ended in the lists as well.
+    """Wait until the lists show that cancelled orders have ended.
 
     Raises:
-        CancelUnconfirmedError: some have not.
+        CancelUnconfirmedError: some orders have not ended in time.
     """
     until = time.monotonic() + timeout
     for number, cancellation in enumerate(cancellations):
@@ -4243,56 +4312,60 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
         if failure is not None:
             left = tuple(c.order_id for c in cancellations[number:])
             raise CancelUnconfirmedError(
-                f"cancelled, but still active after {timeout:g}s: {', '.join(map(str, left))}",
+                f"orders cancelled, but still active after {timeout:g}s: "
+                f"{', '.join(map(str, left))}; "
+                "look at get_orders(), and cancel them again",
                 order_ids=left,
             ) from failure
 
 
 def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
-    """Send as many ``cancel_orders`` as the ids need; return the answer, and those that failed.
+    """Send ``cancel_orders`` in batches; return the last response, and the ids that failed.
 
-    Goes on after a batch that failed, because every order left running costs money.
+    Continues after a batch that failed, because an order that still runs costs money.
     """
     failure: CloreError | None = None
     listed: list[Any] = []
     unsent: list[int] = []
-    answer: dict[str, Any] = {}
+    response: dict[str, Any] = {}
     sends = 1
     for start in range(0, len(ids), MAX_CANCELS):
         batch = ids[start : start + MAX_CANCELS]
         try:
-            answer = _send_batch(orders, batch)
+            response = _send_batch(orders, batch)
         except CloreError as error:
             failure = failure or error
             unsent += batch
             continue
-        names = answer.get("failed_to_cancel")
+        names = response.get("failed_to_cancel")
         listed += names if isinstance(names, list) else []
-        sends = max(sends, getattr(answer, "sends", 1))
+        sends = max(sends, getattr(response, "sends", 1))
     failed = [i for i in ids if str(i) in {str(name) for name in listed}]
     if failure is not None:
         if len(ids) > MAX_CANCELS:
             left = ", ".join(map(str, [*unsent, *failed]))
-            failure.args = (f"{failure}\norders {left} may still be running, and cost money",)
+            failure.args = (
+                f"{failure}\norders {left} may still be running, and cost money: cancel them again",
+            )
         raise failure
-    answer["failed_to_cancel"] = listed
-    if isinstance(answer, Envelope):
-        answer.sends = sends
-    return answer, failed
+    response["failed_to_cancel"] = listed
+    if isinstance(response, Envelope):
+        response.sends = sends
+    return response, failed
 
 
 def _send_batch(orders: AccountOrders, batch: list[int]) -> dict[str, Any]:
-    answer = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
-    names = answer.get("failed_to_cancel")
+    response = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
+    names = response.get("failed_to_cancel")
     failed = {str(name) for name in names} if isinstance(names, list) else set()
     done = [i for i in batch if str(i) not in failed]
     orders.cancelled.update(done)
-    logger.info("orders %s were cancelled, %s were not", done, sorted(failed))
-    return answer
+    logger.info("cancelled orders: %s; not cancelled: %s", done, sorted(failed))
+    return response
 
 
 def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> tuple[int, ...]:
-    """Cancel one by one; return those that may still be running."""
+    """Cancel orders one by one, and return those that may still be running."""
     return tuple(
         order_id
         for order_id in ids
@@ -4301,7 +4374,7 @@ def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> t
 
 
 def confirm_until(started: float, timeout: float) -> float:
-    """Return when to stop confirming what was begun at ``started`` (monotonic time)."""
+    """Return the deadline for confirming cancels that began at ``started`` (monotonic time)."""
     return max(started + timeout, time.monotonic() + min(CONFIRM_AT_LEAST, timeout))
 
 
@@ -4311,37 +4384,37 @@ def _sleep_until(moment: float, stop: Callable[[], bool]) -> None:
 
 
 def add_note_to(error: BaseException, note: str) -> None:
-    """Call ``error.add_note(note)``, which Python has from 3.11 on."""
+    """Add a note to an error, also on Python 3.10, which has no ``add_note``."""
     notes = getattr(error, "__notes__", None)
     try:
         if hasattr(error, "add_note"):
             error.add_note(note)
         else:
             error.__notes__ = [*notes, note] if isinstance(notes, list) else [note]  # type: ignore[attr-defined,unused-ignore]
-    except (TypeError, AttributeError):  # an exception that takes none
+    except (TypeError, AttributeError):  # this exception allows no attributes
         logger.error("%s", note)
 
 
 # ==================================================================================================
 # orders.reconcile
 #
-# Find the order of a purchase whose answer named none, or never came.
+# Reconcile a purchase with the order lists, when the response had no order id or was lost.
 # ==================================================================================================
 
 
-# A new order shows up 2 to 20 seconds after it was made (seen on the live API).
+# A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
 FIRST_LOOK = 0.2
 LONGEST_PAUSE = 2.0
-SHORTEST_LOOK = 1.0  # seconds that an answer may take at least
+SHORTEST_LOOK = 1.0  # the shortest time limit of one request
 
 
 class SentPurchase(Protocol):
-    """What finding its order needs of a purchase."""
+    """The parts of a purchase by which its order is found."""
 
     server_id: int
     credentials: dict[str, str]
     baseline_read: bool
-    answer: dict[str, object]
+    response: dict[str, object]
 
     @property
     def sent_at(self) -> float: ...
@@ -4352,25 +4425,25 @@ class SentPurchase(Protocol):
 def find_order(
     orders: AccountOrders, purchase: SentPurchase, timeout: float, doubt: CloreError | None
 ) -> Order:
-    """Look in ``my_orders`` until the order of a purchase shows up, and claim it.
+    """Read the active orders until the order of a purchase shows up, and claim it.
 
     Parameters:
-        orders: of the account.
-        purchase: what was sent.
+        orders: the orders of the account.
+        purchase: the purchase that was sent.
         timeout: seconds.
-        doubt: why it is not sure that an order was made, where that is so.
+        doubt: the error of the purchase, after which the order may or may not exist; or None.
 
     Raises:
-        OrderOutcomeUnknownError: none showed up in time, or two fit. Its cause is the failure of
-            the last look, where that failed; else the doubt.
-        CloreAPIError: the doubt was a refusal, and whole lists without the order confirm it.
+        OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
+            error of the last read, if that failed, else ``doubt``.
+        CloreAPIError: ``doubt`` itself, if the API refused and complete lists have no such order.
     """
     try:
         order = _search(orders, purchase, timeout, doubt)
     except (KeyboardInterrupt, SystemExit):
         logger.warning(
-            "interrupted while an order of server %d was looked up, which may have been made: "
-            "see get_orders()",
+            "interrupted before the order of server %d was found; it may exist: look at "
+            "get_orders()",
             purchase.server_id,
         )
         raise
@@ -4395,14 +4468,14 @@ def _search(
         found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
         remaining = deadline - time.monotonic()
         if remaining <= 0 and not found and purchase.baseline_read:
-            # The clocks may be apart: nothing else can be the one order that was not there before.
+            # The clocks may differ, but an order that is not in the baseline must be the new one.
             found = [order for order in possible if not order.has_ended]
         if len(found) == 1 and claims.take(found[0].id or 0, purchase):
             _learn_offset(claims, found[0], created_after)
             return found[0]
         if len(found) > 1 or remaining <= 0:
             if isinstance(doubt, CloreAPIError) and not possible and cause is None:
-                raise doubt  # whole lists without the order: the refusal is true
+                raise doubt  # complete lists without the order confirm the refusal
             raise _not_found(purchase, found or possible, timeout, doubt) from (cause or doubt)
         time.sleep(min(pause, remaining))
         pause = min(pause * 1.5, LONGEST_PAUSE)
@@ -4411,33 +4484,33 @@ def _search(
 def _look(
     orders: AccountOrders, purchase: SentPurchase, timeout: float, deadline: float
 ) -> tuple[list[Order], float | None]:
-    """Read the active orders, and the moment of sending by the server's clock."""
+    """Read the active orders, and compute the send time by the server's clock."""
     client = orders.client
-    # One answer that does not come must not take all the time that there is.
+    # One slow response must not use all the time.
     patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LOOK))
     until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LOOK)
     listed, listing = limited(
         lambda: orders.read(completed=False, timeout=patience), deadline=until
     )
-    # Each answer's Date bounds it from below, the quickest answer most closely.
+    # The Date of each response gives a lower bound, and the largest one is the closest.
     clocks = [
         clock
-        for answer in (purchase.answer, listing)
-        if isinstance(answer, Envelope)
-        and (clock := answer.server_time_at(purchase.sent_at)) is not None
+        for response in (purchase.response, listing)
+        if isinstance(response, Envelope)
+        and (clock := response.server_time_at(purchase.sent_at)) is not None
     ]
     return listed, max(clocks, default=None)
 
 
 def _is_new(order: Order, created_after: float | None, offset: float) -> bool:
-    """Return whether an order was made after ``created_after``, as far as that is known."""
+    """Return whether an order was made after ``created_after``, if that is known."""
     if created_after is None:
         return not order.has_ended
     return order.started_at is not None and order.started_at >= created_after + offset
 
 
 def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> None:
-    """Remember by how much the orders' clock lies behind the server's, from an order of ours."""
+    """Record how far the creation time of an order is behind the server's clock."""
     if created_after is not None and order.started_at is not None:
         behind = math.floor(order.started_at - created_after)
         claims.clock_offset = min(claims.clock_offset, behind)
@@ -4450,12 +4523,12 @@ def _not_found(
     ids = tuple(order.id for order in orders if order.id is not None)
     made = "was made" if doubt is None else "may have been made"
     return OrderOutcomeUnknownError(
-        f"an order for server {server_id} {made}, and it can't be told which of "
-        f"{', '.join(map(str, ids))} it is, if any: look at get_orders()"
+        f"an order for server {server_id} {made}, but it is not clear if it is one of "
+        f"{', '.join(map(str, ids))}: look at get_orders() before you order again"
         if ids
-        else f"an order for server {server_id} {made}, but did not show up in my_orders within "
-        f"{timeout:g}s. It was not sent again: look at get_orders(), also a minute from now, "
-        "before you order again",
+        else f"an order for server {server_id} {made}, but did not show up in the order lists "
+        f"within {timeout:g}s. It was not sent again: look at get_orders() now and again in a "
+        "minute, before you order again",
         server_id=server_id,
         order_ids=ids,
         credentials=purchase.credentials,
@@ -4465,33 +4538,33 @@ def _not_found(
 # ==================================================================================================
 # orders.create
 #
-# Make an order: check it, send it once, and find the order that the API made of it.
+# Create an order: check the arguments, send them once, and find the new order.
 # ==================================================================================================
 
 
 DEFAULT_PORTS = {"22": "tcp"}
 DEFAULT_ENV = {"NVIDIA_VISIBLE_DEVICES": "all"}
 PASSWORD_LENGTH = 24
-ALL_SERVERS = 0  # no server has that id
+ALL_SERVERS = 0  # no server has this id
 
 
 def make_password() -> str:
-    """A password that nobody guesses, of characters that need no quoting anywhere."""
+    """Make a random password of letters and digits, which need no quoting."""
     alphabet = string.ascii_letters + string.digits
-    source = random.SystemRandom()  # the system's source, as the module secrets uses it
+    source = random.SystemRandom()  # as safe as the module secrets, and imported already
     return Secret("".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH)))
 
 
 def _given(value: Any) -> Any:
-    """An argument, or None for what is empty; 0 and False are no empty ones, but slips."""
+    """Return None for an empty argument. 0 and False stay, so that the checks refuse them."""
     return None if isinstance(value, Sized) and len(value) == 0 else value
 
 
 def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
-    """What was given to get into the machine, checked; an empty password or key is none."""
+    """Check the password, key and token of an order. An empty password or key counts as None."""
     ssh_password, ssh_key = _given(ssh_password), _given(ssh_key)
     if ssh_password is not None and ssh_key is not None:
-        raise ValueError("ssh_password and ssh_key exclude each other: give one of them")
+        raise ValueError("ssh_password and ssh_key can't be used together: pass one of them")
     credentials: dict[str, str] = {}
     if ssh_key is not None:
         credentials["ssh_key"] = check_public_key("ssh_key", ssh_key)
@@ -4503,30 +4576,30 @@ def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str
 
 
 def order_ports(ports: Any) -> dict[str, str]:
-    """The ports that are sent; empty ones mean the default."""
+    """Return the ports to send; an empty argument means the default."""
     return dict(DEFAULT_PORTS) if _given(ports) is None else check_ports("ports", ports)
 
 
 def order_env(env: Any) -> dict[str, str]:
-    """The environment that is sent; an empty one means the default."""
+    """Return the environment to send; an empty argument means the default."""
     return dict(DEFAULT_ENV) if _given(env) is None else check_env("env", env)
 
 
 class Purchase:
-    """One purchase, from its arguments to the order that the API made of it.
+    """One purchase, from its arguments to the new order.
 
     Parameters:
-        orders: of the account that buys.
+        orders: the orders of the account.
         server_id, image, order_type, ...: the arguments of ``CloreClient.create_order``.
 
     Attributes:
-        server_id, spot, currency, image: what the order must show.
-        body: what is sent.
-        credentials: what is sent to get in.
-        generated_password: the password that was made up, or None.
-        before: ids of orders that were there before it was sent, and so are not its own.
+        server_id, spot, currency, image: the fields by which the new order is found.
+        body: the body of the request.
+        credentials: the password, key and token in it.
+        generated_password: the password, if the client generated it, or None.
+        before: ids of older orders, which can't be the new one.
         baseline_read: whether ``before`` comes from a list that was read for this purchase.
-        answer: of ``create_order``; empty where none came.
+        response: the response to ``create_order``; empty if none arrived.
     """
 
     def __init__(
@@ -4563,18 +4636,18 @@ class Purchase:
         }
         self.before: frozenset[int] = frozenset()
         self.baseline_read = False
-        self.answer: dict[str, Any] = {}
+        self.response: dict[str, Any] = {}
         self._sent_at = time.monotonic()
 
     @property
     def sent_at(self) -> float:
-        """When it left, by ``time.monotonic()``; before its answer came, at the earliest."""
-        return getattr(self.answer, "sent_at", self._sent_at)
+        """The monotonic time at which the request was sent; without a response, the earliest."""
+        return getattr(self.response, "sent_at", self._sent_at)
 
     def matches(self, order: Order) -> bool:
-        """Return whether an order can come of this purchase. A missing field contradicts nothing.
+        """Return whether an order can be the result of this purchase. Missing fields are ignored.
 
-        The live API has no idempotency key and answers without an order id.
+        The live API has no idempotency key and returns no order id, so the fields must decide.
         """
         return (
             order.id is not None
@@ -4589,12 +4662,12 @@ class Purchase:
         """Add the bid of a spot order.
 
         Parameters:
-            spot_price: in USD per hour.
-            allow_above: whether it may be above the on-demand price.
+            spot_price: the bid, in USD per hour.
+            allow_above: whether to allow a bid far above the on-demand price.
         """
         if not self.spot:
             if spot_price is not None:
-                logger.warning("spot_price is only used with order_type='spot': it is not sent")
+                logger.warning("spot_price is not sent: it needs order_type='spot'")
             return
         if spot_price is None:
             raise ValueError("spot_price is required for order_type='spot', in USD per hour")
@@ -4604,11 +4677,11 @@ class Purchase:
         )
 
     def usd_per_hour(self) -> float | None:
-        """Return the price by today's listing, or of the bid, without fees; None if not known."""
+        """Return the listed price or the bid in USD per hour, without fees; None if not known."""
         return usd_per_hour_of(self.body, self._orders.market)
 
     def preview(self) -> Order:
-        """Return what would be sent, and what it would cost."""
+        """Return the body that would be sent, and its price."""
         usd_per_hour = self.usd_per_hour()
         shown = Order(body=self.body, usd_per_hour=usd_per_hour)
         shown._usd_per_hour = usd_per_hour
@@ -4623,20 +4696,20 @@ class Purchase:
         if client.max_active_orders is not None:
             check_order_limit(self._orders.active_ids(), client.max_active_orders)
 
-    # --- the order ---
+    # --- send and reconcile ---
 
     def place(self, find_timeout: float) -> Order:
         """Send the purchase once, and return its order.
 
         Parameters:
-            find_timeout: seconds that the order may take to show up.
+            find_timeout: seconds to wait for the order to show up.
 
         Raises:
-            OrderOutcomeUnknownError: an order may or may not have been made.
+            OrderOutcomeUnknownError: the order may or may not exist.
             CloreError: the API refused, or nothing was sent.
         """
         claims = self._orders.claims
-        # One purchase at a time under a limit, else two could each be the last that is allowed.
+        # With a limit on active orders, two purchases at once could exceed it together.
         no_limit = self._orders.client.max_active_orders is None
         one = contextlib.nullcontext() if no_limit else claims.lock(ALL_SERVERS)
         with one, claims.lock(self.server_id):
@@ -4653,52 +4726,52 @@ class Purchase:
         return order
 
     def _read_baseline(self, find_timeout: float) -> None:
-        """Note which orders are there before the purchase is sent."""
+        """Record the existing orders before the purchase is sent."""
         orders, data = self._orders, self._orders.market.data
         self.before = frozenset(orders.known)
         replaced = getattr(orders.client._request, "__func__", None) is not HTTPClient._request
         if not data.live and (replaced or data.documented):
-            return  # the answer will name the order
-        # The live API names no order in its answer: what is there now can't be the new one.
+            return  # the response will have the order id
+        # The live API returns no order id, so record which orders can't be the new one.
         patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LOOK)
         with contextlib.suppress(CloreError):
-            listed, answer = limited(
+            listed, response = limited(
                 lambda: orders.read(completed=False), deadline=time.monotonic() + patience
             )
-            if isinstance(answer, Envelope):  # a fake's list is the same before and after
+            if isinstance(response, Envelope):  # a fake client in a test may have a fixed list
                 self.before |= {order.id for order in listed if order.id is not None}
                 self.baseline_read = True
 
     def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
-        """Send the purchase; return the order and the purchase that it came of."""
+        """Send the purchase, and return the order and its purchase, which can be an earlier one."""
         claims, server_id = self._orders.claims, self.server_id
         earlier = claims.unresolved.get(server_id)
-        claims.unresolved[server_id] = self  # before it is sent: an interrupt can come then
+        claims.unresolved[server_id] = self  # set before the request, which can be interrupted
         self._sent_at = time.monotonic()
         doubt: CloreError | None = None
         try:
-            self.answer = self._orders.client._request("POST", "/v1/create_order", json=self.body)
+            self.response = self._orders.client._request("POST", "/v1/create_order", json=self.body)
         except (OrderOutcomeUnknownError, DatabaseError) as error:
             doubt, self._sent_at = error, error.sent_at or self._sent_at
-        except Exception as error:  # a refusal, or it was not sent
+        except Exception as error:  # the API refused, or the request was not sent
             if earlier is None:
                 claims.unresolved.pop(server_id, None)
                 raise
             claims.unresolved[server_id] = earlier
             if not isinstance(error, ServerAlreadyRentedError):
                 raise
-            # Maybe it is us who rent it, by an order whose answer was lost.
+            # An earlier purchase may have rented it, with a response that was lost.
             return find_order(self._orders, earlier, find_timeout, error), earlier
-        if (order_id := created_id(self.answer)) is None:
+        if (order_id := created_id(self.response)) is None:
             return find_order(self._orders, self, find_timeout, doubt), self
         claims.take(order_id, self)
         claims.unresolved.pop(server_id, None)
         return self._named_order(order_id), self
 
     def _named_order(self, order_id: int) -> Order:
-        """Return the order of an answer that names it."""
-        answer = {**self.answer, "order_id": order_id}
-        made = to_orders({"orders": [answer]}, (), self._orders.market.data.rates)[0]
+        """Return the order of a response that has an order id."""
+        response = {**self.response, "order_id": order_id}
+        made = to_orders({"orders": [response]}, (), self._orders.market.data.rates)[0]
         if made.server_id is None:
             made["renting_server"] = self.server_id
         made.setdefault("currency", self.currency)
@@ -4710,11 +4783,11 @@ class Purchase:
 # ==================================================================================================
 # orders.wait
 #
-# Waiting until an order has a status.
+# Wait until an order has a status.
 # ==================================================================================================
 
 
-_MEET = frozenset({"cancelled", "expired"})  # these two stand for each other
+_SAME_STATUS = frozenset({"cancelled", "expired"})  # these two count as the same
 
 
 def wait_for_status(
@@ -4725,28 +4798,28 @@ def wait_for_status(
     target_status: str,
     on_update: Callable[[Order | None], object] | None,
 ) -> Order:
-    """Look until the order has the status; see ``CloreClient.wait_for_order``.
+    """Poll until the order has the status; see ``CloreClient.wait_for_order``.
 
     Parameters:
-        orders: of the account.
-        order_id, timeout, poll_interval, target_status, on_update: as there.
+        orders: the orders of the account.
+        order_id, timeout, poll_interval, target_status, on_update: as in that method.
     """
     if target_status not in {"running", "creating"} | ENDED_STATUSES:
-        logger.warning("no order is known to have the status %r: a slip?", target_status)
-    targets = _MEET if target_status in _MEET else {target_status}
+        logger.warning("target_status=%r is not a known status: check its spelling", target_status)
+    targets = _SAME_STATUS if target_status in _SAME_STATUS else {target_status}
     deadline = time.monotonic() + timeout
     seen: Order | None = None
     failure: CloreError | None = None
     while True:
         try:
-            # The last look starts at the deadline, and gets its turn: two reads at most.
+            # The last poll starts at the deadline, and needs time for two reads.
             last = time.monotonic() + 2 * orders.client.rate_limit + SHORTEST_LOOK
             order = limited(lambda: orders.find(order_id), deadline=max(deadline, last))
             failure = None
         except CloreError as error:
             if not (error.retryable or isinstance(error, InvalidResponseError)):
                 raise
-            logger.debug("a look at order %d failed: %s", order_id, error)
+            logger.debug("a poll of order %d failed: %s", order_id, error)
             order, failure = None, error
         seen = order or seen
         if on_update is not None and failure is None:
@@ -4767,7 +4840,7 @@ def wait_for_status(
                 order_id=order_id,
                 order=seen,
             ) from failure
-        # No sooner than the API asked for, where it did.
+        # Respect the pause that the API asked for.
         pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
         time.sleep(min(pause, remaining))
 
@@ -4775,7 +4848,7 @@ def wait_for_status(
 # ==================================================================================================
 # rental.client
 #
-# What a rental needs of a client.
+# RentalClient, the interface to ``CloreClient`` that rentals use.
 # ==================================================================================================
 
 
@@ -4817,22 +4890,21 @@ class RentalClient(Protocol):
 # ==================================================================================================
 # rental.selection
 #
-# Which servers rent() tries, in which order, and what each costs.
+# Select the servers that ``rent()`` tries, with their prices.
 # ==================================================================================================
 
 
-# On top of the price, for the renter (seen on the live API).
+# The API adds these fees to the price (seen on the live API).
 FEE_ON_DEMAND = 0.05
 FEE_SPOT = 0.0125
-CREATION_FEE = 0.10  # USD, once
-CREATION_FEE_AFTER = 600.0  # seconds; an order that ends before does not pay it
-# A bid of exactly the lowest can be a hair under it, once it has been converted and back.
-BID_MARGIN = 1e-4
-PRICE_SLACK = 1e-4  # of a price that went through an exchange rate
+CREATION_FEE = 0.10  # USD, once for each order
+CREATION_FEE_AFTER = 600.0  # seconds; a shorter order does not pay it
+BID_MARGIN = 1e-4  # a lowest bid can become too low when it is converted
+PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
 
 class RentalSettings:
-    """What ``rent()`` was asked for, checked."""
+    """The arguments of ``rent()``, checked."""
 
     def __init__(
         self,
@@ -4906,27 +4978,30 @@ class RentalSettings:
             return None
         check_number("spot_price", spot_price, above=True, unit="USD per hour")
         if not self.spot:
-            raise ValueError("spot_price is only used with use_spot=True")
+            raise ValueError(
+                f"spot_price={spot_price!r} needs use_spot=True: add that, or leave it out"
+            )
         if self.max_price_usd is not None and spot_price > self.max_price_usd:
             raise ValueError(
-                f"spot_price must not be over max_price_usd: {spot_price!r}, {self.max_price_usd!r}"
+                f"spot_price must be at most max_price_usd ({self.max_price_usd!r}), not "
+                f"{spot_price!r}"
             )
         return float(spot_price)
 
     @property
     def fee(self) -> float:
-        """The renter's fee as a share of the price."""
+        """The fee as a fraction of the price."""
         return FEE_SPOT if self.spot else FEE_ON_DEMAND
 
     def over(self, usd_per_hour: float | None) -> bool:
-        """Whether a price is over the limit."""
+        """Return whether a price is above the limit."""
         limit = self.max_price_usd
         return limit is not None and usd_per_hour is not None and (
             usd_per_hour > limit * (1 + PRICE_SLACK)
         )  # fmt: skip
 
     def price_of(self, server: Server) -> float | None:
-        """What a server would cost, in USD per hour without fees; None where that is not told."""
+        """Return the price of a server in USD per hour, without fees; None if not known."""
         listed = on_demand_usd(server, self.currency)
         if not self.spot:
             return listed
@@ -4940,22 +5015,22 @@ class RentalSettings:
         return bid if limit is None or lowest > limit else min(bid, limit)
 
     def why_not(self, server: Server) -> str | None:
-        """Why a server is no candidate, or None where it is one."""
+        """Return the reason why a server does not fit, or None if it fits."""
         coins = server.get("allowed_coins")
         if isinstance(coins, list) and coins and self.currency not in coins:
-            return f"does not take {self.currency}"
+            return f"does not accept {self.currency}"
         price = self.price_of(server)
         if price is None:
             if self.spot:
-                return "takes no such bid"
+                return "does not accept this bid"
             if self.max_price_usd is not None or self.max_cost_usd is not None:
-                return "tells no price"
+                return "has no price"
             return None
         if self.max_price_usd is not None and price > self.max_price_usd * (1 + 1e-12):
             return f"costs {price:.4g} USD per hour"
         on_demand = server.usd_per_hour
         if self.spot and on_demand is not None and price > on_demand:
-            return "takes no bid under its on-demand price"
+            return "accepts no bid below its on-demand price"
         return None
 
 
@@ -4969,9 +5044,9 @@ def _lowest_bid(server: Server, currency: str) -> float | None:
 
 
 def shown_usd(order: Any, server: Server, currency: str) -> float | None:
-    """The price that an order shows, in USD per hour; None where it shows none.
+    """Return the price of an order in USD per hour; None if not known.
 
-    By the rate that the server's listing implies, where it has one: the limit was applied to that.
+    Uses the exchange rate of the server's listing if there is one, as the price limit does.
     """
     amount = positive(order.get("price"))
     if amount is None:
@@ -4986,12 +5061,12 @@ def shown_usd(order: Any, server: Server, currency: str) -> float | None:
 
 
 def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Server], str]:
-    """Servers to try, the cheapest first in the wished currency; and what to say if none worked."""
+    """Return the servers to try, the cheapest first, and an error text if there are none."""
     if settings.server_id is not None:
         listed = client.get_marketplace(include_rented=True)
         pinned = [s for s in listed if s.id == settings.server_id]
         if not pinned:
-            return [], f"server {settings.server_id} is not on the marketplace"
+            return [], f"server {settings.server_id} is not on the marketplace: choose another"
         server = pinned[0]
         why = "is rented" if server.rented else settings.why_not(server)
         if (server.reliability or 0.0) < settings.min_reliability:
@@ -4999,63 +5074,68 @@ def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Ser
         wanted = (settings.gpu_type or "").strip().lower()
         if not any(wanted in str(name).lower() for name in server.get("gpu_array") or [""]):
             why = f"has no {settings.gpu_type}"
-        return ([], f"server {settings.server_id} {why}") if why else ([server], "")
+        if why:
+            return [], f"server {settings.server_id} {why}: choose another, or change the filters"
+        return [server], ""
     found = client.find_servers(
         settings.gpu_type, min_reliability=settings.min_reliability, use_spot=settings.spot
     )
     if not found:
         named = f" whose GPU has {settings.gpu_type!r} in its name" if settings.gpu_type else ""
         least = settings.min_reliability
-        trusted = f", with a reliability from {least:g}" if least else ""
-        return [], f"there is no free server{named}{trusted}"
+        reliable = f", with a reliability of at least {least:g}" if least else ""
+        return [], f"there is no free server{named}{reliable}: try later, or change the filters"
     fitting = [s for s in found if s.id is not None and settings.why_not(s) is None]
     fitting.sort(key=lambda s: p if (p := settings.price_of(s)) is not None else float("inf"))
-    return fitting, f"none of {len(found)} free servers of that kind fits price and currency"
+    return fitting, (
+        f"none of {len(found)} free servers of that kind fits the price and the currency: raise "
+        "max_price_usd, or use another currency"
+    )
 
 
 # ==================================================================================================
 # rental.budget
 #
-# What a rental costs, and when it has cost enough.
+# Count the cost of a rental, and check its limits.
 # ==================================================================================================
 
 
-LONGEST_WATCH = 30.0  # seconds between two looks at the budget: the wall clock may have jumped
-FEE_LEAD = 5.0  # seconds before the creation fee is due, when it counts for the budget
+LONGEST_WATCH = 30.0  # seconds between two checks, because the wall clock can jump
+FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
 class Age:
-    """How long something costs money: the larger of two clocks, for a laptop asleep still pays."""
+    """The age of an order: the larger of two clocks, as a laptop that sleeps still pays."""
 
     def __init__(self) -> None:
         self.monotonic = time.monotonic()
         self.wall = time.time()
 
     def seconds(self) -> float:
-        """Return the seconds since it was made."""
+        """Return the age in seconds."""
         return max(0.0, time.monotonic() - self.monotonic, time.time() - self.wall)
 
 
 class Meter:
-    """What one order costs, by its price in USD per hour, which a new bid changes."""
+    """The cost of one order. A new bid changes its price."""
 
     def __init__(self, usd_per_hour: float | None, fee: float) -> None:
         self.age = Age()
         self._fee = fee
-        self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # from which second
+        self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
 
     @property
     def usd_per_hour(self) -> float:
-        """The price of this moment, without fees."""
+        """The current price in USD per hour, without fees."""
         return self._prices[-1][1]
 
     def correct(self, usd_per_hour: float) -> None:
-        """Set the price that has held from the start, before any bid has changed it."""
+        """Correct the price from the start, unless a bid has changed it."""
         if len(self._prices) == 1:
             self._prices = [(0.0, usd_per_hour)]
 
     def change(self, usd_per_hour: float) -> None:
-        """Set the price that holds from now on."""
+        """Set the price from now on."""
         self._prices.append((self.age.seconds(), usd_per_hour))
 
     def usd(self) -> float:
@@ -5074,28 +5154,28 @@ class Budget:
         self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
         self._fee = settings.fee
         self._since: Age | None = None  # of the first order
-        self._spent = 0.0  # USD, by orders that have ended
+        self._spent = 0.0  # USD, for orders that have ended
         self._meters: list[Meter] = []
 
     @property
     def hours(self) -> float:
-        """Hours since the first order was sent."""
+        """The hours since the first order was sent."""
         return self._since.seconds() / 3600.0 if self._since else 0.0
 
     @property
     def cost_usd(self) -> float:
-        """USD that all orders have cost so far."""
+        """The cost of all orders so far, in USD."""
         return self._spent + sum(meter.usd() for meter in list(self._meters))
 
     def start(self, usd_per_hour: float | None) -> Meter:
-        """Count another order from now on."""
+        """Start to count another order."""
         meter = Meter(usd_per_hour, self._fee)
         self._since = self._since or meter.age
         self._meters.append(meter)
         return meter
 
     def stop(self, meter: Meter) -> None:
-        """Add up an order that costs nothing any more. Safe to repeat."""
+        """Stop counting an order that costs nothing any more. Safe to repeat."""
         if meter in self._meters:
             spent = meter.usd()
             self._meters.remove(meter)
@@ -5109,17 +5189,17 @@ class Budget:
                 self._since = None
 
     def resume(self, meter: Meter) -> None:
-        """Count an order again that was made after all, from when it was sent."""
+        """Count a dropped order again, from its start, because it was made after all."""
         if meter not in self._meters:
             self._meters.append(meter)
             self._since = self._since or meter.age
 
     def exceeded_by(self) -> str | None:
-        """Say which limit is reached; None where none is."""
+        """Return a text that names the limit that is reached, or None."""
         if self._max_hours is not None and self.hours >= self._max_hours:
-            return f"max_hours={self._max_hours:g} is over"
+            return f"max_hours={self._max_hours:g} is reached"
         if self._max_cost is not None and self.cost_usd + self._fee_due() >= self._max_cost:
-            return f"max_cost_usd={self._max_cost:g} is spent"
+            return f"max_cost_usd={self._max_cost:g} is reached"
         return None
 
     def _fee_due(self) -> float:
@@ -5128,7 +5208,7 @@ class Budget:
         return CREATION_FEE * len(soon)
 
     def seconds_left(self) -> float | None:
-        """Return the seconds after which to look again; None without a limit."""
+        """Return the seconds until the next check; None without a limit."""
         if self._max_hours is None and self._max_cost is None:
             return None
         left = [LONGEST_WATCH]
@@ -5146,17 +5226,17 @@ class Budget:
 # ==================================================================================================
 # rental.journal
 #
-# Keep the journal: a small file for each intent to buy, which outlives the process.
+# Keep the journal: one small file for each purchase, which survives the process.
 # ==================================================================================================
 
 
 STATE_SUFFIX = ".json"
-LONGEST_ENTRY = 65536  # bytes; a longer file is none of ours
-_ID_ROOM = 20  # characters kept free for the order's number
+LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
+_ID_ROOM = 20  # characters reserved for the order id, which is written later
 _FIRST = '{"order_id": '
 
 _state_lock = threading.Lock()
-_written: dict[str, JournalEntry] = {}  # path -> what this process has written and holds
+_written: dict[str, JournalEntry] = {}  # path -> an entry that this process has locked
 
 
 def _read_line(path: str) -> str:
@@ -5168,9 +5248,9 @@ def _read_line(path: str) -> str:
 
 
 def this_machine() -> dict[str, str]:
-    """Which machine this is, and which of its boots."""
+    """Return the identity of this machine and of its current boot."""
     machine = _read_line("/etc/machine-id") or _read_line("/var/lib/dbus/machine-id")
-    # The id itself is not to be handed around: machine-id(5).
+    # machine-id(5) says to keep the id itself private.
     digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
     return {
         "host": socket.gethostname(),
@@ -5180,16 +5260,16 @@ def this_machine() -> dict[str, str]:
 
 
 class JournalEntry:
-    """A note of one intent to buy, as one small file.
+    """A journal entry for one purchase, as one small file.
 
-    A living process holds the lock of what it has written. Whoever finds a file that nobody holds
-    knows that its process is dead, and holds it until ``close()``.
+    A living process keeps its entries locked. If a file is not locked, its process is dead; the
+    process that finds it locks it until ``close()``.
 
     Attributes:
-        data: what stands in the file.
+        data: the content of the file.
         of_this_machine: whether this machine wrote it.
-        abandoned: whether its order may run on without anybody to end it: the process is dead, or
-            the rental gave it up.
+        abandoned: whether nothing will end its order, because the process is dead or the rental
+            gave up.
     """
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
@@ -5202,18 +5282,18 @@ class JournalEntry:
 
     @property
     def order_id(self) -> int | None:
-        """The order that it became; None where that is not noted, or can't be right."""
+        """The id of the order; None if it is missing or not valid."""
         order_id = whole_id(self.data.get("order_id"))
         return order_id if order_id is not None and order_id > 0 else None
 
     def write(self) -> None:
-        """Make the file, lock it, and have it on the disk."""
+        """Create the file, lock it, and sync it to the disk."""
         self._written_here = True
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
         handle = os.open(self.path, flags | getattr(os, "O_BINARY", 0), 0o600)
         self._handle = handle
-        if not lock_file(handle, patience=1.0):  # somebody may look whether it is locked
+        if not lock_file(handle, patience=1.0):  # another process may try the lock for a moment
             raise OSError("the file can't be locked")
         rest = json.dumps(self.data)[1:]
         text = f"{_FIRST}{'null':<{_ID_ROOM}}, {rest}\n".encode()
@@ -5227,7 +5307,7 @@ class JournalEntry:
             _written[str(self.path)] = self
 
     def note_order(self, order_id: int) -> None:
-        """Write down which order it became, in place: a crash leaves the file whole."""
+        """Write the order id into the file, in place, so that a crash can't damage the rest."""
         if self._handle is None:
             return
         self.data["order_id"] = order_id
@@ -5239,7 +5319,7 @@ class JournalEntry:
             warn_of_state(f"{self.path.name} could not be updated", error)
 
     def hold(self, handle: int) -> None:
-        """Keep the lock of a file that was found, until ``close()``."""
+        """Keep the lock of an abandoned file until ``close()``."""
         self._handle = handle
 
     def remove(self) -> None:
@@ -5252,19 +5332,19 @@ class JournalEntry:
         try:
             if os.name == "nt" and handle is not None:
                 os.close(handle)
-            self.path.unlink(missing_ok=True)  # elsewhere while it is still locked
+            self.path.unlink(missing_ok=True)  # on POSIX, before the lock is released
             if os.name != "nt" and handle is not None:
                 os.close(handle)
         except OSError as error:
             warn_of_state(f"{self.path} could not be removed", error)
 
     def close(self) -> None:
-        """Let go of a file that was found; one that was written here stays held."""
+        """Release the lock, unless this process wrote the file."""
         if not self._written_here:
             self.forget()
 
     def forget(self) -> None:
-        """Close the file."""
+        """Close the file, which releases its lock."""
         handle, self._handle = self._handle, None
         if handle is not None:
             with contextlib.suppress(OSError):
@@ -5282,7 +5362,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | None:
-    """Write an entry; None, and one warning, where that is not possible."""
+    """Write an entry. If that fails, warn once and return None."""
     if folder is None:
         return None
     name = f"{random.SystemRandom().getrandbits(96):024x}{STATE_SUFFIX}"
@@ -5292,13 +5372,13 @@ def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | Non
         entry.write()
     except OSError as error:
         entry.remove()
-        warn_of_state(f"no note of this rental could be written to {folder}", error)
+        warn_of_state(f"the journal in {folder} can't be written", error)
         return None
     return entry
 
 
 def read_entries(folder: Path | None) -> list[JournalEntry]:
-    """All entries of the folder. What can't be read is warned of once, and left alone."""
+    """Return all entries of the folder. Skip a file that can't be read, and warn once."""
     if folder is None:
         return []
     try:
@@ -5316,7 +5396,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            warn_of_state(f"{folder / name} is no readable entry", error)
+            warn_of_state(f"{folder / name} is not a readable journal entry", error)
             continue
         if entry is not None:
             found.append(entry)
@@ -5330,27 +5410,27 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
         return written
     flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    # Some systems lock only what is open for writing.
+    # Some systems can lock only files that are open for writing.
     handle = os.open(path, flags | os.O_RDWR)
     keep = False
     try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_ENTRY:
-            raise ValueError("not a small file")
+            raise ValueError("it is not a small regular file")
         try:
             free = lock_file(handle)
-        except OSError as error:  # nobody can be told from anybody: hands off
+        except OSError as error:  # without locks, the process may still be alive
             warn_of_state(f"files in {path.parent} can't be locked", error)
             free = False
         os.lseek(handle, 0, os.SEEK_SET)
         text = os.read(handle, LONGEST_ENTRY)
-        if not text:  # made this moment, or by a process that died before it sent anything
+        if not text:  # just created, or its process died before it sent anything
             return None
-        if free and not path.exists():  # removed by its owner meanwhile
+        if free and not path.exists():  # its owner has just removed it
             return None
         data = json.loads(text)
         if not isinstance(data, dict):
-            raise ValueError("not an object")
+            raise ValueError("it is not a JSON object")
         found = JournalEntry(path, data)
         found.of_this_machine = all(data.get(k) == machine[k] for k in ("host", "machine"))
         found.abandoned = free and found.of_this_machine
@@ -5364,7 +5444,7 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
 
 
 def _forget_entries() -> None:
-    # A lock lives as long as any copy of its file is open: a child must not hold the parent's.
+    # A forked child must close its copies of the files, which keep the parent's locks alive.
     global _state_lock
     _state_lock = threading.Lock()
     for entry in _written.values():
@@ -5379,22 +5459,22 @@ if hasattr(os, "register_at_fork"):
 # ==================================================================================================
 # rental.orders
 #
-# The orders of one rental: what is noted of them, and what became of those in doubt.
+# Keep track of the orders of one rental, in memory and in the journal.
 # ==================================================================================================
 
 
-LOOKS = 6  # how many lists must lack an order at least, before there is none
+LOOKS = 6  # an order does not exist if at least this many lists do not have it
 
 
 class RentalOrder:
-    """One order of a rental, from the intent to its confirmed end.
+    """One order of a rental, from the purchase to its confirmed end.
 
     Attributes:
-        server_id: the server that it is for.
-        entry: its note in the state folder.
-        meter: what it costs.
-        order_id: None as long as it is not known whether there is an order.
-        answered: the API has answered that there is none, which is not always true.
+        server_id: the server.
+        entry: its journal entry.
+        meter: its cost.
+        order_id: the order id; None while the outcome of the purchase is not known.
+        answered: the API refused the order with code 1, but the order may exist.
     """
 
     def __init__(self, server_id: int, entry: JournalEntry | None, meter: Meter) -> None:
@@ -5405,15 +5485,15 @@ class RentalOrder:
         self.order_id: int | None = None
         self.answered = False
         self._cancellation: Cancellation | None = None
-        self.absent: list[float] = []  # when it was asked for, and was in no list
+        self.absent: list[float] = []  # monotonic times of lists that did not have it
 
     @property
     def accepted(self) -> bool:
-        """Whether its cancel was accepted."""
+        """True if its cancel was accepted."""
         return self._cancellation is not None and self._cancellation.accepted
 
     def cancellation(self, orders: AccountOrders) -> Cancellation:
-        """Return the one end of this order."""
+        """Return the cancellation of this order, always the same one."""
         if self._cancellation is None:
             self._cancellation = Cancellation(orders, self.order_id or 0)
         return self._cancellation
@@ -5427,10 +5507,10 @@ class RentalOrder:
 
 
 class RentalOrders:
-    """All purchases of a rental that cost money, or may.
+    """All purchases of a rental that cost money, or may do so.
 
     Attributes:
-        before: ids of the orders that are not its own.
+        before: ids of orders that existed before the rental.
     """
 
     def __init__(
@@ -5447,7 +5527,7 @@ class RentalOrders:
         self._folder = folder
         self._budget = budget
         self._wake = wake  # called when the price of an order changes
-        self._taken = taken  # gives the orders of all open rentals of this account
+        self._taken = taken  # returns the order ids of all open rentals of this account
         self._all: list[RentalOrder] = []
         self.before: set[int] = set()
 
@@ -5455,7 +5535,7 @@ class RentalOrders:
         return iter(list(self._all))
 
     def note_intent(self, server_id: int, price: float | None) -> RentalOrder:
-        """Note a purchase in the state folder and here, before it is sent."""
+        """Record a purchase in the journal and in memory, before it is sent."""
         settings = self._settings
         entry = write_entry(
             self._folder,
@@ -5476,7 +5556,7 @@ class RentalOrders:
         return purchase
 
     def became(self, purchase: RentalOrder, order_id: int) -> None:
-        """Note which order a purchase became."""
+        """Record the order id of a purchase."""
         purchase.order_id = order_id
         self._budget.resume(purchase.meter)
         if purchase.entry is not None:
@@ -5489,13 +5569,13 @@ class RentalOrders:
         self._orders.bid_listeners[order_id] = new_bid
 
     def refused(self, purchase: RentalOrder) -> None:
-        """Note that the API has answered that there is no order, which is not always true."""
+        """Record that the API refused a purchase with code 1, after which it may still exist."""
         purchase.answered = True
-        purchase.sent_at = time.monotonic()  # it was carried out by now, if it was
+        purchase.sent_at = time.monotonic()  # if there is an order, it was made before now
         self._budget.drop(purchase.meter)
 
     def forget(self, purchase: RentalOrder) -> None:
-        """Drop a purchase of which nothing is left."""
+        """Remove a purchase that has no order any more."""
         if purchase.entry is not None:
             purchase.entry.remove()
         self._remove(purchase)
@@ -5521,15 +5601,15 @@ class RentalOrders:
         self._orders.bid_listeners.pop(purchase.order_id or 0, None)
 
     def look_for(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
-        """Look for the order of a purchase; True when time has shown that there is none.
+        """Look for the order of a purchase in a list. Return True if there is surely none.
 
-        A new order can take ``order_lag`` seconds to be listed. As a list can be empty for a
-        moment, several must lack it, over as long again.
+        A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
+        moment. So there is none only if several lists do not have it, over ``order_lag`` seconds.
 
         Parameters:
-            purchase: whose outcome is in doubt.
-            orders: the active ones.
-            asked_at: monotonic time at which they were asked for.
+            purchase: a purchase with unknown outcome.
+            orders: the active orders.
+            asked_at: monotonic time at which the list was requested.
         """
         fitting = [order for order in orders if self._fits(order, purchase)]
         if len(fitting) == 1 and not self._is_held(purchase):
@@ -5537,13 +5617,13 @@ class RentalOrders:
         lag = self._orders.client.order_lag
         if fitting:
             purchase.absent.clear()
-        elif asked_at >= purchase.sent_at + lag and self._lists_ours(orders):
+        elif asked_at >= purchase.sent_at + lag and self._is_complete(orders):
             purchase.absent.append(asked_at)
         absent = purchase.absent
         return len(absent) >= LOOKS and absent[-1] - absent[0] >= lag
 
-    def _lists_ours(self, orders: list[Order]) -> bool:
-        """Whether a list has all orders that surely run: one without them proves nothing."""
+    def _is_complete(self, orders: list[Order]) -> bool:
+        """Return whether a list has all orders of this rental that surely run."""
         running = {p.order_id for p in self._all if p.order_id is not None and not p.accepted}
         return running <= {order.id for order in orders}
 
@@ -5557,7 +5637,7 @@ class RentalOrders:
         )
 
     def _is_held(self, purchase: RentalOrder) -> bool:
-        """Whether another rental could be for the same server: hands off, then."""
+        """Return whether a living rental of another process could own the order."""
         held = False
         for entry in self._notes_for(purchase.server_id):
             mine = purchase.entry is not None and entry.path == purchase.entry.path
@@ -5566,9 +5646,9 @@ class RentalOrders:
         return held
 
     def drop_dead_notes(self, server_id: int) -> None:
-        """Drop notes of dead processes that could be taken for an order that is ours."""
+        """Remove entries of dead processes that would match an order of this rental."""
         if self._settings.spot:
-            return  # several bids may stand on one server
+            return  # one server can have several spot orders
         for entry in self._notes_for(server_id):
             if entry.abandoned and entry.of_this_machine and entry.order_id is None:
                 entry.remove()
@@ -5578,7 +5658,7 @@ class RentalOrders:
         return account_digest(self._orders.client.base_url, self._orders.client.api_key)
 
     def _notes_for(self, server_id: int) -> list[JournalEntry]:
-        """Return what is noted of this server for this account; each is to be closed."""
+        """Return the entries for this server and account. The caller closes each."""
         account, notes = self._account(), []
         for entry in read_entries(self._folder):
             data = entry.data
@@ -5590,27 +5670,27 @@ class RentalOrders:
 
 
 def fits_intent(order: Order, image: Any, currency: Any, spot: Any) -> bool:
-    """Whether an order that still runs can come of an intent."""
+    """Return whether an order still runs and can be the result of a purchase."""
     return not order.has_ended and same_purchase(order, image, currency, spot)
 
 
 # ==================================================================================================
 # rental.cleanup
 #
-# End the orders of a rental: cancel, confirm, and settle what is in doubt.
+# End the orders of a rental: cancel, confirm, and reconcile purchases with unknown outcome.
 # ==================================================================================================
 
 
-LOOK_EVERY = 0.5  # seconds between two looks for an order whose making is in doubt
+LOOK_EVERY = 0.5  # seconds between two looks for an order that may exist
 
 
 class Cleanup:
-    """Ends the orders of one rental.
+    """The cleanup of one rental, which ends its orders.
 
     Attributes:
-        left_at: monotonic time at which the block was left; None while it goes on.
-        hurried: interrupted while it is left: the confirmation is skipped.
-        abandoned: interrupted three times: what may run is left to ``leftovers()``.
+        left_at: monotonic time at which the block ended; None before that.
+        hurried: skip the confirmation, after an interrupt during the cleanup.
+        abandoned: stop the cleanup, after three interrupts; ``leftovers()`` finds the orders.
     """
 
     def __init__(
@@ -5629,21 +5709,21 @@ class Cleanup:
         self.abandoned = False
 
     def leave(self) -> None:
-        """Note that the block is left: cancels have a deadline from here on."""
+        """Record that the block has ended, which sets the deadline for cancels."""
         self.left_at = self.left_at or time.monotonic()
 
     def deadline(self) -> float:
-        """Return until when cancels are kept up: without end while the block goes on."""
+        """Return the deadline for cancels; there is none before the block has ended."""
         if self.left_at is None:
             return math.inf
         return self.left_at + self._settings.cancel_timeout
 
     def in_doubt(self, being_made: RentalOrder | None) -> list[RentalOrder]:
-        """Return the purchases that may have become orders, but for the one being made."""
+        """Return the purchases with unknown outcome, except the one that is being made."""
         return [p for p in self._rental_orders if p.order_id is None and p is not being_made]
 
     def end_all(self) -> BaseException | None:
-        """End all that costs money, the cancels first; None when it is gone."""
+        """End all orders, the cancels first. Return None, or the first failure."""
         started = time.monotonic()
         failures: list[BaseException | None] = [
             self.cancel(purchase, self.deadline)
@@ -5652,7 +5732,7 @@ class Cleanup:
         ]
         for purchase in self._rental_orders:
             if purchase.order_id is None:
-                failures.append(self._settle_doubt(purchase))
+                failures.append(self._reconcile(purchase))
         for purchase in self._rental_orders:
             failures.append(self.confirm(purchase, started))
         return next((failure for failure in failures if failure is not None), None)
@@ -5660,13 +5740,16 @@ class Cleanup:
     def cancel(
         self, purchase: RentalOrder, deadline: Callable[[], float]
     ) -> CancelUnconfirmedError | None:
-        """Cancel until that is accepted, or leave the order to ``leftovers()``."""
+        """Cancel an order until that is accepted, or leave it to ``leftovers()``."""
         failure = self.try_to_cancel(purchase, deadline)
         if failure is None:
             return None
         order_id = purchase.order_id or 0
         self._rental_orders.give_up(purchase)
-        logger.error("order %d could not be cancelled: it may still be running", order_id)
+        logger.error(
+            "order %d could not be cancelled and may still be running: call leftovers() later",
+            order_id,
+        )
         return purchase.cancellation(self._orders).unconfirmed(self._settings.cancel_timeout)
 
     def try_to_cancel(
@@ -5677,12 +5760,12 @@ class Cleanup:
         failure = purchase.cancellation(self._orders).keep_on(
             deadline, confirm=False, stop=lambda: self.abandoned
         )
-        if failure is None:  # from here on it costs nothing
+        if failure is None:  # the order costs nothing from now on
             self._budget.stop(purchase.meter)
         return failure
 
     def confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
-        """Wait until an order that was cancelled is listed as ended."""
+        """Wait until a cancelled order is listed as ended."""
         order_id = purchase.order_id or 0
         deadline = confirm_until(started, self._settings.cancel_timeout)
         failure = (
@@ -5693,55 +5776,59 @@ class Cleanup:
             )
         )
         if self.hurried:
-            logger.warning("order %d was cancelled, which is not confirmed: interrupted", order_id)
+            logger.warning(
+                "order %d was cancelled, but an interrupt skipped the confirmation", order_id
+            )
             self._rental_orders.give_up(purchase)
             return CloreError(
-                f"order {order_id} was cancelled; that it has ended was not confirmed"
+                f"order {order_id} was cancelled, but it is not confirmed that it has ended: look "
+                "at leftovers() later"
             )
         if failure is not None:
-            logger.error("order %d was cancelled, but may still be running", order_id)
+            logger.error(
+                "order %d was cancelled, but may still be running: call leftovers() later", order_id
+            )
             self._rental_orders.give_up(purchase)
             return failure
         self._rental_orders.forget(purchase)
         self._rental_orders.before.add(order_id)
         return None
 
-    # --- purchases in doubt ---
+    # --- purchases with unknown outcome ---
 
     def look_at_doubts(self, being_made: RentalOrder | None) -> None:
-        """Look once for the orders of purchases that the API has refused with code 1."""
+        """Look once for the orders of purchases that the API refused with code 1."""
         for purchase in self.in_doubt(being_made):
             try:
-                there_is_none = self._look_for(purchase)
+                surely_none = self._look_for(purchase)
             except CloreError as error:
                 logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
                 continue
             if purchase.order_id is not None:
                 logger.warning(
-                    "order %d of server %d was made after all: it is ended",
+                    "order %d of server %d exists although the API refused it: cancelling it",
                     purchase.order_id,
                     purchase.server_id,
                 )
                 until = time.monotonic() + self._settings.cancel_timeout
                 self.try_to_cancel(purchase, lambda: until)  # noqa: B023
-            elif there_is_none:
+            elif surely_none:
                 self._rental_orders.forget(purchase)
 
     def _look_for(self, purchase: RentalOrder) -> bool:
-        """Look once for the order of a purchase; True when time has shown that there is none."""
+        """Look once for the order of a purchase. Return True if there is surely none."""
         asked_at = time.monotonic()
         deadline = max(asked_at + SHORTEST_TRY, self.deadline())
         try:
             orders = limited(self._orders.active, deadline=deadline, urgent=True)
         except CloreError:
-            purchase.absent.clear()  # nobody knows what that list would have said
+            purchase.absent.clear()  # a read that failed breaks the series
             raise
         return self._rental_orders.look_for(purchase, orders, asked_at)
 
-    def _settle_doubt(self, purchase: RentalOrder) -> BaseException | None:
-        """Look for an order until it is found, which is then ended, or time has shown that there
-        is none."""
-        logger.warning("looking for an order of server %d", purchase.server_id)
+    def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
+        """Look for the order of a purchase until it is found and cancelled, or surely none."""
+        logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
         shown = False
         while not (shown or self.abandoned):
@@ -5761,10 +5848,10 @@ class Cleanup:
             return None
         self._rental_orders.give_up(purchase)
         logger.warning(
-            "no order of server %d showed up: look at leftovers() later", purchase.server_id
+            "no order of server %d showed up: call leftovers() later", purchase.server_id
         )
         unknown = OutcomeUnknownError(
-            f"{purchase}, and did not show up: look at leftovers() and get_orders() in a minute",
+            f"{purchase}, but did not show up: look at leftovers() and get_orders() in a minute",
             endpoint="/v1/create_order",
         )
         unknown.__cause__ = cause
@@ -5774,17 +5861,17 @@ class Cleanup:
 # ==================================================================================================
 # rental.handoff
 #
-# Wait for another thread, in ways that an interrupt leaves whole.
+# Wait for another thread, safely in case of interrupts.
 # ==================================================================================================
 
 
-WAKE_EVERY = 0.5  # seconds after which a thread that waits looks again, should nobody wake it
+WAKE_EVERY = 0.5  # seconds; a waiting thread checks again, even if no other thread wakes it
 
 
 class Gate:
-    """Lets threads wait for something that happens once.
+    """An event that happens once, and for which threads can wait.
 
-    Not a ``threading.Event``, whose lock an interrupt can leave locked.
+    It is not a ``threading.Event``, because an interrupt can leave the lock of one locked.
     """
 
     def __init__(self) -> None:
@@ -5792,23 +5879,23 @@ class Gate:
         self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def open(self) -> None:
-        """Let all threads through."""
+        """Wake all threads that wait."""
         self.is_open = True
         self._queue.put(None)
 
     def wait(self) -> bool:
-        """Wait for a moment, and return whether it is open."""
+        """Wait up to ``WAKE_EVERY``, and return whether it is open."""
         if not self.is_open:
             try:
                 self._queue.get(timeout=WAKE_EVERY)
             except queue.Empty:
                 return self.is_open
-            self._queue.put(None)  # for whoever waits as well
+            self._queue.put(None)  # wake the next thread
         return self.is_open
 
 
 class ThreadCall:
-    """A call that another thread makes."""
+    """A function call for another thread to run."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self._action = action
@@ -5817,7 +5904,7 @@ class ThreadCall:
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Do it, and keep what comes of it."""
+        """Run the call, and store its result or its error."""
         try:
             self.result = self._action()
         except BaseException as error:
@@ -5828,27 +5915,27 @@ class ThreadCall:
 # ==================================================================================================
 # rental.recovery
 #
-# What rentals of processes that are dead have left running.
+# Find and cancel the orders that rentals of dead processes left running.
 # ==================================================================================================
 
 
-# How far an order's time of creation, by the server's clock, may lie before and after the time of
-# the intent, by this machine's. A proxy may hold a request for a while.
+# The allowed difference between the creation time of an order, by the server's clock, and the time
+# of its entry, by this machine's clock. All in seconds.
 CLOCKS_APART = 300.0
-CLOCKS_COMPARED = 5.0  # where the entry tells how far they were apart
-LATEST_ORDER = 180.0
-LEFTOVER_LOOK = 1.0  # seconds between two looks for orders that may not be listed yet
+CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
+LATEST_ORDER = 180.0  # a proxy can delay a request
+LEFTOVER_LOOK = 1.0  # between two reads, while an order may not be listed yet
 
 
 class Leftover:
-    """An order that a rental left behind, and what its entry tells.
+    """An order that a rental left running, with the data of its journal entry.
 
     Attributes:
-        order: as it is listed now; None where it is in no list, which does not mean that it has
-            ended, and for an entry of another machine without one.
-        order_id, server_id: its numbers; ``order_id`` may be None where ``order`` is.
-        started: Unix time at which it was to be ordered.
-        host, pid: where.
+        order: the order as it is listed now. None if it is in no list, which does not mean that it
+            has ended.
+        order_id, server_id: the ids; ``order_id`` can be None if ``order`` is None.
+        started: Unix time of the purchase.
+        host, pid: the machine and the process that ordered it.
     """
 
     def __init__(self, entry: JournalEntry, order: Order | None) -> None:
@@ -5870,12 +5957,12 @@ class Leftover:
 
 
 class Leftovers:
-    """What ``CloreClient.leftovers`` has found.
+    """The result of ``CloreClient.leftovers``. It is false if all three lists are empty.
 
     Attributes:
-        abandoned: orders that still run, of rentals of this machine whose process is dead.
-        elsewhere: entries of other machines, whose processes can't be seen from here.
-        unnoted: active orders of the account that no entry tells of.
+        abandoned: orders that may still run, of dead processes of this machine.
+        elsewhere: journal entries of other machines; their processes may be alive.
+        unnoted: active orders of the account without a journal entry.
     """
 
     def __init__(
@@ -5886,7 +5973,7 @@ class Leftovers:
         self.unnoted = unnoted
 
     def __bool__(self) -> bool:
-        """Whether there is anything of the three."""
+        """Return whether any of the three lists has an item."""
         return bool(self.abandoned or self.elsewhere or self.unnoted)
 
     def __repr__(self) -> str:
@@ -5897,7 +5984,7 @@ class Leftovers:
 
 
 class _Survey:
-    """One look at the entries and at the orders."""
+    """The journal entries and the active orders, read once and matched."""
 
     def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
         self._orders = orders
@@ -5906,7 +5993,7 @@ class _Survey:
         self._read(folder, account)
         try:
             self.listed = {o.id: o for o in orders.active() if o.id is not None}
-            # Again: a living process may have noted and ordered one between the two.
+            # Read the entries again, because another process may have ordered between the reads.
             self._read(folder, account)
             self._match()
         except BaseException:
@@ -5929,7 +6016,7 @@ class _Survey:
         named = {entry.order_id for entry in self.entries}
         self.of: dict[str, Order] = {}  # path of an entry -> its order
         held: set[int] = set()
-        living: set[int] = set()  # orders that may be those of living processes
+        living: set[int] = set()  # orders that may belong to living processes
         for entry in self.entries:
             order_id = entry.order_id
             if order_id is not None:
@@ -5942,7 +6029,10 @@ class _Survey:
                 ]
             if entry.abandoned or not entry.of_this_machine:
                 if len(fitting) > 1:
-                    logger.warning("several orders fit %s: none is taken for it", entry.path)
+                    logger.warning(
+                        "several orders match %s, so none is assigned to it: look at get_orders()",
+                        entry.path,
+                    )
                 elif fitting:
                     self.of[str(entry.path)] = fitting[0]
                     held.add(fitting[0].id or 0)
@@ -5953,7 +6043,7 @@ class _Survey:
         self.unnoted = [o for i, o in self.listed.items() if i not in held and not o.has_ended]
 
     def _settle_claims(self, living: set[int]) -> None:
-        """Leave each order at most one entry."""
+        """Assign at most one entry to each order."""
         claims: dict[int, list[JournalEntry]] = {}
         for entry in self.entries:
             if (order := self.of.get(str(entry.path))) is not None:
@@ -5963,10 +6053,12 @@ class _Survey:
                 len(entries) > 1
                 and not all(entry.abandoned and entry.of_this_machine for entry in entries)
             ):
-                logger.warning("order %d may be another process's: it is left alone", order_id)
+                logger.warning(
+                    "order %d may belong to another process, so it is not touched", order_id
+                )
                 losers = entries
             else:
-                # Dead ones of this machine, whichever it was: the last is the likeliest.
+                # All processes are dead, and the last one most likely made the order.
                 entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
                 losers = entries[:-1]
             for entry in losers:
@@ -5977,23 +6069,23 @@ class _Survey:
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:
-        """Whether an order of a dead process may not be listed yet."""
+        """Return whether an order of a dead process may not be listed yet."""
         return any(
-            entry.abandoned and self.order_of(entry) is None and _young(entry.data, wait)
+            entry.abandoned and self.order_of(entry) is None and _is_recent(entry.data, wait)
             for entry in self.entries
         )
 
     def tidy(self, wait: float) -> None:
-        """Remove the entries whose orders have ended, or were never made."""
-        self.missing: list[JournalEntry] = []  # noted orders that no list has
+        """Remove the entries of orders that have ended or do not exist."""
+        self.missing: list[JournalEntry] = []  # entries with an order id that no list has
         intents: list[JournalEntry] = []
         for entry in self.entries:
             if not entry.abandoned or self.order_of(entry) is not None:
                 continue
             if entry.order_id is None:
-                if not _young(entry.data, LATEST_ORDER + CLOCKS_APART):
+                if not _is_recent(entry.data, LATEST_ORDER + CLOCKS_APART):
                     intents.append(entry)
-            elif not _young(entry.data, wait):
+            elif not _is_recent(entry.data, wait):
                 self._tidy_order(entry, entry.order_id)
         if intents:
             self._tidy_intents(intents)
@@ -6010,20 +6102,20 @@ class _Survey:
             self.missing.append(entry)
 
     def _tidy_intents(self, entries: list[JournalEntry]) -> None:
-        # One look is not enough: a list can be empty for a moment.
+        # One list is not enough, because it can be empty for a moment.
         time.sleep(self._orders.client.order_lag)
         orders = self._orders.active()
         for entry in entries:
             if not any(intended(entry.data, order) for order in orders):
-                logger.info("no order came of %s: the entry is removed", entry.path)
+                logger.info("%s has no order: the entry is removed", entry.path)
                 entry.remove()
 
     def abandoned(self) -> list[tuple[JournalEntry, Order | None]]:
-        """Return the entries of dead processes of this machine whose orders may run."""
-        ours = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
+        """Return the entries of dead processes of this machine with orders that may run."""
+        dead = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
         return [
             (entry, order)
-            for entry in ours
+            for entry in dead
             if (order := self.order_of(entry)) is not None or entry in self.missing
         ]
 
@@ -6034,7 +6126,7 @@ class _Survey:
 
 
 def intended(data: dict[str, Any], order: Order) -> bool:
-    """Whether an order can come of the intent that an entry without an order's number tells."""
+    """Return whether an order can be the result of an entry without an order id."""
     before = data.get("before")
     if order.server_id != whole_id(data.get("server_id")):
         return False
@@ -6050,13 +6142,13 @@ def intended(data: dict[str, Any], order: Order) -> bool:
     return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
 
 
-def _young(data: dict[str, Any], seconds: float) -> bool:
+def _is_recent(data: dict[str, Any], seconds: float) -> bool:
     started = finite(data.get("started"))
-    # One in the future is young: the clock has been set back since.
+    # A time in the future is recent too, as the clock may have been set back.
     return started is not None and time.time() - started < seconds
 
 
-def _settled(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey:
+def _take_survey(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey:
     deadline = time.monotonic() + wait
     while True:
         survey = _Survey(orders, folder)
@@ -6073,8 +6165,8 @@ def _settled(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey
 
 
 def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
-    """What is left behind; see ``CloreClient.leftovers``."""
-    survey = _settled(orders, folder, wait)
+    """Find the orders that rentals left running; see ``CloreClient.leftovers``."""
+    survey = _take_survey(orders, folder, wait)
     survey.close()
     return survey.result()
 
@@ -6082,18 +6174,18 @@ def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> L
 def end_leftovers(
     orders: AccountOrders, folder: Path | None, wait: float, timeout: float
 ) -> list[int]:
-    """End what dead processes of this machine left; see ``CloreClient.cancel_leftovers``."""
-    survey = _settled(orders, folder, wait)
+    """Cancel the orders that dead processes left; see ``CloreClient.cancel_leftovers``."""
+    survey = _take_survey(orders, folder, wait)
     ended: list[int] = []
     failed: dict[int, BaseException] = {}
     try:
-        # Their locks are held: no other process does the same meanwhile.
+        # The entries are locked, so no other process cancels the same orders.
         for entry, order in survey.abandoned():
             order_id = entry.order_id if order is None else order.id
             if order_id is None:
                 continue
             started = time.monotonic()
-            # What no list has may be long gone, and its cancel be refused for ever.
+            # An order that no list has may have ended, and the API may refuse its cancel forever.
             until = started + (
                 timeout if order is not None else min(timeout, orders.client.order_lag)
             )
@@ -6103,7 +6195,7 @@ def end_leftovers(
                 confirmed_by = confirm_until(started, timeout)
                 failure = cancellation.keep_on(lambda: confirmed_by, confirm=True)  # noqa: B023
             if failure is None:
-                logger.info("order %d, which a dead process left, was ended", order_id)
+                logger.info("order %d of a dead process has ended", order_id)
                 entry.remove()
                 ended.append(order_id)
             else:
@@ -6113,7 +6205,9 @@ def end_leftovers(
     if failed:
         ids = ", ".join(map(str, failed))
         raise CancelUnconfirmedError(
-            f"not confirmed to have ended: {ids} (ended: {ended})", order_ids=tuple(failed)
+            f"orders not confirmed to have ended: {ids} (ended: {ended}); they may still be "
+            "running, and cost money, so call cancel_leftovers() again",
+            order_ids=tuple(failed),
         ) from next(iter(failed.values()))
     return ended
 
@@ -6121,7 +6215,7 @@ def end_leftovers(
 # ==================================================================================================
 # rental.signals
 #
-# SIGTERM and SIGHUP end rentals: one handler for the process.
+# Handle SIGTERM and SIGHUP, so that they end rentals.
 # ==================================================================================================
 
 
@@ -6129,12 +6223,13 @@ SIGNALS = tuple(s for n in ("SIGTERM", "SIGHUP") if (s := getattr(signal, n, Non
 
 
 class SignalExit(SystemExit):
-    """A signal that ends the process, raised in the main thread so that ``with`` blocks are left.
+    """A signal that ends the process, raised in the main thread to end its ``with`` blocks.
 
-    No ``Exception``, just as ``SystemExit``; left alone, the process ends with 128 + the signal.
+    It is a ``SystemExit`` and not an ``Exception``. The exit status of the process is 128 plus the
+    number of the signal.
 
     Attributes:
-        signum: the signal's number.
+        signum: the number of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -6143,7 +6238,7 @@ class SignalExit(SystemExit):
 
 
 class _Handling:
-    """The state of the one handler. A handler can't take a lock: what it reads are attributes."""
+    """The state of the signal handler, which must not take a lock."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -6152,7 +6247,7 @@ class _Handling:
         self.installed: set[int] = set()
         self.warned: set[int] = set()
         self.stopping: int | None = None
-        # Told of a signal, each must be fit for a handler: no locks, no network.
+        # Called from the signal handler, so they must not use locks or the network.
         self.listeners: dict[int, Callable[[int], None]] = {}
 
 
@@ -6160,39 +6255,39 @@ _handling = _Handling()
 
 
 def in_main_thread() -> bool:
-    """Whether this is the main thread, the only one that signals interrupt."""
+    """Return whether this is the main thread, the only one that signals interrupt."""
     return threading.get_ident() == threading.main_thread().ident
 
 
 def _on_signal(signum: int, frame: FrameType | None) -> None:
     if _handling.pid != os.getpid() or not _handling.users:
-        # A forked child, or nobody is left who wants to know: as if there were no handler.
+        # In a forked child, or without users, do what the default handler does.
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return
     _handling.stopping = signum
-    for tell in list(_handling.listeners.values()):
-        tell(signum)
+    for listener in list(_handling.listeners.values()):
+        listener(signum)
     raise SignalExit(signum)
 
 
-def listen(owner: Any, tell: Callable[[int], None] | None) -> None:
-    """Call ``tell`` from the handler when a signal comes; None ends that."""
-    if tell is None:
+def listen(owner: Any, listener: Callable[[int], None] | None) -> None:
+    """Call ``listener`` from the signal handler at each signal; None stops that."""
+    if listener is None:
         _handling.listeners.pop(id(owner), None)
     else:
-        _handling.listeners[id(owner)] = tell
+        _handling.listeners[id(owner)] = listener
 
 
 def stopping_signal() -> int | None:
-    """The signal that this process is ending for, seen from a thread other than the main one."""
+    """Return the signal that ends this process, for threads other than the main thread."""
     return None if in_main_thread() else _handling.stopping
 
 
 class SignalHandling:
-    """One user of the handler; the last ``close()`` restores what was there before.
+    """One user of the signal handler. The last ``close()`` restores the former handlers.
 
-    The first one in the main thread installs it, only where a signal has its default action.
+    The first user in the main thread installs it, but only for signals with the default handler.
     """
 
     def __init__(self) -> None:
@@ -6211,12 +6306,12 @@ class SignalHandling:
         elif not _handling.installed:
             _warn_once(
                 0,
-                "signals can only be handled from the main thread: SIGTERM and SIGHUP will not "
-                "end this rental; call handle_signals() there first",
+                "SIGTERM and SIGHUP will not end this rental, as it began outside the main thread: "
+                "call handle_signals() in the main thread first",
             )
 
     def close(self) -> None:
-        """Stop using it. Safe to repeat."""
+        """Stop using the signal handler. Safe to repeat."""
         if self._pid != os.getpid():
             return
         with _handling.lock:
@@ -6224,7 +6319,7 @@ class SignalHandling:
                 self._open = False
                 _handling.users -= 1
             last = not _handling.users
-        if last and in_main_thread():  # else it stays, and does what the default does
+        if last and in_main_thread():  # otherwise it stays, and does what the default does
             for signum in list(_handling.installed):
                 if signal.getsignal(signum) is _on_signal:
                     signal.signal(signum, signal.SIG_DFL)
@@ -6246,8 +6341,8 @@ def _install(signum: int) -> None:
         _handling.installed.add(signum)
     else:
         name = signal.Signals(signum).name
-        what = "is ignored" if current == signal.SIG_IGN else "has a handler already"
-        _warn_once(signum, f"{name} {what}, which stays: it will not end rentals")
+        what = "is ignored" if current == signal.SIG_IGN else "already has a handler"
+        _warn_once(signum, f"{name} {what}, so it will not end rentals")
 
 
 def _warn_once(signum: int, text: str) -> None:
@@ -6257,13 +6352,12 @@ def _warn_once(signum: int, text: str) -> None:
 
 
 def _forget_signals() -> None:
-    # Another thread may have held the lock at the fork. The handler sees by the pid whose it is.
+    # Another thread may have held the lock at the fork.
     _handling.lock = threading.Lock()
     _handling.users, _handling.stopping = 0, None
     _handling.listeners.clear()
     for signum in list(_handling.installed):
-        # With a handler of Python a child that waits for a lock can miss the signal; and it has no
-        # rental to end.
+        # A child that waits for a lock could miss the signal, and has no rental to end.
         if signal.getsignal(signum) is _on_signal:
             signal.signal(signum, signal.SIG_DFL)
     _handling.installed.clear()
@@ -6276,16 +6370,16 @@ if hasattr(os, "register_at_fork"):
 # ==================================================================================================
 # rental.worker
 #
-# The orders of one rental: bought, watched and ended in a thread that no signal interrupts.
+# RentalWorker, the thread that orders, watches and ends the orders of one rental.
 # ==================================================================================================
 
 
 Result = TypeVar("Result")
 
-LOOK_BESIDE = 2.0  # the same, while the block goes on
-GIVE_UP_WITHIN = 2.0  # seconds for three interrupts that end even the cancelling
+LOOK_BESIDE = 2.0  # seconds between two looks for an order that may exist, during the block
+GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
 
-# After these no order was made.
+# After these errors, no order exists.
 SURELY_NO_ORDER = (
     AuthenticationError,
     CloreAPIError,
@@ -6303,17 +6397,17 @@ _exiting = False
 
 
 class RentalWorker:
-    """Owns the orders of one rental, from the first request to the confirmed end.
+    """The owner of one rental's orders, from the first request to the confirmed end.
 
-    The thread ends them when the block is left, when the ``with`` statement or the rental is gone
-    without having said so (an interrupt can cut ``__exit__`` short at its first line), when the
-    budget is spent, at a signal that another thread got, and at the interpreter's exit.
+    Its thread ends the orders when the block ends, when the ``with`` statement or the rental no
+    longer exists (an interrupt can stop ``__exit__`` at its first line), when a limit is reached,
+    at a signal in another thread, and at the exit of the interpreter.
 
     Attributes:
-        finished: opened when nothing is left to do.
-        failure: what the user must know of the end; None when all is gone.
-        connections: SSH connections to close with the rental.
-        closed: whether they are closed, and signals not handled any more.
+        finished: open when the thread is done.
+        failure: the error that the user must know; None if all orders have ended.
+        connections: SSH connections to close at the end of the rental.
+        closed: whether ``close()`` is done.
     """
 
     def __init__(
@@ -6329,7 +6423,7 @@ class RentalWorker:
         self._orders = orders
         self._settings = settings
         self._inbox = inbox
-        self._holders = holders  # the rental, and what its with statement holds
+        self._holders = holders  # weak references to the rental and its with statement
         self.pid = os.getpid()
         self.budget = Budget(settings)
         self.finished = Gate()
@@ -6338,84 +6432,85 @@ class RentalWorker:
         self.closed = False
         self.kept = False
         self.signalled: int | None = None
-        self.exceeded: tuple[str, float, float, int | None] | None = None  # why, h, USD, id
+        self.exceeded: tuple[str, float, float, int | None] | None = None  # limit, h, USD, order
         self._main = in_main_thread()
         self._handling: SignalHandling | None = None
         self._rental_orders = RentalOrders(
             orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
         )
         self._cleanup = Cleanup(orders, self._rental_orders, settings, self.budget)
-        self._current: RentalOrder | None = None  # the one that the user has
+        self._current: RentalOrder | None = None  # the order of the block
         self._started = False
         self._interrupted_at: list[float] = []
 
-    # --- what the rental asks for, in its own thread ---
+    # --- called by the rental, in its own thread ---
 
     def start(self) -> None:
-        """Start the thread, and let signals and the interpreter's exit end the rental, too."""
+        """Start the thread, and let signals and the exit of the interpreter end the rental."""
         self._handling = SignalHandling()
         listen(self, self._on_signal)
         context = contextvars.copy_context()
         _open_rentals[id(self)] = self
         try:
-            # Not threading.Thread, whose start() waits with a lock that an interrupt can leave
-            # locked: then the thread would never run.
+            # An interrupt can break threading.Thread.start(), so that the thread never runs.
             _thread.start_new_thread(context.run, (self._work,))
         except RuntimeError as error:
             _open_rentals.pop(id(self), None)
             self.close()
-            raise RentalError(f"nothing was rented: {error}") from error
+            raise RentalError(
+                f"nothing was rented, because the worker thread could not start: {error}"
+            ) from error
         self._started = True
 
     @property
     def abandoned(self) -> bool:
-        """Whether it was interrupted three times: what may run is left to ``leftovers()``."""
+        """True if three interrupts stopped the cleanup; ``leftovers()`` finds the orders."""
         return self._cleanup.abandoned
 
     def ask(self, action: Callable[[], Result]) -> Result:
-        """Have the worker do something, and return what comes of it, or raise that."""
+        """Run a function in the worker thread, and return its result or raise its error."""
         request = ThreadCall(action)
         self._inbox.put(request)
         while not request.done.wait():
             if self.finished.is_open:
-                raise RentalError("the rental is over: nothing is rented any more")
+                raise RentalError("the rental has ended: call rent() again")
         if request.error is not None:
             raise request.error
         return request.result  # type: ignore[no-any-return]
 
     def note_orders(self, orders: list[Order]) -> None:
-        """Note which orders are there before the first purchase."""
+        """Record the orders that exist before the first purchase."""
         self._rental_orders.before = {order.id for order in orders if order.id is not None}
 
     def buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
         """Order a server.
 
         Parameters:
-            server: as it is listed.
-            price: in USD per hour, without fees.
-            arguments: of ``create_order``.
+            server: the server.
+            price: its price in USD per hour, without fees.
+            arguments: the arguments of ``create_order``.
         """
         return self.ask(lambda: self._buy(server, price, arguments))
 
     def end_order(self) -> BaseException | None:
-        """End the current order; None when that is confirmed, else what to tell the user."""
+        """End the current order. Return None if that is confirmed, else the error."""
         return self.ask(self._end_current)
 
     def keep(self) -> None:
-        """Leave the current order running."""
+        """Keep the current order running after the rental."""
         self.ask(self._keep)
 
     def told_price(self, usd_per_hour: float) -> None:
-        """Take the price that the current order shows."""
+        """Set the price of the current order, as the API shows it."""
         if self._current is not None:
             self._current.meter.correct(usd_per_hour)
 
     def check(self) -> None:
-        """Raise when the rental was ended from elsewhere."""
+        """Raise an error if a limit, a signal or the interpreter ends the rental."""
         if self.pid != os.getpid():
             return
         if not self.kept and self._current is not None and self._exceed():
-            self._inbox.put(None)  # the worker ends it: no network work here
+            self._inbox.put(None)  # wake the worker, which ends the order
         if self.exceeded is not None:
             raise self.budget_error()
         if self.signalled is None:
@@ -6423,22 +6518,22 @@ class RentalWorker:
         if self.signalled is not None:
             raise SignalExit(self.signalled)
         if _exiting:
-            raise RentalError("the interpreter is about to exit: nothing is rented any more")
+            raise RentalError("the interpreter is exiting, so the rental has ended")
 
     def leave(self, interrupted: bool) -> list[BaseException]:
-        """End the rental, and wait for that. Safe to repeat.
+        """End the rental, and wait until that is done. Safe to repeat.
 
-        The first interrupt meanwhile ends only the confirmation. The third within two seconds,
-        the one that the block was left by included, ends even the cancelling.
+        An interrupt during the wait skips the confirmation. The third interrupt within two seconds
+        stops the cancelling too; an interrupt that ended the block counts.
 
         Parameters:
-            interrupted: whether the block was left by an interrupt.
+            interrupted: whether an interrupt ended the block.
 
         Returns:
-            The interrupts that came meanwhile.
+            The interrupts during the wait.
         """
         self._begin_to_leave()
-        if not self._started:  # or this moment, and has bought nothing: it sees that it is left
+        if not self._started:  # nothing was bought; a thread that starts now ends at once
             return []
         caught: list[BaseException] = []
         times = self._interrupted_at
@@ -6458,9 +6553,9 @@ class RentalWorker:
         return caught
 
     def budget_error(self) -> BudgetExceededError:
-        """Make the error for a budget that is spent."""
+        """Make the error for a limit that is reached."""
         text, hours, cost, order_id = self.exceeded or ("", 0.0, 0.0, None)
-        # No more than is known: the cancel may take its time, or come too late to be seen here.
+        # The cancel may not be accepted yet.
         ended = self._current is None or self._current.accepted
         state = "was ended" if ended else "is being ended"
         return BudgetExceededError(
@@ -6475,7 +6570,7 @@ class RentalWorker:
         while True:
             try:
                 connection = self.connections.pop()
-            except IndexError:  # another thread may do the same
+            except IndexError:  # empty
                 return
             try:
                 connection.close()
@@ -6483,7 +6578,7 @@ class RentalWorker:
                 logger.debug("an SSH connection could not be closed: %s", error)
 
     def close(self) -> None:
-        """Close the connections, and handle signals no more."""
+        """Close the connections, and stop handling signals."""
         self.close_ssh()
         listen(self, None)
         if self._handling is not None:
@@ -6495,21 +6590,21 @@ class RentalWorker:
         self._inbox.put(None)
 
     def _abandon(self) -> None:
-        """Stop ending the rental: what may run is left to ``leftovers()``."""
+        """Stop the cleanup, and leave the orders to ``leftovers()``."""
         self._cleanup.abandoned = True
         left = list(self._rental_orders)
         for purchase in left:
             if purchase.entry is not None:
                 purchase.entry.abandoned = True
         ids = tuple(p.order_id for p in left if p.order_id is not None)
-        text = f"interrupted three times: {'; '.join(map(str, left))}: see leftovers()"
+        text = f"interrupted three times, and {'; '.join(map(str, left))}: call leftovers() later"
         if left:
             self.failure = (
                 CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
             )
 
     def _on_signal(self, signum: int) -> None:
-        # Within a signal handler: nothing here takes a lock.
+        # This runs in a signal handler, so it must not take a lock.
         if not self._main:
             self.signalled = signum
             self._inbox.put(None)
@@ -6533,10 +6628,10 @@ class RentalWorker:
         if not self._cleanup.abandoned:
             self.failure = failure or self.failure
         _open_rentals.pop(id(self), None)
-        if self._is_forgotten():  # then nobody else does this
+        if self._block_is_gone():  # __exit__ did not run
             self.close()
             if self.failure is not None:
-                logger.error("a rental whose block is gone: %s", self.failure)
+                logger.error("the end of an interrupted rental failed: %s", self.failure)
         self.finished.open()
 
     def _next_request(self) -> None:
@@ -6552,16 +6647,16 @@ class RentalWorker:
             request.run()
 
     def _taken(self) -> set[int | None]:
-        """Return the orders of all open rentals of this account in this process."""
+        """Return the order ids of all open rentals of this account in this process."""
         account = self._orders.claims
         workers = [w for w in list(_open_rentals.values()) if w._orders.claims is account]
         return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
     def _is_left(self) -> bool:
-        return self._cleanup.left_at is not None or self._is_forgotten()
+        return self._cleanup.left_at is not None or self._block_is_gone()
 
-    def _is_forgotten(self) -> bool:
-        """Whether the ``with`` statement, or the rental itself, is gone."""
+    def _block_is_gone(self) -> bool:
+        """Return whether the ``with`` statement or the rental no longer exists."""
         return any(holder() is None for holder in self._holders)
 
     def _must_end(self) -> bool:
@@ -6571,7 +6666,7 @@ class RentalWorker:
         return self.signalled is not None or self._exceed()
 
     def _exceed(self) -> bool:
-        """Whether it is over its budget; from the first time on, that stays so."""
+        """Check the limits, and return whether one was reached, now or before."""
         if self.exceeded is None and (text := self.budget.exceeded_by()) is not None:
             order_id = None if self._current is None else self._current.order_id
             self.exceeded = text, self.budget.hours, self.budget.cost_usd, order_id
@@ -6586,13 +6681,16 @@ class RentalWorker:
         try:
             order: Order = self._client.create_order(purchase.server_id, **arguments)
             if order.id is None:
-                raise OutcomeUnknownError("the answer to create_order names no order")
+                raise OutcomeUnknownError(
+                    "the response to create_order has no order id, so the order may exist: look at "
+                    "get_orders()"
+                )
         except DatabaseError:
             self._rental_orders.refused(purchase)
             self._current = None
             raise
         except SURELY_NO_ORDER as error:
-            # Of an unknown code, or an answer that is no envelope, nobody knows what it means.
+            # After an unknown code, or a response without one, the order may exist.
             if not isinstance(error, CloreAPIError) or error.code in ERROR_CODES:
                 self._rental_orders.forget(purchase)
                 self._current = None
@@ -6604,24 +6702,26 @@ class RentalWorker:
     def _keep(self) -> None:
         current = self._current
         if current is None or current.order_id is None or current.accepted:
-            raise RentalError("the order was ended already: it can't be kept")
+            raise RentalError("the order has ended already, so it can't be kept: rent again")
         self.kept = True
-        logger.info("order %d stays, on purpose", current.order_id)
+        logger.info(
+            "order %d is kept: it runs and costs money until it is cancelled", current.order_id
+        )
         self._rental_orders.keep(current)
 
     # --- the end ---
 
     def _end_early(self) -> None:
-        """End the current order while the block goes on."""
+        """End the current order before the end of the block."""
         current = self._current
         if current is None or current.order_id is None:
             return
-        # Beside the cancel, which may have to wait for an API that is down.
+        # In its own thread, because the cancel may have to wait for the API.
         threading.Thread(target=self.close_ssh, name="clore-rental-close", daemon=True).start()
         failure = self._cleanup.try_to_cancel(current, self._cleanup.deadline)
         if failure is not None:
             logger.error("order %d could not be cancelled: %s", current.order_id, failure)
-        self.close_ssh()  # one may have been opened meanwhile
+        self.close_ssh()  # the block may have opened another one
 
     def _end_current(self) -> BaseException | None:
         current, started = self._current, time.monotonic()
@@ -6638,34 +6738,34 @@ class RentalWorker:
 
 
 def _end_all() -> None:
-    """At the interpreter's exit: end the rentals of daemon threads, and of blocks never left."""
+    """End the rentals that are still open when the interpreter exits."""
     global _exiting
     _exiting = True
-    # One that was interrupted three times is not waited for a second time.
+    # After three interrupts, the user does not want to wait.
     workers = [w for w in list(_open_rentals.values()) if w.pid == os.getpid() and not w.abandoned]
     for worker in workers:
         worker._begin_to_leave()
     for worker in workers:
         worker.leave(interrupted=False)
         if worker.failure is not None:
-            logger.error("at exit: %s", worker.failure)
+            logger.error("the end of a rental at exit failed: %s", worker.failure)
 
 
 atexit.register(_end_all)
 
 if hasattr(os, "register_at_fork"):
-    # The rentals are the parent's.
+    # The rentals belong to the parent process.
     os.register_at_fork(after_in_child=_open_rentals.clear)
 
 
 # ==================================================================================================
 # rental.rental
 #
-# rent(): a server found, ordered, awaited, and given back whatever happens.
+# Rental, the context manager of ``rent()``: find, order, wait, and cancel at the end.
 # ==================================================================================================
 
 
-# After these the next candidate may be had.
+# After these errors, rent() tries the next server.
 NEXT_CANDIDATE = (
     ServerAlreadyRentedError,
     ServerOfflineError,
@@ -6676,11 +6776,11 @@ NEXT_CANDIDATE = (
 
 
 class _BlockExit:
-    """``Rental.__exit__``, as an object of its own for each ``with`` statement.
+    """A descriptor for ``Rental.__exit__`` that returns a new object to each ``with`` statement.
 
-    A ``with`` statement looks ``__exit__`` up before it enters, holds it, and lets go of it when
-    it is left, however that happens. So the worker sees by a weak reference when the block is
-    gone, also where an interrupt cuts ``__exit__`` short at its first line.
+    The ``with`` statement keeps that object until the block has ended in any way. The worker has a
+    weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
+    line.
     """
 
     def __get__(self, rental: Rental | None, owner: type[Rental]) -> Callable[..., None]:
@@ -6693,15 +6793,16 @@ class _BlockExit:
 
 
 class Rental:
-    """A server rented for the length of a ``with`` block; made by ``CloreClient.rent``.
+    """A server that is rented for the length of a ``with`` block; see ``CloreClient.rent``.
 
-    What costs money is done by a :class:`RentalWorker`, in a thread of its own. The thread that
-    enters the block looks for servers, and waits.
+    A worker thread, :class:`RentalWorker`, orders and cancels. The thread that runs the block looks
+    for servers, and waits.
 
     Attributes:
-        order: the order as it was when it started to run, with what was sent to get in.
+        order: the order as it was when it started to run, with its ``ssh_password`` if the client
+            generated one.
         server: the server as it was listed.
-        tried: (server id, why not) for each host that did not work.
+        tried: (server id, reason) for each server that did not work.
     """
 
     def __init__(
@@ -6715,7 +6816,7 @@ class Rental:
         self._orders = orders
         self._settings = settings
         self._folder = folder
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of the worker
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests to the worker
         self._block: weakref.ref[Any] | None = None
         self._worker: RentalWorker | None = None
         self._order: Order | None = None
@@ -6730,7 +6831,7 @@ class Rental:
             state = "kept"
         return f"<Rental of order {self._order.id if self._order else None}, {state}>"
 
-    # --- what a user asks it ---
+    # --- for users ---
 
     @property
     def order(self) -> Order:
@@ -6748,31 +6849,34 @@ class Rental:
 
     @property
     def hours(self) -> float:
-        """Hours since the first order of this rental; the larger of both clocks."""
+        """The hours since the first order of this rental."""
         return self._worker.budget.hours if self._worker else 0.0
 
     @property
     def cost_usd(self) -> float:
-        """USD that it has cost so far, with all fees and the hosts that did not work.
+        """The cost so far in USD, with fees, including servers that did not work.
 
-        By the price of the order, the rate that the listing implied, 5 % (spot: 1.25 %) on top,
-        and 0.10 USD from the tenth minute on. A bid that this client has changed counts from then
-        on. It counts from when the order was handed over to be sent, and stops when the cancel was
-        accepted.
+        It is an estimate from the price of the order, the exchange rate of the listing, a fee of
+        5 % (spot: 1.25 %), and 0.10 USD after ten minutes (fees as seen on the live API). It counts
+        from the send of the order until its cancel is accepted. A new bid of this client counts
+        from its time on.
         """
         return self._worker.budget.cost_usd if self._worker else 0.0
 
     def ssh(self, **options: Any) -> paramiko.SSHClient:
-        """A connection to the machine, closed at the end of the block. Needs paramiko.
+        """Open an SSH connection, which the end of the block closes. Needs paramiko.
 
         Parameters:
-            **options: for :meth:`CloreClient.connect_ssh`, as ``key_path=``.
+            **options: arguments of :meth:`CloreClient.connect_ssh`, for example ``key_path=``.
+
+        Returns:
+            A connected ``paramiko.SSHClient``.
         """
         worker = self._open_worker()
         try:
             connection = self._client.connect_ssh(self.order, **options)
         except Exception:
-            worker.check()  # it may have been ended meanwhile
+            worker.check()  # the rental may have ended
             raise
         worker.connections.append(connection)
         try:
@@ -6786,13 +6890,13 @@ class Rental:
         """Run a command on the machine, as :meth:`CloreClient.run` does. Needs paramiko.
 
         Parameters:
-            command: for the shell of the machine; a list of arguments is quoted.
-            **options: for :meth:`CloreClient.run`; those of a login count when it logs in for the
-                first time. That connection is kept until the end of the block.
+            command: a command for the machine's shell; a list of arguments is quoted.
+            **options: arguments of :meth:`CloreClient.run`. All calls share one connection, so
+                login arguments only have an effect in the first call.
 
         Raises:
             CommandError: the exit code was not 0.
-            BudgetExceededError: the rental was ended meanwhile.
+            BudgetExceededError: the rental has reached a limit, and has ended.
         """
         return self._over_ssh(self._client.run, (command,), options)  # type: ignore[no-any-return]
 
@@ -6818,18 +6922,23 @@ class Rental:
             worker.check()
 
     def keep(self) -> Order:
-        """Leave the order running, on purpose: the end of the block does nothing any more.
+        """Keep the order running after the end of the block, until you cancel it.
 
-        Neither budget nor signals end it from here on.
+        Limits and signals don't end it any more.
+
+        Returns:
+            The :class:`Order`.
         """
         worker, order = self._open_worker(), self.order
         if worker.finished.is_open:
-            raise RentalError(f"order {order.id} was ended already: it can't be kept")
+            raise RentalError(
+                f"order {order.id} has ended already, so it can't be kept: rent again"
+            )
         worker.keep()
         return order
 
     def _open_worker(self) -> RentalWorker:
-        """The worker, where the rental was not ended from elsewhere."""
+        """Return the worker, or raise an error if the rental has ended."""
         if self._worker is None:
             raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
         self._worker.check()
@@ -6848,7 +6957,7 @@ class Rental:
         )
         try:
             self._worker.start()
-            self._walk(self._worker)
+            self._try_servers(self._worker)
         except BaseException as error:
             self._leave(type(error), error)
             raise
@@ -6862,25 +6971,25 @@ class Rental:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        """Give the server back, and raise what the user must know beyond ``error``."""
+        """End the rental, and raise what the user must know beyond ``error``."""
         worker = self._worker
         if worker is None or worker.pid != os.getpid():
-            return  # a forked child: the order is its parent's
+            return  # in a forked child, the order belongs to the parent
         interrupts: list[BaseException] = []
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         while not worker.closed:
             try:
                 interrupts += worker.leave(interrupted)
                 worker.close()
-            except (KeyboardInterrupt, SystemExit) as late:  # between two lines of these
+            except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
                 interrupts.append(late)
                 interrupted = True
         self._shell = None
         _raise_beyond(error, worker, interrupts)
 
-    # --- the walk ---
+    # --- servers ---
 
-    def _walk(self, worker: RentalWorker) -> None:
+    def _try_servers(self, worker: RentalWorker) -> None:
         settings, client = self._settings, self._client
         worker.note_orders(client.get_orders())
         servers, nothing = candidates(client, settings)
@@ -6898,13 +7007,13 @@ class Rental:
         )
 
     def _try(self, worker: RentalWorker, server: Server) -> str | None:
-        """Rent a server; None when it runs, else why it did not work."""
+        """Rent a server. Return None if it runs, else the reason why it does not work."""
         try:
             order = self._buy(worker, server)
         except NEXT_CANDIDATE as error:
             return str(error)
         self._order, self._server = order, server
-        reason = self._too_dear(worker, order, server) or self._deploy(worker, order, server)
+        reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
         if reason is None:
             return None
         worker.check()
@@ -6920,12 +7029,12 @@ class Rental:
         arguments = {**settings.order_arguments, "find_timeout": settings.find_timeout}
         if settings.spot:
             arguments["spot_price"] = price
-            # The rate for the bid, now: what is asked for later would count as time that costs.
+            # Read the exchange rate now, because the cost counts from the purchase on.
             self._client.get_spot_market(server.id or 0)
         return worker.buy(server, price, arguments)
 
     def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
-        """Wait until an order runs; None then, else why it does not."""
+        """Wait until an order runs. Return None, or the reason why it does not."""
         settings = self._settings
         try:
             running: Order = self._client.wait_for_order(
@@ -6936,29 +7045,29 @@ class Rental:
         if "ssh_password" in order:
             running["ssh_password"] = order["ssh_password"]
         self._order = running
-        reason = self._too_dear(worker, running, server)
+        reason = self._over_limit(worker, running, server)
         if reason is None:
             worker.check()
         return reason
 
-    def _too_dear(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
+    def _over_limit(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         price = shown_usd(order, server, self._settings.currency)
         if price is not None:
             worker.told_price(price)
         if not self._settings.over(price):
             return None
-        return f"order {order.id} costs {price:.4g} USD per hour, over the limit"
+        return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
 
 
 def _raise_beyond(
     error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
 ) -> None:
-    """Raise what the user must know beyond the exception that a block was left by.
+    """Raise what the user must know beyond the exception of the block.
 
     Parameters:
-        error: that exception.
-        worker: which has ended the rental, or was interrupted.
-        interrupts: what came while it was ended.
+        error: the exception of the block, or None.
+        worker: the worker, which has ended the rental or was interrupted.
+        interrupts: the interrupts during the end of the rental.
     """
     failure = worker.failure
     note = None if failure is None else str(failure)
@@ -11536,7 +11645,7 @@ class _Link:
 # ==================================================================================================
 # client
 #
-# CloreClient: a thin method for each thing that a renter does.
+# CloreClient, with one method for each task.
 # ==================================================================================================
 
 
@@ -11548,42 +11657,45 @@ Progress = Callable[[str, int, int], object]
 class CloreClient(HTTPClient):
     """A client for the Clore.ai GPU marketplace.
 
-    Every answer comes in the documented form, whatever the API sends: prices in USD per hour,
+    Records come in the documented form, whatever form the API sends: prices in USD per hour,
     reliability from 0 to 100, an ``order_id`` and a ``status`` for each order.
 
-    Requests with the same key keep ``rate_limit`` seconds between them, in all threads and clients
-    of the process, and ``create_order`` keeps ``create_order_interval`` besides. One exchange takes
-    three times ``timeout`` at most, however slowly its answer drips. One call is sent
-    ``max_retries`` times at most. Sent again after a lost or broken answer are reads,
-    ``cancel_order``, ``cancel_orders`` and ``set_spot_price``; every other POST only when it never
-    left this machine, or was refused for its pace. Between two sends lies an exponential backoff
-    with full jitter, or what the API asks for in ``Retry-After``; over 60 seconds of that are a
-    :class:`RateLimitError` and not a sleep. Cancels, and the reads that belong to them, leave
-    whatever the API asks for, at pauses of 1, 2, 4 ... 30 seconds.
+    Requests with the same key are at least ``rate_limit`` seconds apart, across all threads and
+    clients of the process, and orders at least ``create_order_interval`` seconds. One request
+    takes at most three times ``timeout``, even when its response arrives slowly.
+
+    One call sends its request at most ``max_retries`` times. After a lost or broken response, only
+    reads, ``cancel_order``, ``cancel_orders`` and ``set_spot_price`` are retried. Any other POST is
+    retried only when it never left this machine, or when it hit the API's rate limit. The client
+    waits between retries: an exponential backoff with full jitter, or the pause that the API asks
+    for in ``Retry-After``. A pause of more than 60 seconds raises :class:`RateLimitError` at once.
+    Cancels, and the reads that confirm them, ignore that pause and wait 1, 2, 4 ... 30 seconds.
 
     Parameters:
-        api_key: sent as the header ``auth``. None or ``""``: the environment variable
-            ``CLORE_API_KEY``, then ``~/.clore/config.json``, else no key, with which only the
+        api_key: sent as the header ``auth``. With None or ``""``, the client takes the environment
+            variable ``CLORE_API_KEY``, then ``~/.clore/config.json``. Without a key, only the
             marketplace can be read.
-        timeout: seconds for one HTTP exchange, a number or a ``(connect, read)`` pair.
-        rate_limit: smallest number of seconds between two requests with the same key in this
-            process. The API allows one a second.
-        max_retries: how many times one call is sent at most, the first included; at least 1.
-        base_url: None: the environment variable ``CLORE_BASE_URL``, else the class attribute
-            ``BASE_URL``. A key goes out over https only, or to a loopback address.
-        create_order_interval: seconds between two ``create_order``; the API allows one in five.
-        backoff: seconds that the first backoff has at most; it doubles with each send.
-        max_backoff: seconds that any backoff has at most.
-        user_agent: added to the User-Agent, as ``"my-tool/1.0"``.
-        max_usd_per_hour: refuse every order and bid over this, before anything is sent.
-        max_active_orders: refuse an order when so many are active.
-        state_dir: where :meth:`rent` notes what it rents, for :meth:`leftovers`; None: nowhere.
-        max_response_mb: megabytes, decoded, that an answer may have; a larger one is an error.
-        order_lag: seconds for which the order lists may lag behind a change (up to 20, seen on the
-            live API). Only after that long does an order count as gone because no list has it.
+        timeout: seconds for one request, as a number or a ``(connect, read)`` pair.
+        rate_limit: the smallest number of seconds between two requests with the same key in this
+            process. The API allows one request per second (seen on the live API).
+        max_retries: how many times one request is sent at most, including the first; at least 1.
+        base_url: with None, the client takes the environment variable ``CLORE_BASE_URL``, then the
+            class attribute ``BASE_URL``. A key is sent over https only, or to a loopback address.
+        create_order_interval: seconds between two orders. The API allows one in five seconds (seen
+            on the live API).
+        backoff: the longest first backoff, in seconds; it doubles with each retry.
+        max_backoff: the longest backoff, in seconds.
+        user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
+        max_usd_per_hour: refuse every order and bid above this price, before it is sent.
+        max_active_orders: refuse a new order when this many are active.
+        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`; None
+            turns that off.
+        max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
+        order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
+            live API). An order that is in no list counts as ended only after that time.
 
     Raises:
-        ConfigurationError: a key, a base URL or a settings file that can't be used.
+        ConfigurationError: a key, a base URL or a settings file can't be used.
 
     Example:
         >>> with CloreClient() as client:
@@ -11612,7 +11724,7 @@ class CloreClient(HTTPClient):
         max_response_mb: float = 64.0,
         order_lag: float = 20.0,
     ) -> None:
-        api_key = Secret.of(api_key)  # what fails below shows its variables to error reporters
+        api_key = Secret.of(api_key)  # error reporters show local variables
         super().__init__(
             api_key,
             timeout,
@@ -11635,10 +11747,10 @@ class CloreClient(HTTPClient):
         self._state_dir = check_state_dir("state_dir", state_dir)
         self._market = Market(self)
         self._orders = AccountOrders(self, self._market)
-        self._ssh_access: SSHAccess | None = None  # made when it is used, with paramiko
+        self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
     def __copy__(self: C) -> C:
-        """Return a client of its own with the same settings and key, that knows the same orders."""
+        """Return another client with the same settings and key, and the same known orders."""
         twin = super().__copy__()
         twin._market = Market(twin)
         twin._orders = self._orders.shared_with(twin, twin._market)
@@ -11657,13 +11769,13 @@ class CloreClient(HTTPClient):
 
     @classmethod
     def from_env(cls: type[C], **options: Any) -> C:
-        """A client whose key must come from the environment or the official tools' file.
+        """Return a client with the key from the environment or the official tools' file.
 
         Parameters:
-            **options: for the client, all but ``api_key``.
+            **options: arguments of the client, except ``api_key``.
 
         Raises:
-            ConfigurationError: there is no key, or one that can't be used; says where it looked.
+            ConfigurationError: no key was found, or it can't be used. The error names the places.
 
         Example:
             >>> client = CloreClient.from_env(timeout=10)
@@ -11674,7 +11786,12 @@ class CloreClient(HTTPClient):
         return cls(**options)
 
     def describe(self) -> str:
-        """Where the key and the base URL come from, of the key its last four characters at most.
+        """Return a text that says where the key and the base URL come from.
+
+        It shows at most the last four characters of the key.
+
+        Returns:
+            Two lines, one for the key and one for the base URL.
 
         Example:
             >>> print(client.describe())
@@ -11698,14 +11815,14 @@ class CloreClient(HTTPClient):
     # --- wallets ---
 
     def get_wallets(self) -> list[Wallet]:
-        """The wallets of the account.
+        """Return the wallets of the account.
 
         Returns:
             A list of :class:`Wallet`: ``name``, ``balance`` (in its currency, may be None),
             ``deposit_address``.
 
         Raises:
-            CloreAPIError, CloreConnectionError: see the README, "Errors".
+            CloreAPIError, CloreConnectionError: the request failed; see the README, "Errors".
 
         Example:
             >>> [wallet["name"] for wallet in client.get_wallets()]
@@ -11714,13 +11831,13 @@ class CloreClient(HTTPClient):
         return to_wallets(self._request("GET", "/v1/wallets"))
 
     def get_balance(self, currency: str = "CLORE-Blockchain") -> float:
-        """The balance of one wallet, in its currency.
+        """Return the balance of one wallet, in its currency.
 
         Parameters:
             currency: part of the wallet's name, in any case, or ``BTC``, ``CLORE``, ``USD``.
 
         Returns:
-            The balance of the first wallet that fits; 0.0 where there is none or it is null.
+            The balance of the first wallet that matches; 0.0 if none matches or it has no balance.
 
         Example:
             >>> client.get_balance("USD")
@@ -11736,10 +11853,10 @@ class CloreClient(HTTPClient):
     # --- the marketplace ---
 
     def get_marketplace(self, include_rented: bool = False) -> list[Server]:
-        """The servers of the marketplace, as the API lists them. Needs no key.
+        """Return the servers of the marketplace, in the API's order. Needs no key.
 
         Parameters:
-            include_rented: also those that somebody rents now.
+            include_rented: include the servers that are rented now.
 
         Returns:
             A list of :class:`Server`: ``id``, ``gpu_array``, ``price`` (under ``usd`` in USD per
@@ -11759,23 +11876,23 @@ class CloreClient(HTTPClient):
         min_reliability: float = 0.0,
         use_spot: bool = False,
     ) -> list[Server]:
-        """Servers that can be rented now, the cheapest first, equal ones as the API lists them.
+        """Return the servers that can be rented now, the cheapest first.
 
-        A price that is missing, null or not above 0 is no price: such a server comes last, and
-        never passes a price limit. Fees come on top of the prices: 5 % on demand, 1.25 % spot
-        (seen on the live API).
+        Servers with the same price keep the API's order. A server without a price, or with one that
+        is not above 0, comes last and never passes a price limit. The API adds fees to the prices:
+        5 % on demand, 1.25 % spot (seen on the live API).
 
         Parameters:
             gpu_type: part of a GPU's name, in any case: ``"4090"``, ``"rtx 3080"``.
-            max_price_usd: USD per hour.
-            min_reliability: 0 to 100.
-            use_spot: filter and sort by the lowest spot bid that the host takes.
+            max_price_usd: the highest price, in USD per hour.
+            min_reliability: the lowest reliability, 0 to 100.
+            use_spot: filter and sort by the lowest spot bid that the host accepts.
 
         Returns:
-            A list of :class:`Server`, maybe empty.
+            A list of :class:`Server`, which may be empty.
 
         Raises:
-            ValueError, TypeError: an argument can't be right; nothing was sent.
+            ValueError, TypeError: an argument is not valid; nothing was sent.
 
         Example:
             >>> client.find_servers("RTX 4090", max_price_usd=0.5, min_reliability=95)[0].gpu_name
@@ -11788,7 +11905,7 @@ class CloreClient(HTTPClient):
         check_number("min_reliability", min_reliability, maximum=100.0)
         if 0 < min_reliability <= 1:
             logger.warning(
-                "min_reliability counts from 0 to 100: %g is next to none", min_reliability
+                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
             )
         check_bool("use_spot", use_spot)
         fitting = to_servers(
@@ -11807,7 +11924,10 @@ class CloreClient(HTTPClient):
         min_reliability: float = 0.0,
         use_spot: bool = False,
     ) -> Server | None:
-        """The first of :meth:`find_servers`, or None where none fits. Same parameters.
+        """Return the first server of :meth:`find_servers`, which takes the same parameters.
+
+        Returns:
+            A :class:`Server`, or None if no server fits.
 
         Example:
             >>> client.find_cheapest("RTX 4090").usd_per_hour
@@ -11819,10 +11939,10 @@ class CloreClient(HTTPClient):
     # --- orders ---
 
     def get_orders(self, include_completed: bool = False) -> list[Order]:
-        """The orders of the account.
+        """Return the orders of the account.
 
         Parameters:
-            include_completed: also those that have ended.
+            include_completed: include the orders that have ended.
 
         Returns:
             A list of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
@@ -11836,17 +11956,16 @@ class CloreClient(HTTPClient):
         return orders if include_completed else [o for o in orders if not o.has_ended]
 
     def get_order(self, order_id: int) -> Order | None:
-        """One order, active or ended.
+        """Return one order, active or ended.
 
-        The list of ended orders, which grows with the account's history, is read only when the
-        order is not among the active ones.
+        The list of ended orders can be long, so it is read only if the order is not active.
 
         Parameters:
-            order_id: its number.
+            order_id: the number of the order.
 
         Returns:
-            An :class:`Order`, or None where the account has none of that number (or the API does
-            not show it yet: that takes up to 20 seconds after ``create_order``).
+            An :class:`Order`, or None if the lists do not have it. A new order can take up to 20
+            seconds to show up (seen on the live API).
 
         Example:
             >>> client.get_order(1958009).ssh_command
@@ -11871,40 +11990,41 @@ class CloreClient(HTTPClient):
         allow_above_on_demand: bool = False,
         preview: bool = False,
     ) -> Order:
-        """Rent a server. It costs money from here on, until :meth:`cancel_order`.
+        """Rent a server. It costs money from now on, until :meth:`cancel_order`.
 
-        Sent at most once, unless it surely had no effect. The live API answers without an order
-        id, and sometimes an answer is lost: the order is then looked up in ``my_orders``.
+        The request is sent once, and again only if it cannot have had an effect. The live API
+        returns no order id, and a response can be lost; the client then finds the order in the
+        list of orders.
 
         Parameters:
             server_id: the ``id`` of a server.
             image: a Docker image.
             order_type: ``"on-demand"`` or ``"spot"``.
-            currency: what to pay with: the API's name, or ``BTC``, ``CLORE``, ``USD``.
+            currency: the currency to pay with: the API's name, or ``BTC``, ``CLORE``, ``USD``.
             ports: container port -> ``"tcp"`` or ``"http"``; default ``{"22": "tcp"}``.
             env: environment variables; default ``{"NVIDIA_VISIBLE_DEVICES": "all"}``.
-            ssh_password: at most 32 characters. With neither this nor ``ssh_key``, one is made up
-                and stands in the result as ``ssh_password``.
-            ssh_key: a public key, as the ``.pub`` file holds it; at most 3072 characters.
+            ssh_password: at most 32 characters. Without it and without ``ssh_key``, the client
+                generates a password and returns it as ``ssh_password`` of the order.
+            ssh_key: a public key, the content of a ``.pub`` file; at most 3072 characters.
             spot_price: the bid for ``order_type="spot"``, in **USD per hour**.
             jupyter_token: at most 32 characters.
-            find_timeout: seconds that the order may take to show up.
+            find_timeout: seconds to wait for the order to show up.
             allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
-            preview: send nothing, and return what would be sent: an :class:`Order` with only
-                ``body`` and ``usd_per_hour`` (by today's listing, or of the bid; None if unknown).
+            preview: send no order, and return what would be sent: an :class:`Order` with only
+                ``body`` and ``usd_per_hour`` (the listed price or the bid; None if unknown).
 
         Returns:
-            An :class:`Order` that also carries ``code`` (0).
+            An :class:`Order` that also has ``code`` (0).
 
         Raises:
-            OrderOutcomeUnknownError: an order may or may not have been made, or it can't be told
-                which one it is: look at :meth:`get_orders` before ordering again. What was sent
-                to get in stands in its ``credentials``.
+            OrderOutcomeUnknownError: the order may or may not exist, or several orders could be
+                it. Look at :meth:`get_orders` before you order again. ``credentials`` has the
+                password, key and token that were sent.
             ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
-            BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused.
-            SpendingLimitError: a ceiling of the client does not allow it; nothing was sent.
-            RateUnknownError: a bid could not be converted; nothing was sent.
-            ValueError, TypeError: an argument can't be right; nothing was sent.
+            BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused the order.
+            SpendingLimitError: a limit of the client does not allow it; no order was sent.
+            RateUnknownError: the bid could not be converted; no order was sent.
+            ValueError, TypeError: an argument is not valid; no order was sent.
 
         Example:
             >>> order = client.create_order(99173, currency="USD")
@@ -11940,27 +12060,28 @@ class CloreClient(HTTPClient):
         confirm_timeout: float = 60.0,
         settle_timeout: float | None = None,
     ) -> bool:
-        """End an order: it costs nothing from here on. Safe to repeat.
+        """Cancel an order, so that it costs nothing from now on. Safe to repeat.
 
-        What the API answers for an order that has ended is not known: after a refusal or a doubt
-        the order lists decide, and the cancel is sent again. That an order is in no list for a
-        moment does not mean that it has ended.
+        If the API refuses, or the response is lost, the client checks the order lists and sends the
+        cancel again. An order that is missing from the lists only for a moment has not ended.
 
         Parameters:
-            order_id: its number.
-            issue: what was wrong with the server; cut at 2048 characters.
-            confirm: wait until it is listed as ended, or in no list for ``order_lag`` seconds.
-            confirm_timeout: seconds for that.
-            settle_timeout: seconds for which that is tried after a refusal or a doubt (30 by
-                default); 0 looks once, for those who rather cancel again.
+            order_id: the number of the order.
+            issue: a report of what was wrong with the server; cut at 2048 characters.
+            confirm: wait until the order is listed as ended, or missing from all lists for
+                ``order_lag`` seconds.
+            confirm_timeout: seconds to wait for that.
+            settle_timeout: seconds to keep trying after a refusal or a lost response (default 30);
+                0 checks the lists once.
 
         Returns:
-            True, also when it had ended before.
+            True, also if the order had already ended.
 
         Raises:
             OrderNotFoundError: the account has no such order.
-            CancelUnconfirmedError: the order may still be running; ``order_ids`` has it.
-            CloreError: so it may, too; nothing was sent, or the API refused key or pace.
+            CancelUnconfirmedError: the order may still be running; ``order_ids`` has its number.
+            CloreError: the request was not sent, or the API refused the key or the rate. The order
+                may still be running.
 
         Example:
             >>> client.cancel_order(1958009)
@@ -11981,17 +12102,17 @@ class CloreClient(HTTPClient):
         return True
 
     def cancel_all(self, *, confirm: bool = True, confirm_timeout: float = 60.0) -> list[int]:
-        """End every active order of the account, whoever made it.
+        """Cancel every active order of the account, also those of other programs.
 
         Parameters:
-            confirm: wait until they have left the active ones, or are expired.
-            confirm_timeout: seconds for that.
+            confirm: wait until the orders have ended, as in :meth:`cancel_order`.
+            confirm_timeout: seconds to wait for that.
 
         Returns:
             The ids of the orders that were active.
 
         Raises:
-            CancelUnconfirmedError: some may still be running; ``order_ids`` names them.
+            CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
 
         Example:
             >>> client.cancel_all()
@@ -12002,13 +12123,13 @@ class CloreClient(HTTPClient):
         return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
-        """End several orders, with one API call for each 64 of them.
+        """Cancel several orders, with one API call for every 64 of them.
 
         Parameters:
-            order_ids: their numbers; with none, nothing is sent.
+            order_ids: the numbers of the orders; if empty, nothing is sent.
 
         Returns:
-            The envelope; the ids that failed stand under ``failed_to_cancel``.
+            The API's response as a dict, with the ids that failed in ``failed_to_cancel``.
 
         Example:
             >>> client.cancel_orders([1958009, 1958010])["failed_to_cancel"]
@@ -12027,26 +12148,26 @@ class CloreClient(HTTPClient):
     ) -> Order:
         """Wait until an order has a status.
 
-        A new order shows up 2 to 20 seconds after it was made and mostly runs after 30 to 120
-        (seen on the live API). A poll that fails is borne. When the time is out the order is not
-        cancelled: it may still be running, and cost money.
+        A new order shows up after 2 to 20 seconds and usually runs after 30 to 120 (seen on the
+        live API). A poll that fails is repeated. The order is not cancelled after a timeout: it may
+        still be running, and cost money.
 
         Parameters:
-            order_id: its number.
-            timeout: seconds; ``float("inf")`` waits for ever.
-            poll_interval: seconds between two looks.
+            order_id: the number of the order.
+            timeout: seconds; ``float("inf")`` waits forever.
+            poll_interval: seconds between two polls.
             target_status: ``"running"``, ``"creating"``, ``"cancelled"`` or ``"expired"``; the
-                last two meet each other.
-            on_update: called after each look with the :class:`Order`, or None while it does not
-                show; what it raises ends the wait.
+                last two count as the same.
+            on_update: called after each poll with the :class:`Order`, or None while it is in no
+                list. An exception that it raises ends the wait.
 
         Returns:
-            The :class:`Order`, with that status.
+            The :class:`Order` with that status.
 
         Raises:
-            OrderEndedError: it ended meanwhile.
-            WaitTimeoutError: it did not get there in time; a ``TimeoutError``. ``reason`` tells
-                whether it never showed up, or is still creating.
+            OrderEndedError: the order ended before it had the status.
+            WaitTimeoutError: it did not have the status in time; also a ``TimeoutError``.
+                ``reason`` says if it never showed up or is still creating.
 
         Example:
             >>> client.wait_for_order(1958009, timeout=120).ssh_command
@@ -12088,48 +12209,52 @@ class CloreClient(HTTPClient):
         max_hours: float | None = None,
         max_cost_usd: float | None = None,
     ) -> Rental:
-        """A server for the length of a ``with`` block: found, ordered, awaited, and given back.
+        """Rent a server for the length of a ``with`` block, and cancel the order at its end.
 
-        The cheapest server that fits is ordered. One that is rented away, offline, refuses the
-        currency or is refused with code 1 gives way to the next, and so does an order that shows a
-        price over the limit or does not run in time, once it is confirmed to have ended. However
-        the block is left - also by Ctrl-C, by SIGTERM, SIGHUP or the interpreter's exit - the order
-        is cancelled, and that it has ended is confirmed. A second Ctrl-C ends only the
-        confirmation, three within two seconds end even the cancelling. What a killed process
-        leaves, :meth:`leftovers` finds.
+        The client orders the cheapest server that fits, and waits until it runs. It tries the next
+        server if one was just rented by somebody else, is offline, does not accept the currency or
+        is refused with code 1. It also tries the next one if an order costs more than the limit or
+        does not run in time; it first confirms that this order has ended.
 
-        A thread of the rental orders, cancels and confirms, as no signal interrupts it. After code
-        1 it goes on looking for an order that was made all the same, and ends that one.
+        The order is cancelled, and its end confirmed, when the block ends in any way: also by
+        Ctrl-C, SIGTERM, SIGHUP or the exit of the interpreter. A second Ctrl-C skips the
+        confirmation. Three within two seconds stop the cancelling too. After a killed process,
+        :meth:`leftovers` finds the orders that still run.
 
-        ``max_hours`` and ``max_cost_usd`` are kept by a thread of this process: it cancels the
-        order and closes the rental's SSH connections. Code of the block that is busy elsewhere is
-        not interrupted, and nothing keeps them while the process is dead or the machine asleep.
+        A worker thread orders, cancels and confirms, because signals do not interrupt it. After
+        code 1, an order may exist all the same: the worker looks for it, and cancels it.
+
+        The worker also checks ``max_hours`` and ``max_cost_usd``: it cancels the order and closes
+        the rental's SSH connections. It does not interrupt other code in the block, and it can do
+        nothing while the process is dead or the machine is asleep.
 
         Parameters:
             gpu_type, min_reliability, use_spot: as for :meth:`find_servers`.
-            max_price_usd: USD per hour when paid in ``currency``, without fees.
-            server_id: only this server.
+            max_price_usd: the highest price in USD per hour when paid in ``currency``, without
+                fees.
+            server_id: try only this server.
             image, currency, ports, env, ssh_password, ssh_key, jupyter_token, find_timeout: as for
                 :meth:`create_order`.
-            spot_price: the bid in USD per hour for ``use_spot``; default the lowest that the host
-                takes.
-            attempts: how many servers are tried at most.
-            deploy_timeout: seconds that each may take to run.
-            poll_interval: seconds between two looks.
-            cancel_timeout: seconds for which the cancel is kept up, whatever ``max_retries`` is,
-                and then again at most for its confirmation.
-            max_hours: hours after which the rental is ended.
-            max_cost_usd: USD of cost, fees included, at which it is ended.
+            spot_price: the bid for ``use_spot``, in USD per hour; default the lowest that the host
+                accepts.
+            attempts: how many servers to try at most.
+            deploy_timeout: seconds to wait until an order runs.
+            poll_interval: seconds between two polls.
+            cancel_timeout: seconds to keep sending the cancel, independent of ``max_retries``, and
+                at most as many seconds to confirm the end.
+            max_hours: hours after which the rental ends.
+            max_cost_usd: cost in USD, with fees, at which the rental ends.
 
         Returns:
-            A :class:`Rental`, which orders when it is entered: ``order``, ``server``,
+            A :class:`Rental`, which orders when its block begins: ``order``, ``server``,
             ``cost_usd``, ``ssh()``, ``run()``, ``keep()``.
 
         Raises:
-            RentalError: no server worked; ``tried`` tells why for each.
+            RentalError: no server worked; ``tried`` has the reason for each.
             CancelUnconfirmedError: an order may still be running.
-            OrderOutcomeUnknownError: an order may have been made.
-            BudgetExceededError: by calls of the rental, and when the block is left.
+            OrderOutcomeUnknownError: an order may or may not exist.
+            BudgetExceededError: a limit is reached; raised by calls of the rental and at the end
+                of the block.
 
         Example:
             >>> with client.rent("RTX 4090", max_price_usd=0.40, max_hours=2) as rental:
@@ -12162,14 +12287,14 @@ class CloreClient(HTTPClient):
         return Rental(self, self._orders, settings, state_folder(self._state_dir))
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
-        """What rentals of dead processes have left running on this account.
+        """Find the orders that rentals of dead processes left running on this account.
 
         Parameters:
-            wait: seconds for which an order that was sent a moment ago may not be listed yet.
+            wait: seconds to wait for an order that was just sent and may not be listed yet.
 
         Returns:
-            :class:`Leftovers`: ``abandoned`` (of this machine), and apart from them ``elsewhere``
-            (entries of other machines) and ``unnoted`` (active orders without an entry).
+            :class:`Leftovers`: ``abandoned`` (orders of this machine), ``elsewhere`` (orders of
+            other machines) and ``unnoted`` (active orders that are not in the journal).
 
         Example:
             >>> client.leftovers().abandoned
@@ -12180,17 +12305,17 @@ class CloreClient(HTTPClient):
         return limited(lambda: find_leftovers(self._orders, folder, wait), urgent=True)
 
     def cancel_leftovers(self, *, wait: float = 30.0, cancel_timeout: float = 300.0) -> list[int]:
-        """End what :meth:`leftovers` lists as ``abandoned``, and nothing else.
+        """Cancel the orders that :meth:`leftovers` lists as ``abandoned``, and no others.
 
         Parameters:
             wait: as for :meth:`leftovers`.
-            cancel_timeout: seconds for which each cancel is kept up.
+            cancel_timeout: seconds to keep sending each cancel.
 
         Returns:
-            The ids of the orders, which are confirmed to have ended.
+            The ids of the orders, which have confirmed ended.
 
         Raises:
-            CancelUnconfirmedError: some may still be running; ``order_ids`` names them.
+            CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
 
         Example:
             >>> client.cancel_leftovers()
@@ -12205,14 +12330,14 @@ class CloreClient(HTTPClient):
 
     @staticmethod
     def handle_signals() -> SignalHandling:
-        """Let SIGTERM and SIGHUP end the rentals of all threads; to be called in the main thread.
+        """Let SIGTERM and SIGHUP end the rentals of all threads. Call it in the main thread.
 
-        They then raise :class:`SignalExit`, a ``SystemExit``, in the main thread. The first rental
-        does the same by itself, where it is entered in the main thread. A signal that has a handler
-        or is ignored stays as it is.
+        The signals then raise :class:`SignalExit`, a ``SystemExit``, in the main thread. The first
+        rental that begins in the main thread does the same, without this call. A signal that
+        already has a handler, or is ignored, stays as it is.
 
         Returns:
-            A context manager whose end, or ``close()``, restores what was before.
+            A context manager; its end, or ``close()``, restores the former handlers.
 
         Example:
             >>> with client.handle_signals():
@@ -12223,14 +12348,15 @@ class CloreClient(HTTPClient):
     # --- the spot market ---
 
     def get_spot_market(self, server_id: int) -> dict[str, Any]:
-        """The offers for a server on the spot market.
+        """Return the offers for a server on the spot market.
 
         Parameters:
             server_id: the ``id`` of a server.
 
         Returns:
-            The envelope, with ``market``. Each of its ``offers`` also carries ``usd_per_hour``
-            (None where the rate is missing); its ``bid`` is per day in its ``currency``.
+            The API's response as a dict, with ``market``. Each of its ``offers`` also has
+            ``usd_per_hour`` (None if there is no exchange rate). Its ``bid`` is per day, in its
+            ``currency`` (seen on the live API).
 
         Example:
             >>> client.get_spot_market(99173)["market"]["offers"][0]["usd_per_hour"]
@@ -12243,23 +12369,24 @@ class CloreClient(HTTPClient):
     ) -> bool:
         """Change the bid of a spot order.
 
-        The API lets a bid be lowered once in 600 seconds, and by one step.
+        The live API lets you lower a bid once in 600 seconds, by a limited step.
 
         Parameters:
-            order_id: its number.
-            new_price: **USD per hour**.
+            order_id: the number of the order.
+            new_price: the new bid, in **USD per hour**.
             allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
 
         Returns:
-            True when the answer carries no ``error``.
+            True if the response has no ``error``.
 
         Raises:
-            OrderNotFoundError: the account has no such order; nothing was sent.
-            SpotPriceTooSoonError: lowered too soon; ``retry_after`` says when again.
-            SpotPriceStepError: lowered by too much; ``max_step`` says by how much at most, in the
-                order's currency per day.
-            BidTooLowError: under what the host takes.
-            RateUnknownError: the bid could not be converted; nothing was sent.
+            OrderNotFoundError: the account has no such order; no bid was sent.
+            SpotPriceTooSoonError: the bid was lowered too soon; ``retry_after`` has the seconds to
+                wait.
+            SpotPriceStepError: the bid was lowered by too much; ``max_step`` has the largest step,
+                in the order's currency per day.
+            BidTooLowError: the bid is lower than the host accepts.
+            RateUnknownError: the bid could not be converted; no bid was sent.
 
         Example:
             >>> client.set_spot_price(1958009, 0.08)
@@ -12278,19 +12405,17 @@ class CloreClient(HTTPClient):
             self._ssh_access = SSHAccess(self, self._orders, state_folder(self._state_dir))
         return self._ssh_access
 
-    # --- getting in ---
-
     @staticmethod
     def parse_ssh_connection(order: Any) -> dict[str, Any]:
-        """Where to log in, from an order's ``connection.ssh``. Never raises.
+        """Parse the host, port and user from an order's ``connection.ssh``. Never raises.
 
         Parameters:
             order: an order in the documented form.
 
         Returns:
-            ``{"host", "port", "user", "raw"}``: ``""``, 22 and ``"root"`` where it does not say,
-            and the string as it came. A host or user that is not a plain name or address counts
-            as none.
+            ``{"host", "port", "user", "raw"}``; ``raw`` is the unchanged string. Missing parts are
+            ``""``, 22 and ``"root"``. A host or user that is not a plain name or address counts as
+            missing.
 
         Example:
             >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
@@ -12309,31 +12434,31 @@ class CloreClient(HTTPClient):
         timeout: float = 30.0,
         host_key: str = "pin",
     ) -> paramiko.SSHClient:
-        """Log in to the machine of a running order. Needs paramiko.
+        """Log in to the machine of a running order over SSH. Needs paramiko.
 
-        A password wins over ``key_path``. With neither: the password that stands in the order, or
-        that this client sent with it; else the SSH agent and the user's default keys. The agent
-        is never forwarded, nor is X11.
+        A password takes precedence over ``key_path``. Without both, the login uses the password of
+        the order, or the one that this client sent with it, or else the SSH agent and the user's
+        default keys. The SSH agent and X11 are never forwarded.
 
         Parameters:
             order: a running order, as :meth:`wait_for_order` returns it.
-            password: of the user in ``connection.ssh``.
-            key_path: file of a private key: Ed25519, ECDSA or RSA.
-            passphrase: of that key, where it is encrypted.
-            wait: seconds that the machine's sshd may take to come up.
+            password: the password of the user in ``connection.ssh``.
+            key_path: the file of a private key: Ed25519, ECDSA or RSA.
+            passphrase: the passphrase of that key, if it is encrypted.
+            wait: seconds to wait until the machine's SSH server responds.
             timeout: seconds for each step of the login.
-            host_key: ``"pin"`` keeps the key that the machine shows at the first login to this
-                order, in the state folder too where that is in use, and insists on it from then
-                on; a fingerprint (``"SHA256:..."``) insists on that one, and pins it;
-                ``"accept"`` takes whatever is shown.
+            host_key: ``"pin"`` stores the host key of the first login to this order, also in
+                ``state_dir``, and later logins accept only that key. A fingerprint
+                (``"SHA256:..."``) accepts only that key, and pins it. ``"accept"`` accepts any key.
 
         Returns:
-            A connected ``paramiko.SSHClient``, which the caller closes.
+            A connected ``paramiko.SSHClient``. The caller closes it.
 
         Raises:
-            SSHError: there is no address yet, nothing answered in time, or the login was refused.
-            HostKeyChangedError: another key than before for this order; nothing was sent.
-            ValueError: ``key_path`` or ``passphrase`` can't be used, among others.
+            SSHError: the order has no address yet, nothing responded in time, or the login was
+                refused.
+            HostKeyChangedError: the host key for this order has changed; no login was sent.
+            ValueError: an argument is not valid, or ``key_path`` or ``passphrase`` can't be used.
             ImportError: paramiko is not installed.
 
         Example:
@@ -12362,7 +12487,7 @@ class CloreClient(HTTPClient):
         timeout: float = 30.0,
         host_key: str = "pin",
     ) -> None:
-        """Return when a login works; parameters and errors are those of :meth:`connect_ssh`.
+        """Wait until a login works. Parameters and errors are those of :meth:`connect_ssh`.
 
         Example:
             >>> client.wait_for_ssh(order, wait=600)
@@ -12379,13 +12504,13 @@ class CloreClient(HTTPClient):
         ).close()
 
     def forget_host_key(self, order: Mapping[str, Any]) -> bool:
-        """Forget the host key that is pinned for an order: the next login takes a new one.
+        """Forget the pinned host key of an order, so that the next login accepts a new one.
 
         Parameters:
-            order: whose container was started anew, which may make new keys.
+            order: an order with a container that was restarted, which can change the host key.
 
         Returns:
-            Whether there was one.
+            True if a key was pinned.
 
         Example:
             >>> client.forget_host_key(order)
@@ -12394,16 +12519,19 @@ class CloreClient(HTTPClient):
         return self._ssh.forget_host_key(order)
 
     def ssh_command(self, order: Mapping[str, Any], *, key_path: PathArgument | None = None) -> str:
-        """The line that logs in from a terminal, quoted for a shell.
+        """Return the command that logs in from a terminal, quoted for a shell.
 
-        Where the host key is pinned in the state folder, OpenSSH is told to insist on it.
+        If the host key is pinned in ``state_dir``, OpenSSH accepts only that key.
 
         Parameters:
             order: a running order.
-            key_path: file of a private key, to be named in the line.
+            key_path: the file of a private key, which the command names.
+
+        Returns:
+            The command, on one line.
 
         Raises:
-            SSHError: the order has no address yet, or one that is not a plain name or address.
+            SSHError: the order has no address yet, or it is not a plain name or address.
 
         Example:
             >>> print(client.ssh_command(order))
@@ -12418,25 +12546,28 @@ class CloreClient(HTTPClient):
         name: str | None = None,
         key_path: PathArgument | None = None,
     ) -> str:
-        """An entry for ``~/.ssh/config``, for rsync, VS Code and tmux.
+        """Return an entry for ``~/.ssh/config``, for rsync, VS Code and others.
 
-        It insists on the pinned host key; without one yet, OpenSSH pins the first that it sees, in
-        the same place.
+        With this entry, OpenSSH accepts only the pinned host key. If there is none yet, OpenSSH
+        pins the first one, in the same file.
 
         Parameters:
             order: a running order.
-            name: of the entry, as in ``ssh <name>``; ``clore-<order id>`` by default.
-            key_path: file of a private key.
+            name: the name of the entry, as in ``ssh <name>``; ``clore-<order id>`` by default.
+            key_path: the file of a private key.
+
+        Returns:
+            The lines of the entry.
 
         Raises:
-            SSHError: the order has no address yet, or one that is not a plain name or address.
+            SSHError: the order has no address yet, or it is not a plain name or address.
 
         Example:
             >>> print(client.ssh_config(order), file=open("gpu.conf", "w"))
         """
         return self._ssh.config_entry(order, name, key_path)
 
-    # --- running work ---
+    # --- commands and ports ---
 
     def run(
         self,
@@ -12451,29 +12582,29 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> CommandResult:
-        """Run a command on the machine of an order, and wait for its end. Needs paramiko.
+        """Run a command on the machine of an order, and wait until it ends. Needs paramiko.
 
         Parameters:
             order: a running order.
-            command: for the shell of the machine; a list of arguments is quoted.
-            check: raise for another exit code than 0.
-            timeout: seconds, after which the command is ended; None waits for ever. Ctrl-C ends
-                it, too.
-            input: what it reads from its standard input.
+            command: a command for the machine's shell; a list of arguments is quoted.
+            check: raise an error if the exit code is not 0.
+            timeout: seconds after which the command is stopped; None waits forever. Ctrl-C also
+                stops it.
+            input: the data for its standard input.
             env: environment variables.
-            on_output: called with each line as it comes, without its line end; the line's
+            on_output: called with each line as it arrives, without its line end; the line's
                 ``stream`` is ``"stdout"`` or ``"stderr"``.
-            ssh: a connection to use, as :meth:`connect_ssh` returns it; it stays open.
+            ssh: a connection from :meth:`connect_ssh`, which stays open; default a new one.
             **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``, as for
                 :meth:`connect_ssh`.
 
         Returns:
             A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text;
-            bytes that are no UTF-8 are replaced) and ``duration`` in seconds.
+            bytes that are not UTF-8 are replaced) and ``duration`` in seconds.
 
         Raises:
-            CommandError: the exit code was not 0; ``result`` has it all.
-            CommandTimeoutError: it did not end in time, and was ended.
+            CommandError: the exit code was not 0; ``result`` has the :class:`CommandResult`.
+            CommandTimeoutError: the command did not end in time, and was stopped.
             SSHError: the login failed, or the connection broke.
 
         Example:
@@ -12496,16 +12627,16 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Forward:
-        """Forward a port of this machine, on loopback only, to one of an order's machine.
+        """Forward a local port, on loopback only, to a port of an order's machine.
 
         Parameters:
             order: a running order.
-            remote_port: on the machine, where something listens.
-            local_port: here; 0 takes a free one.
+            remote_port: the port on the order's machine.
+            local_port: the port on this machine; 0 takes a free one.
             ssh, **login: as for :meth:`run`.
 
         Returns:
-            A context manager that yields the local port, forwarded until the block is left.
+            A context manager that gives the local port and forwards it until the block ends.
 
         Example:
             >>> with client.forward(order, 8888) as port:
@@ -12517,7 +12648,7 @@ class CloreClient(HTTPClient):
         )
         return Forward(connection, remote_port, local_port, owns=ssh is None)
 
-    # --- moving data ---
+    # --- transfers ---
 
     def upload(
         self,
@@ -12534,26 +12665,27 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Transferred:
-        """Copy a file or a whole directory to the machine of an order. Needs paramiko.
+        """Copy a file or directory to the machine of an order. Needs paramiko.
 
-        As with ``cp -r``, what is copied to a directory that exists is put into it. It is sent
-        under a temporary name, and renamed when it is complete. Sizes are compared always, and
-        SHA-256 where ``verify`` says so, the transfer was resumed, or a file went in several
-        pieces. Symlinks within a directory are left out, and told of; so is what is neither file
-        nor directory.
+        If ``remote`` is an existing directory, the copy is put into it, as with ``cp -r``. A file
+        gets a temporary name first, and its real name when it is complete. The client always
+        compares sizes. It compares SHA-256 if ``verify`` is on, if the transfer was resumed, or if
+        a file was sent in several pieces. In a directory, symlinks and special files are skipped
+        and listed in the result.
 
         Parameters:
             order: a running order.
-            local: a file or directory here.
-            remote: a path there; a relative one and ``~`` count from the home directory.
-            preserve: keep permissions and times; else the usual permissions for new files, with
-                the right to execute kept.
+            local: a file or directory on this machine.
+            remote: a path on the order's machine; a relative path or ``~`` starts at the home
+                directory.
+            preserve: keep permissions and times. Without it, files get the default permissions, and
+                keep the permission to execute.
             verify: compare SHA-256 of every file.
-            resume: keep what was transferred before an error, and go on from there. A source whose
-                size or time has changed starts over.
-            streams: connections at once, 1 to 16; None chooses by the size.
+            resume: keep partial files after an error, and continue with them in the next call. If
+                the size or time of the source has changed, the transfer starts over.
+            streams: the number of parallel connections, 1 to 16; None chooses by the size.
             progress: called as ``progress(name, done, total)``, in bytes, in this thread.
-            timeout: seconds for each step of the login, and without any progress.
+            timeout: seconds for each step of the login, and the longest time without progress.
             ssh, **login: as for :meth:`run`.
 
         Returns:
@@ -12561,10 +12693,10 @@ class CloreClient(HTTPClient):
             seconds, and ``skipped``.
 
         Raises:
-            TransferError: it did not arrive whole: a full disk, a lost connection; ``name``,
-                ``done`` and ``total`` tell how far it came.
+            TransferError: the transfer is not complete, for example because the disk is full or the
+                connection broke; ``name``, ``done`` and ``total`` say how far it got.
             SSHError: the login failed.
-            FileNotFoundError: there is nothing at ``local``.
+            FileNotFoundError: ``local`` does not exist.
 
         Example:
             >>> client.upload(order, "train.py", "~/work/")
@@ -12590,17 +12722,18 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Transferred:
-        """Copy a file or a whole directory from the machine of an order. Needs paramiko.
+        """Copy a file or directory from the machine of an order. Needs paramiko.
 
-        The other way round as :meth:`upload`, and on the same terms. Nothing that the machine
-        says makes this write outside of ``local``. Of a file that is still being written, as a log,
-        make a copy there, and download that: what changes on the way is an error.
+        Works like :meth:`upload` in the other direction. A hostile machine can't make the client
+        write outside ``local``. A file that changes during the transfer is an error: to download a
+        growing log, copy it on the machine first.
 
         Parameters:
             order: a running order.
-            remote: a path there; a relative one and ``~`` count from the home directory.
-            local: a path here.
-            max_bytes: refuse what is larger.
+            remote: a path on the order's machine; a relative path or ``~`` starts at the home
+                directory.
+            local: a path on this machine.
+            max_bytes: refuse a larger transfer.
             preserve, verify, resume, streams, progress, timeout, ssh, **login: as for
                 :meth:`upload`.
 
@@ -12608,8 +12741,8 @@ class CloreClient(HTTPClient):
             A :class:`Transferred`.
 
         Raises:
-            TransferError: it did not arrive whole, is larger than ``max_bytes``, or the machine
-                sent what can't be right.
+            TransferError: the transfer is not complete, is larger than ``max_bytes``, or the
+                machine sent invalid data.
             SSHError: the login failed.
 
         Example:
@@ -12632,18 +12765,18 @@ class CloreClient(HTTPClient):
         timeout: float = 30.0,
         **login: Any,
     ) -> Any:
-        """A client of the package scp that a hostile host can't abuse, for those who know it.
+        """Return a client of the package scp, guarded against hostile hosts.
 
         Parameters:
             order: a running order.
-            max_bytes: refuse to receive more in one ``get()``.
+            max_bytes: the most bytes that one ``get()`` may receive.
             progress: as for ``scp.SCPClient``.
-            timeout: seconds for each step of the login, and without any progress.
+            timeout: seconds for each step of the login, and the longest time without progress.
             **login: as for :meth:`run`.
 
         Returns:
-            An ``scp.SCPClient`` with a connection of its own, which ``close()``, or the end of
-            its block, closes.
+            An ``scp.SCPClient`` with its own connection; ``close()``, or the end of its block,
+            closes it.
 
         Raises:
             ImportError: paramiko or scp is not installed.

@@ -268,7 +268,7 @@ def test_an_env_value_that_the_api_chokes_on_is_warned_about(
 ) -> None:
     with pytest.raises(CloreError, match="code 1 has been seen"):
         client.create_order(plain_server(client), env={"A": "b&c"}, find_timeout=0.2)
-    assert "known to answer code 1" in caplog.text.replace("\n", " ")
+    assert "can refuse with code 1" in caplog.text.replace("\n", " ")
     assert "b&c" not in caplog.text
 
 

@@ -148,7 +148,7 @@ def test_which_hosts_are_this_machine() -> None:
 
 
 def test_from_env(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked = r"CLORE_API_KEY is not set.*~/\.clore/config\.json is not there"
+    looked = r"CLORE_API_KEY is not set.*~/\.clore/config\.json does not exist"
     with pytest.raises(ConfigurationError, match=looked):
         CloreClient.from_env()
     config.write_text("{}")
@@ -169,7 +169,7 @@ def test_from_env(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="api_key"):
         CloreClient.from_env(api_key="x")
     monkeypatch.setenv("CLORE_API_KEY", "Bearer geheim")
-    with pytest.raises(ConfigurationError, match="give the bare key"):
+    with pytest.raises(ConfigurationError, match="give only the key"):
         CloreClient.from_env()
 
 

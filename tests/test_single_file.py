@@ -176,7 +176,7 @@ def test_check(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     copy.write_text(written().replace("max_retries: int = 3", "max_retries: int = 4"))
     assert main(["--check", str(copy)]) == 1
-    assert f"its version is {version}, as the package's, but it differs" in capsys.readouterr().out
+    assert f"it has the package's version {version}, but other content" in capsys.readouterr().out
     copy.write_text(written().replace(f"clore-client {version} in", "clore-client 0.0.1 in"))
     assert main(["--check", str(copy)]) == 1
     assert f"its version is 0.0.1, the package's {version}" in capsys.readouterr().out
@@ -272,7 +272,7 @@ def test_what_cannot_be_merged_is_refused(package: Package, two: str, says: str)
     [
         ({"__init__": '"""x"""\n'}, "no __all__"),
         ({"__init__": '"""x"""\n__all__ = ["C"]\n'}, "exports ['C'], which no module defines"),
-        ({"version": '"""Nothing."""\n'}, "version.py names no version"),
+        ({"version": '"""Nothing."""\n'}, "version.py has no __version__"),
     ],
 )
 def test_a_package_that_lacks_something_is_refused(

@@ -1,1 +1,1 @@
-"""One API call: pace, retries, connections."""
+"""API calls: requests, rate limit, retries, connections."""

@@ -1,4 +1,4 @@
-"""Prepare an API call: what is sent, and what may be done with it."""
+"""Prepare an API call: check its arguments, and decide how it may be retried."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from clore_client.errors import (
 from clore_client.validation import Timeout, check_headers, check_text, check_timeout, short_repr
 
 URGENT_POSTS = frozenset({"cancel_order", "cancel_orders"})  # a waiting cancel costs money
-SPACED_POSTS = frozenset({"create_order"})  # the API spaces these
+SPACED_POSTS = frozenset({"create_order"})  # these have a longer interval
 KEYLESS_GETS = frozenset({"marketplace"})
-REPEATABLE_POSTS = frozenset({"cancel_order", "cancel_orders", "set_spot_price"})
-# Every other POST changes something, and is sent again only when it can't have had an effect.
-LOGGED_POSTS = REPEATABLE_POSTS | SPACED_POSTS  # what costs or frees money
+REPEATABLE_POSTS = frozenset({"cancel_order", "cancel_orders", "set_spot_price"})  # idempotent
+# Any other POST is sent again only if it cannot have had an effect.
+LOGGED_POSTS = REPEATABLE_POSTS | SPACED_POSTS  # these start or stop costs
 
 
 class Envelope(dict[str, Any]):
-    """A decoded answer that remembers when it was asked for, and the server's clock."""
+    """A decoded response, with the times of the request and the server's clock."""
 
     __slots__ = ("date", "received_at", "sends", "sent_at")
     date: str | None
@@ -47,7 +47,10 @@ class Envelope(dict[str, Any]):
     sends: int
 
     def server_time_at(self, moment: float) -> float | None:
-        """The server's Unix time at a monotonic ``moment``, rounded down; None without a Date."""
+        """Return the server's Unix time at a monotonic ``moment``, rounded down.
+
+        Returns None if the response had no Date.
+        """
         stamp = unix_time(self.date)
         return None if stamp is None else math.floor(stamp - (self.received_at - moment))
 
@@ -61,9 +64,9 @@ def unix_time(date: str | None) -> float | None:
         return None
 
 
-# These are no dataclasses, here and elsewhere: that module costs a fifth of the import.
+# Not a dataclass: importing dataclasses takes a fifth of the import time.
 class Call:
-    """A request that is ready to be sent, and what may be done with it."""
+    """A request that is ready to be sent, and the rules for its retries."""
 
     def __init__(
         self,
@@ -78,14 +81,14 @@ class Call:
         urgent: bool,
         secrets: tuple[str, ...],
     ) -> None:
-        self.name = name  # the endpoint's last part, as "create_order"
+        self.name = name  # the last part of the endpoint, such as "create_order"
         self.endpoint = endpoint
         self.request = request
         self.settings = settings
         self.base_url = base_url
         self.key = key
         self.repeatable = repeatable
-        self.urgent = urgent  # leaves whatever pause the server has asked for
+        self.urgent = urgent  # ignores the pause that the server asks for
         self.secrets = secrets
 
     def __repr__(self) -> str:
@@ -96,25 +99,26 @@ class Call:
         return f"{self.request.method} {self.endpoint}"
 
     def lost(self, cause: str) -> CloreError:
-        """The error for a request of which it is not known what became of it."""
+        """Make the error for a request that was sent and got no usable response."""
         if self.repeatable:
             return CloreConnectionError(cause)
         if self.name == "create_order":
             return OrderOutcomeUnknownError(
-                f"create_order was sent and got no clear answer ({cause}): the order may or may "
-                "not have been made. It was not sent again. Look at get_orders() for it, also a "
-                "minute from now, before you order again",
+                f"create_order was sent but got no clear response ({cause}): the order may or may "
+                "not exist. It was not sent again. Look at get_orders() now and again in a minute, "
+                "before you order again",
                 endpoint=self.endpoint,
             )
         return OutcomeUnknownError(
-            f"{self.label} was sent and got no clear answer ({cause}): it may or may not have been "
-            "carried out. It was not sent again. Look at the state of your account first",
+            f"{self.label} was sent but got no clear response ({cause}): it may or may not have "
+            "taken effect. It was not sent again. Check the state of your account before you "
+            "repeat it",
             endpoint=self.endpoint,
         )
 
 
 def secrets_in(value: Any, inside: bool = False) -> Iterator[str]:
-    """Every string of a body that must not be shown: all that stands under a secret's name."""
+    """Yield every string in a body that must not be shown: the values of secret fields."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from secrets_in(item, inside or str(name).lower() in SECRET_FIELDS)
@@ -126,7 +130,7 @@ def secrets_in(value: Any, inside: bool = False) -> Iterator[str]:
 
 
 def check_endpoint(endpoint: Any) -> str:
-    """Check a path such as ``"/v1/wallets"``: the key must not be led to another host."""
+    """Check a path such as ``"/v1/wallets"``, so that the key can't go to another host."""
     check_text("endpoint", endpoint)
     fine = endpoint.startswith("/") and not endpoint.startswith("//") and endpoint.isprintable()
     if not fine or "\\" in endpoint or " " in endpoint or "/.." in endpoint:
@@ -137,7 +141,7 @@ def check_endpoint(endpoint: Any) -> str:
 
 
 def endpoint_name(endpoint: str) -> str:
-    """Return the last part of a path, as ``"create_order"``."""
+    """Return the last part of a path, such as ``"create_order"``."""
     path = unquote(urlsplit(endpoint).path)
     return path.rstrip("/").rsplit("/", 1)[-1].lower()
 
@@ -155,17 +159,20 @@ def prepare_call(
     timeout: Timeout,
     urgent: bool,
 ) -> Call:
-    """Check the arguments of ``_request``, and prepare what is sent.
+    """Check the arguments of ``_request``, and prepare the request.
 
     Parameters:
-        session: by which the request is prepared.
+        session: prepares the request.
         method, endpoint, params, json: as for ``_request``.
-        options: further arguments for requests.
-        base_url, headers, timeout: of the client.
-        urgent: whether the request leaves whatever pause the server has asked for.
+        options: other arguments for requests.
+        base_url, headers, timeout: the settings of the client.
+        urgent: whether the request ignores the pause that the server asks for.
     """
     if "allow_redirects" in options:
-        raise ValueError("allow_redirects is refused: a redirect could lead the key elsewhere")
+        raise ValueError(
+            "allow_redirects is not supported, as a redirect could send the key to another host: "
+            "leave it out"
+        )
     method = check_text("method", method).upper()
     if not (method.isascii() and method.isalpha()):
         raise ValueError(f"method must be one like 'GET', not {short_repr(method)}")
@@ -176,7 +183,7 @@ def prepare_call(
     timeout = check_timeout("timeout", options.pop("timeout", timeout))
     verify, cert, stream = (options.pop(k, None) for k in ("verify", "cert", "stream"))
     proxies = _proxies(base_url, options.pop("proxies", None))
-    # Without an auth of its own, requests would send what it finds in ~/.netrc.
+    # Without this, requests would send a password from ~/.netrc.
     options.setdefault("auth", _no_auth)
     try:
         request = session.prepare_request(
@@ -187,9 +194,9 @@ def prepare_call(
         )  # fmt: skip
         secrets = tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)]))
     except requests.exceptions.InvalidJSONError as error:
-        raise ValueError(f"json can't be sent as JSON: {error}") from None
+        raise ValueError(f"json can't be encoded as JSON: {error}") from None
     except RecursionError:
-        raise ValueError("json can't be sent as JSON: it is nested too deeply") from None
+        raise ValueError("json can't be encoded as JSON: it is nested too deeply") from None
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"json, params or another argument can't be sent: {error}") from None
@@ -201,7 +208,7 @@ def prepare_call(
             "timeout": timeout,
             "allow_redirects": False,
             **session.merge_environment_settings(request.url, proxies, stream, verify, cert),
-            "stream": True,  # the body is read piece by piece, up to a limit
+            "stream": True,  # read_body() limits the size
         },
         base_url=base_url,
         key=key,
@@ -214,13 +221,13 @@ def prepare_call(
 def _proxies(base_url: str, given: Any) -> dict[str, Any]:
     proxies = dict(given or {})
     if is_loopback(base_url):
-        # Over plain http a proxy from the environment would read the key.
+        # A proxy from the environment could read the key over plain http.
         proxies = {"http": None, "https": None, "all": None, **proxies}
     return proxies
 
 
 def _check_key(headers: Any, base_url: str, endpoint: str, name: str) -> str:
-    """Return the key that goes out, which needs a safe way; few endpoints need none."""
+    """Return the key of a request, after a check that it is set and the URL is safe for it."""
     key: str = headers.get("auth") or ""
     if key:
         key = headers["auth"] = clean_key(key, "the headers")
@@ -229,8 +236,8 @@ def _check_key(headers: Any, base_url: str, endpoint: str, name: str) -> str:
         raise AuthenticationError(
             3,
             endpoint=endpoint,
-            hint=f"there is no API key: pass api_key=..., set {KEY_VARIABLE}, "
-            f"or put it into {CONFIG_FILE}; nothing was sent",
+            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
+            f"or put the key into {CONFIG_FILE}",
         )
     return key
 

@@ -1,4 +1,4 @@
-"""Connections that tell when a request leaves, and end an answer that takes too long."""
+"""HTTP connections that record when a request is sent, and limit the time of its response."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import LocationParseError, NewConnectionError
 from urllib3.poolmanager import PoolManager, ProxyManager
 
-ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})  # what is asked for, one at a time
-PIECE = 16 * 1024  # bytes that are read at once: deflated ones grow a thousandfold at most
+ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
+PIECE = 16 * 1024  # bytes per read; decompressed, they can become a thousand times as many
 
 
 class Exchange(threading.local):
-    """This thread's request: whom to tell that it leaves, and until when its answer may take."""
+    """The current request of each thread: its send time and its deadline."""
 
     def __init__(self) -> None:
-        self.tell: Callable[[], None] | None = None
-        self.left_at: float | None = None  # when the first byte left, by time.monotonic()
-        self.connecting = False  # a watched connection was opened: ``left_at`` can be trusted
+        self.on_left: Callable[[], None] | None = None
+        self.left_at: float | None = None  # when the first byte was sent, by time.monotonic()
+        self.connecting = False  # a connection of this module is used, so ``left_at`` is reliable
         self.deadline = math.inf
 
-    def begin(self, tell: Callable[[], None], deadline: float) -> None:
-        """Start over for another request.
+    def begin(self, on_left: Callable[[], None], deadline: float) -> None:
+        """Start another request.
 
         Parameters:
-            tell: called when it leaves.
-            deadline: monotonic time at which its answer must have come.
+            on_left: called when the request is sent.
+            deadline: monotonic time by which the whole response must have arrived.
         """
-        self.tell, self.left_at, self.connecting, self.deadline = tell, None, False, deadline
+        self.on_left, self.left_at, self.connecting, self.deadline = on_left, None, False, deadline
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
-        """Note that the block writes the first byte."""
+        """Record that the block sends the first byte."""
         self.left_at = time.monotonic()
         try:
             yield
         finally:
-            # Told afterwards: a thread that loses its turn between telling and writing would
-            # leave late, and so too close to the next one.
-            if self.tell is not None:
-                self.tell()
+            # Called after the write: a thread that pauses in between would send too late, and so
+            # too close to the next request.
+            if self.on_left is not None:
+                self.on_left()
 
 
 exchange = Exchange()
 
 
 class _BoundedReader(io.RawIOBase):
-    """Reads from a socket until a deadline, however few bytes come at a time."""
+    """A reader of a socket with one deadline for all reads."""
 
     def __init__(self, raw: Any, sock: Any, deadline: float) -> None:
         self._raw, self._sock, self._deadline = raw, sock, deadline
@@ -71,10 +71,10 @@ class _BoundedReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> Any:
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the whole answer took too long")
+            raise TimeoutError("the whole response took too long: a longer timeout= allows more")
         timeout = self._sock.gettimeout()
         if timeout is None or left < timeout:
-            self._sock.settimeout(left)  # until the next request sets its own
+            self._sock.settimeout(left)  # the next request sets it again
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class _BoundedReader(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    """An answer that has a deadline, and is never taken from an interim one such as 103."""
+    """A response with a deadline, which skips interim responses such as 103."""
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -98,13 +98,13 @@ class _Response(http.client.HTTPResponse):
             interim = True
             self.headers = self.msg = None  # type: ignore[assignment]
             super().begin()
-        # A connection that sends what nobody asked for may do so again, and at another time; and
-        # what changes something gets a connection of its own.
+        # Do not reuse a connection that may send another interim response later, or the connection
+        # of a request that changes something.
         changes = self._method not in ("GET", "HEAD")  # type: ignore[attr-defined]
         self.will_close = self.will_close or interim or changes
 
 
-# Raised before anything is sent, also by connections that tell nothing.
+# Raised before anything is sent, by any kind of connection.
 _UNSENT = (
     requests.ConnectTimeout,
     requests.exceptions.InvalidURL,
@@ -142,7 +142,7 @@ class _TLSPool(HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    """requests' adapter over connections that tell when the first byte is about to leave."""
+    """The adapter of requests, with connections that record when a request is sent."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
@@ -150,7 +150,7 @@ class _Adapter(HTTPAdapter):
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> ProxyManager:
         manager: ProxyManager = super().proxy_manager_for(*args, **kwargs)
-        if type(manager) is ProxyManager:  # the one for SOCKS has connections of its own
+        if type(manager) is ProxyManager:  # SOCKS has other connection classes
             self._watch(manager)
         return manager
 
@@ -160,7 +160,7 @@ class _Adapter(HTTPAdapter):
 
 
 class Session(requests.Session):
-    """A session over watched connections that looks at no redirect, let alone follows one."""
+    """A session of requests that records when a request is sent, and follows no redirect."""
 
     def __init__(self, user_agent: str) -> None:
         super().__init__()
@@ -174,10 +174,10 @@ class Session(requests.Session):
 
 
 class Sessions:
-    """The sessions of a client. One thread uses one at a time.
+    """The sessions of a client. Each request has a session for itself.
 
-    So a session that an interrupt has left in any state is never used again, and no lock of its
-    pool can hold up another thread.
+    A session whose request is interrupted is not used again, as its state and its locks are not
+    known.
     """
 
     def __init__(self, user_agent: str) -> None:
@@ -193,11 +193,11 @@ class Sessions:
         """Return a session for one request.
 
         Parameters:
-            reads: whether the request changes nothing. One that does gets a new connection: it
-                must not meet one that the server has closed, nor the rest of an earlier answer.
+            reads: whether the request only reads. Any other gets a new connection, because an old
+                one may be closed by the server, or contain the rest of another response.
         """
         if self._pid != os.getpid():
-            self._forget()  # a connection that a fork has shared must not be used by both sides
+            self._forget()  # after a fork, two processes must not use one connection
         try:
             return (self._for_reads if reads else self._for_changes).pop()
         except IndexError:
@@ -212,41 +212,46 @@ class Sessions:
         if self._pid != os.getpid():
             return
         for sessions in (self._for_reads, self._for_changes):
-            with contextlib.suppress(IndexError):  # another thread may have taken the last
+            with contextlib.suppress(IndexError):  # empty
                 while True:
                     sessions.pop().close()
 
 
 class UnusableAnswerError(Exception):
-    """An answer that is not read to its end."""
+    """A response that can't be read to its end."""
 
 
 def read_body(response: requests.Response, longest: float) -> bytes:
-    """Read and decode the body of an answer, and no more than that.
+    """Read and decompress the body of a response, up to a limit.
 
     Parameters:
-        response: whose body has not been read.
-        longest: how many bytes, decoded, it may have.
+        response: a response with an unread body.
+        longest: the most bytes, decompressed.
 
     Raises:
-        UnusableAnswerError: it has more, or an encoding that was not asked for.
+        UnusableAnswerError: the body is larger, or has an unexpected encoding.
     """
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ENCODINGS:
-        raise UnusableAnswerError("the answer has an encoding that was not asked for")
+        raise UnusableAnswerError("the response has an encoding that was not requested")
     pieces, size = [], 0
     for piece in response.iter_content(PIECE):
         size += len(piece)
         if size > longest:
             raise UnusableAnswerError(
-                f"the answer is larger than {longest / 1e6:g} MB; max_response_mb= allows more"
+                f"the response is larger than {longest / 1e6:g} MB: set a larger max_response_mb"
             )
         pieces.append(piece)
     return b"".join(pieces)
 
 
 def never_left(error: Exception, left: bool) -> bool:
-    """Whether a request that failed is sure not to have reached anybody."""
+    """Return whether it is certain that a failed request was not sent.
+
+    Parameters:
+        error: the failure.
+        left: whether a connection of this module recorded a send.
+    """
     if left:
         return False
     if exchange.connecting or isinstance(error, _UNSENT):
@@ -255,6 +260,6 @@ def never_left(error: Exception, left: bool) -> bool:
 
 
 def reason_of(error: BaseException) -> Any:
-    """Return what is behind an error of requests: urllib3's ``reason``, or its cause."""
+    """Return the cause inside an error of requests: the ``reason`` of urllib3, if there is one."""
     inner = error.args[0] if error.args else error
     return getattr(inner, "reason", inner)

@@ -1,4 +1,4 @@
-"""When the next request may leave: one rate limit for each key and base URL in the process."""
+"""Keep requests apart: one rate limit for each key and base URL in the process."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import time
 
 from clore_client.config import PerAccount
 
-# A server that asks for more patience than this gets an error to the user, not a sleep.
-LONGEST_PUSH_BACK = 60.0
-# However long a pause a broken proxy may ask for, it is not remembered for longer than this.
-LONGEST_MEMORY = 3600.0
-# Seconds that a request may take from its slot to its first byte before others stop waiting.
-CONNECT_PATIENCE = 10.0
-# Seconds after which a waiting request looks again, should nobody have woken it.
-LOOK_AGAIN = 0.05
+# All in seconds.
+LONGEST_PUSH_BACK = 60.0  # a longer pause raises an error instead of sleeping
+LONGEST_MEMORY = 3600.0  # a broken proxy may ask for a pause of any length
+CONNECT_PATIENCE = 10.0  # other requests wait no longer than this for one that connects
+LOOK_AGAIN = 0.05  # a waiting request checks again, even if no other thread wakes it
 
 
 class PushedBackError(Exception):
-    """The next slot is further away than anybody should sleep; carries the seconds."""
+    """The server asked for a pause that is too long to sleep.
+
+    Attributes:
+        seconds: the rest of the pause.
+    """
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -29,17 +30,17 @@ class PushedBackError(Exception):
 
 
 class DeadlinePassedError(Exception):
-    """There is no slot before the caller's deadline."""
+    """The request can't be sent before its deadline."""
 
 
 class Turn:
-    """One request's place in the line: ``with turn.held:`` around waiting and sending.
+    """The place of one request in the queue. Use ``with turn.held:`` around waiting and sending.
 
-    An interrupt can end that block at any line. The interpreter unlocks ``held`` then, and whoever
-    looks next skips a turn that nobody holds: nothing has to be cleaned up.
+    An interrupt can end that block at any line and unlocks ``held``. Other requests skip a turn
+    that is not locked, so it needs no cleanup.
 
     Attributes:
-        held: locked for as long as the request waits or is sent.
+        held: locked while the request waits or is sent.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class Turn:
         urgent: bool,
     ) -> None:
         self.held = threading.Lock()
-        self.rank = rank  # urgent ones first, then in order of arrival
+        self.rank = rank  # urgent requests first, then in order of arrival
         self.interval = interval
         self.not_before = not_before
-        self.spacing = spacing  # an endpoint with a limit of its own
+        self.spacing = spacing  # an endpoint with a longer interval, and its seconds
         self.urgent = urgent
         self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.granted_at: float | None = None
@@ -62,22 +63,22 @@ class Turn:
 
 
 class RateLimit:
-    """Hands out slots in order. Between two requests lies the larger of their intervals.
+    """A queue of requests. Two requests are apart by the larger of their intervals.
 
-    The next slot counts from when a request left and not from a plan: a slow connect must not
-    bring two requests closer together. Until a request has left, nobody gets the slot after it,
-    but for one that takes longer than ``CONNECT_PATIENCE`` to leave: a waiting cancel costs money.
+    The interval starts when a request is really sent, so that a slow connect can't bring two
+    requests too close together. The next request waits until then, but at most
+    ``CONNECT_PATIENCE``, because it may be a cancel, which costs money while it waits.
 
-    Only plain locks and queues are used here, as ``threading.Condition`` stays locked for ever
-    where an interrupt comes between its lock and its ``with`` block.
+    It uses only plain locks and queues: an interrupt at the wrong moment can leave a
+    ``threading.Condition`` locked forever.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # held for a look, never while waiting
+        self._lock = threading.Lock()  # never held while waiting
         self._arrivals = itertools.count()
         self._waiting: list[Turn] = []
-        self._granted: Turn | None = None  # has its slot, and may not have left
-        self._last = (-math.inf, 0.0)  # when the last request left, and its interval
+        self._granted: Turn | None = None  # may be sent, but is perhaps still connecting
+        self._last = (-math.inf, 0.0)  # when the last request was sent, and its interval
         self._last_of: dict[str, tuple[float, float]] = {}  # the same for each spacing
         self._pushed_to = -math.inf
 
@@ -89,23 +90,23 @@ class RateLimit:
         not_before: float = -math.inf,
         spacing: tuple[str, float] | None = None,
     ) -> Turn:
-        """Make a turn, to be held and then passed to :meth:`wait`.
+        """Make a turn, which the caller locks and passes to :meth:`wait`.
 
         Parameters:
-            interval: seconds to keep from the request before and the one after.
-            urgent: before all waiting ones that are not, and whatever pause the server asked for.
-            not_before: monotonic time, for a caller that backs off.
-            spacing: a name, and the seconds to keep from the last request of that name.
+            interval: seconds from the request before, and to the one after.
+            urgent: whether it goes first, and ignores the pause that the server asks for.
+            not_before: the earliest monotonic time, for a backoff.
+            spacing: a name, and the seconds from the last request of that name.
         """
         rank = (0 if urgent else 1, next(self._arrivals))
         return Turn(rank, interval, not_before, spacing, urgent)
 
     def wait(self, turn: Turn, deadline: float = math.inf) -> None:
-        """Wait until the request may leave.
+        """Wait until the request may be sent.
 
         Raises:
-            PushedBackError: the server asked for a longer pause than anybody should sleep.
-            DeadlinePassedError: no slot is free before ``deadline`` (monotonic time).
+            PushedBackError: the server asked for a pause that is too long to sleep.
+            DeadlinePassedError: it can't be sent before ``deadline`` (monotonic time).
         """
         with self._lock:
             self._waiting.append(turn)
@@ -120,7 +121,7 @@ class RateLimit:
                 continue
 
     def left(self, turn: Turn) -> None:
-        """Note that the request has left, or failed to: then it has had its slot all the same."""
+        """Record that the request was sent, or has failed."""
         if turn.granted_at is None or turn.left_at is not None:
             return
         turn.left_at = time.monotonic()
@@ -129,16 +130,16 @@ class RateLimit:
             self._wake()
 
     def push_back(self, seconds: float) -> None:
-        """Let nobody's request leave for ``seconds``, as the server said; cancels still do."""
+        """Send no request for ``seconds``, as the server asked, except urgent ones."""
         to = time.monotonic() + min(seconds, LONGEST_MEMORY)
         with self._lock:
             self._pushed_to = max(self._pushed_to, to)
             self._wake()
 
     def _look(self, turn: Turn, deadline: float) -> float:
-        """Grant the slot and return 0, or return the seconds until another look."""
+        """Let the request be sent and return 0, or return the seconds until the next check."""
         now = time.monotonic()
-        self._skip_the_gone(now)
+        self._drop_interrupted(now)
         if not turn.urgent and self._pushed_to - now > LONGEST_PUSH_BACK:
             raise PushedBackError(self._pushed_to - now)
         at = self._ready_at(turn)
@@ -154,10 +155,10 @@ class RateLimit:
         self._waiting.remove(turn)
         return 0.0
 
-    def _skip_the_gone(self, now: float) -> None:
+    def _drop_interrupted(self, now: float) -> None:
         self._waiting = [t for t in self._waiting if t.held.locked() and t.granted_at is None]
         if self._granted is not None and not self._granted.held.locked():
-            # Interrupted on its way: whether and when it left is not known.
+            # It was interrupted, so it may have been sent just now.
             self._settle(self._granted, self._granted.left_at or now)
 
     def _settle(self, turn: Turn, left_at: float) -> None:
@@ -192,5 +193,5 @@ _rate_limits = PerAccount(RateLimit)
 
 
 def rate_limit_for(base_url: str, api_key: str) -> RateLimit:
-    """Return the rate limit that all requests of this process with this key to this API share."""
+    """Return the rate limit for this key and API, which all threads and clients share."""
     return _rate_limits.of(base_url, api_key)

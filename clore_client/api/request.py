@@ -1,4 +1,4 @@
-"""Make API calls: key, pace, retries, and an envelope or an error at the end."""
+"""Make API calls: send a request, respect the rate limit, retry, return a response or an error."""
 
 from __future__ import annotations
 
@@ -46,20 +46,19 @@ from clore_client.validation import (
 )
 from clore_client.version import __version__
 
-# How long a call may take, however slowly its answer drips.
-ANSWER_TIMEOUTS = 3.0  # times ``timeout``, for one exchange
-LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that are refused for their pace
+RESPONSE_TIMEOUTS = 3.0  # the longest time for one request, as a multiple of ``timeout``
+LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
 
 H = TypeVar("H", bound="HTTPClient")
 Returned = TypeVar("Returned")
 
 
 class Limits:
-    """The limits that a caller sets for its API calls.
+    """The limits that a caller sets for its requests.
 
     Attributes:
-        deadline: monotonic time; no request starts after it, and none takes longer.
-        urgent: requests leave whatever pause the server has asked for.
+        deadline: monotonic time by which every request must have ended.
+        urgent: whether requests ignore the pause that the server asks for.
     """
 
     def __init__(self, deadline: float = math.inf, urgent: bool = False) -> None:
@@ -73,12 +72,12 @@ _limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", defau
 def limited(
     call: Callable[[], Returned], *, deadline: float = math.inf, urgent: bool = False
 ) -> Returned:
-    """Make a call whose requests have a deadline, or ignore the server's pauses.
+    """Run a function whose requests have a deadline, or ignore the server's pauses.
 
     Parameters:
-        call: what makes the requests.
-        deadline: monotonic time; an earlier one of the caller stays.
-        urgent: whether the requests end, or help to end, what costs money.
+        call: the function that makes the requests.
+        deadline: monotonic time; an earlier deadline of an outer call stays.
+        urgent: whether requests ignore the server's pauses, because they stop costs.
     """
     outer = _limits.get()
     limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent)
@@ -87,25 +86,25 @@ def limited(
         _limits.set(limits)
         return call()
 
-    # A context of its own, which is dropped with the call: an interrupt leaves nothing behind.
+    # In a copy of the context, an interrupt can't leave the limits set.
     return contextvars.copy_context().run(run)
 
 
 def backoff_delay(sends: int, first: float, longest: float) -> float:
-    """Return the seconds to wait after some sends: exponential backoff with full jitter, capped."""
+    """Return the seconds before the next retry: exponential backoff with full jitter, capped."""
     return random.uniform(0.0, min(longest, first * 2.0 ** min(sends - 1, 32)))
 
 
 def cancel_delay(sends: int, first: float) -> float:
-    """Return the seconds to wait after a cancel was refused for its pace: 1, 2, 4 ... 30."""
+    """Return the seconds to wait after a cancel hit the rate limit: 1, 2, 4 ... 30."""
     return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(sends, 32)))
 
 
 class HTTPClient:
-    """Owns the settings, the connections and ``_request``, the one way to the API.
+    """The settings and connections of a client, and ``_request``, which makes every API call.
 
     Attributes:
-        server_clock: seconds that the server's clock is ahead of this one; None if not known.
+        server_clock: seconds by which the server's clock is ahead of this one; None if not known.
     """
 
     BASE_URL = "https://api.clore.ai"
@@ -152,7 +151,7 @@ class HTTPClient:
         self.server_clock: float | None = None
 
     def __copy__(self: H) -> H:
-        """Return a client of its own with the same settings and key."""
+        """Return another client with the same settings and key."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._sessions = Sessions(self._user_agent)
@@ -163,34 +162,34 @@ class HTTPClient:
         return self.__copy__()
 
     def __getstate__(self) -> Any:
-        # A pickle without the key would load as a client of whatever account is at hand there.
+        # Without the key, the pickle could load as a client of another account.
         raise TypeError(
-            f"a {type(self).__name__} can't be pickled, for its key would be in the pickle: make "
-            f"one where it is needed, with {type(self).__name__}.from_env()"
+            f"a {type(self).__name__} can't be pickled, because its key would be in the pickle: "
+            f"create it in the other process, with {type(self).__name__}.from_env()"
         )
 
     def close(self) -> None:
         """Close the connections. The client can be used again; it then opens new ones."""
         self._sessions.close()
 
-    # --- settings that may be set later ---
+    # --- settings that can change later ---
 
     def _set_base_url(self, url: str, name: str, source: str) -> None:
         url = check_base_url(url, name)
         self._url_source = (url, source)
         try:
             self.BASE_URL = url
-        except AttributeError:  # a subclass has made it a property: that one decides
+        except AttributeError:  # a subclass defines it as a property
             logger.debug("BASE_URL of %s can't be set", type(self).__name__)
 
     @property
     def base_url(self) -> str:
-        """Return ``BASE_URL`` as it is now, checked, without a trailing slash."""
+        """The current ``BASE_URL``, checked, without a trailing slash."""
         return check_base_url(self.BASE_URL, "BASE_URL")
 
     @property
     def api_key(self) -> str | None:
-        """The key, or None. Setting it changes ``headers``."""
+        """The API key, or None. Setting it changes ``headers``."""
         named = ((k, v) for k, v in self.headers.items() if isinstance(k, str))
         return next((v for k, v in named if k.lower() == "auth"), None)
 
@@ -211,7 +210,7 @@ class HTTPClient:
         checked = check_headers("headers", headers)
         self._headers = {k: Secret.of(v) if k.lower() == "auth" else v for k, v in checked.items()}
 
-    # --- one call ---
+    # --- requests ---
 
     def _request(
         self,
@@ -221,24 +220,24 @@ class HTTPClient:
         json: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Make one paced, retried API call; the way to endpoints that have no method of their own.
+        """Make one API call, with rate limit and retries. Use it for endpoints without a method.
 
         Parameters:
             method: ``"GET"`` or ``"POST"``.
-            endpoint: the path, as ``"/v1/wallets"``.
+            endpoint: the path, for example ``"/v1/wallets"``.
             params: the query.
             json: the body.
-            **kwargs: for requests; ``headers`` are merged with the client's, ``timeout``
+            **kwargs: arguments for requests; ``headers`` are merged with the client's, ``timeout``
                 overrides its timeout (seconds, or a ``(connect, read)`` pair).
 
         Returns:
-            The decoded envelope, whose ``code`` is 0.
+            The API's response as a dict; its ``code`` is 0.
 
         Raises:
-            CloreAPIError: the API answered with an error; see the subclasses.
-            CloreConnectionError: no answer came, and asking again did not help.
-            OutcomeUnknownError: a POST that changes something may or may not have been carried out.
-            ValueError, TypeError: an argument can't be right; nothing was sent.
+            CloreAPIError: the API responded with an error; see the subclasses.
+            CloreConnectionError: no response arrived, and retries did not help.
+            OutcomeUnknownError: a POST that changes something may or may not have taken effect.
+            ValueError, TypeError: an argument is not valid; nothing was sent.
 
         Example:
             >>> client._request("GET", "/v1/wallets")["wallets"]
@@ -257,7 +256,7 @@ class HTTPClient:
                 outcome.sends = sends
                 return outcome
             if failure is not None and outcome.error.sent_at is None:
-                outcome.error.sent_at = failure.error.sent_at  # an earlier send did leave
+                outcome.error.sent_at = failure.error.sent_at  # an earlier request was sent
             failure = outcome
             failure.error.sends = sends
             delay = self._delay(call, failure, sends, rate_limit)
@@ -266,7 +265,7 @@ class HTTPClient:
             if sends >= max(1, self.max_retries):
                 raise _gave_up(failure.error, sends)
             logger.warning(
-                "%s: send %d of %d failed, is sent again: %s",
+                "%s: attempt %d of %d failed, retrying: %s",
                 call.label,
                 sends,
                 self.max_retries,
@@ -294,20 +293,20 @@ class HTTPClient:
         return call
 
     def _delay(self, call: Call, failure: Failure, sends: int, rate_limit: RateLimit) -> float:
-        """Return the seconds to wait after a failure; all requests wait for what the API asks."""
+        """Return the backoff before the next retry, or push all requests back as the API asks."""
         delay = backoff_delay(sends, self.backoff, self.max_backoff)
         if not failure.rate_limited:
             return delay
-        told = failure.error.retry_after
-        rate_limit.push_back(delay if told is None else told)
+        asked = failure.error.retry_after
+        rate_limit.push_back(delay if asked is None else asked)
         if call.urgent:
             return cancel_delay(sends, self.backoff)
-        if told is not None and told > LONGEST_PUSH_BACK:
+        if asked is not None and asked > LONGEST_PUSH_BACK:
             raise failure.error
-        return 0.0  # the push-back holds for this request, too
+        return 0.0  # this request waits for the push-back
 
     def _send(self, call: Call, rate_limit: RateLimit, not_before: float) -> Envelope | Failure:
-        """Send once, when it is this request's turn."""
+        """Wait until the rate limit allows it, and send the request once."""
         spaced = call.name in SPACED_POSTS and not call.repeatable
         turn = rate_limit.turn(
             self.rate_limit,
@@ -321,17 +320,17 @@ class HTTPClient:
             started_at = time.monotonic()
             settings = dict(call.settings)
             if (read_timeout := longest_part(settings["timeout"])) is not None:
-                deadline = min(deadline, started_at + ANSWER_TIMEOUTS * read_timeout)
+                deadline = min(deadline, started_at + RESPONSE_TIMEOUTS * read_timeout)
             if deadline < math.inf:
                 left = max(deadline - started_at, 0.001)
                 settings["timeout"] = shortened(settings["timeout"], left)
             exchange.begin(lambda: rate_limit.left(turn), deadline)
-            answer = self._exchange(call, settings)
+            result = self._exchange(call, settings)
             rate_limit.left(turn)
-        if isinstance(answer, Failure):
-            return answer
-        response, body = answer
-        # Connections of a proxy for SOCKS do not tell when a request left.
+        if isinstance(result, Failure):
+            return result
+        response, body = result
+        # Connections of a SOCKS proxy don't record when a request is sent.
         sent_at = started_at if exchange.left_at is None else exchange.left_at
         return self._classify(call, response, body, sent_at)
 
@@ -361,42 +360,43 @@ class HTTPClient:
     def _exchange(
         self, call: Call, settings: dict[str, Any]
     ) -> tuple[requests.Response, bytes] | Failure:
-        """Send a request, and read its answer."""
+        """Send a request, and read its response."""
         reads = call.request.method in ("GET", "HEAD")
         session = self._sessions.take(reads)
         response = None
-        answer: tuple[requests.Response, bytes] | Failure
+        result: tuple[requests.Response, bytes] | Failure
         try:
             response = session.send(call.request, **settings)
-            answer = response, read_body(response, self.max_response_mb * 1e6)
+            result = response, read_body(response, self.max_response_mb * 1e6)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            answer = classify_error(call, error, exchange.left_at)
+            result = classify_error(call, error, exchange.left_at)
         except UnusableAnswerError as error:
-            answer = classify_unusable(call, response, str(error))
-        except OSError as error:  # a CA bundle or a certificate that is not there
+            result = classify_unusable(call, response, str(error))
+        except OSError as error:  # a CA bundle or a certificate is missing
             raise ConfigurationError(f"{call.label} was not sent: {error}") from error
-        if isinstance(answer, Failure) and response is not None:
+        if isinstance(result, Failure) and response is not None:
             response.close()
         self._sessions.put_back(session, reads)
-        return answer
+        return result
 
 
 def _not_sent(
     call: Call, failure: Failure | None, sends: int, reason: DeadlinePassedError | PushedBackError
 ) -> CloreError:
-    """Make the error for a request that was not sent, or not again."""
+    """Make the error for a request that could not be sent, or not again."""
     if isinstance(reason, PushedBackError) and failure is None:
         error = RateLimitError(
             5,
             endpoint=call.endpoint,
-            hint=f"the API asked for a pause, of which {reason.seconds:.0f} s are left; "
-            "nothing was sent",
+            hint=f"the API asked for a pause, so nothing was sent: try again in "
+            f"{reason.seconds:.0f} s",
         )
         error.retry_after, error.sends = reason.seconds, 0
         return error
     if failure is None:
         return CloreConnectionError(
-            f"{call.label} was not sent: its time was over before its turn came"
+            f"{call.label} was not sent, as the rate limit left no time for it before the "
+            "deadline: allow more time, or make fewer requests"
         )
     if isinstance(reason, PushedBackError):
         failure.error.retry_after = reason.seconds
@@ -404,6 +404,6 @@ def _not_sent(
 
 
 def _gave_up(error: CloreError, sends: int) -> CloreError:
-    """Return ``error``, saying that asking again did not help."""
+    """Add to the text of ``error`` that retries did not help."""
     error.args = (f"Clore API request failed after {sends} retries: {error}",)
     return error

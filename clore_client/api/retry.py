@@ -1,4 +1,4 @@
-"""What an answer, or the lack of one, means: an envelope, an error, and whether to ask again."""
+"""Classify a response or a failure: success, retry, or error."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from clore_client.errors import (
     without,
 )
 
-# The retry policy. What it means to a user stands in the README under "Retries".
-RETRY_STATUSES = frozenset({500, 502, 503, 504, 520, 522})  # without a usable envelope
-# Codes with which nothing was done, also where they come with HTTP 5xx; code 6 that says why, too.
+# The retry policy; the README describes it under "Retries".
+RETRY_STATUSES = frozenset({500, 502, 503, 504, 520, 522})  # for responses without a code
+# With these codes, and with code 6 and a reason, the API did nothing, even with HTTP 5xx.
 NOTHING_DONE = frozenset({3, 4, 5})
 
 
 class Failure:
-    """One send that did not end well."""
+    """One request that failed."""
 
     def __init__(self, error: CloreError, again: bool, rate_limited: bool = False) -> None:
         self.error = error
-        self.again = again  # whether it may be sent again
+        self.again = again  # whether to retry
         self.rate_limited = rate_limited
 
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
-    """The start of an HTML or text answer, without its tags and secrets, on one line."""
-    import html  # for errors only, and not cheap
+    """Return the start of an HTML or text body on one line, without tags and secrets."""
+    import html  # slow to import, and only errors need it
 
     text = without(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
     text = re.sub(r"(?is)<(script|style|head)\b.*?</\1\s*>", " ", text)
@@ -50,7 +50,7 @@ def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds from a Retry-After header; a date counts from the answer's own Date."""
+    """Return the seconds of a Retry-After header; a date counts from the Date of the response."""
     value = (headers.get("Retry-After") or "").strip()
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", value):
         return float(value)
@@ -59,20 +59,26 @@ def _retry_after(headers: Any) -> float | None:
 
 
 def classify_error(call: Call, error: Exception, left_at: float | None) -> Failure:
-    """What to make of a send that failed; ``left_at`` tells whether anything left."""
+    """Classify a request that got no response.
+
+    Parameters:
+        call: the call.
+        error: the exception of requests or urllib3.
+        left_at: monotonic time at which the request was sent; None if it was not.
+    """
     reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
     cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
     unsent = never_left(error, left_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)
     failed.sent_at = None if unsent else left_at
-    # A new one: the error itself holds the request, and what the server sent, which may repeat it.
+    # A new exception, because the original one holds the request with its secrets.
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
     return Failure(failed, again=unsent or call.repeatable)
 
 
 def classify_unusable(call: Call, response: requests.Response | None, problem: str) -> Failure:
-    """What to make of an answer that was not read to its end; asking again would bring another."""
+    """Classify a response that can't be read to its end. A retry would get the same again."""
     status = 0 if response is None else response.status_code
     if not call.repeatable:
         return Failure(call.lost(f"HTTP {status}: {problem}"), again=False)
@@ -89,7 +95,7 @@ def classify_unusable(call: Call, response: requests.Response | None, problem: s
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
-    """What to make of an answer."""
+    """Classify a response: success, retry, or error."""
     decoded = _decode(body)
     status = response.status_code
     if isinstance(decoded, dict) and type(decoded.get("code")) is int:
@@ -146,13 +152,13 @@ def _no_envelope(
     call: Call, response: requests.Response, body: bytes, decoded: Any, again: bool
 ) -> CloreAPIError:
     status, hint = response.status_code, None
-    text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty answer'}"
+    text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty response'}"
     if 300 <= status < 400:
-        text = f"HTTP {status}: a redirect to {_target(response)}, which is not followed"
+        text = f"HTTP {status}: a redirect to {_target(response)}, which the client does not follow"
     elif isinstance(decoded, dict):
         text = error_text(decoded)
     elif b"error code: 1010" in body[:4000]:
-        hint = "the proxy in front of the API refused the User-Agent"
+        hint = "the proxy in front of the API refused the User-Agent: set another user_agent"
     return InvalidResponseError(
         -1,
         text,
@@ -174,7 +180,7 @@ def _target(response: requests.Response) -> str:
 
 
 def _decode(body: bytes) -> Any:
-    """The JSON of an answer, or None; decoded once."""
+    """Return the decoded JSON of a body, or None."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):

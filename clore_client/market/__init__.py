@@ -1,1 +1,1 @@
-"""Finding a machine."""
+"""The marketplace: servers, prices, spot bids."""

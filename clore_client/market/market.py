@@ -1,4 +1,4 @@
-"""Read the marketplace, and remember the prices and exchange rates that it tells."""
+"""Read the marketplace, and keep its prices and exchange rates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from clore_client.models.server import Server, listed_prices, to_servers
 
 
 class Requester(Protocol):
-    """What reading the marketplace needs of a client."""
+    """The parts of ``CloreClient`` that the marketplace uses."""
 
     @property
     def base_url(self) -> str: ...
@@ -25,38 +25,40 @@ class Requester(Protocol):
 
 
 class Market:
-    """The marketplace of the API that a client uses."""
+    """The marketplace of a client's API."""
 
     def __init__(self, client: Requester) -> None:
         self._client = client
-        self._by_url: dict[str, MarketData] = {}  # base URL -> what its answers told
+        self._by_url: dict[str, MarketData] = {}  # by base URL, which can change
 
     @property
     def data(self) -> MarketData:
-        """What is known of the API behind the base URL of this moment."""
+        """The market data of the current base URL."""
         return self._by_url.setdefault(self._client.base_url, MarketData())
 
     def read(self) -> dict[str, Any]:
-        """Read the listing."""
-        answer = self._client._request("GET", "/v1/marketplace")
+        """Read the list of servers."""
+        response = self._client._request("GET", "/v1/marketplace")
         data = self.data
-        data.observe(answer)
-        data.listed = listed_prices(answer, data.rates)
-        return answer
+        data.observe(response)
+        data.listed = listed_prices(response, data.rates)
+        return response
 
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""
-        answer = self._client._request("GET", "/v1/spot_marketplace", params={"market": server_id})
-        self.data.observe_spot(answer)
-        return answer
+        response = self._client._request(
+            "GET", "/v1/spot_marketplace", params={"market": server_id}
+        )
+        self.data.observe_spot(response)
+        return response
 
     def find_server(self, server_id: int) -> Server | None:
-        """Return a server as it is listed now, rented or not."""
+        """Return a server, rented or not, or None if it is not listed."""
         listed = to_servers(self.read(), include_rented=True, server_id=server_id)
         return listed[0] if listed else None
 
     def ensure_rates(self, server_id: int, currency: str) -> None:
-        """Read the rate by which a bid is converted, where it is not known or too old."""
+        """Read the exchange rate for a bid, if it is not known or too old."""
         data = self.data
         if not data.documented and currency not in data.rates.fresh():
             self.read_spot(server_id)
@@ -64,17 +66,18 @@ class Market:
     def wire_bid(
         self, name: str, usd_per_hour: float, server_id: int, currency: str, allow_above: bool
     ) -> float:
-        """Return a bid as the API takes it.
+        """Check a bid, and return it in the unit of the API.
 
         Parameters:
-            name: of the argument, for the error.
+            name: the name of the argument, for the error.
             usd_per_hour: the bid.
-            server_id, currency: what is bid for, and what is paid with.
-            allow_above: whether it may be above the on-demand price.
+            server_id: the server.
+            currency: the currency to pay with.
+            allow_above: whether to allow a bid far above the on-demand price.
 
         Raises:
-            ValueError: it is above the on-demand price.
-            RateUnknownError: neither the form nor a rate is known for sure.
+            ValueError: the bid is more than ten times the on-demand price.
+            RateUnknownError: the exchange rate is not known.
         """
         self.data.check_bid_price(name, usd_per_hour, server_id, allow_above)
         self.ensure_rates(server_id, currency)

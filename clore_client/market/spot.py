@@ -1,4 +1,4 @@
-"""Bids: from USD per hour to what the API takes, and never a number of which that is not sure."""
+"""Check spot bids, and convert them from USD per hour to the unit of the API."""
 
 from __future__ import annotations
 
@@ -12,56 +12,56 @@ from clore_client.models.order import Order
 from clore_client.models.record import dicts, is_live
 from clore_client.pricing import RATE_MAX_AGE, RateBook, bid_per_day, per_hour, positive
 
-# A price per day taken for one per hour is 24 times too high; an honest bid is far below this.
+# A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
-ROUNDING = 1e-9  # what a price may lose on its way between per day and per hour
+ROUNDING = 1e-9  # the rounding error between prices per day and per hour
 
 
 class MarketData:
-    """What one client knows of one API: its form, its exchange rates, the prices it listed."""
+    """The form, the exchange rates and the listed prices of one API."""
 
     def __init__(self) -> None:
         self.rates = RateBook()
         self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
-        self.live = False  # whether an answer was positively in the live form
+        self.live = False  # whether a response was certainly in the live form
         self._documented_at = -math.inf
 
     @property
     def documented(self) -> bool:
-        """Whether an answer of the last minutes was positively in the documented form."""
+        """True if a response of the last minutes was certainly in the documented form."""
         return time.monotonic() - self._documented_at <= RATE_MAX_AGE
 
-    def observe(self, answer: dict[str, Any]) -> None:
-        """Take from an answer of any kind that it is in the live form."""
-        if is_live(answer):
+    def observe(self, response: dict[str, Any]) -> None:
+        """Record that the API uses the live form, if a response shows it."""
+        if is_live(response):
             self.live = True
             self._documented_at = -math.inf
 
-    def observe_spot(self, answer: dict[str, Any]) -> None:
-        """Take the form and the rates from an answer of ``spot_marketplace``."""
-        market = answer.get("market")
-        if is_live(answer):
+    def observe_spot(self, response: dict[str, Any]) -> None:
+        """Record the form and the exchange rates of a response to ``spot_marketplace``."""
+        market = response.get("market")
+        if is_live(response):
             self.live = True
             self._documented_at = -math.inf
             if isinstance(market, dict):
                 self.rates.tell(market.get("currency_rates_in_usd"))
         elif isinstance(market, dict) and market:
-            # An empty one would show no marker either: it is no evidence.
+            # An empty market shows nothing about the form.
             self.rates = RateBook()
             self._documented_at = time.monotonic()
 
     def check_bid_price(
         self, name: str, usd_per_hour: float, server_id: int | None, allow_any: bool
     ) -> None:
-        """Warn about a bid above the server's on-demand price; refuse one far above it.
+        """Warn about a bid above the server's on-demand price, and refuse one far above it.
 
-        Checks nothing where that price is not known.
+        Does nothing if that price is not known.
 
         Parameters:
-            name: the argument that the bid came in, for the error.
+            name: the name of the argument, for the error.
             usd_per_hour: the bid.
-            server_id: the server that the bid is for.
-            allow_any: whether to send a bid however far above it is.
+            server_id: the server.
+            allow_any: whether to allow any bid.
 
         Raises:
             ValueError: the bid is more than ten times the on-demand price.
@@ -73,8 +73,8 @@ class MarketData:
         if usd_per_hour > highest * (1 + ROUNDING) and not allow_any:
             raise ValueError(
                 f"{name} must be at most {highest:g} USD per hour, {MAX_TIMES_ON_DEMAND:g} times "
-                f"the on-demand price of server {server_id} ({listed:g}), not {usd_per_hour!r}: is "
-                "it a price per day? Pass allow_above_on_demand=True to bid it anyway"
+                f"the on-demand price of server {server_id} ({listed:g}), not {usd_per_hour!r}: "
+                "give the price per hour and not per day, or pass allow_above_on_demand=True"
             )
         logger.warning(
             "%s=%r USD per hour is above the on-demand price of server %s, %g USD per hour",
@@ -85,10 +85,12 @@ class MarketData:
         )
 
     def wire_bid(self, usd_per_hour: float, currency: str, server_id: int) -> float:
-        """A bid as the API takes it: per day in ``currency``, or as it is in the documented form.
+        """Convert a bid to the unit of the API.
+
+        That is ``currency`` per day in the live form, and USD per hour in the documented form.
 
         Raises:
-            RateUnknownError: neither the form nor a rate is known for sure.
+            RateUnknownError: the exchange rate is not known.
         """
         if self.documented:
             logger.info("bid for server %d: %g USD per hour", server_id, usd_per_hour)
@@ -96,8 +98,8 @@ class MarketData:
         rate = positive(self.rates.fresh().get(currency))
         if rate is None:
             raise RateUnknownError(
-                f"no exchange rate for {currency} came with the spot market of server {server_id}: "
-                "nothing was bid"
+                f"the spot market of server {server_id} has no exchange rate for {currency}, so "
+                "nothing was bid: try again later, or use another currency"
             )
         bid = bid_per_day(usd_per_hour, rate)
         logger.info(
@@ -113,21 +115,21 @@ class MarketData:
 
 
 def surely_documented(order: Order) -> bool:
-    """Whether an order came in the documented form, with a field that only that one has."""
+    """Return whether an order has a field that only the documented form has."""
     return order.is_live is False and any(
         name in order.wire for name in ("status", "connection", "renting_server")
     )
 
 
-def with_hourly_offers(answer: dict[str, Any]) -> dict[str, Any]:
-    """A ``spot_marketplace`` answer whose offers carry ``usd_per_hour`` as well.
+def with_hourly_offers(response: dict[str, Any]) -> dict[str, Any]:
+    """Add ``usd_per_hour`` to the offers of a ``spot_marketplace`` response.
 
-    A ``bid`` is per day in the offer's currency, and is turned by the rates of the same answer.
+    A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
     """
-    market = answer.get("market")
+    market = response.get("market")
     if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
-        return answer
-    live, rates = is_live(answer), RateBook()
+        return response
+    live, rates = is_live(response), RateBook()
     rates.tell(market.get("currency_rates_in_usd"))
 
     def hourly(offer: dict[str, Any]) -> float | None:
@@ -137,8 +139,8 @@ def with_hourly_offers(answer: dict[str, Any]) -> dict[str, Any]:
         stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
         return next((price for price in stated if price is not None), None)
 
-    answer["market"] = {
+    response["market"] = {
         **market,
         "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
     }
-    return answer
+    return response

@@ -1,1 +1,1 @@
-"""What a user holds: servers, orders, wallets."""
+"""Records that the client returns: servers, orders, wallets, results."""

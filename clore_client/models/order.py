@@ -1,4 +1,4 @@
-"""Order: its documented form, made from the live one; telling which order is the one just made."""
+"""Order, and its conversion from the live form to the documented form."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
 from clore_client.pricing import RateBook, finite, per_hour
 
-# How an order may end. The live form knows the first two; the others are known from elsewhere.
+# The live form has only the first two; the others are known from other sources.
 ENDED_STATUSES = frozenset(
     {"cancelled", "expired", "completed", "error", "failed", "finished", "stopped", "terminated"}
 )
 
-# Compiled when they are used: that takes longer than importing the module.
+# Compiled on first use, which makes the import faster.
 _HOST_NAME = r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?"
 _USER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 
 
 def plain_host(text: str) -> bool:
-    """Whether ``text`` is a host name or an address, and nothing that a shell or ssh would obey."""
+    """Return whether ``text`` is a host name or address that is safe for a shell and ssh."""
     if re.fullmatch(_HOST_NAME, text):
         return True
     try:
         ipaddress.ip_address(text)
     except ValueError:
         return False
-    return "%" not in text  # no IPv6 zone: it may hold anything
+    return "%" not in text  # an IPv6 zone can hold any character
 
 
 def plain_user(text: str) -> bool:
-    """Whether ``text`` is a plain name of a user."""
+    """Return whether ``text`` is a user name that is safe for a shell and ssh."""
     return bool(re.fullmatch(_USER_NAME, text))
 
 
@@ -47,8 +47,8 @@ class Order(Record):
 
     A dict with ``order_id``, ``renting_server``, ``status``, ``connection`` (``ssh`` and
     ``http_ports``), ``price`` (per hour, in the order's currency), ``started`` (Unix time), and
-    whatever else the API sent. The properties give None for what is missing or of an unexpected
-    type.
+    all other fields that the API sent. A property is None if its field is missing or has an
+    unexpected type.
     """
 
     __slots__ = ("_live", "_usd_per_hour")
@@ -57,7 +57,7 @@ class Order(Record):
 
     @property
     def id(self) -> int | None:
-        """The order's number."""
+        """The number of the order."""
         return whole_id(self.get("order_id"))
 
     @property
@@ -73,7 +73,7 @@ class Order(Record):
 
     @property
     def is_running(self) -> bool:
-        """Whether it is deployed and reachable."""
+        """True if the order is deployed and has an address."""
         return self.status == "running"
 
     @property
@@ -86,18 +86,18 @@ class Order(Record):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is over, and costs nothing any more."""
+        """True if the order has ended, and costs nothing any more."""
         return self.status in ENDED_STATUSES
 
     @property
     def ssh_command(self) -> str | None:
-        """``"ssh root@<host> -p <port>"`` once there is one."""
+        """``"ssh root@<host> -p <port>"``, or None before the order runs."""
         command = part_of(self, "connection", "ssh")
         return command if isinstance(command, str) and command else None
 
     @property
     def http_urls(self) -> dict[str, str]:
-        """Container port -> URL."""
+        """A dict with the URL of each container port."""
         urls = part_of(self, "connection", "http_ports")
         if not isinstance(urls, dict):
             return {}
@@ -105,12 +105,12 @@ class Order(Record):
 
     @property
     def started_at(self) -> float | None:
-        """Unix time; on the live API that of its creation."""
+        """The Unix time of its start; on the live API, of its creation."""
         return finite(self.get("started"))
 
     @property
     def usd_per_hour(self) -> float | None:
-        """The price in USD per hour, by the rate known when the order was read; else None."""
+        """The price in USD per hour, by the exchange rate at the time of reading, or None."""
         try:
             return self._usd_per_hour
         except AttributeError:
@@ -118,7 +118,7 @@ class Order(Record):
 
     @property
     def is_live(self) -> bool | None:
-        """Whether it came in the live form; None when it was built by hand."""
+        """True if it came in the live form; None if it did not come from the API."""
         return getattr(self, "_live", None)
 
     def _summary(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _live_host(record: dict[str, Any]) -> str:
 
 
 def _live_ports(record: dict[str, Any]) -> dict[int, int]:
-    """Container port -> public port."""
+    """Return the public port of each container port."""
     mapped: dict[int, int] = {}
     entries = record.get("tcp_ports")
     for entry in entries if isinstance(entries, list) else ():
@@ -161,18 +161,18 @@ def _live_status(record: dict[str, Any], cancelled: bool, host: str, ports: bool
 
 
 def _either(record: dict[str, Any], name: str, other: str) -> Any:
-    """The documented field where it is told, else the live one."""
+    """Return the documented field, or the live one if that is missing."""
     value = record.get(name)
     return record.get(other) if value is None else value
 
 
 def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str, Any]:
-    """The documented fields of an order in the live form."""
+    """Return the documented fields of an order in the live form."""
     order_id = _either(record, "order_id", "id")
-    ours = whole_id(order_id) in cancelled
+    by_this_client = whole_id(order_id) in cancelled
     host, ports = _live_host(record), _live_ports(record)
-    status = _live_status(record, ours, host, bool(ports))
-    # Host and ports may be filled in long before anything answers there.
+    status = _live_status(record, by_this_client, host, bool(ports))
+    # The API can send host and ports before the container runs (seen on the live API).
     reachable = status == "running" and 22 in ports
     pub, http_port = record.get("http_pub"), record.get("http_port")
     urls = {}
@@ -194,13 +194,13 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
 def to_order(
     record: dict[str, Any], live: bool, cancelled: Collection[int], rates: RateBook
 ) -> Order:
-    """An order as it came, as an :class:`Order` in the documented form.
+    """Convert an order from the API to an :class:`Order`.
 
     Parameters:
-        record: what the API sent.
-        live: its answer's form.
-        cancelled: ids of orders that this client cancelled.
-        rates: for ``usd_per_hour``.
+        record: the order, as the API sent it.
+        live: whether the response is in the live form.
+        cancelled: ids of the orders that this client cancelled.
+        rates: the exchange rates for ``usd_per_hour``.
     """
     order = Order({**record, **_live_fields(record, cancelled)} if live else record)
     order._wire, order._live = record, live
@@ -208,16 +208,19 @@ def to_order(
     return order
 
 
-def to_orders(answer: dict[str, Any], cancelled: Collection[int], rates: RateBook) -> list[Order]:
-    """The orders of an answer, in the documented form."""
-    live = is_live(answer)
-    return [to_order(r, live, cancelled, rates) for r in dicts(answer.get("orders"))]
+def to_orders(response: dict[str, Any], cancelled: Collection[int], rates: RateBook) -> list[Order]:
+    """Convert the orders of a response to the documented form."""
+    live = is_live(response)
+    return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
 
 
-def created_id(answer: dict[str, Any]) -> int | None:
-    """The order id in an answer to ``create_order``, which only old and documented ones carry."""
-    nested = answer.get("order")
-    for holder in (answer, nested if isinstance(nested, dict) else {}):
+def created_id(response: dict[str, Any]) -> int | None:
+    """Return the order id in a response to ``create_order``.
+
+    The live API sends none any more; older responses and the documented form have one.
+    """
+    nested = response.get("order")
+    for holder in (response, nested if isinstance(nested, dict) else {}):
         for name in ("order_id", "id"):
             if (order_id := whole_id(holder.get(name))) is not None and order_id > 0:
                 return order_id

@@ -1,4 +1,4 @@
-"""What servers, orders and wallets have in common, and which form an answer is in."""
+"""Record, the base class of servers, orders and wallets, and helpers to read API responses."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from clore_client.errors import masked, printable
 
 R = TypeVar("R", bound="Record")
 
-# A record with one of these fields makes the whole answer one of the live form.
+# One record with one of these fields means that the whole response is in the live form.
 LIVE_PRICE_MARKERS = ("on_demand", "original_usd")
 LIVE_ORDER_MARKERS = ("si", "ct", "mon_container", "pub_cluster")
 LIVE_MARKET_MARKERS = ("currency_rates_in_usd", "server")
 
 
 def dicts(value: Any) -> list[dict[str, Any]]:
-    """The dicts of a list, or nothing: what an answer has in place of records is no record."""
+    """Return the dicts in a list, without anything that is not a record."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def part_of(record: Any, *path: str) -> Any:
-    """What stands at ``path`` in nested dicts, or None."""
+    """Return the value at ``path`` in nested dicts, or None."""
     for key in path:
         if not isinstance(record, dict):
             return None
@@ -31,19 +31,19 @@ def part_of(record: Any, *path: str) -> Any:
     return record
 
 
-def is_live(answer: Mapping[str, Any]) -> bool:
-    """Whether an answer of the API is in the live form; decided once for the whole answer."""
-    servers = answer.get("servers")
-    for server in servers if isinstance(servers, list) else ():  # without a copy of thousands
+def is_live(response: Mapping[str, Any]) -> bool:
+    """Return whether a response is in the live form."""
+    servers = response.get("servers")
+    for server in servers if isinstance(servers, list) else ():  # no copy of a long list
         price = server.get("price") if isinstance(server, dict) else None
         if isinstance(price, dict) and any(marker in price for marker in LIVE_PRICE_MARKERS):
             return True
-    for order in dicts(answer.get("orders")):
+    for order in dicts(response.get("orders")):
         if any(marker in order for marker in LIVE_ORDER_MARKERS):
             return True
-    if "exists" in answer:
+    if "exists" in response:
         return True
-    market = answer.get("market")
+    market = response.get("market")
     if not isinstance(market, dict):
         return False
     if any(marker in market for marker in LIVE_MARKET_MARKERS):
@@ -52,7 +52,7 @@ def is_live(answer: Mapping[str, Any]) -> bool:
 
 
 def whole_id(value: Any) -> int | None:
-    """Return an id that came as an integer, or as a string of digits; else None."""
+    """Return an id, given as an integer or as a string of digits, or None."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
         return int(value)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -61,10 +61,9 @@ def whole_id(value: Any) -> int | None:
 
 
 class Record(dict[str, Any]):
-    """A dict in the documented form that remembers what the API sent.
+    """A dict in the documented form, with the original from the API in ``.wire``.
 
-    ``.wire`` gives the record as it came. Records built by hand are taken to be in the
-    documented form already, and are their own ``.wire``.
+    A record that did not come from the API counts as documented, and is its own ``.wire``.
     """
 
     __slots__ = ("_wire",)
@@ -72,7 +71,7 @@ class Record(dict[str, Any]):
 
     @property
     def wire(self) -> dict[str, Any]:
-        """A copy of the whole record as the API sent it."""
+        """A copy of the record as the API sent it."""
         try:
             return copy.deepcopy(self._wire)
         except AttributeError:
@@ -87,7 +86,7 @@ class Record(dict[str, Any]):
         return twin
 
     def copy(self: R) -> R:
-        """A shallow copy of the same type, with the same ``.wire``."""
+        """Return a shallow copy of the same type, with the same ``.wire``."""
         return self._like(self)
 
     __copy__ = copy
@@ -99,11 +98,11 @@ class Record(dict[str, Any]):
         return self._like({**other, **self}) if isinstance(other, Mapping) else NotImplemented
 
     def _summary(self) -> dict[str, Any]:
-        """What the repr shows."""
+        """Return the fields that the repr shows."""
         return self
 
     def __repr__(self) -> str:
-        # repr() of the parts escapes control characters: text in a record comes from strangers.
+        # Text in a record comes from strangers: repr() of the parts escapes control characters.
         shown = masked({k: v for k, v in self._summary().items() if v is not None})
         fields = ", ".join(f"{printable(str(k))}={v!r}" for k, v in shown.items())
         return f"<{type(self).__name__} {fields}>"

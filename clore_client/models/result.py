@@ -1,4 +1,4 @@
-"""What came of a command or a transfer over SSH."""
+"""Results of commands and transfers over SSH."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ STDOUT, STDERR = "stdout", "stderr"
 
 
 class CommandResult:
-    """How a command ended.
+    """The result of a command.
 
     Attributes:
-        command: the line that the machine's shell was given, without what ``env`` adds to it.
-        exit_code: 0 to 255; -1 where a signal ended it.
-        stdout, stderr: its output as text; what is no UTF-8 is replaced.
-        duration: seconds from the request until the end.
+        command: the command for the machine's shell, without the variables of ``env``.
+        exit_code: 0 to 255; -1 if a signal ended the command.
+        stdout, stderr: the output as text; bytes that are not UTF-8 are replaced.
+        duration: seconds from the start to the end.
     """
 
     __slots__ = ("command", "duration", "exit_code", "stderr", "stdout")
@@ -30,7 +30,7 @@ class CommandResult:
 
     @property
     def ok(self) -> bool:
-        """Whether it ended with 0."""
+        """True if the exit code is 0."""
         return self.exit_code == 0
 
     def __repr__(self) -> str:
@@ -42,7 +42,9 @@ class CommandResult:
 
 
 class OutputLine(str):
-    """A line of a command's output without its end, as it came: it may hold terminal escapes.
+    """A line of a command's output, without its line end.
+
+    It can contain terminal escapes: do not print it unchecked.
 
     Attributes:
         stream: ``"stdout"`` or ``"stderr"``.
@@ -59,14 +61,14 @@ class OutputLine(str):
 
 
 class Transferred:
-    """What was transferred.
+    """The result of a transfer.
 
     Attributes:
-        path: where it is now, as text.
-        files: how many files.
-        size: bytes of all of them.
+        path: the path of the copy, as text.
+        files: the number of files.
+        size: the bytes of all files.
         duration: seconds.
-        skipped: (name, why) of what was left out: symlinks, and what is no file.
+        skipped: (name, reason) for symlinks and special files, which are not copied.
     """
 
     __slots__ = ("duration", "files", "path", "size", "skipped")
@@ -81,8 +83,8 @@ class Transferred:
         self.skipped = skipped
 
     def __repr__(self) -> str:
-        left_out = f", {len(self.skipped)} left out" if self.skipped else ""
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         return (
             f"<Transferred {printable(self.path, 200)!r}: {self.files} files, {self.size} bytes, "
-            f"{self.duration:.2f} s{left_out}>"
+            f"{self.duration:.2f} s{skipped}>"
         )

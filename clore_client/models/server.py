@@ -1,4 +1,4 @@
-"""Server: its documented form, made from the live one; matching and sorting by price."""
+"""Server, its conversion from the live form to the documented form, filters and sorting."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
 from clore_client.pricing import HOURS_PER_DAY, RateBook, finite, per_hour, positive
 
-# Bounded, and without two ways to match one blank: the text comes from strangers. Compiled when
-# they are used: that takes longer than importing the module.
+# The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
+# makes the import faster.
 _COUNTED_GPU = r"(?s)([0-9]{1,3})x\s+(.+)"
 _VENDOR = r"(?i)(?:NVIDIA\s+)?(?:GeForce\s+)?"
 _DISK_SIZE = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?GB"
-# Under ``price.usd`` of the live form, the on-demand price for each currency that pays it.
+# The field of the live form's ``price.usd`` with the on-demand price, for each currency.
 _USD_FIELDS = {
     "CLORE-Blockchain": "on_demand_clore",
     "bitcoin": "on_demand_btc",
@@ -24,7 +24,7 @@ _USD_FIELDS = {
 
 
 def _counted(specs: Any) -> tuple[int, str] | None:
-    """Count and name from ``specs.gpu`` (``"2x NVIDIA GeForce RTX 4070 Ti"``), or None."""
+    """Return the count and name in ``specs.gpu`` (``"2x NVIDIA GeForce RTX 4070 Ti"``), or None."""
     text = specs.get("gpu") if isinstance(specs, dict) else None
     match = re.fullmatch(_COUNTED_GPU, text.strip()) if isinstance(text, str) else None
     if not match:
@@ -33,12 +33,12 @@ def _counted(specs: Any) -> tuple[int, str] | None:
 
 
 def gpu_names(record: dict[str, Any]) -> list[str]:
-    """The flat list of GPU names of a server as it came, in either form."""
+    """Return the GPU names of a server in either form, as a flat list."""
     array = record.get("gpu_array")
     if isinstance(array, list):
         names: list[str] = []
         for entry in array:
-            if isinstance(entry, str):  # the rule, without a list around it for each of thousands
+            if isinstance(entry, str):  # the usual case, kept fast
                 if name := entry.strip():
                     names.append(name)
             elif isinstance(entry, list):
@@ -50,7 +50,10 @@ def gpu_names(record: dict[str, Any]) -> list[str]:
 
 
 def _live_spot_per_day(price: dict[str, Any]) -> float | None:
-    """The lowest spot bid in USD per day. ``price.usd.spot`` is mostly 0, which means not given."""
+    """Return the lowest spot bid in USD per day, or None.
+
+    ``price.usd.spot`` is often 0, which means that it is in another field (seen on the live API).
+    """
     usd = price.get("usd")
     if stated := positive(part_of(usd, "spot")):
         return stated
@@ -64,7 +67,7 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
     if stated := positive(part_of(spot, "USD-Blockchain")):
         return stated
     for currency, usd_field in _USD_FIELDS.items():
-        # The same server quotes its on-demand price in both units: that is the rate.
+        # The on-demand price of the server in both currencies gives the exchange rate.
         amount = positive(part_of(spot, currency))
         same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
         if amount and same and in_usd:
@@ -73,7 +76,7 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
 
 
 def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None:
-    """USD per hour of a server as it came; None when it has no price above 0."""
+    """Return the price of a server in USD per hour, or None if it has no price above 0."""
     price = record.get("price")
     if not isinstance(price, dict):
         return None
@@ -83,14 +86,14 @@ def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None
         usd = price.get("usd")
         given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
     amount = positive(given)
-    # The smallest of numbers becomes 0, which is no price.
+    # A very small number becomes 0, which is no price.
     return amount / HOURS_PER_DAY or None if live and amount else amount
 
 
 def on_demand_usd(server: Server, currency: Any) -> float | None:
-    """USD per hour of a translated server when it is paid in ``currency``, the wire's name.
+    """Return the on-demand price in USD per hour when paid in ``currency`` (the API's name).
 
-    The documented form tells one price for all currencies.
+    The documented form has one price for all currencies.
     """
     usd = part_of(server, "price", "usd")
     own = (
@@ -100,11 +103,11 @@ def on_demand_usd(server: Server, currency: Any) -> float | None:
 
 
 def server_reliability(record: dict[str, Any], live: bool) -> float | None:
-    """Reliability of a server as it came, 0 to 100; the live form counts from 0 to 1."""
+    """Return the reliability of a server, 0 to 100; the live form has 0 to 1."""
     number = finite(record.get("reliability"))
     if number is None:
         return None
-    # 0.9731 * 100 is a hair beside 97.31.
+    # Without rounding, 0.9731 * 100 is not 97.31.
     return round(number * 100.0, 9) if live else number
 
 
@@ -112,52 +115,52 @@ class Server(Record):
     """One server of the marketplace, in the documented form.
 
     A dict with ``id``, ``gpu_array`` (a flat list of names), ``price`` (under ``usd`` in USD per
-    hour), ``reliability`` (0 to 100), ``rented``, ``specs``, and whatever else the API sent. The
-    properties give None for what is missing or of an unexpected type.
+    hour), ``reliability`` (0 to 100), ``rented``, ``specs``, and all other fields that the API
+    sent. A property is None if its field is missing or has an unexpected type.
     """
 
     __slots__ = ()
 
     @property
     def id(self) -> int | None:
-        """The number to rent it by."""
+        """The number of the server, for :meth:`CloreClient.create_order`."""
         return whole_id(self.get("id"))
 
     @property
     def gpu_name(self) -> str | None:
-        """The name of its (first) GPU, as ``"RTX 4090"``."""
+        """The name of its (first) GPU, for example ``"RTX 4090"``."""
         names = gpu_names(self)
         return names[0] if names else None
 
     @property
     def gpu_count(self) -> int | None:
-        """How many GPUs it has."""
+        """The number of GPUs."""
         counted = _counted(self.get("specs"))
         return counted[0] if counted else len(gpu_names(self)) or None
 
     @property
     def vram_gb(self) -> float | None:
-        """Memory of one GPU in GB, which the API rounds down."""
+        """The memory of one GPU in GB, which the live API rounds down."""
         return positive(part_of(self, "specs", "gpuram"))
 
     @property
     def usd_per_hour(self) -> float | None:
-        """On-demand price in USD per hour, without fees."""
+        """The on-demand price in USD per hour, without fees."""
         return server_price(self, live=False, spot=False)
 
     @property
     def spot_usd_per_hour(self) -> float | None:
-        """The lowest spot bid that the host takes, in USD per hour, without fees."""
+        """The lowest spot bid that the host accepts, in USD per hour, without fees."""
         return server_price(self, live=False, spot=True)
 
     @property
     def reliability(self) -> float | None:
-        """0 to 100."""
+        """The reliability, 0 to 100."""
         return finite(self.get("reliability"))
 
     @property
     def rented(self) -> bool:
-        """Whether somebody rents it now."""
+        """True if the server is rented now."""
         return bool(self.get("rented"))
 
     @property
@@ -168,19 +171,19 @@ class Server(Record):
 
     @property
     def ram_gb(self) -> float | None:
-        """Main memory in GB."""
+        """The main memory in GB."""
         return positive(part_of(self, "specs", "ram"))
 
     @property
     def disk_gb(self) -> float | None:
-        """Size of the disk in GB: the last one that its description names."""
+        """The size of the disk in GB, from the last number of its description."""
         text = part_of(self, "specs", "disk")
         sizes = re.findall(_DISK_SIZE, text) if isinstance(text, str) else []
         return positive(float(sizes[-1])) if sizes else None
 
     @property
     def cuda_version(self) -> str | None:
-        """The highest CUDA version of its driver, as ``"13.0"``."""
+        """The highest CUDA version that its driver supports, for example ``"13.0"``."""
         version = self.get("cuda_version")
         return version if isinstance(version, str) and version else None
 
@@ -202,7 +205,12 @@ def _rounded(number: float | None) -> float | None:
 
 
 def to_server(record: dict[str, Any], live: bool) -> Server:
-    """Return a server as it came as a :class:`Server` in the documented form."""
+    """Convert a server from the API to a :class:`Server`.
+
+    Parameters:
+        record: the server, as the API sent it.
+        live: whether the response is in the live form.
+    """
     server = Server(record)
     server._wire = record
     server["gpu_array"] = gpu_names(record)
@@ -220,7 +228,7 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
 
 
 def to_servers(
-    answer: dict[str, Any],
+    response: dict[str, Any],
     *,
     include_rented: bool = False,
     gpu_type: str | None = None,
@@ -229,15 +237,15 @@ def to_servers(
     spot: bool = False,
     server_id: int | None = None,
 ) -> list[Server]:
-    """The servers of a marketplace answer that fit, in the order in which they came.
+    """Return the servers of a response that fit, in the API's order.
 
-    They are chosen before they are translated: that a few of thousands are wanted is the rule.
+    Filters before it converts, because most calls want few of thousands of servers.
     """
-    live = is_live(answer)
+    live = is_live(response)
     wanted = gpu_type.strip().lower() if gpu_type else ""
 
     def fits(record: dict[str, Any]) -> bool:
-        # What costs least comes first: this runs for thousands of records.
+        # The cheapest checks come first, as this runs for thousands of records.
         if server_id is not None and whole_id(record.get("id")) != server_id:
             return False
         if not include_rented and record.get("rented"):
@@ -249,14 +257,14 @@ def to_servers(
         if max_usd_per_hour is None:
             return True
         price = server_price(record, live, spot)
-        # 8.4 a day over 24 is a hair above 0.35.
+        # 8.4 / 24 is slightly above 0.35.
         return price is not None and price <= max_usd_per_hour * (1 + 1e-12)
 
-    return [to_server(r, live) for r in dicts(answer.get("servers")) if fits(r)]
+    return [to_server(r, live) for r in dicts(response.get("servers")) if fits(r)]
 
 
 def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Server]:
-    """Sorted by price; equal ones as they came, those without a price last."""
+    """Sort servers by price; equal ones keep their order, those without a price come last."""
 
     def price(server: Server) -> float:
         usd = server.spot_usd_per_hour if spot else server.usd_per_hour
@@ -265,21 +273,21 @@ def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Ser
     return sorted(servers, key=price)
 
 
-def listed_prices(answer: dict[str, Any], rates: RateBook) -> dict[int, float]:
-    """Server id -> on-demand USD per hour, for every server of an answer that tells both.
+def listed_prices(response: dict[str, Any], rates: RateBook) -> dict[int, float]:
+    """Return the on-demand price in USD per hour by server id.
 
-    The exchange rates that the prices imply go to ``rates``, for display.
+    Stores the exchange rates that follow from the prices in ``rates``, for display.
     """
-    live = is_live(answer)
-    told: dict[int, float] = {}
+    live = is_live(response)
+    prices: dict[int, float] = {}
     implied: dict[str, float] = {}
-    for record in dicts(answer.get("servers")):
+    for record in dicts(response.get("servers")):
         usd, server_id = server_price(record, live, spot=False), record.get("id")
-        if type(server_id) is not int:  # the rule; thousands come at once
+        if type(server_id) is not int:  # the usual case is an int, kept fast
             server_id = whole_id(server_id)
         if usd is None or server_id is None:
             continue
-        told[server_id] = usd
+        prices[server_id] = usd
         if live and len(implied) < len(_USD_FIELDS):
             for currency, usd_field in _USD_FIELDS.items():
                 amount = positive(part_of(record, "price", "on_demand", currency))
@@ -287,4 +295,4 @@ def listed_prices(answer: dict[str, Any], rates: RateBook) -> dict[int, float]:
                 if amount and in_usd:
                     implied[currency] = in_usd / amount
     rates.tell(implied, firm=False)
-    return told
+    return prices

@@ -1,4 +1,4 @@
-"""Wallet: a currency of the account and what is in it."""
+"""Wallet, the balance of one currency."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from clore_client.pricing import finite
 class Wallet(Record):
     """One wallet: a dict with ``name``, ``balance`` and ``deposit_address``.
 
-    The live API calls the address ``deposit``, which is kept beside it.
+    The live API calls the address ``deposit``; that field is kept too.
     """
 
     __slots__ = ()
 
     @property
     def name(self) -> str | None:
-        """The currency, as ``"CLORE-Blockchain"``."""
+        """The currency, for example ``"CLORE-Blockchain"``."""
         name = self.get("name")
         return name if isinstance(name, str) else None
 
     @property
     def balance(self) -> float | None:
-        """What it holds, in its currency."""
+        """The balance, in its currency."""
         return finite(self.get("balance"))
 
     @property
     def deposit_address(self) -> str | None:
-        """Where to send coins to."""
+        """The address for deposits."""
         address = self.get("deposit_address")
         return address if isinstance(address, str) else None
 
 
-def to_wallets(answer: dict[str, Any]) -> list[Wallet]:
-    """The wallets of an answer, in the documented form."""
+def to_wallets(response: dict[str, Any]) -> list[Wallet]:
+    """Convert the wallets of a response to the documented form."""
     wallets = []
-    for record in dicts(answer.get("wallets")):
+    for record in dicts(response.get("wallets")):
         wallet = Wallet(record)
         wallet._wire = record
         if "deposit" in record:

@@ -1,1 +1,1 @@
-"""Making orders, waiting for them, ending them."""
+"""Orders: create, reconcile, wait, cancel."""

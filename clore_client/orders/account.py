@@ -1,4 +1,4 @@
-"""Read the orders of an account, and remember those that this client has made or seen."""
+"""Read the orders of an account, and remember the orders of this client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clore_client.validation import Timeout
 
 
 class OrdersClient(Requester, Protocol):
-    """What orders need of a client."""
+    """The parts of ``CloreClient`` that the orders use."""
 
     timeout: Timeout
     rate_limit: float
@@ -31,7 +31,7 @@ class OrdersClient(Requester, Protocol):
 
 
 class OrderState(enum.Enum):
-    """What the two order lists say of an order."""
+    """The state of an order in the two order lists."""
 
     ACTIVE = "active"
     ENDED = "ended"
@@ -39,16 +39,16 @@ class OrderState(enum.Enum):
 
 
 class AccountOrders:
-    """The orders of the account of a client.
+    """The orders of a client's account.
 
     Attributes:
-        client: by which they are read.
-        market: whose rates give their prices in USD.
-        made: order id -> the order as it was when this client made it.
-        credentials: order id -> what was sent with it to get in.
-        cancelled: ids of the orders that this client has cancelled.
-        ended: ids of the orders that are known to have ended.
-        bid_listeners: order id -> whom to tell of a new bid, in USD per hour.
+        client: makes the requests.
+        market: has the exchange rates for prices in USD.
+        made: order id -> the order, as this client made it.
+        credentials: order id -> the password, key and token that were sent with it.
+        cancelled: ids of the orders that this client cancelled.
+        ended: ids of the orders that have ended.
+        bid_listeners: order id -> a function to call with a new bid, in USD per hour.
     """
 
     def __init__(self, client: OrdersClient, market: Market) -> None:
@@ -59,50 +59,52 @@ class AccountOrders:
         self.cancelled: set[int] = set()
         self.ended: set[int] = set()
         self.bid_listeners: dict[int, Callable[[float], None]] = {}
-        self._seen: set[int] = set()  # active, by this client
+        self._seen: set[int] = set()  # ids of the orders that this client has seen active
         self._own_claims = Claims()
 
     def shared_with(self, client: OrdersClient, market: Market) -> AccountOrders:
-        """Return the same orders for a copy of the client."""
+        """Return these orders for a copy of the client."""
         twin = copy.copy(self)
         twin.client, twin.market = client, market
         return twin
 
     @property
     def claims(self) -> Claims:
-        """Which orders of the account are taken; without a key this client has its own."""
+        """The claims of the account, shared by its clients; without a key, this client's own."""
         key = self.client.api_key
         return claims_for(self.client.base_url, key) if key else self._own_claims
 
     @property
     def known(self) -> set[int]:
-        """Ids of all orders that this client has made, seen active, or cancelled."""
+        """The ids of all orders that this client has made, seen active, or cancelled."""
         return {*self.made, *self._seen, *self.cancelled}
 
     def read(self, completed: bool, **options: Any) -> tuple[list[Order], dict[str, Any]]:
-        """Read one of the two lists; returns its orders and the whole answer.
+        """Read one of the two order lists, and return its orders and the whole response.
 
         Parameters:
-            completed: the list that has the orders that have ended, too.
-            **options: for ``_request``.
+            completed: read the list that includes the orders that have ended.
+            **options: arguments of ``_request``.
         """
         params = {"return_completed": "true"} if completed else None
-        answer = self.client._request("GET", "/v1/my_orders", params=params, **options)
-        if isinstance(answer, Envelope) and not isinstance(answer.get("orders"), list):
-            # An answer to something else, perhaps: it does not say that there is no order.
-            raise InvalidResponseError(-1, "no list of orders", answer, endpoint="/v1/my_orders")
+        response = self.client._request("GET", "/v1/my_orders", params=params, **options)
+        if isinstance(response, Envelope) and not isinstance(response.get("orders"), list):
+            # A response without a list does not mean that there are no orders.
+            raise InvalidResponseError(
+                -1, "the response has no list of orders", response, endpoint="/v1/my_orders"
+            )
         data = self.market.data
-        data.observe(answer)
-        orders = to_orders(answer, self.cancelled, data.rates)
+        data.observe(response)
+        orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
-        return orders, answer
+        return orders, response
 
     def active(self) -> list[Order]:
         """Read the orders that have not ended."""
         return [order for order in self.read(completed=False)[0] if not order.has_ended]
 
     def find(self, order_id: int) -> Order | None:
-        """Return an order; the ended ones are read only when it is not active."""
+        """Return an order, or None. Reads the ended orders only if it is not active."""
         for completed in (False, True):
             for order in self.read(completed)[0]:
                 if order.id == order_id:
@@ -110,30 +112,36 @@ class AccountOrders:
         return None
 
     def state(self, order_id: int) -> OrderState:
-        """Return what the two lists say of an order.
+        """Return the state of an order in the two lists.
 
         Raises:
-            OrderNotFoundError: it is the number of a server.
-            CloreError: the lists can't be read, or are not whole.
+            OrderNotFoundError: ``order_id`` is the number of a server.
+            CloreError: the lists can't be read, or are not complete.
         """
         for completed in (False, True):
-            orders, answer = self.read(completed)
+            orders, response = self.read(completed)
             for order in orders:
                 if order.id == order_id:
                     return OrderState.ENDED if order.has_ended else OrderState.ACTIVE
                 if order.server_id == order_id and not order.has_ended:
                     raise OrderNotFoundError(
-                        f"there is no order {order_id}: that is the server of order {order.id}",
+                        f"there is no order {order_id}, which is the server of order {order.id}: "
+                        "pass the number of the order",
                         order_id=order_id,
                     )
-            listed = answer.get("orders")
+            listed = response.get("orders")
             ids = [order.id for order in orders if order.id is not None]
             if not isinstance(listed, list) or len(ids) != len(listed):
-                raise CloreError("the orders are not listed whole: that decides nothing")
+                incomplete = CloreError(
+                    f"the list of orders is incomplete, so the state of order {order_id} is not "
+                    "known: try again"
+                )
+                incomplete.retryable = True
+                raise incomplete
         return OrderState.ABSENT
 
     def active_ids(self) -> list[int]:
-        """Return the orders that cost money, and those that may, though no list has them now."""
+        """Return the ids of active orders, and of known orders that the list does not have now."""
         orders, _ = self.read(completed=False)
         active = [order.id for order in orders if order.id is not None and not order.has_ended]
         missing = self.known - set(active) - self.ended
@@ -143,6 +151,6 @@ class AccountOrders:
         return active + sorted(missing - self.cancelled - self.ended)
 
     def tell_bid(self, order_id: int, usd_per_hour: float) -> None:
-        """Tell whoever counts the cost of an order of its new price."""
-        if (tell := self.bid_listeners.get(order_id)) is not None:
-            tell(usd_per_hour)
+        """Report the new price of an order to its budget."""
+        if (listener := self.bid_listeners.get(order_id)) is not None:
+            listener(usd_per_hour)

@@ -22,24 +22,26 @@ def set_spot_price(
     orders: AccountOrders, order_id: int, usd_per_hour: float, allow_above: bool
 ) -> bool:
     """Change the bid of an order; see ``CloreClient.set_spot_price``."""
-    # One that was just made may not be listed yet.
+    # A new order may not be listed yet.
     order = orders.find(order_id) or orders.made.get(order_id)
     if order is None:
         raise OrderNotFoundError(
-            f"there is no order {order_id}: nothing was bid", order_id=order_id
+            f"there is no order {order_id} in this account, so nothing was bid: look at "
+            "get_orders()",
+            order_id=order_id,
         )
     bid = _wire_bid(orders, order, usd_per_hour, allow_above)
     body = {"order_id": order_id, "desired_price": bid}
     accepted = True
     try:
-        answer = orders.client._request("POST", "/v1/set_spot_price", json=body)
-        accepted = answer.get("error") in (None, "")
+        response = orders.client._request("POST", "/v1/set_spot_price", json=body)
+        accepted = response.get("error") in (None, "")
     except SpotPriceTooSoonError as error:
-        # Sent again after a lost answer, it is refused because the first one was carried out.
+        # After a lost response, the API refuses the retry because the first request took effect.
         if error.sends <= 1 or not _shows_bid(orders, order, bid):
             raise
     except (CloreConnectionError, DatabaseError, InvalidResponseError):
-        # It may have been carried out: a budget counts the higher price.
+        # The bid may have taken effect, so a budget counts the higher price.
         orders.tell_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
         raise
     if accepted:
@@ -48,16 +50,19 @@ def set_spot_price(
 
 
 def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool) -> float:
-    """Check a bid, and return it as the API takes it."""
+    """Check a bid, and return it in the unit of the API."""
     if order.has_ended:
         raise OrderEndedError(
-            f"Order {order.id} has ended, with status {order.status}: nothing was bid",
+            f"Order {order.id} has ended, with status {order.status}, so nothing was bid",
             order_id=order.id or 0,
             status=order.status or "",
             order=order,
         )
     if order.is_spot is False:
-        raise ValueError(f"order_id: order {order.id} is no spot order; nothing was bid")
+        raise ValueError(
+            f"order_id {order.id} is not a spot order, so nothing was bid: only spot orders have a "
+            "bid"
+        )
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
     data = orders.market.data
@@ -67,7 +72,7 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
     currency, server_id = order.get("currency"), order.server_id
     if server_id is None or not isinstance(currency, str):
         raise OrderNotFoundError(
-            f"order {order.id} does not tell its server and currency: nothing was bid",
+            f"order {order.id} shows no server or currency, so nothing was bid: try again later",
             order_id=order.id,
         )
     currency = check_currency("the order's currency", currency)
@@ -76,12 +81,12 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
 
 
 def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:
-    """Return whether an order now shows a bid that was sent."""
+    """Return whether an order now has the bid that was sent."""
     after = orders.find(before.id or 0)
     shown = finite(after.wire.get("price")) if after is not None else None
     if shown is None:
         return False
     if surely_documented(before):
-        # Its price is in the order's currency, the bid in USD: what tells is that it changed.
+        # The price is in the order's currency and the bid in USD: only a change can be seen.
         return shown != finite(before.wire.get("price"))
-    return abs(shown - bid) <= max(1e-6 * bid, 1e-8)  # bitcoin has eight digits
+    return abs(shown - bid) <= max(1e-6 * bid, 1e-8)  # bitcoin has eight decimals

@@ -1,8 +1,8 @@
-"""Cancel orders until that is accepted, and confirm that they have ended.
+"""Cancel orders until the API accepts it, and confirm that they have ended.
 
 An order has ended when the list of completed orders says so, or when its cancel was accepted and it
-is gone from both lists for longer than they lag behind. Nothing else is taken for an end: a list
-can be empty for a moment.
+is missing from both lists for longer than ``order_lag``. One look is not enough, because a list can
+be empty for a moment.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.orders.account import AccountOrders, OrderState
 
-MAX_ISSUE = 2048  # characters of ``issue`` that the API takes
-# A cancelled order can stand among the active ones for 2 to 20 seconds (seen on the live API).
+MAX_ISSUE = 2048  # characters of ``issue`` that the API accepts
+# A cancelled order can stay in the active list for 2 to 20 seconds (seen on the live API).
 LINGER = 30.0
-MAX_CANCELS = 64  # ids that the API takes in one ``cancel_orders``
-FIRST_PAUSE = 0.02  # seconds between the first two looks at the lists; it doubles
+MAX_CANCELS = 64  # ids that the API accepts in one ``cancel_orders``
+FIRST_PAUSE = 0.02  # seconds between the first two reads of the lists; it doubles
 LONGEST_LOOK_PAUSE = 1.0
-CANCEL_AGAIN_AFTER = 30.0  # seconds after which one that still looks active is cancelled again
+CANCEL_AGAIN_AFTER = 30.0  # seconds; an order that still looks active is cancelled again
 CONFIRM_AT_LEAST = 30.0
-SHORTEST_TRY = 1.0  # seconds that one try to cancel has at least
+SHORTEST_TRY = 1.0  # the shortest time limit of one request, in seconds
 
 
 class Cancellation:
-    """The end of one order: its cancel, and what the lists show since.
+    """The cancel of one order, and its state in the order lists.
 
     Attributes:
-        order_id: which order.
-        accepted: whether a cancel of it was accepted; it costs nothing from then on.
-        failure: why the last try to cancel failed.
+        order_id: the order.
+        accepted: whether the API accepted a cancel; the order costs nothing from then on.
+        failure: the error of the last cancel, or None.
     """
 
     def __init__(self, orders: AccountOrders, order_id: int, issue: str | None = None) -> None:
@@ -53,8 +53,8 @@ class Cancellation:
         self.failure: Exception | None = None
         self._orders = orders
         self._issue = issue
-        self._doubtful = False  # whether a cancel may have been carried out
-        self._state: OrderState | None = None  # None where the last look failed
+        self._doubtful = False  # whether a cancel may have taken effect
+        self._state: OrderState | None = None  # None if the last read of the lists failed
         self._absent_since: float | None = None
         self._look_failure: CloreError | None = None
         self._sent_at = -math.inf
@@ -84,16 +84,16 @@ class Cancellation:
         persist: bool = True,
         stop: Callable[[], bool] = lambda: False,
     ) -> CloreError | None:
-        """Cancel until that is accepted, and look until the order has ended.
+        """Send the cancel until it is accepted, and read the lists until the order has ended.
 
         Parameters:
-            deadline: gives the monotonic time at which to give up.
-            confirm: whether to look until the order has ended; else an accepted cancel is enough.
-            persist: whether to go on when the API refuses to cancel an order that is active.
-            stop: whether to give up at once.
+            deadline: returns the monotonic time at which to give up.
+            confirm: wait until the order has ended; else an accepted cancel is enough.
+            persist: go on if the API refuses to cancel an active order.
+            stop: returns whether to give up at once.
 
         Returns:
-            None when that is reached, else what to tell the user.
+            None on success, else the error for the user.
         """
         look_pause = FIRST_PAUSE
         while True:
@@ -120,7 +120,7 @@ class Cancellation:
         """Make the error for an order that may still be running.
 
         Parameters:
-            seconds: for which it was tried, to be told.
+            seconds: the time that was spent on it, for the text.
         """
         order_id = self.order_id
         what = "was cancelled, but it is not confirmed that it has ended"
@@ -129,8 +129,8 @@ class Cancellation:
             what = f"could not be cancelled{within}"
         why = "" if self._done else f" ({self.failure})"
         error = CancelUnconfirmedError(
-            f"order {order_id} {what}: it may still be running, and cost money; "
-            f"cancel_order({order_id}) is safe to repeat{why}",
+            f"order {order_id} {what}: it may still be running, and cost money, so call "
+            f"cancel_order({order_id}) again, which is safe to repeat{why}",
             order_ids=(order_id,),
         )
         error.__cause__ = self._look_failure if self._done else self.failure
@@ -140,12 +140,12 @@ class Cancellation:
 
     @property
     def _done(self) -> bool:
-        """Whether the last cancel was accepted."""
+        """True if the last cancel was accepted."""
         return self.accepted and self.failure is None
 
     @property
     def _refused(self) -> bool:
-        """Whether the API has refused to cancel an order that is active, and never left a doubt."""
+        """True if the API clearly refused to cancel an order that is active."""
         return self._state is OrderState.ACTIVE and not (self.accepted or self._doubtful)
 
     def _accept(self) -> None:
@@ -156,7 +156,7 @@ class Cancellation:
         """Return the monotonic time at which to send the cancel."""
         if not self._done:
             return self._sent_at + self._pause if self.failure else -math.inf
-        # Accepted, and yet it goes on looking active.
+        # The cancel was accepted, but the order still looks active.
         return self._sent_at + CANCEL_AGAIN_AFTER if self._state is OrderState.ACTIVE else math.inf
 
     def _send_if_due(self, deadline: float) -> None:
@@ -168,20 +168,20 @@ class Cancellation:
         try:
             limited(self.send, deadline=self._end_of_try(deadline), urgent=True)
         except Exception as error:
-            if was_done:  # it was accepted all the same
+            if was_done:  # an earlier cancel was accepted
                 self.failure = None
             elif not tried_before:
                 left = deadline - time.monotonic()
-                how_long = "until it is" if left == math.inf else f"for another {left:.0f} s"
+                how_long = "without limit" if left == math.inf else f"for {left:.0f} s"
                 logger.warning(
-                    "order %d could not be cancelled yet, which is tried %s: %s",
+                    "order %d could not be cancelled, retrying %s: %s",
                     self.order_id,
                     how_long,
                     error,
                 )
 
     def _end_of_try(self, deadline: float, at_least: float = SHORTEST_TRY) -> float:
-        """Return until when one request may take: one that hangs is given up, and sent again."""
+        """Return the deadline of one request, so that a request that hangs is retried."""
         now = time.monotonic()
         left = deadline - now
         return deadline if left == math.inf else now + max(at_least, left / 3)
@@ -189,7 +189,7 @@ class Cancellation:
     # --- the lists ---
 
     def _look(self, deadline: float) -> bool:
-        """Look once at the lists; return whether the order has ended.
+        """Read the lists once, and return whether the order has ended.
 
         Raises:
             OrderNotFoundError: the account has no such order.
@@ -221,7 +221,8 @@ class Cancellation:
             return False
         if not self.accepted and self.order_id not in orders.known:
             raise OrderNotFoundError(
-                f"there is no order {self.order_id} in this account", order_id=self.order_id
+                f"there is no order {self.order_id} in this account: look at get_orders()",
+                order_id=self.order_id,
             ) from self.failure
         return self.accepted
 
@@ -232,7 +233,7 @@ def cancel_order(
     """Cancel an order; see ``CloreClient.cancel_order``.
 
     Raises:
-        OrderNotFoundError, CancelUnconfirmedError, CloreError: as there.
+        OrderNotFoundError, CancelUnconfirmedError, CloreError: as in that method.
     """
     cancellation = Cancellation(orders, order_id, issue)
     try:
@@ -242,8 +243,10 @@ def cancel_order(
     except CloreError as error:
         unsent = isinstance(error, CloreConnectionError) and error.sent_at is None
         if unsent or isinstance(error, (AuthenticationError, RateLimitError)):
-            # The lists would say nothing new.
-            error.args = (f"{error}\norder {order_id} may still be running, and cost money",)
+            # The order lists can't be read either, or can't have changed.
+            error.args = (
+                f"{error}\norder {order_id} may still be running, and cost money: cancel it again",
+            )
             raise
         until = time.monotonic() + (LINGER if settle_timeout is None else settle_timeout)
         failure = cancellation.keep_on(lambda: until, confirm=False, persist=False)
@@ -253,18 +256,18 @@ def cancel_order(
 
 
 def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
-    """Cancel several orders with one request; see ``CloreClient.cancel_orders``."""
+    """Cancel several orders; see ``CloreClient.cancel_orders``."""
     if not ids:
         return {"code": 0, "failed_to_cancel": []}
-    answer, failed = _send_cancels(orders, ids)
-    if failed and getattr(answer, "sends", 1) > 1:
-        # Sent again after a lost answer, it fails for those that the first one ended.
+    response, failed = _send_cancels(orders, ids)
+    if failed and getattr(response, "sends", 1) > 1:
+        # After a lost response, the retry fails for the orders that the first request ended.
         until = time.monotonic() + LINGER
         left = _still_running(orders, failed, until)
-        answer["failed_to_cancel"] = [
-            i for i in answer["failed_to_cancel"] if str(i) in map(str, left)
+        response["failed_to_cancel"] = [
+            i for i in response["failed_to_cancel"] if str(i) in map(str, left)
         ]
-    return answer
+    return response
 
 
 def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int]:
@@ -273,17 +276,21 @@ def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int
     failed = _send_cancels(orders, ids)[1] if ids else []
     until = time.monotonic() + min(timeout, LINGER)
     if left := _still_running(orders, failed, until):
-        raise CancelUnconfirmedError(f"not cancelled: {', '.join(map(str, left))}", order_ids=left)
+        raise CancelUnconfirmedError(
+            f"orders not cancelled: {', '.join(map(str, left))}; they may still be running, and "
+            "cost money, so cancel them again",
+            order_ids=left,
+        )
     if confirm:
         confirm_ended([Cancellation(orders, order_id) for order_id in ids], timeout)
     return ids
 
 
 def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
-    """Wait until orders that were cancelled have ended in the lists as well.
+    """Wait until the lists show that cancelled orders have ended.
 
     Raises:
-        CancelUnconfirmedError: some have not.
+        CancelUnconfirmedError: some orders have not ended in time.
     """
     until = time.monotonic() + timeout
     for number, cancellation in enumerate(cancellations):
@@ -291,56 +298,60 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
         if failure is not None:
             left = tuple(c.order_id for c in cancellations[number:])
             raise CancelUnconfirmedError(
-                f"cancelled, but still active after {timeout:g}s: {', '.join(map(str, left))}",
+                f"orders cancelled, but still active after {timeout:g}s: "
+                f"{', '.join(map(str, left))}; "
+                "look at get_orders(), and cancel them again",
                 order_ids=left,
             ) from failure
 
 
 def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
-    """Send as many ``cancel_orders`` as the ids need; return the answer, and those that failed.
+    """Send ``cancel_orders`` in batches; return the last response, and the ids that failed.
 
-    Goes on after a batch that failed, because every order left running costs money.
+    Continues after a batch that failed, because an order that still runs costs money.
     """
     failure: CloreError | None = None
     listed: list[Any] = []
     unsent: list[int] = []
-    answer: dict[str, Any] = {}
+    response: dict[str, Any] = {}
     sends = 1
     for start in range(0, len(ids), MAX_CANCELS):
         batch = ids[start : start + MAX_CANCELS]
         try:
-            answer = _send_batch(orders, batch)
+            response = _send_batch(orders, batch)
         except CloreError as error:
             failure = failure or error
             unsent += batch
             continue
-        names = answer.get("failed_to_cancel")
+        names = response.get("failed_to_cancel")
         listed += names if isinstance(names, list) else []
-        sends = max(sends, getattr(answer, "sends", 1))
+        sends = max(sends, getattr(response, "sends", 1))
     failed = [i for i in ids if str(i) in {str(name) for name in listed}]
     if failure is not None:
         if len(ids) > MAX_CANCELS:
             left = ", ".join(map(str, [*unsent, *failed]))
-            failure.args = (f"{failure}\norders {left} may still be running, and cost money",)
+            failure.args = (
+                f"{failure}\norders {left} may still be running, and cost money: cancel them again",
+            )
         raise failure
-    answer["failed_to_cancel"] = listed
-    if isinstance(answer, Envelope):
-        answer.sends = sends
-    return answer, failed
+    response["failed_to_cancel"] = listed
+    if isinstance(response, Envelope):
+        response.sends = sends
+    return response, failed
 
 
 def _send_batch(orders: AccountOrders, batch: list[int]) -> dict[str, Any]:
-    answer = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
-    names = answer.get("failed_to_cancel")
+    response = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
+    names = response.get("failed_to_cancel")
     failed = {str(name) for name in names} if isinstance(names, list) else set()
     done = [i for i in batch if str(i) not in failed]
     orders.cancelled.update(done)
-    logger.info("orders %s were cancelled, %s were not", done, sorted(failed))
-    return answer
+    logger.info("cancelled orders: %s; not cancelled: %s", done, sorted(failed))
+    return response
 
 
 def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> tuple[int, ...]:
-    """Cancel one by one; return those that may still be running."""
+    """Cancel orders one by one, and return those that may still be running."""
     return tuple(
         order_id
         for order_id in ids
@@ -349,7 +360,7 @@ def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> t
 
 
 def confirm_until(started: float, timeout: float) -> float:
-    """Return when to stop confirming what was begun at ``started`` (monotonic time)."""
+    """Return the deadline for confirming cancels that began at ``started`` (monotonic time)."""
     return max(started + timeout, time.monotonic() + min(CONFIRM_AT_LEAST, timeout))
 
 
@@ -359,12 +370,12 @@ def _sleep_until(moment: float, stop: Callable[[], bool]) -> None:
 
 
 def add_note_to(error: BaseException, note: str) -> None:
-    """Call ``error.add_note(note)``, which Python has from 3.11 on."""
+    """Add a note to an error, also on Python 3.10, which has no ``add_note``."""
     notes = getattr(error, "__notes__", None)
     try:
         if hasattr(error, "add_note"):
             error.add_note(note)
         else:
             error.__notes__ = [*notes, note] if isinstance(notes, list) else [note]  # type: ignore[attr-defined,unused-ignore]
-    except (TypeError, AttributeError):  # an exception that takes none
+    except (TypeError, AttributeError):  # this exception allows no attributes
         logger.error("%s", note)

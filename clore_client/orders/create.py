@@ -1,4 +1,4 @@
-"""Make an order: check it, send it once, and find the order that the API made of it."""
+"""Create an order: check the arguments, send them once, and find the new order."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ from clore_client.validation import (
 DEFAULT_PORTS = {"22": "tcp"}
 DEFAULT_ENV = {"NVIDIA_VISIBLE_DEVICES": "all"}
 PASSWORD_LENGTH = 24
-ALL_SERVERS = 0  # no server has that id
+ALL_SERVERS = 0  # no server has this id
 
 
 def make_password() -> str:
-    """A password that nobody guesses, of characters that need no quoting anywhere."""
+    """Make a random password of letters and digits, which need no quoting."""
     alphabet = string.ascii_letters + string.digits
-    source = random.SystemRandom()  # the system's source, as the module secrets uses it
+    source = random.SystemRandom()  # as safe as the module secrets, and imported already
     return Secret("".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH)))
 
 
 def _given(value: Any) -> Any:
-    """An argument, or None for what is empty; 0 and False are no empty ones, but slips."""
+    """Return None for an empty argument. 0 and False stay, so that the checks refuse them."""
     return None if isinstance(value, Sized) and len(value) == 0 else value
 
 
 def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
-    """What was given to get into the machine, checked; an empty password or key is none."""
+    """Check the password, key and token of an order. An empty password or key counts as None."""
     ssh_password, ssh_key = _given(ssh_password), _given(ssh_key)
     if ssh_password is not None and ssh_key is not None:
-        raise ValueError("ssh_password and ssh_key exclude each other: give one of them")
+        raise ValueError("ssh_password and ssh_key can't be used together: pass one of them")
     credentials: dict[str, str] = {}
     if ssh_key is not None:
         credentials["ssh_key"] = check_public_key("ssh_key", ssh_key)
@@ -72,30 +72,30 @@ def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str
 
 
 def order_ports(ports: Any) -> dict[str, str]:
-    """The ports that are sent; empty ones mean the default."""
+    """Return the ports to send; an empty argument means the default."""
     return dict(DEFAULT_PORTS) if _given(ports) is None else check_ports("ports", ports)
 
 
 def order_env(env: Any) -> dict[str, str]:
-    """The environment that is sent; an empty one means the default."""
+    """Return the environment to send; an empty argument means the default."""
     return dict(DEFAULT_ENV) if _given(env) is None else check_env("env", env)
 
 
 class Purchase:
-    """One purchase, from its arguments to the order that the API made of it.
+    """One purchase, from its arguments to the new order.
 
     Parameters:
-        orders: of the account that buys.
+        orders: the orders of the account.
         server_id, image, order_type, ...: the arguments of ``CloreClient.create_order``.
 
     Attributes:
-        server_id, spot, currency, image: what the order must show.
-        body: what is sent.
-        credentials: what is sent to get in.
-        generated_password: the password that was made up, or None.
-        before: ids of orders that were there before it was sent, and so are not its own.
+        server_id, spot, currency, image: the fields by which the new order is found.
+        body: the body of the request.
+        credentials: the password, key and token in it.
+        generated_password: the password, if the client generated it, or None.
+        before: ids of older orders, which can't be the new one.
         baseline_read: whether ``before`` comes from a list that was read for this purchase.
-        answer: of ``create_order``; empty where none came.
+        response: the response to ``create_order``; empty if none arrived.
     """
 
     def __init__(
@@ -132,18 +132,18 @@ class Purchase:
         }
         self.before: frozenset[int] = frozenset()
         self.baseline_read = False
-        self.answer: dict[str, Any] = {}
+        self.response: dict[str, Any] = {}
         self._sent_at = time.monotonic()
 
     @property
     def sent_at(self) -> float:
-        """When it left, by ``time.monotonic()``; before its answer came, at the earliest."""
-        return getattr(self.answer, "sent_at", self._sent_at)
+        """The monotonic time at which the request was sent; without a response, the earliest."""
+        return getattr(self.response, "sent_at", self._sent_at)
 
     def matches(self, order: Order) -> bool:
-        """Return whether an order can come of this purchase. A missing field contradicts nothing.
+        """Return whether an order can be the result of this purchase. Missing fields are ignored.
 
-        The live API has no idempotency key and answers without an order id.
+        The live API has no idempotency key and returns no order id, so the fields must decide.
         """
         return (
             order.id is not None
@@ -158,12 +158,12 @@ class Purchase:
         """Add the bid of a spot order.
 
         Parameters:
-            spot_price: in USD per hour.
-            allow_above: whether it may be above the on-demand price.
+            spot_price: the bid, in USD per hour.
+            allow_above: whether to allow a bid far above the on-demand price.
         """
         if not self.spot:
             if spot_price is not None:
-                logger.warning("spot_price is only used with order_type='spot': it is not sent")
+                logger.warning("spot_price is not sent: it needs order_type='spot'")
             return
         if spot_price is None:
             raise ValueError("spot_price is required for order_type='spot', in USD per hour")
@@ -173,11 +173,11 @@ class Purchase:
         )
 
     def usd_per_hour(self) -> float | None:
-        """Return the price by today's listing, or of the bid, without fees; None if not known."""
+        """Return the listed price or the bid in USD per hour, without fees; None if not known."""
         return usd_per_hour_of(self.body, self._orders.market)
 
     def preview(self) -> Order:
-        """Return what would be sent, and what it would cost."""
+        """Return the body that would be sent, and its price."""
         usd_per_hour = self.usd_per_hour()
         shown = Order(body=self.body, usd_per_hour=usd_per_hour)
         shown._usd_per_hour = usd_per_hour
@@ -192,20 +192,20 @@ class Purchase:
         if client.max_active_orders is not None:
             check_order_limit(self._orders.active_ids(), client.max_active_orders)
 
-    # --- the order ---
+    # --- send and reconcile ---
 
     def place(self, find_timeout: float) -> Order:
         """Send the purchase once, and return its order.
 
         Parameters:
-            find_timeout: seconds that the order may take to show up.
+            find_timeout: seconds to wait for the order to show up.
 
         Raises:
-            OrderOutcomeUnknownError: an order may or may not have been made.
+            OrderOutcomeUnknownError: the order may or may not exist.
             CloreError: the API refused, or nothing was sent.
         """
         claims = self._orders.claims
-        # One purchase at a time under a limit, else two could each be the last that is allowed.
+        # With a limit on active orders, two purchases at once could exceed it together.
         no_limit = self._orders.client.max_active_orders is None
         one = contextlib.nullcontext() if no_limit else claims.lock(ALL_SERVERS)
         with one, claims.lock(self.server_id):
@@ -222,52 +222,52 @@ class Purchase:
         return order
 
     def _read_baseline(self, find_timeout: float) -> None:
-        """Note which orders are there before the purchase is sent."""
+        """Record the existing orders before the purchase is sent."""
         orders, data = self._orders, self._orders.market.data
         self.before = frozenset(orders.known)
         replaced = getattr(orders.client._request, "__func__", None) is not HTTPClient._request
         if not data.live and (replaced or data.documented):
-            return  # the answer will name the order
-        # The live API names no order in its answer: what is there now can't be the new one.
+            return  # the response will have the order id
+        # The live API returns no order id, so record which orders can't be the new one.
         patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LOOK)
         with contextlib.suppress(CloreError):
-            listed, answer = limited(
+            listed, response = limited(
                 lambda: orders.read(completed=False), deadline=time.monotonic() + patience
             )
-            if isinstance(answer, Envelope):  # a fake's list is the same before and after
+            if isinstance(response, Envelope):  # a fake client in a test may have a fixed list
                 self.before |= {order.id for order in listed if order.id is not None}
                 self.baseline_read = True
 
     def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
-        """Send the purchase; return the order and the purchase that it came of."""
+        """Send the purchase, and return the order and its purchase, which can be an earlier one."""
         claims, server_id = self._orders.claims, self.server_id
         earlier = claims.unresolved.get(server_id)
-        claims.unresolved[server_id] = self  # before it is sent: an interrupt can come then
+        claims.unresolved[server_id] = self  # set before the request, which can be interrupted
         self._sent_at = time.monotonic()
         doubt: CloreError | None = None
         try:
-            self.answer = self._orders.client._request("POST", "/v1/create_order", json=self.body)
+            self.response = self._orders.client._request("POST", "/v1/create_order", json=self.body)
         except (OrderOutcomeUnknownError, DatabaseError) as error:
             doubt, self._sent_at = error, error.sent_at or self._sent_at
-        except Exception as error:  # a refusal, or it was not sent
+        except Exception as error:  # the API refused, or the request was not sent
             if earlier is None:
                 claims.unresolved.pop(server_id, None)
                 raise
             claims.unresolved[server_id] = earlier
             if not isinstance(error, ServerAlreadyRentedError):
                 raise
-            # Maybe it is us who rent it, by an order whose answer was lost.
+            # An earlier purchase may have rented it, with a response that was lost.
             return find_order(self._orders, earlier, find_timeout, error), earlier
-        if (order_id := created_id(self.answer)) is None:
+        if (order_id := created_id(self.response)) is None:
             return find_order(self._orders, self, find_timeout, doubt), self
         claims.take(order_id, self)
         claims.unresolved.pop(server_id, None)
         return self._named_order(order_id), self
 
     def _named_order(self, order_id: int) -> Order:
-        """Return the order of an answer that names it."""
-        answer = {**self.answer, "order_id": order_id}
-        made = to_orders({"orders": [answer]}, (), self._orders.market.data.rates)[0]
+        """Return the order of a response that has an order id."""
+        response = {**self.response, "order_id": order_id}
+        made = to_orders({"orders": [response]}, (), self._orders.market.data.rates)[0]
         if made.server_id is None:
             made["renting_server"] = self.server_id
         made.setdefault("currency", self.currency)

@@ -1,4 +1,4 @@
-"""Check the limits that the user has set: a price per hour, and a number of orders."""
+"""Check the user's limits: the price per hour, and the number of active orders."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from clore_client.pricing import HOURS_PER_DAY, positive
 
 
 def usd_per_hour_of(body: dict[str, Any], market: Market) -> float | None:
-    """Return what an order costs, in USD per hour without fees; None if not known.
+    """Return the price of an order in USD per hour, without fees; None if not known.
 
     Parameters:
-        body: of ``create_order``, as it goes out.
-        market: whose listing has the price, or the rate by which a bid is read.
+        body: the body of ``create_order``.
+        market: has the listed prices, and the exchange rates for bids.
     """
     server_id, currency = whole_id(body.get("renting_server")), body.get("currency")
     if server_id is None or not isinstance(currency, str):
@@ -34,24 +34,25 @@ def usd_per_hour_of(body: dict[str, Any], market: Market) -> float | None:
 
 
 def check_price_limit(usd_per_hour: float | None, limit: float | None, what: str) -> None:
-    """Refuse a price over ``max_usd_per_hour``, and one that is not known."""
+    """Refuse a price that is above ``max_usd_per_hour`` or not known."""
     if limit is None:
         return
     if usd_per_hour is None:
         raise SpendingLimitError(
-            f"the price of {what} is not known, and max_usd_per_hour is {limit:g}: nothing was sent"
+            f"the price of {what} is not known, and max_usd_per_hour is {limit:g}, so nothing was "
+            "ordered or bid: choose another server, or set no limit"
         )
     if usd_per_hour > limit * (1 + 1e-9):
         raise SpendingLimitError(
-            f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}: "
-            "nothing was sent"
+            f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}, so "
+            "nothing was ordered or bid: choose a lower price, or raise the limit"
         )
 
 
 def check_order_limit(active: Collection[int], limit: int | None) -> None:
-    """Refuse one more order than ``max_active_orders``."""
+    """Refuse a new order if ``max_active_orders`` are active."""
     if limit is not None and len(active) >= limit:
         raise SpendingLimitError(
             f"{len(active)} orders are active ({', '.join(map(str, sorted(active)))}), and "
-            f"max_active_orders is {limit}: nothing was sent"
+            f"max_active_orders is {limit}, so nothing was ordered: cancel one, or raise the limit"
         )

@@ -1,4 +1,4 @@
-"""Find the order of a purchase whose answer named none, or never came."""
+"""Reconcile a purchase with the order lists, when the response had no order id or was lost."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from clore_client.orders.account import AccountOrders
 from clore_client.orders.claims import Claims
 from clore_client.validation import shortened
 
-# A new order shows up 2 to 20 seconds after it was made (seen on the live API).
+# A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
 FIRST_LOOK = 0.2
 LONGEST_PAUSE = 2.0
-SHORTEST_LOOK = 1.0  # seconds that an answer may take at least
+SHORTEST_LOOK = 1.0  # the shortest time limit of one request
 
 
 class SentPurchase(Protocol):
-    """What finding its order needs of a purchase."""
+    """The parts of a purchase by which its order is found."""
 
     server_id: int
     credentials: dict[str, str]
     baseline_read: bool
-    answer: dict[str, object]
+    response: dict[str, object]
 
     @property
     def sent_at(self) -> float: ...
@@ -38,25 +38,25 @@ class SentPurchase(Protocol):
 def find_order(
     orders: AccountOrders, purchase: SentPurchase, timeout: float, doubt: CloreError | None
 ) -> Order:
-    """Look in ``my_orders`` until the order of a purchase shows up, and claim it.
+    """Read the active orders until the order of a purchase shows up, and claim it.
 
     Parameters:
-        orders: of the account.
-        purchase: what was sent.
+        orders: the orders of the account.
+        purchase: the purchase that was sent.
         timeout: seconds.
-        doubt: why it is not sure that an order was made, where that is so.
+        doubt: the error of the purchase, after which the order may or may not exist; or None.
 
     Raises:
-        OrderOutcomeUnknownError: none showed up in time, or two fit. Its cause is the failure of
-            the last look, where that failed; else the doubt.
-        CloreAPIError: the doubt was a refusal, and whole lists without the order confirm it.
+        OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
+            error of the last read, if that failed, else ``doubt``.
+        CloreAPIError: ``doubt`` itself, if the API refused and complete lists have no such order.
     """
     try:
         order = _search(orders, purchase, timeout, doubt)
     except (KeyboardInterrupt, SystemExit):
         logger.warning(
-            "interrupted while an order of server %d was looked up, which may have been made: "
-            "see get_orders()",
+            "interrupted before the order of server %d was found; it may exist: look at "
+            "get_orders()",
             purchase.server_id,
         )
         raise
@@ -81,14 +81,14 @@ def _search(
         found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
         remaining = deadline - time.monotonic()
         if remaining <= 0 and not found and purchase.baseline_read:
-            # The clocks may be apart: nothing else can be the one order that was not there before.
+            # The clocks may differ, but an order that is not in the baseline must be the new one.
             found = [order for order in possible if not order.has_ended]
         if len(found) == 1 and claims.take(found[0].id or 0, purchase):
             _learn_offset(claims, found[0], created_after)
             return found[0]
         if len(found) > 1 or remaining <= 0:
             if isinstance(doubt, CloreAPIError) and not possible and cause is None:
-                raise doubt  # whole lists without the order: the refusal is true
+                raise doubt  # complete lists without the order confirm the refusal
             raise _not_found(purchase, found or possible, timeout, doubt) from (cause or doubt)
         time.sleep(min(pause, remaining))
         pause = min(pause * 1.5, LONGEST_PAUSE)
@@ -97,33 +97,33 @@ def _search(
 def _look(
     orders: AccountOrders, purchase: SentPurchase, timeout: float, deadline: float
 ) -> tuple[list[Order], float | None]:
-    """Read the active orders, and the moment of sending by the server's clock."""
+    """Read the active orders, and compute the send time by the server's clock."""
     client = orders.client
-    # One answer that does not come must not take all the time that there is.
+    # One slow response must not use all the time.
     patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LOOK))
     until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LOOK)
     listed, listing = limited(
         lambda: orders.read(completed=False, timeout=patience), deadline=until
     )
-    # Each answer's Date bounds it from below, the quickest answer most closely.
+    # The Date of each response gives a lower bound, and the largest one is the closest.
     clocks = [
         clock
-        for answer in (purchase.answer, listing)
-        if isinstance(answer, Envelope)
-        and (clock := answer.server_time_at(purchase.sent_at)) is not None
+        for response in (purchase.response, listing)
+        if isinstance(response, Envelope)
+        and (clock := response.server_time_at(purchase.sent_at)) is not None
     ]
     return listed, max(clocks, default=None)
 
 
 def _is_new(order: Order, created_after: float | None, offset: float) -> bool:
-    """Return whether an order was made after ``created_after``, as far as that is known."""
+    """Return whether an order was made after ``created_after``, if that is known."""
     if created_after is None:
         return not order.has_ended
     return order.started_at is not None and order.started_at >= created_after + offset
 
 
 def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> None:
-    """Remember by how much the orders' clock lies behind the server's, from an order of ours."""
+    """Record how far the creation time of an order is behind the server's clock."""
     if created_after is not None and order.started_at is not None:
         behind = math.floor(order.started_at - created_after)
         claims.clock_offset = min(claims.clock_offset, behind)
@@ -136,12 +136,12 @@ def _not_found(
     ids = tuple(order.id for order in orders if order.id is not None)
     made = "was made" if doubt is None else "may have been made"
     return OrderOutcomeUnknownError(
-        f"an order for server {server_id} {made}, and it can't be told which of "
-        f"{', '.join(map(str, ids))} it is, if any: look at get_orders()"
+        f"an order for server {server_id} {made}, but it is not clear if it is one of "
+        f"{', '.join(map(str, ids))}: look at get_orders() before you order again"
         if ids
-        else f"an order for server {server_id} {made}, but did not show up in my_orders within "
-        f"{timeout:g}s. It was not sent again: look at get_orders(), also a minute from now, "
-        "before you order again",
+        else f"an order for server {server_id} {made}, but did not show up in the order lists "
+        f"within {timeout:g}s. It was not sent again: look at get_orders() now and again in a "
+        "minute, before you order again",
         server_id=server_id,
         order_ids=ids,
         credentials=purchase.credentials,

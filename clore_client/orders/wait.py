@@ -1,4 +1,4 @@
-"""Waiting until an order has a status."""
+"""Wait until an order has a status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clore_client.models.order import ENDED_STATUSES, Order
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.reconcile import SHORTEST_LOOK
 
-_MEET = frozenset({"cancelled", "expired"})  # these two stand for each other
+_SAME_STATUS = frozenset({"cancelled", "expired"})  # these two count as the same
 
 
 def wait_for_status(
@@ -23,28 +23,28 @@ def wait_for_status(
     target_status: str,
     on_update: Callable[[Order | None], object] | None,
 ) -> Order:
-    """Look until the order has the status; see ``CloreClient.wait_for_order``.
+    """Poll until the order has the status; see ``CloreClient.wait_for_order``.
 
     Parameters:
-        orders: of the account.
-        order_id, timeout, poll_interval, target_status, on_update: as there.
+        orders: the orders of the account.
+        order_id, timeout, poll_interval, target_status, on_update: as in that method.
     """
     if target_status not in {"running", "creating"} | ENDED_STATUSES:
-        logger.warning("no order is known to have the status %r: a slip?", target_status)
-    targets = _MEET if target_status in _MEET else {target_status}
+        logger.warning("target_status=%r is not a known status: check its spelling", target_status)
+    targets = _SAME_STATUS if target_status in _SAME_STATUS else {target_status}
     deadline = time.monotonic() + timeout
     seen: Order | None = None
     failure: CloreError | None = None
     while True:
         try:
-            # The last look starts at the deadline, and gets its turn: two reads at most.
+            # The last poll starts at the deadline, and needs time for two reads.
             last = time.monotonic() + 2 * orders.client.rate_limit + SHORTEST_LOOK
             order = limited(lambda: orders.find(order_id), deadline=max(deadline, last))
             failure = None
         except CloreError as error:
             if not (error.retryable or isinstance(error, InvalidResponseError)):
                 raise
-            logger.debug("a look at order %d failed: %s", order_id, error)
+            logger.debug("a poll of order %d failed: %s", order_id, error)
             order, failure = None, error
         seen = order or seen
         if on_update is not None and failure is None:
@@ -65,6 +65,6 @@ def wait_for_status(
                 order_id=order_id,
                 order=seen,
             ) from failure
-        # No sooner than the API asked for, where it did.
+        # Respect the pause that the API asked for.
         pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
         time.sleep(min(pause, remaining))

@@ -1,1 +1,1 @@
-"""Renting a server for the length of a block."""
+"""Rentals: rent a server for the length of a block."""

@@ -1,4 +1,4 @@
-"""What a rental costs, and when it has cost enough."""
+"""Count the cost of a rental, and check its limits."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ import time
 
 from clore_client.rental.selection import CREATION_FEE, CREATION_FEE_AFTER, RentalSettings
 
-LONGEST_WATCH = 30.0  # seconds between two looks at the budget: the wall clock may have jumped
-FEE_LEAD = 5.0  # seconds before the creation fee is due, when it counts for the budget
+LONGEST_WATCH = 30.0  # seconds between two checks, because the wall clock can jump
+FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
 class Age:
-    """How long something costs money: the larger of two clocks, for a laptop asleep still pays."""
+    """The age of an order: the larger of two clocks, as a laptop that sleeps still pays."""
 
     def __init__(self) -> None:
         self.monotonic = time.monotonic()
         self.wall = time.time()
 
     def seconds(self) -> float:
-        """Return the seconds since it was made."""
+        """Return the age in seconds."""
         return max(0.0, time.monotonic() - self.monotonic, time.time() - self.wall)
 
 
 class Meter:
-    """What one order costs, by its price in USD per hour, which a new bid changes."""
+    """The cost of one order. A new bid changes its price."""
 
     def __init__(self, usd_per_hour: float | None, fee: float) -> None:
         self.age = Age()
         self._fee = fee
-        self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # from which second
+        self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
 
     @property
     def usd_per_hour(self) -> float:
-        """The price of this moment, without fees."""
+        """The current price in USD per hour, without fees."""
         return self._prices[-1][1]
 
     def correct(self, usd_per_hour: float) -> None:
-        """Set the price that has held from the start, before any bid has changed it."""
+        """Correct the price from the start, unless a bid has changed it."""
         if len(self._prices) == 1:
             self._prices = [(0.0, usd_per_hour)]
 
     def change(self, usd_per_hour: float) -> None:
-        """Set the price that holds from now on."""
+        """Set the price from now on."""
         self._prices.append((self.age.seconds(), usd_per_hour))
 
     def usd(self) -> float:
@@ -60,28 +60,28 @@ class Budget:
         self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
         self._fee = settings.fee
         self._since: Age | None = None  # of the first order
-        self._spent = 0.0  # USD, by orders that have ended
+        self._spent = 0.0  # USD, for orders that have ended
         self._meters: list[Meter] = []
 
     @property
     def hours(self) -> float:
-        """Hours since the first order was sent."""
+        """The hours since the first order was sent."""
         return self._since.seconds() / 3600.0 if self._since else 0.0
 
     @property
     def cost_usd(self) -> float:
-        """USD that all orders have cost so far."""
+        """The cost of all orders so far, in USD."""
         return self._spent + sum(meter.usd() for meter in list(self._meters))
 
     def start(self, usd_per_hour: float | None) -> Meter:
-        """Count another order from now on."""
+        """Start to count another order."""
         meter = Meter(usd_per_hour, self._fee)
         self._since = self._since or meter.age
         self._meters.append(meter)
         return meter
 
     def stop(self, meter: Meter) -> None:
-        """Add up an order that costs nothing any more. Safe to repeat."""
+        """Stop counting an order that costs nothing any more. Safe to repeat."""
         if meter in self._meters:
             spent = meter.usd()
             self._meters.remove(meter)
@@ -95,17 +95,17 @@ class Budget:
                 self._since = None
 
     def resume(self, meter: Meter) -> None:
-        """Count an order again that was made after all, from when it was sent."""
+        """Count a dropped order again, from its start, because it was made after all."""
         if meter not in self._meters:
             self._meters.append(meter)
             self._since = self._since or meter.age
 
     def exceeded_by(self) -> str | None:
-        """Say which limit is reached; None where none is."""
+        """Return a text that names the limit that is reached, or None."""
         if self._max_hours is not None and self.hours >= self._max_hours:
-            return f"max_hours={self._max_hours:g} is over"
+            return f"max_hours={self._max_hours:g} is reached"
         if self._max_cost is not None and self.cost_usd + self._fee_due() >= self._max_cost:
-            return f"max_cost_usd={self._max_cost:g} is spent"
+            return f"max_cost_usd={self._max_cost:g} is reached"
         return None
 
     def _fee_due(self) -> float:
@@ -114,7 +114,7 @@ class Budget:
         return CREATION_FEE * len(soon)
 
     def seconds_left(self) -> float | None:
-        """Return the seconds after which to look again; None without a limit."""
+        """Return the seconds until the next check; None without a limit."""
         if self._max_hours is None and self._max_cost is None:
             return None
         left = [LONGEST_WATCH]

@@ -1,4 +1,4 @@
-"""What a rental needs of a client."""
+"""RentalClient, the interface to ``CloreClient`` that rentals use."""
 
 from __future__ import annotations
 

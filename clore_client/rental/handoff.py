@@ -1,4 +1,4 @@
-"""Wait for another thread, in ways that an interrupt leaves whole."""
+"""Wait for another thread, safely in case of interrupts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import queue
 from collections.abc import Callable
 from typing import Any
 
-WAKE_EVERY = 0.5  # seconds after which a thread that waits looks again, should nobody wake it
+WAKE_EVERY = 0.5  # seconds; a waiting thread checks again, even if no other thread wakes it
 
 
 class Gate:
-    """Lets threads wait for something that happens once.
+    """An event that happens once, and for which threads can wait.
 
-    Not a ``threading.Event``, whose lock an interrupt can leave locked.
+    It is not a ``threading.Event``, because an interrupt can leave the lock of one locked.
     """
 
     def __init__(self) -> None:
@@ -20,23 +20,23 @@ class Gate:
         self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def open(self) -> None:
-        """Let all threads through."""
+        """Wake all threads that wait."""
         self.is_open = True
         self._queue.put(None)
 
     def wait(self) -> bool:
-        """Wait for a moment, and return whether it is open."""
+        """Wait up to ``WAKE_EVERY``, and return whether it is open."""
         if not self.is_open:
             try:
                 self._queue.get(timeout=WAKE_EVERY)
             except queue.Empty:
                 return self.is_open
-            self._queue.put(None)  # for whoever waits as well
+            self._queue.put(None)  # wake the next thread
         return self.is_open
 
 
 class ThreadCall:
-    """A call that another thread makes."""
+    """A function call for another thread to run."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self._action = action
@@ -45,7 +45,7 @@ class ThreadCall:
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Do it, and keep what comes of it."""
+        """Run the call, and store its result or its error."""
         try:
             self.result = self._action()
         except BaseException as error:

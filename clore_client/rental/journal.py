@@ -1,4 +1,4 @@
-"""Keep the journal: a small file for each intent to buy, which outlives the process."""
+"""Keep the journal: one small file for each purchase, which survives the process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from clore_client.files import lock_file
 from clore_client.models.record import whole_id
 
 STATE_SUFFIX = ".json"
-LONGEST_ENTRY = 65536  # bytes; a longer file is none of ours
-_ID_ROOM = 20  # characters kept free for the order's number
+LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
+_ID_ROOM = 20  # characters reserved for the order id, which is written later
 _FIRST = '{"order_id": '
 
 _state_lock = threading.Lock()
-_written: dict[str, JournalEntry] = {}  # path -> what this process has written and holds
+_written: dict[str, JournalEntry] = {}  # path -> an entry that this process has locked
 
 
 def _read_line(path: str) -> str:
@@ -35,9 +35,9 @@ def _read_line(path: str) -> str:
 
 
 def this_machine() -> dict[str, str]:
-    """Which machine this is, and which of its boots."""
+    """Return the identity of this machine and of its current boot."""
     machine = _read_line("/etc/machine-id") or _read_line("/var/lib/dbus/machine-id")
-    # The id itself is not to be handed around: machine-id(5).
+    # machine-id(5) says to keep the id itself private.
     digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
     return {
         "host": socket.gethostname(),
@@ -47,16 +47,16 @@ def this_machine() -> dict[str, str]:
 
 
 class JournalEntry:
-    """A note of one intent to buy, as one small file.
+    """A journal entry for one purchase, as one small file.
 
-    A living process holds the lock of what it has written. Whoever finds a file that nobody holds
-    knows that its process is dead, and holds it until ``close()``.
+    A living process keeps its entries locked. If a file is not locked, its process is dead; the
+    process that finds it locks it until ``close()``.
 
     Attributes:
-        data: what stands in the file.
+        data: the content of the file.
         of_this_machine: whether this machine wrote it.
-        abandoned: whether its order may run on without anybody to end it: the process is dead, or
-            the rental gave it up.
+        abandoned: whether nothing will end its order, because the process is dead or the rental
+            gave up.
     """
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
@@ -69,18 +69,18 @@ class JournalEntry:
 
     @property
     def order_id(self) -> int | None:
-        """The order that it became; None where that is not noted, or can't be right."""
+        """The id of the order; None if it is missing or not valid."""
         order_id = whole_id(self.data.get("order_id"))
         return order_id if order_id is not None and order_id > 0 else None
 
     def write(self) -> None:
-        """Make the file, lock it, and have it on the disk."""
+        """Create the file, lock it, and sync it to the disk."""
         self._written_here = True
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
         handle = os.open(self.path, flags | getattr(os, "O_BINARY", 0), 0o600)
         self._handle = handle
-        if not lock_file(handle, patience=1.0):  # somebody may look whether it is locked
+        if not lock_file(handle, patience=1.0):  # another process may try the lock for a moment
             raise OSError("the file can't be locked")
         rest = json.dumps(self.data)[1:]
         text = f"{_FIRST}{'null':<{_ID_ROOM}}, {rest}\n".encode()
@@ -94,7 +94,7 @@ class JournalEntry:
             _written[str(self.path)] = self
 
     def note_order(self, order_id: int) -> None:
-        """Write down which order it became, in place: a crash leaves the file whole."""
+        """Write the order id into the file, in place, so that a crash can't damage the rest."""
         if self._handle is None:
             return
         self.data["order_id"] = order_id
@@ -106,7 +106,7 @@ class JournalEntry:
             warn_of_state(f"{self.path.name} could not be updated", error)
 
     def hold(self, handle: int) -> None:
-        """Keep the lock of a file that was found, until ``close()``."""
+        """Keep the lock of an abandoned file until ``close()``."""
         self._handle = handle
 
     def remove(self) -> None:
@@ -119,19 +119,19 @@ class JournalEntry:
         try:
             if os.name == "nt" and handle is not None:
                 os.close(handle)
-            self.path.unlink(missing_ok=True)  # elsewhere while it is still locked
+            self.path.unlink(missing_ok=True)  # on POSIX, before the lock is released
             if os.name != "nt" and handle is not None:
                 os.close(handle)
         except OSError as error:
             warn_of_state(f"{self.path} could not be removed", error)
 
     def close(self) -> None:
-        """Let go of a file that was found; one that was written here stays held."""
+        """Release the lock, unless this process wrote the file."""
         if not self._written_here:
             self.forget()
 
     def forget(self) -> None:
-        """Close the file."""
+        """Close the file, which releases its lock."""
         handle, self._handle = self._handle, None
         if handle is not None:
             with contextlib.suppress(OSError):
@@ -149,7 +149,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | None:
-    """Write an entry; None, and one warning, where that is not possible."""
+    """Write an entry. If that fails, warn once and return None."""
     if folder is None:
         return None
     name = f"{random.SystemRandom().getrandbits(96):024x}{STATE_SUFFIX}"
@@ -159,13 +159,13 @@ def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | Non
         entry.write()
     except OSError as error:
         entry.remove()
-        warn_of_state(f"no note of this rental could be written to {folder}", error)
+        warn_of_state(f"the journal in {folder} can't be written", error)
         return None
     return entry
 
 
 def read_entries(folder: Path | None) -> list[JournalEntry]:
-    """All entries of the folder. What can't be read is warned of once, and left alone."""
+    """Return all entries of the folder. Skip a file that can't be read, and warn once."""
     if folder is None:
         return []
     try:
@@ -183,7 +183,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            warn_of_state(f"{folder / name} is no readable entry", error)
+            warn_of_state(f"{folder / name} is not a readable journal entry", error)
             continue
         if entry is not None:
             found.append(entry)
@@ -197,27 +197,27 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
         return written
     flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    # Some systems lock only what is open for writing.
+    # Some systems can lock only files that are open for writing.
     handle = os.open(path, flags | os.O_RDWR)
     keep = False
     try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_ENTRY:
-            raise ValueError("not a small file")
+            raise ValueError("it is not a small regular file")
         try:
             free = lock_file(handle)
-        except OSError as error:  # nobody can be told from anybody: hands off
+        except OSError as error:  # without locks, the process may still be alive
             warn_of_state(f"files in {path.parent} can't be locked", error)
             free = False
         os.lseek(handle, 0, os.SEEK_SET)
         text = os.read(handle, LONGEST_ENTRY)
-        if not text:  # made this moment, or by a process that died before it sent anything
+        if not text:  # just created, or its process died before it sent anything
             return None
-        if free and not path.exists():  # removed by its owner meanwhile
+        if free and not path.exists():  # its owner has just removed it
             return None
         data = json.loads(text)
         if not isinstance(data, dict):
-            raise ValueError("not an object")
+            raise ValueError("it is not a JSON object")
         found = JournalEntry(path, data)
         found.of_this_machine = all(data.get(k) == machine[k] for k in ("host", "machine"))
         found.abandoned = free and found.of_this_machine
@@ -231,7 +231,7 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
 
 
 def _forget_entries() -> None:
-    # A lock lives as long as any copy of its file is open: a child must not hold the parent's.
+    # A forked child must close its copies of the files, which keep the parent's locks alive.
     global _state_lock
     _state_lock = threading.Lock()
     for entry in _written.values():

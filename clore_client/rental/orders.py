@@ -1,4 +1,4 @@
-"""The orders of one rental: what is noted of them, and what became of those in doubt."""
+"""Keep track of the orders of one rental, in memory and in the journal."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from clore_client.rental.budget import Budget, Meter
 from clore_client.rental.journal import JournalEntry, read_entries, write_entry
 from clore_client.rental.selection import RentalSettings
 
-LOOKS = 6  # how many lists must lack an order at least, before there is none
+LOOKS = 6  # an order does not exist if at least this many lists do not have it
 
 
 class RentalOrder:
-    """One order of a rental, from the intent to its confirmed end.
+    """One order of a rental, from the purchase to its confirmed end.
 
     Attributes:
-        server_id: the server that it is for.
-        entry: its note in the state folder.
-        meter: what it costs.
-        order_id: None as long as it is not known whether there is an order.
-        answered: the API has answered that there is none, which is not always true.
+        server_id: the server.
+        entry: its journal entry.
+        meter: its cost.
+        order_id: the order id; None while the outcome of the purchase is not known.
+        answered: the API refused the order with code 1, but the order may exist.
     """
 
     def __init__(self, server_id: int, entry: JournalEntry | None, meter: Meter) -> None:
@@ -38,15 +38,15 @@ class RentalOrder:
         self.order_id: int | None = None
         self.answered = False
         self._cancellation: Cancellation | None = None
-        self.absent: list[float] = []  # when it was asked for, and was in no list
+        self.absent: list[float] = []  # monotonic times of lists that did not have it
 
     @property
     def accepted(self) -> bool:
-        """Whether its cancel was accepted."""
+        """True if its cancel was accepted."""
         return self._cancellation is not None and self._cancellation.accepted
 
     def cancellation(self, orders: AccountOrders) -> Cancellation:
-        """Return the one end of this order."""
+        """Return the cancellation of this order, always the same one."""
         if self._cancellation is None:
             self._cancellation = Cancellation(orders, self.order_id or 0)
         return self._cancellation
@@ -60,10 +60,10 @@ class RentalOrder:
 
 
 class RentalOrders:
-    """All purchases of a rental that cost money, or may.
+    """All purchases of a rental that cost money, or may do so.
 
     Attributes:
-        before: ids of the orders that are not its own.
+        before: ids of orders that existed before the rental.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RentalOrders:
         self._folder = folder
         self._budget = budget
         self._wake = wake  # called when the price of an order changes
-        self._taken = taken  # gives the orders of all open rentals of this account
+        self._taken = taken  # returns the order ids of all open rentals of this account
         self._all: list[RentalOrder] = []
         self.before: set[int] = set()
 
@@ -88,7 +88,7 @@ class RentalOrders:
         return iter(list(self._all))
 
     def note_intent(self, server_id: int, price: float | None) -> RentalOrder:
-        """Note a purchase in the state folder and here, before it is sent."""
+        """Record a purchase in the journal and in memory, before it is sent."""
         settings = self._settings
         entry = write_entry(
             self._folder,
@@ -109,7 +109,7 @@ class RentalOrders:
         return purchase
 
     def became(self, purchase: RentalOrder, order_id: int) -> None:
-        """Note which order a purchase became."""
+        """Record the order id of a purchase."""
         purchase.order_id = order_id
         self._budget.resume(purchase.meter)
         if purchase.entry is not None:
@@ -122,13 +122,13 @@ class RentalOrders:
         self._orders.bid_listeners[order_id] = new_bid
 
     def refused(self, purchase: RentalOrder) -> None:
-        """Note that the API has answered that there is no order, which is not always true."""
+        """Record that the API refused a purchase with code 1, after which it may still exist."""
         purchase.answered = True
-        purchase.sent_at = time.monotonic()  # it was carried out by now, if it was
+        purchase.sent_at = time.monotonic()  # if there is an order, it was made before now
         self._budget.drop(purchase.meter)
 
     def forget(self, purchase: RentalOrder) -> None:
-        """Drop a purchase of which nothing is left."""
+        """Remove a purchase that has no order any more."""
         if purchase.entry is not None:
             purchase.entry.remove()
         self._remove(purchase)
@@ -154,15 +154,15 @@ class RentalOrders:
         self._orders.bid_listeners.pop(purchase.order_id or 0, None)
 
     def look_for(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
-        """Look for the order of a purchase; True when time has shown that there is none.
+        """Look for the order of a purchase in a list. Return True if there is surely none.
 
-        A new order can take ``order_lag`` seconds to be listed. As a list can be empty for a
-        moment, several must lack it, over as long again.
+        A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
+        moment. So there is none only if several lists do not have it, over ``order_lag`` seconds.
 
         Parameters:
-            purchase: whose outcome is in doubt.
-            orders: the active ones.
-            asked_at: monotonic time at which they were asked for.
+            purchase: a purchase with unknown outcome.
+            orders: the active orders.
+            asked_at: monotonic time at which the list was requested.
         """
         fitting = [order for order in orders if self._fits(order, purchase)]
         if len(fitting) == 1 and not self._is_held(purchase):
@@ -170,13 +170,13 @@ class RentalOrders:
         lag = self._orders.client.order_lag
         if fitting:
             purchase.absent.clear()
-        elif asked_at >= purchase.sent_at + lag and self._lists_ours(orders):
+        elif asked_at >= purchase.sent_at + lag and self._is_complete(orders):
             purchase.absent.append(asked_at)
         absent = purchase.absent
         return len(absent) >= LOOKS and absent[-1] - absent[0] >= lag
 
-    def _lists_ours(self, orders: list[Order]) -> bool:
-        """Whether a list has all orders that surely run: one without them proves nothing."""
+    def _is_complete(self, orders: list[Order]) -> bool:
+        """Return whether a list has all orders of this rental that surely run."""
         running = {p.order_id for p in self._all if p.order_id is not None and not p.accepted}
         return running <= {order.id for order in orders}
 
@@ -190,7 +190,7 @@ class RentalOrders:
         )
 
     def _is_held(self, purchase: RentalOrder) -> bool:
-        """Whether another rental could be for the same server: hands off, then."""
+        """Return whether a living rental of another process could own the order."""
         held = False
         for entry in self._notes_for(purchase.server_id):
             mine = purchase.entry is not None and entry.path == purchase.entry.path
@@ -199,9 +199,9 @@ class RentalOrders:
         return held
 
     def drop_dead_notes(self, server_id: int) -> None:
-        """Drop notes of dead processes that could be taken for an order that is ours."""
+        """Remove entries of dead processes that would match an order of this rental."""
         if self._settings.spot:
-            return  # several bids may stand on one server
+            return  # one server can have several spot orders
         for entry in self._notes_for(server_id):
             if entry.abandoned and entry.of_this_machine and entry.order_id is None:
                 entry.remove()
@@ -211,7 +211,7 @@ class RentalOrders:
         return account_digest(self._orders.client.base_url, self._orders.client.api_key)
 
     def _notes_for(self, server_id: int) -> list[JournalEntry]:
-        """Return what is noted of this server for this account; each is to be closed."""
+        """Return the entries for this server and account. The caller closes each."""
         account, notes = self._account(), []
         for entry in read_entries(self._folder):
             data = entry.data
@@ -223,5 +223,5 @@ class RentalOrders:
 
 
 def fits_intent(order: Order, image: Any, currency: Any, spot: Any) -> bool:
-    """Whether an order that still runs can come of an intent."""
+    """Return whether an order still runs and can be the result of a purchase."""
     return not order.has_ended and same_purchase(order, image, currency, spot)

@@ -1,4 +1,4 @@
-"""What rentals of processes that are dead have left running."""
+"""Find and cancel the orders that rentals of dead processes left running."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from clore_client.pricing import finite
 from clore_client.rental.journal import JournalEntry, read_entries
 from clore_client.rental.orders import fits_intent
 
-# How far an order's time of creation, by the server's clock, may lie before and after the time of
-# the intent, by this machine's. A proxy may hold a request for a while.
+# The allowed difference between the creation time of an order, by the server's clock, and the time
+# of its entry, by this machine's clock. All in seconds.
 CLOCKS_APART = 300.0
-CLOCKS_COMPARED = 5.0  # where the entry tells how far they were apart
-LATEST_ORDER = 180.0
-LEFTOVER_LOOK = 1.0  # seconds between two looks for orders that may not be listed yet
+CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
+LATEST_ORDER = 180.0  # a proxy can delay a request
+LEFTOVER_LOOK = 1.0  # between two reads, while an order may not be listed yet
 
 
 class Leftover:
-    """An order that a rental left behind, and what its entry tells.
+    """An order that a rental left running, with the data of its journal entry.
 
     Attributes:
-        order: as it is listed now; None where it is in no list, which does not mean that it has
-            ended, and for an entry of another machine without one.
-        order_id, server_id: its numbers; ``order_id`` may be None where ``order`` is.
-        started: Unix time at which it was to be ordered.
-        host, pid: where.
+        order: the order as it is listed now. None if it is in no list, which does not mean that it
+            has ended.
+        order_id, server_id: the ids; ``order_id`` can be None if ``order`` is None.
+        started: Unix time of the purchase.
+        host, pid: the machine and the process that ordered it.
     """
 
     def __init__(self, entry: JournalEntry, order: Order | None) -> None:
@@ -55,12 +55,12 @@ class Leftover:
 
 
 class Leftovers:
-    """What ``CloreClient.leftovers`` has found.
+    """The result of ``CloreClient.leftovers``. It is false if all three lists are empty.
 
     Attributes:
-        abandoned: orders that still run, of rentals of this machine whose process is dead.
-        elsewhere: entries of other machines, whose processes can't be seen from here.
-        unnoted: active orders of the account that no entry tells of.
+        abandoned: orders that may still run, of dead processes of this machine.
+        elsewhere: journal entries of other machines; their processes may be alive.
+        unnoted: active orders of the account without a journal entry.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Leftovers:
         self.unnoted = unnoted
 
     def __bool__(self) -> bool:
-        """Whether there is anything of the three."""
+        """Return whether any of the three lists has an item."""
         return bool(self.abandoned or self.elsewhere or self.unnoted)
 
     def __repr__(self) -> str:
@@ -82,7 +82,7 @@ class Leftovers:
 
 
 class _Survey:
-    """One look at the entries and at the orders."""
+    """The journal entries and the active orders, read once and matched."""
 
     def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
         self._orders = orders
@@ -91,7 +91,7 @@ class _Survey:
         self._read(folder, account)
         try:
             self.listed = {o.id: o for o in orders.active() if o.id is not None}
-            # Again: a living process may have noted and ordered one between the two.
+            # Read the entries again, because another process may have ordered between the reads.
             self._read(folder, account)
             self._match()
         except BaseException:
@@ -114,7 +114,7 @@ class _Survey:
         named = {entry.order_id for entry in self.entries}
         self.of: dict[str, Order] = {}  # path of an entry -> its order
         held: set[int] = set()
-        living: set[int] = set()  # orders that may be those of living processes
+        living: set[int] = set()  # orders that may belong to living processes
         for entry in self.entries:
             order_id = entry.order_id
             if order_id is not None:
@@ -127,7 +127,10 @@ class _Survey:
                 ]
             if entry.abandoned or not entry.of_this_machine:
                 if len(fitting) > 1:
-                    logger.warning("several orders fit %s: none is taken for it", entry.path)
+                    logger.warning(
+                        "several orders match %s, so none is assigned to it: look at get_orders()",
+                        entry.path,
+                    )
                 elif fitting:
                     self.of[str(entry.path)] = fitting[0]
                     held.add(fitting[0].id or 0)
@@ -138,7 +141,7 @@ class _Survey:
         self.unnoted = [o for i, o in self.listed.items() if i not in held and not o.has_ended]
 
     def _settle_claims(self, living: set[int]) -> None:
-        """Leave each order at most one entry."""
+        """Assign at most one entry to each order."""
         claims: dict[int, list[JournalEntry]] = {}
         for entry in self.entries:
             if (order := self.of.get(str(entry.path))) is not None:
@@ -148,10 +151,12 @@ class _Survey:
                 len(entries) > 1
                 and not all(entry.abandoned and entry.of_this_machine for entry in entries)
             ):
-                logger.warning("order %d may be another process's: it is left alone", order_id)
+                logger.warning(
+                    "order %d may belong to another process, so it is not touched", order_id
+                )
                 losers = entries
             else:
-                # Dead ones of this machine, whichever it was: the last is the likeliest.
+                # All processes are dead, and the last one most likely made the order.
                 entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
                 losers = entries[:-1]
             for entry in losers:
@@ -162,23 +167,23 @@ class _Survey:
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:
-        """Whether an order of a dead process may not be listed yet."""
+        """Return whether an order of a dead process may not be listed yet."""
         return any(
-            entry.abandoned and self.order_of(entry) is None and _young(entry.data, wait)
+            entry.abandoned and self.order_of(entry) is None and _is_recent(entry.data, wait)
             for entry in self.entries
         )
 
     def tidy(self, wait: float) -> None:
-        """Remove the entries whose orders have ended, or were never made."""
-        self.missing: list[JournalEntry] = []  # noted orders that no list has
+        """Remove the entries of orders that have ended or do not exist."""
+        self.missing: list[JournalEntry] = []  # entries with an order id that no list has
         intents: list[JournalEntry] = []
         for entry in self.entries:
             if not entry.abandoned or self.order_of(entry) is not None:
                 continue
             if entry.order_id is None:
-                if not _young(entry.data, LATEST_ORDER + CLOCKS_APART):
+                if not _is_recent(entry.data, LATEST_ORDER + CLOCKS_APART):
                     intents.append(entry)
-            elif not _young(entry.data, wait):
+            elif not _is_recent(entry.data, wait):
                 self._tidy_order(entry, entry.order_id)
         if intents:
             self._tidy_intents(intents)
@@ -195,20 +200,20 @@ class _Survey:
             self.missing.append(entry)
 
     def _tidy_intents(self, entries: list[JournalEntry]) -> None:
-        # One look is not enough: a list can be empty for a moment.
+        # One list is not enough, because it can be empty for a moment.
         time.sleep(self._orders.client.order_lag)
         orders = self._orders.active()
         for entry in entries:
             if not any(intended(entry.data, order) for order in orders):
-                logger.info("no order came of %s: the entry is removed", entry.path)
+                logger.info("%s has no order: the entry is removed", entry.path)
                 entry.remove()
 
     def abandoned(self) -> list[tuple[JournalEntry, Order | None]]:
-        """Return the entries of dead processes of this machine whose orders may run."""
-        ours = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
+        """Return the entries of dead processes of this machine with orders that may run."""
+        dead = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
         return [
             (entry, order)
-            for entry in ours
+            for entry in dead
             if (order := self.order_of(entry)) is not None or entry in self.missing
         ]
 
@@ -219,7 +224,7 @@ class _Survey:
 
 
 def intended(data: dict[str, Any], order: Order) -> bool:
-    """Whether an order can come of the intent that an entry without an order's number tells."""
+    """Return whether an order can be the result of an entry without an order id."""
     before = data.get("before")
     if order.server_id != whole_id(data.get("server_id")):
         return False
@@ -235,13 +240,13 @@ def intended(data: dict[str, Any], order: Order) -> bool:
     return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
 
 
-def _young(data: dict[str, Any], seconds: float) -> bool:
+def _is_recent(data: dict[str, Any], seconds: float) -> bool:
     started = finite(data.get("started"))
-    # One in the future is young: the clock has been set back since.
+    # A time in the future is recent too, as the clock may have been set back.
     return started is not None and time.time() - started < seconds
 
 
-def _settled(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey:
+def _take_survey(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey:
     deadline = time.monotonic() + wait
     while True:
         survey = _Survey(orders, folder)
@@ -258,8 +263,8 @@ def _settled(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey
 
 
 def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
-    """What is left behind; see ``CloreClient.leftovers``."""
-    survey = _settled(orders, folder, wait)
+    """Find the orders that rentals left running; see ``CloreClient.leftovers``."""
+    survey = _take_survey(orders, folder, wait)
     survey.close()
     return survey.result()
 
@@ -267,18 +272,18 @@ def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> L
 def end_leftovers(
     orders: AccountOrders, folder: Path | None, wait: float, timeout: float
 ) -> list[int]:
-    """End what dead processes of this machine left; see ``CloreClient.cancel_leftovers``."""
-    survey = _settled(orders, folder, wait)
+    """Cancel the orders that dead processes left; see ``CloreClient.cancel_leftovers``."""
+    survey = _take_survey(orders, folder, wait)
     ended: list[int] = []
     failed: dict[int, BaseException] = {}
     try:
-        # Their locks are held: no other process does the same meanwhile.
+        # The entries are locked, so no other process cancels the same orders.
         for entry, order in survey.abandoned():
             order_id = entry.order_id if order is None else order.id
             if order_id is None:
                 continue
             started = time.monotonic()
-            # What no list has may be long gone, and its cancel be refused for ever.
+            # An order that no list has may have ended, and the API may refuse its cancel forever.
             until = started + (
                 timeout if order is not None else min(timeout, orders.client.order_lag)
             )
@@ -288,7 +293,7 @@ def end_leftovers(
                 confirmed_by = confirm_until(started, timeout)
                 failure = cancellation.keep_on(lambda: confirmed_by, confirm=True)  # noqa: B023
             if failure is None:
-                logger.info("order %d, which a dead process left, was ended", order_id)
+                logger.info("order %d of a dead process has ended", order_id)
                 entry.remove()
                 ended.append(order_id)
             else:
@@ -298,6 +303,8 @@ def end_leftovers(
     if failed:
         ids = ", ".join(map(str, failed))
         raise CancelUnconfirmedError(
-            f"not confirmed to have ended: {ids} (ended: {ended})", order_ids=tuple(failed)
+            f"orders not confirmed to have ended: {ids} (ended: {ended}); they may still be "
+            "running, and cost money, so call cancel_leftovers() again",
+            order_ids=tuple(failed),
         ) from next(iter(failed.values()))
     return ended

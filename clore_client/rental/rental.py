@@ -1,4 +1,4 @@
-"""rent(): a server found, ordered, awaited, and given back whatever happens."""
+"""Rental, the context manager of ``rent()``: find, order, wait, and cancel at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from clore_client.rental.worker import RentalWorker
 if TYPE_CHECKING:
     import paramiko
 
-# After these the next candidate may be had.
+# After these errors, rent() tries the next server.
 NEXT_CANDIDATE = (
     ServerAlreadyRentedError,
     ServerOfflineError,
@@ -47,11 +47,11 @@ NEXT_CANDIDATE = (
 
 
 class _BlockExit:
-    """``Rental.__exit__``, as an object of its own for each ``with`` statement.
+    """A descriptor for ``Rental.__exit__`` that returns a new object to each ``with`` statement.
 
-    A ``with`` statement looks ``__exit__`` up before it enters, holds it, and lets go of it when
-    it is left, however that happens. So the worker sees by a weak reference when the block is
-    gone, also where an interrupt cuts ``__exit__`` short at its first line.
+    The ``with`` statement keeps that object until the block has ended in any way. The worker has a
+    weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
+    line.
     """
 
     def __get__(self, rental: Rental | None, owner: type[Rental]) -> Callable[..., None]:
@@ -64,15 +64,16 @@ class _BlockExit:
 
 
 class Rental:
-    """A server rented for the length of a ``with`` block; made by ``CloreClient.rent``.
+    """A server that is rented for the length of a ``with`` block; see ``CloreClient.rent``.
 
-    What costs money is done by a :class:`RentalWorker`, in a thread of its own. The thread that
-    enters the block looks for servers, and waits.
+    A worker thread, :class:`RentalWorker`, orders and cancels. The thread that runs the block looks
+    for servers, and waits.
 
     Attributes:
-        order: the order as it was when it started to run, with what was sent to get in.
+        order: the order as it was when it started to run, with its ``ssh_password`` if the client
+            generated one.
         server: the server as it was listed.
-        tried: (server id, why not) for each host that did not work.
+        tried: (server id, reason) for each server that did not work.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Rental:
         self._orders = orders
         self._settings = settings
         self._folder = folder
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # of the worker
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests to the worker
         self._block: weakref.ref[Any] | None = None
         self._worker: RentalWorker | None = None
         self._order: Order | None = None
@@ -101,7 +102,7 @@ class Rental:
             state = "kept"
         return f"<Rental of order {self._order.id if self._order else None}, {state}>"
 
-    # --- what a user asks it ---
+    # --- for users ---
 
     @property
     def order(self) -> Order:
@@ -119,31 +120,34 @@ class Rental:
 
     @property
     def hours(self) -> float:
-        """Hours since the first order of this rental; the larger of both clocks."""
+        """The hours since the first order of this rental."""
         return self._worker.budget.hours if self._worker else 0.0
 
     @property
     def cost_usd(self) -> float:
-        """USD that it has cost so far, with all fees and the hosts that did not work.
+        """The cost so far in USD, with fees, including servers that did not work.
 
-        By the price of the order, the rate that the listing implied, 5 % (spot: 1.25 %) on top,
-        and 0.10 USD from the tenth minute on. A bid that this client has changed counts from then
-        on. It counts from when the order was handed over to be sent, and stops when the cancel was
-        accepted.
+        It is an estimate from the price of the order, the exchange rate of the listing, a fee of
+        5 % (spot: 1.25 %), and 0.10 USD after ten minutes (fees as seen on the live API). It counts
+        from the send of the order until its cancel is accepted. A new bid of this client counts
+        from its time on.
         """
         return self._worker.budget.cost_usd if self._worker else 0.0
 
     def ssh(self, **options: Any) -> paramiko.SSHClient:
-        """A connection to the machine, closed at the end of the block. Needs paramiko.
+        """Open an SSH connection, which the end of the block closes. Needs paramiko.
 
         Parameters:
-            **options: for :meth:`CloreClient.connect_ssh`, as ``key_path=``.
+            **options: arguments of :meth:`CloreClient.connect_ssh`, for example ``key_path=``.
+
+        Returns:
+            A connected ``paramiko.SSHClient``.
         """
         worker = self._open_worker()
         try:
             connection = self._client.connect_ssh(self.order, **options)
         except Exception:
-            worker.check()  # it may have been ended meanwhile
+            worker.check()  # the rental may have ended
             raise
         worker.connections.append(connection)
         try:
@@ -157,13 +161,13 @@ class Rental:
         """Run a command on the machine, as :meth:`CloreClient.run` does. Needs paramiko.
 
         Parameters:
-            command: for the shell of the machine; a list of arguments is quoted.
-            **options: for :meth:`CloreClient.run`; those of a login count when it logs in for the
-                first time. That connection is kept until the end of the block.
+            command: a command for the machine's shell; a list of arguments is quoted.
+            **options: arguments of :meth:`CloreClient.run`. All calls share one connection, so
+                login arguments only have an effect in the first call.
 
         Raises:
             CommandError: the exit code was not 0.
-            BudgetExceededError: the rental was ended meanwhile.
+            BudgetExceededError: the rental has reached a limit, and has ended.
         """
         return self._over_ssh(self._client.run, (command,), options)  # type: ignore[no-any-return]
 
@@ -191,18 +195,23 @@ class Rental:
             worker.check()
 
     def keep(self) -> Order:
-        """Leave the order running, on purpose: the end of the block does nothing any more.
+        """Keep the order running after the end of the block, until you cancel it.
 
-        Neither budget nor signals end it from here on.
+        Limits and signals don't end it any more.
+
+        Returns:
+            The :class:`Order`.
         """
         worker, order = self._open_worker(), self.order
         if worker.finished.is_open:
-            raise RentalError(f"order {order.id} was ended already: it can't be kept")
+            raise RentalError(
+                f"order {order.id} has ended already, so it can't be kept: rent again"
+            )
         worker.keep()
         return order
 
     def _open_worker(self) -> RentalWorker:
-        """The worker, where the rental was not ended from elsewhere."""
+        """Return the worker, or raise an error if the rental has ended."""
         if self._worker is None:
             raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
         self._worker.check()
@@ -221,7 +230,7 @@ class Rental:
         )
         try:
             self._worker.start()
-            self._walk(self._worker)
+            self._try_servers(self._worker)
         except BaseException as error:
             self._leave(type(error), error)
             raise
@@ -235,25 +244,25 @@ class Rental:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        """Give the server back, and raise what the user must know beyond ``error``."""
+        """End the rental, and raise what the user must know beyond ``error``."""
         worker = self._worker
         if worker is None or worker.pid != os.getpid():
-            return  # a forked child: the order is its parent's
+            return  # in a forked child, the order belongs to the parent
         interrupts: list[BaseException] = []
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         while not worker.closed:
             try:
                 interrupts += worker.leave(interrupted)
                 worker.close()
-            except (KeyboardInterrupt, SystemExit) as late:  # between two lines of these
+            except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
                 interrupts.append(late)
                 interrupted = True
         self._shell = None
         _raise_beyond(error, worker, interrupts)
 
-    # --- the walk ---
+    # --- servers ---
 
-    def _walk(self, worker: RentalWorker) -> None:
+    def _try_servers(self, worker: RentalWorker) -> None:
         settings, client = self._settings, self._client
         worker.note_orders(client.get_orders())
         servers, nothing = candidates(client, settings)
@@ -271,13 +280,13 @@ class Rental:
         )
 
     def _try(self, worker: RentalWorker, server: Server) -> str | None:
-        """Rent a server; None when it runs, else why it did not work."""
+        """Rent a server. Return None if it runs, else the reason why it does not work."""
         try:
             order = self._buy(worker, server)
         except NEXT_CANDIDATE as error:
             return str(error)
         self._order, self._server = order, server
-        reason = self._too_dear(worker, order, server) or self._deploy(worker, order, server)
+        reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
         if reason is None:
             return None
         worker.check()
@@ -293,12 +302,12 @@ class Rental:
         arguments = {**settings.order_arguments, "find_timeout": settings.find_timeout}
         if settings.spot:
             arguments["spot_price"] = price
-            # The rate for the bid, now: what is asked for later would count as time that costs.
+            # Read the exchange rate now, because the cost counts from the purchase on.
             self._client.get_spot_market(server.id or 0)
         return worker.buy(server, price, arguments)
 
     def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
-        """Wait until an order runs; None then, else why it does not."""
+        """Wait until an order runs. Return None, or the reason why it does not."""
         settings = self._settings
         try:
             running: Order = self._client.wait_for_order(
@@ -309,29 +318,29 @@ class Rental:
         if "ssh_password" in order:
             running["ssh_password"] = order["ssh_password"]
         self._order = running
-        reason = self._too_dear(worker, running, server)
+        reason = self._over_limit(worker, running, server)
         if reason is None:
             worker.check()
         return reason
 
-    def _too_dear(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
+    def _over_limit(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         price = shown_usd(order, server, self._settings.currency)
         if price is not None:
             worker.told_price(price)
         if not self._settings.over(price):
             return None
-        return f"order {order.id} costs {price:.4g} USD per hour, over the limit"
+        return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
 
 
 def _raise_beyond(
     error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
 ) -> None:
-    """Raise what the user must know beyond the exception that a block was left by.
+    """Raise what the user must know beyond the exception of the block.
 
     Parameters:
-        error: that exception.
-        worker: which has ended the rental, or was interrupted.
-        interrupts: what came while it was ended.
+        error: the exception of the block, or None.
+        worker: the worker, which has ended the rental or was interrupted.
+        interrupts: the interrupts during the end of the rental.
     """
     failure = worker.failure
     note = None if failure is None else str(failure)

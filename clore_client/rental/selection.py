@@ -1,4 +1,4 @@
-"""Which servers rent() tries, in which order, and what each costs."""
+"""Select the servers that ``rent()`` tries, with their prices."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from clore_client.validation import (
     check_text,
 )
 
-# On top of the price, for the renter (seen on the live API).
+# The API adds these fees to the price (seen on the live API).
 FEE_ON_DEMAND = 0.05
 FEE_SPOT = 0.0125
-CREATION_FEE = 0.10  # USD, once
-CREATION_FEE_AFTER = 600.0  # seconds; an order that ends before does not pay it
-# A bid of exactly the lowest can be a hair under it, once it has been converted and back.
-BID_MARGIN = 1e-4
-PRICE_SLACK = 1e-4  # of a price that went through an exchange rate
+CREATION_FEE = 0.10  # USD, once for each order
+CREATION_FEE_AFTER = 600.0  # seconds; a shorter order does not pay it
+BID_MARGIN = 1e-4  # a lowest bid can become too low when it is converted
+PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
 
 class RentalSettings:
-    """What ``rent()`` was asked for, checked."""
+    """The arguments of ``rent()``, checked."""
 
     def __init__(
         self,
@@ -104,27 +103,30 @@ class RentalSettings:
             return None
         check_number("spot_price", spot_price, above=True, unit="USD per hour")
         if not self.spot:
-            raise ValueError("spot_price is only used with use_spot=True")
+            raise ValueError(
+                f"spot_price={spot_price!r} needs use_spot=True: add that, or leave it out"
+            )
         if self.max_price_usd is not None and spot_price > self.max_price_usd:
             raise ValueError(
-                f"spot_price must not be over max_price_usd: {spot_price!r}, {self.max_price_usd!r}"
+                f"spot_price must be at most max_price_usd ({self.max_price_usd!r}), not "
+                f"{spot_price!r}"
             )
         return float(spot_price)
 
     @property
     def fee(self) -> float:
-        """The renter's fee as a share of the price."""
+        """The fee as a fraction of the price."""
         return FEE_SPOT if self.spot else FEE_ON_DEMAND
 
     def over(self, usd_per_hour: float | None) -> bool:
-        """Whether a price is over the limit."""
+        """Return whether a price is above the limit."""
         limit = self.max_price_usd
         return limit is not None and usd_per_hour is not None and (
             usd_per_hour > limit * (1 + PRICE_SLACK)
         )  # fmt: skip
 
     def price_of(self, server: Server) -> float | None:
-        """What a server would cost, in USD per hour without fees; None where that is not told."""
+        """Return the price of a server in USD per hour, without fees; None if not known."""
         listed = on_demand_usd(server, self.currency)
         if not self.spot:
             return listed
@@ -138,22 +140,22 @@ class RentalSettings:
         return bid if limit is None or lowest > limit else min(bid, limit)
 
     def why_not(self, server: Server) -> str | None:
-        """Why a server is no candidate, or None where it is one."""
+        """Return the reason why a server does not fit, or None if it fits."""
         coins = server.get("allowed_coins")
         if isinstance(coins, list) and coins and self.currency not in coins:
-            return f"does not take {self.currency}"
+            return f"does not accept {self.currency}"
         price = self.price_of(server)
         if price is None:
             if self.spot:
-                return "takes no such bid"
+                return "does not accept this bid"
             if self.max_price_usd is not None or self.max_cost_usd is not None:
-                return "tells no price"
+                return "has no price"
             return None
         if self.max_price_usd is not None and price > self.max_price_usd * (1 + 1e-12):
             return f"costs {price:.4g} USD per hour"
         on_demand = server.usd_per_hour
         if self.spot and on_demand is not None and price > on_demand:
-            return "takes no bid under its on-demand price"
+            return "accepts no bid below its on-demand price"
         return None
 
 
@@ -167,9 +169,9 @@ def _lowest_bid(server: Server, currency: str) -> float | None:
 
 
 def shown_usd(order: Any, server: Server, currency: str) -> float | None:
-    """The price that an order shows, in USD per hour; None where it shows none.
+    """Return the price of an order in USD per hour; None if not known.
 
-    By the rate that the server's listing implies, where it has one: the limit was applied to that.
+    Uses the exchange rate of the server's listing if there is one, as the price limit does.
     """
     amount = positive(order.get("price"))
     if amount is None:
@@ -184,12 +186,12 @@ def shown_usd(order: Any, server: Server, currency: str) -> float | None:
 
 
 def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Server], str]:
-    """Servers to try, the cheapest first in the wished currency; and what to say if none worked."""
+    """Return the servers to try, the cheapest first, and an error text if there are none."""
     if settings.server_id is not None:
         listed = client.get_marketplace(include_rented=True)
         pinned = [s for s in listed if s.id == settings.server_id]
         if not pinned:
-            return [], f"server {settings.server_id} is not on the marketplace"
+            return [], f"server {settings.server_id} is not on the marketplace: choose another"
         server = pinned[0]
         why = "is rented" if server.rented else settings.why_not(server)
         if (server.reliability or 0.0) < settings.min_reliability:
@@ -197,15 +199,20 @@ def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Ser
         wanted = (settings.gpu_type or "").strip().lower()
         if not any(wanted in str(name).lower() for name in server.get("gpu_array") or [""]):
             why = f"has no {settings.gpu_type}"
-        return ([], f"server {settings.server_id} {why}") if why else ([server], "")
+        if why:
+            return [], f"server {settings.server_id} {why}: choose another, or change the filters"
+        return [server], ""
     found = client.find_servers(
         settings.gpu_type, min_reliability=settings.min_reliability, use_spot=settings.spot
     )
     if not found:
         named = f" whose GPU has {settings.gpu_type!r} in its name" if settings.gpu_type else ""
         least = settings.min_reliability
-        trusted = f", with a reliability from {least:g}" if least else ""
-        return [], f"there is no free server{named}{trusted}"
+        reliable = f", with a reliability of at least {least:g}" if least else ""
+        return [], f"there is no free server{named}{reliable}: try later, or change the filters"
     fitting = [s for s in found if s.id is not None and settings.why_not(s) is None]
     fitting.sort(key=lambda s: p if (p := settings.price_of(s)) is not None else float("inf"))
-    return fitting, f"none of {len(found)} free servers of that kind fits price and currency"
+    return fitting, (
+        f"none of {len(found)} free servers of that kind fits the price and the currency: raise "
+        "max_price_usd, or use another currency"
+    )

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end rentals: one handler for the process."""
+"""Handle SIGTERM and SIGHUP, so that they end rentals."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ SIGNALS = tuple(s for n in ("SIGTERM", "SIGHUP") if (s := getattr(signal, n, Non
 
 
 class SignalExit(SystemExit):
-    """A signal that ends the process, raised in the main thread so that ``with`` blocks are left.
+    """A signal that ends the process, raised in the main thread to end its ``with`` blocks.
 
-    No ``Exception``, just as ``SystemExit``; left alone, the process ends with 128 + the signal.
+    It is a ``SystemExit`` and not an ``Exception``. The exit status of the process is 128 plus the
+    number of the signal.
 
     Attributes:
-        signum: the signal's number.
+        signum: the number of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -29,7 +30,7 @@ class SignalExit(SystemExit):
 
 
 class _Handling:
-    """The state of the one handler. A handler can't take a lock: what it reads are attributes."""
+    """The state of the signal handler, which must not take a lock."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -38,7 +39,7 @@ class _Handling:
         self.installed: set[int] = set()
         self.warned: set[int] = set()
         self.stopping: int | None = None
-        # Told of a signal, each must be fit for a handler: no locks, no network.
+        # Called from the signal handler, so they must not use locks or the network.
         self.listeners: dict[int, Callable[[int], None]] = {}
 
 
@@ -46,39 +47,39 @@ _handling = _Handling()
 
 
 def in_main_thread() -> bool:
-    """Whether this is the main thread, the only one that signals interrupt."""
+    """Return whether this is the main thread, the only one that signals interrupt."""
     return threading.get_ident() == threading.main_thread().ident
 
 
 def _on_signal(signum: int, frame: FrameType | None) -> None:
     if _handling.pid != os.getpid() or not _handling.users:
-        # A forked child, or nobody is left who wants to know: as if there were no handler.
+        # In a forked child, or without users, do what the default handler does.
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return
     _handling.stopping = signum
-    for tell in list(_handling.listeners.values()):
-        tell(signum)
+    for listener in list(_handling.listeners.values()):
+        listener(signum)
     raise SignalExit(signum)
 
 
-def listen(owner: Any, tell: Callable[[int], None] | None) -> None:
-    """Call ``tell`` from the handler when a signal comes; None ends that."""
-    if tell is None:
+def listen(owner: Any, listener: Callable[[int], None] | None) -> None:
+    """Call ``listener`` from the signal handler at each signal; None stops that."""
+    if listener is None:
         _handling.listeners.pop(id(owner), None)
     else:
-        _handling.listeners[id(owner)] = tell
+        _handling.listeners[id(owner)] = listener
 
 
 def stopping_signal() -> int | None:
-    """The signal that this process is ending for, seen from a thread other than the main one."""
+    """Return the signal that ends this process, for threads other than the main thread."""
     return None if in_main_thread() else _handling.stopping
 
 
 class SignalHandling:
-    """One user of the handler; the last ``close()`` restores what was there before.
+    """One user of the signal handler. The last ``close()`` restores the former handlers.
 
-    The first one in the main thread installs it, only where a signal has its default action.
+    The first user in the main thread installs it, but only for signals with the default handler.
     """
 
     def __init__(self) -> None:
@@ -97,12 +98,12 @@ class SignalHandling:
         elif not _handling.installed:
             _warn_once(
                 0,
-                "signals can only be handled from the main thread: SIGTERM and SIGHUP will not "
-                "end this rental; call handle_signals() there first",
+                "SIGTERM and SIGHUP will not end this rental, as it began outside the main thread: "
+                "call handle_signals() in the main thread first",
             )
 
     def close(self) -> None:
-        """Stop using it. Safe to repeat."""
+        """Stop using the signal handler. Safe to repeat."""
         if self._pid != os.getpid():
             return
         with _handling.lock:
@@ -110,7 +111,7 @@ class SignalHandling:
                 self._open = False
                 _handling.users -= 1
             last = not _handling.users
-        if last and in_main_thread():  # else it stays, and does what the default does
+        if last and in_main_thread():  # otherwise it stays, and does what the default does
             for signum in list(_handling.installed):
                 if signal.getsignal(signum) is _on_signal:
                     signal.signal(signum, signal.SIG_DFL)
@@ -132,8 +133,8 @@ def _install(signum: int) -> None:
         _handling.installed.add(signum)
     else:
         name = signal.Signals(signum).name
-        what = "is ignored" if current == signal.SIG_IGN else "has a handler already"
-        _warn_once(signum, f"{name} {what}, which stays: it will not end rentals")
+        what = "is ignored" if current == signal.SIG_IGN else "already has a handler"
+        _warn_once(signum, f"{name} {what}, so it will not end rentals")
 
 
 def _warn_once(signum: int, text: str) -> None:
@@ -143,13 +144,12 @@ def _warn_once(signum: int, text: str) -> None:
 
 
 def _forget_signals() -> None:
-    # Another thread may have held the lock at the fork. The handler sees by the pid whose it is.
+    # Another thread may have held the lock at the fork.
     _handling.lock = threading.Lock()
     _handling.users, _handling.stopping = 0, None
     _handling.listeners.clear()
     for signum in list(_handling.installed):
-        # With a handler of Python a child that waits for a lock can miss the signal; and it has no
-        # rental to end.
+        # A child that waits for a lock could miss the signal, and has no rental to end.
         if signal.getsignal(signum) is _on_signal:
             signal.signal(signum, signal.SIG_DFL)
     _handling.installed.clear()

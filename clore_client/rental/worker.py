@@ -1,4 +1,4 @@
-"""The orders of one rental: bought, watched and ended in a thread that no signal interrupts."""
+"""RentalWorker, the thread that orders, watches and ends the orders of one rental."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ from clore_client.rental.signals import (
 
 Result = TypeVar("Result")
 
-LOOK_BESIDE = 2.0  # the same, while the block goes on
-GIVE_UP_WITHIN = 2.0  # seconds for three interrupts that end even the cancelling
+LOOK_BESIDE = 2.0  # seconds between two looks for an order that may exist, during the block
+GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
 
-# After these no order was made.
+# After these errors, no order exists.
 SURELY_NO_ORDER = (
     AuthenticationError,
     CloreAPIError,
@@ -70,17 +70,17 @@ _exiting = False
 
 
 class RentalWorker:
-    """Owns the orders of one rental, from the first request to the confirmed end.
+    """The owner of one rental's orders, from the first request to the confirmed end.
 
-    The thread ends them when the block is left, when the ``with`` statement or the rental is gone
-    without having said so (an interrupt can cut ``__exit__`` short at its first line), when the
-    budget is spent, at a signal that another thread got, and at the interpreter's exit.
+    Its thread ends the orders when the block ends, when the ``with`` statement or the rental no
+    longer exists (an interrupt can stop ``__exit__`` at its first line), when a limit is reached,
+    at a signal in another thread, and at the exit of the interpreter.
 
     Attributes:
-        finished: opened when nothing is left to do.
-        failure: what the user must know of the end; None when all is gone.
-        connections: SSH connections to close with the rental.
-        closed: whether they are closed, and signals not handled any more.
+        finished: open when the thread is done.
+        failure: the error that the user must know; None if all orders have ended.
+        connections: SSH connections to close at the end of the rental.
+        closed: whether ``close()`` is done.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class RentalWorker:
         self._orders = orders
         self._settings = settings
         self._inbox = inbox
-        self._holders = holders  # the rental, and what its with statement holds
+        self._holders = holders  # weak references to the rental and its with statement
         self.pid = os.getpid()
         self.budget = Budget(settings)
         self.finished = Gate()
@@ -105,84 +105,85 @@ class RentalWorker:
         self.closed = False
         self.kept = False
         self.signalled: int | None = None
-        self.exceeded: tuple[str, float, float, int | None] | None = None  # why, h, USD, id
+        self.exceeded: tuple[str, float, float, int | None] | None = None  # limit, h, USD, order
         self._main = in_main_thread()
         self._handling: SignalHandling | None = None
         self._rental_orders = RentalOrders(
             orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
         )
         self._cleanup = Cleanup(orders, self._rental_orders, settings, self.budget)
-        self._current: RentalOrder | None = None  # the one that the user has
+        self._current: RentalOrder | None = None  # the order of the block
         self._started = False
         self._interrupted_at: list[float] = []
 
-    # --- what the rental asks for, in its own thread ---
+    # --- called by the rental, in its own thread ---
 
     def start(self) -> None:
-        """Start the thread, and let signals and the interpreter's exit end the rental, too."""
+        """Start the thread, and let signals and the exit of the interpreter end the rental."""
         self._handling = SignalHandling()
         listen(self, self._on_signal)
         context = contextvars.copy_context()
         _open_rentals[id(self)] = self
         try:
-            # Not threading.Thread, whose start() waits with a lock that an interrupt can leave
-            # locked: then the thread would never run.
+            # An interrupt can break threading.Thread.start(), so that the thread never runs.
             _thread.start_new_thread(context.run, (self._work,))
         except RuntimeError as error:
             _open_rentals.pop(id(self), None)
             self.close()
-            raise RentalError(f"nothing was rented: {error}") from error
+            raise RentalError(
+                f"nothing was rented, because the worker thread could not start: {error}"
+            ) from error
         self._started = True
 
     @property
     def abandoned(self) -> bool:
-        """Whether it was interrupted three times: what may run is left to ``leftovers()``."""
+        """True if three interrupts stopped the cleanup; ``leftovers()`` finds the orders."""
         return self._cleanup.abandoned
 
     def ask(self, action: Callable[[], Result]) -> Result:
-        """Have the worker do something, and return what comes of it, or raise that."""
+        """Run a function in the worker thread, and return its result or raise its error."""
         request = ThreadCall(action)
         self._inbox.put(request)
         while not request.done.wait():
             if self.finished.is_open:
-                raise RentalError("the rental is over: nothing is rented any more")
+                raise RentalError("the rental has ended: call rent() again")
         if request.error is not None:
             raise request.error
         return request.result  # type: ignore[no-any-return]
 
     def note_orders(self, orders: list[Order]) -> None:
-        """Note which orders are there before the first purchase."""
+        """Record the orders that exist before the first purchase."""
         self._rental_orders.before = {order.id for order in orders if order.id is not None}
 
     def buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
         """Order a server.
 
         Parameters:
-            server: as it is listed.
-            price: in USD per hour, without fees.
-            arguments: of ``create_order``.
+            server: the server.
+            price: its price in USD per hour, without fees.
+            arguments: the arguments of ``create_order``.
         """
         return self.ask(lambda: self._buy(server, price, arguments))
 
     def end_order(self) -> BaseException | None:
-        """End the current order; None when that is confirmed, else what to tell the user."""
+        """End the current order. Return None if that is confirmed, else the error."""
         return self.ask(self._end_current)
 
     def keep(self) -> None:
-        """Leave the current order running."""
+        """Keep the current order running after the rental."""
         self.ask(self._keep)
 
     def told_price(self, usd_per_hour: float) -> None:
-        """Take the price that the current order shows."""
+        """Set the price of the current order, as the API shows it."""
         if self._current is not None:
             self._current.meter.correct(usd_per_hour)
 
     def check(self) -> None:
-        """Raise when the rental was ended from elsewhere."""
+        """Raise an error if a limit, a signal or the interpreter ends the rental."""
         if self.pid != os.getpid():
             return
         if not self.kept and self._current is not None and self._exceed():
-            self._inbox.put(None)  # the worker ends it: no network work here
+            self._inbox.put(None)  # wake the worker, which ends the order
         if self.exceeded is not None:
             raise self.budget_error()
         if self.signalled is None:
@@ -190,22 +191,22 @@ class RentalWorker:
         if self.signalled is not None:
             raise SignalExit(self.signalled)
         if _exiting:
-            raise RentalError("the interpreter is about to exit: nothing is rented any more")
+            raise RentalError("the interpreter is exiting, so the rental has ended")
 
     def leave(self, interrupted: bool) -> list[BaseException]:
-        """End the rental, and wait for that. Safe to repeat.
+        """End the rental, and wait until that is done. Safe to repeat.
 
-        The first interrupt meanwhile ends only the confirmation. The third within two seconds,
-        the one that the block was left by included, ends even the cancelling.
+        An interrupt during the wait skips the confirmation. The third interrupt within two seconds
+        stops the cancelling too; an interrupt that ended the block counts.
 
         Parameters:
-            interrupted: whether the block was left by an interrupt.
+            interrupted: whether an interrupt ended the block.
 
         Returns:
-            The interrupts that came meanwhile.
+            The interrupts during the wait.
         """
         self._begin_to_leave()
-        if not self._started:  # or this moment, and has bought nothing: it sees that it is left
+        if not self._started:  # nothing was bought; a thread that starts now ends at once
             return []
         caught: list[BaseException] = []
         times = self._interrupted_at
@@ -225,9 +226,9 @@ class RentalWorker:
         return caught
 
     def budget_error(self) -> BudgetExceededError:
-        """Make the error for a budget that is spent."""
+        """Make the error for a limit that is reached."""
         text, hours, cost, order_id = self.exceeded or ("", 0.0, 0.0, None)
-        # No more than is known: the cancel may take its time, or come too late to be seen here.
+        # The cancel may not be accepted yet.
         ended = self._current is None or self._current.accepted
         state = "was ended" if ended else "is being ended"
         return BudgetExceededError(
@@ -242,7 +243,7 @@ class RentalWorker:
         while True:
             try:
                 connection = self.connections.pop()
-            except IndexError:  # another thread may do the same
+            except IndexError:  # empty
                 return
             try:
                 connection.close()
@@ -250,7 +251,7 @@ class RentalWorker:
                 logger.debug("an SSH connection could not be closed: %s", error)
 
     def close(self) -> None:
-        """Close the connections, and handle signals no more."""
+        """Close the connections, and stop handling signals."""
         self.close_ssh()
         listen(self, None)
         if self._handling is not None:
@@ -262,21 +263,21 @@ class RentalWorker:
         self._inbox.put(None)
 
     def _abandon(self) -> None:
-        """Stop ending the rental: what may run is left to ``leftovers()``."""
+        """Stop the cleanup, and leave the orders to ``leftovers()``."""
         self._cleanup.abandoned = True
         left = list(self._rental_orders)
         for purchase in left:
             if purchase.entry is not None:
                 purchase.entry.abandoned = True
         ids = tuple(p.order_id for p in left if p.order_id is not None)
-        text = f"interrupted three times: {'; '.join(map(str, left))}: see leftovers()"
+        text = f"interrupted three times, and {'; '.join(map(str, left))}: call leftovers() later"
         if left:
             self.failure = (
                 CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
             )
 
     def _on_signal(self, signum: int) -> None:
-        # Within a signal handler: nothing here takes a lock.
+        # This runs in a signal handler, so it must not take a lock.
         if not self._main:
             self.signalled = signum
             self._inbox.put(None)
@@ -300,10 +301,10 @@ class RentalWorker:
         if not self._cleanup.abandoned:
             self.failure = failure or self.failure
         _open_rentals.pop(id(self), None)
-        if self._is_forgotten():  # then nobody else does this
+        if self._block_is_gone():  # __exit__ did not run
             self.close()
             if self.failure is not None:
-                logger.error("a rental whose block is gone: %s", self.failure)
+                logger.error("the end of an interrupted rental failed: %s", self.failure)
         self.finished.open()
 
     def _next_request(self) -> None:
@@ -319,16 +320,16 @@ class RentalWorker:
             request.run()
 
     def _taken(self) -> set[int | None]:
-        """Return the orders of all open rentals of this account in this process."""
+        """Return the order ids of all open rentals of this account in this process."""
         account = self._orders.claims
         workers = [w for w in list(_open_rentals.values()) if w._orders.claims is account]
         return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
     def _is_left(self) -> bool:
-        return self._cleanup.left_at is not None or self._is_forgotten()
+        return self._cleanup.left_at is not None or self._block_is_gone()
 
-    def _is_forgotten(self) -> bool:
-        """Whether the ``with`` statement, or the rental itself, is gone."""
+    def _block_is_gone(self) -> bool:
+        """Return whether the ``with`` statement or the rental no longer exists."""
         return any(holder() is None for holder in self._holders)
 
     def _must_end(self) -> bool:
@@ -338,7 +339,7 @@ class RentalWorker:
         return self.signalled is not None or self._exceed()
 
     def _exceed(self) -> bool:
-        """Whether it is over its budget; from the first time on, that stays so."""
+        """Check the limits, and return whether one was reached, now or before."""
         if self.exceeded is None and (text := self.budget.exceeded_by()) is not None:
             order_id = None if self._current is None else self._current.order_id
             self.exceeded = text, self.budget.hours, self.budget.cost_usd, order_id
@@ -353,13 +354,16 @@ class RentalWorker:
         try:
             order: Order = self._client.create_order(purchase.server_id, **arguments)
             if order.id is None:
-                raise OutcomeUnknownError("the answer to create_order names no order")
+                raise OutcomeUnknownError(
+                    "the response to create_order has no order id, so the order may exist: look at "
+                    "get_orders()"
+                )
         except DatabaseError:
             self._rental_orders.refused(purchase)
             self._current = None
             raise
         except SURELY_NO_ORDER as error:
-            # Of an unknown code, or an answer that is no envelope, nobody knows what it means.
+            # After an unknown code, or a response without one, the order may exist.
             if not isinstance(error, CloreAPIError) or error.code in ERROR_CODES:
                 self._rental_orders.forget(purchase)
                 self._current = None
@@ -371,24 +375,26 @@ class RentalWorker:
     def _keep(self) -> None:
         current = self._current
         if current is None or current.order_id is None or current.accepted:
-            raise RentalError("the order was ended already: it can't be kept")
+            raise RentalError("the order has ended already, so it can't be kept: rent again")
         self.kept = True
-        logger.info("order %d stays, on purpose", current.order_id)
+        logger.info(
+            "order %d is kept: it runs and costs money until it is cancelled", current.order_id
+        )
         self._rental_orders.keep(current)
 
     # --- the end ---
 
     def _end_early(self) -> None:
-        """End the current order while the block goes on."""
+        """End the current order before the end of the block."""
         current = self._current
         if current is None or current.order_id is None:
             return
-        # Beside the cancel, which may have to wait for an API that is down.
+        # In its own thread, because the cancel may have to wait for the API.
         threading.Thread(target=self.close_ssh, name="clore-rental-close", daemon=True).start()
         failure = self._cleanup.try_to_cancel(current, self._cleanup.deadline)
         if failure is not None:
             logger.error("order %d could not be cancelled: %s", current.order_id, failure)
-        self.close_ssh()  # one may have been opened meanwhile
+        self.close_ssh()  # the block may have opened another one
 
     def _end_current(self) -> BaseException | None:
         current, started = self._current, time.monotonic()
@@ -405,21 +411,21 @@ class RentalWorker:
 
 
 def _end_all() -> None:
-    """At the interpreter's exit: end the rentals of daemon threads, and of blocks never left."""
+    """End the rentals that are still open when the interpreter exits."""
     global _exiting
     _exiting = True
-    # One that was interrupted three times is not waited for a second time.
+    # After three interrupts, the user does not want to wait.
     workers = [w for w in list(_open_rentals.values()) if w.pid == os.getpid() and not w.abandoned]
     for worker in workers:
         worker._begin_to_leave()
     for worker in workers:
         worker.leave(interrupted=False)
         if worker.failure is not None:
-            logger.error("at exit: %s", worker.failure)
+            logger.error("the end of a rental at exit failed: %s", worker.failure)
 
 
 atexit.register(_end_all)
 
 if hasattr(os, "register_at_fork"):
-    # The rentals are the parent's.
+    # The rentals belong to the parent process.
     os.register_at_fork(after_in_child=_open_rentals.clear)

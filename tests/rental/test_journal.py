@@ -179,7 +179,7 @@ def test_what_cannot_be_read(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     for _ in range(2):
         assert read_entries(folder) == []
     for name in ("broken", "list", "big", "deep", "folder", "loop"):
-        assert caplog.text.count(f"{name}.json is no readable entry") == 1
+        assert caplog.text.count(f"{name}.json is not a readable journal entry") == 1
     assert "other" not in caplog.text
     assert len(os.listdir(folder)) >= 8  # left alone
 
