@@ -12,14 +12,13 @@ from clore_client.errors import CommandError, CommandTimeoutError, SSHError, pri
 from clore_client.log import logger
 from clore_client.models.result import STDERR, STDOUT, CommandResult, OutputLine
 from clore_client.ssh.command_line import command_line, encoded, exports, input_bytes, lines_to
+from clore_client.ssh.transport import connection_errors, reason
 from clore_client.ssh.watchdog import (
     PATIENCE,
     Guard,
     PidLine,
-    connection_errors,
     cut,
     end_group,
-    reason,
     round_trip,
     send_signal,
     soon_done,

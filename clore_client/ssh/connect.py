@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.models.order import plain_host, plain_user
-from clore_client.ssh.transport import prepared_transport
+from clore_client.ssh.transport import keep_alive, prepared_transport
 
 if TYPE_CHECKING:
     import paramiko
@@ -24,7 +24,6 @@ LOGIN_OPTIONS = frozenset({"password", "key_path", "passphrase", "wait", "host_k
 DEFAULT_USER = "root"
 DEFAULT_PORT = 22
 PARAMIKO_LOGGER = "clore_client.paramiko"
-KEEPALIVE = 15  # seconds
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
 
 
@@ -220,7 +219,7 @@ class Login:
             raise judged from error
         transport = ssh.get_transport()
         if transport is not None:
-            transport.set_keepalive(KEEPALIVE)
+            keep_alive(transport)
         try:
             self.keys.remember()
         except BaseException:

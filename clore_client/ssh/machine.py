@@ -429,12 +429,12 @@ class Machine(Account):
             >>> with client.scp(order) as copy:
             ...     copy.put("train.py", "/root/train.py")
         """
-        from clore_client.ssh.scp import hardened_scp
+        from clore_client.ssh.scp import guarded_scp
         from clore_client.ssh.sessions import login_options
 
         connection = self._login(order, timeout=timeout, **login_options(login)).open()
         try:
-            return hardened_scp(
+            return guarded_scp(
                 connection,
                 socket_timeout=timeout,
                 max_bytes=max_bytes,

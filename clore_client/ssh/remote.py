@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from clore_client.errors import SSHError, printable
+from clore_client.ssh.transport import NoChannelError, open_session, request_exec
 
 MARK = "clore-transfer-1"
 BLOCK = 65536  # bytes; ranges begin at multiples of it
@@ -159,10 +160,6 @@ def _escaped(argument: bytes | str | int) -> str:
         chr(b) if chr(b).isascii() and (chr(b).isalnum() or b in b"/._-") else f"\\0{b:03o}"
         for b in raw
     )
-
-
-class NoChannelError(SSHError):
-    """A machine opens no further channel on a connection; sshd's MaxSessions is ten, else."""
 
 
 class Watch:
@@ -361,50 +358,10 @@ class Exec:
 
 
 def open_exec(transport: Any, command: str, timeout: float, window: int, packet: int) -> Any:
-    """A channel on which a command runs, without a wait for the answer to the request.
-
-    paramiko's own ``exec_command`` waits for that, with no limit of time: a round trip, or for
-    ever with a machine that hangs. A refusal closes the channel.
-    """
-    import paramiko
-    from paramiko.common import cMSG_CHANNEL_REQUEST
-
-    try:
-        channel = transport.open_session(
-            window_size=window, max_packet_size=packet, timeout=timeout
-        )
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        text = printable(str(error) or type(error).__name__, 200)
-        # A refusal comes as another error where another thread has taken paramiko's own.
-        refused = isinstance(error, paramiko.SSHException) and "Timeout" not in text
-        kind = NoChannelError if refused and transport.is_active() else SSHError
-        raise kind(f"the machine opens no channel: {text}") from error
-    channel.settimeout(timeout)
-    for pipe in (channel.in_buffer, channel.in_stderr_buffer):
-        _bound(pipe, window + packet)
-    request = paramiko.Message()
-    request.add_byte(cMSG_CHANNEL_REQUEST)
-    request.add_int(channel.remote_chanid)
-    request.add_string("exec")
-    request.add_boolean(True)
-    request.add_string(command)
-    try:
-        transport._send_user_message(request)
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        raise SSHError("the connection broke") from error
+    """Open a channel and ask for a command on it."""
+    channel = open_session(transport, timeout, window)
+    request_exec(channel, command)
     return channel
-
-
-def _bound(pipe: Any, most: int) -> None:
-    """End the connection of a machine that sends more than the window allows: paramiko keeps it."""
-    feed = pipe.feed
-
-    def bounded(data: Any) -> None:
-        if len(pipe) + len(data) > most:
-            raise EOFError  # in paramiko's own thread, which then closes all
-        feed(data)
-
-    pipe.feed = bounded
 
 
 def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from clore_client.errors import SSHError, TransferError, printable
 from clore_client.log import logger
 from clore_client.models.result import Transferred
-from clore_client.ssh.remote import BLOCK, CHANNEL_PAUSE, Exec, NoChannelError, Watch
+from clore_client.ssh.remote import BLOCK, CHANNEL_PAUSE, Exec, Watch
+from clore_client.ssh.transport import NoChannelError
 from clore_client.validation import check_bool, check_number
 
 SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller ones of a directory travel together

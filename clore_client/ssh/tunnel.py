@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
-from clore_client.ssh.watchdog import connection_errors, reason, soon_done
+from clore_client.ssh.transport import connection_errors, reason
+from clore_client.ssh.watchdog import soon_done
 
 if TYPE_CHECKING:
     import paramiko

@@ -13,7 +13,7 @@ from typing import Any
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.models.result import Transferred
-from clore_client.ssh.remote import Exec, NoChannelError, far_command, far_path
+from clore_client.ssh.remote import Exec, far_command, far_path
 from clore_client.ssh.transfer import (
     CHUNK,
     LONGEST_ANSWER,
@@ -28,6 +28,7 @@ from clore_client.ssh.transfer import (
     parse_sums,
     plan,
 )
+from clore_client.ssh.transport import NoChannelError
 
 # sshd takes 2 MB on a channel before it wants to be asked again, and ten channels on a connection:
 # over a distance it is the number of channels that makes an upload fast.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
 import shlex
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-from clore_client.errors import printable
 from clore_client.log import logger
 
 PATIENCE = 2.0  # seconds after which a send counts as stuck
+WATCH_INTERVAL = 0.1  # seconds between two looks at the limits
+
 KILL_LOOK = 0.1  # seconds between two looks at a process that was told to end
 
 # OpenSSH's sshd refuses the protocol's own signals to root before 9.8, and always to a command
@@ -87,8 +90,8 @@ def end_group(transport: Any, pid: int, grace: float) -> bool:
             return not guard.fired
         finally:
             channel.close()
-    except connection_errors() as error:
-        logger.debug("process group %d was not ended: %s", pid, reason(error))
+    except Exception as error:
+        logger.debug("process group %d was not ended: %s", pid, error)
         return False
 
 
@@ -130,7 +133,7 @@ def soon_done(action: Callable[[], object]) -> bool:
         try:
             action()
         except Exception as error:
-            logger.debug("a channel that is given up: %s", reason(error))
+            logger.debug("a channel that is given up: %s", error)
 
     thread = threading.Thread(target=quietly, name="clore-hang-up", daemon=True)
     thread.start()
@@ -181,19 +184,66 @@ def round_trip(transport: Any) -> bool:
         transport.open_session(timeout=PATIENCE).close()
     except paramiko.ChannelException:
         return True  # a refusal is an answer
-    except connection_errors():
+    except Exception:
         return False
     return True
 
 
-def connection_errors() -> tuple[type[Exception], ...]:
-    """What paramiko raises where a connection or a channel ends."""
-    import paramiko
+def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
+    """Start a daemon thread."""
+    thread = threading.Thread(target=target, args=args, name=f"clore-{name}", daemon=True)
+    thread.start()
+    return thread
 
-    return (paramiko.SSHException, OSError, EOFError)
+
+class Limit:
+    """A moment by which a block must be left.
+
+    Attributes:
+        expired: whether the moment passed while the block ran.
+    """
+
+    def __init__(self, seconds: float, action: Callable[[], object]) -> None:
+        self.deadline = time.monotonic() + seconds
+        self.action = action
+        self.expired = False
 
 
-def reason(error: BaseException) -> str:
-    """What to say of an error whose text may be the server's."""
-    text = str(getattr(error, "text", "")) or str(error)
-    return printable(text.rstrip(".") or type(error).__name__, 200)
+class Watchdog:
+    """Run an action where a block takes too long; a ``with`` block with one thread.
+
+    paramiko writes to a socket without a time limit: only closing the connection ends that.
+    """
+
+    def __init__(self) -> None:
+        self._limits: dict[int, Limit] = {}
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        self._thread = start_thread("watchdog", self._watch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float, action: Callable[[], object]) -> Iterator[Limit]:
+        """Run ``action`` in a thread of its own if the block takes longer than ``seconds``."""
+        limit = Limit(seconds, action)
+        self._limits[id(limit)] = limit
+        try:
+            yield limit
+        finally:
+            self._limits.pop(id(limit), None)
+
+    def _watch(self) -> None:
+        while not self._over.wait(WATCH_INTERVAL):
+            now = time.monotonic()
+            for key, limit in list(self._limits.items()):
+                if now >= limit.deadline and self._limits.pop(key, None) is not None:
+                    limit.expired = True
+                    logger.debug("the watchdog ends a call that takes too long")
+                    start_thread("watchdog-action", limit.action)
