@@ -37,7 +37,7 @@ from clore_client.errors import (
     WaitTimeoutError,
 )
 from clore_client.models.order import Order
-from clore_client.models.result import CommandResult, OutputLine, Transferred
+from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
 from clore_client.models.wallet import Wallet
 from clore_client.rental.recovery import Leftover, Leftovers
@@ -87,7 +87,7 @@ __all__ = [
     "SpotPriceStepError",
     "SpotPriceTooSoonError",
     "TransferError",
-    "Transferred",
+    "TransferResult",
     "WaitTimeoutError",
     "Wallet",
     "__version__",

@@ -58,15 +58,15 @@ class OutputLine(str):
         return line
 
 
-class Transferred:
+class TransferResult:
     """What was transferred.
 
     Attributes:
-        path: where it is now, as text.
+        path: where it is now; control characters are escaped.
         files: how many files.
         size: bytes of all of them.
         duration: seconds.
-        skipped: (name, why) of what was left out: symlinks, and what is no file.
+        skipped: (name, why) of what was left out: symlinks, and what is no file; escaped, too.
     """
 
     __slots__ = ("duration", "files", "path", "size", "skipped")
@@ -83,6 +83,6 @@ class Transferred:
     def __repr__(self) -> str:
         left_out = f", {len(self.skipped)} left out" if self.skipped else ""
         return (
-            f"<Transferred {printable(self.path, 200)!r}: {self.files} files, {self.size} bytes, "
-            f"{self.duration:.2f} s{left_out}>"
+            f"<TransferResult {printable(self.path, 200)!r}: {self.files} files, "
+            f"{self.size} bytes, {self.duration:.2f} s{left_out}>"
         )

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from clore_client.config import account_digest, state_folder
 from clore_client.models.order import Order
-from clore_client.models.result import CommandResult, OutputLine, Transferred
+from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.orders.account import Account
 from clore_client.validation import check_number, check_text
 
 if TYPE_CHECKING:
     import paramiko
 
-    from clore_client.ssh.connect import Login
+    from clore_client.ssh.connect import ConnectionPool, Login
     from clore_client.ssh.host_keys import Pins
-    from clore_client.ssh.sessions import Connected
     from clore_client.ssh.tunnel import Forward
 
 PathArgument = str | os.PathLike[str]
@@ -256,8 +255,8 @@ class Machine(Account):
             "check": check, "timeout": timeout, "input": input, "env": env, "on_output": on_output,
         }  # fmt: skip
         check_run_arguments(command, **options)
-        with self._connected(order, ssh, login) as connected:
-            return run_command(connected.ssh, command, **options)
+        with self._connected(order, ssh, login) as pool:
+            return run_command(pool.ssh, command, **options)
 
     def forward(
         self,
@@ -283,11 +282,14 @@ class Machine(Account):
             >>> with client.forward(order, 8888) as port:
             ...     print(requests.get(f"http://127.0.0.1:{port}").status_code)
         """
-        from clore_client.ssh.sessions import login_options
+        from clore_client.ssh.connect import check_connection, check_login_options
         from clore_client.ssh.tunnel import Forward, check_forward_arguments
 
         check_forward_arguments(remote_port, local_port)
-        connection = ssh if ssh is not None else self._login(order, **login_options(login)).open()
+        if ssh is None:
+            connection = self._login(order, **check_login_options(login)).open()
+        else:
+            connection = check_connection(ssh)
         return Forward(connection, remote_port, local_port, owns=ssh is None)
 
     # --- moving data ---
@@ -301,36 +303,43 @@ class Machine(Account):
         preserve: bool = False,
         verify: bool = False,
         resume: bool = False,
+        symlinks: str = "skip",
         streams: int | None = None,
         progress: Progress | None = None,
         timeout: float = 30.0,
+        deadline: float | None = None,
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
-    ) -> Transferred:
+    ) -> TransferResult:
         """Copy a file or a whole directory to the machine of an order. Needs paramiko.
 
         As with ``cp -r``, what is copied to a directory that exists is put into it. It is sent
         under a temporary name, and renamed when it is complete. Sizes are compared always, and
         SHA-256 where ``verify`` says so, the transfer was resumed, or a file went in several
-        pieces. Symlinks within a directory are left out, and told of; so is what is neither file
-        nor directory.
+        pieces. A host without a usual shell gets it over SFTP, which is slower. A new file has
+        the permissions of the local one, less the host's umask; one that is replaced keeps its
+        own. A ``remote`` that is a symlink is an error, unless ``symlinks="follow"``.
 
         Parameters:
             order: a running order.
             local: a file or directory here.
             remote: a path there; a relative one and ``~`` count from the home directory.
-            preserve: keep permissions and times; else the usual permissions for new files, with
-                the right to execute kept.
+            preserve: keep permissions and times.
             verify: compare SHA-256 of every file.
-            resume: keep what was transferred before an error, and go on from there. A source whose
+            resume: keep what was transferred before an error, and continue there. A source whose
                 size or time has changed starts over.
+            symlinks: of those within a directory that lead to something in it: ``"skip"`` leaves
+                them out, ``"copy"`` makes the same symlinks there, ``"follow"`` sends what they
+                lead to. All others are left out; ``skipped`` names them.
             streams: connections at once, 1 to 16; None chooses by the size.
-            progress: called as ``progress(name, done, total)``, in bytes, in this thread.
-            timeout: seconds for each step of the login, and without any progress.
+            progress: called as ``progress(name, done, total)``, in bytes, in this thread; control
+                characters in the name are escaped.
+            timeout: seconds for each attempt to log in, and without anything sent or received.
+            deadline: seconds for all of it, the login included; None for no limit.
             ssh, **login: as for :meth:`run`.
 
         Returns:
-            A :class:`Transferred`: ``path``, ``files``, ``size`` in bytes, ``duration`` in
+            A :class:`TransferResult`: ``path``, ``files``, ``size`` in bytes, ``duration`` in
             seconds, and ``skipped``.
 
         Raises:
@@ -344,10 +353,12 @@ class Machine(Account):
         """
         from clore_client.ssh.upload import check_upload, upload_connections, upload_path
 
-        options = check_upload(local, remote, preserve, verify, resume, streams, progress, timeout)
-        ahead = upload_connections(*options) - 1
-        with self._connected(order, ssh, login, timeout, ahead) as connected:
-            return upload_path(connected.ssh, connected.another, options)
+        checked = check_upload(
+            local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
+            streams=streams, progress=progress, timeout=timeout, deadline=deadline,
+        )  # fmt: skip
+        with self._connected(order, ssh, login, timeout, upload_connections(*checked)) as pool:
+            return upload_path(pool, checked)
 
     def download(
         self,
@@ -358,29 +369,31 @@ class Machine(Account):
         preserve: bool = False,
         verify: bool = False,
         resume: bool = False,
+        symlinks: str = "skip",
         streams: int | None = None,
         max_bytes: int | None = None,
         progress: Progress | None = None,
         timeout: float = 30.0,
+        deadline: float | None = None,
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
-    ) -> Transferred:
+    ) -> TransferResult:
         """Copy a file or a whole directory from the machine of an order. Needs paramiko.
 
         The other way round as :meth:`upload`, and on the same terms. Nothing that the machine
-        says makes this write outside of ``local``. Of a file that is still being written, as a log,
-        make a copy there, and download that: what changes on the way is an error.
+        says makes this write outside of ``local``. A file that grows meanwhile, as a log, arrives
+        as it was at the start; any other change is an error.
 
         Parameters:
             order: a running order.
             remote: a path there; a relative one and ``~`` count from the home directory.
             local: a path here.
             max_bytes: refuse what is larger.
-            preserve, verify, resume, streams, progress, timeout, ssh, **login: as for
-                :meth:`upload`.
+            preserve, verify, resume, symlinks, streams, progress, timeout, deadline, ssh,
+                **login: as for :meth:`upload`.
 
         Returns:
-            A :class:`Transferred`.
+            A :class:`TransferResult`.
 
         Raises:
             TransferError: it did not arrive whole, is larger than ``max_bytes``, or the machine
@@ -391,14 +404,16 @@ class Machine(Account):
             >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
             4976698672
         """
-        from clore_client.ssh.download import check_download, download_path
+        from clore_client.ssh.download import DOWNLOAD_CONNECTIONS, DownloadOptions, download_path
 
-        options = check_download(
-            remote, local, preserve, verify, resume, streams, max_bytes, progress, timeout
-        )
-        ahead = (options.streams or 1) - 1
-        with self._connected(order, ssh, login, timeout, ahead) as connected:
-            return download_path(connected.ssh, connected.another, options)
+        options = DownloadOptions(
+            remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
+            streams=streams, max_bytes=max_bytes, progress=progress, timeout=timeout,
+            deadline=deadline,
+        )  # fmt: skip
+        size = streams or DOWNLOAD_CONNECTIONS
+        with self._connected(order, ssh, login, timeout, size, streams is not None) as pool:
+            return download_path(pool, options)
 
     def scp(
         self,
@@ -429,10 +444,10 @@ class Machine(Account):
             >>> with client.scp(order) as copy:
             ...     copy.put("train.py", "/root/train.py")
         """
+        from clore_client.ssh.connect import check_login_options
         from clore_client.ssh.scp import guarded_scp
-        from clore_client.ssh.sessions import login_options
 
-        connection = self._login(order, timeout=timeout, **login_options(login)).open()
+        connection = self._login(order, timeout=timeout, **check_login_options(login)).open()
         try:
             return guarded_scp(
                 connection,
@@ -493,14 +508,15 @@ class Machine(Account):
         ssh: paramiko.SSHClient | None,
         login: dict[str, Any],
         timeout: float = 30.0,
-        ahead: int = 0,
-    ) -> Connected:
-        from clore_client.ssh.sessions import Connected, login_options
+        size: int = 1,
+        eager: bool = True,
+    ) -> ConnectionPool:
+        from clore_client.ssh.connect import ConnectionPool, check_connection, check_login_options
 
-        options = login_options(login)
+        options = check_login_options(login)
         if ssh is not None:
-            return Connected(None, ssh)
-        return Connected(self._login(order, timeout=timeout, **options), None, ahead)
+            return ConnectionPool(None, check_connection(ssh))
+        return ConnectionPool(self._login(order, timeout=timeout, **options), None, size, eager)
 
     @staticmethod
     def _order_number(order: Mapping[str, Any]) -> int | None:

@@ -25,7 +25,7 @@ KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is
 DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
 KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
-_EXT_INFO, _INFO_REQUEST = 7, 60
+_EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
 # Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
@@ -89,7 +89,9 @@ def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
 
     def limited_message() -> Any:
         kind, message = read_message()
-        packetizer.last_received = time.monotonic()
+        then, packetizer.last_received = packetizer.last_received, time.monotonic()
+        if kind == _SERVICE_ACCEPT:  # its request followed the message before
+            packetizer.round_trip = packetizer.last_received - then
         if kind in (_EXT_INFO, _INFO_REQUEST):
             if kind == _INFO_REQUEST:
                 for _ in range(3):
@@ -186,6 +188,11 @@ def request_exec(channel: Any, command: bytes | str) -> None:
     paramiko's own ``exec_command`` waits for it, without a time limit.
     """
     _request(channel, "exec", True, command)
+
+
+def request_subsystem(channel: Any, name: str) -> None:
+    """Ask for a subsystem, in the same way."""
+    _request(channel, "subsystem", True, name)
 
 
 def request_signal(channel: Any, name: str) -> None:
