@@ -15,18 +15,26 @@ class CommandResult:
         exit_code: 0 to 255; -1 where a signal ended it.
         stdout, stderr: its output as text; what is no UTF-8 is replaced.
         duration: seconds from the request until the end.
+        dropped: bytes of output beyond ``max_output``, which are not in it.
     """
 
-    __slots__ = ("command", "duration", "exit_code", "stderr", "stdout")
+    __slots__ = ("command", "dropped", "duration", "exit_code", "stderr", "stdout")
 
     def __init__(
-        self, command: str, exit_code: int, stdout: str, stderr: str, duration: float
+        self,
+        command: str,
+        exit_code: int,
+        stdout: str,
+        stderr: str,
+        duration: float,
+        dropped: int = 0,
     ) -> None:
         self.command = command
         self.exit_code = exit_code
         self.stdout = stdout
         self.stderr = stderr
         self.duration = duration
+        self.dropped = dropped
 
     @property
     def ok(self) -> bool:
@@ -34,10 +42,11 @@ class CommandResult:
         return self.exit_code == 0
 
     def __repr__(self) -> str:
+        left_out = f", {self.dropped} bytes of output dropped" if self.dropped else ""
         return (
             f"<CommandResult {printable(repr(self.command), 60)}: exit_code={self.exit_code}, "
             f"{len(self.stdout)} characters of stdout, {len(self.stderr)} of stderr, "
-            f"{self.duration:.1f}s>"
+            f"{self.duration:.1f}s{left_out}>"
         )
 
 

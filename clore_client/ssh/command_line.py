@@ -14,8 +14,6 @@ LONGEST_PIECE = 65536  # characters of one call of on_output
 
 def command_line(command: str | Sequence[str]) -> str:
     """The line for the machine's shell: a string as it is, a list or tuple of arguments quoted."""
-    import shlex  # not for whoever only imports the package
-
     if isinstance(command, str):
         line = command
     elif isinstance(command, (list, tuple)):
@@ -24,7 +22,7 @@ def command_line(command: str | Sequence[str]) -> str:
                 raise TypeError(
                     f"command[{number}] must be a string, not {printable(repr(word), 80)}"
                 )
-        line = shlex.join(command)
+        line = " ".join(map(quoted_word, command))
     else:
         raise TypeError(
             f"command must be a string, or a list of strings, not {printable(repr(command), 80)}"
@@ -33,6 +31,15 @@ def command_line(command: str | Sequence[str]) -> str:
         raise ValueError("command must not be empty")
     encoded("command", line)
     return line
+
+
+def quoted_word(word: str) -> str:
+    """Quote a word for any login shell: fish, too, takes a backslash in quotes for an escape."""
+    import shlex  # not for whoever only imports the package
+
+    if "\\" not in word:
+        return shlex.quote(word)
+    return "\\\\".join(shlex.quote(part) if part else "" for part in word.split("\\"))
 
 
 class Lines:
@@ -86,9 +93,7 @@ def input_bytes(value: Any) -> bytes:
 
 
 def exports(env: Any) -> str:
-    """What sets variables for the rest of a line; sshd by itself takes none from a client."""
-    import shlex
-
+    """Set variables for the rest of a line, or end: sshd by itself takes none from a client."""
     if env is None:
         return ""
     if not isinstance(env, Mapping):
@@ -99,7 +104,9 @@ def exports(env: Any) -> str:
         if not isinstance(value, str):
             raise TypeError(f"env[{name!r}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)
-    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
+    return "".join(
+        f"export {name}={quoted_word(value)} || exit 121\n" for name, value in env.items()
+    )
 
 
 def encoded(name: str, text: str, *, nul: bool = False) -> bytes:

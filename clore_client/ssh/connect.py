@@ -14,7 +14,7 @@ from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.models.order import plain_host, plain_user
 from clore_client.ssh.transport import keep_alive, prepared_transport
-from clore_client.ssh.watchdog import start_thread
+from clore_client.ssh.watchdog import Watchdog, start_thread
 
 if TYPE_CHECKING:
     import paramiko
@@ -189,30 +189,24 @@ class Login:
 
     def once(self) -> paramiko.SSHClient:
         """Try to log in."""
+        limit = None
+        judged: BaseException
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)
-        plain = self.password is None and self.key is None
         try:
-            ssh.connect(
-                self.address["host"],
-                port=self.address["port"],
-                username=self.address["user"],
-                password=self.password,
-                pkey=self.key,
-                timeout=self.timeout,
-                banner_timeout=self.timeout,
-                auth_timeout=self.timeout,
-                channel_timeout=self.timeout,
-                allow_agent=plain,
-                look_for_keys=plain,
-                transport_factory=self._transport,
-            )
+            with (
+                Watchdog() as watchdog,
+                watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit,
+            ):
+                self._connect(ssh)
             if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
                 raise self._paramiko.ssh_exception.PartialAuthentication([])
         except BaseException as error:
-            if self._is_refusal(ssh, error):
-                judged: BaseException = self._refused(ssh, error)
+            if limit is not None and limit.expired and isinstance(error, Exception):
+                judged = self._too_slow(ssh)
+            elif self._is_refusal(ssh, error):
+                judged = self._refused(ssh, error)
             else:
                 judged = _judged(error, self._paramiko, self.where)
             _give_up(ssh)
@@ -228,6 +222,29 @@ class Login:
             ssh.close()
             raise
         return ssh  # type: ignore[no-any-return]
+
+    def _connect(self, ssh: Any) -> None:
+        plain = self.password is None and self.key is None
+        ssh.connect(
+            self.address["host"],
+            port=self.address["port"],
+            username=self.address["user"],
+            password=self.password,
+            pkey=self.key,
+            timeout=self.timeout,
+            banner_timeout=self.timeout,
+            auth_timeout=self.timeout,
+            channel_timeout=self.timeout,
+            allow_agent=plain,
+            look_for_keys=plain,
+            transport_factory=self._transport,
+        )
+
+    def _too_slow(self, ssh: Any) -> SSHError:
+        transport = ssh.get_transport()
+        if transport is not None and transport.initial_kex_done:
+            return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
+        return NotUpYetError("it did not finish the SSH handshake in time")
 
     def _transport(self, sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
@@ -405,6 +422,12 @@ def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
                 f"{', '.join(sorted(LOGIN_OPTIONS))}"
             )
     return given
+
+
+def _break_off(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    if transport is not None:
+        transport.close()
 
 
 def _give_up(ssh: Any) -> None:

@@ -217,6 +217,7 @@ class Machine(Account):
         input: str | bytes | None = None,
         env: Mapping[str, str] | None = None,
         on_output: Callable[[OutputLine], object] | None = None,
+        max_output: int = 64 * 1024 * 1024,
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> CommandResult:
@@ -226,24 +227,27 @@ class Machine(Account):
             order: a running order.
             command: for the shell of the machine; a list of arguments is quoted.
             check: raise for another exit code than 0.
-            timeout: seconds, after which the command is ended; None waits for ever. Ctrl-C ends
-                it, too.
+            timeout: seconds after the login, when the command is ended; None waits for ever. An
+                attempt to log in gets no longer, either. Ctrl-C ends the command, too.
             input: what it reads from its standard input.
             env: environment variables.
             on_output: called with each line as it comes, without its line end; the line's
                 ``stream`` is ``"stdout"`` or ``"stderr"``.
+            max_output: bytes of output that are kept; what comes after goes to ``on_output`` only,
+                and is counted in the result's ``dropped``.
             ssh: a connection to use, as :meth:`connect_ssh` returns it; it stays open.
             **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``, as for
                 :meth:`connect_ssh`.
 
         Returns:
             A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text;
-            bytes that are no UTF-8 are replaced) and ``duration`` in seconds.
+            bytes that are no UTF-8 are replaced), ``duration`` in seconds, and ``dropped``.
 
         Raises:
             CommandError: the exit code was not 0; ``result`` has it all.
             CommandTimeoutError: it did not end in time, and was ended.
-            SSHError: the login failed, or the connection broke.
+            SSHError: the login failed; the machine did not run the command, as with a command of
+                its own (ForceCommand); or the connection broke, and the command may still run.
 
         Example:
             >>> print(client.run(order, "nvidia-smi -L").stdout)
@@ -253,9 +257,11 @@ class Machine(Account):
 
         options: dict[str, Any] = {
             "check": check, "timeout": timeout, "input": input, "env": env, "on_output": on_output,
+            "max_output": max_output,
         }  # fmt: skip
         check_run_arguments(command, **options)
-        with self._connected(order, ssh, login) as pool:
+        login_timeout = min(30.0, timeout or 30.0)
+        with self._connected(order, ssh, login, login_timeout) as pool:
             return run_command(pool.ssh, command, **options)
 
     def forward(
