@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import getpass
 import logging
 import os
 import socket
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.models.order import plain_host, plain_user
-from clore_client.ssh.transport import keep_alive, prepared_transport
+from clore_client.ssh.transport import close_after, keep_alive, prepared_transport
 from clore_client.ssh.watchdog import Watchdog, start_thread
 
 if TYPE_CHECKING:
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from clore_client.ssh.host_keys import KeyCheck
 
 # What may be given for a login to methods that do more than log in.
-LOGIN_OPTIONS = frozenset({"password", "key_path", "passphrase", "wait", "host_key"})
+LOGIN_OPTIONS = frozenset(
+    {"password", "key_path", "passphrase", "wait", "host_key", "use_ssh_config"}
+)
 DEFAULT_USER = "root"
 DEFAULT_PORT = 22
 PARAMIKO_LOGGER = "clore_client.paramiko"
@@ -126,6 +130,7 @@ class Login:
         timeout: float,
         wait: float,
         keys: KeyCheck,
+        use_ssh_config: bool = False,
     ) -> None:
         self.address = plain_address(order)
         if passphrase is not None and key_path is None:
@@ -138,6 +143,10 @@ class Login:
         self._paramiko = import_paramiko()
         # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
         self.key = None if self.key_path is None else self._read_key(self.key_path, passphrase)
+        self._hops: list[dict[str, Any]] = []
+        self._identities: list[str] = []
+        if use_ssh_config:
+            self._read_ssh_config()
 
     @property
     def where(self) -> str:
@@ -162,6 +171,52 @@ class Login:
                 f"key_path: {shown} is no private key that can be used: "
                 f"{printable(str(error) or type(error).__name__, 200)}"
             ) from error
+
+    def _read_ssh_config(self) -> None:
+        """Take ProxyJump and IdentityFile from the user's configuration of OpenSSH."""
+        path = os.path.expanduser("~/.ssh/config")
+        if not os.path.isfile(path):
+            return
+        try:
+            config = self._paramiko.SSHConfig.from_path(path)
+            found = config.lookup(self.address["host"])
+            jumps = found.get("proxyjump", "none")
+            if "proxycommand" in found and jumps == "none":
+                raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
+            self._identities = identity_files(found)
+            for jump in jumps.split(",") if jumps != "none" else ():
+                name, port, user = _parsed(jump.strip().removeprefix("ssh://"))
+                hop = config.lookup(name)
+                self._hops.append(
+                    {"host": hop.get("hostname", name), "identities": identity_files(hop),
+                     "port": int(hop.get("port", port)) if port == DEFAULT_PORT else port,
+                     "user": user or hop.get("user", getpass.getuser())}
+                )  # fmt: skip
+        except Exception as error:
+            raise ValueError(f"use_ssh_config: {path} can't be used: {error}") from error
+
+    def _jump(self, hops: list[Any]) -> Any:
+        """Log in to each jump host; a channel to the machine through the last one."""
+        sock = None
+        for hop in self._hops:
+            ssh = self._paramiko.SSHClient()
+            ssh.set_log_channel(PARAMIKO_LOGGER)
+            ssh.load_system_host_keys()  # a jump host is the user's own, and known
+            hops.append(ssh)
+            try:
+                ssh.connect(
+                    hop["host"], hop["port"], hop["user"], key_filename=hop["identities"] or None,
+                    timeout=self.timeout, sock=sock,
+                )  # fmt: skip
+                follower = self._hops[len(hops)] if len(hops) < len(self._hops) else self.address
+                sock = ssh.get_transport().open_channel(
+                    "direct-tcpip", (follower["host"], follower["port"]), ("127.0.0.1", 0),
+                    timeout=self.timeout,
+                )  # fmt: skip
+            except Exception as error:
+                text = printable(str(error) or type(error).__name__, 200)
+                raise SSHError(f"jump host {hop['host']}:{hop['port']}: {text}") from error
+        return sock
 
     def _is_encrypted(self, path: str) -> bool:
         try:
@@ -225,6 +280,16 @@ class Login:
 
     def _connect(self, ssh: Any) -> None:
         plain = self.password is None and self.key is None
+        hops: list[Any] = []
+        try:
+            sock = self._jump(hops)
+            self._connect_over(ssh, sock, plain, hops)
+        except BaseException:
+            for hop in hops:
+                hop.close()
+            raise
+
+    def _connect_over(self, ssh: Any, sock: Any, plain: bool, hops: list[Any]) -> None:
         ssh.connect(
             self.address["host"],
             port=self.address["port"],
@@ -235,9 +300,11 @@ class Login:
             banner_timeout=self.timeout,
             auth_timeout=self.timeout,
             channel_timeout=self.timeout,
+            key_filename=self._identities or None if plain else None,
             allow_agent=plain,
             look_for_keys=plain,
-            transport_factory=self._transport,
+            sock=sock,
+            transport_factory=functools.partial(self._transport, hops),
         )
 
     def _too_slow(self, ssh: Any) -> SSHError:
@@ -246,9 +313,11 @@ class Login:
             return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
         return NotUpYetError("it did not finish the SSH handshake in time")
 
-    def _transport(self, sock: Any, **options: Any) -> Any:
+    def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
         transport.auth_interactive_dumb = self._no_questions
+        if hops:
+            close_after(transport, hops)
         return transport
 
     def _is_refusal(self, ssh: Any, error: BaseException) -> bool:
@@ -422,6 +491,12 @@ def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
                 f"{', '.join(sorted(LOGIN_OPTIONS))}"
             )
     return given
+
+
+def identity_files(config: Any) -> list[str]:
+    """Return the keys of an entry of a configuration that are there."""
+    paths = map(os.path.expanduser, config.get("identityfile", ()))
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def _break_off(ssh: Any) -> None:

@@ -56,30 +56,33 @@ ANY_SIZE = 2**62
 MAX_TAR_EXTRA = 65536  # bytes of a name
 TAR_UNIT = 512  # bytes
 
-# Prints what there is. A small file follows at once; of a directory, what is asked for by name.
+# Prints what there is. A file follows at once, unless it is large.
 LOOK = (
     CHECK_TOOLS
     + r"""
 if [ -d "$f" ]; then
-  cd "$f" || no "$f can't be entered"
+  cd "$f" || no "$f: it cannot be entered"
   echo d; list; echo "$token"
-  read -r word && [ "$word" = go ] || exit 0
-  xargs -0 tar -cf -
-  printf "%-511s\n" "$token"; list; echo "$token"
 elif [ -f "$f" ]; then
   s=$(stat -L -c "%s %Y %a" "$f") || exit 1
   size=${s%% *}
-  [ "$size" != 0 ] || size=$(($(wc -c <"$f"))) # files of /proc tell no size
+  [ "$size" -gt 0 ] || size=$(($(wc -c <"$f"))) # files of /proc tell no size
   echo "f $size ${s#* }"
   [ "$size" -le "$most" ] || exit 0
   part "$f" 0 "$size"
   [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
-  [ "${s%% *}" != 0 ] || { echo "$size ${s#* }"; exit 0; }
+  [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
   stat -L -c "%s %Y %a" "$f"
 elif [ -e "$f" ]; then no "it is no file"
 else no "there is no such file"; fi
 """
 )
+# Prints the files of a directory whose names it reads, a block with a mark, and what there is then.
+GET_TREE = r"""
+cd "$f" || exit 1
+xargs -0 tar -cf -
+printf "%-511s\n" "$token"; list; echo "$token"
+"""
 # Prints ranges of a file, each asked for by a line (block, size), and what the file is then.
 GET = r"""
 while read -r k s; do
@@ -151,7 +154,9 @@ class Download:
         """Download; ``files`` is filled with what there is, as soon as that is known."""
         transfer = self._transfer
         try:
-            with transfer.script(transfer.pool.ssh, self._look_script(), DATA_WINDOW) as look:
+            with transfer.script(
+                transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
+            ) as look:
                 first = look.line()
                 if first == b"d":
                     self._get_tree(look, files)
@@ -312,23 +317,28 @@ class Download:
             links.remove(entry)
             tree.entries.remove(entry)
             self._transfer.leave_out(entry.name, "a symlink whose name holds a backslash")
-        self._get_ranges(lambda: self._get_small(look, small + links))
         look.close()
+        self._get_ranges(lambda: self._get_small(small + links))
         self._check_earlier(files)
         if self._options.verify:
             self._compare_files([entry for entry in small if entry.kind == "f"])
         settle_links(self._part, self._transfer, links, tree)
         self._part.install_tree(tree.root, tree.entries)
 
-    def _get_small(self, look: RemoteScript, entries: list[FileEntry]) -> None:
+    def _get_small(self, entries: list[FileEntry]) -> None:
         """Receive small files and symlinks in one tar stream."""
         if not entries:
             return
-        look.send(b"go\n" + b"".join(b"./" + entry.name + b"\0" for entry in entries))
-        look.end()
+        script = remote_script("tree", GET_TREE, f=self._options.source, token=self._token)
+        with self._transfer.script(self._transfer.pool.ssh, script, DATA_WINDOW) as get:
+            get.send(b"".join(b"./" + entry.name + b"\0" for entry in entries))
+            get.end()
+            self._receive_tar(get, entries)
+
+    def _receive_tar(self, get: RemoteScript, entries: list[FileEntry]) -> None:
         wanted = {entry.name: entry for entry in entries}
         received: set[bytes] = set()
-        reader = TarReader(look, self._token.encode())
+        reader = TarReader(get, self._token.encode())
         while (info := reader.next()) is not None:
             name = os.fsencode(info.name).removeprefix(b"./")
             entry = wanted.pop(name, None)
@@ -340,8 +350,8 @@ class Download:
         if wanted:
             entry = next(iter(wanted.values()))
             with about(entry):
-                raise SSHError(f"it did not come: {look.refused()}")
-        self._check_unchanged(look, entries)
+                raise SSHError(f"it did not come: {get.refused()}")
+        self._check_unchanged(get, entries)
 
     def _take_member(
         self, reader: TarReader, entry: FileEntry, info: Any, received: set[bytes]
@@ -371,9 +381,9 @@ class Download:
         self._part.note(entry, 0, entry.size)
         self._transfer.moved(entry, entry.size)
 
-    def _check_unchanged(self, look: RemoteScript, entries: list[FileEntry]) -> None:
+    def _check_unchanged(self, get: RemoteScript, entries: list[FileEntry]) -> None:
         again = RemoteTree()
-        parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES, again.take)
+        parse_listing(get.until(self._token.encode(), MAX_ANSWER), MAX_FILES, again.take)
         now = {entry.name: entry for entry in again.entries}
         for entry in entries:
             if entry.kind == "f":

@@ -10,7 +10,7 @@ from clore_client.config import account_digest, state_folder
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.orders.account import Account
-from clore_client.validation import check_number, check_text
+from clore_client.validation import check_bool, check_number, check_text
 
 if TYPE_CHECKING:
     import paramiko
@@ -67,6 +67,7 @@ class Machine(Account):
         wait: float = 120.0,
         timeout: float = 30.0,
         host_key: str = "pin",
+        use_ssh_config: bool = False,
     ) -> paramiko.SSHClient:
         """Log in to the machine of a running order. Needs paramiko.
 
@@ -80,11 +81,13 @@ class Machine(Account):
             key_path: file of a private key: Ed25519, ECDSA or RSA.
             passphrase: of that key, where it is encrypted.
             wait: seconds that the machine's sshd may take to come up.
-            timeout: seconds for each step of the login.
+            timeout: seconds for each attempt to log in.
             host_key: ``"pin"`` keeps the key that the machine shows at the first login to this
                 order, in the state folder too where that is in use, and insists on it from then
                 on; a fingerprint (``"SHA256:..."``) insists on that one, and pins it;
                 ``"accept"`` takes whatever is shown.
+            use_ssh_config: take ``ProxyJump`` and ``IdentityFile`` for the host from
+                ``~/.ssh/config``. A jump host must be in ``~/.ssh/known_hosts``.
 
         Returns:
             A connected ``paramiko.SSHClient``, which the caller closes.
@@ -107,6 +110,7 @@ class Machine(Account):
             wait=wait,
             timeout=timeout,
             host_key=host_key,
+            use_ssh_config=use_ssh_config,
         ).open()
 
     def wait_for_ssh(
@@ -119,6 +123,7 @@ class Machine(Account):
         wait: float = 300.0,
         timeout: float = 30.0,
         host_key: str = "pin",
+        use_ssh_config: bool = False,
     ) -> None:
         """Return when a login works; parameters and errors are those of :meth:`connect_ssh`.
 
@@ -133,6 +138,7 @@ class Machine(Account):
             wait=wait,
             timeout=timeout,
             host_key=host_key,
+            use_ssh_config=use_ssh_config,
         ).close()
 
     def forget_host_key(self, order: Mapping[str, Any]) -> bool:
@@ -236,7 +242,8 @@ class Machine(Account):
             max_output: bytes of output that are kept; what comes after goes to ``on_output`` only,
                 and is counted in the result's ``dropped``.
             ssh: a connection to use, as :meth:`connect_ssh` returns it; it stays open.
-            **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``, as for
+            **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``,
+                ``use_ssh_config``, as for
                 :meth:`connect_ssh`.
 
         Returns:
@@ -478,6 +485,7 @@ class Machine(Account):
         wait: float = 120.0,
         timeout: float = 30.0,
         host_key: str = "pin",
+        use_ssh_config: bool = False,
     ) -> Login:
         """Everything that is needed to log in, checked; nothing is sent."""
         from clore_client.ssh.connect import Login, plain_address
@@ -506,6 +514,7 @@ class Machine(Account):
             timeout=timeout,
             wait=wait,
             keys=keys,
+            use_ssh_config=check_bool("use_ssh_config", use_ssh_config),
         )
 
     def _connected(

@@ -42,11 +42,17 @@ BOOTSTRAP = (
     'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 9; done; '
     'echo {mark}; eval "$s"\''
 )
+# For a script that reads nothing: it is an argument, a round trip earlier, with "@" for line ends.
+INLINE = (
+    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
+    "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
+)
+MAX_INLINE = 4096  # bytes; dropbear takes 9,000
 # What each script begins with. Relative paths count from the home directory, whatever directory
 # the start-up files changed to; `n` is a line end.
 PRELUDE = r"""
 unset CDPATH
-no() { printf "no %s\n" "$*"; exit 1; }
+no() { printf "no %s%s" "$*" "$n"; exit 1; }
 cd "${HOME:-/}" || no "there is no home directory ${HOME}"
 if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
 # openssl is up to six times as fast.
@@ -86,6 +92,16 @@ def sh_quoted(value: bytes | str | int) -> bytes:
     return b"'" + raw.replace(b"'", b"'\"'\"'") + b"'"
 
 
+def inlined(script: bytes) -> str | None:
+    """Return a script as an argument that every login shell passes on as it is, or None."""
+    odd = set(script) & set(b"\\!@") or any(
+        (byte < 32 and byte != 10) or byte > 126 for byte in script
+    )
+    if odd or len(script) > MAX_INLINE:
+        return None
+    return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
+
+
 def remote_path(path: bytes) -> bytes:
     """Return a remote path as the scripts want it: ``~`` and relative ones from the home."""
     if path == b"~" or path.startswith(b"~/"):
@@ -104,6 +120,7 @@ class RemoteScript:
     Parameters:
         timeout: seconds without anything sent or received.
         patience: seconds for which a host without a free channel is asked again.
+        reads: whether the script reads anything.
     """
 
     def __init__(
@@ -115,6 +132,7 @@ class RemoteScript:
         *,
         patience: float = 1.0,
         window: int = COMMAND_WINDOW,
+        reads: bool = True,
     ) -> None:
         self.timeout = timeout
         self._transport = transport
@@ -123,19 +141,25 @@ class RemoteScript:
         self._mark = secrets.token_hex(8)
         self._buffer = memoryview(b"")  # received, and not read yet
         self._begun = False
+        inline = None if reads else inlined(script)
+        line = BOOTSTRAP if inline is None else INLINE
+        command = line.format(mark=self._mark, script=inline)
         deadline = time.monotonic() + patience
         while True:
             try:
                 with self._limited():
                     self.channel = open_session(transport, timeout, window)
-                    request_exec(self.channel, BOOTSTRAP.format(mark=self._mark))
+                    request_exec(self.channel, command)
                 break
             except NoChannelError:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(CHANNEL_PAUSE)
         mark = self._mark.encode() + b"\n"
-        self.send(PADDING + mark + script + b"\n" + mark)
+        if inline is None:
+            self.send(PADDING + mark + script + b"\n" + mark)
+        if not reads:
+            self.end()
 
     def __enter__(self) -> RemoteScript:
         return self

@@ -189,7 +189,12 @@ class Transfer:
         return self.pool.round_trip < NEAR
 
     def script(
-        self, ssh: Any, script: bytes, window: int = COMMAND_WINDOW, patient: bool = True
+        self,
+        ssh: Any,
+        script: bytes,
+        window: int = COMMAND_WINDOW,
+        patient: bool = True,
+        reads: bool = True,
     ) -> RemoteScript:
         """Start a script, which ends when the transfer stops."""
         patience = CHANNEL_PATIENCE
@@ -197,7 +202,7 @@ class Transfer:
             patience = self._timeout
         running = RemoteScript(
             ssh.get_transport(), script, self.watchdog, self._timeout, patience=patience,
-            window=window,
+            window=window, reads=reads,
         )  # fmt: skip
         with self._lock:
             self._running.add(running)

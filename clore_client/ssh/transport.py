@@ -121,6 +121,18 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
     transport.get_exception = named
 
 
+def close_after(transport: Any, clients: list[Any]) -> None:
+    """Close the jump hosts' connections with the transport that goes through them."""
+    close = transport.close
+
+    def close_all() -> None:
+        close()
+        for client in clients[::-1]:
+            client.close()
+
+    transport.close = close_all
+
+
 def keep_alive(transport: Any) -> None:
     """Ask a silent host whether it is still there, and end the connection without an answer.
 

@@ -47,19 +47,22 @@ class Asked:
     """What a client's script is, as it is read from its channel."""
 
     def __init__(self, command: str) -> None:
-        found = re.search(r"= ([0-9a-f]{16}) ]", command)
+        found = re.search(r"(?:= |echo )([0-9a-f]{16})\\b", command)
         self.mark = found[1].encode() if found else b"?"
         self.verb, self.token = "", b""
+        self.inline = command.rpartition("' sh '")[2] if "' sh '" in command else ""
 
     async def read(self, process: Any) -> None:
         lines, marks = [], 0
-        while marks < 2:
+        while marks < 2 and not self.inline:
             line = await process.stdin.readline()
             if not line:
                 return
             marks += line == self.mark + b"\n"
             lines.append(line)
         text = b"".join(lines)
+        if self.inline:
+            text = b"\n" + self.inline.replace("@", "\n").replace("'\"'\"'", "'").encode()
         verb = re.search(rb"\n: (\w+)\n", text)
         token = re.search(rb"\ntoken='(\w+)'\n", text)
         self.verb = verb[1].decode() if verb else ""
@@ -121,7 +124,7 @@ def listing(
             *[(os.fsdecode(name), b"12345"[:size]) for kind, size, name in found if kind == FILE]
         )
     again = entries(*found) if then is None else then
-    return {"look": b"d\n" + entries(*found) + tar + b"{the mark}" + again}
+    return {"look": b"d\n" + entries(*found), "tree": tar + b"{the mark}" + again}
 
 
 def name(text: bytes) -> dict[str, bytes]:
@@ -272,7 +275,7 @@ DOWNLOADS: dict[str, Says] = {
     "an exit status of 1": says(WHOLE, status=1),
     "an archive too long": says(listing(X, tar=archive(("./x", b"123456")) + b"z" * 10240)),
     "an archive too short": says(listing(X, tar=archive(("./x", b"1234")))),
-    "an archive that breaks off": says({"look": b"d\n" + entries(X) + archive(
+    "an archive that breaks off": says({"look": b"d\n" + entries(X), "tree": archive(
         ("./x", b"12345"))[:514]}),
     "garbage for an archive": says(listing(X, tar=b"\xff" * 10240)),
     "nothing in the archive": says(listing(X, tar=bytes(10240))),

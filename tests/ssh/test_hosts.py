@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, TransferError
-from clore_client.ssh.remote import BOOTSTRAP
+from clore_client.ssh.remote import BOOTSTRAP, INLINE, inlined
 from tests.conftest import until
 from tests.ssh.test_transfer import ODD, Far, content, make_tree, snapshot
 from tests.sshd import Dropbear, running_sshd
@@ -218,9 +218,11 @@ def test_a_start_up_file_that_reads_everything(
 
 
 def test_nothing_in_what_a_shell_is_sent_can_be_read_otherwise() -> None:
-    line = BOOTSTRAP.format(mark="0" * 16)
-    assert not set(line) & set("\\!\n`")
-    assert line.count("'") == 2
+    for line in (BOOTSTRAP, INLINE):
+        line = line.format(mark="0" * 16, script="")
+        assert not set(line) & set("\\!\n`")
+    for odd in (b"back\\slash", b"bang!", b"at@", b"\xff", b"\x01"):
+        assert inlined(odd) is None
 
 
 # --- places and permissions ---

@@ -24,7 +24,7 @@ import pytest
 from asyncssh.packet import UInt32
 
 from clore_client import CloreClient, HostKeyChangedError, SSHError
-from tests.conftest import MakeSim, client_for
+from tests.conftest import MakeSim, client_for, until
 from tests.hostile import (
     HostileServer,
     RawServer,
@@ -579,6 +579,37 @@ def test_failed_logins_print_nothing() -> None:
         command = [sys.executable, "-c", script, *map(str, ports)]
         done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_users_configuration_of_openssh(
+    client: CloreClient, machine: Sshd, tmp_path: Path
+) -> None:
+    """Through a jump host, with the key that stands there; only when asked for."""
+    folder = Path.home() / ".ssh"
+    folder.mkdir()
+    with running_sshd(tmp_path / "jump") as jump:
+        (folder / "config").write_text(
+            f"Host 127.0.0.*\n  ProxyJump gate\n  IdentityFile {machine.key}\n"
+            f"Host gate\n  HostName 127.0.0.1\n  Port {jump.port}\n  User {jump.user}\n"
+            f"  IdentityFile {jump.key}\n"
+        )
+        config: dict[str, Any] = {"key_path": None, "use_ssh_config": True, "wait": 0}
+        with pytest.raises(SSHError, match=r"jump host .*not found in known_hosts"):
+            works(client, machine, **config)
+        key = (jump.folder / "host_key.pub").read_text()
+        (folder / "known_hosts").write_text(f"[127.0.0.1]:{jump.port} {key}")
+        threads = threading.active_count()
+        assert works(client, machine, **config)
+        until(lambda: threading.active_count() <= threads)
+        with pytest.raises(SSHError, match=r"nothing to log in to|refused the login"):
+            works(client, machine, key_path=None)
+    with pytest.raises(SSHError, match="jump host"):
+        works(client, machine, **config)
+    (folder / "config").write_text("Host *\n  ProxyCommand nc %h %p\n")
+    with pytest.raises(ValueError, match=r"use_ssh_config: .*only ProxyJump"):
+        works(client, machine, **config)
+    with pytest.raises(TypeError, match="use_ssh_config"):
+        works(client, machine, use_ssh_config="yes")
 
 
 def test_nothing_is_forwarded(client: CloreClient, machine: Sshd) -> None:
