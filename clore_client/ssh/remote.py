@@ -59,9 +59,10 @@ if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -
 if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; fi
 block=65536
 part() { # prints $3 bytes of the file $1 from its block $2 on
-  dd if="$1" bs=$block skip="$2" count=$((($3 + block - 1) / block)) iflag=fullblock 2>/dev/null |
-    head -c "$3"
+  if [ $(($3 % block)) = 0 ]; then blocks "$1" "$2" $(($3 / block))
+  else blocks "$1" "$2" $(($3 / block + 1)) | head -c "$3"; fi
 }
+blocks() { dd if="$1" bs=$block skip="$2" count="$3" iflag=fullblock 2>/dev/null; }
 list() { find . -exec stat -c "%f %s %Y %n" {} +; }
 """
 # Prints what is missing for a transfer by the shell.

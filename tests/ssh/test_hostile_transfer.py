@@ -47,7 +47,7 @@ class Asked:
     """What a client's script is, as it is read from its channel."""
 
     def __init__(self, command: str) -> None:
-        found = re.search(r"(?:= |echo )([0-9a-f]{16})\\b", command)
+        found = re.search(r"(?:= |echo )([0-9a-f]{16})\b", command)
         self.mark = found[1].encode() if found else b"?"
         self.verb, self.token = "", b""
         self.inline = command.rpartition("' sh '")[2] if "' sh '" in command else ""
