@@ -39,7 +39,7 @@ from clore_client.errors import (
     WaitTimeoutError,
 )
 from clore_client.models.order import Order
-from clore_client.models.result import CommandResult, OutputLine, Transferred
+from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
 from clore_client.models.wallet import Wallet
 from clore_client.version import __version__
@@ -91,7 +91,7 @@ __all__ = [
     "SpotPriceStepError",
     "SpotPriceTooSoonError",
     "TransferError",
-    "Transferred",
+    "TransferResult",
     "WaitTimeoutError",
     "Wallet",
     "__version__",

@@ -21,7 +21,7 @@ from clore_client.log import logger
 from clore_client.market.market import Market
 from clore_client.market.spot import with_hourly_offers
 from clore_client.models.order import Order
-from clore_client.models.result import CommandResult, OutputLine, Transferred
+from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server, cheapest_first, to_servers
 from clore_client.models.wallet import Wallet, to_wallets
 from clore_client.orders.account import AccountOrders
@@ -849,32 +849,35 @@ class CloreClient(HTTPClient):
         wait: float = 120.0,
         timeout: float = 30.0,
         host_key: str = "pin",
+        use_ssh_config: bool = False,
     ) -> paramiko.SSHClient:
-        """Log in to the machine of a running order over SSH. Needs paramiko.
+        """Log in to the machine of a running order. Needs paramiko.
 
-        A password takes precedence over ``key_path``. Without both, the login uses the password of
-        the order, or the one that this client sent with it, or else the SSH agent and the user's
-        default keys. The SSH agent and X11 are never forwarded.
+        A password wins over ``key_path``. With neither: the password that stands in the order, or
+        that this client sent with it; else the SSH agent and the user's default keys. The agent
+        is never forwarded, nor is X11.
 
         Parameters:
             order: a running order, as :meth:`wait_for_order` returns it.
-            password: the password of the user in ``connection.ssh``.
-            key_path: the file of a private key: Ed25519, ECDSA or RSA.
-            passphrase: the passphrase of that key, if it is encrypted.
-            wait: seconds to wait until the machine's SSH server responds.
-            timeout: seconds for each step of the login.
-            host_key: ``"pin"`` stores the host key of the first login to this order, also in
-                ``state_dir``, and later logins accept only that key. A fingerprint
-                (``"SHA256:..."``) accepts only that key, and pins it. ``"accept"`` accepts any key.
+            password: of the user in ``connection.ssh``.
+            key_path: file of a private key: Ed25519, ECDSA or RSA.
+            passphrase: of that key, where it is encrypted.
+            wait: seconds that the machine's sshd may take to come up.
+            timeout: seconds for each attempt to log in.
+            host_key: ``"pin"`` keeps the key that the machine shows at the first login to this
+                order, in the state folder too where that is in use, and insists on it from then
+                on; a fingerprint (``"SHA256:..."``) insists on that one, and pins it;
+                ``"accept"`` takes whatever is shown.
+            use_ssh_config: take ``ProxyJump`` and ``IdentityFile`` for the host from
+                ``~/.ssh/config``. A jump host must be in ``~/.ssh/known_hosts``.
 
         Returns:
-            A connected ``paramiko.SSHClient``. The caller closes it.
+            A connected ``paramiko.SSHClient``, which the caller closes.
 
         Raises:
-            SSHError: the order has no address yet, nothing responded in time, or the login was
-                refused.
-            HostKeyChangedError: the host key for this order has changed; no login was sent.
-            ValueError: an argument is not valid, or ``key_path`` or ``passphrase`` can't be used.
+            SSHError: there is no address yet, nothing answered in time, or the login was refused.
+            HostKeyChangedError: another key than before for this order; nothing was sent.
+            ValueError: ``key_path`` or ``passphrase`` can't be used, among others.
             ImportError: paramiko is not installed.
 
         Example:
@@ -890,6 +893,7 @@ class CloreClient(HTTPClient):
             wait=wait,
             timeout=timeout,
             host_key=host_key,
+            use_ssh_config=use_ssh_config,
         ).open()
 
     def wait_for_ssh(
@@ -902,6 +906,7 @@ class CloreClient(HTTPClient):
         wait: float = 300.0,
         timeout: float = 30.0,
         host_key: str = "pin",
+        use_ssh_config: bool = False,
     ) -> None:
         """Wait until a login works. Parameters and errors are those of :meth:`connect_ssh`.
 
@@ -917,6 +922,7 @@ class CloreClient(HTTPClient):
             wait=wait,
             timeout=timeout,
             host_key=host_key,
+            use_ssh_config=use_ssh_config,
         ).close()
 
     def forget_host_key(self, order: Mapping[str, Any]) -> bool:
@@ -983,8 +989,6 @@ class CloreClient(HTTPClient):
         """
         return self._ssh.config_entry(order, name, key_path)
 
-    # --- commands and ports ---
-
     def run(
         self,
         order: Mapping[str, Any],
@@ -995,33 +999,38 @@ class CloreClient(HTTPClient):
         input: str | bytes | None = None,
         env: Mapping[str, str] | None = None,
         on_output: Callable[[OutputLine], object] | None = None,
+        max_output: int = 64 * 1024 * 1024,
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> CommandResult:
-        """Run a command on the machine of an order, and wait until it ends. Needs paramiko.
+        """Run a command on the machine of an order, and wait for its end. Needs paramiko.
 
         Parameters:
             order: a running order.
-            command: a command for the machine's shell; a list of arguments is quoted.
-            check: raise an error if the exit code is not 0.
-            timeout: seconds after which the command is stopped; None waits forever. Ctrl-C also
-                stops it.
-            input: the data for its standard input.
+            command: for the shell of the machine; a list of arguments is quoted.
+            check: raise for another exit code than 0.
+            timeout: seconds after the login, when the command is ended; None waits for ever. An
+                attempt to log in gets no longer, either. Ctrl-C ends the command, too.
+            input: what it reads from its standard input.
             env: environment variables.
-            on_output: called with each line as it arrives, without its line end; the line's
+            on_output: called with each line as it comes, without its line end; the line's
                 ``stream`` is ``"stdout"`` or ``"stderr"``.
-            ssh: a connection from :meth:`connect_ssh`, which stays open; default a new one.
-            **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``, as for
+            max_output: bytes of output that are kept; what comes after goes to ``on_output`` only,
+                and is counted in the result's ``dropped``.
+            ssh: a connection to use, as :meth:`connect_ssh` returns it; it stays open.
+            **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``,
+                ``use_ssh_config``, as for
                 :meth:`connect_ssh`.
 
         Returns:
             A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text;
-            bytes that are not UTF-8 are replaced) and ``duration`` in seconds.
+            bytes that are no UTF-8 are replaced), ``duration`` in seconds, and ``dropped``.
 
         Raises:
-            CommandError: the exit code was not 0; ``result`` has the :class:`CommandResult`.
-            CommandTimeoutError: the command did not end in time, and was stopped.
-            SSHError: the login failed, or the connection broke.
+            CommandError: the exit code was not 0; ``result`` has it all.
+            CommandTimeoutError: it did not end in time, and was ended.
+            SSHError: the login failed; the machine did not run the command, as with a command of
+                its own (ForceCommand); or the connection broke, and the command may still run.
 
         Example:
             >>> print(client.run(order, "nvidia-smi -L").stdout)
@@ -1031,10 +1040,12 @@ class CloreClient(HTTPClient):
 
         options: dict[str, Any] = {
             "check": check, "timeout": timeout, "input": input, "env": env, "on_output": on_output,
+            "max_output": max_output,
         }  # fmt: skip
         check_run_arguments(command, **options)
-        with self._ssh.connected(order, ssh, login) as connected:
-            return run_command(connected.ssh, command, **options)
+        login_timeout = min(30.0, timeout or 30.0)
+        with self._ssh.connected(order, ssh, login, login_timeout) as pool:
+            return run_command(pool.ssh, command, **options)
 
     def forward(
         self,
@@ -1060,16 +1071,15 @@ class CloreClient(HTTPClient):
             >>> with client.forward(order, 8888) as port:
             ...     print(requests.get(f"http://127.0.0.1:{port}").status_code)
         """
-        from clore_client.ssh.sessions import login_options
+        from clore_client.ssh.connect import check_connection, check_login_options
         from clore_client.ssh.tunnel import Forward, check_forward_arguments
 
         check_forward_arguments(remote_port, local_port)
-        connection = (
-            ssh if ssh is not None else self._ssh.login(order, **login_options(login)).open()
-        )
+        if ssh is None:
+            connection = self._ssh.login(order, **check_login_options(login)).open()
+        else:
+            connection = check_connection(ssh)
         return Forward(connection, remote_port, local_port, owns=ssh is None)
-
-    # --- transfers ---
 
     def upload(
         self,
@@ -1080,54 +1090,62 @@ class CloreClient(HTTPClient):
         preserve: bool = False,
         verify: bool = False,
         resume: bool = False,
+        symlinks: str = "skip",
         streams: int | None = None,
         progress: Progress | None = None,
         timeout: float = 30.0,
+        deadline: float | None = None,
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
-    ) -> Transferred:
-        """Copy a file or directory to the machine of an order. Needs paramiko.
+    ) -> TransferResult:
+        """Copy a file or a whole directory to the machine of an order. Needs paramiko.
 
-        If ``remote`` is an existing directory, the copy is put into it, as with ``cp -r``. A file
-        gets a temporary name first, and its real name when it is complete. The client always
-        compares sizes. It compares SHA-256 if ``verify`` is on, if the transfer was resumed, or if
-        a file was sent in several pieces. In a directory, symlinks and special files are skipped
-        and listed in the result.
+        As with ``cp -r``, what is copied to a directory that exists is put into it. It is sent
+        under a temporary name, and renamed when it is complete. Sizes are compared always, and
+        SHA-256 where ``verify`` says so, the transfer was resumed, or a file went in several
+        pieces. A host without a usual shell gets it over SFTP, which is slower. A new file has
+        the permissions of the local one, less the host's umask; one that is replaced keeps its
+        own. A ``remote`` that is a symlink is an error, unless ``symlinks="follow"``.
 
         Parameters:
             order: a running order.
-            local: a file or directory on this machine.
-            remote: a path on the order's machine; a relative path or ``~`` starts at the home
-                directory.
-            preserve: keep permissions and times. Without it, files get the default permissions, and
-                keep the permission to execute.
+            local: a file or directory here.
+            remote: a path there; a relative one and ``~`` count from the home directory.
+            preserve: keep permissions and times.
             verify: compare SHA-256 of every file.
-            resume: keep partial files after an error, and continue with them in the next call. If
-                the size or time of the source has changed, the transfer starts over.
-            streams: the number of parallel connections, 1 to 16; None chooses by the size.
-            progress: called as ``progress(name, done, total)``, in bytes, in this thread.
-            timeout: seconds for each step of the login, and the longest time without progress.
+            resume: keep what was transferred before an error, and continue there. A source whose
+                size or time has changed starts over.
+            symlinks: of those within a directory that lead to something in it: ``"skip"`` leaves
+                them out, ``"copy"`` makes the same symlinks there, ``"follow"`` sends what they
+                lead to. All others are left out; ``skipped`` names them.
+            streams: connections at once, 1 to 16; None chooses by the size.
+            progress: called as ``progress(name, done, total)``, in bytes, in this thread; control
+                characters in the name are escaped.
+            timeout: seconds for each attempt to log in, and without anything sent or received.
+            deadline: seconds for all of it, the login included; None for no limit.
             ssh, **login: as for :meth:`run`.
 
         Returns:
-            A :class:`Transferred`: ``path``, ``files``, ``size`` in bytes, ``duration`` in
+            A :class:`TransferResult`: ``path``, ``files``, ``size`` in bytes, ``duration`` in
             seconds, and ``skipped``.
 
         Raises:
-            TransferError: the transfer is not complete, for example because the disk is full or the
-                connection broke; ``name``, ``done`` and ``total`` say how far it got.
+            TransferError: it did not arrive whole: a full disk, a lost connection; ``name``,
+                ``done`` and ``total`` tell how far it came.
             SSHError: the login failed.
-            FileNotFoundError: ``local`` does not exist.
+            FileNotFoundError: there is nothing at ``local``.
 
         Example:
             >>> client.upload(order, "train.py", "~/work/")
         """
         from clore_client.ssh.upload import check_upload, upload_connections, upload_path
 
-        options = check_upload(local, remote, preserve, verify, resume, streams, progress, timeout)
-        ahead = upload_connections(*options) - 1
-        with self._ssh.connected(order, ssh, login, timeout, ahead) as connected:
-            return upload_path(connected.ssh, connected.another, options)
+        checked = check_upload(
+            local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
+            streams=streams, progress=progress, timeout=timeout, deadline=deadline,
+        )  # fmt: skip
+        with self._ssh.connected(order, ssh, login, timeout, upload_connections(*checked)) as pool:
+            return upload_path(pool, checked)
 
     def download(
         self,
@@ -1138,48 +1156,51 @@ class CloreClient(HTTPClient):
         preserve: bool = False,
         verify: bool = False,
         resume: bool = False,
+        symlinks: str = "skip",
         streams: int | None = None,
         max_bytes: int | None = None,
         progress: Progress | None = None,
         timeout: float = 30.0,
+        deadline: float | None = None,
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
-    ) -> Transferred:
-        """Copy a file or directory from the machine of an order. Needs paramiko.
+    ) -> TransferResult:
+        """Copy a file or a whole directory from the machine of an order. Needs paramiko.
 
-        Works like :meth:`upload` in the other direction. A hostile machine can't make the client
-        write outside ``local``. A file that changes during the transfer is an error: to download a
-        growing log, copy it on the machine first.
+        The other way round as :meth:`upload`, and on the same terms. Nothing that the machine
+        says makes this write outside of ``local``. A file that grows meanwhile, as a log, arrives
+        as it was at the start; any other change is an error.
 
         Parameters:
             order: a running order.
-            remote: a path on the order's machine; a relative path or ``~`` starts at the home
-                directory.
-            local: a path on this machine.
-            max_bytes: refuse a larger transfer.
-            preserve, verify, resume, streams, progress, timeout, ssh, **login: as for
-                :meth:`upload`.
+            remote: a path there; a relative one and ``~`` count from the home directory.
+            local: a path here.
+            max_bytes: refuse what is larger.
+            preserve, verify, resume, symlinks, streams, progress, timeout, deadline, ssh,
+                **login: as for :meth:`upload`.
 
         Returns:
-            A :class:`Transferred`.
+            A :class:`TransferResult`.
 
         Raises:
-            TransferError: the transfer is not complete, is larger than ``max_bytes``, or the
-                machine sent invalid data.
+            TransferError: it did not arrive whole, is larger than ``max_bytes``, or the machine
+                sent what can't be right.
             SSHError: the login failed.
 
         Example:
             >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
             4976698672
         """
-        from clore_client.ssh.download import check_download, download_path
+        from clore_client.ssh.download import DOWNLOAD_CONNECTIONS, DownloadOptions, download_path
 
-        options = check_download(
-            remote, local, preserve, verify, resume, streams, max_bytes, progress, timeout
-        )
-        ahead = (options.streams or 1) - 1
-        with self._ssh.connected(order, ssh, login, timeout, ahead) as connected:
-            return download_path(connected.ssh, connected.another, options)
+        options = DownloadOptions(
+            remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
+            streams=streams, max_bytes=max_bytes, progress=progress, timeout=timeout,
+            deadline=deadline,
+        )  # fmt: skip
+        size = streams or DOWNLOAD_CONNECTIONS
+        with self._ssh.connected(order, ssh, login, timeout, size, streams is not None) as pool:
+            return download_path(pool, options)
 
     def scp(
         self,
@@ -1210,12 +1231,12 @@ class CloreClient(HTTPClient):
             >>> with client.scp(order) as copy:
             ...     copy.put("train.py", "/root/train.py")
         """
-        from clore_client.ssh.scp import hardened_scp
-        from clore_client.ssh.sessions import login_options
+        from clore_client.ssh.connect import check_login_options
+        from clore_client.ssh.scp import guarded_scp
 
-        connection = self._ssh.login(order, timeout=timeout, **login_options(login)).open()
+        connection = self._ssh.login(order, timeout=timeout, **check_login_options(login)).open()
         try:
-            return hardened_scp(
+            return guarded_scp(
                 connection,
                 socket_timeout=timeout,
                 max_bytes=max_bytes,

@@ -66,37 +66,33 @@ Contents:
                         rental.
     rental.rental       Rental, the context manager of ``rent()``: find, order, wait, and cancel at
                         the end.
-    ssh.transport       paramiko's transports, made to bear what a stranger's machine may send, and
-                        fast far away.
+    ssh.watchdog        A watchdog for calls that have no timeout of their own, and a way to start
+                        threads.
+    ssh.transport       Prepare paramiko's transports and channels: bounded memory, fast ciphers,
+                        dead links noticed.
     ssh.connect         Getting into a rented machine. paramiko is imported when it is used, not
                         with the package.
     ssh.host_keys       Host keys: pinned for each order, since a host and port go to later orders
                         with another key.
     ssh.openssh         How OpenSSH is told to log in: a line for a terminal, and an entry for its
                         configuration.
-    ssh.sessions        Connections for the length of one call: as many as are wanted, opened at the
-                        same time.
     ssh.access          Log in to the machines of an account, each with the host key of its order.
     ssh.command_line    Build the line of a command, and cut its output into lines.
-    ssh.watchdog        The end of a process on a server that may not take it well, and of a channel
-                        that hangs.
-    ssh.command         A command over SSH: both of its streams as they come, how it ended, and its
-                        end when told so.
-    ssh.remote          What runs on the machine for a transfer: one script for any POSIX shell, and
-                        its answers.
-    ssh.transfer        What uploads and downloads have in common: jobs, the lanes that do them, and
-                        progress.
+    ssh.command         Run a command over SSH: read both streams as they come, and end it when told
+                        so.
+    ssh.remote          Run small scripts on a host for a transfer, by a POSIX shell that is started
+                        explicitly.
+    ssh.transfer        What uploads and downloads share: their arguments, the workers, progress and
+                        results.
     ssh.local_files     Files that a download makes here: beside their place until they are
                         complete.
-    ssh.upload          Copying files and directories to a machine: under a temporary name, renamed
-                        when complete.
-    ssh.download        Copying files and directories from a machine, of which nothing is believed.
-    ssh.scp_wire        The wire of one scp transfer: nothing on it waits for ever, and nothing is
-                        endless.
-    ssh.scp_receive     The receiving end of scp, which believes nothing that the host says.
-    ssh.scp_send        The sending end of scp, which leaves out what does not belong to the folder
-                        that was named.
-    ssh.scp             A ``scp.SCPClient`` for machines that nobody vouches for.
+    ssh.sftp            Copy files and directories over SFTP, where a host has no usual shell:
+                        slower, same checks.
+    ssh.upload          Copy files and directories to a host: under a temporary name, renamed when
+                        complete.
+    ssh.download        Copy files and directories from a host, of which nothing is believed.
+    ssh.scp             Guard the package scp against hosts that cheat, and against calls that never
+                        return.
     ssh.tunnel          A port of this machine's loopback that leads to a port of a server, for as
                         long as a block.
     client              CloreClient, with one method for each task.
@@ -116,6 +112,7 @@ import email.utils
 import enum
 import fnmatch
 import functools
+import getpass
 import hashlib
 import hmac
 import http.client
@@ -127,6 +124,7 @@ import json
 import logging
 import math
 import os
+import posixpath
 import queue
 import random
 import re
@@ -203,7 +201,7 @@ __all__ = [
     "SpotPriceStepError",
     "SpotPriceTooSoonError",
     "TransferError",
-    "Transferred",
+    "TransferResult",
     "WaitTimeoutError",
     "Wallet",
     "__version__",
@@ -1845,18 +1843,26 @@ class CommandResult:
         exit_code: 0 to 255; -1 if a signal ended the command.
         stdout, stderr: the output as text; bytes that are not UTF-8 are replaced.
         duration: seconds from the start to the end.
+        dropped: the bytes of output beyond ``max_output``, which are not kept.
     """
 
-    __slots__ = ("command", "duration", "exit_code", "stderr", "stdout")
+    __slots__ = ("command", "dropped", "duration", "exit_code", "stderr", "stdout")
 
     def __init__(
-        self, command: str, exit_code: int, stdout: str, stderr: str, duration: float
+        self,
+        command: str,
+        exit_code: int,
+        stdout: str,
+        stderr: str,
+        duration: float,
+        dropped: int = 0,
     ) -> None:
         self.command = command
         self.exit_code = exit_code
         self.stdout = stdout
         self.stderr = stderr
         self.duration = duration
+        self.dropped = dropped
 
     @property
     def ok(self) -> bool:
@@ -1864,10 +1870,11 @@ class CommandResult:
         return self.exit_code == 0
 
     def __repr__(self) -> str:
+        left_out = f", {self.dropped} bytes of output dropped" if self.dropped else ""
         return (
             f"<CommandResult {printable(repr(self.command), 60)}: exit_code={self.exit_code}, "
             f"{len(self.stdout)} characters of stdout, {len(self.stderr)} of stderr, "
-            f"{self.duration:.1f}s>"
+            f"{self.duration:.1f}s{left_out}>"
         )
 
 
@@ -1890,15 +1897,15 @@ class OutputLine(str):
         return line
 
 
-class Transferred:
+class TransferResult:
     """The result of a transfer.
 
     Attributes:
-        path: the path of the copy, as text.
+        path: the path of the copy, with control characters escaped.
         files: the number of files.
         size: the bytes of all files.
         duration: seconds.
-        skipped: (name, reason) for symlinks and special files, which are not copied.
+        skipped: (name, reason) for symlinks and special files, which are not copied; escaped, too.
     """
 
     __slots__ = ("duration", "files", "path", "size", "skipped")
@@ -1915,8 +1922,8 @@ class Transferred:
     def __repr__(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         return (
-            f"<Transferred {printable(self.path, 200)!r}: {self.files} files, {self.size} bytes, "
-            f"{self.duration:.2f} s{skipped}>"
+            f"<TransferResult {printable(self.path, 200)!r}: {self.files} files, "
+            f"{self.size} bytes, {self.duration:.2f} s{skipped}>"
         )
 
 
@@ -4881,10 +4888,10 @@ class RentalClient(Protocol):
     def run(self) -> Callable[..., CommandResult]: ...
 
     @property
-    def upload(self) -> Callable[..., Transferred]: ...
+    def upload(self) -> Callable[..., TransferResult]: ...
 
     @property
-    def download(self) -> Callable[..., Transferred]: ...
+    def download(self) -> Callable[..., TransferResult]: ...
 
 
 # ==================================================================================================
@@ -6900,11 +6907,11 @@ class Rental:
         """
         return self._over_ssh(self._client.run, (command,), options)  # type: ignore[no-any-return]
 
-    def upload(self, local: Any, remote: Any, **options: Any) -> Transferred:
+    def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
         """Copy a file or directory to the machine, as :meth:`CloreClient.upload` does."""
         return self._over_ssh(self._client.upload, (local, remote), options)  # type: ignore[no-any-return]
 
-    def download(self, remote: Any, local: Any, **options: Any) -> Transferred:
+    def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
         """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
         return self._over_ssh(self._client.download, (remote, local), options)  # type: ignore[no-any-return]
 
@@ -7100,79 +7107,162 @@ def _is_open(ssh: Any) -> bool:
 
 
 # ==================================================================================================
+# ssh.watchdog
+#
+# A watchdog for calls that have no timeout of their own, and a way to start threads.
+# ==================================================================================================
+
+
+WATCH_INTERVAL = 0.1  # seconds between two looks at the limits
+
+
+def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
+    """Start a daemon thread."""
+    thread = threading.Thread(target=target, args=args, name=f"clore-{name}", daemon=True)
+    thread.start()
+    return thread
+
+
+class Limit:
+    """A moment by which a block must be left.
+
+    Attributes:
+        expired: whether the moment passed while the block ran.
+    """
+
+    def __init__(self, seconds: float, action: Callable[[], object]) -> None:
+        self.deadline = time.monotonic() + seconds
+        self.action = action
+        self.expired = False
+
+
+class Watchdog:
+    """Run an action where a block takes too long; a ``with`` block with one thread.
+
+    paramiko writes to a socket without a time limit: only closing the connection ends that.
+    """
+
+    def __init__(self) -> None:
+        self._limits: dict[int, Limit] = {}
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        self._thread = start_thread("watchdog", self._watch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float, action: Callable[[], object]) -> Iterator[Limit]:
+        """Run ``action`` in a thread of its own if the block takes longer than ``seconds``."""
+        limit = Limit(seconds, action)
+        self._limits[id(limit)] = limit
+        try:
+            yield limit
+        finally:
+            self._limits.pop(id(limit), None)
+
+    def _watch(self) -> None:
+        while not self._over.wait(WATCH_INTERVAL):
+            now = time.monotonic()
+            for key, limit in list(self._limits.items()):
+                if now >= limit.deadline and self._limits.pop(key, None) is not None:
+                    limit.expired = True
+                    logger.debug("the watchdog ends a call that takes too long")
+                    start_thread("watchdog-action", limit.action)
+
+
+# ==================================================================================================
 # ssh.transport
 #
-# paramiko's transports, made to bear what a stranger's machine may send, and fast far away.
+# Prepare paramiko's transports and channels: bounded memory, fast ciphers, dead links noticed.
 #
-# paramiko has no settings for most of this: what is set here are attributes of its objects.
+# paramiko has no settings for most of this: these are attributes of its objects. Two of them are
+# private, ``Packetizer._read_timeout`` and ``Transport._send_user_message``; a test names the
+# versions of paramiko with which that was checked.
 # ==================================================================================================
 
 
 REKEY_BYTES = 2**36
-LONGEST_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
-LONGEST_PACKET = 2**22  # bytes, far more than anybody asks for
+MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
+MAX_PACKET = 2**22  # bytes, far more than anybody asks for
+CHANNEL_PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
+COMMAND_WINDOW = 2**21  # bytes
+KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
+DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
+KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
-_EXT_INFO, _INFO_REQUEST = 7, 60
-_SERVICE_REQUEST = b"\x05"
+_EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
 # Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+
+
+class NoChannelError(SSHError):
+    """A host opens no further channel on a connection; sshd's MaxSessions is ten by default."""
 
 
 def prepared_transport(
     sock: Any, options: dict[str, Any], timeout: float, key_types: Iterable[str]
 ) -> Any:
-    """A transport for ``SSHClient.connect``.
+    """Make a transport for ``SSHClient.connect``.
 
     Parameters:
         options: what paramiko gives to the transport that it would make.
         timeout: seconds for the handshake.
-        key_types: of the host's keys, those that are wanted first.
+        key_types: of the host's keys, the preferred ones first.
     """
     import paramiko
 
     transport: Any = paramiko.Transport(sock, **options)
-    # paramiko would let a new key exchange wait for itself while several threads send, and the
-    # connection die of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
+    # paramiko deadlocks in a new key exchange while several threads send, and the connection dies
+    # of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
     transport.packetizer.REKEY_BYTES = REKEY_BYTES
     transport.handshake_timeout = timeout
-    _bound_host(transport.packetizer, paramiko.SSHException)
+    _limit_packets(transport.packetizer, paramiko.SSHException)
     _name_errors(transport, paramiko.SSHException)
-    _save_round_trip(transport, paramiko.Message)
     with contextlib.suppress(OSError, AttributeError):
         # Or each small packet waits up to 40 ms for the answer to the one before.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    wanted = transport.get_security_options()
-    wanted.ciphers = _first(wanted.ciphers, FAST_CIPHERS)
-    wanted.key_types = _first(wanted.key_types, key_types)
+    security = transport.get_security_options()
+    security.ciphers = _preferred(security.ciphers, FAST_CIPHERS)
+    security.key_types = _preferred(security.key_types, key_types)
     return transport
 
 
-def _first(names: Any, wanted: Any) -> list[str]:
-    """``names`` with the ``wanted`` ones that are among them in front."""
-    return [n for n in wanted if n in names] + [n for n in names if n not in wanted]
+def _preferred(names: Any, first: Any) -> list[str]:
+    """Return ``names`` with those of ``first`` that are among them in front."""
+    return [n for n in first if n in names] + [n for n in names if n not in first]
 
 
-def _bound_host(packetizer: Any, error: type[Exception]) -> None:
-    """Bound what a host may send: paramiko takes lines, packets and counts of any size."""
+def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
+    """Limit what a host may send: paramiko takes lines, packets and counts of any size."""
     read_timeout: Any = getattr(packetizer, "_read_timeout", None)
     read_all, read_message = packetizer.read_all, packetizer.read_message
     greeting = 0
+    packetizer.last_received = time.monotonic()
 
-    def bounded_greeting(timeout: float) -> Any:
+    def limited_greeting(timeout: float) -> Any:
         nonlocal greeting
         piece = read_timeout(timeout)
         greeting += len(piece)
-        if greeting > LONGEST_GREETING:
+        if greeting > MAX_GREETING:
             raise error(": it has no end")
         return piece
 
-    def bounded_packet(size: int, check_rekey: bool = False) -> Any:
-        if size > LONGEST_PACKET:
+    def limited_packet(size: int, check_rekey: bool = False) -> Any:
+        if size > MAX_PACKET:
             raise error(f"it sends a packet of {size} bytes")
         return read_all(size, check_rekey)
 
-    def bounded_message() -> Any:
+    def limited_message() -> Any:
         kind, message = read_message()
+        then, packetizer.last_received = packetizer.last_received, time.monotonic()
+        if kind == _SERVICE_ACCEPT:  # its request followed the message before
+            packetizer.round_trip = packetizer.last_received - then
         if kind in (_EXT_INFO, _INFO_REQUEST):
             if kind == _INFO_REQUEST:
                 for _ in range(3):
@@ -7182,13 +7272,13 @@ def _bound_host(packetizer: Any, error: type[Exception]) -> None:
             message.rewind()
         return kind, message
 
-    packetizer._read_timeout = bounded_greeting
-    packetizer.read_all = bounded_packet
-    packetizer.read_message = bounded_message
+    packetizer._read_timeout = limited_greeting
+    packetizer.read_all = limited_packet
+    packetizer.read_message = limited_message
 
 
 def _name_errors(transport: Any, error: type[Exception]) -> None:
-    """Raise as paramiko's own error what its thread has died of: odd bytes can make it anything."""
+    """Raise as paramiko's own error what its thread died of: odd bytes can make it anything."""
     get_exception = transport.get_exception
 
     def named() -> Any:
@@ -7202,37 +7292,128 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
     transport.get_exception = named
 
 
-def _save_round_trip(transport: Any, new_message: Callable[[], Any]) -> None:
-    """Send a login along with the request for the service that takes it.
+def close_after(transport: Any, clients: list[Any]) -> None:
+    """Close the jump hosts' connections with the transport that goes through them."""
+    close = transport.close
 
-    paramiko waits for the answer in between, and so pays for one more trip to a far machine.
+    def close_all() -> None:
+        close()
+        for client in clients[::-1]:
+            client.close()
+
+    transport.close = close_all
+
+
+def keep_alive(transport: Any) -> None:
+    """Ask a silent host whether it is still there, and end the connection without an answer.
+
+    paramiko's own keepalives ask for no answer, so they never notice a dead link.
     """
-    send = transport._send_message
+    packetizer = transport.packetizer
 
-    def prompt(message: Any) -> None:
-        handler = transport.auth_handler
-        if not _may_be_prompt(handler) or message.asbytes()[:1] != _SERVICE_REQUEST:
-            send(message)
-            return
-        asked = copy.copy(handler)  # which a refusal that comes at once does not empty
-        handler._parse_service_accept = lambda _: None  # the answer changes nothing any more
-        send(message)
-        accepted = new_message()
-        accepted.add_string("ssh-userauth")
-        accepted.rewind()
-        with contextlib.suppress(OSError, EOFError):  # paramiko waits for an answer, and will tell
-            asked._parse_service_accept(accepted)
+    def ask() -> None:
+        with contextlib.suppress(*connection_errors()):
+            transport.global_request("keepalive@openssh.com", wait=True)
 
-    transport._send_message = prompt
+    def check() -> None:
+        silent = time.monotonic() - packetizer.last_received
+        if silent > DEAD_AFTER:
+            raise EOFError  # in paramiko's own thread, which then closes everything
+        if silent > KEEPALIVE - KEEPALIVE_LOOK:
+            start_thread("keepalive", ask)  # a send may hang
+
+    packetizer.set_keepalive(KEEPALIVE_LOOK, check)
 
 
-def _may_be_prompt(handler: Any) -> bool:
-    if handler is None or handler.authenticated or handler.username is None:
-        return False
-    # How to sign with an RSA key is told by the machine, just before that answer. An agent may
-    # refuse, or ask somebody first: only in paramiko's own thread is that bounded by a timeout.
-    key = handler.private_key
-    return key is None or not ("rsa" in key.get_name() or hasattr(key, "agent"))
+def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -> Any:
+    """Open a channel that keeps no more than its window in memory.
+
+    Raises:
+        NoChannelError: the host refuses a further one.
+        SSHError: it does not answer, or the connection is closed.
+    """
+    import paramiko
+
+    if transport is None or not transport.is_active():
+        raise SSHError("the connection to the machine is closed")
+    try:
+        channel = transport.open_session(
+            window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
+        )
+    except connection_errors() as error:
+        if not transport.is_active():
+            raise SSHError("the connection broke") from error
+        # A refusal comes as another error where another thread has taken paramiko's own.
+        refused = isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
+        kind = NoChannelError if refused else SSHError
+        raise kind(f"the machine opened no channel: {reason(error)}") from error
+    channel.settimeout(timeout)
+    for pipe in (channel.in_buffer, channel.in_stderr_buffer):
+        _limit_buffer(pipe, window + CHANNEL_PACKET)
+    return channel
+
+
+def _limit_buffer(pipe: Any, most: int) -> None:
+    """End the connection of a host that sends more than the window allows: paramiko keeps it."""
+    feed = pipe.feed
+
+    def limited(data: Any) -> None:
+        if len(pipe) + len(data) > most:
+            raise EOFError  # in paramiko's own thread, which then closes everything
+        feed(data)
+
+    pipe.feed = limited
+
+
+def request_exec(channel: Any, command: bytes | str) -> None:
+    """Ask for a command without waiting for the answer; a refusal closes the channel.
+
+    paramiko's own ``exec_command`` waits for it, without a time limit.
+    """
+    _request(channel, "exec", True, command)
+
+
+def request_subsystem(channel: Any, name: str) -> None:
+    """Ask for a subsystem, in the same way."""
+    _request(channel, "subsystem", True, name)
+
+
+def request_signal(channel: Any, name: str) -> None:
+    """Ask the host to signal the process group of a channel, unless the channel is closed."""
+    # A server ends the whole connection where this comes after the answer to its own close; with
+    # the lock held, paramiko can't send that answer meanwhile.
+    with channel.lock:
+        if not channel.closed:
+            _request(channel, "signal", False, name)
+
+
+def _request(channel: Any, kind: str, answered: bool, value: bytes | str) -> None:
+    import paramiko
+    from paramiko.common import cMSG_CHANNEL_REQUEST
+
+    message = paramiko.Message()
+    message.add_byte(cMSG_CHANNEL_REQUEST)
+    message.add_int(channel.remote_chanid)
+    message.add_string(kind)
+    message.add_boolean(answered)
+    message.add_string(value)
+    try:
+        channel.transport._send_user_message(message)
+    except connection_errors() as error:
+        raise SSHError("the connection broke") from error
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Return what paramiko raises where a connection or a channel ends."""
+    import paramiko
+
+    return (paramiko.SSHException, OSError, EOFError)
+
+
+def reason(error: BaseException) -> str:
+    """Describe an error whose text may be the host's."""
+    text = str(getattr(error, "text", "")) or str(error)
+    return printable(text.rstrip(".") or type(error).__name__, 200)
 
 
 # ==================================================================================================
@@ -7243,11 +7424,12 @@ def _may_be_prompt(handler: Any) -> bool:
 
 
 # What may be given for a login to methods that do more than log in.
-LOGIN_OPTIONS = frozenset({"password", "key_path", "passphrase", "wait", "host_key"})
+LOGIN_OPTIONS = frozenset(
+    {"password", "key_path", "passphrase", "wait", "host_key", "use_ssh_config"}
+)
 DEFAULT_USER = "root"
 DEFAULT_PORT = 22
 PARAMIKO_LOGGER = "clore_client.paramiko"
-KEEPALIVE = 15  # seconds
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
 
 
@@ -7350,6 +7532,7 @@ class Login:
         timeout: float,
         wait: float,
         keys: KeyCheck,
+        use_ssh_config: bool = False,
     ) -> None:
         self.address = plain_address(order)
         if passphrase is not None and key_path is None:
@@ -7364,6 +7547,10 @@ class Login:
         self._paramiko = import_paramiko()
         # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
         self.key = None if self.key_path is None else self._read_key(self.key_path, passphrase)
+        self._hops: list[dict[str, Any]] = []
+        self._identities: list[str] = []
+        if use_ssh_config:
+            self._read_ssh_config()
 
     @property
     def where(self) -> str:
@@ -7388,6 +7575,52 @@ class Login:
                 f"key_path: {shown} is no private key that can be used: "
                 f"{printable(str(error) or type(error).__name__, 200)}"
             ) from error
+
+    def _read_ssh_config(self) -> None:
+        """Take ProxyJump and IdentityFile from the user's configuration of OpenSSH."""
+        path = os.path.expanduser("~/.ssh/config")
+        if not os.path.isfile(path):
+            return
+        try:
+            config = self._paramiko.SSHConfig.from_path(path)
+            found = config.lookup(self.address["host"])
+            jumps = found.get("proxyjump", "none")
+            if "proxycommand" in found and jumps == "none":
+                raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
+            self._identities = identity_files(found)
+            for jump in jumps.split(",") if jumps != "none" else ():
+                name, port, user = _parsed(jump.strip().removeprefix("ssh://"))
+                hop = config.lookup(name)
+                self._hops.append(
+                    {"host": hop.get("hostname", name), "identities": identity_files(hop),
+                     "port": int(hop.get("port", port)) if port == DEFAULT_PORT else port,
+                     "user": user or hop.get("user", getpass.getuser())}
+                )  # fmt: skip
+        except Exception as error:
+            raise ValueError(f"use_ssh_config: {path} can't be used: {error}") from error
+
+    def _jump(self, hops: list[Any]) -> Any:
+        """Log in to each jump host; a channel to the machine through the last one."""
+        sock = None
+        for hop in self._hops:
+            ssh = self._paramiko.SSHClient()
+            ssh.set_log_channel(PARAMIKO_LOGGER)
+            ssh.load_system_host_keys()  # a jump host is the user's own, and known
+            hops.append(ssh)
+            try:
+                ssh.connect(
+                    hop["host"], hop["port"], hop["user"], key_filename=hop["identities"] or None,
+                    timeout=self.timeout, sock=sock,
+                )  # fmt: skip
+                follower = self._hops[len(hops)] if len(hops) < len(self._hops) else self.address
+                sock = ssh.get_transport().open_channel(
+                    "direct-tcpip", (follower["host"], follower["port"]), ("127.0.0.1", 0),
+                    timeout=self.timeout,
+                )  # fmt: skip
+            except Exception as error:
+                text = printable(str(error) or type(error).__name__, 200)
+                raise SSHError(f"jump host {hop['host']}:{hop['port']}: {text}") from error
+        return sock
 
     def _is_encrypted(self, path: str) -> bool:
         try:
@@ -7415,30 +7648,24 @@ class Login:
 
     def once(self) -> paramiko.SSHClient:
         """Try to log in."""
+        limit = None
+        judged: BaseException
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)
-        plain = self.password is None and self.key is None
         try:
-            ssh.connect(
-                self.address["host"],
-                port=self.address["port"],
-                username=self.address["user"],
-                password=self.password,
-                pkey=self.key,
-                timeout=self.timeout,
-                banner_timeout=self.timeout,
-                auth_timeout=self.timeout,
-                channel_timeout=self.timeout,
-                allow_agent=plain,
-                look_for_keys=plain,
-                transport_factory=self._transport,
-            )
+            with (
+                Watchdog() as watchdog,
+                watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit,
+            ):
+                self._connect(ssh)
             if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
                 raise self._paramiko.ssh_exception.PartialAuthentication([])
         except BaseException as error:
-            if self._is_refusal(ssh, error):
-                judged: BaseException = self._refused(ssh, error)
+            if limit is not None and limit.expired and isinstance(error, Exception):
+                judged = self._too_slow(ssh)
+            elif self._is_refusal(ssh, error):
+                judged = self._refused(ssh, error)
             else:
                 judged = _judged(error, self._paramiko, self.where)
             _give_up(ssh)
@@ -7447,7 +7674,7 @@ class Login:
             raise judged from error
         transport = ssh.get_transport()
         if transport is not None:
-            transport.set_keepalive(KEEPALIVE)
+            keep_alive(transport)
         try:
             self.keys.remember()
         except BaseException:
@@ -7455,9 +7682,46 @@ class Login:
             raise
         return ssh  # type: ignore[no-any-return]
 
-    def _transport(self, sock: Any, **options: Any) -> Any:
+    def _connect(self, ssh: Any) -> None:
+        plain = self.password is None and self.key is None
+        hops: list[Any] = []
+        try:
+            sock = self._jump(hops)
+            self._connect_over(ssh, sock, plain, hops)
+        except BaseException:
+            for hop in hops:
+                hop.close()
+            raise
+
+    def _connect_over(self, ssh: Any, sock: Any, plain: bool, hops: list[Any]) -> None:
+        ssh.connect(
+            self.address["host"],
+            port=self.address["port"],
+            username=self.address["user"],
+            password=self.password,
+            pkey=self.key,
+            timeout=self.timeout,
+            banner_timeout=self.timeout,
+            auth_timeout=self.timeout,
+            channel_timeout=self.timeout,
+            key_filename=self._identities or None if plain else None,
+            allow_agent=plain,
+            look_for_keys=plain,
+            sock=sock,
+            transport_factory=functools.partial(self._transport, hops),
+        )
+
+    def _too_slow(self, ssh: Any) -> SSHError:
+        transport = ssh.get_transport()
+        if transport is not None and transport.initial_kex_done:
+            return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
+        return NotUpYetError("it did not finish the SSH handshake in time")
+
+    def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
         transport.auth_interactive_dumb = self._no_questions
+        if hops:
+            close_after(transport, hops)
         return transport
 
     def _is_refusal(self, ssh: Any, error: BaseException) -> bool:
@@ -7514,6 +7778,133 @@ class Login:
 
 class NotUpYetError(SSHError):
     """An sshd that may answer later; within this room only."""
+
+
+class ConnectionPool:
+    """The connections of one call: the caller's own, or as many as are wanted, opened at once.
+
+    Parameters:
+        login: to be used, or None for the caller's connection.
+        ssh: that one.
+        size: how many connections there may be.
+        eager: open all of them at once, and not each when it is asked for.
+    """
+
+    def __init__(
+        self, login: Login | None, ssh: Any = None, size: int = 1, eager: bool = True
+    ) -> None:
+        self.size = size if login is not None else 1
+        self._eager = eager
+        self._login = login
+        self._ssh = ssh
+        self._opened: list[Any] = [None] * self.size
+        self._ready = [threading.Event() for _ in range(self.size)]
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> ConnectionPool:
+        if self._login is None:
+            self._opened[0] = self._ssh
+        else:
+            for number in range(1, self.size if self._eager else 1):
+                self._threads.append(start_thread("login", self._open, self._login, number))
+            try:
+                self._opened[0] = self._first(self._login)
+            except BaseException:
+                self._close()
+                raise
+        self._ready[0].set()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    @property
+    def ssh(self) -> Any:
+        """The first connection."""
+        return self._opened[0]
+
+    @property
+    def age(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self._started
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds, as seen in the login; a large number where that is not known."""
+        transport = self.ssh.get_transport()
+        return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
+
+    def get(self, number: int) -> Any:
+        """Return a connection, when it is there; None where the host does not take so many."""
+        if number and not self._eager and self._login is not None:
+            with self._lock:
+                if not self._ready[number].is_set():
+                    self._open(self._login, number)
+        self._ready[number].wait()
+        return self._opened[number]
+
+    def break_off(self) -> None:
+        """Break every connection, whatever hangs on it."""
+        for ssh in self._opened:
+            if ssh is not None:
+                ssh.close()
+
+    def _first(self, login: Login) -> Any:
+        try:
+            return login.once()
+        except NotUpYetError:
+            # Where one connection is all that there is, another may have it.
+            for number in range(1, self.size if self._eager else 1):
+                self._ready[number].wait()
+                if (ssh := self._opened[number]) is not None:
+                    self._opened[number] = None
+                    return ssh
+        return login.open()
+
+    def _open(self, login: Login, number: int) -> None:
+        try:
+            self._opened[number] = login.once()
+        except Exception as error:
+            logger.debug("a further connection was refused: %s", error)
+        self._ready[number].set()
+
+    def _close(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        if self._login is not None:
+            self.break_off()
+
+
+def check_connection(ssh: Any) -> Any:
+    """Check a connection that the caller gave."""
+    if not callable(getattr(ssh, "get_transport", None)):
+        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
+    return ssh
+
+
+def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Check the names of the arguments of a login."""
+    for name in given:
+        if name not in LOGIN_OPTIONS:
+            raise TypeError(
+                f"there is no argument {name!r}, neither here nor among those of a login: "
+                f"{', '.join(sorted(LOGIN_OPTIONS))}"
+            )
+    return given
+
+
+def identity_files(config: Any) -> list[str]:
+    """Return the keys of an entry of a configuration that are there."""
+    paths = map(os.path.expanduser, config.get("identityfile", ()))
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def _break_off(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    if transport is not None:
+        transport.close()
 
 
 def _give_up(ssh: Any) -> None:
@@ -7858,98 +8249,6 @@ def _config_path(path: str) -> str:
 
 
 # ==================================================================================================
-# ssh.sessions
-#
-# Connections for the length of one call: as many as are wanted, opened at the same time.
-# ==================================================================================================
-
-
-def login_options(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a login, by their names."""
-    for name in given:
-        if name not in LOGIN_OPTIONS:
-            raise TypeError(
-                f"there is no argument {name!r}, neither here nor among those of a login: "
-                f"{', '.join(sorted(LOGIN_OPTIONS))}"
-            )
-    return given
-
-
-class Connected:
-    """Connections for the length of a block: the caller's one, or as many as are wanted.
-
-    Parameters:
-        login: to be used, or None for the caller's connection.
-        ssh: that one.
-        ahead: further connections that are opened at the same time as the first.
-    """
-
-    def __init__(self, login: Login | None, ssh: paramiko.SSHClient | None, ahead: int = 0) -> None:
-        self._login = login
-        self.ssh: Any = ssh
-        self._ahead = ahead if login is not None else 0
-        self._opening: list[threading.Thread] = []
-        self._opened: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def __enter__(self) -> Connected:
-        if self._login is not None:
-            for _ in range(self._ahead):
-                thread = threading.Thread(
-                    target=self._open_ahead, args=(self._login,), name="clore-login", daemon=True
-                )
-                thread.start()
-                self._opening.append(thread)
-            try:
-                self.ssh = self._first(self._login)
-            except BaseException:
-                self._close_ahead()
-                raise
-        return self
-
-    def _first(self, login: Login) -> Any:
-        try:
-            return login.once()
-        except NotUpYetError:
-            # Where one connection is all that there is, another may have it.
-            for _ in range(self._ahead):
-                self._ahead -= 1
-                if (ssh := self._opened.get()) is not None:
-                    return ssh
-        return login.open()
-
-    def __exit__(self, *_: object) -> None:
-        self._close_ahead()
-        if self._login is not None:
-            self.ssh.close()
-
-    def _open_ahead(self, login: Login) -> None:
-        try:
-            self._opened.put(login.once())
-        except Exception as error:
-            logger.debug("a further connection was refused: %s", error)
-            self._opened.put(None)
-
-    def _close_ahead(self) -> None:
-        for thread in self._opening:
-            thread.join()
-        while not self._opened.empty():
-            unused = self._opened.get()
-            if unused is not None:
-                unused.close()
-
-    @property
-    def another(self) -> Callable[[], Any] | None:
-        """Gives one more connection to the same machine; None where there is but the caller's."""
-        return None if self._login is None else self._next
-
-    def _next(self) -> Any:
-        if self._ahead > 0:
-            self._ahead -= 1
-            return self._opened.get()
-        return self._login.once() if self._login is not None else None
-
-
-# ==================================================================================================
 # ssh.access
 #
 # Log in to the machines of an account, each with the host key of its order.
@@ -8004,6 +8303,7 @@ class SSHAccess:
         wait: float = 120.0,
         timeout: float = 30.0,
         host_key: str = "pin",
+        use_ssh_config: bool = False,
     ) -> Login:
         """Everything that is needed to log in, checked; nothing is sent."""
         address = plain_address(order)
@@ -8029,6 +8329,7 @@ class SSHAccess:
             timeout=timeout,
             wait=wait,
             keys=keys,
+            use_ssh_config=check_bool("use_ssh_config", use_ssh_config),
         )
 
     def connected(
@@ -8037,12 +8338,13 @@ class SSHAccess:
         ssh: paramiko.SSHClient | None,
         login: dict[str, Any],
         timeout: float = 30.0,
-        ahead: int = 0,
-    ) -> Connected:
-        options = login_options(login)
+        size: int = 1,
+        eager: bool = True,
+    ) -> ConnectionPool:
+        options = check_login_options(login)
         if ssh is not None:
-            return Connected(None, ssh)
-        return Connected(self.login(order, timeout=timeout, **options), None, ahead)
+            return ConnectionPool(None, check_connection(ssh))
+        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
 
     @staticmethod
     def _order_number(order: Mapping[str, Any]) -> int | None:
@@ -8069,15 +8371,13 @@ LONGEST_PIECE = 65536  # characters of one call of on_output
 
 def command_line(command: str | Sequence[str]) -> str:
     """The line for the machine's shell: a string as it is, a list or tuple of arguments quoted."""
-    import shlex  # not for whoever only imports the package
-
     if isinstance(command, str):
         line = command
     elif isinstance(command, (list, tuple)):
         for number, word in enumerate(command):
             if not isinstance(word, str):
                 raise TypeError(f"command[{number}] must be a string, not {short_repr(word)}")
-        line = shlex.join(command)
+        line = " ".join(map(quoted_word, command))
     else:
         raise TypeError(
             f"command must be a string, or a list of strings, not {short_repr(command)}"
@@ -8086,6 +8386,15 @@ def command_line(command: str | Sequence[str]) -> str:
         raise ValueError("command must not be empty")
     encoded("command", line)
     return line
+
+
+def quoted_word(word: str) -> str:
+    """Quote a word for any login shell: fish, too, takes a backslash in quotes for an escape."""
+    import shlex  # not for whoever only imports the package
+
+    if "\\" not in word:
+        return shlex.quote(word)
+    return "\\\\".join(shlex.quote(part) if part else "" for part in word.split("\\"))
 
 
 class Lines:
@@ -8139,9 +8448,7 @@ def input_bytes(value: Any) -> bytes:
 
 
 def exports(env: Any) -> str:
-    """What sets variables for the rest of a line; sshd by itself takes none from a client."""
-    import shlex
-
+    """Set variables for the rest of a line, or end: sshd by itself takes none from a client."""
     if env is None:
         return ""
     if not isinstance(env, Mapping):
@@ -8150,9 +8457,11 @@ def exports(env: Any) -> str:
         if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
             raise ValueError(f"env: not the name of a variable: {short_repr(name)}")
         if not isinstance(value, str):
-            raise TypeError(f"env[{name!r}] must be a string, not {type(value).__name__}")
+            raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)
-    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
+    return "".join(
+        f"export {name}={quoted_word(value)} || exit 121\n" for name, value in env.items()
+    )
 
 
 def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
@@ -8166,27 +8475,427 @@ def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
 
 
 # ==================================================================================================
-# ssh.watchdog
+# ssh.command
 #
-# The end of a process on a server that may not take it well, and of a channel that hangs.
+# Run a command over SSH: read both streams as they come, and end it when told so.
 # ==================================================================================================
 
 
+MAX_OUTPUT = 64 * 1024 * 1024  # bytes
+READ_CHUNK = 4 << 20  # more than a window holds: one read empties a buffer
+INPUT_CHUNK = 32768
+POLL = 0.25  # seconds between two looks at what sets no event
+QUIET = 0.5  # seconds of silence after which an ended command may have said everything
+OVERTIME = 5.0  # seconds for the output of a command that ended in time
+LATE_OUTPUT = 4 << 20  # bytes beyond a window that an ended command may have left on the way
+GRACE = 1.0  # seconds to obey SIGTERM
+GRACE_OF_INTERRUPT = 0.5
 PATIENCE = 2.0  # seconds after which a send counts as stuck
-KILL_LOOK = 0.1  # seconds between two looks at a process that was told to end
+KILL_POLL = 0.1  # seconds between two looks at a process that was told to end
+BROKEN = "the connection broke before the command had ended: it may still run on the machine"
 
 # OpenSSH's sshd refuses the protocol's own signals to root before 9.8, and always to a command
 # that it is configured to run. So the shell tells its process id first, and what has to end is
-# killed over a second channel, with its process group.
+# killed over a second channel, with its process group. It also proves that the command is run.
 _TELL_PID = "sh -c 'echo {mark}$PPID >&2'\n"
 _KILL = (
     "k() {{ kill -s $1 -- -{pid} 2>/dev/null || kill -s $1 {pid} 2>/dev/null; }}; "
-    "k TERM; n=0; while [ $n -lt {looks} ] && k 0; do sleep {pause}; n=$((n+1)); done; k KILL"
+    "k TERM; n=0; while [ $n -lt {polls} ] && k 0; do sleep {pause}; n=$((n+1)); done; k KILL"
 )
 
 
+def check_run_arguments(
+    command: str | Sequence[str],
+    *,
+    check: bool = True,
+    timeout: float | None = None,
+    input: str | bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    on_output: Callable[[OutputLine], object] | None = None,
+    max_output: int = MAX_OUTPUT,
+) -> str:
+    """Check what :func:`run_command` is given, before anything is sent; the line to run."""
+    line = command_line(command)
+    check_bool("check", check)
+    if timeout is not None:
+        check_number("timeout", timeout, above=True, infinite=True, unit="seconds")
+    input_bytes(input)
+    exports(env)
+    if on_output is not None and not callable(on_output):
+        raise TypeError(f"on_output must be callable, not {short_repr(on_output)}")
+    if type(max_output) is not int:
+        raise TypeError(f"max_output must be a whole number, not {short_repr(max_output)}")
+    check_number("max_output", max_output, unit="bytes")
+    return line
+
+
+def run_command(
+    ssh: paramiko.SSHClient,
+    command: str | Sequence[str],
+    *,
+    check: bool = True,
+    timeout: float | None = None,
+    input: str | bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    on_output: Callable[[OutputLine], object] | None = None,
+    max_output: int = MAX_OUTPUT,
+    login_timeout: float = 30.0,
+) -> CommandResult:
+    """Run a command and wait for its end, reading both streams at once.
+
+    What the command leaves in the background is not waited for, unless it goes on writing to the
+    command's own output. A timeout, Ctrl-C and any other exception end the remote process with
+    its process group: SIGTERM, a little later SIGKILL, and its channel is closed.
+
+    Parameters:
+        ssh: a connection.
+        command: a line for the machine's shell, or a list of arguments, which is quoted for it.
+        check: raise CommandError for another exit code than 0.
+        timeout: seconds that it may take; None waits for ever.
+        input: for its stdin, text as UTF-8; None: an empty one.
+        env: variables for the command. They stand in the process list of the machine.
+        on_output: called with each :class:`OutputLine` as it comes. The order within a stream is
+            kept, not the one between the two; of a line without end it gets pieces.
+        max_output: bytes of both streams that are kept; what comes after goes to ``on_output``
+            only, and is counted in the result's ``dropped``.
+        login_timeout: seconds that the machine may take to start the command.
+
+    Returns:
+        A :class:`CommandResult`, with the output even where ``on_output`` had it.
+
+    Raises:
+        CommandError: it ended with another exit code than 0, or by a signal, and ``check`` is on.
+        CommandTimeoutError: it did not end in time.
+        SSHError: the machine did not run it, or the connection broke; then it may still run.
+    """
+    line = check_run_arguments(
+        command, check=check, timeout=timeout, input=input, env=env, on_output=on_output,
+        max_output=max_output,
+    )  # fmt: skip
+    check_number("login_timeout", login_timeout, above=True, unit="seconds")
+    data = input_bytes(input)
+    limit = math.inf if timeout is None else timeout
+    begin = time.monotonic()
+    with Watchdog() as watchdog:
+        running = RunningCommand(ssh.get_transport(), watchdog, on_output, max_output)
+        try:
+            code = running.run(
+                encoded("command", exports(env) + line), data, begin + limit, begin + login_timeout
+            )
+        except _OutOfTimeError as out:
+            if str(out) and login_timeout <= limit:
+                raise SSHError(f"the machine did not {out} within {login_timeout:g}s") from None
+            stdout, stderr = running.text(STDOUT), running.text(STDERR)
+            raise CommandTimeoutError(line, limit, stdout, stderr) from None
+    duration = time.monotonic() - begin
+    result = CommandResult(
+        line, code, running.text(STDOUT), running.text(STDERR), duration, running.dropped
+    )
+    logger.debug("%r", result)
+    if check and code != 0:
+        raise CommandError(result)
+    return result
+
+
+class _OutOfTimeError(Exception):
+    """The time is out; the text names the step that took too long, "" the command itself."""
+
+
+class RunningCommand:
+    """One command on a channel of its own.
+
+    Attributes:
+        dropped: bytes of output that were not kept.
+    """
+
+    def __init__(
+        self,
+        transport: Any,
+        watchdog: Watchdog,
+        on_output: Callable[[OutputLine], object] | None,
+        max_output: int,
+    ) -> None:
+        self.dropped = 0
+        self._transport = transport
+        self._watchdog = watchdog
+        self._channel: Any = None
+        self._event = _DataEvent()
+        self._log: Any = None
+        self._pid_line = PidLine()
+        self._given_up = False
+        self._room = max_output
+        self._output: dict[str, list[bytes]] = {STDOUT: [], STDERR: []}
+        self._lines = None if on_output is None else lines_to(on_output)
+
+    def run(self, line: bytes, data: bytes, deadline: float, start_by: float) -> int:
+        """Start it, and wait; its exit code. However that is left, nothing of it goes on."""
+        feeder: threading.Thread | None = None
+        # A little longer: what has started meanwhile can be ended, once it is known.
+        self._open(min(deadline, start_by))
+        try:
+            try:
+                self._start(line, min(deadline + PATIENCE, start_by))
+                if data:
+                    feeder = start_thread("stdin", _feed, self._channel, data)
+                else:
+                    with self._limited():
+                        self._channel.shutdown_write()
+                if not self._in_time(deadline):
+                    self._tell(self._end(GRACE))
+                    self._tell_rest()
+                    raise _OutOfTimeError
+                self._tell_rest()
+                return self._exit_code()
+            except BaseException:
+                self._end(GRACE_OF_INTERRUPT)
+                raise
+        finally:
+            self._close()
+            if feeder is not None:
+                feeder.join(PATIENCE)
+
+    def text(self, stream: str) -> str:
+        """Return what is kept of a stream."""
+        return b"".join(self._output[stream]).decode("utf-8", "replace")
+
+    def _limited(self, seconds: float = PATIENCE) -> contextlib.AbstractContextManager[Any]:
+        """Close the connection where a block takes too long: a send itself has no timeout."""
+        return self._watchdog.limit(seconds, self._transport.close)
+
+    # --- the start ---
+
+    def _open(self, deadline: float) -> None:
+        if self._transport is None or not self._transport.is_active():
+            raise SSHError("the connection to the machine is closed")
+        seconds = max(deadline - time.monotonic(), 0.0)
+        with self._limited(seconds + PATIENCE):
+            try:
+                self._channel = open_session(self._transport, min(seconds, 1e6))
+            except SSHError as error:
+                if self._transport.is_active() and time.monotonic() >= deadline:
+                    raise _OutOfTimeError("open a channel for the command") from error
+                raise
+        self._log = _SignalLog(self._channel.logger, self._event)
+        # paramiko offers fileno() for this, but with two streams it may miss that one of them
+        # has something, and it tells nowhere else that a signal ended the command.
+        self._channel.in_buffer.set_event(self._event)
+        self._channel.in_stderr_buffer.set_event(self._event)
+        self._channel.logger = self._log
+
+    def _start(self, line: bytes, deadline: float) -> None:
+        seconds = max(deadline - time.monotonic(), 0.0)
+        with self._limited(seconds + PATIENCE):
+            request_exec(self._channel, self._pid_line.prefix.encode() + line)
+            if not self._channel.event.wait(min(seconds, threading.TIMEOUT_MAX)):
+                raise _OutOfTimeError("start the command")
+        wrote = self._channel.recv_ready() or self._channel.recv_stderr_ready()
+        told = self._channel.exit_status >= 0 or self._log.exit_signal
+        if self._channel.closed and not told and not wrote:
+            gone = "the connection broke" if not self._transport.is_active() else "it is refused"
+            raise SSHError(f"the machine did not start the command: {gone}")
+
+    # --- reading ---
+
+    def _in_time(self, deadline: float) -> bool:
+        # The caller's function may be slow, and a read that widens the window may hang.
+        seconds = deadline - time.monotonic() + GRACE + PATIENCE
+        with self._watchdog.limit(seconds, self._give_up):
+            try:
+                return self._wait(deadline) and not self._given_up
+            except SSHError:
+                if self._given_up:
+                    return False
+                raise
+
+    def _give_up(self) -> None:
+        """End the process from another thread than the one that waits for it."""
+        if self._ended():
+            with self._limited(), contextlib.suppress(*connection_errors()):
+                self._transport.send_ignore()  # or the connection is closed
+            return
+        self._given_up = True
+        if self._pid_line.pid is not None:
+            self._end_group(self._pid_line.pid, GRACE_OF_INTERRUPT)
+        self._close()
+
+    def _wait(self, deadline: float) -> bool:
+        """Read until the command has ended; False when the time is out before."""
+        silent_since: float | None = None
+        over_since: float | None = None
+        late = 0
+        while True:
+            # Asked before the read: what was sent before its end is there by now.
+            complete, ended = self._complete(), self._ended()
+            pieces = self._read()
+            self._tell(pieces)
+            if complete:
+                return True
+            now = time.monotonic()
+            if pieces:
+                silent_since = None
+            if ended:
+                # Something in the background holds its output open.
+                silent_since = now if silent_since is None else silent_since
+                late += sum(len(data) for _, data in pieces)
+                if late > self._channel.in_window_size + LATE_OUTPUT:
+                    return True
+                if now - silent_since >= QUIET:
+                    if self._nothing_more():
+                        return True
+                    silent_since = None
+            if now >= deadline:
+                if not self._ended():
+                    return False
+                over_since = now if over_since is None else over_since
+                if now - over_since >= OVERTIME:
+                    return True
+            if not pieces:
+                self._event.wait(POLL if now >= deadline else min(POLL, deadline - now))
+
+    def _nothing_more(self) -> bool:
+        """Whether the server has sent all that the command wrote.
+
+        Silence alone may be that of a slow network. It answers in the order in which it reads:
+        what it had when it answered the first time is here before it answers once more.
+        """
+        channel = self._channel
+        for _ in range(2):
+            if not self._round_trip():
+                return False
+            if channel.recv_ready() or channel.recv_stderr_ready() or channel.closed:
+                return False
+        return True
+
+    def _round_trip(self) -> bool:
+        """Whether the server answered to the opening of a channel, which is not used."""
+        import paramiko
+
+        with self._limited(2 * PATIENCE):
+            try:
+                self._transport.open_session(timeout=PATIENCE).close()
+            except paramiko.ChannelException:
+                return True  # a refusal is an answer
+            except connection_errors():
+                return False
+            return True
+
+    def _ended(self) -> bool:
+        return self._log.exit_signal or bool(self._channel.exit_status_ready())
+
+    def _complete(self) -> bool:
+        return self._channel.closed or (self._channel.eof_received and self._ended())
+
+    def _read(self) -> list[tuple[str, bytes]]:
+        """Return what has come since the last time; waits for nothing."""
+        pieces = []
+        channel = self._channel
+        for stream, ready, receive in (
+            (STDOUT, channel.recv_ready, channel.recv),
+            (STDERR, channel.recv_stderr_ready, channel.recv_stderr),
+        ):
+            if ready():
+                try:
+                    data = receive(READ_CHUNK)
+                except connection_errors() as error:  # it may send that the window is open again
+                    raise SSHError(f"{BROKEN} ({reason(error)})") from error
+                if stream == STDERR:
+                    data = self._pid_line.taken_out(data)
+                self._keep(stream, data)
+                pieces.append((stream, data))
+        return pieces
+
+    def _keep(self, stream: str, data: bytes) -> None:
+        kept = data[: self._room]
+        self._room -= len(kept)
+        self.dropped += len(data) - len(kept)
+        if kept:
+            self._output[stream].append(kept)
+
+    def _tell(self, pieces: list[tuple[str, bytes]]) -> None:
+        if self._lines is not None:
+            for stream, data in pieces:
+                self._lines[stream].feed(data)
+
+    def _tell_rest(self) -> None:
+        rest = self._pid_line.rest()
+        self._keep(STDERR, rest)
+        self._tell([(STDERR, rest)])
+        if self._lines is not None:
+            for lines in self._lines.values():
+                lines.finish()
+
+    # --- the end ---
+
+    def _end(self, grace: float) -> list[tuple[str, bytes]]:
+        """End the process and its group, first politely; what it still wrote meanwhile."""
+        late: list[tuple[str, bytes]] = []
+        try:
+            if not self._ended() and self._transport.is_active():
+                # Its number may be on the way still.
+                late += self._read_until(lambda: self._pid_line.pid is not None, GRACE_OF_INTERRUPT)
+                pid = self._pid_line.pid
+                if pid is None or not self._end_group(pid, grace):
+                    with self._limited():
+                        request_signal(self._channel, "TERM")
+                    late += self._read_until(self._complete, grace)
+                late += self._read_until(self._complete, POLL)
+        except SSHError as error:
+            logger.debug("a command may not have ended: %s", error)
+        finally:
+            self._close()
+        return late
+
+    def _end_group(self, pid: int, grace: float) -> bool:
+        """End a process group of the server, after ``grace`` seconds with SIGKILL."""
+        polls = math.ceil(grace / KILL_POLL)
+        script = _KILL.format(pid=pid, polls=polls, pause=KILL_POLL)
+        try:
+            with self._limited(grace + 2 * PATIENCE):
+                channel = open_session(self._transport, PATIENCE)
+                request_exec(channel, f"sh -c {shlex.quote(script)}")
+                ended = bool(channel.status_event.wait(grace + PATIENCE))
+                channel.close()
+                return ended
+        except (SSHError, OSError, EOFError) as error:
+            logger.debug("process group %d was not ended: %s", pid, error)
+            return False
+
+    def _read_until(self, happened: Callable[[], bool], seconds: float) -> list[tuple[str, bytes]]:
+        pieces: list[tuple[str, bytes]] = []
+        deadline = time.monotonic() + seconds
+        while not happened() and not self._channel.closed and time.monotonic() < deadline:
+            self._event.wait(POLL / 5)
+            pieces += self._read()
+        return pieces + self._read()
+
+    def _close(self) -> None:
+        """Close the channel at once, or the whole connection where it takes nothing any more."""
+        if self._channel is None or self._channel.closed:
+            return
+        with self._limited(), contextlib.suppress(SSHError, *connection_errors()):
+            if not self._channel.exit_status_ready():
+                request_signal(self._channel, "KILL")
+            self._channel.close()
+
+    def _exit_code(self) -> int:
+        channel = self._channel
+        code: int = channel.exit_status
+        broken = channel.closed and not self._transport.is_active()
+        if broken and (code < 0 or not channel.eof_received):
+            raise SSHError(BROKEN)
+        if code < 0 and not self._log.exit_signal:
+            raise SSHError("the machine closed the command's channel without telling how it ended")
+        if self._pid_line.pid is None:
+            said = (self.text(STDERR).strip() or self.text(STDOUT).strip())[:300]
+            raise SSHError(
+                "the machine did not run the command: it runs another one instead, or its shell "
+                f"ended first (exit code {code}); it says: {printable(said, 300) or 'nothing'}"
+            )
+        return code if code >= 0 else -1
+
+
 class PidLine:
-    """The line of stderr by which a shell tells its process id; taken out of what follows.
+    """Takes the line in which a shell tells its process id out of its stderr.
 
     Attributes:
         pid: of the shell, which leads the process group of its command; None until it is known.
@@ -8233,510 +8942,39 @@ class PidLine:
         return next((size for size in sizes if data.endswith(self._mark[:size])), 0)
 
 
-def end_group(transport: Any, pid: int, grace: float) -> bool:
-    """End a process group of the server, after ``grace`` seconds with SIGKILL; whether it was."""
-    looks = math.ceil(grace / KILL_LOOK)
-    script = _KILL.format(pid=pid, looks=looks, pause=KILL_LOOK)
-    try:
-        channel = transport.open_session(timeout=PATIENCE)
-        try:
-            with Guard(grace + PATIENCE, lambda: cut(channel)) as guard:
-                channel.exec_command(f"sh -c {shlex.quote(script)}")
-                channel.recv_exit_status()
-            return not guard.fired
-        finally:
-            channel.close()
-    except connection_errors() as error:
-        logger.debug("process group %d was not ended: %s", pid, reason(error))
-        return False
-
-
-def send_signal(channel: Any, name: str) -> None:
-    """Have the server signal a channel's process group, unless the channel is closed."""
-    import paramiko  # which has no call for this
-    from paramiko.common import cMSG_CHANNEL_REQUEST
-
-    message = paramiko.Message()
-    message.add_byte(cMSG_CHANNEL_REQUEST)
-    message.add_int(channel.remote_chanid)
-    message.add_string("signal")
-    message.add_boolean(False)
-    message.add_string(name)
-    # A server ends the whole connection where this comes after the answer to its own close; with
-    # the lock held, paramiko can't give that answer meanwhile.
-    with channel.lock:
-        if not channel.closed:
-            channel.transport._send_user_message(message)
-
-
-def cut(channel: Any) -> None:
-    """End a channel at once, and the whole connection where that takes nothing any more."""
-
-    def hang_up() -> None:
-        if not channel.exit_status_ready():
-            send_signal(channel, "KILL")
-        channel.close()
-
-    if not soon_done(hang_up):
-        logger.debug("the connection takes nothing any more: closed")
-        channel.transport.close()
-
-
-def soon_done(action: Callable[[], object]) -> bool:
-    """Whether something that sends was done within ``PATIENCE``; a send itself has no timeout."""
-
-    def quietly() -> None:
-        try:
-            action()
-        except Exception as error:
-            logger.debug("a channel that is given up: %s", reason(error))
-
-    thread = threading.Thread(target=quietly, name="clore-hang-up", daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return not thread.is_alive()
-
-
-class Guard:
-    """Does something where a call that has no timeout takes too long; a ``with`` block.
-
-    Attributes:
-        fired: whether it did.
-    """
-
-    def __init__(self, seconds: float, action: Callable[[], object]) -> None:
-        self.fired = False
-        self._action = action
-        self._timer: threading.Timer | None = None
-        if seconds < threading.TIMEOUT_MAX:
-            self._timer = threading.Timer(max(seconds, 0.0), self._fire)
-            self._timer.name = "clore-guard"
-            self._timer.daemon = True
-
-    def _fire(self) -> None:
-        self.fired = True
-        self._action()
-
-    def __enter__(self) -> Guard:
-        if self._timer is not None:
-            self._timer.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-
-def round_trip(transport: Any) -> bool:
-    """Whether the server answered to the opening of a channel, which is not used."""
-    import paramiko
-
-    try:
-        transport.open_session(timeout=PATIENCE).close()
-    except paramiko.ChannelException:
-        return True  # a refusal is an answer
-    except connection_errors():
-        return False
-    return True
-
-
-def connection_errors() -> tuple[type[Exception], ...]:
-    """What paramiko raises where a connection or a channel ends."""
-    import paramiko
-
-    return (paramiko.SSHException, OSError, EOFError)
-
-
-def reason(error: BaseException) -> str:
-    """What to say of an error whose text may be the server's."""
-    text = str(getattr(error, "text", "")) or str(error)
-    return printable(text.rstrip(".") or type(error).__name__, 200)
-
-
-# ==================================================================================================
-# ssh.command
-#
-# A command over SSH: both of its streams as they come, how it ended, and its end when told so.
-# ==================================================================================================
-
-
-READ_CHUNK = 4 << 20  # more than a window holds: one read empties a buffer
-INPUT_CHUNK = 32768
-GLANCE = 0.25  # seconds between two looks at what rings no bell
-QUIET = 0.5  # seconds of silence after which an ended command may have said everything
-OVERTIME = 5.0  # seconds for the output of a command that ended in time
-LATE_OUTPUT = 4 << 20  # bytes beyond a window that an ended command may have left on the way
-GRACE = 1.0  # seconds to obey SIGTERM
-GRACE_OF_INTERRUPT = 0.5
-BROKEN = "the connection broke before the command had ended"
-
-
-def check_run_arguments(
-    command: str | Sequence[str],
-    *,
-    check: bool = True,
-    timeout: float | None = None,
-    input: str | bytes | None = None,
-    env: Mapping[str, str] | None = None,
-    on_output: Callable[[OutputLine], object] | None = None,
-) -> str:
-    """Check what :func:`run_command` is given, before anything is sent; the line to run."""
-    line = command_line(command)
-    check_bool("check", check)
-    if timeout is not None:
-        check_number("timeout", timeout, above=True, infinite=True, unit="seconds")
-    input_bytes(input)
-    exports(env)
-    if on_output is not None and not callable(on_output):
-        raise TypeError(f"on_output must be callable, not {short_repr(on_output)}")
-    return line
-
-
-def run_command(
-    ssh: paramiko.SSHClient,
-    command: str | Sequence[str],
-    *,
-    check: bool = True,
-    timeout: float | None = None,
-    input: str | bytes | None = None,
-    env: Mapping[str, str] | None = None,
-    on_output: Callable[[OutputLine], object] | None = None,
-    login_timeout: float = 30.0,
-) -> CommandResult:
-    """Run a command and wait for its end, reading both streams at once.
-
-    What the command leaves in the background is not waited for, unless it goes on writing to the
-    command's own output. A timeout, Ctrl-C and any other exception end the remote process with
-    its process group: SIGTERM, a little later SIGKILL, and its channel is closed.
-
-    Parameters:
-        ssh: a connection.
-        command: a line for the machine's shell, or a list of arguments, which is quoted for it.
-        check: raise CommandError for another exit code than 0.
-        timeout: seconds that it may take; None waits for ever.
-        input: for its stdin, text as UTF-8; None: an empty one.
-        env: variables for the command. They stand in the process list of the machine.
-        on_output: called with each :class:`OutputLine` as it comes. The order within a stream is
-            kept, not the one between the two; of a line without end it gets pieces.
-        login_timeout: seconds that the machine may take to start the command.
-
-    Returns:
-        A :class:`CommandResult`, whose output is whole with ``on_output`` too.
-
-    Raises:
-        CommandError: it ended with another exit code than 0, or by a signal, and ``check`` is on.
-        CommandTimeoutError: it did not end in time.
-        SSHError: the machine did not start it, or the connection broke.
-    """
-    line = check_run_arguments(
-        command, check=check, timeout=timeout, input=input, env=env, on_output=on_output
-    )
-    check_number("login_timeout", login_timeout, above=True, unit="seconds")
-    data = input_bytes(input)
-    limit = math.inf if timeout is None else timeout
-    begin = time.monotonic()
-    try:
-        channel = _session(ssh, min(limit, login_timeout))
-        running = _Running(channel, on_output)
-        code = running.run(
-            encoded("command", exports(env) + line), data, begin + limit, begin + login_timeout
-        )
-    except _OutOfTimeError as out:
-        if out.text and login_timeout <= limit:
-            raise SSHError(f"the machine did not {out.text} within {login_timeout:g}s") from None
-        raise CommandTimeoutError(line, limit, out.stdout, out.stderr) from None
-    result = CommandResult(
-        line, code, running.text(STDOUT), running.text(STDERR), time.monotonic() - begin
-    )
-    logger.debug("%r", result)
-    if check and code != 0:
-        raise CommandError(result)
-    return result
-
-
-class _OutOfTimeError(Exception):
-    """The time is out; ``text`` names the step that took too long, ``""`` the command itself."""
-
-    def __init__(self, text: str, stdout: str = "", stderr: str = "") -> None:
-        super().__init__(text)
-        self.text = text
-        self.stdout = stdout
-        self.stderr = stderr
-
-
-class _Running:
-    """One command on a channel of its own."""
-
-    def __init__(self, channel: Any, on_output: Callable[[OutputLine], object] | None) -> None:
-        self._channel = channel
-        self._bell = _Bell()
-        self._ear = _SignalEar(channel.logger, self._bell)
-        # paramiko offers fileno() for this, but with two streams it may miss that one of them
-        # has something, and it tells nowhere else that a signal ended the command.
-        channel.in_buffer.set_event(self._bell)
-        channel.in_stderr_buffer.set_event(self._bell)
-        channel.logger = self._ear
-        self._pid_line = PidLine()
-        self._given_up = False
-        self._output: dict[str, list[bytes]] = {STDOUT: [], STDERR: []}
-        self._lines = None if on_output is None else lines_to(on_output)
-
-    def run(self, line: bytes, data: bytes, deadline: float, start_by: float) -> int:
-        """Start it, and wait; its exit code. However that is left, nothing of it goes on."""
-        feeder: threading.Thread | None = None
-        try:
-            try:
-                # A little longer: what has started meanwhile can be ended, once it is known.
-                self._start(line, min(deadline + PATIENCE, start_by))
-                if not data:
-                    self._channel.shutdown_write()
-                else:
-                    feeder = threading.Thread(
-                        target=_feed, args=(self._channel, data), name="clore-stdin", daemon=True
-                    )
-                    feeder.start()
-                if not self._in_time(deadline):
-                    self._tell(self._end(GRACE))
-                    self._tell_rest()
-                    raise _OutOfTimeError("", self.text(STDOUT), self.text(STDERR))
-                self._tell_rest()
-                return self._exit_code()
-            except BaseException:
-                self._end(GRACE_OF_INTERRUPT)
-                raise
-        finally:
-            if not self._channel.closed:
-                soon_done(self._channel.close)
-            if feeder is not None:
-                feeder.join(PATIENCE)
-
-    def text(self, stream: str) -> str:
-        """What a stream held."""
-        return b"".join(self._output[stream]).decode("utf-8", "replace")
-
-    def _start(self, line: bytes, deadline: float) -> None:
-        guard = Guard(deadline - time.monotonic(), lambda: cut(self._channel))
-        try:
-            with guard:
-                self._channel.exec_command(self._pid_line.prefix.encode() + line)
-        except connection_errors() as error:
-            if guard.fired:
-                raise _OutOfTimeError("start the command") from None
-            raise SSHError(f"the machine did not start the command: {reason(error)}") from error
-
-    def _in_time(self, deadline: float) -> bool:
-        # The caller's function may be slow. And sends have no timeout: where nothing is taken any
-        # more, even a read may hang.
-        with Guard(deadline - time.monotonic() + GRACE + PATIENCE, self._give_up):
-            try:
-                return self._wait(deadline) and not self._given_up
-            except SSHError:
-                if self._given_up:
-                    return False
-                raise
-
-    def _give_up(self) -> None:
-        """End the process from another thread than the one that waits for it."""
-        transport, pid = self._channel.transport, self._pid_line.pid
-        if self._ended() and soon_done(transport.send_ignore):
-            return
-        self._given_up = True
-        if pid is not None:
-            soon_done(lambda: end_group(transport, pid, GRACE_OF_INTERRUPT))
-        cut(self._channel)
-
-    def _wait(self, deadline: float) -> bool:
-        """Read until the command has ended; False when the time is out before."""
-        silent_since: float | None = None
-        over_since: float | None = None
-        late = 0
-        while True:
-            # Asked before the read: what was sent before its end is there by now.
-            complete, ended = self._complete(), self._ended()
-            pieces = self._read()
-            self._tell(pieces)
-            if complete:
-                return True
-            now = time.monotonic()
-            if pieces:
-                silent_since = None
-            if ended:
-                # Something in the background holds its output open.
-                silent_since = now if silent_since is None else silent_since
-                late += sum(len(data) for _, data in pieces)
-                if late > self._channel.in_window_size + LATE_OUTPUT:
-                    return True
-                if now - silent_since >= QUIET:
-                    if self._nothing_more():
-                        return True
-                    silent_since = None
-            if now >= deadline:
-                if not self._ended():
-                    return False
-                over_since = now if over_since is None else over_since
-                if now - over_since >= OVERTIME:
-                    return True
-            if not pieces:
-                self._bell.wait(GLANCE if now >= deadline else min(GLANCE, deadline - now))
-
-    def _nothing_more(self) -> bool:
-        """Whether the server has sent all that the command wrote.
-
-        Silence alone may be that of a slow network. It answers in the order in which it reads:
-        what it had when it answered the first time is here before it answers once more.
-        """
-        channel = self._channel
-        for _ in range(2):
-            if not round_trip(channel.transport):
-                return False
-            if channel.recv_ready() or channel.recv_stderr_ready() or channel.closed:
-                return False
-        return True
-
-    def _ended(self) -> bool:
-        return self._ear.heard or bool(self._channel.exit_status_ready())
-
-    def _complete(self) -> bool:
-        return self._channel.closed or (self._channel.eof_received and self._ended())
-
-    def _read(self) -> list[tuple[str, bytes]]:
-        """What has come since the last time; waits for nothing."""
-        pieces = []
-        channel = self._channel
-        for stream, ready, receive in (
-            (STDOUT, channel.recv_ready, channel.recv),
-            (STDERR, channel.recv_stderr_ready, channel.recv_stderr),
-        ):
-            if ready():
-                try:
-                    data = receive(READ_CHUNK)
-                except connection_errors() as error:  # it may send that the window is open again
-                    raise SSHError(f"{BROKEN}: {reason(error)}") from error
-                if stream == STDERR:
-                    data = self._pid_line.taken_out(data)
-                self._output[stream].append(data)
-                pieces.append((stream, data))
-        return pieces
-
-    def _tell(self, pieces: list[tuple[str, bytes]]) -> None:
-        if self._lines is not None:
-            for stream, data in pieces:
-                self._lines[stream].feed(data)
-
-    def _tell_rest(self) -> None:
-        rest = self._pid_line.rest()
-        self._output[STDERR].append(rest)
-        self._tell([(STDERR, rest)])
-        if self._lines is not None:
-            for lines in self._lines.values():
-                lines.finish()
-
-    def _end(self, grace: float) -> list[tuple[str, bytes]]:
-        """End the process and its group, first politely; what it still wrote meanwhile."""
-        late: list[tuple[str, bytes]] = []
-        try:
-            if not self._ended():
-                # Its number may be on the way still.
-                late += self._read_until(lambda: self._pid_line.pid is not None, GRACE_OF_INTERRUPT)
-                late += self._end_politely(grace)
-        finally:
-            cut(self._channel)
-        return late
-
-    def _end_politely(self, grace: float) -> list[tuple[str, bytes]]:
-        pid, late = self._pid_line.pid, []
-        done: list[bool] = []
-        if pid is not None:
-            transport = self._channel.transport
-            threading.Thread(
-                target=lambda: done.append(end_group(transport, pid, grace)),
-                name="clore-end",
-                daemon=True,
-            ).start()
-            late += self._read_until(lambda: bool(done), grace + 2 * PATIENCE)
-        if done != [True]:
-            if soon_done(lambda: send_signal(self._channel, "TERM")):
-                late += self._read_until(self._complete, grace)
-            else:
-                self._channel.transport.close()
-        return late + self._read_until(self._complete, GLANCE)
-
-    def _read_until(self, happened: Callable[[], bool], seconds: float) -> list[tuple[str, bytes]]:
-        pieces: list[tuple[str, bytes]] = []
-        deadline = time.monotonic() + seconds
-        while not happened() and not self._channel.closed and time.monotonic() < deadline:
-            self._bell.wait(GLANCE / 5)
-            pieces += self._read()
-        return pieces + self._read()
-
-    def _exit_code(self) -> int:
-        channel = self._channel
-        broken = channel.closed and not channel.transport.is_active()
-        code: int = channel.exit_status
-        if broken and (code < 0 or not channel.eof_received):
-            raise SSHError(BROKEN)
-        if code >= 0:
-            return code
-        if self._ear.heard:
-            return -1
-        raise SSHError("the machine closed the command's channel without telling how it ended")
-
-
-class _Bell:
-    """An event for both buffers of a channel: rings when one gets data, or its end."""
+class _DataEvent:
+    """An event for both buffers of a channel: set when one gets data, or its end."""
 
     def __init__(self) -> None:
-        self._rung = threading.Event()
+        self._event = threading.Event()
 
     def set(self) -> None:
         """Called by paramiko."""
-        self._rung.set()
+        self._event.set()
 
     def clear(self) -> None:
         """Called by paramiko for one buffer, where the other may have data: does nothing."""
 
     def wait(self, seconds: float) -> None:
-        """Until it rings. Read after this, not before."""
-        self._rung.wait(seconds)
-        self._rung.clear()
+        """Wait until it is set. Read after this, not before."""
+        self._event.wait(seconds)
+        self._event.clear()
 
 
-class _SignalEar:
+class _SignalLog:
     """Stands in for a channel's logger: only there paramiko tells that a signal ended a command."""
 
-    def __init__(self, behind: Any, bell: _Bell) -> None:
-        self._behind = behind
-        self._bell = bell
-        self.heard = False
+    def __init__(self, logger_of_paramiko: Any, event: _DataEvent) -> None:
+        self._logger = logger_of_paramiko
+        self._event = event
+        self.exit_signal = False
 
     def log(self, level: int, message: str, *args: object) -> None:
         """Called by paramiko."""
         if 'request "exit-signal"' in message:
-            self.heard = True
-            self._bell.set()
-        self._behind.log(level, message, *args)
-
-
-def _session(ssh: paramiko.SSHClient, seconds: float) -> Any:
-    """A channel for one command."""
-    transport = ssh.get_transport()
-    if transport is None or not transport.is_active():
-        raise SSHError("the connection to the machine is closed")
-    begin = time.monotonic()
-    try:
-        return transport.open_session(timeout=seconds)
-    except connection_errors() as error:
-        if not transport.is_active():
-            raise SSHError("the connection broke before the command was started") from error
-        if time.monotonic() - begin >= seconds:
-            raise _OutOfTimeError("open a channel for the command") from None
-        why = reason(error)
-        raise SSHError(f"the machine opened no channel for the command: {why}") from error
+            self.exit_signal = True
+            self._event.set()
+        self._logger.log(level, message, *args)
 
 
 def _feed(channel: Any, data: bytes) -> None:
@@ -8757,430 +8995,347 @@ def _feed(channel: Any, data: bytes) -> None:
 # ==================================================================================================
 # ssh.remote
 #
-# What runs on the machine for a transfer: one script for any POSIX shell, and its answers.
+# Run small scripts on a host for a transfer, by a POSIX shell that is started explicitly.
 #
-# A path goes as an argument in plain ASCII, whatever its bytes; lists of names go over standard
-# input. The first line that the script prints tells its output from what a shell's start-up files
-# may have printed before. Nothing in the output is trusted: lengths are bounded, numbers parsed.
+# The login shell sees one constant line without a backslash, which starts ``sh``; that reads its
+# script from standard input, between two lines with a random mark. So neither the kind of the login
+# shell matters, nor what its start-up files print, read or change. Nothing in the output is
+# trusted:
+# lengths are limited, numbers are parsed, names are checked.
 # ==================================================================================================
 
 
-MARK = "clore-transfer-1"
-BLOCK = 65536  # bytes; ranges begin at multiples of it
-MOST_NOISE = 65536  # bytes before the mark
-MOST_LINE = 65536
-WINDOW = 32 * 1024 * 1024  # bytes under way to us on one channel: 320 MB/s at 100 ms
-LAST_PATIENCE = 3.0  # seconds for each step of tidying up, after an error or Ctrl-C
+BLOCK = 65536  # bytes; chunks begin at multiples of it
+DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
+MAX_NOISE = 65536  # bytes before the mark
+MAX_LINE = 65536
+MAX_LEVELS = 256  # directories in each other; Python removes no tree that is much deeper
 CHANNEL_PAUSE = 0.05  # seconds; a channel that was closed is freed a little later
-MOST_LEVELS = 256  # directories within one another; Python removes no tree that is much deeper
-PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
+LAST_PATIENCE = 3.0  # seconds for each step of tidying up, after an error or Ctrl-C
+PADDING = b"\n" * 64  # lines for start-up files that read some
 
-SCRIPT = r"""
-export LC_ALL=C
+# In single quotes, and without what csh or fish would change there: a backslash, a quote, "!".
+BOOTSTRAP = (
+    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
+    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 9; done; s=; l=; '
+    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 9; done; '
+    'echo {mark}; eval "$s"\''
+)
+# For a script that reads nothing: it is an argument, a round trip earlier, with "@" for line ends.
+INLINE = (
+    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
+    "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
+)
+MAX_INLINE = 4096  # bytes; dropbear takes 9,000
+# What each script begins with. Relative paths count from the home directory, whatever directory
+# the start-up files changed to; `n` is a line end.
+PRELUDE = r"""
 unset CDPATH
-u() { t=$1; case $t in *\\*) t=$(printf %b "${t}x"); t=${t%x};; esac; }
-fail() { printf "no %s\n" "$*"; exit 1; }
-# What is not to be resumed goes with whoever fails last: also after the connection broke.
-drop() { [ "$keep" = 1 ] || rm -rf "$j" "$j.done"; fail "$*"; }
-need() { command -v "$1" >/dev/null 2>&1 || fail "the machine has no $1"; }
-# openssl is up to six times as fast as sha256sum.
-hash() {
-  if command -v openssl >/dev/null 2>&1; then openssl dgst -sha256 -r
-  else need sha256sum; sha256sum; fi
+no() { printf "no %s%s" "$*" "$n"; exit 1; }
+cd "${HOME:-/}" || no "there is no home directory ${HOME}"
+if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
+# openssl is up to six times as fast.
+if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; fi
+block=65536
+part() { # prints $3 bytes of the file $1 from its block $2 on
+  if [ $(($3 % block)) = 0 ]; then blocks "$1" "$2" $(($3 / block))
+  else blocks "$1" "$2" $(($3 / block + 1)) | head -c "$3"; fi
 }
-sum() { dd if="$1" bs=65536 skip="$2" count="$3" 2>/dev/null | head -c "$4" | hash; }
-ours() { dd if="$1" bs=65536 skip="$2" count="$3" 2>/dev/null | hash; }
-# $1: where to, $2: the name of what is sent, $3: f or d, $4: of the temporary. -> f, p
-target() {
-  u "$2"; n=$t; u "$1"; f=$t
-  if [ -d "$f" ]; then f=${f%/}/$n
-  else case $f in */) fail "there is no directory $f";; esac; fi
-  case $f in */*) d=${f%/*};; *) d=.;; esac
-  [ -d "${d:-/}" ] || fail "there is no directory ${d:-/}"
-  if [ "$3" = f ]; then [ ! -d "$f" ] || fail "$f is a directory"
-  else [ ! -e "$f" ] || [ -d "$f" ] || fail "$f is no directory"; fi
-  p=$d/.clore-part-$4
-}
-verb=$1; shift
-printf "%s\n" clore-transfer-1
-case $verb in
-look)
-  u "$1"
-  if [ -d "$t" ]; then
-    printf "d\n"; cd "$t" || exit 1
-    exec find . -exec stat -c "%f %s %Y %n" {} +
-  elif [ -f "$t" ]; then
-    s=$(stat -L -c "%s %Y %a" "$t") || exit 1
-    printf "f %s\n" "$s"
-    n=${s%% *}
-    [ "$n" -gt "$2" ] || head -c "$n" "$t" || exit 1
-    if [ "$n" -le "$2" ]; then
-      if [ "$3" = 1 ]; then head -c "$n" "$t" | hash; fi
-      stat -L -c "%s %Y %a" "$t"
-    fi
-  elif [ -e "$t" ]; then printf "o\n"
-  else printf "n\n"; fi;;
-get)
-  u "$1"; dd if="$t" bs=65536 skip="$2" count="$3" 2>/dev/null | head -c "$4"
-  sum "$t" "$2" "$3" "$4";;
-rangesum) u "$1"; sum "$t" "$2" "$3" "$4";;
-many) u "$1"; cd "$t" && exec xargs -0 cat --;;
-sums) need sha256sum; u "$1"; cd "$t" && exec xargs -0 sha256sum --;;
-sizes) target "$1" "$2" "$3" "$4"; cd "$p" && exec xargs -0 stat -c %s --;;
-putsums) need sha256sum; target "$1" "$2" "$3" "$4"; cd "$p" && exec xargs -0 sha256sum --;;
-begin) target "$1" "$2" "$3" "$4"; printf "ok\n"
-  if [ -s "$p.done" ]; then cat "$p.done"; else rm -rf "$p"; fi;;
-wipe) fail() { printf "ok\n"; exit 0; } # then there is nothing to be wiped
-  target "$1" "$2" "$3" "$4"; rm -rf "$p" "$p.done" && printf "ok\n";;
-put) # ... $5: name within, $6: block, $7: blocks, $8: bytes, $9: of the job, ${10}: whether to
-  # hash, ${11}: whether to keep what has arrived
-  target "$1" "$2" "$3" "$4"; u "$5"; j=$p; keep=${11}
-  if [ "$3" = d ]; then p=$p/$t; mkdir -p "${p%/*}" || exit 1; fi
-  e=$(dd of="$p" bs=65536 seek="$6" conv=notrunc 2>&1) || drop "$e"
-  e=${e##*
-}
-  [ "${e%% *}" = "$8" ] || drop "only ${e%% *} of $8 bytes arrived"
-  h=-
-  if [ "${10}" = 1 ]; then h=$(ours "$p" "$6" "$7"); fi
-  printf "%s\n" "$9" >>"$j.done" && printf "ok %s\n" "${h%% *}";;
-putsum) target "$1" "$2" "$3" "$4"; u "$5"; [ "$3" = f ] || p=$p/$t
-  ours "$p" "$6" "$7";;
-untar) # ... $5: m for times of now, p for modes as sent, $6: of the job, $7: whether to keep
-  # what has arrived
-  target "$1" "$2" "$3" "$4"; need tar; j=$p; keep=$7
-  mkdir -p "$p" || exit 1
-  e=$(cd "$p" && tar "-xo${5}f" - 2>&1) || drop "$e"
-  printf "%s\n" "$6" >>"$p.done" && printf "ok\n";;
-meta) # ... $5: name within, $6: mode, $7: time or -
-  target "$1" "$2" "$3" "$4"; u "$5"; [ "$3" = f ] || p=$p/$t
-  chmod "$6" "$p" || exit 1
-  if [ "$7" != - ]; then touch -d "@$7" "$p" || exit 1; fi
-  printf "ok\n";;
-finish) # ... $5: bytes, $6: mode, $7: time or -; begins when it is told to
-  read -r x; [ "$x" = go ] || exit 1
-  target "$1" "$2" "$3" "$4"
-  if [ "$3" = f ]; then
-    s=$(stat -c %s "$p") || exit 1
-    [ "$s" = "$5" ] || fail "$s of $5 bytes arrived"
-    chmod "$6" "$p" || exit 1
-    if [ "$7" != - ]; then touch -d "@$7" "$p" || exit 1; fi
-    mv -f "$p" "$f" || exit 1
-  elif [ ! -e "$f" ]; then mv "$p" "$f" || exit 1
-  else
-    cd "$p" || exit 1
-    case $f in /*) o=$f;; *) o=$OLDPWD/$f;; esac
-    # What is new there goes as a whole, with its modes and times.
-    find . -type d -exec sh -c "[ ! -e \"\$0/\$1\" ] && mv \"\$1\" \"\$0/\$1\"" "$o" {} \; -prune
-    find . -type d -exec sh -c "for d; do mkdir -p \"\$0/\$d\" || exit 1; done" "$o" {} + || exit 1
-    find . -type f -exec sh -c "for g; do mv -f \"\$g\" \"\$0/\$g\" || exit 1; done" "$o" {} + \
-      || exit 1
-    cd "$OLDPWD" && rm -rf "$p"
-  fi
-  rm -f "$p.done"
-  printf "ok %s\n" "$f";;
-esac
+blocks() { dd if="$1" bs=$block skip="$2" count="$3" iflag=fullblock 2>/dev/null; }
+list() { find . -exec stat -c "%f %s %Y %n" {} +; }
+"""
+# Prints what is missing for a transfer by the shell.
+CHECK_TOOLS = r"""
+for t in chmod dd find head mkdir mv rm stat tar touch xargs; do
+  command -v $t >/dev/null || no "lacks $t"
+done
+command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
+[ "$(echo abcdef | dd ibs=3 count=1 obs=4 iflag=fullblock 2>/dev/null)" = abc ] ||
+  no "lacks a dd with iflag=fullblock"
+stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 """
 
 
-def far_path(path: bytes) -> bytes:
-    """A remote path as the script wants it: relative ones and ``~`` count from the home."""
+class NoShellError(SSHError):
+    """A host runs no POSIX shell with the usual tools: only SFTP is left."""
+
+
+def remote_script(verb: str, body: str, **values: bytes | str | int) -> bytes:
+    """Return a script whose ``values`` are shell variables, quoted; ``verb`` names it."""
+    lines = [b": " + verb.encode()]
+    lines += [name.encode() + b"=" + sh_quoted(value) for name, value in values.items()]
+    return b"\n".join([*lines, (PRELUDE + body).encode()])
+
+
+def sh_quoted(value: bytes | str | int) -> bytes:
+    raw = value if isinstance(value, bytes) else str(value).encode()
+    return b"'" + raw.replace(b"'", b"'\"'\"'") + b"'"
+
+
+def inlined(script: bytes) -> str | None:
+    """Return a script as an argument that every login shell passes on as it is, or None."""
+    odd = set(script) & set(b"\\!@") or any(
+        (byte < 32 and byte != 10) or byte > 126 for byte in script
+    )
+    if odd or len(script) > MAX_INLINE:
+        return None
+    return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
+
+
+def remote_path(path: bytes) -> bytes:
+    """Return a remote path as the scripts want it: ``~`` and relative ones from the home."""
     if path == b"~" or path.startswith(b"~/"):
         path = path[1:].lstrip(b"/") or b"."
     elif path.startswith(b"~"):
         raise ValueError(
-            f"remote: of homes, only one's own is known (~/), not {printable(repr(path), 80)}"
+            "remote: a path may begin with ~/, one's own home, and not with another user's: "
+            f"{short_repr(path)}"
         )
     return path if path.startswith(b"/") else b"./" + path
 
 
-def far_command(verb: str, *arguments: bytes | str | int) -> str:
-    """The line that runs a verb of the script."""
-    words = " ".join(f"'{_escaped(a)}'" for a in arguments)
-    return f"exec sh -c '{SCRIPT}' clore {verb} {words}"
+class RemoteScript:
+    """A script that runs on a host: what is sent to it, and what it answers.
 
-
-def _escaped(argument: bytes | str | int) -> str:
-    raw = argument if isinstance(argument, bytes) else str(argument).encode("ascii")
-    if isinstance(argument, (str, int)):
-        return raw.decode("ascii")
-    return "".join(
-        chr(b) if chr(b).isascii() and (chr(b).isalnum() or b in b"/._-") else f"\\0{b:03o}"
-        for b in raw
-    )
-
-
-class NoChannelError(SSHError):
-    """A machine opens no further channel on a connection; sshd's MaxSessions is ten, else."""
-
-
-class Watch:
-    """Ends a connection that takes nothing any more, for as long as a block lasts.
-
-    paramiko writes to a socket with no limit of time, whatever the channel's timeout is.
+    Parameters:
+        timeout: seconds without anything sent or received.
+        patience: seconds for which a host without a free channel is asked again.
+        reads: whether the script reads anything.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(
+        self,
+        transport: Any,
+        script: bytes,
+        watchdog: Watchdog,
+        timeout: float,
+        *,
+        patience: float = 1.0,
+        window: int = COMMAND_WINDOW,
+        reads: bool = True,
+    ) -> None:
         self.timeout = timeout
-        self.bitten: set[Any] = set()
-        self._busy: dict[int, tuple[float, Any]] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="clore-transfer", daemon=True)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    @contextlib.contextmanager
-    def over(self, transport: Any) -> Iterator[None]:
-        """Something that writes to the machine, and by itself ends within the timeout."""
-        lane = threading.get_ident()
-        self._busy[lane] = (time.monotonic(), transport)
-        try:
-            yield
-        finally:
-            self._busy.pop(lane, None)
-
-    def hurry(self) -> None:
-        """It has failed: what is still to be done is not waited for as long."""
-        self.timeout = min(self.timeout, LAST_PATIENCE)
-
-    def _look(self) -> None:
-        while not self._over.wait(min(self.timeout, LAST_PATIENCE) / 4):
-            late = time.monotonic() - 1.25 * self.timeout - 0.25
-            for since, transport in list(self._busy.values()):
-                if since < late:
-                    self.bitten.add(transport)
-                    transport.close()
-
-
-class Exec:
-    """One verb that runs on the machine: what is sent to it, and what it answers."""
-
-    def __init__(self, ssh: Any, command: str, watch: Watch, patience: float = 0.0) -> None:
-        """``patience``: seconds for which a machine without a free channel is asked again."""
-        self._timeout = timeout = watch.timeout
-        self._watch = watch
-        transport = ssh.get_transport()
-        if transport is None:
-            raise SSHError("the connection is closed")
+        self._transport = transport
+        self._watchdog = watchdog
+        self._stuck = False
+        self._mark = secrets.token_hex(8)
+        self._buffer = memoryview(b"")  # received, and not read yet
+        self._begun = False
+        inline = None if reads else inlined(script)
+        line = BOOTSTRAP if inline is None else INLINE
+        command = line.format(mark=self._mark, script=inline)
         deadline = time.monotonic() + patience
         while True:
             try:
-                with watch.over(transport):
-                    self.channel = open_exec(transport, command, timeout, WINDOW, PACKET)
+                with self._limited():
+                    self.channel = open_session(transport, timeout, window)
+                    request_exec(self.channel, command)
                 break
             except NoChannelError:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(CHANNEL_PAUSE)
-        self._buffer = b""
-        self._begun = False
+        mark = self._mark.encode() + b"\n"
+        if inline is None:
+            self.send(PADDING + mark + script + b"\n" + mark)
+        if not reads:
+            self.end()
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError, EOFError), self._writing():
-            self.channel.close()
-
-    def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return self._watch.over(self.channel.get_transport())
-
-    def __enter__(self) -> Exec:
+    def __enter__(self) -> RemoteScript:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- there ---
+    def close(self) -> None:
+        with contextlib.suppress(*connection_errors()), self._limited():
+            self.channel.close()
+
+    def _limited(self) -> contextlib.AbstractContextManager[Any]:
+        """Limit a call that may hang while it writes; by itself it ends within the timeout."""
+        return self._watchdog.limit(1.25 * self.timeout + 0.25, self._give_up)
+
+    def _give_up(self) -> None:
+        self._stuck = True
+        self._transport.close()
+
+    # --- sending ---
 
     def send(self, data: bytes | memoryview) -> bool:
-        """Send all of it; False when the other side takes no more: its answer says why."""
+        """Send all of it; False when the host takes no more: its answer says why."""
         view = memoryview(data)
         try:
             while view:
-                with self._writing():
+                with self._limited():
                     view = view[self.channel.send(view[:BLOCK]) :]
-        except (OSError, EOFError) as error:
-            bitten = self.channel.get_transport() in self._watch.bitten
-            if bitten or isinstance(error, TimeoutError):
-                raise SSHError(f"the machine took nothing for {self._timeout:g}s") from None
+        except connection_errors() as error:
+            if self._stuck or isinstance(error, TimeoutError):
+                raise SSHError(f"the machine took nothing for {self.timeout:g}s") from None
             return False
         return True
 
     def end(self) -> None:
-        """There is no more to be sent."""
-        with contextlib.suppress(OSError, EOFError), self._writing():
+        """Say that there is no more to be sent."""
+        with contextlib.suppress(*connection_errors()), self._limited():
             self.channel.shutdown_write()
 
-    # --- and back ---
+    # --- receiving ---
 
-    def receive(self, most: int) -> bytes:
-        """Some of what the verb printed, at most ``most`` bytes; empty at its end."""
+    def read(self, most: int) -> bytes:
+        """Return some of what the script printed; empty at its end."""
         if not self._begun:
-            self._begin()
+            self._skip_noise()
         return self._more(most)
 
     def line(self) -> bytes:
-        """The next line, without its end; the rest where there is none."""
-        kept = b""
-        while b"\n" not in kept:
-            piece = self.receive(MOST_LINE)
-            kept += piece
+        """Return the next line without its end; the rest where there is none."""
+        line = b""
+        deadline = time.monotonic() + self.timeout
+        while not (end := line.find(b"\n") + 1):
+            piece = self.read(MAX_LINE)
             if not piece:
-                break
-            if len(kept) > MOST_LINE:
+                return line
+            line += piece
+            if len(line) > 4 * MAX_LINE:
                 raise SSHError("the machine answers with an endless line")
-        line, _, self._buffer = kept.partition(b"\n")
-        return line
+            if time.monotonic() > deadline and b"\n" not in line:
+                raise SSHError(f"the machine sent no whole line within {self.timeout:g}s")
+        self._push_back(line[end:])
+        return line[: end - 1]
+
+    def until(self, mark: bytes, most: int) -> bytes:
+        """Return what comes before a line with only the mark; at most so many bytes."""
+        text, ending, start = bytearray(b"\n"), b"\n" + mark + b"\n", 0
+        while (end := text.find(ending, start)) < 0:
+            start = max(0, len(text) - len(ending))
+            piece = self.read(MAX_LINE)
+            if not piece:
+                raise self.refused(bytes(text[1 : 1 + MAX_LINE]))
+            text += piece
+            if len(text) > most:
+                raise SSHError(f"the machine answers with more than {most} bytes")
+        self._push_back(bytes(text[end + len(ending) :]))
+        return bytes(text[1 : end + 1])
 
     def rest(self, most: int) -> bytes:
-        """All that is left; an error for more than ``most`` bytes."""
+        """Return all that is left; an error for more than ``most`` bytes."""
         pieces, size = [], 0
-        while piece := self.receive(BLOCK):
+        while piece := self.read(BLOCK):
             pieces.append(piece)
             size += len(piece)
             if size > most:
                 raise SSHError(f"the machine answers with more than {most} bytes")
         return b"".join(pieces)
 
-    def status(self) -> int:
-        """The exit status; -1 where none came."""
-        if not self.channel.status_event.wait(self._timeout):
-            raise SSHError(f"the machine said nothing for {self._timeout:g}s")
-        return int(self.channel.exit_status)
+    def answer(self, word: bytes) -> bytes:
+        """Return what follows a word at the start of the next line, which must begin with it."""
+        line = self.line()
+        if line == word or line.startswith(word + b" "):
+            return line[len(word) + 1 :]
+        raise self.refused(line)
 
-    def answer(self) -> str:
-        """What follows ``ok``; an error for anything else."""
-        text = self.rest(MOST_LINE).decode("utf-8", "surrogateescape")
-        word, _, more = text.partition("\n")[0].partition(" ")
-        if word == "ok" and text.endswith("\n"):
-            return text[3:-1]
-        raise self.refused(more if word == "no" else text, text[3:] if word == "no" else "")
-
-    def refused(self, *said: str) -> SSHError:
-        """An error with what the machine says of it."""
-        said = (*said, self.errors())
-        transport = self.channel.get_transport()
-        if not any(s.strip() for s in said) and not transport.is_active():
+    def refused(self, line: bytes = b"") -> SSHError:
+        """Return an error with what the host says."""
+        if line.startswith(b"no lacks "):
+            return NoShellError(f"the machine {printable(os.fsdecode(line[3:]), 80)}")
+        said = line[3:] if line.startswith(b"no ") else b""
+        if not said:
+            said = self.errors() or line
+        if not said.strip() and not self._transport.is_active():
             return SSHError("the connection broke")
-        text = next((s.strip() for s in said if s.strip()), "it does not say why")
+        text = said.decode("utf-8", "replace").strip() or "it does not say why"
         return SSHError(f"the machine refuses: {printable(text, 500)}")
 
-    def errors(self) -> str:
-        """What has come on the other stream."""
+    def status(self) -> int:
+        """Wait for the exit status; -1 where none came."""
+        if not self.channel.status_event.wait(self.timeout):
+            raise SSHError(f"the machine sent nothing for {self.timeout:g}s")
+        return int(self.channel.exit_status)
+
+    def errors(self) -> bytes:
+        """Return what has come on the other stream."""
         text = b""
         deadline = time.monotonic() + 1.0
-        while self.channel.recv_stderr_ready() and len(text) < MOST_LINE:
-            with self._writing():
-                text += self.channel.recv_stderr(MOST_LINE)
+        while self.channel.recv_stderr_ready() and len(text) < MAX_LINE:
+            with self._limited():
+                text += self.channel.recv_stderr(MAX_LINE)
             if time.monotonic() > deadline:
                 break
-        return text.decode("utf-8", "replace")
+        return text
 
     def _more(self, most: int) -> bytes:
-        if self._buffer:
-            piece, self._buffer = self._buffer[:most], self._buffer[most:]
-            return piece
-        try:
-            with self._writing():  # the window is widened
-                return self.channel.recv(most)  # type: ignore[no-any-return]
-        except TimeoutError:
-            raise SSHError(f"the machine sent nothing for {self._timeout:g}s") from None
+        if not self._buffer:
+            try:
+                with self._limited():  # it may widen the window
+                    # All that there is: paramiko moves what it keeps with every read.
+                    self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
+            except TimeoutError:
+                raise SSHError(f"the machine sent nothing for {self.timeout:g}s") from None
+            except connection_errors():
+                raise SSHError("the connection broke") from None
+        piece, self._buffer = self._buffer[:most], self._buffer[most:]
+        return bytes(piece)
 
-    def _begin(self) -> None:
-        """Skip what comes before the mark."""
+    def _push_back(self, data: bytes) -> None:
+        if data:
+            self._buffer = memoryview(data + bytes(self._buffer))
+
+    def _skip_noise(self) -> None:
+        """Skip what start-up files print before the mark."""
         self._begun = True
-        wanted, seen = MARK.encode() + b"\n", b""
-        deadline = time.monotonic() + self._timeout
-        while wanted not in seen:
+        mark, seen = self._mark.encode() + b"\n", b""
+        deadline = time.monotonic() + self.timeout
+        while mark not in seen:
             piece = self._more(BLOCK)
+            if not piece:
+                raise self._no_shell(seen)
             seen += piece
-            if not piece or len(seen) > MOST_NOISE or time.monotonic() > deadline:
-                errors = self.errors()
-                if not seen and not errors and not self.channel.get_transport().is_active():
-                    raise SSHError("the connection broke")
-                said = errors.strip() or seen.decode("utf-8", "replace").strip() or "nothing"
-                raise SSHError(
-                    f"the machine runs no shell as it should, and says: {printable(said, 300)}"
-                )
-        self._buffer = seen.partition(wanted)[2] + self._buffer
+            late = len(seen) > MAX_NOISE + BLOCK or time.monotonic() > deadline
+            if late and mark not in seen:
+                raise SSHError("the machine prints without an end before it starts a shell")
+        self._push_back(seen.partition(mark)[2])
 
-
-def open_exec(transport: Any, command: str, timeout: float, window: int, packet: int) -> Any:
-    """A channel on which a command runs, without a wait for the answer to the request.
-
-    paramiko's own ``exec_command`` waits for that, with no limit of time: a round trip, or for
-    ever with a machine that hangs. A refusal closes the channel.
-    """
-    import paramiko
-    from paramiko.common import cMSG_CHANNEL_REQUEST
-
-    try:
-        channel = transport.open_session(
-            window_size=window, max_packet_size=packet, timeout=timeout
-        )
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        text = printable(str(error) or type(error).__name__, 200)
-        # A refusal comes as another error where another thread has taken paramiko's own.
-        refused = isinstance(error, paramiko.SSHException) and "Timeout" not in text
-        kind = NoChannelError if refused and transport.is_active() else SSHError
-        raise kind(f"the machine opens no channel: {text}") from error
-    channel.settimeout(timeout)
-    for pipe in (channel.in_buffer, channel.in_stderr_buffer):
-        _bound(pipe, window + packet)
-    request = paramiko.Message()
-    request.add_byte(cMSG_CHANNEL_REQUEST)
-    request.add_int(channel.remote_chanid)
-    request.add_string("exec")
-    request.add_boolean(True)
-    request.add_string(command)
-    try:
-        transport._send_user_message(request)
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        raise SSHError("the connection broke") from error
-    return channel
-
-
-def _bound(pipe: Any, most: int) -> None:
-    """End the connection of a machine that sends more than the window allows: paramiko keeps it."""
-    feed = pipe.feed
-
-    def bounded(data: Any) -> None:
-        if len(pipe) + len(data) > most:
-            raise EOFError  # in paramiko's own thread, which then closes all
-        feed(data)
-
-    pipe.feed = bounded
+    def _no_shell(self, seen: bytes) -> SSHError:
+        if not self._transport.is_active():
+            return SSHError("the connection broke")
+        said = (self.errors().strip() or seen.strip() or b"nothing").decode("utf-8", "replace")
+        return NoShellError(f"the machine runs no shell, and says: {printable(said, 300)}")
 
 
 def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
-    """Read what ``find -exec stat`` printed: mode, size, time and name of each entry."""
-    # A name may hold a newline: an entry begins where mode, size, time and "./" stand.
+    """Read what the function ``list`` printed: mode, size, time and name of each entry."""
+    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
     pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
     entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
     at = count = 0
     while at < len(text):
         found = entry.match(text, at)
+        if found is None:
+            shown = printable(repr(text[at : at + 80]), 120)
+            raise SSHError(f"the machine lists what can't be read: {shown}")
         count += 1
-        if found is None or count > most:
-            raise SSHError(
-                f"the machine lists what can't be read: {printable(repr(text[at : at + 80]), 120)}"
-                if found is None
-                else f"the machine lists more than {most} files"
-            )
+        if count > most:
+            raise SSHError(f"the machine lists more than {most} files")
         mode, size, mtime, name = found.groups()
         take(int(mode, 16), int(size), int(mtime), name[2:])
         at = found.end()
 
 
+def parse_digests(text: bytes, count: int) -> list[str]:
+    """Read the SHA-256 that sha256sum or openssl printed, in the order of the names."""
+    # What else stands on a line is a piece of a name: not every sha256sum escapes line ends.
+    digests = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
+    if len(digests) != count:
+        raise SSHError(f"the machine hashed {len(digests)} files instead of {count}")
+    return digests
+
+
 def checked_name(name: bytes) -> str:
-    """A name below a directory, from the machine, as it may be used here."""
+    """Check a name below a directory, as the host sent it; the name to use here."""
     parts = name.split(b"/")
     if not name or b"\0" in name or any(part in (b"", b".", b"..") for part in parts):
         raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
-    if len(parts) > MOST_LEVELS:
+    if len(parts) > MAX_LEVELS:
         raise SSHError(f"the machine names a file below {len(parts)} directories")
     text = os.fsdecode(name)
     if os.name == "nt" and re.search(r'[\\:*?"<>|]', text):
@@ -9191,56 +9346,58 @@ def checked_name(name: bytes) -> str:
 # ==================================================================================================
 # ssh.transfer
 #
-# What uploads and downloads have in common: jobs, the lanes that do them, and progress.
+# What uploads and downloads share: their arguments, the workers, progress and results.
 # ==================================================================================================
 
 
-SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller ones of a directory travel together
-BUNDLE_BYTES = 8 * 1024 * 1024
-BUNDLE_FILES = 1000
-SHORTEST_RANGE = 4 * 1024 * 1024
-LONGEST_RANGE = 64 * 1024 * 1024
-MOST_RANGES = 16384  # of all files; a machine may say that one has 10**18 bytes
-MOST_STREAMS = 16
-LONGEST_ANSWER = 256 * 1024 * 1024  # bytes of a listing
-CHUNK = 256 * 1024  # bytes between two looks at whether to go on
+TRANSFER_PIECE = 256 * 1024  # bytes between two looks at whether to go on
+MAX_STREAMS = 16
+MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing
+SYMLINK_WAYS = ("skip", "copy", "follow")
 PART = ".clore-part-"
+LAST_TIME = 253_402_300_799  # of the year 9999; filesystems know no times far beyond
+CHANNEL_PATIENCE = 0.5  # seconds until a worker leaves its work to the others
+NEAR = 0.02  # seconds of a round trip, below which one channel fills the line
 
-Another = Callable[[], Any] | None
 
-
-class Options:
+class TransferOptions:
     """The arguments of a transfer, checked."""
 
     def __init__(
-        self,
-        local: Any,
-        remote: Any,
-        preserve: Any,
-        verify: Any,
-        resume: Any,
-        streams: Any,
-        progress: Any,
-        timeout: Any,
-    ) -> None:
+        self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
+        resume: Any = False, symlinks: Any = "skip", streams: Any = None, max_bytes: Any = None,
+        progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
+    ) -> None:  # fmt: skip
         self.local = check_path("local", local)
         self.remote = check_path("remote", remote)
         self.preserve = check_bool("preserve", preserve)
         self.verify = check_bool("verify", verify)
         self.resume = check_bool("resume", resume)
-        if streams is not None:
-            if type(streams) is not int:
-                raise TypeError(f"streams must be a whole number, not {short_repr(streams)}")
-            check_number("streams", streams, minimum=1, maximum=MOST_STREAMS)
+        if symlinks not in SYMLINK_WAYS:
+            raise ValueError(
+                f"symlinks must be 'skip', 'copy' or 'follow', not {short_repr(symlinks)}"
+            )
+        self.symlinks: str = symlinks
+        for name, value, low, high in (
+            ("streams", streams, 1, MAX_STREAMS), ("max_bytes", max_bytes, 0, float("inf")),
+        ):  # fmt: skip
+            if value is not None:
+                if type(value) is not int:
+                    raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
+                check_number(name, value, minimum=low, maximum=high)
         self.streams: int | None = streams
+        self.max_bytes: int | None = max_bytes
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be callable, not {short_repr(progress)}")
         self.progress: Callable[[str, int, int], object] | None = progress
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
+        if deadline is not None:
+            check_number("deadline", deadline, above=True, unit="seconds")
+        self.deadline: float | None = deadline
 
 
 def check_path(name: str, value: Any) -> bytes:
-    """A path as bytes."""
+    """Check a path; as bytes."""
     if not isinstance(value, (str, bytes, os.PathLike)):
         raise TypeError(f"{name} must be a path, not {short_repr(value)}")
     try:
@@ -9249,321 +9406,289 @@ def check_path(name: str, value: Any) -> bytes:
         raise ValueError(f"{name} has a character that no path may have") from None
     if not path or b"\0" in path:
         raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
-    if name == "local":
-        check_local_path(name, path)
+    check_local_path(name, path)  # no host has longer ones either
     return path
 
 
-class Item:
-    """A file or directory of a transfer.
+class FileEntry:
+    """A file, directory or symlink of a transfer.
 
     Attributes:
         name: below the directory that is transferred; empty for a single file.
-        size: bytes; 0 for a directory.
+        kind: ``"f"``, ``"d"`` or ``"l"``.
+        size: bytes; 0 unless it is a file.
         mtime: nanoseconds.
         mode: permissions.
-        folder: whether it is a directory.
+        link: where a symlink leads.
     """
 
-    __slots__ = ("folder", "mode", "mtime", "name", "size")
+    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
 
-    def __init__(self, name: bytes, size: int, mtime: int, mode: int, folder: bool = False) -> None:
+    def __init__(
+        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
+    ) -> None:
         self.name = name
-        self.size = 0 if folder else size
+        self.kind = kind
+        self.size = size if kind == "f" else 0
         self.mtime = mtime
         self.mode = mode
-        self.folder = folder
+        self.link = link
 
     @property
-    def shown(self) -> str:
-        return os.fsdecode(self.name)
+    def facts(self) -> tuple[bytes, int, int]:
+        """What tells that a source has changed."""
+        return (self.name, self.size, self.mtime)
 
 
-class Job:
-    """What one command on the machine does: a range of a file, or a bundle of small files."""
-
-    __slots__ = ("items", "key", "length", "start")
-
-    def __init__(self, items: list[Item], start: int = 0, length: int | None = None) -> None:
-        self.items = items
-        self.start = start
-        self.length = length  # None: a bundle
-        # The time of a directory changes with every file that is made in it.
-        facts = [(i.name, i.size, 0 if i.folder else i.mtime) for i in items]
-        # Says that it is done in the record, so that a source that has changed is another job.
-        self.key = hashlib.sha256(repr((facts, start, length)).encode()).hexdigest()[:32]
-
-    @property
-    def files(self) -> list[Item]:
-        return [item for item in self.items if not item.folder]
-
-    @property
-    def size(self) -> int:
-        return sum(i.size for i in self.items) if self.length is None else self.length
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """The first block of a range, and how many there are."""
-        return self.start // BLOCK, -(-(self.length or 0) // BLOCK)
+def facts_key(facts: object) -> str:
+    """Return a key for a record of what is done: another source has another key."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def plan(items: Iterable[Item], bundled: bool, resumable: bool) -> list[Job]:
-    """The jobs for the files, the same for the same files; ``resumable`` ones are smaller."""
-    parts, least = (64, SHORTEST_RANGE // 4) if resumable else (16, SHORTEST_RANGE)
-    jobs: list[Job] = []
-    bundle: list[Item] = []
-    size = 0
-    items = list(items)
-    longest = max(LONGEST_RANGE, sum(i.size for i in items) // MOST_RANGES // BLOCK * BLOCK)
-    for item in items:
-        if bundled and item.size < SMALL_FILE:
-            bundle.append(item)
-            size += item.size
-            if size >= BUNDLE_BYTES or len(bundle) >= BUNDLE_FILES:
-                jobs.append(Job(bundle))
-                bundle, size = [], 0
-            continue
-        step = min(max(-(-item.size // (parts * BLOCK)) * BLOCK, least), longest)
-        for start in range(0, max(item.size, 1), step):
-            jobs.append(Job([item], start, min(step, item.size - start)))
-    if bundle:
-        jobs.append(Job(bundle))
-    return jobs
-
-
-def leave_out(skipped: list[tuple[str, str]], name: str, link: str | None) -> None:
-    """Tell of what is not transferred: a symlink, with where it leads, or what is no file."""
-    why = "it is no file" if link is None else f"a symlink to {link}" if link else "a symlink"
-    skipped.append((name, why))
-    logger.warning("left out: %s, %s", printable(name, 300), printable(why, 300))
+def links_within(name: bytes, link: bytes) -> bytes | None:
+    """Return the name, in the same tree, that a symlink leads to; None for outside of it."""
+    if link.startswith(b"/") or not link:
+        return None
+    parts = name.split(b"/")[:-1]
+    for part in link.split(b"/"):
+        if part == b"..":
+            if not parts:
+                return None
+            parts.pop()
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return b"/".join(parts)
 
 
 class StoppedError(Exception):
-    """Another lane has failed; within a transfer only."""
+    """Another worker has failed; within a transfer only."""
 
 
-class Reporter:
-    """Gathers what the lanes have done, for the user's callback and for errors."""
+class Transfer:
+    """One transfer: its workers, progress, deadline, and errors.
 
-    def __init__(self, name: str, options: Options) -> None:
-        self.name = name  # of the whole
-        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    Attributes:
+        name: of the whole, for errors.
+        skipped: (name, why) of what is left out.
+    """
+
+    def __init__(self, pool: ConnectionPool, options: TransferOptions, name: str) -> None:
+        self.name = name
+        self.options = options
+        self.pool = pool
+        self.watchdog = Watchdog()
+        self.skipped: list[tuple[str, str]] = []
         self.stopped = threading.Event()
-        self.done: dict[bytes, int] = {}
-        self._options = options
+        self._expired = False
+        self._timeout = options.timeout
+        self._done: dict[bytes, int] = {}
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._owner = threading.get_ident()
-        self._alive = time.monotonic()
-        self.on_crowd: Callable[[], object] = lambda: None
-        self._running: weakref.WeakSet[Exec] = weakref.WeakSet()
+        self._workers: list[threading.Thread] = []
+        self._started = time.monotonic()
+        self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
         self._lock = threading.Lock()
-        self.watch = Watch(options.timeout)
 
-    def exec(self, ssh: Any, command: str) -> Exec:
-        """Run a verb in a lane; it is cut off when the transfer stops."""
-        # A lane gives way to others; nobody else asks for a channel when there are none.
-        patience = self._options.timeout if threading.get_ident() == self._owner else 0.0
-        running = Exec(ssh, command, self.watch, patience)
-        self._alive = time.monotonic()
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Hold the deadline, for the length of a block."""
+        deadline = self.options.deadline
+        # The pool counts from its first login on.
+        left = float("inf") if deadline is None else deadline - self.pool.age
+        with self.watchdog, self.watchdog.limit(left, self._expire):
+            yield
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.stop()
+        self.pool.break_off()
+
+    def restart(self) -> None:
+        """Begin again in another way."""
+        self.stopped.clear()
+        self._timeout = self.options.timeout
+        self._done.clear()
+        self._events = queue.SimpleQueue()
+
+    @property
+    def timeout(self) -> float:
+        """Seconds without anything sent or received."""
+        return self._timeout
+
+    @property
+    def near(self) -> bool:
+        """Whether the host is so near that one channel fills the line."""
+        return self.pool.round_trip < NEAR
+
+    def script(
+        self,
+        ssh: Any,
+        script: bytes,
+        window: int = COMMAND_WINDOW,
+        patient: bool = True,
+        reads: bool = True,
+    ) -> RemoteScript:
+        """Start a script, which ends when the transfer stops."""
+        patience = CHANNEL_PATIENCE
+        if patient and threading.get_ident() == self._owner:
+            patience = self._timeout
+        running = RemoteScript(
+            ssh.get_transport(), script, self.watchdog, self._timeout, patience=patience,
+            window=window, reads=reads,
+        )  # fmt: skip
         with self._lock:
             self._running.add(running)
-        if self.stopped.is_set():
+        if self.stopped.is_set() and threading.get_ident() != self._owner:
             running.close()
             raise StoppedError
         return running
 
-    def crowded(self, error: NoChannelError) -> None:
-        """A lane got no channel: it may get one when another lane has done its job."""
-        if time.monotonic() - self._alive > self._options.timeout:
-            raise error
-        self.on_crowd()
-        self.stopped.wait(CHANNEL_PAUSE)
-
-    def cut(self) -> None:
-        """End what runs in the lanes."""
+    def stop(self, but: RemoteScript | None = None) -> None:
+        """End what the workers do; what is still to be tidied up is not waited for as long."""
+        self.stopped.set()
+        self._timeout = min(self._timeout, LAST_PATIENCE)
         with self._lock:
-            all_of_them = list(self._running)
-        for running in all_of_them:
-            running.close()
+            running = list(self._running)
+        for script in running:
+            script.timeout = min(script.timeout, LAST_PATIENCE)
+            if script is not but:
+                script.close()
 
-    def called(self, item: Item) -> str:
-        return item.shown if item.name else self.name
+    # --- workers ---
 
-    def moved(self, item: Item, size: int) -> None:
-        """Some bytes of a file were moved; stops the lane where it is to stop."""
-        self._alive = time.monotonic()
-        if threading.get_ident() == self._owner:
-            self.count(item, size)
-            return
-        self.events.put((item, size))
-        if self.stopped.is_set():
-            raise StoppedError
+    def start_workers(self, connections: int, workers: int, work: Callable[[Any], None]) -> None:
+        """Start threads that each call ``work`` with a connection."""
+        connections = min(connections, self.pool.size)
+        for number in range(workers):
+            worker = start_thread("transfer", self._work, number % connections, work)
+            self._workers.append(worker)
 
-    def count(self, item: Item, size: int) -> None:
-        """In the caller's thread: tell the user."""
-        done = self.done[item.name] = self.done.get(item.name, 0) + size
-        if self._options.progress is not None:
-            self._options.progress(self.called(item), done, item.size)
-
-    def failed(self, error: BaseException, item: Item | None) -> BaseException:
-        """The error to raise for what went wrong with a file."""
-        if item is None or not isinstance(error, (SSHError, OSError, EOFError)):
-            return error
-        name, done = self.called(item), self.done.get(item.name, 0)
-        kept = "; what has arrived is kept for resume=True" if self._options.resume and done else ""
-        reason = printable(str(error) or type(error).__name__, 500)
-        failure = TransferError(
-            f"{printable(name, 300)} was not transferred, after {done} of {item.size} bytes: "
-            f"{reason}{kept}",
-            name=name,
-            done=done,
-            total=item.size,
-        )
-        failure.__cause__ = error
-        return failure
-
-    def judged(self, error: BaseException, files: list[Item]) -> BaseException:
-        """The same for what went wrong with the whole."""
-        if isinstance(error, TransferError) or not isinstance(error, (SSHError, OSError, EOFError)):
-            return error
-        whole = Item(b"", sum(item.size for item in files), 0, 0)
-        self.done[b""] = sum(self.done.values())
-        return self.failed(error, whole)
-
-    def result(
-        self, path: str, files: list[Item], started: float, skipped: list[tuple[str, str]]
-    ) -> Transferred:
-        """What is told in the end."""
-        size, duration = sum(item.size for item in files), time.monotonic() - started
-        logger.debug("%d files, %d bytes in %.2f s: %s", len(files), size, duration, self.name)
-        return Transferred(path, len(files), size, duration, skipped)
-
-
-Work = Callable[[Any, Job], None]
-
-
-class Lanes:
-    """Threads that do jobs, each over a channel of its own, on one or more connections."""
-
-    def __init__(self, ssh: Any, another: Another, connections: int, channels: int) -> None:
-        self._opened: dict[int, Any] = {0: ssh}
-        self._another = another
-        self._connections = 1 if another is None else connections
-        self._channels = channels
-        self._locks = [threading.Lock() for _ in range(self._connections)]
-
-    def run(
-        self, jobs: list[Job], work: Work, report: Reporter,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> None:  # fmt: skip
-        """Do all jobs, and something else meanwhile. The first error stops all, and is raised."""
-        todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        for job in jobs:
-            todo.put(job)
-        count = min(len(jobs), self._connections * self._channels)
-        lanes = [
-            threading.Thread(
-                target=self._lane,
-                args=(number % self._connections, todo, work, report),
-                name="clore-transfer",
-                daemon=True,
-            )
-            for number in range(count)
-        ]
-        try:
-            for lane in lanes:
-                lane.start()
-            if meanwhile is not None:
-                meanwhile()
-            self._oversee(len(lanes), report)
-        except BaseException:
-            report.stopped.set()
-            report.watch.hurry()
-            raise
-        finally:
-            # What is left of the others' work would hold the end up for as long as timeout.
-            if report.stopped.is_set():
-                report.cut()
-            for lane in lanes:
-                if lane.ident is not None:  # it was started
-                    lane.join()
-            self._close()
-
-    def _oversee(self, running: int, report: Reporter) -> None:
+    def _work(self, number: int, work: Callable[[Any], None]) -> None:
         failure: BaseException | None = None
-        while running:
-            what, more, *job = report.events.get()
-            if what is None:
-                running -= 1
-                if more is not None and failure is None:
-                    failure = report.failed(more, job[0].items[0] if job[0] is not None else None)
-                    report.stopped.set()
-                    report.cut()
-            elif failure is None:
-                report.count(what, more)
-        if failure is not None:
-            raise failure
-
-    def _lane(
-        self, number: int, todo: queue.SimpleQueue[Job], work: Work, report: Reporter
-    ) -> None:
-        failure: BaseException | None = None
-        job: Job | None = None
         try:
-            ssh = self._connection(number)
-            while ssh is not None and not report.stopped.is_set():
-                try:
-                    job = todo.get_nowait()
-                except queue.Empty:
-                    break
-                try:
-                    work(ssh, job)
-                except NoChannelError as error:
-                    todo.put(job)
-                    report.crowded(error)
+            ssh = self.pool.get(number)
+            if ssh is not None:
+                work(ssh)
         except StoppedError:
             pass
         except BaseException as error:
             failure = error
-        report.events.put((None, failure, job))
+        self._events.put((None, failure))
 
-    def _connection(self, number: int) -> Any:
-        """The connection of that number; None where the machine does not take so many."""
-        with self._locks[number]:
-            if number not in self._opened:
-                self._opened[number] = self._open()
-            return self._opened[number]
+    def finish_workers(self) -> None:
+        """Tell the user what the workers do, until all have ended; raises the first error.
 
-    def _open(self) -> Any:
-        try:
-            return self._another() if self._another is not None else None
-        except (SSHError, OSError) as error:
-            logger.debug("a further connection is refused, it goes on without: %s", error)
-            return None
+        A worker that gets no channel leaves its work to the others.
+        """
+        left, failure = len(self._workers), None
+        while left:
+            entry, more = self._events.get()
+            if entry is not None:
+                if failure is None:
+                    self.count(entry, more)
+                continue
+            left -= 1
+            if isinstance(more, NoChannelError):
+                logger.debug("a worker ends: %s", more)
+            elif more is not None and failure is None:
+                failure = more
+                self.stop()
+        if failure is not None:
+            raise failure
 
-    def _close(self) -> None:
-        for number, ssh in list(self._opened.items()):
-            if number and ssh is not None:
-                ssh.close()
+    def join_workers(self) -> None:
+        for worker in self._workers:
+            worker.join()
+        self._workers = []
+
+    # --- progress ---
+
+    def moved(self, entry: FileEntry, size: int) -> None:
+        """Count bytes of a file that were moved; ends a worker that is to stop."""
+        if threading.get_ident() == self._owner:
+            self.count(entry, size)
+            return
+        self._events.put((entry, size))
+        if self.stopped.is_set():
+            raise StoppedError
+
+    def count(self, entry: FileEntry, size: int) -> None:
+        """Tell the user, in the caller's thread."""
+        if self._expired:
+            raise SSHError("the deadline has passed")
+        done = self._done[entry.name] = self._done.get(entry.name, 0) + size
+        if self.options.progress is not None:
+            self.options.progress(self.called(entry), done, entry.size)
+
+    def called(self, entry: FileEntry) -> str:
+        """Return the name of a file, fit for a terminal."""
+        return printable(os.fsdecode(entry.name) if entry.name else self.name)
+
+    def leave_out(self, name: bytes, why: str) -> None:
+        """Note what is not transferred."""
+        self.skipped.append((printable(os.fsdecode(name)), printable(why)))
+        logger.warning("left out: %s, %s", *self.skipped[-1])
+
+    # --- the end ---
+
+    def failed(self, error: BaseException, files: list[FileEntry]) -> BaseException:
+        """Return the error to raise."""
+        if isinstance(error, TransferError) or not isinstance(
+            error, (SSHError, *connection_errors())
+        ):
+            return error
+        entry = getattr(error, "entry", None)
+        done = sum(self._done.values()) if entry is None else self._done.get(entry.name, 0)
+        total = sum(file.size for file in files) if entry is None else entry.size
+        name = printable(self.name) if entry is None else self.called(entry)
+        kept = "; what has arrived is kept for resume=True" if self.options.resume and done else ""
+        why = printable(str(error) or type(error).__name__, 500)
+        if self._expired:
+            why = f"it took longer than deadline={self.options.deadline:g} seconds"
+        failure = TransferError(
+            f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: "
+            f"{why}{kept}",
+            name=name, done=done, total=total,
+        )  # fmt: skip
+        failure.__cause__ = error
+        return failure
+
+    def result(self, path: bytes | str, files: list[FileEntry]) -> TransferResult:
+        """Return what is told in the end."""
+        size, duration = sum(file.size for file in files), time.monotonic() - self._started
+        logger.debug("%d files, %d bytes in %.2f s: %s", len(files), size, duration, self.name)
+        shown = printable(os.fsdecode(path))
+        return TransferResult(shown, len(files), size, duration, self.skipped)
+
+
+@contextlib.contextmanager
+def about(entry: FileEntry) -> Iterator[None]:
+    """Note in an error which file it is about."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "entry"):
+            with contextlib.suppress(AttributeError):
+                error.entry = entry  # type: ignore[attr-defined]
+        raise
+
+
+def chunk_size(size: int, resume: bool) -> int:
+    """Return how many bytes of a file are recorded at a time; small where it may be resumed."""
+    if not resume:
+        return 64 * BLOCK
+    return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
 
 
 def file_digest(path: str | Path, start: int, length: int) -> str:
-    """SHA-256 of a part of a local file."""
+    """Return the SHA-256 of a part of a local file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(start)
-        while length > 0 and (piece := file.read(min(CHUNK, length))):
+        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
             digest.update(piece)
             length -= len(piece)
     return digest.hexdigest()
-
-
-def parse_sums(text: bytes, count: int) -> list[str]:
-    """The digests that sha256sum printed, in the order of the names."""
-    # What else stands on a line is a piece of a name: not every sha256sum escapes newlines.
-    sums = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
-    if len(sums) != count:
-        raise SSHError(f"the machine hashed {len(sums)} files instead of {count}")
-    return sums
 
 
 # ==================================================================================================
@@ -9573,511 +9698,1435 @@ def parse_sums(text: bytes, count: int) -> list[str]:
 # ==================================================================================================
 
 
-class DoneRecord:
-    """What a download that may be resumed has done so far; held under a lock."""
+ZEROS = bytes(TRANSFER_PIECE)
+CHANGED = "it was changed meanwhile"
+Ranges = list[tuple[int, int]]  # start and length
 
-    def __init__(self, part: Path) -> None:
-        self._part = part
-        self._path = Path(f"{part}.done")
-        self.done: set[str] = set()
+
+class RemoteTree:
+    """What the host says there is in a directory; read with care."""
+
+    def __init__(self) -> None:
+        self.entries: list[FileEntry] = []
+        self.odd: list[bytes] = []  # neither file, directory nor symlink
+        self.root = FileEntry(b"", 0, 0, 0o755, "d")
+        self._folders = {b""}
+        self._names: set[bytes] = set()
+
+    @property
+    def files(self) -> list[FileEntry]:
+        return [entry for entry in self.entries if entry.kind == "f"]
+
+    def links(self, transfer: Transfer) -> list[FileEntry]:
+        """Return the symlinks to transfer; what is left out is told."""
+        for name in self.odd:
+            transfer.leave_out(name, "it is no file")
+        links = [entry for entry in self.entries if entry.kind == "l"]
+        if transfer.options.symlinks != "skip":
+            return links
+        for entry in links:
+            transfer.leave_out(entry.name, "a symlink")
+        self.entries = [entry for entry in self.entries if entry.kind != "l"]
+        return []
+
+    def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
+        """Take one entry of the listing."""
+        kind = {stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFREG: "f"}.get(stat.S_IFMT(mode))
+        entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
+        if not name and kind == "d":
+            self.root = entry
+            return
+        checked_name(name)
+        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
+            raise SSHError(f"the machine lists {printable(repr(name), 120)} where it can't be")
+        self._names.add(name)
+        if kind == "d":
+            self._folders.add(name)
+        if kind is None:
+            self.odd.append(name)
+        else:
+            self.entries.append(entry)
+
+
+class LocalPart:
+    """The temporary file or directory of a download, and the record of what has arrived.
+
+    Attributes:
+        target: where it goes in the end.
+        done: what an earlier download has left, by file: ranges.
+    """
+
+    def __init__(self, target: str, remote: bytes, options: Any) -> None:
+        self.target = target
+        self._options = options
+        whole = os.path.abspath(target)
+        # A name that the next try finds again, or one of nobody else's.
+        same = facts_key((remote, whole))[:20]
+        token = same if options.resume else os.urandom(10).hex()
+        self._part = Path(os.path.dirname(whole)) / f"{PART}{token}"
+        self._record: Any = None
+        self._record_path = Path(f"{self._part}.done")
         self._lock = threading.Lock()
+        self._size = 0
+        self._single: FileEntry | None = None
+        self.done: dict[str, Ranges] = {}
 
-    def __enter__(self) -> DoneRecord:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        self._file = os.fdopen(os.open(self._path, flags, 0o600), "r+", encoding="latin-1")
-        if not (lock_file(self._file.fileno()) and self._is_there()):
-            self._file.close()
-            raise SSHError("another process is at the same transfer")
-        self.done = set(self._file.read().split())
+    def __enter__(self) -> LocalPart:
+        if self._options.resume:
+            self._open_record()
+            self.done = self._read_record()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if not os.path.lexists(self._part):
-            self._path.unlink(missing_ok=True)  # there is nothing to go on from
-        self._file.close()
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is not None and not self._options.resume:
+            self._remove()
+        if self._record is not None:
+            if not os.path.lexists(self._part):
+                self._record_path.unlink(missing_ok=True)  # there is nothing to go on from
+            self._record.close()
+
+    # --- the record ---
+
+    def _open_record(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        handle = os.open(self._record_path, flags, 0o600)
+        self._record = os.fdopen(handle, "r+", encoding="latin-1")
+        if not (lock_file(self._record.fileno()) and self._is_there()):
+            self._record.close()
+            self._record = None
+            raise SSHError("another process is at the same transfer")
 
     def _is_there(self) -> bool:
         """Whether the file is still the one of that name: another process removes it in the end."""
         try:
-            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+            found = os.stat(self._record_path)
         except FileNotFoundError:
             return False
+        return os.path.samestat(os.fstat(self._record.fileno()), found)
 
-    def add(self, key: str) -> None:
-        with self._lock:
-            self._file.write(f"{key}\n")
-            self._file.flush()
+    def _read_record(self) -> dict[str, Ranges]:
+        done: dict[str, Ranges] = {}
+        if os.path.lexists(self._part):
+            lines = re.findall(
+                r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
+            )
+            for key, start, length in lines:
+                done.setdefault(key, []).append((int(start), int(length)))
+        return done
+
+    def note(self, entry: FileEntry, start: int, end: int) -> int:
+        """Record a range of whole blocks, or up to the end of a file; up to where it is now."""
+        if self._record is None:
+            return end
+        if end != entry.size:
+            end -= end % BLOCK
+        if end > start or not entry.size:
+            with self._lock:
+                self._record.write(f"{facts_key(entry.facts)} {start} {end - start}\n")
+                self._record.flush()
+        return end
 
     def clear(self) -> None:
-        self.done = set()
-        self._file.seek(0)
-        self._file.truncate()
+        """Forget, and remove, what has arrived."""
+        self._remove()
+        self.done = {}
+        if self._record is not None:
+            self._record.seek(0)
+            self._record.truncate()
 
+    def earlier(self, entry: FileEntry) -> Ranges:
+        """Return the ranges of a file that an earlier download has left, merged."""
+        merged: Ranges = []
+        for start, length in sorted(self.done.get(facts_key(entry.facts), ())):
+            if merged and start <= sum(merged[-1]):
+                first = merged[-1][0]
+                merged[-1] = (first, max(sum(merged[-1]), start + length) - first)
+            else:
+                merged.append((start, length))
+        return merged
 
-def merge_into(part: Path, target: str, items: list[Item], preserve: bool) -> None:
-    """Move a tree over one that exists; a symlink in there is never written through."""
-    for item in items:  # all is looked at before the first is moved
-        place = os.path.join(target, checked_name(item.name))
-        if os.path.islink(place) and item.folder:
-            raise SSHError(f"local holds a symlink in the place of {printable(item.shown, 300)}")
-        if os.path.lexists(place) and os.path.isdir(place) != item.folder:
-            raise SSHError(
-                f"local holds something else in the place of {printable(item.shown, 300)}"
-            )
-    for item in items:
-        name = checked_name(item.name)
-        place = os.path.join(target, name)
-        if item.folder:
-            if not os.path.isdir(place):
-                os.mkdir(place)
+    def missing(self, entry: FileEntry) -> Ranges:
+        """Return the ranges of a file that are still to come."""
+        left, at = [], 0
+        for start, length in [*self.earlier(entry), (entry.size, 0)]:
+            if start > at:
+                left.append((at, start - at))
+            at = max(at, start + length)
+        return left
+
+    def is_done(self, entry: FileEntry) -> bool:
+        return facts_key(entry.facts) in self.done and not self.missing(entry)
+
+    # --- files ---
+
+    def accept(self, files: list[FileEntry], folder: bool) -> None:
+        """Refuse what is too large, and what has no place; before anything is made."""
+        self._size = 0
+        self.grow(sum(entry.size for entry in files))
+        target = self.target
+        if folder:
+            if os.path.lexists(target) and not os.path.isdir(target):
+                raise NotADirectoryError(f"local is no directory: {target!r}")
+            return
+        if os.path.isdir(target):
+            raise IsADirectoryError(f"local is a directory: {target!r}")
+        if os.path.islink(target):
+            if self._options.symlinks != "follow":
+                raise FileExistsError(
+                    f"local is a symlink: {target!r}; remove it, or pass symlinks='follow'"
+                )
+            self.target = target = os.path.realpath(target)
+        if os.path.lexists(target) and not os.path.isfile(target):
+            raise FileExistsError(f"local is neither a file nor a directory: {target!r}")
+
+    def grow(self, size: int) -> None:
+        """Count bytes that are to come."""
+        self._size += size
+        most = self._options.max_bytes
+        if most is not None and self._size > most:
+            raise SSHError(f"it has {self._size} bytes, and max_bytes is {most}")
+
+    def begin(self, entries: list[FileEntry]) -> None:
+        """Make the temporary file, or the directories; start over after a change of the source."""
+        single = entries[0] if len(entries) == 1 and not entries[0].name else None
+        self._single = single
+        if not set(self.done) <= {facts_key(entry.facts) for entry in entries}:
+            self.clear()
+        if not self.done:
+            self._remove()
+        if single is None:
+            self._part.mkdir(mode=0o700, exist_ok=bool(self.done))
+            for entry in entries:
+                if entry.kind == "d":
+                    self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
         else:
+            self.open(single).close()
+
+    def place(self, entry: FileEntry) -> Path:
+        return self.place_of(entry.name)
+
+    def place_of(self, name: bytes) -> Path:
+        return self._part / checked_name(name) if name else self._part
+
+    def open(self, entry: FileEntry) -> Any:
+        """Open a file of our own, which nobody else may read yet."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        return os.fdopen(os.open(self.place(entry), flags, 0o600), "r+b", buffering=0)
+
+    def _remove(self) -> None:
+        part = self._part
+        try:
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)
+            else:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("a temporary file stays: %s", error)
+
+    # --- the end ---
+
+    def install_file(self, entry: FileEntry) -> None:
+        found = os.stat(self._part)
+        if found.st_size != entry.size:
+            raise SSHError(f"{found.st_size} bytes have arrived")
+        self._finish(entry, self.target)
+        os.replace(self._part, self.target)
+
+    def install_tree(self, root: FileEntry, entries: list[FileEntry]) -> None:
+        merging = os.path.lexists(self.target)
+        # From a directory that may not be written to, nothing could be moved.
+        for entry in entries[::-1]:
+            if entry.kind == "f" or (entry.kind == "d" and not merging):
+                place = os.path.join(self.target, checked_name(entry.name))
+                self._finish(entry, place if merging else "")
+        if merging:
+            merge_into(self._part, self.target, entries, self._options.preserve)
+        else:
+            self._finish(root, "")
+            os.rename(self._part, self.target)
+
+    def _finish(self, entry: FileEntry, instead: str) -> None:
+        """Give a file its permissions, those of what it replaces first; and with them its time."""
+        place, mode = self.place(entry), entry.mode
+        if not self._options.preserve:
+            mode &= ~local_umask()
+            if instead and entry.kind == "f" and os.path.isfile(instead):
+                mode = stat.S_IMODE(os.stat(instead).st_mode)
+        os.chmod(place, mode)
+        if self._options.preserve:
+            os.utime(place, ns=(entry.mtime, entry.mtime))
+
+
+def nanoseconds(seconds: int) -> int:
+    return min(max(seconds, 0), LAST_TIME) * 10**9
+
+
+def check_same(entry: FileEntry, now: FileEntry | None) -> None:
+    """Check that a file is as it was, or has grown: then what it was at the start has arrived."""
+    if now is None or now.kind != "f" or now.size < entry.size:
+        raise SSHError(CHANGED)
+    if now.size == entry.size and now.mtime != entry.mtime:
+        raise SSHError(CHANGED)
+
+
+def settle_links(
+    part: LocalPart, transfer: Transfer, links: list[FileEntry], tree: RemoteTree
+) -> None:
+    """Make the symlinks that lead to something in the tree, or copies of it."""
+    entries = {entry.name: entry for entry in tree.entries}
+    for link in links:
+        target, hops = link, 0
+        while target.kind == "l" and hops < 40:
+            within, hops = links_within(target.name, target.link), hops + 1
+            found = entries.get(within) if within else None
+            if found is None:
+                break
+            target = found
+        inside = (link.name + b"/").startswith(target.name + b"/")
+        follow = transfer.options.symlinks == "follow"
+        if target.kind == "l" or (inside and follow):
+            transfer.leave_out(link.name, f"a symlink to {os.fsdecode(link.link)}")
+            tree.entries.remove(link)
+        elif not follow:
+            os.symlink(os.fsdecode(link.link), part.place(link))
+        elif target.kind == "f":
+            link.kind, link.mode, link.mtime = "f", target.mode, target.mtime
+            shutil.copyfile(part.place(target), part.place(link))
+        else:
+            link.kind, link.mode, link.mtime = "d", target.mode, target.mtime
+            shutil.copytree(part.place(target), part.place(link))
+
+
+def local_umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool) -> None:
+    """Move a tree over one that exists; a symlink in there is never written through."""
+    for entry in entries:  # all is looked at before the first is moved
+        place = os.path.join(target, checked_name(entry.name))
+        shown = printable(os.fsdecode(entry.name), 300)
+        if os.path.islink(place) and entry.kind == "d":
+            raise SSHError(f"local holds a symlink in the place of {shown}")
+        if os.path.lexists(place) and os.path.isdir(place) != (entry.kind == "d"):
+            raise SSHError(f"local holds something else in the place of {shown}")
+    umask = local_umask()
+    for entry in entries:
+        name = checked_name(entry.name)
+        place = os.path.join(target, name)
+        if entry.kind != "d":
             os.replace(part / name, place)
-    for item in [i for i in items[::-1] if i.folder and preserve]:
-        place = os.path.join(target, checked_name(item.name))
-        os.chmod(place, item.mode)
-        os.utime(place, ns=(item.mtime, item.mtime))
+        elif not os.path.isdir(place):
+            os.mkdir(place, 0o700)
+            os.chmod(place, (entry.mode | 0o700) & (0o777 if preserve else ~umask))
+    for entry in [e for e in entries[::-1] if e.kind == "d" and preserve]:
+        place = os.path.join(target, checked_name(entry.name))
+        os.chmod(place, entry.mode)
+        os.utime(place, ns=(entry.mtime, entry.mtime))
     shutil.rmtree(part)
 
 
-def new_file(path: Path, mode: int, again: bool = False) -> Any:
-    """A file of our own; with ``again`` it may be there already."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    flags |= 0 if again else os.O_EXCL
-    permissions = 0o777 if mode & 0o111 else 0o666  # less the umask
-    return os.fdopen(os.open(path, flags, permissions), "r+b", buffering=0)
-
-
-def write_all(file: Any, piece: bytes) -> None:
-    """All of it: the last that fits on a full disk is written in part, and no error."""
+def write_piece(file: Any, piece: bytes) -> None:
+    """Write all of it; zeros are left as a hole, which makes a sparse file sparse again."""
+    if piece[0] == 0 == piece[-1] and piece == ZEROS[: len(piece)]:
+        file.seek(len(piece), os.SEEK_CUR)
+        return
     view = memoryview(piece)
     while view:
         view = view[file.write(view) :]
 
 
-def remove_part(part: Path) -> None:
+# ==================================================================================================
+# ssh.sftp
+#
+# Copy files and directories over SFTP, where a host has no usual shell: slower, same checks.
+# ==================================================================================================
+
+
+SFTP_PACKET = 32768  # bytes of one request
+SFTP_AHEAD = 64  # requests that wait for their answers
+MAX_SFTP_PACKET = 2**20  # bytes of one answer
+MAX_LISTED = 500_000
+SFTP_PATIENCE = 20  # tries to get a channel, where one has just been closed
+
+
+class SftpChannel:
+    """A channel for paramiko's SFTP client, on which nothing waits for ever or is endless."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        self._transport = transfer.pool.ssh.get_transport()
+        with self._limited():
+            self._channel = self._open()
+            request_subsystem(self._channel, "sftp")
+
+    def _open(self) -> Any:
+        for _ in range(SFTP_PATIENCE):
+            with contextlib.suppress(NoChannelError):
+                return open_session(self._transport, self._transfer.timeout)
+            self._transfer.stopped.wait(0.1)
+        return open_session(self._transport, self._transfer.timeout)
+
+    def _limited(self) -> contextlib.AbstractContextManager[Any]:
+        seconds = 1.25 * self._transfer.timeout + 0.25
+        return self._transfer.watchdog.limit(seconds, self._transport.close)
+
+    def send(self, data: Any) -> int:
+        with self._limited():
+            return int(self._channel.send(data))
+
+    def recv(self, size: int) -> bytes:
+        if size > MAX_SFTP_PACKET:
+            raise SSHError(f"the machine sends a packet of {size} bytes")
+        with self._limited():
+            return bytes(self._channel.recv(size))
+
+    def recv_ready(self) -> bool:
+        return bool(self._channel.recv_ready())
+
+    def get_name(self) -> str:
+        return "sftp"  # for paramiko's log
+
+    def close(self) -> None:
+        with contextlib.suppress(*connection_errors()), self._limited():
+            self._channel.close()
+
+
+@contextlib.contextmanager
+def sftp_session(transfer: Transfer) -> Iterator[Any]:
+    """Open an SFTP client for the length of a block."""
+    import paramiko
+
+    channel: Any = SftpChannel(transfer)
+    failures: tuple[type[Exception], ...] = (ValueError, *connection_errors())
     try:
-        if part.is_dir() and not part.is_symlink():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("a temporary file stays: %s", error)
+        try:
+            sftp = paramiko.SFTPClient(channel)
+        except failures as error:
+            raise SSHError(
+                f"the machine has neither a usual shell nor SFTP: {reason(error)}"
+            ) from error
+        sftp.logger = logging.getLogger(PARAMIKO_LOGGER)  # it logs names as they are
+        try:
+            yield sftp
+        except (UnicodeError, ValueError, TypeError) as error:  # of paramiko, for odd answers
+            raise SSHError(f"the machine answers what can't be read: {reason(error)}") from error
+    finally:
+        channel.close()
+
+
+class RemoteFiles:
+    """A few questions about the files of a host."""
+
+    def __init__(self, sftp: Any, transfer: Transfer) -> None:
+        self.sftp = sftp
+        self.transfer = transfer
+
+    def absolute(self, path: bytes) -> bytes:
+        home: bytes = os.fsencode(self.sftp.normalize("."))
+        return posixpath.normpath(posixpath.join(home, path)) + b"/" * path.endswith(b"/")
+
+    def look(self, path: bytes, follow: bool = True) -> Any:
+        """Return the attributes of a path; None where nothing is."""
+        try:
+            found = self.sftp.stat(path) if follow else self.sftp.lstat(path)
+        except FileNotFoundError:
+            return None
+        if found.st_mode is None or found.st_size is None or found.st_mtime is None:
+            raise SSHError("the machine does not tell size, time and mode of a file")
+        return found
+
+    def pieces(self, file: Any, start: int, end: int) -> Iterator[bytes]:
+        """Read a range, some requests ahead."""
+        while start < end:
+            wanted = [
+                (at, min(SFTP_PACKET, end - at))
+                for at in range(start, min(end, start + SFTP_AHEAD * SFTP_PACKET), SFTP_PACKET)
+            ]
+            for (at, size), piece in zip(wanted, file.readv(wanted), strict=True):
+                if len(piece) != size:
+                    raise SSHError(f"{end - at} bytes are missing")
+                yield piece
+            start = sum(wanted[-1])
+
+    def digest(self, path: bytes, size: int) -> str:
+        digest = hashlib.sha256()
+        with self.sftp.open(path, "rb") as file:
+            for piece in self.pieces(file, 0, size):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def remove(self, path: bytes) -> None:
+        found = self.look(path, follow=False)
+        if found is None:
+            return
+        if not stat.S_ISDIR(found.st_mode):
+            self.sftp.remove(path)
+            return
+        for entry in self.sftp.listdir_attr(path):
+            self.remove(path + b"/" + os.fsencode(entry.filename))
+        self.sftp.rmdir(path)
+
+    def replace(self, source: bytes, target: bytes) -> None:
+        try:
+            self.sftp.posix_rename(source, target)
+        except OSError:  # it may not know that
+            if self.look(target, follow=False) is not None:
+                self.sftp.remove(target)
+            self.sftp.rename(source, target)
+
+
+class SftpUpload:
+    """One upload over SFTP."""
+
+    def __init__(self, transfer: Transfer, tree: Any) -> None:
+        self._transfer = transfer
+        self._options = transfer.options
+        self._tree = tree
+
+    def run(self) -> bytes:
+        """Upload; the path of what has been made."""
+        with sftp_session(self._transfer) as sftp:
+            self._far = RemoteFiles(sftp, self._transfer)
+            target = self._target()
+            whole = os.path.abspath(self._tree.path)
+            same = facts_key(("sftp", whole, self._options.remote))[:20]
+            token = same if self._options.resume else os.urandom(10).hex()
+            part = posixpath.dirname(target).rstrip(b"/") + b"/" + PART.encode() + token.encode()
+            try:
+                self._send_all(part)
+                self._install(part, target)
+            except BaseException:
+                if not self._options.resume:
+                    with contextlib.suppress(SSHError, *connection_errors()):
+                        self._far.remove(part)
+                raise
+            return target
+
+    def _target(self) -> bytes:
+        far, folder = self._far, self._tree.is_folder
+        path = far.absolute(remote_path(self._options.remote))
+        found = far.look(path)
+        if found is not None and stat.S_ISDIR(found.st_mode):
+            name = os.path.basename(os.path.abspath(self._tree.path))
+            path = path.rstrip(b"/") + b"/" + name
+        elif path.endswith(b"/"):
+            raise SSHError(f"there is no directory {os.fsdecode(path)}")
+        link = far.look(path, follow=False)
+        found = far.look(path)
+        if link is not None and stat.S_ISLNK(link.st_mode) and not (
+            found is not None and stat.S_ISDIR(found.st_mode)
+        ):  # fmt: skip
+            if self._options.symlinks != "follow" or found is None:
+                raise SSHError(
+                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
+                )
+            path = os.fsencode(far.sftp.normalize(path))
+        parent = far.look(posixpath.dirname(path))
+        if parent is None or not stat.S_ISDIR(parent.st_mode):
+            raise SSHError(f"there is no directory {os.fsdecode(posixpath.dirname(path))}")
+        if found is not None and stat.S_ISDIR(found.st_mode) != folder:
+            raise SSHError(f"{os.fsdecode(path)} is {'no' if folder else 'a'} directory")
+        if found is not None and not folder and not stat.S_ISREG(found.st_mode):
+            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
+        return path
+
+    def _send_all(self, part: bytes) -> None:
+        sftp = self._far.sftp
+        if self._tree.is_folder:
+            if self._far.look(part) is None:
+                sftp.mkdir(part, 0o700)
+            for entry in self._tree.entries:
+                place = part + b"/" + entry.name
+                if entry.kind == "d" and self._far.look(place) is None:
+                    sftp.mkdir(place, 0o700)
+                elif entry.kind == "l":
+                    self._far.remove(place)
+                    sftp.symlink(entry.link, place)
+        for entry in self._tree.files:
+            with about(entry):
+                self._send_file(entry, part + b"/" + entry.name if entry.name else part)
+
+    def _send_file(self, entry: FileEntry, place: bytes) -> None:
+        far, start = self._far, 0
+        record, key = place + b".clore-done", facts_key(entry.facts).encode()
+        if self._options.resume:
+            start = self._earlier(place, record, key)
+        with far.sftp.open(place, "r+b" if start else "wb") as file:
+            created = stat.S_IMODE(file.stat().st_mode or 0)
+            file.chmod(0o600)
+            if self._options.resume and not start:
+                with far.sftp.open(record, "wb") as note:
+                    note.write(key)
+            file.set_pipelined(True)
+            file.seek(start)
+            for piece in self._tree.pieces(entry, start, entry.size - start):
+                for at in range(0, len(piece), SFTP_PACKET):
+                    file.write(bytes(piece[at : at + SFTP_PACKET]))
+                self._transfer.moved(entry, len(piece))
+        if not entry.size:
+            self._transfer.moved(entry, 0)
+        self._check(entry, place, start)
+        if not self._options.preserve:  # what the host's umask takes away is taken away here, too
+            entry.mode &= created | (created & 0o444) >> 2 if not start else 0o700
+        if self._options.resume:
+            far.remove(record)
+
+    def _earlier(self, place: bytes, record: bytes, key: bytes) -> int:
+        """Return how many bytes an earlier upload has sent."""
+        found = self._far.look(place, follow=False)
+        if found is None or self._far.look(record) is None:
+            return 0
+        with self._far.sftp.open(record, "rb") as note:
+            if note.read(100) != key:
+                return 0
+        return int(found.st_size) - int(found.st_size) % BLOCK
+
+    def _check(self, entry: FileEntry, place: bytes, start: int) -> None:
+        size = self._far.look(place).st_size
+        if size != entry.size:
+            raise SSHError(f"{size} of {entry.size} bytes arrived")
+        if self._options.verify or start:
+            here = hashlib.sha256()
+            for piece in self._tree.pieces(entry, 0, entry.size):
+                here.update(piece)
+            if self._far.digest(place, entry.size) != here.hexdigest():
+                self._far.remove(place)
+                raise SSHError("SHA-256 differs: what had arrived is removed")
+        if start:
+            self._transfer.count(entry, start)
+
+    def _install(self, part: bytes, target: bytes) -> None:
+        far, tree = self._far, self._tree
+        exists = far.look(target) is not None
+        for entry in tree.entries[::-1]:
+            place = part + b"/" + entry.name if entry.name else part
+            instead = target + b"/" + entry.name if entry.name else target
+            if entry.kind != "l" and not (entry.kind == "d" and exists):
+                self._finish(entry, place, instead if exists else b"")
+        if not tree.is_folder or not exists:
+            far.replace(part, target)
+            return
+        for entry in tree.entries:
+            place, instead = part + b"/" + entry.name, target + b"/" + entry.name
+            if entry.kind == "d":
+                if far.look(instead) is None:
+                    far.sftp.mkdir(instead, 0o700)
+                    far.sftp.chmod(instead, entry.mode | 0o700)
+            else:
+                far.replace(place, instead)
+        far.remove(part)
+
+    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
+        mode, found = entry.mode, self._far.look(instead) if instead else None
+        if not self._options.preserve and found is not None:
+            mode = stat.S_IMODE(found.st_mode)
+        self._far.sftp.chmod(place, mode)
+        if self._options.preserve:
+            self._far.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
+
+
+class SftpDownload:
+    """One download over SFTP."""
+
+    def __init__(self, transfer: Transfer, part: LocalPart) -> None:
+        self._transfer = transfer
+        self._options: Any = transfer.options
+        self._part = part
+
+    def run(self, files: list[FileEntry]) -> None:
+        """Download; ``files`` is filled with what there is, as soon as that is known."""
+        files.clear()
+        with sftp_session(self._transfer) as sftp:
+            self._far = RemoteFiles(sftp, self._transfer)
+            source = self._far.absolute(self._options.source).rstrip(b"/") or b"/"
+            found = self._far.look(source)
+            if found is None:
+                raise SSHError("there is no such file")
+            if stat.S_ISDIR(found.st_mode):
+                self._get_tree(source, found, files)
+            elif stat.S_ISREG(found.st_mode):
+                entry = _entry_of(b"", found)
+                files.append(entry)
+                self._part.accept(files, folder=False)
+                self._part.begin([entry])
+                self._get_file(entry, source)
+                self._part.install_file(entry)
+            else:
+                raise SSHError("it is no file")
+
+    def _get_tree(self, source: bytes, found: Any, files: list[FileEntry]) -> None:
+        tree = RemoteTree()
+        tree.take(found.st_mode, 0, int(found.st_mtime), b"")
+        self._walk(source, b"", tree, 0)
+        files += tree.files
+        links = tree.links(self._transfer)
+        for link in links:
+            link.link = os.fsencode(self._far.sftp.readlink(source + b"/" + link.name) or "")
+        self._part.accept(files, folder=True)
+        self._part.begin(tree.entries)
+        for entry in files:
+            with about(entry):
+                self._get_file(entry, source + b"/" + entry.name)
+        settle_links(self._part, self._transfer, links, tree)
+        self._part.install_tree(tree.root, tree.entries)
+
+    def _walk(self, source: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
+        if level > MAX_LEVELS:
+            raise SSHError(f"the machine names more than {MAX_LEVELS} directories in each other")
+        place = source + b"/" + folder if folder else source
+        # All of them, before the next question: paramiko asks for some ahead.
+        listed = list(itertools.islice(self._far.sftp.listdir_iter(place), MAX_LISTED + 1))
+        if len(listed) > MAX_LISTED:
+            raise SSHError(f"the machine lists more than {MAX_LISTED} files in a directory")
+        for found in listed:
+            name = os.fsencode(found.filename)
+            if b"/" in name:
+                raise SSHError(f"the machine names a file {printable(repr(name), 120)}")
+            inner = folder + b"/" + name if folder else name
+            if None in (found.st_mode, found.st_size, found.st_mtime):
+                raise SSHError("the machine does not tell size, time and mode of a file")
+            tree.take(found.st_mode, found.st_size, int(found.st_mtime), inner)
+            if stat.S_ISDIR(found.st_mode):
+                self._walk(source, inner, tree, level + 1)
+
+    def _get_file(self, entry: FileEntry, source: bytes) -> None:
+        part, far = self._part, self._far
+        here, earlier = hashlib.sha256(), part.earlier(entry)
+        with far.sftp.open(source, "rb") as file, part.open(entry) as out:
+            for start, length in part.missing(entry):
+                out.seek(start)
+                at = start
+                try:
+                    for piece in far.pieces(file, start, start + length):
+                        write_piece(out, piece)
+                        at += len(piece)
+                        self._transfer.moved(entry, len(piece))
+                finally:
+                    part.note(entry, start, at)
+            out.truncate(entry.size)
+        if not entry.size:
+            self._transfer.moved(entry, 0)
+        found = far.look(source)
+        check_same(entry, None if found is None else _entry_of(b"", found))
+        if self._options.verify or earlier:
+            with open(part.place(entry), "rb") as file:
+                while piece := file.read(TRANSFER_PIECE):
+                    here.update(piece)
+            if here.hexdigest() != far.digest(source, entry.size):
+                part.clear()
+                raise SSHError("SHA-256 differs: what had arrived is removed")
+        for _, length in earlier:
+            self._transfer.count(entry, length)
+
+
+def _entry_of(name: bytes, found: Any) -> FileEntry:
+    mtime = nanoseconds(int(found.st_mtime))
+    kind = "f" if stat.S_ISREG(found.st_mode) else "d"
+    return FileEntry(name, int(found.st_size), mtime, found.st_mode & 0o777, kind)
 
 
 # ==================================================================================================
 # ssh.upload
 #
-# Copying files and directories to a machine: under a temporary name, renamed when complete.
+# Copy files and directories to a host: under a temporary name, renamed when complete.
 # ==================================================================================================
 
 
 # sshd takes 2 MB on a channel before it wants to be asked again, and ten channels on a connection:
 # over a distance it is the number of channels that makes an upload fast.
 UPLOAD_CHANNELS = 8
+RESUMABLE_CHANNELS = 2  # fewer chunks are on their way when the connection breaks
 # From how many bytes on how many connections pay for their logins, which go on at the same time.
 UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
+SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller ones of a directory travel together
+BUNDLE_BYTES = 8 * 1024 * 1024
+BUNDLE_FILES = 1000
 TAR_BLOCK = 512  # bytes
+META_LINES = 500
+
+# Where it goes: $f is the target, $p the temporary name beside it.
+TARGET = r"""
+if [ -d "$f" ]; then f=${f%/}/$name
+else case $f in */) no "there is no directory $f";; esac; fi
+if [ -h "$f" ] && [ ! -d "$f" ]; then
+  [ "$follow" = 1 ] || no "$f is a symlink: remove it, or pass symlinks='follow'"
+  f=$(readlink -f "$f") || no "$f is a symlink to nowhere"
+fi
+case $f in /*) ;; *) f=$PWD/${f#./};; esac
+d=${f%/*}; d=${d:-/}
+[ -d "$d" ] || no "there is no directory $d"
+if [ "$kind" = f ]; then
+  [ ! -d "$f" ] || no "$f is a directory"
+  [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
+else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is no directory"; fi
+p=${d%/}/.clore-part-$token
+r=$p.done
+"""
+# The script that lasts as long as the upload: it makes the temporary name, and renames it at the
+# end. Whatever ends it before removes that name, unless the upload is to be resumed.
+CONTROL = (
+    CHECK_TOOLS
+    + TARGET
+    + r"""
+u=$(umask); umask 077
+make() { if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi; }
+wipe() { rm -rf "$p" "$r" || { sleep 1; rm -rf "$p" "$r"; }; }
+gone() { [ "$keep" = 1 ] || wipe; exit 1; }
+trap gone HUP TERM
+[ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
+make || no "$d: nothing can be made there"
+printf "ready %s\n" "$u"
+[ ! -s "$r" ] || cat "$r"
+echo "$token"
+finish_file() {
+  s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
+  m=$(printf %o $((0$mode & ~0$u)))
+  [ ! -e "$f" ] || m=$(stat -c %a "$f")
+  [ "$preserve" = 0 ] || m=$mode
+  chmod "$m" "$p" || exit 1
+  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || exit 1
+  mv -f "$p" "$f" || exit 1
+}
+finish_tree() {
+  if [ ! -e "$f" ]; then mv "$p" "$f" || exit 1; return; fi
+  cd "$p" || exit 1
+  # What is new there goes as a whole, with its modes and times.
+  find . -type d -exec sh -c '[ ! -e "$0/$1" ] && mv "$1" "$0/$1"' "$f" {} \; -prune
+  find . ! -type d -exec sh -c 'for g; do
+    [ $1 = 1 ] || [ ! -f "$0/$g" ] || [ ! -f "$g" ] || chmod "$(stat -c %a "$0/$g")" "$g"
+    mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || exit 1
+  cd / && rm -rf "$p"
+}
+while read -r word || gone; do case $word in
+restart) wipe; make;;
+wipe) wipe; exit 1;;
+list) (cd "$p" && list); echo "$token";;
+go) if [ "$kind" = f ]; then finish_file; else finish_tree; fi
+  rm -f "$r"; printf "ok %s\n" "$f"; exit 0;;
+*) gone;;
+esac; done
+"""
+)
+# The others start along with it, and wait for the name that it makes.
+WAIT = (
+    TARGET
+    + r"""
+w=0; until [ -e "$p" ]; do
+  w=$((w+1)); [ $w -lt 200 ] || no "it was not begun"
+  sleep 0.1 2>/dev/null || sleep 1
+done
+umask 077
+"""
+)
+# Reads chunks of one file, each with a line before it (block, size, key) and one after it.
+PUT = (
+    WAIT
+    + r"""
+if [ "$kind" = d ]; then p=$p/$inner; mkdir -p "${p%/*}" || exit 1; fi
+c=notrunc,sparse
+put() { dd of="$p" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
+while read -r k s key; do
+  # Not every dd leaves holes; one that does not know the word has read nothing yet.
+  e=$(put) || { case $e in *sparse*) c=notrunc; e=$(put);; *) false;; esac; } || no "${e%%$n*}"
+  read -r t && [ "$t" = . ] || exit 1
+  h=-; [ "$hash" = 0 ] || h=$(part "$p" "$k" "$s" | $sha)
+  [ "$keep" = 0 ] || echo "$key" >>"$r"
+  echo "done ${h%% *}"
+done
+echo end
+"""
+)
+# Reads tar archives, with the same lines around each.
+UNTAR = (
+    WAIT
+    + r"""
+cd "$p" || exit 1
+while read -r s key; do
+  e=$(dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null | tar -x"$how"f - 2>&1) ||
+    no "${e%%$n*}"
+  read -r t && [ "$t" = . ] || exit 1
+  [ "$keep" = 0 ] || echo "$key" >>"$r"
+  echo "done -"
+done
+echo end
+"""
+)
+# Prints digests of chunks, each asked for by a line (block, size), or of files.
+CHUNK_DIGESTS = r"""while read -r k s; do part "$path" "$k" "$s" | $sha; done"""
+FILE_DIGESTS = r"""cd "$path" && xargs -0 $sha"""
 
 
 class LocalTree:
-    """What is to be sent: files, directories, and what is left out."""
+    """What is to be sent: files, directories, symlinks, and what is left out."""
 
-    def __init__(self, path: bytes, preserve: bool) -> None:
+    def __init__(self, path: bytes, symlinks: str) -> None:
         self.path = path
-        self.items: list[Item] = []
-        self.skipped: list[tuple[str, str]] = []
+        self.symlinks = symlinks
+        self.entries: list[FileEntry] = []
+        self.left_out: list[tuple[bytes, str]] = []
         try:
             facts = os.stat(path)  # the one that is named may be a symlink
         except FileNotFoundError:
             shown = printable(repr(os.fsdecode(path)), 300)
             raise FileNotFoundError(f"local: there is nothing at {shown}") from None
         self.is_folder = stat.S_ISDIR(facts.st_mode)
-        self._preserve = preserve
         if self.is_folder:
-            self._scan(b"")
+            self._scan(b"", (os.path.realpath(path),))
         elif stat.S_ISREG(facts.st_mode):
-            self.items.append(self._item(b"", facts))
+            self._add(b"", facts)
         else:
             raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
 
     @property
-    def files(self) -> list[Item]:
-        return [item for item in self.items if not item.folder]
+    def files(self) -> list[FileEntry]:
+        return [entry for entry in self.entries if entry.kind == "f"]
 
-    def place(self, item: Item) -> str:
-        """Where an item is here."""
-        return os.fsdecode(os.path.join(self.path, item.name) if item.name else self.path)
+    def place(self, entry: FileEntry) -> str:
+        """Return where an entry is here."""
+        return os.fsdecode(os.path.join(self.path, entry.name) if entry.name else self.path)
 
-    def pieces(self, item: Item, start: int, length: int) -> Iterator[memoryview]:
-        """A part of a file, which must stay as it was when it was looked at; one piece at a time.
+    def pieces(self, entry: FileEntry, start: int, length: int) -> Iterator[memoryview]:
+        """Read a part of a file, which must stay as it was when it was looked at.
 
-        What was yielded is overwritten by the next.
+        What was yielded is overwritten by the next piece.
         """
-        buffer = memoryview(bytearray(min(CHUNK, length)))
-        with open(self.place(item), "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(TRANSFER_PIECE, max(length, 1))))
+        with open(self.place(entry), "rb", buffering=0) as file:
             file.seek(start)
             while length and (size := file.readinto(buffer[:length])):
                 length -= size
                 yield buffer[:size]
             facts = os.fstat(file.fileno())
-            if length or (facts.st_size, facts.st_mtime_ns) != (item.size, item.mtime):
+            if length or (facts.st_size, facts.st_mtime_ns) != (entry.size, entry.mtime):
                 raise SSHError("it was changed meanwhile")
 
-    def _scan(self, folder: bytes) -> None:
-        with os.scandir(os.path.join(self.path, folder) if folder else self.path) as entries:
-            found = sorted(entries, key=lambda e: e.name)
-        for entry in found:
+    def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
+        with os.scandir(os.path.join(self.path, folder) if folder else self.path) as found:
+            entries = sorted(found, key=lambda e: e.name)
+        for entry in entries:
             name = os.path.join(folder, entry.name) if folder else entry.name
             facts = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(facts.st_mode):
-                self.items.append(self._item(name, facts))
-                self._scan(name)
+            if stat.S_ISLNK(facts.st_mode):
+                self._take_link(name, entry.path, facts, above)
+            elif stat.S_ISDIR(facts.st_mode):
+                self._add(name, facts)
+                self._scan(name, (*above, os.path.realpath(entry.path)))
             elif stat.S_ISREG(facts.st_mode):
-                self.items.append(self._item(name, facts))
+                self._add(name, facts)
             else:
-                link = stat.S_ISLNK(facts.st_mode)
-                target = os.fsdecode(os.readlink(entry.path)) if link else ""
-                leave_out(self.skipped, os.fsdecode(name), target if link else None)
+                self.left_out.append((name, "it is no file"))
 
-    def _item(self, name: bytes, facts: os.stat_result) -> Item:
-        folder, mode = stat.S_ISDIR(facts.st_mode), facts.st_mode & 0o777
-        if not self._preserve:
-            mode = 0o755 if folder or mode & 0o111 else 0o644
+    def _take_link(
+        self, name: bytes, path: bytes, facts: os.stat_result, above: tuple[bytes, ...]
+    ) -> None:
+        link, real = os.readlink(path), os.path.realpath(path)
+        within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
+        if self.symlinks == "copy" and within and links_within(name, link) is not None:
+            self.entries.append(FileEntry(name, 0, facts.st_mtime_ns, 0o777, "l", link))
+        elif self.symlinks == "follow" and within and os.path.isfile(real):
+            self._add(name, os.stat(real))
+        elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
+            self._add(name, os.stat(real))
+            self._scan(name, (*above, real))
+        else:
+            self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
+
+    def _add(self, name: bytes, facts: os.stat_result) -> None:
         if os.sep != "/":
             name = name.replace(os.fsencode(os.sep), b"/")
-        return Item(name, facts.st_size, facts.st_mtime_ns, mode, folder)
+        kind = "d" if stat.S_ISDIR(facts.st_mode) else "f"
+        mode = facts.st_mode & 0o777
+        self.entries.append(FileEntry(name, facts.st_size, facts.st_mtime_ns, mode, kind))
 
 
-def check_upload(local: Any, remote: Any, *rest: Any) -> tuple[Options, LocalTree]:
-    """The arguments of an upload, checked, and what is to be sent; nothing is sent yet."""
-    options = Options(local, remote, *rest)
-    far_path(options.remote)
-    return options, LocalTree(os.path.expanduser(options.local), options.preserve)
+class Source:
+    """Portions of what is to be sent, each with the key of its record, for several workers.
+
+    Attributes:
+        keys: of all of it.
+        earlier: what an earlier upload has sent.
+        left: what no worker has taken yet, the first one last.
+    """
+
+    def __init__(self, portions: list[tuple[str, Any]], done: set[str]) -> None:
+        self.keys = {key for key, _ in portions}
+        self.earlier = [portion for key, portion in portions if key in done]
+        self.left = [portion for portion in portions if portion[0] not in done][::-1]
+
+    def take(self) -> tuple[str, Any] | None:
+        try:
+            return self.left.pop()
+        except IndexError:
+            return None
+
+    def rest(self, first: tuple[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield the first, and then whatever is left."""
+        portion: tuple[str, Any] | None = first
+        while portion is not None:
+            yield portion
+            portion = self.take()
 
 
-def upload_connections(options: Options, tree: LocalTree) -> int:
-    """How many connections an upload uses."""
+class Chunks(Source):
+    """The chunks of one file: (start, size).
+
+    Attributes:
+        unconfirmed: how many of them a worker sends ahead; few where a cut is to cost little.
+    """
+
+    def __init__(self, entry: FileEntry, resume: bool, done: set[str]) -> None:
+        self.entry = entry
+        step = chunk_size(entry.size, resume)
+        self.unconfirmed = max(2, entry.size // (200 * step)) if resume else entry.size
+        chunks = [(start, min(step, entry.size - start)) for start in range(0, entry.size, step)]
+        super().__init__([(facts_key((*entry.facts, step, c)), c) for c in chunks], done)
+
+
+class Bundles(Source):
+    """Small files, directories and symlinks, in lists that travel together."""
+
+    def __init__(self, entries: list[FileEntry], resume: bool, done: set[str]) -> None:
+        most = chunk_size(sum(e.size for e in entries), True) if resume else BUNDLE_BYTES
+        self.every: list[list[FileEntry]] = []
+        size = most
+        for entry in entries:
+            if size >= most or len(self.every[-1]) >= BUNDLE_FILES:
+                self.every.append([])
+                size = 0
+            self.every[-1].append(entry)
+            size += entry.size
+        # The time of a directory changes with every file that is made in it.
+        facts = [[e.facts if e.kind == "f" else (e.name, e.link) for e in b] for b in self.every]
+        keys = [facts_key(what) for what in facts]
+        super().__init__(list(zip(keys, self.every, strict=True)), done)
+
+
+def check_upload(local: Any, remote: Any, **given: Any) -> tuple[TransferOptions, LocalTree]:
+    """Check the arguments of an upload, and see what is to be sent; nothing is sent yet."""
+    options = TransferOptions(local, remote, **given)
+    remote_path(options.remote)
+    return options, LocalTree(os.path.expanduser(options.local), options.symlinks)
+
+
+def upload_connections(options: TransferOptions, tree: LocalTree) -> int:
+    """Return how many connections an upload uses."""
     if options.streams is not None:
         return options.streams
-    size = sum(item.size for item in tree.items)
+    size = sum(entry.size for entry in tree.entries)
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 
-def upload_path(ssh: Any, another: Another, checked: tuple[Options, LocalTree]) -> Transferred:
-    """See ``CloreClient.upload``."""
-    return Upload(ssh, another, *checked).run()
+def upload_path(pool: ConnectionPool, checked: tuple[TransferOptions, LocalTree]) -> TransferResult:
+    """Upload; see ``CloreClient.upload``."""
+    options, tree = checked
+    name = os.path.basename(os.path.abspath(tree.path))
+    transfer = Transfer(pool, options, os.fsdecode(name) or "/")
+    for left_out, why in tree.left_out:
+        transfer.leave_out(left_out, why)
+    try:
+        with transfer.watched():
+            path = _sent(transfer, tree)
+    except BaseException as error:
+        judged = transfer.failed(error, tree.files)
+        if judged is error:
+            raise
+        raise judged from error
+    return transfer.result(path, tree.files)
+
+
+def _sent(transfer: Transfer, tree: LocalTree) -> bytes:
+    """Upload by the host's shell, or else over SFTP; the path of what has been made."""
+    try:
+        try:
+            return Upload(transfer, tree).run()
+        except NoChannelError as error:
+            logger.debug("once more, with fewer channels: %s", error)
+            transfer.restart()
+            return Upload(transfer, tree, careful=True).run()
+    except (NoShellError, NoChannelError) as error:
+        logger.warning("files go over SFTP, which is slower: %s", error)
+        transfer.restart()
+        return SftpUpload(transfer, tree).run()
 
 
 class Upload:
-    """One upload, from the first question to the rename."""
+    """One upload by a shell of the host, from the first question to the rename.
 
-    def __init__(self, ssh: Any, another: Another, options: Options, tree: LocalTree) -> None:
-        self._ssh = ssh
-        self._another = another
-        self._options = options
+    Parameters:
+        careful: start the workers last, so that they leave a channel for what oversees them.
+    """
+
+    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
+        self._transfer = transfer
+        self._careful = careful or tree.is_folder or transfer.options.resume
+        self._options = options = transfer.options
         self._tree = tree
         whole = os.path.abspath(tree.path)
-        name = os.path.basename(whole)
-        self._report = Reporter(os.fsdecode(name) or "/", options)
         kind = "d" if tree.is_folder else "f"
         # A name that the next try finds again, or one of nobody else's.
-        same = hashlib.sha256(repr((kind, whole, options.remote)).encode()).hexdigest()
-        token = same[:20] if options.resume else os.urandom(10).hex()
-        self._target = (far_path(options.remote), name or b".", kind, token)
-        self._jobs = plan(tree.items, tree.is_folder, options.resume)
-        # Whether what has arrived is read back and compared.
-        self._last: Exec | None = None
-        self._report.on_crowd = self._give_way
-        self._hashes = options.verify or options.resume or len(self._jobs) > 1
+        same = facts_key((kind, whole, options.remote))[:20]
+        self._values: dict[str, Any] = {
+            "f": remote_path(options.remote),
+            "name": os.path.basename(whole) or b".",
+            "kind": kind,
+            "token": same if options.resume else os.urandom(10).hex(),
+            "keep": int(options.resume),
+            "follow": int(options.symlinks == "follow"),
+        }
+        self._control: RemoteScript | None = None
+        self._files: list[Chunks] = []
+        self._bundles = Bundles([], False, set())
 
-    def run(self) -> Transferred:
-        with self._report.watch:
-            return self._run()
-
-    def _run(self) -> Transferred:
-        started = time.monotonic()
+    def run(self) -> bytes:
+        """Upload; the path of what has been made."""
+        transfer = self._transfer
         try:
-            earlier = self._earlier() if self._options.resume else set()
-            self._send([job for job in self._jobs if job.key not in earlier])
-            self._check_earlier([job for job in self._jobs if job.key in earlier])
-            path = self._finish()
-        except BaseException as error:
-            self._report.watch.hurry()
-            self._give_way()
-            if not self._options.resume:
-                self._wipe()
-            judged = self._report.judged(error, self._tree.files)
-            if judged is error:
-                raise
-            raise judged from error
-        return self._report.result(path, self._tree.files, started, self._tree.skipped)
-
-    def _verb(self, verb: str, *arguments: bytes | str | int) -> str:
-        return far_command(verb, *self._target, *arguments)
-
-    def _exec(self, verb: str, *arguments: bytes | str | int) -> Exec:
-        timeout = self._options.timeout
-        return Exec(self._ssh, self._verb(verb, *arguments), self._report.watch, timeout)
-
-    def _ask(self, verb: str, *arguments: bytes | str | int) -> str:
-        with self._exec(verb, *arguments) as running:
-            running.end()
-            return running.answer()
-
-    def _wipe(self) -> None:
-        try:
-            self._ask("wipe")
-        except (SSHError, OSError, EOFError) as error:
-            logger.warning("a temporary file may stay on the machine: %s", error)
-
-    # --- what an earlier try has left ---
-
-    def _earlier(self) -> set[str]:
-        """The jobs that are done already; with another source, none are."""
-        with self._exec("begin") as running:
-            running.end()
-            first, *lines = running.rest(LONGEST_ANSWER).decode("ascii", "replace").split("\n")
-            if first != "ok":
-                raise running.refused(first.partition(" ")[2])
-        done = {line for line in lines if line}
-        if done <= {job.key for job in self._jobs}:
-            return done
-        self._ask("wipe")
-        return set()
-
-    def _check_earlier(self, jobs: list[Job]) -> None:
-        """What was there before is compared, too."""
-        for job in jobs:
-            if job.length is None:
-                there = self._sums(job.files)
-                here = [file_digest(self._tree.place(f), 0, f.size) for f in job.files]
-            else:
-                with self._exec("putsum", job.items[0].name, *job.blocks, job.length) as running:
-                    running.end()
-                    there = parse_sums(running.rest(LONGEST_ANSWER), 1)
-                here = [file_digest(self._tree.place(job.items[0]), job.start, job.length)]
-            if there != here:
-                self._wipe()
-                raise SSHError("what an earlier try had left there is not what is here: removed")
-            for item in job.files:
-                self._report.count(item, item.size if job.length is None else job.length)
-
-    def _sums(self, files: list[Item]) -> list[str]:
-        return parse_sums(self._of_each("putsums", files), len(files))
-
-    def _of_each(self, verb: str, files: list[Item]) -> bytes:
-        if not files:
-            return b""
-        with self._exec(verb) as running:
-            send_names(running, files)
-            text = running.rest(LONGEST_ANSWER)
-            if running.status() != 0:
-                raise running.refused()
-            return text
-
-    # --- sending ---
-
-    def _send(self, jobs: list[Job]) -> None:
-        if jobs:
-            streams = upload_connections(self._options, self._tree)
-            Lanes(self._ssh, self._another, streams, UPLOAD_CHANNELS).run(
-                jobs, self._do, self._report, self._prepare_finish
+            # What needs no answer of the host starts without it: that saves a round trip.
+            if not self._careful:
+                self._plan(set())
+                self._start()
+            self._control = transfer.script(
+                transfer.pool.ssh, self._control_script(), patient=self._careful
             )
+            umask, done = self._ready(self._control)
+            if self._careful:
+                self._prepare(umask, done)
+                self._start()
+            transfer.finish_workers()
+            self._check_sent()
+            if self._tree.is_folder:
+                self._check_tree(self._control)
+                self._set_modes()
+            self._control.send(b"go\n")
+            return self._control.answer(b"ok")
+        except BaseException:
+            transfer.stop(but=self._control)
+            transfer.join_workers()
+            self._tidy()
+            raise
+        finally:
+            transfer.join_workers()
+            if self._control is not None:
+                self._control.close()
 
-    def _do(self, ssh: Any, job: Job) -> None:
-        if job.length is None:
-            self._send_bundle(ssh, job.items, job.key)
-        else:
-            self._send_range(ssh, job, job.length)
+    @property
+    def _sources(self) -> list[Source]:
+        return [self._bundles, *self._files]
 
-    def _send_range(self, ssh: Any, job: Job, length: int) -> None:
-        item, hashed, digest = job.items[0], int(self._hashes), hashlib.sha256()
-        command = self._verb(
-            "put", item.name, *job.blocks, length, job.key, hashed, int(self._options.resume)
-        )
-        with self._report.exec(ssh, command) as running:
-            for piece in self._tree.pieces(item, job.start, length):
-                if hashed:
-                    digest.update(piece)
-                if not running.send(piece):
-                    break  # the answer says why it takes no more
-                self._report.moved(item, len(piece))
-            running.end()
-            if running.answer() != (digest.hexdigest() if hashed else "-"):
-                raise SSHError("SHA-256 differs")
-
-    def _send_bundle(self, ssh: Any, items: list[Item], key: str) -> None:
-        last = key == "-"  # modes and times of directories
-        times, keep = "p" if self._options.preserve else "m", int(self._options.resume)
-        with self._report.exec(ssh, self._verb("untar", times, key, keep)) as running:
-            for item in items:
-                # Files are to come into a directory, whatever its mode will be.
-                mode = item.mode | 0o700 if item.folder and not last else item.mode
-                if not running.send(tar_header(item, mode)) or not self._send_small(running, item):
-                    break
-            running.send(bytes(2 * TAR_BLOCK))
-            running.end()
-            running.answer()
-
-    def _send_small(self, running: Exec, item: Item) -> bool:
-        if item.folder:
-            return True
-        for piece in self._tree.pieces(item, 0, item.size):
-            if not running.send(piece):
-                return False
-            self._report.moved(item, len(piece))
-        if not item.size:
-            self._report.moved(item, 0)
-        return running.send(bytes(-item.size % TAR_BLOCK))
-
-    # --- the end ---
-
-    def _finish_verb(self) -> str:
-        if self._tree.is_folder:
-            return self._verb("finish")
-        (item,) = self._tree.files
-        times = seconds_of(item, self._options.preserve)
-        return self._verb("finish", item.size, f"{item.mode:o}", times)
-
-    def _prepare_finish(self) -> None:
-        """Start what comes last: it waits for its word, which saves a round trip in the end."""
+    def _control_script(self) -> bytes:
+        values = dict(self._values, preserve=int(self._options.preserve))
         if not self._tree.is_folder:
-            with contextlib.suppress(NoChannelError):
-                self._last = Exec(self._ssh, self._finish_verb(), self._report.watch)
+            (entry,) = self._tree.files
+            values.update(size=entry.size, mode=f"{entry.mode:o}", time=touch_time(entry.mtime))
+        return remote_script("upload", CONTROL, **values)
 
-    def _give_way(self) -> None:
-        """What comes last must not take the one channel that there is."""
-        if self._last is not None:
-            self._last.close()
-            self._last = None
+    def _tidy(self) -> None:
+        """Let the host remove what it has, and wait until it has."""
+        if self._control is None:
+            return
+        self._control.end()
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        try:
+            with self._transfer.watchdog.limit(LAST_PATIENCE, self._control.close):
+                self._control.rest(MAX_LINE)
+        except failures as error:
+            if not self._options.resume:
+                logger.warning("a temporary file may stay on the machine: %s", error)
 
-    def _finish(self) -> str:
-        if self._tree.is_folder:
-            self._settle_tree()
-        watch, timeout = self._report.watch, self._options.timeout
-        with self._last or Exec(self._ssh, self._finish_verb(), watch, timeout) as running:
-            running.send(b"go\n")
-            running.end()
-            return running.answer().removeprefix("./")
+    def _ready(self, control: RemoteScript) -> tuple[int, set[str]]:
+        """Wait for the host; its umask, and what an earlier upload has sent."""
+        umask = control.answer(b"ready")
+        if not re.fullmatch(rb"[0-7]{1,5}", umask):
+            raise control.refused(b"ready " + umask)
+        lines = control.until(self._values["token"].encode(), MAX_ANSWER)
+        return int(umask, 8), set(lines.decode("ascii", "replace").split())
 
-    def _settle_tree(self) -> None:
-        """Compare what has arrived; give modes and times to what has none yet."""
-        tree, preserve = self._tree, self._options.preserve
-        if not tree.items:
-            self._send_bundle(self._ssh, [], "-")
-        sizes = self._of_each("sizes", tree.files).split()
-        if len(sizes) != len(tree.files):
-            raise SSHError(f"{len(sizes)} of {len(tree.files)} files arrived")
-        for item, size in zip(tree.files, sizes, strict=True):
-            if size != str(item.size).encode():
-                raise SSHError(f"{item.shown} has {printable(repr(size), 40)} bytes there")
-        if self._options.verify:
-            here = [file_digest(tree.place(f), 0, f.size) for f in tree.files]
-            for item, one, other in zip(tree.files, here, self._sums(tree.files), strict=True):
-                if one != other:
-                    raise SSHError(f"SHA-256 of {item.shown} differs")
-        for job in self._jobs:
-            item = job.items[0]
-            if job.length is not None and not job.start and (preserve or item.mode & 0o111):
-                self._ask("meta", item.name, f"{item.mode:o}", seconds_of(item, preserve))
-        folders = [item for item in tree.items if item.folder]
-        if preserve and folders:
-            # The deepest first: what is made in a directory changes its time.
-            self._send_bundle(self._ssh, folders[::-1], "-")
+    def _prepare(self, umask: int, done: set[str]) -> None:
+        if not self._options.preserve and self._tree.is_folder:
+            for entry in self._tree.entries:
+                entry.mode &= ~umask
+        self._plan(done)
+        keys = {key for source in self._sources for key in source.keys}
+        if not done <= keys and self._control is not None:  # of another source, or an older one
+            self._control.send(b"restart\n")
+            self._plan(set())
+
+    def _plan(self, done: set[str]) -> None:
+        resume, tree = self._options.resume, self._tree
+        large = [e for e in tree.files if not tree.is_folder or e.size >= SMALL_FILE]
+        small = [e for e in tree.entries if tree.is_folder and e not in large]
+        self._files = [Chunks(entry, resume, done) for entry in large]
+        self._bundles = Bundles(small, resume, done)
+
+    def _start(self) -> None:
+        transfer, options = self._transfer, self._options
+        count = sum(len(source.left) for source in self._sources)
+        channels = RESUMABLE_CHANNELS if options.resume else UPLOAD_CHANNELS
+        if transfer.near:
+            channels = 1
+        connections = upload_connections(options, self._tree)
+        if (transfer.near and options.streams is None) or options.resume:
+            connections = 1
+        workers = min(count, connections * channels)
+        # What comes in several pieces at once is read back there, and compared.
+        self._hashes = options.verify or options.resume or workers > 1
+        transfer.start_workers(connections, workers, self._work)
+
+    def _work(self, ssh: Any) -> None:
+        """Send what is left, until nothing is."""
+        for source in self._sources:
+            while (portion := source.take()) is not None:
+                try:
+                    if isinstance(source, Chunks):
+                        self._send_chunks(ssh, source, portion)
+                    else:
+                        self._send_bundles(ssh, source, portion)
+                except NoChannelError:
+                    source.left.append(portion)
+                    raise
+
+    def _send_chunks(self, ssh: Any, source: Chunks, first: tuple[str, Any]) -> None:
+        entry = source.entry
+        script = remote_script("put", PUT, **self._values, inner=entry.name, hash=int(self._hashes))
+        with about(entry), self._transfer.script(ssh, script) as put:
+            sent: list[str] = []  # digests of what the host has not confirmed yet
+            for key, (start, size) in source.rest(first):
+                if len(sent) >= source.unconfirmed:
+                    self._confirm(put, sent.pop(0))
+                digest = hashlib.sha256()
+                put.send(b"%d %d %s\n" % (start // BLOCK, size, key.encode()))
+                for piece in self._tree.pieces(entry, start, size):
+                    if self._hashes:
+                        digest.update(piece)
+                    if not put.send(piece):
+                        break  # the answer says why it takes no more
+                    self._transfer.moved(entry, len(piece))
+                sent.append(digest.hexdigest())
+                if not put.send(b".\n"):
+                    break
+            put.end()
+            for expected in sent:
+                self._confirm(put, expected)
+            put.answer(b"end")
+
+    def _confirm(self, put: RemoteScript, digest: str) -> None:
+        if put.answer(b"done") != (digest.encode() if self._hashes else b"-"):
+            raise SSHError("SHA-256 differs")
+
+    def _send_bundles(self, ssh: Any, source: Source, first: tuple[str, Any]) -> None:
+        how = "op" if self._options.preserve else "opm"
+        script = remote_script("untar", UNTAR, **self._values, how=how)
+        with self._transfer.script(ssh, script) as untar:
+            count = 0
+            for key, entries in source.rest(first):
+                headers = [tar_header(entry) for entry in entries]
+                padded = sum(e.size + -e.size % TAR_BLOCK for e in entries)
+                size = sum(map(len, headers)) + padded + 2 * TAR_BLOCK
+                untar.send(b"%d %s\n" % (size, key.encode()))
+                for portion in self._tar_portions(headers, entries):
+                    if not untar.send(portion):
+                        break  # the answer says why it takes no more
+                count += 1
+                if not untar.send(b".\n"):
+                    break
+            untar.end()
+            for _ in range(count):
+                untar.answer(b"done")
+            untar.answer(b"end")
+
+    def _tar_portions(self, headers: list[bytes], entries: list[FileEntry]) -> Iterator[bytes]:
+        """Yield a tar archive in portions that are worth a packet."""
+        portion = bytearray()
+        for header, entry in zip(headers, entries, strict=True):
+            with about(entry):
+                portion += header
+                for piece in self._tree.pieces(entry, 0, entry.size) if entry.kind == "f" else ():
+                    portion += piece
+                    if len(portion) >= TRANSFER_PIECE:
+                        yield bytes(portion)
+                        portion.clear()
+                portion += bytes(-entry.size % TAR_BLOCK)
+                if entry.kind == "f":
+                    self._transfer.moved(entry, entry.size)
+        yield bytes(portion + bytes(2 * TAR_BLOCK))
+
+    # --- checks ---
+
+    def _check_sent(self) -> None:
+        """Compare what an earlier upload has sent, and with ``verify`` all small files."""
+        if any(source.left for source in self._sources):
+            raise NoChannelError("the machine opened no further channel")
+        for source in self._files:
+            self._check_chunks(source)
+        bundles = self._bundles.every if self._options.verify else self._bundles.earlier
+        files = [entry for entries in bundles for entry in entries if entry.kind == "f"]
+        if files:
+            self._check_files(files)
+        for entries in self._bundles.earlier:
+            for entry in entries:
+                if entry.kind == "f":
+                    self._transfer.count(entry, entry.size)
+
+    def _check_chunks(self, source: Chunks) -> None:
+        entry = source.entry
+        if not entry.size:
+            self._transfer.count(entry, 0)
+        if not source.earlier:
+            return
+        with about(entry), self._digests(CHUNK_DIGESTS, entry.name) as there:
+            for start, size in source.earlier:
+                there.send(b"%d %d\n" % (start // BLOCK, size))
+            there.end()
+            for start, size in source.earlier:
+                (digest,) = parse_digests(there.line() + b"\n", 1)
+                if digest != file_digest(self._tree.place(entry), start, size):
+                    self._differs()
+                self._transfer.count(entry, size)
+
+    def _check_files(self, files: list[FileEntry]) -> None:
+        with self._digests(FILE_DIGESTS, b"") as there:
+            there.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
+            there.end()
+            digests = parse_digests(there.rest(MAX_ANSWER), len(files))
+        for entry, digest in zip(files, digests, strict=True):
+            if digest != file_digest(self._tree.place(entry), 0, entry.size):
+                with about(entry):
+                    self._differs()
+
+    def _digests(self, body: str, inner: bytes) -> RemoteScript:
+        where = TARGET + 'path=$p; [ "$kind" = f ] || path=$p/$inner\n'
+        script = remote_script("digests", where + body, **self._values, inner=inner)
+        return self._transfer.script(self._transfer.pool.ssh, script)
+
+    def _differs(self) -> None:
+        if self._control is not None:
+            self._control.send(b"wipe\n")
+        raise SSHError("SHA-256 differs: what had arrived is not what is here, and is removed")
+
+    def _check_tree(self, control: RemoteScript) -> None:
+        """Compare names and sizes of all that has arrived."""
+        control.send(b"list\n")
+        there: dict[bytes, tuple[str, int]] = {}
+
+        def take(mode: int, size: int, mtime: int, name: bytes) -> None:
+            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            there[name] = (kind, size if kind == "f" else 0)
+
+        text = control.until(self._values["token"].encode(), MAX_ANSWER)
+        parse_listing(text, len(self._tree.entries) * 2 + 100, take)
+        for entry in self._tree.entries:
+            if there.get(entry.name) != (entry.kind, entry.size):
+                with about(entry):
+                    found = there.get(entry.name)
+                    raise SSHError(f"it has {found[1]} bytes there" if found else "it is not there")
+
+    def _set_modes(self) -> None:
+        """Give modes and times to large files and directories, the deepest first."""
+        preserve = self._options.preserve
+        folders = [entry for entry in self._tree.entries if entry.kind == "d"]
+        odd = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
+        entries = [source.entry for source in self._files] + odd[::-1]
+        for first in range(0, len(entries), META_LINES):
+            script = self._mode_script(entries[first : first + META_LINES])
+            with self._transfer.script(self._transfer.pool.ssh, script) as running:
+                running.end()
+                running.answer(b"ok")
+
+    def _mode_script(self, entries: list[FileEntry]) -> bytes:
+        lines = [remote_script("modes", TARGET + 'cd "$p" || exit 1\n', **self._values)]
+        for entry in entries:
+            lines.append(b"g=" + sh_quoted(b"./" + entry.name))
+            lines.append(b'chmod %o "$g" || no "$g"' % entry.mode)
+            if self._options.preserve:
+                lines.append(b'TZ=UTC0 touch -t %s "$g"' % touch_time(entry.mtime).encode())
+        return b"\n".join([*lines, b"echo ok"])
 
 
-def seconds_of(item: Item, preserve: bool) -> str:
-    """The time for ``touch``, or ``-``."""
-    return f"{item.mtime // 10**9}.{item.mtime % 10**9:09d}" if preserve else "-"
+def touch_time(mtime: int) -> str:
+    """Return a time, given in nanoseconds, for ``touch -t`` in UTC."""
+    seconds = min(max(mtime // 10**9, 0), LAST_TIME)
+    return time.strftime("%Y%m%d%H%M.%S", time.gmtime(seconds))
 
 
-def send_names(running: Exec, files: list[Item]) -> None:
-    """A list for ``xargs -0``."""
-    running.send(b"".join(b"./" + item.name + b"\0" for item in files))
-    running.end()
-
-
-def tar_header(item: Item, mode: int) -> bytes:
-    """What stands before an item in a tar stream; no user's name or number goes out."""
+def tar_header(entry: FileEntry) -> bytes:
+    """Return what stands before an entry in a tar stream; no user's name or number goes out."""
     import tarfile  # not cheap
 
-    info = tarfile.TarInfo("./" + os.fsdecode(item.name))
-    info.size, info.mode, info.mtime = item.size, mode, item.mtime // 10**9
-    info.type = tarfile.DIRTYPE if item.folder else tarfile.REGTYPE
+    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
+    # Files are to come into a directory, whatever its mode will be.
+    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
+    info.size, info.mtime = entry.size, entry.mtime // 10**9
+    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
+    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
 # ==================================================================================================
 # ssh.download
 #
-# Copying files and directories from a machine, of which nothing is believed.
+# Copy files and directories from a host, of which nothing is believed.
 # ==================================================================================================
 
 
-# What comes to us is held down by our own window only, which is large.
-DOWNLOAD_CHANNELS = 2
 DOWNLOAD_CONNECTIONS = 4
 DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes from which on further connections pay for their login
-AT_ONCE = 128 * 1024 * 1024  # bytes of a file that comes with the first answer
-MOST_FILES = 2_000_000
-LAST_SECOND = 253_402_300_799  # of the year 9999; filesystems know no times far beyond
+HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host hashes well within any timeout
+RANGE = 64 * 1024 * 1024  # bytes that a worker asks for at a time
+MAX_FILES = 2_000_000
+ANY_SIZE = 2**62
+MAX_TAR_EXTRA = 65536  # bytes of a name
+TAR_UNIT = 512  # bytes
+
+# Prints what there is. A file follows at once, unless it is large.
+LOOK = (
+    CHECK_TOOLS
+    + r"""
+if [ -d "$f" ]; then
+  cd "$f" || no "$f: it cannot be entered"
+  echo d; list; echo "$token"
+elif [ -f "$f" ]; then
+  s=$(stat -L -c "%s %Y %a" "$f") || exit 1
+  size=${s%% *}
+  [ "$size" -gt 0 ] || size=$(($(wc -c <"$f"))) # files of /proc tell no size
+  echo "f $size ${s#* }"
+  [ "$size" -le "$most" ] || exit 0
+  part "$f" 0 "$size"
+  [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
+  [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
+  stat -L -c "%s %Y %a" "$f"
+elif [ -e "$f" ]; then no "it is no file"
+else no "there is no such file"; fi
+"""
+)
+# Prints the files of a directory whose names it reads, a block with a mark, and what there is then.
+GET_TREE = r"""
+cd "$f" || exit 1
+xargs -0 tar -cf -
+printf "%-511s\n" "$token"; list; echo "$token"
+"""
+# Prints ranges of a file, each asked for by a line (block, size), and what the file is then.
+GET = r"""
+while read -r k s; do
+  part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
+done
+stat -L -c "%s %Y %a" "$f"
+"""
 
 
-class RemoteTree:
-    """What the machine says there is; read with care."""
-
-    def __init__(self, tell: bool = True) -> None:
-        """``tell``: of what is left out."""
-        self._tell = tell
-        self.items: list[Item] = []
-        self.skipped: list[tuple[str, str]] = []
-        self.root = Item(b"", 0, 0, 0o755, folder=True)
-        self._folders = {b""}
-        self._names: set[bytes] = set()
-
-    @property
-    def files(self) -> list[Item]:
-        return [item for item in self.items if not item.folder]
-
-    def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
-        """One entry of the listing."""
-        folder = stat.S_ISDIR(mode)
-        item = Item(name, size, _nanoseconds(seconds), mode & 0o777, folder)
-        if not name and folder:
-            self.root = item
-            return
-        shown = checked_name(name)
-        parent = name.rpartition(b"/")[0]
-        if name in self._names or parent not in self._folders:
-            raise SSHError(f"the machine lists {printable(repr(name), 120)} where it can't be")
-        self._names.add(name)
-        if folder:
-            self._folders.add(name)
-        if folder or stat.S_ISREG(mode):
-            self.items.append(item)
-        elif self._tell:
-            leave_out(self.skipped, shown, "" if stat.S_ISLNK(mode) else None)
-
-
-class DownloadOptions(Options):
+class DownloadOptions(TransferOptions):
     """The arguments of a download, checked; and where it is to go."""
 
-    def __init__(
-        self, remote: Any, local: Any, preserve: Any, verify: Any, resume: Any, streams: Any,
-        max_bytes: Any, progress: Any, timeout: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(local, remote, preserve, verify, resume, streams, progress, timeout)
-        if max_bytes is not None:
-            if type(max_bytes) is not int:
-                raise TypeError(f"max_bytes must be a whole number, not {short_repr(max_bytes)}")
-            check_number("max_bytes", max_bytes, unit="bytes")
-        self.max_bytes: int | None = max_bytes
-        self.far = far_path(self.remote)
+    def __init__(self, remote: Any, local: Any, **given: Any) -> None:
+        super().__init__(local, remote, **given)
+        self.source = remote_path(self.remote)
         self.target = _target_of(os.fsdecode(os.path.expanduser(self.local)), self.remote)
 
 
 def _target_of(local: str, remote: bytes) -> str:
-    """Where it goes: into a directory that exists, else to that very name."""
+    """Return where it goes: into a directory that exists, else to that very name."""
     name = os.fsdecode(remote.rstrip(b"/").rpartition(b"/")[2])
     if os.path.isdir(local):
         whole = name in ("", ".", "..") or remote.rstrip(b"/") == b"~"
@@ -10089,1082 +11138,462 @@ def _target_of(local: str, remote: bytes) -> str:
     return local
 
 
-def check_download(*arguments: Any) -> DownloadOptions:
-    """The arguments of a download, checked; nothing is sent yet."""
-    return DownloadOptions(*arguments)
-
-
-def download_path(ssh: Any, another: Another, options: DownloadOptions) -> Transferred:
-    """See ``CloreClient.download``."""
-    return Download(ssh, another, options).run()
+def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferResult:
+    """Download; see ``CloreClient.download``."""
+    transfer = Transfer(pool, options, os.fsdecode(options.remote))
+    part = LocalPart(options.target, options.remote, options)
+    files: list[FileEntry] = []
+    try:
+        with transfer.watched(), part:
+            try:
+                way: Any = Download(transfer, part)
+                way.run(files)
+            except NoShellError as error:
+                logger.warning("files come over SFTP, which is slower: %s", error)
+                transfer.restart()
+                part.clear()
+                way = SftpDownload(transfer, part)
+                way.run(files)
+    except BaseException as error:
+        judged = transfer.failed(error, files)
+        if judged is error:
+            raise
+        raise judged from error
+    return transfer.result(part.target, files)
 
 
 class Download:
-    """One download, from the first question to the rename."""
+    """One download by a shell of the host, from the first question to the rename."""
 
-    def __init__(self, ssh: Any, another: Another, options: DownloadOptions) -> None:
-        self._ssh = ssh
-        self._another = another
-        self._options = options
-        self._report = Reporter(os.fsdecode(options.remote), options)
-        self._files: list[Item] = []
-        whole = os.path.abspath(options.target)
-        same = hashlib.sha256(repr((options.remote, whole)).encode()).hexdigest()
-        token = same[:20] if options.resume else os.urandom(10).hex()
-        # A name that the next try finds again, or one of nobody else's.
-        self._part = Path(os.path.dirname(whole)) / f"{PART}{token}"
-        self._record = DoneRecord(self._part) if options.resume else None
+    def __init__(self, transfer: Transfer, part: LocalPart) -> None:
+        self._transfer = transfer
+        self._options: Any = transfer.options
+        self._part = part
+        self._ranges: list[tuple[FileEntry, int, int]] = []
+        self._share = RANGE  # bytes for each connection
+        self._lock = threading.Lock()
+        self._token = os.urandom(10).hex()
 
-    def run(self) -> Transferred:
-        with self._report.watch:
-            return self._run()
-
-    def _run(self) -> Transferred:
-        started = time.monotonic()
-        tree = RemoteTree()
+    def run(self, files: list[FileEntry]) -> None:
+        """Download; ``files`` is filled with what there is, as soon as that is known."""
+        transfer = self._transfer
         try:
-            with contextlib.ExitStack() as stack:
-                if self._record is not None:
-                    stack.enter_context(self._record)
-                folder = self._look(tree)
-                self._install(tree, folder)
-        except BaseException as error:
-            if not self._options.resume:
-                remove_part(self._part)
-            judged = self._report.judged(error, self._files)
-            if judged is error:
-                raise
-            raise judged from error
-        return self._report.result(self._options.target, self._files, started, tree.skipped)
+            with transfer.script(
+                transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
+            ) as look:
+                first = look.line()
+                if first == b"d":
+                    self._get_tree(look, files)
+                elif first.startswith(b"f "):
+                    self._get_file(look, parse_facts(first[2:]), files)
+                else:
+                    raise look.refused(first)
+        except BaseException:
+            transfer.stop()
+            raise
+        finally:
+            transfer.join_workers()
 
-    def _exec(self, verb: str, *arguments: bytes | str | int) -> Exec:
-        timeout = self._options.timeout
-        return Exec(self._ssh, far_command(verb, *arguments), self._report.watch, timeout)
-
-    # --- what there is ---
-
-    def _look(self, tree: RemoteTree) -> bool:
-        """Ask what there is, and get it; whether it is a directory."""
+    def _look_script(self) -> bytes:
         options = self._options
-        ranges = options.resume or (options.streams or 1) > 1
-        with self._exec("look", options.far, -1 if ranges else AT_ONCE, int(options.verify)) as (
-            running
-        ):
-            kind, _, facts = running.line().partition(b" ")
-            if kind == b"f":
-                item = _file_facts(facts)
-                self._accept([item], folder=False)
-                if not ranges and item.size <= AT_ONCE:
-                    self._receive_at_once(running, item)
-                    return False
-            elif kind == b"d":
-                parse_listing(running.rest(LONGEST_ANSWER), MOST_FILES, tree.take)
-                if running.status() != 0:
-                    raise running.refused()
-                self._accept(tree.files, folder=True)
-            else:
-                text = {b"n": "there is no such file", b"o": "it is no file"}
-                raise SSHError(text.get(kind) or "the machine says what can't be understood")
-        items = tree.items if kind == b"d" else self._files
-        self._get(items, kind == b"d")
-        return kind == b"d"
+        most = HASHED_AT_ONCE if options.verify else ANY_SIZE
+        if self._part.done or (options.streams or 1) > 1:
+            most = -1
+        elif not self._transfer.near:
+            most = min(most, DOWNLOAD_MANY - 1)
+        self._most = min(most, ANY_SIZE if options.max_bytes is None else options.max_bytes)
+        return remote_script(
+            "look", LOOK, f=options.source, token=self._token, most=self._most,
+            hash=int(options.verify),
+        )  # fmt: skip
 
-    def _accept(self, files: list[Item], folder: bool) -> None:
-        """Refuse what is too large, and what has no place; before anything is made."""
-        self._files = files
-        size, most = sum(item.size for item in files), self._options.max_bytes
-        if most is not None and size > most:
-            raise SSHError(f"it has {size} bytes, and max_bytes is {most}")
-        target = self._options.target
-        if not folder and os.path.isdir(target):
-            raise IsADirectoryError(f"local is a directory: {target!r}")
-        if folder and os.path.lexists(target) and not os.path.isdir(target):
-            raise NotADirectoryError(f"local is no directory: {target!r}")
+    # --- one file ---
 
-    def _receive_at_once(self, running: Exec, item: Item) -> None:
-        digest = hashlib.sha256()
-        with new_file(self._part, item.mode) as file:
-            self._receive(running, item, item.size, file, digest)
-        if self._options.verify:
-            _compare(running.line(), digest.hexdigest())
-        _check_same(item, _file_facts(running.line()), self._report.called(item))
-        _no_more(running)
-
-    def _receive(self, running: Exec, item: Item, left: int, file: Any, digest: Any = None) -> None:
-        """Exactly the bytes that were announced."""
-        if not left:
-            self._report.moved(item, 0)
-        while left:
-            piece = running.receive(min(CHUNK, left))
-            if not piece:
-                raise running.refused("", f"{left} bytes are missing {running.errors()}")
-            write_all(file, piece)
+    def _get_file(self, look: RemoteScript, entry: FileEntry, files: list[FileEntry]) -> None:
+        files.append(entry)
+        self._part.accept(files, folder=False)
+        if entry.size > self._most:
+            look.close()
+            self._part.begin([entry])
+            self._add_ranges(entry)
+            self._get_ranges(None)
+        else:
+            self._part.begin([entry])
+            digest = hashlib.sha256() if self._options.verify else None
+            self._receive(look, entry, 0, entry.size, digest)
             if digest is not None:
-                digest.update(piece)
-            left -= len(piece)
-            self._report.moved(item, len(piece))
+                _compare(look.line(), digest.hexdigest())
+            check_same(entry, parse_facts(look.line()))
+            _expect_end(look)
+        self._check_earlier([entry])
+        self._part.install_file(entry)
 
-    # --- in pieces ---
+    def _receive(
+        self, running: RemoteScript, entry: FileEntry, start: int, length: int, digest: Any = None
+    ) -> None:
+        """Write exactly the bytes that were announced, and record them."""
+        at = noted = start
+        with self._part.open(entry) as file:
+            file.seek(start)
+            try:
+                while at < start + length:
+                    piece = running.read(min(TRANSFER_PIECE, start + length - at))
+                    if not piece:
+                        left = start + length - at
+                        raise SSHError(f"{left} bytes are missing: {running.refused()}")
+                    write_piece(file, piece)
+                    if digest is not None:
+                        digest.update(piece)
+                    at += len(piece)
+                    self._transfer.moved(entry, len(piece))
+                    if at - noted >= 4 * TRANSFER_PIECE:
+                        noted = self._part.note(entry, noted, at)
+            finally:
+                self._part.note(entry, noted, at)
+            if at == entry.size:
+                file.truncate(entry.size)  # zeros at its end were not written
+        if not length:
+            self._transfer.moved(entry, 0)
 
-    def _get(self, items: list[Item], folder: bool) -> None:
-        jobs = plan(items, folder, self._options.resume)
-        done = self._earlier(jobs)
-        if folder:
-            self._part.mkdir(exist_ok=bool(done))
-            for item in items:
-                if item.folder:
-                    self._place(item).mkdir(exist_ok=bool(done))
-        else:
-            new_file(self._part, items[0].mode, again=bool(done)).close()
-        todo = [job for job in jobs if job.key not in done]
-        many = sum(job.size for job in todo) >= DOWNLOAD_MANY
-        streams = self._options.streams or (DOWNLOAD_CONNECTIONS if many else 1)
-        if todo:
-            lanes = Lanes(self._ssh, self._another, streams, DOWNLOAD_CHANNELS)
-            lanes.run(todo, self._do, self._report)
-        self._check_earlier([job for job in jobs if job.key in done])
-        self._check_unchanged(todo)
+    def _receive_nothing(self, entry: FileEntry) -> None:
+        self._part.open(entry).close()
+        self._took(entry)
 
-    def _earlier(self, jobs: list[Job]) -> set[str]:
-        """The jobs that are done already; with another source, none are."""
-        if self._record is None:
-            return set()
-        done = self._record.done
-        if done and os.path.lexists(self._part) and done <= {job.key for job in jobs}:
-            return set(done)
-        remove_part(self._part)
-        self._record.clear()
-        return set()
+    # --- ranges ---
 
-    def _place(self, item: Item) -> Path:
-        return self._part / checked_name(item.name) if item.name else self._part
+    def _add_ranges(self, entry: FileEntry) -> None:
+        """Plan what is missing of a file."""
+        self._ranges += [(entry, start, size) for start, size in self._part.missing(entry)]
 
-    def _do(self, ssh: Any, job: Job) -> None:
-        if job.length is None:
-            self._get_bundle(ssh, job)
-        else:
-            self._get_range(ssh, job, job.length)
-        if self._record is not None:
-            self._record.add(job.key)
+    def _take_range(self) -> tuple[FileEntry, int, int] | None:
+        """Return the next range for a worker; what a host says to be huge is cut only here."""
+        most = RANGE
+        if self._options.streams is not None:
+            most = min(RANGE, max(self._share // BLOCK * BLOCK, 16 * BLOCK))
+        with self._lock:
+            if not self._ranges:
+                return None
+            entry, start, length = self._ranges.pop()
+            if length > most:
+                self._ranges.append((entry, start + most, length - most))
+            return entry, start, min(length, most)
 
-    def _far(self, item: Item) -> bytes:
-        return self._options.far.rstrip(b"/") + b"/" + item.name if item.name else self._options.far
+    def _get_ranges(self, meanwhile: Any) -> None:
+        """Let workers receive the ranges; ``meanwhile`` does something else in this thread."""
+        transfer, ranges = self._transfer, self._ranges
+        ranges.reverse()
+        size = sum(length for _, _, length in ranges)
+        connections = self._options.streams
+        if connections is None:
+            connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
+        self._share = size // connections
+        workers = min(max(len(ranges), size // BLOCK), connections) if ranges else 0
+        transfer.start_workers(connections, workers, self._work)
+        if meanwhile is not None:
+            meanwhile()
+        transfer.finish_workers()
+        self._work(transfer.pool.ssh)  # what no worker got a channel for
 
-    def _get_range(self, ssh: Any, job: Job, length: int) -> None:
-        (item,), digest = job.items, hashlib.sha256()
-        command = far_command("get", self._far(item), *job.blocks, length)
-        with self._report.exec(ssh, command) as running:
-            with new_file(self._place(item), item.mode, again=True) as file:
-                file.seek(job.start)
-                self._receive(running, item, length, file, digest)
-            _compare(running.line(), digest.hexdigest())
-            _no_more(running)
+    def _work(self, ssh: Any) -> None:
+        while (taken := self._take_range()) is not None:
+            entry, start, length = taken
+            try:
+                with about(entry):
+                    self._get_range(ssh, entry, start, length)
+            except NoChannelError:
+                self._ranges.append((entry, start, length))
+                raise
 
-    def _get_bundle(self, ssh: Any, job: Job) -> None:
-        files = job.files
-        if not files:
-            return
-        with self._report.exec(ssh, far_command("many", self._options.far)) as running:
-            send_names(running, files)
-            for item in files:
-                with new_file(self._place(item), item.mode, again=True) as file:
-                    file.truncate(0)
-                    self._receive(running, item, item.size, file)
-            _no_more(running)
+    def _get_range(self, ssh: Any, entry: FileEntry, start: int, length: int) -> None:
+        digest = hashlib.sha256()
+        script = remote_script("get", GET, f=self._place(entry))
+        with self._transfer.script(ssh, script, DATA_WINDOW) as get:
+            get.send(b"%d %d\n" % (start // BLOCK, length))
+            get.end()
+            self._receive(get, entry, start, length, digest)
+            _compare(get.line(), digest.hexdigest())
+            check_same(entry, parse_facts(get.line()))
+            _expect_end(get)
 
-    def _check_earlier(self, jobs: list[Job]) -> None:
-        """What was here before is compared, too."""
-        for job in jobs:
-            if job.length is None:
-                self._compare_all(job.files)
-            else:
-                (item,) = job.items
-                with self._exec("rangesum", self._far(item), *job.blocks, job.length) as running:
-                    there = parse_sums(running.rest(LONGEST_ANSWER), 1)
-                if there != [file_digest(self._place(item), job.start, job.length)]:
-                    self._differs(item)
-            for item in job.files:
-                self._report.count(item, item.size if job.length is None else job.length)
+    def _place(self, entry: FileEntry) -> bytes:
+        source: bytes = self._options.source
+        return source.rstrip(b"/") + b"/" + entry.name if entry.name else source
 
-    def _check_unchanged(self, todo: list[Job]) -> None:
-        """What came in pieces, or one after the other, must not have changed meanwhile."""
-        bundled = [item for job in todo if job.length is None for item in job.files]
-        ranged = [item for job in todo if job.length is not None for item in job.files]
+    # --- a directory ---
+
+    def _get_tree(self, look: RemoteScript, files: list[FileEntry]) -> None:
+        tree = RemoteTree()
+        parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES, tree.take)
+        files += tree.files
+        links = tree.links(self._transfer)
+        self._part.accept(files, folder=True)
+        self._part.begin(tree.entries)
+        missing = [entry for entry in files if not self._part.is_done(entry)]
+        # GNU's tar takes a backslash in a name for the start of an escape.
+        alone = {e.name: e for e in missing if e.size >= SMALL_FILE or (b"\\" in e.name and e.size)}
+        small = [entry for entry in missing if entry.name not in alone]
+        for entry in alone.values():
+            self._add_ranges(entry)
+        for entry in [e for e in small if b"\\" in e.name]:
+            small.remove(entry)
+            self._receive_nothing(entry)
+        for entry in [e for e in links if b"\\" in e.name]:
+            links.remove(entry)
+            tree.entries.remove(entry)
+            self._transfer.leave_out(entry.name, "a symlink whose name holds a backslash")
+        look.close()
+        self._get_ranges(lambda: self._get_small(small + links))
+        self._check_earlier(files)
         if self._options.verify:
-            self._compare_all(bundled)
-            bundled = []
-        if not bundled and not ranged:
-            return
-        again = RemoteTree(tell=False)
-        with self._exec("look", self._options.far, -1, 0) as running:
-            kind, _, facts = running.line().partition(b" ")
-            if kind == b"f":
-                again.items.append(_file_facts(facts))
-            elif kind == b"d":
-                parse_listing(running.rest(LONGEST_ANSWER), MOST_FILES, again.take)
-        now = {item.name: item for item in again.items}
-        for item in bundled + ranged:
-            _check_same(item, now.get(item.name), self._report.called(item))
+            self._compare_files([entry for entry in small if entry.kind == "f"])
+        settle_links(self._part, self._transfer, links, tree)
+        self._part.install_tree(tree.root, tree.entries)
 
-    def _compare_all(self, files: list[Item]) -> None:
+    def _get_small(self, entries: list[FileEntry]) -> None:
+        """Receive small files and symlinks in one tar stream."""
+        if not entries:
+            return
+        script = remote_script("tree", GET_TREE, f=self._options.source, token=self._token)
+        with self._transfer.script(self._transfer.pool.ssh, script, DATA_WINDOW) as get:
+            get.send(b"".join(b"./" + entry.name + b"\0" for entry in entries))
+            get.end()
+            self._receive_tar(get, entries)
+
+    def _receive_tar(self, get: RemoteScript, entries: list[FileEntry]) -> None:
+        wanted = {entry.name: entry for entry in entries}
+        received: set[bytes] = set()
+        reader = TarReader(get, self._token.encode())
+        while (info := reader.next()) is not None:
+            name = os.fsencode(info.name).removeprefix(b"./")
+            entry = wanted.pop(name, None)
+            if entry is None:
+                raise SSHError(f"the machine sends {printable(repr(name), 120)}, not asked for")
+            with about(entry):
+                self._take_member(reader, entry, info, received)
+            received.add(name)
+        if wanted:
+            entry = next(iter(wanted.values()))
+            with about(entry):
+                raise SSHError(f"it did not come: {get.refused()}")
+        self._check_unchanged(get, entries)
+
+    def _take_member(
+        self, reader: TarReader, entry: FileEntry, info: Any, received: set[bytes]
+    ) -> None:
+        if info.issym() and entry.kind == "l":
+            entry.link = os.fsencode(info.linkname)
+        elif info.islnk() and entry.kind == "f":
+            original = os.fsencode(info.linkname).removeprefix(b"./")
+            if original not in received:
+                raise SSHError("it is a hard link to what was not asked for")
+            shutil.copyfile(self._part.place_of(original), self._part.place(entry))
+            self._took(entry)
+        elif info.isreg() and entry.kind == "f":
+            if info.size < entry.size:
+                raise SSHError(CHANGED)
+            self._part.grow(info.size - entry.size)
+            entry.size = info.size  # it has grown since it was listed
+            with self._part.open(entry) as file:
+                for piece in reader.content(info.size):
+                    write_piece(file, piece)
+                file.truncate(info.size)
+            self._took(entry)
+        else:
+            raise SSHError(CHANGED)
+
+    def _took(self, entry: FileEntry) -> None:
+        self._part.note(entry, 0, entry.size)
+        self._transfer.moved(entry, entry.size)
+
+    def _check_unchanged(self, get: RemoteScript, entries: list[FileEntry]) -> None:
+        again = RemoteTree()
+        parse_listing(get.until(self._token.encode(), MAX_ANSWER), MAX_FILES, again.take)
+        now = {entry.name: entry for entry in again.entries}
+        for entry in entries:
+            if entry.kind == "f":
+                with about(entry):
+                    check_same(entry, now.get(entry.name))
+
+    # --- checks ---
+
+    def _check_earlier(self, files: list[FileEntry]) -> None:
+        """Compare what an earlier download has left here."""
+        small: list[FileEntry] = []
+        for entry in files:
+            earlier = self._part.earlier(entry)
+            if not earlier:
+                continue
+            if entry.size < SMALL_FILE and entry.name:
+                small.append(entry)
+            else:
+                with about(entry):
+                    self._compare_ranges(entry, earlier)
+            for _, length in earlier:
+                self._transfer.count(entry, length)
+        self._compare_files(small)
+
+    def _compare_ranges(self, entry: FileEntry, ranges: list[tuple[int, int]]) -> None:
+        pieces = [
+            (at, min(RANGE, start + length - at))
+            for start, length in ranges
+            for at in range(start, start + length, RANGE)
+        ]
+        script = remote_script("digests", CHUNK_DIGESTS, path=self._place(entry))
+        with self._transfer.script(self._transfer.pool.ssh, script) as there:
+            for start, length in pieces:
+                there.send(b"%d %d\n" % (start // BLOCK, length))
+            there.end()
+            for start, length in pieces:
+                (digest,) = parse_digests(there.line() + b"\n", 1)
+                if digest != file_digest(self._part.place(entry), start, length):
+                    self._differs()
+
+    def _compare_files(self, files: list[FileEntry]) -> None:
         if not files:
             return
-        with self._exec("sums", self._options.far) as running:
-            send_names(running, files)
-            there = parse_sums(running.rest(LONGEST_ANSWER), len(files))
-        for item, digest in zip(files, there, strict=True):
-            if digest != file_digest(self._place(item), 0, item.size):
-                self._differs(item)
+        script = remote_script("digests", FILE_DIGESTS, path=self._options.source)
+        with self._transfer.script(self._transfer.pool.ssh, script) as there:
+            there.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
+            there.end()
+            digests = parse_digests(there.rest(MAX_ANSWER), len(files))
+        for entry, digest in zip(files, digests, strict=True):
+            if digest != file_digest(self._part.place(entry), 0, entry.size):
+                with about(entry):
+                    self._differs()
 
-    def _differs(self, item: Item) -> None:
-        if self._record is not None:
-            remove_part(self._part)
-            self._record.clear()
-        raise SSHError(f"SHA-256 of {printable(self._report.called(item), 300)} differs")
-
-    # --- the end ---
-
-    def _install(self, tree: RemoteTree, folder: bool) -> None:
-        options, target = self._options, self._options.target
-        merging = folder and os.path.lexists(target)
-        if options.preserve:
-            # From a directory that may not be written to, nothing could be moved.
-            whole = tree.files if merging else [*tree.items[::-1], tree.root]
-            for item in whole if folder else self._files:
-                place = self._place(item)
-                os.chmod(place, item.mode)
-                os.utime(place, ns=(item.mtime, item.mtime))
-        if not folder:
-            if self._part.stat().st_size != self._files[0].size:
-                raise SSHError(f"{self._part.stat().st_size} bytes have arrived")
-            os.replace(self._part, target)
-        elif not merging:
-            os.rename(self._part, target)
-        else:
-            merge_into(self._part, target, tree.items, options.preserve)
+    def _differs(self) -> None:
+        self._part.clear()
+        raise SSHError("SHA-256 differs: what had arrived is not what is there, and is removed")
 
 
-def _file_facts(facts: bytes) -> Item:
+class TarReader:
+    """Reads the members of tar archives that follow each other, up to a block with a mark."""
+
+    def __init__(self, running: RemoteScript, mark: bytes) -> None:
+        self._running = running
+        self._mark = mark
+        self._padding = 0
+
+    def next(self) -> Any:
+        """Return the next member, or None at the mark."""
+        import tarfile  # not cheap
+
+        self._exactly(self._padding)
+        self._padding = 0
+        name = link = ""
+        while True:
+            header = self._exactly(TAR_UNIT)
+            if header.rstrip(b" \n") == self._mark:
+                return None
+            if not header.strip(b"\0"):
+                continue
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError) as error:
+                raise SSHError("the machine sends what is no tar archive") from error
+            if info.size < 0:
+                raise SSHError("the machine sends a negative size")
+            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+                if info.size > MAX_TAR_EXTRA:
+                    raise SSHError("the machine sends a name that is too long")
+                extra = self._exactly(info.size + -info.size % TAR_UNIT)[: info.size]
+                name, link = _extended(info.type, extra, name, link)
+                continue
+            info.name, info.linkname = name or info.name, link or info.linkname
+            if not info.isreg():
+                info.size = 0
+            self._padding = -info.size % TAR_UNIT
+            return info
+
+    def content(self, size: int) -> Any:
+        """Yield the bytes of the member."""
+        while size:
+            piece = self._running.read(min(TRANSFER_PIECE, size))
+            if not piece:
+                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
+            size -= len(piece)
+            yield piece
+
+    def _exactly(self, size: int) -> bytes:
+        piece = self._running.read(size) if size else b""
+        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
+
+
+def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
+    """Read the name or target that does not fit in a header."""
+    if kind == b"x":  # records of POSIX: a length, a keyword and a value
+        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
+            found.get(b"linkpath", b"")
+        ) or link
+    text = os.fsdecode(extra.rstrip(b"\0"))
+    return (text, link) if kind == b"L" else (name, text)
+
+
+def parse_facts(facts: bytes) -> FileEntry:
+    """Read size, time and permissions of a file."""
     found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", facts)
     if found is None:
         raise SSHError("the machine says what can't be understood")
     size, seconds, mode = found.groups()
-    return Item(b"", int(size), _nanoseconds(int(seconds)), int(mode, 8) & 0o777)
-
-
-def _check_same(item: Item, now: Item | None, name: str) -> None:
-    if now is None or (now.size, now.mtime) != (item.size, item.mtime):
-        raise SSHError(
-            f"{printable(name, 300)} was changed meanwhile; of what is still being written, "
-            "make a copy there, and download that"
-        )
-
-
-def _nanoseconds(seconds: int) -> int:
-    return min(max(seconds, 0), LAST_SECOND) * 10**9
+    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
 
 
 def _compare(line: bytes, digest: str) -> None:
     if line[:64] != digest.encode():
-        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the machine has no sha256sum")
+        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the machine sent no SHA-256")
 
 
-def _no_more(running: Exec) -> None:
-    """The end of the output, and an exit status of 0."""
-    if running.receive(1):
+def _expect_end(running: RemoteScript) -> None:
+    """Expect the end of the output, and an exit status of 0."""
+    if running.read(1):
         raise SSHError("the machine sends more than it announced")
-    if running.status() != 0:
-        raise running.refused()
-
-
-# ==================================================================================================
-# ssh.scp_wire
-#
-# The wire of one scp transfer: nothing on it waits for ever, and nothing is endless.
-# ==================================================================================================
-
-
-SCP_CHUNK = 131072  # bytes that are read or sent at once
-LONGEST_LINE = 16384  # bytes; the longest honest one is an error with a path in it
-SHOWN_OF_HOST = 300  # characters of what a host says that an error shows
-WATCH_LOOK = 0.25  # seconds between two looks at the clock
-WATCH_SLACK = 1.0  # seconds after paramiko's own timeout, where it has one
-MOST_UNREAD = 32 * 1024 * 1024  # bytes; far more than the window that the host was given
-FLOODED = "the host sent more than it was allowed to"
-CLOSE_GRACE = 5.0  # seconds in which closing a channel must end what waits for it
-
-
-class ScpError(Exception):
-    """What went wrong with a transfer, for the error that is made of it."""
-
-
-@contextlib.contextmanager
-def local_faults() -> Iterator[None]:
-    """What this machine refuses, a full disk for one, becomes a fault of the transfer."""
-    try:
-        yield
-    except OSError as error:
-        what = f": {error.filename!r}" if error.filename else ""
-        text = printable(f"{error.strerror or error}{what}", 500)
-        raise ScpError(f"on this machine: {text}") from error
-
-
-def words_of_host(raw: bytes) -> str:
-    """What a host says, as it may stand in an error."""
-    return printable(raw.decode("utf-8", "replace").strip(), SHOWN_OF_HOST)
-
-
-class ScpWire:
-    """A channel on which the host runs scp. Every method raises :class:`ScpError`.
-
-    paramiko waits without a limit for the answer to an exec request, and for a socket that takes
-    no more bytes; and it keeps whatever comes, also beyond the window. So a thread watches, and
-    closes the channel under a call that takes too long, or where that can't help, the connection.
-
-    Attributes:
-        channel: of paramiko.
-    """
-
-    def __init__(self, transport: Any, command: bytes, timeout: float) -> None:
-        self._transport = transport
-        self._timeout = timeout
-        self._broken: Any = (OSError, EOFError, import_paramiko().SSHException)
-        self._buffer = bytearray()
-        self._call_until = math.inf
-        self._flooded = False
-        self._done = threading.Event()
-        self._watchdog = threading.Thread(target=self._watch, daemon=True, name="scp watchdog")
-        self.channel: Any = None
-        self._watchdog.start()
-        try:
-            with self._bounded("opened no channel"):
-                self.channel = transport.open_session(timeout=timeout)
-            with self._bounded("did not start scp"):
-                self.channel.exec_command(command)
-        except BaseException:
-            self.close()
-            raise
-
-    def line(self) -> bytes | None:
-        """The next line without its end, or None at the end of everything."""
-        until = time.monotonic() + self._timeout
-        while (end := self._buffer.find(b"\n", 0, LONGEST_LINE)) < 0:
-            if len(self._buffer) >= LONGEST_LINE:
-                raise ScpError("the host sent a line without an end")
-            if not self._more(until):
-                if self._buffer:
-                    raise ScpError("the host broke off in the middle of a line")
-                return None
-        return self._take(end + 1)[:-1]
-
-    def some(self, most: int) -> bytes:
-        """At most so many bytes, as soon as there are some; none at the end of everything."""
-        if not self._buffer:
-            self._more(time.monotonic() + self._timeout)
-        return self._take(most)
-
-    def confirm(self) -> None:
-        """Read the host's answer to what was sent; raises unless it is a yes."""
-        answer = self.some(1)
-        if answer == b"\0":
-            return
-        if not answer:
-            raise ScpError(self.how_it_ended())
-        if answer in b"\1\2":
-            raise ScpError(f"the host says: {self._rest_of_line()}")
-        text = words_of_host(answer + self._take(LONGEST_LINE))
-        raise ScpError(f"this is no answer of scp: {text!r}")
-
-    def send(self, data: bytes | memoryview) -> None:
-        """Send all of it."""
-        try:
-            while data:
-                with self._bounded("took nothing"):
-                    self.channel.settimeout(self._timeout)
-                    sent = self.channel.send(data[:SCP_CHUNK])
-                if not sent:
-                    raise ScpError("the host has closed the channel")
-                data = data[sent:]
-        except ScpError as fault:
-            # Most often the host has said why before it left.
-            said = self._said()
-            raise ScpError(f"{fault}; the host says: {said}" if said else str(fault)) from fault
-
-    def finish(self) -> None:
-        """Say that this was all, and wait for scp's end; raises when that was a bad one."""
-        with self._bounded("did not take the end"):
-            self.channel.shutdown_write()
-        if self._status() > 0:
-            raise ScpError(self.how_it_ended())
-
-    def how_it_ended(self) -> str:
-        """Why there is nothing more to read."""
-        status = self._status()
-        said = self._said()
-        how = "the host has closed the channel"
-        if self._flooded:
-            return FLOODED
-        if status > 0:
-            how = f"scp on the host ended with exit code {status}"
-        elif not self._transport.is_active():
-            how = "the connection broke"
-        return f"{how}: {said}" if said else how
-
-    def close(self) -> None:
-        """Close the channel, whatever the host does."""
-        if self.channel is not None:
-            with contextlib.suppress(ScpError), self._bounded("closed nothing"):
-                self.channel.close()
-        self._done.set()
-        self._watchdog.join(CLOSE_GRACE)
-
-    def _take(self, most: int) -> bytes:
-        taken = bytes(self._buffer[:most])
-        del self._buffer[:most]
-        return taken
-
-    def _more(self, until: float) -> bool:
-        """Wait for more bytes; False when there will be none."""
-        left = until - time.monotonic()
-        with self._bounded("sent nothing that is whole"):
-            if left <= 0:
-                raise TimeoutError
-            self.channel.settimeout(left)
-            chunk = self.channel.recv(SCP_CHUNK)
-        self._buffer += chunk
-        return bool(chunk)
-
-    def _rest_of_line(self) -> str:
-        try:
-            line = self.line() or b""
-        except ScpError:
-            line = bytes(self._buffer)
-        return words_of_host(line)
-
-    def _said(self) -> str:
-        """An error's text, when it is there already."""
-        if self.channel is None:
-            return ""
-        raw = bytes(self._buffer[:LONGEST_LINE])
-        errors = b""
-        with contextlib.suppress(*self._broken):
-            if not raw and self.channel.recv_ready():
-                raw = self.channel.recv(LONGEST_LINE)
-            if self.channel.recv_stderr_ready():
-                errors = self.channel.recv_stderr(LONGEST_LINE)
-        raw = raw.lstrip(b"\0")
-        return words_of_host(raw[1:] if raw[:1] in (b"\1", b"\2") else errors)
-
-    def _status(self) -> int:
-        """The exit code; -1 where the host names none in time."""
-        ended = self.channel.status_event.wait(self._timeout)
-        return int(self.channel.exit_status) if ended else -1
-
-    @contextlib.contextmanager
-    def _bounded(self, failing: str) -> Iterator[None]:
-        """A call of paramiko, which ends in time and raises nothing else than a fault."""
-        self._call_until = time.monotonic() + self._timeout + WATCH_SLACK
-        try:
-            yield
-        except self._broken as error:
-            late = time.monotonic() >= self._call_until - WATCH_SLACK
-            if self._flooded:
-                text = FLOODED
-            elif isinstance(error, TimeoutError) or late:
-                text = f"the host {failing} within {self._timeout:g}s"
-            else:
-                text = f"the host {failing}: {printable(str(error), SHOWN_OF_HOST)}"
-            raise ScpError(text) from error
-        finally:
-            self._call_until = math.inf
-
-    def _watch(self) -> None:
-        while not self._done.wait(WATCH_LOOK):
-            if self.channel is not None:
-                unread = len(self.channel.in_buffer) + len(self.channel.in_stderr_buffer)
-                self._flooded = unread > MOST_UNREAD
-            if self._flooded or time.monotonic() > self._call_until:
-                break
-        else:
-            return
-        if self.channel is not None and not self._flooded:
-            # In a thread of its own, as its farewell may meet the same full socket.
-            threading.Thread(target=self._close_quietly, daemon=True).start()
-            if self._done.wait(CLOSE_GRACE):
-                return
-        self._transport.close()
-
-    def _close_quietly(self) -> None:
-        with contextlib.suppress(*self._broken):
-            self.channel.close()
-
-
-# ==================================================================================================
-# ssh.scp_receive
-#
-# The receiving end of scp, which believes nothing that the host says.
-# ==================================================================================================
-
-
-MOST_RECORDS = 1_000_000  # files and folders of one transfer
-DEEPEST_FOLDER = 64
-LATEST_TIME = 253_402_300_799  # the end of the year 9999
-NAMELESS = (b"", b".", b"..")  # how scp calls /, . and .. when they are asked for
-# Without them no shell makes another name of a name than it is, whatever it is quoted with.
-PLAIN_ASKED = re.compile(rb"[\w@%+=:,./~\-\x80-\xff]+")
-GLOB_ASKED = re.compile(rb"[\w@%+=:,./~\-\x80-\xff*?\[\]!^]+")
-FILE_RECORD = re.compile(rb"([0-7]{3,7}) (\d{1,18}) (.*)", re.DOTALL)
-TIME_RECORD = re.compile(rb"(\d{1,12}) \d{1,9} (\d{1,12}) \d{1,9}")
-WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-FOLDER_FDS = os.name != "nt" and os.open in os.supports_dir_fd
-
-ScpProgress = Callable[[bytes, int, int], Any]
-
-
-class AskedNames:
-    """The names that may come: those of the paths that were asked for, each once.
-
-    Raises:
-        ValueError: what a path stands for is up to the host's shell.
-    """
-
-    def __init__(self, paths: list[bytes], *, quoted: bool) -> None:
-        self._exact: list[set[bytes]] = []
-        self._patterns: dict[str, bool] = {}  # whether something came for it
-        for path in paths:
-            trimmed = path.rstrip(b"/")
-            base = trimmed.rpartition(b"/")[2]
-            if trimmed.startswith(b"~") and base == trimmed:
-                self._patterns["*"] = False  # a home, whose name the host alone knows
-            elif quoted or PLAIN_ASKED.fullmatch(base) or base in NAMELESS:
-                self._exact.append(_as_sent(base))
-            elif GLOB_ASKED.fullmatch(base):
-                self._patterns[os.fsdecode(base.replace(b"[^", b"[!"))] = False
-            else:
-                raise ValueError(
-                    f"remote_path: which names {printable(repr(path), 200)} stands for can't be "
-                    "told here: of a shell's signs only * ? [ ] are known, in the last part"
-                )
-
-    def take(self, raw: bytes) -> bool:
-        """Note that this name has come; returns whether it was asked for letter by letter."""
-        for spellings in self._exact:
-            if raw in spellings:
-                self._exact.remove(spellings)
-                return True
-        name = os.fsdecode(raw)
-        for pattern in self._patterns:
-            hidden = name.startswith(".") and not pattern.startswith(".")
-            if not hidden and fnmatch.fnmatchcase(name, pattern):
-                self._patterns[pattern] = True
-                return False
-        raise ScpError(f"the host sent {_quoted(raw)}, which was not asked for")
-
-    def missing(self) -> str | None:
-        """Something that was asked for and has not come."""
-        for spellings in self._exact:
-            return _quoted(min(spellings))
-        return next(
-            (_quoted(os.fsencode(p)) for p, came in self._patterns.items() if not came), None
-        )
-
-
-def _as_sent(base: bytes) -> set[bytes]:
-    """How scp may spell a name: a line break has no place in its records."""
-    if b"\n" not in base:
-        return {base}
-    return {base.replace(b"\n", b"\\^J"), base.replace(b"\\", b"\\\\").replace(b"\n", b"\\^J")}
-
-
-def _quoted(raw: bytes) -> str:
-    return printable(repr(os.fsdecode(raw)), 200)
-
-
-def plain_name(raw: bytes, *, controls: bool = False) -> str:
-    """A name from the host, when it is a single part of a path, and fit to be shown."""
-    refused = raw in NAMELESS or b"/" in raw or b"\0" in raw or b"\n" in raw or len(raw) > 255
-    try:
-        name = os.fsdecode(raw)
-    except UnicodeDecodeError:
-        name, refused = "", True
-    # A listing of such a name would talk to the terminal.
-    if not controls:
-        refused = refused or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name)
-    if os.name == "nt":
-        refused = refused or any(c in name for c in '\\:*?"<>|') or name.endswith((".", " "))
-        refused = refused or WINDOWS_DEVICE.fullmatch(name) is not None
-    if refused:
-        raise ScpError(f"the host sent {_quoted(raw)}, which is no plain name")
-    return name
-
-
-class LocalFolder:
-    """A folder here, held open where the system can, so that it stays the one that was checked."""
-
-    def __init__(self, path: str, parent: LocalFolder | None = None) -> None:
-        self.path = path
-        self.fd: int | None = None
-        if FOLDER_FDS:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-            if parent is None:
-                self.fd = os.open(path, flags)
-            else:
-                name = os.path.basename(path)
-                self.fd = os.open(name, flags | os.O_NOFOLLOW, dir_fd=parent.fd)
-
-    def at(self, name: str) -> str:
-        """What to call an entry in a call that also gets ``dir_fd=self.fd``."""
-        return os.path.join(self.path, name) if self.fd is None else name
-
-    def look(self, name: str) -> os.stat_result | None:
-        """What stands there, a symlink as itself."""
-        try:
-            return os.stat(self.at(name), dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-
-    def create(self, name: str, mode: int) -> int:
-        """A new file to write; the umask holds."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        for more in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
-            flags |= getattr(os, more, 0)
-        return os.open(self.at(name), flags, mode, dir_fd=self.fd)
-
-    def enter(self, name: str, mode: int) -> tuple[LocalFolder, bool]:
-        """A folder in it, and whether it was made now."""
-        found = self.look(name)
-        if found is not None and not stat.S_ISDIR(found.st_mode):
-            raise ScpError(f"a {_kind(found)} stands here already, not a folder")
-        if found is None:
-            os.mkdir(self.at(name), mode | 0o700, dir_fd=self.fd)
-        return LocalFolder(os.path.join(self.path, name), self), found is None
-
-    def replace(self, name: str, by: str) -> None:
-        os.replace(self.at(by), self.at(name), src_dir_fd=self.fd, dst_dir_fd=self.fd)
-
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self.at(name), dir_fd=self.fd)
-
-    def remove_empty(self, name: str) -> None:
-        with contextlib.suppress(OSError):
-            os.rmdir(self.at(name), dir_fd=self.fd)
-
-    def close(self) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
-
-
-def _kind(found: os.stat_result) -> str:
-    kinds = {stat.S_IFLNK: "symlink", stat.S_IFREG: "file", stat.S_IFDIR: "folder"}
-    return kinds.get(stat.S_IFMT(found.st_mode), "special file")
-
-
-class _Level:
-    """A folder that the host has entered and not left yet."""
-
-    def __init__(self, folder: LocalFolder, name: str, *, shown: str, made: bool = False) -> None:
-        self.folder = folder
-        self.name = name  # "" for the target, which is the caller's: its permissions stay
-        self.shown = shown
-        self.made = made
-        self.mode = 0o700
-        self.times: tuple[int, int] | None = None
-
-
-class ScpReceiver:
-    """Takes files and folders from a host.
-
-    Args:
-        target: the folder that all goes into; or, with ``as_name``, that holds what comes.
-        as_name: what the one file or folder that comes is called here.
-        most: bytes of all files together.
-
-    Attributes:
-        name, done, total: of the file that is or was in work.
-    """
-
-    def __init__(
-        self,
-        wire: ScpWire,
-        asked: AskedNames,
-        target: LocalFolder,
-        *,
-        as_name: str = "",
-        recursive: bool = False,
-        keep: bool = False,
-        most: int | None = None,
-        progress: ScpProgress | None = None,
-    ) -> None:
-        self.name = ""
-        self.done = 0
-        self.total: int | None = None
-        self._wire = wire
-        self._asked = asked
-        self._as_name = as_name
-        self._recursive = recursive
-        self._keep = keep
-        self._left = most
-        self._most = most
-        self._progress = progress
-        self._times: tuple[int, int] | None = None
-        self._records = 0
-        self._tops = 0
-        self._levels = [_Level(target, "", shown="")]
-
-    def run(self) -> None:
-        """Receive until the host has no more; raises :class:`ScpError`."""
-        try:
-            self._wire.send(b"\0")
-            while (line := self._wire.line()) is not None:
-                self._record(line)
-                self._wire.send(b"\0")
-            if len(self._levels) > 1:
-                raise ScpError(f"a folder has no end; {self._wire.how_it_ended()}")
-            self._wire.finish()
-            if missing := self._asked.missing():
-                raise ScpError(f"{missing} has not come")
-        finally:
-            self._leave_all()
-
-    def _record(self, line: bytes) -> None:
-        kind, rest = line[:1], line[1:]
-        if self._times is not None and kind not in (b"C", b"D", b"\1", b"\2"):
-            raise ScpError("the host sent a time for nothing")
-        if kind == b"C":
-            self._file(rest)
-        elif kind == b"D":
-            self._enter(rest)
-        elif kind == b"E" and not rest:
-            self._leave()
-        elif kind == b"T":
-            self._time(rest)
-        elif kind in (b"\1", b"\2"):
-            raise ScpError(f"the host says: {words_of_host(rest)}")
-        else:
-            raise ScpError(f"this is no record of scp: {words_of_host(line)!r}")
-
-    def _time(self, rest: bytes) -> None:
-        match = TIME_RECORD.fullmatch(rest)
-        if match is None or max(int(match[1]), int(match[2])) > LATEST_TIME:
-            raise ScpError(f"the host sent a time that is none: {words_of_host(rest)!r}")
-        self._times = (int(match[2]), int(match[1]))
-
-    def _announced(self, rest: bytes) -> tuple[int, int, bytes]:
-        """Permissions, size and name of a record, each within its limits."""
-        match = FILE_RECORD.fullmatch(rest)
-        if match is None:
-            raise ScpError(f"this is no record of scp: {words_of_host(rest)!r}")
-        self._records += 1
-        if self._records > MOST_RECORDS:
-            raise ScpError(f"the host sent more than {MOST_RECORDS} files and folders")
-        # The bits above say as whom it runs, which is not for the host to say.
-        return int(match[1], 8) & 0o777, int(match[2]), match[3]
-
-    def _local_name(self, raw: bytes) -> str:
-        """What to call it here; "" for the target itself."""
-        level = self._levels[-1]
-        if len(self._levels) > 1:
-            name = plain_name(raw)
-            self.name = f"{level.shown}/{printable(name, 200)}".lstrip("/")
-            return name
-        exact = self._asked.take(raw)
-        name = "" if exact and raw in NAMELESS else plain_name(raw, controls=exact)
-        self.name = printable(name, 200)
-        self._tops += 1
-        if self._as_name and self._tops > 1:
-            raise ScpError("the host sent several files, and the target is no folder")
-        return self._as_name or name
-
-    def _file(self, rest: bytes) -> None:
-        mode, size, raw = self._announced(rest)
-        self.done, self.total = 0, size
-        name = self._local_name(raw)
-        folder = self._levels[-1].folder
-        if not name:
-            raise ScpError("the host sent a file, where a folder was asked for")
-        if self._left is not None and size > self._left:
-            raise ScpError(f"{size} bytes are announced, and max_bytes is {self._most} for all")
-        with local_faults():
-            found = folder.look(name)
-        if found is not None and not stat.S_ISREG(found.st_mode):
-            raise ScpError(f"a {_kind(found)} stands here already, and nothing is written to it")
-        temporary = f".scp-{secrets.token_hex(8)}.part"
-        with local_faults():
-            file = os.fdopen(folder.create(temporary, mode), "wb", buffering=0)
-        try:
-            self._wire.send(b"\0")
-            self._fill(file, os.fsencode(os.path.join(folder.path, name)), size)
-            self._wire.confirm()
-            with local_faults():
-                self._dress(file.fileno(), folder, temporary, mode, self._times)
-                file.close()
-                folder.replace(name, temporary)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                file.close()
-            folder.remove(temporary)
-            raise
-        self._times = None
-        if self._left is not None:
-            self._left -= size
-
-    def _fill(self, file: Any, path: bytes, size: int) -> None:
-        if self._progress is not None:
-            self._progress(path, size or 1, 0 if size else 1)  # who divides must not fall
-        while self.done < size:
-            data = self._wire.some(min(SCP_CHUNK, size - self.done))
-            if not data:
-                raise ScpError(self._wire.how_it_ended())
-            with local_faults():
-                rest = memoryview(data)
-                while rest:  # without a buffer, a write may take a part
-                    rest = rest[file.write(rest) :]
-            self.done += len(data)
-            if self._progress is not None:
-                self._progress(path, size, self.done)
-
-    def _enter(self, rest: bytes) -> None:
-        mode, _, raw = self._announced(rest)
-        if not self._recursive:
-            raise ScpError(f"the host sent a folder, {_quoted(raw)}, where a file was asked for")
-        if len(self._levels) > DEEPEST_FOLDER:
-            raise ScpError(f"the host sent folders more than {DEEPEST_FOLDER} deep")
-        self.done, self.total = 0, None
-        name = self._local_name(raw)
-        parent = self._levels[-1].folder
-        with local_faults():
-            folder, made = parent.enter(name, mode) if name else (LocalFolder(parent.path), False)
-        level = _Level(folder, name, shown=self.name, made=made)
-        level.mode, level.times, self._times = mode, self._times, None
-        self._levels.append(level)
-
-    def _leave(self) -> None:
-        if len(self._levels) == 1:
-            raise ScpError("the host left a folder that it had not entered")
-        level = self._levels.pop()
-        try:
-            if level.name:
-                parent = self._levels[-1].folder
-                fd = level.folder.fd
-                with local_faults():
-                    self._dress(fd, parent, level.name, level.mode | 0o700, level.times)
-        finally:
-            level.folder.close()
-
-    def _dress(self, fd: int | None, inside: LocalFolder, name: str, mode: int, times: Any) -> None:
-        """Give a file or folder its permissions and times, where the caller wants that."""
-        if not self._keep:
-            return
-        if FOLDER_FDS and fd is not None:
-            os.fchmod(fd, mode)
-        if times is not None:
-            os.utime(fd if FOLDER_FDS and fd is not None else inside.at(name), times)
-
-    def _leave_all(self) -> None:
-        """Close what is open, and take away the folders that were made for nothing."""
-        while self._levels:
-            level = self._levels.pop()
-            level.folder.close()
-            if level.made and self._levels:
-                self._levels[-1].folder.remove_empty(level.name)
-
-
-# ==================================================================================================
-# ssh.scp_send
-#
-# The sending end of scp, which leaves out what does not belong to the folder that was named.
-# ==================================================================================================
-
-
-ASKED_MODE = re.compile(r"[0-7]{3,4}")
-
-
-class ScpSender:
-    """Gives files and folders to a host.
-
-    Attributes:
-        name, done, total: of the file that is or was in work.
-    """
-
-    def __init__(
-        self,
-        wire: ScpWire,
-        *,
-        recursive: bool = False,
-        keep: bool = False,
-        progress: Callable[[bytes, int, int], Any] | None = None,
-    ) -> None:
-        self.name = ""
-        self.done = 0
-        self.total: int | None = None
-        self._wire = wire
-        self._recursive = recursive
-        self._keep = keep
-        self._progress = progress
-
-    def run(self, paths: list[str]) -> None:
-        """Send them all; raises :class:`ScpError`."""
-        self._wire.confirm()
-        for path in paths:
-            self.name = printable(path, 200)
-            with local_faults():
-                info = os.stat(path)
-            if not stat.S_ISDIR(info.st_mode):
-                self._file(path, os.path.basename(path))
-                continue
-            if not self._recursive:
-                raise ScpError("this is a folder, and recursive is not set")
-            # As scp.py has it: with a slash at the end, what is in the folder, without itself.
-            name = os.path.basename(path)
-            self._folder(path, "" if name in (".", "..") else name, os.path.realpath(path))
-        self._wire.finish()
-
-    def run_object(self, source: IO[Any], name: str, mode: str, size: int) -> None:
-        """Send what a file-like object gives."""
-        self.name = printable(name, 200)
-        self._wire.confirm()
-        self._content(source.read, os.fsencode(name), int(mode, 8), size)
-        self._end_of_content()
-        self._wire.finish()
-
-    def _folder(self, path: str, name: str, root: str) -> None:
-        if name:
-            with local_faults():
-                info = os.stat(path)
-            self._tell_times(info)
-            self._say(f"D{stat.S_IMODE(info.st_mode):04o} 0 ".encode(), os.fsencode(name))
-        with local_faults(), os.scandir(path) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
-        for entry in entries:
-            self.name = printable(entry.path, 200)
-            with local_faults():
-                if entry.is_dir(follow_symlinks=False):
-                    kind = "folder"
-                elif entry.is_symlink():
-                    kind = _behind(entry.path, root)
-                else:
-                    kind = "file" if entry.is_file() else "it is a special file"
-            if kind == "folder":
-                self._folder(entry.path, entry.name, root)
-            elif kind == "file":
-                self._file(entry.path, entry.name)
-            else:
-                logger.warning("%s is not sent: %s", self.name, kind)
-        if name:
-            self._wire.send(b"E\n")
-            self._wire.confirm()
-
-    def _file(self, path: str, name: str) -> None:
-        self.name, self.done, self.total = printable(path, 200), 0, None
-        with local_faults():
-            # A pipe in the place of a file must not hold us up.
-            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-            file = os.fdopen(os.open(path, flags), "rb", buffering=0)
-        with file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode):
-                raise ScpError("this is neither a file nor a folder")
-            self._tell_times(info)
-            mode = stat.S_IMODE(info.st_mode)
-            self._content(file.read, os.fsencode(name), mode, info.st_size)
-            with local_faults():
-                if file.read(1):
-                    raise ScpError(f"it grew beyond its {info.st_size} bytes while it was sent")
-        self._end_of_content()
-
-    def _content(self, read: Callable[[int], Any], name: bytes, mode: int, size: int) -> None:
-        """Send a file's record and exactly ``size`` bytes."""
-        self.done, self.total = 0, size
-        self._say(f"C{mode:04o} {size} ".encode(), name)
-        if self._progress is not None:
-            self._progress(name, size or 1, 0 if size else 1)  # who divides must not fall
-        while self.done < size:
-            with local_faults():
-                data = read(min(SCP_CHUNK, size - self.done))
-            data = data.encode() if isinstance(data, str) else data
-            if not data:
-                raise ScpError(f"it ended before its {size} bytes")
-            if len(data) > size - self.done:
-                raise ScpError(f"it gave more than its {size} bytes")
-            self._wire.send(memoryview(data))
-            self.done += len(data)
-            if self._progress is not None:
-                self._progress(name, size, self.done)
-
-    def _end_of_content(self) -> None:
-        self._wire.send(b"\0")
-        self._wire.confirm()
-
-    def _tell_times(self, info: os.stat_result) -> None:
-        if self._keep:
-            times = max(0, int(info.st_mtime)), max(0, int(info.st_atime))
-            self._wire.send(b"T%d 0 %d 0\n" % times)
-            self._wire.confirm()
-
-    def _say(self, record: bytes, name: bytes) -> None:
-        # A line break has no place in a record; OpenSSH writes it so.
-        self._wire.send(record + name.replace(b"\n", b"\\^J") + b"\n")
-        self._wire.confirm()
-
-
-def _behind(path: str, root: str) -> str:
-    """``"file"`` for a symlink to one within ``root``, or why it is left out."""
-    target = os.path.realpath(path)
-    if not os.path.lexists(target):
-        return "it is a symlink to nothing"
-    if os.path.commonpath([target, root]) != root:
-        return "it is a symlink that leads out of the folder"
-    return "file" if os.path.isfile(target) else "it is a symlink to a folder"
+    with contextlib.suppress(TimeoutError):
+        if running.status() != 0:
+            raise running.refused()
 
 
 # ==================================================================================================
 # ssh.scp
 #
-# A ``scp.SCPClient`` for machines that nobody vouches for.
+# Guard the package scp against hosts that cheat, and against calls that never return.
 # ==================================================================================================
 
 
 SCP_TIMEOUT = 30.0  # seconds of silence
+MAX_RECORD = 16384  # bytes; the longest honest one is an error with a path in it
+MAX_FOLDER_DEPTH = 64
+MAX_SCP_TIME = 253_402_300_799  # the end of the year 9999
+UNNAMED = (b"", b".", b"..")  # how scp calls /, . and .. when they are asked for
+ScpProgress = Callable[[bytes, int, int], Any]
 
 
-def import_scp() -> Any:
-    """The scp package, or an ImportError that says what to install."""
-    import_paramiko()
-    try:
-        scp_module = importlib.import_module("scp")
-    except ImportError as error:
-        raise ImportError(
-            "scp() needs scp: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
-        ) from error
-    return scp_module
+class ScpError(Exception):
+    """A transfer that the guard, or the host, refused."""
 
 
-def hardened_scp(
-    ssh: paramiko.SSHClient,
+def guarded_scp(
+    ssh: Any,
     *,
     socket_timeout: float = SCP_TIMEOUT,
     max_bytes: int | None = None,
     progress: ScpProgress | None = None,
     owns_ssh: bool = False,
 ) -> Any:
-    """A ``scp.SCPClient`` on a connection, with its own methods, whose host may be hostile.
+    """Return a ``scp.SCPClient`` whose host may be hostile.
 
-    It differs in this: what the host sends is checked before anything is made or changed here;
-    a file is written under a temporary name and renamed when it is whole; every wait has an end;
-    what goes wrong is a :class:`TransferError`. Without ``preserve_times``, the umask holds for
-    what is received, and folders that exist keep their permissions. With ``client.sanitize``
-    replaced, a path may hold ``*``, ``?`` and ``[...]``.
+    Each record of the host is checked before scp acts on it, every wait has an end, and what goes
+    wrong is a :class:`TransferError`. A transfer that fails may leave a partial file inside the
+    target; nothing outside of the target is touched. With ``client.sanitize`` replaced, a remote
+    path may hold ``*``, ``?`` and ``[...]`` in its last part.
 
-    Args:
-        socket_timeout: seconds in which the host must do something. A connection that does not
-            even take bytes is closed.
+    Parameters:
+        socket_timeout: seconds of silence.
         max_bytes: of all files of one ``get()`` together; None for no limit.
         progress: called with (name, size, done), as ``scp.SCPClient`` does.
         owns_ssh: whether ``close()`` also closes ``ssh``.
     """
-    made = _client_class()
+    client_class = _guarded_class()
     check_number("socket_timeout", socket_timeout, above=True, maximum=1e6, unit="seconds")
     if max_bytes is not None:
         check_number("max_bytes", max_bytes, unit="bytes")
@@ -11172,192 +11601,487 @@ def hardened_scp(
     if transport is None or not transport.is_active():
         raise SSHError("scp() needs a connection, and this one is closed")
     try:
-        client = made(transport, socket_timeout=socket_timeout, progress=progress)
+        client = client_class(transport, socket_timeout=socket_timeout, progress=progress)
     except OSError as error:
-        raise SSHError(f"the connection broke: {printable(str(error))}") from error
-    client.harden(max_bytes=max_bytes, report=progress, owned=ssh if owns_ssh else None)
+        raise SSHError(f"the connection broke: {reason(error)}") from error
+    client.guard(max_bytes, ssh if owns_ssh else None)
     return client
 
 
 @functools.cache
-def _client_class() -> Any:
-    return type("HardenedSCPClient", (HardenedTransfers, import_scp().SCPClient), {})
+def _guarded_class() -> Any:
+    import_paramiko()
+    try:
+        scp_module = importlib.import_module("scp")
+    except ImportError as error:
+        raise ImportError(
+            "scp() needs scp: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
+        ) from error
+    return type("GuardedSCPClient", (ScpGuard, scp_module.SCPClient), {})
 
 
-class HardenedTransfers:
-    """The public methods of ``scp.SCPClient``, on a protocol of our own."""
+class ScpChannel:
+    """A channel that hands out one record, one status or the bytes of one file at a time.
 
-    transport: Any
+    scp takes whatever one ``recv`` brings for one record; packets are cut elsewhere.
+    """
+
+    def __init__(self, transport: Any, timeout: float, watchdog: Watchdog) -> None:
+        self._timeout = timeout
+        self._watchdog = watchdog
+        self._transport = transport
+        self._buffer = b""
+        self.content_left = 0  # bytes of a file that come next
+        self.reads_records = False  # or else statuses
+        self._status_next = False
+        with self._limited("opened no channel"):
+            self._channel = open_session(transport, timeout)
+
+    closed = False  # for scp, which would otherwise stop reading what came before the end
+
+    def settimeout(self, seconds: float) -> None:
+        """Ignore what scp sets: the guard's own timeout holds."""
+
+    def exec_command(self, command: bytes) -> None:
+        with self._limited("did not start scp"):
+            request_exec(self._channel, command)
+
+    def send(self, data: Any) -> int:
+        with self._limited("took nothing"):
+            return int(self._channel.send(data)) or self._fail()
+
+    def sendall(self, data: Any) -> None:
+        view = memoryview(data.encode() if isinstance(data, str) else data)
+        while view:
+            view = view[self.send(view[:131072]) :]
+
+    def recv_stderr_ready(self) -> bool:
+        return bool(self._channel.recv_stderr_ready())
+
+    def recv_stderr(self, size: int) -> bytes:
+        return bytes(self._channel.recv_stderr(size))
+
+    def recv(self, size: int) -> bytes:
+        if self.content_left:
+            data = self._take(min(size, self.content_left)) or self._fail_read()
+            self.content_left -= len(data)
+            self._status_next = not self.content_left
+            return data
+        status_next, self._status_next = self._status_next, False
+        if self.reads_records and not status_next:
+            return self._line()
+        status = self._take(1)
+        return status + self._line() if status in (b"\1", b"\2") else status
+
+    def expect_content(self, size: int) -> None:
+        self.content_left = size
+        self._status_next = not size
+
+    def finish(self) -> None:
+        """Check that scp ended well, and has no more to say."""
+        with self._limited("did not take the end"):
+            self._channel.shutdown_write()
+        if self._take(1):
+            raise ScpError("the host sent more than it announced")
+        if not self._channel.status_event.wait(self._timeout) or self._channel.exit_status > 0:
+            self._fail()
+
+    def close(self) -> None:
+        with contextlib.suppress(ScpError), self._limited("closed nothing"):
+            self._channel.close()
+
+    def _line(self) -> bytes:
+        line = b""
+        while not line.endswith(b"\n"):
+            if len(line) > MAX_RECORD:
+                raise ScpError("the host sent a line without an end")
+            piece = self._take(MAX_RECORD, b"\n")
+            if not piece:
+                return line and self._fail_read()
+            line += piece
+        return line
+
+    def _take(self, most: int, until: bytes = b"") -> bytes:
+        if not self._buffer:
+            with self._limited("sent nothing"):
+                self._buffer = self._channel.recv(131072)
+        end = self._buffer.find(until) + 1 if until else most
+        data, self._buffer = self._buffer[: end or most], self._buffer[end or most :]
+        return data
+
+    def _fail_read(self) -> bytes:
+        self._fail()
+        return b""
+
+    def _fail(self) -> int:
+        """Say how the host ended this."""
+        if not self._channel.status_event.wait(self._timeout):
+            raise ScpError(f"the host did not end scp within {self._timeout:g}s")
+        how = f"scp on the host ended with exit code {self._channel.exit_status}"
+        if self._channel.exit_status < 0:
+            gone = not self._transport.is_active()
+            how = "the connection broke" if gone else "the host has closed the channel"
+        said = self._channel.recv_stderr(MAX_RECORD) if self.recv_stderr_ready() else b""
+        said = said.strip() or self._buffer.strip(b"\0\1\2\n ")
+        raise ScpError(f"{how}: {said.decode('utf-8', 'replace')}" if said else how)
+
+    @contextlib.contextmanager
+    def _limited(self, failing: str) -> Iterator[None]:
+        """Run a call of paramiko, which ends in time and raises nothing but ScpError."""
+        limit = None
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        try:
+            with self._watchdog.limit(self._timeout + 1.0, self._transport.close) as limit:
+                yield
+        except failures as error:
+            late = isinstance(error, TimeoutError) or "imeout" in str(error)
+            if late or (limit is not None and limit.expired):
+                raise ScpError(f"the host {failing} within {self._timeout:g}s") from error
+            raise ScpError(f"the host {failing}: {reason(error)}") from error
+
+
+class ScpGuard:
+    """Checks around the methods of ``scp.SCPClient``, which does the work."""
+
     channel: Any
+    transport: Any
     scp_command: bytes
+    sanitize: Any
     socket_timeout: float
-    sanitize: Callable[[bytes], bytes]
-    _quote: Callable[[bytes], bytes]
-    _max_bytes: int | None
-    _report: ScpProgress | None
-    _owned: Any
+    _progress: Any
+    _recv_dir: Any
+    _rename: bool
 
-    def harden(self, *, max_bytes: int | None, report: ScpProgress | None, owned: Any) -> None:
-        """What ``scp.SCPClient`` has no place for."""
-        self._quote = self.sanitize
+    def guard(self, max_bytes: int | None, owned: Any) -> None:
+        """Set what ``scp.SCPClient`` has no place for."""
         self._max_bytes = max_bytes
-        self._report = report
         self._owned = owned
+        self._quote = self.sanitize
+        self._watchdog: Watchdog | None = None
+        self._own_error: BaseException | None = None
+        self._doing: tuple[str, int, int | None] = ("", 0, None)
+        self._call_progress, self._progress = self._progress, self._report
 
-    def __enter__(self) -> HardenedTransfers:
+    def _report(self, name: Any, size: int, done: int, *more: Any) -> None:
+        self._doing = (self._doing[0], done, size)
+        try:
+            if self._call_progress is not None:
+                self._call_progress(name, size, done, *more)
+        except BaseException as error:
+            self._own_error = error  # the caller's own: it is not made a TransferError
+            raise
+
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the channel, and the connection where that is ours."""
-        channel, self.channel = self.channel, None
-        if channel is not None:
-            channel.close()
-        if self._owned is not None:
+        if self._watchdog is not None:  # scp itself calls this at the end of a transfer
+            self.channel.finish()
+        elif self._owned is not None:
             self._owned.close()
 
-    def get(
-        self,
-        remote_path: Any,
-        local_path: Any = "",
-        recursive: bool = False,
-        preserve_times: bool = False,
-    ) -> None:
-        """Receive files, and with ``recursive`` folders, as ``scp.SCPClient.get`` does.
+    def _open(self) -> Any:
+        if self.channel is None:
+            watchdog = self._watchdog or Watchdog()
+            self.channel = ScpChannel(self.transport, self.socket_timeout, watchdog)
+        return self.channel
 
-        Raises:
-            TransferError: the host sent something else, or not all; or this machine refused.
-        """
-        paths = [_remote(path) for path in _several(remote_path)]
-        asked = AskedNames(paths, quoted=self.sanitize is self._quote)
+    @contextlib.contextmanager
+    def _transfer(self, verb: str, name: Any) -> Iterator[None]:
+        """Watch one transfer, and make a TransferError of what goes wrong."""
+        scp_error: type[Exception] = importlib.import_module("scp").SCPException
+        failures: tuple[type[Exception], ...] = (
+            ScpError,
+            SSHError,
+            scp_error,
+            *connection_errors(),
+        )
+        self._doing = (os.fsdecode(name), 0, None)
+        try:
+            with Watchdog() as self._watchdog:
+                try:
+                    yield
+                finally:
+                    if self.channel is not None:
+                        self.channel.close()
+        except failures as error:
+            if error is self._own_error:
+                raise
+            named, done, total = self._doing
+            shown, text = printable(named, 300), printable(str(error).strip(), 500)
+            far = "" if total is None else f" ({done} of {total} bytes)"
+            here = "on this machine: " if isinstance(error, OSError) else ""
+            says = "the host says: " if isinstance(error, scp_error) else ""
+            raise TransferError(
+                f"{shown} was not {verb}{far}: {here}{says}{text}",
+                name=shown, done=done, total=total,
+            ) from error  # fmt: skip
+        finally:
+            self._watchdog = self.channel = self._own_error = None
+
+    # --- receiving ---
+
+    def get(
+        self, remote_path: Any, local_path: Any = "", recursive: bool = False,
+        preserve_times: bool = False,
+    ) -> None:  # fmt: skip
+        """Receive files, and with ``recursive`` folders, as ``scp.SCPClient.get`` does."""
+        paths = [_remote_path(path) for path in _path_list(remote_path)]
         target = os.path.realpath(os.fsdecode(local_path) or os.curdir)
-        into = os.path.isdir(target)
-        if len(paths) > 1 and not into:
-            raise ValueError(
-                f"local_path: {printable(repr(target), 200)} is no folder for several files"
-            )
-        shown = printable(os.fsdecode(paths[0]), 200)
-        with contextlib.ExitStack() as stack:
-            doing = stack.enter_context(_as_transfer_error("received", shown))
-            with local_faults():
-                folder = LocalFolder(target if into else os.path.dirname(target))
-            stack.callback(folder.close)
-            flags = (b" -r" if recursive else b"") + (b" -p" if preserve_times else b"")
-            words = b" ".join(self.sanitize(path) for path in paths)
-            wire = stack.enter_context(self._wire(flags + b" -f " + words))
-            receiver = ScpReceiver(
-                wire,
-                asked,
-                folder,
-                as_name="" if into else os.path.basename(target),
-                recursive=recursive,
-                keep=preserve_times,
-                most=self._max_bytes,
-                progress=self._report,
-            )
-            doing.append(receiver)
-            receiver.run()
+        if len(paths) > 1 and not os.path.isdir(target):
+            raise ValueError(f"local_path: {printable(repr(target), 200)} is no folder for several")
+        self._target = target
+        self._wanted = [_asked_name(path, self.sanitize is self._quote) for path in paths]
+        self._missing = list(self._wanted)
+        self._recursive, self._keeps_times = recursive, preserve_times
+        self._depth_now, self._left = 0, self._max_bytes
+        self._time_pending = False
+        with self._transfer("received", paths[0]):
+            self._open().reads_records = True
+            self.scp_command = b"scp"
+            parent: Any = super()
+            parent.get(paths, os.fsencode(target), recursive, preserve_times)
+
+    def _recv_all(self) -> None:
+        parent: Any = super()
+        parent._recv_all()
+        if self._depth_now:
+            raise ScpError("the host did not end a folder")
+        if self._missing:
+            self.channel.finish()
+            raise ScpError(f"{os.fsdecode(self._missing[0])!r} was asked for, and has not come")
+
+    def _recv_file(self, record: bytes) -> None:
+        mode, size, name = self._checked(record, rb"([0-7]{3,7}) (\d{1,18}) ([^\n]*)\Z")
+        path = self._place(name)
+        self._doing = (self._shown(path), 0, size)
+        found = _lstat(path)
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            raise ScpError(f"{os.fsdecode(path)!r} is here already, and is no file")
+        if self._left is not None:
+            self._left -= size
+            if self._left < 0:
+                raise ScpError(f"the host sends more than max_bytes={self._max_bytes}")
+        if found is not None and not self._keeps_times:
+            mode = found.st_mode & 0o777
+        self.channel.expect_content(size)
+        # scp takes spaces off the end of a name, so it gets the whole path as one to write to.
+        folder, self._recv_dir, self._rename = self._recv_dir, path, True
+        parent: Any = super()
+        parent._recv_file(b"%04o %d -" % (mode, size))
+        self._recv_dir = folder
+
+    def _recv_pushd(self, record: bytes) -> None:
+        mode, _, name = self._checked(record, rb"([0-7]{3,7}) (0) ([^\n]*)\Z")
+        if not self._recursive:
+            raise ScpError("the host sent a folder, and recursive is not set")
+        if self._depth_now >= MAX_FOLDER_DEPTH:
+            raise ScpError(f"the host sent more than {MAX_FOLDER_DEPTH} folders in each other")
+        path = self._place(name)
+        self._doing = (self._shown(path), 0, None)
+        found = _lstat(path)
+        if found is not None and not stat.S_ISDIR(found.st_mode):
+            raise ScpError(f"{os.fsdecode(path)!r} is here already, and is no folder")
+        here = stat.S_IMODE(found.st_mode) if found is not None else mode | 0o700
+        self._depth_now += 1
+        parent: Any = super()
+        parent._recv_pushd(b"%04o 0 %s" % (here, name))
+
+    def _recv_popd(self, *record: bytes) -> None:
+        if not self._depth_now or record != (b"",) or self._time_pending:
+            raise ScpError("the host ended a folder that it had not begun")
+        self._depth_now -= 1
+        parent: Any = super()
+        parent._recv_popd(*record)
+
+    def _set_time(self, record: bytes) -> None:
+        found = re.fullmatch(rb"(\d{1,12}) \d{1,9} (\d{1,12}) \d{1,9}", record)
+        if found is None or self._time_pending or int(max(found.groups(), key=int)) > MAX_SCP_TIME:
+            raise ScpError("the host sent a time that can't be")
+        self._time_pending = True
+        if self._keeps_times:
+            mtime, atime = map(int, found.groups())
+            self._utime = (atime, mtime)
+
+    def _place(self, name: bytes) -> Any:
+        return self._recv_dir if self._rename else os.path.join(self._recv_dir, name)
+
+    def _shown(self, path: Any) -> str:
+        """Return a path relative to the target of a ``get``."""
+        shown = os.path.relpath(os.fsdecode(path), self._target)
+        return os.path.basename(self._target) if shown == "." else shown
+
+    def _checked(self, record: bytes, pattern: bytes) -> tuple[int, int, bytes]:
+        """Check a record of the host; its permissions, size and name, fit to be used here."""
+        found = re.match(pattern, record)
+        if found is None:
+            raise ScpError(f"the host sent {record!r}, which is no record of scp")
+        mode, size, name = found.groups()
+        self._time_pending = False
+        unnamed = not self._depth_now and name in UNNAMED and b"." in self._wanted
+        if not unnamed and (name in UNNAMED or not _is_plain(name)):
+            raise ScpError(f"the host sent {name!r}, which is no plain name")
+        if not self._depth_now:
+            may_come = self._missing if self.sanitize is self._quote else self._wanted
+            fits = [w for w in may_come if _is_wanted(b"." if unnamed else name, w)]
+            if not fits:
+                raise ScpError(f"the host sent {name!r}, which was not asked for")
+            if fits[0] in self._missing:
+                self._missing.remove(fits[0])
+            if unnamed and not self._recursive:
+                raise ScpError("the host sent a folder's own name for a file")
+        umask = os.umask(0o077)
+        os.umask(umask)
+        bits = int(mode, 8) & 0o777 & (0o777 if self._keeps_times else ~umask)
+        return bits, int(size), b"." if unnamed else name
+
+    # --- sending ---
 
     def put(
-        self,
-        files: Any,
-        remote_path: Any = b".",
-        recursive: bool = False,
+        self, files: Any, remote_path: Any = b".", recursive: bool = False,
         preserve_times: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Send files, and with ``recursive`` folders, as ``scp.SCPClient.put`` does.
 
-        Symlinks within a folder are sent as the file that they lead to; those that lead to a
-        folder or out of it are left out with a warning.
-
-        Raises:
-            TransferError: the host refused, or a file can't be read or changed meanwhile.
+        Symlinks within a folder are sent as the file that they lead to; those that lead out of
+        it are left out with a warning.
         """
-        paths = [os.fsdecode(path) for path in _several(files)]
-        flags = (b" -r" if recursive else b"") + (b" -p" if preserve_times else b"")
-        flags += b" -d" if len(paths) > 1 else b""
-        with contextlib.ExitStack() as stack:
-            doing = stack.enter_context(_as_transfer_error("sent", printable(paths[0], 200)))
+        paths = [os.fsencode(path) for path in _path_list(files)]
+        folders = [path for path in paths if os.path.isdir(path)]
+        self._sends_files = True
+        with self._transfer("sent", paths[0]):
+            if folders and not recursive:
+                raise ScpError("it is a folder, and recursive is not set")
             for path in paths:
-                with local_faults():
-                    os.stat(path)
-            command = flags + b" -t " + self.sanitize(_remote(remote_path))
-            wire = stack.enter_context(self._wire(command))
-            sender = ScpSender(
-                wire, recursive=recursive, keep=preserve_times, progress=self._report
-            )
-            doing.append(sender)
-            sender.run(paths)
+                os.stat(path)
+            self.scp_command = b"scp -p" if preserve_times else b"scp"
+            parent: Any = super()
+            parent.put(paths, _remote_path(remote_path), recursive, preserve_times)
 
     def putfo(
         self, fl: IO[Any], remote_path: Any, mode: Any = "0644", size: int | None = None
     ) -> None:
         """Send what a file-like object holds, as ``scp.SCPClient.putfo`` does."""
-        mode = os.fsdecode(mode)
-        if not ASKED_MODE.fullmatch(mode):
+        mode, remote = os.fsdecode(mode), _remote_path(remote_path)
+        if not re.fullmatch(r"[0-7]{3,4}", mode):
             raise ValueError(f"mode must be octal digits, as '0644', not {printable(mode, 80)!r}")
-        remote = _remote(remote_path)
-        if size is None:
-            here = fl.tell()
-            fl.seek(0, os.SEEK_END)
-            size = fl.tell() - here
-            fl.seek(here)
-        check_number("size", size, unit="bytes")
-        name = os.fsdecode(remote.rpartition(b"/")[2])
-        if not name:
+        if size is not None:
+            check_number("size", size, unit="bytes")
+        if not os.path.basename(remote):
             raise ValueError(f"remote_path names no file: {printable(repr(remote_path), 200)}")
-        with contextlib.ExitStack() as stack:
-            doing = stack.enter_context(_as_transfer_error("sent", printable(name, 200)))
-            wire = stack.enter_context(self._wire(b" -t " + self.sanitize(remote)))
-            sender = ScpSender(wire, progress=self._report)
-            doing.append(sender)
-            sender.run_object(fl, name, mode, size)
+        self._sends_files = False
+        with self._transfer("sent", os.path.basename(remote)):
+            parent: Any = super()
+            parent.putfo(fl, remote, mode, size)
 
-    @contextlib.contextmanager
-    def _wire(self, words: bytes) -> Iterator[ScpWire]:
-        wire = ScpWire(self.transport, self.scp_command + words, self.socket_timeout)
-        self.channel = wire.channel  # where scp.SCPClient has it, for close()
-        try:
-            yield wire
-        finally:
-            self.channel = None
-            wire.close()
+    def _send_recursive(self, files: Any) -> None:
+        parent: Any = super()
+        for base in files:
+            self._tree: bytes | None = os.path.realpath(base)
+            for folder, inner, _ in os.walk(base):
+                for name in inner:
+                    if os.path.islink(os.path.join(folder, name)):
+                        _may_be_sent(os.path.join(folder, name), b"\0")
+            parent._send_recursive([base])
+        self._tree = None
 
+    def _send_files(self, files: Any) -> None:
+        tree = getattr(self, "_tree", None)
+        parent: Any = super()
+        parent._send_files([f for f in files if tree is None or _may_be_sent(f, tree)])
 
-@contextlib.contextmanager
-def _as_transfer_error(verb: str, named: str) -> Iterator[list[Any]]:
-    """Make a TransferError of a fault; the list holds who can tell which file was in work."""
-    doing: list[Any] = []
-    try:
-        yield doing
-    except ScpError as fault:
-        name, done, total = named, 0, None
-        for one in doing:
-            name, done, total = one.name or named, one.done, one.total
-        so_far = "" if total is None else f" ({done} of {total} bytes)"
-        raise TransferError(
-            f"{name} was not {verb}{so_far}: {fault}", name=name, done=done, total=total
-        ) from fault
+    def _send_file(self, fl: Any, name: Any, mode: Any, size: int) -> None:
+        self._doing = (os.fsdecode(name), 0, size)
+        parent: Any = super()
+        parent._send_file(ExactFile(fl, size, whole=self._sends_files), name, mode, size)
 
 
-def _several(paths: Any) -> list[Any]:
+class ExactFile:
+    """A file of which scp reads exactly the bytes that it announced."""
+
+    def __init__(self, file: Any, size: int, whole: bool) -> None:
+        self._file = file
+        self._size = size
+        self._whole = whole  # whether nothing may follow
+        self._done = 0
+
+    def tell(self) -> int:
+        return self._done
+
+    def read(self, most: int) -> bytes:
+        data = self._file.read(min(most, self._size - self._done))
+        if not data:
+            raise ScpError(f"it ended before {self._size} bytes: it was changed meanwhile")
+        self._done += len(data)
+        if self._done == self._size and self._whole and self._file.read(1):
+            raise ScpError(f"it grew beyond {self._size} bytes meanwhile")
+        return bytes(data)
+
+
+def _path_list(paths: Any) -> list[Any]:
     found = [paths] if isinstance(paths, (str, bytes, PurePath)) else list(paths)
     if not found:
         raise ValueError("no path was given")
     return found
 
 
-def _remote(path: Any) -> bytes:
-    """A path on the host, as bytes that its scp takes for no option."""
+def _remote_path(path: Any) -> bytes:
+    """Return a path on the host as bytes that its scp takes for no option."""
     if not isinstance(path, (str, bytes, PurePath)):
-        raise TypeError(f"a path must be str, bytes or a Path, not {printable(repr(path), 80)}")
+        raise TypeError(f"a path must be str, bytes or a Path, not {short_repr(path)}")
     raw = path.encode("utf-8", "surrogateescape") if isinstance(path, str) else bytes(path)
-    if b"\0" in raw:
-        raise ValueError(f"remote_path must hold no NUL: {printable(repr(path), 200)}")
+    if b"\0" in raw or b"\n" in raw:
+        raise ValueError(f"remote_path must hold no NUL or line end: {printable(repr(path), 200)}")
     raw = raw or b"."
     return b"./" + raw if raw.startswith(b"-") else raw
+
+
+def _asked_name(path: bytes, quoted: bool) -> bytes:
+    """Return the name, or pattern, that a path that was asked for may come as."""
+    name = path.rstrip(b"/").rpartition(b"/")[2]
+    if name in UNNAMED:
+        return b"."
+    if name == path.rstrip(b"/") and name.startswith(b"~"):
+        return b"*"  # a home, whose name only the host knows
+    if not quoted and not re.fullmatch(rb"[\w@%+=:,./~*?\[\]!^\x80-\xff-]+", name):
+        raise ValueError(
+            f"remote_path: which names {printable(repr(path), 200)} stands for can't be told "
+            "here: of a shell's signs only * ? [ ] are known, in the last part"
+        )
+    return re.sub(rb"([*?\[])", rb"[\1]", name) if quoted else name
+
+
+def _is_wanted(name: bytes, wanted: bytes) -> bool:
+    hidden = name.startswith(b".") and not wanted.startswith(b".")
+    return not hidden and fnmatch.fnmatchcase(os.fsdecode(name), os.fsdecode(wanted))
+
+
+def _is_plain(name: bytes) -> bool:
+    """Whether a name is one part of a path, and fit to be shown."""
+    text = os.fsdecode(name)
+    bad = '/\0\\:*?"<>|' if os.name == "nt" else "/\0"
+    controls = any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text)
+    return len(name) <= 255 and not controls and not any(c in bad for c in text)
+
+
+def _lstat(path: Any) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _may_be_sent(path: bytes, tree: bytes) -> bool:
+    """Whether a path within a tree is a file, or leads to one in the same tree."""
+    real = os.path.realpath(path)
+    if os.path.isfile(real) and real.startswith(tree.rstrip(b"/") + b"/"):
+        return True
+    logger.warning("%s is not sent: no file within the folder", printable(os.fsdecode(path), 300))
+    return False
 
 
 # ==================================================================================================
@@ -11373,6 +12097,7 @@ FORWARD_CHUNK = 32768
 FORWARD_BACKLOG = 128
 FORWARD_OPENING = 10.0  # seconds for a server to connect to its own port
 FORWARD_PAUSE = 0.1  # seconds, where this machine can't take a connection
+FORWARD_PATIENCE = 2.0  # seconds to close all channels
 FORWARD_LEAVING = 5.0  # seconds for all threads to end
 RESET = struct.pack("ii", 1, 0)  # close without a handshake: the other side gets an error
 
@@ -11487,13 +12212,11 @@ class Forward:
         for link in links:
             link.stop()
 
-        def hang_up() -> None:
-            for link in links:
-                link.hang_up()
-
-        if links and not soon_done(hang_up):
+        if links:
             # Where nothing is taken any more, no channel can be closed, and no thread would end.
-            self._transport.close()
+            with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
+                for link in links:
+                    link.hang_up()
 
     def _accept_all(self, listener: socket.socket, wake: socket.socket) -> None:
         with selectors.DefaultSelector() as selector:
@@ -11567,7 +12290,8 @@ class _Link:
         """Wake what waits for the server."""
         channel = self._channel
         if channel is not None:
-            channel.close()
+            with contextlib.suppress(*connection_errors()):
+                channel.close()
 
     def _run(self) -> None:
         try:
@@ -12433,32 +13157,35 @@ class CloreClient(HTTPClient):
         wait: float = 120.0,
         timeout: float = 30.0,
         host_key: str = "pin",
+        use_ssh_config: bool = False,
     ) -> paramiko.SSHClient:
-        """Log in to the machine of a running order over SSH. Needs paramiko.
+        """Log in to the machine of a running order. Needs paramiko.
 
-        A password takes precedence over ``key_path``. Without both, the login uses the password of
-        the order, or the one that this client sent with it, or else the SSH agent and the user's
-        default keys. The SSH agent and X11 are never forwarded.
+        A password wins over ``key_path``. With neither: the password that stands in the order, or
+        that this client sent with it; else the SSH agent and the user's default keys. The agent
+        is never forwarded, nor is X11.
 
         Parameters:
             order: a running order, as :meth:`wait_for_order` returns it.
-            password: the password of the user in ``connection.ssh``.
-            key_path: the file of a private key: Ed25519, ECDSA or RSA.
-            passphrase: the passphrase of that key, if it is encrypted.
-            wait: seconds to wait until the machine's SSH server responds.
-            timeout: seconds for each step of the login.
-            host_key: ``"pin"`` stores the host key of the first login to this order, also in
-                ``state_dir``, and later logins accept only that key. A fingerprint
-                (``"SHA256:..."``) accepts only that key, and pins it. ``"accept"`` accepts any key.
+            password: of the user in ``connection.ssh``.
+            key_path: file of a private key: Ed25519, ECDSA or RSA.
+            passphrase: of that key, where it is encrypted.
+            wait: seconds that the machine's sshd may take to come up.
+            timeout: seconds for each attempt to log in.
+            host_key: ``"pin"`` keeps the key that the machine shows at the first login to this
+                order, in the state folder too where that is in use, and insists on it from then
+                on; a fingerprint (``"SHA256:..."``) insists on that one, and pins it;
+                ``"accept"`` takes whatever is shown.
+            use_ssh_config: take ``ProxyJump`` and ``IdentityFile`` for the host from
+                ``~/.ssh/config``. A jump host must be in ``~/.ssh/known_hosts``.
 
         Returns:
-            A connected ``paramiko.SSHClient``. The caller closes it.
+            A connected ``paramiko.SSHClient``, which the caller closes.
 
         Raises:
-            SSHError: the order has no address yet, nothing responded in time, or the login was
-                refused.
-            HostKeyChangedError: the host key for this order has changed; no login was sent.
-            ValueError: an argument is not valid, or ``key_path`` or ``passphrase`` can't be used.
+            SSHError: there is no address yet, nothing answered in time, or the login was refused.
+            HostKeyChangedError: another key than before for this order; nothing was sent.
+            ValueError: ``key_path`` or ``passphrase`` can't be used, among others.
             ImportError: paramiko is not installed.
 
         Example:
@@ -12474,6 +13201,7 @@ class CloreClient(HTTPClient):
             wait=wait,
             timeout=timeout,
             host_key=host_key,
+            use_ssh_config=use_ssh_config,
         ).open()
 
     def wait_for_ssh(
@@ -12486,6 +13214,7 @@ class CloreClient(HTTPClient):
         wait: float = 300.0,
         timeout: float = 30.0,
         host_key: str = "pin",
+        use_ssh_config: bool = False,
     ) -> None:
         """Wait until a login works. Parameters and errors are those of :meth:`connect_ssh`.
 
@@ -12501,6 +13230,7 @@ class CloreClient(HTTPClient):
             wait=wait,
             timeout=timeout,
             host_key=host_key,
+            use_ssh_config=use_ssh_config,
         ).close()
 
     def forget_host_key(self, order: Mapping[str, Any]) -> bool:
@@ -12567,8 +13297,6 @@ class CloreClient(HTTPClient):
         """
         return self._ssh.config_entry(order, name, key_path)
 
-    # --- commands and ports ---
-
     def run(
         self,
         order: Mapping[str, Any],
@@ -12579,33 +13307,38 @@ class CloreClient(HTTPClient):
         input: str | bytes | None = None,
         env: Mapping[str, str] | None = None,
         on_output: Callable[[OutputLine], object] | None = None,
+        max_output: int = 64 * 1024 * 1024,
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> CommandResult:
-        """Run a command on the machine of an order, and wait until it ends. Needs paramiko.
+        """Run a command on the machine of an order, and wait for its end. Needs paramiko.
 
         Parameters:
             order: a running order.
-            command: a command for the machine's shell; a list of arguments is quoted.
-            check: raise an error if the exit code is not 0.
-            timeout: seconds after which the command is stopped; None waits forever. Ctrl-C also
-                stops it.
-            input: the data for its standard input.
+            command: for the shell of the machine; a list of arguments is quoted.
+            check: raise for another exit code than 0.
+            timeout: seconds after the login, when the command is ended; None waits for ever. An
+                attempt to log in gets no longer, either. Ctrl-C ends the command, too.
+            input: what it reads from its standard input.
             env: environment variables.
-            on_output: called with each line as it arrives, without its line end; the line's
+            on_output: called with each line as it comes, without its line end; the line's
                 ``stream`` is ``"stdout"`` or ``"stderr"``.
-            ssh: a connection from :meth:`connect_ssh`, which stays open; default a new one.
-            **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``, as for
+            max_output: bytes of output that are kept; what comes after goes to ``on_output`` only,
+                and is counted in the result's ``dropped``.
+            ssh: a connection to use, as :meth:`connect_ssh` returns it; it stays open.
+            **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``,
+                ``use_ssh_config``, as for
                 :meth:`connect_ssh`.
 
         Returns:
             A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text;
-            bytes that are not UTF-8 are replaced) and ``duration`` in seconds.
+            bytes that are no UTF-8 are replaced), ``duration`` in seconds, and ``dropped``.
 
         Raises:
-            CommandError: the exit code was not 0; ``result`` has the :class:`CommandResult`.
-            CommandTimeoutError: the command did not end in time, and was stopped.
-            SSHError: the login failed, or the connection broke.
+            CommandError: the exit code was not 0; ``result`` has it all.
+            CommandTimeoutError: it did not end in time, and was ended.
+            SSHError: the login failed; the machine did not run the command, as with a command of
+                its own (ForceCommand); or the connection broke, and the command may still run.
 
         Example:
             >>> print(client.run(order, "nvidia-smi -L").stdout)
@@ -12613,10 +13346,12 @@ class CloreClient(HTTPClient):
         """
         options: dict[str, Any] = {
             "check": check, "timeout": timeout, "input": input, "env": env, "on_output": on_output,
+            "max_output": max_output,
         }  # fmt: skip
         check_run_arguments(command, **options)
-        with self._ssh.connected(order, ssh, login) as connected:
-            return run_command(connected.ssh, command, **options)
+        login_timeout = min(30.0, timeout or 30.0)
+        with self._ssh.connected(order, ssh, login, login_timeout) as pool:
+            return run_command(pool.ssh, command, **options)
 
     def forward(
         self,
@@ -12643,12 +13378,11 @@ class CloreClient(HTTPClient):
             ...     print(requests.get(f"http://127.0.0.1:{port}").status_code)
         """
         check_forward_arguments(remote_port, local_port)
-        connection = (
-            ssh if ssh is not None else self._ssh.login(order, **login_options(login)).open()
-        )
+        if ssh is None:
+            connection = self._ssh.login(order, **check_login_options(login)).open()
+        else:
+            connection = check_connection(ssh)
         return Forward(connection, remote_port, local_port, owns=ssh is None)
-
-    # --- transfers ---
 
     def upload(
         self,
@@ -12659,52 +13393,60 @@ class CloreClient(HTTPClient):
         preserve: bool = False,
         verify: bool = False,
         resume: bool = False,
+        symlinks: str = "skip",
         streams: int | None = None,
         progress: Progress | None = None,
         timeout: float = 30.0,
+        deadline: float | None = None,
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
-    ) -> Transferred:
-        """Copy a file or directory to the machine of an order. Needs paramiko.
+    ) -> TransferResult:
+        """Copy a file or a whole directory to the machine of an order. Needs paramiko.
 
-        If ``remote`` is an existing directory, the copy is put into it, as with ``cp -r``. A file
-        gets a temporary name first, and its real name when it is complete. The client always
-        compares sizes. It compares SHA-256 if ``verify`` is on, if the transfer was resumed, or if
-        a file was sent in several pieces. In a directory, symlinks and special files are skipped
-        and listed in the result.
+        As with ``cp -r``, what is copied to a directory that exists is put into it. It is sent
+        under a temporary name, and renamed when it is complete. Sizes are compared always, and
+        SHA-256 where ``verify`` says so, the transfer was resumed, or a file went in several
+        pieces. A host without a usual shell gets it over SFTP, which is slower. A new file has
+        the permissions of the local one, less the host's umask; one that is replaced keeps its
+        own. A ``remote`` that is a symlink is an error, unless ``symlinks="follow"``.
 
         Parameters:
             order: a running order.
-            local: a file or directory on this machine.
-            remote: a path on the order's machine; a relative path or ``~`` starts at the home
-                directory.
-            preserve: keep permissions and times. Without it, files get the default permissions, and
-                keep the permission to execute.
+            local: a file or directory here.
+            remote: a path there; a relative one and ``~`` count from the home directory.
+            preserve: keep permissions and times.
             verify: compare SHA-256 of every file.
-            resume: keep partial files after an error, and continue with them in the next call. If
-                the size or time of the source has changed, the transfer starts over.
-            streams: the number of parallel connections, 1 to 16; None chooses by the size.
-            progress: called as ``progress(name, done, total)``, in bytes, in this thread.
-            timeout: seconds for each step of the login, and the longest time without progress.
+            resume: keep what was transferred before an error, and continue there. A source whose
+                size or time has changed starts over.
+            symlinks: of those within a directory that lead to something in it: ``"skip"`` leaves
+                them out, ``"copy"`` makes the same symlinks there, ``"follow"`` sends what they
+                lead to. All others are left out; ``skipped`` names them.
+            streams: connections at once, 1 to 16; None chooses by the size.
+            progress: called as ``progress(name, done, total)``, in bytes, in this thread; control
+                characters in the name are escaped.
+            timeout: seconds for each attempt to log in, and without anything sent or received.
+            deadline: seconds for all of it, the login included; None for no limit.
             ssh, **login: as for :meth:`run`.
 
         Returns:
-            A :class:`Transferred`: ``path``, ``files``, ``size`` in bytes, ``duration`` in
+            A :class:`TransferResult`: ``path``, ``files``, ``size`` in bytes, ``duration`` in
             seconds, and ``skipped``.
 
         Raises:
-            TransferError: the transfer is not complete, for example because the disk is full or the
-                connection broke; ``name``, ``done`` and ``total`` say how far it got.
+            TransferError: it did not arrive whole: a full disk, a lost connection; ``name``,
+                ``done`` and ``total`` tell how far it came.
             SSHError: the login failed.
-            FileNotFoundError: ``local`` does not exist.
+            FileNotFoundError: there is nothing at ``local``.
 
         Example:
             >>> client.upload(order, "train.py", "~/work/")
         """
-        options = check_upload(local, remote, preserve, verify, resume, streams, progress, timeout)
-        ahead = upload_connections(*options) - 1
-        with self._ssh.connected(order, ssh, login, timeout, ahead) as connected:
-            return upload_path(connected.ssh, connected.another, options)
+        checked = check_upload(
+            local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
+            streams=streams, progress=progress, timeout=timeout, deadline=deadline,
+        )  # fmt: skip
+        with self._ssh.connected(order, ssh, login, timeout, upload_connections(*checked)) as pool:
+            return upload_path(pool, checked)
 
     def download(
         self,
@@ -12715,46 +13457,49 @@ class CloreClient(HTTPClient):
         preserve: bool = False,
         verify: bool = False,
         resume: bool = False,
+        symlinks: str = "skip",
         streams: int | None = None,
         max_bytes: int | None = None,
         progress: Progress | None = None,
         timeout: float = 30.0,
+        deadline: float | None = None,
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
-    ) -> Transferred:
-        """Copy a file or directory from the machine of an order. Needs paramiko.
+    ) -> TransferResult:
+        """Copy a file or a whole directory from the machine of an order. Needs paramiko.
 
-        Works like :meth:`upload` in the other direction. A hostile machine can't make the client
-        write outside ``local``. A file that changes during the transfer is an error: to download a
-        growing log, copy it on the machine first.
+        The other way round as :meth:`upload`, and on the same terms. Nothing that the machine
+        says makes this write outside of ``local``. A file that grows meanwhile, as a log, arrives
+        as it was at the start; any other change is an error.
 
         Parameters:
             order: a running order.
-            remote: a path on the order's machine; a relative path or ``~`` starts at the home
-                directory.
-            local: a path on this machine.
-            max_bytes: refuse a larger transfer.
-            preserve, verify, resume, streams, progress, timeout, ssh, **login: as for
-                :meth:`upload`.
+            remote: a path there; a relative one and ``~`` count from the home directory.
+            local: a path here.
+            max_bytes: refuse what is larger.
+            preserve, verify, resume, symlinks, streams, progress, timeout, deadline, ssh,
+                **login: as for :meth:`upload`.
 
         Returns:
-            A :class:`Transferred`.
+            A :class:`TransferResult`.
 
         Raises:
-            TransferError: the transfer is not complete, is larger than ``max_bytes``, or the
-                machine sent invalid data.
+            TransferError: it did not arrive whole, is larger than ``max_bytes``, or the machine
+                sent what can't be right.
             SSHError: the login failed.
 
         Example:
             >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
             4976698672
         """
-        options = check_download(
-            remote, local, preserve, verify, resume, streams, max_bytes, progress, timeout
-        )
-        ahead = (options.streams or 1) - 1
-        with self._ssh.connected(order, ssh, login, timeout, ahead) as connected:
-            return download_path(connected.ssh, connected.another, options)
+        options = DownloadOptions(
+            remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
+            streams=streams, max_bytes=max_bytes, progress=progress, timeout=timeout,
+            deadline=deadline,
+        )  # fmt: skip
+        size = streams or DOWNLOAD_CONNECTIONS
+        with self._ssh.connected(order, ssh, login, timeout, size, streams is not None) as pool:
+            return download_path(pool, options)
 
     def scp(
         self,
@@ -12785,9 +13530,9 @@ class CloreClient(HTTPClient):
             >>> with client.scp(order) as copy:
             ...     copy.put("train.py", "/root/train.py")
         """
-        connection = self._ssh.login(order, timeout=timeout, **login_options(login)).open()
+        connection = self._ssh.login(order, timeout=timeout, **check_login_options(login)).open()
         try:
-            return hardened_scp(
+            return guarded_scp(
                 connection,
                 socket_timeout=timeout,
                 max_bytes=max_bytes,

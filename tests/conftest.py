@@ -34,6 +34,8 @@ INTERNAL = [
     "simulator/test_ssh.py",
     "ssh/test_command.py",
     "ssh/test_hostile_transfer.py",
+    "ssh/test_hosts.py",
+    "ssh/test_transfer.py",
     "ssh/test_tunnel.py",
     "test_single_file.py",
     "test_validation.py",

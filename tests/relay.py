@@ -23,6 +23,7 @@ class Relay:
         port: where it listens.
         carried: bytes that went through, both ways.
         most: how many connections it takes at once.
+        frozen: whether it drops what comes, as a dead link does.
     """
 
     def __init__(self, target: int, delay: float = 0.0) -> None:
@@ -31,6 +32,7 @@ class Relay:
         self.most = 1000
         self._target = target
         self._delay = delay  # seconds, each way
+        self.frozen = False
         self._broken = False
         self._pairs: dict[socket.socket, socket.socket] = {}
         self._lock = threading.Lock()
@@ -120,6 +122,8 @@ class Relay:
                 data = source.recv(PIECE)
             except OSError:
                 data = b""
+            if self.frozen and data:
+                continue
             self.carried += len(data)
             waiting.put((time.monotonic() + self._delay, data))
 

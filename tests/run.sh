@@ -7,6 +7,11 @@ cd "$(dirname "$0")/.."
 
 missing=""
 command -v sshd >/dev/null 2>&1 || [ -x /usr/sbin/sshd ] || missing="openssh-server"
+command -v dropbear >/dev/null 2>&1 || [ -x /usr/sbin/dropbear ] || missing="$missing dropbear-bin"
+command -v busybox >/dev/null 2>&1 || missing="$missing busybox-static"
+for shell in dash fish tcsh zsh rsync; do
+    command -v $shell >/dev/null 2>&1 || missing="$missing $shell"
+done
 if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
         echo "== installing $missing"

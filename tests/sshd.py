@@ -22,8 +22,9 @@ class Sshd:
         folder: of its files.
     """
 
-    def __init__(self, folder: Path, port: int, options: str) -> None:
+    def __init__(self, folder: Path, port: int, options: str, home: str = "") -> None:
         self.folder = folder
+        self.home = home or f"{folder}/home"
         self.port = port
         self.user = getpass.getuser()
         self.key = folder / "id_ed25519"
@@ -53,7 +54,7 @@ class Sshd:
             f"PidFile none\nAuthorizedKeysFile {self.key}.pub\nStrictModes no\nUsePAM no\n"
             f"PermitRootLogin yes\nMaxStartups 100\n"
             # What the user's own shell reads at its start is none of ours, and can take long.
-            f"SetEnv HOME={self.folder}/home\nSubsystem sftp internal-sftp\n{self.options}\n"
+            f"SetEnv HOME={self.home}\nSubsystem sftp internal-sftp\n{self.options}\n"
         )
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen([program, "-D", "-e", "-f", config], stderr=log)
@@ -85,10 +86,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_sshd(folder: Path, options: str = "PasswordAuthentication no") -> Iterator[Sshd]:
+def running_sshd(
+    folder: Path, options: str = "PasswordAuthentication no", home: str = ""
+) -> Iterator[Sshd]:
     """A server for the length of the block; ``options`` are further lines of its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    server = Sshd(folder, free_port(), options)
+    server = Sshd(folder, free_port(), options, home)
     generate(server.key)
     server.make_keys()
     server.start()
@@ -96,3 +99,56 @@ def running_sshd(folder: Path, options: str = "PasswordAuthentication no") -> It
         yield server
     finally:
         server.stop()
+
+
+class Dropbear:
+    """A running dropbear that takes one key, of a user with root's number; needs root."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.user = f"clore{os.urandom(3).hex()}"
+        self.key = folder / "home" / "id_ed25519"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def order(self, order_id: int = 7) -> dict[str, Any]:
+        """An order in the documented form whose machine this is."""
+        ssh = f"ssh {self.user}@127.0.0.1 -p {self.port}"
+        return {"order_id": order_id, "connection": {"ssh": ssh}, "status": "running"}
+
+    def __enter__(self) -> Dropbear:
+        home = self.folder / "home"
+        (home / ".ssh").mkdir(parents=True, mode=0o700)
+        generate(self.key)
+        shutil.copy(f"{self.key}.pub", home / ".ssh" / "authorized_keys")
+        _while_locked(["useradd", "-o", "-u", "0", "-g", "0", "-d", home, "-s", "/bin/sh",
+                       self.user])  # fmt: skip
+        host_key = self.folder / "host_key"
+        command = ["dropbearkey", "-t", "ed25519", "-f", str(host_key)]
+        subprocess.run(command, check=True, capture_output=True)
+        with open(self.folder / "log", "ab") as log:
+            address = f"127.0.0.1:{self.port}"
+            self._process = subprocess.Popen(
+                ["dropbear", "-F", "-E", "-r", host_key, "-p", address,
+                 "-P", self.folder / "pid"], stderr=log,
+            )  # fmt: skip
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return self
+            time.sleep(0.02)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(10)
+        _while_locked(["userdel", "-f", self.user])
+
+
+def _while_locked(command: list[Any]) -> None:
+    """Change the users of this system, which another test may be doing, too."""
+    deadline = time.monotonic() + 30
+    while subprocess.run(command, capture_output=True).returncode in (1, 10):
+        assert time.monotonic() < deadline, command
+        time.sleep(0.1)

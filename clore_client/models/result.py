@@ -15,18 +15,26 @@ class CommandResult:
         exit_code: 0 to 255; -1 if a signal ended the command.
         stdout, stderr: the output as text; bytes that are not UTF-8 are replaced.
         duration: seconds from the start to the end.
+        dropped: the bytes of output beyond ``max_output``, which are not kept.
     """
 
-    __slots__ = ("command", "duration", "exit_code", "stderr", "stdout")
+    __slots__ = ("command", "dropped", "duration", "exit_code", "stderr", "stdout")
 
     def __init__(
-        self, command: str, exit_code: int, stdout: str, stderr: str, duration: float
+        self,
+        command: str,
+        exit_code: int,
+        stdout: str,
+        stderr: str,
+        duration: float,
+        dropped: int = 0,
     ) -> None:
         self.command = command
         self.exit_code = exit_code
         self.stdout = stdout
         self.stderr = stderr
         self.duration = duration
+        self.dropped = dropped
 
     @property
     def ok(self) -> bool:
@@ -34,10 +42,11 @@ class CommandResult:
         return self.exit_code == 0
 
     def __repr__(self) -> str:
+        left_out = f", {self.dropped} bytes of output dropped" if self.dropped else ""
         return (
             f"<CommandResult {printable(repr(self.command), 60)}: exit_code={self.exit_code}, "
             f"{len(self.stdout)} characters of stdout, {len(self.stderr)} of stderr, "
-            f"{self.duration:.1f}s>"
+            f"{self.duration:.1f}s{left_out}>"
         )
 
 
@@ -60,15 +69,15 @@ class OutputLine(str):
         return line
 
 
-class Transferred:
+class TransferResult:
     """The result of a transfer.
 
     Attributes:
-        path: the path of the copy, as text.
+        path: the path of the copy, with control characters escaped.
         files: the number of files.
         size: the bytes of all files.
         duration: seconds.
-        skipped: (name, reason) for symlinks and special files, which are not copied.
+        skipped: (name, reason) for symlinks and special files, which are not copied; escaped, too.
     """
 
     __slots__ = ("duration", "files", "path", "size", "skipped")
@@ -85,6 +94,6 @@ class Transferred:
     def __repr__(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         return (
-            f"<Transferred {printable(self.path, 200)!r}: {self.files} files, {self.size} bytes, "
-            f"{self.duration:.2f} s{skipped}>"
+            f"<TransferResult {printable(self.path, 200)!r}: {self.files} files, "
+            f"{self.size} bytes, {self.duration:.2f} s{skipped}>"
         )

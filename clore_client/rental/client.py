@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clore_client.models.order import Order
-from clore_client.models.result import CommandResult, Transferred
+from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class RentalClient(Protocol):
     def run(self) -> Callable[..., CommandResult]: ...
 
     @property
-    def upload(self) -> Callable[..., Transferred]: ...
+    def upload(self) -> Callable[..., TransferResult]: ...
 
     @property
-    def download(self) -> Callable[..., Transferred]: ...
+    def download(self) -> Callable[..., TransferResult]: ...

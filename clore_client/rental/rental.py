@@ -24,7 +24,7 @@ from clore_client.errors import (
 )
 from clore_client.log import logger
 from clore_client.models.order import Order
-from clore_client.models.result import CommandResult, Transferred
+from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import add_note_to
@@ -171,11 +171,11 @@ class Rental:
         """
         return self._over_ssh(self._client.run, (command,), options)  # type: ignore[no-any-return]
 
-    def upload(self, local: Any, remote: Any, **options: Any) -> Transferred:
+    def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
         """Copy a file or directory to the machine, as :meth:`CloreClient.upload` does."""
         return self._over_ssh(self._client.upload, (local, remote), options)  # type: ignore[no-any-return]
 
-    def download(self, remote: Any, local: Any, **options: Any) -> Transferred:
+    def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
         """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
         return self._over_ssh(self._client.download, (remote, local), options)  # type: ignore[no-any-return]
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from clore_client.config import account_digest
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient
-from clore_client.ssh.connect import Login, plain_address
+from clore_client.ssh.connect import ConnectionPool, Login, plain_address
 from clore_client.ssh.host_keys import Pins
 from clore_client.ssh.openssh import config_entry, terminal_line
-from clore_client.ssh.sessions import Connected
-from clore_client.validation import check_number, check_text, short_repr
+from clore_client.validation import check_bool, check_number, check_text, short_repr
 
 if TYPE_CHECKING:
     import paramiko
@@ -68,6 +67,7 @@ class SSHAccess:
         wait: float = 120.0,
         timeout: float = 30.0,
         host_key: str = "pin",
+        use_ssh_config: bool = False,
     ) -> Login:
         """Everything that is needed to log in, checked; nothing is sent."""
         from clore_client.ssh.connect import Login, plain_address
@@ -96,6 +96,7 @@ class SSHAccess:
             timeout=timeout,
             wait=wait,
             keys=keys,
+            use_ssh_config=check_bool("use_ssh_config", use_ssh_config),
         )
 
     def connected(
@@ -104,14 +105,15 @@ class SSHAccess:
         ssh: paramiko.SSHClient | None,
         login: dict[str, Any],
         timeout: float = 30.0,
-        ahead: int = 0,
-    ) -> Connected:
-        from clore_client.ssh.sessions import Connected, login_options
+        size: int = 1,
+        eager: bool = True,
+    ) -> ConnectionPool:
+        from clore_client.ssh.connect import ConnectionPool, check_connection, check_login_options
 
-        options = login_options(login)
+        options = check_login_options(login)
         if ssh is not None:
-            return Connected(None, ssh)
-        return Connected(self.login(order, timeout=timeout, **options), None, ahead)
+            return ConnectionPool(None, check_connection(ssh))
+        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
 
     @staticmethod
     def _order_number(order: Mapping[str, Any]) -> int | None:

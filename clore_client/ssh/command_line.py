@@ -14,15 +14,13 @@ LONGEST_PIECE = 65536  # characters of one call of on_output
 
 def command_line(command: str | Sequence[str]) -> str:
     """The line for the machine's shell: a string as it is, a list or tuple of arguments quoted."""
-    import shlex  # not for whoever only imports the package
-
     if isinstance(command, str):
         line = command
     elif isinstance(command, (list, tuple)):
         for number, word in enumerate(command):
             if not isinstance(word, str):
                 raise TypeError(f"command[{number}] must be a string, not {short_repr(word)}")
-        line = shlex.join(command)
+        line = " ".join(map(quoted_word, command))
     else:
         raise TypeError(
             f"command must be a string, or a list of strings, not {short_repr(command)}"
@@ -31,6 +29,15 @@ def command_line(command: str | Sequence[str]) -> str:
         raise ValueError("command must not be empty")
     encoded("command", line)
     return line
+
+
+def quoted_word(word: str) -> str:
+    """Quote a word for any login shell: fish, too, takes a backslash in quotes for an escape."""
+    import shlex  # not for whoever only imports the package
+
+    if "\\" not in word:
+        return shlex.quote(word)
+    return "\\\\".join(shlex.quote(part) if part else "" for part in word.split("\\"))
 
 
 class Lines:
@@ -84,9 +91,7 @@ def input_bytes(value: Any) -> bytes:
 
 
 def exports(env: Any) -> str:
-    """What sets variables for the rest of a line; sshd by itself takes none from a client."""
-    import shlex
-
+    """Set variables for the rest of a line, or end: sshd by itself takes none from a client."""
     if env is None:
         return ""
     if not isinstance(env, Mapping):
@@ -95,9 +100,11 @@ def exports(env: Any) -> str:
         if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
             raise ValueError(f"env: not the name of a variable: {short_repr(name)}")
         if not isinstance(value, str):
-            raise TypeError(f"env[{name!r}] must be a string, not {type(value).__name__}")
+            raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)
-    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
+    return "".join(
+        f"export {name}={quoted_word(value)} || exit 121\n" for name, value in env.items()
+    )
 
 
 def encoded(name: str, text: str, *, nul: bool = False) -> bytes:

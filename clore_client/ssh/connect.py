@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import getpass
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.models.order import plain_host, plain_user
-from clore_client.ssh.transport import prepared_transport
+from clore_client.ssh.transport import close_after, keep_alive, prepared_transport
+from clore_client.ssh.watchdog import Watchdog, start_thread
 from clore_client.validation import check_local_path, short_repr
 
 if TYPE_CHECKING:
@@ -21,11 +25,12 @@ if TYPE_CHECKING:
     from clore_client.ssh.host_keys import KeyCheck
 
 # What may be given for a login to methods that do more than log in.
-LOGIN_OPTIONS = frozenset({"password", "key_path", "passphrase", "wait", "host_key"})
+LOGIN_OPTIONS = frozenset(
+    {"password", "key_path", "passphrase", "wait", "host_key", "use_ssh_config"}
+)
 DEFAULT_USER = "root"
 DEFAULT_PORT = 22
 PARAMIKO_LOGGER = "clore_client.paramiko"
-KEEPALIVE = 15  # seconds
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
 
 
@@ -128,6 +133,7 @@ class Login:
         timeout: float,
         wait: float,
         keys: KeyCheck,
+        use_ssh_config: bool = False,
     ) -> None:
         self.address = plain_address(order)
         if passphrase is not None and key_path is None:
@@ -142,6 +148,10 @@ class Login:
         self._paramiko = import_paramiko()
         # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
         self.key = None if self.key_path is None else self._read_key(self.key_path, passphrase)
+        self._hops: list[dict[str, Any]] = []
+        self._identities: list[str] = []
+        if use_ssh_config:
+            self._read_ssh_config()
 
     @property
     def where(self) -> str:
@@ -166,6 +176,52 @@ class Login:
                 f"key_path: {shown} is no private key that can be used: "
                 f"{printable(str(error) or type(error).__name__, 200)}"
             ) from error
+
+    def _read_ssh_config(self) -> None:
+        """Take ProxyJump and IdentityFile from the user's configuration of OpenSSH."""
+        path = os.path.expanduser("~/.ssh/config")
+        if not os.path.isfile(path):
+            return
+        try:
+            config = self._paramiko.SSHConfig.from_path(path)
+            found = config.lookup(self.address["host"])
+            jumps = found.get("proxyjump", "none")
+            if "proxycommand" in found and jumps == "none":
+                raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
+            self._identities = identity_files(found)
+            for jump in jumps.split(",") if jumps != "none" else ():
+                name, port, user = _parsed(jump.strip().removeprefix("ssh://"))
+                hop = config.lookup(name)
+                self._hops.append(
+                    {"host": hop.get("hostname", name), "identities": identity_files(hop),
+                     "port": int(hop.get("port", port)) if port == DEFAULT_PORT else port,
+                     "user": user or hop.get("user", getpass.getuser())}
+                )  # fmt: skip
+        except Exception as error:
+            raise ValueError(f"use_ssh_config: {path} can't be used: {error}") from error
+
+    def _jump(self, hops: list[Any]) -> Any:
+        """Log in to each jump host; a channel to the machine through the last one."""
+        sock = None
+        for hop in self._hops:
+            ssh = self._paramiko.SSHClient()
+            ssh.set_log_channel(PARAMIKO_LOGGER)
+            ssh.load_system_host_keys()  # a jump host is the user's own, and known
+            hops.append(ssh)
+            try:
+                ssh.connect(
+                    hop["host"], hop["port"], hop["user"], key_filename=hop["identities"] or None,
+                    timeout=self.timeout, sock=sock,
+                )  # fmt: skip
+                follower = self._hops[len(hops)] if len(hops) < len(self._hops) else self.address
+                sock = ssh.get_transport().open_channel(
+                    "direct-tcpip", (follower["host"], follower["port"]), ("127.0.0.1", 0),
+                    timeout=self.timeout,
+                )  # fmt: skip
+            except Exception as error:
+                text = printable(str(error) or type(error).__name__, 200)
+                raise SSHError(f"jump host {hop['host']}:{hop['port']}: {text}") from error
+        return sock
 
     def _is_encrypted(self, path: str) -> bool:
         try:
@@ -193,30 +249,24 @@ class Login:
 
     def once(self) -> paramiko.SSHClient:
         """Try to log in."""
+        limit = None
+        judged: BaseException
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)
-        plain = self.password is None and self.key is None
         try:
-            ssh.connect(
-                self.address["host"],
-                port=self.address["port"],
-                username=self.address["user"],
-                password=self.password,
-                pkey=self.key,
-                timeout=self.timeout,
-                banner_timeout=self.timeout,
-                auth_timeout=self.timeout,
-                channel_timeout=self.timeout,
-                allow_agent=plain,
-                look_for_keys=plain,
-                transport_factory=self._transport,
-            )
+            with (
+                Watchdog() as watchdog,
+                watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit,
+            ):
+                self._connect(ssh)
             if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
                 raise self._paramiko.ssh_exception.PartialAuthentication([])
         except BaseException as error:
-            if self._is_refusal(ssh, error):
-                judged: BaseException = self._refused(ssh, error)
+            if limit is not None and limit.expired and isinstance(error, Exception):
+                judged = self._too_slow(ssh)
+            elif self._is_refusal(ssh, error):
+                judged = self._refused(ssh, error)
             else:
                 judged = _judged(error, self._paramiko, self.where)
             _give_up(ssh)
@@ -225,7 +275,7 @@ class Login:
             raise judged from error
         transport = ssh.get_transport()
         if transport is not None:
-            transport.set_keepalive(KEEPALIVE)
+            keep_alive(transport)
         try:
             self.keys.remember()
         except BaseException:
@@ -233,9 +283,46 @@ class Login:
             raise
         return ssh  # type: ignore[no-any-return]
 
-    def _transport(self, sock: Any, **options: Any) -> Any:
+    def _connect(self, ssh: Any) -> None:
+        plain = self.password is None and self.key is None
+        hops: list[Any] = []
+        try:
+            sock = self._jump(hops)
+            self._connect_over(ssh, sock, plain, hops)
+        except BaseException:
+            for hop in hops:
+                hop.close()
+            raise
+
+    def _connect_over(self, ssh: Any, sock: Any, plain: bool, hops: list[Any]) -> None:
+        ssh.connect(
+            self.address["host"],
+            port=self.address["port"],
+            username=self.address["user"],
+            password=self.password,
+            pkey=self.key,
+            timeout=self.timeout,
+            banner_timeout=self.timeout,
+            auth_timeout=self.timeout,
+            channel_timeout=self.timeout,
+            key_filename=self._identities or None if plain else None,
+            allow_agent=plain,
+            look_for_keys=plain,
+            sock=sock,
+            transport_factory=functools.partial(self._transport, hops),
+        )
+
+    def _too_slow(self, ssh: Any) -> SSHError:
+        transport = ssh.get_transport()
+        if transport is not None and transport.initial_kex_done:
+            return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
+        return NotUpYetError("it did not finish the SSH handshake in time")
+
+    def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
         transport.auth_interactive_dumb = self._no_questions
+        if hops:
+            close_after(transport, hops)
         return transport
 
     def _is_refusal(self, ssh: Any, error: BaseException) -> bool:
@@ -294,6 +381,133 @@ class Login:
 
 class NotUpYetError(SSHError):
     """An sshd that may answer later; within this room only."""
+
+
+class ConnectionPool:
+    """The connections of one call: the caller's own, or as many as are wanted, opened at once.
+
+    Parameters:
+        login: to be used, or None for the caller's connection.
+        ssh: that one.
+        size: how many connections there may be.
+        eager: open all of them at once, and not each when it is asked for.
+    """
+
+    def __init__(
+        self, login: Login | None, ssh: Any = None, size: int = 1, eager: bool = True
+    ) -> None:
+        self.size = size if login is not None else 1
+        self._eager = eager
+        self._login = login
+        self._ssh = ssh
+        self._opened: list[Any] = [None] * self.size
+        self._ready = [threading.Event() for _ in range(self.size)]
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> ConnectionPool:
+        if self._login is None:
+            self._opened[0] = self._ssh
+        else:
+            for number in range(1, self.size if self._eager else 1):
+                self._threads.append(start_thread("login", self._open, self._login, number))
+            try:
+                self._opened[0] = self._first(self._login)
+            except BaseException:
+                self._close()
+                raise
+        self._ready[0].set()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    @property
+    def ssh(self) -> Any:
+        """The first connection."""
+        return self._opened[0]
+
+    @property
+    def age(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self._started
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds, as seen in the login; a large number where that is not known."""
+        transport = self.ssh.get_transport()
+        return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
+
+    def get(self, number: int) -> Any:
+        """Return a connection, when it is there; None where the host does not take so many."""
+        if number and not self._eager and self._login is not None:
+            with self._lock:
+                if not self._ready[number].is_set():
+                    self._open(self._login, number)
+        self._ready[number].wait()
+        return self._opened[number]
+
+    def break_off(self) -> None:
+        """Break every connection, whatever hangs on it."""
+        for ssh in self._opened:
+            if ssh is not None:
+                ssh.close()
+
+    def _first(self, login: Login) -> Any:
+        try:
+            return login.once()
+        except NotUpYetError:
+            # Where one connection is all that there is, another may have it.
+            for number in range(1, self.size if self._eager else 1):
+                self._ready[number].wait()
+                if (ssh := self._opened[number]) is not None:
+                    self._opened[number] = None
+                    return ssh
+        return login.open()
+
+    def _open(self, login: Login, number: int) -> None:
+        try:
+            self._opened[number] = login.once()
+        except Exception as error:
+            logger.debug("a further connection was refused: %s", error)
+        self._ready[number].set()
+
+    def _close(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        if self._login is not None:
+            self.break_off()
+
+
+def check_connection(ssh: Any) -> Any:
+    """Check a connection that the caller gave."""
+    if not callable(getattr(ssh, "get_transport", None)):
+        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
+    return ssh
+
+
+def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Check the names of the arguments of a login."""
+    for name in given:
+        if name not in LOGIN_OPTIONS:
+            raise TypeError(
+                f"there is no argument {name!r}, neither here nor among those of a login: "
+                f"{', '.join(sorted(LOGIN_OPTIONS))}"
+            )
+    return given
+
+
+def identity_files(config: Any) -> list[str]:
+    """Return the keys of an entry of a configuration that are there."""
+    paths = map(os.path.expanduser, config.get("identityfile", ()))
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def _break_off(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    if transport is not None:
+        transport.close()
 
 
 def _give_up(ssh: Any) -> None:

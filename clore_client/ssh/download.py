@@ -1,4 +1,4 @@
-"""Copying files and directories from a machine, of which nothing is believed."""
+"""Copy files and directories from a host, of which nothing is believed."""
 
 from __future__ import annotations
 
@@ -6,97 +6,103 @@ import contextlib
 import hashlib
 import os
 import re
-import stat
-import time
-from pathlib import Path
+import shutil
+import threading
 from typing import Any
 
 from clore_client.errors import SSHError, printable
-from clore_client.models.result import Transferred
-from clore_client.ssh.local_files import DoneRecord, merge_into, new_file, remove_part, write_all
-from clore_client.ssh.remote import Exec, checked_name, far_command, far_path, parse_listing
-from clore_client.ssh.transfer import (
-    CHUNK,
-    LONGEST_ANSWER,
-    PART,
-    Another,
-    Item,
-    Job,
-    Lanes,
-    Options,
-    Reporter,
-    file_digest,
-    leave_out,
-    parse_sums,
-    plan,
+from clore_client.log import logger
+from clore_client.models.result import TransferResult
+from clore_client.ssh.connect import ConnectionPool
+from clore_client.ssh.local_files import (
+    CHANGED,
+    LocalPart,
+    RemoteTree,
+    check_same,
+    nanoseconds,
+    settle_links,
+    write_piece,
 )
-from clore_client.ssh.upload import send_names
-from clore_client.validation import check_number, short_repr
+from clore_client.ssh.remote import (
+    BLOCK,
+    CHECK_TOOLS,
+    DATA_WINDOW,
+    NoShellError,
+    RemoteScript,
+    parse_digests,
+    parse_listing,
+    remote_path,
+    remote_script,
+)
+from clore_client.ssh.sftp import SftpDownload
+from clore_client.ssh.transfer import (
+    MAX_ANSWER,
+    TRANSFER_PIECE,
+    FileEntry,
+    Transfer,
+    TransferOptions,
+    about,
+    file_digest,
+)
+from clore_client.ssh.transport import NoChannelError
+from clore_client.ssh.upload import CHUNK_DIGESTS, FILE_DIGESTS, SMALL_FILE
 
-# What comes to us is held down by our own window only, which is large.
-DOWNLOAD_CHANNELS = 2
 DOWNLOAD_CONNECTIONS = 4
 DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes from which on further connections pay for their login
-AT_ONCE = 128 * 1024 * 1024  # bytes of a file that comes with the first answer
-MOST_FILES = 2_000_000
-LAST_SECOND = 253_402_300_799  # of the year 9999; filesystems know no times far beyond
+HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host hashes well within any timeout
+RANGE = 64 * 1024 * 1024  # bytes that a worker asks for at a time
+MAX_FILES = 2_000_000
+ANY_SIZE = 2**62
+MAX_TAR_EXTRA = 65536  # bytes of a name
+TAR_UNIT = 512  # bytes
+
+# Prints what there is. A file follows at once, unless it is large.
+LOOK = (
+    CHECK_TOOLS
+    + r"""
+if [ -d "$f" ]; then
+  cd "$f" || no "$f: it cannot be entered"
+  echo d; list; echo "$token"
+elif [ -f "$f" ]; then
+  s=$(stat -L -c "%s %Y %a" "$f") || exit 1
+  size=${s%% *}
+  [ "$size" -gt 0 ] || size=$(($(wc -c <"$f"))) # files of /proc tell no size
+  echo "f $size ${s#* }"
+  [ "$size" -le "$most" ] || exit 0
+  part "$f" 0 "$size"
+  [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
+  [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
+  stat -L -c "%s %Y %a" "$f"
+elif [ -e "$f" ]; then no "it is no file"
+else no "there is no such file"; fi
+"""
+)
+# Prints the files of a directory whose names it reads, a block with a mark, and what there is then.
+GET_TREE = r"""
+cd "$f" || exit 1
+xargs -0 tar -cf -
+printf "%-511s\n" "$token"; list; echo "$token"
+"""
+# Prints ranges of a file, each asked for by a line (block, size), and what the file is then.
+GET = r"""
+while read -r k s; do
+  part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
+done
+stat -L -c "%s %Y %a" "$f"
+"""
 
 
-class RemoteTree:
-    """What the machine says there is; read with care."""
-
-    def __init__(self, tell: bool = True) -> None:
-        """``tell``: of what is left out."""
-        self._tell = tell
-        self.items: list[Item] = []
-        self.skipped: list[tuple[str, str]] = []
-        self.root = Item(b"", 0, 0, 0o755, folder=True)
-        self._folders = {b""}
-        self._names: set[bytes] = set()
-
-    @property
-    def files(self) -> list[Item]:
-        return [item for item in self.items if not item.folder]
-
-    def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
-        """One entry of the listing."""
-        folder = stat.S_ISDIR(mode)
-        item = Item(name, size, _nanoseconds(seconds), mode & 0o777, folder)
-        if not name and folder:
-            self.root = item
-            return
-        shown = checked_name(name)
-        parent = name.rpartition(b"/")[0]
-        if name in self._names or parent not in self._folders:
-            raise SSHError(f"the machine lists {printable(repr(name), 120)} where it can't be")
-        self._names.add(name)
-        if folder:
-            self._folders.add(name)
-        if folder or stat.S_ISREG(mode):
-            self.items.append(item)
-        elif self._tell:
-            leave_out(self.skipped, shown, "" if stat.S_ISLNK(mode) else None)
-
-
-class DownloadOptions(Options):
+class DownloadOptions(TransferOptions):
     """The arguments of a download, checked; and where it is to go."""
 
-    def __init__(
-        self, remote: Any, local: Any, preserve: Any, verify: Any, resume: Any, streams: Any,
-        max_bytes: Any, progress: Any, timeout: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(local, remote, preserve, verify, resume, streams, progress, timeout)
-        if max_bytes is not None:
-            if type(max_bytes) is not int:
-                raise TypeError(f"max_bytes must be a whole number, not {short_repr(max_bytes)}")
-            check_number("max_bytes", max_bytes, unit="bytes")
-        self.max_bytes: int | None = max_bytes
-        self.far = far_path(self.remote)
+    def __init__(self, remote: Any, local: Any, **given: Any) -> None:
+        super().__init__(local, remote, **given)
+        self.source = remote_path(self.remote)
         self.target = _target_of(os.fsdecode(os.path.expanduser(self.local)), self.remote)
 
 
 def _target_of(local: str, remote: bytes) -> str:
-    """Where it goes: into a directory that exists, else to that very name."""
+    """Return where it goes: into a directory that exists, else to that very name."""
     name = os.fsdecode(remote.rstrip(b"/").rpartition(b"/")[2])
     if os.path.isdir(local):
         whole = name in ("", ".", "..") or remote.rstrip(b"/") == b"~"
@@ -108,289 +114,416 @@ def _target_of(local: str, remote: bytes) -> str:
     return local
 
 
-def check_download(*arguments: Any) -> DownloadOptions:
-    """The arguments of a download, checked; nothing is sent yet."""
-    return DownloadOptions(*arguments)
-
-
-def download_path(ssh: Any, another: Another, options: DownloadOptions) -> Transferred:
-    """See ``CloreClient.download``."""
-    return Download(ssh, another, options).run()
+def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferResult:
+    """Download; see ``CloreClient.download``."""
+    transfer = Transfer(pool, options, os.fsdecode(options.remote))
+    part = LocalPart(options.target, options.remote, options)
+    files: list[FileEntry] = []
+    try:
+        with transfer.watched(), part:
+            try:
+                way: Any = Download(transfer, part)
+                way.run(files)
+            except NoShellError as error:
+                logger.warning("files come over SFTP, which is slower: %s", error)
+                transfer.restart()
+                part.clear()
+                way = SftpDownload(transfer, part)
+                way.run(files)
+    except BaseException as error:
+        judged = transfer.failed(error, files)
+        if judged is error:
+            raise
+        raise judged from error
+    return transfer.result(part.target, files)
 
 
 class Download:
-    """One download, from the first question to the rename."""
+    """One download by a shell of the host, from the first question to the rename."""
 
-    def __init__(self, ssh: Any, another: Another, options: DownloadOptions) -> None:
-        self._ssh = ssh
-        self._another = another
-        self._options = options
-        self._report = Reporter(os.fsdecode(options.remote), options)
-        self._files: list[Item] = []
-        whole = os.path.abspath(options.target)
-        same = hashlib.sha256(repr((options.remote, whole)).encode()).hexdigest()
-        token = same[:20] if options.resume else os.urandom(10).hex()
-        # A name that the next try finds again, or one of nobody else's.
-        self._part = Path(os.path.dirname(whole)) / f"{PART}{token}"
-        self._record = DoneRecord(self._part) if options.resume else None
+    def __init__(self, transfer: Transfer, part: LocalPart) -> None:
+        self._transfer = transfer
+        self._options: Any = transfer.options
+        self._part = part
+        self._ranges: list[tuple[FileEntry, int, int]] = []
+        self._share = RANGE  # bytes for each connection
+        self._lock = threading.Lock()
+        self._token = os.urandom(10).hex()
 
-    def run(self) -> Transferred:
-        with self._report.watch:
-            return self._run()
-
-    def _run(self) -> Transferred:
-        started = time.monotonic()
-        tree = RemoteTree()
+    def run(self, files: list[FileEntry]) -> None:
+        """Download; ``files`` is filled with what there is, as soon as that is known."""
+        transfer = self._transfer
         try:
-            with contextlib.ExitStack() as stack:
-                if self._record is not None:
-                    stack.enter_context(self._record)
-                folder = self._look(tree)
-                self._install(tree, folder)
-        except BaseException as error:
-            if not self._options.resume:
-                remove_part(self._part)
-            judged = self._report.judged(error, self._files)
-            if judged is error:
-                raise
-            raise judged from error
-        return self._report.result(self._options.target, self._files, started, tree.skipped)
+            with transfer.script(
+                transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
+            ) as look:
+                first = look.line()
+                if first == b"d":
+                    self._get_tree(look, files)
+                elif first.startswith(b"f "):
+                    self._get_file(look, parse_facts(first[2:]), files)
+                else:
+                    raise look.refused(first)
+        except BaseException:
+            transfer.stop()
+            raise
+        finally:
+            transfer.join_workers()
 
-    def _exec(self, verb: str, *arguments: bytes | str | int) -> Exec:
-        timeout = self._options.timeout
-        return Exec(self._ssh, far_command(verb, *arguments), self._report.watch, timeout)
-
-    # --- what there is ---
-
-    def _look(self, tree: RemoteTree) -> bool:
-        """Ask what there is, and get it; whether it is a directory."""
+    def _look_script(self) -> bytes:
         options = self._options
-        ranges = options.resume or (options.streams or 1) > 1
-        with self._exec("look", options.far, -1 if ranges else AT_ONCE, int(options.verify)) as (
-            running
-        ):
-            kind, _, facts = running.line().partition(b" ")
-            if kind == b"f":
-                item = _file_facts(facts)
-                self._accept([item], folder=False)
-                if not ranges and item.size <= AT_ONCE:
-                    self._receive_at_once(running, item)
-                    return False
-            elif kind == b"d":
-                parse_listing(running.rest(LONGEST_ANSWER), MOST_FILES, tree.take)
-                if running.status() != 0:
-                    raise running.refused()
-                self._accept(tree.files, folder=True)
-            else:
-                text = {b"n": "there is no such file", b"o": "it is no file"}
-                raise SSHError(text.get(kind) or "the machine says what can't be understood")
-        items = tree.items if kind == b"d" else self._files
-        self._get(items, kind == b"d")
-        return kind == b"d"
+        most = HASHED_AT_ONCE if options.verify else ANY_SIZE
+        if self._part.done or (options.streams or 1) > 1:
+            most = -1
+        elif not self._transfer.near:
+            most = min(most, DOWNLOAD_MANY - 1)
+        self._most = min(most, ANY_SIZE if options.max_bytes is None else options.max_bytes)
+        return remote_script(
+            "look", LOOK, f=options.source, token=self._token, most=self._most,
+            hash=int(options.verify),
+        )  # fmt: skip
 
-    def _accept(self, files: list[Item], folder: bool) -> None:
-        """Refuse what is too large, and what has no place; before anything is made."""
-        self._files = files
-        size, most = sum(item.size for item in files), self._options.max_bytes
-        if most is not None and size > most:
-            raise SSHError(f"it has {size} bytes, and max_bytes is {most}")
-        target = self._options.target
-        if not folder and os.path.isdir(target):
-            raise IsADirectoryError(f"local is a directory: {target!r}")
-        if folder and os.path.lexists(target) and not os.path.isdir(target):
-            raise NotADirectoryError(f"local is no directory: {target!r}")
+    # --- one file ---
 
-    def _receive_at_once(self, running: Exec, item: Item) -> None:
-        digest = hashlib.sha256()
-        with new_file(self._part, item.mode) as file:
-            self._receive(running, item, item.size, file, digest)
-        if self._options.verify:
-            _compare(running.line(), digest.hexdigest())
-        _check_same(item, _file_facts(running.line()), self._report.called(item))
-        _no_more(running)
-
-    def _receive(self, running: Exec, item: Item, left: int, file: Any, digest: Any = None) -> None:
-        """Exactly the bytes that were announced."""
-        if not left:
-            self._report.moved(item, 0)
-        while left:
-            piece = running.receive(min(CHUNK, left))
-            if not piece:
-                raise running.refused("", f"{left} bytes are missing {running.errors()}")
-            write_all(file, piece)
+    def _get_file(self, look: RemoteScript, entry: FileEntry, files: list[FileEntry]) -> None:
+        files.append(entry)
+        self._part.accept(files, folder=False)
+        if entry.size > self._most:
+            look.close()
+            self._part.begin([entry])
+            self._add_ranges(entry)
+            self._get_ranges(None)
+        else:
+            self._part.begin([entry])
+            digest = hashlib.sha256() if self._options.verify else None
+            self._receive(look, entry, 0, entry.size, digest)
             if digest is not None:
-                digest.update(piece)
-            left -= len(piece)
-            self._report.moved(item, len(piece))
+                _compare(look.line(), digest.hexdigest())
+            check_same(entry, parse_facts(look.line()))
+            _expect_end(look)
+        self._check_earlier([entry])
+        self._part.install_file(entry)
 
-    # --- in pieces ---
+    def _receive(
+        self, running: RemoteScript, entry: FileEntry, start: int, length: int, digest: Any = None
+    ) -> None:
+        """Write exactly the bytes that were announced, and record them."""
+        at = noted = start
+        with self._part.open(entry) as file:
+            file.seek(start)
+            try:
+                while at < start + length:
+                    piece = running.read(min(TRANSFER_PIECE, start + length - at))
+                    if not piece:
+                        left = start + length - at
+                        raise SSHError(f"{left} bytes are missing: {running.refused()}")
+                    write_piece(file, piece)
+                    if digest is not None:
+                        digest.update(piece)
+                    at += len(piece)
+                    self._transfer.moved(entry, len(piece))
+                    if at - noted >= 4 * TRANSFER_PIECE:
+                        noted = self._part.note(entry, noted, at)
+            finally:
+                self._part.note(entry, noted, at)
+            if at == entry.size:
+                file.truncate(entry.size)  # zeros at its end were not written
+        if not length:
+            self._transfer.moved(entry, 0)
 
-    def _get(self, items: list[Item], folder: bool) -> None:
-        jobs = plan(items, folder, self._options.resume)
-        done = self._earlier(jobs)
-        if folder:
-            self._part.mkdir(exist_ok=bool(done))
-            for item in items:
-                if item.folder:
-                    self._place(item).mkdir(exist_ok=bool(done))
-        else:
-            new_file(self._part, items[0].mode, again=bool(done)).close()
-        todo = [job for job in jobs if job.key not in done]
-        many = sum(job.size for job in todo) >= DOWNLOAD_MANY
-        streams = self._options.streams or (DOWNLOAD_CONNECTIONS if many else 1)
-        if todo:
-            lanes = Lanes(self._ssh, self._another, streams, DOWNLOAD_CHANNELS)
-            lanes.run(todo, self._do, self._report)
-        self._check_earlier([job for job in jobs if job.key in done])
-        self._check_unchanged(todo)
+    def _receive_nothing(self, entry: FileEntry) -> None:
+        self._part.open(entry).close()
+        self._took(entry)
 
-    def _earlier(self, jobs: list[Job]) -> set[str]:
-        """The jobs that are done already; with another source, none are."""
-        if self._record is None:
-            return set()
-        done = self._record.done
-        if done and os.path.lexists(self._part) and done <= {job.key for job in jobs}:
-            return set(done)
-        remove_part(self._part)
-        self._record.clear()
-        return set()
+    # --- ranges ---
 
-    def _place(self, item: Item) -> Path:
-        return self._part / checked_name(item.name) if item.name else self._part
+    def _add_ranges(self, entry: FileEntry) -> None:
+        """Plan what is missing of a file."""
+        self._ranges += [(entry, start, size) for start, size in self._part.missing(entry)]
 
-    def _do(self, ssh: Any, job: Job) -> None:
-        if job.length is None:
-            self._get_bundle(ssh, job)
-        else:
-            self._get_range(ssh, job, job.length)
-        if self._record is not None:
-            self._record.add(job.key)
+    def _take_range(self) -> tuple[FileEntry, int, int] | None:
+        """Return the next range for a worker; what a host says to be huge is cut only here."""
+        most = RANGE
+        if self._options.streams is not None:
+            most = min(RANGE, max(self._share // BLOCK * BLOCK, 16 * BLOCK))
+        with self._lock:
+            if not self._ranges:
+                return None
+            entry, start, length = self._ranges.pop()
+            if length > most:
+                self._ranges.append((entry, start + most, length - most))
+            return entry, start, min(length, most)
 
-    def _far(self, item: Item) -> bytes:
-        return self._options.far.rstrip(b"/") + b"/" + item.name if item.name else self._options.far
+    def _get_ranges(self, meanwhile: Any) -> None:
+        """Let workers receive the ranges; ``meanwhile`` does something else in this thread."""
+        transfer, ranges = self._transfer, self._ranges
+        ranges.reverse()
+        size = sum(length for _, _, length in ranges)
+        connections = self._options.streams
+        if connections is None:
+            connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
+        self._share = size // connections
+        workers = min(max(len(ranges), size // BLOCK), connections) if ranges else 0
+        transfer.start_workers(connections, workers, self._work)
+        if meanwhile is not None:
+            meanwhile()
+        transfer.finish_workers()
+        self._work(transfer.pool.ssh)  # what no worker got a channel for
 
-    def _get_range(self, ssh: Any, job: Job, length: int) -> None:
-        (item,), digest = job.items, hashlib.sha256()
-        command = far_command("get", self._far(item), *job.blocks, length)
-        with self._report.exec(ssh, command) as running:
-            with new_file(self._place(item), item.mode, again=True) as file:
-                file.seek(job.start)
-                self._receive(running, item, length, file, digest)
-            _compare(running.line(), digest.hexdigest())
-            _no_more(running)
+    def _work(self, ssh: Any) -> None:
+        while (taken := self._take_range()) is not None:
+            entry, start, length = taken
+            try:
+                with about(entry):
+                    self._get_range(ssh, entry, start, length)
+            except NoChannelError:
+                self._ranges.append((entry, start, length))
+                raise
 
-    def _get_bundle(self, ssh: Any, job: Job) -> None:
-        files = job.files
-        if not files:
-            return
-        with self._report.exec(ssh, far_command("many", self._options.far)) as running:
-            send_names(running, files)
-            for item in files:
-                with new_file(self._place(item), item.mode, again=True) as file:
-                    file.truncate(0)
-                    self._receive(running, item, item.size, file)
-            _no_more(running)
+    def _get_range(self, ssh: Any, entry: FileEntry, start: int, length: int) -> None:
+        digest = hashlib.sha256()
+        script = remote_script("get", GET, f=self._place(entry))
+        with self._transfer.script(ssh, script, DATA_WINDOW) as get:
+            get.send(b"%d %d\n" % (start // BLOCK, length))
+            get.end()
+            self._receive(get, entry, start, length, digest)
+            _compare(get.line(), digest.hexdigest())
+            check_same(entry, parse_facts(get.line()))
+            _expect_end(get)
 
-    def _check_earlier(self, jobs: list[Job]) -> None:
-        """What was here before is compared, too."""
-        for job in jobs:
-            if job.length is None:
-                self._compare_all(job.files)
-            else:
-                (item,) = job.items
-                with self._exec("rangesum", self._far(item), *job.blocks, job.length) as running:
-                    there = parse_sums(running.rest(LONGEST_ANSWER), 1)
-                if there != [file_digest(self._place(item), job.start, job.length)]:
-                    self._differs(item)
-            for item in job.files:
-                self._report.count(item, item.size if job.length is None else job.length)
+    def _place(self, entry: FileEntry) -> bytes:
+        source: bytes = self._options.source
+        return source.rstrip(b"/") + b"/" + entry.name if entry.name else source
 
-    def _check_unchanged(self, todo: list[Job]) -> None:
-        """What came in pieces, or one after the other, must not have changed meanwhile."""
-        bundled = [item for job in todo if job.length is None for item in job.files]
-        ranged = [item for job in todo if job.length is not None for item in job.files]
+    # --- a directory ---
+
+    def _get_tree(self, look: RemoteScript, files: list[FileEntry]) -> None:
+        tree = RemoteTree()
+        parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES, tree.take)
+        files += tree.files
+        links = tree.links(self._transfer)
+        self._part.accept(files, folder=True)
+        self._part.begin(tree.entries)
+        missing = [entry for entry in files if not self._part.is_done(entry)]
+        # GNU's tar takes a backslash in a name for the start of an escape.
+        alone = {e.name: e for e in missing if e.size >= SMALL_FILE or (b"\\" in e.name and e.size)}
+        small = [entry for entry in missing if entry.name not in alone]
+        for entry in alone.values():
+            self._add_ranges(entry)
+        for entry in [e for e in small if b"\\" in e.name]:
+            small.remove(entry)
+            self._receive_nothing(entry)
+        for entry in [e for e in links if b"\\" in e.name]:
+            links.remove(entry)
+            tree.entries.remove(entry)
+            self._transfer.leave_out(entry.name, "a symlink whose name holds a backslash")
+        look.close()
+        self._get_ranges(lambda: self._get_small(small + links))
+        self._check_earlier(files)
         if self._options.verify:
-            self._compare_all(bundled)
-            bundled = []
-        if not bundled and not ranged:
-            return
-        again = RemoteTree(tell=False)
-        with self._exec("look", self._options.far, -1, 0) as running:
-            kind, _, facts = running.line().partition(b" ")
-            if kind == b"f":
-                again.items.append(_file_facts(facts))
-            elif kind == b"d":
-                parse_listing(running.rest(LONGEST_ANSWER), MOST_FILES, again.take)
-        now = {item.name: item for item in again.items}
-        for item in bundled + ranged:
-            _check_same(item, now.get(item.name), self._report.called(item))
+            self._compare_files([entry for entry in small if entry.kind == "f"])
+        settle_links(self._part, self._transfer, links, tree)
+        self._part.install_tree(tree.root, tree.entries)
 
-    def _compare_all(self, files: list[Item]) -> None:
+    def _get_small(self, entries: list[FileEntry]) -> None:
+        """Receive small files and symlinks in one tar stream."""
+        if not entries:
+            return
+        script = remote_script("tree", GET_TREE, f=self._options.source, token=self._token)
+        with self._transfer.script(self._transfer.pool.ssh, script, DATA_WINDOW) as get:
+            get.send(b"".join(b"./" + entry.name + b"\0" for entry in entries))
+            get.end()
+            self._receive_tar(get, entries)
+
+    def _receive_tar(self, get: RemoteScript, entries: list[FileEntry]) -> None:
+        wanted = {entry.name: entry for entry in entries}
+        received: set[bytes] = set()
+        reader = TarReader(get, self._token.encode())
+        while (info := reader.next()) is not None:
+            name = os.fsencode(info.name).removeprefix(b"./")
+            entry = wanted.pop(name, None)
+            if entry is None:
+                raise SSHError(f"the machine sends {printable(repr(name), 120)}, not asked for")
+            with about(entry):
+                self._take_member(reader, entry, info, received)
+            received.add(name)
+        if wanted:
+            entry = next(iter(wanted.values()))
+            with about(entry):
+                raise SSHError(f"it did not come: {get.refused()}")
+        self._check_unchanged(get, entries)
+
+    def _take_member(
+        self, reader: TarReader, entry: FileEntry, info: Any, received: set[bytes]
+    ) -> None:
+        if info.issym() and entry.kind == "l":
+            entry.link = os.fsencode(info.linkname)
+        elif info.islnk() and entry.kind == "f":
+            original = os.fsencode(info.linkname).removeprefix(b"./")
+            if original not in received:
+                raise SSHError("it is a hard link to what was not asked for")
+            shutil.copyfile(self._part.place_of(original), self._part.place(entry))
+            self._took(entry)
+        elif info.isreg() and entry.kind == "f":
+            if info.size < entry.size:
+                raise SSHError(CHANGED)
+            self._part.grow(info.size - entry.size)
+            entry.size = info.size  # it has grown since it was listed
+            with self._part.open(entry) as file:
+                for piece in reader.content(info.size):
+                    write_piece(file, piece)
+                file.truncate(info.size)
+            self._took(entry)
+        else:
+            raise SSHError(CHANGED)
+
+    def _took(self, entry: FileEntry) -> None:
+        self._part.note(entry, 0, entry.size)
+        self._transfer.moved(entry, entry.size)
+
+    def _check_unchanged(self, get: RemoteScript, entries: list[FileEntry]) -> None:
+        again = RemoteTree()
+        parse_listing(get.until(self._token.encode(), MAX_ANSWER), MAX_FILES, again.take)
+        now = {entry.name: entry for entry in again.entries}
+        for entry in entries:
+            if entry.kind == "f":
+                with about(entry):
+                    check_same(entry, now.get(entry.name))
+
+    # --- checks ---
+
+    def _check_earlier(self, files: list[FileEntry]) -> None:
+        """Compare what an earlier download has left here."""
+        small: list[FileEntry] = []
+        for entry in files:
+            earlier = self._part.earlier(entry)
+            if not earlier:
+                continue
+            if entry.size < SMALL_FILE and entry.name:
+                small.append(entry)
+            else:
+                with about(entry):
+                    self._compare_ranges(entry, earlier)
+            for _, length in earlier:
+                self._transfer.count(entry, length)
+        self._compare_files(small)
+
+    def _compare_ranges(self, entry: FileEntry, ranges: list[tuple[int, int]]) -> None:
+        pieces = [
+            (at, min(RANGE, start + length - at))
+            for start, length in ranges
+            for at in range(start, start + length, RANGE)
+        ]
+        script = remote_script("digests", CHUNK_DIGESTS, path=self._place(entry))
+        with self._transfer.script(self._transfer.pool.ssh, script) as there:
+            for start, length in pieces:
+                there.send(b"%d %d\n" % (start // BLOCK, length))
+            there.end()
+            for start, length in pieces:
+                (digest,) = parse_digests(there.line() + b"\n", 1)
+                if digest != file_digest(self._part.place(entry), start, length):
+                    self._differs()
+
+    def _compare_files(self, files: list[FileEntry]) -> None:
         if not files:
             return
-        with self._exec("sums", self._options.far) as running:
-            send_names(running, files)
-            there = parse_sums(running.rest(LONGEST_ANSWER), len(files))
-        for item, digest in zip(files, there, strict=True):
-            if digest != file_digest(self._place(item), 0, item.size):
-                self._differs(item)
+        script = remote_script("digests", FILE_DIGESTS, path=self._options.source)
+        with self._transfer.script(self._transfer.pool.ssh, script) as there:
+            there.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
+            there.end()
+            digests = parse_digests(there.rest(MAX_ANSWER), len(files))
+        for entry, digest in zip(files, digests, strict=True):
+            if digest != file_digest(self._part.place(entry), 0, entry.size):
+                with about(entry):
+                    self._differs()
 
-    def _differs(self, item: Item) -> None:
-        if self._record is not None:
-            remove_part(self._part)
-            self._record.clear()
-        raise SSHError(f"SHA-256 of {printable(self._report.called(item), 300)} differs")
-
-    # --- the end ---
-
-    def _install(self, tree: RemoteTree, folder: bool) -> None:
-        options, target = self._options, self._options.target
-        merging = folder and os.path.lexists(target)
-        if options.preserve:
-            # From a directory that may not be written to, nothing could be moved.
-            whole = tree.files if merging else [*tree.items[::-1], tree.root]
-            for item in whole if folder else self._files:
-                place = self._place(item)
-                os.chmod(place, item.mode)
-                os.utime(place, ns=(item.mtime, item.mtime))
-        if not folder:
-            if self._part.stat().st_size != self._files[0].size:
-                raise SSHError(f"{self._part.stat().st_size} bytes have arrived")
-            os.replace(self._part, target)
-        elif not merging:
-            os.rename(self._part, target)
-        else:
-            merge_into(self._part, target, tree.items, options.preserve)
+    def _differs(self) -> None:
+        self._part.clear()
+        raise SSHError("SHA-256 differs: what had arrived is not what is there, and is removed")
 
 
-def _file_facts(facts: bytes) -> Item:
+class TarReader:
+    """Reads the members of tar archives that follow each other, up to a block with a mark."""
+
+    def __init__(self, running: RemoteScript, mark: bytes) -> None:
+        self._running = running
+        self._mark = mark
+        self._padding = 0
+
+    def next(self) -> Any:
+        """Return the next member, or None at the mark."""
+        import tarfile  # not cheap
+
+        self._exactly(self._padding)
+        self._padding = 0
+        name = link = ""
+        while True:
+            header = self._exactly(TAR_UNIT)
+            if header.rstrip(b" \n") == self._mark:
+                return None
+            if not header.strip(b"\0"):
+                continue
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError) as error:
+                raise SSHError("the machine sends what is no tar archive") from error
+            if info.size < 0:
+                raise SSHError("the machine sends a negative size")
+            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+                if info.size > MAX_TAR_EXTRA:
+                    raise SSHError("the machine sends a name that is too long")
+                extra = self._exactly(info.size + -info.size % TAR_UNIT)[: info.size]
+                name, link = _extended(info.type, extra, name, link)
+                continue
+            info.name, info.linkname = name or info.name, link or info.linkname
+            if not info.isreg():
+                info.size = 0
+            self._padding = -info.size % TAR_UNIT
+            return info
+
+    def content(self, size: int) -> Any:
+        """Yield the bytes of the member."""
+        while size:
+            piece = self._running.read(min(TRANSFER_PIECE, size))
+            if not piece:
+                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
+            size -= len(piece)
+            yield piece
+
+    def _exactly(self, size: int) -> bytes:
+        piece = self._running.read(size) if size else b""
+        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
+
+
+def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
+    """Read the name or target that does not fit in a header."""
+    if kind == b"x":  # records of POSIX: a length, a keyword and a value
+        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
+            found.get(b"linkpath", b"")
+        ) or link
+    text = os.fsdecode(extra.rstrip(b"\0"))
+    return (text, link) if kind == b"L" else (name, text)
+
+
+def parse_facts(facts: bytes) -> FileEntry:
+    """Read size, time and permissions of a file."""
     found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", facts)
     if found is None:
         raise SSHError("the machine says what can't be understood")
     size, seconds, mode = found.groups()
-    return Item(b"", int(size), _nanoseconds(int(seconds)), int(mode, 8) & 0o777)
-
-
-def _check_same(item: Item, now: Item | None, name: str) -> None:
-    if now is None or (now.size, now.mtime) != (item.size, item.mtime):
-        raise SSHError(
-            f"{printable(name, 300)} was changed meanwhile; of what is still being written, "
-            "make a copy there, and download that"
-        )
-
-
-def _nanoseconds(seconds: int) -> int:
-    return min(max(seconds, 0), LAST_SECOND) * 10**9
+    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
 
 
 def _compare(line: bytes, digest: str) -> None:
     if line[:64] != digest.encode():
-        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the machine has no sha256sum")
+        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the machine sent no SHA-256")
 
 
-def _no_more(running: Exec) -> None:
-    """The end of the output, and an exit status of 0."""
-    if running.receive(1):
+def _expect_end(running: RemoteScript) -> None:
+    """Expect the end of the output, and an exit status of 0."""
+    if running.read(1):
         raise SSHError("the machine sends more than it announced")
-    if running.status() != 0:
-        raise running.refused()
+    with contextlib.suppress(TimeoutError):
+        if running.status() != 0:
+            raise running.refused()

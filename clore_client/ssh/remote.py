@@ -1,8 +1,9 @@
-"""What runs on the machine for a transfer: one script for any POSIX shell, and its answers.
+"""Run small scripts on a host for a transfer, by a POSIX shell that is started explicitly.
 
-A path goes as an argument in plain ASCII, whatever its bytes; lists of names go over standard
-input. The first line that the script prints tells its output from what a shell's start-up files
-may have printed before. Nothing in the output is trusted: lengths are bounded, numbers parsed.
+The login shell sees one constant line without a backslash, which starts ``sh``; that reads its
+script from standard input, between two lines with a random mark. So neither the kind of the login
+shell matters, nor what its start-up files print, read or change. Nothing in the output is trusted:
+lengths are limited, numbers are parsed, names are checked.
 """
 
 from __future__ import annotations
@@ -10,429 +11,353 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
+import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from clore_client.errors import SSHError, printable
+from clore_client.ssh.transport import (
+    COMMAND_WINDOW,
+    NoChannelError,
+    connection_errors,
+    open_session,
+    request_exec,
+)
+from clore_client.ssh.watchdog import Watchdog
+from clore_client.validation import short_repr
 
-MARK = "clore-transfer-1"
-BLOCK = 65536  # bytes; ranges begin at multiples of it
-MOST_NOISE = 65536  # bytes before the mark
-MOST_LINE = 65536
-WINDOW = 32 * 1024 * 1024  # bytes under way to us on one channel: 320 MB/s at 100 ms
-LAST_PATIENCE = 3.0  # seconds for each step of tidying up, after an error or Ctrl-C
+BLOCK = 65536  # bytes; chunks begin at multiples of it
+DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
+MAX_NOISE = 65536  # bytes before the mark
+MAX_LINE = 65536
+MAX_LEVELS = 256  # directories in each other; Python removes no tree that is much deeper
 CHANNEL_PAUSE = 0.05  # seconds; a channel that was closed is freed a little later
-MOST_LEVELS = 256  # directories within one another; Python removes no tree that is much deeper
-PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
+LAST_PATIENCE = 3.0  # seconds for each step of tidying up, after an error or Ctrl-C
+PADDING = b"\n" * 64  # lines for start-up files that read some
 
-SCRIPT = r"""
-export LC_ALL=C
+# In single quotes, and without what csh or fish would change there: a backslash, a quote, "!".
+BOOTSTRAP = (
+    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
+    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 9; done; s=; l=; '
+    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 9; done; '
+    'echo {mark}; eval "$s"\''
+)
+# For a script that reads nothing: it is an argument, a round trip earlier, with "@" for line ends.
+INLINE = (
+    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
+    "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
+)
+MAX_INLINE = 4096  # bytes; dropbear takes 9,000
+# What each script begins with. Relative paths count from the home directory, whatever directory
+# the start-up files changed to; `n` is a line end.
+PRELUDE = r"""
 unset CDPATH
-u() { t=$1; case $t in *\\*) t=$(printf %b "${t}x"); t=${t%x};; esac; }
-fail() { printf "no %s\n" "$*"; exit 1; }
-# What is not to be resumed goes with whoever fails last: also after the connection broke.
-drop() { [ "$keep" = 1 ] || rm -rf "$j" "$j.done"; fail "$*"; }
-need() { command -v "$1" >/dev/null 2>&1 || fail "the machine has no $1"; }
-# openssl is up to six times as fast as sha256sum.
-hash() {
-  if command -v openssl >/dev/null 2>&1; then openssl dgst -sha256 -r
-  else need sha256sum; sha256sum; fi
+no() { printf "no %s%s" "$*" "$n"; exit 1; }
+cd "${HOME:-/}" || no "there is no home directory ${HOME}"
+if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
+# openssl is up to six times as fast.
+if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; fi
+block=65536
+part() { # prints $3 bytes of the file $1 from its block $2 on
+  if [ $(($3 % block)) = 0 ]; then blocks "$1" "$2" $(($3 / block))
+  else blocks "$1" "$2" $(($3 / block + 1)) | head -c "$3"; fi
 }
-sum() { dd if="$1" bs=65536 skip="$2" count="$3" 2>/dev/null | head -c "$4" | hash; }
-ours() { dd if="$1" bs=65536 skip="$2" count="$3" 2>/dev/null | hash; }
-# $1: where to, $2: the name of what is sent, $3: f or d, $4: of the temporary. -> f, p
-target() {
-  u "$2"; n=$t; u "$1"; f=$t
-  if [ -d "$f" ]; then f=${f%/}/$n
-  else case $f in */) fail "there is no directory $f";; esac; fi
-  case $f in */*) d=${f%/*};; *) d=.;; esac
-  [ -d "${d:-/}" ] || fail "there is no directory ${d:-/}"
-  if [ "$3" = f ]; then [ ! -d "$f" ] || fail "$f is a directory"
-  else [ ! -e "$f" ] || [ -d "$f" ] || fail "$f is no directory"; fi
-  p=$d/.clore-part-$4
-}
-verb=$1; shift
-printf "%s\n" clore-transfer-1
-case $verb in
-look)
-  u "$1"
-  if [ -d "$t" ]; then
-    printf "d\n"; cd "$t" || exit 1
-    exec find . -exec stat -c "%f %s %Y %n" {} +
-  elif [ -f "$t" ]; then
-    s=$(stat -L -c "%s %Y %a" "$t") || exit 1
-    printf "f %s\n" "$s"
-    n=${s%% *}
-    [ "$n" -gt "$2" ] || head -c "$n" "$t" || exit 1
-    if [ "$n" -le "$2" ]; then
-      if [ "$3" = 1 ]; then head -c "$n" "$t" | hash; fi
-      stat -L -c "%s %Y %a" "$t"
-    fi
-  elif [ -e "$t" ]; then printf "o\n"
-  else printf "n\n"; fi;;
-get)
-  u "$1"; dd if="$t" bs=65536 skip="$2" count="$3" 2>/dev/null | head -c "$4"
-  sum "$t" "$2" "$3" "$4";;
-rangesum) u "$1"; sum "$t" "$2" "$3" "$4";;
-many) u "$1"; cd "$t" && exec xargs -0 cat --;;
-sums) need sha256sum; u "$1"; cd "$t" && exec xargs -0 sha256sum --;;
-sizes) target "$1" "$2" "$3" "$4"; cd "$p" && exec xargs -0 stat -c %s --;;
-putsums) need sha256sum; target "$1" "$2" "$3" "$4"; cd "$p" && exec xargs -0 sha256sum --;;
-begin) target "$1" "$2" "$3" "$4"; printf "ok\n"
-  if [ -s "$p.done" ]; then cat "$p.done"; else rm -rf "$p"; fi;;
-wipe) fail() { printf "ok\n"; exit 0; } # then there is nothing to be wiped
-  target "$1" "$2" "$3" "$4"; rm -rf "$p" "$p.done" && printf "ok\n";;
-put) # ... $5: name within, $6: block, $7: blocks, $8: bytes, $9: of the job, ${10}: whether to
-  # hash, ${11}: whether to keep what has arrived
-  target "$1" "$2" "$3" "$4"; u "$5"; j=$p; keep=${11}
-  if [ "$3" = d ]; then p=$p/$t; mkdir -p "${p%/*}" || exit 1; fi
-  e=$(dd of="$p" bs=65536 seek="$6" conv=notrunc 2>&1) || drop "$e"
-  e=${e##*
-}
-  [ "${e%% *}" = "$8" ] || drop "only ${e%% *} of $8 bytes arrived"
-  h=-
-  if [ "${10}" = 1 ]; then h=$(ours "$p" "$6" "$7"); fi
-  printf "%s\n" "$9" >>"$j.done" && printf "ok %s\n" "${h%% *}";;
-putsum) target "$1" "$2" "$3" "$4"; u "$5"; [ "$3" = f ] || p=$p/$t
-  ours "$p" "$6" "$7";;
-untar) # ... $5: m for times of now, p for modes as sent, $6: of the job, $7: whether to keep
-  # what has arrived
-  target "$1" "$2" "$3" "$4"; need tar; j=$p; keep=$7
-  mkdir -p "$p" || exit 1
-  e=$(cd "$p" && tar "-xo${5}f" - 2>&1) || drop "$e"
-  printf "%s\n" "$6" >>"$p.done" && printf "ok\n";;
-meta) # ... $5: name within, $6: mode, $7: time or -
-  target "$1" "$2" "$3" "$4"; u "$5"; [ "$3" = f ] || p=$p/$t
-  chmod "$6" "$p" || exit 1
-  if [ "$7" != - ]; then touch -d "@$7" "$p" || exit 1; fi
-  printf "ok\n";;
-finish) # ... $5: bytes, $6: mode, $7: time or -; begins when it is told to
-  read -r x; [ "$x" = go ] || exit 1
-  target "$1" "$2" "$3" "$4"
-  if [ "$3" = f ]; then
-    s=$(stat -c %s "$p") || exit 1
-    [ "$s" = "$5" ] || fail "$s of $5 bytes arrived"
-    chmod "$6" "$p" || exit 1
-    if [ "$7" != - ]; then touch -d "@$7" "$p" || exit 1; fi
-    mv -f "$p" "$f" || exit 1
-  elif [ ! -e "$f" ]; then mv "$p" "$f" || exit 1
-  else
-    cd "$p" || exit 1
-    case $f in /*) o=$f;; *) o=$OLDPWD/$f;; esac
-    # What is new there goes as a whole, with its modes and times.
-    find . -type d -exec sh -c "[ ! -e \"\$0/\$1\" ] && mv \"\$1\" \"\$0/\$1\"" "$o" {} \; -prune
-    find . -type d -exec sh -c "for d; do mkdir -p \"\$0/\$d\" || exit 1; done" "$o" {} + || exit 1
-    find . -type f -exec sh -c "for g; do mv -f \"\$g\" \"\$0/\$g\" || exit 1; done" "$o" {} + \
-      || exit 1
-    cd "$OLDPWD" && rm -rf "$p"
-  fi
-  rm -f "$p.done"
-  printf "ok %s\n" "$f";;
-esac
+blocks() { dd if="$1" bs=$block skip="$2" count="$3" iflag=fullblock 2>/dev/null; }
+list() { find . -exec stat -c "%f %s %Y %n" {} +; }
+"""
+# Prints what is missing for a transfer by the shell.
+CHECK_TOOLS = r"""
+for t in chmod dd find head mkdir mv rm stat tar touch xargs; do
+  command -v $t >/dev/null || no "lacks $t"
+done
+command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
+[ "$(echo abcdef | dd ibs=3 count=1 obs=4 iflag=fullblock 2>/dev/null)" = abc ] ||
+  no "lacks a dd with iflag=fullblock"
+stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 """
 
 
-def far_path(path: bytes) -> bytes:
-    """A remote path as the script wants it: relative ones and ``~`` count from the home."""
+class NoShellError(SSHError):
+    """A host runs no POSIX shell with the usual tools: only SFTP is left."""
+
+
+def remote_script(verb: str, body: str, **values: bytes | str | int) -> bytes:
+    """Return a script whose ``values`` are shell variables, quoted; ``verb`` names it."""
+    lines = [b": " + verb.encode()]
+    lines += [name.encode() + b"=" + sh_quoted(value) for name, value in values.items()]
+    return b"\n".join([*lines, (PRELUDE + body).encode()])
+
+
+def sh_quoted(value: bytes | str | int) -> bytes:
+    raw = value if isinstance(value, bytes) else str(value).encode()
+    return b"'" + raw.replace(b"'", b"'\"'\"'") + b"'"
+
+
+def inlined(script: bytes) -> str | None:
+    """Return a script as an argument that every login shell passes on as it is, or None."""
+    odd = set(script) & set(b"\\!@") or any(
+        (byte < 32 and byte != 10) or byte > 126 for byte in script
+    )
+    if odd or len(script) > MAX_INLINE:
+        return None
+    return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
+
+
+def remote_path(path: bytes) -> bytes:
+    """Return a remote path as the scripts want it: ``~`` and relative ones from the home."""
     if path == b"~" or path.startswith(b"~/"):
         path = path[1:].lstrip(b"/") or b"."
     elif path.startswith(b"~"):
         raise ValueError(
-            f"remote: of homes, only one's own is known (~/), not {printable(repr(path), 80)}"
+            "remote: a path may begin with ~/, one's own home, and not with another user's: "
+            f"{short_repr(path)}"
         )
     return path if path.startswith(b"/") else b"./" + path
 
 
-def far_command(verb: str, *arguments: bytes | str | int) -> str:
-    """The line that runs a verb of the script."""
-    words = " ".join(f"'{_escaped(a)}'" for a in arguments)
-    return f"exec sh -c '{SCRIPT}' clore {verb} {words}"
+class RemoteScript:
+    """A script that runs on a host: what is sent to it, and what it answers.
 
-
-def _escaped(argument: bytes | str | int) -> str:
-    raw = argument if isinstance(argument, bytes) else str(argument).encode("ascii")
-    if isinstance(argument, (str, int)):
-        return raw.decode("ascii")
-    return "".join(
-        chr(b) if chr(b).isascii() and (chr(b).isalnum() or b in b"/._-") else f"\\0{b:03o}"
-        for b in raw
-    )
-
-
-class NoChannelError(SSHError):
-    """A machine opens no further channel on a connection; sshd's MaxSessions is ten, else."""
-
-
-class Watch:
-    """Ends a connection that takes nothing any more, for as long as a block lasts.
-
-    paramiko writes to a socket with no limit of time, whatever the channel's timeout is.
+    Parameters:
+        timeout: seconds without anything sent or received.
+        patience: seconds for which a host without a free channel is asked again.
+        reads: whether the script reads anything.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(
+        self,
+        transport: Any,
+        script: bytes,
+        watchdog: Watchdog,
+        timeout: float,
+        *,
+        patience: float = 1.0,
+        window: int = COMMAND_WINDOW,
+        reads: bool = True,
+    ) -> None:
         self.timeout = timeout
-        self.bitten: set[Any] = set()
-        self._busy: dict[int, tuple[float, Any]] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="clore-transfer", daemon=True)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    @contextlib.contextmanager
-    def over(self, transport: Any) -> Iterator[None]:
-        """Something that writes to the machine, and by itself ends within the timeout."""
-        lane = threading.get_ident()
-        self._busy[lane] = (time.monotonic(), transport)
-        try:
-            yield
-        finally:
-            self._busy.pop(lane, None)
-
-    def hurry(self) -> None:
-        """It has failed: what is still to be done is not waited for as long."""
-        self.timeout = min(self.timeout, LAST_PATIENCE)
-
-    def _look(self) -> None:
-        while not self._over.wait(min(self.timeout, LAST_PATIENCE) / 4):
-            late = time.monotonic() - 1.25 * self.timeout - 0.25
-            for since, transport in list(self._busy.values()):
-                if since < late:
-                    self.bitten.add(transport)
-                    transport.close()
-
-
-class Exec:
-    """One verb that runs on the machine: what is sent to it, and what it answers."""
-
-    def __init__(self, ssh: Any, command: str, watch: Watch, patience: float = 0.0) -> None:
-        """``patience``: seconds for which a machine without a free channel is asked again."""
-        self._timeout = timeout = watch.timeout
-        self._watch = watch
-        transport = ssh.get_transport()
-        if transport is None:
-            raise SSHError("the connection is closed")
+        self._transport = transport
+        self._watchdog = watchdog
+        self._stuck = False
+        self._mark = secrets.token_hex(8)
+        self._buffer = memoryview(b"")  # received, and not read yet
+        self._begun = False
+        inline = None if reads else inlined(script)
+        line = BOOTSTRAP if inline is None else INLINE
+        command = line.format(mark=self._mark, script=inline)
         deadline = time.monotonic() + patience
         while True:
             try:
-                with watch.over(transport):
-                    self.channel = open_exec(transport, command, timeout, WINDOW, PACKET)
+                with self._limited():
+                    self.channel = open_session(transport, timeout, window)
+                    request_exec(self.channel, command)
                 break
             except NoChannelError:
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(CHANNEL_PAUSE)
-        self._buffer = b""
-        self._begun = False
+        mark = self._mark.encode() + b"\n"
+        if inline is None:
+            self.send(PADDING + mark + script + b"\n" + mark)
+        if not reads:
+            self.end()
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError, EOFError), self._writing():
-            self.channel.close()
-
-    def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return self._watch.over(self.channel.get_transport())
-
-    def __enter__(self) -> Exec:
+    def __enter__(self) -> RemoteScript:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- there ---
+    def close(self) -> None:
+        with contextlib.suppress(*connection_errors()), self._limited():
+            self.channel.close()
+
+    def _limited(self) -> contextlib.AbstractContextManager[Any]:
+        """Limit a call that may hang while it writes; by itself it ends within the timeout."""
+        return self._watchdog.limit(1.25 * self.timeout + 0.25, self._give_up)
+
+    def _give_up(self) -> None:
+        self._stuck = True
+        self._transport.close()
+
+    # --- sending ---
 
     def send(self, data: bytes | memoryview) -> bool:
-        """Send all of it; False when the other side takes no more: its answer says why."""
+        """Send all of it; False when the host takes no more: its answer says why."""
         view = memoryview(data)
         try:
             while view:
-                with self._writing():
+                with self._limited():
                     view = view[self.channel.send(view[:BLOCK]) :]
-        except (OSError, EOFError) as error:
-            bitten = self.channel.get_transport() in self._watch.bitten
-            if bitten or isinstance(error, TimeoutError):
-                raise SSHError(f"the machine took nothing for {self._timeout:g}s") from None
+        except connection_errors() as error:
+            if self._stuck or isinstance(error, TimeoutError):
+                raise SSHError(f"the machine took nothing for {self.timeout:g}s") from None
             return False
         return True
 
     def end(self) -> None:
-        """There is no more to be sent."""
-        with contextlib.suppress(OSError, EOFError), self._writing():
+        """Say that there is no more to be sent."""
+        with contextlib.suppress(*connection_errors()), self._limited():
             self.channel.shutdown_write()
 
-    # --- and back ---
+    # --- receiving ---
 
-    def receive(self, most: int) -> bytes:
-        """Some of what the verb printed, at most ``most`` bytes; empty at its end."""
+    def read(self, most: int) -> bytes:
+        """Return some of what the script printed; empty at its end."""
         if not self._begun:
-            self._begin()
+            self._skip_noise()
         return self._more(most)
 
     def line(self) -> bytes:
-        """The next line, without its end; the rest where there is none."""
-        kept = b""
-        while b"\n" not in kept:
-            piece = self.receive(MOST_LINE)
-            kept += piece
+        """Return the next line without its end; the rest where there is none."""
+        line = b""
+        deadline = time.monotonic() + self.timeout
+        while not (end := line.find(b"\n") + 1):
+            piece = self.read(MAX_LINE)
             if not piece:
-                break
-            if len(kept) > MOST_LINE:
+                return line
+            line += piece
+            if len(line) > 4 * MAX_LINE:
                 raise SSHError("the machine answers with an endless line")
-        line, _, self._buffer = kept.partition(b"\n")
-        return line
+            if time.monotonic() > deadline and b"\n" not in line:
+                raise SSHError(f"the machine sent no whole line within {self.timeout:g}s")
+        self._push_back(line[end:])
+        return line[: end - 1]
+
+    def until(self, mark: bytes, most: int) -> bytes:
+        """Return what comes before a line with only the mark; at most so many bytes."""
+        text, ending, start = bytearray(b"\n"), b"\n" + mark + b"\n", 0
+        while (end := text.find(ending, start)) < 0:
+            start = max(0, len(text) - len(ending))
+            piece = self.read(MAX_LINE)
+            if not piece:
+                raise self.refused(bytes(text[1 : 1 + MAX_LINE]))
+            text += piece
+            if len(text) > most:
+                raise SSHError(f"the machine answers with more than {most} bytes")
+        self._push_back(bytes(text[end + len(ending) :]))
+        return bytes(text[1 : end + 1])
 
     def rest(self, most: int) -> bytes:
-        """All that is left; an error for more than ``most`` bytes."""
+        """Return all that is left; an error for more than ``most`` bytes."""
         pieces, size = [], 0
-        while piece := self.receive(BLOCK):
+        while piece := self.read(BLOCK):
             pieces.append(piece)
             size += len(piece)
             if size > most:
                 raise SSHError(f"the machine answers with more than {most} bytes")
         return b"".join(pieces)
 
-    def status(self) -> int:
-        """The exit status; -1 where none came."""
-        if not self.channel.status_event.wait(self._timeout):
-            raise SSHError(f"the machine said nothing for {self._timeout:g}s")
-        return int(self.channel.exit_status)
+    def answer(self, word: bytes) -> bytes:
+        """Return what follows a word at the start of the next line, which must begin with it."""
+        line = self.line()
+        if line == word or line.startswith(word + b" "):
+            return line[len(word) + 1 :]
+        raise self.refused(line)
 
-    def answer(self) -> str:
-        """What follows ``ok``; an error for anything else."""
-        text = self.rest(MOST_LINE).decode("utf-8", "surrogateescape")
-        word, _, more = text.partition("\n")[0].partition(" ")
-        if word == "ok" and text.endswith("\n"):
-            return text[3:-1]
-        raise self.refused(more if word == "no" else text, text[3:] if word == "no" else "")
-
-    def refused(self, *said: str) -> SSHError:
-        """An error with what the machine says of it."""
-        said = (*said, self.errors())
-        transport = self.channel.get_transport()
-        if not any(s.strip() for s in said) and not transport.is_active():
+    def refused(self, line: bytes = b"") -> SSHError:
+        """Return an error with what the host says."""
+        if line.startswith(b"no lacks "):
+            return NoShellError(f"the machine {printable(os.fsdecode(line[3:]), 80)}")
+        said = line[3:] if line.startswith(b"no ") else b""
+        if not said:
+            said = self.errors() or line
+        if not said.strip() and not self._transport.is_active():
             return SSHError("the connection broke")
-        text = next((s.strip() for s in said if s.strip()), "it does not say why")
+        text = said.decode("utf-8", "replace").strip() or "it does not say why"
         return SSHError(f"the machine refuses: {printable(text, 500)}")
 
-    def errors(self) -> str:
-        """What has come on the other stream."""
+    def status(self) -> int:
+        """Wait for the exit status; -1 where none came."""
+        if not self.channel.status_event.wait(self.timeout):
+            raise SSHError(f"the machine sent nothing for {self.timeout:g}s")
+        return int(self.channel.exit_status)
+
+    def errors(self) -> bytes:
+        """Return what has come on the other stream."""
         text = b""
         deadline = time.monotonic() + 1.0
-        while self.channel.recv_stderr_ready() and len(text) < MOST_LINE:
-            with self._writing():
-                text += self.channel.recv_stderr(MOST_LINE)
+        while self.channel.recv_stderr_ready() and len(text) < MAX_LINE:
+            with self._limited():
+                text += self.channel.recv_stderr(MAX_LINE)
             if time.monotonic() > deadline:
                 break
-        return text.decode("utf-8", "replace")
+        return text
 
     def _more(self, most: int) -> bytes:
-        if self._buffer:
-            piece, self._buffer = self._buffer[:most], self._buffer[most:]
-            return piece
-        try:
-            with self._writing():  # the window is widened
-                return self.channel.recv(most)  # type: ignore[no-any-return]
-        except TimeoutError:
-            raise SSHError(f"the machine sent nothing for {self._timeout:g}s") from None
+        if not self._buffer:
+            try:
+                with self._limited():  # it may widen the window
+                    # All that there is: paramiko moves what it keeps with every read.
+                    self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
+            except TimeoutError:
+                raise SSHError(f"the machine sent nothing for {self.timeout:g}s") from None
+            except connection_errors():
+                raise SSHError("the connection broke") from None
+        piece, self._buffer = self._buffer[:most], self._buffer[most:]
+        return bytes(piece)
 
-    def _begin(self) -> None:
-        """Skip what comes before the mark."""
+    def _push_back(self, data: bytes) -> None:
+        if data:
+            self._buffer = memoryview(data + bytes(self._buffer))
+
+    def _skip_noise(self) -> None:
+        """Skip what start-up files print before the mark."""
         self._begun = True
-        wanted, seen = MARK.encode() + b"\n", b""
-        deadline = time.monotonic() + self._timeout
-        while wanted not in seen:
+        mark, seen = self._mark.encode() + b"\n", b""
+        deadline = time.monotonic() + self.timeout
+        while mark not in seen:
             piece = self._more(BLOCK)
+            if not piece:
+                raise self._no_shell(seen)
             seen += piece
-            if not piece or len(seen) > MOST_NOISE or time.monotonic() > deadline:
-                errors = self.errors()
-                if not seen and not errors and not self.channel.get_transport().is_active():
-                    raise SSHError("the connection broke")
-                said = errors.strip() or seen.decode("utf-8", "replace").strip() or "nothing"
-                raise SSHError(
-                    f"the machine runs no shell as it should, and says: {printable(said, 300)}"
-                )
-        self._buffer = seen.partition(wanted)[2] + self._buffer
+            late = len(seen) > MAX_NOISE + BLOCK or time.monotonic() > deadline
+            if late and mark not in seen:
+                raise SSHError("the machine prints without an end before it starts a shell")
+        self._push_back(seen.partition(mark)[2])
 
-
-def open_exec(transport: Any, command: str, timeout: float, window: int, packet: int) -> Any:
-    """A channel on which a command runs, without a wait for the answer to the request.
-
-    paramiko's own ``exec_command`` waits for that, with no limit of time: a round trip, or for
-    ever with a machine that hangs. A refusal closes the channel.
-    """
-    import paramiko
-    from paramiko.common import cMSG_CHANNEL_REQUEST
-
-    try:
-        channel = transport.open_session(
-            window_size=window, max_packet_size=packet, timeout=timeout
-        )
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        text = printable(str(error) or type(error).__name__, 200)
-        # A refusal comes as another error where another thread has taken paramiko's own.
-        refused = isinstance(error, paramiko.SSHException) and "Timeout" not in text
-        kind = NoChannelError if refused and transport.is_active() else SSHError
-        raise kind(f"the machine opens no channel: {text}") from error
-    channel.settimeout(timeout)
-    for pipe in (channel.in_buffer, channel.in_stderr_buffer):
-        _bound(pipe, window + packet)
-    request = paramiko.Message()
-    request.add_byte(cMSG_CHANNEL_REQUEST)
-    request.add_int(channel.remote_chanid)
-    request.add_string("exec")
-    request.add_boolean(True)
-    request.add_string(command)
-    try:
-        transport._send_user_message(request)
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        raise SSHError("the connection broke") from error
-    return channel
-
-
-def _bound(pipe: Any, most: int) -> None:
-    """End the connection of a machine that sends more than the window allows: paramiko keeps it."""
-    feed = pipe.feed
-
-    def bounded(data: Any) -> None:
-        if len(pipe) + len(data) > most:
-            raise EOFError  # in paramiko's own thread, which then closes all
-        feed(data)
-
-    pipe.feed = bounded
+    def _no_shell(self, seen: bytes) -> SSHError:
+        if not self._transport.is_active():
+            return SSHError("the connection broke")
+        said = (self.errors().strip() or seen.strip() or b"nothing").decode("utf-8", "replace")
+        return NoShellError(f"the machine runs no shell, and says: {printable(said, 300)}")
 
 
 def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
-    """Read what ``find -exec stat`` printed: mode, size, time and name of each entry."""
-    # A name may hold a newline: an entry begins where mode, size, time and "./" stand.
+    """Read what the function ``list`` printed: mode, size, time and name of each entry."""
+    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
     pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
     entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
     at = count = 0
     while at < len(text):
         found = entry.match(text, at)
+        if found is None:
+            shown = printable(repr(text[at : at + 80]), 120)
+            raise SSHError(f"the machine lists what can't be read: {shown}")
         count += 1
-        if found is None or count > most:
-            raise SSHError(
-                f"the machine lists what can't be read: {printable(repr(text[at : at + 80]), 120)}"
-                if found is None
-                else f"the machine lists more than {most} files"
-            )
+        if count > most:
+            raise SSHError(f"the machine lists more than {most} files")
         mode, size, mtime, name = found.groups()
         take(int(mode, 16), int(size), int(mtime), name[2:])
         at = found.end()
 
 
+def parse_digests(text: bytes, count: int) -> list[str]:
+    """Read the SHA-256 that sha256sum or openssl printed, in the order of the names."""
+    # What else stands on a line is a piece of a name: not every sha256sum escapes line ends.
+    digests = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
+    if len(digests) != count:
+        raise SSHError(f"the machine hashed {len(digests)} files instead of {count}")
+    return digests
+
+
 def checked_name(name: bytes) -> str:
-    """A name below a directory, from the machine, as it may be used here."""
+    """Check a name below a directory, as the host sent it; the name to use here."""
     parts = name.split(b"/")
     if not name or b"\0" in name or any(part in (b"", b".", b"..") for part in parts):
         raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
-    if len(parts) > MOST_LEVELS:
+    if len(parts) > MAX_LEVELS:
         raise SSHError(f"the machine names a file below {len(parts)} directories")
     text = os.fsdecode(name)
     if os.name == "nt" and re.search(r'[\\:*?"<>|]', text):

@@ -1,70 +1,75 @@
-"""What uploads and downloads have in common: jobs, the lanes that do them, and progress."""
+"""What uploads and downloads share: their arguments, the workers, progress and results."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import queue
-import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from clore_client.errors import SSHError, TransferError, printable
 from clore_client.log import logger
-from clore_client.models.result import Transferred
-from clore_client.ssh.remote import BLOCK, CHANNEL_PAUSE, Exec, NoChannelError, Watch
+from clore_client.models.result import TransferResult
+from clore_client.ssh.connect import ConnectionPool
+from clore_client.ssh.remote import BLOCK, LAST_PATIENCE, RemoteScript
+from clore_client.ssh.transport import COMMAND_WINDOW, NoChannelError, connection_errors
+from clore_client.ssh.watchdog import Watchdog, start_thread
 from clore_client.validation import check_bool, check_local_path, check_number, short_repr
 
-SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller ones of a directory travel together
-BUNDLE_BYTES = 8 * 1024 * 1024
-BUNDLE_FILES = 1000
-SHORTEST_RANGE = 4 * 1024 * 1024
-LONGEST_RANGE = 64 * 1024 * 1024
-MOST_RANGES = 16384  # of all files; a machine may say that one has 10**18 bytes
-MOST_STREAMS = 16
-LONGEST_ANSWER = 256 * 1024 * 1024  # bytes of a listing
-CHUNK = 256 * 1024  # bytes between two looks at whether to go on
+TRANSFER_PIECE = 256 * 1024  # bytes between two looks at whether to go on
+MAX_STREAMS = 16
+MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing
+SYMLINK_WAYS = ("skip", "copy", "follow")
 PART = ".clore-part-"
+LAST_TIME = 253_402_300_799  # of the year 9999; filesystems know no times far beyond
+CHANNEL_PATIENCE = 0.5  # seconds until a worker leaves its work to the others
+NEAR = 0.02  # seconds of a round trip, below which one channel fills the line
 
-Another = Callable[[], Any] | None
 
-
-class Options:
+class TransferOptions:
     """The arguments of a transfer, checked."""
 
     def __init__(
-        self,
-        local: Any,
-        remote: Any,
-        preserve: Any,
-        verify: Any,
-        resume: Any,
-        streams: Any,
-        progress: Any,
-        timeout: Any,
-    ) -> None:
+        self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
+        resume: Any = False, symlinks: Any = "skip", streams: Any = None, max_bytes: Any = None,
+        progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
+    ) -> None:  # fmt: skip
         self.local = check_path("local", local)
         self.remote = check_path("remote", remote)
         self.preserve = check_bool("preserve", preserve)
         self.verify = check_bool("verify", verify)
         self.resume = check_bool("resume", resume)
-        if streams is not None:
-            if type(streams) is not int:
-                raise TypeError(f"streams must be a whole number, not {short_repr(streams)}")
-            check_number("streams", streams, minimum=1, maximum=MOST_STREAMS)
+        if symlinks not in SYMLINK_WAYS:
+            raise ValueError(
+                f"symlinks must be 'skip', 'copy' or 'follow', not {short_repr(symlinks)}"
+            )
+        self.symlinks: str = symlinks
+        for name, value, low, high in (
+            ("streams", streams, 1, MAX_STREAMS), ("max_bytes", max_bytes, 0, float("inf")),
+        ):  # fmt: skip
+            if value is not None:
+                if type(value) is not int:
+                    raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
+                check_number(name, value, minimum=low, maximum=high)
         self.streams: int | None = streams
+        self.max_bytes: int | None = max_bytes
         if progress is not None and not callable(progress):
             raise TypeError(f"progress must be callable, not {short_repr(progress)}")
         self.progress: Callable[[str, int, int], object] | None = progress
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
+        if deadline is not None:
+            check_number("deadline", deadline, above=True, unit="seconds")
+        self.deadline: float | None = deadline
 
 
 def check_path(name: str, value: Any) -> bytes:
-    """A path as bytes."""
+    """Check a path; as bytes."""
     if not isinstance(value, (str, bytes, os.PathLike)):
         raise TypeError(f"{name} must be a path, not {short_repr(value)}")
     try:
@@ -73,318 +78,286 @@ def check_path(name: str, value: Any) -> bytes:
         raise ValueError(f"{name} has a character that no path may have") from None
     if not path or b"\0" in path:
         raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
-    if name == "local":
-        check_local_path(name, path)
+    check_local_path(name, path)  # no host has longer ones either
     return path
 
 
-class Item:
-    """A file or directory of a transfer.
+class FileEntry:
+    """A file, directory or symlink of a transfer.
 
     Attributes:
         name: below the directory that is transferred; empty for a single file.
-        size: bytes; 0 for a directory.
+        kind: ``"f"``, ``"d"`` or ``"l"``.
+        size: bytes; 0 unless it is a file.
         mtime: nanoseconds.
         mode: permissions.
-        folder: whether it is a directory.
+        link: where a symlink leads.
     """
 
-    __slots__ = ("folder", "mode", "mtime", "name", "size")
+    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
 
-    def __init__(self, name: bytes, size: int, mtime: int, mode: int, folder: bool = False) -> None:
+    def __init__(
+        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
+    ) -> None:
         self.name = name
-        self.size = 0 if folder else size
+        self.kind = kind
+        self.size = size if kind == "f" else 0
         self.mtime = mtime
         self.mode = mode
-        self.folder = folder
+        self.link = link
 
     @property
-    def shown(self) -> str:
-        return os.fsdecode(self.name)
+    def facts(self) -> tuple[bytes, int, int]:
+        """What tells that a source has changed."""
+        return (self.name, self.size, self.mtime)
 
 
-class Job:
-    """What one command on the machine does: a range of a file, or a bundle of small files."""
-
-    __slots__ = ("items", "key", "length", "start")
-
-    def __init__(self, items: list[Item], start: int = 0, length: int | None = None) -> None:
-        self.items = items
-        self.start = start
-        self.length = length  # None: a bundle
-        # The time of a directory changes with every file that is made in it.
-        facts = [(i.name, i.size, 0 if i.folder else i.mtime) for i in items]
-        # Says that it is done in the record, so that a source that has changed is another job.
-        self.key = hashlib.sha256(repr((facts, start, length)).encode()).hexdigest()[:32]
-
-    @property
-    def files(self) -> list[Item]:
-        return [item for item in self.items if not item.folder]
-
-    @property
-    def size(self) -> int:
-        return sum(i.size for i in self.items) if self.length is None else self.length
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """The first block of a range, and how many there are."""
-        return self.start // BLOCK, -(-(self.length or 0) // BLOCK)
+def facts_key(facts: object) -> str:
+    """Return a key for a record of what is done: another source has another key."""
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def plan(items: Iterable[Item], bundled: bool, resumable: bool) -> list[Job]:
-    """The jobs for the files, the same for the same files; ``resumable`` ones are smaller."""
-    parts, least = (64, SHORTEST_RANGE // 4) if resumable else (16, SHORTEST_RANGE)
-    jobs: list[Job] = []
-    bundle: list[Item] = []
-    size = 0
-    items = list(items)
-    longest = max(LONGEST_RANGE, sum(i.size for i in items) // MOST_RANGES // BLOCK * BLOCK)
-    for item in items:
-        if bundled and item.size < SMALL_FILE:
-            bundle.append(item)
-            size += item.size
-            if size >= BUNDLE_BYTES or len(bundle) >= BUNDLE_FILES:
-                jobs.append(Job(bundle))
-                bundle, size = [], 0
-            continue
-        step = min(max(-(-item.size // (parts * BLOCK)) * BLOCK, least), longest)
-        for start in range(0, max(item.size, 1), step):
-            jobs.append(Job([item], start, min(step, item.size - start)))
-    if bundle:
-        jobs.append(Job(bundle))
-    return jobs
-
-
-def leave_out(skipped: list[tuple[str, str]], name: str, link: str | None) -> None:
-    """Tell of what is not transferred: a symlink, with where it leads, or what is no file."""
-    why = "it is no file" if link is None else f"a symlink to {link}" if link else "a symlink"
-    skipped.append((name, why))
-    logger.warning("left out: %s, %s", printable(name, 300), printable(why, 300))
+def links_within(name: bytes, link: bytes) -> bytes | None:
+    """Return the name, in the same tree, that a symlink leads to; None for outside of it."""
+    if link.startswith(b"/") or not link:
+        return None
+    parts = name.split(b"/")[:-1]
+    for part in link.split(b"/"):
+        if part == b"..":
+            if not parts:
+                return None
+            parts.pop()
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return b"/".join(parts)
 
 
 class StoppedError(Exception):
-    """Another lane has failed; within a transfer only."""
+    """Another worker has failed; within a transfer only."""
 
 
-class Reporter:
-    """Gathers what the lanes have done, for the user's callback and for errors."""
+class Transfer:
+    """One transfer: its workers, progress, deadline, and errors.
 
-    def __init__(self, name: str, options: Options) -> None:
-        self.name = name  # of the whole
-        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    Attributes:
+        name: of the whole, for errors.
+        skipped: (name, why) of what is left out.
+    """
+
+    def __init__(self, pool: ConnectionPool, options: TransferOptions, name: str) -> None:
+        self.name = name
+        self.options = options
+        self.pool = pool
+        self.watchdog = Watchdog()
+        self.skipped: list[tuple[str, str]] = []
         self.stopped = threading.Event()
-        self.done: dict[bytes, int] = {}
-        self._options = options
+        self._expired = False
+        self._timeout = options.timeout
+        self._done: dict[bytes, int] = {}
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._owner = threading.get_ident()
-        self._alive = time.monotonic()
-        self.on_crowd: Callable[[], object] = lambda: None
-        self._running: weakref.WeakSet[Exec] = weakref.WeakSet()
+        self._workers: list[threading.Thread] = []
+        self._started = time.monotonic()
+        self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
         self._lock = threading.Lock()
-        self.watch = Watch(options.timeout)
 
-    def exec(self, ssh: Any, command: str) -> Exec:
-        """Run a verb in a lane; it is cut off when the transfer stops."""
-        # A lane gives way to others; nobody else asks for a channel when there are none.
-        patience = self._options.timeout if threading.get_ident() == self._owner else 0.0
-        running = Exec(ssh, command, self.watch, patience)
-        self._alive = time.monotonic()
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Hold the deadline, for the length of a block."""
+        deadline = self.options.deadline
+        # The pool counts from its first login on.
+        left = float("inf") if deadline is None else deadline - self.pool.age
+        with self.watchdog, self.watchdog.limit(left, self._expire):
+            yield
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.stop()
+        self.pool.break_off()
+
+    def restart(self) -> None:
+        """Begin again in another way."""
+        self.stopped.clear()
+        self._timeout = self.options.timeout
+        self._done.clear()
+        self._events = queue.SimpleQueue()
+
+    @property
+    def timeout(self) -> float:
+        """Seconds without anything sent or received."""
+        return self._timeout
+
+    @property
+    def near(self) -> bool:
+        """Whether the host is so near that one channel fills the line."""
+        return self.pool.round_trip < NEAR
+
+    def script(
+        self,
+        ssh: Any,
+        script: bytes,
+        window: int = COMMAND_WINDOW,
+        patient: bool = True,
+        reads: bool = True,
+    ) -> RemoteScript:
+        """Start a script, which ends when the transfer stops."""
+        patience = CHANNEL_PATIENCE
+        if patient and threading.get_ident() == self._owner:
+            patience = self._timeout
+        running = RemoteScript(
+            ssh.get_transport(), script, self.watchdog, self._timeout, patience=patience,
+            window=window, reads=reads,
+        )  # fmt: skip
         with self._lock:
             self._running.add(running)
-        if self.stopped.is_set():
+        if self.stopped.is_set() and threading.get_ident() != self._owner:
             running.close()
             raise StoppedError
         return running
 
-    def crowded(self, error: NoChannelError) -> None:
-        """A lane got no channel: it may get one when another lane has done its job."""
-        if time.monotonic() - self._alive > self._options.timeout:
-            raise error
-        self.on_crowd()
-        self.stopped.wait(CHANNEL_PAUSE)
-
-    def cut(self) -> None:
-        """End what runs in the lanes."""
+    def stop(self, but: RemoteScript | None = None) -> None:
+        """End what the workers do; what is still to be tidied up is not waited for as long."""
+        self.stopped.set()
+        self._timeout = min(self._timeout, LAST_PATIENCE)
         with self._lock:
-            all_of_them = list(self._running)
-        for running in all_of_them:
-            running.close()
+            running = list(self._running)
+        for script in running:
+            script.timeout = min(script.timeout, LAST_PATIENCE)
+            if script is not but:
+                script.close()
 
-    def called(self, item: Item) -> str:
-        return item.shown if item.name else self.name
+    # --- workers ---
 
-    def moved(self, item: Item, size: int) -> None:
-        """Some bytes of a file were moved; stops the lane where it is to stop."""
-        self._alive = time.monotonic()
-        if threading.get_ident() == self._owner:
-            self.count(item, size)
-            return
-        self.events.put((item, size))
-        if self.stopped.is_set():
-            raise StoppedError
+    def start_workers(self, connections: int, workers: int, work: Callable[[Any], None]) -> None:
+        """Start threads that each call ``work`` with a connection."""
+        connections = min(connections, self.pool.size)
+        for number in range(workers):
+            worker = start_thread("transfer", self._work, number % connections, work)
+            self._workers.append(worker)
 
-    def count(self, item: Item, size: int) -> None:
-        """In the caller's thread: tell the user."""
-        done = self.done[item.name] = self.done.get(item.name, 0) + size
-        if self._options.progress is not None:
-            self._options.progress(self.called(item), done, item.size)
-
-    def failed(self, error: BaseException, item: Item | None) -> BaseException:
-        """The error to raise for what went wrong with a file."""
-        if item is None or not isinstance(error, (SSHError, OSError, EOFError)):
-            return error
-        name, done = self.called(item), self.done.get(item.name, 0)
-        kept = "; what has arrived is kept for resume=True" if self._options.resume and done else ""
-        reason = printable(str(error) or type(error).__name__, 500)
-        failure = TransferError(
-            f"{printable(name, 300)} was not transferred, after {done} of {item.size} bytes: "
-            f"{reason}{kept}",
-            name=name,
-            done=done,
-            total=item.size,
-        )
-        failure.__cause__ = error
-        return failure
-
-    def judged(self, error: BaseException, files: list[Item]) -> BaseException:
-        """The same for what went wrong with the whole."""
-        if isinstance(error, TransferError) or not isinstance(error, (SSHError, OSError, EOFError)):
-            return error
-        whole = Item(b"", sum(item.size for item in files), 0, 0)
-        self.done[b""] = sum(self.done.values())
-        return self.failed(error, whole)
-
-    def result(
-        self, path: str, files: list[Item], started: float, skipped: list[tuple[str, str]]
-    ) -> Transferred:
-        """What is told in the end."""
-        size, duration = sum(item.size for item in files), time.monotonic() - started
-        logger.debug("%d files, %d bytes in %.2f s: %s", len(files), size, duration, self.name)
-        return Transferred(path, len(files), size, duration, skipped)
-
-
-Work = Callable[[Any, Job], None]
-
-
-class Lanes:
-    """Threads that do jobs, each over a channel of its own, on one or more connections."""
-
-    def __init__(self, ssh: Any, another: Another, connections: int, channels: int) -> None:
-        self._opened: dict[int, Any] = {0: ssh}
-        self._another = another
-        self._connections = 1 if another is None else connections
-        self._channels = channels
-        self._locks = [threading.Lock() for _ in range(self._connections)]
-
-    def run(
-        self, jobs: list[Job], work: Work, report: Reporter,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> None:  # fmt: skip
-        """Do all jobs, and something else meanwhile. The first error stops all, and is raised."""
-        todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        for job in jobs:
-            todo.put(job)
-        count = min(len(jobs), self._connections * self._channels)
-        lanes = [
-            threading.Thread(
-                target=self._lane,
-                args=(number % self._connections, todo, work, report),
-                name="clore-transfer",
-                daemon=True,
-            )
-            for number in range(count)
-        ]
-        try:
-            for lane in lanes:
-                lane.start()
-            if meanwhile is not None:
-                meanwhile()
-            self._oversee(len(lanes), report)
-        except BaseException:
-            report.stopped.set()
-            report.watch.hurry()
-            raise
-        finally:
-            # What is left of the others' work would hold the end up for as long as timeout.
-            if report.stopped.is_set():
-                report.cut()
-            for lane in lanes:
-                if lane.ident is not None:  # it was started
-                    lane.join()
-            self._close()
-
-    def _oversee(self, running: int, report: Reporter) -> None:
+    def _work(self, number: int, work: Callable[[Any], None]) -> None:
         failure: BaseException | None = None
-        while running:
-            what, more, *job = report.events.get()
-            if what is None:
-                running -= 1
-                if more is not None and failure is None:
-                    failure = report.failed(more, job[0].items[0] if job[0] is not None else None)
-                    report.stopped.set()
-                    report.cut()
-            elif failure is None:
-                report.count(what, more)
-        if failure is not None:
-            raise failure
-
-    def _lane(
-        self, number: int, todo: queue.SimpleQueue[Job], work: Work, report: Reporter
-    ) -> None:
-        failure: BaseException | None = None
-        job: Job | None = None
         try:
-            ssh = self._connection(number)
-            while ssh is not None and not report.stopped.is_set():
-                try:
-                    job = todo.get_nowait()
-                except queue.Empty:
-                    break
-                try:
-                    work(ssh, job)
-                except NoChannelError as error:
-                    todo.put(job)
-                    report.crowded(error)
+            ssh = self.pool.get(number)
+            if ssh is not None:
+                work(ssh)
         except StoppedError:
             pass
         except BaseException as error:
             failure = error
-        report.events.put((None, failure, job))
+        self._events.put((None, failure))
 
-    def _connection(self, number: int) -> Any:
-        """The connection of that number; None where the machine does not take so many."""
-        with self._locks[number]:
-            if number not in self._opened:
-                self._opened[number] = self._open()
-            return self._opened[number]
+    def finish_workers(self) -> None:
+        """Tell the user what the workers do, until all have ended; raises the first error.
 
-    def _open(self) -> Any:
-        try:
-            return self._another() if self._another is not None else None
-        except (SSHError, OSError) as error:
-            logger.debug("a further connection is refused, it goes on without: %s", error)
-            return None
+        A worker that gets no channel leaves its work to the others.
+        """
+        left, failure = len(self._workers), None
+        while left:
+            entry, more = self._events.get()
+            if entry is not None:
+                if failure is None:
+                    self.count(entry, more)
+                continue
+            left -= 1
+            if isinstance(more, NoChannelError):
+                logger.debug("a worker ends: %s", more)
+            elif more is not None and failure is None:
+                failure = more
+                self.stop()
+        if failure is not None:
+            raise failure
 
-    def _close(self) -> None:
-        for number, ssh in list(self._opened.items()):
-            if number and ssh is not None:
-                ssh.close()
+    def join_workers(self) -> None:
+        for worker in self._workers:
+            worker.join()
+        self._workers = []
+
+    # --- progress ---
+
+    def moved(self, entry: FileEntry, size: int) -> None:
+        """Count bytes of a file that were moved; ends a worker that is to stop."""
+        if threading.get_ident() == self._owner:
+            self.count(entry, size)
+            return
+        self._events.put((entry, size))
+        if self.stopped.is_set():
+            raise StoppedError
+
+    def count(self, entry: FileEntry, size: int) -> None:
+        """Tell the user, in the caller's thread."""
+        if self._expired:
+            raise SSHError("the deadline has passed")
+        done = self._done[entry.name] = self._done.get(entry.name, 0) + size
+        if self.options.progress is not None:
+            self.options.progress(self.called(entry), done, entry.size)
+
+    def called(self, entry: FileEntry) -> str:
+        """Return the name of a file, fit for a terminal."""
+        return printable(os.fsdecode(entry.name) if entry.name else self.name)
+
+    def leave_out(self, name: bytes, why: str) -> None:
+        """Note what is not transferred."""
+        self.skipped.append((printable(os.fsdecode(name)), printable(why)))
+        logger.warning("left out: %s, %s", *self.skipped[-1])
+
+    # --- the end ---
+
+    def failed(self, error: BaseException, files: list[FileEntry]) -> BaseException:
+        """Return the error to raise."""
+        if isinstance(error, TransferError) or not isinstance(
+            error, (SSHError, *connection_errors())
+        ):
+            return error
+        entry = getattr(error, "entry", None)
+        done = sum(self._done.values()) if entry is None else self._done.get(entry.name, 0)
+        total = sum(file.size for file in files) if entry is None else entry.size
+        name = printable(self.name) if entry is None else self.called(entry)
+        kept = "; what has arrived is kept for resume=True" if self.options.resume and done else ""
+        why = printable(str(error) or type(error).__name__, 500)
+        if self._expired:
+            why = f"it took longer than deadline={self.options.deadline:g} seconds"
+        failure = TransferError(
+            f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: "
+            f"{why}{kept}",
+            name=name, done=done, total=total,
+        )  # fmt: skip
+        failure.__cause__ = error
+        return failure
+
+    def result(self, path: bytes | str, files: list[FileEntry]) -> TransferResult:
+        """Return what is told in the end."""
+        size, duration = sum(file.size for file in files), time.monotonic() - self._started
+        logger.debug("%d files, %d bytes in %.2f s: %s", len(files), size, duration, self.name)
+        shown = printable(os.fsdecode(path))
+        return TransferResult(shown, len(files), size, duration, self.skipped)
+
+
+@contextlib.contextmanager
+def about(entry: FileEntry) -> Iterator[None]:
+    """Note in an error which file it is about."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "entry"):
+            with contextlib.suppress(AttributeError):
+                error.entry = entry  # type: ignore[attr-defined]
+        raise
+
+
+def chunk_size(size: int, resume: bool) -> int:
+    """Return how many bytes of a file are recorded at a time; small where it may be resumed."""
+    if not resume:
+        return 64 * BLOCK
+    return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
 
 
 def file_digest(path: str | Path, start: int, length: int) -> str:
-    """SHA-256 of a part of a local file."""
+    """Return the SHA-256 of a part of a local file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(start)
-        while length > 0 and (piece := file.read(min(CHUNK, length))):
+        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
             digest.update(piece)
             length -= len(piece)
     return digest.hexdigest()
-
-
-def parse_sums(text: bytes, count: int) -> list[str]:
-    """The digests that sha256sum printed, in the order of the names."""
-    # What else stands on a line is a piece of a name: not every sha256sum escapes newlines.
-    sums = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
-    if len(sums) != count:
-        raise SSHError(f"the machine hashed {len(sums)} files instead of {count}")
-    return sums

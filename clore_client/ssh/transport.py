@@ -1,81 +1,97 @@
-"""paramiko's transports, made to bear what a stranger's machine may send, and fast far away.
+"""Prepare paramiko's transports and channels: bounded memory, fast ciphers, dead links noticed.
 
-paramiko has no settings for most of this: what is set here are attributes of its objects.
+paramiko has no settings for most of this: these are attributes of its objects. Two of them are
+private, ``Packetizer._read_timeout`` and ``Transport._send_user_message``; a test names the
+versions of paramiko with which that was checked.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import socket
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
 from typing import Any
 
+from clore_client.errors import SSHError, printable
+from clore_client.ssh.watchdog import start_thread
+
 REKEY_BYTES = 2**36
-LONGEST_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
-LONGEST_PACKET = 2**22  # bytes, far more than anybody asks for
+MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
+MAX_PACKET = 2**22  # bytes, far more than anybody asks for
+CHANNEL_PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
+COMMAND_WINDOW = 2**21  # bytes
+KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
+DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
+KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
-_EXT_INFO, _INFO_REQUEST = 7, 60
-_SERVICE_REQUEST = b"\x05"
+_EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
 # Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+
+
+class NoChannelError(SSHError):
+    """A host opens no further channel on a connection; sshd's MaxSessions is ten by default."""
 
 
 def prepared_transport(
     sock: Any, options: dict[str, Any], timeout: float, key_types: Iterable[str]
 ) -> Any:
-    """A transport for ``SSHClient.connect``.
+    """Make a transport for ``SSHClient.connect``.
 
     Parameters:
         options: what paramiko gives to the transport that it would make.
         timeout: seconds for the handshake.
-        key_types: of the host's keys, those that are wanted first.
+        key_types: of the host's keys, the preferred ones first.
     """
     import paramiko
 
     transport: Any = paramiko.Transport(sock, **options)
-    # paramiko would let a new key exchange wait for itself while several threads send, and the
-    # connection die of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
+    # paramiko deadlocks in a new key exchange while several threads send, and the connection dies
+    # of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
     transport.packetizer.REKEY_BYTES = REKEY_BYTES
     transport.handshake_timeout = timeout
-    _bound_host(transport.packetizer, paramiko.SSHException)
+    _limit_packets(transport.packetizer, paramiko.SSHException)
     _name_errors(transport, paramiko.SSHException)
-    _save_round_trip(transport, paramiko.Message)
     with contextlib.suppress(OSError, AttributeError):
         # Or each small packet waits up to 40 ms for the answer to the one before.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    wanted = transport.get_security_options()
-    wanted.ciphers = _first(wanted.ciphers, FAST_CIPHERS)
-    wanted.key_types = _first(wanted.key_types, key_types)
+    security = transport.get_security_options()
+    security.ciphers = _preferred(security.ciphers, FAST_CIPHERS)
+    security.key_types = _preferred(security.key_types, key_types)
     return transport
 
 
-def _first(names: Any, wanted: Any) -> list[str]:
-    """``names`` with the ``wanted`` ones that are among them in front."""
-    return [n for n in wanted if n in names] + [n for n in names if n not in wanted]
+def _preferred(names: Any, first: Any) -> list[str]:
+    """Return ``names`` with those of ``first`` that are among them in front."""
+    return [n for n in first if n in names] + [n for n in names if n not in first]
 
 
-def _bound_host(packetizer: Any, error: type[Exception]) -> None:
-    """Bound what a host may send: paramiko takes lines, packets and counts of any size."""
+def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
+    """Limit what a host may send: paramiko takes lines, packets and counts of any size."""
     read_timeout: Any = getattr(packetizer, "_read_timeout", None)
     read_all, read_message = packetizer.read_all, packetizer.read_message
     greeting = 0
+    packetizer.last_received = time.monotonic()
 
-    def bounded_greeting(timeout: float) -> Any:
+    def limited_greeting(timeout: float) -> Any:
         nonlocal greeting
         piece = read_timeout(timeout)
         greeting += len(piece)
-        if greeting > LONGEST_GREETING:
+        if greeting > MAX_GREETING:
             raise error(": it has no end")
         return piece
 
-    def bounded_packet(size: int, check_rekey: bool = False) -> Any:
-        if size > LONGEST_PACKET:
+    def limited_packet(size: int, check_rekey: bool = False) -> Any:
+        if size > MAX_PACKET:
             raise error(f"it sends a packet of {size} bytes")
         return read_all(size, check_rekey)
 
-    def bounded_message() -> Any:
+    def limited_message() -> Any:
         kind, message = read_message()
+        then, packetizer.last_received = packetizer.last_received, time.monotonic()
+        if kind == _SERVICE_ACCEPT:  # its request followed the message before
+            packetizer.round_trip = packetizer.last_received - then
         if kind in (_EXT_INFO, _INFO_REQUEST):
             if kind == _INFO_REQUEST:
                 for _ in range(3):
@@ -85,13 +101,13 @@ def _bound_host(packetizer: Any, error: type[Exception]) -> None:
             message.rewind()
         return kind, message
 
-    packetizer._read_timeout = bounded_greeting
-    packetizer.read_all = bounded_packet
-    packetizer.read_message = bounded_message
+    packetizer._read_timeout = limited_greeting
+    packetizer.read_all = limited_packet
+    packetizer.read_message = limited_message
 
 
 def _name_errors(transport: Any, error: type[Exception]) -> None:
-    """Raise as paramiko's own error what its thread has died of: odd bytes can make it anything."""
+    """Raise as paramiko's own error what its thread died of: odd bytes can make it anything."""
     get_exception = transport.get_exception
 
     def named() -> Any:
@@ -105,34 +121,125 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
     transport.get_exception = named
 
 
-def _save_round_trip(transport: Any, new_message: Callable[[], Any]) -> None:
-    """Send a login along with the request for the service that takes it.
+def close_after(transport: Any, clients: list[Any]) -> None:
+    """Close the jump hosts' connections with the transport that goes through them."""
+    close = transport.close
 
-    paramiko waits for the answer in between, and so pays for one more trip to a far machine.
+    def close_all() -> None:
+        close()
+        for client in clients[::-1]:
+            client.close()
+
+    transport.close = close_all
+
+
+def keep_alive(transport: Any) -> None:
+    """Ask a silent host whether it is still there, and end the connection without an answer.
+
+    paramiko's own keepalives ask for no answer, so they never notice a dead link.
     """
-    send = transport._send_message
+    packetizer = transport.packetizer
 
-    def prompt(message: Any) -> None:
-        handler = transport.auth_handler
-        if not _may_be_prompt(handler) or message.asbytes()[:1] != _SERVICE_REQUEST:
-            send(message)
-            return
-        asked = copy.copy(handler)  # which a refusal that comes at once does not empty
-        handler._parse_service_accept = lambda _: None  # the answer changes nothing any more
-        send(message)
-        accepted = new_message()
-        accepted.add_string("ssh-userauth")
-        accepted.rewind()
-        with contextlib.suppress(OSError, EOFError):  # paramiko waits for an answer, and will tell
-            asked._parse_service_accept(accepted)
+    def ask() -> None:
+        with contextlib.suppress(*connection_errors()):
+            transport.global_request("keepalive@openssh.com", wait=True)
 
-    transport._send_message = prompt
+    def check() -> None:
+        silent = time.monotonic() - packetizer.last_received
+        if silent > DEAD_AFTER:
+            raise EOFError  # in paramiko's own thread, which then closes everything
+        if silent > KEEPALIVE - KEEPALIVE_LOOK:
+            start_thread("keepalive", ask)  # a send may hang
+
+    packetizer.set_keepalive(KEEPALIVE_LOOK, check)
 
 
-def _may_be_prompt(handler: Any) -> bool:
-    if handler is None or handler.authenticated or handler.username is None:
-        return False
-    # How to sign with an RSA key is told by the machine, just before that answer. An agent may
-    # refuse, or ask somebody first: only in paramiko's own thread is that bounded by a timeout.
-    key = handler.private_key
-    return key is None or not ("rsa" in key.get_name() or hasattr(key, "agent"))
+def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -> Any:
+    """Open a channel that keeps no more than its window in memory.
+
+    Raises:
+        NoChannelError: the host refuses a further one.
+        SSHError: it does not answer, or the connection is closed.
+    """
+    import paramiko
+
+    if transport is None or not transport.is_active():
+        raise SSHError("the connection to the machine is closed")
+    try:
+        channel = transport.open_session(
+            window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
+        )
+    except connection_errors() as error:
+        if not transport.is_active():
+            raise SSHError("the connection broke") from error
+        # A refusal comes as another error where another thread has taken paramiko's own.
+        refused = isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
+        kind = NoChannelError if refused else SSHError
+        raise kind(f"the machine opened no channel: {reason(error)}") from error
+    channel.settimeout(timeout)
+    for pipe in (channel.in_buffer, channel.in_stderr_buffer):
+        _limit_buffer(pipe, window + CHANNEL_PACKET)
+    return channel
+
+
+def _limit_buffer(pipe: Any, most: int) -> None:
+    """End the connection of a host that sends more than the window allows: paramiko keeps it."""
+    feed = pipe.feed
+
+    def limited(data: Any) -> None:
+        if len(pipe) + len(data) > most:
+            raise EOFError  # in paramiko's own thread, which then closes everything
+        feed(data)
+
+    pipe.feed = limited
+
+
+def request_exec(channel: Any, command: bytes | str) -> None:
+    """Ask for a command without waiting for the answer; a refusal closes the channel.
+
+    paramiko's own ``exec_command`` waits for it, without a time limit.
+    """
+    _request(channel, "exec", True, command)
+
+
+def request_subsystem(channel: Any, name: str) -> None:
+    """Ask for a subsystem, in the same way."""
+    _request(channel, "subsystem", True, name)
+
+
+def request_signal(channel: Any, name: str) -> None:
+    """Ask the host to signal the process group of a channel, unless the channel is closed."""
+    # A server ends the whole connection where this comes after the answer to its own close; with
+    # the lock held, paramiko can't send that answer meanwhile.
+    with channel.lock:
+        if not channel.closed:
+            _request(channel, "signal", False, name)
+
+
+def _request(channel: Any, kind: str, answered: bool, value: bytes | str) -> None:
+    import paramiko
+    from paramiko.common import cMSG_CHANNEL_REQUEST
+
+    message = paramiko.Message()
+    message.add_byte(cMSG_CHANNEL_REQUEST)
+    message.add_int(channel.remote_chanid)
+    message.add_string(kind)
+    message.add_boolean(answered)
+    message.add_string(value)
+    try:
+        channel.transport._send_user_message(message)
+    except connection_errors() as error:
+        raise SSHError("the connection broke") from error
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Return what paramiko raises where a connection or a channel ends."""
+    import paramiko
+
+    return (paramiko.SSHException, OSError, EOFError)
+
+
+def reason(error: BaseException) -> str:
+    """Describe an error whose text may be the host's."""
+    text = str(getattr(error, "text", "")) or str(error)
+    return printable(text.rstrip(".") or type(error).__name__, 200)

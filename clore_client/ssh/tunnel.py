@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
 from clore_client.log import logger
-from clore_client.ssh.watchdog import connection_errors, reason, soon_done
+from clore_client.ssh.transport import connection_errors, reason
+from clore_client.ssh.watchdog import Watchdog
 from clore_client.validation import short_repr
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ FORWARD_CHUNK = 32768
 FORWARD_BACKLOG = 128
 FORWARD_OPENING = 10.0  # seconds for a server to connect to its own port
 FORWARD_PAUSE = 0.1  # seconds, where this machine can't take a connection
+FORWARD_PATIENCE = 2.0  # seconds to close all channels
 FORWARD_LEAVING = 5.0  # seconds for all threads to end
 RESET = struct.pack("ii", 1, 0)  # close without a handshake: the other side gets an error
 
@@ -140,13 +142,11 @@ class Forward:
         for link in links:
             link.stop()
 
-        def hang_up() -> None:
-            for link in links:
-                link.hang_up()
-
-        if links and not soon_done(hang_up):
+        if links:
             # Where nothing is taken any more, no channel can be closed, and no thread would end.
-            self._transport.close()
+            with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
+                for link in links:
+                    link.hang_up()
 
     def _accept_all(self, listener: socket.socket, wake: socket.socket) -> None:
         with selectors.DefaultSelector() as selector:
@@ -220,7 +220,8 @@ class _Link:
         """Wake what waits for the server."""
         channel = self._channel
         if channel is not None:
-            channel.close()
+            with contextlib.suppress(*connection_errors()):
+                channel.close()
 
     def _run(self) -> None:
         try:

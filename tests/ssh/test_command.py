@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,13 +30,11 @@ from clore_client import CloreClient, SSHError
 from clore_client.errors import CommandError, CommandTimeoutError
 from clore_client.models.result import CommandResult, OutputLine
 from clore_client.ssh import command as remote
-from clore_client.ssh import watchdog as ending
-from clore_client.ssh.command import check_run_arguments, run_command
+from clore_client.ssh.command import PidLine, check_run_arguments, run_command
 from clore_client.ssh.command_line import LONGEST_PIECE, command_line, lines_to
-from clore_client.ssh.watchdog import PidLine
 from tests import hostile
 from tests.conftest import until
-from tests.hostile import HostileServer, Run, hang
+from tests.hostile import HostileServer, RawServer, Run, hang, silence
 from tests.sshd import Sshd, running_sshd
 
 MB10 = 10_000_000
@@ -429,6 +428,92 @@ def test_no_thread_or_file_descriptor_leaks(openssh: paramiko.SSHClient) -> None
     until(lambda: not len(transport._channels))
 
 
+# --- how much is kept ---
+
+
+def test_a_flood_is_not_kept(openssh: paramiko.SSHClient) -> None:
+    seen = [0]
+
+    def on_output(line: OutputLine) -> None:
+        seen[0] += len(line)
+
+    line = f"head -c {MB10} /dev/zero; echo error >&2; exit 3"
+    result = run_command(openssh, line, max_output=1_000_000, on_output=on_output, check=False)
+    assert len(result.stdout) + len(result.stderr) == 1_000_000
+    assert result.dropped == MB10 + len("error\n") - 1_000_000
+    assert seen == [MB10 + len("error")]
+    assert f"{result.dropped} bytes of output dropped" in repr(result)
+    assert run_command(openssh, "echo x").dropped == 0
+    assert run_command(openssh, "echo x", max_output=0).stdout == ""
+
+
+# --- hosts that run something else, and deadlines ---
+
+
+@pytest.mark.parametrize(
+    "options", ["ForceCommand echo not yours", "ForceCommand internal-sftp", "ForceCommand false"]
+)
+def test_a_host_that_runs_a_command_of_its_own(tmp_path: Path, options: str) -> None:
+    """That is no exit code 0 with the host's text."""
+    with running_sshd(tmp_path / "sshd", options) as server:
+        client = CloreClient(state_dir=None)
+        login: dict[str, Any] = {"key_path": server.key, "wait": 10}
+        with pytest.raises(SSHError, match="did not run the command"):
+            client.run(server.order(), "echo mine", check=False, **login)
+
+
+def test_a_login_shell_that_exits(tmp_path: Path) -> None:
+    with running_sshd(tmp_path / "sshd") as server:
+        (server.folder / "home" / ".bashrc").write_text("echo maintenance; exit 0\n")
+        with pytest.raises(SSHError, match=r"did not run the command.*maintenance"):
+            CloreClient(state_dir=None).run(server.order(), "ls", key_path=server.key, wait=10)
+
+
+@pytest.mark.parametrize("kind", ["bash", "dash", "zsh", "fish", "tcsh"])
+def test_login_shells(tmp_path: Path, kind: str) -> None:
+    program = shutil.which(kind)
+    options = f'ForceCommand {program} -c "$SSH_ORIGINAL_COMMAND"'
+    words = ["a b", "it's", "back\\slash", "\\'", "$HOME", "*"]
+    with running_sshd(tmp_path / "sshd", options) as server:
+        client = CloreClient(state_dir=None)
+        login: dict[str, Any] = {"key_path": server.key, "wait": 10}
+
+        def run(command: Any, **more: Any) -> CommandResult:
+            return client.run(server.order(), command, check=False, **login, **more)
+
+        assert run("echo in").stdout == "in\n"
+        assert run(["printf", "<%s>", *words]).stdout == "".join(f"<{word}>" for word in words)
+        result = run("printenv NAME", env={"NAME": "va'lue"})
+        if kind == "tcsh":  # which knows no export: nothing runs without what was asked for
+            assert result.exit_code != 0
+            assert result.stdout == ""
+            assert "export" in result.stderr
+        else:
+            assert result.stdout == "va'lue\n"
+        with pytest.raises(CommandTimeoutError):
+            run("sleep 60", timeout=1)
+
+
+def trickle(peer: socket.socket) -> None:
+    """A handshake that never ends, a byte at a time."""
+    peer.sendall(b"SSH-2.0-x\r\n\0\0\x0f\xfc")
+    while True:
+        peer.sendall(b"\0")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("talk", [trickle, silence])
+def test_a_handshake_that_stalls(talk: Any) -> None:
+    """The command's timeout holds for the login, too."""
+    with RawServer(talk) as server:
+        started = time.monotonic()
+        with pytest.raises(SSHError, match="no SSH at"):
+            CloreClient(state_dir=None).run(
+                server.order(), "ls", password="x", timeout=0.7, wait=0.3
+            )
+        assert time.monotonic() - started < 10
+
+
 # --- what a shell tells of itself ---
 
 
@@ -497,6 +582,8 @@ def test_bad_commands(command: Any, error: type[Exception]) -> None:
         {"env": {5: "x"}},
         {"env": {"A": "x\0"}},
         {"on_output": 5},
+        {"max_output": -1},
+        {"max_output": 1.5},
     ],
 )
 def test_bad_arguments(wrong: dict[str, Any]) -> None:
@@ -590,6 +677,7 @@ def test_no_end_is_no_success(run: Run, text: str) -> None:
 
 async def stalls(command: str, process: Any) -> None:
     """The network stops between the exit status and the rest of the output."""
+    process.stderr.write(command.split("echo ")[1].split("$")[0].encode() + b"4711\n")
     process.channel._send_request(b"exit-status", b"\0\0\0\0")
     await asyncio.sleep(0.05)
     time.sleep(1.2)  # and nothing else is answered either
@@ -612,7 +700,7 @@ async def deaf(command: str, process: Any) -> None:
 
 def test_a_server_that_takes_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """A send then hangs, and no signal and no close gets out."""
-    monkeypatch.setattr(ending, "PATIENCE", 0.3)
+    monkeypatch.setattr(remote, "PATIENCE", 0.3)
     with connected(HostileServer(deaf)) as ssh:
         transport: Any = ssh.get_transport()
         transport.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import pkgutil
 import shlex
 import socket
 import struct
@@ -23,7 +24,7 @@ import pytest
 from asyncssh.packet import UInt32
 
 from clore_client import CloreClient, HostKeyChangedError, SSHError
-from tests.conftest import MakeSim, client_for
+from tests.conftest import MakeSim, client_for, until
 from tests.hostile import (
     HostileServer,
     RawServer,
@@ -34,6 +35,7 @@ from tests.hostile import (
 )
 from tests.relay import Relay
 from tests.sshd import Sshd, generate, running_sshd
+from tests.variant import inside
 
 server_side: Any = paramiko  # whose types tell only of the client
 HOST_KEY: Any = server_side.ECDSAKey.generate()
@@ -348,20 +350,6 @@ class AtRequest(Asking):
         return Transport(peer)
 
 
-def test_a_login_is_not_held_up_by_the_request_for_it(machine: Sshd, tmp_path: Path) -> None:
-    """On a far machine, that is a round trip for each connection."""
-    client = CloreClient("key", state_dir=None)
-    # It accepts only along with the answer to the login.
-    late = AtRequest(lambda transport, message: None, server_side.AUTH_SUCCESSFUL)
-    with RawServer(late.talk) as server:
-        for login in ({"key_path": machine.key}, {"password": "secret"}):
-            client.connect_ssh(server.order(), host_key="accept", **login).close()
-    # The machine has to say first how an RSA key may sign.
-    generate(tmp_path / "rsa", "rsa")
-    with RawServer(late.talk) as server, pytest.raises(SSHError, match="did not answer"):
-        client.connect_ssh(server.order(), key_path=tmp_path / "rsa", wait=0, timeout=0.5)
-
-
 def refuse(transport: Any, _: Any) -> bool:
     message = paramiko.Message()
     message.add_byte(b"\x33")  # SSH_MSG_USERAUTH_FAILURE
@@ -593,13 +581,73 @@ def test_failed_logins_print_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_keepalives_and_nothing_forwarded(client: CloreClient, machine: Sshd) -> None:
+def test_the_users_configuration_of_openssh(
+    client: CloreClient, machine: Sshd, tmp_path: Path
+) -> None:
+    """Through a jump host, with the key that stands there; only when asked for."""
+    folder = Path.home() / ".ssh"
+    folder.mkdir()
+    with running_sshd(tmp_path / "jump") as jump:
+        (folder / "config").write_text(
+            f"Host 127.0.0.*\n  ProxyJump gate\n  IdentityFile {machine.key}\n"
+            f"Host gate\n  HostName 127.0.0.1\n  Port {jump.port}\n  User {jump.user}\n"
+            f"  IdentityFile {jump.key}\n"
+        )
+        config: dict[str, Any] = {"key_path": None, "use_ssh_config": True, "wait": 0}
+        with pytest.raises(SSHError, match=r"jump host .*not found in known_hosts"):
+            works(client, machine, **config)
+        key = (jump.folder / "host_key.pub").read_text()
+        (folder / "known_hosts").write_text(f"[127.0.0.1]:{jump.port} {key}")
+        threads = threading.active_count()
+        assert works(client, machine, **config)
+        until(lambda: threading.active_count() <= threads)
+        with pytest.raises(SSHError, match=r"nothing to log in to|refused the login"):
+            works(client, machine, key_path=None)
+    with pytest.raises(SSHError, match="jump host"):
+        works(client, machine, **config)
+    (folder / "config").write_text("Host *\n  ProxyCommand nc %h %p\n")
+    with pytest.raises(ValueError, match=r"use_ssh_config: .*only ProxyJump"):
+        works(client, machine, **config)
+    with pytest.raises(TypeError, match="use_ssh_config"):
+        works(client, machine, use_ssh_config="yes")
+
+
+def test_nothing_is_forwarded(client: CloreClient, machine: Sshd) -> None:
     with client.connect_ssh(machine.order(), key_path=machine.key) as ssh:
-        transport = ssh.get_transport()
-        assert transport is not None
-        assert transport.packetizer._Packetizer__keepalive_interval == 15  # type: ignore[attr-defined]
         _, output, _ = ssh.exec_command("echo $SSH_AUTH_SOCK-$DISPLAY")
         assert output.read() == b"-\n"
+
+
+def test_a_dead_link_is_noticed(
+    client: CloreClient, machine: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one without a reset: nothing comes any more; an idle one that is alive stays."""
+    for name, seconds in (("KEEPALIVE_LOOK", 0.1), ("KEEPALIVE", 0.3), ("DEAD_AFTER", 1.5)):
+        monkeypatch.setattr(inside(f"ssh.transport.{name}"), seconds)
+    with Relay(machine.port) as relay:
+        order = machine.order()
+        order["connection"]["ssh"] = f"ssh {machine.user}@127.0.0.1 -p {relay.port}"
+        assert works(client, machine, order)
+        login: dict[str, Any] = {"key_path": machine.key, "wait": 10}
+        assert client.run(order, "sleep 2.5; echo in", **login).stdout == "in\n"
+
+        def freeze(_: str) -> None:
+            relay.frozen = True
+
+        with pytest.raises(SSHError, match="broke before the command had ended"):
+            client.run(order, "echo in; sleep 60", on_output=freeze, **login)
+
+
+def test_dead_links_are_noticed_within_45_seconds() -> None:
+    longest = [pkgutil.resolve_name(inside(f"ssh.transport.{name}")) for name in (
+        "DEAD_AFTER", "KEEPALIVE_LOOK")]  # fmt: skip
+    assert sum(longest) < 45
+
+
+def test_the_private_parts_of_paramiko() -> None:
+    """Two are used; checked with paramiko 3.4 to 5.1. A version without them needs another way."""
+    assert callable(paramiko.packet.Packetizer._read_timeout)  # type: ignore[attr-defined]
+    assert callable(paramiko.Transport._send_user_message)  # type: ignore[attr-defined]
 
 
 def test_channels_that_a_host_opens_are_refused() -> None:

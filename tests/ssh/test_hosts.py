@@ -1,0 +1,391 @@
+"""Hosts as they really are: each login shell, busybox, dropbear, SFTP only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clore_client import CloreClient, TransferError
+from clore_client.ssh.remote import BOOTSTRAP, INLINE, inlined
+from tests.conftest import until
+from tests.ssh.test_transfer import ODD, Far, content, make_tree, snapshot
+from tests.sshd import Dropbear, running_sshd
+
+pytestmark = pytest.mark.internal
+
+MB = 1024 * 1024
+KEYS_ONLY = "PasswordAuthentication no"
+SHELLS = ("bash", "dash", "zsh", "fish", "tcsh")
+START_UP = {"bash": ".bashrc", "zsh": ".zshenv", "fish": ".config/fish/config.fish",
+            "tcsh": ".tcshrc"}  # fmt: skip
+# It prints, goes elsewhere, reads, waits, and names other programs as ours.
+TROUBLE = {
+    "tcsh": 'echo hi\ncd /\nset x = "$<"\nsleep 0.2\nalias tar false\nalias sh false\n',
+    "fish": "echo hi\necho more >&2\ncd /\nread x\nsleep 0.2\nalias tar false\nalias sh false\n",
+}
+POSIX_TROUBLE = "echo hi\necho more >&2\ncd /\nread x\nsleep 0.2\nalias tar=false sh=false\n"
+
+
+def forced(command: str) -> str:
+    return f'{KEYS_ONLY}\nForceCommand {command} -c "$SSH_ORIGINAL_COMMAND"'
+
+
+@pytest.fixture
+def client() -> CloreClient:
+    return CloreClient(state_dir=None)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+@contextlib.contextmanager
+def host(client: CloreClient, folder: Path, kind: str) -> Iterator[Far]:
+    """A host of that kind, and a folder of it that is also one here; ``root`` is its name there."""
+    folder.mkdir(exist_ok=True)
+    place = folder / "far"
+    place.mkdir()
+    more = ""
+    if kind in SHELLS:
+        options = forced(shutil.which(kind) or kind)
+        if kind == "tcsh":  # which takes the rest for arguments
+            options = f'{KEYS_ONLY}\nForceCommand {shutil.which(kind)} -c "$SSH_ORIGINAL_COMMAND"'
+    elif kind == "sftp":
+        options = f"{KEYS_ONLY}\nForceCommand internal-sftp"
+    elif kind == "no tar":
+        tools = folder / "tools"
+        tools.mkdir()
+        for tool in ("dd", "stat", "find", "head", "chmod", "mv", "rm", "mkdir", "touch", "xargs"):
+            (tools / tool).symlink_to(shutil.which(tool) or "")
+        options, more = KEYS_ONLY, f" PATH={tools}"
+    elif kind == "dropbear":
+        with Dropbear(folder / "dropbear") as dropbear:
+            yield Far(client, dropbear.order(), place, key_path=dropbear.key)
+        return
+    else:
+        raise AssertionError(kind)
+    home = f"{folder}/sshd/home"
+    with running_sshd(folder / "sshd", options, home + more) as server:
+        far = Far(client, server.order(), place, key_path=server.key)
+        far.home = server.folder / "home"
+        yield far
+
+
+@contextlib.contextmanager
+def busybox(client: CloreClient) -> Iterator[Far]:
+    """A whole userland of busybox, as in an Alpine image."""
+    root = Path(f"/run/clore-busybox-{secrets.token_hex(4)}")  # a chroot is not below /tmp
+    for name in ("bin", "dev", "home", "far", "tmp"):
+        (root / name).mkdir(parents=True)
+    program = root / "bin" / "busybox"
+    shutil.copy(shutil.which("busybox") or "", program)
+    listed = subprocess.run([program, "--list"], capture_output=True, text=True, check=True)
+    for name in {*listed.stdout.split()} - {"busybox"}:
+        (root / "bin" / name).symlink_to("busybox")
+    (root / "bin" / "bash").write_text('#!/bin/sh\nexec /bin/sh "$@"\n')  # the login shell
+    (root / "bin" / "bash").chmod(0o755)
+    os.mknod(root / "dev" / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    (root / "dev" / "null").chmod(0o666)
+    keys = Path(f"{root}-sshd")
+    try:
+        with running_sshd(keys, f"{KEYS_ONLY}\nChrootDirectory {root}", home="/home") as server:
+            far = Far(client, server.order(), root / "far", key_path=server.key)
+            far.root = Path("/far")
+            yield far
+    finally:
+        shutil.rmtree(root)
+        shutil.rmtree(keys)
+
+
+def check_all(far: Far, here: Path, slow: bool = False) -> None:
+    """Files and trees, both ways: places, names, permissions, times, resume."""
+    there = far.root or far.folder
+    (here / "one").write_bytes(content(9 * MB + 5))
+    (here / "one").chmod(0o600)
+    for options in ({}, {"verify": True}, {"resume": True}):
+        sent = far.up(here / "one", there / "copy", **options)
+        assert (sent.files, sent.path) == (1, f"{there}/copy")
+        assert (far.folder / "copy").read_bytes() == (here / "one").read_bytes()
+        assert stat.S_IMODE((far.folder / "copy").stat().st_mode) == 0o600
+        far.down(there / "copy", here / "back", **options)
+        assert (here / "back").read_bytes() == (here / "one").read_bytes()
+        assert stat.S_IMODE((here / "back").stat().st_mode) == 0o600
+    odd = "my model.bin"
+    (here / odd).write_bytes(b"x")
+    far.up(here / odd, there)
+    assert (far.folder / odd).read_bytes() == b"x"
+    source = make_tree(here / "source")
+    if slow:  # names that are no UTF-8 are more than paramiko's SFTP can list
+        bad = [os.path.join(os.fsencode(source), b"sub", n) for n in ODD if b"\xff" in n]
+        for path in bad:
+            os.remove(path)
+        os.rmdir(os.path.join(os.fsencode(source), b"dir \xff\n'x'"))
+    for place, bits in ((source / "empty", 0o700), (source / "sub" / "plain", 0o600)):
+        place.chmod(bits)
+        os.utime(place, (1_500_000_000, 1_500_000_000))
+    for options in ({}, {"verify": True, "preserve": True}, {"resume": True}):
+        far.up(source, there / "tree", **options)
+        assert snapshot(far.folder / "tree") == snapshot(source)
+        far.down(there / "tree", here / "tree", **options)
+        assert snapshot(here / "tree") == snapshot(source)
+        for copy in (far.folder / "tree", here / "tree"):
+            assert stat.S_IMODE((copy / "empty").stat().st_mode) == 0o700
+            assert stat.S_IMODE((copy / "sub" / "plain").stat().st_mode) == 0o600
+            if "preserve" in options:
+                assert (copy / "sub" / "plain").stat().st_mtime == 1_500_000_000
+                assert (copy / "empty").stat().st_mtime == 1_500_000_000
+            shutil.rmtree(copy)
+    assert sorted(os.listdir(far.folder)) == ["copy", odd]
+
+
+@pytest.mark.parametrize("kind", [*SHELLS, "dropbear"])
+def test_hosts_with_a_shell(
+    client: CloreClient, tmp_path: Path, here: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with host(client, tmp_path / "host", kind) as far:
+        check_all(far, here)
+    assert "SFTP" not in caplog.text
+
+
+def test_a_userland_of_busybox(
+    client: CloreClient, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with busybox(client) as far:
+        check_all(far, here)
+        assert far.client.run(far.order, "echo in", **far.login).stdout == "in\n"
+    assert "SFTP" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["sftp", "no tar"])
+def test_hosts_without_one(
+    client: CloreClient, tmp_path: Path, here: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with host(client, tmp_path / "host", kind) as far:
+        check_all(far, here, slow=True)
+        caplog.clear()
+        (here / "x").write_bytes(b"x")
+        far.up(here / "x", far.folder / "x")
+        assert caplog.text.count("over SFTP, which is slower") == 1
+
+
+@pytest.mark.parametrize("kind", sorted(START_UP))
+def test_start_up_files_make_no_difference(
+    client: CloreClient, tmp_path: Path, here: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with host(client, tmp_path / "host", kind) as far:
+        place = far.home / START_UP[kind]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(TROUBLE.get(kind, POSIX_TROUBLE))
+        (here / "one").write_bytes(content(5 * MB))
+        make_tree(here / "source")
+        for remote in ("~/sub/one", "sub/one"):  # below the home, wherever that file goes
+            (far.home / "sub").mkdir(exist_ok=True)
+            assert far.up(here / "one", remote).path == f"{far.home}/sub/one"
+            assert (far.home / "sub" / "one").read_bytes() == content(5 * MB)
+            far.down(remote, here / "back")
+            assert (here / "back").read_bytes() == content(5 * MB)
+            shutil.rmtree(far.home / "sub")
+        far.up(here / "source", far.folder / "tree")
+        assert snapshot(far.folder / "tree") == snapshot(here / "source")
+        far.down(far.folder / "tree", here / "tree")
+        assert snapshot(here / "tree") == snapshot(here / "source")
+    assert "SFTP" not in caplog.text
+
+
+def test_a_start_up_file_that_reads_everything(
+    client: CloreClient, tmp_path: Path, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing can be sent to a shell then."""
+    with host(client, tmp_path / "host", "bash") as far:
+        (far.home / ".bashrc").write_text("cat >/dev/null\n")
+        (here / "one").write_bytes(content(5 * MB))
+        with pytest.raises(TransferError, match="sent nothing for 1s"):
+            far.up(here / "one", far.folder / "one", timeout=1)
+    assert os.listdir(far.folder) == []
+
+
+def test_nothing_in_what_a_shell_is_sent_can_be_read_otherwise() -> None:
+    for line in (BOOTSTRAP, INLINE):
+        line = line.format(mark="0" * 16, script="")
+        assert not set(line) & set("\\!\n`")
+    for odd in (b"back\\slash", b"bang!", b"at@", b"\xff", b"\x01"):
+        assert inlined(odd) is None
+
+
+# --- places and permissions ---
+
+
+@pytest.fixture
+def far(client: CloreClient, sshd: Any, tmp_path: Path) -> Far:
+    folder = tmp_path / "far"
+    folder.mkdir()
+    return Far(client, sshd.order(), folder, key_path=sshd.key)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("lane", ["shell", "sftp"])
+def test_permissions_are_never_widened(
+    client: CloreClient, tmp_path: Path, here: Path, sshd: Any, lane: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        if lane == "sftp":
+            far = stack.enter_context(host(client, tmp_path / "host", "sftp"))
+        else:
+            (tmp_path / "far").mkdir()
+            far = Far(client, sshd.order(), tmp_path / "far", key_path=sshd.key)
+        (here / "tree").mkdir(mode=0o700)
+        for name, bits in (("private", 0o600), ("group", 0o666), ("program", 0o777)):
+            (here / "tree" / name).write_text(name)
+            (here / "tree" / name).chmod(bits)
+            far.up(here / "tree" / name, far.folder / name)
+            far.down(far.folder / name, here / name)
+        far.up(here / "tree", far.folder / "tree")
+        far.down(far.folder / "tree", here / "back")
+        for folder in (far.folder, here, far.folder / "tree", here / "back"):
+            modes = [mode(folder / name) for name in ("private", "group", "program")]
+            assert modes == [0o600, 0o644, 0o755], folder
+        assert mode(far.folder / "tree") == mode(here / "back") == 0o700
+        for folder in (far.folder, here):  # what is replaced stays as private as it was
+            (folder / "group").chmod(0o600)
+        far.up(here / "tree" / "group", far.folder / "group")
+        far.down(far.folder / "tree" / "group", here / "group")
+        assert mode(far.folder / "group") == mode(here / "group") == 0o600
+
+
+@pytest.mark.parametrize("lane", ["shell", "sftp"])
+def test_what_is_no_place_for_a_file(
+    client: CloreClient, tmp_path: Path, here: Path, sshd: Any, lane: str
+) -> None:
+    with contextlib.ExitStack() as stack:
+        if lane == "sftp":
+            far = stack.enter_context(host(client, tmp_path / "host", "sftp"))
+        else:
+            (tmp_path / "far").mkdir()
+            far = Far(client, sshd.order(), tmp_path / "far", key_path=sshd.key)
+        (here / "x").write_text("new")
+        for folder in (far.folder, here):
+            (folder / "target").write_text("old")
+            (folder / "link").symlink_to("target")
+            os.mkfifo(folder / "pipe")
+        for name, said in (("link", "symlink"), ("pipe", "neither a file nor a directory")):
+            with pytest.raises(TransferError, match=said):
+                far.up(here / "x", far.folder / name)
+            with pytest.raises(TransferError, match=said):
+                far.down(far.folder / "target", here / name)
+        assert (far.folder / "target").read_text() == (here / "target").read_text() == "old"
+        far.up(here / "x", far.folder / "link", symlinks="follow")
+        far.down(far.folder / "target", here / "link", symlinks="follow")
+        for folder in (far.folder, here):
+            assert (folder / "link").is_symlink()
+            assert (folder / "target").read_text() == "new"
+
+
+@pytest.mark.parametrize("lane", ["shell", "sftp"])
+@pytest.mark.parametrize("how", ["skip", "copy", "follow"])
+def test_symlinks_in_a_tree(
+    client: CloreClient, tmp_path: Path, here: Path, sshd: Any, lane: str, how: str
+) -> None:
+    """As in a virtual environment, or a cache; those that lead out of it stay behind."""
+    with contextlib.ExitStack() as stack:
+        if lane == "sftp":
+            far = stack.enter_context(host(client, tmp_path / "host", "sftp"))
+        else:
+            (tmp_path / "far").mkdir()
+            far = Far(client, sshd.order(), tmp_path / "far", key_path=sshd.key)
+        source = here / "source"
+        (source / "lib" / "inner").mkdir(parents=True)
+        (source / "lib" / "inner" / "file").write_text("text")
+        (here / "secret").write_text("secret")
+        links = {"lib64": "lib", "bin": "lib/inner/file", "lib/inner/up": "../../bin"}
+        out = {"out": "../secret", "root": "/etc/passwd", "lib/loop": "..", "none": "nothing"}
+        for name, leads in {**links, **out}.items():
+            (source / name).symlink_to(leads)
+        sent = far.up(source, far.folder / "copy", symlinks=how)
+        got = far.down(far.folder / "copy", here / "back", symlinks=how)
+        left_out = set(out) if how != "skip" else {*out, *links}
+        if how == "follow":
+            left_out.add("lib64/loop")
+        assert {name for name, _ in sent.skipped} == left_out
+        assert got.skipped == ([] if how != "skip" else got.skipped)
+        for copy in (far.folder / "copy", here / "back"):
+            assert (copy / "lib" / "inner" / "file").read_text() == "text"
+            for name, leads in links.items():
+                path = copy / name
+                assert path.is_symlink() == (how == "copy")
+                assert os.path.lexists(path) == (how != "skip")
+                if how == "copy":
+                    assert os.readlink(path) == leads
+                elif how == "follow" and name != "lib64":
+                    assert path.read_text() == "text"
+                elif how == "follow":
+                    assert (path / "inner" / "up").read_text() == "text"
+            assert not (copy / "out").exists()
+
+
+def test_a_growing_log_and_files_of_proc(far: Far, here: Path) -> None:
+    got = far.down("/proc/cpuinfo", here / "cpuinfo")
+    assert got.size == (here / "cpuinfo").stat().st_size > 0
+    assert b"processor" in (here / "cpuinfo").read_bytes()
+    log = far.folder / "log"
+    log.write_bytes(b"line\n" * 1000)
+    writer = subprocess.Popen(
+        ["sh", "-c", 'while :; do echo line; sleep 0.01; done >>"$0"', str(log)]
+    )
+    try:
+        for number in range(4):
+            far.down(log, here / f"log{number}")
+            far.down(far.folder, here / f"all{number}")
+            for copy in (here / f"log{number}", here / f"all{number}" / "log"):
+                data = copy.read_bytes()
+                assert data == b"line\n" * (len(data) // 5)
+                assert len(data) >= 5000
+    finally:
+        writer.terminate()
+        writer.wait()
+
+
+def test_sparse_files_stay_sparse(far: Far, here: Path) -> None:
+    with open(here / "sparse", "wb") as file:
+        file.write(b"start")
+        file.truncate(40 * MB)
+        file.seek(20 * MB)
+        file.write(b"middle")
+    far.up(here / "sparse", far.folder / "sparse")
+    far.down(far.folder / "sparse", here / "back")
+    for copy in (far.folder / "sparse", here / "back"):
+        assert copy.read_bytes() == (here / "sparse").read_bytes()
+        assert copy.stat().st_blocks * 512 < 2 * MB
+
+
+def test_a_deadline_for_all_of_it(far: Far, here: Path) -> None:
+    (here / "a").write_bytes(content(30 * MB))
+    (far.folder / "a").write_bytes(content(30 * MB))
+
+    def slow(*_: Any) -> None:
+        time.sleep(0.1)
+
+    for move, source, target in (
+        (far.up, here / "a", far.folder / "b"), (far.down, far.folder / "a", here / "b"),
+    ):  # fmt: skip
+        started = time.monotonic()
+        with pytest.raises(TransferError, match=r"longer than deadline=1 seconds"):
+            move(source, target, progress=slow, deadline=1)
+        assert time.monotonic() - started < 30
+    assert os.listdir(here) == ["a"]
+    until(lambda: os.listdir(far.folder) == ["a"])
