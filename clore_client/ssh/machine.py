@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import paramiko
 
     from clore_client.ssh.connect import ConnectionPool, Login
-    from clore_client.ssh.host_keys import Pins
+    from clore_client.ssh.host_keys import HostKeys
     from clore_client.ssh.tunnel import Forward
 
 PathArgument = str | os.PathLike[str]
@@ -27,13 +27,13 @@ class Machine(Account):
     """Logging in, running commands, and moving data."""
 
     @property
-    def _pins(self) -> Pins:
+    def _pins(self) -> HostKeys:
         """The host keys of the account's orders."""
-        from clore_client.ssh.host_keys import Pins
+        from clore_client.ssh.host_keys import HostKeys
 
         account = account_digest(self._base_url, self.api_key)
-        pins: dict[str, Pins] = self.__dict__.setdefault("_host_keys", {})
-        return pins.setdefault(account, Pins(state_folder(self._state_dir), account))
+        pins: dict[str, HostKeys] = self.__dict__.setdefault("_host_keys", {})
+        return pins.setdefault(account, HostKeys(state_folder(self._state_dir), account))
 
     # --- getting in ---
 
