@@ -437,13 +437,15 @@ class Machine(Account):
         timeout: float = 30.0,
         **login: Any,
     ) -> Any:
-        """A client of the package scp that a hostile host can't abuse, for those who know it.
+        """Return a client of the package scp that a hostile host can't abuse.
+
+        A transfer that fails may leave a partial file inside the target, and nothing elsewhere.
 
         Parameters:
             order: a running order.
             max_bytes: refuse to receive more in one ``get()``.
             progress: as for ``scp.SCPClient``.
-            timeout: seconds for each step of the login, and without any progress.
+            timeout: seconds for each attempt to log in, and of silence.
             **login: as for :meth:`run`.
 
         Returns:
