@@ -70,11 +70,11 @@ Contents:
                         threads.
     ssh.transport       Prepare paramiko's transports and channels: bounded memory, fast ciphers,
                         dead links noticed.
-    ssh.connect         Getting into a rented machine. paramiko is imported when it is used, not
-                        with the package.
-    ssh.host_keys       Host keys: pinned for each order, since a host and port go to later orders
-                        with another key.
-    ssh.openssh         How OpenSSH is told to log in: a line for a terminal, and an entry for its
+    ssh.connect         Log in to a rented machine. paramiko is imported when it is used, not with
+                        the package.
+    ssh.host_keys       Pin host keys for each order: a host and port go to later orders, with
+                        another key.
+    ssh.openssh         Write what makes OpenSSH log in: a line for a terminal, and an entry for its
                         configuration.
     ssh.access          Log in to the machines of an account, each with the host key of its order.
     ssh.command_line    Build the line of a command, and cut its output into lines.
@@ -93,8 +93,8 @@ Contents:
     ssh.download        Copy files and directories from a host, of which nothing is believed.
     ssh.scp             Guard the package scp against hosts that cheat, and against calls that never
                         return.
-    ssh.tunnel          A port of this machine's loopback that leads to a port of a server, for as
-                        long as a block.
+    ssh.tunnel          Forward a port of this machine's loopback to a port of a host, for the
+                        length of a block.
     client              CloreClient, with one method for each task.
 """
 
@@ -7197,6 +7197,7 @@ DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
 KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
+_CHANNEL_CLOSE = b"\x61"
 # Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
@@ -7348,9 +7349,32 @@ def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -
         kind = NoChannelError if refused else SSHError
         raise kind(f"the machine opened no channel: {reason(error)}") from error
     channel.settimeout(timeout)
+    channel.transport = ChannelOrder(transport)
     for pipe in (channel.in_buffer, channel.in_stderr_buffer):
         _limit_buffer(pipe, window + CHANNEL_PACKET)
     return channel
+
+
+class ChannelOrder:
+    """Stands between a channel and its transport: nothing follows the channel's close.
+
+    paramiko's own thread may answer the host's close while another one sends, and a server ends
+    the whole connection for what comes after that.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._lock = threading.Lock()
+        self._close_sent = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _send_user_message(self, message: Any) -> None:
+        with self._lock:
+            if not self._close_sent:
+                self._close_sent = message.asbytes()[:1] == _CHANNEL_CLOSE
+                self._transport._send_user_message(message)
 
 
 def _limit_buffer(pipe: Any, most: int) -> None:
@@ -7380,11 +7404,8 @@ def request_subsystem(channel: Any, name: str) -> None:
 
 def request_signal(channel: Any, name: str) -> None:
     """Ask the host to signal the process group of a channel, unless the channel is closed."""
-    # A server ends the whole connection where this comes after the answer to its own close; with
-    # the lock held, paramiko can't send that answer meanwhile.
-    with channel.lock:
-        if not channel.closed:
-            _request(channel, "signal", False, name)
+    if not channel.closed:
+        _request(channel, "signal", False, name)
 
 
 def _request(channel: Any, kind: str, answered: bool, value: bytes | str) -> None:
@@ -7419,7 +7440,7 @@ def reason(error: BaseException) -> str:
 # ==================================================================================================
 # ssh.connect
 #
-# Getting into a rented machine. paramiko is imported when it is used, not with the package.
+# Log in to a rented machine. paramiko is imported when it is used, not with the package.
 # ==================================================================================================
 
 
@@ -7434,7 +7455,7 @@ SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
 
 
 def parse_ssh_command(order: Any) -> dict[str, Any]:
-    """Host, port and user of ``connection.ssh``; see ``CloreClient.parse_ssh_connection``."""
+    """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
     raw = _ssh_line(order)
     host, port, user = _parsed(raw)
     return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
@@ -7442,7 +7463,7 @@ def parse_ssh_command(order: Any) -> dict[str, Any]:
 
 
 def plain_address(order: Any) -> dict[str, Any]:
-    """The same of an order whose host and user are a plain name or address; else an error."""
+    """Read the same from an order; raise unless host and user are plain names or addresses."""
     if not isinstance(order, Mapping):
         raise TypeError(
             f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
@@ -7466,7 +7487,7 @@ def _ssh_line(order: Any) -> str:
 
 
 def _parsed(raw: str) -> tuple[str, int, str]:
-    """The host, if it is a plain one; the port; and the user as it stands there, or ``""``."""
+    """Return the host, if it is a plain one, the port, and the user as it stands there."""
     words = raw.split()
     if words[:1] == ["ssh"]:
         words = words[1:]
@@ -7503,15 +7524,15 @@ def _port_number(text: str) -> int:
 
 
 def import_paramiko() -> Any:
-    """paramiko, or an ImportError that says what to install."""
+    """Import paramiko, or raise an ImportError that says what to install."""
     try:
         import paramiko
     except ImportError as error:
         raise ImportError(
             "SSH needs paramiko: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
         ) from error
-    # It tells of each try that fails with a traceback and the host's own words, which Python, or
-    # whoever has set up logging, would print. A handler of its own still gets them.
+    # It logs each failure with a traceback and the host's own words, which would be printed.
+    # A handler of one's own still gets them.
     quiet = logging.getLogger(PARAMIKO_LOGGER)
     if not quiet.handlers:
         quiet.addHandler(logging.NullHandler())
@@ -7632,7 +7653,7 @@ class Login:
         return False
 
     def open(self) -> paramiko.SSHClient:
-        """Log in, and bear an sshd that is not up yet until ``wait`` is over."""
+        """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
         deadline = time.monotonic() + self.wait
         while True:
             try:
@@ -7647,9 +7668,9 @@ class Login:
                 time.sleep(min(SSH_PAUSE, remaining))
 
     def once(self) -> paramiko.SSHClient:
-        """Try to log in."""
+        """Try once to log in, within ``timeout`` seconds in all."""
         limit = None
-        judged: BaseException
+        failure: BaseException
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)
@@ -7663,15 +7684,15 @@ class Login:
                 raise self._paramiko.ssh_exception.PartialAuthentication([])
         except BaseException as error:
             if limit is not None and limit.expired and isinstance(error, Exception):
-                judged = self._too_slow(ssh)
+                failure = self._too_slow(ssh)
             elif self._is_refusal(ssh, error):
-                judged = self._refused(ssh, error)
+                failure = self._refused(ssh, error)
             else:
-                judged = _judged(error, self._paramiko, self.where)
+                failure = _login_error(error, self._paramiko, self.where)
             _give_up(ssh)
-            if judged is error:
+            if failure is error:
                 raise
-            raise judged from error
+            raise failure from error
         transport = ssh.get_transport()
         if transport is not None:
             keep_alive(transport)
@@ -7733,7 +7754,7 @@ class Login:
         return transport is not None and bool(transport.initial_kex_done)
 
     def _refused(self, ssh: Any, error: BaseException) -> SSHError:
-        """Says what was refused, and what the host accepts."""
+        """Describe what was refused, and what the host accepts."""
         if self.password is not None:
             what = "password"
         elif self.key is not None:
@@ -7777,7 +7798,7 @@ class Login:
 
 
 class NotUpYetError(SSHError):
-    """An sshd that may answer later; within this room only."""
+    """An sshd may answer later; used only within this module."""
 
 
 class ConnectionPool:
@@ -7914,38 +7935,38 @@ def _give_up(ssh: Any) -> None:
         transport.packetizer.complete_handshake()
 
 
-def _judged(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
-    """What to raise for a login that failed: ``NotUpYetError`` where time may heal it."""
+def _login_error(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
+    """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
     text = printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
     if isinstance(error, EOFError):
         text = "it closed the connection"
     elif "existing session" in text.lower():  # paramiko's word for a handshake that took too long
         text = "it did not finish the SSH handshake in time"
-    judged: BaseException = error
+    failure: BaseException = error
     if isinstance(error, SSHError):
-        judged = error
+        failure = error
     elif isinstance(error, socket.gaierror):
-        judged = NotUpYetError(f"the host name is not known ({text})")
+        failure = NotUpYetError(f"the host name is not known ({text})")
     elif isinstance(error, (OSError, EOFError)):
-        judged = NotUpYetError(text)
+        failure = NotUpYetError(text)
     elif isinstance(error, paramiko_module.SSHException):
         if "no authentication methods" in text.lower():
-            judged = SSHError(
+            failure = SSHError(
                 f"there is nothing to log in to {where} with: pass password= or key_path="
             )
         elif any(part in text.lower() for part in ("banner", "reset", "eof", "handshake in time")):
-            judged = NotUpYetError(text)
+            failure = NotUpYetError(text)
         else:
-            judged = SSHError(f"SSH to {where} failed: {text}")
+            failure = SSHError(f"SSH to {where} failed: {text}")
     elif isinstance(error, Exception):  # of paramiko, which takes every answer for a sensible one
-        judged = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
-    return judged
+        failure = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
+    return failure
 
 
 # ==================================================================================================
 # ssh.host_keys
 #
-# Host keys: pinned for each order, since a host and port go to later orders with another key.
+# Pin host keys for each order: a host and port go to later orders, with another key.
 # ==================================================================================================
 
 
@@ -7960,23 +7981,23 @@ Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
 
 
 def pin_of(key: Any) -> Pin:
-    """A paramiko key as it stands in ``known_hosts``."""
+    """Return a paramiko key as it stands in ``known_hosts``."""
     return key.get_name(), key.get_base64()
 
 
 def fingerprint_of(key: Any) -> str:
-    """``SHA256:...`` of a paramiko key, as ``ssh-keygen -l`` prints it."""
+    """Return ``SHA256:...`` of a paramiko key, as ``ssh-keygen -l`` prints it."""
     return pin_fingerprint(pin_of(key))
 
 
 def pin_fingerprint(pin: Pin) -> str:
-    """``SHA256:...`` of a pin."""
+    """Return ``SHA256:...`` of a pinned key."""
     digest = hashlib.sha256(base64.b64decode(pin[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 def check_host_key(name: str, value: Any) -> str:
-    """``"pin"``, ``"accept"``, or a fingerprint."""
+    """Check for ``"pin"``, ``"accept"``, or a fingerprint."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {short_repr(value)}")
     if value in ("pin", "accept") or re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", value):
@@ -7987,12 +8008,12 @@ def check_host_key(name: str, value: Any) -> str:
     )
 
 
-class Pins:
-    """The keys that the machines of an account have shown: of this client, and of the folder.
+class HostKeys:
+    """The pinned host keys of an account: those of this client, and of the state folder.
 
     Parameters:
         folder: the state folder, or None where none is in use.
-        account: what stands for the account in a name.
+        account: a digest that stands for the account in a name.
     """
 
     def __init__(self, folder: Path | None, account: str) -> None:
@@ -8001,23 +8022,23 @@ class Pins:
         self._seen: dict[str, list[Pin]] = {}
 
     def alias(self, order_id: int | None, address: str) -> str:
-        """The name under which an order's key is kept; without a number it is the address."""
+        """Return the name under which an order's key is kept; without an id it is the address."""
         return f"clore-order-{order_id}-{self._account}" if order_id else address
 
     def of(self, alias: str) -> list[Pin]:
-        """The keys that are known of a machine."""
+        """Return the keys that are pinned for a host."""
         if alias in self._seen:
             return self._seen[alias]
         return [pin for names, pin in self._lines() if _names(names, alias)]
 
     def keep(self, alias: str, pin: Pin) -> None:
-        """Pin a key, instead of those that were."""
+        """Pin a key, in place of those before."""
         if self.of(alias) != [pin]:
             self._rewrite(alias, pin)
         self._seen[alias] = [pin]
 
     def forget(self, alias: str) -> bool:
-        """Forget a machine's keys; whether there were any."""
+        """Forget a host's keys; return whether there were any."""
         known = bool(self.of(alias))
         self._seen.pop(alias, None)
         if known:
@@ -8025,7 +8046,7 @@ class Pins:
         return known
 
     def make_folder(self) -> None:
-        """Make the folder, where OpenSSH is to pin a key before this client does."""
+        """Make the folder, so that OpenSSH can pin a key there first."""
         if self.path is not None:
             try:
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -8054,7 +8075,7 @@ class Pins:
             return ""
 
     def _rewrite(self, alias: str, pin: Pin | None) -> None:
-        """Replace a machine's lines; a folder that can't be written costs a warning only."""
+        """Replace the lines of a host; a folder that can't be written costs only a warning."""
         if self.path is None or not alias.startswith("clore-order-"):
             return
         try:
@@ -8093,7 +8114,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _names(names: str, alias: str) -> bool:
-    """Whether the first word of a line names a machine; OpenSSH may have written its hash."""
+    """Return whether the first word of a line names a host; OpenSSH may have hashed it."""
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -8104,7 +8125,7 @@ def _names(names: str, alias: str) -> bool:
 
 
 class KeyCheck:
-    """What is asked of a host key, for one order; also paramiko's policy for unknown hosts.
+    """Checks the host key of one order; also paramiko's policy for unknown hosts.
 
     Parameters:
         pins: where keys are kept.
@@ -8113,7 +8134,7 @@ class KeyCheck:
         mode: ``"pin"``, ``"accept"`` or a fingerprint.
     """
 
-    def __init__(self, pins: Pins, order_id: int | None, address: str, mode: str) -> None:
+    def __init__(self, pins: HostKeys, order_id: int | None, address: str, mode: str) -> None:
         self._pins = pins
         self._order_id = order_id
         self._alias = pins.alias(order_id, address)
@@ -8122,14 +8143,14 @@ class KeyCheck:
 
     @property
     def wanted_types(self) -> list[str]:
-        """The kinds of the keys that are known, as they are negotiated."""
+        """The types of the pinned keys, as they are negotiated."""
         if self._mode == "accept":
             return []
         kinds = [kind for kind, _ in self._pins.of(self._alias)]
         return [name for kind in kinds for name in _NEGOTIATED.get(kind, (kind,))]
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
-        """Called by paramiko before anything secret is sent."""
+        """Check the key that a host shows; paramiko calls this before anything secret is sent."""
         shown = pin_of(key)
         if self._mode == "pin":
             known = self._pins.of(self._alias)
@@ -8143,7 +8164,7 @@ class KeyCheck:
         self._shown.pin = shown
 
     def remember(self) -> None:
-        """The login worked: pin the key that was shown."""
+        """Pin the key that was shown, after a login that worked."""
         shown: Pin | None = getattr(self._shown, "pin", None)
         if self._mode == "accept" or shown is None:
             return
@@ -8169,12 +8190,12 @@ class KeyCheck:
 # ==================================================================================================
 # ssh.openssh
 #
-# How OpenSSH is told to log in: a line for a terminal, and an entry for its configuration.
+# Write what makes OpenSSH log in: a line for a terminal, and an entry for its configuration.
 # ==================================================================================================
 
 
-def terminal_line(address: dict[str, Any], pins: Pins, alias: str, key_path: Any) -> str:
-    """See ``CloreClient.ssh_command``."""
+def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> str:
+    """Return the line; see ``CloreClient.ssh_command``."""
     words = ["ssh", "-p", str(address["port"])]
     if key_path is not None:
         path = _whole_path(key_path)
@@ -8188,8 +8209,10 @@ def terminal_line(address: dict[str, Any], pins: Pins, alias: str, key_path: Any
     return shlex.join(words)
 
 
-def config_entry(name: str, address: dict[str, Any], pins: Pins, alias: str, key_path: Any) -> str:
-    """See ``CloreClient.ssh_config``."""
+def config_entry(
+    name: str, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any
+) -> str:
+    """Return the entry; see ``CloreClient.ssh_config``."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ValueError(f"name must be a plain name for `ssh <name>`, not {short_repr(name)}")
     lines = [
@@ -8204,8 +8227,8 @@ def config_entry(name: str, address: dict[str, Any], pins: Pins, alias: str, key
     return f"Host {name}\n" + "".join(f"    {key} {value}\n" for key, value in lines)
 
 
-def _pinned(pins: Pins, alias: str) -> list[tuple[str, str]]:
-    """What makes OpenSSH insist on the pinned key, or pin the first one in the same place."""
+def _pinned(pins: HostKeys, alias: str) -> list[tuple[str, str]]:
+    """Return options to insist on the pinned key, or to pin the first one in the same place."""
     known = pins.of(alias)
     strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
     if pins.path is not None and alias.startswith("clore-order-"):
@@ -8229,7 +8252,7 @@ def _whole_path(path: Any) -> str:
 
 
 def _unexpanded(path: str) -> str:
-    """A path with what OpenSSH would expand taken as it is."""
+    """Escape what OpenSSH would expand in a path."""
     if "\n" in path or "${" in path:
         raise ValueError(
             "key_path or state_dir: OpenSSH can't be told of a newline or '${': "
@@ -8239,7 +8262,7 @@ def _unexpanded(path: str) -> str:
 
 
 def _config_path(path: str) -> str:
-    """The same as a word of a configuration."""
+    """Do the same, and quote it for a configuration."""
     if '"' in path:
         raise ValueError(
             f"key_path or state_dir: OpenSSH can't be told of a double quote: {short_repr(path)}"
@@ -8268,13 +8291,13 @@ class SSHAccess:
         self._client = client
         self._orders = orders
         self._folder = folder
-        self._by_account: dict[str, Pins] = {}
+        self._by_account: dict[str, HostKeys] = {}
 
     @property
-    def _host_keys(self) -> Pins:
+    def _host_keys(self) -> HostKeys:
         """The host keys of the account of this moment."""
         account = account_digest(self._client.base_url, self._client.api_key)
-        return self._by_account.setdefault(account, Pins(self._folder, account))
+        return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
     def forget_host_key(self, order: Mapping[str, Any]) -> bool:
         """Forget the host key of an order; see ``CloreClient.forget_host_key``."""
@@ -9057,7 +9080,13 @@ stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 
 
 class NoShellError(SSHError):
-    """A host runs no POSIX shell with the usual tools: only SFTP is left."""
+    """A host runs no POSIX shell with the usual tools: only SFTP is left.
+
+    Attributes:
+        silent: whether it did not even say anything, as dropbear at times under load.
+    """
+
+    silent = False
 
 
 def remote_script(verb: str, body: str, **values: bytes | str | int) -> bytes:
@@ -9136,10 +9165,9 @@ class RemoteScript:
                     raise
                 time.sleep(CHANNEL_PAUSE)
         mark = self._mark.encode() + b"\n"
-        if inline is None:
-            self.send(PADDING + mark + script + b"\n" + mark)
-        if not reads:
-            self.end()
+        # Even for a script that reads nothing, lines for start-up files that do. (An end of input
+        # at once makes dropbear lose what a short script prints.)
+        self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
 
     def __enter__(self) -> RemoteScript:
         return self
@@ -9298,8 +9326,11 @@ class RemoteScript:
     def _no_shell(self, seen: bytes) -> SSHError:
         if not self._transport.is_active():
             return SSHError("the connection broke")
-        said = (self.errors().strip() or seen.strip() or b"nothing").decode("utf-8", "replace")
-        return NoShellError(f"the machine runs no shell, and says: {printable(said, 300)}")
+        said = (self.errors().strip() or seen.strip()).decode("utf-8", "replace")
+        text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
+        error = NoShellError(f"the machine runs no shell, and says: {text}")
+        error.silent = not said
+        return error
 
 
 def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
@@ -9356,6 +9387,7 @@ MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing
 SYMLINK_WAYS = ("skip", "copy", "follow")
 PART = ".clore-part-"
 LAST_TIME = 253_402_300_799  # of the year 9999; filesystems know no times far beyond
+SHELL_TRIES = 3
 CHANNEL_PATIENCE = 0.5  # seconds until a worker leaves its work to the others
 NEAR = 0.02  # seconds of a round trip, below which one channel fills the line
 
@@ -9480,6 +9512,7 @@ class Transfer:
         self.skipped: list[tuple[str, str]] = []
         self.stopped = threading.Event()
         self._expired = False
+        self._tries = 0
         self._timeout = options.timeout
         self._done: dict[bytes, int] = {}
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -9509,6 +9542,12 @@ class Transfer:
         self._timeout = self.options.timeout
         self._done.clear()
         self._events = queue.SimpleQueue()
+
+    def try_again(self, error: NoShellError) -> bool:
+        """Whether to try a shell once more: one that says nothing at all may be there."""
+        self.restart()
+        self._tries += 1
+        return error.silent and self._tries < SHELL_TRIES
 
     @property
     def timeout(self) -> float:
@@ -10049,7 +10088,7 @@ SFTP_PACKET = 32768  # bytes of one request
 SFTP_AHEAD = 64  # requests that wait for their answers
 MAX_SFTP_PACKET = 2**20  # bytes of one answer
 MAX_LISTED = 500_000
-SFTP_PATIENCE = 20  # tries to get a channel, where one has just been closed
+SFTP_PATIENCE = 100  # tries to get a channel, where one has just been closed
 
 
 class SftpChannel:
@@ -10063,7 +10102,7 @@ class SftpChannel:
             request_subsystem(self._channel, "sftp")
 
     def _open(self) -> Any:
-        for _ in range(SFTP_PATIENCE):
+        for _ in range(min(SFTP_PATIENCE, int(10 * self._transfer.timeout))):
             with contextlib.suppress(NoChannelError):
                 return open_session(self._transport, self._transfer.timeout)
             self._transfer.stopped.wait(0.1)
@@ -10478,6 +10517,7 @@ gone() { [ "$keep" = 1 ] || wipe; exit 1; }
 trap gone HUP TERM
 [ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
 make || no "$d: nothing can be made there"
+no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
 printf "ready %s\n" "$u"
 [ ! -s "$r" ] || cat "$r"
 echo "$token"
@@ -10515,8 +10555,8 @@ WAIT = (
     TARGET
     + r"""
 w=0; until [ -e "$p" ]; do
-  w=$((w+1)); [ $w -lt 200 ] || no "it was not begun"
-  sleep 0.1 2>/dev/null || sleep 1
+  w=$((w+1)); [ $w -lt 500 ] || no "it was not begun"
+  sleep 0.02 2>/dev/null || sleep 1
 done
 umask 077
 """
@@ -10525,10 +10565,10 @@ umask 077
 PUT = (
     WAIT
     + r"""
-if [ "$kind" = d ]; then p=$p/$inner; mkdir -p "${p%/*}" || exit 1; fi
+if [ "$kind" = d ]; then p=$p/$inner; mkdir -p "${p%/*}" && : >>"$p" || exit 1; fi
 c=notrunc,sparse
 put() { dd of="$p" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
-while read -r k s key; do
+while read -r k s key && [ -e "$p" ]; do
   # Not every dd leaves holes; one that does not know the word has read nothing yet.
   e=$(put) || { case $e in *sparse*) c=notrunc; e=$(put);; *) false;; esac; } || no "${e%%$n*}"
   read -r t && [ "$t" = . ] || exit 1
@@ -10730,25 +10770,30 @@ def upload_path(pool: ConnectionPool, checked: tuple[TransferOptions, LocalTree]
         with transfer.watched():
             path = _sent(transfer, tree)
     except BaseException as error:
-        judged = transfer.failed(error, tree.files)
-        if judged is error:
+        failure = transfer.failed(error, tree.files)
+        if failure is error:
             raise
-        raise judged from error
+        raise failure from error
     return transfer.result(path, tree.files)
 
 
 def _sent(transfer: Transfer, tree: LocalTree) -> bytes:
     """Upload by the host's shell, or else over SFTP; the path of what has been made."""
-    try:
+    careful = False
+    while True:
         try:
-            return Upload(transfer, tree).run()
+            return Upload(transfer, tree, careful).run()
+        except NoShellError as error:
+            if transfer.try_again(error):
+                continue
+            reason_why: Exception = error
         except NoChannelError as error:
-            logger.debug("once more, with fewer channels: %s", error)
             transfer.restart()
-            return Upload(transfer, tree, careful=True).run()
-    except (NoShellError, NoChannelError) as error:
-        logger.warning("files go over SFTP, which is slower: %s", error)
-        transfer.restart()
+            if not careful:
+                careful = True  # once more, with fewer channels
+                continue
+            reason_why = error
+        logger.warning("files go over SFTP, which is slower: %s", reason_why)
         return SftpUpload(transfer, tree).run()
 
 
@@ -11145,21 +11190,26 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
     files: list[FileEntry] = []
     try:
         with transfer.watched(), part:
-            try:
-                way: Any = Download(transfer, part)
-                way.run(files)
-            except NoShellError as error:
-                logger.warning("files come over SFTP, which is slower: %s", error)
-                transfer.restart()
-                part.clear()
-                way = SftpDownload(transfer, part)
-                way.run(files)
+            _received(transfer, part, files)
     except BaseException as error:
-        judged = transfer.failed(error, files)
-        if judged is error:
+        failure = transfer.failed(error, files)
+        if failure is error:
             raise
-        raise judged from error
+        raise failure from error
     return transfer.result(part.target, files)
+
+
+def _received(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
+    """Download by the host's shell, or else over SFTP."""
+    while True:
+        try:
+            return Download(transfer, part).run(files)
+        except NoShellError as error:
+            files.clear()
+            if transfer.try_again(error):
+                continue
+            logger.warning("files come over SFTP, which is slower: %s", error)
+            return SftpDownload(transfer, part).run(files)
 
 
 class Download:
@@ -12087,7 +12137,7 @@ def _may_be_sent(path: bytes, tree: bytes) -> bool:
 # ==================================================================================================
 # ssh.tunnel
 #
-# A port of this machine's loopback that leads to a port of a server, for as long as a block.
+# Forward a port of this machine's loopback to a port of a host, for the length of a block.
 # ==================================================================================================
 
 
@@ -12281,13 +12331,13 @@ class _Link:
         self._thread.join(seconds)
 
     def stop(self) -> None:
-        """Wake what waits for the local side."""
+        """Wake the thread that waits for the local side."""
         self._stopped = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def hang_up(self) -> None:
-        """Wake what waits for the server."""
+        """Wake the thread that waits for the server."""
         channel = self._channel
         if channel is not None:
             with contextlib.suppress(*connection_errors()):

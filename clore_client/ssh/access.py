@@ -11,7 +11,7 @@ from clore_client.config import account_digest
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient
 from clore_client.ssh.connect import ConnectionPool, Login, plain_address
-from clore_client.ssh.host_keys import Pins
+from clore_client.ssh.host_keys import HostKeys
 from clore_client.ssh.openssh import config_entry, terminal_line
 from clore_client.validation import check_bool, check_number, check_text, short_repr
 
@@ -32,13 +32,13 @@ class SSHAccess:
         self._client = client
         self._orders = orders
         self._folder = folder
-        self._by_account: dict[str, Pins] = {}
+        self._by_account: dict[str, HostKeys] = {}
 
     @property
-    def _host_keys(self) -> Pins:
+    def _host_keys(self) -> HostKeys:
         """The host keys of the account of this moment."""
         account = account_digest(self._client.base_url, self._client.api_key)
-        return self._by_account.setdefault(account, Pins(self._folder, account))
+        return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
     def forget_host_key(self, order: Mapping[str, Any]) -> bool:
         """Forget the host key of an order; see ``CloreClient.forget_host_key``."""

@@ -1,4 +1,4 @@
-"""Getting into a rented machine. paramiko is imported when it is used, not with the package."""
+"""Log in to a rented machine. paramiko is imported when it is used, not with the package."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
 
 
 def parse_ssh_command(order: Any) -> dict[str, Any]:
-    """Host, port and user of ``connection.ssh``; see ``CloreClient.parse_ssh_connection``."""
+    """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
     raw = _ssh_line(order)
     host, port, user = _parsed(raw)
     return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
@@ -43,7 +43,7 @@ def parse_ssh_command(order: Any) -> dict[str, Any]:
 
 
 def plain_address(order: Any) -> dict[str, Any]:
-    """The same of an order whose host and user are a plain name or address; else an error."""
+    """Read the same from an order; raise unless host and user are plain names or addresses."""
     if not isinstance(order, Mapping):
         raise TypeError(
             f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
@@ -67,7 +67,7 @@ def _ssh_line(order: Any) -> str:
 
 
 def _parsed(raw: str) -> tuple[str, int, str]:
-    """The host, if it is a plain one; the port; and the user as it stands there, or ``""``."""
+    """Return the host, if it is a plain one, the port, and the user as it stands there."""
     words = raw.split()
     if words[:1] == ["ssh"]:
         words = words[1:]
@@ -104,15 +104,15 @@ def _port_number(text: str) -> int:
 
 
 def import_paramiko() -> Any:
-    """paramiko, or an ImportError that says what to install."""
+    """Import paramiko, or raise an ImportError that says what to install."""
     try:
         import paramiko
     except ImportError as error:
         raise ImportError(
             "SSH needs paramiko: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
         ) from error
-    # It tells of each try that fails with a traceback and the host's own words, which Python, or
-    # whoever has set up logging, would print. A handler of its own still gets them.
+    # It logs each failure with a traceback and the host's own words, which would be printed.
+    # A handler of one's own still gets them.
     quiet = logging.getLogger(PARAMIKO_LOGGER)
     if not quiet.handlers:
         quiet.addHandler(logging.NullHandler())
@@ -233,7 +233,7 @@ class Login:
         return False
 
     def open(self) -> paramiko.SSHClient:
-        """Log in, and bear an sshd that is not up yet until ``wait`` is over."""
+        """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
         deadline = time.monotonic() + self.wait
         while True:
             try:
@@ -248,9 +248,9 @@ class Login:
                 time.sleep(min(SSH_PAUSE, remaining))
 
     def once(self) -> paramiko.SSHClient:
-        """Try to log in."""
+        """Try once to log in, within ``timeout`` seconds in all."""
         limit = None
-        judged: BaseException
+        failure: BaseException
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)
@@ -264,15 +264,15 @@ class Login:
                 raise self._paramiko.ssh_exception.PartialAuthentication([])
         except BaseException as error:
             if limit is not None and limit.expired and isinstance(error, Exception):
-                judged = self._too_slow(ssh)
+                failure = self._too_slow(ssh)
             elif self._is_refusal(ssh, error):
-                judged = self._refused(ssh, error)
+                failure = self._refused(ssh, error)
             else:
-                judged = _judged(error, self._paramiko, self.where)
+                failure = _login_error(error, self._paramiko, self.where)
             _give_up(ssh)
-            if judged is error:
+            if failure is error:
                 raise
-            raise judged from error
+            raise failure from error
         transport = ssh.get_transport()
         if transport is not None:
             keep_alive(transport)
@@ -334,7 +334,7 @@ class Login:
         return transport is not None and bool(transport.initial_kex_done)
 
     def _refused(self, ssh: Any, error: BaseException) -> SSHError:
-        """Says what was refused, and what the host accepts."""
+        """Describe what was refused, and what the host accepts."""
         from clore_client.ssh.host_keys import fingerprint_of
 
         if self.password is not None:
@@ -380,7 +380,7 @@ class Login:
 
 
 class NotUpYetError(SSHError):
-    """An sshd that may answer later; within this room only."""
+    """An sshd may answer later; used only within this module."""
 
 
 class ConnectionPool:
@@ -517,29 +517,29 @@ def _give_up(ssh: Any) -> None:
         transport.packetizer.complete_handshake()
 
 
-def _judged(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
-    """What to raise for a login that failed: ``NotUpYetError`` where time may heal it."""
+def _login_error(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
+    """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
     text = printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
     if isinstance(error, EOFError):
         text = "it closed the connection"
     elif "existing session" in text.lower():  # paramiko's word for a handshake that took too long
         text = "it did not finish the SSH handshake in time"
-    judged: BaseException = error
+    failure: BaseException = error
     if isinstance(error, SSHError):
-        judged = error
+        failure = error
     elif isinstance(error, socket.gaierror):
-        judged = NotUpYetError(f"the host name is not known ({text})")
+        failure = NotUpYetError(f"the host name is not known ({text})")
     elif isinstance(error, (OSError, EOFError)):
-        judged = NotUpYetError(text)
+        failure = NotUpYetError(text)
     elif isinstance(error, paramiko_module.SSHException):
         if "no authentication methods" in text.lower():
-            judged = SSHError(
+            failure = SSHError(
                 f"there is nothing to log in to {where} with: pass password= or key_path="
             )
         elif any(part in text.lower() for part in ("banner", "reset", "eof", "handshake in time")):
-            judged = NotUpYetError(text)
+            failure = NotUpYetError(text)
         else:
-            judged = SSHError(f"SSH to {where} failed: {text}")
+            failure = SSHError(f"SSH to {where} failed: {text}")
     elif isinstance(error, Exception):  # of paramiko, which takes every answer for a sensible one
-        judged = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
-    return judged
+        failure = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
+    return failure

@@ -121,21 +121,26 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
     files: list[FileEntry] = []
     try:
         with transfer.watched(), part:
-            try:
-                way: Any = Download(transfer, part)
-                way.run(files)
-            except NoShellError as error:
-                logger.warning("files come over SFTP, which is slower: %s", error)
-                transfer.restart()
-                part.clear()
-                way = SftpDownload(transfer, part)
-                way.run(files)
+            _received(transfer, part, files)
     except BaseException as error:
-        judged = transfer.failed(error, files)
-        if judged is error:
+        failure = transfer.failed(error, files)
+        if failure is error:
             raise
-        raise judged from error
+        raise failure from error
     return transfer.result(part.target, files)
+
+
+def _received(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
+    """Download by the host's shell, or else over SFTP."""
+    while True:
+        try:
+            return Download(transfer, part).run(files)
+        except NoShellError as error:
+            files.clear()
+            if transfer.try_again(error):
+                continue
+            logger.warning("files come over SFTP, which is slower: %s", error)
+            return SftpDownload(transfer, part).run(files)
 
 
 class Download:

@@ -1,4 +1,4 @@
-"""Host keys: pinned for each order, since a host and port go to later orders with another key."""
+"""Pin host keys for each order: a host and port go to later orders, with another key."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
 
 
 def pin_of(key: Any) -> Pin:
-    """A paramiko key as it stands in ``known_hosts``."""
+    """Return a paramiko key as it stands in ``known_hosts``."""
     return key.get_name(), key.get_base64()
 
 
 def fingerprint_of(key: Any) -> str:
-    """``SHA256:...`` of a paramiko key, as ``ssh-keygen -l`` prints it."""
+    """Return ``SHA256:...`` of a paramiko key, as ``ssh-keygen -l`` prints it."""
     return pin_fingerprint(pin_of(key))
 
 
 def pin_fingerprint(pin: Pin) -> str:
-    """``SHA256:...`` of a pin."""
+    """Return ``SHA256:...`` of a pinned key."""
     digest = hashlib.sha256(base64.b64decode(pin[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 def check_host_key(name: str, value: Any) -> str:
-    """``"pin"``, ``"accept"``, or a fingerprint."""
+    """Check for ``"pin"``, ``"accept"``, or a fingerprint."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {short_repr(value)}")
     if value in ("pin", "accept") or re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", value):
@@ -56,12 +56,12 @@ def check_host_key(name: str, value: Any) -> str:
     )
 
 
-class Pins:
-    """The keys that the machines of an account have shown: of this client, and of the folder.
+class HostKeys:
+    """The pinned host keys of an account: those of this client, and of the state folder.
 
     Parameters:
         folder: the state folder, or None where none is in use.
-        account: what stands for the account in a name.
+        account: a digest that stands for the account in a name.
     """
 
     def __init__(self, folder: Path | None, account: str) -> None:
@@ -70,23 +70,23 @@ class Pins:
         self._seen: dict[str, list[Pin]] = {}
 
     def alias(self, order_id: int | None, address: str) -> str:
-        """The name under which an order's key is kept; without a number it is the address."""
+        """Return the name under which an order's key is kept; without an id it is the address."""
         return f"clore-order-{order_id}-{self._account}" if order_id else address
 
     def of(self, alias: str) -> list[Pin]:
-        """The keys that are known of a machine."""
+        """Return the keys that are pinned for a host."""
         if alias in self._seen:
             return self._seen[alias]
         return [pin for names, pin in self._lines() if _names(names, alias)]
 
     def keep(self, alias: str, pin: Pin) -> None:
-        """Pin a key, instead of those that were."""
+        """Pin a key, in place of those before."""
         if self.of(alias) != [pin]:
             self._rewrite(alias, pin)
         self._seen[alias] = [pin]
 
     def forget(self, alias: str) -> bool:
-        """Forget a machine's keys; whether there were any."""
+        """Forget a host's keys; return whether there were any."""
         known = bool(self.of(alias))
         self._seen.pop(alias, None)
         if known:
@@ -94,7 +94,7 @@ class Pins:
         return known
 
     def make_folder(self) -> None:
-        """Make the folder, where OpenSSH is to pin a key before this client does."""
+        """Make the folder, so that OpenSSH can pin a key there first."""
         if self.path is not None:
             try:
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ class Pins:
             return ""
 
     def _rewrite(self, alias: str, pin: Pin | None) -> None:
-        """Replace a machine's lines; a folder that can't be written costs a warning only."""
+        """Replace the lines of a host; a folder that can't be written costs only a warning."""
         if self.path is None or not alias.startswith("clore-order-"):
             return
         try:
@@ -162,7 +162,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _names(names: str, alias: str) -> bool:
-    """Whether the first word of a line names a machine; OpenSSH may have written its hash."""
+    """Return whether the first word of a line names a host; OpenSSH may have hashed it."""
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -173,7 +173,7 @@ def _names(names: str, alias: str) -> bool:
 
 
 class KeyCheck:
-    """What is asked of a host key, for one order; also paramiko's policy for unknown hosts.
+    """Checks the host key of one order; also paramiko's policy for unknown hosts.
 
     Parameters:
         pins: where keys are kept.
@@ -182,7 +182,7 @@ class KeyCheck:
         mode: ``"pin"``, ``"accept"`` or a fingerprint.
     """
 
-    def __init__(self, pins: Pins, order_id: int | None, address: str, mode: str) -> None:
+    def __init__(self, pins: HostKeys, order_id: int | None, address: str, mode: str) -> None:
         self._pins = pins
         self._order_id = order_id
         self._alias = pins.alias(order_id, address)
@@ -191,14 +191,14 @@ class KeyCheck:
 
     @property
     def wanted_types(self) -> list[str]:
-        """The kinds of the keys that are known, as they are negotiated."""
+        """The types of the pinned keys, as they are negotiated."""
         if self._mode == "accept":
             return []
         kinds = [kind for kind, _ in self._pins.of(self._alias)]
         return [name for kind in kinds for name in _NEGOTIATED.get(kind, (kind,))]
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
-        """Called by paramiko before anything secret is sent."""
+        """Check the key that a host shows; paramiko calls this before anything secret is sent."""
         shown = pin_of(key)
         if self._mode == "pin":
             known = self._pins.of(self._alias)
@@ -212,7 +212,7 @@ class KeyCheck:
         self._shown.pin = shown
 
     def remember(self) -> None:
-        """The login worked: pin the key that was shown."""
+        """Pin the key that was shown, after a login that worked."""
         shown: Pin | None = getattr(self._shown, "pin", None)
         if self._mode == "accept" or shown is None:
             return

@@ -1,4 +1,4 @@
-"""How OpenSSH is told to log in: a line for a terminal, and an entry for its configuration."""
+"""Write what makes OpenSSH log in: a line for a terminal, and an entry for its configuration."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 import shlex
 from typing import Any
 
-from clore_client.ssh.host_keys import Pins
+from clore_client.ssh.host_keys import HostKeys
 from clore_client.validation import check_local_path, short_repr
 
 
-def terminal_line(address: dict[str, Any], pins: Pins, alias: str, key_path: Any) -> str:
-    """See ``CloreClient.ssh_command``."""
+def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> str:
+    """Return the line; see ``CloreClient.ssh_command``."""
     words = ["ssh", "-p", str(address["port"])]
     if key_path is not None:
         path = _whole_path(key_path)
@@ -26,8 +26,10 @@ def terminal_line(address: dict[str, Any], pins: Pins, alias: str, key_path: Any
     return shlex.join(words)
 
 
-def config_entry(name: str, address: dict[str, Any], pins: Pins, alias: str, key_path: Any) -> str:
-    """See ``CloreClient.ssh_config``."""
+def config_entry(
+    name: str, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any
+) -> str:
+    """Return the entry; see ``CloreClient.ssh_config``."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ValueError(f"name must be a plain name for `ssh <name>`, not {short_repr(name)}")
     lines = [
@@ -42,8 +44,8 @@ def config_entry(name: str, address: dict[str, Any], pins: Pins, alias: str, key
     return f"Host {name}\n" + "".join(f"    {key} {value}\n" for key, value in lines)
 
 
-def _pinned(pins: Pins, alias: str) -> list[tuple[str, str]]:
-    """What makes OpenSSH insist on the pinned key, or pin the first one in the same place."""
+def _pinned(pins: HostKeys, alias: str) -> list[tuple[str, str]]:
+    """Return options to insist on the pinned key, or to pin the first one in the same place."""
     known = pins.of(alias)
     strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
     if pins.path is not None and alias.startswith("clore-order-"):
@@ -67,7 +69,7 @@ def _whole_path(path: Any) -> str:
 
 
 def _unexpanded(path: str) -> str:
-    """A path with what OpenSSH would expand taken as it is."""
+    """Escape what OpenSSH would expand in a path."""
     if "\n" in path or "${" in path:
         raise ValueError(
             "key_path or state_dir: OpenSSH can't be told of a newline or '${': "
@@ -77,7 +79,7 @@ def _unexpanded(path: str) -> str:
 
 
 def _config_path(path: str) -> str:
-    """The same as a word of a configuration."""
+    """Do the same, and quote it for a configuration."""
     if '"' in path:
         raise ValueError(
             f"key_path or state_dir: OpenSSH can't be told of a double quote: {short_repr(path)}"

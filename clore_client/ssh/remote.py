@@ -79,7 +79,13 @@ stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 
 
 class NoShellError(SSHError):
-    """A host runs no POSIX shell with the usual tools: only SFTP is left."""
+    """A host runs no POSIX shell with the usual tools: only SFTP is left.
+
+    Attributes:
+        silent: whether it did not even say anything, as dropbear at times under load.
+    """
+
+    silent = False
 
 
 def remote_script(verb: str, body: str, **values: bytes | str | int) -> bytes:
@@ -158,10 +164,9 @@ class RemoteScript:
                     raise
                 time.sleep(CHANNEL_PAUSE)
         mark = self._mark.encode() + b"\n"
-        if inline is None:
-            self.send(PADDING + mark + script + b"\n" + mark)
-        if not reads:
-            self.end()
+        # Even for a script that reads nothing, lines for start-up files that do. (An end of input
+        # at once makes dropbear lose what a short script prints.)
+        self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
 
     def __enter__(self) -> RemoteScript:
         return self
@@ -320,8 +325,11 @@ class RemoteScript:
     def _no_shell(self, seen: bytes) -> SSHError:
         if not self._transport.is_active():
             return SSHError("the connection broke")
-        said = (self.errors().strip() or seen.strip() or b"nothing").decode("utf-8", "replace")
-        return NoShellError(f"the machine runs no shell, and says: {printable(said, 300)}")
+        said = (self.errors().strip() or seen.strip()).decode("utf-8", "replace")
+        text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
+        error = NoShellError(f"the machine runs no shell, and says: {text}")
+        error.silent = not said
+        return error
 
 
 def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:

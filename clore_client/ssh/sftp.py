@@ -36,7 +36,7 @@ SFTP_PACKET = 32768  # bytes of one request
 SFTP_AHEAD = 64  # requests that wait for their answers
 MAX_SFTP_PACKET = 2**20  # bytes of one answer
 MAX_LISTED = 500_000
-SFTP_PATIENCE = 20  # tries to get a channel, where one has just been closed
+SFTP_PATIENCE = 100  # tries to get a channel, where one has just been closed
 
 
 class SftpChannel:
@@ -50,7 +50,7 @@ class SftpChannel:
             request_subsystem(self._channel, "sftp")
 
     def _open(self) -> Any:
-        for _ in range(SFTP_PATIENCE):
+        for _ in range(min(SFTP_PATIENCE, int(10 * self._transfer.timeout))):
             with contextlib.suppress(NoChannelError):
                 return open_session(self._transport, self._transfer.timeout)
             self._transfer.stopped.wait(0.1)

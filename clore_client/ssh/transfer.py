@@ -17,7 +17,7 @@ from clore_client.errors import SSHError, TransferError, printable
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.ssh.connect import ConnectionPool
-from clore_client.ssh.remote import BLOCK, LAST_PATIENCE, RemoteScript
+from clore_client.ssh.remote import BLOCK, LAST_PATIENCE, NoShellError, RemoteScript
 from clore_client.ssh.transport import COMMAND_WINDOW, NoChannelError, connection_errors
 from clore_client.ssh.watchdog import Watchdog, start_thread
 from clore_client.validation import check_bool, check_local_path, check_number, short_repr
@@ -28,6 +28,7 @@ MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing
 SYMLINK_WAYS = ("skip", "copy", "follow")
 PART = ".clore-part-"
 LAST_TIME = 253_402_300_799  # of the year 9999; filesystems know no times far beyond
+SHELL_TRIES = 3
 CHANNEL_PATIENCE = 0.5  # seconds until a worker leaves its work to the others
 NEAR = 0.02  # seconds of a round trip, below which one channel fills the line
 
@@ -152,6 +153,7 @@ class Transfer:
         self.skipped: list[tuple[str, str]] = []
         self.stopped = threading.Event()
         self._expired = False
+        self._tries = 0
         self._timeout = options.timeout
         self._done: dict[bytes, int] = {}
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -181,6 +183,12 @@ class Transfer:
         self._timeout = self.options.timeout
         self._done.clear()
         self._events = queue.SimpleQueue()
+
+    def try_again(self, error: NoShellError) -> bool:
+        """Whether to try a shell once more: one that says nothing at all may be there."""
+        self.restart()
+        self._tries += 1
+        return error.silent and self._tries < SHELL_TRIES
 
     @property
     def timeout(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -26,6 +27,7 @@ DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
 KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
+_CHANNEL_CLOSE = b"\x61"
 # Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
@@ -177,9 +179,32 @@ def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -
         kind = NoChannelError if refused else SSHError
         raise kind(f"the machine opened no channel: {reason(error)}") from error
     channel.settimeout(timeout)
+    channel.transport = ChannelOrder(transport)
     for pipe in (channel.in_buffer, channel.in_stderr_buffer):
         _limit_buffer(pipe, window + CHANNEL_PACKET)
     return channel
+
+
+class ChannelOrder:
+    """Stands between a channel and its transport: nothing follows the channel's close.
+
+    paramiko's own thread may answer the host's close while another one sends, and a server ends
+    the whole connection for what comes after that.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._lock = threading.Lock()
+        self._close_sent = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _send_user_message(self, message: Any) -> None:
+        with self._lock:
+            if not self._close_sent:
+                self._close_sent = message.asbytes()[:1] == _CHANNEL_CLOSE
+                self._transport._send_user_message(message)
 
 
 def _limit_buffer(pipe: Any, most: int) -> None:
@@ -209,11 +234,8 @@ def request_subsystem(channel: Any, name: str) -> None:
 
 def request_signal(channel: Any, name: str) -> None:
     """Ask the host to signal the process group of a channel, unless the channel is closed."""
-    # A server ends the whole connection where this comes after the answer to its own close; with
-    # the lock held, paramiko can't send that answer meanwhile.
-    with channel.lock:
-        if not channel.closed:
-            _request(channel, "signal", False, name)
+    if not channel.closed:
+        _request(channel, "signal", False, name)
 
 
 def _request(channel: Any, kind: str, answered: bool, value: bytes | str) -> None:

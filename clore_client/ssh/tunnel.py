@@ -1,4 +1,4 @@
-"""A port of this machine's loopback that leads to a port of a server, for as long as a block."""
+"""Forward a port of this machine's loopback to a port of a host, for the length of a block."""
 
 from __future__ import annotations
 
@@ -211,13 +211,13 @@ class _Link:
         self._thread.join(seconds)
 
     def stop(self) -> None:
-        """Wake what waits for the local side."""
+        """Wake the thread that waits for the local side."""
         self._stopped = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def hang_up(self) -> None:
-        """Wake what waits for the server."""
+        """Wake the thread that waits for the server."""
         channel = self._channel
         if channel is not None:
             with contextlib.suppress(*connection_errors()):

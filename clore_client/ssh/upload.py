@@ -86,6 +86,7 @@ gone() { [ "$keep" = 1 ] || wipe; exit 1; }
 trap gone HUP TERM
 [ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
 make || no "$d: nothing can be made there"
+no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
 printf "ready %s\n" "$u"
 [ ! -s "$r" ] || cat "$r"
 echo "$token"
@@ -123,8 +124,8 @@ WAIT = (
     TARGET
     + r"""
 w=0; until [ -e "$p" ]; do
-  w=$((w+1)); [ $w -lt 200 ] || no "it was not begun"
-  sleep 0.1 2>/dev/null || sleep 1
+  w=$((w+1)); [ $w -lt 500 ] || no "it was not begun"
+  sleep 0.02 2>/dev/null || sleep 1
 done
 umask 077
 """
@@ -133,10 +134,10 @@ umask 077
 PUT = (
     WAIT
     + r"""
-if [ "$kind" = d ]; then p=$p/$inner; mkdir -p "${p%/*}" || exit 1; fi
+if [ "$kind" = d ]; then p=$p/$inner; mkdir -p "${p%/*}" && : >>"$p" || exit 1; fi
 c=notrunc,sparse
 put() { dd of="$p" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
-while read -r k s key; do
+while read -r k s key && [ -e "$p" ]; do
   # Not every dd leaves holes; one that does not know the word has read nothing yet.
   e=$(put) || { case $e in *sparse*) c=notrunc; e=$(put);; *) false;; esac; } || no "${e%%$n*}"
   read -r t && [ "$t" = . ] || exit 1
@@ -338,25 +339,30 @@ def upload_path(pool: ConnectionPool, checked: tuple[TransferOptions, LocalTree]
         with transfer.watched():
             path = _sent(transfer, tree)
     except BaseException as error:
-        judged = transfer.failed(error, tree.files)
-        if judged is error:
+        failure = transfer.failed(error, tree.files)
+        if failure is error:
             raise
-        raise judged from error
+        raise failure from error
     return transfer.result(path, tree.files)
 
 
 def _sent(transfer: Transfer, tree: LocalTree) -> bytes:
     """Upload by the host's shell, or else over SFTP; the path of what has been made."""
-    try:
+    careful = False
+    while True:
         try:
-            return Upload(transfer, tree).run()
+            return Upload(transfer, tree, careful).run()
+        except NoShellError as error:
+            if transfer.try_again(error):
+                continue
+            reason_why: Exception = error
         except NoChannelError as error:
-            logger.debug("once more, with fewer channels: %s", error)
             transfer.restart()
-            return Upload(transfer, tree, careful=True).run()
-    except (NoShellError, NoChannelError) as error:
-        logger.warning("files go over SFTP, which is slower: %s", error)
-        transfer.restart()
+            if not careful:
+                careful = True  # once more, with fewer channels
+                continue
+            reason_why = error
+        logger.warning("files go over SFTP, which is slower: %s", reason_why)
         return SftpUpload(transfer, tree).run()
 
 

@@ -594,6 +594,15 @@ def test_bad_arguments(wrong: dict[str, Any]) -> None:
         run_command(None, "ls", **wrong)  # type: ignore[arg-type]
 
 
+def test_a_connection_that_is_none() -> None:
+    client, order = CloreClient(state_dir=None), {"connection": {"ssh": "ssh a@127.0.0.1 -p 1"}}
+    wrong: Any = "no connection"
+    for call in (lambda: client.run(order, "ls", ssh=wrong),
+                 lambda: client.forward(order, 80, ssh=wrong)):  # fmt: skip
+        with pytest.raises(TypeError, match="ssh must be"):
+            call()
+
+
 def test_a_bad_value_of_env_is_not_shown() -> None:
     with pytest.raises(ValueError, match=r"env\['A'\]") as caught:
         check_run_arguments("ls", env={"A": "hunter2\0"})

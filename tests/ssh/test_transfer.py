@@ -337,6 +337,12 @@ def test_what_is_not_there(far: Far, here: Path) -> None:
         ({"remote": "a\0b"}, ValueError),
         ({"remote": "~root/x"}, ValueError),
         ({"remote": None}, TypeError),
+        ({"local": "x" * 5000}, ValueError),
+        ({"local": "y" * 300}, ValueError),
+        ({"symlinks": "all"}, ValueError),
+        ({"deadline": 0}, ValueError),
+        ({"ssh": "no connection"}, TypeError),
+        ({"use_ssh_config": 1}, TypeError),
     ],
 )
 def test_arguments_that_cannot_be_right(
