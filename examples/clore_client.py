@@ -2796,7 +2796,8 @@ class Turn:
         self.not_before = not_before
         self.spacing = spacing  # an endpoint with a longer interval, and its seconds
         self.urgent = urgent
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.wake = threading.Lock()  # released to wake it
+        self.wake.acquire()
         self.granted_at: float | None = None
         self.left_at: float | None = None
 
@@ -2808,8 +2809,8 @@ class RateLimit:
     requests too close together. The next request waits until then, but at most
     ``CONNECT_PATIENCE``, because it may be a cancel, which costs money while it waits.
 
-    It uses only plain locks and queues: an interrupt at the wrong moment can leave a
-    ``threading.Condition`` locked forever.
+    It uses only plain locks. An interrupt at the wrong moment can leave a ``threading.Condition``
+    locked forever, and ``SimpleQueue.get(timeout=...)`` can wait forever.
     """
 
     def __init__(self) -> None:
@@ -2854,10 +2855,7 @@ class RateLimit:
                 seconds = self._look(turn, deadline)
             if not seconds:
                 return
-            try:
-                turn.wake.get(timeout=seconds)
-            except queue.Empty:
-                continue
+            turn.wake.acquire(timeout=seconds)
 
     def left(self, turn: Turn) -> None:
         """Record that the request was sent, or has failed."""
@@ -2909,7 +2907,8 @@ class RateLimit:
 
     def _wake(self) -> None:
         for turn in self._waiting:
-            turn.wake.put(None)
+            if turn.wake.locked():  # under the lock of this queue, so no other thread releases it
+                turn.wake.release()
 
     def _ready_at(self, turn: Turn) -> float:
         last, interval = self._last
@@ -5883,21 +5882,18 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = False
-        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._closed = threading.Lock()
+        self._closed.acquire()
 
     def open(self) -> None:
         """Wake all threads that wait."""
         self.is_open = True
-        self._queue.put(None)
+        self._closed.release()
 
     def wait(self) -> bool:
         """Wait up to ``WAKE_EVERY``, and return whether it is open."""
-        if not self.is_open:
-            try:
-                self._queue.get(timeout=WAKE_EVERY)
-            except queue.Empty:
-                return self.is_open
-            self._queue.put(None)  # wake the next thread
+        if not self.is_open and self._closed.acquire(timeout=WAKE_EVERY):
+            self._closed.release()  # wake the next thread
         return self.is_open
 
 
@@ -5917,6 +5913,22 @@ class ThreadCall:
         except BaseException as error:
             self.error = error
         self.done.open()
+
+
+def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
+    """Return the next item of a queue that only this thread reads; None after the timeout.
+
+    ``SimpleQueue.get(timeout=...)`` waits forever if it finds the queue's lock free, no item, and
+    the time over. ``get_nowait()`` before it leaves the lock taken.
+    """
+    try:
+        return inbox.get_nowait()
+    except queue.Empty:
+        pass
+    try:
+        return inbox.get(timeout=timeout)
+    except queue.Empty:
+        return None
 
 
 # ==================================================================================================
@@ -6646,10 +6658,7 @@ class RentalWorker:
         if self._cleanup.in_doubt(self._current):
             look = min(LOOK_BESIDE, max(0.001, self._orders.client.order_lag / LOOKS))
             timeout = min(look, math.inf if timeout is None else timeout)
-        try:
-            request = self._inbox.get(timeout=timeout)
-        except queue.Empty:
-            return
+        request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
             request.run()
 

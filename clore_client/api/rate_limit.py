@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import queue
 import threading
 import time
 
@@ -57,7 +56,8 @@ class Turn:
         self.not_before = not_before
         self.spacing = spacing  # an endpoint with a longer interval, and its seconds
         self.urgent = urgent
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.wake = threading.Lock()  # released to wake it
+        self.wake.acquire()
         self.granted_at: float | None = None
         self.left_at: float | None = None
 
@@ -69,8 +69,8 @@ class RateLimit:
     requests too close together. The next request waits until then, but at most
     ``CONNECT_PATIENCE``, because it may be a cancel, which costs money while it waits.
 
-    It uses only plain locks and queues: an interrupt at the wrong moment can leave a
-    ``threading.Condition`` locked forever.
+    It uses only plain locks. An interrupt at the wrong moment can leave a ``threading.Condition``
+    locked forever, and ``SimpleQueue.get(timeout=...)`` can wait forever.
     """
 
     def __init__(self) -> None:
@@ -115,10 +115,7 @@ class RateLimit:
                 seconds = self._look(turn, deadline)
             if not seconds:
                 return
-            try:
-                turn.wake.get(timeout=seconds)
-            except queue.Empty:
-                continue
+            turn.wake.acquire(timeout=seconds)
 
     def left(self, turn: Turn) -> None:
         """Record that the request was sent, or has failed."""
@@ -170,7 +167,8 @@ class RateLimit:
 
     def _wake(self) -> None:
         for turn in self._waiting:
-            turn.wake.put(None)
+            if turn.wake.locked():  # under the lock of this queue, so no other thread releases it
+                turn.wake.release()
 
     def _ready_at(self, turn: Turn) -> float:
         last, interval = self._last

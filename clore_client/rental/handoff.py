@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,21 +18,18 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = False
-        self._queue: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._closed = threading.Lock()
+        self._closed.acquire()
 
     def open(self) -> None:
         """Wake all threads that wait."""
         self.is_open = True
-        self._queue.put(None)
+        self._closed.release()
 
     def wait(self) -> bool:
         """Wait up to ``WAKE_EVERY``, and return whether it is open."""
-        if not self.is_open:
-            try:
-                self._queue.get(timeout=WAKE_EVERY)
-            except queue.Empty:
-                return self.is_open
-            self._queue.put(None)  # wake the next thread
+        if not self.is_open and self._closed.acquire(timeout=WAKE_EVERY):
+            self._closed.release()  # wake the next thread
         return self.is_open
 
 
@@ -51,3 +49,19 @@ class ThreadCall:
         except BaseException as error:
             self.error = error
         self.done.open()
+
+
+def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
+    """Return the next item of a queue that only this thread reads; None after the timeout.
+
+    ``SimpleQueue.get(timeout=...)`` waits forever if it finds the queue's lock free, no item, and
+    the time over. ``get_nowait()`` before it leaves the lock taken.
+    """
+    try:
+        return inbox.get_nowait()
+    except queue.Empty:
+        pass
+    try:
+        return inbox.get(timeout=timeout)
+    except queue.Empty:
+        return None

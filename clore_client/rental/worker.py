@@ -36,7 +36,7 @@ from clore_client.orders.account import AccountOrders
 from clore_client.rental.budget import Budget
 from clore_client.rental.cleanup import Cleanup
 from clore_client.rental.client import RentalClient
-from clore_client.rental.handoff import Gate, ThreadCall
+from clore_client.rental.handoff import Gate, ThreadCall, next_item
 from clore_client.rental.orders import LOOKS, RentalOrder, RentalOrders
 from clore_client.rental.selection import RentalSettings
 from clore_client.rental.signals import (
@@ -312,10 +312,7 @@ class RentalWorker:
         if self._cleanup.in_doubt(self._current):
             look = min(LOOK_BESIDE, max(0.001, self._orders.client.order_lag / LOOKS))
             timeout = min(look, math.inf if timeout is None else timeout)
-        try:
-            request = self._inbox.get(timeout=timeout)
-        except queue.Empty:
-            return
+        request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
             request.run()
 

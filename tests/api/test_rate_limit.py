@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from clore_client.api.rate_limit import (
     rate_limit_for,
 )
 from clore_client.api.request import backoff_delay
+from clore_client.rental.handoff import next_item
 from tests.conftest import MakeSim, client_for, sent_to
 from tests.variant import Simulator
 
@@ -306,3 +308,27 @@ def test_backoff_spreads_over_the_whole_range() -> None:
     delays = [backoff_delay(3, 1.0, 30.0) for _ in range(2000)]
     assert min(delays) < 0.2
     assert max(delays) > 3.8
+
+
+def take_short_turns() -> None:
+    limit = RateLimit()
+    for _ in range(3000):
+        with slot(limit, 3e-6):
+            pass
+
+
+def look_into_new_queues() -> None:
+    for _ in range(20_000):
+        assert next_item(queue.SimpleQueue(), 3e-6) is None
+
+
+@pytest.mark.parametrize("work", [take_short_turns, look_into_new_queues])
+def test_short_waits_come_to_an_end(work: Callable[[], None]) -> None:
+    """On a busy machine the time of a wait can be over before the wait begins."""
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    deadline = time.monotonic() + 60
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    assert not any(thread.is_alive() for thread in threads)
