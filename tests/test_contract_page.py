@@ -20,6 +20,8 @@ from clore_client import CloreClient
 from tests.conftest import FORMS, MakeSim, client_for, sent_to
 from tests.variant import Simulator
 
+pytestmark = pytest.mark.internal  # it takes long
+
 ROOT = Path(clore_client.__file__).resolve().parent
 IMPORT_FROM = ROOT.parent if hasattr(clore_client, "__path__") else ROOT
 

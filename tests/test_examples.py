@@ -18,6 +18,8 @@ from clore_client import CloreClient
 from tests.conftest import MakeSim, client_for
 from tests.variant import Simulator
 
+pytestmark = pytest.mark.internal  # the examples use the one file anyway
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 # The examples use the client's own defaults, so the simulator's limits may be what they like.

@@ -20,6 +20,8 @@ from clore_client import CloreClient, CloreError
 from tests.conftest import FAST, FORMS
 from tests.variant import Simulator
 
+pytestmark = pytest.mark.internal  # it takes long
+
 CALLS = 100  # for each of the seeds below, in each form
 SEEDS = range(10)
 HUGE = 10**5000

@@ -21,6 +21,8 @@ from clore_client import (
 from tests.conftest import MakeSim, client_for, sent_to, until
 from tests.variant import Simulator
 
+pytestmark = pytest.mark.internal  # it takes long
+
 # The sample of an order in WIRE.md that is not deployed, but has host, ports and http_pub.
 FILLED_EARLY: dict[str, Any] = {
     "id": 1958009,

@@ -36,6 +36,8 @@ from clore_client import (
 from tests.attack.clients import LAG, Watchdog, client_for, unaccounted
 from tests.attack.fault_server import FaultServer
 
+pytestmark = pytest.mark.internal  # it takes long
+
 RENT: dict[str, Any] = {
     "poll_interval": 0.03,
     "find_timeout": 1.0,
