@@ -23,4 +23,4 @@ __all__ = ["ONE_FILE", "Simulator", "inside"]
 
 def inside(path: str) -> str:
     """What ``"orders.cancel.LINGER"`` is called; in the one file all names are its own."""
-    return f"clore_client.{path.partition('.')[2] if ONE_FILE else path}"
+    return f"clore_client.{path.rpartition('.')[2] if ONE_FILE else path}"
