@@ -52,7 +52,7 @@ class _Meter:
         return self._told
 
 
-def _against_requests(meter: _Meter, what: str) -> Row:
+def _against_requests(meter: _Meter, what: str, limit: float) -> Row:
     ratio, detail = compare(
         lambda: meter.add("clore_client"),
         lambda: meter.add("requests"),
@@ -60,15 +60,16 @@ def _against_requests(meter: _Meter, what: str) -> Row:
         rounds=7,
         calls=8,
     )
-    return Row(f"import {what} / import requests", ratio, 1.10, detail=detail)
+    return Row(f"import {what} / import requests", ratio, limit, detail=detail)
 
 
 def rows() -> Iterator[Row]:
     """The lines about the import, of the package and of the one file."""
     with tempfile.TemporaryDirectory() as bytecode, tempfile.TemporaryDirectory() as folder:
         meter = _Meter(bytecode)
-        yield _against_requests(meter, "clore_client")
+        yield _against_requests(meter, "clore_client", 1.10)
         heavy = meter.run(_HEAVY)
         yield Row("of paramiko and scp, imported by import clore_client", heavy, 0)
         (Path(folder) / "clore_client.py").write_text(single_file.write(), "utf-8")
-        yield _against_requests(_Meter(bytecode, Path(folder)), "clore_client.py, the one file,")
+        one_file = _Meter(bytecode, Path(folder))
+        yield _against_requests(one_file, "clore_client.py, the one file,", 1.15)
