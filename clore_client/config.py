@@ -203,14 +203,13 @@ class PerAccount(Generic[V]):
 
     def __init__(self, make: Callable[[], V]) -> None:
         self._make = make
-        self._of: dict[tuple[str, bytes], V] = {}
+        self._of: dict[str, V] = {}
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._of.clear)
 
     def of(self, base_url: str, api_key: str) -> V:
         """Return the object of an account."""
-        # The table has a digest in place of the key.
-        account = (canonical_url(base_url), hashlib.sha256(api_key.encode()).digest())
+        account = account_digest(base_url, api_key)  # in place of the key
         found = self._of.get(account)
         # setdefault() is atomic: if two threads make one, both get the first.
         return self._of.setdefault(account, self._make()) if found is None else found

@@ -1435,14 +1435,13 @@ class PerAccount(Generic[V]):
 
     def __init__(self, make: Callable[[], V]) -> None:
         self._make = make
-        self._of: dict[tuple[str, bytes], V] = {}
+        self._of: dict[str, V] = {}
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._of.clear)
 
     def of(self, base_url: str, api_key: str) -> V:
         """Return the object of an account."""
-        # The table has a digest in place of the key.
-        account = (canonical_url(base_url), hashlib.sha256(api_key.encode()).digest())
+        account = account_digest(base_url, api_key)  # in place of the key
         found = self._of.get(account)
         # setdefault() is atomic: if two threads make one, both get the first.
         return self._of.setdefault(account, self._make()) if found is None else found
@@ -2379,9 +2378,7 @@ def check_endpoint(endpoint: Any) -> str:
     check_text("endpoint", endpoint)
     fine = endpoint.startswith("/") and not endpoint.startswith("//") and endpoint.isprintable()
     if not fine or "\\" in endpoint or " " in endpoint or "/.." in endpoint:
-        raise ValueError(
-            f"endpoint must be a path like '/v1/wallets', not {printable(repr(endpoint), 80)}"
-        )
+        raise ValueError(f"endpoint must be a path like '/v1/wallets', not {short_repr(endpoint)}")
     return str(endpoint)
 
 
@@ -3510,9 +3507,8 @@ class MarketData:
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
         market = response.get("market")
+        self.observe(response)
         if is_live(response):
-            self.live = True
-            self._documented_at = -math.inf
             if isinstance(market, dict):
                 self.rates.tell(market.get("currency_rates_in_usd"))
         elif isinstance(market, dict) and market:
@@ -3907,27 +3903,6 @@ class AccountOrders:
 # ==================================================================================================
 
 
-def usd_per_hour_of(body: dict[str, Any], market: Market) -> float | None:
-    """Return the price of an order in USD per hour, without fees; None if not known.
-
-    Parameters:
-        body: the body of ``create_order``.
-        market: has the listed prices, and the exchange rates for bids.
-    """
-    server_id, currency = whole_id(body.get("renting_server")), body.get("currency")
-    if server_id is None or not isinstance(currency, str):
-        return None
-    if body.get("type") != "spot":
-        server = market.find_server(server_id)
-        return None if server is None else on_demand_usd(server, currency)
-    market.ensure_rates(server_id, currency)
-    bid = positive(body.get("spotprice"))
-    if bid is None or market.data.documented:
-        return bid
-    rate = positive(market.data.rates.fresh().get(currency))
-    return None if rate is None else bid * rate / HOURS_PER_DAY
-
-
 def check_price_limit(usd_per_hour: float | None, limit: float | None, what: str) -> None:
     """Refuse a price that is above ``max_usd_per_hour`` or not known."""
     if limit is None:
@@ -4007,9 +3982,8 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
         )
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
-    data = orders.market.data
-    data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
     if surely_documented(order):
+        orders.market.data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
         return usd_per_hour
     currency, server_id = order.get("currency"), order.server_id
     if server_id is None or not isinstance(currency, str):
@@ -4018,8 +3992,7 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
             order_id=order.id,
         )
     currency = check_currency("the order's currency", currency)
-    orders.market.ensure_rates(server_id, currency)
-    return data.wire_bid(usd_per_hour, currency, server_id)
+    return orders.market.wire_bid("new_price", usd_per_hour, server_id, currency, allow_above)
 
 
 def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:
@@ -4389,18 +4362,6 @@ def _sleep_until(moment: float, stop: Callable[[], bool]) -> None:
         time.sleep(min(left, 0.1))
 
 
-def add_note_to(error: BaseException, note: str) -> None:
-    """Add a note to an error, also on Python 3.10, which has no ``add_note``."""
-    notes = getattr(error, "__notes__", None)
-    try:
-        if hasattr(error, "add_note"):
-            error.add_note(note)
-        else:
-            error.__notes__ = [*notes, note] if isinstance(notes, list) else [note]  # type: ignore[attr-defined,unused-ignore]
-    except (TypeError, AttributeError):  # this exception allows no attributes
-        logger.error("%s", note)
-
-
 # ==================================================================================================
 # orders.reconcile
 #
@@ -4643,6 +4604,7 @@ class Purchase:
         self.before: frozenset[int] = frozenset()
         self.baseline_read = False
         self.response: dict[str, Any] = {}
+        self._bid: float | None = None  # USD per hour
         self._sent_at = time.monotonic()
 
     @property
@@ -4677,14 +4639,17 @@ class Purchase:
             return
         if spot_price is None:
             raise ValueError("spot_price is required for order_type='spot', in USD per hour")
-        check_number("spot_price", spot_price, above=True, unit="USD per hour")
+        self._bid = check_number("spot_price", spot_price, above=True, unit="USD per hour")
         self.body["spotprice"] = self._orders.market.wire_bid(
             "spot_price", spot_price, self.server_id, self.currency, allow_above
         )
 
     def usd_per_hour(self) -> float | None:
         """Return the listed price or the bid in USD per hour, without fees; None if not known."""
-        return usd_per_hour_of(self.body, self._orders.market)
+        if self.spot:
+            return self._bid
+        server = self._orders.market.find_server(self.server_id)
+        return None if server is None else on_demand_usd(server, self.currency)
 
     def preview(self) -> Order:
         """Return the body that would be sent, and its price."""
@@ -7092,18 +7057,18 @@ def _raise_beyond(
     if exceeded is not None and plain and not _is_of(error, exceeded[3]):
         raised: BaseException = worker.budget_error()
         if note:
-            add_note_to(raised, note)
+            _add_note(raised, note)
         raise raised from error
     if plain and not interrupts and worker.signalled is not None and not worker.kept:
         interrupts = [SignalExit(worker.signalled)]
     if interrupts and plain:
         if note:
-            add_note_to(interrupts[-1], note)
+            _add_note(interrupts[-1], note)
         raise interrupts[-1]
     if error is None and failure is not None:
         raise failure
     if error is not None and note and error is not failure:
-        add_note_to(error, note)
+        _add_note(error, note)
 
 
 def _is_of(error: BaseException | None, order_id: int | None) -> bool:
@@ -7113,6 +7078,18 @@ def _is_of(error: BaseException | None, order_id: int | None) -> bool:
 def _is_open(ssh: Any) -> bool:
     transport = ssh.get_transport()
     return transport is not None and transport.is_active()
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    """Add a note to an error, also on Python 3.10, which has no ``add_note``."""
+    notes = getattr(error, "__notes__", None)
+    try:
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:
+            error.__notes__ = [*notes, note] if isinstance(notes, list) else [note]  # type: ignore[attr-defined,unused-ignore]
+    except (TypeError, AttributeError):  # this exception allows no attributes
+        logger.error("%s", note)
 
 
 # ==================================================================================================
@@ -7471,13 +7448,18 @@ def parse_ssh_command(order: Any) -> dict[str, Any]:
             "raw": raw}  # fmt: skip
 
 
-def plain_address(order: Any) -> dict[str, Any]:
-    """Read the same from an order; raise unless host and user are plain names or addresses."""
+def check_order(order: Any) -> Mapping[str, Any]:
+    """Check that an argument is an order, and return it."""
     if not isinstance(order, Mapping):
         raise TypeError(
             f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
         )
-    address = parse_ssh_command(order)
+    return order
+
+
+def plain_address(order: Any) -> dict[str, Any]:
+    """Read the same from an order; raise unless host and user are plain names or addresses."""
+    address = parse_ssh_command(check_order(order))
     user = _parsed(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
         return address
@@ -8383,11 +8365,7 @@ class SSHAccess:
         return Order(order).id
 
     def _alias(self, order: Mapping[str, Any]) -> str:
-        if not isinstance(order, Mapping):
-            raise TypeError(
-                f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
-            )
-        address = parse_ssh_command(order)
+        address = parse_ssh_command(check_order(order))
         return self._host_keys.alias(self._order_number(order), "{host}:{port}".format(**address))
 
 
@@ -9728,6 +9706,18 @@ def chunk_size(size: int, resume: bool) -> int:
     return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
 
 
+def changed_files(
+    script: RemoteScript, files: list[FileEntry], place: Callable[[FileEntry], Any]
+) -> Iterator[FileEntry]:
+    """Yield the files whose SHA-256 there, which a script prints, is not that of the copy here."""
+    script.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
+    script.end()
+    digests = parse_digests(script.rest(MAX_ANSWER), len(files))
+    for entry, digest in zip(files, digests, strict=True):
+        if digest != file_digest(place(entry), 0, entry.size):
+            yield entry
+
+
 def file_digest(path: str | Path, start: int, length: int) -> str:
     """Return the SHA-256 of a part of a local file."""
     digest = hashlib.sha256()
@@ -9816,7 +9806,6 @@ class LocalPart:
         self._record_path = Path(f"{self._part}.done")
         self._lock = threading.Lock()
         self._size = 0
-        self._single: FileEntry | None = None
         self.done: dict[str, Ranges] = {}
 
     def __enter__(self) -> LocalPart:
@@ -9937,7 +9926,6 @@ class LocalPart:
     def begin(self, entries: list[FileEntry]) -> None:
         """Make the temporary file, or the directories; start over after a change of the source."""
         single = entries[0] if len(entries) == 1 and not entries[0].name else None
-        self._single = single
         if not set(self.done) <= {facts_key(entry.facts) for entry in entries}:
             self.clear()
         if not self.done:
@@ -11042,11 +11030,7 @@ class Upload:
 
     def _check_files(self, files: list[FileEntry]) -> None:
         with self._digests(FILE_DIGESTS, b"") as there:
-            there.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
-            there.end()
-            digests = parse_digests(there.rest(MAX_ANSWER), len(files))
-        for entry, digest in zip(files, digests, strict=True):
-            if digest != file_digest(self._tree.place(entry), 0, entry.size):
+            for entry in changed_files(there, files, self._tree.place):
                 with about(entry):
                     self._differs()
 
@@ -11512,11 +11496,7 @@ class Download:
             return
         script = remote_script("digests", FILE_DIGESTS, path=self._options.source)
         with self._transfer.script(self._transfer.pool.ssh, script) as there:
-            there.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
-            there.end()
-            digests = parse_digests(there.rest(MAX_ANSWER), len(files))
-        for entry, digest in zip(files, digests, strict=True):
-            if digest != file_digest(self._part.place(entry), 0, entry.size):
+            for entry in changed_files(there, files, self._part.place):
                 with about(entry):
                     self._differs()
 

@@ -25,7 +25,6 @@ from clore_client.errors import (
     CloreError,
     OrderOutcomeUnknownError,
     OutcomeUnknownError,
-    printable,
 )
 from clore_client.validation import Timeout, check_headers, check_text, check_timeout, short_repr
 
@@ -134,9 +133,7 @@ def check_endpoint(endpoint: Any) -> str:
     check_text("endpoint", endpoint)
     fine = endpoint.startswith("/") and not endpoint.startswith("//") and endpoint.isprintable()
     if not fine or "\\" in endpoint or " " in endpoint or "/.." in endpoint:
-        raise ValueError(
-            f"endpoint must be a path like '/v1/wallets', not {printable(repr(endpoint), 80)}"
-        )
+        raise ValueError(f"endpoint must be a path like '/v1/wallets', not {short_repr(endpoint)}")
     return str(endpoint)
 
 

@@ -40,9 +40,8 @@ class MarketData:
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
         market = response.get("market")
+        self.observe(response)
         if is_live(response):
-            self.live = True
-            self._documented_at = -math.inf
             if isinstance(market, dict):
                 self.rates.tell(market.get("currency_rates_in_usd"))
         elif isinstance(market, dict) and market:

@@ -65,9 +65,8 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
         )
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
-    data = orders.market.data
-    data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
     if surely_documented(order):
+        orders.market.data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
         return usd_per_hour
     currency, server_id = order.get("currency"), order.server_id
     if server_id is None or not isinstance(currency, str):
@@ -76,8 +75,7 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
             order_id=order.id,
         )
     currency = check_currency("the order's currency", currency)
-    orders.market.ensure_rates(server_id, currency)
-    return data.wire_bid(usd_per_hour, currency, server_id)
+    return orders.market.wire_bid("new_price", usd_per_hour, server_id, currency, allow_above)
 
 
 def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:

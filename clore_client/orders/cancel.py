@@ -367,15 +367,3 @@ def confirm_until(started: float, timeout: float) -> float:
 def _sleep_until(moment: float, stop: Callable[[], bool]) -> None:
     while (left := moment - time.monotonic()) > 0 and not stop():
         time.sleep(min(left, 0.1))
-
-
-def add_note_to(error: BaseException, note: str) -> None:
-    """Add a note to an error, also on Python 3.10, which has no ``add_note``."""
-    notes = getattr(error, "__notes__", None)
-    try:
-        if hasattr(error, "add_note"):
-            error.add_note(note)
-        else:
-            error.__notes__ = [*notes, note] if isinstance(notes, list) else [note]  # type: ignore[attr-defined,unused-ignore]
-    except (TypeError, AttributeError):  # this exception allows no attributes
-        logger.error("%s", note)

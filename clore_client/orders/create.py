@@ -20,9 +20,10 @@ from clore_client.errors import (
 )
 from clore_client.log import logger
 from clore_client.models.order import Order, created_id, to_orders
+from clore_client.models.server import on_demand_usd
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.claims import same_purchase
-from clore_client.orders.limits import check_order_limit, check_price_limit, usd_per_hour_of
+from clore_client.orders.limits import check_order_limit, check_price_limit
 from clore_client.orders.reconcile import SHORTEST_LOOK, find_order
 from clore_client.validation import (
     MAX_PASSWORD,
@@ -133,6 +134,7 @@ class Purchase:
         self.before: frozenset[int] = frozenset()
         self.baseline_read = False
         self.response: dict[str, Any] = {}
+        self._bid: float | None = None  # USD per hour
         self._sent_at = time.monotonic()
 
     @property
@@ -167,14 +169,17 @@ class Purchase:
             return
         if spot_price is None:
             raise ValueError("spot_price is required for order_type='spot', in USD per hour")
-        check_number("spot_price", spot_price, above=True, unit="USD per hour")
+        self._bid = check_number("spot_price", spot_price, above=True, unit="USD per hour")
         self.body["spotprice"] = self._orders.market.wire_bid(
             "spot_price", spot_price, self.server_id, self.currency, allow_above
         )
 
     def usd_per_hour(self) -> float | None:
         """Return the listed price or the bid in USD per hour, without fees; None if not known."""
-        return usd_per_hour_of(self.body, self._orders.market)
+        if self.spot:
+            return self._bid
+        server = self._orders.market.find_server(self.server_id)
+        return None if server is None else on_demand_usd(server, self.currency)
 
     def preview(self) -> Order:
         """Return the body that would be sent, and its price."""

@@ -27,7 +27,6 @@ from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
-from clore_client.orders.cancel import add_note_to
 from clore_client.rental.client import RentalClient
 from clore_client.rental.selection import RentalSettings, candidates, shown_usd
 from clore_client.rental.signals import SignalExit
@@ -349,18 +348,18 @@ def _raise_beyond(
     if exceeded is not None and plain and not _is_of(error, exceeded[3]):
         raised: BaseException = worker.budget_error()
         if note:
-            add_note_to(raised, note)
+            _add_note(raised, note)
         raise raised from error
     if plain and not interrupts and worker.signalled is not None and not worker.kept:
         interrupts = [SignalExit(worker.signalled)]
     if interrupts and plain:
         if note:
-            add_note_to(interrupts[-1], note)
+            _add_note(interrupts[-1], note)
         raise interrupts[-1]
     if error is None and failure is not None:
         raise failure
     if error is not None and note and error is not failure:
-        add_note_to(error, note)
+        _add_note(error, note)
 
 
 def _is_of(error: BaseException | None, order_id: int | None) -> bool:
@@ -370,3 +369,15 @@ def _is_of(error: BaseException | None, order_id: int | None) -> bool:
 def _is_open(ssh: Any) -> bool:
     transport = ssh.get_transport()
     return transport is not None and transport.is_active()
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    """Add a note to an error, also on Python 3.10, which has no ``add_note``."""
+    notes = getattr(error, "__notes__", None)
+    try:
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:
+            error.__notes__ = [*notes, note] if isinstance(notes, list) else [note]  # type: ignore[attr-defined,unused-ignore]
+    except (TypeError, AttributeError):  # this exception allows no attributes
+        logger.error("%s", note)

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 from clore_client.config import account_digest
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient
-from clore_client.ssh.connect import ConnectionPool, Login, plain_address
-from clore_client.ssh.host_keys import HostKeys
+from clore_client.ssh.connect import (
+    ConnectionPool,
+    Login,
+    check_connection,
+    check_login_options,
+    check_order,
+    parse_ssh_command,
+    plain_address,
+)
+from clore_client.ssh.host_keys import HostKeys, KeyCheck, check_host_key
 from clore_client.ssh.openssh import config_entry, terminal_line
-from clore_client.validation import check_bool, check_number, check_text, short_repr
+from clore_client.validation import check_bool, check_number, check_text
 
 if TYPE_CHECKING:
     import paramiko
@@ -70,9 +78,6 @@ class SSHAccess:
         use_ssh_config: bool = False,
     ) -> Login:
         """Everything that is needed to log in, checked; nothing is sent."""
-        from clore_client.ssh.connect import Login, plain_address
-        from clore_client.ssh.host_keys import KeyCheck, check_host_key
-
         address = plain_address(order)
         check_number("timeout", timeout, above=True, unit="seconds")
         check_number("wait", wait, infinite=True, unit="seconds")
@@ -108,8 +113,6 @@ class SSHAccess:
         size: int = 1,
         eager: bool = True,
     ) -> ConnectionPool:
-        from clore_client.ssh.connect import ConnectionPool, check_connection, check_login_options
-
         options = check_login_options(login)
         if ssh is not None:
             return ConnectionPool(None, check_connection(ssh))
@@ -120,11 +123,5 @@ class SSHAccess:
         return Order(order).id
 
     def _alias(self, order: Mapping[str, Any]) -> str:
-        from clore_client.ssh.connect import parse_ssh_command
-
-        if not isinstance(order, Mapping):
-            raise TypeError(
-                f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
-            )
-        address = parse_ssh_command(order)
+        address = parse_ssh_command(check_order(order))
         return self._host_keys.alias(self._order_number(order), "{host}:{port}".format(**address))

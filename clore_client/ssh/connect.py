@@ -42,13 +42,18 @@ def parse_ssh_command(order: Any) -> dict[str, Any]:
             "raw": raw}  # fmt: skip
 
 
-def plain_address(order: Any) -> dict[str, Any]:
-    """Read the same from an order; raise unless host and user are plain names or addresses."""
+def check_order(order: Any) -> Mapping[str, Any]:
+    """Check that an argument is an order, and return it."""
     if not isinstance(order, Mapping):
         raise TypeError(
             f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
         )
-    address = parse_ssh_command(order)
+    return order
+
+
+def plain_address(order: Any) -> dict[str, Any]:
+    """Read the same from an order; raise unless host and user are plain names or addresses."""
+    address = parse_ssh_command(check_order(order))
     user = _parsed(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
         return address

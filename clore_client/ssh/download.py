@@ -42,6 +42,7 @@ from clore_client.ssh.transfer import (
     Transfer,
     TransferOptions,
     about,
+    changed_files,
     file_digest,
 )
 from clore_client.ssh.transport import NoChannelError
@@ -434,11 +435,7 @@ class Download:
             return
         script = remote_script("digests", FILE_DIGESTS, path=self._options.source)
         with self._transfer.script(self._transfer.pool.ssh, script) as there:
-            there.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
-            there.end()
-            digests = parse_digests(there.rest(MAX_ANSWER), len(files))
-        for entry, digest in zip(files, digests, strict=True):
-            if digest != file_digest(self._part.place(entry), 0, entry.size):
+            for entry in changed_files(there, files, self._part.place):
                 with about(entry):
                     self._differs()
 

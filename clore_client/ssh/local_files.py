@@ -94,7 +94,6 @@ class LocalPart:
         self._record_path = Path(f"{self._part}.done")
         self._lock = threading.Lock()
         self._size = 0
-        self._single: FileEntry | None = None
         self.done: dict[str, Ranges] = {}
 
     def __enter__(self) -> LocalPart:
@@ -215,7 +214,6 @@ class LocalPart:
     def begin(self, entries: list[FileEntry]) -> None:
         """Make the temporary file, or the directories; start over after a change of the source."""
         single = entries[0] if len(entries) == 1 and not entries[0].name else None
-        self._single = single
         if not set(self.done) <= {facts_key(entry.facts) for entry in entries}:
             self.clear()
         if not self.done:

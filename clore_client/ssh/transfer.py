@@ -17,7 +17,7 @@ from clore_client.errors import SSHError, TransferError, printable
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.ssh.connect import ConnectionPool
-from clore_client.ssh.remote import BLOCK, LAST_PATIENCE, NoShellError, RemoteScript
+from clore_client.ssh.remote import BLOCK, LAST_PATIENCE, NoShellError, RemoteScript, parse_digests
 from clore_client.ssh.transport import COMMAND_WINDOW, NoChannelError, connection_errors
 from clore_client.ssh.watchdog import Watchdog, start_thread
 from clore_client.validation import check_bool, check_local_path, check_number, short_repr
@@ -358,6 +358,18 @@ def chunk_size(size: int, resume: bool) -> int:
     if not resume:
         return 64 * BLOCK
     return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
+
+
+def changed_files(
+    script: RemoteScript, files: list[FileEntry], place: Callable[[FileEntry], Any]
+) -> Iterator[FileEntry]:
+    """Yield the files whose SHA-256 there, which a script prints, is not that of the copy here."""
+    script.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
+    script.end()
+    digests = parse_digests(script.rest(MAX_ANSWER), len(files))
+    for entry, digest in zip(files, digests, strict=True):
+        if digest != file_digest(place(entry), 0, entry.size):
+            yield entry
 
 
 def file_digest(path: str | Path, start: int, length: int) -> str:

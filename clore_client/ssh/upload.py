@@ -36,6 +36,7 @@ from clore_client.ssh.transfer import (
     Transfer,
     TransferOptions,
     about,
+    changed_files,
     chunk_size,
     facts_key,
     file_digest,
@@ -602,11 +603,7 @@ class Upload:
 
     def _check_files(self, files: list[FileEntry]) -> None:
         with self._digests(FILE_DIGESTS, b"") as there:
-            there.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
-            there.end()
-            digests = parse_digests(there.rest(MAX_ANSWER), len(files))
-        for entry, digest in zip(files, digests, strict=True):
-            if digest != file_digest(self._tree.place(entry), 0, entry.size):
+            for entry in changed_files(there, files, self._tree.place):
                 with about(entry):
                     self._differs()
 
