@@ -192,6 +192,21 @@ def canonical_url(base_url: str) -> str:
     return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
 
+def read_line(path: str) -> str:
+    """Return the first line of a file, or an empty string."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.readline(200).strip()
+    except OSError:
+        return ""
+
+
+@functools.cache
+def boot_id() -> str:
+    """Return what tells the boots of this machine apart; an empty string where it is not known."""
+    return read_line("/proc/sys/kernel/random/boot_id")
+
+
 class PerAccount(Generic[V]):
     """One ``V`` for each base URL and key, made when it is first asked for.
 

@@ -29,23 +29,28 @@ class Exchange(threading.local):
     """This thread's request: whom to tell that it leaves, and until when its answer may take."""
 
     def __init__(self) -> None:
+        self.before: Callable[[], None] | None = None
         self.tell: Callable[[], None] | None = None
         self.left_at: float | None = None  # when the first byte left, by time.monotonic()
         self.connecting = False  # a watched connection was opened: ``left_at`` can be trusted
         self.deadline = math.inf
 
-    def begin(self, tell: Callable[[], None], deadline: float) -> None:
+    def begin(self, before: Callable[[], None], tell: Callable[[], None], deadline: float) -> None:
         """Start over for another request.
 
         Parameters:
-            tell: called when it leaves.
+            before: called before it leaves, and may wait.
+            tell: called when it has left.
             deadline: monotonic time at which its answer must have come.
         """
-        self.tell, self.left_at, self.connecting, self.deadline = tell, None, False, deadline
+        self.before, self.tell, self.deadline = before, tell, deadline
+        self.left_at, self.connecting = None, False
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
         """Note that the block writes the first byte."""
+        if self.before is not None:
+            self.before()
         self.left_at = time.monotonic()
         try:
             yield

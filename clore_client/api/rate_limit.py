@@ -1,27 +1,31 @@
-"""When the next request may leave: one rate limit for each key and base URL in the process."""
+"""Decide when the next request with a key may leave, for all who share the key."""
 
 from __future__ import annotations
 
-import itertools
+import collections
 import math
-import queue
+import random
 import threading
 import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
-from clore_client.config import PerAccount
-
-# A server that asks for more patience than this gets an error to the user, not a sleep.
-LONGEST_PUSH_BACK = 60.0
 # However long a pause a broken proxy may ask for, it is not remembered for longer than this.
-LONGEST_MEMORY = 3600.0
-# Seconds that a request may take from its slot to its first byte before others stop waiting.
-CONNECT_PATIENCE = 10.0
-# Seconds after which a waiting request looks again, should nobody have woken it.
-LOOK_AGAIN = 0.05
+LONGEST_PAUSE_KEPT = 3600.0
+LONGEST_POLL = 0.25  # seconds between two looks of a request that waits
+SHORTEST_ENTRY = 0.1  # seconds for which a request counts as waiting after its last look
+# After a refusal a request is sent again after a random part of its interval between these two.
+# A longer pause would leave the way to whoever refuses to slow down, and starve this one.
+RETRY_SOONEST, RETRY_LATEST = 0.2, 0.6
+LEARNING = 0.3  # how much the last request counts for the extra space between two requests
+YIELD = 0.8  # how much of the extra space is left to the other programs at most
+OUTCOMES = 20  # how many of the last answers are counted for the error message
+
+Returned = TypeVar("Returned")
 
 
-class PushedBackError(Exception):
-    """The next slot is further away than anybody should sleep; carries the seconds."""
+class PauseTooLongError(Exception):
+    """The API asked for a longer pause than the caller has patience; carries the seconds."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -33,164 +37,237 @@ class DeadlinePassedError(Exception):
 
 
 class Turn:
-    """One request's place in the line: ``with turn.held:`` around waiting and sending.
-
-    An interrupt can end that block at any line. The interpreter unlocks ``held`` then, and whoever
-    looks next skips a turn that nobody holds: nothing has to be cleaned up.
+    """One request that waits for its slot, and keeps its place when it is sent again.
 
     Attributes:
-        held: locked for as long as the request waits or is sent.
+        ticket: its place in the queue; None until it first waits.
+        granted_at: monotonic time of its slot; None while it waits.
     """
 
     def __init__(
         self,
-        rank: tuple[int, int],
-        interval: float,
-        not_before: float,
-        spacing: tuple[str, float] | None,
-        urgent: bool,
-    ) -> None:
-        self.held = threading.Lock()
-        self.rank = rank  # urgent ones first, then in order of arrival
-        self.interval = interval
-        self.not_before = not_before
-        self.spacing = spacing  # an endpoint with a limit of its own
-        self.urgent = urgent
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.granted_at: float | None = None
-        self.left_at: float | None = None
-
-
-class RateLimit:
-    """Hands out slots in order. Between two requests lies the larger of their intervals.
-
-    The next slot counts from when a request left and not from a plan: a slow connect must not
-    bring two requests closer together. Until a request has left, nobody gets the slot after it,
-    but for one that takes longer than ``CONNECT_PATIENCE`` to leave: a waiting cancel costs money.
-
-    Only plain locks and queues are used here, as ``threading.Condition`` stays locked for ever
-    where an interrupt comes between its lock and its ``with`` block.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # held for a look, never while waiting
-        self._arrivals = itertools.count()
-        self._waiting: list[Turn] = []
-        self._granted: Turn | None = None  # has its slot, and may not have left
-        self._last = (-math.inf, 0.0)  # when the last request left, and its interval
-        self._last_of: dict[str, tuple[float, float]] = {}  # the same for each spacing
-        self._pushed_to = -math.inf
-
-    def turn(
-        self,
         interval: float,
         *,
         urgent: bool = False,
-        not_before: float = -math.inf,
         spacing: tuple[str, float] | None = None,
-    ) -> Turn:
-        """Make a turn, to be held and then passed to :meth:`wait`.
+        patience: float = math.inf,
+    ) -> None:
+        self.interval = interval  # seconds to keep from the request before and the one after
+        self.urgent = urgent  # before all that are not, and whatever pause the API asked for
+        self.spacing = spacing  # a name, and the seconds to keep from the last of that name
+        self.patience = patience  # seconds of a pause that it may wait
+        self.not_before = -math.inf
+        self.ticket: int | None = None
+        self.granted_at: float | None = None
+        self.first_sent_at: float | None = None
+        self.paused = -math.inf  # seconds of the API's pause that were left at the last look
+
+    @property
+    def holds_slot(self) -> bool:
+        """Whether its slot has not passed."""
+        return self.granted_at is not None and (
+            time.monotonic() < self.granted_at + self.interval or not self.interval
+        )
+
+    @property
+    def poll(self) -> float:
+        """Seconds between two looks: several in each interval."""
+        return min(LONGEST_POLL, max(0.001, self.interval / 4))
+
+
+class Schedule:
+    """The state of one rate limit: who waits, and when the last requests left.
+
+    Every change is one step on plain numbers, so that it can be kept in memory or in a file. A
+    request that waits renews its entry in ``waiting``; one that was interrupted or killed does not,
+    and is skipped when its entry expires.
+    """
+
+    def __init__(self) -> None:
+        self.last = -math.inf  # when the last request left, or got its slot
+        self.interval = 0.0  # seconds that it keeps after itself
+        self.extra = 0.0  # mean of what other programs take: seconds on top of the interval
+        self.gap = 0.0  # the part of that which is kept after the last request
+        self.paused_until = -math.inf
+        self.spaced: dict[str, tuple[float, float]] = {}  # name -> (when the last left, seconds)
+        self.next_ticket = 0
+        # Ticket -> [0 if urgent else 1, when it is ready, its interval, when the entry expires].
+        self.waiting: dict[int, list[float]] = {}
+
+    def look(self, turn: Turn, now: float) -> float:
+        """Grant the slot and return 0, or return the seconds until another look."""
+        self.waiting = {t: entry for t, entry in self.waiting.items() if entry[3] > now}
+        if turn.ticket is None:
+            turn.ticket, self.next_ticket = self.next_ticket, self.next_ticket + 1
+        own = self._own_ready(turn)
+        ready = self._ready(own, turn.interval)
+        mine = (0 if turn.urgent else 1, turn.ticket)
+        first = all(
+            (entry[0], ticket) >= mine or self._ready(entry[1], entry[2]) > now
+            for ticket, entry in self.waiting.items()
+        )
+        if ready <= now and first:
+            self.waiting.pop(turn.ticket, None)
+            self._left(turn, now)
+            turn.granted_at = now
+            return 0.0
+        expires = now + max(SHORTEST_ENTRY, 4 * turn.poll)
+        self.waiting[turn.ticket] = [mine[0], own, turn.interval, expires]
+        return min(turn.poll, ready - now) if ready > now else turn.poll / 4
+
+    def ready_at(self, turn: Turn) -> float:
+        """Return when a turn may leave, should nobody be before it."""
+        return self._ready(self._own_ready(turn), turn.interval)
+
+    def leave(self, turn: Turn, left_at: float) -> None:
+        """Note when the request really left: its space counts from then."""
+        if left_at > (turn.granted_at or 0.0):
+            self._left(turn, max(left_at, self.last))
+
+    def pause(self, until: float) -> None:
+        """Let no request leave until then, but for urgent ones."""
+        self.paused_until = max(self.paused_until, until)
+
+    def learn(self, refused_for: float) -> None:
+        """Adapt the space between requests to what other programs with the same key take.
 
         Parameters:
-            interval: seconds to keep from the request before and the one after.
-            urgent: before all waiting ones that are not, and whatever pause the server asked for.
-            not_before: monotonic time, for a caller that backs off.
-            spacing: a name, and the seconds to keep from the last request of that name.
+            refused_for: seconds from the first refusal of a request until it was accepted.
         """
-        rank = (0 if urgent else 1, next(self._arrivals))
-        return Turn(rank, interval, not_before, spacing, urgent)
+        self.extra = (1 - LEARNING) * self.extra + LEARNING * (self.gap + refused_for)
+        if self.extra < 0.01 * self.interval:
+            self.extra = 0.0
 
-    def wait(self, turn: Turn, deadline: float = math.inf) -> None:
-        """Wait until the request may leave.
-
-        Raises:
-            PushedBackError: the server asked for a longer pause than anybody should sleep.
-            DeadlinePassedError: no slot is free before ``deadline`` (monotonic time).
-        """
-        with self._lock:
-            self._waiting.append(turn)
-        while True:
-            with self._lock:
-                seconds = self._look(turn, deadline)
-            if not seconds:
-                return
-            try:
-                turn.wake.get(timeout=seconds)
-            except queue.Empty:
-                continue
-
-    def left(self, turn: Turn) -> None:
-        """Note that the request has left, or failed to: then it has had its slot all the same."""
-        if turn.granted_at is None or turn.left_at is not None:
-            return
-        turn.left_at = time.monotonic()
-        with self._lock:
-            self._settle(turn, turn.left_at)
-            self._wake()
-
-    def push_back(self, seconds: float) -> None:
-        """Let nobody's request leave for ``seconds``, as the server said; cancels still do."""
-        to = time.monotonic() + min(seconds, LONGEST_MEMORY)
-        with self._lock:
-            self._pushed_to = max(self._pushed_to, to)
-            self._wake()
-
-    def _look(self, turn: Turn, deadline: float) -> float:
-        """Grant the slot and return 0, or return the seconds until another look."""
-        now = time.monotonic()
-        self._skip_the_gone(now)
-        if not turn.urgent and self._pushed_to - now > LONGEST_PUSH_BACK:
-            raise PushedBackError(self._pushed_to - now)
-        at = self._ready_at(turn)
-        if max(at, now) > deadline:
-            raise DeadlinePassedError
-        if at > now:
-            return at - now
-        connecting = self._granted is not None and now < self._patience_ends(self._granted)
-        if connecting or not self._is_first(turn, now):
-            return LOOK_AGAIN
-        turn.granted_at = now
-        self._granted = turn
-        self._waiting.remove(turn)
-        return 0.0
-
-    def _skip_the_gone(self, now: float) -> None:
-        self._waiting = [t for t in self._waiting if t.held.locked() and t.granted_at is None]
-        if self._granted is not None and not self._granted.held.locked():
-            # Interrupted on its way: whether and when it left is not known.
-            self._settle(self._granted, self._granted.left_at or now)
-
-    def _settle(self, turn: Turn, left_at: float) -> None:
-        self._last = max(self._last, (left_at, turn.interval))
-        if turn.spacing is not None:
-            self._last_of[turn.spacing[0]] = (left_at, turn.spacing[1])
-        if self._granted is turn:
-            self._granted = None
-
-    def _wake(self) -> None:
-        for turn in self._waiting:
-            turn.wake.put(None)
-
-    def _ready_at(self, turn: Turn) -> float:
-        last, interval = self._last
-        at = max(last + max(interval, turn.interval), turn.not_before)
+    def _own_ready(self, turn: Turn) -> float:
+        ready = turn.not_before
         if turn.spacing is not None:
             name, seconds = turn.spacing
-            last, its_seconds = self._last_of.get(name, (-math.inf, 0.0))
-            at = max(at, last + max(seconds, its_seconds))
-        return at if turn.urgent else max(at, self._pushed_to)
+            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
+            ready = max(ready, last + max(seconds, its_seconds))
+        return ready if turn.urgent else max(ready, self.paused_until)
 
-    @staticmethod
-    def _patience_ends(turn: Turn) -> float:
-        return (turn.granted_at or 0.0) + CONNECT_PATIENCE
+    def _ready(self, own: float, interval: float) -> float:
+        return max(own, self.last + max(self.interval, interval) + self.gap)
 
-    def _is_first(self, turn: Turn, now: float) -> bool:
-        return all(t.rank >= turn.rank for t in self._waiting if self._ready_at(t) <= now)
+    def _left(self, turn: Turn, at: float) -> None:
+        self.last, self.interval = at, turn.interval
+        self.gap = random.uniform(0.0, YIELD * self.extra) if self.extra else 0.0
+        if turn.spacing is not None:
+            self.spaced[turn.spacing[0]] = (at, turn.spacing[1])
 
 
-_rate_limits = PerAccount(RateLimit)
+class RateLimiter(Protocol):
+    """What a client needs of a rate limiter, in memory, in a file or on another machine."""
+
+    level: str  # as describe() tells it
+
+    def wait(self, turn: Turn, deadline: float = math.inf) -> None: ...
+
+    def leave(self, turn: Turn) -> None: ...
+
+    def refused(self, turn: Turn, retry_after: float | None) -> None: ...
+
+    def accepted(self, turn: Turn) -> None: ...
 
 
-def rate_limit_for(base_url: str, api_key: str) -> RateLimit:
-    """Return the rate limit that all requests of this process with this key to this API share."""
-    return _rate_limits.of(base_url, api_key)
+class ProcessStore:
+    """Keeps a schedule in memory, for the threads of this process."""
+
+    level = "this process"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held for a step, never while waiting
+        self._schedule = Schedule()
+
+    def update(self, step: Callable[[Schedule], Returned]) -> Returned:
+        """Make one step."""
+        with self._lock:
+            return step(self._schedule)
+
+
+class Store(Protocol):
+    """Where a schedule is kept."""
+
+    @property
+    def level(self) -> str: ...
+
+    def update(self, step: Callable[[Schedule], Returned]) -> Returned: ...
+
+
+class ScheduledRateLimiter:
+    """A rate limiter whose schedule is kept in memory or in a file.
+
+    Interrupts can end a wait at any line: what is left behind is an entry that expires.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._outcomes: collections.deque[bool] = collections.deque(maxlen=OUTCOMES)
+        self._adapted = False  # whether the schedule keeps extra space
+
+    @property
+    def level(self) -> str:
+        """Who keeps the limit together."""
+        return self._store.level
+
+    @property
+    def recently_refused(self) -> tuple[int, int]:
+        """How many of the last requests were refused for their pace, and of how many."""
+        return sum(self._outcomes), len(self._outcomes)
+
+    def wait(self, turn: Turn, deadline: float = math.inf) -> None:
+        """Wait until a request may leave.
+
+        Raises:
+            PauseTooLongError: the API asked for a longer pause than the turn has patience.
+            DeadlinePassedError: no slot is free before ``deadline`` (monotonic time).
+        """
+        turn.granted_at = None
+        while seconds := self._store.update(lambda schedule: _look(schedule, turn, deadline)):
+            time.sleep(min(seconds, turn.poll))
+        if turn.paused > turn.patience and not turn.urgent:
+            raise PauseTooLongError(turn.paused)
+        if turn.granted_at is None:
+            raise DeadlinePassedError
+
+    def leave(self, turn: Turn) -> None:
+        """Note that the request leaves, or has failed to: then it has had its slot all the same."""
+        left_at = time.monotonic()
+        if turn.first_sent_at is None:
+            turn.first_sent_at = left_at
+        self._store.update(lambda schedule: schedule.leave(turn, left_at))
+
+    def refused(self, turn: Turn, retry_after: float | None) -> None:
+        """Slow down after a refusal for the pace."""
+        self._outcomes.append(True)
+        self._adapted = True
+        pause = turn.interval * random.uniform(RETRY_SOONEST, RETRY_LATEST)
+        if retry_after is not None:
+            pause += min(retry_after, LONGEST_PAUSE_KEPT)
+        until = time.monotonic() + pause
+        self._store.update(lambda schedule: schedule.pause(until))
+
+    def accepted(self, turn: Turn) -> None:
+        """Speed up again, step by step."""
+        was_refused = bool(self._outcomes) and self._outcomes[-1]
+        self._outcomes.append(False)
+        if self._adapted:
+            first = turn.first_sent_at
+            refused_for = time.monotonic() - first if was_refused and first is not None else 0.0
+            self._adapted = self._store.update(lambda schedule: _learn(schedule, refused_for))
+
+
+def _look(schedule: Schedule, turn: Turn, deadline: float) -> float:
+    """Look once; return 0 also for a request that can't leave in time, and takes no place then."""
+    now = time.monotonic()
+    turn.paused = schedule.paused_until - now
+    too_long = turn.paused > turn.patience and not turn.urgent
+    if too_long or max(now, schedule.ready_at(turn)) > deadline:
+        schedule.waiting.pop(turn.ticket if turn.ticket is not None else -1, None)
+        return 0.0
+    return schedule.look(turn, now)
+
+
+def _learn(schedule: Schedule, refused_for: float) -> bool:
+    schedule.learn(refused_for)
+    return schedule.extra > 0

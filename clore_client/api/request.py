@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import requests
@@ -16,20 +17,25 @@ import urllib3
 
 from clore_client.api.call import LOGGED_POSTS, SPACED_POSTS, Call, Envelope, prepare_call
 from clore_client.api.connection import Sessions, UnusableAnswerError, exchange, read_body
+from clore_client.api.limiters import limiter_for
 from clore_client.api.rate_limit import (
-    LONGEST_PUSH_BACK,
     DeadlinePassedError,
-    PushedBackError,
-    RateLimit,
-    rate_limit_for,
+    PauseTooLongError,
+    ScheduledRateLimiter,
+    Turn,
 )
+from clore_client.api.retries import Retries
 from clore_client.api.retry import Failure, classify, classify_error, classify_unusable
-from clore_client.config import URL_VARIABLE, check_base_url, clean_key, find_key
+from clore_client.config import (
+    URL_VARIABLE,
+    check_base_url,
+    check_state_dir,
+    clean_key,
+    find_key,
+    state_folder,
+)
 from clore_client.errors import (
-    CloreConnectionError,
-    CloreError,
     ConfigurationError,
-    RateLimitError,
     Secret,
 )
 from clore_client.log import logger
@@ -49,6 +55,8 @@ from clore_client.version import __version__
 # How long a call may take, however slowly its answer drips.
 ANSWER_TIMEOUTS = 3.0  # times ``timeout``, for one exchange
 LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that are refused for their pace
+
+_UNKNOWN: Any = object()  # a folder that was not looked up yet
 
 H = TypeVar("H", bound="HTTPClient")
 Returned = TypeVar("Returned")
@@ -123,6 +131,8 @@ class HTTPClient:
         max_backoff: float,
         user_agent: str | None,
         max_response_mb: float,
+        rate_limit_wait: float,
+        state_dir: str | os.PathLike[str] | None,
     ) -> None:
         key, _ = self._key_source = find_key(api_key)
         self._headers: dict[str, str] = {"auth": key} if key else {}
@@ -138,6 +148,11 @@ class HTTPClient:
         self.create_order_interval = check_number(
             "create_order_interval", create_order_interval, unit="seconds"
         )
+        self.rate_limit_wait = check_number(
+            "rate_limit_wait", rate_limit_wait, infinite=True, unit="seconds"
+        )
+        self._state_dir = check_state_dir("state_dir", state_dir)
+        self._folder: Path | None = _UNKNOWN
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
         self.max_response_mb = check_number(
@@ -244,35 +259,38 @@ class HTTPClient:
             >>> client._request("GET", "/v1/wallets")["wallets"]
         """
         call = self._prepare(method, endpoint, params, json, kwargs)
-        rate_limit = rate_limit_for(call.base_url, call.key)
-        not_before, sends = -math.inf, 0
-        failure: Failure | None = None
+        limiter = limiter_for(call.base_url, call.key, self._state_folder())
+        turn = self._turn(call)
+        retries = Retries(self.max_retries, self.rate_limit_wait)
         while True:
+            turn.patience = retries.patience_left()
             try:
-                outcome = self._send(call, rate_limit, not_before)
-            except (DeadlinePassedError, PushedBackError) as reason:
-                raise _not_sent(call, failure, sends, reason) from None
-            sends += 1
+                outcome = self._send(call, limiter, turn)
+            except (DeadlinePassedError, PauseTooLongError) as reason:
+                raise retries.not_sent(call, reason) from None
             if isinstance(outcome, Envelope):
-                outcome.sends = sends
+                limiter.accepted(turn)
+                outcome.sends = retries.sends + 1
                 return outcome
-            if failure is not None and outcome.error.sent_at is None:
-                outcome.error.sent_at = failure.error.sent_at  # an earlier send did leave
-            failure = outcome
-            failure.error.sends = sends
-            delay = self._delay(call, failure, sends, rate_limit)
-            if not failure.again:
-                raise failure.error
-            if sends >= max(1, self.max_retries):
-                raise _gave_up(failure.error, sends)
+            retries.note(outcome)
+            turn.not_before = time.monotonic() + self._delay(call, outcome, retries, limiter, turn)
+            retries.raise_if_over(outcome, limiter.recently_refused)
             logger.warning(
-                "%s: send %d of %d failed, is sent again: %s",
-                call.label,
-                sends,
-                self.max_retries,
-                failure.error,
+                "%s: send %d failed, is sent again: %s", call.label, retries.sends, outcome.error
             )
-            not_before = time.monotonic() + delay
+
+    def _turn(self, call: Call) -> Turn:
+        spaced = call.name in SPACED_POSTS and not call.repeatable
+        return Turn(
+            self.rate_limit,
+            urgent=call.urgent,
+            spacing=(call.name, self.create_order_interval) if spaced else None,
+        )
+
+    def _state_folder(self) -> Path | None:
+        if self._folder is _UNKNOWN:
+            self._folder = state_folder(self._state_dir)
+        return self._folder
 
     def _prepare(
         self, method: str, endpoint: str, params: Any, json: Any, options: dict[str, Any]
@@ -293,41 +311,39 @@ class HTTPClient:
         self._sessions.put_back(session, reads=True)
         return call
 
-    def _delay(self, call: Call, failure: Failure, sends: int, rate_limit: RateLimit) -> float:
-        """Return the seconds to wait after a failure; all requests wait for what the API asks."""
-        delay = backoff_delay(sends, self.backoff, self.max_backoff)
+    def _delay(
+        self,
+        call: Call,
+        failure: Failure,
+        retries: Retries,
+        limiter: ScheduledRateLimiter,
+        turn: Turn,
+    ) -> float:
+        """Return the seconds to wait after a failure."""
         if not failure.rate_limited:
-            return delay
-        told = failure.error.retry_after
-        rate_limit.push_back(delay if told is None else told)
-        if call.urgent:
-            return cancel_delay(sends, self.backoff)
-        if told is not None and told > LONGEST_PUSH_BACK:
-            raise failure.error
-        return 0.0  # the push-back holds for this request, too
+            return backoff_delay(retries.failures, self.backoff, self.max_backoff)
+        limiter.refused(turn, failure.error.retry_after)
+        # Other requests wait as the limiter was told; a cancel does not wait for that.
+        return cancel_delay(retries.refusals, self.backoff) if call.urgent else 0.0
 
-    def _send(self, call: Call, rate_limit: RateLimit, not_before: float) -> Envelope | Failure:
+    def _send(self, call: Call, limiter: ScheduledRateLimiter, turn: Turn) -> Envelope | Failure:
         """Send once, when it is this request's turn."""
-        spaced = call.name in SPACED_POSTS and not call.repeatable
-        turn = rate_limit.turn(
-            self.rate_limit,
-            urgent=call.urgent,
-            not_before=not_before,
-            spacing=(call.name, self.create_order_interval) if spaced else None,
-        )
-        deadline = _limits.get().deadline
-        with turn.held:
-            rate_limit.wait(turn, deadline)
-            started_at = time.monotonic()
-            settings = dict(call.settings)
-            if (read_timeout := longest_part(settings["timeout"])) is not None:
-                deadline = min(deadline, started_at + ANSWER_TIMEOUTS * read_timeout)
-            if deadline < math.inf:
-                left = max(deadline - started_at, 0.001)
-                settings["timeout"] = shortened(settings["timeout"], left)
-            exchange.begin(lambda: rate_limit.left(turn), deadline)
-            answer = self._exchange(call, settings)
-            rate_limit.left(turn)
+        caller_deadline = _limits.get().deadline
+        limiter.wait(turn, caller_deadline)
+        started_at = time.monotonic()
+        settings, deadline = dict(call.settings), caller_deadline
+        if (read_timeout := longest_part(settings["timeout"])) is not None:
+            deadline = min(deadline, started_at + ANSWER_TIMEOUTS * read_timeout)
+        if deadline < math.inf:
+            left = max(deadline - started_at, 0.001)
+            settings["timeout"] = shortened(settings["timeout"], left)
+
+        def keep_turn() -> None:
+            if not turn.holds_slot:  # connecting took longer than the slot
+                limiter.wait(turn, deadline)
+
+        exchange.begin(keep_turn, lambda: limiter.leave(turn), deadline)
+        answer = self._exchange(call, settings)
         if isinstance(answer, Failure):
             return answer
         response, body = answer
@@ -379,31 +395,3 @@ class HTTPClient:
             response.close()
         self._sessions.put_back(session, reads)
         return answer
-
-
-def _not_sent(
-    call: Call, failure: Failure | None, sends: int, reason: DeadlinePassedError | PushedBackError
-) -> CloreError:
-    """Make the error for a request that was not sent, or not again."""
-    if isinstance(reason, PushedBackError) and failure is None:
-        error = RateLimitError(
-            5,
-            endpoint=call.endpoint,
-            hint=f"the API asked for a pause, of which {reason.seconds:.0f} s are left; "
-            "nothing was sent",
-        )
-        error.retry_after, error.sends = reason.seconds, 0
-        return error
-    if failure is None:
-        return CloreConnectionError(
-            f"{call.label} was not sent: its time was over before its turn came"
-        )
-    if isinstance(reason, PushedBackError):
-        failure.error.retry_after = reason.seconds
-    return _gave_up(failure.error, sends)
-
-
-def _gave_up(error: CloreError, sends: int) -> CloreError:
-    """Return ``error``, saying that asking again did not help."""
-    error.args = (f"Clore API request failed after {sends} retries: {error}",)
-    return error

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clore_client import CloreClient, RateLimitError
+from clore_client.api.limiters import limiter_for
 from clore_client.api.rate_limit import (
     DeadlinePassedError,
-    PushedBackError,
-    RateLimit,
+    PauseTooLongError,
+    ProcessStore,
+    Schedule,
+    ScheduledRateLimiter,
     Turn,
-    rate_limit_for,
 )
 from clore_client.api.request import backoff_delay
+from clore_client.api.shared_limit import FileStore, dump, load
 from tests.conftest import MakeSim, client_for, sent_to
 from tests.variant import Simulator
 
@@ -46,16 +50,38 @@ def together(*calls: Callable[[], Any]) -> None:
         raise errors[0]
 
 
+Limiter = Callable[[], ScheduledRateLimiter]
+
+
+@pytest.fixture(params=["memory", "file"])
+def limiter(request: pytest.FixtureRequest, tmp_path: Path) -> Limiter:
+    """Make a limiter; those of a test share one schedule where it is kept in a file."""
+    if request.param == "memory":
+        one = ScheduledRateLimiter(ProcessStore())
+        return lambda: one
+    return lambda: ScheduledRateLimiter(FileStore(tmp_path / "limit"))
+
+
 @contextmanager
 def slot(
-    rate_limit: RateLimit, interval: float, *, deadline: float = math.inf, **options: Any
+    limit: ScheduledRateLimiter,
+    interval: float,
+    *,
+    deadline: float = math.inf,
+    not_before: float = -math.inf,
+    **options: Any,
 ) -> Iterator[Turn]:
-    """Wait for a slot; the block is the request, which leaves at its end at the latest."""
-    turn = rate_limit.turn(interval, **options)
-    with turn.held:
-        rate_limit.wait(turn, deadline)
-        yield turn
-        rate_limit.left(turn)
+    """Wait for a slot; the block is the request, which leaves at its beginning."""
+    turn = Turn(interval, **options)
+    turn.not_before = not_before
+    limit.wait(turn, deadline)
+    limit.leave(turn)
+    yield turn
+
+
+def paused(limit: ScheduledRateLimiter, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    limit._store.update(lambda schedule: schedule.pause(until))
 
 
 def gaps(times: list[float]) -> list[float]:
@@ -73,8 +99,8 @@ def test_two_clients_and_eight_threads_keep_the_pace(make_sim: MakeSim) -> None:
 
 
 def test_keys_and_base_urls_have_a_pace_of_their_own(sim: Simulator, make_sim: MakeSim) -> None:
-    assert rate_limit_for("http://u", "a") is rate_limit_for("http://u", "a")
-    assert len({id(rate_limit_for(f"http://{u}", k)) for u in "uv" for k in "ab"}) == 4
+    assert limiter_for("http://u", "a", None) is limiter_for("http://u", "a", None)
+    assert len({id(limiter_for(f"http://{u}", k, None)) for u in "uv" for k in "ab"}) == 4
     other_key = client_for(sim, api_key=sim.add_key(), rate_limit=30)
     other_url = client_for(make_sim(), rate_limit=30)
     for client in (client_for(sim, rate_limit=30), other_key, other_url):
@@ -105,52 +131,104 @@ def test_create_orders_are_spaced(make_sim: MakeSim) -> None:
 def test_no_two_departures_are_closer_than_their_intervals(
     wanted: list[tuple[float, bool, bool]],
 ) -> None:
-    """Invariant: between neighbours lies the larger of their two intervals, and nobody is lost."""
-    limit = RateLimit()
+    """Invariant: between neighbors lies the larger of their two intervals, and nobody is lost."""
+    limit = ScheduledRateLimiter(ProcessStore())
     left: list[tuple[float, float, bool]] = []
     lock = threading.Lock()
 
     def send(interval: float, urgent: bool, spaced: bool) -> None:
         spacing = ("create_order", 0.006) if spaced else None
-        with slot(limit, interval, urgent=urgent, spacing=spacing) as turn:
-            with lock:
-                left.append((time.monotonic(), interval, spaced))
-            limit.left(turn)
+        turn = Turn(interval, urgent=urgent, spacing=spacing)
+        limit.wait(turn)
+        with lock:
+            left.append((turn.granted_at or 0.0, interval, spaced))
 
     together(*[lambda w=w: send(*w) for w in wanted])
     assert len(left) == len(wanted)
     left.sort()
     for (a, x, _), (b, y, _) in itertools.pairwise(left):
-        assert b - a >= max(x, y) - 1e-4
+        assert b - a >= max(x, y) - 1e-9
     spaced = [at for at, _, s in left if s]
-    assert all(gap >= 0.006 - 1e-4 for gap in gaps(spaced))
+    assert all(gap >= 0.006 - 1e-9 for gap in gaps(spaced))
 
 
-def waiting(limit: RateLimit) -> list[Turn]:
-    return [turn for turn in limit._waiting if turn.held.locked()]
+class Played:
+    """Requests of several processes on one schedule, with a clock of their own."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.schedule = Schedule()
+        self.waits: dict[int, Turn] = {}
+        self.alive: set[int] = set()
+        self.left: list[tuple[float, int]] = []
+
+    def start(self, number: int, urgent: bool) -> None:
+        self.waits[number] = Turn(1.0, urgent=urgent)
+        self.alive.add(number)
+
+    def tick(self, seconds: float) -> None:
+        """Let time pass; all that live look at once, in any order."""
+        self.now += seconds
+        for number in sorted(self.alive, key=hash):
+            turn = self.waits[number]
+            if turn.granted_at is None and not self.schedule.look(turn, self.now):
+                self.left.append((self.now, number))
+                self.alive.discard(number)
+        self.schedule = load(dump(self.schedule), self.now)  # as another process finds it
 
 
-def in_line(limit: RateLimit, name: str, order: list[str], **options: Any) -> threading.Thread:
+@given(st.lists(st.tuples(st.sampled_from(["read", "cancel", "kill", "tick"]), st.integers(0, 9)),
+                max_size=60))  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_interleavings_with_kills(steps: list[tuple[str, int]]) -> None:
+    """Invariants: no two departures within an interval, nobody who lives is lost, in order of
+    arrival, and cancels first."""
+    game = Played()
+    for number, (step, which) in enumerate(steps):
+        if step in ("read", "cancel"):
+            game.start(number, step == "cancel")
+            game.tick(0.0)
+        elif step == "kill" and game.alive:
+            game.alive.discard(sorted(game.alive)[which % len(game.alive)])
+        else:
+            game.tick(0.1 * which)
+    waiting = sorted(game.alive, key=lambda n: (not game.waits[n].urgent, n))
+    before = len(game.left)
+    for _ in range(40 * (len(waiting) + 2)):
+        game.tick(0.05)
+    assert not game.alive
+    assert [number for _, number in game.left[before:]] == waiting
+    assert all(gap >= 1.0 - 1e-9 for gap in gaps([at for at, _ in game.left]))
+    last = game.left[-1][0] if game.left else 0.0
+    assert not waiting or last - game.left[max(0, before - 1)][0] <= 1.3 * len(waiting) + 2.0
+
+
+def in_line(
+    limit: ScheduledRateLimiter, name: str, order: list[str], **options: Any
+) -> threading.Thread:
     """A thread that waits for a slot, and says so when it has it."""
+
+    def waiting() -> int:
+        return limit._store.update(lambda schedule: schedule.next_ticket)
 
     def wait() -> None:
         with slot(limit, 0.05, **options):
             order.append(name)
 
-    before = len(waiting(limit))
+    before = waiting()
     thread = threading.Thread(target=wait)
     thread.start()
-    while len(waiting(limit)) == before and thread.is_alive():
+    while waiting() == before and thread.is_alive():
         time.sleep(0.001)
     return thread
 
 
-def test_slots_go_in_order_and_cancels_first() -> None:
-    limit, order = RateLimit(), list[str]()
-    with slot(limit, 0.3):
+def test_slots_go_in_order_and_cancels_first(limiter: Limiter) -> None:
+    order = list[str]()
+    with slot(limiter(), 0.3):
         pass
-    threads = [in_line(limit, name, order) for name in ("a", "b", "c")]
-    threads.append(in_line(limit, "cancel", order, urgent=True))
+    threads = [in_line(limiter(), name, order) for name in ("a", "b", "c")]
+    threads.append(in_line(limiter(), "cancel", order, urgent=True))
     for thread in threads:
         thread.join(10)
     assert order == ["cancel", "a", "b", "c"]
@@ -171,45 +249,45 @@ def test_a_waiting_cancel_overtakes_waiting_reads(make_sim: MakeSim) -> None:
     assert "cancel_order" in [call.endpoint for call in sim.requests[seen:]][:2]
 
 
-def test_one_that_is_spaced_lets_others_pass() -> None:
-    limit, order = RateLimit(), list[str]()
-    with slot(limit, 0.0, spacing=("create_order", 0.5)):
+def test_one_that_is_spaced_lets_others_pass(limiter: Limiter) -> None:
+    order = list[str]()
+    with slot(limiter(), 0.0, spacing=("create_order", 0.5)):
         pass
-    threads = [in_line(limit, "create", order, spacing=("create_order", 0.5))]
-    threads.append(in_line(limit, "read", order))
+    threads = [in_line(limiter(), "create", order, spacing=("create_order", 0.5))]
+    threads.append(in_line(limiter(), "read", order))
     for thread in threads:
         thread.join(10)
     assert order == ["read", "create"]
 
 
-def test_waiters_look_again_after_a_push_back() -> None:
-    limit, order = RateLimit(), list[str]()
-    with slot(limit, 0.1):
+def test_waiters_look_again_after_a_pause(limiter: Limiter) -> None:
+    order = list[str]()
+    with slot(limiter(), 0.1):
         pass
     started = time.monotonic()
-    thread = in_line(limit, "a", order)
-    limit.push_back(0.4)
+    thread = in_line(limiter(), "a", order)
+    paused(limiter(), 0.4)
     thread.join(10)
     assert time.monotonic() - started >= 0.4
 
 
-def test_a_long_push_back_is_an_error_for_everybody() -> None:
-    limit, caught = RateLimit(), list[float]()
-    with slot(limit, 0.5):
+def test_a_pause_over_the_patience_is_an_error_for_everybody(limiter: Limiter) -> None:
+    caught = list[float]()
+    with slot(limiter(), 0.5):
         pass
 
     def wait() -> None:
-        with pytest.raises(PushedBackError) as error, slot(limit, 0.5):
+        with pytest.raises(PauseTooLongError) as error, slot(limiter(), 0.5, patience=60):
             pass
         caught.append(error.value.seconds)
 
     thread = threading.Thread(target=wait)
     thread.start()
     time.sleep(0.05)
-    limit.push_back(1e9)
+    paused(limiter(), 3000)
     thread.join(5)
     assert 60 < caught[0] <= 3600
-    with pytest.raises(PushedBackError), slot(limit, 0):
+    with pytest.raises(PauseTooLongError), slot(limiter(), 0, patience=60):
         pass
 
 
@@ -243,52 +321,33 @@ def test_retry_after_as_a_date_counts_from_the_answers_date(make_sim: MakeSim) -
     assert caught.value.retry_after == pytest.approx(1000, abs=30)
 
 
-def test_a_deadline_ends_the_waiting() -> None:
-    limit = RateLimit()
-    with slot(limit, 30):
+def test_a_deadline_ends_the_waiting(limiter: Limiter) -> None:
+    with slot(limiter(), 30):
         pass
-    with pytest.raises(DeadlinePassedError), slot(limit, 30, deadline=time.monotonic() + 5):
+    with pytest.raises(DeadlinePassedError), slot(limiter(), 30, deadline=time.monotonic() + 5):
         pass
-    assert not waiting(limit)
+    assert limiter()._store.update(lambda schedule: len(schedule.waiting)) == 0
 
 
-@pytest.mark.parametrize("granted", [False, True])
-def test_a_turn_that_nobody_holds_is_skipped(granted: bool) -> None:
-    """As an interrupt leaves it, at any line between waiting and leaving."""
-    limit = RateLimit()
-    with slot(limit, 0.02):
+def test_a_request_that_waits_no_more_is_skipped(limiter: Limiter) -> None:
+    """As an interrupt or a kill leaves it, at any line between waiting and leaving."""
+    with slot(limiter(), 0.2):
         pass
-    turn = limit.turn(0.02, urgent=True)
-    with turn.held:
-        if granted:
-            limit.wait(turn)
-        else:
-            limit._waiting.append(turn)
+    for _ in range(20):
+        gone = Turn(0.2, urgent=True)
+        limiter()._store.update(lambda s, gone=gone: s.look(gone, time.monotonic()))  # type: ignore[misc]
     started = time.monotonic()
-    with slot(limit, 0.02):
+    with slot(limiter(), 0.2):
         pass
-    assert time.monotonic() - started < 5
-    assert not waiting(limit)
+    assert time.monotonic() - started < 2
 
 
-def test_urgent_requests_leave_whatever_the_server_asks_for() -> None:
-    limit = RateLimit()
-    limit.push_back(3600)
-    with slot(limit, 0.02, urgent=True):
+def test_urgent_requests_leave_whatever_the_server_asks_for(limiter: Limiter) -> None:
+    paused(limiter(), 3600)
+    with slot(limiter(), 0.02, urgent=True):
         pass
-    with pytest.raises(PushedBackError), slot(limit, 0.02):
+    with pytest.raises(PauseTooLongError), slot(limiter(), 0.02, patience=60):
         pass
-
-
-def test_a_request_that_does_not_leave_holds_nobody_up_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("clore_client.api.rate_limit.CONNECT_PATIENCE", 0.2)
-    limit, order = RateLimit(), list[str]()
-    with slot(limit, 0.01):
-        thread = in_line(limit, "cancel", order, urgent=True)
-        thread.join(10)
-        assert order == ["cancel"]
 
 
 @given(
