@@ -188,6 +188,26 @@ def test_waiting_ends_only_when_the_order_runs(make_sim: MakeSim, seed: int) -> 
     assert order.deployed <= time.monotonic()
 
 
+def test_an_order_that_does_not_say_spot_is_on_demand(many: tuple[Simulator, Raw]) -> None:
+    sim, raw = many
+    client = client_for(sim)
+    kinds = set()
+    for order in raw.get("my_orders")["orders"]:
+        kinds.add(order.get("spot"))
+        with pytest.raises(ValueError, match=r"order_id: .* is no spot order"):
+            client.set_spot_price(order["id"], 0.1)
+    assert kinds == {False, None}
+    assert not sent_to(sim, "set_spot_price")
+
+
+def test_a_spot_order_says_so(any_sim: Simulator, any_client: CloreClient) -> None:
+    server = any_client.find_cheapest("RTX 4090")
+    assert server is not None
+    made = any_client.create_order(server["id"], order_type="spot", spot_price=0.2)
+    order = until(lambda: any_client.get_order(made["order_id"]))
+    assert order.is_spot in ((True,) if order.is_live else (None,))
+
+
 # What else an order carries
 
 

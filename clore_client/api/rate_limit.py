@@ -21,7 +21,7 @@ LEARNING = 0.3  # how much the last request counts for the extra space between t
 YIELD = 0.8  # how much of the extra space is left to the other programs at most
 OUTCOMES = 20  # how many of the last answers are counted for the error message
 
-Returned = TypeVar("Returned")
+Stepped = TypeVar("Stepped")
 
 
 class PauseTooLongError(Exception):
@@ -179,7 +179,7 @@ class ProcessStore:
         self._lock = threading.Lock()  # held for a step, never while waiting
         self._schedule = Schedule()
 
-    def update(self, step: Callable[[Schedule], Returned]) -> Returned:
+    def update(self, step: Callable[[Schedule], Stepped]) -> Stepped:
         """Make one step."""
         with self._lock:
             return step(self._schedule)
@@ -191,7 +191,7 @@ class Store(Protocol):
     @property
     def level(self) -> str: ...
 
-    def update(self, step: Callable[[Schedule], Returned]) -> Returned: ...
+    def update(self, step: Callable[[Schedule], Stepped]) -> Stepped: ...
 
 
 class ScheduledRateLimiter:
@@ -223,7 +223,7 @@ class ScheduledRateLimiter:
             DeadlinePassedError: no slot is free before ``deadline`` (monotonic time).
         """
         turn.granted_at = None
-        while seconds := self._store.update(lambda schedule: _look(schedule, turn, deadline)):
+        while seconds := self._store.update(lambda schedule: _look_once(schedule, turn, deadline)):
             time.sleep(min(seconds, turn.poll))
         if turn.paused > turn.patience and not turn.urgent:
             raise PauseTooLongError(turn.paused)
@@ -254,10 +254,10 @@ class ScheduledRateLimiter:
         if self._adapted:
             first = turn.first_sent_at
             refused_for = time.monotonic() - first if was_refused and first is not None else 0.0
-            self._adapted = self._store.update(lambda schedule: _learn(schedule, refused_for))
+            self._adapted = self._store.update(lambda schedule: _learn_from(schedule, refused_for))
 
 
-def _look(schedule: Schedule, turn: Turn, deadline: float) -> float:
+def _look_once(schedule: Schedule, turn: Turn, deadline: float) -> float:
     """Look once; return 0 also for a request that can't leave in time, and takes no place then."""
     now = time.monotonic()
     turn.paused = schedule.paused_until - now
@@ -268,6 +268,6 @@ def _look(schedule: Schedule, turn: Turn, deadline: float) -> float:
     return schedule.look(turn, now)
 
 
-def _learn(schedule: Schedule, refused_for: float) -> bool:
+def _learn_from(schedule: Schedule, refused_for: float) -> bool:
     schedule.learn(refused_for)
     return schedule.extra > 0

@@ -24,7 +24,7 @@ LOCK_PATIENCE_LIMIT = 1.0  # seconds; the lock is held for microseconds
 TRY_FILE_AGAIN = 30.0  # seconds after which a file that could not be used is tried again
 VERSION = 1
 
-Result = TypeVar("Result")
+Step = TypeVar("Step")
 
 
 class FileStore:
@@ -53,7 +53,7 @@ class FileStore:
         seconds = time.monotonic() - self._failed_at
         return f"this process, since {self._path} could not be used {seconds:.0f} s ago"
 
-    def update(self, step: Callable[[Schedule], Result]) -> Result:
+    def update(self, step: Callable[[Schedule], Step]) -> Step:
         """Make one step."""
         failed_at = self._failed_at
         if failed_at is not None and time.monotonic() - failed_at < TRY_FILE_AGAIN:
@@ -74,7 +74,7 @@ class FileStore:
                 )
             return self._memory.update(step)
 
-    def _step(self, step: Callable[[Schedule], Result]) -> Result:
+    def _step(self, step: Callable[[Schedule], Step]) -> Step:
         handle = self._open()
         if not lock_file(handle, LOCK_PATIENCE_LIMIT):
             raise OSError("another process does not let go of it")

@@ -77,6 +77,14 @@ class Order(Record):
         return self.status == "running"
 
     @property
+    def is_spot(self) -> bool | None:
+        """Whether it is a spot order; None where the record does not tell."""
+        spot = self.get("spot")
+        if isinstance(spot, bool):
+            return spot
+        return False if self.is_live else None  # the live form leaves out a false one
+
+    @property
     def has_ended(self) -> bool:
         """Whether it is over, and costs nothing any more."""
         return self.status in ENDED_STATUSES

@@ -56,8 +56,8 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
             status=order.status or "",
             order=order,
         )
-    if order.get("spot") is False:
-        raise ValueError(f"order {order.id} is no spot order: nothing was bid")
+    if order.is_spot is False:
+        raise ValueError(f"order_id: order {order.id} is no spot order; nothing was bid")
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
     data = orders.market.data

@@ -120,6 +120,7 @@ def test_an_answer_that_never_ends_is_given_up(server: FaultServer, kind: str) -
         server.fault("wallets", kind)
         with Watchdog(server, 6), pytest.raises(CloreError):
             client.get_wallets()
+        client.timeout = 20
         assert len(client.get_wallets()) == 3
 
 

@@ -38,7 +38,7 @@ def _state(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
 
 def entries(tmp_path: Any) -> list[str]:
     folder = tmp_path / "state" / "clore-client"
-    return sorted(os.listdir(folder)) if folder.exists() else []
+    return sorted(path.name for path in folder.glob("*.json"))
 
 
 def rent(client: CloreClient, **options: Any) -> Rental:
@@ -532,20 +532,18 @@ def test_an_interrupt_while_it_deploys(make_sim: MakeSim, tmp_path: Any) -> None
     assert entries(tmp_path) == []
 
 
-def test_interrupts_at_any_moment(make_sim: MakeSim, tmp_path: Any) -> None:
-    sim = make_sim()
-    client = client_for(sim)
-    for number in range(2, 18, 3):
-        started = time.monotonic()
-        thread = interrupt_when(lambda at=started + 0.03 * number: time.monotonic() > at)  # type: ignore[misc]
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-            with rent(client, find_timeout=0.4):
-                thread.join()
-                time.sleep(0.2)
-            thread.join()
-            time.sleep(0.2)
-        thread.join()
-        assert active(sim) == []
+@pytest.mark.parametrize("number", range(1, 9))
+def test_an_interrupt_when_a_request_has_arrived(
+    sim: Simulator, client: CloreClient, tmp_path: Any, number: int
+) -> None:
+    thread = interrupt_when(lambda: len(sim.requests) >= number)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with rent(client, find_timeout=10):
+            while True:
+                client.get_wallets()
+    thread.join()
+    assert active(sim) == []
+    assert entries(tmp_path) == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
