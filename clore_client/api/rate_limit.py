@@ -17,6 +17,7 @@ SHORTEST_ENTRY = 0.1  # seconds for which a request counts as waiting after its 
 # After a refusal a request is sent again after a random part of its interval between these two.
 # A longer pause would leave the way to whoever refuses to slow down, and starve this one.
 RETRY_SOONEST, RETRY_LATEST = 0.2, 0.6
+LEAVING = 0.01  # the part of its interval that a request may take to leave
 LEARNING = 0.3  # how much the last request counts for the extra space between two requests
 YIELD = 0.8  # how much of the extra space is left to the other programs at most
 OUTCOMES = 20  # how many of the last answers are counted for the error message
@@ -108,7 +109,8 @@ class Schedule:
         )
         if ready <= now and first:
             self.waiting.pop(turn.ticket, None)
-            self._left(turn, now)
+            # A little ahead: who leaves until then need not say so.
+            self._left(turn, now + LEAVING * turn.interval)
             turn.granted_at = now
             return 0.0
         expires = now + max(SHORTEST_ENTRY, 4 * turn.poll)
@@ -121,8 +123,7 @@ class Schedule:
 
     def leave(self, turn: Turn, left_at: float) -> None:
         """Note when the request really left: its space counts from then."""
-        if left_at > (turn.granted_at or 0.0):
-            self._left(turn, max(left_at, self.last))
+        self._left(turn, max(left_at, self.last))
 
     def pause(self, until: float) -> None:
         """Let no request leave until then, but for urgent ones."""
@@ -235,7 +236,8 @@ class ScheduledRateLimiter:
         left_at = time.monotonic()
         if turn.first_sent_at is None:
             turn.first_sent_at = left_at
-        self._store.update(lambda schedule: schedule.leave(turn, left_at))
+        if left_at > (turn.granted_at or 0.0) + LEAVING * turn.interval:
+            self._store.update(lambda schedule: schedule.leave(turn, left_at))
 
     def refused(self, turn: Turn, retry_after: float | None) -> None:
         """Slow down after a refusal for the pace."""
