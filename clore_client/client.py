@@ -11,10 +11,8 @@ from clore_client.config import (
     CONFIG_FILE,
     DEFAULT_STATE_DIR,
     KEY_VARIABLE,
-    check_state_dir,
     ending_of,
     need_key,
-    state_folder,
 )
 from clore_client.errors import ERROR_CODES, Secret, hidden_values, printable
 from clore_client.log import logger
@@ -126,6 +124,7 @@ class CloreClient(HTTPClient):
         state_dir: str | os.PathLike[str] | None = DEFAULT_STATE_DIR,
         max_response_mb: float = 64.0,
         order_lag: float = 20.0,
+        rate_limit_wait: float = 60.0,
     ) -> None:
         api_key = Secret.of(api_key)  # error reporters show local variables
         super().__init__(
@@ -139,6 +138,8 @@ class CloreClient(HTTPClient):
             max_backoff=max_backoff,
             user_agent=user_agent,
             max_response_mb=max_response_mb,
+            rate_limit_wait=rate_limit_wait,
+            state_dir=state_dir,
         )
         if max_usd_per_hour is not None:
             check_number("max_usd_per_hour", max_usd_per_hour, unit="USD per hour")
@@ -147,7 +148,6 @@ class CloreClient(HTTPClient):
         self.max_usd_per_hour = max_usd_per_hour
         self.max_active_orders = max_active_orders
         self.order_lag = check_interval("order_lag", order_lag)
-        self._state_dir = check_state_dir("state_dir", state_dir)
         self._market = Market(self)
         self._orders = AccountOrders(self, self._market)
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
@@ -690,7 +690,7 @@ class CloreClient(HTTPClient):
             max_hours=max_hours,
             max_cost_usd=max_cost_usd,
         )
-        return Rental(self, self._orders, settings, state_folder(self._state_dir))
+        return Rental(self, self._orders, settings, self._state_folder)
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
         """Find the orders that rentals of dead processes left running on this account.
@@ -709,7 +709,7 @@ class CloreClient(HTTPClient):
         from clore_client.rental.recovery import find_leftovers
 
         check_number("wait", wait, unit="seconds")
-        folder = state_folder(self._state_dir)
+        folder = self._state_folder
         return limited(lambda: find_leftovers(self._orders, folder, wait), urgent=True)
 
     def cancel_leftovers(self, *, wait: float = 30.0, cancel_timeout: float = 300.0) -> list[int]:
@@ -733,7 +733,7 @@ class CloreClient(HTTPClient):
 
         check_number("wait", wait, unit="seconds")
         check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
-        folder = state_folder(self._state_dir)
+        folder = self._state_folder
         return limited(
             lambda: end_leftovers(self._orders, folder, wait, cancel_timeout), urgent=True
         )
@@ -816,7 +816,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.access import SSHAccess
 
         if self._ssh_access is None:
-            self._ssh_access = SSHAccess(self, self._orders, state_folder(self._state_dir))
+            self._ssh_access = SSHAccess(self, self._orders, self._state_folder)
         return self._ssh_access
 
     @staticmethod

@@ -195,6 +195,21 @@ def canonical_url(base_url: str) -> str:
     return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
 
+def read_line(path: str) -> str:
+    """Return the first line of a file, or an empty string."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.readline(200).strip()
+    except OSError:
+        return ""
+
+
+@functools.cache
+def boot_id() -> str:
+    """Return the id of this machine's current boot, or an empty string if it is not known."""
+    return read_line("/proc/sys/kernel/random/boot_id")
+
+
 class PerAccount(Generic[V]):
     """A table with one object per base URL and key, made on first use.
 

@@ -1,15 +1,18 @@
-"""Lock files, to exclude other processes."""
+"""Lock files, to exclude other processes, and open private ones."""
 
 from __future__ import annotations
 
 import os
+import stat
 import time
+from pathlib import Path
 
 LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
+FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
 
 
 def lock_file(handle: int, patience: float = 0.0) -> bool:
-    """Lock an open file until it is closed, and return whether that worked.
+    """Lock an open file until it is unlocked or closed, and return whether that worked.
 
     Parameters:
         handle: a file that is open for writing, as some systems require.
@@ -19,10 +22,12 @@ def lock_file(handle: int, patience: float = 0.0) -> bool:
         OSError: the file system does not support locks.
     """
     deadline = time.monotonic() + patience
+    pause = FIRST_LOCK_PAUSE
     while not _try_to_lock(handle):
         if time.monotonic() >= deadline:
             return False
-        time.sleep(0.002)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_LOCK_PAUSE)
     return True
 
 
@@ -40,3 +45,41 @@ def _try_to_lock(handle: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def unlock_file(handle: int) -> None:
+    """Unlock a file that :func:`lock_file` locked."""
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(handle, LOCK_AT, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def open_private(path: Path) -> tuple[int, bool]:
+    """Open a file of this user for reading and writing, and return whether it is a new one.
+
+    The file and its folder are created if they are missing.
+
+    Raises:
+        OSError: that is not possible, or it is not a regular file of this user.
+    """
+    flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    created = False
+    try:
+        handle = os.open(path, flags)
+    except FileNotFoundError:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(path, flags | os.O_CREAT, 0o600)
+        created = True
+    about = os.fstat(handle)
+    foreign = hasattr(os, "geteuid") and about.st_uid != os.geteuid()
+    if foreign or not stat.S_ISREG(about.st_mode):
+        os.close(handle)
+        raise PermissionError("it is not a regular file of this user")
+    return handle, created

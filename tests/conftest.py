@@ -141,6 +141,7 @@ def client_for(sim: Simulator, **options: Any) -> CloreClient:
         "rate_limit": RATE_LIMIT,
         "create_order_interval": 0.05,
         "backoff": 0.01,
+        "rate_limit_wait": 1.0,
         "timeout": 5,
         "order_lag": 0.3,
     }

@@ -34,7 +34,7 @@ CODES = {
 
 
 def raised(sim: Simulator, client: CloreClient, envelope: dict[str, Any]) -> CloreAPIError:
-    sim.faults.add("wallets", "envelope", envelope=envelope, times=3)
+    sim.faults.add("wallets", "envelope", envelope=envelope, times=999)
     with pytest.raises(CloreAPIError) as caught:
         client._request("GET", "/v1/wallets")
     sim.faults.clear()

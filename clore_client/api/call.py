@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import requests
 from requests.structures import CaseInsensitiveDict
 
+from clore_client.api.policy import Rules, rules_for
 from clore_client.config import (
     CONFIG_FILE,
     KEY_VARIABLE,
@@ -27,13 +28,6 @@ from clore_client.errors import (
     OutcomeUnknownError,
 )
 from clore_client.validation import Timeout, check_headers, check_text, check_timeout, short_repr
-
-URGENT_POSTS = frozenset({"cancel_order", "cancel_orders"})  # a waiting cancel costs money
-SPACED_POSTS = frozenset({"create_order"})  # these have a longer interval
-KEYLESS_GETS = frozenset({"marketplace"})
-REPEATABLE_POSTS = frozenset({"cancel_order", "cancel_orders", "set_spot_price"})  # idempotent
-# Any other POST is sent again only if it cannot have had an effect.
-LOGGED_POSTS = REPEATABLE_POSTS | SPACED_POSTS  # these start or stop costs
 
 
 class Envelope(dict[str, Any]):
@@ -76,7 +70,7 @@ class Call:
         settings: dict[str, Any],
         base_url: str,
         key: str,
-        repeatable: bool,
+        rules: Rules,
         urgent: bool,
         secrets: tuple[str, ...],
     ) -> None:
@@ -86,12 +80,16 @@ class Call:
         self.settings = settings
         self.base_url = base_url
         self.key = key
-        self.repeatable = repeatable
-        self.urgent = urgent  # ignores the pause that the server asks for
+        self.rules = rules
+        self.urgent = urgent  # goes first, and ignores the pause that the server asks for
         self.secrets = secrets
 
     def __repr__(self) -> str:
         return f"<Call {self.label}>"
+
+    @property
+    def repeatable(self) -> bool:
+        return self.rules.repeatable
 
     @property
     def label(self) -> str:
@@ -174,22 +172,52 @@ def prepare_call(
     if not (method.isascii() and method.isalpha()):
         raise ValueError(f"method must be one like 'GET', not {short_repr(method)}")
     name = endpoint_name(check_endpoint(endpoint))
+    rules = rules_for(method, name)
     all_headers = CaseInsensitiveDict(check_headers("headers", headers))
     all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
-    key = _check_key(all_headers, base_url, endpoint, name)
+    key = _check_key(all_headers, base_url, endpoint, rules.needs_key)
     timeout = check_timeout("timeout", options.pop("timeout", timeout))
     verify, cert, stream = (options.pop(k, None) for k in ("verify", "cert", "stream"))
     proxies = _proxies(base_url, options.pop("proxies", None))
+    request, secrets = _prepare_request(
+        session, method, base_url + endpoint, all_headers, params, json, options
+    )
+    settings: dict[str, Any] = {
+        "timeout": timeout,
+        "allow_redirects": False,
+        **session.merge_environment_settings(request.url, proxies, stream, verify, cert),
+        "stream": True,  # read_body() limits the size
+    }
+    return Call(
+        name=name,
+        endpoint=endpoint,
+        request=request,
+        settings=settings,
+        base_url=base_url,
+        key=key,
+        rules=rules,
+        urgent=rules.urgent or urgent,
+        secrets=(key, *secrets) if key else secrets,
+    )
+
+
+def _prepare_request(
+    session: requests.Session,
+    method: str,
+    url: str,
+    headers: Any,
+    params: Any,
+    json: Any,
+    options: dict[str, Any],
+) -> tuple[requests.PreparedRequest, tuple[str, ...]]:
+    """Return the request, and the secrets in its body."""
     # Without this, requests would send a password from ~/.netrc.
     options.setdefault("auth", _no_auth)
     try:
-        request = session.prepare_request(
-            requests.Request(
-                method, base_url + endpoint, headers=all_headers, params=params, json=json,
-                **options,
-            )
-        )  # fmt: skip
-        secrets = tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)]))
+        request = requests.Request(
+            method, url, headers=headers, params=params, json=json, **options
+        )
+        return session.prepare_request(request), tuple(dict.fromkeys(secrets_in(json)))
     except requests.exceptions.InvalidJSONError as error:
         raise ValueError(f"json can't be encoded as JSON: {error}") from None
     except RecursionError:
@@ -197,22 +225,6 @@ def prepare_call(
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"json, params or another argument can't be sent: {error}") from None
-    return Call(
-        name=name,
-        endpoint=endpoint,
-        request=request,
-        settings={
-            "timeout": timeout,
-            "allow_redirects": False,
-            **session.merge_environment_settings(request.url, proxies, stream, verify, cert),
-            "stream": True,  # read_body() limits the size
-        },
-        base_url=base_url,
-        key=key,
-        repeatable=method in ("GET", "HEAD") or (method == "POST" and name in REPEATABLE_POSTS),
-        urgent=name in URGENT_POSTS or urgent,
-        secrets=secrets,
-    )
 
 
 def _proxies(base_url: str, given: Any) -> dict[str, Any]:
@@ -223,13 +235,13 @@ def _proxies(base_url: str, given: Any) -> dict[str, Any]:
     return proxies
 
 
-def _check_key(headers: Any, base_url: str, endpoint: str, name: str) -> str:
+def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
     """Return the key of a request, after a check that it is set and the URL is safe for it."""
     key: str = headers.get("auth") or ""
     if key:
         key = headers["auth"] = clean_key(key, "the headers")
         check_key_may_go_to(base_url)
-    elif name not in KEYLESS_GETS:
+    elif needed:
         raise AuthenticationError(
             3,
             endpoint=endpoint,

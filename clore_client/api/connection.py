@@ -29,23 +29,30 @@ class Exchange(threading.local):
     """The current request of each thread: its send time and its deadline."""
 
     def __init__(self) -> None:
+        self.before: Callable[[], None] | None = None
         self.on_left: Callable[[], None] | None = None
         self.left_at: float | None = None  # when the first byte was sent, by time.monotonic()
         self.connecting = False  # a connection of this module is used, so ``left_at`` is reliable
         self.deadline = math.inf
 
-    def begin(self, on_left: Callable[[], None], deadline: float) -> None:
+    def begin(
+        self, before: Callable[[], None], on_left: Callable[[], None], deadline: float
+    ) -> None:
         """Start another request.
 
         Parameters:
+            before: called when it is connected and about to be sent; it may wait.
             on_left: called when the request is sent.
             deadline: monotonic time by which the whole response must have arrived.
         """
-        self.on_left, self.left_at, self.connecting, self.deadline = on_left, None, False, deadline
+        self.before, self.on_left, self.deadline = before, on_left, deadline
+        self.left_at, self.connecting = None, False
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
         """Record that the block sends the first byte."""
+        if self.before is not None:
+            self.before()
         self.left_at = time.monotonic()
         try:
             yield

@@ -1,23 +1,33 @@
-"""Keep requests apart: one rate limit for each key and base URL in the process."""
+"""Decide when the next request with a key may be sent, for all who share the key."""
 
 from __future__ import annotations
 
-import itertools
+import collections
 import math
+import os
+import random
 import threading
 import time
+from typing import Any, NamedTuple, Protocol
 
-from clore_client.config import PerAccount
+LONGEST_PAUSE_KEPT = 3600.0  # seconds; a broken proxy may ask for a pause of any length
+LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
+RECENT = 20  # how many of the last responses are counted for the error message
+# All of the following are parts of the interval.
+SLOT_LEAD = 0.1  # a slot is granted so long before it begins, so that no delay of the store costs time
+SLOT_LATE = 0.005  # a request that is sent this much after its slot began needs no report
+SLOT_GRACE = 0.125  # each request in the queue gives the one before it so much time to take its slot
+LONGEST_SLOT_GRACE = 1.0
+# After a refusal: other programs use the key, so leave room for them.
+RETRY_JITTER = 0.1  # a retry comes up to this much later than the interval
+SLOW_DOWN = 0.1  # by how much a refusal widens the space after a request
+SLOWING_REFUSALS = 3  # later refusals of the same call do not widen it further
+SPEED_UP = 0.2  # a call without a refusal takes this part of the surplus away
+LARGEST_SURPLUS = 20.0
 
-# All in seconds.
-LONGEST_PUSH_BACK = 60.0  # a longer pause raises an error instead of sleeping
-LONGEST_MEMORY = 3600.0  # a broken proxy may ask for a pause of any length
-CONNECT_PATIENCE = 10.0  # other requests wait no longer than this for one that connects
-LOOK_AGAIN = 0.05  # a waiting request checks again, even if no other thread wakes it
 
-
-class PushedBackError(Exception):
-    """The server asked for a pause that is too long to sleep.
+class PauseTooLongError(Exception):
+    """The API asked for a pause that is longer than the caller's patience.
 
     Attributes:
         seconds: the rest of the pause.
@@ -33,163 +43,243 @@ class DeadlinePassedError(Exception):
 
 
 class Turn:
-    """The place of one request in the queue. Use ``with turn.held:`` around waiting and sending.
+    """The place of one call in the queue. It keeps its place for retries.
 
-    An interrupt can end that block at any line and unlocks ``held``. Other requests skip a turn
-    that is not locked, so it needs no cleanup.
+    All times are monotonic, in seconds.
 
     Attributes:
-        held: locked while the request waits or is sent.
+        interval: seconds from the request before, and to the one after.
+        urgent: whether it goes first, and ignores the pause that the API asks for.
+        spacing: an endpoint with a longer interval, and its seconds.
+        patience: the longest pause that it waits for, in seconds.
+        deadline, not_before: when it must, and when it may be sent.
+        granted_at: the beginning of its slot; None while it waits.
+        left_at: when it was sent last.
+        refusals: how many times the API refused it for the rate limit.
+        retry_after: seconds that the last refusal asked it to wait.
+        slowed: whether earlier refusals still widen the space between requests.
     """
 
     def __init__(
         self,
-        rank: tuple[int, int],
-        interval: float,
-        not_before: float,
-        spacing: tuple[str, float] | None,
-        urgent: bool,
-    ) -> None:
-        self.held = threading.Lock()
-        self.rank = rank  # urgent requests first, then in order of arrival
-        self.interval = interval
-        self.not_before = not_before
-        self.spacing = spacing  # an endpoint with a longer interval, and its seconds
-        self.urgent = urgent
-        self.wake = threading.Lock()  # released to wake it
-        self.wake.acquire()
-        self.granted_at: float | None = None
-        self.left_at: float | None = None
-
-
-class RateLimit:
-    """A queue of requests. Two requests are apart by the larger of their intervals.
-
-    The interval starts when a request is really sent, so that a slow connect can't bring two
-    requests too close together. The next request waits until then, but at most
-    ``CONNECT_PATIENCE``, because it may be a cancel, which costs money while it waits.
-
-    It uses only plain locks. An interrupt at the wrong moment can leave a ``threading.Condition``
-    locked forever, and ``SimpleQueue.get(timeout=...)`` can wait forever.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # never held while waiting
-        self._arrivals = itertools.count()
-        self._waiting: list[Turn] = []
-        self._granted: Turn | None = None  # may be sent, but is perhaps still connecting
-        self._last = (-math.inf, 0.0)  # when the last request was sent, and its interval
-        self._last_of: dict[str, tuple[float, float]] = {}  # the same for each spacing
-        self._pushed_to = -math.inf
-
-    def turn(
-        self,
         interval: float,
         *,
         urgent: bool = False,
-        not_before: float = -math.inf,
         spacing: tuple[str, float] | None = None,
-    ) -> Turn:
-        """Make a turn, which the caller locks and passes to :meth:`wait`.
+        patience: float = math.inf,
+    ) -> None:
+        self.id = os.urandom(8).hex()
+        self.arrived = time.monotonic()
+        self.interval = interval
+        self.urgent = urgent
+        self.spacing = spacing
+        self.patience = patience
+        self.deadline = math.inf
+        self.not_before = -math.inf
+        self.granted_at: float | None = None
+        self.left_at = -math.inf
+        self.refusals = 0
+        self.retry_after = 0.0
+        self.slowed = False
 
-        Parameters:
-            interval: seconds from the request before, and to the one after.
-            urgent: whether it goes first, and ignores the pause that the server asks for.
-            not_before: the earliest monotonic time, for a backoff.
-            spacing: a name, and the seconds from the last request of that name.
+    @property
+    def rank(self) -> int:
+        """0 for urgent requests, which go first, else 1."""
+        return 0 if self.urgent else 1
+
+    @property
+    def holds_slot(self) -> bool:
+        """Whether its slot has begun and not ended."""
+        if self.granted_at is None:
+            return False
+        return not self.interval or time.monotonic() < self.granted_at + self.interval
+
+
+class Look(NamedTuple):
+    """What a waiting request finds when it looks at the schedule."""
+
+    granted: bool
+    at: float  # monotonic time of its slot if that is granted, else of its next look
+    paused: float = 0.0  # seconds that are left of the pause that the API asked for
+    slowed: bool = False  # whether refusals widen the space between requests
+    too_late: bool = False  # it can't be sent before its deadline
+
+
+class Schedule:
+    """The state of one rate limit: the queue, and when the last requests were sent.
+
+    Each method is one step on plain numbers, which can be kept in memory, in a file, or in Redis
+    (``redis_limit.py`` has the same steps in Lua).
+
+    The request at the head of the queue looks when its slot comes up, the second a little later,
+    and so on. Each takes the slot if nobody before it has. So a dead process costs at most a
+    slot, and no request has to look more than about once per interval.
+    """
+
+    def __init__(self) -> None:
+        self.last = -math.inf  # when the last request was sent, or may be sent
+        self.interval = 0.0  # seconds to keep after it
+        self.surplus = 0.0  # how much refusals widen the space between requests at most, in seconds
+        self.gap = 0.0  # how much they widen the space after the last request
+        self.paused_until = -math.inf
+        self.spaced: dict[str, list[float]] = {}  # name -> [when the last was sent, seconds]
+        # id of a turn -> [rank, arrival, when it may be sent at the earliest, when it expires]
+        self.waiting: dict[str, list[float]] = {}
+
+    def look(self, turn: Turn, now: float) -> Look:
+        """Grant a slot that has come up, or return when to look again."""
+        # The clock may have been set back, or started anew.
+        self.last = min(self.last, now + self.interval)
+        own = self._own_ready(turn)
+        ready = self._ready(turn, own)
+        paused = 0.0 if turn.urgent else self.paused_until - now
+        self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
+        self.waiting.pop(turn.id, None)
+        if paused > turn.patience or max(ready, now) > turn.deadline:
+            return Look(False, now, paused, too_late=True)
+        mine = [turn.rank, turn.arrived]
+        ahead = [i for i, entry in self.waiting.items() if entry[:2] < mine and entry[2] <= ready]
+        grace = min(SLOT_GRACE * len(ahead), LONGEST_SLOT_GRACE) * turn.interval
+        at = ready - SLOT_LEAD * turn.interval + grace
+        if at > now:
+            expires = now + 2 * (LONGEST_SLEEP + turn.interval)
+            self.waiting[turn.id] = [*mine, own, expires]
+            return Look(False, at, paused, self.surplus > 0)
+        for late in ahead:  # dead, or slow: then it comes back
+            del self.waiting[late]
+        slot = max(ready, now)
+        self._sent(turn, slot + SLOT_LATE * turn.interval)
+        self.gap = self.surplus * random.random()
+        return Look(True, slot, paused, self.surplus > 0)
+
+    def leave(self, turn: Turn, now: float) -> None:
+        """Record that a request was sent late in its slot."""
+        self._sent(turn, max(self.last, min(turn.left_at, now)))
+
+    def refused(self, turn: Turn, now: float) -> None:
+        """Slow down after the API refused a request for its rate limit."""
+        if turn.refusals <= SLOWING_REFUSALS:
+            largest = LARGEST_SURPLUS * turn.interval
+            self.surplus = min(self.surplus + SLOW_DOWN * turn.interval, largest)
+        self.gap = RETRY_JITTER * turn.interval * random.random()
+        if turn.retry_after:
+            until = now + min(turn.retry_after + self.gap, LONGEST_PAUSE_KEPT)
+            self.paused_until = max(self.paused_until, until)
+
+    def accepted(self, turn: Turn, now: float) -> None:
+        """Speed up after a call that was not refused."""
+        self.surplus *= 1 - SPEED_UP
+        if self.surplus < 0.01 * turn.interval:
+            self.surplus = 0.0
+
+    def _own_ready(self, turn: Turn) -> float:
+        ready = turn.not_before
+        if turn.spacing is not None:
+            name, seconds = turn.spacing
+            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
+            ready = max(ready, last + max(seconds, its_seconds))
+        return ready if turn.urgent else max(ready, self.paused_until)
+
+    def _ready(self, turn: Turn, own: float) -> float:
+        return max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
+
+    def _sent(self, turn: Turn, at: float) -> None:
+        self.last, self.interval = at, turn.interval
+        if turn.spacing is not None:
+            self.spaced[turn.spacing[0]] = [at, turn.spacing[1]]
+
+
+class StoreUnavailableError(Exception):
+    """A schedule could not be read or written."""
+
+
+class Store(Protocol):
+    """Keeps a schedule."""
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule, for ``client.describe()``."""
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step of :class:`Schedule`, given by its name, and return its result.
+
+        Raises:
+            StoreUnavailableError: that is not possible now.
         """
-        rank = (0 if urgent else 1, next(self._arrivals))
-        return Turn(rank, interval, not_before, spacing, urgent)
+
+
+class ProcessStore:
+    """A schedule in memory, for the threads of this process."""
+
+    level = "within this process"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held for one step, never while waiting
+        self._schedule = Schedule()
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step."""
+        with self._lock:
+            return getattr(self._schedule, step)(turn, time.monotonic())
+
+
+class RateLimiter:
+    """The rate limit of one key. An interrupt may end any method at any line.
+
+    What an interrupted request leaves behind is one entry in the queue, which others skip.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._refusals: collections.deque[bool] = collections.deque(maxlen=RECENT)
+
+    @property
+    def level(self) -> str:
+        """Who shares the rate limit."""
+        return self._store.level
+
+    @property
+    def recently_refused(self) -> tuple[int, int]:
+        """How many of the last requests the API refused for the rate limit, and of how many."""
+        return sum(self._refusals), len(self._refusals)
 
     def wait(self, turn: Turn, deadline: float = math.inf) -> None:
         """Wait until the request may be sent.
 
         Raises:
-            PushedBackError: the server asked for a pause that is too long to sleep.
+            PauseTooLongError: the API asked for a pause that is longer than the turn's patience.
             DeadlinePassedError: it can't be sent before ``deadline`` (monotonic time).
         """
-        with self._lock:
-            self._waiting.append(turn)
+        turn.granted_at, turn.deadline = None, deadline
         while True:
-            with self._lock:
-                seconds = self._look(turn, deadline)
-            if not seconds:
+            look: Look = self._store.apply("look", turn)
+            turn.slowed = look.slowed
+            if look.paused > turn.patience:
+                raise PauseTooLongError(look.paused)
+            if look.too_late:
+                raise DeadlinePassedError
+            now = time.monotonic()
+            if look.granted:
+                turn.granted_at = look.at
+                time.sleep(max(0.0, look.at - now))
                 return
-            turn.wake.acquire(timeout=seconds)
+            time.sleep(max(0.0, min(look.at - now, LONGEST_SLEEP, deadline - now)))
 
-    def left(self, turn: Turn) -> None:
-        """Record that the request was sent, or has failed."""
-        if turn.granted_at is None or turn.left_at is not None:
-            return
+    def leave(self, turn: Turn) -> None:
+        """Record that the request was sent."""
         turn.left_at = time.monotonic()
-        with self._lock:
-            self._settle(turn, turn.left_at)
-            self._wake()
+        if turn.left_at > (turn.granted_at or 0.0) + SLOT_LATE * turn.interval:
+            self._store.apply("leave", turn)
 
-    def push_back(self, seconds: float) -> None:
-        """Send no request for ``seconds``, as the server asked, except urgent ones."""
-        to = time.monotonic() + min(seconds, LONGEST_MEMORY)
-        with self._lock:
-            self._pushed_to = max(self._pushed_to, to)
-            self._wake()
+    def refused(self, turn: Turn, retry_after: float | None) -> None:
+        """Slow down after the API refused the request for its rate limit."""
+        self._refusals.append(True)
+        turn.refusals += 1
+        turn.retry_after = retry_after or 0.0
+        self._store.apply("refused", turn)
 
-    def _look(self, turn: Turn, deadline: float) -> float:
-        """Let the request be sent and return 0, or return the seconds until the next check."""
-        now = time.monotonic()
-        self._drop_interrupted(now)
-        if not turn.urgent and self._pushed_to - now > LONGEST_PUSH_BACK:
-            raise PushedBackError(self._pushed_to - now)
-        at = self._ready_at(turn)
-        if max(at, now) > deadline:
-            raise DeadlinePassedError
-        if at > now:
-            return at - now
-        connecting = self._granted is not None and now < self._patience_ends(self._granted)
-        if connecting or not self._is_first(turn, now):
-            return LOOK_AGAIN
-        turn.granted_at = now
-        self._granted = turn
-        self._waiting.remove(turn)
-        return 0.0
-
-    def _drop_interrupted(self, now: float) -> None:
-        self._waiting = [t for t in self._waiting if t.held.locked() and t.granted_at is None]
-        if self._granted is not None and not self._granted.held.locked():
-            # It was interrupted, so it may have been sent just now.
-            self._settle(self._granted, self._granted.left_at or now)
-
-    def _settle(self, turn: Turn, left_at: float) -> None:
-        self._last = max(self._last, (left_at, turn.interval))
-        if turn.spacing is not None:
-            self._last_of[turn.spacing[0]] = (left_at, turn.spacing[1])
-        if self._granted is turn:
-            self._granted = None
-
-    def _wake(self) -> None:
-        for turn in self._waiting:
-            if turn.wake.locked():  # under the lock of this queue, so no other thread releases it
-                turn.wake.release()
-
-    def _ready_at(self, turn: Turn) -> float:
-        last, interval = self._last
-        at = max(last + max(interval, turn.interval), turn.not_before)
-        if turn.spacing is not None:
-            name, seconds = turn.spacing
-            last, its_seconds = self._last_of.get(name, (-math.inf, 0.0))
-            at = max(at, last + max(seconds, its_seconds))
-        return at if turn.urgent else max(at, self._pushed_to)
-
-    @staticmethod
-    def _patience_ends(turn: Turn) -> float:
-        return (turn.granted_at or 0.0) + CONNECT_PATIENCE
-
-    def _is_first(self, turn: Turn, now: float) -> bool:
-        return all(t.rank >= turn.rank for t in self._waiting if self._ready_at(t) <= now)
-
-
-_rate_limits = PerAccount(RateLimit)
-
-
-def rate_limit_for(base_url: str, api_key: str) -> RateLimit:
-    """Return the rate limit for this key and API, which all threads and clients share."""
-    return _rate_limits.of(base_url, api_key)
+    def accepted(self, turn: Turn) -> None:
+        """Speed up again, step by step."""
+        self._refusals.append(False)
+        if turn.slowed and not turn.refusals:
+            self._store.apply("accepted", turn)

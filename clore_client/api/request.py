@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import logging
 import math
 import os
-import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import requests
 import urllib3
 
-from clore_client.api.call import LOGGED_POSTS, SPACED_POSTS, Call, Envelope, prepare_call
+from clore_client.api.call import Call, Envelope, prepare_call
 from clore_client.api.connection import Sessions, UnusableAnswerError, exchange, read_body
+from clore_client.api.limiters import limiter_for
+from clore_client.api.policy import backoff_delay, cancel_delay
 from clore_client.api.rate_limit import (
-    LONGEST_PUSH_BACK,
     DeadlinePassedError,
-    PushedBackError,
-    RateLimit,
-    rate_limit_for,
+    PauseTooLongError,
+    RateLimiter,
+    Turn,
 )
+from clore_client.api.retries import Retries
 from clore_client.api.retry import Failure, classify, classify_error, classify_unusable
-from clore_client.config import URL_VARIABLE, check_base_url, clean_key, find_key
-from clore_client.errors import (
-    CloreConnectionError,
-    CloreError,
-    ConfigurationError,
-    RateLimitError,
-    Secret,
+from clore_client.config import (
+    URL_VARIABLE,
+    check_base_url,
+    check_state_dir,
+    clean_key,
+    find_key,
+    state_folder,
 )
+from clore_client.errors import ConfigurationError, Secret
 from clore_client.log import logger
 from clore_client.validation import (
     Timeout,
@@ -47,7 +51,6 @@ from clore_client.validation import (
 from clore_client.version import __version__
 
 RESPONSE_TIMEOUTS = 3.0  # the longest time for one request, as a multiple of ``timeout``
-LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
 
 H = TypeVar("H", bound="HTTPClient")
 Returned = TypeVar("Returned")
@@ -90,16 +93,6 @@ def limited(
     return contextvars.copy_context().run(run)
 
 
-def backoff_delay(sends: int, first: float, longest: float) -> float:
-    """Return the seconds before the next retry: exponential backoff with full jitter, capped."""
-    return random.uniform(0.0, min(longest, first * 2.0 ** min(sends - 1, 32)))
-
-
-def cancel_delay(sends: int, first: float) -> float:
-    """Return the seconds to wait after a cancel hit the rate limit: 1, 2, 4 ... 30."""
-    return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(sends, 32)))
-
-
 class HTTPClient:
     """The settings and connections of a client, and ``_request``, which makes every API call.
 
@@ -122,6 +115,8 @@ class HTTPClient:
         max_backoff: float,
         user_agent: str | None,
         max_response_mb: float,
+        rate_limit_wait: float,
+        state_dir: str | os.PathLike[str] | None,
     ) -> None:
         key, _ = self._key_source = find_key(api_key)
         self._headers: dict[str, str] = {"auth": key} if key else {}
@@ -137,6 +132,10 @@ class HTTPClient:
         self.create_order_interval = check_number(
             "create_order_interval", create_order_interval, unit="seconds"
         )
+        self.rate_limit_wait = check_number(
+            "rate_limit_wait", rate_limit_wait, infinite=True, unit="seconds"
+        )
+        self._state_dir = check_state_dir("state_dir", state_dir)
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
         self.max_response_mb = check_number(
@@ -243,35 +242,41 @@ class HTTPClient:
             >>> client._request("GET", "/v1/wallets")["wallets"]
         """
         call = self._prepare(method, endpoint, params, json, kwargs)
-        rate_limit = rate_limit_for(call.base_url, call.key)
-        not_before, sends = -math.inf, 0
-        failure: Failure | None = None
+        limiter = self._limiter(call.base_url, call.key)
+        interval = self.create_order_interval
+        turn = Turn(
+            self.rate_limit,
+            urgent=call.urgent,
+            spacing=(call.name, interval) if call.rules.spaced else None,
+        )
+        retries = Retries(call, self.max_retries, self.rate_limit_wait)
         while True:
+            turn.patience = retries.patience_left
             try:
-                outcome = self._send(call, rate_limit, not_before)
-            except (DeadlinePassedError, PushedBackError) as reason:
-                raise _not_sent(call, failure, sends, reason) from None
-            sends += 1
+                outcome = self._send(call, limiter, turn)
+            except (DeadlinePassedError, PauseTooLongError) as reason:
+                raise retries.not_sent(reason) from None
             if isinstance(outcome, Envelope):
-                outcome.sends = sends
+                limiter.accepted(turn)
+                outcome.sends = retries.sends + 1
                 return outcome
-            if failure is not None and outcome.error.sent_at is None:
-                outcome.error.sent_at = failure.error.sent_at  # an earlier request was sent
-            failure = outcome
-            failure.error.sends = sends
-            delay = self._delay(call, failure, sends, rate_limit)
-            if not failure.again:
-                raise failure.error
-            if sends >= max(1, self.max_retries):
-                raise _gave_up(failure.error, sends)
-            logger.warning(
-                "%s: attempt %d of %d failed, retrying: %s",
+            retries.add(outcome)
+            turn.not_before = time.monotonic() + self._delay(outcome, retries, limiter, turn)
+            retries.check(outcome, limiter.recently_refused)
+            logger.log(
+                logging.DEBUG if outcome.rate_limited and retries.refusals > 1 else logging.WARNING,
+                "%s: attempt %d failed, retrying: %s",
                 call.label,
-                sends,
-                self.max_retries,
-                failure.error,
+                retries.sends,
+                outcome.error,
             )
-            not_before = time.monotonic() + delay
+
+    def _limiter(self, base_url: str, key: str) -> RateLimiter:
+        return limiter_for(base_url, key, self._state_folder)
+
+    @functools.cached_property
+    def _state_folder(self) -> Path | None:
+        return state_folder(self._state_dir)
 
     def _prepare(
         self, method: str, endpoint: str, params: Any, json: Any, options: dict[str, Any]
@@ -292,41 +297,31 @@ class HTTPClient:
         self._sessions.put_back(session, reads=True)
         return call
 
-    def _delay(self, call: Call, failure: Failure, sends: int, rate_limit: RateLimit) -> float:
-        """Return the backoff before the next retry, or push all requests back as the API asks."""
-        delay = backoff_delay(sends, self.backoff, self.max_backoff)
+    def _delay(self, failure: Failure, retries: Retries, limiter: RateLimiter, turn: Turn) -> float:
+        """Return the seconds before the next retry, except for the rate limit."""
         if not failure.rate_limited:
-            return delay
-        asked = failure.error.retry_after
-        rate_limit.push_back(delay if asked is None else asked)
-        if call.urgent:
-            return cancel_delay(sends, self.backoff)
-        if asked is not None and asked > LONGEST_PUSH_BACK:
-            raise failure.error
-        return 0.0  # this request waits for the push-back
+            return backoff_delay(retries.failures, self.backoff, self.max_backoff)
+        limiter.refused(turn, failure.error.retry_after)
+        return cancel_delay(retries.refusals, self.backoff) if turn.urgent else 0.0
 
-    def _send(self, call: Call, rate_limit: RateLimit, not_before: float) -> Envelope | Failure:
+    def _send(self, call: Call, limiter: RateLimiter, turn: Turn) -> Envelope | Failure:
         """Wait until the rate limit allows it, and send the request once."""
-        spaced = call.name in SPACED_POSTS and not call.repeatable
-        turn = rate_limit.turn(
-            self.rate_limit,
-            urgent=call.urgent,
-            not_before=not_before,
-            spacing=(call.name, self.create_order_interval) if spaced else None,
-        )
         deadline = _limits.get().deadline
-        with turn.held:
-            rate_limit.wait(turn, deadline)
-            started_at = time.monotonic()
-            settings = dict(call.settings)
-            if (read_timeout := longest_part(settings["timeout"])) is not None:
-                deadline = min(deadline, started_at + RESPONSE_TIMEOUTS * read_timeout)
-            if deadline < math.inf:
-                left = max(deadline - started_at, 0.001)
-                settings["timeout"] = shortened(settings["timeout"], left)
-            exchange.begin(lambda: rate_limit.left(turn), deadline)
-            result = self._exchange(call, settings)
-            rate_limit.left(turn)
+        limiter.wait(turn, deadline)
+        started_at = time.monotonic()
+        settings = dict(call.settings)
+        if (read_timeout := longest_part(settings["timeout"])) is not None:
+            deadline = min(deadline, started_at + RESPONSE_TIMEOUTS * read_timeout)
+        if deadline < math.inf:
+            left = max(deadline - started_at, 0.001)
+            settings["timeout"] = shortened(settings["timeout"], left)
+
+        def wait_again() -> None:
+            if not turn.holds_slot:  # it took too long to connect
+                limiter.wait(turn, deadline)
+
+        exchange.begin(wait_again, lambda: limiter.leave(turn), deadline)
+        result = self._exchange(call, settings)
         if isinstance(result, Failure):
             return result
         response, body = result
@@ -339,7 +334,7 @@ class HTTPClient:
     ) -> Envelope | Failure:
         received_at = time.monotonic()
         logger.log(
-            logging.INFO if call.name in LOGGED_POSTS else logging.DEBUG,
+            logging.INFO if call.rules.logged else logging.DEBUG,
             "%s: HTTP %d, %d bytes in %.3f s",
             call.label,
             response.status_code,
@@ -378,32 +373,3 @@ class HTTPClient:
             response.close()
         self._sessions.put_back(session, reads)
         return result
-
-
-def _not_sent(
-    call: Call, failure: Failure | None, sends: int, reason: DeadlinePassedError | PushedBackError
-) -> CloreError:
-    """Make the error for a request that could not be sent, or not again."""
-    if isinstance(reason, PushedBackError) and failure is None:
-        error = RateLimitError(
-            5,
-            endpoint=call.endpoint,
-            hint=f"the API asked for a pause, so nothing was sent: try again in "
-            f"{reason.seconds:.0f} s",
-        )
-        error.retry_after, error.sends = reason.seconds, 0
-        return error
-    if failure is None:
-        return CloreConnectionError(
-            f"{call.label} was not sent, as the rate limit left no time for it before the "
-            "deadline: allow more time, or make fewer requests"
-        )
-    if isinstance(reason, PushedBackError):
-        failure.error.retry_after = reason.seconds
-    return _gave_up(failure.error, sends)
-
-
-def _gave_up(error: CloreError, sends: int) -> CloreError:
-    """Add to the text of ``error`` that retries did not help."""
-    error.args = (f"Clore API request failed after {sends} retries: {error}",)
-    return error

@@ -1,4 +1,4 @@
-"""Classify a response or a failure: success, retry, or error."""
+"""Classify a response or a failure by the retry policy: success, retry, or error."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ import requests
 
 from clore_client.api.call import Call, Envelope, unix_time
 from clore_client.api.connection import never_left, reason_of
+from clore_client.api.policy import (
+    RETRY,
+    UNKNOWN,
+    Problem,
+    action_for,
+    problem_with_code,
+    problem_without_code,
+)
 from clore_client.errors import (
     CREATE_ORDER_CODE_1,
     CloreAPIError,
@@ -24,19 +32,19 @@ from clore_client.errors import (
     without,
 )
 
-# The retry policy; the README describes it under "Retries".
-RETRY_STATUSES = frozenset({500, 502, 503, 504, 520, 522})  # for responses without a code
-# With these codes, and with code 6 and a reason, the API did nothing, even with HTTP 5xx.
-NOTHING_DONE = frozenset({3, 4, 5})
-
 
 class Failure:
     """One request that failed."""
 
-    def __init__(self, error: CloreError, again: bool, rate_limited: bool = False) -> None:
+    def __init__(self, error: CloreError, problem: Problem, again: bool) -> None:
         self.error = error
+        self.problem = problem
         self.again = again  # whether to retry
-        self.rate_limited = rate_limited
+
+    @property
+    def rate_limited(self) -> bool:
+        """Whether the API refused it for the rate limit."""
+        return self.problem is Problem.RATE_LIMITED
 
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
@@ -74,52 +82,57 @@ def classify_error(call: Call, error: Exception, left_at: float | None) -> Failu
     # A new exception, because the original one holds the request with its secrets.
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
-    return Failure(failed, again=unsent or call.repeatable)
+    problem = Problem.NOT_SENT if unsent else Problem.NO_RESPONSE
+    return Failure(failed, problem, action_for(problem, call.repeatable) is RETRY)
 
 
-def classify_unusable(call: Call, response: requests.Response | None, problem: str) -> Failure:
+def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
     """Classify a response that can't be read to its end. A retry would get the same again."""
     status = 0 if response is None else response.status_code
-    if not call.repeatable:
-        return Failure(call.lost(f"HTTP {status}: {problem}"), again=False)
     error = InvalidResponseError(
         -1,
-        f"HTTP {status}: {problem}",
+        f"HTTP {status}: {reason}",
         {},
         http_status=status,
         endpoint=call.endpoint,
         retryable=False,
         secrets=call.secrets,
     )
-    return Failure(error, again=False)
+    return _failure(call, Problem.UNREADABLE_BODY, error, f"HTTP {status}: {reason}")
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
     """Classify a response: success, retry, or error."""
-    decoded = _decode(body)
-    status = response.status_code
+    decoded, status = _decode(body), response.status_code
     if isinstance(decoded, dict) and type(decoded.get("code")) is int:
         if decoded["code"] == 0:
             return Envelope(decoded)
-        return _error_envelope(call, response, decoded)
-    if status == 429:
+        problem = problem_with_code(status, decoded["code"], bool(error_text(decoded)))
+        if problem is Problem.RATE_LIMITED:
+            return _too_fast(call, response, decoded)
+        error = _error_with_code(call, status, decoded, problem)
+        return _failure(call, problem, error, f"HTTP {status}: {error.args[0]}")
+    problem = problem_without_code(status, decoded is not None)
+    if problem is Problem.RATE_LIMITED:
         return _too_fast(call, response, {})
-    broken = status < 300 and decoded is None
-    again = call.repeatable and (status in RETRY_STATUSES or broken)
-    error = _no_envelope(call, response, body, decoded, again)
-    if not call.repeatable and (status >= 500 or status < 300):
-        lost = call.lost(f"HTTP {status}: {error.error or 'JSON without a code'}")
-        lost.__cause__ = error
-        return Failure(lost, again=False)
-    return Failure(error, again)
+    error = _error_without_code(call, response, body, decoded, problem)
+    return _failure(call, problem, error, f"HTTP {status}: {error.error or 'JSON without a code'}")
 
 
-def _error_envelope(call: Call, response: requests.Response, envelope: dict[str, Any]) -> Failure:
-    code = envelope["code"]
-    if code == 5:
-        return _too_fast(call, response, envelope)
-    status, ambiguous = response.status_code, code == 1 and not call.repeatable
-    error = api_error(
+def _failure(call: Call, problem: Problem, error: CloreAPIError, cause: str) -> Failure:
+    action = action_for(problem, call.repeatable)
+    if action is not UNKNOWN:
+        return Failure(error, problem, action is RETRY)
+    lost = call.lost(cause)
+    lost.__cause__ = error
+    return Failure(lost, problem, again=False)
+
+
+def _error_with_code(
+    call: Call, status: int, envelope: dict[str, Any], problem: Problem
+) -> CloreAPIError:
+    ambiguous = problem is Problem.DATABASE_ERROR and not call.repeatable
+    return api_error(
         envelope,
         http_status=status,
         endpoint=call.endpoint,
@@ -127,12 +140,6 @@ def _error_envelope(call: Call, response: requests.Response, envelope: dict[str,
         retryable=False if ambiguous else None,
         secrets=call.secrets,
     )
-    refused = code in NOTHING_DONE or (code == 6 and error.error)
-    if status >= 500 and not (call.repeatable or ambiguous or refused):
-        lost = call.lost(f"HTTP {status}: {error.args[0]}")
-        lost.__cause__ = error
-        return Failure(lost, again=False)
-    return Failure(error, again=code == 1 and not ambiguous)
 
 
 def _too_fast(call: Call, response: requests.Response, envelope: dict[str, Any]) -> Failure:
@@ -145,11 +152,11 @@ def _too_fast(call: Call, response: requests.Response, envelope: dict[str, Any])
         secrets=call.secrets,
     )
     error.retry_after = _retry_after(response.headers)
-    return Failure(error, again=True, rate_limited=True)
+    return _failure(call, Problem.RATE_LIMITED, error, "")
 
 
-def _no_envelope(
-    call: Call, response: requests.Response, body: bytes, decoded: Any, again: bool
+def _error_without_code(
+    call: Call, response: requests.Response, body: bytes, decoded: Any, problem: Problem
 ) -> CloreAPIError:
     status, hint = response.status_code, None
     text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty response'}"
@@ -166,7 +173,7 @@ def _no_envelope(
         http_status=status,
         endpoint=call.endpoint,
         hint=hint,
-        retryable=again,
+        retryable=action_for(problem, call.repeatable) is RETRY,
         secrets=call.secrets,
     )
 

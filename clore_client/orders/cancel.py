@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from clore_client.api.call import Envelope
-from clore_client.api.request import LONGEST_CANCEL_PAUSE, limited
+from clore_client.api.policy import LONGEST_CANCEL_PAUSE
+from clore_client.api.request import limited
 from clore_client.errors import (
     AuthenticationError,
     CancelUnconfirmedError,

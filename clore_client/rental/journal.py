@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from clore_client.config import warn_of_state
+from clore_client.config import boot_id, read_line, warn_of_state
 from clore_client.files import lock_file
 from clore_client.models.record import whole_id
 
@@ -26,23 +26,15 @@ _state_lock = threading.Lock()
 _written: dict[str, JournalEntry] = {}  # path -> an entry that this process has locked
 
 
-def _read_line(path: str) -> str:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.readline(200).strip()
-    except OSError:
-        return ""
-
-
 def this_machine() -> dict[str, str]:
     """Return the identity of this machine and of its current boot."""
-    machine = _read_line("/etc/machine-id") or _read_line("/var/lib/dbus/machine-id")
+    machine = read_line("/etc/machine-id") or read_line("/var/lib/dbus/machine-id")
     # machine-id(5) says to keep the id itself private.
     digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
     return {
         "host": socket.gethostname(),
         "machine": digest,
-        "boot": _read_line("/proc/sys/kernel/random/boot_id"),
+        "boot": boot_id(),
     }
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clore_client import CloreClient, RateLimitError
+from clore_client.api.file_limit import FileStore, dump, load
+from clore_client.api.limiters import limiter_for
+from clore_client.api.policy import backoff_delay
 from clore_client.api.rate_limit import (
+    LONGEST_SLEEP,
     DeadlinePassedError,
-    PushedBackError,
-    RateLimit,
+    PauseTooLongError,
+    ProcessStore,
+    RateLimiter,
+    Schedule,
     Turn,
-    rate_limit_for,
 )
-from clore_client.api.request import backoff_delay
 from clore_client.rental.handoff import next_item
 from tests.conftest import MakeSim, client_for, sent_to
 from tests.variant import Simulator
@@ -48,16 +53,37 @@ def together(*calls: Callable[[], Any]) -> None:
         raise errors[0]
 
 
+Limiter = Callable[[], RateLimiter]
+
+
+@pytest.fixture(params=["memory", "file"])
+def limiter(request: pytest.FixtureRequest, tmp_path: Path) -> Limiter:
+    """Make a limiter; those of a test share one schedule where it is kept in a file."""
+    if request.param == "memory":
+        one = RateLimiter(ProcessStore())
+        return lambda: one
+    return lambda: RateLimiter(FileStore(tmp_path / "limit"))
+
+
 @contextmanager
 def slot(
-    rate_limit: RateLimit, interval: float, *, deadline: float = math.inf, **options: Any
+    limit: RateLimiter,
+    interval: float,
+    *,
+    deadline: float = math.inf,
+    not_before: float = -math.inf,
+    **options: Any,
 ) -> Iterator[Turn]:
-    """Wait for a slot; the block is the request, which leaves at its end at the latest."""
-    turn = rate_limit.turn(interval, **options)
-    with turn.held:
-        rate_limit.wait(turn, deadline)
-        yield turn
-        rate_limit.left(turn)
+    """Wait for a slot; the block is the request, which leaves at its beginning."""
+    turn = Turn(interval, **options)
+    turn.not_before = not_before
+    limit.wait(turn, deadline)
+    limit.leave(turn)
+    yield turn
+
+
+def paused(limit: RateLimiter, seconds: float) -> None:
+    limit.refused(Turn(0), seconds)
 
 
 def gaps(times: list[float]) -> list[float]:
@@ -75,8 +101,8 @@ def test_two_clients_and_eight_threads_keep_the_pace(make_sim: MakeSim) -> None:
 
 
 def test_keys_and_base_urls_have_a_pace_of_their_own(sim: Simulator, make_sim: MakeSim) -> None:
-    assert rate_limit_for("http://u", "a") is rate_limit_for("http://u", "a")
-    assert len({id(rate_limit_for(f"http://{u}", k)) for u in "uv" for k in "ab"}) == 4
+    assert limiter_for("http://u", "a", None) is limiter_for("http://u", "a", None)
+    assert len({id(limiter_for(f"http://{u}", k, None)) for u in "uv" for k in "ab"}) == 4
     other_key = client_for(sim, api_key=sim.add_key(), rate_limit=30)
     other_url = client_for(make_sim(), rate_limit=30)
     for client in (client_for(sim, rate_limit=30), other_key, other_url):
@@ -107,52 +133,105 @@ def test_create_orders_are_spaced(make_sim: MakeSim) -> None:
 def test_no_two_departures_are_closer_than_their_intervals(
     wanted: list[tuple[float, bool, bool]],
 ) -> None:
-    """Invariant: between neighbours lies the larger of their two intervals, and nobody is lost."""
-    limit = RateLimit()
+    """Invariant: between neighbors lies the larger of their two intervals, and nobody is lost."""
+    limit = RateLimiter(ProcessStore())
     left: list[tuple[float, float, bool]] = []
     lock = threading.Lock()
 
     def send(interval: float, urgent: bool, spaced: bool) -> None:
         spacing = ("create_order", 0.006) if spaced else None
-        with slot(limit, interval, urgent=urgent, spacing=spacing) as turn:
-            with lock:
-                left.append((time.monotonic(), interval, spaced))
-            limit.left(turn)
+        turn = Turn(interval, urgent=urgent, spacing=spacing)
+        limit.wait(turn)
+        with lock:
+            left.append((turn.granted_at or 0.0, interval, spaced))
 
     together(*[lambda w=w: send(*w) for w in wanted])
     assert len(left) == len(wanted)
     left.sort()
     for (a, x, _), (b, y, _) in itertools.pairwise(left):
-        assert b - a >= max(x, y) - 1e-4
+        assert b - a >= max(x, y) - 1e-9
     spaced = [at for at, _, s in left if s]
-    assert all(gap >= 0.006 - 1e-4 for gap in gaps(spaced))
+    assert all(gap >= 0.006 - 1e-9 for gap in gaps(spaced))
 
 
-def waiting(limit: RateLimit) -> list[Turn]:
-    return [turn for turn in limit._waiting if turn.held.locked()]
+class Game:
+    """Requests of several processes with one schedule, and a clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.schedule = Schedule()
+        self.turns: dict[int, Turn] = {}
+        self.wakes: dict[int, float] = {}  # of those that wait and live
+        self.slots: list[tuple[float, int]] = []
+
+    def start(self, number: int, urgent: bool) -> None:
+        turn = self.turns[number] = Turn(1.0, urgent=urgent)
+        turn.arrived = self.now
+        self.wakes[number] = self.now
+        self.run_until(self.now)
+
+    def run_until(self, end: float) -> None:
+        """Let each request look again at the time that it was told."""
+        while self.wakes and min(self.wakes.values()) <= end:
+            number = min(self.wakes, key=lambda n: self.wakes[n])
+            self.now = max(self.now, self.wakes[number])
+            look = self.schedule.look(self.turns[number], self.now)
+            self.schedule = load(dump(self.schedule), self.now)  # as another process finds it
+            if look.granted:
+                self.slots.append((look.at, number))
+                del self.wakes[number]
+            else:
+                self.wakes[number] = min(look.at, self.now + LONGEST_SLEEP)
+        self.now = max(self.now, end)
 
 
-def in_line(limit: RateLimit, name: str, order: list[str], **options: Any) -> threading.Thread:
+@given(st.lists(st.tuples(st.sampled_from(["read", "cancel", "kill", "tick"]), st.integers(0, 9)),
+                max_size=60))  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_interleavings_with_kills(steps: list[tuple[str, int]]) -> None:
+    """Invariants: no two slots within an interval, no stall for more than two, and nobody who
+    lives is lost; where nobody dies, in order of arrival, cancels first."""
+    game = Game()
+    for number, (step, which) in enumerate(steps):
+        if step in ("read", "cancel"):
+            game.run_until(game.now + 0.001)
+            game.start(number, step == "cancel")
+        elif step == "kill" and game.wakes:
+            del game.wakes[sorted(game.wakes)[which % len(game.wakes)]]
+        else:
+            game.run_until(game.now + 0.1 * which)
+    waiting = sorted(game.wakes, key=lambda n: (not game.turns[n].urgent, n))
+    granted = len(game.slots)
+    end = game.now
+    game.run_until(end + 3.0 * (len(waiting) + 2))
+    assert not game.wakes
+    served = [number for _, number in game.slots[granted:]]
+    died = any(step == "kill" for step, _ in steps)
+    assert (sorted(served) == sorted(waiting)) if died else (served == waiting)
+    times = [at for at, _ in game.slots]
+    assert all(gap >= 1.0 - 1e-9 for gap in gaps(times))
+    assert all(gap <= 2.1 for gap in gaps([end, *times[granted:]]))
+
+
+def in_line(limit: RateLimiter, name: str, order: list[str], **options: Any) -> threading.Thread:
     """A thread that waits for a slot, and says so when it has it."""
 
     def wait() -> None:
         with slot(limit, 0.05, **options):
             order.append(name)
 
-    before = len(waiting(limit))
     thread = threading.Thread(target=wait)
     thread.start()
-    while len(waiting(limit)) == before and thread.is_alive():
-        time.sleep(0.001)
+    time.sleep(0.02)
     return thread
 
 
-def test_slots_go_in_order_and_cancels_first() -> None:
-    limit, order = RateLimit(), list[str]()
-    with slot(limit, 0.3):
+def test_slots_go_in_order_and_cancels_first(limiter: Limiter) -> None:
+    order = list[str]()
+    with slot(limiter(), 0.3):
         pass
-    threads = [in_line(limit, name, order) for name in ("a", "b", "c")]
-    threads.append(in_line(limit, "cancel", order, urgent=True))
+    threads = [in_line(limiter(), name, order) for name in ("a", "b", "c")]
+    threads.append(in_line(limiter(), "cancel", order, urgent=True))
     for thread in threads:
         thread.join(10)
     assert order == ["cancel", "a", "b", "c"]
@@ -173,45 +252,45 @@ def test_a_waiting_cancel_overtakes_waiting_reads(make_sim: MakeSim) -> None:
     assert "cancel_order" in [call.endpoint for call in sim.requests[seen:]][:2]
 
 
-def test_one_that_is_spaced_lets_others_pass() -> None:
-    limit, order = RateLimit(), list[str]()
-    with slot(limit, 0.0, spacing=("create_order", 0.5)):
+def test_one_that_is_spaced_lets_others_pass(limiter: Limiter) -> None:
+    order = list[str]()
+    with slot(limiter(), 0.0, spacing=("create_order", 0.5)):
         pass
-    threads = [in_line(limit, "create", order, spacing=("create_order", 0.5))]
-    threads.append(in_line(limit, "read", order))
+    threads = [in_line(limiter(), "create", order, spacing=("create_order", 0.5))]
+    threads.append(in_line(limiter(), "read", order))
     for thread in threads:
         thread.join(10)
     assert order == ["read", "create"]
 
 
-def test_waiters_look_again_after_a_push_back() -> None:
-    limit, order = RateLimit(), list[str]()
-    with slot(limit, 0.1):
+def test_waiters_look_again_after_a_pause(limiter: Limiter) -> None:
+    order = list[str]()
+    with slot(limiter(), 0.1):
         pass
     started = time.monotonic()
-    thread = in_line(limit, "a", order)
-    limit.push_back(0.4)
+    thread = in_line(limiter(), "a", order)
+    paused(limiter(), 0.4)
     thread.join(10)
     assert time.monotonic() - started >= 0.4
 
 
-def test_a_long_push_back_is_an_error_for_everybody() -> None:
-    limit, caught = RateLimit(), list[float]()
-    with slot(limit, 0.5):
+def test_a_pause_over_the_patience_is_an_error_for_everybody(limiter: Limiter) -> None:
+    caught = list[float]()
+    with slot(limiter(), 0.5):
         pass
 
     def wait() -> None:
-        with pytest.raises(PushedBackError) as error, slot(limit, 0.5):
+        with pytest.raises(PauseTooLongError) as error, slot(limiter(), 0.5, patience=60):
             pass
         caught.append(error.value.seconds)
 
     thread = threading.Thread(target=wait)
     thread.start()
     time.sleep(0.05)
-    limit.push_back(1e9)
+    paused(limiter(), 3000)
     thread.join(5)
     assert 60 < caught[0] <= 3600
-    with pytest.raises(PushedBackError), slot(limit, 0):
+    with pytest.raises(PauseTooLongError), slot(limiter(), 0, patience=60):
         pass
 
 
@@ -245,52 +324,32 @@ def test_retry_after_as_a_date_counts_from_the_answers_date(make_sim: MakeSim) -
     assert caught.value.retry_after == pytest.approx(1000, abs=30)
 
 
-def test_a_deadline_ends_the_waiting() -> None:
-    limit = RateLimit()
-    with slot(limit, 30):
+def test_a_deadline_ends_the_waiting(limiter: Limiter) -> None:
+    with slot(limiter(), 30):
         pass
-    with pytest.raises(DeadlinePassedError), slot(limit, 30, deadline=time.monotonic() + 5):
+    with pytest.raises(DeadlinePassedError), slot(limiter(), 30, deadline=time.monotonic() + 5):
         pass
-    assert not waiting(limit)
 
 
-@pytest.mark.parametrize("granted", [False, True])
-def test_a_turn_that_nobody_holds_is_skipped(granted: bool) -> None:
-    """As an interrupt leaves it, at any line between waiting and leaving."""
-    limit = RateLimit()
-    with slot(limit, 0.02):
+def test_a_request_that_waits_no_more_is_skipped(limiter: Limiter) -> None:
+    """As an interrupt or a kill leaves it, at any line between waiting and leaving."""
+    with slot(limiter(), 0.2):
         pass
-    turn = limit.turn(0.02, urgent=True)
-    with turn.held:
-        if granted:
-            limit.wait(turn)
-        else:
-            limit._waiting.append(turn)
+    for _ in range(20):
+        gone = Turn(0.2, urgent=True)
+        assert not limiter()._store.apply("look", gone).granted
     started = time.monotonic()
-    with slot(limit, 0.02):
+    with slot(limiter(), 0.2):
         pass
-    assert time.monotonic() - started < 5
-    assert not waiting(limit)
+    assert time.monotonic() - started < 2
 
 
-def test_urgent_requests_leave_whatever_the_server_asks_for() -> None:
-    limit = RateLimit()
-    limit.push_back(3600)
-    with slot(limit, 0.02, urgent=True):
+def test_urgent_requests_leave_whatever_the_server_asks_for(limiter: Limiter) -> None:
+    paused(limiter(), 3600)
+    with slot(limiter(), 0.02, urgent=True):
         pass
-    with pytest.raises(PushedBackError), slot(limit, 0.02):
+    with pytest.raises(PauseTooLongError), slot(limiter(), 0.02, patience=60):
         pass
-
-
-def test_a_request_that_does_not_leave_holds_nobody_up_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("clore_client.api.rate_limit.CONNECT_PATIENCE", 0.2)
-    limit, order = RateLimit(), list[str]()
-    with slot(limit, 0.01):
-        thread = in_line(limit, "cancel", order, urgent=True)
-        thread.join(10)
-        assert order == ["cancel"]
 
 
 @given(
@@ -311,7 +370,7 @@ def test_backoff_spreads_over_the_whole_range() -> None:
 
 
 def take_short_turns() -> None:
-    limit = RateLimit()
+    limit = RateLimiter(ProcessStore())
     for _ in range(3000):
         with slot(limit, 3e-6):
             pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 import socket
 import threading
 import time
@@ -26,6 +27,7 @@ from clore_client import (
     InvalidResponseError,
     OrderOutcomeUnknownError,
     OutcomeUnknownError,
+    RateLimitError,
     SpotPriceStepError,
 )
 from tests.conftest import FAST, MakeSim, client_for, sent_to
@@ -75,7 +77,7 @@ def test_a_read_times_out_and_is_sent_again(sim: Simulator) -> None:
     assert len(sent_to(sim, "wallets")) == 2
 
 
-@pytest.mark.parametrize(("kind", "options"), HEALED)
+@pytest.mark.parametrize(("kind", "options"), [h for h in HEALED if h[0] != "rate_limit"])
 def test_giving_up_says_how_often_and_why(sim: Simulator, kind: str, options: Any) -> None:
     sim.faults.add("wallets", kind, times=9, **options)
     with pytest.raises(CloreError, match=r"^Clore API request failed after 2 retries: ") as caught:
@@ -83,6 +85,18 @@ def test_giving_up_says_how_often_and_why(sim: Simulator, kind: str, options: An
     assert caught.value.retryable
     assert caught.value.sends == 2
     assert len(sent_to(sim, "wallets")) == 2
+
+
+def test_refusals_for_the_pace_have_a_patience_of_their_own(sim: Simulator) -> None:
+    sim.faults.add("wallets", "rate_limit", times=20)
+    assert client_for(sim, max_retries=2, rate_limit_wait=20).get_wallets()
+    assert len(sent_to(sim, "wallets")) == 21
+    sim.faults.add("wallets", "rate_limit", times=999)
+    with pytest.raises(RateLimitError, match=r"20 of the last 20 requests were refused") as caught:
+        client_for(sim, max_retries=2, rate_limit_wait=0.5).get_wallets()
+    assert re.match(r"Clore API request failed after \d+ retries: ", str(caught.value))
+    assert "other programs use this key" in str(caught.value)
+    assert caught.value.sends > 5
 
 
 @pytest.mark.parametrize(

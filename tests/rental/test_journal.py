@@ -96,7 +96,7 @@ def test_what_stands_in_an_entry(folder: Path) -> None:
 def test_no_secret_stands_in_an_entry(sim: Simulator, client: CloreClient, folder: Path) -> None:
     secrets: dict[str, Any] = {"ssh_password": "hush-hush-pw", "jupyter_token": "hush-token"}
     with client.rent(env={"SECRET": "hush-env"}, **secrets, **QUICK) as rental:
-        (path,) = folder.iterdir()
+        (path,) = folder.glob("*.json")
         text = path.read_text()
         facts = json.loads(text)
     assert "hush" not in text
@@ -117,7 +117,7 @@ def test_it_is_written_before_the_request_leaves(
 
     def request(method: str, endpoint: str, *args: Any, **kwargs: Any) -> Any:
         if endpoint == "/v1/create_order":
-            seen.extend(json.loads(path.read_text()) for path in folder.iterdir())
+            seen.extend(json.loads(path.read_text()) for path in folder.glob("*.json"))
         return real(method, endpoint, *args, **kwargs)
 
     monkeypatch.setattr(client, "_request", request)
@@ -197,7 +197,7 @@ def test_a_full_disk(
     monkeypatch.setattr(os, "fsync", full)
     for _ in range(2):
         with client.rent(**QUICK):
-            assert os.listdir(folder) == []
+            assert list(folder.glob("*.json")) == []
     assert caplog.text.count("No space left on device") == 1
     assert active(sim) == []
 

@@ -1,0 +1,104 @@
+"""Choose who shares a rate limit: this process, this machine, or many machines through Redis."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from clore_client.api.file_limit import LIMIT_PREFIX, FileStore
+from clore_client.api.rate_limit import (
+    ProcessStore,
+    RateLimiter,
+    Store,
+    StoreUnavailableError,
+    Turn,
+)
+from clore_client.config import account_digest
+from clore_client.log import logger
+
+TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
+
+
+class FallbackStore:
+    """A store that uses another one while the first is not available.
+
+    Parameters:
+        first: the store to use.
+        second: the store for the time in which the first one fails.
+    """
+
+    def __init__(self, first: Store, second: Store) -> None:
+        self._first = first
+        self._second = second
+        self._failure = ""
+        self._failed_at: float | None = None
+        self._next_try = 0.0
+        self._warned = False
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule now, and since when it is not the first store."""
+        failed_at = self._failed_at
+        if failed_at is None:
+            return self._first.level
+        seconds = time.monotonic() - failed_at
+        return f"{self._second.level} (since {seconds:.0f} s, because {self._failure})"
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step."""
+        if self._failed_at is not None and time.monotonic() < self._next_try:
+            return self._second.apply(step, turn)
+        # If it takes time to fail again, other threads do not wait for it.
+        self._next_try = time.monotonic() + TRY_AGAIN
+        try:
+            result = self._first.apply(step, turn)
+        except StoreUnavailableError as error:
+            self._fall_back(str(error))
+            return self._second.apply(step, turn)
+        if self._failed_at is not None:
+            self._failed_at = None
+            logger.info("the rate limit is shared again %s", self._first.level)
+        return result
+
+    def _fall_back(self, failure: str) -> None:
+        now = time.monotonic()
+        self._next_try = now + TRY_AGAIN
+        if self._failed_at is not None:
+            return
+        self._failed_at, self._failure = now, failure
+        logger.log(
+            logging.INFO if self._warned else logging.WARNING,
+            "the rate limit is only shared %s, because %s",
+            self._second.level,
+            failure,
+        )
+        self._warned = True
+
+
+_limiters: dict[tuple[str, str], RateLimiter] = {}
+
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held a lock of theirs at the fork.
+    os.register_at_fork(after_in_child=_limiters.clear)
+
+
+def limiter_for(base_url: str, api_key: str, folder: Path | None) -> RateLimiter:
+    """Return the rate limiter that all requests with a key to an API share.
+
+    Parameters:
+        base_url, api_key: what the limit belongs to.
+        folder: the state folder; None to share the limit within this process only.
+    """
+    account = account_digest(base_url, api_key)  # in place of the key
+    place = (account, str(folder or ""))
+    found = _limiters.get(place)
+    if found is not None:
+        return found
+    store: Store = ProcessStore()
+    if folder is not None:
+        store = FallbackStore(FileStore(folder / f"{LIMIT_PREFIX}{account}"), store)
+    # setdefault() is atomic: if two threads make one, both get the first.
+    return _limiters.setdefault(place, RateLimiter(store))
