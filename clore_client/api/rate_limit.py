@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 LONGEST_PAUSE_KEPT = 3600.0  # seconds; a broken proxy may ask for a pause of any length
 LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
 RECENT = 20  # how many of the last responses are counted for the error message
-# All of the following are parts of the interval.
-SLOT_LEAD = 0.1  # a slot is granted so long before it begins, so that no delay of the store costs time
-SLOT_LATE = 0.005  # a request that is sent this much after its slot began needs no report
-SLOT_GRACE = 0.125  # each request in the queue gives the one before it so much time to take its slot
+# The following are parts of the interval.
+SLOT_LEAD = 0.1  # a slot is granted this long before it begins, so that a slow store costs no time
+SLOT_LATE = 0.005  # a request that is sent up to this much after its slot began needs no report
+SLOT_GRACE = 0.125  # what each request in the queue allows the one before it for taking its slot
 LONGEST_SLOT_GRACE = 1.0
 # After a refusal: other programs use the key, so leave room for them.
 RETRY_JITTER = 0.1  # a retry comes up to this much later than the interval
