@@ -14,7 +14,7 @@ from clore_client.config import (
     ending_of,
     need_key,
 )
-from clore_client.errors import ERROR_CODES, Secret, hidden_values, printable
+from clore_client.errors import ERROR_CODES, ConfigurationError, Secret, hidden_values, printable
 from clore_client.log import logger
 from clore_client.market.market import Market
 from clore_client.market.spot import with_hourly_offers
@@ -44,6 +44,7 @@ from clore_client.validation import (
 if TYPE_CHECKING:
     import paramiko
 
+    from clore_client.api.redis_limit import RedisClient
     from clore_client.rental.recovery import Leftovers
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalHandling
@@ -61,15 +62,17 @@ class CloreClient(HTTPClient):
     Records come in the documented form, whatever form the API sends: prices in USD per hour,
     reliability from 0 to 100, an ``order_id`` and a ``status`` for each order.
 
-    Requests with the same key are at least ``rate_limit`` seconds apart, across all threads and
-    clients of the process, and orders at least ``create_order_interval`` seconds. One request
-    takes at most three times ``timeout``, even when its response arrives slowly.
+    Requests with the same key are at least ``rate_limit`` seconds apart, across all processes of
+    this user on this machine, and orders at least ``create_order_interval`` seconds. With
+    ``rate_limiter`` that holds across many machines. One request takes at most three times
+    ``timeout``, even when its response arrives slowly.
 
     One call sends its request at most ``max_retries`` times. After a lost or broken response, only
     reads, ``cancel_order``, ``cancel_orders`` and ``set_spot_price`` are retried. Any other POST is
     retried only when it never left this machine, or when it hit the API's rate limit. The client
-    waits between retries: an exponential backoff with full jitter, or the pause that the API asks
-    for in ``Retry-After``. A pause of more than 60 seconds raises :class:`RateLimitError` at once.
+    waits between retries: an exponential backoff with full jitter. A request that hit the API's
+    rate limit is retried for ``rate_limit_wait`` seconds instead, and slows the later ones down. If
+    the API asks for a longer pause in ``Retry-After``, :class:`RateLimitError` is raised at once.
     Cancels, and the reads that confirm them, ignore that pause and wait 1, 2, 4 ... 30 seconds.
 
     Parameters:
@@ -77,9 +80,10 @@ class CloreClient(HTTPClient):
             variable ``CLORE_API_KEY``, then ``~/.clore/config.json``. Without a key, only the
             marketplace can be read.
         timeout: seconds for one request, as a number or a ``(connect, read)`` pair.
-        rate_limit: the smallest number of seconds between two requests with the same key in this
-            process. The API allows one request per second (seen on the live API).
+        rate_limit: the smallest number of seconds between two requests with the same key. The API
+            allows one request per second (seen on the live API).
         max_retries: how many times one request is sent at most, including the first; at least 1.
+            Requests that hit the API's rate limit do not count.
         base_url: with None, the client takes the environment variable ``CLORE_BASE_URL``, then the
             class attribute ``BASE_URL``. A key is sent over https only, or to a loopback address.
         create_order_interval: seconds between two orders. The API allows one in five seconds (seen
@@ -89,11 +93,16 @@ class CloreClient(HTTPClient):
         user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
         max_usd_per_hour: refuse every order and bid above this price, before it is sent.
         max_active_orders: refuse a new order when this many are active.
-        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`; None
-            turns that off.
+        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, and
+            in which processes share the rate limit; None turns both off.
         max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
         order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
             live API). An order that is in no list counts as ended only after that time.
+        rate_limit_wait: seconds for which a request that hit the API's rate limit is retried.
+        rate_limiter: shares the rate limit with other machines: a URL such as
+            ``"redis://host:6379/0"``, or a client such as ``redis.Redis``. With None, the client
+            takes the environment variable ``CLORE_RATE_LIMITER``. While Redis fails, the rate limit
+            is shared on this machine only.
 
     Raises:
         ConfigurationError: a key, a base URL or a settings file can't be used.
@@ -125,8 +134,10 @@ class CloreClient(HTTPClient):
         max_response_mb: float = 64.0,
         order_lag: float = 20.0,
         rate_limit_wait: float = 60.0,
+        rate_limiter: str | RedisClient | None = None,
     ) -> None:
-        api_key = Secret.of(api_key)  # error reporters show local variables
+        # Error reporters show local variables.
+        api_key, rate_limiter = Secret.of(api_key), Secret.of(rate_limiter)
         super().__init__(
             api_key,
             timeout,
@@ -140,6 +151,7 @@ class CloreClient(HTTPClient):
             max_response_mb=max_response_mb,
             rate_limit_wait=rate_limit_wait,
             state_dir=state_dir,
+            rate_limiter=rate_limiter,
         )
         if max_usd_per_hour is not None:
             check_number("max_usd_per_hour", max_usd_per_hour, unit="USD per hour")
@@ -189,17 +201,19 @@ class CloreClient(HTTPClient):
         return cls(**options)
 
     def describe(self) -> str:
-        """Return a text that says where the key and the base URL come from.
+        """Return a text about the key, the base URL and the rate limit.
 
         It shows at most the last four characters of the key.
 
         Returns:
-            Two lines, one for the key and one for the base URL.
+            Three lines: where the key and the base URL come from, and who shares the rate limit. If
+            that is not what the settings ask for, it says since when, and why.
 
         Example:
             >>> print(client.describe())
             a key that ends in '3f9a', from environment variable CLORE_API_KEY
             base URL https://api.clore.ai, from class attribute CloreClient.BASE_URL
+            rate limit 1.1 s, shared among all processes on this machine, by /home/me/.local/...
         """
         key, url = self.api_key, self.BASE_URL
         found, source = self._key_source
@@ -213,7 +227,14 @@ class CloreClient(HTTPClient):
         if url != url_found:
             own = "BASE_URL" in self.__dict__
             url_source = "attribute" if own else f"class attribute {type(self).__name__}.BASE_URL"
-        return f"{key_line}\nbase URL {printable(str(url), 200)}, from {url_source}"
+        try:
+            level = self._limiter(self.base_url, key or "").level
+        except ConfigurationError:
+            level = "with nobody, as the base URL can't be used"
+        return (
+            f"{key_line}\nbase URL {printable(str(url), 200)}, from {url_source}\n"
+            f"rate limit {self.rate_limit:g} s, shared {printable(level, 500)}"
+        )
 
     # --- wallets ---
 

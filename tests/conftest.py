@@ -101,7 +101,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No key, URL, proxy or settings file of whoever runs the tests."""
-    for name in ("CLORE_API_KEY", "CLORE_BASE_URL", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+    for name in ("CLORE_API_KEY", "CLORE_BASE_URL", "CLORE_RATE_LIMITER"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -9,6 +9,7 @@ missing=""
 command -v sshd >/dev/null 2>&1 || [ -x /usr/sbin/sshd ] || missing="openssh-server"
 command -v dropbear >/dev/null 2>&1 || [ -x /usr/sbin/dropbear ] || missing="$missing dropbear-bin"
 command -v busybox >/dev/null 2>&1 || missing="$missing busybox-static"
+command -v redis-server >/dev/null 2>&1 || missing="$missing redis-server"
 for shell in dash fish tcsh zsh rsync; do
     command -v $shell >/dev/null 2>&1 || missing="$missing $shell"
 done

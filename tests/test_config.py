@@ -200,7 +200,7 @@ def test_describe_tells_where_the_url_comes_from(monkeypatch: pytest.MonkeyPatch
         BASE_URL = "https://mine.example"
 
     ending = "https://api.clore.ai, from class attribute CloreClient.BASE_URL"
-    assert CloreClient("k").describe().endswith(ending)
+    assert CloreClient("k").describe().splitlines()[1].endswith(ending)
     assert "https://mine.example, from class attribute Mine.BASE_URL" in Mine("k").describe()
     monkeypatch.setenv("CLORE_BASE_URL", "https://env.example/")
     assert "https://env.example, from environment variable CLORE_BASE_URL" in Mine("k").describe()

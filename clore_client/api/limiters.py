@@ -16,6 +16,7 @@ from clore_client.api.rate_limit import (
     StoreUnavailableError,
     Turn,
 )
+from clore_client.api.redis_limit import RedisServer, RedisStore
 from clore_client.config import account_digest
 from clore_client.log import logger
 
@@ -78,27 +79,32 @@ class FallbackStore:
         self._warned = True
 
 
-_limiters: dict[tuple[str, str], RateLimiter] = {}
+_limiters: dict[tuple[str, str, str], RateLimiter] = {}
 
 if hasattr(os, "register_at_fork"):
     # Another thread may have held a lock of theirs at the fork.
     os.register_at_fork(after_in_child=_limiters.clear)
 
 
-def limiter_for(base_url: str, api_key: str, folder: Path | None) -> RateLimiter:
+def limiter_for(
+    base_url: str, api_key: str, folder: Path | None, server: RedisServer | None = None
+) -> RateLimiter:
     """Return the rate limiter that all requests with a key to an API share.
 
     Parameters:
         base_url, api_key: what the limit belongs to.
         folder: the state folder; None to share the limit within this process only.
+        server: the Redis server; None to share the limit on this machine only.
     """
     account = account_digest(base_url, api_key)  # in place of the key
-    place = (account, str(folder or ""))
+    place = (account, str(folder or ""), server.name if server else "")
     found = _limiters.get(place)
     if found is not None:
         return found
     store: Store = ProcessStore()
     if folder is not None:
         store = FallbackStore(FileStore(folder / f"{LIMIT_PREFIX}{account}"), store)
+    if server is not None:
+        store = FallbackStore(RedisStore(server, account), store)
     # setdefault() is atomic: if two threads make one, both get the first.
     return _limiters.setdefault(place, RateLimiter(store))

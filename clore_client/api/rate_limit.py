@@ -18,12 +18,14 @@ SLOT_LEAD = 0.1  # a slot is granted this long before it begins, so that a slow 
 SLOT_LATE = 0.005  # a request that is sent up to this much after its slot began needs no report
 SLOT_GRACE = 0.125  # what each request in the queue allows the one before it for taking its slot
 LONGEST_SLOT_GRACE = 1.0
-# After a refusal: other programs use the key, so leave room for them.
-RETRY_JITTER = 0.1  # a retry comes up to this much later than the interval
-SLOW_DOWN = 0.1  # by how much a refusal widens the space after a request
-SLOWING_REFUSALS = 3  # later refusals of the same call do not widen it further
-SPEED_UP = 0.2  # a call without a refusal takes this part of the surplus away
-LARGEST_SURPLUS = 20.0
+# After a refusal: other programs use the key. A request keeps more space behind it, but only one
+# out of several, as machines that hold the rate limit in turns waste less of it than ones that
+# take turns for each request.
+RETRY_JITTER = 0.3  # a retry comes up to this much later than the interval
+SLOW_DOWN = 0.5  # by how much each refusal widens the space behind a request
+WIDEST_SURPLUS = 3.0
+SPEED_UP = 0.05  # a call without a refusal takes this part of the surplus away
+YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
 
 
 class PauseTooLongError(Exception):
@@ -95,6 +97,16 @@ class Turn:
         return not self.interval or time.monotonic() < self.granted_at + self.interval
 
 
+def entry_lifetime(turn: Turn) -> float:
+    """Return the seconds after which a request that has not looked again counts as dead."""
+    return 2 * (LONGEST_SLEEP + turn.interval)
+
+
+def random_gap() -> float:
+    """Return the part of the surplus that a request keeps behind it: all or nothing."""
+    return 1.0 if random.random() < YIELD_CHANCE else 0.0
+
+
 class Look(NamedTuple):
     """What a waiting request finds when it looks at the schedule."""
 
@@ -119,8 +131,8 @@ class Schedule:
     def __init__(self) -> None:
         self.last = -math.inf  # when the last request was sent, or may be sent
         self.interval = 0.0  # seconds to keep after it
-        self.surplus = 0.0  # how much refusals widen the space between requests at most, in seconds
-        self.gap = 0.0  # how much they widen the space after the last request
+        self.surplus = 0.0  # seconds by which refusals widen the space behind some requests
+        self.gap = 0.0  # seconds by which they widen it behind the last one
         self.paused_until = -math.inf
         self.spaced: dict[str, list[float]] = {}  # name -> [when the last was sent, seconds]
         # id of a turn -> [rank, arrival, when it may be sent at the earliest, when it expires]
@@ -142,14 +154,13 @@ class Schedule:
         grace = min(SLOT_GRACE * len(ahead), LONGEST_SLOT_GRACE) * turn.interval
         at = ready - SLOT_LEAD * turn.interval + grace
         if at > now:
-            expires = now + 2 * (LONGEST_SLEEP + turn.interval)
-            self.waiting[turn.id] = [*mine, own, expires]
+            self.waiting[turn.id] = [*mine, own, now + entry_lifetime(turn)]
             return Look(False, at, paused, self.surplus > 0)
         for late in ahead:  # dead, or slow: then it comes back
             del self.waiting[late]
         slot = max(ready, now)
         self._sent(turn, slot + SLOT_LATE * turn.interval)
-        self.gap = self.surplus * random.random()
+        self.gap = self.surplus * random_gap()
         return Look(True, slot, paused, self.surplus > 0)
 
     def leave(self, turn: Turn, now: float) -> None:
@@ -158,9 +169,8 @@ class Schedule:
 
     def refused(self, turn: Turn, now: float) -> None:
         """Slow down after the API refused a request for its rate limit."""
-        if turn.refusals <= SLOWING_REFUSALS:
-            largest = LARGEST_SURPLUS * turn.interval
-            self.surplus = min(self.surplus + SLOW_DOWN * turn.interval, largest)
+        wider = self.surplus + SLOW_DOWN * turn.interval
+        self.surplus = min(wider, WIDEST_SURPLUS * turn.interval)
         self.gap = RETRY_JITTER * turn.interval * random.random()
         if turn.retry_after:
             until = now + min(turn.retry_after + self.gap, LONGEST_PAUSE_KEPT)

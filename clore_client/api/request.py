@@ -25,6 +25,7 @@ from clore_client.api.rate_limit import (
     RateLimiter,
     Turn,
 )
+from clore_client.api.redis_limit import redis_server
 from clore_client.api.retries import Retries
 from clore_client.api.retry import Failure, classify, classify_error, classify_unusable
 from clore_client.config import (
@@ -117,6 +118,7 @@ class HTTPClient:
         max_response_mb: float,
         rate_limit_wait: float,
         state_dir: str | os.PathLike[str] | None,
+        rate_limiter: Any,
     ) -> None:
         key, _ = self._key_source = find_key(api_key)
         self._headers: dict[str, str] = {"auth": key} if key else {}
@@ -136,6 +138,7 @@ class HTTPClient:
             "rate_limit_wait", rate_limit_wait, infinite=True, unit="seconds"
         )
         self._state_dir = check_state_dir("state_dir", state_dir)
+        self._redis = redis_server(rate_limiter)
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
         self.max_response_mb = check_number(
@@ -272,7 +275,7 @@ class HTTPClient:
             )
 
     def _limiter(self, base_url: str, key: str) -> RateLimiter:
-        return limiter_for(base_url, key, self._state_folder)
+        return limiter_for(base_url, key, self._state_folder, self._redis)
 
     @functools.cached_property
     def _state_folder(self) -> Path | None:

@@ -1,0 +1,249 @@
+"""Keep a rate limit in Redis, for many machines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+from clore_client.api.rate_limit import (
+    LONGEST_PAUSE_KEPT,
+    LONGEST_SLOT_GRACE,
+    RETRY_JITTER,
+    SLOT_GRACE,
+    SLOT_LATE,
+    SLOT_LEAD,
+    SLOW_DOWN,
+    SPEED_UP,
+    WIDEST_SURPLUS,
+    Look,
+    StoreUnavailableError,
+    Turn,
+    entry_lifetime,
+    random_gap,
+)
+from clore_client.errors import ConfigurationError, Secret, printable, without
+
+LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+REDIS_TIMEOUT = 0.5  # seconds to connect, and for one reply
+REDIS_EXPIRY = 86_400  # seconds after which Redis forgets a key that nobody uses
+FOREVER = 1e9  # seconds; JSON has no infinity
+
+# The steps of the class Schedule, by the clock of the server. All times in ``turn`` count from now.
+# A missing schedule may have been lost a moment ago, so the first request waits for an interval.
+REDIS_SCRIPT = """
+local step, turn, rules = ARGV[1], cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local text = redis.call('GET', KEYS[1])
+local s = {last = now, interval = turn.interval, surplus = 0, gap = 0, paused_until = 0,
+           spaced = {}, waiting = {}}
+if text then s = cjson.decode(text) end
+s.last = math.min(s.last, now + s.interval)
+s.paused_until = math.min(s.paused_until, now + rules.longest_pause)
+local granted, at, paused, too_late = 0, now, 0, 0
+
+local function sent(moment)
+  s.last, s.interval = moment, turn.interval
+  if turn.name then s.spaced[turn.name] = {moment, turn.spacing} end
+end
+
+local function look()
+  local own = now + turn.not_before
+  local before = turn.name and s.spaced[turn.name]
+  if before then
+    own = math.max(own, math.min(before[1], now) + math.max(turn.spacing, before[2]))
+  end
+  if turn.rank > 0 then
+    own = math.max(own, s.paused_until)
+    paused = s.paused_until - now
+  end
+  local ready = s.last + math.max(s.interval, turn.interval) + turn.rank * s.gap
+  ready = math.max(own, ready)
+  s.waiting[turn.id] = nil
+  if paused > turn.patience or math.max(ready - now, 0) > turn.deadline then
+    too_late = 1
+    return
+  end
+  local arrived, ahead = now - turn.age, {}
+  for id, entry in pairs(s.waiting) do
+    if entry[4] <= now then
+      s.waiting[id] = nil
+    elseif (entry[1] < turn.rank or (entry[1] == turn.rank and entry[2] < arrived))
+        and entry[3] <= ready then
+      table.insert(ahead, id)
+    end
+  end
+  local grace = math.min(rules.grace * #ahead, rules.longest_grace) * turn.interval
+  at = ready - rules.lead * turn.interval + grace
+  if at > now then
+    s.waiting[turn.id] = {turn.rank, arrived, own, now + turn.expiry}
+    return
+  end
+  for _, id in ipairs(ahead) do s.waiting[id] = nil end
+  granted, at = 1, math.max(ready, now)
+  sent(at + rules.late * turn.interval)
+  s.gap = s.surplus * turn.gap
+end
+
+if step == 'look' then
+  look()
+elseif step == 'leave' then
+  sent(math.max(s.last, now - turn.left))
+elseif step == 'refused' then
+  local wider = s.surplus + rules.slow_down * turn.interval
+  s.surplus = math.min(wider, rules.widest * turn.interval)
+  s.gap = rules.jitter * turn.interval * turn.random
+  if turn.retry_after > 0 then
+    local pause = math.min(turn.retry_after + s.gap, rules.longest_pause)
+    s.paused_until = math.max(s.paused_until, now + pause)
+  end
+elseif step == 'accepted' then
+  s.surplus = s.surplus * (1 - rules.speed_up)
+  if s.surplus < 0.01 * turn.interval then s.surplus = 0 end
+end
+redis.call('SET', KEYS[1], cjson.encode(s), 'EX', rules.expiry)
+return {granted, tostring(at - now), tostring(paused), s.surplus > 0 and 1 or 0, too_late}
+"""
+
+REDIS_RULES = json.dumps(
+    {
+        "lead": SLOT_LEAD,
+        "late": SLOT_LATE,
+        "grace": SLOT_GRACE,
+        "longest_grace": LONGEST_SLOT_GRACE,
+        "jitter": RETRY_JITTER,
+        "slow_down": SLOW_DOWN,
+        "speed_up": SPEED_UP,
+        "widest": WIDEST_SURPLUS,
+        "longest_pause": LONGEST_PAUSE_KEPT,
+        "expiry": REDIS_EXPIRY,
+    }
+)
+
+
+class RedisClient(Protocol):
+    """What is needed of a client such as ``redis.Redis``."""
+
+    def eval(self, script: str, numkeys: int, /, *keys_and_args: Any) -> Any:
+        """Run a Lua script on the server."""
+
+
+class RedisServer(NamedTuple):
+    """A Redis client, and how to call its server in texts."""
+
+    client: RedisClient
+    name: str
+    secrets: tuple[str, ...] = ()
+
+
+def redis_server(rate_limiter: Any) -> RedisServer | None:
+    """Return the Redis server for the argument ``rate_limiter``; None if there is none.
+
+    Parameters:
+        rate_limiter: a URL, a client like ``redis.Redis``, or None for the environment variable.
+    """
+    source = "rate_limiter"
+    if rate_limiter is None:
+        rate_limiter, source = os.environ.get(LIMITER_VARIABLE) or None, LIMITER_VARIABLE
+    if rate_limiter is None:
+        return None
+    if not isinstance(rate_limiter, str):
+        if not callable(getattr(rate_limiter, "eval", None)):
+            raise TypeError(
+                "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
+                f"not {type(rate_limiter).__name__}"
+            )
+        return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
+    return _server_at(Secret(rate_limiter), source)
+
+
+def _server_at(url: str, source: str) -> RedisServer:
+    try:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+    except ImportError:
+        raise ConfigurationError(
+            f"{source} needs redis-py: install it with pip install 'clore-client[redis]'"
+        ) from None
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in REDIS_SCHEMES:
+            raise ValueError
+        place = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
+        client = redis.Redis.from_url(
+            url,
+            socket_timeout=REDIS_TIMEOUT,
+            socket_connect_timeout=REDIS_TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
+        )
+    except (ValueError, TypeError, AttributeError):
+        # The URL is not shown, as it may contain a password.
+        raise ConfigurationError(
+            f"{source} is not a usable URL: it must be like 'redis://host:6379/0', "
+            "'rediss://:password@host:6379/0' or 'unix:///path'"
+        ) from None
+    database = client.connection_pool.connection_kwargs.get("db") or 0
+    secrets = (parts.password,) if parts.password else ()
+    return RedisServer(client, printable(f"{place}/{database}", 200), secrets)
+
+
+class RedisStore:
+    """A schedule in Redis.
+
+    Parameters:
+        server: the Redis server.
+        account: a digest of the key.
+    """
+
+    def __init__(self, server: RedisServer, account: str) -> None:
+        self._server = server
+        self._key = f"clore-client:rate-limit:{account}"
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule."""
+        return f"among all machines, by Redis at {self._server.name}"
+
+    def apply(self, step: str, turn: Turn) -> Look:
+        """Make one step. Each one returns a look, of which only the one of ``look`` counts."""
+        numbers = _numbers(turn, time.monotonic())
+        try:
+            reply = self._server.client.eval(REDIS_SCRIPT, 1, self._key, step, numbers, REDIS_RULES)
+            granted, seconds, paused, slowed, too_late = map(float, reply)
+            if not math.isfinite(seconds) or (granted and seconds > turn.interval):
+                raise ValueError("an impossible reply")
+        except Exception as error:  # those of a client that the user passed may be of any class
+            text = without(f"{type(error).__name__}: {error}", self._server.secrets)
+            raise StoreUnavailableError(
+                f"Redis at {self._server.name} can't be used: {printable(text, 200)}"
+            ) from None
+        at = time.monotonic() + seconds
+        return Look(bool(granted), at, paused, bool(slowed), bool(too_late))
+
+
+def _numbers(turn: Turn, now: float) -> str:
+    """Return what the script needs to know of a turn, as JSON."""
+    numbers: dict[str, Any] = {
+        "id": turn.id,
+        "rank": turn.rank,
+        "age": now - turn.arrived,
+        "interval": turn.interval,
+        "not_before": max(turn.not_before - now, -FOREVER),
+        "deadline": min(turn.deadline - now, FOREVER),
+        "patience": min(turn.patience, FOREVER),
+        "expiry": entry_lifetime(turn),
+        "left": min(now - turn.left_at, FOREVER),
+        "retry_after": turn.retry_after,
+        "random": random.random(),
+        "gap": random_gap(),
+    }
+    if turn.spacing is not None:
+        numbers["name"], numbers["spacing"] = turn.spacing
+    return json.dumps(numbers)
