@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from pathlib import Path
 
 LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
+# With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
+PRIVATE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+PRIVATE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
 
 
@@ -61,25 +63,15 @@ def unlock_file(handle: int) -> None:
 
 
 def open_private(path: Path) -> tuple[int, bool]:
-    """Open a file of this user for reading and writing, and return whether it is a new one.
+    """Open a file for reading and writing, and return its descriptor and whether it is new.
 
-    The file and its folder are created if they are missing.
+    The file and its folder are created if they are missing, for this user only.
 
     Raises:
-        OSError: that is not possible, or it is not a regular file of this user.
+        OSError: that is not possible, or it is a symlink.
     """
-    flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    created = False
     try:
-        handle = os.open(path, flags)
+        return os.open(path, PRIVATE_FLAGS), False
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(path, flags | os.O_CREAT, 0o600)
-        created = True
-    about = os.fstat(handle)
-    foreign = hasattr(os, "geteuid") and about.st_uid != os.geteuid()
-    if foreign or not stat.S_ISREG(about.st_mode):
-        os.close(handle)
-        raise PermissionError("it is not a regular file of this user")
-    return handle, created
+        return os.open(path, PRIVATE_FLAGS | os.O_CREAT, 0o600), True

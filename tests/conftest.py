@@ -22,6 +22,7 @@ from tests.variant import ONE_FILE, Simulator
 # What uses modules of the package; all other tests run against the one file as well.
 INTERNAL = [
     "api/test_connection.py",
+    "api/test_file_limit.py",
     "api/test_rate_limit.py",
     "api/test_retry.py",
     "models/test_records.py",

@@ -16,10 +16,12 @@ from clore_client.config import boot_id
 from clore_client.files import lock_file, open_private, unlock_file
 
 LIMIT_PREFIX = "rate-limit-"
-LONGEST_SCHEDULE = 1_000_000  # bytes
+USUAL_LENGTH, LONGEST_SCHEDULE = 8192, 1_000_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
 UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
 SCHEDULE_VERSION = 1  # of the content
+
+_encode = json.JSONEncoder(check_circular=False).encode
 
 
 class FileStore:
@@ -54,7 +56,10 @@ class FileStore:
             try:
                 os.lseek(handle, 0, os.SEEK_SET)
                 now = time.monotonic()
-                schedule = load(os.read(handle, LONGEST_SCHEDULE), now)
+                text = os.read(handle, USUAL_LENGTH)
+                if len(text) == USUAL_LENGTH:
+                    text += os.read(handle, LONGEST_SCHEDULE)
+                schedule = load(text, now)
                 result = getattr(schedule, step)(turn, now)
                 text = dump(schedule)
                 os.lseek(handle, 0, os.SEEK_SET)
@@ -71,7 +76,7 @@ class FileStore:
 
 def dump(schedule: Schedule) -> bytes:
     """Return a schedule as a line of text. The rest of a longer, earlier line may follow it."""
-    return json.dumps([SCHEDULE_VERSION, boot_id(), vars(schedule)]).encode() + b"\n"
+    return _encode([SCHEDULE_VERSION, boot_id(), vars(schedule)]).encode() + b"\n"
 
 
 def load(text: bytes, now: float) -> Schedule:
@@ -84,7 +89,7 @@ def load(text: bytes, now: float) -> Schedule:
     if not text:
         return schedule
     try:
-        version, boot, state = json.loads(text[: text.index(b"\n")])
+        version, boot, state = json.loads(text[: text.index(b"\n")].decode())
         if (version, boot) != (SCHEDULE_VERSION, boot_id()):
             raise ValueError
         for name in ("last", "interval", "surplus", "gap", "paused_until"):

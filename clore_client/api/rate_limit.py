@@ -55,8 +55,8 @@ class Turn:
         spacing: an endpoint with a longer interval, and its seconds.
         patience: the longest pause that it waits for, in seconds.
         deadline, not_before: when it must, and when it may be sent.
-        granted_at: the beginning of its slot; None while it waits.
-        left_at: when it was sent last.
+        left_at: when it is sent, as far as the schedule knows: at first, when its slot begins.
+        slot_ends: when its slot is over, because the next one may be granted.
         refusals: how many times the API refused it for the rate limit.
         retry_after: seconds that the last refusal asked it to wait.
         slowed: whether earlier refusals still widen the space between requests.
@@ -78,8 +78,7 @@ class Turn:
         self.patience = patience
         self.deadline = math.inf
         self.not_before = -math.inf
-        self.granted_at: float | None = None
-        self.left_at = -math.inf
+        self.left_at = self.slot_ends = -math.inf
         self.refusals = 0
         self.retry_after = 0.0
         self.slowed = False
@@ -88,13 +87,6 @@ class Turn:
     def rank(self) -> int:
         """0 for urgent requests, which go first, else 1."""
         return 0 if self.urgent else 1
-
-    @property
-    def holds_slot(self) -> bool:
-        """Whether its slot has begun and not ended."""
-        if self.granted_at is None:
-            return False
-        return not self.interval or time.monotonic() < self.granted_at + self.interval
 
 
 def entry_lifetime(turn: Turn) -> float:
@@ -140,8 +132,7 @@ class Schedule:
 
     def look(self, turn: Turn, now: float) -> Look:
         """Grant a slot that has come up, or return when to look again."""
-        # The clock may have been set back, or started anew.
-        self.last = min(self.last, now + self.interval)
+        self._correct(now)
         own = self._own_ready(turn)
         ready = self._ready(turn, own)
         paused = 0.0 if turn.urgent else self.paused_until - now
@@ -164,7 +155,7 @@ class Schedule:
         return Look(True, slot, paused, self.surplus > 0)
 
     def leave(self, turn: Turn, now: float) -> None:
-        """Record that a request was sent late in its slot."""
+        """Record that a request is sent late in its slot."""
         self._sent(turn, max(self.last, min(turn.left_at, now)))
 
     def refused(self, turn: Turn, now: float) -> None:
@@ -181,6 +172,13 @@ class Schedule:
         self.surplus *= 1 - SPEED_UP
         if self.surplus < 0.01 * turn.interval:
             self.surplus = 0.0
+
+    def _correct(self, now: float) -> None:
+        """Correct times that lie too far ahead, because the clock was set back or started anew."""
+        self.last = min(self.last, now + self.interval)
+        self.paused_until = min(self.paused_until, now + LONGEST_PAUSE_KEPT)
+        for entry in self.spaced.values():
+            entry[0] = min(entry[0], now + entry[1])
 
     def _own_ready(self, turn: Turn) -> float:
         ready = turn.not_before
@@ -260,7 +258,7 @@ class RateLimiter:
             PauseTooLongError: the API asked for a pause that is longer than the turn's patience.
             DeadlinePassedError: it can't be sent before ``deadline`` (monotonic time).
         """
-        turn.granted_at, turn.deadline = None, deadline
+        turn.deadline = deadline
         while True:
             look: Look = self._store.apply("look", turn)
             turn.slowed = look.slowed
@@ -270,15 +268,23 @@ class RateLimiter:
                 raise DeadlinePassedError
             now = time.monotonic()
             if look.granted:
-                turn.granted_at = look.at
+                turn.left_at = look.at
+                turn.slot_ends = look.at + (1 - SLOT_LEAD) * turn.interval
                 time.sleep(max(0.0, look.at - now))
                 return
             time.sleep(max(0.0, min(look.at - now, LONGEST_SLEEP, deadline - now)))
 
-    def leave(self, turn: Turn) -> None:
+    def leave(self, turn: Turn, deadline: float = math.inf) -> None:
+        """Record that the request is about to be sent. Wait again if its slot has passed."""
+        if turn.interval and time.monotonic() > turn.slot_ends:
+            self.wait(turn, deadline)
+        self.left(turn)
+
+    def left(self, turn: Turn) -> None:
         """Record that the request was sent."""
-        turn.left_at = time.monotonic()
-        if turn.left_at > (turn.granted_at or 0.0) + SLOT_LATE * turn.interval:
+        now = time.monotonic()
+        if turn.interval and now > turn.left_at + SLOT_LATE * turn.interval:
+            turn.left_at = now
             self._store.apply("leave", turn)
 
     def refused(self, turn: Turn, retry_after: float | None) -> None:

@@ -8,7 +8,7 @@ import os
 import random
 import time
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from clore_client.api.rate_limit import (
     LONGEST_PAUSE_KEPT,
@@ -46,6 +46,7 @@ local s = {last = now, interval = turn.interval, surplus = 0, gap = 0, paused_un
 if text then s = cjson.decode(text) end
 s.last = math.min(s.last, now + s.interval)
 s.paused_until = math.min(s.paused_until, now + rules.longest_pause)
+for _, entry in pairs(s.spaced) do entry[1] = math.min(entry[1], now + entry[2]) end
 local granted, at, paused, too_late = 0, now, 0, 0
 
 local function sent(moment)
@@ -57,7 +58,7 @@ local function look()
   local own = now + turn.not_before
   local before = turn.name and s.spaced[turn.name]
   if before then
-    own = math.max(own, math.min(before[1], now) + math.max(turn.spacing, before[2]))
+    own = math.max(own, before[1] + math.max(turn.spacing, before[2]))
   end
   if turn.rank > 0 then
     own = math.max(own, s.paused_until)
@@ -190,7 +191,8 @@ def _server_at(url: str, source: str) -> RedisServer:
             "'rediss://:password@host:6379/0' or 'unix:///path'"
         ) from None
     database = client.connection_pool.connection_kwargs.get("db") or 0
-    secrets = (parts.password,) if parts.password else ()
+    password = parts.password or ""
+    secrets = (Secret(password), Secret(unquote(password))) if password else ()
     return RedisServer(client, printable(f"{place}/{database}", 200), secrets)
 
 

@@ -319,11 +319,7 @@ class HTTPClient:
             left = max(deadline - started_at, 0.001)
             settings["timeout"] = shortened(settings["timeout"], left)
 
-        def wait_again() -> None:
-            if not turn.holds_slot:  # it took too long to connect
-                limiter.wait(turn, deadline)
-
-        exchange.begin(wait_again, lambda: limiter.leave(turn), deadline)
+        exchange.begin(lambda: limiter.leave(turn, deadline), lambda: limiter.left(turn), deadline)
         result = self._exchange(call, settings)
         if isinstance(result, Failure):
             return result

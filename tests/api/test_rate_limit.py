@@ -98,7 +98,7 @@ def slot(
     turn = Turn(interval, **options)
     turn.not_before = not_before
     limit.wait(turn, deadline)
-    limit.leave(turn)
+    limit.left(turn)
     yield turn
 
 
@@ -163,7 +163,7 @@ def test_no_two_departures_are_closer_than_their_intervals(
         turn = Turn(interval, urgent=urgent, spacing=spacing)
         limit.wait(turn)
         with lock:
-            left.append((turn.granted_at or 0.0, interval, spaced))
+            left.append((turn.left_at, interval, spaced))
 
     together(*[lambda w=w: send(*w) for w in wanted])
     assert len(left) == len(wanted)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
 import statistics
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 from threading import Barrier
-from typing import Any
 
 from clore_client import CloreClient
 
 from .children import child
+from .pace_processes import departures, processes_rows
 from .rows import Row
 
 THREADS, CALLS, LIMIT, ROUNDS = 8, 5, 0.05, 5
@@ -31,6 +29,7 @@ def rows() -> Iterator[Row]:
     yield Row("closest arrivals / limit", min(arrive) / LIMIT, 0.9, at_least=True, detail=detail)
     detail = f"worst {max(whole) / ideal:.3f}"
     yield Row("whole time / ideal", statistics.median(whole) / ideal, 1.05, detail=detail)
+    yield from processes_rows()
 
 
 def _round() -> tuple[float, float, int, float]:
@@ -38,7 +37,10 @@ def _round() -> tuple[float, float, int, float]:
     with child("arrivals", str(0.9 * LIMIT)) as simulator:
         url, key = simulator.read()
         start = Barrier(THREADS + 1)
-        with CloreClient(key, base_url=url, rate_limit=LIMIT) as client, _departures() as left:
+        with (
+            CloreClient(key, base_url=url, rate_limit=LIMIT, state_dir=None) as client,
+            departures() as left,
+        ):
 
             def work() -> None:
                 start.wait()
@@ -56,23 +58,6 @@ def _round() -> tuple[float, float, int, float]:
         calls = simulator.read()
     refused = sum(status == 429 for _, status in calls)
     return _closest(left), _closest(arrived for arrived, _ in calls), refused, whole
-
-
-@contextmanager
-def _departures() -> Iterator[list[float]]:
-    """The moments at which a request is handed to its socket."""
-    moments: list[float] = []
-    send = http.client.HTTPConnection.send
-
-    def noted(self: http.client.HTTPConnection, data: Any) -> None:
-        moments.append(time.monotonic())
-        send(self, data)
-
-    http.client.HTTPConnection.send = noted  # type: ignore[method-assign]
-    try:
-        yield moments
-    finally:
-        http.client.HTTPConnection.send = send  # type: ignore[method-assign]
 
 
 def _closest(moments: Iterable[float]) -> float:

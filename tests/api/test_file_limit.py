@@ -1,0 +1,307 @@
+"""One rate limit for all processes of a machine, in a file that may be damaged or unusable."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clore_client.api.file_limit import LIMIT_PREFIX, FileStore, dump, load
+from clore_client.api.limiters import limiter_for
+from clore_client.api.rate_limit import RateLimiter, Schedule, Turn
+from tests.conftest import MakeSim, client_for
+from tests.variant import Simulator
+
+
+def limit_file(folder: Path) -> Path:
+    (path,) = folder.glob(f"{LIMIT_PREFIX}*")
+    return path
+
+
+CALLER = """
+import sys
+from clore_client import CloreClient
+url, key, folder, calls = sys.argv[1:]
+with CloreClient(key, base_url=url, rate_limit=0.1, state_dir=folder, rate_limit_wait=0) as client:
+    for _ in range(int(calls)):
+        client.get_wallets()
+"""
+
+
+def test_processes_share_one_pace(make_sim: MakeSim, tmp_path: Path) -> None:
+    sim = make_sim(rate_limit=0.08)
+    command = [sys.executable, "-c", CALLER, sim.url, sim.api_key, str(tmp_path), "8"]
+    callers = [subprocess.Popen(command) for _ in range(4)]
+    assert [caller.wait(60) for caller in callers] == [0] * 4
+    assert [call.status for call in sim.requests] == [200] * 32
+    name = limit_file(tmp_path).name
+    assert sim.api_key not in name
+    assert limit_file(tmp_path).stat().st_mode & 0o777 == 0o600
+
+
+VICTIMS = """
+import os, random, signal, sys, time
+from pathlib import Path
+from clore_client.api.file_limit import FileStore
+from clore_client.api.rate_limit import RateLimiter, Turn
+
+path, log = sys.argv[1:]
+INTERVAL = 0.05
+
+def work():
+    limiter = RateLimiter(FileStore(Path(path)))
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    while True:
+        turn = Turn(INTERVAL)
+        limiter.wait(turn)
+        limiter.leave(turn)
+        os.write(handle, f"{time.monotonic()}\\n".encode())
+
+def forked():
+    pid = os.fork()
+    if not pid:
+        random.seed()
+        work()
+    return pid
+
+survivors = [forked() for _ in range(2)]
+victims = [forked() for _ in range(6)]
+for _ in range(200):
+    time.sleep(random.uniform(0.2, 1) * INTERVAL)
+    victim = victims.pop(random.randrange(len(victims)))
+    os.kill(victim, signal.SIGKILL)
+    os.waitpid(victim, 0)
+    victims.append(forked())
+for pid in survivors + victims:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+"""
+
+
+def test_processes_killed_at_random_moments(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", VICTIMS, str(tmp_path / "limit"), str(log)]
+    subprocess.run(command, check=True, timeout=120)
+    sent = sorted(map(float, log.read_text().split()))
+    gaps = sorted(b - a for a, b in itertools.pairwise(sent))
+    assert len(sent) > 80
+    assert gaps[0] > 0.04
+    assert gaps[-1] < 3 * 0.05 + 0.05  # two slots are lost, on a busy machine
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\0" * 300,
+        b"{}",
+        b"[1]\n",
+        b"hello\n",
+        b"[" * 100_000 + b"\n",
+        b"\xff\xfe\n",
+        dump(Schedule())[:-20],
+        dump(Schedule()).replace(b"-Infinity", b"NaN"),
+        dump(Schedule()).replace(b'"spaced": {}', b'"spaced": {"create_order": [1]}'),
+        dump(Schedule()).replace(b'"waiting": {}', b'"waiting": {"a": "b"}'),
+        dump(Schedule()).replace(b'"gap": 0.0, ', b""),
+    ],
+)
+def test_damaged_content_starts_anew_and_waits_once(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "limit"
+    path.write_bytes(content)
+    limiter = RateLimiter(FileStore(path))
+    started = time.monotonic()
+    for _ in range(2):
+        turn = Turn(0.1)
+        limiter.wait(turn)
+        limiter.left(turn)
+    assert 0.19 < time.monotonic() - started < 2
+
+
+def changed(**values: Any) -> bytes:
+    version, boot, state = json.loads(dump(Schedule()))
+    return json.dumps([version, values.pop("boot", boot), {**state, **values}]).encode() + b"\n"
+
+
+def test_a_reboot_and_clocks_that_start_anew(tmp_path: Path) -> None:
+    now = time.monotonic()
+    entry = {"gone": [0, 0.0, 0.0, now + 1e6]}  # urgent, long before
+    for content in (
+        changed(boot="another", last=now + 1e6, interval=1e6),
+        changed(last=now + 1e6, interval=0.1, paused_until=-1.0),
+        changed(last=now, interval=0.1, waiting=entry),
+        changed(spaced={"create_order": [now + 1e6, 0.1]}),
+    ):
+        path = tmp_path / "limit"
+        path.write_bytes(content)
+        started = time.monotonic()
+        RateLimiter(FileStore(path)).wait(Turn(0.1, spacing=("create_order", 0.1)))
+        assert time.monotonic() - started < 1
+    paused = load(changed(paused_until=now + 1e6), now)
+    look = paused.look(Turn(0.1, patience=60), now)
+    assert 0 < look.paused <= 3600
+
+
+def test_a_file_that_can_not_be_used(
+    sim: Simulator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for place in ("file", "loop"):
+        caplog.clear()
+        client = client_for(sim, state_dir=tmp_path / place)
+        for _ in range(3):
+            client.get_wallets()
+        warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        fell_back = [text for text in warnings if "only shared within this process" in text]
+        assert len(fell_back) == 1
+        assert "within this process (since 0 s" in client.describe()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "symlink"])
+def test_what_stands_in_place_of_the_file(sim: Simulator, tmp_path: Path, kind: str) -> None:
+    client = client_for(sim, state_dir=tmp_path)
+    client.get_wallets()
+    path = limit_file(tmp_path)
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        (tmp_path / "target").write_text("precious")
+        path.symlink_to(tmp_path / "target")
+    client.get_wallets()
+    assert "within this process" in client.describe()
+    if kind == "symlink":
+        assert (tmp_path / "target").read_text() == "precious"
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A limit for the size of files stands for the full disk; only its number differs."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        limiter = limiter_for("http://u", "k", tmp_path)
+        limiter.wait(Turn(0.01))
+        os._exit(0 if f"[Errno {errno.EFBIG}]" in limiter.level else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_holder_that_is_stopped(sim: Simulator, tmp_path: Path) -> None:
+    client = client_for(sim, state_dir=tmp_path)
+    client.get_wallets()
+    with limit_file(tmp_path).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        started = time.monotonic()
+        for _ in range(3):
+            client.get_wallets()
+        assert time.monotonic() - started < 2
+        assert "another process keeps it locked" in client.describe()
+
+
+def test_a_fork_while_the_file_is_locked(tmp_path: Path) -> None:
+    """The child has a copy of the descriptor, which must not keep the file locked."""
+    path = tmp_path / "limit"
+    store = FileStore(path)
+    pids: list[int] = []
+
+    class Forking(Turn):
+        @property
+        def rank(self) -> int:
+            if len(pids) < 1:
+                pids.append(os.fork())
+                if not pids[0]:
+                    signal.pause()
+                    os._exit(0)
+            return 1
+
+    store.apply("look", Forking(0.01))
+    try:
+        started = time.monotonic()
+        FileStore(path).apply("look", Turn(0.01))
+        assert time.monotonic() - started < 0.3
+    finally:
+        os.kill(pids[0], signal.SIGKILL)
+        os.waitpid(pids[0], 0)
+
+
+def test_files_of_unused_keys_are_removed(tmp_path: Path) -> None:
+    for number in range(2000):
+        path = tmp_path / f"{LIMIT_PREFIX}{number}"
+        path.touch()
+        if number % 2:
+            os.utime(path, (time.time() - 1e6,) * 2)
+    (tmp_path / "journal.json").touch()
+    os.utime(tmp_path / "journal.json", (0, 0))
+    limiter_for("http://u", "another", tmp_path).wait(Turn(0.01))
+    assert len(list(tmp_path.glob(f"{LIMIT_PREFIX}*"))) == 1001
+    assert (tmp_path / "journal.json").exists()
+
+
+def test_a_folder_that_is_removed_meanwhile(sim: Simulator, tmp_path: Path) -> None:
+    client = client_for(sim, state_dir=tmp_path / "state")
+    for _ in range(2):
+        client.get_wallets()
+        limit_file(tmp_path / "state").unlink()
+        (tmp_path / "state").rmdir()
+    client.get_wallets()
+    assert "among all processes" in client.describe()
+
+
+class Machine:
+    """One machine that calls in a loop, on a schedule of its own, by a clock that is simulated."""
+
+    def __init__(self, start: float, calls: int) -> None:
+        self.schedule = Schedule()
+        self.at = start
+        self.left = calls
+        self.turn = Turn(1.1)
+
+    def send(self, accepted: bool, now: float) -> None:
+        self.schedule.look(self.turn, now)
+        if accepted:
+            self.left -= 1
+            if not self.turn.refusals:
+                self.schedule.accepted(self.turn, now)
+            self.turn = Turn(1.1)
+        else:
+            self.turn.refusals += 1
+            self.schedule.refused(self.turn, now)
+        self.at = self.schedule._ready(self.turn, now) + random.uniform(0, 0.03)
+
+
+@pytest.mark.parametrize("number", [2, 4, 8])
+def test_machines_without_redis_share_the_api(number: int) -> None:
+    """They get 85 % of what there is together (two: 75 %), and nobody less than half a share."""
+    random.seed(7)
+    times, shares = [], []
+    for _ in range(10):
+        machines = [Machine(random.uniform(0, 1), 100) for _ in range(number)]
+        last, now, share = -9.0, 0.0, 0.0
+        while busy := [machine for machine in machines if machine.left]:
+            machine = min(busy, key=lambda m: m.at)
+            now = machine.at
+            accepted = now - last >= 1.0
+            last = now if accepted else last
+            machine.send(accepted, now)
+            if not machine.left and not share:
+                done = [100 - m.left for m in machines]
+                share = min(done) * number / sum(done)
+        times.append(number * 100 * 1.1 / now)
+        shares.append(share)
+    assert sum(times) / 10 > (0.75 if number == 2 else 0.85)
+    assert min(shares) > 0.5
