@@ -163,6 +163,32 @@ def prepare_call(
         base_url, headers, timeout: the settings of the client.
         urgent: whether the request ignores the pause that the server asks for.
     """
+    method = _check_method(method, options)
+    name = endpoint_name(check_endpoint(endpoint))
+    rules = rules_for(method, name)
+    all_headers = CaseInsensitiveDict(check_headers("headers", headers))
+    all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
+    key = _check_key(all_headers, base_url, endpoint, rules.needs_key)
+    settings = {"timeout": check_timeout("timeout", options.pop("timeout", timeout))}
+    given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
+    request, secrets = _prepare_request(
+        session, method, base_url + endpoint, all_headers, params, json, options
+    )
+    return Call(
+        name=name,
+        endpoint=endpoint,
+        request=request,
+        settings=settings | _send_settings(session, base_url, request.url, given),
+        base_url=base_url,
+        key=key,
+        rules=rules,
+        urgent=rules.urgent or urgent,
+        secrets=(key, *secrets) if key else secrets,
+    )
+
+
+def _check_method(method: str, options: dict[str, Any]) -> str:
+    """Return the method in upper case."""
     if "allow_redirects" in options:
         raise ValueError(
             "allow_redirects is not supported, as a redirect could send the key to another host: "
@@ -171,34 +197,7 @@ def prepare_call(
     method = check_text("method", method).upper()
     if not (method.isascii() and method.isalpha()):
         raise ValueError(f"method must be one like 'GET', not {short_repr(method)}")
-    name = endpoint_name(check_endpoint(endpoint))
-    rules = rules_for(method, name)
-    all_headers = CaseInsensitiveDict(check_headers("headers", headers))
-    all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
-    key = _check_key(all_headers, base_url, endpoint, rules.needs_key)
-    timeout = check_timeout("timeout", options.pop("timeout", timeout))
-    verify, cert, stream = (options.pop(k, None) for k in ("verify", "cert", "stream"))
-    proxies = _proxies(base_url, options.pop("proxies", None))
-    request, secrets = _prepare_request(
-        session, method, base_url + endpoint, all_headers, params, json, options
-    )
-    settings: dict[str, Any] = {
-        "timeout": timeout,
-        "allow_redirects": False,
-        **session.merge_environment_settings(request.url, proxies, stream, verify, cert),
-        "stream": True,  # read_body() limits the size
-    }
-    return Call(
-        name=name,
-        endpoint=endpoint,
-        request=request,
-        settings=settings,
-        base_url=base_url,
-        key=key,
-        rules=rules,
-        urgent=rules.urgent or urgent,
-        secrets=(key, *secrets) if key else secrets,
-    )
+    return method
 
 
 def _prepare_request(
@@ -227,12 +226,19 @@ def _prepare_request(
         raise kind(f"json, params or another argument can't be sent: {error}") from None
 
 
-def _proxies(base_url: str, given: Any) -> dict[str, Any]:
-    proxies = dict(given or {})
+def _send_settings(
+    session: requests.Session, base_url: str, url: str | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of ``Session.send``, except the timeout."""
+    proxies = dict(given["proxies"] or {})
     if is_loopback(base_url):
         # A proxy from the environment could read the key over plain http.
         proxies = {"http": None, "https": None, "all": None, **proxies}
-    return proxies
+    merged = session.merge_environment_settings(
+        url, proxies, given["stream"], given["verify"], given["cert"]
+    )
+    # read_body() limits the size of a stream.
+    return {**merged, "allow_redirects": False, "stream": True}
 
 
 def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:

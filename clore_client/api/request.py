@@ -94,6 +94,16 @@ def limited(
     return contextvars.copy_context().run(run)
 
 
+def _user_agent(addition: str | None) -> str:
+    """Return the User-Agent, with the text that the user adds."""
+    own = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
+    if addition is None:
+        return own
+    if not (check_text("user_agent", addition).isascii() and addition.isprintable()):
+        raise ValueError(f"user_agent must be printable ASCII, not {addition!r}")
+    return f"{own} {addition}"
+
+
 class HTTPClient:
     """The settings and connections of a client, and ``_request``, which makes every API call.
 
@@ -123,20 +133,14 @@ class HTTPClient:
         key, _ = self._key_source = find_key(api_key)
         self._headers: dict[str, str] = {"auth": key} if key else {}
         self._url_source: tuple[str | None, str] = (None, "nowhere")
-        if base_url is not None:
-            self._set_base_url(check_text("base_url", base_url), "base_url", "argument")
-        elif from_environment := os.environ.get(URL_VARIABLE):
-            source = f"environment variable {URL_VARIABLE}"
-            self._set_base_url(from_environment, URL_VARIABLE, source)
+        self._find_base_url(base_url)
         self.timeout = check_timeout("timeout", timeout)
         self.rate_limit = check_interval("rate_limit", rate_limit)
         self.max_retries = check_count("max_retries", max_retries, minimum=1)
         self.create_order_interval = check_number(
             "create_order_interval", create_order_interval, unit="seconds"
         )
-        self.rate_limit_wait = check_number(
-            "rate_limit_wait", rate_limit_wait, infinite=True, unit="seconds"
-        )
+        self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
         self._state_dir = check_state_dir("state_dir", state_dir)
         self._redis = redis_server(rate_limiter)
         self.backoff = check_interval("backoff", backoff)
@@ -144,11 +148,7 @@ class HTTPClient:
         self.max_response_mb = check_number(
             "max_response_mb", max_response_mb, above=True, infinite=True, unit="megabytes"
         )
-        self._user_agent = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
-        if user_agent is not None:
-            if not (check_text("user_agent", user_agent).isascii() and user_agent.isprintable()):
-                raise ValueError(f"user_agent must be printable ASCII, not {user_agent!r}")
-            self._user_agent += f" {user_agent}"
+        self._user_agent = _user_agent(user_agent)
         self._sessions = Sessions(self._user_agent)
         self.server_clock: float | None = None
 
@@ -175,6 +175,13 @@ class HTTPClient:
         self._sessions.close()
 
     # --- settings that can change later ---
+
+    def _find_base_url(self, base_url: str | None) -> None:
+        if base_url is not None:
+            self._set_base_url(check_text("base_url", base_url), "base_url", "argument")
+        elif from_environment := os.environ.get(URL_VARIABLE):
+            source = f"environment variable {URL_VARIABLE}"
+            self._set_base_url(from_environment, URL_VARIABLE, source)
 
     def _set_base_url(self, url: str, name: str, source: str) -> None:
         url = check_base_url(url, name)
