@@ -140,6 +140,7 @@ import struct
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path, PurePath
 from ssl import SSLCertVerificationError
@@ -7192,6 +7193,14 @@ class NoChannelError(SSHError):
     """A host opens no further channel on a connection; sshd's MaxSessions is ten by default."""
 
 
+def takes_turns(transport: Any) -> bool:
+    """Return whether a command may not start while another one of the connection ends.
+
+    When one ends, dropbear (2022.83) closes every channel whose command has not started yet.
+    """
+    return "dropbear" in str(getattr(transport, "remote_version", ""))
+
+
 def prepared_transport(
     sock: Any, options: dict[str, Any], timeout: float, key_types: Iterable[str]
 ) -> Any:
@@ -9067,13 +9076,7 @@ stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 
 
 class NoShellError(SSHError):
-    """A host runs no POSIX shell with the usual tools: only SFTP is left.
-
-    Attributes:
-        silent: whether it did not even say anything, as dropbear at times under load.
-    """
-
-    silent = False
+    """A host runs no POSIX shell with the usual tools: only SFTP is left."""
 
 
 def remote_script(verb: str, body: str, **values: bytes | str | int) -> bytes:
@@ -9117,6 +9120,8 @@ class RemoteScript:
         timeout: seconds without anything sent or received.
         patience: seconds for which a host without a free channel is asked again.
         reads: whether the script reads anything.
+        turn: held while a script starts, and while it ends; for hosts where nothing may start
+            while something ends.
     """
 
     def __init__(
@@ -9129,8 +9134,11 @@ class RemoteScript:
         patience: float = 1.0,
         window: int = COMMAND_WINDOW,
         reads: bool = True,
+        turn: threading.Lock | None = None,
     ) -> None:
         self.timeout = timeout
+        self._turn = turn
+        self._ending = False
         self._transport = transport
         self._watchdog = watchdog
         self._stuck = False
@@ -9143,7 +9151,7 @@ class RemoteScript:
         deadline = time.monotonic() + patience
         while True:
             try:
-                with self._limited():
+                with turn or contextlib.nullcontext(), self._limited():
                     self.channel = open_session(transport, timeout, window)
                     request_exec(self.channel, command)
                 break
@@ -9159,12 +9167,26 @@ class RemoteScript:
     def __enter__(self) -> RemoteScript:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.close()
+
+    def finish(self) -> None:
+        """Close the channel; first wait for the script's end where nothing starts before that."""
+        if self._turn is not None:
+            self.end()
+            self.channel.status_event.wait(LAST_PATIENCE)
         self.close()
 
     def close(self) -> None:
+        """Close the channel, which ends a script that still runs."""
         with contextlib.suppress(*connection_errors()), self._limited():
             self.channel.close()
+        if self._turn is not None and self._ending:
+            self._ending = False
+            self._turn.release()
 
     def _limited(self) -> contextlib.AbstractContextManager[Any]:
         """Limit a call that may hang while it writes; by itself it ends within the timeout."""
@@ -9191,6 +9213,9 @@ class RemoteScript:
 
     def end(self) -> None:
         """Say that there is no more to be sent."""
+        if self._turn is not None and not self._ending:
+            self._turn.acquire()
+            self._ending = True
         with contextlib.suppress(*connection_errors()), self._limited():
             self.channel.shutdown_write()
 
@@ -9315,9 +9340,7 @@ class RemoteScript:
             return SSHError("the connection broke")
         said = (self.errors().strip() or seen.strip()).decode("utf-8", "replace")
         text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
-        error = NoShellError(f"the machine runs no shell, and says: {text}")
-        error.silent = not said
-        return error
+        return NoShellError(f"the machine runs no shell, and says: {text}")
 
 
 def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
@@ -9374,7 +9397,6 @@ MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing
 SYMLINK_WAYS = ("skip", "copy", "follow")
 PART = ".clore-part-"
 LAST_TIME = 253_402_300_799  # of the year 9999; filesystems know no times far beyond
-SHELL_TRIES = 3
 CHANNEL_PATIENCE = 0.5  # seconds until a worker leaves its work to the others
 NEAR = 0.02  # seconds of a round trip, below which one channel fills the line
 
@@ -9499,7 +9521,6 @@ class Transfer:
         self.skipped: list[tuple[str, str]] = []
         self.stopped = threading.Event()
         self._expired = False
-        self._tries = 0
         self._timeout = options.timeout
         self._done: dict[bytes, int] = {}
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -9508,6 +9529,7 @@ class Transfer:
         self._started = time.monotonic()
         self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._turns: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -9530,16 +9552,15 @@ class Transfer:
         self._done.clear()
         self._events = queue.SimpleQueue()
 
-    def try_again(self, error: NoShellError) -> bool:
-        """Whether to try a shell once more: one that says nothing at all may be there."""
-        self.restart()
-        self._tries += 1
-        return error.silent and self._tries < SHELL_TRIES
-
     @property
     def timeout(self) -> float:
         """Seconds without anything sent or received."""
         return self._timeout
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a command on a connection may not start while another one ends."""
+        return takes_turns(self.pool.ssh.get_transport())
 
     @property
     def near(self) -> bool:
@@ -9560,7 +9581,7 @@ class Transfer:
             patience = self._timeout
         running = RemoteScript(
             ssh.get_transport(), script, self.watchdog, self._timeout, patience=patience,
-            window=window, reads=reads,
+            window=window, reads=reads, turn=self._turns[ssh] if self.takes_turns else None,
         )  # fmt: skip
         with self._lock:
             self._running.add(running)
@@ -10781,8 +10802,7 @@ def _sent(transfer: Transfer, tree: LocalTree) -> bytes:
         try:
             return Upload(transfer, tree, careful).run()
         except NoShellError as error:
-            if transfer.try_again(error):
-                continue
+            transfer.restart()
             reason_why: Exception = error
         except NoChannelError as error:
             transfer.restart()
@@ -10803,7 +10823,7 @@ class Upload:
 
     def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
         self._transfer = transfer
-        self._careful = careful or tree.is_folder or transfer.options.resume
+        self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
         self._options = options = transfer.options
         self._tree = tree
         whole = os.path.abspath(tree.path)
@@ -10843,7 +10863,9 @@ class Upload:
                 self._check_tree(self._control)
                 self._set_modes()
             self._control.send(b"go\n")
-            return self._control.answer(b"ok")
+            path = self._control.answer(b"ok")
+            self._control.finish()
+            return path
         except BaseException:
             transfer.stop(but=self._control)
             transfer.join_workers()
@@ -11194,15 +11216,12 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
 
 def _received(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
     """Download by the host's shell, or else over SFTP."""
-    while True:
-        try:
-            return Download(transfer, part).run(files)
-        except NoShellError as error:
-            files.clear()
-            if transfer.try_again(error):
-                continue
-            logger.warning("files come over SFTP, which is slower: %s", error)
-            return SftpDownload(transfer, part).run(files)
+    try:
+        Download(transfer, part).run(files)
+    except NoShellError as error:
+        logger.warning("files come over SFTP, which is slower: %s", error)
+        transfer.restart()
+        SftpDownload(transfer, part).run(files)
 
 
 class Download:
@@ -11256,7 +11275,7 @@ class Download:
         files.append(entry)
         self._part.accept(files, folder=False)
         if entry.size > self._most:
-            look.close()
+            look.finish()
             self._part.begin([entry])
             self._add_ranges(entry)
             self._get_ranges(None)
@@ -11384,7 +11403,7 @@ class Download:
             links.remove(entry)
             tree.entries.remove(entry)
             self._transfer.leave_out(entry.name, "a symlink whose name holds a backslash")
-        look.close()
+        look.finish()
         self._get_ranges(lambda: self._get_small(small + links))
         self._check_earlier(files)
         if self._options.verify:

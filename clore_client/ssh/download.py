@@ -133,15 +133,12 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
 
 def _received(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
     """Download by the host's shell, or else over SFTP."""
-    while True:
-        try:
-            return Download(transfer, part).run(files)
-        except NoShellError as error:
-            files.clear()
-            if transfer.try_again(error):
-                continue
-            logger.warning("files come over SFTP, which is slower: %s", error)
-            return SftpDownload(transfer, part).run(files)
+    try:
+        Download(transfer, part).run(files)
+    except NoShellError as error:
+        logger.warning("files come over SFTP, which is slower: %s", error)
+        transfer.restart()
+        SftpDownload(transfer, part).run(files)
 
 
 class Download:
@@ -195,7 +192,7 @@ class Download:
         files.append(entry)
         self._part.accept(files, folder=False)
         if entry.size > self._most:
-            look.close()
+            look.finish()
             self._part.begin([entry])
             self._add_ranges(entry)
             self._get_ranges(None)
@@ -323,7 +320,7 @@ class Download:
             links.remove(entry)
             tree.entries.remove(entry)
             self._transfer.leave_out(entry.name, "a symlink whose name holds a backslash")
-        look.close()
+        look.finish()
         self._get_ranges(lambda: self._get_small(small + links))
         self._check_earlier(files)
         if self._options.verify:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -79,13 +80,7 @@ stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 
 
 class NoShellError(SSHError):
-    """A host runs no POSIX shell with the usual tools: only SFTP is left.
-
-    Attributes:
-        silent: whether it did not even say anything, as dropbear at times under load.
-    """
-
-    silent = False
+    """A host runs no POSIX shell with the usual tools: only SFTP is left."""
 
 
 def remote_script(verb: str, body: str, **values: bytes | str | int) -> bytes:
@@ -129,6 +124,8 @@ class RemoteScript:
         timeout: seconds without anything sent or received.
         patience: seconds for which a host without a free channel is asked again.
         reads: whether the script reads anything.
+        turn: held while a script starts, and while it ends; for hosts where nothing may start
+            while something ends.
     """
 
     def __init__(
@@ -141,8 +138,11 @@ class RemoteScript:
         patience: float = 1.0,
         window: int = COMMAND_WINDOW,
         reads: bool = True,
+        turn: threading.Lock | None = None,
     ) -> None:
         self.timeout = timeout
+        self._turn = turn
+        self._ending = False
         self._transport = transport
         self._watchdog = watchdog
         self._stuck = False
@@ -155,7 +155,7 @@ class RemoteScript:
         deadline = time.monotonic() + patience
         while True:
             try:
-                with self._limited():
+                with turn or contextlib.nullcontext(), self._limited():
                     self.channel = open_session(transport, timeout, window)
                     request_exec(self.channel, command)
                 break
@@ -171,12 +171,26 @@ class RemoteScript:
     def __enter__(self) -> RemoteScript:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.close()
+
+    def finish(self) -> None:
+        """Close the channel; first wait for the script's end where nothing starts before that."""
+        if self._turn is not None:
+            self.end()
+            self.channel.status_event.wait(LAST_PATIENCE)
         self.close()
 
     def close(self) -> None:
+        """Close the channel, which ends a script that still runs."""
         with contextlib.suppress(*connection_errors()), self._limited():
             self.channel.close()
+        if self._turn is not None and self._ending:
+            self._ending = False
+            self._turn.release()
 
     def _limited(self) -> contextlib.AbstractContextManager[Any]:
         """Limit a call that may hang while it writes; by itself it ends within the timeout."""
@@ -203,6 +217,9 @@ class RemoteScript:
 
     def end(self) -> None:
         """Say that there is no more to be sent."""
+        if self._turn is not None and not self._ending:
+            self._turn.acquire()
+            self._ending = True
         with contextlib.suppress(*connection_errors()), self._limited():
             self.channel.shutdown_write()
 
@@ -327,9 +344,7 @@ class RemoteScript:
             return SSHError("the connection broke")
         said = (self.errors().strip() or seen.strip()).decode("utf-8", "replace")
         text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
-        error = NoShellError(f"the machine runs no shell, and says: {text}")
-        error.silent = not said
-        return error
+        return NoShellError(f"the machine runs no shell, and says: {text}")
 
 
 def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,13 @@ from clore_client.errors import SSHError, TransferError, printable
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.ssh.connect import ConnectionPool
-from clore_client.ssh.remote import BLOCK, LAST_PATIENCE, NoShellError, RemoteScript, parse_digests
-from clore_client.ssh.transport import COMMAND_WINDOW, NoChannelError, connection_errors
+from clore_client.ssh.remote import BLOCK, LAST_PATIENCE, RemoteScript, parse_digests
+from clore_client.ssh.transport import (
+    COMMAND_WINDOW,
+    NoChannelError,
+    connection_errors,
+    takes_turns,
+)
 from clore_client.ssh.watchdog import Watchdog, start_thread
 from clore_client.validation import check_bool, check_local_path, check_number, short_repr
 
@@ -28,7 +34,6 @@ MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing
 SYMLINK_WAYS = ("skip", "copy", "follow")
 PART = ".clore-part-"
 LAST_TIME = 253_402_300_799  # of the year 9999; filesystems know no times far beyond
-SHELL_TRIES = 3
 CHANNEL_PATIENCE = 0.5  # seconds until a worker leaves its work to the others
 NEAR = 0.02  # seconds of a round trip, below which one channel fills the line
 
@@ -153,7 +158,6 @@ class Transfer:
         self.skipped: list[tuple[str, str]] = []
         self.stopped = threading.Event()
         self._expired = False
-        self._tries = 0
         self._timeout = options.timeout
         self._done: dict[bytes, int] = {}
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -162,6 +166,7 @@ class Transfer:
         self._started = time.monotonic()
         self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._turns: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -184,16 +189,15 @@ class Transfer:
         self._done.clear()
         self._events = queue.SimpleQueue()
 
-    def try_again(self, error: NoShellError) -> bool:
-        """Whether to try a shell once more: one that says nothing at all may be there."""
-        self.restart()
-        self._tries += 1
-        return error.silent and self._tries < SHELL_TRIES
-
     @property
     def timeout(self) -> float:
         """Seconds without anything sent or received."""
         return self._timeout
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a command on a connection may not start while another one ends."""
+        return takes_turns(self.pool.ssh.get_transport())
 
     @property
     def near(self) -> bool:
@@ -214,7 +218,7 @@ class Transfer:
             patience = self._timeout
         running = RemoteScript(
             ssh.get_transport(), script, self.watchdog, self._timeout, patience=patience,
-            window=window, reads=reads,
+            window=window, reads=reads, turn=self._turns[ssh] if self.takes_turns else None,
         )  # fmt: skip
         with self._lock:
             self._running.add(running)

@@ -36,6 +36,14 @@ class NoChannelError(SSHError):
     """A host opens no further channel on a connection; sshd's MaxSessions is ten by default."""
 
 
+def takes_turns(transport: Any) -> bool:
+    """Return whether a command may not start while another one of the connection ends.
+
+    When one ends, dropbear (2022.83) closes every channel whose command has not started yet.
+    """
+    return "dropbear" in str(getattr(transport, "remote_version", ""))
+
+
 def prepared_transport(
     sock: Any, options: dict[str, Any], timeout: float, key_types: Iterable[str]
 ) -> Any:

@@ -354,8 +354,7 @@ def _sent(transfer: Transfer, tree: LocalTree) -> bytes:
         try:
             return Upload(transfer, tree, careful).run()
         except NoShellError as error:
-            if transfer.try_again(error):
-                continue
+            transfer.restart()
             reason_why: Exception = error
         except NoChannelError as error:
             transfer.restart()
@@ -376,7 +375,7 @@ class Upload:
 
     def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
         self._transfer = transfer
-        self._careful = careful or tree.is_folder or transfer.options.resume
+        self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
         self._options = options = transfer.options
         self._tree = tree
         whole = os.path.abspath(tree.path)
@@ -416,7 +415,9 @@ class Upload:
                 self._check_tree(self._control)
                 self._set_modes()
             self._control.send(b"go\n")
-            return self._control.answer(b"ok")
+            path = self._control.answer(b"ok")
+            self._control.finish()
+            return path
         except BaseException:
             transfer.stop(but=self._control)
             transfer.join_workers()
