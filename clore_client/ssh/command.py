@@ -43,7 +43,7 @@ PATIENCE = 2.0  # seconds after which a call that should be short is stuck
 KILL_POLL = 0.1  # seconds between two checks of whether a process has ended
 BROKEN = "the connection broke before the command had ended: it may still run on the machine"
 
-# Run on a second channel: before 9.8, sshd takes no signals over the channel from root.
+# Run on a second channel: sshd before 9.8 rejects the protocol's own signals for root.
 _KILL_GROUP = (
     "k() {{ kill -s $1 -- -{pid} 2>/dev/null || kill -s $1 {pid} 2>/dev/null; }}; "
     "k TERM; n=0; while [ $n -lt {polls} ] && k 0; do sleep {pause}; n=$((n+1)); done; k KILL"

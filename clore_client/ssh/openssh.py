@@ -32,8 +32,8 @@ def config_entry(
     """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise ValueError(
-            "name may contain letters, digits, '_', '.' and '-', as in `ssh <name>`; "
-            f"{short_repr(name)} does not fit"
+            "name must consist of letters, digits, '_', '.' and '-', and begin with none of the "
+            f"last two, not {short_repr(name)}"
         )
     lines = [
         ("HostName", address["host"]),
