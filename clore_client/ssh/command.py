@@ -44,8 +44,11 @@ KILL_POLL = 0.1  # seconds between two checks of whether a process has ended
 BROKEN = "the connection broke before the command had ended: it may still run on the machine"
 
 # Run on a second channel: sshd before 9.8 rejects the protocol's own signals for root.
+# dropbear gives a command no process group of its own: there, its descendants are killed.
 _KILL_GROUP = (
-    "k() {{ kill -s $1 -- -{pid} 2>/dev/null || kill -s $1 {pid} 2>/dev/null; }}; "
+    "d() {{ for c in $(cat /proc/$1/task/*/children 2>/dev/null); do d $c; done; echo $1; }}; "
+    "t=-{pid}; kill -s 0 -- $t 2>/dev/null || t=$(d {pid}); "
+    "k() {{ r=1; for p in $t; do kill -s $1 -- $p 2>/dev/null && r=0; done; return $r; }}; "
     "k TERM; n=0; while [ $n -lt {polls} ] && k 0; do sleep {pause}; n=$((n+1)); done; k KILL"
 )
 

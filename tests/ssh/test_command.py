@@ -41,7 +41,7 @@ from clore_client.ssh.command_output import (
 from tests import hostile
 from tests.conftest import until
 from tests.hostile import HostileServer, RawServer, Run, hang, silence
-from tests.sshd import Sshd, running_sshd
+from tests.sshd import Dropbear, Sshd, running_sshd
 
 MB10 = 10_000_000
 
@@ -279,6 +279,19 @@ def test_a_timeout_ends_a_process_that_ignores_sigterm(ssh: paramiko.SSHClient) 
     with pytest.raises(CommandTimeoutError):
         run_command(ssh, line, timeout=0.3)
     until(lambda: not sleeping(number))
+
+
+@pytest.mark.parametrize("trap", ["", "trap '' TERM; "])
+def test_a_timeout_on_dropbear(tmp_path: Path, trap: str) -> None:
+    """There, a command has no process group of its own."""
+    number = unique()
+    with Dropbear(tmp_path / "dropbear") as server:
+        login: dict[str, Any] = {"key_path": server.key, "wait": 10}
+        with CloreClient(state_dir=None).connect_ssh(server.order(), **login) as ssh:
+            with pytest.raises(CommandTimeoutError):
+                run_command(ssh, f"{trap}sh -c 'sleep {number} & sleep {number}'", timeout=0.5)
+            until(lambda: not sleeping(number))
+            assert run_command(ssh, "echo still there").stdout == "still there\n"
 
 
 def test_what_is_written_after_sigterm_is_not_lost(openssh: paramiko.SSHClient) -> None:
