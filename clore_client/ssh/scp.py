@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import glob
+import importlib
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from clore_client.validation import check_number, short_repr
 SCP_BUFFER = 131072  # bytes of one read or write
 MAX_SCP_LINE = 8192  # bytes; the longest honest line is an error with a path in it
 MAX_FOLDER_DEPTH = 64
-SCP_BASE: Any = object  # guarded_scp() adds scp.SCPClient, which is imported as late as that
+SCP_BASE: Any = object  # guarded_scp() adds scp.SCPClient, which is imported late
 UNNAMED = (b"", b".", b"..")  # how scp names the folders /, . and ..
 NOT_IN_A_NAME = r"[\0-\x1f\x7f-\x9f/" + (r'\\:*?"<>|]' if os.name == "nt" else "]")
 
@@ -31,9 +32,9 @@ def guarded_scp(
 ) -> Any:  # fmt: skip
     """Return a ``scp.SCPClient`` that is safe to use with a hostile host.
 
-    It checks each record of the host before scp acts on it, waits for nothing without a limit, and
-    raises :class:`TransferError`. A transfer that fails may leave a partial file inside the target;
-    nothing outside the target is touched.
+    It checks each record of the host before scp acts on it, limits each wait, and raises
+    :class:`TransferError`. A transfer that fails may leave a partial file inside the target, even
+    in place of an earlier one; nothing outside the target is touched.
 
     Parameters:
         socket_timeout: seconds of silence.
@@ -42,7 +43,7 @@ def guarded_scp(
         owns_ssh: whether ``close()`` also closes ``ssh``.
     """
     try:
-        import scp
+        scp = importlib.import_module("scp")
     except ImportError as error:
         raise ImportError(
             "scp() needs scp: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
@@ -55,7 +56,7 @@ def guarded_scp(
     client_class: Any = type("GuardedSCPClient", (ScpGuard, scp.SCPClient), {})
     options = {"socket_timeout": socket_timeout, "buff_size": SCP_BUFFER}
     try:
-        return client_class(transport, progress, limit, ssh if owns_ssh else None, **options)
+        return client_class(transport, ssh if owns_ssh else None, limit, progress, **options)
     except OSError as error:
         raise SSHError(f"the connection broke: {reason(error)}") from error
 
@@ -66,7 +67,7 @@ class ScpChannel(LimitedChannel):
     scp takes what one ``recv`` returns for one record, and the host decides where packets end.
     """
 
-    closed = False  # scp would not read what came before the host closed the channel
+    closed = False  # scp stops at True, and would miss what came before the end
     content_left = 0  # bytes of a file that come next
 
     def recv(self, size: int) -> bytes:
@@ -77,7 +78,7 @@ class ScpChannel(LimitedChannel):
         line = super().recv(1)
         if line not in b"\0\1\2CDTE":
             line += super().recv(200) if self.recv_ready() else b""
-            raise SSHError(f"the host sent {line!r}, not scp: do its shell's start-up files print?")
+            raise SSHError(f"the host sent {line!r}: check what its start-up files print")
         while line not in (b"", b"\0") and not line.endswith(b"\n"):
             if len(line) > MAX_SCP_LINE:
                 raise SSHError("the host sent a line without an end")
@@ -108,18 +109,18 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
     _user_error: Exception | None
     _current: tuple[str, int, int | None]  # name, bytes done, bytes in total
 
-    def __init__(self, transport: Any, progress: Any, max_bytes: float, owned: Any, **options: Any):
-        super().__init__(transport, progress=self._report, **options)
+    def __init__(self, transport: Any, ssh: Any, limit: float, progress: Any, **more: Any) -> None:
+        super().__init__(transport, progress=self._report, **more)
+        self._owned_ssh = ssh
+        self._max_bytes = limit
         self._user_progress = progress or (lambda *_: None)
-        self._max_bytes = max_bytes
-        self._owned = owned
 
     def _report(self, name: bytes, size: int, done: int) -> None:
         self._current = (self._current[0], done, size)
         try:
             self._user_progress(name, size, done)
         except Exception as error:
-            self._user_error = error  # it is raised as it is
+            self._user_error = error  # not to become a TransferError
             raise
 
     def __enter__(self) -> Any:
@@ -129,18 +130,17 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         """Close the connection, if it is owned."""
         if self.channel is not None:  # scp calls this at the end of each transfer
             super().close()
-        elif self._owned is not None:
-            self._owned.close()
+        elif self._owned_ssh is not None:
+            self._owned_ssh.close()
 
     def _open(self) -> ScpChannel:
         return ScpChannel(self.transport, self.socket_timeout, self._watchdog)
 
     @contextlib.contextmanager
     def _transfer(self, verb: str, name: bytes) -> Iterator[None]:
-        """Limit the time of one transfer's calls, and raise a TransferError for what fails."""
-        import scp
-
-        failures: tuple[type[Exception], ...] = (SSHError, scp.SCPException, *connection_errors())
+        """Run one transfer with time limits, and raise a TransferError for what fails."""
+        scp_error: type[Exception] = importlib.import_module("scp").SCPException
+        failures: tuple[type[Exception], ...] = (SSHError, scp_error, *connection_errors())
         self._current = (os.fsdecode(name), 0, None)
         self._user_error = None
         self.scp_command = b"scp"
@@ -158,7 +158,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
             current, done, total = self._current
             shown = printable(current, 300)
             far = "" if total is None else f" ({done} of {total} bytes)"
-            says = "the host says: " if isinstance(error, scp.SCPException) else ""
+            says = "the host says: " if isinstance(error, scp_error) else ""
             text = f"{shown} was not {verb}{far}: {says}{printable(str(error).strip(), 500)}"
             raise TransferError(text, name=shown, done=done, total=total) from error
 
@@ -171,7 +171,10 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         target = os.path.realpath(os.fsencode(local_path))
         is_folder = os.path.isdir(target)
         if len(paths) > 1 and not is_folder:
-            raise ValueError(f"local_path is no folder for several: {short_repr(local_path)}")
+            given = short_repr(local_path)
+            raise ValueError(
+                f"local_path must be an existing folder for several paths, not {given}"
+            )
         self._wildcards = self.sanitize(b"*") == b"*"
         self._asked = [_asked_name(path, self._wildcards) for path in paths]
         self._missing = list(self._asked)
@@ -206,7 +209,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         if not self._recursive:
             raise SSHError("the host sent a folder, and recursive is not set")
         if len(self._folders) >= MAX_FOLDER_DEPTH:
-            raise SSHError(f"the host sent more than {MAX_FOLDER_DEPTH} folders in each other")
+            raise SSHError(f"the host sent more than {MAX_FOLDER_DEPTH} nested folders")
         folder = self._recv_dir
         mode, here, _ = self._enter(record, stat.S_ISDIR)
         self._folders.append(folder)
@@ -214,7 +217,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
 
     def _recv_popd(self, *_: bytes) -> None:
         if not self._folders or self._utime is not None:
-            raise SSHError("the host ended a folder that it had not begun")
+            raise SSHError("the host ended a folder that it did not begin")
         self._recv_dir = self._folders.pop()
 
     def _set_time(self, record: bytes) -> None:
@@ -227,18 +230,18 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
     def _enter(self, record: bytes, is_kind: Callable[[int], bool]) -> tuple[int, int | None, int]:
         """Check the record of a file or folder, and make its path the one that scp writes to.
 
-        scp itself would strip the name, and check it by ``assert``.
+        scp itself would strip the name and check it with ``assert``.
 
         Returns:
-            The permissions, the mode of what is at the path already, and the size.
+            The permissions, the mode of what exists at the path, and the size.
         """
         found = re.fullmatch(rb"([0-7]{3,7}) (\d{1,18}) (.*)", record)
         if found is None:
-            raise SSHError(f"the host sent {record[:200]!r}, which is no record of scp")
+            raise SSHError(f"the host sent {record[:200]!r}, which is not an scp record")
         name = found[3] if self._folders else self._check_asked(found[3])
         unnamed = self._folders and name in UNNAMED
         if unnamed or re.search(NOT_IN_A_NAME, os.fsdecode(name)):
-            raise SSHError(f"the host sent {name[:200]!r}, which is no plain name")
+            raise SSHError(f"the host sent {name[:200]!r}, which is not a plain file name")
         if not self._rename:
             self._recv_dir, self._rename = os.path.join(self._recv_dir, name), True
         shown = os.fsdecode(os.path.relpath(self._recv_dir, self._root))
@@ -247,7 +250,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         with contextlib.suppress(FileNotFoundError):
             here = os.lstat(self._recv_dir).st_mode
         if here is not None and not is_kind(here):
-            raise SSHError(f"{shown!r} exists here, and is a link or of another kind")
+            raise SSHError(f"{shown!r} is a symlink or something else here: use another local_path")
         return int(found[1], 8) & 0o777, here, int(found[2])
 
     def _check_asked(self, name: bytes) -> bytes:
@@ -282,7 +285,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
     def _send_files(self, files: list[bytes]) -> None:
         for path in files:
             if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
-                raise SSHError(f"{os.fsdecode(path)} is no file; a folder needs recursive=True")
+                raise SSHError(f"{os.fsdecode(path)} is not a file; a folder needs recursive=True")
         super()._send_files(files)
 
     def _send_file(self, fl: Any, name: bytes, mode: str, size: int) -> None:
@@ -304,7 +307,7 @@ class ExactFile:
     def read(self, most: int) -> bytes:
         data = bytes(self._file.read(min(most, self._size - self._done)))
         if not data:
-            raise SSHError(f"it ended before {self._size} bytes: it was changed meanwhile")
+            raise SSHError(f"the file ended before {self._size} bytes: it changed meanwhile")
         self._done += len(data)
         return data
 

@@ -641,7 +641,7 @@ def test_symlinks_and_pipes_in_a_folder(host: Host, place: Path) -> None:
         client.put(source, host.far, recursive=True)
     (source / "sub/none").unlink()
     os.mkfifo(source / "pipe")
-    with pytest.raises(TransferError, match="pipe is no file"):
+    with pytest.raises(TransferError, match="pipe is not a file"):
         client.put(source, host.far, recursive=True)
 
 
