@@ -54,9 +54,9 @@ def guarded_scp(
     if transport is None or not transport.is_active():
         raise SSHError("scp() needs an open connection, and this one is closed: connect again")
     client_class: Any = type("GuardedSCPClient", (ScpGuard, scp.SCPClient), {})
-    options = {"socket_timeout": socket_timeout, "buff_size": SCP_BUFFER}
+    owned = ssh if owns_ssh else None
     try:
-        return client_class(transport, ssh if owns_ssh else None, limit, progress, **options)
+        return client_class(transport, socket_timeout, progress, limit, owned)
     except OSError as error:
         raise SSHError(f"the connection broke: {reason(error)}") from error
 
@@ -109,8 +109,8 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
     _user_error: Exception | None
     _current: tuple[str, int, int | None]  # name, bytes done, bytes in total
 
-    def __init__(self, transport: Any, ssh: Any, limit: float, progress: Any, **more: Any) -> None:
-        super().__init__(transport, progress=self._report, **more)
+    def __init__(self, transport: Any, timeout: float, progress: Any, limit: float, ssh: Any):
+        super().__init__(transport, SCP_BUFFER, timeout, self._report)
         self._owned_ssh = ssh
         self._max_bytes = limit
         self._user_progress = progress or (lambda *_: None)
@@ -171,10 +171,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         target = os.path.realpath(os.fsencode(local_path))
         is_folder = os.path.isdir(target)
         if len(paths) > 1 and not is_folder:
-            given = short_repr(local_path)
-            raise ValueError(
-                f"local_path must be an existing folder for several paths, not {given}"
-            )
+            raise ValueError(f"local_path must be a folder for several: {short_repr(local_path)}")
         self._wildcards = self.sanitize(b"*") == b"*"
         self._asked = [_asked_name(path, self._wildcards) for path in paths]
         self._missing = list(self._asked)

@@ -291,6 +291,9 @@ class LimitedChannel:
     def exec_command(self, command: bytes | str) -> None:
         self._limited("took no command", request_exec, self._channel, command)
 
+    def invoke_subsystem(self, name: str) -> None:
+        self._limited("took no command", request_subsystem, self._channel, name)
+
     def send(self, data: Any) -> int:
         return int(self._limited("took nothing", self._channel.send, data))
 

@@ -726,8 +726,8 @@ def test_bad_arguments(ssh: paramiko.SSHClient, place: Path) -> None:
 
 def test_the_inner_methods_of_scp() -> None:
     """The guard stands around these; checked with scp 0.15 and 0.16."""
-    for name in ("_open", "_recv_all", "_recv_file", "_recv_pushd", "_recv_popd", "_set_time",
-                 "_send_recursive", "_send_files", "_send_file"):  # fmt: skip
+    for name in ("_open", "_recv_file", "_recv_pushd", "_recv_popd", "_set_time", "_send_files",
+                 "_send_file"):  # fmt: skip
         assert callable(getattr(plain_scp.SCPClient, name))
 
 
