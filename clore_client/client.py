@@ -835,7 +835,7 @@ class CloreClient(HTTPClient):
             >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
             {'host': 'h.net', 'port': 2060, 'user': 'root', 'raw': 'ssh root@h.net -p 2060'}
         """
-        from clore_client.ssh.connect import parse_ssh_command
+        from clore_client.ssh.address import parse_ssh_command
 
         return parse_ssh_command(order)
 
@@ -1138,7 +1138,7 @@ class CloreClient(HTTPClient):
         Example:
             >>> client.upload(order, "train.py", "~/work/")
         """
-        from clore_client.ssh.upload import check_upload, upload_connections, upload_path
+        from clore_client.ssh.transfer.upload import check_upload, upload_connections, upload_path
 
         checked = check_upload(
             local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
@@ -1191,7 +1191,11 @@ class CloreClient(HTTPClient):
             >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
             4976698672
         """
-        from clore_client.ssh.download import DOWNLOAD_CONNECTIONS, DownloadOptions, download_path
+        from clore_client.ssh.transfer.download import (
+            DOWNLOAD_CONNECTIONS,
+            DownloadOptions,
+            download_path,
+        )
 
         options = DownloadOptions(
             remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,

@@ -88,11 +88,11 @@ def check_number(
     return value
 
 
-def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
+def check_count(name: str, value: Any, *, minimum: int = 0, maximum: float = math.inf) -> int:
     """Check a whole number, at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
-    return int(check_number(name, value, minimum=minimum))
+    return int(check_number(name, value, minimum=minimum, maximum=maximum))
 
 
 def check_interval(name: str, value: Any) -> float:

@@ -10,15 +10,9 @@ from typing import TYPE_CHECKING, Any
 from clore_client.config import account_digest
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient
-from clore_client.ssh.connect import (
-    ConnectionPool,
-    Login,
-    check_connection,
-    check_login_options,
-    check_order,
-    parse_ssh_command,
-    plain_address,
-)
+from clore_client.ssh.address import check_order, parse_ssh_command, plain_address
+from clore_client.ssh.connect import Login, check_connection, check_login_options
+from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.host_keys import HostKeys, KeyCheck, check_host_key
 from clore_client.ssh.openssh import config_entry, terminal_line
 from clore_client.validation import check_bool, check_number, check_text

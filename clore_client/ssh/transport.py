@@ -289,7 +289,7 @@ class LimitedChannel:
         self, transport: Any, timeout: float, watchdog: Watchdog, window: int = COMMAND_WINDOW
     ) -> None:
         self._transport = transport
-        self._timeout = timeout
+        self.timeout = timeout
         self._watchdog = watchdog
         self._channel = self._limited("opened no channel", open_session, transport, timeout, window)
 
@@ -318,8 +318,8 @@ class LimitedChannel:
 
     def recv_exit_status(self) -> int:
         """Return the exit status; -1 where the channel ended without one."""
-        if not self._channel.status_event.wait(self._timeout):
-            raise SSHError(f"the machine did not end the command within {self._timeout:g}s")
+        if not self._channel.status_event.wait(self.timeout):
+            raise SSHError(f"the machine did not end the command within {self.timeout:g}s")
         return int(self._channel.exit_status)
 
     def shutdown_write(self) -> None:
@@ -331,11 +331,14 @@ class LimitedChannel:
 
     def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
         # By itself the call ends within the timeout, unless it hangs while it writes.
-        with self._watchdog.limit(1.25 * self._timeout + 0.25, self._transport.close) as limit:
+        with self._watchdog.limit(1.25 * self.timeout + 0.25, self._break_off) as limit:
             try:
                 return call(*arguments)
             except Exception as error:
                 if isinstance(error, TimeoutError) or limit.expired:
-                    late = f"the machine {failing} within {self._timeout:g}s"
+                    late = f"the machine {failing} for {self.timeout:g}s"
                     raise SSHError(late) from error
                 raise
+
+    def _break_off(self) -> None:
+        self._transport.close()

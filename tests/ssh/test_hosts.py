@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, TransferError
-from clore_client.ssh.remote import BOOTSTRAP, INLINE, inlined
+from clore_client.ssh.transfer.remote_script import BOOTSTRAP, INLINE, inlined
 from tests.conftest import until
 from tests.relay import Relay
 from tests.ssh.test_transfer import ODD, Far, content, make_tree, snapshot, through
