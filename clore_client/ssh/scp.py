@@ -85,16 +85,15 @@ class ScpChannel(LimitedChannel):
             line += super().recv(1) or self._fail()
         return b"\0\n" if line == b"\0" else line  # where scp wants a line, this is a bad one
 
-    def recv_exit_status(self) -> int:
-        """Check that scp on the host succeeded."""
-        status = super().recv_exit_status()
-        if status > 0:
+    def finish(self) -> None:
+        """Check that scp on the host succeeds."""
+        self.shutdown_write()
+        if self.recv_exit_status() > 0:
             self._fail()
-        return status
 
     def _fail(self) -> bytes:
         """Raise an error that says how scp on the host ended."""
-        status = super().recv_exit_status()
+        status = self.recv_exit_status()
         said = self.recv_stderr(MAX_SCP_LINE) if self.recv_stderr_ready() else b""
         how = "scp on the host ended" if self._transport.is_active() else "the connection broke"
         raise SSHError(f"{how} (exit code {status}) {said.decode('utf-8', 'replace')}")
@@ -129,7 +128,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
     def close(self) -> None:
         """Close the connection, if it is owned."""
         if self.channel is not None:  # scp calls this at the end of each transfer
-            super().close()
+            self.channel.finish()
         elif self._owned_ssh is not None:
             self._owned_ssh.close()
 
