@@ -420,7 +420,7 @@ def test_a_host_that_hangs_after_the_login(hang_at: str, place: Path) -> None:
     with HostileServer(hang_at=hang_at) as server, connect(server) as ssh:
         client = guarded_scp(ssh, socket_timeout=0.3)
         for method, path in ((client.get, "x"), (client.put, __file__)):
-            with pytest.raises(TransferError, match=r"within 0\.3s|Timeout"):
+            with pytest.raises(TransferError, match=r"for 0\.3s|Timeout"):
                 method(path, str(place))
         client.close()
     assert not list(place.iterdir())
@@ -437,7 +437,7 @@ def test_a_socket_that_takes_no_more(place: Path) -> None:
 
     (place / "x").write_bytes(b"z" * 30_000_000)
     with HostileServer(deaf, window=2**31 - 1) as server, connect(server) as ssh:
-        with pytest.raises(TransferError, match=r"took nothing within 0\.3s"):
+        with pytest.raises(TransferError, match=r"took nothing for 0\.3s"):
             guarded_scp(ssh, socket_timeout=0.3).put(place / "x")
 
 
