@@ -39,6 +39,7 @@ from clore_client.validation import (
     check_ids,
     check_interval,
     check_number,
+    check_optional_number,
     check_string,
     check_text,
 )
@@ -129,22 +130,15 @@ class CloreClient(HTTPClient):
     ) -> None:
         api_key = Secret.of(api_key)  # error reporters show local variables
         super().__init__(
-            api_key,
-            timeout,
-            rate_limit,
-            max_retries,
-            base_url=base_url,
-            create_order_interval=create_order_interval,
-            backoff=backoff,
-            max_backoff=max_backoff,
-            user_agent=user_agent,
-            max_response_mb=max_response_mb,
+            api_key, timeout, rate_limit, max_retries, base_url=base_url,
+            create_order_interval=create_order_interval, backoff=backoff, max_backoff=max_backoff,
+            user_agent=user_agent, max_response_mb=max_response_mb,
+        )  # fmt: skip
+        self.max_usd_per_hour = check_optional_number(
+            "max_usd_per_hour", max_usd_per_hour, unit="USD per hour"
         )
-        if max_usd_per_hour is not None:
-            check_number("max_usd_per_hour", max_usd_per_hour, unit="USD per hour")
         if max_active_orders is not None:
             check_count("max_active_orders", max_active_orders)
-        self.max_usd_per_hour = max_usd_per_hour
         self.max_active_orders = max_active_orders
         self.order_lag = check_interval("order_lag", order_lag)
         self._state_dir = check_state_dir("state_dir", state_dir)
@@ -303,8 +297,7 @@ class CloreClient(HTTPClient):
         """
         if gpu_type is not None:
             check_string("gpu_type", gpu_type)
-        if max_price_usd is not None:
-            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
+        check_optional_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
         check_number("min_reliability", min_reliability, maximum=100.0)
         if 0 < min_reliability <= 1:
             logger.warning(
@@ -493,8 +486,7 @@ class CloreClient(HTTPClient):
         wanted = check_id("order_id", order_id)
         check_bool("confirm", confirm)
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
-        if settle_timeout is not None:
-            check_number("settle_timeout", settle_timeout, unit="seconds")
+        check_optional_number("settle_timeout", settle_timeout, unit="seconds")
         if issue is not None:
             check_string("issue", issue)
         cancellation = limited(
@@ -668,28 +660,17 @@ class CloreClient(HTTPClient):
 
         ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
         env = hidden_values(env)
+        order = {
+            "image": image, "currency": currency, "ports": ports, "env": env,
+            "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
+        }  # fmt: skip
         settings = RentalSettings(
-            gpu_type=gpu_type,
-            max_price_usd=max_price_usd,
-            min_reliability=min_reliability,
-            use_spot=use_spot,
-            server_id=server_id,
-            image=image,
-            currency=currency,
-            ports=ports,
-            env=env,
-            ssh_password=ssh_password,
-            ssh_key=ssh_key,
-            spot_price=spot_price,
-            jupyter_token=jupyter_token,
-            attempts=attempts,
-            deploy_timeout=deploy_timeout,
-            poll_interval=poll_interval,
-            find_timeout=find_timeout,
-            cancel_timeout=cancel_timeout,
-            max_hours=max_hours,
+            gpu_type=gpu_type, max_price_usd=max_price_usd, min_reliability=min_reliability,
+            use_spot=use_spot, server_id=server_id, order=order, spot_price=spot_price,
+            attempts=attempts, deploy_timeout=deploy_timeout, poll_interval=poll_interval,
+            find_timeout=find_timeout, cancel_timeout=cancel_timeout, max_hours=max_hours,
             max_cost_usd=max_cost_usd,
-        )
+        )  # fmt: skip
         return Rental(self, self._orders, settings, state_folder(self._state_dir))
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:

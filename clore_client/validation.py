@@ -88,6 +88,11 @@ def check_number(
     return value
 
 
+def check_optional_number(name: str, value: Any, **limits: Any) -> float | None:
+    """Check None, or a number with the limits of :func:`check_number`."""
+    return None if value is None else check_number(name, value, **limits)
+
+
 def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
     """Check a whole number, at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):

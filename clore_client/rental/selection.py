@@ -16,6 +16,7 @@ from clore_client.validation import (
     check_id,
     check_interval,
     check_number,
+    check_optional_number,
     check_text,
 )
 
@@ -29,7 +30,14 @@ PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
 
 class RentalSettings:
-    """The arguments of ``rent()``, checked."""
+    """The arguments of ``rent()``, checked.
+
+    Parameters:
+        order: those that ``create_order`` takes too, except the bid and ``find_timeout``.
+
+    Attributes:
+        order_arguments: the arguments for ``create_order``.
+    """
 
     def __init__(
         self,
@@ -39,14 +47,8 @@ class RentalSettings:
         min_reliability: Any,
         use_spot: Any,
         server_id: Any,
-        image: Any,
-        currency: Any,
-        ports: Any,
-        env: Any,
-        ssh_password: Any,
-        ssh_key: Any,
+        order: dict[str, Any],
         spot_price: Any,
-        jupyter_token: Any,
         attempts: Any,
         deploy_timeout: Any,
         poll_interval: Any,
@@ -56,12 +58,49 @@ class RentalSettings:
         max_cost_usd: Any,
     ) -> None:
         self._set_search(gpu_type, max_price_usd, min_reliability, use_spot, server_id)
+        self._set_order(**order)
+        self.spot_price = self._checked_bid(spot_price)
+        self.attempts = check_count("attempts", attempts, minimum=1)
+        self.deploy_timeout = check_number(
+            "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
+        )
+        self.poll_interval = check_interval("poll_interval", poll_interval)
+        self.find_timeout = check_number("find_timeout", find_timeout, unit="seconds")
+        self.cancel_timeout = check_number(
+            "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
+        )
+        self.max_hours = check_optional_number("max_hours", max_hours, above=True, infinite=True)
+        self.max_cost_usd = check_optional_number(
+            "max_cost_usd", max_cost_usd, above=True, infinite=True
+        )
+
+    def _set_search(
+        self, gpu_type: Any, max_price_usd: Any, min_reliability: Any, use_spot: Any, server_id: Any
+    ) -> None:
+        self.gpu_type = None if gpu_type is None else check_text("gpu_type", gpu_type)
+        self.max_price_usd = check_optional_number(
+            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
+        )
+        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
+        self.spot = check_bool("use_spot", use_spot)
+        self.server_id = None if server_id is None else check_id("server_id", server_id)
+
+    def _set_order(
+        self,
+        *,
+        image: Any,
+        currency: Any,
+        ports: Any,
+        env: Any,
+        ssh_password: Any,
+        ssh_key: Any,
+        jupyter_token: Any,
+    ) -> None:
         self.currency = check_currency("currency", currency)
         self.image = check_text("image", image)
         check_login(ssh_password, ssh_key, jupyter_token)
         order_ports(ports)
         order_env(env)
-        self.spot_price = self._checked_bid(spot_price)
         self.order_arguments: dict[str, Any] = {
             "image": self.image,
             "order_type": "spot" if self.spot else "on-demand",
@@ -72,31 +111,6 @@ class RentalSettings:
             "ssh_key": ssh_key,
             "jupyter_token": jupyter_token,
         }
-        self.attempts = check_count("attempts", attempts, minimum=1)
-        self.deploy_timeout = check_number(
-            "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
-        )
-        self.poll_interval = check_interval("poll_interval", poll_interval)
-        self.find_timeout = check_number("find_timeout", find_timeout, unit="seconds")
-        self.cancel_timeout = check_number(
-            "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
-        )
-        self.max_hours = _check_budget("max_hours", max_hours)
-        self.max_cost_usd = _check_budget("max_cost_usd", max_cost_usd)
-
-    def _set_search(
-        self, gpu_type: Any, max_price_usd: Any, min_reliability: Any, use_spot: Any, server_id: Any
-    ) -> None:
-        if gpu_type is not None:
-            check_text("gpu_type", gpu_type)
-        if max_price_usd is not None:
-            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        self.gpu_type: str | None = gpu_type
-        self.max_price_usd: float | None = max_price_usd
-        self.min_reliability: float = min_reliability
-        self.spot = check_bool("use_spot", use_spot)
-        self.server_id = None if server_id is None else check_id("server_id", server_id)
 
     def _checked_bid(self, spot_price: Any) -> float | None:
         if spot_price is None:
@@ -157,10 +171,6 @@ class RentalSettings:
         if self.spot and on_demand is not None and price > on_demand:
             return "accepts no bid below its on-demand price"
         return None
-
-
-def _check_budget(name: str, value: Any) -> float | None:
-    return None if value is None else check_number(name, value, above=True, infinite=True)
 
 
 def _lowest_bid(server: Server, currency: str) -> float | None:
