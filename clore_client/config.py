@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from clore_client.errors import ConfigurationError, Secret, printable
-from clore_client.log import logger
+from clore_client.log import warn_once
 from clore_client.validation import check_local_path
 
 KEY_VARIABLE = "CLORE_API_KEY"
@@ -23,8 +23,6 @@ CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools, which is
 
 # Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
-
-_warned: set[str] = set()
 
 
 def clean_key(key: object, source: str) -> str:
@@ -103,15 +101,10 @@ def _key_in_file() -> str | None:
         return None
     key = clean_key(config["api_key"], CONFIG_FILE)
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        _warn_readable(str(path))
+        warn_once(
+            f"{path} contains your API key, and other users can read it: run chmod 600 {path}"
+        )
     return key or None
-
-
-@functools.cache
-def _warn_readable(path: str) -> None:
-    logger.warning(
-        "%s contains your API key, and other users can read it: run chmod 600 %s", path, path
-    )
 
 
 def check_base_url(url: object, name: str) -> str:
@@ -251,10 +244,5 @@ def account_digest(base_url: str, api_key: str | None) -> str:
 
 def warn_of_state(what: str, error: object) -> None:
     """Warn once about a problem of the state folder, which must not stop a rental."""
-    if what not in _warned:
-        _warned.add(what)
-        logger.warning(
-            "%s: %s; if this process is killed, leftovers() can't find its rentals",
-            what,
-            error,
-        )
+    reason = getattr(error, "strerror", None) or error
+    warn_once(f"{what}: {reason}; if this process is killed, leftovers() can't find its rentals")

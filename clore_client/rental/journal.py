@@ -9,21 +9,18 @@ import os
 import random
 import socket
 import stat
-import threading
 from pathlib import Path
 from typing import Any
 
 from clore_client.config import warn_of_state
 from clore_client.files import lock_file
 from clore_client.models.record import whole_id
+from clore_client.rental.process import this_process
 
 STATE_SUFFIX = ".json"
 LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
 _ID_ROOM = 20  # characters reserved for the order id, which is written later
 _FIRST = '{"order_id": '
-
-_state_lock = threading.Lock()
-_written: dict[str, JournalEntry] = {}  # path -> an entry that this process has locked
 
 
 def _read_line(path: str) -> str:
@@ -90,8 +87,7 @@ class JournalEntry:
             raise OSError("the disk is full")
         os.fsync(handle)
         _sync_folder(self.path.parent)
-        with _state_lock:
-            _written[str(self.path)] = self
+        this_process.entries[str(self.path)] = self
 
     def note_order(self, order_id: int) -> None:
         """Write the order id into the file, in place, so that a crash can't damage the rest."""
@@ -111,8 +107,7 @@ class JournalEntry:
 
     def remove(self) -> None:
         """Remove the file. Safe to repeat."""
-        with _state_lock:
-            _written.pop(str(self.path), None)
+        this_process.entries.pop(str(self.path), None)
         handle, self._handle = self._handle, None
         if handle is None and self._written_here:
             return
@@ -128,9 +123,9 @@ class JournalEntry:
     def close(self) -> None:
         """Release the lock, unless this process wrote the file."""
         if not self._written_here:
-            self.forget()
+            self.unlock()
 
-    def forget(self) -> None:
+    def unlock(self) -> None:
         """Close the file, which releases its lock."""
         handle, self._handle = self._handle, None
         if handle is not None:
@@ -191,9 +186,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
 
 
 def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
-    with _state_lock:
-        written = _written.get(str(path))
-    if written is not None:
+    if (written := this_process.entries.get(str(path))) is not None:
         return written
     flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -228,16 +221,3 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
     finally:
         if not keep:
             os.close(handle)
-
-
-def _forget_entries() -> None:
-    # A forked child must close its copies of the files, which keep the parent's locks alive.
-    global _state_lock
-    _state_lock = threading.Lock()
-    for entry in _written.values():
-        entry.forget()
-    _written.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_entries)

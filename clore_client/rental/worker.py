@@ -38,14 +38,9 @@ from clore_client.rental.cleanup import Cleanup
 from clore_client.rental.client import RentalClient
 from clore_client.rental.handoff import Gate, ThreadCall, next_item
 from clore_client.rental.orders import LOOKS, RentalOrder, RentalOrders
+from clore_client.rental.process import this_process
 from clore_client.rental.selection import RentalSettings
-from clore_client.rental.signals import (
-    SignalExit,
-    SignalHandling,
-    in_main_thread,
-    listen,
-    stopping_signal,
-)
+from clore_client.rental.signals import SignalExit, SignalHandling, in_main_thread
 
 Result = TypeVar("Result")
 
@@ -64,9 +59,6 @@ SURELY_NO_ORDER = (
     TypeError,
     ImportError,
 )
-
-_open_rentals: dict[int, RentalWorker] = {}
-_exiting = False
 
 
 class RentalWorker:
@@ -121,14 +113,13 @@ class RentalWorker:
     def start(self) -> None:
         """Start the thread, and let signals and the exit of the interpreter end the rental."""
         self._handling = SignalHandling()
-        listen(self, self._on_signal)
         context = contextvars.copy_context()
-        _open_rentals[id(self)] = self
+        this_process.rentals[id(self)] = self
         try:
             # An interrupt can break threading.Thread.start(), so that the thread never runs.
             _thread.start_new_thread(context.run, (self._work,))
         except RuntimeError as error:
-            _open_rentals.pop(id(self), None)
+            this_process.rentals.pop(id(self), None)
             self.close()
             raise RentalError(
                 f"nothing was rented, because the worker thread could not start: {error}"
@@ -187,10 +178,10 @@ class RentalWorker:
         if self.exceeded is not None:
             raise self.budget_error()
         if self.signalled is None:
-            self.signalled = stopping_signal()
+            self.signalled = None if in_main_thread() else this_process.stopping_signal
         if self.signalled is not None:
             raise SignalExit(self.signalled)
-        if _exiting:
+        if this_process.exiting:
             raise RentalError("the interpreter is exiting, so the rental has ended")
 
     def leave(self, interrupted: bool) -> list[BaseException]:
@@ -253,7 +244,6 @@ class RentalWorker:
     def close(self) -> None:
         """Close the connections, and stop handling signals."""
         self.close_ssh()
-        listen(self, None)
         if self._handling is not None:
             self._handling.close()
         self.closed = True
@@ -276,8 +266,8 @@ class RentalWorker:
                 CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
             )
 
-    def _on_signal(self, signum: int) -> None:
-        # This runs in a signal handler, so it must not take a lock.
+    def on_signal(self, signum: int) -> None:
+        """End the rental. This runs in a signal handler, so it must not take a lock."""
         if not self._main:
             self.signalled = signum
             self._inbox.put(None)
@@ -300,7 +290,7 @@ class RentalWorker:
             failure = error
         if not self._cleanup.abandoned:
             self.failure = failure or self.failure
-        _open_rentals.pop(id(self), None)
+        this_process.rentals.pop(id(self), None)
         if self._block_is_gone():  # __exit__ did not run
             self.close()
             if self.failure is not None:
@@ -319,7 +309,7 @@ class RentalWorker:
     def _taken(self) -> set[int | None]:
         """Return the order ids of all open rentals of this account in this process."""
         account = self._orders.claims
-        workers = [w for w in list(_open_rentals.values()) if w._orders.claims is account]
+        workers = [w for w in list(this_process.rentals.values()) if w._orders.claims is account]
         return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
     def _is_left(self) -> bool:
@@ -409,10 +399,9 @@ class RentalWorker:
 
 def _end_all() -> None:
     """End the rentals that are still open when the interpreter exits."""
-    global _exiting
-    _exiting = True
+    this_process.exiting = True
     # After three interrupts, the user does not want to wait.
-    workers = [w for w in list(_open_rentals.values()) if w.pid == os.getpid() and not w.abandoned]
+    workers = [w for w in list(this_process.rentals.values()) if not w.abandoned]
     for worker in workers:
         worker._begin_to_leave()
     for worker in workers:
@@ -422,7 +411,3 @@ def _end_all() -> None:
 
 
 atexit.register(_end_all)
-
-if hasattr(os, "register_at_fork"):
-    # The rentals belong to the parent process.
-    os.register_at_fork(after_in_child=_open_rentals.clear)

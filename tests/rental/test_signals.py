@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, SignalExit
-from clore_client.rental.signals import SIGNALS, SignalHandling, _handling
+from clore_client.log import warn_once
+from clore_client.rental.process import this_process
+from clore_client.rental.signals import SIGNALS, SignalHandling
 from tests.rental.test_rental import QUICK, active
 from tests.variant import Simulator
 
@@ -26,10 +28,10 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     before = [(s, signal.signal(s, signal.SIG_DFL)) for s in (*SIGNALS, signal.SIGINT)]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _handling.warned.clear()
-    # An interrupt of another test may have cut the counting short.
-    monkeypatch.setattr(_handling, "users", 0)
-    monkeypatch.setattr(_handling, "installed", set())
+    warn_once.cache_clear()
+    # An interrupt in another test may have left a user or a handler.
+    monkeypatch.setattr(this_process, "signal_users", set())
+    monkeypatch.setattr(this_process, "handled_signals", set())
     yield
     for signum, handler in before:
         signal.signal(signum, handler)
