@@ -60,14 +60,14 @@ def bid_per_day(usd_per_hour: float, usd_rate: float) -> float:
     return usd_per_hour * HOURS_PER_DAY / usd_rate
 
 
-class RateBook:
+class ExchangeRates:
     """The latest exchange rates of one API: USD for one unit of a currency."""
 
     def __init__(self) -> None:
         # (rates, time), replaced in one step, so that readers need no lock.
         self._latest: tuple[dict[str, float], float] = ({}, -math.inf)
 
-    def tell(self, rates: Any, *, firm: bool = True) -> None:
+    def update(self, rates: Any, *, firm: bool = True) -> None:
         """Store exchange rates, and skip values that are not prices.
 
         Parameters:

@@ -17,7 +17,7 @@ from clore_client.models.order import ENDED_STATUSES, plain_host, to_orders
 from clore_client.models.record import is_live
 from clore_client.models.server import cheapest_first, listed_prices, to_servers
 from clore_client.models.wallet import to_wallets
-from clore_client.pricing import RateBook, bid_per_day, wire_currency
+from clore_client.pricing import ExchangeRates, bid_per_day, wire_currency
 
 LIVE_SERVER: dict[str, Any] = {
     "id": 99173,
@@ -70,7 +70,7 @@ def servers_of(*records: Any) -> list[Server]:
 
 
 def orders_of(*records: Any, cancelled: tuple[int, ...] = ()) -> list[Order]:
-    return to_orders({"orders": list(records), "code": 0}, cancelled, RateBook())
+    return to_orders({"orders": list(records), "code": 0}, cancelled, ExchangeRates())
 
 
 def changed(record: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -283,8 +283,8 @@ def test_records_behave_as_dicts(record: Any) -> None:
 
 
 def test_usd_per_hour_of_an_order_survives_copies() -> None:
-    rates = RateBook()
-    rates.tell({"CLORE-Blockchain": 0.002})
+    rates = ExchangeRates()
+    rates.update({"CLORE-Blockchain": 0.002})
     (order,) = to_orders({"orders": [{**LIVE_ORDER, "currency": "CLORE-Blockchain"}]}, (), rates)
     assert order.usd_per_hour == pytest.approx(5.59 / 24 * 0.002)
     assert pickle.loads(pickle.dumps(order)).usd_per_hour == order.usd_per_hour
@@ -340,13 +340,13 @@ def test_no_marketplace_raises(records: list[Any], spot: bool) -> None:
         properties_of(server)
         assert server.usd_per_hour is None or 0 < server.usd_per_hour < math.inf
     to_servers(answer, gpu_type="rtx", max_usd_per_hour=1.0, min_reliability=50, spot=spot)
-    listed_prices(answer, RateBook())
+    listed_prices(answer, ExchangeRates())
     assert repr(records) == before
 
 
 @given(st.lists(damaged(LIVE_ORDER) | values, max_size=4))
 def test_no_order_list_raises(records: list[Any]) -> None:
-    for order in to_orders({"orders": records}, {1958009}, RateBook()):
+    for order in to_orders({"orders": records}, {1958009}, ExchangeRates()):
         properties_of(order)
         if is_live({"orders": records}):
             assert order["status"] in {"running", "creating", "expired", "cancelled"}
@@ -356,7 +356,7 @@ def test_no_order_list_raises(records: list[Any]) -> None:
 @given(values, values)
 def test_no_envelope_raises(servers: Any, orders: Any) -> None:
     assert to_servers({"servers": servers}) is not None
-    assert to_orders({"orders": orders}, (), RateBook()) is not None
+    assert to_orders({"orders": orders}, (), ExchangeRates()) is not None
     assert to_wallets({"wallets": servers}) is not None
     is_live({"market": orders})
 
@@ -374,20 +374,20 @@ def test_sorting_is_stable_and_puts_the_unpriced_last(prices: list[Any]) -> None
 
 @given(st.floats(min_value=1e-4, max_value=1e3), st.floats(min_value=1e-6, max_value=1e5))
 def test_a_bid_there_and_back_is_the_same(usd_per_hour: float, rate: float) -> None:
-    rates = RateBook()
-    rates.tell({"bitcoin": rate})
+    rates = ExchangeRates()
+    rates.update({"bitcoin": rate})
     back = rates.usd(bid_per_day(usd_per_hour, rate), "BTC")
     assert back is not None
     assert back / 24 == pytest.approx(usd_per_hour, rel=1e-12)
 
 
 def test_rates_that_are_no_prices_are_dropped() -> None:
-    rates = RateBook()
-    rates.tell({"a": 0, "b": -1, "c": None, "d": float("nan"), "e": True, "f": 2})
+    rates = ExchangeRates()
+    rates.update({"a": 0, "b": -1, "c": None, "d": float("nan"), "e": True, "f": 2})
     assert rates.fresh() == {"f": 2.0}
-    rates.tell(None)
+    rates.update(None)
     assert rates.usd(1, "USD-Blockchain") == 1.0
-    assert RateBook().fresh() == {}
+    assert ExchangeRates().fresh() == {}
 
 
 def test_names_of_currencies() -> None:
