@@ -150,7 +150,7 @@ class AccountOrders:
             self.ended.update(o.id for o in completed if o.id is not None and o.has_ended)
         return active + sorted(missing - self.cancelled - self.ended)
 
-    def tell_bid(self, order_id: int, usd_per_hour: float) -> None:
+    def notify_bid(self, order_id: int, usd_per_hour: float) -> None:
         """Report the new price of an order to its budget."""
         if (listener := self.bid_listeners.get(order_id)) is not None:
             listener(usd_per_hour)

@@ -42,10 +42,10 @@ def set_spot_price(
             raise
     except (CloreConnectionError, DatabaseError, InvalidResponseError):
         # The bid may have taken effect, so a budget counts the higher price.
-        orders.tell_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
+        orders.notify_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
         raise
     if accepted:
-        orders.tell_bid(order_id, usd_per_hour)
+        orders.notify_bid(order_id, usd_per_hour)
     return accepted
 
 
