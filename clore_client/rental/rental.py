@@ -325,7 +325,7 @@ class Rental:
     def _over_limit(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         price = shown_usd(order, server, self._settings.currency)
         if price is not None:
-            worker.told_price(price)
+            worker.correct_price(price)
         if not self._settings.over(price):
             return None
         return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"

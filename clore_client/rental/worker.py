@@ -164,7 +164,7 @@ class RentalWorker:
         """Keep the current order running after the rental."""
         self.ask(self._keep)
 
-    def told_price(self, usd_per_hour: float) -> None:
+    def correct_price(self, usd_per_hour: float) -> None:
         """Set the price of the current order, as the API shows it."""
         if self._current is not None:
             self._current.meter.correct(usd_per_hour)
