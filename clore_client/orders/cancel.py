@@ -53,7 +53,7 @@ class Cancellation:
         self.failure: Exception | None = None
         self._orders = orders
         self._issue = issue
-        self._doubtful = False  # whether a cancel may have taken effect
+        self._outcome_unknown = False  # whether a cancel may have taken effect
         self._state: OrderState | None = None  # None if the last read of the lists failed
         self._absent_since: float | None = None
         self._look_failure: CloreError | None = None
@@ -71,7 +71,7 @@ class Cancellation:
         except Exception as error:
             self.failure = error
             if not isinstance(error, CloreAPIError) or error.sends > 1:
-                self._doubtful = True
+                self._outcome_unknown = True
             raise
         self._accept()
         logger.info("order %d was cancelled", self.order_id)
@@ -146,7 +146,7 @@ class Cancellation:
     @property
     def _refused(self) -> bool:
         """True if the API clearly refused to cancel an order that is active."""
-        return self._state is OrderState.ACTIVE and not (self.accepted or self._doubtful)
+        return self._state is OrderState.ACTIVE and not (self.accepted or self._outcome_unknown)
 
     def _accept(self) -> None:
         self.accepted, self.failure = True, None

@@ -52,9 +52,9 @@ class Cleanup:
             return math.inf
         return self.left_at + self._settings.cancel_timeout
 
-    def in_doubt(self, being_made: RentalOrder | None) -> list[RentalOrder]:
+    def unresolved(self, in_progress: RentalOrder | None) -> list[RentalOrder]:
         """Return the purchases with unknown outcome, except the one that is being made."""
-        return [p for p in self._rental_orders if p.order_id is None and p is not being_made]
+        return [p for p in self._rental_orders if p.order_id is None and p is not in_progress]
 
     def end_all(self) -> BaseException | None:
         """End all orders, the cancels first. Return None, or the first failure."""
@@ -130,9 +130,9 @@ class Cleanup:
 
     # --- purchases with unknown outcome ---
 
-    def look_at_doubts(self, being_made: RentalOrder | None) -> None:
+    def search_unresolved(self, in_progress: RentalOrder | None) -> None:
         """Look once for the orders of purchases that the API refused with code 1."""
-        for purchase in self.in_doubt(being_made):
+        for purchase in self.unresolved(in_progress):
             try:
                 surely_none = self._look_for(purchase)
             except CloreError as error:

@@ -280,7 +280,7 @@ class RentalWorker:
                 self._next_request()
                 if self._must_end():
                     self._end_early()
-                self._cleanup.look_at_doubts(self._current)
+                self._cleanup.search_unresolved(self._current)
         except BaseException as error:
             self.failure = error
         self._cleanup.leave()
@@ -299,7 +299,7 @@ class RentalWorker:
 
     def _next_request(self) -> None:
         timeout = None if self.exceeded else self.budget.seconds_left()
-        if self._cleanup.in_doubt(self._current):
+        if self._cleanup.unresolved(self._current):
             look = min(LOOK_BESIDE, max(0.001, self._orders.client.order_lag / LOOKS))
             timeout = min(look, math.inf if timeout is None else timeout)
         request = next_item(self._inbox, timeout)
