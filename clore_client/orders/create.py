@@ -249,11 +249,11 @@ class Purchase:
         earlier = claims.unresolved.get(server_id)
         claims.unresolved[server_id] = self  # set before the request, which can be interrupted
         self._sent_at = time.monotonic()
-        doubt: CloreError | None = None
+        send_error: CloreError | None = None
         try:
             self.response = self._orders.client._request("POST", "/v1/create_order", json=self.body)
         except (OrderOutcomeUnknownError, DatabaseError) as error:
-            doubt, self._sent_at = error, error.sent_at or self._sent_at
+            send_error, self._sent_at = error, error.sent_at or self._sent_at
         except Exception as error:  # the API refused, or the request was not sent
             if earlier is None:
                 claims.unresolved.pop(server_id, None)
@@ -264,7 +264,7 @@ class Purchase:
             # An earlier purchase may have rented it, with a response that was lost.
             return find_order(self._orders, earlier, find_timeout, error), earlier
         if (order_id := created_id(self.response)) is None:
-            return find_order(self._orders, self, find_timeout, doubt), self
+            return find_order(self._orders, self, find_timeout, send_error), self
         claims.take(order_id, self)
         claims.unresolved.pop(server_id, None)
         return self._named_order(order_id), self
