@@ -108,7 +108,7 @@ class RentalOrders:
         self._all.append(purchase)
         return purchase
 
-    def became(self, purchase: RentalOrder, order_id: int) -> None:
+    def set_order_id(self, purchase: RentalOrder, order_id: int) -> None:
         """Record the order id of a purchase."""
         purchase.order_id = order_id
         self._budget.resume(purchase.meter)
