@@ -177,7 +177,7 @@ class Cleanup:
                 break
             if not shown:
                 time.sleep(min(LOOK_EVERY, max(0.001, self._orders.client.order_lag / LOOKS)))
-        if shown and purchase.answered:
+        if shown and purchase.refused:
             self._rental_orders.forget(purchase)
             return None
         self._rental_orders.give_up(purchase)

@@ -27,7 +27,7 @@ class RentalOrder:
         entry: its journal entry.
         meter: its cost.
         order_id: the order id; None while the outcome of the purchase is not known.
-        answered: the API refused the order with code 1, but the order may exist.
+        refused: the API refused the order with code 1, but the order may exist.
     """
 
     def __init__(self, server_id: int, entry: JournalEntry | None, meter: Meter) -> None:
@@ -36,7 +36,7 @@ class RentalOrder:
         self.meter = meter
         self.sent_at = time.monotonic()
         self.order_id: int | None = None
-        self.answered = False
+        self.refused = False
         self._cancellation: Cancellation | None = None
         self.absent: list[float] = []  # monotonic times of lists that did not have it
 
@@ -121,9 +121,9 @@ class RentalOrders:
 
         self._orders.bid_listeners[order_id] = new_bid
 
-    def refused(self, purchase: RentalOrder) -> None:
+    def mark_refused(self, purchase: RentalOrder) -> None:
         """Record that the API refused a purchase with code 1, after which it may still exist."""
-        purchase.answered = True
+        purchase.refused = True
         purchase.sent_at = time.monotonic()  # if there is an order, it was made before now
         self._budget.drop(purchase.meter)
 

@@ -346,7 +346,7 @@ class RentalWorker:
                     "get_orders()"
                 )
         except DatabaseError:
-            self._rental_orders.refused(purchase)
+            self._rental_orders.mark_refused(purchase)
             self._current = None
             raise
         except SURELY_NO_ORDER as error:
