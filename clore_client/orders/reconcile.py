@@ -49,7 +49,8 @@ def find_order(
     Raises:
         OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
             error of the last read, if that failed, else ``send_error``.
-        CloreAPIError: ``send_error`` itself, if the API refused and complete lists have no such order.
+        CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have the
+            order.
     """
     try:
         order = _search(orders, purchase, timeout, send_error)

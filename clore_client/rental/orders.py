@@ -166,7 +166,7 @@ class RentalOrders:
         """
         fitting = [order for order in orders if self._fits(order, purchase)]
         if len(fitting) == 1 and not self._is_held(purchase):
-            self.became(purchase, fitting[0].id or 0)
+            self.set_order_id(purchase, fitting[0].id or 0)
         lag = self._orders.client.order_lag
         if fitting:
             purchase.absent.clear()

@@ -355,7 +355,7 @@ class RentalWorker:
                 self._rental_orders.forget(purchase)
                 self._current = None
             raise
-        self._rental_orders.became(purchase, order.id)
+        self._rental_orders.set_order_id(purchase, order.id)
         self._rental_orders.drop_dead_notes(purchase.server_id)
         return order
 
