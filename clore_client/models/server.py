@@ -294,5 +294,5 @@ def listed_prices(response: dict[str, Any], rates: ExchangeRates) -> dict[int, f
                 in_usd = positive(part_of(record, "price", "usd", usd_field))
                 if amount and in_usd:
                     implied[currency] = in_usd / amount
-    rates.update(implied, firm=False)
+    rates.update(implied, display_only=True)
     return prices
