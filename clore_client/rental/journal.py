@@ -89,7 +89,7 @@ class JournalEntry:
         _sync_folder(self.path.parent)
         this_process.entries[str(self.path)] = self
 
-    def note_order(self, order_id: int) -> None:
+    def write_order_id(self, order_id: int) -> None:
         """Write the order id into the file, in place, so that a crash can't damage the rest."""
         if self._handle is None:
             return

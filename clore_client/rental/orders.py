@@ -87,7 +87,7 @@ class RentalOrders:
     def __iter__(self) -> Iterator[RentalOrder]:
         return iter(list(self._all))
 
-    def note_intent(self, server_id: int, price: float | None) -> RentalOrder:
+    def record_intent(self, server_id: int, price: float | None) -> RentalOrder:
         """Record a purchase in the journal and in memory, before it is sent."""
         settings = self._settings
         entry = write_entry(
@@ -113,7 +113,7 @@ class RentalOrders:
         purchase.order_id = order_id
         self._budget.resume(purchase.meter)
         if purchase.entry is not None:
-            purchase.entry.note_order(order_id)
+            purchase.entry.write_order_id(order_id)
 
         def new_bid(usd_per_hour: float) -> None:
             purchase.meter.change(usd_per_hour)
@@ -192,17 +192,17 @@ class RentalOrders:
     def _is_held(self, purchase: RentalOrder) -> bool:
         """Return whether a living rental of another process could own the order."""
         held = False
-        for entry in self._notes_for(purchase.server_id):
+        for entry in self._entries_for(purchase.server_id):
             mine = purchase.entry is not None and entry.path == purchase.entry.path
             held = held or not (mine or entry.abandoned)
             entry.close()
         return held
 
-    def drop_dead_notes(self, server_id: int) -> None:
+    def remove_dead_entries(self, server_id: int) -> None:
         """Remove entries of dead processes that would match an order of this rental."""
         if self._settings.spot:
             return  # one server can have several spot orders
-        for entry in self._notes_for(server_id):
+        for entry in self._entries_for(server_id):
             if entry.abandoned and entry.of_this_machine and entry.order_id is None:
                 entry.remove()
             entry.close()
@@ -210,7 +210,7 @@ class RentalOrders:
     def _account(self) -> str:
         return account_digest(self._orders.client.base_url, self._orders.client.api_key)
 
-    def _notes_for(self, server_id: int) -> list[JournalEntry]:
+    def _entries_for(self, server_id: int) -> list[JournalEntry]:
         """Return the entries for this server and account. The caller closes each."""
         account, notes = self._account(), []
         for entry in read_entries(self._folder):

@@ -263,7 +263,7 @@ class Rental:
 
     def _try_servers(self, worker: RentalWorker) -> None:
         settings, client = self._settings, self._client
-        worker.note_orders(client.get_orders())
+        worker.record_existing_orders(client.get_orders())
         servers, nothing = candidates(client, settings)
         for server in servers[: settings.attempts]:
             worker.check()

@@ -142,7 +142,7 @@ class RentalWorker:
             raise request.error
         return request.result  # type: ignore[no-any-return]
 
-    def note_orders(self, orders: list[Order]) -> None:
+    def record_existing_orders(self, orders: list[Order]) -> None:
         """Record the orders that exist before the first purchase."""
         self._rental_orders.before = {order.id for order in orders if order.id is not None}
 
@@ -337,7 +337,7 @@ class RentalWorker:
 
     def _buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
         self.check()
-        purchase = self._current = self._rental_orders.note_intent(server.id or 0, price)
+        purchase = self._current = self._rental_orders.record_intent(server.id or 0, price)
         try:
             order: Order = self._client.create_order(purchase.server_id, **arguments)
             if order.id is None:
@@ -356,7 +356,7 @@ class RentalWorker:
                 self._current = None
             raise
         self._rental_orders.set_order_id(purchase, order.id)
-        self._rental_orders.drop_dead_notes(purchase.server_id)
+        self._rental_orders.remove_dead_entries(purchase.server_id)
         return order
 
     def _keep(self) -> None:
