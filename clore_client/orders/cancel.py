@@ -35,7 +35,7 @@ FIRST_PAUSE = 0.02  # seconds between the first two reads of the lists; it doubl
 LONGEST_LOOK_PAUSE = 1.0
 CANCEL_AGAIN_AFTER = 30.0  # seconds; an order that still looks active is cancelled again
 CONFIRM_AT_LEAST = 30.0
-SHORTEST_TRY = 1.0  # the shortest time limit of one request, in seconds
+SHORTEST_LOOK = 1.0  # the shortest time limit of one request, in seconds
 
 
 class Cancellation:
@@ -180,7 +180,7 @@ class Cancellation:
                     error,
                 )
 
-    def _end_of_try(self, deadline: float, at_least: float = SHORTEST_TRY) -> float:
+    def _end_of_try(self, deadline: float, at_least: float = SHORTEST_LOOK) -> float:
         """Return the deadline of one request, so that a request that hangs is retried."""
         now = time.monotonic()
         left = deadline - now
@@ -196,7 +196,7 @@ class Cancellation:
         """
         orders = self._orders
         asked_at = time.monotonic()
-        at_least = SHORTEST_TRY + 2 * orders.client.rate_limit  # two lists
+        at_least = SHORTEST_LOOK + 2 * orders.client.rate_limit  # two lists
         self._state = self._look_failure = None
         try:
             self._state = limited(
