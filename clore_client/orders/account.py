@@ -14,6 +14,8 @@ from clore_client.models.order import Order, to_orders
 from clore_client.orders.claims import Claims, claims_for
 from clore_client.validation import Timeout
 
+SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
+
 
 class OrdersClient(Requester, Protocol):
     """The parts of ``CloreClient`` that the orders use."""

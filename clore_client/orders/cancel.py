@@ -25,7 +25,7 @@ from clore_client.errors import (
     RateLimitError,
 )
 from clore_client.log import logger
-from clore_client.orders.account import AccountOrders, OrderState
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders, OrderState
 
 MAX_ISSUE = 2048  # characters of ``issue`` that the API accepts
 # A cancelled order can stay in the active list for 2 to 20 seconds (seen on the live API).
@@ -35,7 +35,6 @@ FIRST_PAUSE = 0.02  # seconds between the first two reads of the lists; it doubl
 LONGEST_LOOK_PAUSE = 1.0
 CANCEL_AGAIN_AFTER = 30.0  # seconds; an order that still looks active is cancelled again
 CONFIRM_AT_LEAST = 30.0
-SHORTEST_LOOK = 1.0  # the shortest time limit of one request, in seconds
 
 
 class Cancellation:
@@ -180,7 +179,7 @@ class Cancellation:
                     error,
                 )
 
-    def _end_of_try(self, deadline: float, at_least: float = SHORTEST_LOOK) -> float:
+    def _end_of_try(self, deadline: float, at_least: float = SHORTEST_LIMIT) -> float:
         """Return the deadline of one request, so that a request that hangs is retried."""
         now = time.monotonic()
         left = deadline - now
@@ -196,7 +195,7 @@ class Cancellation:
         """
         orders = self._orders
         asked_at = time.monotonic()
-        at_least = SHORTEST_LOOK + 2 * orders.client.rate_limit  # two lists
+        at_least = SHORTEST_LIMIT + 2 * orders.client.rate_limit  # two lists
         self._state = self._look_failure = None
         try:
             self._state = limited(

@@ -21,10 +21,10 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.order import Order, created_id, to_orders
 from clore_client.models.server import on_demand_usd
-from clore_client.orders.account import AccountOrders
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.claims import same_purchase
 from clore_client.orders.limits import check_order_limit, check_price_limit
-from clore_client.orders.reconcile import SHORTEST_LOOK, find_order
+from clore_client.orders.reconcile import find_order
 from clore_client.validation import (
     MAX_PASSWORD,
     MAX_TOKEN,
@@ -234,7 +234,7 @@ class Purchase:
         if not data.live and (replaced or data.documented):
             return  # the response will have the order id
         # The live API returns no order id, so record which orders can't be the new one.
-        patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LOOK)
+        patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LIMIT)
         with contextlib.suppress(CloreError):
             listed, response = limited(
                 lambda: orders.read(completed=False), deadline=time.monotonic() + patience

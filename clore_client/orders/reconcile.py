@@ -11,14 +11,13 @@ from clore_client.api.request import limited
 from clore_client.errors import CloreAPIError, CloreError, OrderOutcomeUnknownError
 from clore_client.log import logger
 from clore_client.models.order import Order
-from clore_client.orders.account import AccountOrders
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.claims import Claims
 from clore_client.validation import shortened
 
 # A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
 FIRST_LOOK = 0.2
 LONGEST_PAUSE = 2.0
-SHORTEST_LOOK = 1.0  # the shortest time limit of one request
 
 
 class SentPurchase(Protocol):
@@ -103,8 +102,8 @@ def _look(
     """Read the active orders, and compute the send time by the server's clock."""
     client = orders.client
     # One slow response must not use all the time.
-    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LOOK))
-    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LOOK)
+    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
+    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
     listed, listing = limited(
         lambda: orders.read(completed=False, timeout=patience), deadline=until
     )

@@ -9,8 +9,7 @@ from clore_client.api.request import limited
 from clore_client.errors import CloreError, InvalidResponseError, OrderEndedError, WaitTimeoutError
 from clore_client.log import logger
 from clore_client.models.order import ENDED_STATUSES, Order
-from clore_client.orders.account import AccountOrders
-from clore_client.orders.reconcile import SHORTEST_LOOK
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 
 _SAME_STATUS = frozenset({"cancelled", "expired"})  # these two count as the same
 
@@ -65,7 +64,7 @@ def _poll(
 ) -> tuple[Order | None, CloreError | None]:
     """Read the order once. Return it, or the error after which another poll makes sense."""
     # The last poll starts at the deadline, and needs time for two reads.
-    last = time.monotonic() + 2 * orders.client.rate_limit + SHORTEST_LOOK
+    last = time.monotonic() + 2 * orders.client.rate_limit + SHORTEST_LIMIT
     try:
         return limited(lambda: orders.find(order_id), deadline=max(deadline, last)), None
     except CloreError as error:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from clore_client.api.request import limited
 from clore_client.errors import CancelUnconfirmedError, CloreError, OutcomeUnknownError
 from clore_client.log import logger
-from clore_client.orders.account import AccountOrders
-from clore_client.orders.cancel import SHORTEST_LOOK, confirm_until
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
+from clore_client.orders.cancel import confirm_until
 from clore_client.rental.budget import Budget
 from clore_client.rental.orders import LOOKS, RentalOrder, RentalOrders
 from clore_client.rental.selection import RentalSettings
@@ -152,7 +152,7 @@ class Cleanup:
     def _look_for(self, purchase: RentalOrder) -> bool:
         """Look once for the order of a purchase. Return True if there is surely none."""
         asked_at = time.monotonic()
-        deadline = max(asked_at + SHORTEST_LOOK, self.deadline())
+        deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
         try:
             orders = limited(self._orders.active, deadline=deadline, urgent=True)
         except CloreError:

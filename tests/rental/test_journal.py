@@ -86,7 +86,7 @@ def test_what_stands_in_an_entry(folder: Path) -> None:
     assert content["order_id"] is None
     assert content["pid"] == os.getpid()
     assert set(this_machine()) <= set(content)
-    entry.note_order(1958009)
+    entry.write_order_id(1958009)
     assert json.loads(entry.path.read_text()) == {**content, "order_id": 1958009}
     entry.remove()
     entry.remove()
