@@ -29,7 +29,7 @@ from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders, OrderStat
 
 MAX_ISSUE = 2048  # characters of ``issue`` that the API accepts
 # A cancelled order can stay in the active list for 2 to 20 seconds (seen on the live API).
-LINGER = 30.0
+SETTLE_TIMEOUT = 30.0
 MAX_CANCELS = 64  # ids that the API accepts in one ``cancel_orders``
 FIRST_PAUSE = 0.02  # seconds between the first two reads of the lists; it doubles
 LONGEST_LOOK_PAUSE = 1.0
@@ -247,7 +247,7 @@ def cancel_order(
                 f"{error}\norder {order_id} may still be running, and cost money: cancel it again",
             )
             raise
-        until = time.monotonic() + (LINGER if settle_timeout is None else settle_timeout)
+        until = time.monotonic() + (SETTLE_TIMEOUT if settle_timeout is None else settle_timeout)
         failure = cancellation.keep_on(lambda: until, confirm=False, persist=False)
         if failure is not None:
             raise failure from error
@@ -261,7 +261,7 @@ def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
     response, failed = _send_cancels(orders, ids)
     if failed and getattr(response, "sends", 1) > 1:
         # After a lost response, the retry fails for the orders that the first request ended.
-        until = time.monotonic() + LINGER
+        until = time.monotonic() + SETTLE_TIMEOUT
         left = _still_running(orders, failed, until)
         response["failed_to_cancel"] = [
             i for i in response["failed_to_cancel"] if str(i) in map(str, left)
@@ -273,7 +273,7 @@ def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int
     """Cancel all active orders of the account; see ``CloreClient.cancel_all``."""
     ids = orders.active_ids()
     failed = _send_cancels(orders, ids)[1] if ids else []
-    until = time.monotonic() + min(timeout, LINGER)
+    until = time.monotonic() + min(timeout, SETTLE_TIMEOUT)
     if left := _still_running(orders, failed, until):
         raise CancelUnconfirmedError(
             f"orders not cancelled: {', '.join(map(str, left))}; they may still be running, and "

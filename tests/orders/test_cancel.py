@@ -21,7 +21,7 @@ from tests.variant import inside
 def test_a_list_that_is_not_whole_decides_nothing(
     make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch, orders: object
 ) -> None:
-    monkeypatch.setattr(inside("orders.cancel.LINGER"), 0.3)
+    monkeypatch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.3)
     sim = make_sim()
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
@@ -46,7 +46,7 @@ def test_a_refusal_says_that_the_order_may_still_run(make_sim: MakeSim, code: in
 def test_an_order_that_is_not_listed_yet_is_not_taken_for_a_missing_one(
     make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inside("orders.cancel.LINGER"), 0.3)
+    monkeypatch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.3)
     sim = make_sim(create_answer="order_id", visible_after=60.0)
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
@@ -62,7 +62,7 @@ def test_an_order_that_is_not_listed_yet_is_not_taken_for_a_missing_one(
 def test_lists_that_can_not_be_read_leave_the_first_error(
     make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inside("orders.cancel.LINGER"), 0.2)
+    monkeypatch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.2)
     sim = make_sim()
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
@@ -74,7 +74,7 @@ def test_lists_that_can_not_be_read_leave_the_first_error(
 
 
 def test_an_unknown_order_after_a_doubt(make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside("orders.cancel.LINGER"), 0.2)
+    monkeypatch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.2)
     sim = make_sim()
     sim.faults.add("cancel_order", "lose_request")
     with pytest.raises(OrderNotFoundError, match="no order 5 ") as caught:
@@ -129,7 +129,7 @@ def test_cancel_all(make_sim: MakeSim, form: str) -> None:
 
 
 def test_cancel_all_names_what_is_left(make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside("orders.cancel.LINGER"), 0.2)
+    monkeypatch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.2)
     sim = make_sim()
     client = client_for(sim)
     order = client.create_order(plain_server(client))

@@ -195,7 +195,7 @@ def test_programs(
         sim.faults.add(endpoint, kind, times, key=key, **options)
     run = Run(client, lambda order_id: sim.order(order_id).active)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inside("orders.cancel.LINGER"), 0.2)
+        patch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.2)
         threads = [
             threading.Thread(target=run.thread, args=(server_ids[n], steps)) for n, steps in program
         ]
