@@ -91,7 +91,7 @@ class Cleanup:
     ) -> CloreError | None:
         if purchase.accepted:
             return None
-        failure = purchase.cancellation(self._orders).keep_on(
+        failure = purchase.cancellation(self._orders).run(
             deadline, confirm=False, stop=lambda: self.abandoned
         )
         if failure is None:  # the order costs nothing from now on
@@ -105,7 +105,7 @@ class Cleanup:
         failure = (
             None
             if self.hurried
-            else purchase.cancellation(self._orders).keep_on(
+            else purchase.cancellation(self._orders).run(
                 lambda: deadline, confirm=True, stop=lambda: self.hurried
             )
         )

@@ -288,10 +288,10 @@ def end_leftovers(
                 timeout if order is not None else min(timeout, orders.client.order_lag)
             )
             cancellation = Cancellation(orders, order_id)
-            failure = cancellation.keep_on(lambda: until, confirm=False)  # noqa: B023
+            failure = cancellation.run(lambda: until, confirm=False)  # noqa: B023
             if failure is None:
                 confirmed_by = confirm_until(started, timeout)
-                failure = cancellation.keep_on(lambda: confirmed_by, confirm=True)  # noqa: B023
+                failure = cancellation.run(lambda: confirmed_by, confirm=True)  # noqa: B023
             if failure is None:
                 logger.info("order %d of a dead process has ended", order_id)
                 entry.remove()
