@@ -102,7 +102,7 @@ class Cancellation:
             if isinstance(self.failure, ConfigurationError):
                 return self.unconfirmed()
             try:
-                if self._look(deadline()):
+                if self._check_lists(deadline()):
                     return None
             except OrderNotFoundError as error:
                 return error
@@ -187,7 +187,7 @@ class Cancellation:
 
     # --- the lists ---
 
-    def _look(self, deadline: float) -> bool:
+    def _check_lists(self, deadline: float) -> bool:
         """Read the lists once, and return whether the order has ended.
 
         Raises:
