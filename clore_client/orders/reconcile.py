@@ -16,7 +16,7 @@ from clore_client.orders.claims import Claims
 from clore_client.validation import shortened
 
 # A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
-FIRST_LOOK = 0.2
+FIRST_PAUSE = 0.2
 LONGEST_PAUSE = 2.0
 
 
@@ -67,14 +67,14 @@ def find_order(
 def _search(
     orders: AccountOrders, purchase: SentPurchase, timeout: float, send_error: CloreError | None
 ) -> Order:
-    claims, pause = orders.claims, FIRST_LOOK
+    claims, pause = orders.claims, FIRST_PAUSE
     deadline = time.monotonic() + timeout
     while True:
         cause: CloreError | None = None
         possible: list[Order] = []
         created_after = None
         try:
-            listed, created_after = _look(orders, purchase, timeout, deadline)
+            listed, created_after = _read_active(orders, purchase, timeout, deadline)
             possible = claims.free([o for o in listed if purchase.matches(o)], purchase)
         except CloreError as error:
             cause = error
@@ -96,7 +96,7 @@ def _search(
         pause = min(pause * 1.5, LONGEST_PAUSE)
 
 
-def _look(
+def _read_active(
     orders: AccountOrders, purchase: SentPurchase, timeout: float, deadline: float
 ) -> tuple[list[Order], float | None]:
     """Read the active orders, and compute the send time by the server's clock."""
