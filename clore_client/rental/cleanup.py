@@ -12,10 +12,10 @@ from clore_client.log import logger
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.cancel import confirm_until
 from clore_client.rental.budget import Budget
-from clore_client.rental.orders import LOOKS, RentalOrder, RentalOrders
+from clore_client.rental.orders import MIN_LISTS_WITHOUT, RentalOrder, RentalOrders
 from clore_client.rental.selection import RentalSettings
 
-LOOK_EVERY = 0.5  # seconds between two looks for an order that may exist
+SEARCH_INTERVAL = 0.5  # seconds between two looks for an order that may exist
 
 
 class Cleanup:
@@ -134,7 +134,7 @@ class Cleanup:
         """Look once for the orders of purchases that the API refused with code 1."""
         for purchase in self.unresolved(in_progress):
             try:
-                surely_none = self._look_for(purchase)
+                confirmed_absent = self._search(purchase)
             except CloreError as error:
                 logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
                 continue
@@ -146,10 +146,10 @@ class Cleanup:
                 )
                 until = time.monotonic() + self._settings.cancel_timeout
                 self.try_to_cancel(purchase, lambda: until)  # noqa: B023
-            elif surely_none:
+            elif confirmed_absent:
                 self._rental_orders.forget(purchase)
 
-    def _look_for(self, purchase: RentalOrder) -> bool:
+    def _search(self, purchase: RentalOrder) -> bool:
         """Look once for the order of a purchase. Return True if there is surely none."""
         asked_at = time.monotonic()
         deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
@@ -158,16 +158,16 @@ class Cleanup:
         except CloreError:
             purchase.absent.clear()  # a read that failed breaks the series
             raise
-        return self._rental_orders.look_for(purchase, orders, asked_at)
+        return self._rental_orders.search_in(purchase, orders, asked_at)
 
     def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
         """Look for the order of a purchase until it is found and cancelled, or surely none."""
         logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
-        shown = False
-        while not (shown or self.abandoned):
+        confirmed_absent = False
+        while not (confirmed_absent or self.abandoned):
             try:
-                shown = self._look_for(purchase)
+                confirmed_absent = self._search(purchase)
                 cause = None
             except CloreError as error:
                 cause = error
@@ -175,9 +175,14 @@ class Cleanup:
                 return self.cancel(purchase, self.deadline)
             if time.monotonic() >= self.deadline():
                 break
-            if not shown:
-                time.sleep(min(LOOK_EVERY, max(0.001, self._orders.client.order_lag / LOOKS)))
-        if shown and purchase.refused:
+            if not confirmed_absent:
+                time.sleep(
+                    min(
+                        SEARCH_INTERVAL,
+                        max(0.001, self._orders.client.order_lag / MIN_LISTS_WITHOUT),
+                    )
+                )
+        if confirmed_absent and purchase.refused:
             self._rental_orders.forget(purchase)
             return None
         self._rental_orders.give_up(purchase)

@@ -16,7 +16,7 @@ from clore_client.rental.budget import Budget, Meter
 from clore_client.rental.journal import JournalEntry, read_entries, write_entry
 from clore_client.rental.selection import RentalSettings
 
-LOOKS = 6  # an order does not exist if at least this many lists do not have it
+MIN_LISTS_WITHOUT = 6  # an order does not exist if at least this many lists do not have it
 
 
 class RentalOrder:
@@ -153,7 +153,7 @@ class RentalOrders:
             self._all.remove(purchase)
         self._orders.bid_listeners.pop(purchase.order_id or 0, None)
 
-    def look_for(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
+    def search_in(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
         """Look for the order of a purchase in a list. Return True if there is surely none.
 
         A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
@@ -173,7 +173,7 @@ class RentalOrders:
         elif asked_at >= purchase.sent_at + lag and self._is_complete(orders):
             purchase.absent.append(asked_at)
         absent = purchase.absent
-        return len(absent) >= LOOKS and absent[-1] - absent[0] >= lag
+        return len(absent) >= MIN_LISTS_WITHOUT and absent[-1] - absent[0] >= lag
 
     def _is_complete(self, orders: list[Order]) -> bool:
         """Return whether a list has all orders of this rental that surely run."""

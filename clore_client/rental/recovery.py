@@ -22,7 +22,7 @@ from clore_client.rental.orders import fits_intent
 CLOCKS_APART = 300.0
 CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
 LATEST_ORDER = 180.0  # a proxy can delay a request
-LEFTOVER_LOOK = 1.0  # between two reads, while an order may not be listed yet
+LEFTOVER_READ_INTERVAL = 1.0  # between two reads, while an order may not be listed yet
 
 
 class Leftover:
@@ -259,7 +259,7 @@ def _take_survey(orders: AccountOrders, folder: Path | None, wait: float) -> _Su
             survey.close()
             raise
         survey.close()
-        time.sleep(min(LEFTOVER_LOOK, max(0.01, wait / 10), remaining))
+        time.sleep(min(LEFTOVER_READ_INTERVAL, max(0.01, wait / 10), remaining))
 
 
 def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:

@@ -37,14 +37,16 @@ from clore_client.rental.budget import Budget
 from clore_client.rental.cleanup import Cleanup
 from clore_client.rental.client import RentalClient
 from clore_client.rental.handoff import Gate, ThreadCall, next_item
-from clore_client.rental.orders import LOOKS, RentalOrder, RentalOrders
+from clore_client.rental.orders import MIN_LISTS_WITHOUT, RentalOrder, RentalOrders
 from clore_client.rental.process import this_process
 from clore_client.rental.selection import RentalSettings
 from clore_client.rental.signals import SignalExit, SignalHandling, in_main_thread
 
 Result = TypeVar("Result")
 
-LOOK_BESIDE = 2.0  # seconds between two looks for an order that may exist, during the block
+SEARCH_INTERVAL_IN_BLOCK = (
+    2.0  # seconds between two looks for an order that may exist, during the block
+)
 GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
 
 # After these errors, no order exists.
@@ -300,7 +302,10 @@ class RentalWorker:
     def _next_request(self) -> None:
         timeout = None if self.exceeded else self.budget.seconds_left()
         if self._cleanup.unresolved(self._current):
-            look = min(LOOK_BESIDE, max(0.001, self._orders.client.order_lag / LOOKS))
+            look = min(
+                SEARCH_INTERVAL_IN_BLOCK,
+                max(0.001, self._orders.client.order_lag / MIN_LISTS_WITHOUT),
+            )
             timeout = min(look, math.inf if timeout is None else timeout)
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
