@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import paramiko
 
 # After these errors, rent() tries the next server.
-NEXT_CANDIDATE = (
+TRY_NEXT_ERRORS = (
     ServerAlreadyRentedError,
     ServerOfflineError,
     CurrencyNotAllowedError,
@@ -282,7 +282,7 @@ class Rental:
         """Rent a server. Return None if it runs, else the reason why it does not work."""
         try:
             order = self._buy(worker, server)
-        except NEXT_CANDIDATE as error:
+        except TRY_NEXT_ERRORS as error:
             return str(error)
         self._order, self._server = order, server
         reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)

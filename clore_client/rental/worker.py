@@ -50,7 +50,7 @@ SEARCH_INTERVAL_IN_BLOCK = (
 GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
 
 # After these errors, no order exists.
-SURELY_NO_ORDER = (
+NO_ORDER_ERRORS = (
     AuthenticationError,
     CloreAPIError,
     CloreConnectionError,
@@ -354,7 +354,7 @@ class RentalWorker:
             self._rental_orders.mark_refused(purchase)
             self._current = None
             raise
-        except SURELY_NO_ORDER as error:
+        except NO_ORDER_ERRORS as error:
             # After an unknown code, or a response without one, the order may exist.
             if not isinstance(error, CloreAPIError) or error.code in ERROR_CODES:
                 self._rental_orders.forget(purchase)
