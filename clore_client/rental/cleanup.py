@@ -22,8 +22,8 @@ class Cleanup:
     """The cleanup of one rental, which ends its orders.
 
     Attributes:
-        left_at: monotonic time at which the block ended; None before that.
-        hurried: skip the confirmation, after an interrupt during the cleanup.
+        block_ended_at: monotonic time at which the block ended; None before that.
+        skip_confirmation: skip the confirmation, after an interrupt during the cleanup.
         abandoned: stop the cleanup, after three interrupts; ``leftovers()`` finds the orders.
     """
 
@@ -38,19 +38,19 @@ class Cleanup:
         self._rental_orders = rental_orders
         self._settings = settings
         self._budget = budget
-        self.left_at: float | None = None
-        self.hurried = False
+        self.block_ended_at: float | None = None
+        self.skip_confirmation = False
         self.abandoned = False
 
     def leave(self) -> None:
         """Record that the block has ended, which sets the deadline for cancels."""
-        self.left_at = self.left_at or time.monotonic()
+        self.block_ended_at = self.block_ended_at or time.monotonic()
 
     def deadline(self) -> float:
         """Return the deadline for cancels; there is none before the block has ended."""
-        if self.left_at is None:
+        if self.block_ended_at is None:
             return math.inf
-        return self.left_at + self._settings.cancel_timeout
+        return self.block_ended_at + self._settings.cancel_timeout
 
     def unresolved(self, in_progress: RentalOrder | None) -> list[RentalOrder]:
         """Return the purchases with unknown outcome, except the one that is being made."""
@@ -104,12 +104,12 @@ class Cleanup:
         deadline = confirm_until(started, self._settings.cancel_timeout)
         failure = (
             None
-            if self.hurried
+            if self.skip_confirmation
             else purchase.cancellation(self._orders).run(
-                lambda: deadline, confirm=True, stop=lambda: self.hurried
+                lambda: deadline, confirm=True, stop=lambda: self.skip_confirmation
             )
         )
-        if self.hurried:
+        if self.skip_confirmation:
             logger.warning(
                 "order %d was cancelled, but an interrupt skipped the confirmation", order_id
             )

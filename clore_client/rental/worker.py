@@ -210,7 +210,7 @@ class RentalWorker:
                 if self.finished.wait():
                     break
             except (KeyboardInterrupt, SystemExit) as interrupt:
-                self._cleanup.hurried = True
+                self._cleanup.skip_confirmation = True
                 caught.append(interrupt)
                 times.append(time.monotonic())
                 if len(times) >= 3 and times[-1] - times[-3] <= GIVE_UP_WITHIN:
@@ -318,7 +318,7 @@ class RentalWorker:
         return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
     def _is_left(self) -> bool:
-        return self._cleanup.left_at is not None or self._block_is_gone()
+        return self._cleanup.block_ended_at is not None or self._block_is_gone()
 
     def _block_is_gone(self) -> bool:
         """Return whether the ``with`` statement or the rental no longer exists."""
