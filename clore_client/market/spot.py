@@ -113,7 +113,7 @@ class MarketData:
         return bid
 
 
-def surely_documented(order: Order) -> bool:
+def in_documented_form(order: Order) -> bool:
     """Return whether an order has a field that only the documented form has."""
     return order.is_live is False and any(
         name in order.wire for name in ("status", "connection", "renting_server")
