@@ -285,7 +285,7 @@ def test_code_1_without_an_order_gives_way_to_the_next(sim: Simulator, tmp_path:
         assert "Database error" in rental.tried[0][1]
         assert rental.server.id == second
         assert len(entries(tmp_path)) == 2
-        # Code 1 is also answered when the order was made: that note goes when time has confirmed_absent.
+        # Code 1 is also answered when the order was made: its entry goes after a while.
         until(lambda: len(entries(tmp_path)) == 1)
     assert len(sim.orders) == 1
     assert entries(tmp_path) == []
