@@ -12,8 +12,8 @@ from clore_client.config import (
     DEFAULT_STATE_DIR,
     KEY_VARIABLE,
     check_state_dir,
-    ending_of,
-    need_key,
+    key_ending,
+    require_key,
     state_folder,
 )
 from clore_client.errors import ERROR_CODES, Secret, hidden_values, printable
@@ -179,7 +179,7 @@ class CloreClient(HTTPClient):
         """
         if "api_key" in options:
             raise TypeError("from_env() takes no api_key: pass it to the class itself")
-        need_key()
+        require_key()
         return cls(**options)
 
     def describe(self) -> str:
@@ -202,7 +202,7 @@ class CloreClient(HTTPClient):
             key_line = f"no key {where}"
         else:
             source = source if key == found else "attribute"
-            key_line = f"a key that ends in {ending_of(key)!r}, from {source}"
+            key_line = f"a key that ends in {key_ending(key)!r}, from {source}"
         url_found, url_source = self._url_source
         if url != url_found:
             own = "BASE_URL" in self.__dict__

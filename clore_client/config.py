@@ -61,7 +61,7 @@ def find_key(argument: str | None) -> tuple[str | None, str]:
     return (from_file, f"file {CONFIG_FILE}") if from_file else (None, "nowhere")
 
 
-def need_key() -> None:
+def require_key() -> None:
     """Raise an error if neither the environment nor the official tools' file has a key."""
     if find_key(None)[0] is None:
         variable = "is empty" if KEY_VARIABLE in os.environ else "is not set"
@@ -73,7 +73,7 @@ def need_key() -> None:
         )
 
 
-def ending_of(key: object) -> str:
+def key_ending(key: object) -> str:
     """Return the end of a key, for display: four characters, or a quarter of a short key."""
     text = str(key)
     return printable(text[len(text) - min(4, len(text) // 4) :])
