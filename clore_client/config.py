@@ -231,7 +231,7 @@ def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
     else:
         folder = os.path.expanduser(os.fspath(state_dir))
     if folder.startswith("~"):  # "~" would become the name of a folder
-        warn_of_state(f"{folder} can't be used", "this user has no home directory")
+        warn_about_state(f"{folder} can't be used", "this user has no home directory")
         return None
     return Path(os.path.abspath(folder))
 
@@ -242,7 +242,7 @@ def account_digest(base_url: str, api_key: str | None) -> str:
     return hashlib.sha256(account.encode()).hexdigest()[:32]
 
 
-def warn_of_state(what: str, error: object) -> None:
+def warn_about_state(what: str, error: object) -> None:
     """Warn once about a problem of the state folder, which must not stop a rental."""
     reason = getattr(error, "strerror", None) or error
     warn_once(f"{what}: {reason}; if this process is killed, leftovers() can't find its rentals")

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from clore_client.config import warn_of_state
+from clore_client.config import warn_about_state
 from clore_client.files import lock_file
 from clore_client.models.record import whole_id
 from clore_client.rental.process import this_process
@@ -99,7 +99,7 @@ class JournalEntry:
             os.write(self._handle, f"{order_id:<{_ID_ROOM}}".encode())
             os.fsync(self._handle)
         except OSError as error:
-            warn_of_state(f"{self.path.name} could not be updated", error)
+            warn_about_state(f"{self.path.name} could not be updated", error)
 
     def hold(self, handle: int) -> None:
         """Keep the lock of an abandoned file until ``close()``."""
@@ -118,7 +118,7 @@ class JournalEntry:
             if os.name != "nt" and handle is not None:
                 os.close(handle)
         except OSError as error:
-            warn_of_state(f"{self.path} could not be removed", error)
+            warn_about_state(f"{self.path} could not be removed", error)
 
     def close(self) -> None:
         """Release the lock, unless this process wrote the file."""
@@ -154,7 +154,7 @@ def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | Non
         entry.write()
     except OSError as error:
         entry.remove()
-        warn_of_state(f"the journal in {folder} can't be written", error)
+        warn_about_state(f"the journal in {folder} can't be written", error)
         return None
     return entry
 
@@ -168,7 +168,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        warn_of_state(f"{folder} could not be read", error)
+        warn_about_state(f"{folder} could not be read", error)
         return []
     machine = this_machine()
     found = []
@@ -178,7 +178,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            warn_of_state(f"{folder / name} is not a readable journal entry", error)
+            warn_about_state(f"{folder / name} is not a readable journal entry", error)
             continue
         if entry is not None:
             found.append(entry)
@@ -200,7 +200,7 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
         try:
             free = lock_file(handle)
         except OSError as error:  # without locks, the process may still be alive
-            warn_of_state(f"files in {path.parent} can't be locked", error)
+            warn_about_state(f"files in {path.parent} can't be locked", error)
             free = False
         os.lseek(handle, 0, os.SEEK_SET)
         text = os.read(handle, LONGEST_ENTRY)
