@@ -16,7 +16,7 @@ from clore_client.config import (
     require_key,
     state_folder,
 )
-from clore_client.errors import ERROR_CODES, Secret, hidden_values, printable
+from clore_client.errors import ERROR_CODES, Secret, secret_values, printable
 from clore_client.log import logger
 from clore_client.market.market import Market
 from clore_client.market.spot import with_hourly_offers
@@ -428,7 +428,7 @@ class CloreClient(HTTPClient):
             (1958009, 'q1nE0rNN7mBdmKyUHyKzXgLa')
         """
         ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
-        env = hidden_values(env)
+        env = secret_values(env)
         purchase = Purchase(
             self._orders,
             server_id=server_id,
@@ -659,7 +659,7 @@ class CloreClient(HTTPClient):
         from clore_client.rental.selection import RentalSettings
 
         ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
-        env = hidden_values(env)
+        env = secret_values(env)
         order = {
             "image": image, "currency": currency, "ports": ports, "env": env,
             "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,

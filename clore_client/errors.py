@@ -56,7 +56,7 @@ class Secret(str):
         return cls(value) if isinstance(value, str) else value
 
 
-def hidden_values(env: Any) -> Any:
+def secret_values(env: Any) -> Any:
     """Return a dict with its strings as secrets, and any other value unchanged."""
     return {k: Secret.of(v) for k, v in env.items()} if isinstance(env, dict) else env
 
