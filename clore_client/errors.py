@@ -97,14 +97,14 @@ def without(text: str, secrets: tuple[str, ...]) -> str:
     return text
 
 
-def _scrubbed(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
+def _redacted(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
     """Return ``value`` with the ``secrets`` replaced in all its strings."""
     if isinstance(value, str):
         return without(value, secrets)
     if isinstance(value, dict) and depth:
-        return {k: _scrubbed(v, secrets, depth - 1) for k, v in value.items()}
+        return {k: _redacted(v, secrets, depth - 1) for k, v in value.items()}
     if isinstance(value, list) and depth:
-        return [_scrubbed(v, secrets, depth - 1) for v in value]
+        return [_redacted(v, secrets, depth - 1) for v in value]
     return value
 
 
@@ -330,7 +330,7 @@ class CloreAPIError(CloreError):
     ) -> None:
         self.code = code
         self.error = None if error is None else without(error, secrets)
-        self.response: dict[str, Any] = _scrubbed(response or {}, secrets)
+        self.response: dict[str, Any] = _redacted(response or {}, secrets)
         self.http_status = http_status
         self.endpoint = endpoint
         self.hint = hint
@@ -483,7 +483,7 @@ def _response_number(value: Any) -> float | None:
     return float(value) if type(value) in (int, float) and abs(value) < 1e12 else None
 
 
-SHOWN_OF_STDERR = 500  # an error shows the last characters
+STDERR_TAIL = 500  # an error shows the last characters
 
 
 class HostKeyChangedError(SSHError):
@@ -562,5 +562,5 @@ class TransferError(SSHError):
 
 
 def _tail(text: str) -> str:
-    lines = text.strip()[-SHOWN_OF_STDERR:].splitlines()
-    return "".join(f"\n  {printable(line, SHOWN_OF_STDERR)}" for line in lines)
+    lines = text.strip()[-STDERR_TAIL:].splitlines()
+    return "".join(f"\n  {printable(line, STDERR_TAIL)}" for line in lines)

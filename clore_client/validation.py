@@ -16,7 +16,7 @@ Timeout = float | tuple[float | None, float | None] | None
 
 _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # With these characters in an env value, create_order returns code 1 (seen on the live API).
-_CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
+_REFUSED_CHARACTERS = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
@@ -274,7 +274,7 @@ def check_env(name: str, value: Any) -> dict[str, str]:
                 f"{name}[{variable!r}] must have at most {MAX_ENV_VALUE} characters, not "
                 f"{len(text)}"
             )
-        if re.search(_CHOKED_ON, text):
+        if re.search(_REFUSED_CHARACTERS, text):
             logger.warning(
                 "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "
                 "refuse with code 1",
