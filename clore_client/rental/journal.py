@@ -32,14 +32,13 @@ def _read_line(path: str) -> str:
 
 
 def this_machine() -> dict[str, str]:
-    """Return the identity of this machine and of its current boot."""
+    """Return the identity of this machine."""
     machine = _read_line("/etc/machine-id") or _read_line("/var/lib/dbus/machine-id")
     # machine-id(5) says to keep the id itself private.
     digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
     return {
         "host": socket.gethostname(),
         "machine": digest,
-        "boot": _read_line("/proc/sys/kernel/random/boot_id"),
     }
 
 
@@ -56,12 +55,19 @@ class JournalEntry:
             gave up.
     """
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        data: dict[str, Any],
+        *,
+        of_this_machine: bool = True,
+        lock: int | None = None,
+    ) -> None:
         self.path = path
         self.data = data
-        self.of_this_machine = True
-        self.abandoned = False
-        self._handle: int | None = None
+        self.of_this_machine = of_this_machine
+        self.abandoned = lock is not None
+        self._handle = lock
         self._written_here = False
 
     @property
@@ -100,10 +106,6 @@ class JournalEntry:
             os.fsync(self._handle)
         except OSError as error:
             warn_about_state(f"{self.path.name} could not be updated", error)
-
-    def hold(self, handle: int) -> None:
-        """Keep the lock of an abandoned file until ``close()``."""
-        self._handle = handle
 
     def remove(self) -> None:
         """Remove the file. Safe to repeat."""
@@ -211,13 +213,9 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
         data = json.loads(text)
         if not isinstance(data, dict):
             raise ValueError("it is not a JSON object")
-        found = JournalEntry(path, data)
-        found.of_this_machine = all(data.get(k) == machine[k] for k in ("host", "machine"))
-        found.abandoned = free and found.of_this_machine
-        if found.abandoned:
-            found.hold(handle)
-            keep = True
-        return found
+        here = all(data.get(name) == value for name, value in machine.items())
+        keep = free and here
+        return JournalEntry(path, data, of_this_machine=here, lock=handle if keep else None)
     finally:
         if not keep:
             os.close(handle)
