@@ -16,7 +16,7 @@ from clore_client.config import (
     require_key,
     state_folder,
 )
-from clore_client.errors import ERROR_CODES, Secret, secret_values, printable
+from clore_client.errors import ERROR_CODES, Secret, printable, secret_values
 from clore_client.log import logger
 from clore_client.market.market import Market
 from clore_client.market.spot import with_hourly_offers

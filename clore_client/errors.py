@@ -122,15 +122,12 @@ class CloreError(Exception):
     sends: int = 1
     # time.monotonic() of the last send; None if nothing was sent.
     sent_at: float | None = None
-    # Attributes with secrets, which pickles and copies leave out.
-    _private: tuple[str, ...] = ()
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {k: v for k, v in self.__dict__.items() if k not in self._private}
-        return (_restored, (type(self), self.args, state))
+        return (_restored, (type(self), self.args, self.__dict__))
 
 
 def _restored(cls: type[CloreError], args: tuple[Any, ...], state: dict[str, Any]) -> CloreError:
@@ -175,8 +172,6 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
             ``jupyter_token``. It is in no text and no pickle of this error.
     """
 
-    _private = ("credentials",)
-
     def __init__(
         self,
         message: str,
@@ -191,10 +186,9 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
         self.order_ids = order_ids
         self.credentials = credentials or {}
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "credentials":  # an error that was pickled or copied
-            return {}
-        raise AttributeError(name)
+    def __reduce__(self) -> tuple[Any, ...]:
+        restore, (cls, args, state) = super().__reduce__()
+        return restore, (cls, args, {**state, "credentials": {}})
 
 
 class OrderNotFoundError(CloreError):
