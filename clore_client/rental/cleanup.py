@@ -11,11 +11,10 @@ from clore_client.errors import CancelUnconfirmedError, CloreError, OutcomeUnkno
 from clore_client.log import logger
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.cancel import confirm_until
-from clore_client.rental.budget import Budget
-from clore_client.rental.orders import MIN_LISTS_WITHOUT, RentalOrder, RentalOrders
+from clore_client.rental.orders import RentalOrder, RentalOrders
 from clore_client.rental.selection import RentalSettings
 
-SEARCH_INTERVAL = 0.5  # seconds between two looks for an order that may exist
+SEARCH_INTERVAL = 0.5  # seconds between two searches for an order that may exist
 
 
 class Cleanup:
@@ -32,12 +31,10 @@ class Cleanup:
         orders: AccountOrders,
         rental_orders: RentalOrders,
         settings: RentalSettings,
-        budget: Budget,
     ) -> None:
         self._orders = orders
         self._rental_orders = rental_orders
         self._settings = settings
-        self._budget = budget
         self.block_ended_at: float | None = None
         self.skip_confirmation = False
         self.abandoned = False
@@ -95,7 +92,7 @@ class Cleanup:
             deadline, confirm=False, stop=lambda: self.abandoned
         )
         if failure is None:  # the order costs nothing from now on
-            self._budget.stop(purchase.meter)
+            purchase.meter.stop()
         return failure
 
     def confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
@@ -176,12 +173,7 @@ class Cleanup:
             if time.monotonic() >= self.deadline():
                 break
             if not confirmed_absent:
-                time.sleep(
-                    min(
-                        SEARCH_INTERVAL,
-                        max(0.001, self._orders.client.order_lag / MIN_LISTS_WITHOUT),
-                    )
-                )
+                time.sleep(self._rental_orders.search_interval(SEARCH_INTERVAL))
         if confirmed_absent and purchase.refused:
             self._rental_orders.forget(purchase)
             return None

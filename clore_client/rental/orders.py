@@ -16,7 +16,7 @@ from clore_client.rental.budget import Budget, Meter
 from clore_client.rental.journal import JournalEntry, read_entries, write_entry
 from clore_client.rental.selection import RentalSettings
 
-MIN_LISTS_WITHOUT = 6  # an order does not exist if at least this many lists do not have it
+MIN_LISTS_WITHOUT = 6  # an order counts as absent if at least this many lists do not have it
 
 
 class RentalOrder:
@@ -111,7 +111,7 @@ class RentalOrders:
     def set_order_id(self, purchase: RentalOrder, order_id: int) -> None:
         """Record the order id of a purchase."""
         purchase.order_id = order_id
-        self._budget.resume(purchase.meter)
+        purchase.meter.counts = True
         if purchase.entry is not None:
             purchase.entry.write_order_id(order_id)
 
@@ -125,22 +125,19 @@ class RentalOrders:
         """Record that the API refused a purchase with code 1, after which it may still exist."""
         purchase.refused = True
         purchase.sent_at = time.monotonic()  # if there is an order, it was made before now
-        self._budget.drop(purchase.meter)
+        purchase.meter.counts = False
 
     def forget(self, purchase: RentalOrder) -> None:
         """Remove a purchase that has no order any more."""
         if purchase.entry is not None:
             purchase.entry.remove()
         self._remove(purchase)
-        self._budget.drop(purchase.meter)
 
     def give_up(self, purchase: RentalOrder) -> None:
         """Leave a purchase to ``leftovers()``."""
         if purchase.entry is not None:
             purchase.entry.abandoned = True
         self._remove(purchase)
-        if purchase.order_id is None:
-            self._budget.drop(purchase.meter)
 
     def keep(self, purchase: RentalOrder) -> None:
         """Leave an order running on purpose."""
@@ -151,6 +148,7 @@ class RentalOrders:
     def _remove(self, purchase: RentalOrder) -> None:
         if purchase in self._all:
             self._all.remove(purchase)
+        purchase.meter.counts = purchase.order_id is not None
         self._orders.bid_listeners.pop(purchase.order_id or 0, None)
 
     def search_in(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
@@ -174,6 +172,10 @@ class RentalOrders:
             purchase.absent.append(asked_at)
         absent = purchase.absent
         return len(absent) >= MIN_LISTS_WITHOUT and absent[-1] - absent[0] >= lag
+
+    def search_interval(self, longest: float) -> float:
+        """Return the seconds between two searches, at most ``longest``."""
+        return min(longest, max(0.001, self._orders.client.order_lag / MIN_LISTS_WITHOUT))
 
     def _is_complete(self, orders: list[Order]) -> bool:
         """Return whether a list has all orders of this rental that surely run."""

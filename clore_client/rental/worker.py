@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import atexit
 import contextvars
-import math
 import os
 import queue
 import threading
@@ -37,16 +36,14 @@ from clore_client.rental.budget import Budget
 from clore_client.rental.cleanup import Cleanup
 from clore_client.rental.client import RentalClient
 from clore_client.rental.handoff import Gate, ThreadCall, next_item
-from clore_client.rental.orders import MIN_LISTS_WITHOUT, RentalOrder, RentalOrders
+from clore_client.rental.orders import RentalOrder, RentalOrders
 from clore_client.rental.process import this_process
 from clore_client.rental.selection import RentalSettings
 from clore_client.rental.signals import SignalExit, SignalHandling, in_main_thread
 
 Result = TypeVar("Result")
 
-SEARCH_INTERVAL_IN_BLOCK = (
-    2.0  # seconds between two looks for an order that may exist, during the block
-)
+SEARCH_INTERVAL_IN_BLOCK = 2.0  # seconds between two searches, while the block runs
 GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
 
 # After these errors, no order exists.
@@ -105,7 +102,7 @@ class RentalWorker:
         self._rental_orders = RentalOrders(
             orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
         )
-        self._cleanup = Cleanup(orders, self._rental_orders, settings, self.budget)
+        self._cleanup = Cleanup(orders, self._rental_orders, settings)
         self._current: RentalOrder | None = None  # the order of the block
         self._started = False
         self._interrupted_at: list[float] = []
@@ -302,11 +299,8 @@ class RentalWorker:
     def _next_request(self) -> None:
         timeout = None if self.exceeded else self.budget.seconds_left()
         if self._cleanup.unresolved(self._current):
-            look = min(
-                SEARCH_INTERVAL_IN_BLOCK,
-                max(0.001, self._orders.client.order_lag / MIN_LISTS_WITHOUT),
-            )
-            timeout = min(look, math.inf if timeout is None else timeout)
+            interval = self._rental_orders.search_interval(SEARCH_INTERVAL_IN_BLOCK)
+            timeout = interval if timeout is None else min(interval, timeout)
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
             request.run()
