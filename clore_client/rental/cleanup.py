@@ -49,9 +49,9 @@ class Cleanup:
             return math.inf
         return self.block_ended_at + self._settings.cancel_timeout
 
-    def unresolved(self, in_progress: RentalOrder | None) -> list[RentalOrder]:
-        """Return the purchases with unknown outcome, except the one that is being made."""
-        return [p for p in self._rental_orders if p.order_id is None and p is not in_progress]
+    def unresolved(self) -> list[RentalOrder]:
+        """Return the purchases that the API refused with code 1, but that may have an order."""
+        return [p for p in self._rental_orders if p.order_id is None and p.refused]
 
     def end_all(self) -> BaseException | None:
         """End all orders, the cancels first. Return None, or the first failure."""
@@ -127,9 +127,9 @@ class Cleanup:
 
     # --- purchases with unknown outcome ---
 
-    def search_unresolved(self, in_progress: RentalOrder | None) -> None:
-        """Look once for the orders of purchases that the API refused with code 1."""
-        for purchase in self.unresolved(in_progress):
+    def search_unresolved(self) -> None:
+        """Look once for the orders of unresolved purchases, and cancel those that exist."""
+        for purchase in self.unresolved():
             try:
                 confirmed_absent = self._search(purchase)
             except CloreError as error:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clore_client.errors import (
     BidTooLowError,
@@ -34,6 +34,8 @@ from clore_client.rental.worker import RentalWorker
 
 if TYPE_CHECKING:
     import paramiko
+
+Part = TypeVar("Part")
 
 # After these errors, rent() tries the next server.
 TRY_NEXT_ERRORS = (
@@ -106,16 +108,12 @@ class Rental:
     @property
     def order(self) -> Order:
         """The order as it was when it started to run."""
-        if self._order is None:
-            raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
-        return self._order
+        return _check_open(self._order)
 
     @property
     def server(self) -> Server:
         """The server as it was listed."""
-        if self._server is None:
-            raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
-        return self._server
+        return _check_open(self._server)
 
     @property
     def hours(self) -> float:
@@ -211,10 +209,9 @@ class Rental:
 
     def _open_worker(self) -> RentalWorker:
         """Return the worker, or raise an error if the rental has ended."""
-        if self._worker is None:
-            raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
-        self._worker.check()
-        return self._worker
+        worker = _check_open(self._worker)
+        worker.check()
+        return worker
 
     # --- the block ---
 
@@ -362,6 +359,13 @@ def _raise_beyond(
         _add_note(error, note)
 
 
+def _check_open(part: Part | None) -> Part:
+    """Return a part of a rental, which is None before the block begins."""
+    if part is None:
+        raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
+    return part
+
+
 def _is_of(error: BaseException | None, order_id: int | None) -> bool:
     return isinstance(error, BudgetExceededError) and error.order_id == order_id
 
@@ -372,12 +376,7 @@ def _is_open(ssh: Any) -> bool:
 
 
 def _add_note(error: BaseException, note: str) -> None:
-    """Add a note to an error, also on Python 3.10, which has no ``add_note``."""
-    notes = getattr(error, "__notes__", None)
-    try:
-        if hasattr(error, "add_note"):
-            error.add_note(note)
-        else:
-            error.__notes__ = [*notes, note] if isinstance(notes, list) else [note]  # type: ignore[attr-defined,unused-ignore]
-    except (TypeError, AttributeError):  # this exception allows no attributes
-        logger.error("%s", note)
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]

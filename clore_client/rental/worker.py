@@ -279,7 +279,7 @@ class RentalWorker:
                 self._next_request()
                 if self._must_end():
                     self._end_early()
-                self._cleanup.search_unresolved(self._current)
+                self._cleanup.search_unresolved()
         except BaseException as error:
             self.failure = error
         self._cleanup.leave()
@@ -298,7 +298,7 @@ class RentalWorker:
 
     def _next_request(self) -> None:
         timeout = None if self.exceeded else self.budget.seconds_left()
-        if self._cleanup.unresolved(self._current):
+        if self._cleanup.unresolved():
             interval = self._rental_orders.search_interval(SEARCH_INTERVAL_IN_BLOCK)
             timeout = interval if timeout is None else min(interval, timeout)
         request = next_item(self._inbox, timeout)
