@@ -39,7 +39,7 @@ class Cleanup:
         self.skip_confirmation = False
         self.abandoned = False
 
-    def leave(self) -> None:
+    def record_block_end(self) -> None:
         """Record that the block has ended, which sets the deadline for cancels."""
         self.block_ended_at = self.block_ended_at or time.monotonic()
 
@@ -91,7 +91,7 @@ class Cleanup:
         failure = purchase.cancellation(self._orders).run(
             deadline, confirm=False, stop=lambda: self.abandoned
         )
-        if failure is None:  # the order costs nothing from now on
+        if failure is None:  # the order costs no_server from now on
             purchase.meter.stop()
         return failure
 

@@ -57,8 +57,8 @@ class _BlockExit:
 
     def __get__(self, rental: Rental | None, owner: type[Rental]) -> Callable[..., None]:
         if rental is None:
-            return owner._leave
-        leave = functools.partial(owner._leave, rental)
+            return owner._end
+        leave = functools.partial(owner._end, rental)
         if rental._worker is None:
             rental._block = weakref.ref(leave, rental._inbox.put)
         return leave
@@ -228,13 +228,13 @@ class Rental:
             self._worker.start()
             self._try_servers(self._worker)
         except BaseException as error:
-            self._leave(type(error), error)
+            self._end(type(error), error)
             raise
         return self
 
     __exit__ = _BlockExit()
 
-    def _leave(
+    def _end(
         self,
         kind: type[BaseException] | None = None,
         error: BaseException | None = None,
@@ -248,20 +248,20 @@ class Rental:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         while not worker.closed:
             try:
-                interrupts += worker.leave(interrupted)
+                interrupts += worker.end(interrupted)
                 worker.close()
             except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
                 interrupts.append(late)
                 interrupted = True
         self._shell = None
-        _raise_beyond(error, worker, interrupts)
+        _raise_failure(error, worker, interrupts)
 
     # --- servers ---
 
     def _try_servers(self, worker: RentalWorker) -> None:
         settings, client = self._settings, self._client
         worker.record_existing_orders(client.get_orders())
-        servers, nothing = candidates(client, settings)
+        servers, no_server = candidates(client, settings)
         for server in servers[: settings.attempts]:
             worker.check()
             reason = self._try(worker, server)
@@ -271,7 +271,7 @@ class Rental:
             self.tried.append((server.id or 0, reason))
         tried = "; ".join(f"server {server_id}: {why}" for server_id, why in self.tried)
         raise RentalError(
-            f"none of {len(self.tried)} servers worked: {tried}" if tried else nothing,
+            f"none of {len(self.tried)} servers worked: {tried}" if tried else no_server,
             tried=tuple(self.tried),
         )
 
@@ -328,7 +328,7 @@ class Rental:
         return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
 
 
-def _raise_beyond(
+def _raise_failure(
     error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
 ) -> None:
     """Raise what the user must know beyond the exception of the block.
@@ -362,7 +362,7 @@ def _raise_beyond(
 def _check_open(part: Part | None) -> Part:
     """Return a part of a rental, which is None before the block begins."""
     if part is None:
-        raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
+        raise RentalError("no_server is rented: use it as `with client.rent(...) as rental:`")
     return part
 
 

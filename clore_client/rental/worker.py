@@ -121,7 +121,7 @@ class RentalWorker:
             this_process.rentals.pop(id(self), None)
             self.close()
             raise RentalError(
-                f"nothing was rented, because the worker thread could not start: {error}"
+                f"no_server was rented, because the worker thread could not start: {error}"
             ) from error
         self._started = True
 
@@ -183,7 +183,7 @@ class RentalWorker:
         if this_process.exiting:
             raise RentalError("the interpreter is exiting, so the rental has ended")
 
-    def leave(self, interrupted: bool) -> list[BaseException]:
+    def end(self, interrupted: bool) -> list[BaseException]:
         """End the rental, and wait until that is done. Safe to repeat.
 
         An interrupt during the wait skips the confirmation. The third interrupt within two seconds
@@ -195,8 +195,8 @@ class RentalWorker:
         Returns:
             The interrupts during the wait.
         """
-        self._begin_to_leave()
-        if not self._started:  # nothing was bought; a thread that starts now ends at once
+        self.request_end()
+        if not self._started:  # no_server was bought; a thread that starts now ends at once
             return []
         caught: list[BaseException] = []
         times = self._interrupted_at
@@ -247,8 +247,8 @@ class RentalWorker:
             self._handling.close()
         self.closed = True
 
-    def _begin_to_leave(self) -> None:
-        self._cleanup.leave()
+    def request_end(self) -> None:
+        self._cleanup.record_block_end()
         self._inbox.put(None)
 
     def _abandon(self) -> None:
@@ -275,14 +275,14 @@ class RentalWorker:
 
     def _work(self) -> None:
         try:
-            while not (self._is_left() or self.kept):
+            while not (self._has_ended_block() or self.kept):
                 self._next_request()
-                if self._must_end():
+                if self._must_end_order():
                     self._end_early()
                 self._cleanup.search_unresolved()
         except BaseException as error:
             self.failure = error
-        self._cleanup.leave()
+        self._cleanup.record_block_end()
         try:
             failure = self._cleanup.end_all()
         except BaseException as error:
@@ -311,14 +311,14 @@ class RentalWorker:
         workers = [w for w in list(this_process.rentals.values()) if w._orders.claims is account]
         return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
-    def _is_left(self) -> bool:
+    def _has_ended_block(self) -> bool:
         return self._cleanup.block_ended_at is not None or self._block_is_gone()
 
     def _block_is_gone(self) -> bool:
         """Return whether the ``with`` statement or the rental no longer exists."""
         return any(holder() is None for holder in self._holders)
 
-    def _must_end(self) -> bool:
+    def _must_end_order(self) -> bool:
         current = self._current
         if current is None or current.accepted or current.order_id is None or self.kept:
             return False
@@ -402,9 +402,9 @@ def _end_all() -> None:
     # After three interrupts, the user does not want to wait.
     workers = [w for w in list(this_process.rentals.values()) if not w.abandoned]
     for worker in workers:
-        worker._begin_to_leave()
+        worker.request_end()
     for worker in workers:
-        worker.leave(interrupted=False)
+        worker.end(interrupted=False)
         if worker.failure is not None:
             logger.error("the end of a rental at exit failed: %s", worker.failure)
 
