@@ -130,7 +130,7 @@ class RentalWorker:
         """True if three interrupts stopped the cleanup; ``leftovers()`` finds the orders."""
         return self._cleanup.abandoned
 
-    def ask(self, action: Callable[[], Result]) -> Result:
+    def call_in_thread(self, action: Callable[[], Result]) -> Result:
         """Run a function in the worker thread, and return its result or raise its error."""
         request = ThreadCall(action)
         self._inbox.put(request)
@@ -153,15 +153,15 @@ class RentalWorker:
             price: its price in USD per hour, without fees.
             arguments: the arguments of ``create_order``.
         """
-        return self.ask(lambda: self._buy(server, price, arguments))
+        return self.call_in_thread(lambda: self._buy(server, price, arguments))
 
     def end_order(self) -> BaseException | None:
         """End the current order. Return None if that is confirmed, else the error."""
-        return self.ask(self._end_current)
+        return self.call_in_thread(self._end_current)
 
     def keep(self) -> None:
         """Keep the current order running after the rental."""
-        self.ask(self._keep)
+        self.call_in_thread(self._keep)
 
     def correct_price(self, usd_per_hour: float) -> None:
         """Set the price of the current order, as the API shows it."""
