@@ -188,7 +188,7 @@ class RentalOrders:
             order.server_id == purchase.server_id
             and order.id not in self.before
             and order.id not in self._taken()
-            and fits_intent(order, settings.image, settings.currency, settings.spot)
+            and can_be_order_of(order, settings.image, settings.currency, settings.spot)
         )
 
     def _is_held(self, purchase: RentalOrder) -> bool:
@@ -224,6 +224,6 @@ class RentalOrders:
         return notes
 
 
-def fits_intent(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
     """Return whether an order still runs and can be the result of a purchase."""
     return not order.has_ended and same_purchase(order, image, currency, spot)

@@ -15,7 +15,7 @@ from clore_client.orders.account import AccountOrders, OrderState
 from clore_client.orders.cancel import Cancellation, confirm_until
 from clore_client.pricing import finite
 from clore_client.rental.journal import JournalEntry, read_entries
-from clore_client.rental.orders import fits_intent
+from clore_client.rental.orders import can_be_order_of
 
 # The allowed difference between the creation time of an order, by the server's clock, and the time
 # of its entry, by this machine's clock. All in seconds.
@@ -123,7 +123,7 @@ class _Survey:
                 fitting = [
                     order
                     for number, order in self.listed.items()
-                    if number not in named and intended(entry.data, order)
+                    if number not in named and matches_entry(entry.data, order)
                 ]
             if entry.abandoned or not entry.of_this_machine:
                 if len(fitting) > 1:
@@ -204,7 +204,7 @@ class _Survey:
         time.sleep(self._orders.client.order_lag)
         orders = self._orders.active()
         for entry in entries:
-            if not any(intended(entry.data, order) for order in orders):
+            if not any(matches_entry(entry.data, order) for order in orders):
                 logger.info("%s has no order: the entry is removed", entry.path)
                 entry.remove()
 
@@ -223,14 +223,14 @@ class _Survey:
         return Leftovers(abandoned, elsewhere, self.unnoted)
 
 
-def intended(data: dict[str, Any], order: Order) -> bool:
+def matches_entry(data: dict[str, Any], order: Order) -> bool:
     """Return whether an order can be the result of an entry without an order id."""
     before = data.get("before")
     if order.server_id != whole_id(data.get("server_id")):
         return False
     if isinstance(before, list) and order.id in before:
         return False
-    if not fits_intent(order, data.get("image"), data.get("currency"), data.get("spot")):
+    if not can_be_order_of(order, data.get("image"), data.get("currency"), data.get("spot")):
         return False
     started, made = finite(data.get("started")), order.started_at
     if started is None or made is None:

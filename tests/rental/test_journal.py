@@ -17,7 +17,7 @@ import pytest
 from clore_client import CloreClient, Order
 from clore_client.config import DEFAULT_STATE_DIR, account_digest, state_folder
 from clore_client.rental.journal import read_entries, this_machine, write_entry
-from clore_client.rental.recovery import intended
+from clore_client.rental.recovery import matches_entry
 from tests.conftest import client_for
 from tests.rental.test_rental import QUICK, active
 from tests.variant import Simulator
@@ -319,8 +319,8 @@ def test_which_order_an_intent_became(facts: dict[str, Any], fits: bool) -> None
              "started": 1_000_000.0, "before": []}  # fmt: skip
     order = Order(order_id=5, renting_server=7, image="i", currency="bitcoin", spot=False,
                   started=1_000_000, status="running")  # fmt: skip
-    assert intended({**entry, **facts}, order) is fits
-    assert not intended(entry, Order(order, status="expired"))
+    assert matches_entry({**entry, **facts}, order) is fits
+    assert not matches_entry(entry, Order(order, status="expired"))
 
 
 def test_a_dead_note_does_not_claim_an_order_that_was_kept(
