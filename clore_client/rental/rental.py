@@ -28,7 +28,7 @@ from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
 from clore_client.rental.client import RentalClient
-from clore_client.rental.selection import RentalSettings, candidates, shown_usd
+from clore_client.rental.selection import RentalSettings, candidates, order_usd_per_hour
 from clore_client.rental.signals import SignalExit
 from clore_client.rental.worker import RentalWorker
 
@@ -320,7 +320,7 @@ class Rental:
         return reason
 
     def _over_limit(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
-        price = shown_usd(order, server, self._settings.currency)
+        price = order_usd_per_hour(order, server, self._settings.currency)
         if price is not None:
             worker.correct_price(price)
         if not self._settings.over(price):

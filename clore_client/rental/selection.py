@@ -153,7 +153,7 @@ class RentalSettings:
         bid = lowest * (1 + BID_MARGIN)
         return bid if limit is None or lowest > limit else min(bid, limit)
 
-    def why_not(self, server: Server) -> str | None:
+    def reason_against(self, server: Server) -> str | None:
         """Return the reason why a server does not fit, or None if it fits."""
         coins = server.get("allowed_coins")
         if isinstance(coins, list) and coins and self.currency not in coins:
@@ -178,7 +178,7 @@ def _lowest_bid(server: Server, currency: str) -> float | None:
     return server.spot_usd_per_hour if stated is None else stated / HOURS_PER_DAY
 
 
-def shown_usd(order: Any, server: Server, currency: str) -> float | None:
+def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | None:
     """Return the price of an order in USD per hour; None if not known.
 
     Uses the exchange rate of the server's listing if there is one, as the price limit does.
@@ -203,7 +203,7 @@ def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Ser
         if not pinned:
             return [], f"server {settings.server_id} is not on the marketplace: choose another"
         server = pinned[0]
-        why = "is rented" if server.rented else settings.why_not(server)
+        why = "is rented" if server.rented else settings.reason_against(server)
         if (server.reliability or 0.0) < settings.min_reliability:
             why = f"has a reliability of {server.reliability}"
         wanted = (settings.gpu_type or "").strip().lower()
@@ -220,7 +220,7 @@ def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Ser
         least = settings.min_reliability
         reliable = f", with a reliability of at least {least:g}" if least else ""
         return [], f"there is no free server{named}{reliable}: try later, or change the filters"
-    fitting = [s for s in found if s.id is not None and settings.why_not(s) is None]
+    fitting = [s for s in found if s.id is not None and settings.reason_against(s) is None]
     fitting.sort(key=lambda s: p if (p := settings.price_of(s)) is not None else float("inf"))
     return fitting, (
         f"none of {len(found)} free servers of that kind fits the price and the currency: raise "
