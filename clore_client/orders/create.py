@@ -52,14 +52,14 @@ def make_password() -> str:
     return Secret("".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH)))
 
 
-def _given(value: Any) -> Any:
+def _none_if_empty(value: Any) -> Any:
     """Return None for an empty argument. 0 and False stay, so that the checks refuse them."""
     return None if isinstance(value, Sized) and len(value) == 0 else value
 
 
 def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
     """Check the password, key and token of an order. An empty password or key counts as None."""
-    ssh_password, ssh_key = _given(ssh_password), _given(ssh_key)
+    ssh_password, ssh_key = _none_if_empty(ssh_password), _none_if_empty(ssh_key)
     if ssh_password is not None and ssh_key is not None:
         raise ValueError("ssh_password and ssh_key can't be used together: pass one of them")
     credentials: dict[str, str] = {}
@@ -74,12 +74,12 @@ def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str
 
 def order_ports(ports: Any) -> dict[str, str]:
     """Return the ports to send; an empty argument means the default."""
-    return dict(DEFAULT_PORTS) if _given(ports) is None else check_ports("ports", ports)
+    return dict(DEFAULT_PORTS) if _none_if_empty(ports) is None else check_ports("ports", ports)
 
 
 def order_env(env: Any) -> dict[str, str]:
     """Return the environment to send; an empty argument means the default."""
-    return dict(DEFAULT_ENV) if _given(env) is None else check_env("env", env)
+    return dict(DEFAULT_ENV) if _none_if_empty(env) is None else check_env("env", env)
 
 
 class Purchase:
