@@ -91,7 +91,7 @@ class Cleanup:
         failure = purchase.cancellation(self._orders).run(
             deadline, confirm=False, stop=lambda: self.abandoned
         )
-        if failure is None:  # the order costs no_server from now on
+        if failure is None:  # the order costs nothing from now on
             purchase.meter.stop()
         return failure
 

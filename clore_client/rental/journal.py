@@ -51,7 +51,7 @@ class JournalEntry:
     Attributes:
         data: the content of the file.
         of_this_machine: whether this machine wrote it.
-        abandoned: whether no_server will end its order, because the process is dead or the rental
+        abandoned: whether nothing will end its order, because the process is dead or the rental
             gave up.
     """
 

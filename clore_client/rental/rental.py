@@ -323,7 +323,7 @@ class Rental:
         price = order_usd_per_hour(order, server, self._settings.currency)
         if price is not None:
             worker.correct_price(price)
-        if not self._settings.over(price):
+        if not self._settings.exceeds_price_limit(price):
             return None
         return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
 
@@ -362,7 +362,7 @@ def _raise_failure(
 def _check_open(part: Part | None) -> Part:
     """Return a part of a rental, which is None before the block begins."""
     if part is None:
-        raise RentalError("no_server is rented: use it as `with client.rent(...) as rental:`")
+        raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
     return part
 
 

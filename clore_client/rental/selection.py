@@ -132,7 +132,7 @@ class RentalSettings:
         """The fee as a fraction of the price."""
         return FEE_SPOT if self.spot else FEE_ON_DEMAND
 
-    def over(self, usd_per_hour: float | None) -> bool:
+    def exceeds_price_limit(self, usd_per_hour: float | None) -> bool:
         """Return whether a price is above the limit."""
         limit = self.max_price_usd
         return limit is not None and usd_per_hour is not None and (

@@ -121,7 +121,7 @@ class RentalWorker:
             this_process.rentals.pop(id(self), None)
             self.close()
             raise RentalError(
-                f"no_server was rented, because the worker thread could not start: {error}"
+                f"nothing was rented, because the worker thread could not start: {error}"
             ) from error
         self._started = True
 
@@ -196,7 +196,7 @@ class RentalWorker:
             The interrupts during the wait.
         """
         self.request_end()
-        if not self._started:  # no_server was bought; a thread that starts now ends at once
+        if not self._started:  # nothing was bought; a thread that starts now ends at once
             return []
         caught: list[BaseException] = []
         times = self._interrupted_at
