@@ -19,7 +19,7 @@ from clore_client.validation import check_local_path
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
-CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools, which is only read
+CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; never written
 
 # Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
@@ -45,7 +45,7 @@ def clean_key(key: object, source: str) -> str:
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigurationError(
-            f"the API key from {source} has a character that no key has: copy it again"
+            f"the API key from {source} has a character that is not allowed in a key: copy it again"
         )
     return Secret(key)
 
@@ -133,7 +133,7 @@ def _usable_url(url: str, name: str) -> str:
 
 def _url_problem(url: str) -> str | None:
     if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
-        return "has a blank or a character that no URL has"
+        return "has a blank or a character that is not allowed in a URL"
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -180,7 +180,7 @@ def is_loopback_host(host: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
-    """Return the same text for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
+    """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     host = "localhost" if is_loopback_host(host) else host

@@ -89,7 +89,7 @@ def masked(value: Any, depth: int = 20) -> Any:
 
 
 def without(text: str, secrets: tuple[str, ...]) -> str:
-    """Return ``text`` with the ``secrets`` replaced, as a response may repeat the request."""
+    """Return ``text`` without the ``secrets``, because a response may repeat the request."""
     for secret in secrets:
         # The secret can also be escaped, in JSON or in the repr of a string.
         for spelling in (secret, json.dumps(secret)[1:-1], repr(str(secret))[1:-1]):
@@ -244,7 +244,7 @@ class OrderEndedError(CloreError):
 
 
 class WaitTimeoutError(CloreError, TimeoutError):
-    """An order did not reach a status in time. It may still be running, and cost money.
+    """An order did not have a status in time. It may still be running, and cost money.
 
     Attributes:
         order_id: the order.

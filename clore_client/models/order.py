@@ -78,11 +78,11 @@ class Order(Record):
 
     @property
     def is_spot(self) -> bool | None:
-        """Whether it is a spot order; None where the record does not tell."""
+        """True if it is a spot order; None if the record does not say."""
         spot = self.get("spot")
         if isinstance(spot, bool):
             return spot
-        return False if self.is_live else None  # the live form leaves out a false one
+        return False if self.is_live else None  # the live form leaves out a false value
 
     @property
     def has_ended(self) -> bool:

@@ -11,7 +11,10 @@ FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
 class Age:
-    """The age of an order: the larger of two clocks, as a laptop that sleeps still pays."""
+    """The age of an order, by the larger of two clocks.
+
+    The monotonic clock can stop while a laptop sleeps, but the order still costs money.
+    """
 
     def __init__(self) -> None:
         self.monotonic = time.monotonic()

@@ -86,6 +86,7 @@ class Cleanup:
     def try_to_cancel(
         self, purchase: RentalOrder, deadline: Callable[[], float]
     ) -> CloreError | None:
+        """Cancel an order until that is accepted. Return None, or the error."""
         if purchase.accepted:
             return None
         failure = purchase.cancellation(self._orders).run(
@@ -179,10 +180,11 @@ class Cleanup:
             return None
         self._rental_orders.give_up(purchase)
         logger.warning(
-            "no order of server %d showed up: call leftovers() later", purchase.server_id
+            "no order of server %d has shown up so far: call leftovers() later",
+            purchase.server_id,
         )
         unknown = OutcomeUnknownError(
-            f"{purchase}, but did not show up: look at leftovers() and get_orders() in a minute",
+            f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
             endpoint="/v1/create_order",
         )
         unknown.__cause__ = cause

@@ -240,7 +240,7 @@ class Rental:
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        """End the rental, and raise what the user must know beyond ``error``."""
+        """End the rental; raise an error if that failed, or a limit or signal ended it."""
         worker = self._worker
         if worker is None or worker.pid != os.getpid():
             return  # in a forked child, the order belongs to the parent
@@ -331,7 +331,7 @@ class Rental:
 def _raise_failure(
     error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
 ) -> None:
-    """Raise what the user must know beyond the exception of the block.
+    """Raise an error, or add a note to ``error``, if the end of a rental needs it.
 
     Parameters:
         error: the exception of the block, or None.

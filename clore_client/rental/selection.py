@@ -25,7 +25,7 @@ FEE_ON_DEMAND = 0.05
 FEE_SPOT = 0.0125
 CREATION_FEE = 0.10  # USD, once for each order
 CREATION_FEE_AFTER = 600.0  # seconds; a shorter order does not pay it
-BID_MARGIN = 1e-4  # a lowest bid can become too low when it is converted
+BID_MARGIN = 1e-4  # the conversion of the lowest bid can make it too low
 PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
 
