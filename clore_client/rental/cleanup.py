@@ -49,10 +49,6 @@ class Cleanup:
             return math.inf
         return self.block_ended_at + self._settings.cancel_timeout
 
-    def unresolved(self) -> list[RentalOrder]:
-        """Return the purchases that the API refused with code 1, but that may have an order."""
-        return [p for p in self._rental_orders if p.order_id is None and p.refused]
-
     def end_all(self) -> BaseException | None:
         """End all orders, the cancels first. Return None, or the first failure."""
         started = time.monotonic()
@@ -100,37 +96,34 @@ class Cleanup:
         """Wait until a cancelled order is listed as ended."""
         order_id = purchase.order_id or 0
         deadline = confirm_until(started, self._settings.cancel_timeout)
-        failure = (
-            None
-            if self.skip_confirmation
-            else purchase.cancellation(self._orders).run(
+        failure: CloreError | None = None
+        if not self.skip_confirmation:
+            failure = purchase.cancellation(self._orders).run(
                 lambda: deadline, confirm=True, stop=lambda: self.skip_confirmation
             )
-        )
+            if failure is None:
+                self._rental_orders.forget(purchase)
+                self._rental_orders.before.add(order_id)
+                return None
+        self._rental_orders.give_up(purchase)
         if self.skip_confirmation:
             logger.warning(
                 "order %d was cancelled, but an interrupt skipped the confirmation", order_id
             )
-            self._rental_orders.give_up(purchase)
             return CloreError(
-                f"order {order_id} was cancelled, but it is not confirmed that it has ended: look "
-                "at leftovers() later"
+                f"order {order_id} was cancelled, but it is not confirmed that it has ended: call "
+                "leftovers() later"
             )
-        if failure is not None:
-            logger.error(
-                "order %d was cancelled, but may still be running: call leftovers() later", order_id
-            )
-            self._rental_orders.give_up(purchase)
-            return failure
-        self._rental_orders.forget(purchase)
-        self._rental_orders.before.add(order_id)
-        return None
+        logger.error(
+            "order %d was cancelled, but may still be running: call leftovers() later", order_id
+        )
+        return failure
 
     # --- purchases with unknown outcome ---
 
     def search_unresolved(self) -> None:
         """Look once for the orders of unresolved purchases, and cancel those that exist."""
-        for purchase in self.unresolved():
+        for purchase in self._rental_orders.unresolved():
             try:
                 confirmed_absent = self._search(purchase)
             except CloreError as error:
@@ -148,7 +141,7 @@ class Cleanup:
                 self._rental_orders.forget(purchase)
 
     def _search(self, purchase: RentalOrder) -> bool:
-        """Look once for the order of a purchase. Return True if there is surely none."""
+        """Look once for the order of a purchase. Return True if it is confirmed absent."""
         asked_at = time.monotonic()
         deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
         try:
@@ -159,7 +152,7 @@ class Cleanup:
         return self._rental_orders.search_in(purchase, orders, asked_at)
 
     def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
-        """Look for the order of a purchase until it is found and cancelled, or surely none."""
+        """Look for the order of a purchase until it is found and cancelled, or time is out."""
         logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
         confirmed_absent = False

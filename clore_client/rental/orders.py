@@ -27,7 +27,8 @@ class RentalOrder:
         entry: its journal entry.
         meter: its cost.
         order_id: the order id; None while the outcome of the purchase is not known.
-        refused: the API refused the order with code 1, but the order may exist.
+        refused: whether the API refused the order with code 1, after which it may still exist.
+        absent: monotonic times of the lists in a row that did not have the order.
     """
 
     def __init__(self, server_id: int, entry: JournalEntry | None, meter: Meter) -> None:
@@ -38,7 +39,7 @@ class RentalOrder:
         self.order_id: int | None = None
         self.refused = False
         self._cancellation: Cancellation | None = None
-        self.absent: list[float] = []  # monotonic times of lists that did not have it
+        self.absent: list[float] = []
 
     @property
     def accepted(self) -> bool:
@@ -60,7 +61,7 @@ class RentalOrder:
 
 
 class RentalOrders:
-    """All purchases of a rental that cost money, or may do so.
+    """All purchases of a rental that cost money or may cost money.
 
     Attributes:
         before: ids of orders that existed before the rental.
@@ -122,13 +123,13 @@ class RentalOrders:
         self._orders.bid_listeners[order_id] = new_bid
 
     def mark_refused(self, purchase: RentalOrder) -> None:
-        """Record that the API refused a purchase with code 1, after which it may still exist."""
+        """Record that the API refused a purchase with code 1; its order may exist all the same."""
         purchase.refused = True
         purchase.sent_at = time.monotonic()  # if there is an order, it was made before now
         purchase.meter.counts = False
 
     def forget(self, purchase: RentalOrder) -> None:
-        """Remove a purchase that has no order any more."""
+        """Remove a purchase whose order does not exist, has ended, or stays on purpose."""
         if purchase.entry is not None:
             purchase.entry.remove()
         self._remove(purchase)
@@ -139,11 +140,9 @@ class RentalOrders:
             purchase.entry.abandoned = True
         self._remove(purchase)
 
-    def keep(self, purchase: RentalOrder) -> None:
-        """Leave an order running on purpose."""
-        if purchase.entry is not None:
-            purchase.entry.remove()
-        self._remove(purchase)
+    def unresolved(self) -> list[RentalOrder]:
+        """Return the purchases that the API refused with code 1, but that may have an order."""
+        return [p for p in self._all if p.order_id is None and p.refused]
 
     def _remove(self, purchase: RentalOrder) -> None:
         if purchase in self._all:
@@ -152,10 +151,10 @@ class RentalOrders:
         self._orders.bid_listeners.pop(purchase.order_id or 0, None)
 
     def search_in(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
-        """Look for the order of a purchase in a list. Return True if there is surely none.
+        """Look for the order of a purchase in a list. Return True if it is confirmed absent.
 
         A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
-        moment. So there is none only if several lists do not have it, over ``order_lag`` seconds.
+        moment. So several lists over ``order_lag`` seconds must not have it.
 
         Parameters:
             purchase: a purchase with unknown outcome.
@@ -178,7 +177,7 @@ class RentalOrders:
         return min(longest, max(0.001, self._orders.client.order_lag / MIN_LISTS_WITHOUT))
 
     def _is_complete(self, orders: list[Order]) -> bool:
-        """Return whether a list has all orders of this rental that surely run."""
+        """Return whether a list has all orders of this rental that must be active."""
         running = {p.order_id for p in self._all if p.order_id is not None and not p.accepted}
         return running <= {order.id for order in orders}
 
@@ -214,14 +213,14 @@ class RentalOrders:
 
     def _entries_for(self, server_id: int) -> list[JournalEntry]:
         """Return the entries for this server and account. The caller closes each."""
-        account, notes = self._account(), []
+        account, found = self._account(), []
         for entry in read_entries(self._folder):
             data = entry.data
             if data.get("server_id") == server_id and data.get("account") == account:
-                notes.append(entry)
+                found.append(entry)
             else:
                 entry.close()
-        return notes
+        return found
 
 
 def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:

@@ -17,7 +17,7 @@ class ProcessState:
     Each change is one atomic step, because a signal handler must not wait for a lock.
 
     Attributes:
-        rentals: the workers of the open rentals, by ``id()``.
+        rentals: the workers of the open rentals.
         exiting: whether the interpreter is exiting.
         entries: the journal entries that this process wrote and has locked, by path.
         signal_users: the open users of the signal handler.
@@ -26,7 +26,7 @@ class ProcessState:
     """
 
     def __init__(self) -> None:
-        self.rentals: dict[int, RentalWorker] = {}
+        self.rentals: set[RentalWorker] = set()
         self.exiting = False
         self.entries: dict[str, JournalEntry] = {}
         self.signal_users: set[SignalHandling] = set()

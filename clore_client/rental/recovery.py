@@ -112,7 +112,7 @@ class _Survey:
 
     def _match(self) -> None:
         named = {entry.order_id for entry in self.entries}
-        self.of: dict[str, Order] = {}  # path of an entry -> its order
+        self._matched: dict[str, Order] = {}  # path of an entry -> its order
         held: set[int] = set()
         living: set[int] = set()  # orders that may belong to living processes
         for entry in self.entries:
@@ -132,7 +132,7 @@ class _Survey:
                         entry.path,
                     )
                 elif fitting:
-                    self.of[str(entry.path)] = fitting[0]
+                    self._matched[str(entry.path)] = fitting[0]
                     held.add(fitting[0].id or 0)
             else:
                 living.update(order.id or 0 for order in fitting)
@@ -144,7 +144,7 @@ class _Survey:
         """Assign at most one entry to each order."""
         claims: dict[int, list[JournalEntry]] = {}
         for entry in self.entries:
-            if (order := self.of.get(str(entry.path))) is not None:
+            if (order := self._matched.get(str(entry.path))) is not None:
                 claims.setdefault(order.id or 0, []).append(entry)
         for order_id, entries in claims.items():
             if order_id in living or (
@@ -160,10 +160,10 @@ class _Survey:
                 entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
                 losers = entries[:-1]
             for entry in losers:
-                self.of.pop(str(entry.path))
+                self._matched.pop(str(entry.path))
 
     def order_of(self, entry: JournalEntry) -> Order | None:
-        order = self.of.get(str(entry.path))
+        order = self._matched.get(str(entry.path))
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:

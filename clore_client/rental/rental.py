@@ -342,8 +342,8 @@ def _raise_failure(
     note = None if failure is None else str(failure)
     plain = error is None or isinstance(error, Exception)
     exceeded = worker.exceeded
-    if exceeded is not None and plain and not _is_of(error, exceeded[3]):
-        raised: BaseException = worker.budget_error()
+    if exceeded is not None and plain and not _is_of(error, exceeded.order_id):
+        raised: BaseException = worker.budget_error(exceeded)
         if note:
             _add_note(raised, note)
         raise raised from error

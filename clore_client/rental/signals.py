@@ -40,7 +40,7 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
         os.kill(os.getpid(), signum)
         return
     this_process.stopping_signal = signum
-    for rental in list(this_process.rentals.values()):
+    for rental in list(this_process.rentals):
         rental.on_signal(signum)
     raise SignalExit(signum)
 

@@ -61,11 +61,11 @@ NO_ORDER_ERRORS = (
 
 
 class RentalWorker:
-    """The owner of one rental's orders, from the first request to the confirmed end.
+    """The orders of one rental, from the first request to the confirmed end.
 
-    Its thread ends the orders when the block ends, when the ``with`` statement or the rental no
-    longer exists (an interrupt can stop ``__exit__`` at its first line), when a limit is reached,
-    at a signal in another thread, and at the exit of the interpreter.
+    Its thread ends the orders when the block ends, or when the ``with`` statement or the rental no
+    longer exists, because an interrupt can stop ``__exit__`` at its first line. It also ends them
+    when a limit is reached, at a signal in another thread, and at the exit of the interpreter.
 
     Attributes:
         finished: open when the thread is done.
@@ -96,9 +96,9 @@ class RentalWorker:
         self.closed = False
         self.kept = False
         self.signalled: int | None = None
-        self.exceeded: tuple[str, float, float, int | None] | None = None  # limit, h, USD, order
+        self.exceeded: BudgetExceededError | None = None  # made when a limit was reached
         self._main = in_main_thread()
-        self._handling: SignalHandling | None = None
+        self._signals: SignalHandling | None = None
         self._rental_orders = RentalOrders(
             orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
         )
@@ -111,14 +111,14 @@ class RentalWorker:
 
     def start(self) -> None:
         """Start the thread, and let signals and the exit of the interpreter end the rental."""
-        self._handling = SignalHandling()
+        self._signals = SignalHandling()
         context = contextvars.copy_context()
-        this_process.rentals[id(self)] = self
+        this_process.rentals.add(self)
         try:
             # An interrupt can break threading.Thread.start(), so that the thread never runs.
             _thread.start_new_thread(context.run, (self._work,))
         except RuntimeError as error:
-            this_process.rentals.pop(id(self), None)
+            this_process.rentals.discard(self)
             self.close()
             raise RentalError(
                 f"nothing was rented, because the worker thread could not start: {error}"
@@ -175,7 +175,7 @@ class RentalWorker:
         if not self.kept and self._current is not None and self._exceed():
             self._inbox.put(None)  # wake the worker, which ends the order
         if self.exceeded is not None:
-            raise self.budget_error()
+            raise self.budget_error(self.exceeded)
         if self.signalled is None:
             self.signalled = None if in_main_thread() else this_process.stopping_signal
         if self.signalled is not None:
@@ -215,14 +215,13 @@ class RentalWorker:
                     break
         return caught
 
-    def budget_error(self) -> BudgetExceededError:
-        """Make the error for a limit that is reached."""
-        text, hours, cost, order_id = self.exceeded or ("", 0.0, 0.0, None)
-        # The cancel may not be accepted yet.
+    def budget_error(self, exceeded: BudgetExceededError) -> BudgetExceededError:
+        """Return the error for the user, which says if the cancel is accepted already."""
         ended = self._current is None or self._current.accepted
         state = "was ended" if ended else "is being ended"
+        hours, cost, order_id = exceeded.hours, exceeded.cost_usd, exceeded.order_id
         return BudgetExceededError(
-            f"{text}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
+            f"{exceeded}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
             order_id=order_id,
             hours=hours,
             cost_usd=cost,
@@ -243,11 +242,12 @@ class RentalWorker:
     def close(self) -> None:
         """Close the connections, and stop handling signals."""
         self.close_ssh()
-        if self._handling is not None:
-            self._handling.close()
+        if self._signals is not None:
+            self._signals.close()
         self.closed = True
 
     def request_end(self) -> None:
+        """Let the worker thread end the rental, without waiting for it."""
         self._cleanup.record_block_end()
         self._inbox.put(None)
 
@@ -289,7 +289,7 @@ class RentalWorker:
             failure = error
         if not self._cleanup.abandoned:
             self.failure = failure or self.failure
-        this_process.rentals.pop(id(self), None)
+        this_process.rentals.discard(self)
         if self._block_is_gone():  # __exit__ did not run
             self.close()
             if self.failure is not None:
@@ -298,7 +298,7 @@ class RentalWorker:
 
     def _next_request(self) -> None:
         timeout = None if self.exceeded else self.budget.seconds_left()
-        if self._cleanup.unresolved():
+        if self._rental_orders.unresolved():
             interval = self._rental_orders.search_interval(SEARCH_INTERVAL_IN_BLOCK)
             timeout = interval if timeout is None else min(interval, timeout)
         request = next_item(self._inbox, timeout)
@@ -308,7 +308,7 @@ class RentalWorker:
     def _taken(self) -> set[int | None]:
         """Return the order ids of all open rentals of this account in this process."""
         account = self._orders.claims
-        workers = [w for w in list(this_process.rentals.values()) if w._orders.claims is account]
+        workers = [w for w in list(this_process.rentals) if w._orders.claims is account]
         return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
     def _has_ended_block(self) -> bool:
@@ -328,8 +328,10 @@ class RentalWorker:
         """Check the limits, and return whether one was reached, now or before."""
         if self.exceeded is None and (text := self.budget.exceeded_by()) is not None:
             order_id = None if self._current is None else self._current.order_id
-            self.exceeded = text, self.budget.hours, self.budget.cost_usd, order_id
-            logger.warning("%s", self.budget_error())
+            self.exceeded = BudgetExceededError(
+                text, order_id=order_id, hours=self.budget.hours, cost_usd=self.budget.cost_usd
+            )
+            logger.warning("%s", self.budget_error(self.exceeded))
         return self.exceeded is not None
 
     # --- buying ---
@@ -366,7 +368,7 @@ class RentalWorker:
         logger.info(
             "order %d is kept: it runs and costs money until it is cancelled", current.order_id
         )
-        self._rental_orders.keep(current)
+        self._rental_orders.forget(current)
 
     # --- the end ---
 
@@ -400,7 +402,7 @@ def _end_all() -> None:
     """End the rentals that are still open when the interpreter exits."""
     this_process.exiting = True
     # After three interrupts, the user does not want to wait.
-    workers = [w for w in list(this_process.rentals.values()) if not w.abandoned]
+    workers = [w for w in list(this_process.rentals) if not w.abandoned]
     for worker in workers:
         worker.request_end()
     for worker in workers:
