@@ -1,6 +1,6 @@
 """Random programs under random faults, checked against the simulator's own books.
 
-Invariants: orders made <= orders matches_entry; each create_order that returned names an order that
+Invariants: orders made <= orders intended; each create_order that returned names an order that
 exists, and no other call's; after rent() is left its order is not active, or an error said so; no
 wait goes past its deadline by more than one exchange; requests
 keep the pace. CLORE_PROGRAMS=10000 runs as many programs.
@@ -89,13 +89,13 @@ def server_ids(sim: Simulator) -> list[int]:
 
 
 class Run:
-    """One program: what it matches_entry, and what it got."""
+    """One program: what it tried to order, and what it got."""
 
     def __init__(self, client: CloreClient, is_active: Callable[[int], bool]) -> None:
         self.client = client
         self.is_active = is_active
         self.lock = threading.Lock()
-        self.matches_entry = 0
+        self.intended = 0
         self.returned: list[int] = []
         self.broken: list[BaseException] = []
 
@@ -109,7 +109,7 @@ class Run:
 
     def create(self, server_id: int, mine: list[int]) -> None:
         with self.lock:
-            self.matches_entry += 1
+            self.intended += 1
         try:
             order = self.client.create_order(server_id, find_timeout=0.3)
         except CloreError:
@@ -120,7 +120,7 @@ class Run:
 
     def rent(self, server_id: int, mine: list[int], fails: bool = False) -> None:
         with self.lock:
-            self.matches_entry += 1
+            self.intended += 1
         rental = self.client.rent(
             server_id=server_id,
             deploy_timeout=0.2,
@@ -212,7 +212,7 @@ def test_programs(
     made = [order.id for order in sim.orders_of(key)]
     for order_id in made:
         sim.end_order(order_id)
-    assert len(made) <= run.matches_entry
+    assert len(made) <= run.intended
     assert len(run.returned) == len(set(run.returned))
     assert set(run.returned) <= set(made)
     arrived = sorted(call.arrived for call in sim.requests if call.key == key)
