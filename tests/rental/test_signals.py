@@ -1,4 +1,4 @@
-"""One handler for SIGTERM and SIGHUP: where it goes, when it leaves, and what it raises."""
+"""The handler for SIGTERM and SIGHUP: its installation, its removal, and its exception."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_signal_raises(sim: Simulator, client: CloreClient, signum: int) -> No
     assert default(signum)
 
 
-def test_it_is_counted(sim: Simulator, client: CloreClient) -> None:
+def test_the_last_user_restores_the_handlers(sim: Simulator, client: CloreClient) -> None:
     assert default()
     with CloreClient.handle_signals():
         assert not default()
@@ -108,7 +108,7 @@ def test_a_handler_that_came_later_stays() -> None:
     assert default(signal.SIGHUP)
 
 
-def test_another_thread_can_install_nothing(
+def test_another_thread_can_not_install_the_handler(
     sim: Simulator, client: CloreClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     def work() -> None:
@@ -129,14 +129,14 @@ def test_the_last_user_may_be_another_thread() -> None:
     thread = threading.Thread(target=handling.close)
     thread.start()
     thread.join()
-    # It can't be taken away there; the next user finds it, and takes it away.
+    # Another thread can't remove it; the next user in the main thread does.
     with SignalHandling():
         with pytest.raises(SignalExit):
             send(signal.SIGTERM)
     assert default()
 
 
-def test_a_signal_on_the_way_out_waits_for_the_cancel(
+def test_a_signal_during_the_end_waits_for_the_cancel(
     sim: Simulator, client: CloreClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = client._request
@@ -152,7 +152,7 @@ def test_a_signal_on_the_way_out_waits_for_the_cancel(
             pass
     assert active(sim) == []
     assert default()
-    # It replaces no interrupt that the block was left by, and follows every other exception.
+    # A KeyboardInterrupt of the block takes precedence, any other exception becomes the context.
     mine = KeyboardInterrupt("mine")
     with pytest.raises(KeyboardInterrupt) as caught:
         with client.rent(**QUICK):
