@@ -10,21 +10,6 @@ LONGEST_WATCH = 30.0  # seconds between two checks, because the wall clock can j
 FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
-class Age:
-    """The age of an order, by the larger of two clocks.
-
-    The monotonic clock can stop while a laptop sleeps, but the order still costs money.
-    """
-
-    def __init__(self) -> None:
-        self.monotonic = time.monotonic()
-        self.wall = time.time()
-
-    def seconds(self) -> float:
-        """Return the age in seconds."""
-        return max(0.0, time.monotonic() - self.monotonic, time.time() - self.wall)
-
-
 class Meter:
     """The cost of one order. A new bid changes its price.
 
@@ -33,11 +18,19 @@ class Meter:
     """
 
     def __init__(self, usd_per_hour: float | None, fee: float) -> None:
-        self.age = Age()
+        self._started = time.monotonic(), time.time()
         self.counts = True
         self._fee = fee
         self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
         self._stopped_at: float | None = None  # the age of the order then
+
+    def age(self) -> float:
+        """Return the age of the order in seconds, by the larger of two clocks.
+
+        The monotonic clock can stop while a laptop sleeps, but the order still costs money.
+        """
+        monotonic, wall = self._started
+        return max(0.0, time.monotonic() - monotonic, time.time() - wall)
 
     @property
     def is_running(self) -> bool:
@@ -56,18 +49,18 @@ class Meter:
 
     def change(self, usd_per_hour: float) -> None:
         """Set the price from now on."""
-        self._prices.append((self.age.seconds(), usd_per_hour))
+        self._prices.append((self.age(), usd_per_hour))
 
     def stop(self) -> None:
         """Stop the cost, because the cancel was accepted. Safe to repeat."""
         if self._stopped_at is None:
-            self._stopped_at = self.age.seconds()
+            self._stopped_at = self.age()
 
     def usd(self) -> float:
         """Return the cost so far in USD, with all fees."""
         if not self.counts:
             return 0.0
-        end = self.age.seconds() if self._stopped_at is None else self._stopped_at
+        end = self.age() if self._stopped_at is None else self._stopped_at
         prices, rent = self._prices, 0.0
         for index, (since, price) in enumerate(prices):
             until = prices[index + 1][0] if index + 1 < len(prices) else end
@@ -86,7 +79,7 @@ class Budget:
     @property
     def hours(self) -> float:
         """The hours since the first order was sent."""
-        return max((m.age.seconds() for m in list(self._meters) if m.counts), default=0.0) / 3600.0
+        return max((m.age() for m in list(self._meters) if m.counts), default=0.0) / 3600.0
 
     @property
     def cost_usd(self) -> float:
@@ -111,7 +104,7 @@ class Budget:
         return [meter for meter in list(self._meters) if meter.is_running]
 
     def _fee_due(self) -> float:
-        ages = [meter.age.seconds() for meter in self._running()]
+        ages = [meter.age() for meter in self._running()]
         soon = [age for age in ages if CREATION_FEE_AFTER - FEE_LEAD <= age < CREATION_FEE_AFTER]
         return CREATION_FEE * len(soon)
 
@@ -127,6 +120,6 @@ class Budget:
             per_second = sum(m.usd_per_hour for m in running) * (1 + self._fee) / 3600.0
             if per_second:
                 left.append((self._max_cost - self.cost_usd) / per_second)
-            to_fee = [CREATION_FEE_AFTER - FEE_LEAD - m.age.seconds() for m in running]
+            to_fee = [CREATION_FEE_AFTER - FEE_LEAD - m.age() for m in running]
             left += [seconds for seconds in to_fee if seconds > 0]
         return max(0.002, min(left))

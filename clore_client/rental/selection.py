@@ -58,7 +58,7 @@ class RentalSettings:
         max_cost_usd: Any,
     ) -> None:
         self._set_search(gpu_type, max_price_usd, min_reliability, use_spot, server_id)
-        self._set_order(**order)
+        self._set_order(order)
         self.spot_price = self._checked_bid(spot_price)
         self.attempts = check_count("attempts", attempts, minimum=1)
         self.deploy_timeout = check_number(
@@ -85,32 +85,14 @@ class RentalSettings:
         self.spot = check_bool("use_spot", use_spot)
         self.server_id = None if server_id is None else check_id("server_id", server_id)
 
-    def _set_order(
-        self,
-        *,
-        image: Any,
-        currency: Any,
-        ports: Any,
-        env: Any,
-        ssh_password: Any,
-        ssh_key: Any,
-        jupyter_token: Any,
-    ) -> None:
-        self.currency = check_currency("currency", currency)
-        self.image = check_text("image", image)
-        check_login(ssh_password, ssh_key, jupyter_token)
-        order_ports(ports)
-        order_env(env)
-        self.order_arguments: dict[str, Any] = {
-            "image": self.image,
-            "order_type": "spot" if self.spot else "on-demand",
-            "currency": self.currency,
-            "ports": ports,
-            "env": env,
-            "ssh_password": ssh_password,
-            "ssh_key": ssh_key,
-            "jupyter_token": jupyter_token,
-        }
+    def _set_order(self, order: dict[str, Any]) -> None:
+        self.currency = check_currency("currency", order["currency"])
+        self.image = check_text("image", order["image"])
+        check_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"])
+        order_ports(order["ports"])
+        order_env(order["env"])
+        kind = "spot" if self.spot else "on-demand"
+        self.order_arguments = {**order, "order_type": kind, "currency": self.currency}
 
     def _checked_bid(self, spot_price: Any) -> float | None:
         if spot_price is None:
