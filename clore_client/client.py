@@ -61,7 +61,7 @@ Progress = Callable[[str, int, int], object]
 class CloreClient(HTTPClient):
     """A client for the Clore.ai GPU marketplace.
 
-    Records come in the documented form, whatever form the API sends: prices in USD per hour,
+    Records always have the documented form, for each form of the API: prices in USD per hour,
     reliability from 0 to 100, an ``order_id`` and a ``status`` for each order.
 
     Requests with the same key are at least ``rate_limit`` seconds apart, across all threads and
@@ -518,7 +518,7 @@ class CloreClient(HTTPClient):
         return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
-        """Cancel several orders, with one API call for every 64 of them.
+        """Cancel several orders, with one API call for each 64 orders.
 
         Parameters:
             order_ids: the numbers of the orders; if empty, nothing is sent.
@@ -607,7 +607,7 @@ class CloreClient(HTTPClient):
         """Rent a server for the length of a ``with`` block, and cancel the order at its end.
 
         The client orders the cheapest server that fits, and waits until it runs. It tries the next
-        server if one was just rented by somebody else, is offline, does not accept the currency or
+        server if one has just been rented, is offline, does not accept the currency or
         is refused with code 1. It also tries the next one if an order costs more than the limit or
         does not run in time; it first confirms that this order has ended.
 
@@ -617,7 +617,7 @@ class CloreClient(HTTPClient):
         :meth:`leftovers` finds the orders that still run.
 
         A worker thread orders, cancels and confirms, because signals do not interrupt it. After
-        code 1, an order may exist all the same: the worker looks for it, and cancels it.
+        code 1, an order may still exist: the worker looks for it, and cancels it.
 
         The worker also checks ``max_hours`` and ``max_cost_usd``: it cancels the order and closes
         the rental's SSH connections. It does not interrupt other code in the block, and it can do

@@ -36,7 +36,7 @@ def short_repr(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:  # an integer of thousands of digits, or a class with a broken __repr__
-        text = f"<{type(value).__name__} without a text>"
+        text = f"<{type(value).__name__} that can't be shown>"
     return printable(text, 80)
 
 
@@ -89,7 +89,7 @@ def check_number(
 
 
 def check_optional_number(name: str, value: Any, **limits: Any) -> float | None:
-    """Check None, or a number with the limits of :func:`check_number`."""
+    """Check a number with the limits of :func:`check_number`; None is allowed."""
     return None if value is None else check_number(name, value, **limits)
 
 
@@ -129,7 +129,7 @@ def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
 
 
 def check_callback(name: str, value: Any, arguments: int) -> None:
-    """Check a function that is called with so many arguments; None is none."""
+    """Check a callback that will get this number of arguments; None is allowed."""
     if value is None:
         return
     if not callable(value):

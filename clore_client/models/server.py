@@ -86,7 +86,7 @@ def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None
         usd = price.get("usd")
         given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
     amount = positive(given)
-    # A very small number becomes 0, which is no price.
+    # A very small number becomes 0, which does not count as a price.
     return amount / HOURS_PER_DAY or None if live and amount else amount
 
 

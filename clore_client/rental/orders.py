@@ -16,7 +16,7 @@ from clore_client.rental.budget import Budget, Meter
 from clore_client.rental.journal import JournalEntry, read_entries, write_entry
 from clore_client.rental.selection import RentalSettings
 
-MIN_LISTS_WITHOUT = 6  # an order counts as absent if at least this many lists do not have it
+MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
 
 
 class RentalOrder:
@@ -123,7 +123,7 @@ class RentalOrders:
         self._orders.bid_listeners[order_id] = new_bid
 
     def mark_refused(self, purchase: RentalOrder) -> None:
-        """Record that the API refused a purchase with code 1; its order may exist all the same."""
+        """Record that the API refused a purchase with code 1; its order may still exist."""
         purchase.refused = True
         purchase.sent_at = time.monotonic()  # if there is an order, it was made before now
         purchase.meter.counts = False
@@ -170,11 +170,11 @@ class RentalOrders:
         elif asked_at >= purchase.sent_at + lag and self._is_complete(orders):
             purchase.absent.append(asked_at)
         absent = purchase.absent
-        return len(absent) >= MIN_LISTS_WITHOUT and absent[-1] - absent[0] >= lag
+        return len(absent) >= MIN_ABSENT_LISTS and absent[-1] - absent[0] >= lag
 
     def search_interval(self, longest: float) -> float:
         """Return the seconds between two searches, at most ``longest``."""
-        return min(longest, max(0.001, self._orders.client.order_lag / MIN_LISTS_WITHOUT))
+        return min(longest, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
     def _is_complete(self, orders: list[Order]) -> bool:
         """Return whether a list has all orders of this rental that must be active."""
