@@ -607,9 +607,9 @@ class CloreClient(HTTPClient):
         """Rent a server for the length of a ``with`` block, and cancel the order at its end.
 
         The client orders the cheapest server that fits, and waits until it runs. It tries the next
-        server if one has just been rented, is offline, does not accept the currency or
-        is refused with code 1. It also tries the next one if an order costs more than the limit or
-        does not run in time; it first confirms that this order has ended.
+        server if one has just been rented, is offline, does not accept the currency, or is refused
+        with code 1. It also tries the next one if an order costs more than the limit or does not
+        run in time; it first confirms that this order has ended.
 
         The order is cancelled, and its end confirmed, when the block ends in any way: also by
         Ctrl-C, SIGTERM, SIGHUP or the exit of the interpreter. A second Ctrl-C skips the
