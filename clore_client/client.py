@@ -11,10 +11,10 @@ from clore_client.config import (
     CONFIG_FILE,
     DEFAULT_STATE_DIR,
     KEY_VARIABLE,
-    ending_of,
-    need_key,
+    key_ending,
+    require_key,
 )
-from clore_client.errors import ERROR_CODES, ConfigurationError, Secret, hidden_values, printable
+from clore_client.errors import ERROR_CODES, ConfigurationError, Secret, printable, secret_values
 from clore_client.log import logger
 from clore_client.market.market import Market
 from clore_client.market.spot import with_hourly_offers
@@ -37,6 +37,7 @@ from clore_client.validation import (
     check_ids,
     check_interval,
     check_number,
+    check_optional_number,
     check_string,
     check_text,
 )
@@ -59,7 +60,7 @@ Progress = Callable[[str, int, int], object]
 class CloreClient(HTTPClient):
     """A client for the Clore.ai GPU marketplace.
 
-    Records come in the documented form, whatever form the API sends: prices in USD per hour,
+    Records always have the documented form, for each form of the API: prices in USD per hour,
     reliability from 0 to 100, an ``order_id`` and a ``status`` for each order.
 
     Requests with the same key are at least ``rate_limit`` seconds apart, across all processes of
@@ -139,25 +140,16 @@ class CloreClient(HTTPClient):
         # Error reporters show local variables.
         api_key, rate_limiter = Secret.of(api_key), Secret.of(rate_limiter)
         super().__init__(
-            api_key,
-            timeout,
-            rate_limit,
-            max_retries,
-            base_url=base_url,
-            create_order_interval=create_order_interval,
-            backoff=backoff,
-            max_backoff=max_backoff,
-            user_agent=user_agent,
-            max_response_mb=max_response_mb,
-            rate_limit_wait=rate_limit_wait,
-            state_dir=state_dir,
-            rate_limiter=rate_limiter,
+            api_key, timeout, rate_limit, max_retries, base_url=base_url,
+            create_order_interval=create_order_interval, backoff=backoff, max_backoff=max_backoff,
+            user_agent=user_agent, max_response_mb=max_response_mb,
+            rate_limit_wait=rate_limit_wait, state_dir=state_dir, rate_limiter=rate_limiter,
+        )  # fmt: skip
+        self.max_usd_per_hour = check_optional_number(
+            "max_usd_per_hour", max_usd_per_hour, unit="USD per hour"
         )
-        if max_usd_per_hour is not None:
-            check_number("max_usd_per_hour", max_usd_per_hour, unit="USD per hour")
         if max_active_orders is not None:
             check_count("max_active_orders", max_active_orders)
-        self.max_usd_per_hour = max_usd_per_hour
         self.max_active_orders = max_active_orders
         self.order_lag = check_interval("order_lag", order_lag)
         self._market = Market(self)
@@ -197,7 +189,7 @@ class CloreClient(HTTPClient):
         """
         if "api_key" in options:
             raise TypeError("from_env() takes no api_key: pass it to the class itself")
-        need_key()
+        require_key()
         return cls(**options)
 
     def describe(self) -> str:
@@ -222,7 +214,7 @@ class CloreClient(HTTPClient):
             key_line = f"no key {where}"
         else:
             source = source if key == found else "attribute"
-            key_line = f"a key that ends in {ending_of(key)!r}, from {source}"
+            key_line = f"a key that ends in {key_ending(key)!r}, from {source}"
         url_found, url_source = self._url_source
         if url != url_found:
             own = "BASE_URL" in self.__dict__
@@ -324,8 +316,7 @@ class CloreClient(HTTPClient):
         """
         if gpu_type is not None:
             check_string("gpu_type", gpu_type)
-        if max_price_usd is not None:
-            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
+        check_optional_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
         check_number("min_reliability", min_reliability, maximum=100.0)
         if 0 < min_reliability <= 1:
             logger.warning(
@@ -456,7 +447,7 @@ class CloreClient(HTTPClient):
             (1958009, 'q1nE0rNN7mBdmKyUHyKzXgLa')
         """
         ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
-        env = hidden_values(env)
+        env = secret_values(env)
         purchase = Purchase(
             self._orders,
             server_id=server_id,
@@ -514,8 +505,7 @@ class CloreClient(HTTPClient):
         wanted = check_id("order_id", order_id)
         check_bool("confirm", confirm)
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
-        if settle_timeout is not None:
-            check_number("settle_timeout", settle_timeout, unit="seconds")
+        check_optional_number("settle_timeout", settle_timeout, unit="seconds")
         if issue is not None:
             check_string("issue", issue)
         cancellation = limited(
@@ -547,7 +537,7 @@ class CloreClient(HTTPClient):
         return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
-        """Cancel several orders, with one API call for every 64 of them.
+        """Cancel several orders, with one API call for each 64 orders.
 
         Parameters:
             order_ids: the numbers of the orders; if empty, nothing is sent.
@@ -578,7 +568,7 @@ class CloreClient(HTTPClient):
 
         Parameters:
             order_id: the number of the order.
-            timeout: seconds; ``float("inf")`` waits forever.
+            timeout: seconds to wait; ``float("inf")`` waits forever.
             poll_interval: seconds between two polls.
             target_status: ``"running"``, ``"creating"``, ``"cancelled"`` or ``"expired"``; the
                 last two count as the same.
@@ -636,9 +626,9 @@ class CloreClient(HTTPClient):
         """Rent a server for the length of a ``with`` block, and cancel the order at its end.
 
         The client orders the cheapest server that fits, and waits until it runs. It tries the next
-        server if one was just rented by somebody else, is offline, does not accept the currency or
-        is refused with code 1. It also tries the next one if an order costs more than the limit or
-        does not run in time; it first confirms that this order has ended.
+        server if one has just been rented, is offline, does not accept the currency, or is refused
+        with code 1. It also tries the next one if an order costs more than the limit or does not
+        run in time; it first confirms that this order has ended.
 
         The order is cancelled, and its end confirmed, when the block ends in any way: also by
         Ctrl-C, SIGTERM, SIGHUP or the exit of the interpreter. A second Ctrl-C skips the
@@ -646,7 +636,7 @@ class CloreClient(HTTPClient):
         :meth:`leftovers` finds the orders that still run.
 
         A worker thread orders, cancels and confirms, because signals do not interrupt it. After
-        code 1, an order may exist all the same: the worker looks for it, and cancels it.
+        code 1, an order may still exist: the worker looks for it, and cancels it.
 
         The worker also checks ``max_hours`` and ``max_cost_usd``: it cancels the order and closes
         the rental's SSH connections. It does not interrupt other code in the block, and it can do
@@ -688,29 +678,18 @@ class CloreClient(HTTPClient):
         from clore_client.rental.selection import RentalSettings
 
         ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
-        env = hidden_values(env)
+        env = secret_values(env)
+        order = {
+            "image": image, "currency": currency, "ports": ports, "env": env,
+            "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
+        }  # fmt: skip
         settings = RentalSettings(
-            gpu_type=gpu_type,
-            max_price_usd=max_price_usd,
-            min_reliability=min_reliability,
-            use_spot=use_spot,
-            server_id=server_id,
-            image=image,
-            currency=currency,
-            ports=ports,
-            env=env,
-            ssh_password=ssh_password,
-            ssh_key=ssh_key,
-            spot_price=spot_price,
-            jupyter_token=jupyter_token,
-            attempts=attempts,
-            deploy_timeout=deploy_timeout,
-            poll_interval=poll_interval,
-            find_timeout=find_timeout,
-            cancel_timeout=cancel_timeout,
-            max_hours=max_hours,
+            gpu_type=gpu_type, max_price_usd=max_price_usd, min_reliability=min_reliability,
+            use_spot=use_spot, server_id=server_id, order=order, spot_price=spot_price,
+            attempts=attempts, deploy_timeout=deploy_timeout, poll_interval=poll_interval,
+            find_timeout=find_timeout, cancel_timeout=cancel_timeout, max_hours=max_hours,
             max_cost_usd=max_cost_usd,
-        )
+        )  # fmt: skip
         return Rental(self, self._orders, settings, self._state_folder)
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
@@ -856,7 +835,7 @@ class CloreClient(HTTPClient):
             >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
             {'host': 'h.net', 'port': 2060, 'user': 'root', 'raw': 'ssh root@h.net -p 2060'}
         """
-        from clore_client.ssh.connect import parse_ssh_command
+        from clore_client.ssh.address import parse_ssh_command
 
         return parse_ssh_command(order)
 
@@ -874,31 +853,31 @@ class CloreClient(HTTPClient):
     ) -> paramiko.SSHClient:
         """Log in to the machine of a running order. Needs paramiko.
 
-        A password wins over ``key_path``. With neither: the password that stands in the order, or
-        that this client sent with it; else the SSH agent and the user's default keys. The agent
-        is never forwarded, nor is X11.
+        A password takes precedence over ``key_path``. Without both, the client uses the password
+        in the order, or the one that it sent with the order; else the SSH agent and the user's
+        default keys. It never forwards the agent or X11.
 
         Parameters:
             order: a running order, as :meth:`wait_for_order` returns it.
-            password: of the user in ``connection.ssh``.
-            key_path: file of a private key: Ed25519, ECDSA or RSA.
-            passphrase: of that key, where it is encrypted.
-            wait: seconds that the machine's sshd may take to come up.
-            timeout: seconds for each attempt to log in.
-            host_key: ``"pin"`` keeps the key that the machine shows at the first login to this
-                order, in the state folder too where that is in use, and insists on it from then
-                on; a fingerprint (``"SHA256:..."``) insists on that one, and pins it;
-                ``"accept"`` takes whatever is shown.
-            use_ssh_config: take ``ProxyJump`` and ``IdentityFile`` for the host from
+            password: the password of the user in ``connection.ssh``.
+            key_path: the file of a private key: Ed25519, ECDSA or RSA.
+            passphrase: the passphrase of that key, if it is encrypted.
+            wait: seconds to wait until the machine's sshd responds.
+            timeout: seconds for each login attempt.
+            host_key: ``"pin"`` accepts any host key at the first login to this order, and only the
+                same key later; ``state_dir`` keeps it for other processes. A fingerprint
+                (``"SHA256:..."``) accepts and pins only that key. ``"accept"`` accepts any key.
+            use_ssh_config: use ``ProxyJump`` and ``IdentityFile`` for the host from
                 ``~/.ssh/config``. A jump host must be in ``~/.ssh/known_hosts``.
 
         Returns:
             A connected ``paramiko.SSHClient``, which the caller closes.
 
         Raises:
-            SSHError: there is no address yet, nothing answered in time, or the login was refused.
-            HostKeyChangedError: another key than before for this order; nothing was sent.
-            ValueError: ``key_path`` or ``passphrase`` can't be used, among others.
+            SSHError: the order has no address yet, no host responded in time, or the host refused
+                the login.
+            HostKeyChangedError: the host key has changed; no login was sent.
+            ValueError: an argument is not valid, such as a ``key_path`` that can't be read.
             ImportError: paramiko is not installed.
 
         Example:
@@ -929,7 +908,7 @@ class CloreClient(HTTPClient):
         host_key: str = "pin",
         use_ssh_config: bool = False,
     ) -> None:
-        """Wait until a login works. Parameters and errors are those of :meth:`connect_ssh`.
+        """Wait until a login works. Takes the arguments of :meth:`connect_ssh`.
 
         Example:
             >>> client.wait_for_ssh(order, wait=600)
@@ -950,7 +929,7 @@ class CloreClient(HTTPClient):
         """Forget the pinned host key of an order, so that the next login accepts a new one.
 
         Parameters:
-            order: an order with a container that was restarted, which can change the host key.
+            order: the order, for example after its container was restarted.
 
         Returns:
             True if a key was pinned.
@@ -974,7 +953,7 @@ class CloreClient(HTTPClient):
             The command, on one line.
 
         Raises:
-            SSHError: the order has no address yet, or it is not a plain name or address.
+            SSHError: the order has no address yet, or one that is not a plain name or address.
 
         Example:
             >>> print(client.ssh_command(order))
@@ -1003,7 +982,7 @@ class CloreClient(HTTPClient):
             The lines of the entry.
 
         Raises:
-            SSHError: the order has no address yet, or it is not a plain name or address.
+            SSHError: the order has no address yet, or one that is not a plain name or address.
 
         Example:
             >>> print(client.ssh_config(order), file=open("gpu.conf", "w"))
@@ -1028,30 +1007,29 @@ class CloreClient(HTTPClient):
 
         Parameters:
             order: a running order.
-            command: for the shell of the machine; a list of arguments is quoted.
-            check: raise for another exit code than 0.
-            timeout: seconds after the login, when the command is ended; None waits for ever. An
-                attempt to log in gets no longer, either. Ctrl-C ends the command, too.
-            input: what it reads from its standard input.
+            command: a command for the machine's shell; a list of arguments is quoted.
+            check: raise an error if the exit code is not 0.
+            timeout: seconds after the login; the command is then stopped. None waits forever. It
+                also limits each login attempt. Ctrl-C stops the command too.
+            input: the standard input of the command.
             env: environment variables.
-            on_output: called with each line as it comes, without its line end; the line's
+            on_output: called with each line when it arrives, without its line end; the line's
                 ``stream`` is ``"stdout"`` or ``"stderr"``.
-            max_output: bytes of output that are kept; what comes after goes to ``on_output`` only,
-                and is counted in the result's ``dropped``.
+            max_output: bytes of output to keep. Any more output only goes to ``on_output``, and is
+                counted in the result's ``dropped``.
             ssh: a connection to use, as :meth:`connect_ssh` returns it; it stays open.
             **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``,
-                ``use_ssh_config``, as for
-                :meth:`connect_ssh`.
+                ``use_ssh_config``, as for :meth:`connect_ssh`.
 
         Returns:
-            A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text;
-            bytes that are no UTF-8 are replaced), ``duration`` in seconds, and ``dropped``.
+            A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text, in
+            which bytes that are not UTF-8 are replaced), ``duration`` in seconds, and ``dropped``.
 
         Raises:
-            CommandError: the exit code was not 0; ``result`` has it all.
-            CommandTimeoutError: it did not end in time, and was ended.
-            SSHError: the login failed; the machine did not run the command, as with a command of
-                its own (ForceCommand); or the connection broke, and the command may still run.
+            CommandError: the exit code was not 0; ``result`` has the output.
+            CommandTimeoutError: the command did not end in time, and was stopped.
+            SSHError: the login failed; the machine did not run the command, because its sshd has a
+                ForceCommand; or the connection broke, and the command may still run.
 
         Example:
             >>> print(client.run(order, "nvidia-smi -L").stdout)
@@ -1077,16 +1055,16 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Forward:
-        """Forward a local port, on loopback only, to a port of an order's machine.
+        """Forward a local port, on loopback only, to a port of the machine of an order.
 
         Parameters:
             order: a running order.
-            remote_port: the port on the order's machine.
-            local_port: the port on this machine; 0 takes a free one.
+            remote_port: the port on the machine of the order.
+            local_port: the port on this machine; 0 chooses a free one.
             ssh, **login: as for :meth:`run`.
 
         Returns:
-            A context manager that gives the local port and forwards it until the block ends.
+            A context manager that returns the local port, and forwards it until the block ends.
 
         Example:
             >>> with client.forward(order, 8888) as port:
@@ -1119,31 +1097,32 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> TransferResult:
-        """Copy a file or a whole directory to the machine of an order. Needs paramiko.
+        """Copy a file or a directory to the machine of an order. Needs paramiko.
 
-        As with ``cp -r``, what is copied to a directory that exists is put into it. It is sent
-        under a temporary name, and renamed when it is complete. Sizes are compared always, and
-        SHA-256 where ``verify`` says so, the transfer was resumed, or a file went in several
-        pieces. A host without a usual shell gets it over SFTP, which is slower. A new file has
-        the permissions of the local one, less the host's umask; one that is replaced keeps its
-        own. A ``remote`` that is a symlink is an error, unless ``symlinks="follow"``.
+        As with ``cp -r``, a copy to an existing directory goes into that directory. Each file gets
+        a temporary name, and is renamed when it is complete. The client always compares sizes. It
+        also compares SHA-256 with ``verify``, after a resumed transfer, and for a file that was
+        sent in several pieces. On a host without a POSIX shell, it uses SFTP, which is slower. A
+        new file gets the permissions of the local one, minus the host's umask; a replaced file
+        keeps its own. A ``remote`` that is a symlink is an error, unless ``symlinks="follow"``.
 
         Parameters:
             order: a running order.
-            local: a file or directory here.
-            remote: a path there; a relative one and ``~`` count from the home directory.
+            local: a file or directory on this machine.
+            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+                directory.
             preserve: keep permissions and times.
-            verify: compare SHA-256 of every file.
-            resume: keep what was transferred before an error, and continue there. A source whose
-                size or time has changed starts over.
-            symlinks: of those within a directory that lead to something in it: ``"skip"`` leaves
-                them out, ``"copy"`` makes the same symlinks there, ``"follow"`` sends what they
-                lead to. All others are left out; ``skipped`` names them.
-            streams: connections at once, 1 to 16; None chooses by the size.
+            verify: compare the SHA-256 of every file.
+            resume: continue an earlier transfer that failed. If the size or time of the source has
+                changed, start over.
+            symlinks: for symlinks in a directory that point into the same directory: ``"skip"``
+                leaves them out, ``"copy"`` creates the same symlinks, ``"follow"`` copies their
+                targets. All other symlinks are left out; ``skipped`` names them.
+            streams: the number of connections, 1 to 16; None chooses it by the size.
             progress: called as ``progress(name, done, total)``, in bytes, in this thread; control
                 characters in the name are escaped.
-            timeout: seconds for each attempt to log in, and without anything sent or received.
-            deadline: seconds for all of it, the login included; None for no limit.
+            timeout: seconds for each login attempt, and the longest time without any progress.
+            deadline: seconds for the whole call with its login; None for no limit.
             ssh, **login: as for :meth:`run`.
 
         Returns:
@@ -1151,15 +1130,15 @@ class CloreClient(HTTPClient):
             seconds, and ``skipped``.
 
         Raises:
-            TransferError: it did not arrive whole: a full disk, a lost connection; ``name``,
-                ``done`` and ``total`` tell how far it came.
+            TransferError: a file was not copied completely, because of a full disk or a lost
+                connection; it has ``name``, ``done`` and ``total``.
             SSHError: the login failed.
-            FileNotFoundError: there is nothing at ``local``.
+            FileNotFoundError: ``local`` does not exist.
 
         Example:
             >>> client.upload(order, "train.py", "~/work/")
         """
-        from clore_client.ssh.upload import check_upload, upload_connections, upload_path
+        from clore_client.ssh.transfer.upload import check_upload, upload_connections, upload_path
 
         checked = check_upload(
             local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
@@ -1186,17 +1165,18 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> TransferResult:
-        """Copy a file or a whole directory from the machine of an order. Needs paramiko.
+        """Copy a file or a directory from the machine of an order. Needs paramiko.
 
-        The other way round as :meth:`upload`, and on the same terms. Nothing that the machine
-        says makes this write outside of ``local``. A file that grows meanwhile, as a log, arrives
-        as it was at the start; any other change is an error.
+        It works like :meth:`upload` in the other direction. A hostile machine can't make it write
+        outside of ``local``. If a file grows during the copy, as a log does, the copy has its
+        content from the start; any other change is an error.
 
         Parameters:
             order: a running order.
-            remote: a path there; a relative one and ``~`` count from the home directory.
-            local: a path here.
-            max_bytes: refuse what is larger.
+            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+                directory.
+            local: a path on this machine.
+            max_bytes: refuse to copy more bytes than this.
             preserve, verify, resume, symlinks, streams, progress, timeout, deadline, ssh,
                 **login: as for :meth:`upload`.
 
@@ -1204,15 +1184,19 @@ class CloreClient(HTTPClient):
             A :class:`TransferResult`.
 
         Raises:
-            TransferError: it did not arrive whole, is larger than ``max_bytes``, or the machine
-                sent what can't be right.
+            TransferError: a file was not copied completely, is larger than ``max_bytes``, or the
+                machine sent invalid data.
             SSHError: the login failed.
 
         Example:
             >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
             4976698672
         """
-        from clore_client.ssh.download import DOWNLOAD_CONNECTIONS, DownloadOptions, download_path
+        from clore_client.ssh.transfer.download import (
+            DOWNLOAD_CONNECTIONS,
+            DownloadOptions,
+            download_path,
+        )
 
         options = DownloadOptions(
             remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
@@ -1232,11 +1216,11 @@ class CloreClient(HTTPClient):
         timeout: float = 30.0,
         **login: Any,
     ) -> Any:
-        """Return a client of the package scp, guarded against hostile hosts.
+        """Return an ``scp.SCPClient`` that is protected against hostile hosts.
 
         Parameters:
             order: a running order.
-            max_bytes: the most bytes that one ``get()`` may receive.
+            max_bytes: the largest number of bytes that one ``get()`` may receive.
             progress: as for ``scp.SCPClient``.
             timeout: seconds for each step of the login, and the longest time without progress.
             **login: as for :meth:`run`.

@@ -14,17 +14,15 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from clore_client.errors import ConfigurationError, Secret, printable
-from clore_client.log import logger
+from clore_client.log import warn_once
 from clore_client.validation import check_local_path
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
-CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools, which is only read
+CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; never written
 
 # Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
-
-_warned: set[str] = set()
 
 
 def clean_key(key: object, source: str) -> str:
@@ -47,7 +45,7 @@ def clean_key(key: object, source: str) -> str:
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigurationError(
-            f"the API key from {source} has a character that no key has: copy it again"
+            f"the API key from {source} has a character that is not allowed in a key: copy it again"
         )
     return Secret(key)
 
@@ -63,7 +61,7 @@ def find_key(argument: str | None) -> tuple[str | None, str]:
     return (from_file, f"file {CONFIG_FILE}") if from_file else (None, "nowhere")
 
 
-def need_key() -> None:
+def require_key() -> None:
     """Raise an error if neither the environment nor the official tools' file has a key."""
     if find_key(None)[0] is None:
         variable = "is empty" if KEY_VARIABLE in os.environ else "is not set"
@@ -75,7 +73,7 @@ def need_key() -> None:
         )
 
 
-def ending_of(key: object) -> str:
+def key_ending(key: object) -> str:
     """Return the end of a key, for display: four characters, or a quarter of a short key."""
     text = str(key)
     return printable(text[len(text) - min(4, len(text) // 4) :])
@@ -103,15 +101,10 @@ def _key_in_file() -> str | None:
         return None
     key = clean_key(config["api_key"], CONFIG_FILE)
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        _warn_readable(str(path))
+        warn_once(
+            f"{path} contains your API key, and other users can read it: run chmod 600 {path}"
+        )
     return key or None
-
-
-@functools.cache
-def _warn_readable(path: str) -> None:
-    logger.warning(
-        "%s contains your API key, and other users can read it: run chmod 600 %s", path, path
-    )
 
 
 def check_base_url(url: object, name: str) -> str:
@@ -140,7 +133,7 @@ def _usable_url(url: str, name: str) -> str:
 
 def _url_problem(url: str) -> str | None:
     if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
-        return "has a blank or a character that no URL has"
+        return "has a blank or a character that is not allowed in a URL"
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -187,7 +180,7 @@ def is_loopback_host(host: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
-    """Return the same text for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
+    """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     host = "localhost" if is_loopback_host(host) else host
@@ -202,12 +195,6 @@ def read_line(path: str) -> str:
             return file.readline(200).strip()
     except OSError:
         return ""
-
-
-@functools.cache
-def boot_id() -> str:
-    """Return the id of this machine's current boot, or an empty string if it is not known."""
-    return read_line("/proc/sys/kernel/random/boot_id")
 
 
 class PerAccount(Generic[V]):
@@ -253,7 +240,7 @@ def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
     else:
         folder = os.path.expanduser(os.fspath(state_dir))
     if folder.startswith("~"):  # "~" would become the name of a folder
-        warn_of_state(f"{folder} can't be used", "this user has no home directory")
+        warn_about_state(f"{folder} can't be used", "this user has no home directory")
         return None
     return Path(os.path.abspath(folder))
 
@@ -264,12 +251,7 @@ def account_digest(base_url: str, api_key: str | None) -> str:
     return hashlib.sha256(account.encode()).hexdigest()[:32]
 
 
-def warn_of_state(what: str, error: object) -> None:
+def warn_about_state(what: str, error: object) -> None:
     """Warn once about a problem of the state folder, which must not stop a rental."""
-    if what not in _warned:
-        _warned.add(what)
-        logger.warning(
-            "%s: %s; if this process is killed, leftovers() can't find its rentals",
-            what,
-            error,
-        )
+    reason = getattr(error, "strerror", None) or error
+    warn_once(f"{what}: {reason}; if this process is killed, leftovers() can't find its rentals")

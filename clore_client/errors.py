@@ -56,7 +56,7 @@ class Secret(str):
         return cls(value) if isinstance(value, str) else value
 
 
-def hidden_values(env: Any) -> Any:
+def secret_values(env: Any) -> Any:
     """Return a dict with its strings as secrets, and any other value unchanged."""
     return {k: Secret.of(v) for k, v in env.items()} if isinstance(env, dict) else env
 
@@ -89,7 +89,7 @@ def masked(value: Any, depth: int = 20) -> Any:
 
 
 def without(text: str, secrets: tuple[str, ...]) -> str:
-    """Return ``text`` with the ``secrets`` replaced, as a response may repeat the request."""
+    """Return ``text`` without the ``secrets``, because a response may repeat the request."""
     for secret in secrets:
         # The secret can also be escaped, in JSON or in the repr of a string.
         for spelling in (secret, json.dumps(secret)[1:-1], repr(str(secret))[1:-1]):
@@ -97,14 +97,14 @@ def without(text: str, secrets: tuple[str, ...]) -> str:
     return text
 
 
-def _scrubbed(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
+def _redacted(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
     """Return ``value`` with the ``secrets`` replaced in all its strings."""
     if isinstance(value, str):
         return without(value, secrets)
     if isinstance(value, dict) and depth:
-        return {k: _scrubbed(v, secrets, depth - 1) for k, v in value.items()}
+        return {k: _redacted(v, secrets, depth - 1) for k, v in value.items()}
     if isinstance(value, list) and depth:
-        return [_scrubbed(v, secrets, depth - 1) for v in value]
+        return [_redacted(v, secrets, depth - 1) for v in value]
     return value
 
 
@@ -122,15 +122,12 @@ class CloreError(Exception):
     sends: int = 1
     # time.monotonic() of the last send; None if nothing was sent.
     sent_at: float | None = None
-    # Attributes with secrets, which pickles and copies leave out.
-    _private: tuple[str, ...] = ()
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {k: v for k, v in self.__dict__.items() if k not in self._private}
-        return (_restored, (type(self), self.args, state))
+        return (_restored, (type(self), self.args, self.__dict__))
 
 
 def _restored(cls: type[CloreError], args: tuple[Any, ...], state: dict[str, Any]) -> CloreError:
@@ -175,8 +172,6 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
             ``jupyter_token``. It is in no text and no pickle of this error.
     """
 
-    _private = ("credentials",)
-
     def __init__(
         self,
         message: str,
@@ -191,10 +186,9 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
         self.order_ids = order_ids
         self.credentials = credentials or {}
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "credentials":  # an error that was pickled or copied
-            return {}
-        raise AttributeError(name)
+    def __reduce__(self) -> tuple[Any, ...]:
+        restore, (cls, args, state) = super().__reduce__()
+        return restore, (cls, args, {**state, "credentials": {}})
 
 
 class OrderNotFoundError(CloreError):
@@ -250,7 +244,7 @@ class OrderEndedError(CloreError):
 
 
 class WaitTimeoutError(CloreError, TimeoutError):
-    """An order did not reach a status in time. It may still be running, and cost money.
+    """An order did not have a status in time. It may still be running, and cost money.
 
     Attributes:
         order_id: the order.
@@ -330,7 +324,7 @@ class CloreAPIError(CloreError):
     ) -> None:
         self.code = code
         self.error = None if error is None else without(error, secrets)
-        self.response: dict[str, Any] = _scrubbed(response or {}, secrets)
+        self.response: dict[str, Any] = _redacted(response or {}, secrets)
         self.http_status = http_status
         self.endpoint = endpoint
         self.hint = hint
@@ -483,7 +477,7 @@ def _response_number(value: Any) -> float | None:
     return float(value) if type(value) in (int, float) and abs(value) < 1e12 else None
 
 
-SHOWN_OF_STDERR = 500  # an error shows the last characters
+STDERR_TAIL = 500  # an error shows the last characters
 
 
 class HostKeyChangedError(SSHError):
@@ -562,5 +556,5 @@ class TransferError(SSHError):
 
 
 def _tail(text: str) -> str:
-    lines = text.strip()[-SHOWN_OF_STDERR:].splitlines()
-    return "".join(f"\n  {printable(line, SHOWN_OF_STDERR)}" for line in lines)
+    lines = text.strip()[-STDERR_TAIL:].splitlines()
+    return "".join(f"\n  {printable(line, STDERR_TAIL)}" for line in lines)

@@ -60,25 +60,25 @@ def bid_per_day(usd_per_hour: float, usd_rate: float) -> float:
     return usd_per_hour * HOURS_PER_DAY / usd_rate
 
 
-class RateBook:
+class ExchangeRates:
     """The latest exchange rates of one API: USD for one unit of a currency."""
 
     def __init__(self) -> None:
         # (rates, time), replaced in one step, so that readers need no lock.
         self._latest: tuple[dict[str, float], float] = ({}, -math.inf)
 
-    def tell(self, rates: Any, *, firm: bool = True) -> None:
+    def update(self, rates: Any, *, display_only: bool = False) -> None:
         """Store exchange rates, and skip values that are not prices.
 
         Parameters:
             rates: a dict from the API, with USD for each currency.
-            firm: whether they may convert bids; if not, they are for display only.
+            display_only: whether they must not convert bids.
         """
         if not isinstance(rates, dict):
             return
         good = {name: rate for name, value in rates.items() if (rate := positive(value))}
         known, stored_at = self._latest
-        if firm and good:
+        if good and not display_only:
             self._latest = (good, time.monotonic())
         elif good and not self.fresh():
             self._latest = ({**known, **good}, stored_at)

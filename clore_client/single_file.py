@@ -94,8 +94,8 @@ def write(folder: Path = FOLDER) -> str:
         textwrap.fill(
             module.about.split("\n")[0],
             WIDTH,
-            initial_indent=f"    {module.name:<20}",
-            subsequent_indent=" " * 24,
+            initial_indent=f"    {module.name:<28}",
+            subsequent_indent=" " * 32,
         )
         for module in modules
     )

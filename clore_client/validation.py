@@ -16,7 +16,7 @@ Timeout = float | tuple[float | None, float | None] | None
 
 _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # With these characters in an env value, create_order returns code 1 (seen on the live API).
-_CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
+_REFUSED_CHARACTERS = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
@@ -36,7 +36,7 @@ def short_repr(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:  # an integer of thousands of digits, or a class with a broken __repr__
-        text = f"<{type(value).__name__} without a text>"
+        text = f"<{type(value).__name__} that can't be shown>"
     return printable(text, 80)
 
 
@@ -88,11 +88,16 @@ def check_number(
     return value
 
 
-def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
+def check_optional_number(name: str, value: Any, **limits: Any) -> float | None:
+    """Check a number with the limits of :func:`check_number`; None is allowed."""
+    return None if value is None else check_number(name, value, **limits)
+
+
+def check_count(name: str, value: Any, *, minimum: int = 0, maximum: float = math.inf) -> int:
     """Check a whole number, at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
-    return int(check_number(name, value, minimum=minimum))
+    return int(check_number(name, value, minimum=minimum, maximum=maximum))
 
 
 def check_interval(name: str, value: Any) -> float:
@@ -108,13 +113,13 @@ def check_bool(name: str, value: Any) -> bool:
 
 
 def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
-    """Refuse a path that no file system takes."""
+    """Check the characters and the length of a local path."""
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
-        raise ValueError(f"{name} has a character that no path may have") from None
+        raise ValueError(f"{name} has a character that is not allowed in a path") from None
     if b"\0" in encoded:
-        raise ValueError(f"{name} must not hold a NUL")
+        raise ValueError(f"{name} must not contain a NUL character")
     longest_part = max(map(len, encoded.split(b"/")))
     if len(encoded) > MAX_PATH or longest_part > MAX_PATH_PART:
         raise ValueError(
@@ -124,16 +129,16 @@ def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
 
 
 def check_callback(name: str, value: Any, arguments: int) -> None:
-    """Check a function that is called with so many arguments; None is none."""
+    """Check a callback that will get this number of arguments; None is allowed."""
     if value is None:
         return
     if not callable(value):
         raise TypeError(f"{name} must be callable, not {short_repr(value)}")
-    import inspect  # for callers that give one, and not cheap
+    import inspect  # imported here, because it is slow and rarely needed
 
     try:
         signature = inspect.signature(value)
-    except (ValueError, TypeError):  # a builtin that does not tell
+    except (ValueError, TypeError):  # a builtin function without a signature
         return
     try:
         signature.bind(*[None] * arguments)
@@ -167,14 +172,14 @@ def check_headers(name: str, value: Any) -> dict[str, Any]:
         if not isinstance(header, str):
             raise TypeError(f"{name}: a header's name must be a string, not {short_repr(header)}")
         if not re.fullmatch(_HEADER_NAME, header):
-            raise ValueError(f"{name}: not the name of a header: {short_repr(header)}")
+            raise ValueError(f"{name}: {short_repr(header)} is not a valid header name")
         if text is None or header.lower() == "auth":  # the key is checked where it is used
             continue
         if not isinstance(text, (str, bytes)):
             raise TypeError(f"{name}[{header!r}] must be a string, not {type(text).__name__}")
         shape = text if isinstance(text, str) else text.decode("latin-1")
         if not re.fullmatch(_HEADER_VALUE, shape):
-            raise ValueError(f"{name}[{header!r}] has a character that no header may have")
+            raise ValueError(f"{name}[{header!r}] has a character that is not allowed in a header")
     return dict(value)
 
 
@@ -208,7 +213,7 @@ def longest_part(timeout: Timeout) -> float | None:
 
 
 def _check_socket_timeout(name: str, value: Any) -> float:
-    # Sockets accept only what the clock of the system can count.
+    # A socket refuses a longer timeout.
     return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
 
 
@@ -229,7 +234,7 @@ def check_order_type(name: str, value: Any) -> str:
 
 
 def check_ports(name: str, value: Any) -> dict[str, str]:
-    """Check a dict of container ports with ``"tcp"`` or ``"http"``, and make its keys strings."""
+    """Check a dict of container ports with ``"tcp"`` or ``"http"``; return it with string keys."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {short_repr(value)}")
     ports: dict[str, str] = {}
@@ -269,7 +274,7 @@ def check_env(name: str, value: Any) -> dict[str, str]:
                 f"{name}[{variable!r}] must have at most {MAX_ENV_VALUE} characters, not "
                 f"{len(text)}"
             )
-        if re.search(_CHOKED_ON, text):
+        if re.search(_REFUSED_CHARACTERS, text):
             logger.warning(
                 "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "
                 "refuse with code 1",

@@ -14,88 +14,110 @@ Without -I, Python would import the clore_client.py of the current folder, not t
 MIT License, Copyright (c) 2026 The clore-client authors; the full text is at the end.
 
 Contents:
-    version             The version of the package, in one place.
-    log                 The logger of the package. The application adds the handlers.
-    errors              All errors of the package, and the tables that map an API response to an
-                        error.
-    files               Lock files, to exclude other processes.
-    pricing             Convert prices between units and currencies.
-    validation          Check arguments. Each error names the argument, its value and the allowed
-                        values.
-    config              Find and check the API key, the base URL and the state folder.
-    models.record       Record, the base class of servers, orders and wallets, and helpers to read
-                        API responses.
-    models.order        Order, and its conversion from the live form to the documented form.
-    models.result       Results of commands and transfers over SSH.
-    models.server       Server, its conversion from the live form to the documented form, filters
-                        and sorting.
-    models.wallet       Wallet, the balance of one currency.
-    api.call            Prepare an API call: check its arguments, and decide how it may be retried.
-    api.connection      HTTP connections that record when a request is sent, and limit the time of
-                        its response.
-    api.rate_limit      Keep requests apart: one rate limit for each key and base URL in the
-                        process.
-    api.retry           Classify a response or a failure: success, retry, or error.
-    api.request         Make API calls: send a request, respect the rate limit, retry, return a
-                        response or an error.
-    market.spot         Check spot bids, and convert them from USD per hour to the unit of the API.
-    market.market       Read the marketplace, and keep its prices and exchange rates.
-    orders.claims       Assign orders to purchases, so that no two purchases get the same order.
-    orders.account      Read the orders of an account, and remember the orders of this client.
-    orders.limits       Check the user's limits: the price per hour, and the number of active
-                        orders.
-    orders.bid          Change the bid of a spot order.
-    orders.cancel       Cancel orders until the API accepts it, and confirm that they have ended.
-    orders.reconcile    Reconcile a purchase with the order lists, when the response had no order id
-                        or was lost.
-    orders.create       Create an order: check the arguments, send them once, and find the new
-                        order.
-    orders.wait         Wait until an order has a status.
-    rental.client       RentalClient, the interface to ``CloreClient`` that rentals use.
-    rental.selection    Select the servers that ``rent()`` tries, with their prices.
-    rental.budget       Count the cost of a rental, and check its limits.
-    rental.journal      Keep the journal: one small file for each purchase, which survives the
-                        process.
-    rental.orders       Keep track of the orders of one rental, in memory and in the journal.
-    rental.cleanup      End the orders of a rental: cancel, confirm, and reconcile purchases with
-                        unknown outcome.
-    rental.handoff      Wait for another thread, safely in case of interrupts.
-    rental.recovery     Find and cancel the orders that rentals of dead processes left running.
-    rental.signals      Handle SIGTERM and SIGHUP, so that they end rentals.
-    rental.worker       RentalWorker, the thread that orders, watches and ends the orders of one
-                        rental.
-    rental.rental       Rental, the context manager of ``rent()``: find, order, wait, and cancel at
-                        the end.
-    ssh.watchdog        A watchdog for calls that have no timeout of their own, and a way to start
-                        threads.
-    ssh.transport       Prepare paramiko's transports and channels: bounded memory, fast ciphers,
-                        dead links noticed.
-    ssh.connect         Log in to a rented machine. paramiko is imported when it is used, not with
-                        the package.
-    ssh.host_keys       Pin host keys for each order: a host and port go to later orders, with
-                        another key.
-    ssh.openssh         Write what makes OpenSSH log in: a line for a terminal, and an entry for its
-                        configuration.
-    ssh.access          Log in to the machines of an account, each with the host key of its order.
-    ssh.command_line    Build the line of a command, and cut its output into lines.
-    ssh.command         Run a command over SSH: read both streams as they come, and end it when told
-                        so.
-    ssh.remote          Run small scripts on a host for a transfer, by a POSIX shell that is started
-                        explicitly.
-    ssh.transfer        What uploads and downloads share: their arguments, the workers, progress and
-                        results.
-    ssh.local_files     Files that a download makes here: beside their place until they are
-                        complete.
-    ssh.sftp            Copy files and directories over SFTP, where a host has no usual shell:
-                        slower, same checks.
-    ssh.upload          Copy files and directories to a host: under a temporary name, renamed when
-                        complete.
-    ssh.download        Copy files and directories from a host, of which nothing is believed.
-    ssh.scp             Guard the package scp against hosts that cheat, and against calls that never
-                        return.
-    ssh.tunnel          Forward a port of this machine's loopback to a port of a host, for the
-                        length of a block.
-    client              CloreClient, with one method for each task.
+    version                     The version of the package, in one place.
+    log                         The logger of the package. The application adds the handlers.
+    errors                      All errors of the package, and the tables that map an API response
+                                to an error.
+    files                       Lock files, to exclude other processes.
+    pricing                     Convert prices between units and currencies.
+    validation                  Check arguments. Each error names the argument, its value and the
+                                allowed values.
+    config                      Find and check the API key, the base URL and the state folder.
+    models.record               Record, the base class of servers, orders and wallets, and helpers
+                                to read API responses.
+    models.order                Order, and its conversion from the live form to the documented form.
+    models.result               Results of commands and transfers over SSH.
+    models.server               Server, its conversion from the live form to the documented form,
+                                filters and sorting.
+    models.wallet               Wallet, the balance of one currency.
+    api.call                    Prepare an API call: check its arguments, and decide how it may be
+                                retried.
+    api.connection              HTTP connections that record when a request is sent, and limit the
+                                time of its response.
+    api.rate_limit              Keep requests apart: one rate limit for each key and base URL in the
+                                process.
+    api.retry                   Classify a response or a failure: success, retry, or error.
+    api.request                 Make API calls: send a request, respect the rate limit, retry,
+                                return a response or an error.
+    market.spot                 Check spot bids, and convert them from USD per hour to the unit of
+                                the API.
+    market.market               Read the marketplace, and keep its prices and exchange rates.
+    orders.claims               Assign orders to purchases, so that no two purchases get the same
+                                order.
+    orders.account              Read the orders of an account, and remember the orders of this
+                                client.
+    orders.limits               Check the user's limits: the price per hour, and the number of
+                                active orders.
+    orders.bid                  Change the bid of a spot order.
+    orders.cancel               Cancel orders until the API accepts it, and confirm that they have
+                                ended.
+    orders.reconcile            Reconcile a purchase with the order lists, when the response had no
+                                order id or was lost.
+    orders.create               Create an order: check the arguments, send them once, and find the
+                                new order.
+    orders.wait                 Wait until an order has a status.
+    rental.client               RentalClient, the interface to ``CloreClient`` that rentals use.
+    rental.selection            Select the servers that ``rent()`` tries, with their prices.
+    rental.budget               Count the cost of a rental, and check its limits.
+    rental.process              Keep the state that all rentals of this process share.
+    rental.journal              Keep the journal: one small file for each purchase, which survives
+                                the process.
+    rental.orders               Keep track of the orders of one rental, in memory and in the
+                                journal.
+    rental.cleanup              End the orders of a rental: cancel, confirm, and reconcile purchases
+                                with unknown outcome.
+    rental.handoff              Call functions in another thread, and wait for it in a way that
+                                interrupts can't break.
+    rental.recovery             Find and cancel the orders that rentals of dead processes left
+                                running.
+    rental.signals              Handle SIGTERM and SIGHUP, so that they end rentals.
+    rental.worker               RentalWorker, the thread that orders, watches and ends the orders of
+                                one rental.
+    rental.rental               Rental, the context manager of ``rent()``: find, order, wait, and
+                                cancel at the end.
+    ssh.address                 Read the address of a machine from its order.
+    ssh.watchdog                Limit calls that have no timeout of their own, and start threads.
+    ssh.transport               Prepare paramiko's transports and channels: bounded memory, fast
+                                ciphers, dead links noticed.
+    ssh.connect                 Log in to a rented machine. paramiko is imported when it is used,
+                                not with the package.
+    ssh.connection_pool         Keep the connections of one call.
+    ssh.host_keys               Pin the host key of each order: later orders get the same host and
+                                port with another key.
+    ssh.openssh                 Write what OpenSSH needs to log in: a command line, or an entry for
+                                ``~/.ssh/config``.
+    ssh.access                  Log in to the machines of an account; check the host key of each
+                                order.
+    ssh.command_line            Build the line that a host's shell runs: the command, its arguments,
+                                and its variables.
+    ssh.command_output          Collect the output of a command, and pass it on line by line.
+    ssh.command                 Run a command over SSH within deadlines, and end it on the host when
+                                it must stop.
+    ssh.scp                     Guard the package scp against hosts that cheat, and against calls
+                                that never return.
+    ssh.transfer.entry          Describe the files, directories and symlinks of a transfer.
+    ssh.transfer.remote_script  Run a script on a host with ``sh``, whatever the login shell is.
+    ssh.transfer.scripts        Shell scripts that a transfer runs on a host, with POSIX tools and
+                                those of GNU and busybox.
+    ssh.transfer.digests        Compare files on a host with files here, by SHA-256.
+    ssh.transfer.local_part     Keep the temporary files of a download, and rename them when it is
+                                complete.
+    ssh.transfer.options        Check the arguments of a transfer.
+    ssh.transfer.transfer       Run one transfer: its worker threads, scripts, deadline, progress
+                                and errors.
+    ssh.transfer.remote_tree    Check the listing of a directory on a host, and its symlinks.
+    ssh.transfer.sftp           Talk to a host over SFTP, where it has no usual shell: slower, with
+                                the same checks.
+    ssh.transfer.sftp_download  Download over SFTP.
+    ssh.transfer.tar            Write and read tar streams.
+    ssh.transfer.local_tree     Find the files to upload, and divide them into portions.
+    ssh.transfer.sftp_upload    Upload over SFTP.
+    ssh.transfer.upload         Upload files and directories under a temporary name, which is
+                                renamed at the end.
+    ssh.transfer.download       Download files and directories; the host is not trusted.
+    ssh.tunnel                  Forward a port of this machine's loopback to a port of a host, for
+                                the length of a block.
+    client                      CloreClient, with one method for each task.
 """
 
 from __future__ import annotations
@@ -113,6 +135,7 @@ import enum
 import fnmatch
 import functools
 import getpass
+import glob
 import hashlib
 import hmac
 import http.client
@@ -129,7 +152,6 @@ import queue
 import random
 import re
 import secrets
-import selectors
 import shlex
 import shutil
 import signal
@@ -140,10 +162,11 @@ import struct
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from pathlib import Path, PurePath
+from pathlib import Path
 from ssl import SSLCertVerificationError
-from types import FrameType, TracebackType
+from types import FrameType, SimpleNamespace, TracebackType
 from typing import IO, TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -228,6 +251,12 @@ __version__ = "0.1.0"
 logger = logging.getLogger("clore_client")
 
 
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning, but only the first time in this process."""
+    logger.warning("%s", text)
+
+
 # ==================================================================================================
 # errors
 #
@@ -283,7 +312,7 @@ class Secret(str):
         return cls(value) if isinstance(value, str) else value
 
 
-def hidden_values(env: Any) -> Any:
+def secret_values(env: Any) -> Any:
     """Return a dict with its strings as secrets, and any other value unchanged."""
     return {k: Secret.of(v) for k, v in env.items()} if isinstance(env, dict) else env
 
@@ -316,7 +345,7 @@ def masked(value: Any, depth: int = 20) -> Any:
 
 
 def without(text: str, secrets: tuple[str, ...]) -> str:
-    """Return ``text`` with the ``secrets`` replaced, as a response may repeat the request."""
+    """Return ``text`` without the ``secrets``, because a response may repeat the request."""
     for secret in secrets:
         # The secret can also be escaped, in JSON or in the repr of a string.
         for spelling in (secret, json.dumps(secret)[1:-1], repr(str(secret))[1:-1]):
@@ -324,14 +353,14 @@ def without(text: str, secrets: tuple[str, ...]) -> str:
     return text
 
 
-def _scrubbed(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
+def _redacted(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
     """Return ``value`` with the ``secrets`` replaced in all its strings."""
     if isinstance(value, str):
         return without(value, secrets)
     if isinstance(value, dict) and depth:
-        return {k: _scrubbed(v, secrets, depth - 1) for k, v in value.items()}
+        return {k: _redacted(v, secrets, depth - 1) for k, v in value.items()}
     if isinstance(value, list) and depth:
-        return [_scrubbed(v, secrets, depth - 1) for v in value]
+        return [_redacted(v, secrets, depth - 1) for v in value]
     return value
 
 
@@ -349,15 +378,12 @@ class CloreError(Exception):
     sends: int = 1
     # time.monotonic() of the last send; None if nothing was sent.
     sent_at: float | None = None
-    # Attributes with secrets, which pickles and copies leave out.
-    _private: tuple[str, ...] = ()
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {k: v for k, v in self.__dict__.items() if k not in self._private}
-        return (_restored, (type(self), self.args, state))
+        return (_restored, (type(self), self.args, self.__dict__))
 
 
 def _restored(cls: type[CloreError], args: tuple[Any, ...], state: dict[str, Any]) -> CloreError:
@@ -402,8 +428,6 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
             ``jupyter_token``. It is in no text and no pickle of this error.
     """
 
-    _private = ("credentials",)
-
     def __init__(
         self,
         message: str,
@@ -418,10 +442,9 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
         self.order_ids = order_ids
         self.credentials = credentials or {}
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "credentials":  # an error that was pickled or copied
-            return {}
-        raise AttributeError(name)
+    def __reduce__(self) -> tuple[Any, ...]:
+        restore, (cls, args, state) = super().__reduce__()
+        return restore, (cls, args, {**state, "credentials": {}})
 
 
 class OrderNotFoundError(CloreError):
@@ -477,7 +500,7 @@ class OrderEndedError(CloreError):
 
 
 class WaitTimeoutError(CloreError, TimeoutError):
-    """An order did not reach a status in time. It may still be running, and cost money.
+    """An order did not have a status in time. It may still be running, and cost money.
 
     Attributes:
         order_id: the order.
@@ -557,7 +580,7 @@ class CloreAPIError(CloreError):
     ) -> None:
         self.code = code
         self.error = None if error is None else without(error, secrets)
-        self.response: dict[str, Any] = _scrubbed(response or {}, secrets)
+        self.response: dict[str, Any] = _redacted(response or {}, secrets)
         self.http_status = http_status
         self.endpoint = endpoint
         self.hint = hint
@@ -710,7 +733,7 @@ def _response_number(value: Any) -> float | None:
     return float(value) if type(value) in (int, float) and abs(value) < 1e12 else None
 
 
-SHOWN_OF_STDERR = 500  # an error shows the last characters
+STDERR_TAIL = 500  # an error shows the last characters
 
 
 class HostKeyChangedError(SSHError):
@@ -789,8 +812,8 @@ class TransferError(SSHError):
 
 
 def _tail(text: str) -> str:
-    lines = text.strip()[-SHOWN_OF_STDERR:].splitlines()
-    return "".join(f"\n  {printable(line, SHOWN_OF_STDERR)}" for line in lines)
+    lines = text.strip()[-STDERR_TAIL:].splitlines()
+    return "".join(f"\n  {printable(line, STDERR_TAIL)}" for line in lines)
 
 
 # ==================================================================================================
@@ -898,25 +921,25 @@ def bid_per_day(usd_per_hour: float, usd_rate: float) -> float:
     return usd_per_hour * HOURS_PER_DAY / usd_rate
 
 
-class RateBook:
+class ExchangeRates:
     """The latest exchange rates of one API: USD for one unit of a currency."""
 
     def __init__(self) -> None:
         # (rates, time), replaced in one step, so that readers need no lock.
         self._latest: tuple[dict[str, float], float] = ({}, -math.inf)
 
-    def tell(self, rates: Any, *, firm: bool = True) -> None:
+    def update(self, rates: Any, *, display_only: bool = False) -> None:
         """Store exchange rates, and skip values that are not prices.
 
         Parameters:
             rates: a dict from the API, with USD for each currency.
-            firm: whether they may convert bids; if not, they are for display only.
+            display_only: whether they must not convert bids.
         """
         if not isinstance(rates, dict):
             return
         good = {name: rate for name, value in rates.items() if (rate := positive(value))}
         known, stored_at = self._latest
-        if firm and good:
+        if good and not display_only:
             self._latest = (good, time.monotonic())
         elif good and not self.fresh():
             self._latest = ({**known, **good}, stored_at)
@@ -947,7 +970,7 @@ Timeout = float | tuple[float | None, float | None] | None
 
 _ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # With these characters in an env value, create_order returns code 1 (seen on the live API).
-_CHOKED_ON = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
+_REFUSED_CHARACTERS = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
@@ -967,7 +990,7 @@ def short_repr(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:  # an integer of thousands of digits, or a class with a broken __repr__
-        text = f"<{type(value).__name__} without a text>"
+        text = f"<{type(value).__name__} that can't be shown>"
     return printable(text, 80)
 
 
@@ -1019,11 +1042,16 @@ def check_number(
     return value
 
 
-def check_count(name: str, value: Any, *, minimum: int = 0) -> int:
+def check_optional_number(name: str, value: Any, **limits: Any) -> float | None:
+    """Check a number with the limits of :func:`check_number`; None is allowed."""
+    return None if value is None else check_number(name, value, **limits)
+
+
+def check_count(name: str, value: Any, *, minimum: int = 0, maximum: float = math.inf) -> int:
     """Check a whole number, at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
-    return int(check_number(name, value, minimum=minimum))
+    return int(check_number(name, value, minimum=minimum, maximum=maximum))
 
 
 def check_interval(name: str, value: Any) -> float:
@@ -1039,13 +1067,13 @@ def check_bool(name: str, value: Any) -> bool:
 
 
 def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
-    """Refuse a path that no file system takes."""
+    """Check the characters and the length of a local path."""
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
-        raise ValueError(f"{name} has a character that no path may have") from None
+        raise ValueError(f"{name} has a character that is not allowed in a path") from None
     if b"\0" in encoded:
-        raise ValueError(f"{name} must not hold a NUL")
+        raise ValueError(f"{name} must not contain a NUL character")
     longest_part = max(map(len, encoded.split(b"/")))
     if len(encoded) > MAX_PATH or longest_part > MAX_PATH_PART:
         raise ValueError(
@@ -1055,16 +1083,16 @@ def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
 
 
 def check_callback(name: str, value: Any, arguments: int) -> None:
-    """Check a function that is called with so many arguments; None is none."""
+    """Check a callback that will get this number of arguments; None is allowed."""
     if value is None:
         return
     if not callable(value):
         raise TypeError(f"{name} must be callable, not {short_repr(value)}")
-    import inspect  # for callers that give one, and not cheap
+    import inspect  # imported here, because it is slow and rarely needed
 
     try:
         signature = inspect.signature(value)
-    except (ValueError, TypeError):  # a builtin that does not tell
+    except (ValueError, TypeError):  # a builtin function without a signature
         return
     try:
         signature.bind(*[None] * arguments)
@@ -1098,14 +1126,14 @@ def check_headers(name: str, value: Any) -> dict[str, Any]:
         if not isinstance(header, str):
             raise TypeError(f"{name}: a header's name must be a string, not {short_repr(header)}")
         if not re.fullmatch(_HEADER_NAME, header):
-            raise ValueError(f"{name}: not the name of a header: {short_repr(header)}")
+            raise ValueError(f"{name}: {short_repr(header)} is not a valid header name")
         if text is None or header.lower() == "auth":  # the key is checked where it is used
             continue
         if not isinstance(text, (str, bytes)):
             raise TypeError(f"{name}[{header!r}] must be a string, not {type(text).__name__}")
         shape = text if isinstance(text, str) else text.decode("latin-1")
         if not re.fullmatch(_HEADER_VALUE, shape):
-            raise ValueError(f"{name}[{header!r}] has a character that no header may have")
+            raise ValueError(f"{name}[{header!r}] has a character that is not allowed in a header")
     return dict(value)
 
 
@@ -1139,7 +1167,7 @@ def longest_part(timeout: Timeout) -> float | None:
 
 
 def _check_socket_timeout(name: str, value: Any) -> float:
-    # Sockets accept only what the clock of the system can count.
+    # A socket refuses a longer timeout.
     return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
 
 
@@ -1160,7 +1188,7 @@ def check_order_type(name: str, value: Any) -> str:
 
 
 def check_ports(name: str, value: Any) -> dict[str, str]:
-    """Check a dict of container ports with ``"tcp"`` or ``"http"``, and make its keys strings."""
+    """Check a dict of container ports with ``"tcp"`` or ``"http"``; return it with string keys."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {short_repr(value)}")
     ports: dict[str, str] = {}
@@ -1200,7 +1228,7 @@ def check_env(name: str, value: Any) -> dict[str, str]:
                 f"{name}[{variable!r}] must have at most {MAX_ENV_VALUE} characters, not "
                 f"{len(text)}"
             )
-        if re.search(_CHOKED_ON, text):
+        if re.search(_REFUSED_CHARACTERS, text):
             logger.warning(
                 "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "
                 "refuse with code 1",
@@ -1251,12 +1279,10 @@ def check_public_key(name: str, value: Any) -> str:
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
-CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools, which is only read
+CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; never written
 
 # Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
-
-_warned: set[str] = set()
 
 
 def clean_key(key: object, source: str) -> str:
@@ -1279,7 +1305,7 @@ def clean_key(key: object, source: str) -> str:
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigurationError(
-            f"the API key from {source} has a character that no key has: copy it again"
+            f"the API key from {source} has a character that is not allowed in a key: copy it again"
         )
     return Secret(key)
 
@@ -1295,7 +1321,7 @@ def find_key(argument: str | None) -> tuple[str | None, str]:
     return (from_file, f"file {CONFIG_FILE}") if from_file else (None, "nowhere")
 
 
-def need_key() -> None:
+def require_key() -> None:
     """Raise an error if neither the environment nor the official tools' file has a key."""
     if find_key(None)[0] is None:
         variable = "is empty" if KEY_VARIABLE in os.environ else "is not set"
@@ -1307,7 +1333,7 @@ def need_key() -> None:
         )
 
 
-def ending_of(key: object) -> str:
+def key_ending(key: object) -> str:
     """Return the end of a key, for display: four characters, or a quarter of a short key."""
     text = str(key)
     return printable(text[len(text) - min(4, len(text) // 4) :])
@@ -1335,15 +1361,10 @@ def _key_in_file() -> str | None:
         return None
     key = clean_key(config["api_key"], CONFIG_FILE)
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        _warn_readable(str(path))
+        warn_once(
+            f"{path} contains your API key, and other users can read it: run chmod 600 {path}"
+        )
     return key or None
-
-
-@functools.cache
-def _warn_readable(path: str) -> None:
-    logger.warning(
-        "%s contains your API key, and other users can read it: run chmod 600 %s", path, path
-    )
 
 
 def check_base_url(url: object, name: str) -> str:
@@ -1372,7 +1393,7 @@ def _usable_url(url: str, name: str) -> str:
 
 def _url_problem(url: str) -> str | None:
     if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
-        return "has a blank or a character that no URL has"
+        return "has a blank or a character that is not allowed in a URL"
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -1419,7 +1440,7 @@ def is_loopback_host(host: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
-    """Return the same text for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
+    """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     host = "localhost" if is_loopback_host(host) else host
@@ -1470,7 +1491,7 @@ def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
     else:
         folder = os.path.expanduser(os.fspath(state_dir))
     if folder.startswith("~"):  # "~" would become the name of a folder
-        warn_of_state(f"{folder} can't be used", "this user has no home directory")
+        warn_about_state(f"{folder} can't be used", "this user has no home directory")
         return None
     return Path(os.path.abspath(folder))
 
@@ -1481,15 +1502,10 @@ def account_digest(base_url: str, api_key: str | None) -> str:
     return hashlib.sha256(account.encode()).hexdigest()[:32]
 
 
-def warn_of_state(what: str, error: object) -> None:
+def warn_about_state(what: str, error: object) -> None:
     """Warn once about a problem of the state folder, which must not stop a rental."""
-    if what not in _warned:
-        _warned.add(what)
-        logger.warning(
-            "%s: %s; if this process is killed, leftovers() can't find its rentals",
-            what,
-            error,
-        )
+    reason = getattr(error, "strerror", None) or error
+    warn_once(f"{what}: {reason}; if this process is killed, leftovers() can't find its rentals")
 
 
 # ==================================================================================================
@@ -1675,11 +1691,11 @@ class Order(Record):
 
     @property
     def is_spot(self) -> bool | None:
-        """Whether it is a spot order; None where the record does not tell."""
+        """True if it is a spot order; None if the record does not say."""
         spot = self.get("spot")
         if isinstance(spot, bool):
             return spot
-        return False if self.is_live else None  # the live form leaves out a false one
+        return False if self.is_live else None  # the live form leaves out a false value
 
     @property
     def has_ended(self) -> bool:
@@ -1711,7 +1727,7 @@ class Order(Record):
         try:
             return self._usd_per_hour
         except AttributeError:
-            return RateBook().usd(self.get("price"), self.get("currency"))
+            return ExchangeRates().usd(self.get("price"), self.get("currency"))
 
     @property
     def is_live(self) -> bool | None:
@@ -1789,7 +1805,7 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
 
 
 def to_order(
-    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: RateBook
+    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: ExchangeRates
 ) -> Order:
     """Convert an order from the API to an :class:`Order`.
 
@@ -1805,7 +1821,9 @@ def to_order(
     return order
 
 
-def to_orders(response: dict[str, Any], cancelled: Collection[int], rates: RateBook) -> list[Order]:
+def to_orders(
+    response: dict[str, Any], cancelled: Collection[int], rates: ExchangeRates
+) -> list[Order]:
     """Convert the orders of a response to the documented form."""
     live = is_live(response)
     return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
@@ -2009,7 +2027,7 @@ def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None
         usd = price.get("usd")
         given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
     amount = positive(given)
-    # A very small number becomes 0, which is no price.
+    # A very small number becomes 0, which does not count as a price.
     return amount / HOURS_PER_DAY or None if live and amount else amount
 
 
@@ -2196,7 +2214,7 @@ def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Ser
     return sorted(servers, key=price)
 
 
-def listed_prices(response: dict[str, Any], rates: RateBook) -> dict[int, float]:
+def listed_prices(response: dict[str, Any], rates: ExchangeRates) -> dict[int, float]:
     """Return the on-demand price in USD per hour by server id.
 
     Stores the exchange rates that follow from the prices in ``rates``, for display.
@@ -2217,7 +2235,7 @@ def listed_prices(response: dict[str, Any], rates: RateBook) -> dict[int, float]
                 in_usd = positive(part_of(record, "price", "usd", usd_field))
                 if amount and in_usd:
                     implied[currency] = in_usd / amount
-    rates.tell(implied, firm=False)
+    rates.update(implied, display_only=True)
     return prices
 
 
@@ -2691,7 +2709,7 @@ class Sessions:
                     sessions.pop().close()
 
 
-class UnusableAnswerError(Exception):
+class UnusableResponseError(Exception):
     """A response that can't be read to its end."""
 
 
@@ -2703,16 +2721,16 @@ def read_body(response: requests.Response, longest: float) -> bytes:
         longest: the most bytes, decompressed.
 
     Raises:
-        UnusableAnswerError: the body is larger, or has an unexpected encoding.
+        UnusableResponseError: the body is larger, or has an unexpected encoding.
     """
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ENCODINGS:
-        raise UnusableAnswerError("the response has an encoding that was not requested")
+        raise UnusableResponseError("the response has an encoding that was not requested")
     pieces, size = [], 0
     for piece in response.iter_content(PIECE):
         size += len(piece)
         if size > longest:
-            raise UnusableAnswerError(
+            raise UnusableResponseError(
                 f"the response is larger than {longest / 1e6:g} MB: set a larger max_response_mb"
             )
         pieces.append(piece)
@@ -3433,7 +3451,7 @@ class HTTPClient:
             result = response, read_body(response, self.max_response_mb * 1e6)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             result = classify_error(call, error, exchange.left_at)
-        except UnusableAnswerError as error:
+        except UnusableResponseError as error:
             result = classify_unusable(call, response, str(error))
         except OSError as error:  # a CA bundle or a certificate is missing
             raise ConfigurationError(f"{call.label} was not sent: {error}") from error
@@ -3488,7 +3506,7 @@ class MarketData:
     """The form, the exchange rates and the listed prices of one API."""
 
     def __init__(self) -> None:
-        self.rates = RateBook()
+        self.rates = ExchangeRates()
         self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
         self.live = False  # whether a response was certainly in the live form
         self._documented_at = -math.inf
@@ -3510,10 +3528,10 @@ class MarketData:
         self.observe(response)
         if is_live(response):
             if isinstance(market, dict):
-                self.rates.tell(market.get("currency_rates_in_usd"))
+                self.rates.update(market.get("currency_rates_in_usd"))
         elif isinstance(market, dict) and market:
             # An empty market shows nothing about the form.
-            self.rates = RateBook()
+            self.rates = ExchangeRates()
             self._documented_at = time.monotonic()
 
     def check_bid_price(
@@ -3580,7 +3598,7 @@ class MarketData:
         return bid
 
 
-def surely_documented(order: Order) -> bool:
+def in_documented_form(order: Order) -> bool:
     """Return whether an order has a field that only the documented form has."""
     return order.is_live is False and any(
         name in order.wire for name in ("status", "connection", "renting_server")
@@ -3595,8 +3613,8 @@ def with_hourly_offers(response: dict[str, Any]) -> dict[str, Any]:
     market = response.get("market")
     if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
         return response
-    live, rates = is_live(response), RateBook()
-    rates.tell(market.get("currency_rates_in_usd"))
+    live, rates = is_live(response), ExchangeRates()
+    rates.update(market.get("currency_rates_in_usd"))
 
     def hourly(offer: dict[str, Any]) -> float | None:
         if live:
@@ -3755,6 +3773,9 @@ def claims_for(base_url: str, api_key: str) -> Claims:
 # ==================================================================================================
 
 
+SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
+
+
 class OrdersClient(Requester, Protocol):
     """The parts of ``CloreClient`` that the orders use."""
 
@@ -3890,7 +3911,7 @@ class AccountOrders:
             self.ended.update(o.id for o in completed if o.id is not None and o.has_ended)
         return active + sorted(missing - self.cancelled - self.ended)
 
-    def tell_bid(self, order_id: int, usd_per_hour: float) -> None:
+    def notify_bid(self, order_id: int, usd_per_hour: float) -> None:
         """Report the new price of an order to its budget."""
         if (listener := self.bid_listeners.get(order_id)) is not None:
             listener(usd_per_hour)
@@ -3959,10 +3980,10 @@ def set_spot_price(
             raise
     except (CloreConnectionError, DatabaseError, InvalidResponseError):
         # The bid may have taken effect, so a budget counts the higher price.
-        orders.tell_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
+        orders.notify_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
         raise
     if accepted:
-        orders.tell_bid(order_id, usd_per_hour)
+        orders.notify_bid(order_id, usd_per_hour)
     return accepted
 
 
@@ -3982,7 +4003,7 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
         )
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
-    if surely_documented(order):
+    if in_documented_form(order):
         orders.market.data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
         return usd_per_hour
     currency, server_id = order.get("currency"), order.server_id
@@ -4001,7 +4022,7 @@ def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:
     shown = finite(after.wire.get("price")) if after is not None else None
     if shown is None:
         return False
-    if surely_documented(before):
+    if in_documented_form(before):
         # The price is in the order's currency and the bid in USD: only a change can be seen.
         return shown != finite(before.wire.get("price"))
     return abs(shown - bid) <= max(1e-6 * bid, 1e-8)  # bitcoin has eight decimals
@@ -4022,13 +4043,12 @@ def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:
 
 MAX_ISSUE = 2048  # characters of ``issue`` that the API accepts
 # A cancelled order can stay in the active list for 2 to 20 seconds (seen on the live API).
-LINGER = 30.0
+SETTLE_TIMEOUT = 30.0
 MAX_CANCELS = 64  # ids that the API accepts in one ``cancel_orders``
-FIRST_PAUSE = 0.02  # seconds between the first two reads of the lists; it doubles
-LONGEST_LOOK_PAUSE = 1.0
+FIRST_READ_PAUSE = 0.02  # seconds between the first two reads of the lists; it doubles
+LONGEST_READ_PAUSE = 1.0
 CANCEL_AGAIN_AFTER = 30.0  # seconds; an order that still looks active is cancelled again
 CONFIRM_AT_LEAST = 30.0
-SHORTEST_TRY = 1.0  # the shortest time limit of one request, in seconds
 
 
 class Cancellation:
@@ -4046,10 +4066,10 @@ class Cancellation:
         self.failure: Exception | None = None
         self._orders = orders
         self._issue = issue
-        self._doubtful = False  # whether a cancel may have taken effect
+        self._outcome_unknown = False  # whether a cancel may have taken effect
         self._state: OrderState | None = None  # None if the last read of the lists failed
         self._absent_since: float | None = None
-        self._look_failure: CloreError | None = None
+        self._read_error: CloreError | None = None
         self._sent_at = -math.inf
         self._pause = max(0.001, 2 * orders.client.backoff)  # before the next cancel
 
@@ -4064,17 +4084,17 @@ class Cancellation:
         except Exception as error:
             self.failure = error
             if not isinstance(error, CloreAPIError) or error.sends > 1:
-                self._doubtful = True
+                self._outcome_unknown = True
             raise
         self._accept()
         logger.info("order %d was cancelled", self.order_id)
 
-    def keep_on(
+    def run(
         self,
         deadline: Callable[[], float],
         *,
         confirm: bool,
-        persist: bool = True,
+        retry_refused: bool = True,
         stop: Callable[[], bool] = lambda: False,
     ) -> CloreError | None:
         """Send the cancel until it is accepted, and read the lists until the order has ended.
@@ -4082,13 +4102,13 @@ class Cancellation:
         Parameters:
             deadline: returns the monotonic time at which to give up.
             confirm: wait until the order has ended; else an accepted cancel is enough.
-            persist: go on if the API refuses to cancel an active order.
+            retry_refused: go on if the API refuses to cancel an active order.
             stop: returns whether to give up at once.
 
         Returns:
             None on success, else the error for the user.
         """
-        look_pause = FIRST_PAUSE
+        read_pause = FIRST_READ_PAUSE
         while True:
             self._send_if_due(deadline())
             if self._done and not confirm:
@@ -4096,18 +4116,18 @@ class Cancellation:
             if isinstance(self.failure, ConfigurationError):
                 return self.unconfirmed()
             try:
-                if self._look(deadline()):
+                if self._check_lists(deadline()):
                     return None
             except OrderNotFoundError as error:
                 return error
             remaining = deadline() - time.monotonic()
-            if remaining <= 0 or stop() or (self._refused and not persist):
+            if remaining <= 0 or stop() or (self._refused and not retry_refused):
                 return self.unconfirmed()
-            waits_for_cancel = persist and not self._done
-            pause = max(self._next_send() - time.monotonic(), 0) if waits_for_cancel else look_pause
+            waits_for_cancel = retry_refused and not self._done
+            pause = max(self._next_send() - time.monotonic(), 0) if waits_for_cancel else read_pause
             until = time.monotonic() + min(pause, remaining)
             _sleep_until(until, lambda: stop() or time.monotonic() >= deadline())
-            look_pause = min(look_pause * 2, LONGEST_LOOK_PAUSE)
+            read_pause = min(read_pause * 2, LONGEST_READ_PAUSE)
 
     def unconfirmed(self, seconds: float | None = None) -> CancelUnconfirmedError:
         """Make the error for an order that may still be running.
@@ -4126,7 +4146,7 @@ class Cancellation:
             f"cancel_order({order_id}) again, which is safe to repeat{why}",
             order_ids=(order_id,),
         )
-        error.__cause__ = self._look_failure if self._done else self.failure
+        error.__cause__ = self._read_error if self._done else self.failure
         return error
 
     # --- the cancel ---
@@ -4139,7 +4159,7 @@ class Cancellation:
     @property
     def _refused(self) -> bool:
         """True if the API clearly refused to cancel an order that is active."""
-        return self._state is OrderState.ACTIVE and not (self.accepted or self._doubtful)
+        return self._state is OrderState.ACTIVE and not (self.accepted or self._outcome_unknown)
 
     def _accept(self) -> None:
         self.accepted, self.failure = True, None
@@ -4159,7 +4179,7 @@ class Cancellation:
         if tried_before:
             self._pause = min(self._pause * 2, LONGEST_CANCEL_PAUSE)
         try:
-            limited(self.send, deadline=self._end_of_try(deadline), urgent=True)
+            limited(self.send, deadline=self._request_deadline(deadline), urgent=True)
         except Exception as error:
             if was_done:  # an earlier cancel was accepted
                 self.failure = None
@@ -4173,7 +4193,7 @@ class Cancellation:
                     error,
                 )
 
-    def _end_of_try(self, deadline: float, at_least: float = SHORTEST_TRY) -> float:
+    def _request_deadline(self, deadline: float, at_least: float = SHORTEST_LIMIT) -> float:
         """Return the deadline of one request, so that a request that hangs is retried."""
         now = time.monotonic()
         left = deadline - now
@@ -4181,7 +4201,7 @@ class Cancellation:
 
     # --- the lists ---
 
-    def _look(self, deadline: float) -> bool:
+    def _check_lists(self, deadline: float) -> bool:
         """Read the lists once, and return whether the order has ended.
 
         Raises:
@@ -4189,18 +4209,18 @@ class Cancellation:
         """
         orders = self._orders
         asked_at = time.monotonic()
-        at_least = SHORTEST_TRY + 2 * orders.client.rate_limit  # two lists
-        self._state = self._look_failure = None
+        at_least = SHORTEST_LIMIT + 2 * orders.client.rate_limit  # two lists
+        self._state = self._read_error = None
         try:
             self._state = limited(
                 lambda: orders.state(self.order_id),
-                deadline=self._end_of_try(deadline, at_least),
+                deadline=self._request_deadline(deadline, at_least),
                 urgent=True,
             )
         except OrderNotFoundError:
             raise
         except CloreError as error:
-            self._look_failure = error
+            self._read_error = error
             return False
         if self._state is OrderState.ENDED:
             self._accept()
@@ -4241,8 +4261,8 @@ def cancel_order(
                 f"{error}\norder {order_id} may still be running, and cost money: cancel it again",
             )
             raise
-        until = time.monotonic() + (LINGER if settle_timeout is None else settle_timeout)
-        failure = cancellation.keep_on(lambda: until, confirm=False, persist=False)
+        until = time.monotonic() + (SETTLE_TIMEOUT if settle_timeout is None else settle_timeout)
+        failure = cancellation.run(lambda: until, confirm=False, retry_refused=False)
         if failure is not None:
             raise failure from error
     return cancellation
@@ -4255,7 +4275,7 @@ def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
     response, failed = _send_cancels(orders, ids)
     if failed and getattr(response, "sends", 1) > 1:
         # After a lost response, the retry fails for the orders that the first request ended.
-        until = time.monotonic() + LINGER
+        until = time.monotonic() + SETTLE_TIMEOUT
         left = _still_running(orders, failed, until)
         response["failed_to_cancel"] = [
             i for i in response["failed_to_cancel"] if str(i) in map(str, left)
@@ -4267,7 +4287,7 @@ def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int
     """Cancel all active orders of the account; see ``CloreClient.cancel_all``."""
     ids = orders.active_ids()
     failed = _send_cancels(orders, ids)[1] if ids else []
-    until = time.monotonic() + min(timeout, LINGER)
+    until = time.monotonic() + min(timeout, SETTLE_TIMEOUT)
     if left := _still_running(orders, failed, until):
         raise CancelUnconfirmedError(
             f"orders not cancelled: {', '.join(map(str, left))}; they may still be running, and "
@@ -4287,7 +4307,7 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
     """
     until = time.monotonic() + timeout
     for number, cancellation in enumerate(cancellations):
-        failure = cancellation.keep_on(lambda: until, confirm=True)
+        failure = cancellation.run(lambda: until, confirm=True)
         if failure is not None:
             left = tuple(c.order_id for c in cancellations[number:])
             raise CancelUnconfirmedError(
@@ -4348,7 +4368,7 @@ def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> t
     return tuple(
         order_id
         for order_id in ids
-        if Cancellation(orders, order_id).keep_on(lambda: until, confirm=False)
+        if Cancellation(orders, order_id).run(lambda: until, confirm=False)
     )
 
 
@@ -4370,9 +4390,8 @@ def _sleep_until(moment: float, stop: Callable[[], bool]) -> None:
 
 
 # A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
-FIRST_LOOK = 0.2
+FIRST_PAUSE = 0.2
 LONGEST_PAUSE = 2.0
-SHORTEST_LOOK = 1.0  # the shortest time limit of one request
 
 
 class SentPurchase(Protocol):
@@ -4390,7 +4409,7 @@ class SentPurchase(Protocol):
 
 
 def find_order(
-    orders: AccountOrders, purchase: SentPurchase, timeout: float, doubt: CloreError | None
+    orders: AccountOrders, purchase: SentPurchase, timeout: float, send_error: CloreError | None
 ) -> Order:
     """Read the active orders until the order of a purchase shows up, and claim it.
 
@@ -4398,15 +4417,16 @@ def find_order(
         orders: the orders of the account.
         purchase: the purchase that was sent.
         timeout: seconds.
-        doubt: the error of the purchase, after which the order may or may not exist; or None.
+        send_error: the error of the purchase, after which the order may or may not exist; or None.
 
     Raises:
         OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
-            error of the last read, if that failed, else ``doubt``.
-        CloreAPIError: ``doubt`` itself, if the API refused and complete lists have no such order.
+            error of the last read, if that failed, else ``send_error``.
+        CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have the
+            order.
     """
     try:
-        order = _search(orders, purchase, timeout, doubt)
+        order = _search(orders, purchase, timeout, send_error)
     except (KeyboardInterrupt, SystemExit):
         logger.warning(
             "interrupted before the order of server %d was found; it may exist: look at "
@@ -4419,16 +4439,16 @@ def find_order(
 
 
 def _search(
-    orders: AccountOrders, purchase: SentPurchase, timeout: float, doubt: CloreError | None
+    orders: AccountOrders, purchase: SentPurchase, timeout: float, send_error: CloreError | None
 ) -> Order:
-    claims, pause = orders.claims, FIRST_LOOK
+    claims, pause = orders.claims, FIRST_PAUSE
     deadline = time.monotonic() + timeout
     while True:
         cause: CloreError | None = None
         possible: list[Order] = []
         created_after = None
         try:
-            listed, created_after = _look(orders, purchase, timeout, deadline)
+            listed, created_after = _read_active(orders, purchase, timeout, deadline)
             possible = claims.free([o for o in listed if purchase.matches(o)], purchase)
         except CloreError as error:
             cause = error
@@ -4441,21 +4461,23 @@ def _search(
             _learn_offset(claims, found[0], created_after)
             return found[0]
         if len(found) > 1 or remaining <= 0:
-            if isinstance(doubt, CloreAPIError) and not possible and cause is None:
-                raise doubt  # complete lists without the order confirm the refusal
-            raise _not_found(purchase, found or possible, timeout, doubt) from (cause or doubt)
+            if isinstance(send_error, CloreAPIError) and not possible and cause is None:
+                raise send_error  # complete lists without the order confirm the refusal
+            raise _not_found(purchase, found or possible, timeout, send_error) from (
+                cause or send_error
+            )
         time.sleep(min(pause, remaining))
         pause = min(pause * 1.5, LONGEST_PAUSE)
 
 
-def _look(
+def _read_active(
     orders: AccountOrders, purchase: SentPurchase, timeout: float, deadline: float
 ) -> tuple[list[Order], float | None]:
     """Read the active orders, and compute the send time by the server's clock."""
     client = orders.client
     # One slow response must not use all the time.
-    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LOOK))
-    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LOOK)
+    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
+    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
     listed, listing = limited(
         lambda: orders.read(completed=False, timeout=patience), deadline=until
     )
@@ -4484,11 +4506,11 @@ def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> 
 
 
 def _not_found(
-    purchase: SentPurchase, orders: list[Order], timeout: float, doubt: CloreError | None
+    purchase: SentPurchase, orders: list[Order], timeout: float, send_error: CloreError | None
 ) -> OrderOutcomeUnknownError:
     server_id = purchase.server_id
     ids = tuple(order.id for order in orders if order.id is not None)
-    made = "was made" if doubt is None else "may have been made"
+    made = "was made" if send_error is None else "may have been made"
     return OrderOutcomeUnknownError(
         f"an order for server {server_id} {made}, but it is not clear if it is one of "
         f"{', '.join(map(str, ids))}: look at get_orders() before you order again"
@@ -4522,14 +4544,14 @@ def make_password() -> str:
     return Secret("".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH)))
 
 
-def _given(value: Any) -> Any:
+def _none_if_empty(value: Any) -> Any:
     """Return None for an empty argument. 0 and False stay, so that the checks refuse them."""
     return None if isinstance(value, Sized) and len(value) == 0 else value
 
 
 def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
     """Check the password, key and token of an order. An empty password or key counts as None."""
-    ssh_password, ssh_key = _given(ssh_password), _given(ssh_key)
+    ssh_password, ssh_key = _none_if_empty(ssh_password), _none_if_empty(ssh_key)
     if ssh_password is not None and ssh_key is not None:
         raise ValueError("ssh_password and ssh_key can't be used together: pass one of them")
     credentials: dict[str, str] = {}
@@ -4544,12 +4566,12 @@ def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str
 
 def order_ports(ports: Any) -> dict[str, str]:
     """Return the ports to send; an empty argument means the default."""
-    return dict(DEFAULT_PORTS) if _given(ports) is None else check_ports("ports", ports)
+    return dict(DEFAULT_PORTS) if _none_if_empty(ports) is None else check_ports("ports", ports)
 
 
 def order_env(env: Any) -> dict[str, str]:
     """Return the environment to send; an empty argument means the default."""
-    return dict(DEFAULT_ENV) if _given(env) is None else check_env("env", env)
+    return dict(DEFAULT_ENV) if _none_if_empty(env) is None else check_env("env", env)
 
 
 class Purchase:
@@ -4704,7 +4726,7 @@ class Purchase:
         if not data.live and (replaced or data.documented):
             return  # the response will have the order id
         # The live API returns no order id, so record which orders can't be the new one.
-        patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LOOK)
+        patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LIMIT)
         with contextlib.suppress(CloreError):
             listed, response = limited(
                 lambda: orders.read(completed=False), deadline=time.monotonic() + patience
@@ -4719,11 +4741,11 @@ class Purchase:
         earlier = claims.unresolved.get(server_id)
         claims.unresolved[server_id] = self  # set before the request, which can be interrupted
         self._sent_at = time.monotonic()
-        doubt: CloreError | None = None
+        send_error: CloreError | None = None
         try:
             self.response = self._orders.client._request("POST", "/v1/create_order", json=self.body)
         except (OrderOutcomeUnknownError, DatabaseError) as error:
-            doubt, self._sent_at = error, error.sent_at or self._sent_at
+            send_error, self._sent_at = error, error.sent_at or self._sent_at
         except Exception as error:  # the API refused, or the request was not sent
             if earlier is None:
                 claims.unresolved.pop(server_id, None)
@@ -4734,7 +4756,7 @@ class Purchase:
             # An earlier purchase may have rented it, with a response that was lost.
             return find_order(self._orders, earlier, find_timeout, error), earlier
         if (order_id := created_id(self.response)) is None:
-            return find_order(self._orders, self, find_timeout, doubt), self
+            return find_order(self._orders, self, find_timeout, send_error), self
         claims.take(order_id, self)
         claims.unresolved.pop(server_id, None)
         return self._named_order(order_id), self
@@ -4780,18 +4802,8 @@ def wait_for_status(
     targets = _SAME_STATUS if target_status in _SAME_STATUS else {target_status}
     deadline = time.monotonic() + timeout
     seen: Order | None = None
-    failure: CloreError | None = None
     while True:
-        try:
-            # The last poll starts at the deadline, and needs time for two reads.
-            last = time.monotonic() + 2 * orders.client.rate_limit + SHORTEST_LOOK
-            order = limited(lambda: orders.find(order_id), deadline=max(deadline, last))
-            failure = None
-        except CloreError as error:
-            if not (error.retryable or isinstance(error, InvalidResponseError)):
-                raise
-            logger.debug("a poll of order %d failed: %s", order_id, error)
-            order, failure = None, error
+        order, failure = _poll(orders, order_id, deadline)
         seen = order or seen
         if on_update is not None and failure is None:
             on_update(order)
@@ -4814,6 +4826,21 @@ def wait_for_status(
         # Respect the pause that the API asked for.
         pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
         time.sleep(min(pause, remaining))
+
+
+def _poll(
+    orders: AccountOrders, order_id: int, deadline: float
+) -> tuple[Order | None, CloreError | None]:
+    """Read the order once. Return it, or the error after which another poll makes sense."""
+    # The last poll starts at the deadline, and needs time for two reads.
+    last = time.monotonic() + 2 * orders.client.rate_limit + SHORTEST_LIMIT
+    try:
+        return limited(lambda: orders.find(order_id), deadline=max(deadline, last)), None
+    except CloreError as error:
+        if not (error.retryable or isinstance(error, InvalidResponseError)):
+            raise
+        logger.debug("a poll of order %d failed: %s", order_id, error)
+        return None, error
 
 
 # ==================================================================================================
@@ -4870,12 +4897,19 @@ FEE_ON_DEMAND = 0.05
 FEE_SPOT = 0.0125
 CREATION_FEE = 0.10  # USD, once for each order
 CREATION_FEE_AFTER = 600.0  # seconds; a shorter order does not pay it
-BID_MARGIN = 1e-4  # a lowest bid can become too low when it is converted
+BID_MARGIN = 1e-4  # the conversion of the lowest bid can make it too low
 PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
 
 class RentalSettings:
-    """The arguments of ``rent()``, checked."""
+    """The arguments of ``rent()``, checked.
+
+    Parameters:
+        order: those that ``create_order`` takes too, except the bid and ``find_timeout``.
+
+    Attributes:
+        order_arguments: the arguments for ``create_order``.
+    """
 
     def __init__(
         self,
@@ -4885,14 +4919,8 @@ class RentalSettings:
         min_reliability: Any,
         use_spot: Any,
         server_id: Any,
-        image: Any,
-        currency: Any,
-        ports: Any,
-        env: Any,
-        ssh_password: Any,
-        ssh_key: Any,
+        order: dict[str, Any],
         spot_price: Any,
-        jupyter_token: Any,
         attempts: Any,
         deploy_timeout: Any,
         poll_interval: Any,
@@ -4902,22 +4930,8 @@ class RentalSettings:
         max_cost_usd: Any,
     ) -> None:
         self._set_search(gpu_type, max_price_usd, min_reliability, use_spot, server_id)
-        self.currency = check_currency("currency", currency)
-        self.image = check_text("image", image)
-        check_login(ssh_password, ssh_key, jupyter_token)
-        order_ports(ports)
-        order_env(env)
+        self._set_order(order)
         self.spot_price = self._checked_bid(spot_price)
-        self.order_arguments: dict[str, Any] = {
-            "image": self.image,
-            "order_type": "spot" if self.spot else "on-demand",
-            "currency": self.currency,
-            "ports": ports,
-            "env": env,
-            "ssh_password": ssh_password,
-            "ssh_key": ssh_key,
-            "jupyter_token": jupyter_token,
-        }
         self.attempts = check_count("attempts", attempts, minimum=1)
         self.deploy_timeout = check_number(
             "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
@@ -4927,22 +4941,30 @@ class RentalSettings:
         self.cancel_timeout = check_number(
             "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
         )
-        self.max_hours = _check_budget("max_hours", max_hours)
-        self.max_cost_usd = _check_budget("max_cost_usd", max_cost_usd)
+        self.max_hours = check_optional_number("max_hours", max_hours, above=True, infinite=True)
+        self.max_cost_usd = check_optional_number(
+            "max_cost_usd", max_cost_usd, above=True, infinite=True
+        )
 
     def _set_search(
         self, gpu_type: Any, max_price_usd: Any, min_reliability: Any, use_spot: Any, server_id: Any
     ) -> None:
-        if gpu_type is not None:
-            check_text("gpu_type", gpu_type)
-        if max_price_usd is not None:
-            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        self.gpu_type: str | None = gpu_type
-        self.max_price_usd: float | None = max_price_usd
-        self.min_reliability: float = min_reliability
+        self.gpu_type = None if gpu_type is None else check_text("gpu_type", gpu_type)
+        self.max_price_usd = check_optional_number(
+            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
+        )
+        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
         self.spot = check_bool("use_spot", use_spot)
         self.server_id = None if server_id is None else check_id("server_id", server_id)
+
+    def _set_order(self, order: dict[str, Any]) -> None:
+        self.currency = check_currency("currency", order["currency"])
+        self.image = check_text("image", order["image"])
+        check_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"])
+        order_ports(order["ports"])
+        order_env(order["env"])
+        kind = "spot" if self.spot else "on-demand"
+        self.order_arguments = {**order, "order_type": kind, "currency": self.currency}
 
     def _checked_bid(self, spot_price: Any) -> float | None:
         if spot_price is None:
@@ -4964,7 +4986,7 @@ class RentalSettings:
         """The fee as a fraction of the price."""
         return FEE_SPOT if self.spot else FEE_ON_DEMAND
 
-    def over(self, usd_per_hour: float | None) -> bool:
+    def exceeds_price_limit(self, usd_per_hour: float | None) -> bool:
         """Return whether a price is above the limit."""
         limit = self.max_price_usd
         return limit is not None and usd_per_hour is not None and (
@@ -4985,7 +5007,7 @@ class RentalSettings:
         bid = lowest * (1 + BID_MARGIN)
         return bid if limit is None or lowest > limit else min(bid, limit)
 
-    def why_not(self, server: Server) -> str | None:
+    def reason_against(self, server: Server) -> str | None:
         """Return the reason why a server does not fit, or None if it fits."""
         coins = server.get("allowed_coins")
         if isinstance(coins, list) and coins and self.currency not in coins:
@@ -5005,16 +5027,12 @@ class RentalSettings:
         return None
 
 
-def _check_budget(name: str, value: Any) -> float | None:
-    return None if value is None else check_number(name, value, above=True, infinite=True)
-
-
 def _lowest_bid(server: Server, currency: str) -> float | None:
     stated = positive(part_of(server, "price", "original_usd", currency, "spot"))
     return server.spot_usd_per_hour if stated is None else stated / HOURS_PER_DAY
 
 
-def shown_usd(order: Any, server: Server, currency: str) -> float | None:
+def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | None:
     """Return the price of an order in USD per hour; None if not known.
 
     Uses the exchange rate of the server's listing if there is one, as the price limit does.
@@ -5039,7 +5057,7 @@ def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Ser
         if not pinned:
             return [], f"server {settings.server_id} is not on the marketplace: choose another"
         server = pinned[0]
-        why = "is rented" if server.rented else settings.why_not(server)
+        why = "is rented" if server.rented else settings.reason_against(server)
         if (server.reliability or 0.0) < settings.min_reliability:
             why = f"has a reliability of {server.reliability}"
         wanted = (settings.gpu_type or "").strip().lower()
@@ -5056,7 +5074,7 @@ def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Ser
         least = settings.min_reliability
         reliable = f", with a reliability of at least {least:g}" if least else ""
         return [], f"there is no free server{named}{reliable}: try later, or change the filters"
-    fitting = [s for s in found if s.id is not None and settings.why_not(s) is None]
+    fitting = [s for s in found if s.id is not None and settings.reason_against(s) is None]
     fitting.sort(key=lambda s: p if (p := settings.price_of(s)) is not None else float("inf"))
     return fitting, (
         f"none of {len(found)} free servers of that kind fits the price and the currency: raise "
@@ -5075,25 +5093,32 @@ LONGEST_WATCH = 30.0  # seconds between two checks, because the wall clock can j
 FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
-class Age:
-    """The age of an order: the larger of two clocks, as a laptop that sleeps still pays."""
-
-    def __init__(self) -> None:
-        self.monotonic = time.monotonic()
-        self.wall = time.time()
-
-    def seconds(self) -> float:
-        """Return the age in seconds."""
-        return max(0.0, time.monotonic() - self.monotonic, time.time() - self.wall)
-
-
 class Meter:
-    """The cost of one order. A new bid changes its price."""
+    """The cost of one order. A new bid changes its price.
+
+    Attributes:
+        counts: whether there is an order to pay for.
+    """
 
     def __init__(self, usd_per_hour: float | None, fee: float) -> None:
-        self.age = Age()
+        self._started = time.monotonic(), time.time()
+        self.counts = True
         self._fee = fee
         self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
+        self._stopped_at: float | None = None  # the age of the order then
+
+    def age(self) -> float:
+        """Return the age of the order in seconds, by the larger of two clocks.
+
+        The monotonic clock can stop while a laptop sleeps, but the order still costs money.
+        """
+        monotonic, wall = self._started
+        return max(0.0, time.monotonic() - monotonic, time.time() - wall)
+
+    @property
+    def is_running(self) -> bool:
+        """True if the cost still grows."""
+        return self.counts and self._stopped_at is None
 
     @property
     def usd_per_hour(self) -> float:
@@ -5107,15 +5132,23 @@ class Meter:
 
     def change(self, usd_per_hour: float) -> None:
         """Set the price from now on."""
-        self._prices.append((self.age.seconds(), usd_per_hour))
+        self._prices.append((self.age(), usd_per_hour))
+
+    def stop(self) -> None:
+        """Stop the cost, because the cancel was accepted. Safe to repeat."""
+        if self._stopped_at is None:
+            self._stopped_at = self.age()
 
     def usd(self) -> float:
         """Return the cost so far in USD, with all fees."""
-        prices, now, rent = self._prices, self.age.seconds(), 0.0
+        if not self.counts:
+            return 0.0
+        end = self.age() if self._stopped_at is None else self._stopped_at
+        prices, rent = self._prices, 0.0
         for index, (since, price) in enumerate(prices):
-            until = prices[index + 1][0] if index + 1 < len(prices) else now
-            rent += price * max(0.0, min(until, now) - since) / 3600.0
-        return rent * (1 + self._fee) + (CREATION_FEE if now >= CREATION_FEE_AFTER else 0.0)
+            until = prices[index + 1][0] if index + 1 < len(prices) else end
+            rent += price * max(0.0, min(until, end) - since) / 3600.0
+        return rent * (1 + self._fee) + (CREATION_FEE if end >= CREATION_FEE_AFTER else 0.0)
 
 
 class Budget:
@@ -5124,46 +5157,23 @@ class Budget:
     def __init__(self, settings: RentalSettings) -> None:
         self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
         self._fee = settings.fee
-        self._since: Age | None = None  # of the first order
-        self._spent = 0.0  # USD, for orders that have ended
         self._meters: list[Meter] = []
 
     @property
     def hours(self) -> float:
         """The hours since the first order was sent."""
-        return self._since.seconds() / 3600.0 if self._since else 0.0
+        return max((m.age() for m in list(self._meters) if m.counts), default=0.0) / 3600.0
 
     @property
     def cost_usd(self) -> float:
         """The cost of all orders so far, in USD."""
-        return self._spent + sum(meter.usd() for meter in list(self._meters))
+        return sum(meter.usd() for meter in list(self._meters))
 
     def start(self, usd_per_hour: float | None) -> Meter:
         """Start to count another order."""
         meter = Meter(usd_per_hour, self._fee)
-        self._since = self._since or meter.age
         self._meters.append(meter)
         return meter
-
-    def stop(self, meter: Meter) -> None:
-        """Stop counting an order that costs nothing any more. Safe to repeat."""
-        if meter in self._meters:
-            spent = meter.usd()
-            self._meters.remove(meter)
-            self._spent += spent
-
-    def drop(self, meter: Meter) -> None:
-        """Forget an order that was not made."""
-        if meter in self._meters:
-            self._meters.remove(meter)
-            if not self._meters and not self._spent:
-                self._since = None
-
-    def resume(self, meter: Meter) -> None:
-        """Count a dropped order again, from its start, because it was made after all."""
-        if meter not in self._meters:
-            self._meters.append(meter)
-            self._since = self._since or meter.age
 
     def exceeded_by(self) -> str | None:
         """Return a text that names the limit that is reached, or None."""
@@ -5173,8 +5183,11 @@ class Budget:
             return f"max_cost_usd={self._max_cost:g} is reached"
         return None
 
+    def _running(self) -> list[Meter]:
+        return [meter for meter in list(self._meters) if meter.is_running]
+
     def _fee_due(self) -> float:
-        ages = [meter.age.seconds() for meter in self._meters]
+        ages = [meter.age() for meter in self._running()]
         soon = [age for age in ages if CREATION_FEE_AFTER - FEE_LEAD <= age < CREATION_FEE_AFTER]
         return CREATION_FEE * len(soon)
 
@@ -5186,12 +5199,58 @@ class Budget:
         if self._max_hours is not None:
             left.append((self._max_hours - self.hours) * 3600.0)
         if self._max_cost is not None:
-            per_second = sum(m.usd_per_hour for m in self._meters) * (1 + self._fee) / 3600.0
+            running = self._running()
+            per_second = sum(m.usd_per_hour for m in running) * (1 + self._fee) / 3600.0
             if per_second:
                 left.append((self._max_cost - self.cost_usd) / per_second)
-            to_fee = [CREATION_FEE_AFTER - FEE_LEAD - m.age.seconds() for m in self._meters]
+            to_fee = [CREATION_FEE_AFTER - FEE_LEAD - m.age() for m in running]
             left += [seconds for seconds in to_fee if seconds > 0]
         return max(0.002, min(left))
+
+
+# ==================================================================================================
+# rental.process
+#
+# Keep the state that all rentals of this process share.
+# ==================================================================================================
+
+
+class ProcessState:
+    """The state that all rentals of this process share.
+
+    Each change is one atomic step, because a signal handler must not wait for a lock.
+
+    Attributes:
+        rentals: the workers of the open rentals.
+        exiting: whether the interpreter is exiting.
+        entries: the journal entries that this process wrote and has locked, by path.
+        signal_users: the open users of the signal handler.
+        handled_signals: the signals for which the handler is installed.
+        stopping_signal: the signal that ends this process, or None.
+    """
+
+    def __init__(self) -> None:
+        self.rentals: set[RentalWorker] = set()
+        self.exiting = False
+        self.entries: dict[str, JournalEntry] = {}
+        self.signal_users: set[SignalHandling] = set()
+        self.handled_signals: set[int] = set()
+        self.stopping_signal: int | None = None
+
+
+this_process = ProcessState()
+
+
+def _leave_rentals_to_parent() -> None:
+    this_process.rentals.clear()
+    # The files that a child inherits would keep the parent's locks after the parent's death.
+    for entry in this_process.entries.values():
+        entry.unlock()
+    this_process.entries.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_rentals_to_parent)
 
 
 # ==================================================================================================
@@ -5206,9 +5265,6 @@ LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
 _ID_ROOM = 20  # characters reserved for the order id, which is written later
 _FIRST = '{"order_id": '
 
-_state_lock = threading.Lock()
-_written: dict[str, JournalEntry] = {}  # path -> an entry that this process has locked
-
 
 def _read_line(path: str) -> str:
     try:
@@ -5219,14 +5275,13 @@ def _read_line(path: str) -> str:
 
 
 def this_machine() -> dict[str, str]:
-    """Return the identity of this machine and of its current boot."""
+    """Return the identity of this machine."""
     machine = _read_line("/etc/machine-id") or _read_line("/var/lib/dbus/machine-id")
     # machine-id(5) says to keep the id itself private.
     digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
     return {
         "host": socket.gethostname(),
         "machine": digest,
-        "boot": _read_line("/proc/sys/kernel/random/boot_id"),
     }
 
 
@@ -5243,12 +5298,19 @@ class JournalEntry:
             gave up.
     """
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        data: dict[str, Any],
+        *,
+        of_this_machine: bool = True,
+        lock: int | None = None,
+    ) -> None:
         self.path = path
         self.data = data
-        self.of_this_machine = True
-        self.abandoned = False
-        self._handle: int | None = None
+        self.of_this_machine = of_this_machine
+        self.abandoned = lock is not None
+        self._handle = lock
         self._written_here = False
 
     @property
@@ -5274,10 +5336,9 @@ class JournalEntry:
             raise OSError("the disk is full")
         os.fsync(handle)
         _sync_folder(self.path.parent)
-        with _state_lock:
-            _written[str(self.path)] = self
+        this_process.entries[str(self.path)] = self
 
-    def note_order(self, order_id: int) -> None:
+    def write_order_id(self, order_id: int) -> None:
         """Write the order id into the file, in place, so that a crash can't damage the rest."""
         if self._handle is None:
             return
@@ -5287,16 +5348,11 @@ class JournalEntry:
             os.write(self._handle, f"{order_id:<{_ID_ROOM}}".encode())
             os.fsync(self._handle)
         except OSError as error:
-            warn_of_state(f"{self.path.name} could not be updated", error)
-
-    def hold(self, handle: int) -> None:
-        """Keep the lock of an abandoned file until ``close()``."""
-        self._handle = handle
+            warn_about_state(f"{self.path.name} could not be updated", error)
 
     def remove(self) -> None:
         """Remove the file. Safe to repeat."""
-        with _state_lock:
-            _written.pop(str(self.path), None)
+        this_process.entries.pop(str(self.path), None)
         handle, self._handle = self._handle, None
         if handle is None and self._written_here:
             return
@@ -5307,14 +5363,14 @@ class JournalEntry:
             if os.name != "nt" and handle is not None:
                 os.close(handle)
         except OSError as error:
-            warn_of_state(f"{self.path} could not be removed", error)
+            warn_about_state(f"{self.path} could not be removed", error)
 
     def close(self) -> None:
         """Release the lock, unless this process wrote the file."""
         if not self._written_here:
-            self.forget()
+            self.unlock()
 
-    def forget(self) -> None:
+    def unlock(self) -> None:
         """Close the file, which releases its lock."""
         handle, self._handle = self._handle, None
         if handle is not None:
@@ -5343,7 +5399,7 @@ def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | Non
         entry.write()
     except OSError as error:
         entry.remove()
-        warn_of_state(f"the journal in {folder} can't be written", error)
+        warn_about_state(f"the journal in {folder} can't be written", error)
         return None
     return entry
 
@@ -5357,7 +5413,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        warn_of_state(f"{folder} could not be read", error)
+        warn_about_state(f"{folder} could not be read", error)
         return []
     machine = this_machine()
     found = []
@@ -5367,7 +5423,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            warn_of_state(f"{folder / name} is not a readable journal entry", error)
+            warn_about_state(f"{folder / name} is not a readable journal entry", error)
             continue
         if entry is not None:
             found.append(entry)
@@ -5375,9 +5431,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
 
 
 def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
-    with _state_lock:
-        written = _written.get(str(path))
-    if written is not None:
+    if (written := this_process.entries.get(str(path))) is not None:
         return written
     flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -5391,7 +5445,7 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
         try:
             free = lock_file(handle)
         except OSError as error:  # without locks, the process may still be alive
-            warn_of_state(f"files in {path.parent} can't be locked", error)
+            warn_about_state(f"files in {path.parent} can't be locked", error)
             free = False
         os.lseek(handle, 0, os.SEEK_SET)
         text = os.read(handle, LONGEST_ENTRY)
@@ -5402,29 +5456,12 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
         data = json.loads(text)
         if not isinstance(data, dict):
             raise ValueError("it is not a JSON object")
-        found = JournalEntry(path, data)
-        found.of_this_machine = all(data.get(k) == machine[k] for k in ("host", "machine"))
-        found.abandoned = free and found.of_this_machine
-        if found.abandoned:
-            found.hold(handle)
-            keep = True
-        return found
+        here = all(data.get(name) == value for name, value in machine.items())
+        keep = free and here
+        return JournalEntry(path, data, of_this_machine=here, lock=handle if keep else None)
     finally:
         if not keep:
             os.close(handle)
-
-
-def _forget_entries() -> None:
-    # A forked child must close its copies of the files, which keep the parent's locks alive.
-    global _state_lock
-    _state_lock = threading.Lock()
-    for entry in _written.values():
-        entry.forget()
-    _written.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_entries)
 
 
 # ==================================================================================================
@@ -5434,7 +5471,7 @@ if hasattr(os, "register_at_fork"):
 # ==================================================================================================
 
 
-LOOKS = 6  # an order does not exist if at least this many lists do not have it
+MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
 
 
 class RentalOrder:
@@ -5445,7 +5482,8 @@ class RentalOrder:
         entry: its journal entry.
         meter: its cost.
         order_id: the order id; None while the outcome of the purchase is not known.
-        answered: the API refused the order with code 1, but the order may exist.
+        refused: whether the API refused the order with code 1, after which it may still exist.
+        absent: monotonic times of the lists in a row that did not have the order.
     """
 
     def __init__(self, server_id: int, entry: JournalEntry | None, meter: Meter) -> None:
@@ -5454,9 +5492,9 @@ class RentalOrder:
         self.meter = meter
         self.sent_at = time.monotonic()
         self.order_id: int | None = None
-        self.answered = False
+        self.refused = False
         self._cancellation: Cancellation | None = None
-        self.absent: list[float] = []  # monotonic times of lists that did not have it
+        self.absent: list[float] = []
 
     @property
     def accepted(self) -> bool:
@@ -5478,7 +5516,7 @@ class RentalOrder:
 
 
 class RentalOrders:
-    """All purchases of a rental that cost money, or may do so.
+    """All purchases of a rental that cost money or may cost money.
 
     Attributes:
         before: ids of orders that existed before the rental.
@@ -5505,7 +5543,7 @@ class RentalOrders:
     def __iter__(self) -> Iterator[RentalOrder]:
         return iter(list(self._all))
 
-    def note_intent(self, server_id: int, price: float | None) -> RentalOrder:
+    def record_intent(self, server_id: int, price: float | None) -> RentalOrder:
         """Record a purchase in the journal and in memory, before it is sent."""
         settings = self._settings
         entry = write_entry(
@@ -5526,12 +5564,12 @@ class RentalOrders:
         self._all.append(purchase)
         return purchase
 
-    def became(self, purchase: RentalOrder, order_id: int) -> None:
+    def set_order_id(self, purchase: RentalOrder, order_id: int) -> None:
         """Record the order id of a purchase."""
         purchase.order_id = order_id
-        self._budget.resume(purchase.meter)
+        purchase.meter.counts = True
         if purchase.entry is not None:
-            purchase.entry.note_order(order_id)
+            purchase.entry.write_order_id(order_id)
 
         def new_bid(usd_per_hour: float) -> None:
             purchase.meter.change(usd_per_hour)
@@ -5539,43 +5577,39 @@ class RentalOrders:
 
         self._orders.bid_listeners[order_id] = new_bid
 
-    def refused(self, purchase: RentalOrder) -> None:
-        """Record that the API refused a purchase with code 1, after which it may still exist."""
-        purchase.answered = True
+    def mark_refused(self, purchase: RentalOrder) -> None:
+        """Record that the API refused a purchase with code 1; its order may still exist."""
+        purchase.refused = True
         purchase.sent_at = time.monotonic()  # if there is an order, it was made before now
-        self._budget.drop(purchase.meter)
+        purchase.meter.counts = False
 
     def forget(self, purchase: RentalOrder) -> None:
-        """Remove a purchase that has no order any more."""
+        """Remove a purchase whose order does not exist, has ended, or stays on purpose."""
         if purchase.entry is not None:
             purchase.entry.remove()
         self._remove(purchase)
-        self._budget.drop(purchase.meter)
 
     def give_up(self, purchase: RentalOrder) -> None:
         """Leave a purchase to ``leftovers()``."""
         if purchase.entry is not None:
             purchase.entry.abandoned = True
         self._remove(purchase)
-        if purchase.order_id is None:
-            self._budget.drop(purchase.meter)
 
-    def keep(self, purchase: RentalOrder) -> None:
-        """Leave an order running on purpose."""
-        if purchase.entry is not None:
-            purchase.entry.remove()
-        self._remove(purchase)
+    def unresolved(self) -> list[RentalOrder]:
+        """Return the purchases that the API refused with code 1, but that may have an order."""
+        return [p for p in self._all if p.order_id is None and p.refused]
 
     def _remove(self, purchase: RentalOrder) -> None:
         if purchase in self._all:
             self._all.remove(purchase)
+        purchase.meter.counts = purchase.order_id is not None
         self._orders.bid_listeners.pop(purchase.order_id or 0, None)
 
-    def look_for(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
-        """Look for the order of a purchase in a list. Return True if there is surely none.
+    def search_in(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
+        """Look for the order of a purchase in a list. Return True if it is confirmed absent.
 
         A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
-        moment. So there is none only if several lists do not have it, over ``order_lag`` seconds.
+        moment. So several lists over ``order_lag`` seconds must not have it.
 
         Parameters:
             purchase: a purchase with unknown outcome.
@@ -5584,17 +5618,21 @@ class RentalOrders:
         """
         fitting = [order for order in orders if self._fits(order, purchase)]
         if len(fitting) == 1 and not self._is_held(purchase):
-            self.became(purchase, fitting[0].id or 0)
+            self.set_order_id(purchase, fitting[0].id or 0)
         lag = self._orders.client.order_lag
         if fitting:
             purchase.absent.clear()
         elif asked_at >= purchase.sent_at + lag and self._is_complete(orders):
             purchase.absent.append(asked_at)
         absent = purchase.absent
-        return len(absent) >= LOOKS and absent[-1] - absent[0] >= lag
+        return len(absent) >= MIN_ABSENT_LISTS and absent[-1] - absent[0] >= lag
+
+    def search_interval(self, longest: float) -> float:
+        """Return the seconds between two searches, at most ``longest``."""
+        return min(longest, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
     def _is_complete(self, orders: list[Order]) -> bool:
-        """Return whether a list has all orders of this rental that surely run."""
+        """Return whether a list has all orders of this rental that must be active."""
         running = {p.order_id for p in self._all if p.order_id is not None and not p.accepted}
         return running <= {order.id for order in orders}
 
@@ -5604,23 +5642,23 @@ class RentalOrders:
             order.server_id == purchase.server_id
             and order.id not in self.before
             and order.id not in self._taken()
-            and fits_intent(order, settings.image, settings.currency, settings.spot)
+            and can_be_order_of(order, settings.image, settings.currency, settings.spot)
         )
 
     def _is_held(self, purchase: RentalOrder) -> bool:
         """Return whether a living rental of another process could own the order."""
         held = False
-        for entry in self._notes_for(purchase.server_id):
+        for entry in self._entries_for(purchase.server_id):
             mine = purchase.entry is not None and entry.path == purchase.entry.path
             held = held or not (mine or entry.abandoned)
             entry.close()
         return held
 
-    def drop_dead_notes(self, server_id: int) -> None:
+    def remove_dead_entries(self, server_id: int) -> None:
         """Remove entries of dead processes that would match an order of this rental."""
         if self._settings.spot:
             return  # one server can have several spot orders
-        for entry in self._notes_for(server_id):
+        for entry in self._entries_for(server_id):
             if entry.abandoned and entry.of_this_machine and entry.order_id is None:
                 entry.remove()
             entry.close()
@@ -5628,19 +5666,19 @@ class RentalOrders:
     def _account(self) -> str:
         return account_digest(self._orders.client.base_url, self._orders.client.api_key)
 
-    def _notes_for(self, server_id: int) -> list[JournalEntry]:
+    def _entries_for(self, server_id: int) -> list[JournalEntry]:
         """Return the entries for this server and account. The caller closes each."""
-        account, notes = self._account(), []
+        account, found = self._account(), []
         for entry in read_entries(self._folder):
             data = entry.data
             if data.get("server_id") == server_id and data.get("account") == account:
-                notes.append(entry)
+                found.append(entry)
             else:
                 entry.close()
-        return notes
+        return found
 
 
-def fits_intent(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
     """Return whether an order still runs and can be the result of a purchase."""
     return not order.has_ended and same_purchase(order, image, currency, spot)
 
@@ -5652,15 +5690,15 @@ def fits_intent(order: Order, image: Any, currency: Any, spot: Any) -> bool:
 # ==================================================================================================
 
 
-LOOK_EVERY = 0.5  # seconds between two looks for an order that may exist
+SEARCH_INTERVAL = 0.5  # seconds between two searches for an order that may exist
 
 
 class Cleanup:
     """The cleanup of one rental, which ends its orders.
 
     Attributes:
-        left_at: monotonic time at which the block ended; None before that.
-        hurried: skip the confirmation, after an interrupt during the cleanup.
+        block_ended_at: monotonic time at which the block ended; None before that.
+        skip_confirmation: skip the confirmation, after an interrupt during the cleanup.
         abandoned: stop the cleanup, after three interrupts; ``leftovers()`` finds the orders.
     """
 
@@ -5669,29 +5707,23 @@ class Cleanup:
         orders: AccountOrders,
         rental_orders: RentalOrders,
         settings: RentalSettings,
-        budget: Budget,
     ) -> None:
         self._orders = orders
         self._rental_orders = rental_orders
         self._settings = settings
-        self._budget = budget
-        self.left_at: float | None = None
-        self.hurried = False
+        self.block_ended_at: float | None = None
+        self.skip_confirmation = False
         self.abandoned = False
 
-    def leave(self) -> None:
+    def record_block_end(self) -> None:
         """Record that the block has ended, which sets the deadline for cancels."""
-        self.left_at = self.left_at or time.monotonic()
+        self.block_ended_at = self.block_ended_at or time.monotonic()
 
     def deadline(self) -> float:
         """Return the deadline for cancels; there is none before the block has ended."""
-        if self.left_at is None:
+        if self.block_ended_at is None:
             return math.inf
-        return self.left_at + self._settings.cancel_timeout
-
-    def in_doubt(self, being_made: RentalOrder | None) -> list[RentalOrder]:
-        """Return the purchases with unknown outcome, except the one that is being made."""
-        return [p for p in self._rental_orders if p.order_id is None and p is not being_made]
+        return self.block_ended_at + self._settings.cancel_timeout
 
     def end_all(self) -> BaseException | None:
         """End all orders, the cancels first. Return None, or the first failure."""
@@ -5726,52 +5758,50 @@ class Cleanup:
     def try_to_cancel(
         self, purchase: RentalOrder, deadline: Callable[[], float]
     ) -> CloreError | None:
+        """Cancel an order until that is accepted. Return None, or the error."""
         if purchase.accepted:
             return None
-        failure = purchase.cancellation(self._orders).keep_on(
+        failure = purchase.cancellation(self._orders).run(
             deadline, confirm=False, stop=lambda: self.abandoned
         )
         if failure is None:  # the order costs nothing from now on
-            self._budget.stop(purchase.meter)
+            purchase.meter.stop()
         return failure
 
     def confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
         """Wait until a cancelled order is listed as ended."""
         order_id = purchase.order_id or 0
         deadline = confirm_until(started, self._settings.cancel_timeout)
-        failure = (
-            None
-            if self.hurried
-            else purchase.cancellation(self._orders).keep_on(
-                lambda: deadline, confirm=True, stop=lambda: self.hurried
+        failure: CloreError | None = None
+        if not self.skip_confirmation:
+            failure = purchase.cancellation(self._orders).run(
+                lambda: deadline, confirm=True, stop=lambda: self.skip_confirmation
             )
-        )
-        if self.hurried:
+            if failure is None:
+                self._rental_orders.forget(purchase)
+                self._rental_orders.before.add(order_id)
+                return None
+        self._rental_orders.give_up(purchase)
+        if self.skip_confirmation:
             logger.warning(
                 "order %d was cancelled, but an interrupt skipped the confirmation", order_id
             )
-            self._rental_orders.give_up(purchase)
             return CloreError(
-                f"order {order_id} was cancelled, but it is not confirmed that it has ended: look "
-                "at leftovers() later"
+                f"order {order_id} was cancelled, but it is not confirmed that it has ended: call "
+                "leftovers() later"
             )
-        if failure is not None:
-            logger.error(
-                "order %d was cancelled, but may still be running: call leftovers() later", order_id
-            )
-            self._rental_orders.give_up(purchase)
-            return failure
-        self._rental_orders.forget(purchase)
-        self._rental_orders.before.add(order_id)
-        return None
+        logger.error(
+            "order %d was cancelled, but may still be running: call leftovers() later", order_id
+        )
+        return failure
 
     # --- purchases with unknown outcome ---
 
-    def look_at_doubts(self, being_made: RentalOrder | None) -> None:
-        """Look once for the orders of purchases that the API refused with code 1."""
-        for purchase in self.in_doubt(being_made):
+    def search_unresolved(self) -> None:
+        """Look once for the orders of unresolved purchases, and cancel those that exist."""
+        for purchase in self._rental_orders.unresolved():
             try:
-                surely_none = self._look_for(purchase)
+                confirmed_absent = self._search(purchase)
             except CloreError as error:
                 logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
                 continue
@@ -5783,28 +5813,28 @@ class Cleanup:
                 )
                 until = time.monotonic() + self._settings.cancel_timeout
                 self.try_to_cancel(purchase, lambda: until)  # noqa: B023
-            elif surely_none:
+            elif confirmed_absent:
                 self._rental_orders.forget(purchase)
 
-    def _look_for(self, purchase: RentalOrder) -> bool:
-        """Look once for the order of a purchase. Return True if there is surely none."""
+    def _search(self, purchase: RentalOrder) -> bool:
+        """Look once for the order of a purchase. Return True if it is confirmed absent."""
         asked_at = time.monotonic()
-        deadline = max(asked_at + SHORTEST_TRY, self.deadline())
+        deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
         try:
             orders = limited(self._orders.active, deadline=deadline, urgent=True)
         except CloreError:
             purchase.absent.clear()  # a read that failed breaks the series
             raise
-        return self._rental_orders.look_for(purchase, orders, asked_at)
+        return self._rental_orders.search_in(purchase, orders, asked_at)
 
     def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
-        """Look for the order of a purchase until it is found and cancelled, or surely none."""
+        """Look for the order of a purchase until it is found and cancelled, or time is out."""
         logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
-        shown = False
-        while not (shown or self.abandoned):
+        confirmed_absent = False
+        while not (confirmed_absent or self.abandoned):
             try:
-                shown = self._look_for(purchase)
+                confirmed_absent = self._search(purchase)
                 cause = None
             except CloreError as error:
                 cause = error
@@ -5812,17 +5842,18 @@ class Cleanup:
                 return self.cancel(purchase, self.deadline)
             if time.monotonic() >= self.deadline():
                 break
-            if not shown:
-                time.sleep(min(LOOK_EVERY, max(0.001, self._orders.client.order_lag / LOOKS)))
-        if shown and purchase.answered:
+            if not confirmed_absent:
+                time.sleep(self._rental_orders.search_interval(SEARCH_INTERVAL))
+        if confirmed_absent and purchase.refused:
             self._rental_orders.forget(purchase)
             return None
         self._rental_orders.give_up(purchase)
         logger.warning(
-            "no order of server %d showed up: call leftovers() later", purchase.server_id
+            "no order of server %d has shown up so far: call leftovers() later",
+            purchase.server_id,
         )
         unknown = OutcomeUnknownError(
-            f"{purchase}, but did not show up: look at leftovers() and get_orders() in a minute",
+            f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
             endpoint="/v1/create_order",
         )
         unknown.__cause__ = cause
@@ -5832,7 +5863,7 @@ class Cleanup:
 # ==================================================================================================
 # rental.handoff
 #
-# Wait for another thread, safely in case of interrupts.
+# Call functions in another thread, and wait for it in a way that interrupts can't break.
 # ==================================================================================================
 
 
@@ -5842,7 +5873,7 @@ WAKE_EVERY = 0.5  # seconds; a waiting thread checks again, even if no other thr
 class Gate:
     """An event that happens once, and for which threads can wait.
 
-    It is not a ``threading.Event``, because an interrupt can leave the lock of one locked.
+    A ``threading.Event`` is not used, because an interrupt can leave its lock locked.
     """
 
     def __init__(self) -> None:
@@ -5883,8 +5914,8 @@ class ThreadCall:
 def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
     """Return the next item of a queue that only this thread reads; None after the timeout.
 
-    ``SimpleQueue.get(timeout=...)`` waits forever if it finds the queue's lock free, no item, and
-    the time over. ``get_nowait()`` before it leaves the lock taken.
+    ``SimpleQueue.get(timeout=...)`` can wait forever if its lock is free, the queue is empty and
+    the timeout has passed. A ``get_nowait()`` that finds no item takes that lock first.
     """
     try:
         return inbox.get_nowait()
@@ -5908,7 +5939,7 @@ def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
 CLOCKS_APART = 300.0
 CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
 LATEST_ORDER = 180.0  # a proxy can delay a request
-LEFTOVER_LOOK = 1.0  # between two reads, while an order may not be listed yet
+LEFTOVER_READ_INTERVAL = 1.0  # between two reads, while an order may not be listed yet
 
 
 class Leftover:
@@ -5998,7 +6029,7 @@ class _Survey:
 
     def _match(self) -> None:
         named = {entry.order_id for entry in self.entries}
-        self.of: dict[str, Order] = {}  # path of an entry -> its order
+        self._matched: dict[str, Order] = {}  # path of an entry -> its order
         held: set[int] = set()
         living: set[int] = set()  # orders that may belong to living processes
         for entry in self.entries:
@@ -6009,7 +6040,7 @@ class _Survey:
                 fitting = [
                     order
                     for number, order in self.listed.items()
-                    if number not in named and intended(entry.data, order)
+                    if number not in named and matches_entry(entry.data, order)
                 ]
             if entry.abandoned or not entry.of_this_machine:
                 if len(fitting) > 1:
@@ -6018,7 +6049,7 @@ class _Survey:
                         entry.path,
                     )
                 elif fitting:
-                    self.of[str(entry.path)] = fitting[0]
+                    self._matched[str(entry.path)] = fitting[0]
                     held.add(fitting[0].id or 0)
             else:
                 living.update(order.id or 0 for order in fitting)
@@ -6030,7 +6061,7 @@ class _Survey:
         """Assign at most one entry to each order."""
         claims: dict[int, list[JournalEntry]] = {}
         for entry in self.entries:
-            if (order := self.of.get(str(entry.path))) is not None:
+            if (order := self._matched.get(str(entry.path))) is not None:
                 claims.setdefault(order.id or 0, []).append(entry)
         for order_id, entries in claims.items():
             if order_id in living or (
@@ -6046,10 +6077,10 @@ class _Survey:
                 entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
                 losers = entries[:-1]
             for entry in losers:
-                self.of.pop(str(entry.path))
+                self._matched.pop(str(entry.path))
 
     def order_of(self, entry: JournalEntry) -> Order | None:
-        order = self.of.get(str(entry.path))
+        order = self._matched.get(str(entry.path))
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:
@@ -6090,7 +6121,7 @@ class _Survey:
         time.sleep(self._orders.client.order_lag)
         orders = self._orders.active()
         for entry in entries:
-            if not any(intended(entry.data, order) for order in orders):
+            if not any(matches_entry(entry.data, order) for order in orders):
                 logger.info("%s has no order: the entry is removed", entry.path)
                 entry.remove()
 
@@ -6109,14 +6140,14 @@ class _Survey:
         return Leftovers(abandoned, elsewhere, self.unnoted)
 
 
-def intended(data: dict[str, Any], order: Order) -> bool:
+def matches_entry(data: dict[str, Any], order: Order) -> bool:
     """Return whether an order can be the result of an entry without an order id."""
     before = data.get("before")
     if order.server_id != whole_id(data.get("server_id")):
         return False
     if isinstance(before, list) and order.id in before:
         return False
-    if not fits_intent(order, data.get("image"), data.get("currency"), data.get("spot")):
+    if not can_be_order_of(order, data.get("image"), data.get("currency"), data.get("spot")):
         return False
     started, made = finite(data.get("started")), order.started_at
     if started is None or made is None:
@@ -6145,7 +6176,7 @@ def _take_survey(orders: AccountOrders, folder: Path | None, wait: float) -> _Su
             survey.close()
             raise
         survey.close()
-        time.sleep(min(LEFTOVER_LOOK, max(0.01, wait / 10), remaining))
+        time.sleep(min(LEFTOVER_READ_INTERVAL, max(0.01, wait / 10), remaining))
 
 
 def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
@@ -6174,10 +6205,10 @@ def end_leftovers(
                 timeout if order is not None else min(timeout, orders.client.order_lag)
             )
             cancellation = Cancellation(orders, order_id)
-            failure = cancellation.keep_on(lambda: until, confirm=False)  # noqa: B023
+            failure = cancellation.run(lambda: until, confirm=False)  # noqa: B023
             if failure is None:
                 confirmed_by = confirm_until(started, timeout)
-                failure = cancellation.keep_on(lambda: confirmed_by, confirm=True)  # noqa: B023
+                failure = cancellation.run(lambda: confirmed_by, confirm=True)  # noqa: B023
             if failure is None:
                 logger.info("order %d of a dead process has ended", order_id)
                 entry.remove()
@@ -6221,51 +6252,21 @@ class SignalExit(SystemExit):
         self.signum = signum
 
 
-class _Handling:
-    """The state of the signal handler, which must not take a lock."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-        self.pid = 0
-        self.installed: set[int] = set()
-        self.warned: set[int] = set()
-        self.stopping: int | None = None
-        # Called from the signal handler, so they must not use locks or the network.
-        self.listeners: dict[int, Callable[[int], None]] = {}
-
-
-_handling = _Handling()
-
-
 def in_main_thread() -> bool:
     """Return whether this is the main thread, the only one that signals interrupt."""
     return threading.get_ident() == threading.main_thread().ident
 
 
 def _on_signal(signum: int, frame: FrameType | None) -> None:
-    if _handling.pid != os.getpid() or not _handling.users:
-        # In a forked child, or without users, do what the default handler does.
+    # The handler must not take a lock or use the network.
+    if not this_process.signal_users:  # do what the default handler does
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return
-    _handling.stopping = signum
-    for listener in list(_handling.listeners.values()):
-        listener(signum)
+    this_process.stopping_signal = signum
+    for rental in list(this_process.rentals):
+        rental.on_signal(signum)
     raise SignalExit(signum)
-
-
-def listen(owner: Any, listener: Callable[[int], None] | None) -> None:
-    """Call ``listener`` from the signal handler at each signal; None stops that."""
-    if listener is None:
-        _handling.listeners.pop(id(owner), None)
-    else:
-        _handling.listeners[id(owner)] = listener
-
-
-def stopping_signal() -> int | None:
-    """Return the signal that ends this process, for threads other than the main thread."""
-    return None if in_main_thread() else _handling.stopping
 
 
 class SignalHandling:
@@ -6275,39 +6276,23 @@ class SignalHandling:
     """
 
     def __init__(self) -> None:
-        self._open = True
-        self._pid = os.getpid()
-        main = in_main_thread()
-        with _handling.lock:
-            if _handling.pid != self._pid:
-                _handling.users, _handling.pid, _handling.installed = 0, self._pid, set()
-            _handling.users += 1
-            if main:
-                _handling.stopping = None
-        if main:
+        this_process.signal_users.add(self)
+        if in_main_thread():
+            this_process.stopping_signal = None
             for signum in SIGNALS:
                 _install(signum)
-        elif not _handling.installed:
-            _warn_once(
-                0,
+        elif not this_process.handled_signals:
+            warn_once(
                 "SIGTERM and SIGHUP will not end this rental, as it began outside the main thread: "
-                "call handle_signals() in the main thread first",
+                "call handle_signals() in the main thread first"
             )
 
     def close(self) -> None:
         """Stop using the signal handler. Safe to repeat."""
-        if self._pid != os.getpid():
-            return
-        with _handling.lock:
-            if self._open:
-                self._open = False
-                _handling.users -= 1
-            last = not _handling.users
-        if last and in_main_thread():  # otherwise it stays, and does what the default does
-            for signum in list(_handling.installed):
-                if signal.getsignal(signum) is _on_signal:
-                    signal.signal(signum, signal.SIG_DFL)
-                _handling.installed.discard(signum)
+        this_process.signal_users.discard(self)
+        # Another thread can't restore handlers; without users, ours does what the default does.
+        if not this_process.signal_users and in_main_thread():
+            _restore_handlers()
 
     def __enter__(self) -> SignalHandling:
         return self
@@ -6319,36 +6304,31 @@ class SignalHandling:
 def _install(signum: int) -> None:
     current = signal.getsignal(signum)
     if current is _on_signal:
-        _handling.installed.add(signum)
+        this_process.handled_signals.add(signum)
     elif current == signal.SIG_DFL:
         signal.signal(signum, _on_signal)
-        _handling.installed.add(signum)
+        this_process.handled_signals.add(signum)
     else:
         name = signal.Signals(signum).name
         what = "is ignored" if current == signal.SIG_IGN else "already has a handler"
-        _warn_once(signum, f"{name} {what}, so it will not end rentals")
+        warn_once(f"{name} {what}, so it will not end rentals")
 
 
-def _warn_once(signum: int, text: str) -> None:
-    if signum not in _handling.warned:
-        _handling.warned.add(signum)
-        logger.warning("%s", text)
-
-
-def _forget_signals() -> None:
-    # Another thread may have held the lock at the fork.
-    _handling.lock = threading.Lock()
-    _handling.users, _handling.stopping = 0, None
-    _handling.listeners.clear()
-    for signum in list(_handling.installed):
-        # A child that waits for a lock could miss the signal, and has no rental to end.
+def _restore_handlers() -> None:
+    for signum in list(this_process.handled_signals):
         if signal.getsignal(signum) is _on_signal:
             signal.signal(signum, signal.SIG_DFL)
-    _handling.installed.clear()
+        this_process.handled_signals.discard(signum)
+
+
+def _leave_signals_to_parent() -> None:
+    this_process.signal_users.clear()
+    this_process.stopping_signal = None
+    _restore_handlers()  # a child that waits for a lock could miss the signal
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_signals)
+    os.register_at_fork(after_in_child=_leave_signals_to_parent)
 
 
 # ==================================================================================================
@@ -6360,11 +6340,11 @@ if hasattr(os, "register_at_fork"):
 
 Result = TypeVar("Result")
 
-LOOK_BESIDE = 2.0  # seconds between two looks for an order that may exist, during the block
+SEARCH_INTERVAL_IN_BLOCK = 2.0  # seconds between two searches, while the block runs
 GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
 
 # After these errors, no order exists.
-SURELY_NO_ORDER = (
+NO_ORDER_ERRORS = (
     AuthenticationError,
     CloreAPIError,
     CloreConnectionError,
@@ -6376,16 +6356,13 @@ SURELY_NO_ORDER = (
     ImportError,
 )
 
-_open_rentals: dict[int, RentalWorker] = {}
-_exiting = False
-
 
 class RentalWorker:
-    """The owner of one rental's orders, from the first request to the confirmed end.
+    """The orders of one rental, from the first request to the confirmed end.
 
-    Its thread ends the orders when the block ends, when the ``with`` statement or the rental no
-    longer exists (an interrupt can stop ``__exit__`` at its first line), when a limit is reached,
-    at a signal in another thread, and at the exit of the interpreter.
+    Its thread ends the orders when the block ends, or when the ``with`` statement or the rental no
+    longer exists, because an interrupt can stop ``__exit__`` at its first line. It also ends them
+    when a limit is reached, at a signal in another thread, and at the exit of the interpreter.
 
     Attributes:
         finished: open when the thread is done.
@@ -6416,13 +6393,13 @@ class RentalWorker:
         self.closed = False
         self.kept = False
         self.signalled: int | None = None
-        self.exceeded: tuple[str, float, float, int | None] | None = None  # limit, h, USD, order
+        self.exceeded: BudgetExceededError | None = None  # made when a limit was reached
         self._main = in_main_thread()
-        self._handling: SignalHandling | None = None
+        self._signals: SignalHandling | None = None
         self._rental_orders = RentalOrders(
             orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
         )
-        self._cleanup = Cleanup(orders, self._rental_orders, settings, self.budget)
+        self._cleanup = Cleanup(orders, self._rental_orders, settings)
         self._current: RentalOrder | None = None  # the order of the block
         self._started = False
         self._interrupted_at: list[float] = []
@@ -6431,15 +6408,14 @@ class RentalWorker:
 
     def start(self) -> None:
         """Start the thread, and let signals and the exit of the interpreter end the rental."""
-        self._handling = SignalHandling()
-        listen(self, self._on_signal)
+        self._signals = SignalHandling()
         context = contextvars.copy_context()
-        _open_rentals[id(self)] = self
+        this_process.rentals.add(self)
         try:
             # An interrupt can break threading.Thread.start(), so that the thread never runs.
             _thread.start_new_thread(context.run, (self._work,))
         except RuntimeError as error:
-            _open_rentals.pop(id(self), None)
+            this_process.rentals.discard(self)
             self.close()
             raise RentalError(
                 f"nothing was rented, because the worker thread could not start: {error}"
@@ -6451,7 +6427,7 @@ class RentalWorker:
         """True if three interrupts stopped the cleanup; ``leftovers()`` finds the orders."""
         return self._cleanup.abandoned
 
-    def ask(self, action: Callable[[], Result]) -> Result:
+    def call_in_thread(self, action: Callable[[], Result]) -> Result:
         """Run a function in the worker thread, and return its result or raise its error."""
         request = ThreadCall(action)
         self._inbox.put(request)
@@ -6462,7 +6438,7 @@ class RentalWorker:
             raise request.error
         return request.result  # type: ignore[no-any-return]
 
-    def note_orders(self, orders: list[Order]) -> None:
+    def record_existing_orders(self, orders: list[Order]) -> None:
         """Record the orders that exist before the first purchase."""
         self._rental_orders.before = {order.id for order in orders if order.id is not None}
 
@@ -6474,17 +6450,17 @@ class RentalWorker:
             price: its price in USD per hour, without fees.
             arguments: the arguments of ``create_order``.
         """
-        return self.ask(lambda: self._buy(server, price, arguments))
+        return self.call_in_thread(lambda: self._buy(server, price, arguments))
 
     def end_order(self) -> BaseException | None:
         """End the current order. Return None if that is confirmed, else the error."""
-        return self.ask(self._end_current)
+        return self.call_in_thread(self._end_current)
 
     def keep(self) -> None:
         """Keep the current order running after the rental."""
-        self.ask(self._keep)
+        self.call_in_thread(self._keep)
 
-    def told_price(self, usd_per_hour: float) -> None:
+    def correct_price(self, usd_per_hour: float) -> None:
         """Set the price of the current order, as the API shows it."""
         if self._current is not None:
             self._current.meter.correct(usd_per_hour)
@@ -6496,15 +6472,15 @@ class RentalWorker:
         if not self.kept and self._current is not None and self._exceed():
             self._inbox.put(None)  # wake the worker, which ends the order
         if self.exceeded is not None:
-            raise self.budget_error()
+            raise self.budget_error(self.exceeded)
         if self.signalled is None:
-            self.signalled = stopping_signal()
+            self.signalled = None if in_main_thread() else this_process.stopping_signal
         if self.signalled is not None:
             raise SignalExit(self.signalled)
-        if _exiting:
+        if this_process.exiting:
             raise RentalError("the interpreter is exiting, so the rental has ended")
 
-    def leave(self, interrupted: bool) -> list[BaseException]:
+    def end(self, interrupted: bool) -> list[BaseException]:
         """End the rental, and wait until that is done. Safe to repeat.
 
         An interrupt during the wait skips the confirmation. The third interrupt within two seconds
@@ -6516,7 +6492,7 @@ class RentalWorker:
         Returns:
             The interrupts during the wait.
         """
-        self._begin_to_leave()
+        self.request_end()
         if not self._started:  # nothing was bought; a thread that starts now ends at once
             return []
         caught: list[BaseException] = []
@@ -6528,7 +6504,7 @@ class RentalWorker:
                 if self.finished.wait():
                     break
             except (KeyboardInterrupt, SystemExit) as interrupt:
-                self._cleanup.hurried = True
+                self._cleanup.skip_confirmation = True
                 caught.append(interrupt)
                 times.append(time.monotonic())
                 if len(times) >= 3 and times[-1] - times[-3] <= GIVE_UP_WITHIN:
@@ -6536,14 +6512,13 @@ class RentalWorker:
                     break
         return caught
 
-    def budget_error(self) -> BudgetExceededError:
-        """Make the error for a limit that is reached."""
-        text, hours, cost, order_id = self.exceeded or ("", 0.0, 0.0, None)
-        # The cancel may not be accepted yet.
+    def budget_error(self, exceeded: BudgetExceededError) -> BudgetExceededError:
+        """Return the error for the user, which says if the cancel is accepted already."""
         ended = self._current is None or self._current.accepted
         state = "was ended" if ended else "is being ended"
+        hours, cost, order_id = exceeded.hours, exceeded.cost_usd, exceeded.order_id
         return BudgetExceededError(
-            f"{text}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
+            f"{exceeded}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
             order_id=order_id,
             hours=hours,
             cost_usd=cost,
@@ -6564,13 +6539,13 @@ class RentalWorker:
     def close(self) -> None:
         """Close the connections, and stop handling signals."""
         self.close_ssh()
-        listen(self, None)
-        if self._handling is not None:
-            self._handling.close()
+        if self._signals is not None:
+            self._signals.close()
         self.closed = True
 
-    def _begin_to_leave(self) -> None:
-        self._cleanup.leave()
+    def request_end(self) -> None:
+        """Let the worker thread end the rental, without waiting for it."""
+        self._cleanup.record_block_end()
         self._inbox.put(None)
 
     def _abandon(self) -> None:
@@ -6587,8 +6562,8 @@ class RentalWorker:
                 CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
             )
 
-    def _on_signal(self, signum: int) -> None:
-        # This runs in a signal handler, so it must not take a lock.
+    def on_signal(self, signum: int) -> None:
+        """End the rental. This runs in a signal handler, so it must not take a lock."""
         if not self._main:
             self.signalled = signum
             self._inbox.put(None)
@@ -6597,21 +6572,21 @@ class RentalWorker:
 
     def _work(self) -> None:
         try:
-            while not (self._is_left() or self.kept):
+            while not (self._has_ended_block() or self.kept):
                 self._next_request()
-                if self._must_end():
+                if self._must_end_order():
                     self._end_early()
-                self._cleanup.look_at_doubts(self._current)
+                self._cleanup.search_unresolved()
         except BaseException as error:
             self.failure = error
-        self._cleanup.leave()
+        self._cleanup.record_block_end()
         try:
             failure = self._cleanup.end_all()
         except BaseException as error:
             failure = error
         if not self._cleanup.abandoned:
             self.failure = failure or self.failure
-        _open_rentals.pop(id(self), None)
+        this_process.rentals.discard(self)
         if self._block_is_gone():  # __exit__ did not run
             self.close()
             if self.failure is not None:
@@ -6620,9 +6595,9 @@ class RentalWorker:
 
     def _next_request(self) -> None:
         timeout = None if self.exceeded else self.budget.seconds_left()
-        if self._cleanup.in_doubt(self._current):
-            look = min(LOOK_BESIDE, max(0.001, self._orders.client.order_lag / LOOKS))
-            timeout = min(look, math.inf if timeout is None else timeout)
+        if self._rental_orders.unresolved():
+            interval = self._rental_orders.search_interval(SEARCH_INTERVAL_IN_BLOCK)
+            timeout = interval if timeout is None else min(interval, timeout)
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
             request.run()
@@ -6630,17 +6605,17 @@ class RentalWorker:
     def _taken(self) -> set[int | None]:
         """Return the order ids of all open rentals of this account in this process."""
         account = self._orders.claims
-        workers = [w for w in list(_open_rentals.values()) if w._orders.claims is account]
+        workers = [w for w in list(this_process.rentals) if w._orders.claims is account]
         return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
-    def _is_left(self) -> bool:
-        return self._cleanup.left_at is not None or self._block_is_gone()
+    def _has_ended_block(self) -> bool:
+        return self._cleanup.block_ended_at is not None or self._block_is_gone()
 
     def _block_is_gone(self) -> bool:
         """Return whether the ``with`` statement or the rental no longer exists."""
         return any(holder() is None for holder in self._holders)
 
-    def _must_end(self) -> bool:
+    def _must_end_order(self) -> bool:
         current = self._current
         if current is None or current.accepted or current.order_id is None or self.kept:
             return False
@@ -6650,15 +6625,17 @@ class RentalWorker:
         """Check the limits, and return whether one was reached, now or before."""
         if self.exceeded is None and (text := self.budget.exceeded_by()) is not None:
             order_id = None if self._current is None else self._current.order_id
-            self.exceeded = text, self.budget.hours, self.budget.cost_usd, order_id
-            logger.warning("%s", self.budget_error())
+            self.exceeded = BudgetExceededError(
+                text, order_id=order_id, hours=self.budget.hours, cost_usd=self.budget.cost_usd
+            )
+            logger.warning("%s", self.budget_error(self.exceeded))
         return self.exceeded is not None
 
     # --- buying ---
 
     def _buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
         self.check()
-        purchase = self._current = self._rental_orders.note_intent(server.id or 0, price)
+        purchase = self._current = self._rental_orders.record_intent(server.id or 0, price)
         try:
             order: Order = self._client.create_order(purchase.server_id, **arguments)
             if order.id is None:
@@ -6667,17 +6644,17 @@ class RentalWorker:
                     "get_orders()"
                 )
         except DatabaseError:
-            self._rental_orders.refused(purchase)
+            self._rental_orders.mark_refused(purchase)
             self._current = None
             raise
-        except SURELY_NO_ORDER as error:
+        except NO_ORDER_ERRORS as error:
             # After an unknown code, or a response without one, the order may exist.
             if not isinstance(error, CloreAPIError) or error.code in ERROR_CODES:
                 self._rental_orders.forget(purchase)
                 self._current = None
             raise
-        self._rental_orders.became(purchase, order.id)
-        self._rental_orders.drop_dead_notes(purchase.server_id)
+        self._rental_orders.set_order_id(purchase, order.id)
+        self._rental_orders.remove_dead_entries(purchase.server_id)
         return order
 
     def _keep(self) -> None:
@@ -6688,7 +6665,7 @@ class RentalWorker:
         logger.info(
             "order %d is kept: it runs and costs money until it is cancelled", current.order_id
         )
-        self._rental_orders.keep(current)
+        self._rental_orders.forget(current)
 
     # --- the end ---
 
@@ -6720,23 +6697,18 @@ class RentalWorker:
 
 def _end_all() -> None:
     """End the rentals that are still open when the interpreter exits."""
-    global _exiting
-    _exiting = True
+    this_process.exiting = True
     # After three interrupts, the user does not want to wait.
-    workers = [w for w in list(_open_rentals.values()) if w.pid == os.getpid() and not w.abandoned]
+    workers = [w for w in list(this_process.rentals) if not w.abandoned]
     for worker in workers:
-        worker._begin_to_leave()
+        worker.request_end()
     for worker in workers:
-        worker.leave(interrupted=False)
+        worker.end(interrupted=False)
         if worker.failure is not None:
             logger.error("the end of a rental at exit failed: %s", worker.failure)
 
 
 atexit.register(_end_all)
-
-if hasattr(os, "register_at_fork"):
-    # The rentals belong to the parent process.
-    os.register_at_fork(after_in_child=_open_rentals.clear)
 
 
 # ==================================================================================================
@@ -6746,8 +6718,10 @@ if hasattr(os, "register_at_fork"):
 # ==================================================================================================
 
 
+Part = TypeVar("Part")
+
 # After these errors, rent() tries the next server.
-NEXT_CANDIDATE = (
+TRY_NEXT_ERRORS = (
     ServerAlreadyRentedError,
     ServerOfflineError,
     CurrencyNotAllowedError,
@@ -6766,8 +6740,8 @@ class _BlockExit:
 
     def __get__(self, rental: Rental | None, owner: type[Rental]) -> Callable[..., None]:
         if rental is None:
-            return owner._leave
-        leave = functools.partial(owner._leave, rental)
+            return owner._end
+        leave = functools.partial(owner._end, rental)
         if rental._worker is None:
             rental._block = weakref.ref(leave, rental._inbox.put)
         return leave
@@ -6817,16 +6791,12 @@ class Rental:
     @property
     def order(self) -> Order:
         """The order as it was when it started to run."""
-        if self._order is None:
-            raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
-        return self._order
+        return _check_open(self._order)
 
     @property
     def server(self) -> Server:
         """The server as it was listed."""
-        if self._server is None:
-            raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
-        return self._server
+        return _check_open(self._server)
 
     @property
     def hours(self) -> float:
@@ -6920,10 +6890,9 @@ class Rental:
 
     def _open_worker(self) -> RentalWorker:
         """Return the worker, or raise an error if the rental has ended."""
-        if self._worker is None:
-            raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
-        self._worker.check()
-        return self._worker
+        worker = _check_open(self._worker)
+        worker.check()
+        return worker
 
     # --- the block ---
 
@@ -6940,19 +6909,19 @@ class Rental:
             self._worker.start()
             self._try_servers(self._worker)
         except BaseException as error:
-            self._leave(type(error), error)
+            self._end(type(error), error)
             raise
         return self
 
     __exit__ = _BlockExit()
 
-    def _leave(
+    def _end(
         self,
         kind: type[BaseException] | None = None,
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        """End the rental, and raise what the user must know beyond ``error``."""
+        """End the rental; raise an error if that failed, or a limit or signal ended it."""
         worker = self._worker
         if worker is None or worker.pid != os.getpid():
             return  # in a forked child, the order belongs to the parent
@@ -6960,20 +6929,20 @@ class Rental:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         while not worker.closed:
             try:
-                interrupts += worker.leave(interrupted)
+                interrupts += worker.end(interrupted)
                 worker.close()
             except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
                 interrupts.append(late)
                 interrupted = True
         self._shell = None
-        _raise_beyond(error, worker, interrupts)
+        _raise_failure(error, worker, interrupts)
 
     # --- servers ---
 
     def _try_servers(self, worker: RentalWorker) -> None:
         settings, client = self._settings, self._client
-        worker.note_orders(client.get_orders())
-        servers, nothing = candidates(client, settings)
+        worker.record_existing_orders(client.get_orders())
+        servers, no_server = candidates(client, settings)
         for server in servers[: settings.attempts]:
             worker.check()
             reason = self._try(worker, server)
@@ -6983,7 +6952,7 @@ class Rental:
             self.tried.append((server.id or 0, reason))
         tried = "; ".join(f"server {server_id}: {why}" for server_id, why in self.tried)
         raise RentalError(
-            f"none of {len(self.tried)} servers worked: {tried}" if tried else nothing,
+            f"none of {len(self.tried)} servers worked: {tried}" if tried else no_server,
             tried=tuple(self.tried),
         )
 
@@ -6991,7 +6960,7 @@ class Rental:
         """Rent a server. Return None if it runs, else the reason why it does not work."""
         try:
             order = self._buy(worker, server)
-        except NEXT_CANDIDATE as error:
+        except TRY_NEXT_ERRORS as error:
             return str(error)
         self._order, self._server = order, server
         reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
@@ -7032,18 +7001,18 @@ class Rental:
         return reason
 
     def _over_limit(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
-        price = shown_usd(order, server, self._settings.currency)
+        price = order_usd_per_hour(order, server, self._settings.currency)
         if price is not None:
-            worker.told_price(price)
-        if not self._settings.over(price):
+            worker.correct_price(price)
+        if not self._settings.exceeds_price_limit(price):
             return None
         return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
 
 
-def _raise_beyond(
+def _raise_failure(
     error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
 ) -> None:
-    """Raise what the user must know beyond the exception of the block.
+    """Raise an error, or add a note to ``error``, if the end of a rental needs it.
 
     Parameters:
         error: the exception of the block, or None.
@@ -7054,8 +7023,8 @@ def _raise_beyond(
     note = None if failure is None else str(failure)
     plain = error is None or isinstance(error, Exception)
     exceeded = worker.exceeded
-    if exceeded is not None and plain and not _is_of(error, exceeded[3]):
-        raised: BaseException = worker.budget_error()
+    if exceeded is not None and plain and not _is_of(error, exceeded.order_id):
+        raised: BaseException = worker.budget_error(exceeded)
         if note:
             _add_note(raised, note)
         raise raised from error
@@ -7071,6 +7040,13 @@ def _raise_beyond(
         _add_note(error, note)
 
 
+def _check_open(part: Part | None) -> Part:
+    """Return a part of a rental, which is None before the block begins."""
+    if part is None:
+        raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
+    return part
+
+
 def _is_of(error: BaseException | None, order_id: int | None) -> bool:
     return isinstance(error, BudgetExceededError) and error.order_id == order_id
 
@@ -7081,25 +7057,105 @@ def _is_open(ssh: Any) -> bool:
 
 
 def _add_note(error: BaseException, note: str) -> None:
-    """Add a note to an error, also on Python 3.10, which has no ``add_note``."""
-    notes = getattr(error, "__notes__", None)
-    try:
-        if hasattr(error, "add_note"):
-            error.add_note(note)
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]
+
+
+# ==================================================================================================
+# ssh.address
+#
+# Read the address of a machine from its order.
+# ==================================================================================================
+
+
+DEFAULT_USER = "root"
+DEFAULT_PORT = 22
+
+
+def parse_ssh_command(order: Any) -> dict[str, Any]:
+    """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
+    raw = _ssh_line(order)
+    host, port, user = parse_address(raw)
+    return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
+            "raw": raw}  # fmt: skip
+
+
+def check_order(order: Any) -> Mapping[str, Any]:
+    """Check that an argument is an order, and return it."""
+    if not isinstance(order, Mapping):
+        raise TypeError(
+            f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
+        )
+    return order
+
+
+def plain_address(order: Any) -> dict[str, Any]:
+    """Read the same from an order; raise unless host and user are plain names or addresses."""
+    address = parse_ssh_command(check_order(order))
+    user = parse_address(address["raw"])[2]
+    if address["host"] and (not user or plain_user(user)):
+        return address
+    status = order.get("status")
+    raise SSHError(
+        f"the order has no address for SSH, or no plain one: connection.ssh is "
+        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
+        "wait_for_order() returns an order that has one"
+    )
+
+
+def _ssh_line(order: Any) -> str:
+    connection = order.get("connection") if isinstance(order, Mapping) else None
+    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
+    return raw if isinstance(raw, str) else ""
+
+
+def parse_address(raw: str) -> tuple[str, int, str]:
+    """Return the host, if it is a plain one, the port, and the user as it stands there."""
+    words = raw.split()
+    if words[:1] == ["ssh"]:
+        words = words[1:]
+    target, port, user = "", DEFAULT_PORT, ""
+    while words:
+        word = words.pop(0)
+        if word in ("-p", "-l") and words:
+            value = words.pop(0)
+            if word == "-l":
+                user = value
+            else:
+                port = _port_number(value)
+        elif word.startswith("-p"):
+            port = _port_number(word[2:])
+        elif word.startswith("-") or target:
+            # An option that could run something here, or a command: not an address to trust.
+            return "", DEFAULT_PORT, ""
         else:
-            error.__notes__ = [*notes, note] if isinstance(notes, list) else [note]  # type: ignore[attr-defined,unused-ignore]
-    except (TypeError, AttributeError):  # this exception allows no attributes
-        logger.error("%s", note)
+            target = word
+    named, at, host = target.rpartition("@")
+    user = named if at else user
+    if host.startswith("[") and "]" in host:
+        host, _, rest = host[1:].partition("]")
+        port = _port_number(rest[1:]) if rest[:1] == ":" else port
+    elif host.count(":") == 1:
+        host, _, rest = host.partition(":")
+        port = _port_number(rest)
+    return host if plain_host(host) else "", port, user
+
+
+def _port_number(text: str) -> int:
+    digits = text.isascii() and text.isdigit() and len(text) <= 5
+    return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
 
 
 # ==================================================================================================
 # ssh.watchdog
 #
-# A watchdog for calls that have no timeout of their own, and a way to start threads.
+# Limit calls that have no timeout of their own, and start threads.
 # ==================================================================================================
 
 
-WATCH_INTERVAL = 0.1  # seconds between two looks at the limits
+WATCH_INTERVAL = 0.1  # seconds between two checks of the limits
 
 
 def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
@@ -7110,10 +7166,10 @@ def start_thread(name: str, target: Callable[..., object], *args: Any) -> thread
 
 
 class Limit:
-    """A moment by which a block must be left.
+    """The time limit of a block.
 
     Attributes:
-        expired: whether the moment passed while the block ran.
+        expired: True if the block took longer.
     """
 
     def __init__(self, seconds: float, action: Callable[[], object]) -> None:
@@ -7123,14 +7179,14 @@ class Limit:
 
 
 class Watchdog:
-    """Run an action where a block takes too long; a ``with`` block with one thread.
+    """Runs an action when a block takes too long; a context manager with one thread.
 
-    paramiko writes to a socket without a time limit: only closing the connection ends that.
+    paramiko writes to a socket without a timeout: only closing the connection ends that.
     """
 
     def __init__(self) -> None:
         self._limits: dict[int, Limit] = {}
-        self._over = threading.Event()
+        self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
@@ -7138,13 +7194,13 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._done.set()
         if self._thread is not None:
             self._thread.join()
 
     @contextlib.contextmanager
     def limit(self, seconds: float, action: Callable[[], object]) -> Iterator[Limit]:
-        """Run ``action`` in a thread of its own if the block takes longer than ``seconds``."""
+        """Run ``action`` in a new thread if the block takes longer than ``seconds``."""
         limit = Limit(seconds, action)
         self._limits[id(limit)] = limit
         try:
@@ -7153,12 +7209,12 @@ class Watchdog:
             self._limits.pop(id(limit), None)
 
     def _watch(self) -> None:
-        while not self._over.wait(WATCH_INTERVAL):
+        while not self._done.wait(WATCH_INTERVAL):
             now = time.monotonic()
             for key, limit in list(self._limits.items()):
                 if now >= limit.deadline and self._limits.pop(key, None) is not None:
                     limit.expired = True
-                    logger.debug("the watchdog ends a call that takes too long")
+                    logger.debug("the watchdog stops a call that takes too long")
                     start_thread("watchdog-action", limit.action)
 
 
@@ -7190,6 +7246,14 @@ FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
 class NoChannelError(SSHError):
     """A host opens no further channel on a connection; sshd's MaxSessions is ten by default."""
+
+
+def takes_turns(transport: Any) -> bool:
+    """Return whether a command may not start while another one of the connection ends.
+
+    When one ends, dropbear (2022.83) closes every channel whose command has not started yet.
+    """
+    return "dropbear" in str(getattr(transport, "remote_version", ""))
 
 
 def prepared_transport(
@@ -7423,6 +7487,75 @@ def reason(error: BaseException) -> str:
     return printable(text.rstrip(".") or type(error).__name__, 200)
 
 
+class LimitedChannel:
+    """A channel on which no call takes much longer than ``timeout`` seconds.
+
+    paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
+    Calls that wait for nothing go to paramiko's channel as they are.
+
+    Raises:
+        SSHError: a call takes too long. Other errors are paramiko's own.
+    """
+
+    def __init__(
+        self, transport: Any, timeout: float, watchdog: Watchdog, window: int = COMMAND_WINDOW
+    ) -> None:
+        self._transport = transport
+        self.timeout = timeout
+        self._watchdog = watchdog
+        self._channel = self._limited("opened no channel", open_session, transport, timeout, window)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    def exec_command(self, command: bytes | str) -> None:
+        self._limited("took no command", request_exec, self._channel, command)
+
+    def invoke_subsystem(self, name: str) -> None:
+        self._limited("took no command", request_subsystem, self._channel, name)
+
+    def send(self, data: Any) -> int:
+        return int(self._limited("took nothing", self._channel.send, data))
+
+    def sendall(self, data: Any) -> None:
+        view = memoryview(data.encode() if isinstance(data, str) else data)
+        while view:
+            view = view[self.send(view) :]
+
+    def recv(self, size: int) -> bytes:
+        return bytes(self._limited("sent nothing", self._channel.recv, size))
+
+    def recv_stderr(self, size: int) -> bytes:
+        return bytes(self._limited("sent nothing", self._channel.recv_stderr, size))
+
+    def recv_exit_status(self) -> int:
+        """Return the exit status; -1 where the channel ended without one."""
+        if not self._channel.status_event.wait(self.timeout):
+            raise SSHError(f"the machine did not end the command within {self.timeout:g}s")
+        return int(self._channel.exit_status)
+
+    def shutdown_write(self) -> None:
+        self._limited("took nothing", self._channel.shutdown_write)
+
+    def close(self) -> None:
+        with contextlib.suppress(SSHError, *connection_errors()):
+            self._limited("took nothing", self._channel.close)
+
+    def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        # By itself the call ends within the timeout, unless it hangs while it writes.
+        with self._watchdog.limit(1.25 * self.timeout + 0.25, self._break_off) as limit:
+            try:
+                return call(*arguments)
+            except Exception as error:
+                if isinstance(error, TimeoutError) or limit.expired:
+                    late = f"the machine {failing} for {self.timeout:g}s"
+                    raise SSHError(late) from error
+                raise
+
+    def _break_off(self) -> None:
+        self._transport.close()
+
+
 # ==================================================================================================
 # ssh.connect
 #
@@ -7434,84 +7567,8 @@ def reason(error: BaseException) -> str:
 LOGIN_OPTIONS = frozenset(
     {"password", "key_path", "passphrase", "wait", "host_key", "use_ssh_config"}
 )
-DEFAULT_USER = "root"
-DEFAULT_PORT = 22
 PARAMIKO_LOGGER = "clore_client.paramiko"
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
-
-
-def parse_ssh_command(order: Any) -> dict[str, Any]:
-    """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
-    raw = _ssh_line(order)
-    host, port, user = _parsed(raw)
-    return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
-            "raw": raw}  # fmt: skip
-
-
-def check_order(order: Any) -> Mapping[str, Any]:
-    """Check that an argument is an order, and return it."""
-    if not isinstance(order, Mapping):
-        raise TypeError(
-            f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
-        )
-    return order
-
-
-def plain_address(order: Any) -> dict[str, Any]:
-    """Read the same from an order; raise unless host and user are plain names or addresses."""
-    address = parse_ssh_command(check_order(order))
-    user = _parsed(address["raw"])[2]
-    if address["host"] and (not user or plain_user(user)):
-        return address
-    status = order.get("status")
-    raise SSHError(
-        f"the order has no address for SSH, or no plain one: connection.ssh is "
-        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
-        "wait_for_order() returns an order that has one"
-    )
-
-
-def _ssh_line(order: Any) -> str:
-    connection = order.get("connection") if isinstance(order, Mapping) else None
-    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
-    return raw if isinstance(raw, str) else ""
-
-
-def _parsed(raw: str) -> tuple[str, int, str]:
-    """Return the host, if it is a plain one, the port, and the user as it stands there."""
-    words = raw.split()
-    if words[:1] == ["ssh"]:
-        words = words[1:]
-    target, port, user = "", DEFAULT_PORT, ""
-    while words:
-        word = words.pop(0)
-        if word in ("-p", "-l") and words:
-            value = words.pop(0)
-            if word == "-l":
-                user = value
-            else:
-                port = _port_number(value)
-        elif word.startswith("-p"):
-            port = _port_number(word[2:])
-        elif word.startswith("-") or target:
-            # An option that could run something here, or a command: not an address to trust.
-            return "", DEFAULT_PORT, ""
-        else:
-            target = word
-    named, at, host = target.rpartition("@")
-    user = named if at else user
-    if host.startswith("[") and "]" in host:
-        host, _, rest = host[1:].partition("]")
-        port = _port_number(rest[1:]) if rest[:1] == ":" else port
-    elif host.count(":") == 1:
-        host, _, rest = host.partition(":")
-        port = _port_number(rest)
-    return host if plain_host(host) else "", port, user
-
-
-def _port_number(text: str) -> int:
-    digits = text.isascii() and text.isdigit() and len(text) <= 5
-    return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
 
 
 def import_paramiko() -> Any:
@@ -7601,7 +7658,7 @@ class Login:
                 raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
             self._identities = identity_files(found)
             for jump in jumps.split(",") if jumps != "none" else ():
-                name, port, user = _parsed(jump.strip().removeprefix("ssh://"))
+                name, port, user = parse_address(jump.strip().removeprefix("ssh://"))
                 hop = config.lookup(name)
                 self._hops.append(
                     {"host": hop.get("hostname", name), "identities": identity_files(hop),
@@ -7792,6 +7849,78 @@ class NotUpYetError(SSHError):
     """An sshd may answer later; used only within this module."""
 
 
+def check_connection(ssh: Any) -> Any:
+    """Check a connection that the caller gave."""
+    if not callable(getattr(ssh, "get_transport", None)):
+        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
+    return ssh
+
+
+def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Check the names of the arguments of a login."""
+    for name in given:
+        if name not in LOGIN_OPTIONS:
+            raise TypeError(
+                f"there is no argument {name!r}, neither here nor among those of a login: "
+                f"{', '.join(sorted(LOGIN_OPTIONS))}"
+            )
+    return given
+
+
+def identity_files(config: Any) -> list[str]:
+    """Return the keys of an entry of a configuration that are there."""
+    paths = map(os.path.expanduser, config.get("identityfile", ()))
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def _break_off(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    if transport is not None:
+        transport.close()
+
+
+def _give_up(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    ssh.close()
+    if transport is not None:  # or paramiko's timer would live on with it
+        transport.packetizer.complete_handshake()
+
+
+def _login_error(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
+    """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
+    text = printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
+    if isinstance(error, EOFError):
+        text = "it closed the connection"
+    elif "existing session" in text.lower():  # paramiko's word for a handshake that took too long
+        text = "it did not finish the SSH handshake in time"
+    failure: BaseException = error
+    if isinstance(error, SSHError):
+        failure = error
+    elif isinstance(error, socket.gaierror):
+        failure = NotUpYetError(f"the host name is not known ({text})")
+    elif isinstance(error, (OSError, EOFError)):
+        failure = NotUpYetError(text)
+    elif isinstance(error, paramiko_module.SSHException):
+        if "no authentication methods" in text.lower():
+            failure = SSHError(
+                f"there is nothing to log in to {where} with: pass password= or key_path="
+            )
+        elif any(part in text.lower() for part in ("banner", "reset", "eof", "handshake in time")):
+            failure = NotUpYetError(text)
+        else:
+            failure = SSHError(f"SSH to {where} failed: {text}")
+    elif isinstance(error, Exception):  # of paramiko, which takes every answer for a sensible one
+        failure = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
+    return failure
+
+
+# ==================================================================================================
+# ssh.connection_pool
+#
+# Keep the connections of one call.
+# ==================================================================================================
+
+
 class ConnectionPool:
     """The connections of one call: the caller's own, or as many as are wanted, opened at once.
 
@@ -7889,106 +8018,41 @@ class ConnectionPool:
             self.break_off()
 
 
-def check_connection(ssh: Any) -> Any:
-    """Check a connection that the caller gave."""
-    if not callable(getattr(ssh, "get_transport", None)):
-        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
-    return ssh
-
-
-def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Check the names of the arguments of a login."""
-    for name in given:
-        if name not in LOGIN_OPTIONS:
-            raise TypeError(
-                f"there is no argument {name!r}, neither here nor among those of a login: "
-                f"{', '.join(sorted(LOGIN_OPTIONS))}"
-            )
-    return given
-
-
-def identity_files(config: Any) -> list[str]:
-    """Return the keys of an entry of a configuration that are there."""
-    paths = map(os.path.expanduser, config.get("identityfile", ()))
-    return [path for path in paths if os.path.isfile(path)]
-
-
-def _break_off(ssh: Any) -> None:
-    transport = ssh.get_transport()
-    if transport is not None:
-        transport.close()
-
-
-def _give_up(ssh: Any) -> None:
-    transport = ssh.get_transport()
-    ssh.close()
-    if transport is not None:  # or paramiko's timer would live on with it
-        transport.packetizer.complete_handshake()
-
-
-def _login_error(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
-    """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
-    text = printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
-    if isinstance(error, EOFError):
-        text = "it closed the connection"
-    elif "existing session" in text.lower():  # paramiko's word for a handshake that took too long
-        text = "it did not finish the SSH handshake in time"
-    failure: BaseException = error
-    if isinstance(error, SSHError):
-        failure = error
-    elif isinstance(error, socket.gaierror):
-        failure = NotUpYetError(f"the host name is not known ({text})")
-    elif isinstance(error, (OSError, EOFError)):
-        failure = NotUpYetError(text)
-    elif isinstance(error, paramiko_module.SSHException):
-        if "no authentication methods" in text.lower():
-            failure = SSHError(
-                f"there is nothing to log in to {where} with: pass password= or key_path="
-            )
-        elif any(part in text.lower() for part in ("banner", "reset", "eof", "handshake in time")):
-            failure = NotUpYetError(text)
-        else:
-            failure = SSHError(f"SSH to {where} failed: {text}")
-    elif isinstance(error, Exception):  # of paramiko, which takes every answer for a sensible one
-        failure = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
-    return failure
-
-
 # ==================================================================================================
 # ssh.host_keys
 #
-# Pin host keys for each order: a host and port go to later orders, with another key.
+# Pin the host key of each order: later orders get the same host and port with another key.
 # ==================================================================================================
 
 
-PINS_FILE = "known_hosts"  # in the state folder, and in the form of OpenSSH
-LONGEST_PINS = 1_000_000  # bytes; a longer file is none of ours
-MOST_PINS = 1000
+PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
+MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
+MAX_PINS = 1000
 LOCK_PATIENCE = 2.0  # seconds
-# One key, several signatures: OpenSSH and paramiko negotiate these by name.
-_NEGOTIATED = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
+# A host key is negotiated by its signature algorithm: RSA keys have several.
+_ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
 
 Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
 
 
 def pin_of(key: Any) -> Pin:
-    """Return a paramiko key as it stands in ``known_hosts``."""
+    """Return a paramiko key as two words of a ``known_hosts`` line."""
     return key.get_name(), key.get_base64()
 
 
 def fingerprint_of(key: Any) -> str:
-    """Return ``SHA256:...`` of a paramiko key, as ``ssh-keygen -l`` prints it."""
+    """Return the fingerprint of a paramiko key, as ``ssh-keygen -l`` prints it."""
     return pin_fingerprint(pin_of(key))
 
 
 def pin_fingerprint(pin: Pin) -> str:
-    """Return ``SHA256:...`` of a pinned key."""
+    """Return the fingerprint of a pinned key."""
     digest = hashlib.sha256(base64.b64decode(pin[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 def check_host_key(name: str, value: Any) -> str:
-    """Check for ``"pin"``, ``"accept"``, or a fingerprint."""
+    """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {short_repr(value)}")
     if value in ("pin", "accept") or re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", value):
@@ -8000,11 +8064,11 @@ def check_host_key(name: str, value: Any) -> str:
 
 
 class HostKeys:
-    """The pinned host keys of an account: those of this client, and of the state folder.
+    """The pinned host keys of an account, in memory and in the state folder.
 
     Parameters:
-        folder: the state folder, or None where none is in use.
-        account: a digest that stands for the account in a name.
+        folder: the state folder, or None if none is used.
+        account: a digest of the account, for the names of its hosts.
     """
 
     def __init__(self, folder: Path | None, account: str) -> None:
@@ -8013,23 +8077,23 @@ class HostKeys:
         self._seen: dict[str, list[Pin]] = {}
 
     def alias(self, order_id: int | None, address: str) -> str:
-        """Return the name under which an order's key is kept; without an id it is the address."""
+        """Return the name for the key of an order; the address if the order has no id."""
         return f"clore-order-{order_id}-{self._account}" if order_id else address
 
     def of(self, alias: str) -> list[Pin]:
-        """Return the keys that are pinned for a host."""
+        """Return the pinned keys of a host."""
         if alias in self._seen:
             return self._seen[alias]
         return [pin for names, pin in self._lines() if _names(names, alias)]
 
     def keep(self, alias: str, pin: Pin) -> None:
-        """Pin a key, in place of those before."""
+        """Pin a key instead of all others of the host."""
         if self.of(alias) != [pin]:
             self._rewrite(alias, pin)
         self._seen[alias] = [pin]
 
     def forget(self, alias: str) -> bool:
-        """Forget a host's keys; return whether there were any."""
+        """Forget the keys of a host; return True if there were any."""
         known = bool(self.of(alias))
         self._seen.pop(alias, None)
         if known:
@@ -8037,7 +8101,7 @@ class HostKeys:
         return known
 
     def make_folder(self) -> None:
-        """Make the folder, so that OpenSSH can pin a key there first."""
+        """Make the state folder, so that OpenSSH can pin a key there."""
         if self.path is not None:
             try:
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -8061,12 +8125,12 @@ class HostKeys:
             return ""
         try:
             with open(self.path, encoding="utf-8", errors="replace") as file:
-                return file.read(LONGEST_PINS)
+                return file.read(MAX_PINS_SIZE)
         except FileNotFoundError:
             return ""
 
     def _rewrite(self, alias: str, pin: Pin | None) -> None:
-        """Replace the lines of a host; a folder that can't be written costs only a warning."""
+        """Replace the lines of a host in the file; only warn if that fails."""
         if self.path is None or not alias.startswith("clore-order-"):
             return
         try:
@@ -8078,18 +8142,22 @@ class HostKeys:
                 ]
                 if pin is not None:
                     lines.append(f"{alias} {pin[0]} {pin[1]}")
-                new = self.path.with_name(f"{PINS_FILE}.{os.getpid()}")
-                try:
-                    handle = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-                    with open(handle, "w", encoding="utf-8", errors="replace") as file:
-                        file.write("".join(f"{line}\n" for line in lines[-MOST_PINS:]))
-                    os.replace(new, self.path)
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        new.unlink()
-                    raise
+                _replace(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
         except OSError as error:
             logger.warning("host keys can't be kept for the next process: %s", error)
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        handle = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        with open(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
 
 
 @contextlib.contextmanager
@@ -8105,7 +8173,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _names(names: str, alias: str) -> bool:
-    """Return whether the first word of a line names a host; OpenSSH may have hashed it."""
+    """Check whether the first word of a line names a host; OpenSSH may have hashed it."""
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -8119,8 +8187,8 @@ class KeyCheck:
     """Checks the host key of one order; also paramiko's policy for unknown hosts.
 
     Parameters:
-        pins: where keys are kept.
-        order_id: of the order, or None.
+        pins: the pinned keys.
+        order_id: the id of the order, or None.
         address: its host and port.
         mode: ``"pin"``, ``"accept"`` or a fingerprint.
     """
@@ -8134,44 +8202,42 @@ class KeyCheck:
 
     @property
     def wanted_types(self) -> list[str]:
-        """The types of the pinned keys, as they are negotiated."""
+        """The algorithms of the pinned keys, to prefer in the key exchange."""
         if self._mode == "accept":
             return []
         kinds = [kind for kind, _ in self._pins.of(self._alias)]
-        return [name for kind in kinds for name in _NEGOTIATED.get(kind, (kind,))]
+        return [name for kind in kinds for name in _ALGORITHMS.get(kind, (kind,))]
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
-        """Check the key that a host shows; paramiko calls this before anything secret is sent."""
+        """Check a host's key; paramiko calls this before it sends anything secret."""
         shown = pin_of(key)
-        if self._mode == "pin":
-            known = self._pins.of(self._alias)
-            expected = [pin_fingerprint(pin) for pin in known]
-            fits = not known or shown in known
-        else:
-            expected = [self._mode]
-            fits = self._mode in ("accept", pin_fingerprint(shown))
-        if not fits:
-            raise self._changed(" or ".join(expected), pin_fingerprint(shown))
+        self._check(shown)
         self._shown.pin = shown
 
     def remember(self) -> None:
-        """Pin the key that was shown, after a login that worked."""
+        """Pin the host's key, after a successful login."""
         shown: Pin | None = getattr(self._shown, "pin", None)
         if self._mode == "accept" or shown is None:
             return
-        known = self._pins.of(self._alias)
-        if self._mode == "pin" and known and shown not in known:  # pinned a moment ago
-            expected = " or ".join(map(pin_fingerprint, known))
-            raise self._changed(expected, pin_fingerprint(shown))
-        if shown not in known or self._mode != "pin":
+        self._check(shown)  # again: another thread may have pinned another key
+        if self._mode != "pin" or shown not in self._pins.of(self._alias):
             self._pins.keep(self._alias, shown)
 
-    def _changed(self, expected: str, found: str) -> HostKeyChangedError:
-        what = f"order {self._order_id}" if self._order_id else self._alias
-        return HostKeyChangedError(
-            f"the machine of {what} shows the host key {found}, and not {expected}: its container "
-            "was started anew, or something else answers in its place. Nothing was sent. "
-            f"forget_host_key(order) or host_key={found!r} takes the new one",
+    def _check(self, shown: Pin) -> None:
+        if self._mode == "accept":
+            return
+        pinned = [pin_fingerprint(pin) for pin in self._pins.of(self._alias)]
+        allowed = pinned if self._mode == "pin" else [self._mode]
+        found = pin_fingerprint(shown)
+        if not allowed or found in allowed:
+            return
+        expected = " or ".join(allowed)
+        name = f"order {self._order_id}" if self._order_id else self._alias
+        raise HostKeyChangedError(
+            f"the machine of {name} has the host key {found} instead of {expected}: its container "
+            "was created again, or another machine answers at its address. No password or key "
+            "was sent. To accept the new host key, call forget_host_key(order) or pass "
+            f"host_key={found!r}",
             order_id=self._order_id,
             expected=expected,
             found=found,
@@ -8181,16 +8247,16 @@ class KeyCheck:
 # ==================================================================================================
 # ssh.openssh
 #
-# Write what makes OpenSSH log in: a line for a terminal, and an entry for its configuration.
+# Write what OpenSSH needs to log in: a command line, or an entry for ``~/.ssh/config``.
 # ==================================================================================================
 
 
 def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> str:
-    """Return the line; see ``CloreClient.ssh_command``."""
+    """Return a command line; see ``CloreClient.ssh_command``."""
     words = ["ssh", "-p", str(address["port"])]
     if key_path is not None:
         path = _whole_path(key_path)
-        # -i wants the file to be there both as it is written and with its %-signs expanded.
+        # With -i, OpenSSH looks for the file both with and without expanding % signs.
         plain = _unexpanded(path) == path
         words += ["-i", path] if plain else ["-o", f"IdentityFile={_config_path(path)}"]
     if pins.path is not None and pins.of(alias) and alias.startswith("clore-order-"):
@@ -8203,9 +8269,12 @@ def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path:
 def config_entry(
     name: str, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any
 ) -> str:
-    """Return the entry; see ``CloreClient.ssh_config``."""
+    """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"name must be a plain name for `ssh <name>`, not {short_repr(name)}")
+        raise ValueError(
+            "name must consist of letters, digits, '_', '.' and '-', and begin with none of the "
+            f"last two, not {short_repr(name)}"
+        )
     lines = [
         ("HostName", address["host"]),
         ("Port", str(address["port"])),
@@ -8219,7 +8288,7 @@ def config_entry(
 
 
 def _pinned(pins: HostKeys, alias: str) -> list[tuple[str, str]]:
-    """Return options to insist on the pinned key, or to pin the first one in the same place."""
+    """Return options to accept only the pinned key, or else to pin the first one seen."""
     known = pins.of(alias)
     strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
     if pins.path is not None and alias.startswith("clore-order-"):
@@ -8227,10 +8296,10 @@ def _pinned(pins: HostKeys, alias: str) -> list[tuple[str, str]]:
             pins.make_folder()
         return [("HostKeyAlias", alias), ("UserKnownHostsFile", _config_path(str(pins.path))),
                 ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
-    if not known:  # nothing is kept between two logins
+    if not known:  # without a state folder, nothing is kept between two logins
         return [("UserKnownHostsFile", os.devnull), ("StrictHostKeyChecking", "accept-new")]
     kind, key = known[0]
-    # No file to put it in: OpenSSH 8.5 and newer take it from a command.
+    # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
     return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
             ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
 
@@ -8243,20 +8312,20 @@ def _whole_path(path: Any) -> str:
 
 
 def _unexpanded(path: str) -> str:
-    """Escape what OpenSSH would expand in a path."""
+    """Escape % signs, which OpenSSH would expand in a path."""
     if "\n" in path or "${" in path:
         raise ValueError(
-            "key_path or state_dir: OpenSSH can't be told of a newline or '${': "
+            "key_path or state_dir: OpenSSH can't be told a path with a newline or '${': "
             f"{short_repr(path)}"
         )
     return path.replace("%", "%%")
 
 
 def _config_path(path: str) -> str:
-    """Do the same, and quote it for a configuration."""
+    """Escape and quote a path for a configuration file."""
     if '"' in path:
         raise ValueError(
-            f"key_path or state_dir: OpenSSH can't be told of a double quote: {short_repr(path)}"
+            f"key_path or state_dir: OpenSSH can't be told a path with '\"': {short_repr(path)}"
         )
     escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
     return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped
@@ -8265,17 +8334,17 @@ def _config_path(path: str) -> str:
 # ==================================================================================================
 # ssh.access
 #
-# Log in to the machines of an account, each with the host key of its order.
+# Log in to the machines of an account; check the host key of each order.
 # ==================================================================================================
 
 
 class SSHAccess:
-    """The way to the machines of an account.
+    """SSH access to the machines of an account.
 
     Parameters:
-        client: whose key and base URL stand for the account.
-        orders: which know what was sent to get in.
-        folder: the state folder, or None where none is in use.
+        client: the client, for its API key and base URL.
+        orders: the orders, for the passwords that were sent with them.
+        folder: the state folder, or None if none is used.
     """
 
     def __init__(self, client: OrdersClient, orders: AccountOrders, folder: Path | None) -> None:
@@ -8286,7 +8355,7 @@ class SSHAccess:
 
     @property
     def _host_keys(self) -> HostKeys:
-        """The host keys of the account of this moment."""
+        """The host keys of the account; the client's API key may change."""
         account = account_digest(self._client.base_url, self._client.api_key)
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
@@ -8295,11 +8364,11 @@ class SSHAccess:
         return self._host_keys.forget(self._alias(order))
 
     def terminal_line(self, order: Mapping[str, Any], key_path: Any) -> str:
-        """Return the line for a terminal; see ``CloreClient.ssh_command``."""
+        """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
         return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
 
     def config_entry(self, order: Mapping[str, Any], name: str | None, key_path: Any) -> str:
-        """Return the entry for a configuration; see ``CloreClient.ssh_config``."""
+        """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
         address = plain_address(order)
         number = self._order_number(order)
         entry = name if name is not None else f"clore-{number}" if number else "clore"
@@ -8319,16 +8388,17 @@ class SSHAccess:
         host_key: str = "pin",
         use_ssh_config: bool = False,
     ) -> Login:
-        """Everything that is needed to log in, checked; nothing is sent."""
+        """Check the arguments of a login, and return it; nothing is sent."""
         address = plain_address(order)
         check_number("timeout", timeout, above=True, unit="seconds")
         check_number("wait", wait, infinite=True, unit="seconds")
         mode = check_host_key("host_key", host_key)
-        for name, value in (
-            ("password", password), ("key_path", key_path), ("passphrase", passphrase),
-        ):  # fmt: skip
-            if value is not None and not (name == "key_path" and hasattr(value, "__fspath__")):
-                check_text(name, value, secret=name != "key_path")
+        if password is not None:
+            check_text("password", password, secret=True)
+        if passphrase is not None:
+            check_text("passphrase", passphrase, secret=True)
+        if key_path is not None and not isinstance(key_path, os.PathLike):
+            check_text("key_path", key_path)
         if not password and not key_path:
             sent = self._orders.credentials.get(self._order_number(order) or 0, {})
             password = order.get("ssh_password") or sent.get("ssh_password")
@@ -8355,6 +8425,7 @@ class SSHAccess:
         size: int = 1,
         eager: bool = True,
     ) -> ConnectionPool:
+        """Return the caller's connection, or logins to make when the pool is entered."""
         options = check_login_options(login)
         if ssh is not None:
             return ConnectionPool(None, check_connection(ssh))
@@ -8372,15 +8443,12 @@ class SSHAccess:
 # ==================================================================================================
 # ssh.command_line
 #
-# Build the line of a command, and cut its output into lines.
+# Build the line that a host's shell runs: the command, its arguments, and its variables.
 # ==================================================================================================
 
 
-LONGEST_PIECE = 65536  # characters of one call of on_output
-
-
 def command_line(command: str | Sequence[str]) -> str:
-    """The line for the machine's shell: a string as it is, a list or tuple of arguments quoted."""
+    """Return a command as a line for a shell: a string unchanged, a list of arguments quoted."""
     if isinstance(command, str):
         line = command
     elif isinstance(command, (list, tuple)):
@@ -8389,9 +8457,7 @@ def command_line(command: str | Sequence[str]) -> str:
                 raise TypeError(f"command[{number}] must be a string, not {short_repr(word)}")
         line = " ".join(map(quoted_word, command))
     else:
-        raise TypeError(
-            f"command must be a string, or a list of strings, not {short_repr(command)}"
-        )
+        raise TypeError(f"command must be a string or a list of strings, not {short_repr(command)}")
     if not line.strip():
         raise ValueError("command must not be empty")
     encoded("command", line)
@@ -8399,55 +8465,13 @@ def command_line(command: str | Sequence[str]) -> str:
 
 
 def quoted_word(word: str) -> str:
-    """Quote a word for any login shell: fish, too, takes a backslash in quotes for an escape."""
-    import shlex  # not for whoever only imports the package
-
-    if "\\" not in word:
-        return shlex.quote(word)
-    return "\\\\".join(shlex.quote(part) if part else "" for part in word.split("\\"))
-
-
-class Lines:
-    """Cuts a stream into lines."""
-
-    def __init__(self, stream: str, on_output: Callable[[OutputLine], object]) -> None:
-        self._stream = stream
-        self._on_output = on_output
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._rest = ""
-
-    def feed(self, data: bytes) -> None:
-        """Hand over each line that is complete now."""
-        *lines, self._rest = (self._rest + self._decoder.decode(data)).split("\n")
-        for line in lines:
-            self._hand_over(self._in_pieces(line).removesuffix("\r"))
-        self._rest = self._in_pieces(self._rest)
-
-    def finish(self) -> None:
-        """Hand over what has no line end."""
-        rest = self._in_pieces(self._rest + self._decoder.decode(b"", True))
-        self._rest = ""
-        if rest:
-            self._hand_over(rest)
-
-    def _in_pieces(self, text: str) -> str:
-        """Hand over the beginning of what is too long; the rest."""
-        at = 0
-        # One character more stays, so that a "\r" is never alone and a last piece never empty.
-        while len(text) - at > LONGEST_PIECE + 1:
-            self._hand_over(text[at : at + LONGEST_PIECE])
-            at += LONGEST_PIECE
-        return text[at:]
-
-    def _hand_over(self, text: str) -> None:
-        self._on_output(OutputLine(text, self._stream))
-
-
-def lines_to(on_output: Callable[[OutputLine], object]) -> dict[str, Lines]:
-    return {stream: Lines(stream, on_output) for stream in (STDOUT, STDERR)}
+    """Quote a word for any login shell."""
+    # In fish, a backslash is special even in single quotes.
+    return "\\\\".join(shlex.quote(part) if part else "" for part in word.split("\\")) or "''"
 
 
 def input_bytes(value: Any) -> bytes:
+    """Check the input of a command, and return it as bytes."""
     if value is None:
         return b""
     if isinstance(value, str):
@@ -8458,445 +8482,501 @@ def input_bytes(value: Any) -> bytes:
 
 
 def exports(env: Any) -> str:
-    """Set variables for the rest of a line, or end: sshd by itself takes none from a client."""
+    """Return lines that set variables: by default, sshd accepts none from a client."""
     if env is None:
         return ""
     if not isinstance(env, Mapping):
         raise TypeError(f"env must be a dict of strings, not {type(env).__name__}")
+    lines = []
     for name, value in env.items():
         if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
-            raise ValueError(f"env: not the name of a variable: {short_repr(name)}")
+            raise ValueError(f"env: {short_repr(name)} is not a valid name of a variable")
         if not isinstance(value, str):
             raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)
-    return "".join(
-        f"export {name}={quoted_word(value)} || exit 121\n" for name, value in env.items()
-    )
+        # csh has no export: the command must not run there without its variables.
+        lines.append(f"export {name}={quoted_word(value)} || exit 121\n")
+    return "".join(lines)
 
 
 def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
-    """``text`` as bytes; names of files that are no UTF-8 come out as they were."""
+    """Encode text as UTF-8; file names that are not UTF-8 become their original bytes."""
     if not nul and "\0" in text:
-        raise ValueError(f"{name} must not hold a NUL character")
+        raise ValueError(f"{name} must not contain a NUL character")
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise ValueError(f"{name} holds a character that can't be encoded as UTF-8") from None
+        raise ValueError(f"{name} contains a character that UTF-8 cannot encode") from None
+
+
+# ==================================================================================================
+# ssh.command_output
+#
+# Collect the output of a command, and pass it on line by line.
+# ==================================================================================================
+
+
+LONGEST_PIECE = 65536  # characters of one call of on_output
+MAX_STDERR_BEFORE_PID = 65536  # bytes, for what start-up files print
+
+
+class CommandOutput:
+    """Collects the output of a command, and calls ``on_output`` with each of its lines.
+
+    Parameters:
+        max_output: the bytes of both streams to keep.
+        on_output: called by :meth:`report`, or None.
+
+    Attributes:
+        dropped: the bytes that were not kept.
+    """
+
+    def __init__(self, max_output: int, on_output: Callable[[OutputLine], object] | None) -> None:
+        self.dropped = 0
+        self._room = max_output
+        self._kept = {STDOUT: bytearray(), STDERR: bytearray()}
+        self._splitters: dict[str, LineSplitter] = {}
+        if on_output is not None:
+            self._splitters = {name: LineSplitter(name, on_output) for name in self._kept}
+        self._unreported: list[tuple[LineSplitter, bytes]] = []
+
+    def add(self, stream: str, data: bytes) -> None:
+        """Keep data as far as there is room, and queue it for ``on_output``."""
+        kept = data[: self._room]
+        self._room -= len(kept)
+        self.dropped += len(data) - len(kept)
+        self._kept[stream] += kept
+        if stream in self._splitters:
+            self._unreported.append((self._splitters[stream], data))
+
+    def report(self) -> None:
+        """Call ``on_output`` with the lines that are complete."""
+        pieces, self._unreported = self._unreported, []
+        for splitter, data in pieces:
+            splitter.feed(data)
+
+    def finish(self) -> None:
+        """Call ``on_output`` with all that is left."""
+        self.report()
+        for splitter in self._splitters.values():
+            splitter.finish()
+
+    def text(self, stream: str) -> str:
+        """Return what was kept of a stream."""
+        return self._kept[stream].decode("utf-8", "replace")
+
+
+class LineSplitter:
+    """Splits a stream into lines, and passes each of them to ``on_output``."""
+
+    def __init__(self, stream: str, on_output: Callable[[OutputLine], object]) -> None:
+        self._stream = stream
+        self._on_output = on_output
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+
+    def feed(self, data: bytes) -> None:
+        """Pass on each line that is complete now."""
+        *lines, self._rest = (self._rest + self._decoder.decode(data)).split("\n")
+        for line in lines:
+            self._pass_on(self._last_piece(line).removesuffix("\r"))
+        self._rest = self._last_piece(self._rest)
+
+    def finish(self) -> None:
+        """Pass on a last line that has no line end."""
+        rest = self._last_piece(self._rest + self._decoder.decode(b"", True))
+        self._rest = ""
+        if rest:
+            self._pass_on(rest)
+
+    def _last_piece(self, text: str) -> str:
+        """Pass on a long line in pieces, and return the last one."""
+        # One more character may stay, so that a "\r" before the line end is never a piece.
+        while len(text) > LONGEST_PIECE + 1:
+            self._pass_on(text[:LONGEST_PIECE])
+            text = text[LONGEST_PIECE:]
+        return text
+
+    def _pass_on(self, text: str) -> None:
+        self._on_output(OutputLine(text, self._stream))
+
+
+class PidLine:
+    """The first line that a command's shell prints on stderr, with a random mark and its pid.
+
+    It proves that the host runs the command, and gives the process group to end. All of stderr is
+    held back until it has come.
+
+    Attributes:
+        pid: the process id of the shell, once it is known.
+        prefix: the line to put before the command. It is a line of its own, so that a shell that
+            complains about the syntax of the command quotes neither it nor the variables.
+    """
+
+    def __init__(self) -> None:
+        mark = f"clore-{secrets.token_hex(8)} "
+        self.pid: int | None = None
+        self.prefix = f"sh -c 'echo {mark}$PPID >&2'\n"
+        self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
+        self._held = b""
+        self._done = False
+
+    def remove_from(self, data: bytes) -> bytes:
+        """Return the next part of stderr without the line."""
+        if self._done:
+            return data
+        self._held += data
+        found = self._line.search(self._held)
+        if found is None and len(self._held) <= MAX_STDERR_BEFORE_PID:
+            return b""
+        self._done = True
+        if found is not None:
+            self.pid = int(found[1])
+            self._held = self._held[: found.start()] + self._held[found.end() :]
+        return self.rest()
+
+    def rest(self) -> bytes:
+        """Return what was held back, at the end of stderr."""
+        rest, self._held = self._held, b""
+        return rest
 
 
 # ==================================================================================================
 # ssh.command
 #
-# Run a command over SSH: read both streams as they come, and end it when told so.
+# Run a command over SSH within deadlines, and end it on the host when it must stop.
 # ==================================================================================================
 
 
 MAX_OUTPUT = 64 * 1024 * 1024  # bytes
-READ_CHUNK = 4 << 20  # more than a window holds: one read empties a buffer
-INPUT_CHUNK = 32768
-POLL = 0.25  # seconds between two looks at what sets no event
-QUIET = 0.5  # seconds of silence after which an ended command may have said everything
-OVERTIME = 5.0  # seconds for the output of a command that ended in time
-LATE_OUTPUT = 4 << 20  # bytes beyond a window that an ended command may have left on the way
-GRACE = 1.0  # seconds to obey SIGTERM
-GRACE_OF_INTERRUPT = 0.5
-PATIENCE = 2.0  # seconds after which a send counts as stuck
-KILL_POLL = 0.1  # seconds between two looks at a process that was told to end
+READ_CHUNK = 4 << 20  # bytes; more than a window, so that one read empties a buffer
+INPUT_CHUNK = 32768  # bytes
+START_TIMEOUT = 30.0  # seconds for a host to start a command
+POLL = 0.25  # seconds between two checks of what sets no event
+QUIET = 0.5  # seconds without output before an ended command's output may be complete
+OVERTIME = 5.0  # seconds after the deadline for the output of a command that ended in time
+LATE_OUTPUT = 4 << 20  # bytes beyond a window that an ended command may have left in pipes
+GRACE = 1.0  # seconds between SIGTERM and SIGKILL
+PATIENCE = 2.0  # seconds after which a call that should be short is stuck
+KILL_POLL = 0.1  # seconds between two checks of whether a process has ended
 BROKEN = "the connection broke before the command had ended: it may still run on the machine"
 
-# OpenSSH's sshd refuses the protocol's own signals to root before 9.8, and always to a command
-# that it is configured to run. So the shell tells its process id first, and what has to end is
-# killed over a second channel, with its process group. It also proves that the command is run.
-_TELL_PID = "sh -c 'echo {mark}$PPID >&2'\n"
-_KILL = (
-    "k() {{ kill -s $1 -- -{pid} 2>/dev/null || kill -s $1 {pid} 2>/dev/null; }}; "
+# Run on a second channel: sshd before 9.8 rejects the protocol's own signals for root.
+# dropbear gives a command no process group of its own: there, its descendants are killed.
+_KILL_GROUP = (
+    "d() {{ for c in $(cat /proc/$1/task/*/children 2>/dev/null); do d $c; done; echo $1; }}; "
+    "t=-{pid}; kill -s 0 -- $t 2>/dev/null || t=$(d {pid}); "
+    "k() {{ r=1; for p in $t; do kill -s $1 -- $p 2>/dev/null && r=0; done; return $r; }}; "
     "k TERM; n=0; while [ $n -lt {polls} ] && k 0; do sleep {pause}; n=$((n+1)); done; k KILL"
 )
 
 
-def check_run_arguments(
-    command: str | Sequence[str],
-    *,
-    check: bool = True,
-    timeout: float | None = None,
-    input: str | bytes | None = None,
-    env: Mapping[str, str] | None = None,
-    on_output: Callable[[OutputLine], object] | None = None,
-    max_output: int = MAX_OUTPUT,
-) -> str:
-    """Check what :func:`run_command` is given, before anything is sent; the line to run."""
-    line = command_line(command)
-    check_bool("check", check)
-    if timeout is not None:
-        check_number("timeout", timeout, above=True, infinite=True, unit="seconds")
-    input_bytes(input)
-    exports(env)
-    if on_output is not None and not callable(on_output):
-        raise TypeError(f"on_output must be callable, not {short_repr(on_output)}")
-    if type(max_output) is not int:
-        raise TypeError(f"max_output must be a whole number, not {short_repr(max_output)}")
-    check_number("max_output", max_output, unit="bytes")
-    return line
+def check_run_arguments(command: str | Sequence[str], **options: Any) -> Command:
+    """Check the arguments of :class:`Command`, before anything is sent."""
+    return Command(command, **options)
 
 
 def run_command(
-    ssh: paramiko.SSHClient,
-    command: str | Sequence[str],
-    *,
-    check: bool = True,
-    timeout: float | None = None,
-    input: str | bytes | None = None,
-    env: Mapping[str, str] | None = None,
-    on_output: Callable[[OutputLine], object] | None = None,
-    max_output: int = MAX_OUTPUT,
-    login_timeout: float = 30.0,
+    ssh: paramiko.SSHClient, command: str | Sequence[str], **options: Any
 ) -> CommandResult:
-    """Run a command and wait for its end, reading both streams at once.
+    """Run a command and wait for its end; the options are those of :class:`Command`."""
+    return Command(command, **options).run(ssh)
 
-    What the command leaves in the background is not waited for, unless it goes on writing to the
-    command's own output. A timeout, Ctrl-C and any other exception end the remote process with
-    its process group: SIGTERM, a little later SIGKILL, and its channel is closed.
+
+class Command:
+    """A command with its arguments, all checked.
 
     Parameters:
-        ssh: a connection.
-        command: a line for the machine's shell, or a list of arguments, which is quoted for it.
-        check: raise CommandError for another exit code than 0.
-        timeout: seconds that it may take; None waits for ever.
-        input: for its stdin, text as UTF-8; None: an empty one.
-        env: variables for the command. They stand in the process list of the machine.
-        on_output: called with each :class:`OutputLine` as it comes. The order within a stream is
-            kept, not the one between the two; of a line without end it gets pieces.
-        max_output: bytes of both streams that are kept; what comes after goes to ``on_output``
-            only, and is counted in the result's ``dropped``.
-        login_timeout: seconds that the machine may take to start the command.
-
-    Returns:
-        A :class:`CommandResult`, with the output even where ``on_output`` had it.
-
-    Raises:
-        CommandError: it ended with another exit code than 0, or by a signal, and ``check`` is on.
-        CommandTimeoutError: it did not end in time.
-        SSHError: the machine did not run it, or the connection broke; then it may still run.
-    """
-    line = check_run_arguments(
-        command, check=check, timeout=timeout, input=input, env=env, on_output=on_output,
-        max_output=max_output,
-    )  # fmt: skip
-    check_number("login_timeout", login_timeout, above=True, unit="seconds")
-    data = input_bytes(input)
-    limit = math.inf if timeout is None else timeout
-    begin = time.monotonic()
-    with Watchdog() as watchdog:
-        running = RunningCommand(ssh.get_transport(), watchdog, on_output, max_output)
-        try:
-            code = running.run(
-                encoded("command", exports(env) + line), data, begin + limit, begin + login_timeout
-            )
-        except _OutOfTimeError as out:
-            if str(out) and login_timeout <= limit:
-                raise SSHError(f"the machine did not {out} within {login_timeout:g}s") from None
-            stdout, stderr = running.text(STDOUT), running.text(STDERR)
-            raise CommandTimeoutError(line, limit, stdout, stderr) from None
-    duration = time.monotonic() - begin
-    result = CommandResult(
-        line, code, running.text(STDOUT), running.text(STDERR), duration, running.dropped
-    )
-    logger.debug("%r", result)
-    if check and code != 0:
-        raise CommandError(result)
-    return result
-
-
-class _OutOfTimeError(Exception):
-    """The time is out; the text names the step that took too long, "" the command itself."""
-
-
-class RunningCommand:
-    """One command on a channel of its own.
-
-    Attributes:
-        dropped: bytes of output that were not kept.
+        command: a line for the host's shell, or a list of arguments, which is quoted.
+        check: raise CommandError unless the exit code is 0.
+        timeout: seconds that the command may take; None has no limit.
+        input: its standard input, text as UTF-8; None is empty.
+        env: environment variables. They are visible in the host's process list.
+        on_output: called with each :class:`OutputLine` as it comes. The order of lines is kept
+            within a stream, not between the two. A very long line comes in pieces.
+        max_output: bytes of both streams to keep; the rest goes to ``on_output`` only, and is
+            counted in the result's ``dropped``.
     """
 
     def __init__(
         self,
-        transport: Any,
-        watchdog: Watchdog,
-        on_output: Callable[[OutputLine], object] | None,
-        max_output: int,
+        command: str | Sequence[str],
+        *,
+        check: bool = True,
+        timeout: float | None = None,
+        input: str | bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[OutputLine], object] | None = None,
+        max_output: int = MAX_OUTPUT,
     ) -> None:
-        self.dropped = 0
+        self.line = command_line(command)
+        self.encoded_line = encoded("command", exports(env) + self.line)
+        self.input = input_bytes(input)
+        self.timeout = math.inf
+        if timeout is not None:
+            self.timeout = check_number("timeout", timeout, above=True, infinite=True,
+                                        unit="seconds")  # fmt: skip
+        check_callback("on_output", on_output, 1)
+        self.on_output = on_output
+        self.max_output = check_count("max_output", max_output)
+        self.check = check_bool("check", check)
+
+    def run(self, ssh: paramiko.SSHClient) -> CommandResult:
+        """Run the command and wait for its end.
+
+        A process that it leaves in the background is not waited for, unless that goes on writing
+        to the command's output. A timeout, Ctrl-C and any other exception end the command's
+        process group on the host: with SIGTERM, and a little later with SIGKILL.
+
+        Raises:
+            CommandError: the exit code was not 0, or a signal ended the command; with ``check``.
+            CommandTimeoutError: the command did not end in time.
+            SSHError: the host did not run the command; or the connection broke, and the command
+                may still run.
+        """
+        begin = time.monotonic()
+        output = CommandOutput(self.max_output, self.on_output)
+        with Watchdog() as watchdog:
+            code = RunningCommand(ssh.get_transport(), watchdog, self, output).run()
+        duration = time.monotonic() - begin
+        stdout, stderr = output.text(STDOUT), output.text(STDERR)
+        if code is None:
+            raise CommandTimeoutError(self.line, self.timeout, stdout, stderr)
+        result = CommandResult(self.line, code, stdout, stderr, duration, output.dropped)
+        logger.debug("%r", result)
+        if self.check and code != 0:
+            raise CommandError(result)
+        return result
+
+
+class RunningCommand:
+    """A command on its channel."""
+
+    def __init__(
+        self, transport: Any, watchdog: Watchdog, command: Command, output: CommandOutput
+    ) -> None:
         self._transport = transport
         self._watchdog = watchdog
-        self._channel: Any = None
-        self._event = _DataEvent()
-        self._log: Any = None
+        self._command = command
+        self._output = output
+        self._deadline = time.monotonic() + command.timeout
         self._pid_line = PidLine()
-        self._given_up = False
-        self._room = max_output
-        self._output: dict[str, list[bytes]] = {STDOUT: [], STDERR: []}
-        self._lines = None if on_output is None else lines_to(on_output)
+        self._channel: Any = None
+        self._feeder: threading.Thread | None = None
+        self._wake = threading.Event()  # set when one of the streams has data or has ended
+        self._exit_signal = False
+        self._stopped_early = False
 
-    def run(self, line: bytes, data: bytes, deadline: float, start_by: float) -> int:
-        """Start it, and wait; its exit code. However that is left, nothing of it goes on."""
-        feeder: threading.Thread | None = None
-        # A little longer: what has started meanwhile can be ended, once it is known.
-        self._open(min(deadline, start_by))
+    def run(self) -> int | None:
+        """Return the exit code, -1 after a signal, or None if the command did not end in time."""
         try:
-            try:
-                self._start(line, min(deadline + PATIENCE, start_by))
-                if data:
-                    feeder = start_thread("stdin", _feed, self._channel, data)
-                else:
-                    with self._limited():
-                        self._channel.shutdown_write()
-                if not self._in_time(deadline):
-                    self._tell(self._end(GRACE))
-                    self._tell_rest()
-                    raise _OutOfTimeError
-                self._tell_rest()
-                return self._exit_code()
-            except BaseException:
-                self._end(GRACE_OF_INTERRUPT)
-                raise
+            in_time = self._in_time()
         finally:
-            self._close()
-            if feeder is not None:
-                feeder.join(PATIENCE)
+            self._end()
+        self._output.add(STDERR, self._pid_line.rest())
+        self._output.finish()
+        return self._exit_code() if in_time else None
 
-    def text(self, stream: str) -> str:
-        """Return what is kept of a stream."""
-        return b"".join(self._output[stream]).decode("utf-8", "replace")
+    def _in_time(self) -> bool:
+        """Start the command and read its output; return False if time ran out."""
+        try:
+            self._start()
+        except SSHError:
+            if self._time_left():
+                raise
+            return False
+        self._feeder = start_thread("stdin", _feed, self._channel, self._command.input)
+        # on_output may take longer than the timeout: the command is stopped all the same.
+        with self._watchdog.limit(self._time_left() + GRACE + PATIENCE, self._stop_early):
+            return self._wait() and not self._stopped_early
+
+    def _time_left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
 
     def _limited(self, seconds: float = PATIENCE) -> contextlib.AbstractContextManager[Any]:
-        """Close the connection where a block takes too long: a send itself has no timeout."""
-        return self._watchdog.limit(seconds, self._transport.close)
+        """Close the connection if a block takes too long: sending itself has no timeout."""
+        return self._watchdog.limit(seconds, lambda: self._transport.close())
 
     # --- the start ---
 
-    def _open(self, deadline: float) -> None:
-        if self._transport is None or not self._transport.is_active():
-            raise SSHError("the connection to the machine is closed")
-        seconds = max(deadline - time.monotonic(), 0.0)
+    def _start(self) -> None:
+        """Open a channel, and wait until the host confirms that it has started the command."""
+        seconds = min(START_TIMEOUT, self._time_left())
+        start_by = time.monotonic() + seconds
         with self._limited(seconds + PATIENCE):
+            self._channel = open_session(self._transport, seconds)
+            self._channel.settimeout(None)  # a command may read its input late
+            # paramiko clears an event when one stream is empty, though the other may have data.
+            event = SimpleNamespace(set=self._wake.set, clear=lambda: None)
+            self._channel.in_buffer.set_event(event)
+            self._channel.in_stderr_buffer.set_event(event)
+            self._watch_for_exit_signal()
+            request_exec(self._channel, self._pid_line.prefix.encode() + self._command.encoded_line)
+            if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
+                raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
+
+    def _watch_for_exit_signal(self) -> None:
+        """Read paramiko's log messages: only there it says that a signal ended the command."""
+        log = self._channel.logger.log
+
+        def watched(level: int, message: str, *args: object) -> None:
+            if 'request "exit-signal"' in message:
+                self._exit_signal = True
+                self._wake.set()
+            log(level, message, *args)
+
+        self._channel.logger = SimpleNamespace(log=watched)
+
+    # --- output ---
+
+    def _wait(self) -> bool:
+        """Read output until the command has ended; return False if time ran out first."""
+        while not self._ended():
+            if not self._time_left():
+                return False
+            self._read_or_wait(self._time_left())
+            self._output.report()
+        self._read_late_output()
+        return True
+
+    def _read_late_output(self) -> None:
+        """Read what the command wrote before it ended, and is still on its way.
+
+        The stream may stay open: a process in the background can hold it.
+        """
+        give_up_at = time.monotonic() + self._time_left() + OVERTIME
+        expected = self._channel.in_window_size + LATE_OUTPUT
+        silent_since = time.monotonic()
+        while not self._complete() and expected > 0 and time.monotonic() < give_up_at:
+            size = self._read_or_wait(POLL)
+            self._output.report()
+            expected -= size
+            if size:
+                silent_since = time.monotonic()
+            elif time.monotonic() - silent_since >= QUIET:
+                if self._all_arrived():
+                    return
+                silent_since = time.monotonic()
+        self._read()
+
+    def _ended(self) -> bool:
+        return self._exit_signal or bool(self._channel.exit_status_ready())
+
+    def _complete(self) -> bool:
+        return self._channel.closed or (self._channel.eof_received and self._ended())
+
+    def _read_or_wait(self, seconds: float) -> int:
+        """Read what has arrived and return its size; if that is 0, wait for more."""
+        size = self._read()
+        if not size:
+            self._wake.wait(min(seconds, POLL))
+            self._wake.clear()
+        return size
+
+    def _read(self) -> int:
+        channel, size = self._channel, 0
+        for stream, ready, receive in (
+            (STDOUT, channel.recv_ready, channel.recv),
+            (STDERR, channel.recv_stderr_ready, channel.recv_stderr),
+        ):
+            if not ready():
+                continue
             try:
-                self._channel = open_session(self._transport, min(seconds, 1e6))
-            except SSHError as error:
-                if self._transport.is_active() and time.monotonic() >= deadline:
-                    raise _OutOfTimeError("open a channel for the command") from error
-                raise
-        self._log = _SignalLog(self._channel.logger, self._event)
-        # paramiko offers fileno() for this, but with two streams it may miss that one of them
-        # has something, and it tells nowhere else that a signal ended the command.
-        self._channel.in_buffer.set_event(self._event)
-        self._channel.in_stderr_buffer.set_event(self._event)
-        self._channel.logger = self._log
+                # This may hang, as it also sends: paramiko tells the host to send more.
+                with self._limited(self._time_left() + GRACE + PATIENCE):
+                    data = receive(READ_CHUNK)
+            except connection_errors() as error:
+                raise SSHError(f"{BROKEN} ({reason(error)})") from error
+            size += len(data)
+            self._output.add(stream, self._pid_line.remove_from(data) if stream == STDERR else data)
+        return size
 
-    def _start(self, line: bytes, deadline: float) -> None:
-        seconds = max(deadline - time.monotonic(), 0.0)
-        with self._limited(seconds + PATIENCE):
-            request_exec(self._channel, self._pid_line.prefix.encode() + line)
-            if not self._channel.event.wait(min(seconds, threading.TIMEOUT_MAX)):
-                raise _OutOfTimeError("start the command")
-        wrote = self._channel.recv_ready() or self._channel.recv_stderr_ready()
-        told = self._channel.exit_status >= 0 or self._log.exit_signal
-        if self._channel.closed and not told and not wrote:
-            gone = "the connection broke" if not self._transport.is_active() else "it is refused"
-            raise SSHError(f"the machine did not start the command: {gone}")
+    def _all_arrived(self) -> bool:
+        """Check that the command is silent, and not just the network slow.
 
-    # --- reading ---
-
-    def _in_time(self, deadline: float) -> bool:
-        # The caller's function may be slow, and a read that widens the window may hang.
-        seconds = deadline - time.monotonic() + GRACE + PATIENCE
-        with self._watchdog.limit(seconds, self._give_up):
-            try:
-                return self._wait(deadline) and not self._given_up
-            except SSHError:
-                if self._given_up:
-                    return False
-                raise
-
-    def _give_up(self) -> None:
-        """End the process from another thread than the one that waits for it."""
-        if self._ended():
-            with self._limited(), contextlib.suppress(*connection_errors()):
-                self._transport.send_ignore()  # or the connection is closed
-            return
-        self._given_up = True
-        if self._pid_line.pid is not None:
-            self._end_group(self._pid_line.pid, GRACE_OF_INTERRUPT)
-        self._close()
-
-    def _wait(self, deadline: float) -> bool:
-        """Read until the command has ended; False when the time is out before."""
-        silent_since: float | None = None
-        over_since: float | None = None
-        late = 0
-        while True:
-            # Asked before the read: what was sent before its end is there by now.
-            complete, ended = self._complete(), self._ended()
-            pieces = self._read()
-            self._tell(pieces)
-            if complete:
-                return True
-            now = time.monotonic()
-            if pieces:
-                silent_since = None
-            if ended:
-                # Something in the background holds its output open.
-                silent_since = now if silent_since is None else silent_since
-                late += sum(len(data) for _, data in pieces)
-                if late > self._channel.in_window_size + LATE_OUTPUT:
-                    return True
-                if now - silent_since >= QUIET:
-                    if self._nothing_more():
-                        return True
-                    silent_since = None
-            if now >= deadline:
-                if not self._ended():
-                    return False
-                over_since = now if over_since is None else over_since
-                if now - over_since >= OVERTIME:
-                    return True
-            if not pieces:
-                self._event.wait(POLL if now >= deadline else min(POLL, deadline - now))
-
-    def _nothing_more(self) -> bool:
-        """Whether the server has sent all that the command wrote.
-
-        Silence alone may be that of a slow network. It answers in the order in which it reads:
-        what it had when it answered the first time is here before it answers once more.
+        The host answers in order: output that it had ready for sending before it answers for the
+        first time arrives before the second answer.
         """
         channel = self._channel
         for _ in range(2):
-            if not self._round_trip():
+            try:
+                with self._limited(2 * PATIENCE):
+                    open_session(self._transport, PATIENCE).close()
+            except NoChannelError:
+                pass  # a refusal is an answer
+            except (SSHError, OSError, EOFError):
                 return False
             if channel.recv_ready() or channel.recv_stderr_ready() or channel.closed:
                 return False
         return True
 
-    def _round_trip(self) -> bool:
-        """Whether the server answered to the opening of a channel, which is not used."""
-        import paramiko
-
-        with self._limited(2 * PATIENCE):
-            try:
-                self._transport.open_session(timeout=PATIENCE).close()
-            except paramiko.ChannelException:
-                return True  # a refusal is an answer
-            except connection_errors():
-                return False
-            return True
-
-    def _ended(self) -> bool:
-        return self._log.exit_signal or bool(self._channel.exit_status_ready())
-
-    def _complete(self) -> bool:
-        return self._channel.closed or (self._channel.eof_received and self._ended())
-
-    def _read(self) -> list[tuple[str, bytes]]:
-        """Return what has come since the last time; waits for nothing."""
-        pieces = []
-        channel = self._channel
-        for stream, ready, receive in (
-            (STDOUT, channel.recv_ready, channel.recv),
-            (STDERR, channel.recv_stderr_ready, channel.recv_stderr),
-        ):
-            if ready():
-                try:
-                    data = receive(READ_CHUNK)
-                except connection_errors() as error:  # it may send that the window is open again
-                    raise SSHError(f"{BROKEN} ({reason(error)})") from error
-                if stream == STDERR:
-                    data = self._pid_line.taken_out(data)
-                self._keep(stream, data)
-                pieces.append((stream, data))
-        return pieces
-
-    def _keep(self, stream: str, data: bytes) -> None:
-        kept = data[: self._room]
-        self._room -= len(kept)
-        self.dropped += len(data) - len(kept)
-        if kept:
-            self._output[stream].append(kept)
-
-    def _tell(self, pieces: list[tuple[str, bytes]]) -> None:
-        if self._lines is not None:
-            for stream, data in pieces:
-                self._lines[stream].feed(data)
-
-    def _tell_rest(self) -> None:
-        rest = self._pid_line.rest()
-        self._keep(STDERR, rest)
-        self._tell([(STDERR, rest)])
-        if self._lines is not None:
-            for lines in self._lines.values():
-                lines.finish()
-
     # --- the end ---
 
-    def _end(self, grace: float) -> list[tuple[str, bytes]]:
-        """End the process and its group, first politely; what it still wrote meanwhile."""
-        late: list[tuple[str, bytes]] = []
+    def _end(self) -> None:
+        """End the command's process group if it still runs, and close the channel."""
+        if self._channel is None:
+            return
+        self._deadline = min(self._deadline, time.monotonic())
         try:
-            if not self._ended() and self._transport.is_active():
-                # Its number may be on the way still.
-                late += self._read_until(lambda: self._pid_line.pid is not None, GRACE_OF_INTERRUPT)
-                pid = self._pid_line.pid
-                if pid is None or not self._end_group(pid, grace):
-                    with self._limited():
-                        request_signal(self._channel, "TERM")
-                    late += self._read_until(self._complete, grace)
-                late += self._read_until(self._complete, POLL)
+            if not self._ended():
+                self._read_until(lambda: self._pid_line.pid is not None, GRACE)
+                self._kill_group()
+                self._read_until(self._complete, POLL)
         except SSHError as error:
-            logger.debug("a command may not have ended: %s", error)
+            logger.debug("a command may still run: %s", error)
         finally:
             self._close()
-        return late
+            if self._feeder is not None:
+                self._feeder.join(PATIENCE)
 
-    def _end_group(self, pid: int, grace: float) -> bool:
-        """End a process group of the server, after ``grace`` seconds with SIGKILL."""
-        polls = math.ceil(grace / KILL_POLL)
-        script = _KILL.format(pid=pid, polls=polls, pause=KILL_POLL)
-        try:
-            with self._limited(grace + 2 * PATIENCE):
-                channel = open_session(self._transport, PATIENCE)
-                request_exec(channel, f"sh -c {shlex.quote(script)}")
-                ended = bool(channel.status_event.wait(grace + PATIENCE))
-                channel.close()
-                return ended
-        except (SSHError, OSError, EOFError) as error:
-            logger.debug("process group %d was not ended: %s", pid, error)
-            return False
+    def _stop_early(self) -> None:
+        """End a command whose time has run out while ``on_output`` runs in another thread."""
+        if not self._ended():
+            self._stopped_early = True
+            self._kill_group()
+            self._close()
 
-    def _read_until(self, happened: Callable[[], bool], seconds: float) -> list[tuple[str, bytes]]:
-        pieces: list[tuple[str, bytes]] = []
+    def _read_until(self, happened: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not happened() and not self._channel.closed and time.monotonic() < deadline:
-            self._event.wait(POLL / 5)
-            pieces += self._read()
-        return pieces + self._read()
+            self._read_or_wait(deadline - time.monotonic())
+        self._read()
+
+    def _kill_group(self) -> None:
+        """Kill the command's process group by a script on a second channel."""
+        pid = self._pid_line.pid
+        if pid is None:
+            return
+        script = _KILL_GROUP.format(pid=pid, polls=math.ceil(GRACE / KILL_POLL), pause=KILL_POLL)
+        try:
+            with self._limited(GRACE + 3 * PATIENCE):
+                channel = open_session(self._transport, PATIENCE)
+                request_exec(channel, f"sh -c {shlex.quote(script)}")
+                channel.status_event.wait(GRACE + PATIENCE)
+                channel.close()
+        except (SSHError, OSError, EOFError) as error:
+            logger.debug("process group %d may still run: %s", pid, error)
 
     def _close(self) -> None:
-        """Close the channel at once, or the whole connection where it takes nothing any more."""
-        if self._channel is None or self._channel.closed:
+        if self._channel.closed:
             return
         with self._limited(), contextlib.suppress(SSHError, *connection_errors()):
-            if not self._channel.exit_status_ready():
+            if not self._ended():  # the host refused a second channel, or has told no pid
                 request_signal(self._channel, "KILL")
             self._channel.close()
 
     def _exit_code(self) -> int:
-        channel = self._channel
-        code: int = channel.exit_status
-        broken = channel.closed and not self._transport.is_active()
-        if broken and (code < 0 or not channel.eof_received):
+        code: int = self._channel.exit_status
+        known = code >= 0 or self._exit_signal
+        if not self._transport.is_active() and not (known and self._channel.eof_received):
             raise SSHError(BROKEN)
-        if code < 0 and not self._log.exit_signal:
-            raise SSHError("the machine closed the command's channel without telling how it ended")
+        if not known:
+            raise SSHError(
+                "the machine did not start the command, or closed its channel without telling how "
+                "it ended"
+            )
         if self._pid_line.pid is None:
-            said = (self.text(STDERR).strip() or self.text(STDOUT).strip())[:300]
+            said = self._output.text(STDERR).strip() or self._output.text(STDOUT).strip()
             raise SSHError(
                 "the machine did not run the command: it runs another one instead, or its shell "
                 f"ended first (exit code {code}); it says: {printable(said, 300) or 'nothing'}"
@@ -8904,91 +8984,8 @@ class RunningCommand:
         return code if code >= 0 else -1
 
 
-class PidLine:
-    """Takes the line in which a shell tells its process id out of its stderr.
-
-    Attributes:
-        pid: of the shell, which leads the process group of its command; None until it is known.
-        prefix: what has to stand before the command. Its end of line keeps a shell from quoting
-            it, and the variables that follow, in a complaint about the command's syntax.
-    """
-
-    def __init__(self) -> None:
-        mark = f"clore-{secrets.token_hex(8)} "
-        self.pid: int | None = None
-        self.prefix = _TELL_PID.format(mark=mark)
-        self._mark = mark.encode()
-        self._held = b""
-        self._seen = False
-
-    def taken_out(self, data: bytes) -> bytes:
-        """What of stderr so far, and not given before, is the command's own."""
-        if self._seen:
-            return data
-        data, self._held = self._held + data, b""
-        at = data.find(self._mark)
-        if at < 0:
-            at = len(data) - self._beginning(data)
-            self._held = data[at:]
-            return data[:at]
-        number, line_end, rest = data[at + len(self._mark) :].partition(b"\n")
-        if not line_end and len(number) < 20:
-            self._held = data[at:]
-            return data[:at]
-        self._seen = True
-        if not line_end or not number.isdigit() or int(number) < 2:  # -1 means every process
-            return data
-        self.pid = int(number)
-        return data[:at] + rest
-
-    def rest(self) -> bytes:
-        """What was held back, at the end of the stream."""
-        data, self._held = self._held, b""
-        return data
-
-    def _beginning(self, data: bytes) -> int:
-        """How many bytes at the end of ``data`` may be the beginning of the mark."""
-        sizes = range(min(len(data), len(self._mark)), 0, -1)
-        return next((size for size in sizes if data.endswith(self._mark[:size])), 0)
-
-
-class _DataEvent:
-    """An event for both buffers of a channel: set when one gets data, or its end."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    def set(self) -> None:
-        """Called by paramiko."""
-        self._event.set()
-
-    def clear(self) -> None:
-        """Called by paramiko for one buffer, where the other may have data: does nothing."""
-
-    def wait(self, seconds: float) -> None:
-        """Wait until it is set. Read after this, not before."""
-        self._event.wait(seconds)
-        self._event.clear()
-
-
-class _SignalLog:
-    """Stands in for a channel's logger: only there paramiko tells that a signal ended a command."""
-
-    def __init__(self, logger_of_paramiko: Any, event: _DataEvent) -> None:
-        self._logger = logger_of_paramiko
-        self._event = event
-        self.exit_signal = False
-
-    def log(self, level: int, message: str, *args: object) -> None:
-        """Called by paramiko."""
-        if 'request "exit-signal"' in message:
-            self.exit_signal = True
-            self._event.set()
-        self._logger.log(level, message, *args)
-
-
 def _feed(channel: Any, data: bytes) -> None:
-    """Send a command's input, as much of it as it takes."""
+    """Send a command's input, as much of it as the command takes."""
     view = memoryview(data)
     try:
         while view:
@@ -8998,447 +8995,357 @@ def _feed(channel: Any, data: bytes) -> None:
             view = view[sent:]
         channel.shutdown_write()
     except Exception as error:
-        # It ended without reading all of it, which is no error, or the reading side will tell.
-        logger.debug("a command's input was not sent whole: %s", reason(error))
+        # The command may end without reading all of its input; that is not an error.
+        logger.debug("the input of a command was not sent completely: %s", reason(error))
 
 
 # ==================================================================================================
-# ssh.remote
+# ssh.scp
 #
-# Run small scripts on a host for a transfer, by a POSIX shell that is started explicitly.
+# Guard the package scp against hosts that cheat, and against calls that never return.
+# ==================================================================================================
+
+
+SCP_BUFFER = 131072  # bytes of one read or write
+MAX_SCP_LINE = 8192  # bytes; the longest honest line is an error with a path in it
+MAX_FOLDER_DEPTH = 64
+SCP_BASE: Any = object  # guarded_scp() adds scp.SCPClient, which is imported late
+UNNAMED = (b"", b".", b"..")  # how scp names the folders /, . and ..
+NOT_IN_A_NAME = r"[\0-\x1f\x7f-\x9f/" + (r'\\:*?"<>|]' if os.name == "nt" else "]")
+
+
+def guarded_scp(
+    ssh: Any, *, socket_timeout: float = 30.0, max_bytes: int | None = None,
+    progress: Callable[..., object] | None = None, owns_ssh: bool = False,
+) -> Any:  # fmt: skip
+    """Return a ``scp.SCPClient`` that is safe to use with a hostile host.
+
+    It checks each record of the host before scp acts on it, limits each wait, and raises
+    :class:`TransferError`. A transfer that fails may leave a partial file inside the target, even
+    in place of an earlier one; nothing outside the target is touched.
+
+    Parameters:
+        socket_timeout: seconds of silence.
+        max_bytes: the most bytes that one ``get()`` may receive; None for no limit.
+        progress: called with (name, size, done), as by ``scp.SCPClient``.
+        owns_ssh: whether ``close()`` also closes ``ssh``.
+    """
+    try:
+        scp = importlib.import_module("scp")
+    except ImportError as error:
+        raise ImportError(
+            "scp() needs scp: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
+        ) from error
+    limit = math.inf if max_bytes is None else check_number("max_bytes", max_bytes, unit="bytes")
+    check_number("socket_timeout", socket_timeout, above=True, maximum=1e6, unit="seconds")
+    transport = ssh.get_transport()
+    if transport is None or not transport.is_active():
+        raise SSHError("scp() needs an open connection, and this one is closed: connect again")
+    client_class: Any = type("GuardedSCPClient", (ScpGuard, scp.SCPClient), {})
+    owned = ssh if owns_ssh else None
+    try:
+        return client_class(transport, socket_timeout, progress, limit, owned)
+    except OSError as error:
+        raise SSHError(f"the connection broke: {reason(error)}") from error
+
+
+class ScpChannel(LimitedChannel):
+    """A channel that returns one line, one status byte or bytes of one file with each ``recv``.
+
+    scp takes what one ``recv`` returns for one record, and the host decides where packets end.
+    """
+
+    closed = False  # scp stops at True, and would miss what came before the end
+    content_left = 0  # bytes of a file that come next
+
+    def recv(self, size: int) -> bytes:
+        if self.content_left:
+            data = super().recv(min(size, self.content_left))
+            self.content_left -= len(data)
+            return data or self._fail()
+        line = super().recv(1)
+        if line not in b"\0\1\2CDTE":
+            line += super().recv(200) if self.recv_ready() else b""
+            raise SSHError(f"the host sent {line!r}: check what its start-up files print")
+        while line not in (b"", b"\0") and not line.endswith(b"\n"):
+            if len(line) > MAX_SCP_LINE:
+                raise SSHError("the host sent a line without an end")
+            line += super().recv(1) or self._fail()
+        return b"\0\n" if line == b"\0" else line  # where scp wants a line, this is a bad one
+
+    def finish(self) -> None:
+        """Check that scp on the host succeeds."""
+        self.shutdown_write()
+        if self.recv_exit_status() > 0:
+            self._fail()
+
+    def _fail(self) -> bytes:
+        """Raise an error that says how scp on the host ended."""
+        status = self.recv_exit_status()
+        said = self.recv_stderr(MAX_SCP_LINE) if self.recv_stderr_ready() else b""
+        how = "scp on the host ended" if self._transport.is_active() else "the connection broke"
+        raise SSHError(f"{how} (exit code {status}) {said.decode('utf-8', 'replace')}")
+
+
+class ScpGuard(SCP_BASE):  # type: ignore[misc]
+    """Checks around the methods of ``scp.SCPClient``, which does the work."""
+
+    channel: Any
+    _recv_dir: bytes
+    _rename: bool
+    _user_error: Exception | None
+    _current: tuple[str, int, int | None]  # name, bytes done, bytes in total
+
+    def __init__(self, transport: Any, timeout: float, progress: Any, limit: float, ssh: Any):
+        super().__init__(transport, SCP_BUFFER, timeout, self._report)
+        self._owned_ssh = ssh
+        self._max_bytes = limit
+        self._user_progress = progress or (lambda *_: None)
+
+    def _report(self, name: bytes, size: int, done: int) -> None:
+        self._current = (self._current[0], done, size)
+        try:
+            self._user_progress(name, size, done)
+        except Exception as error:
+            self._user_error = error  # not to become a TransferError
+            raise
+
+    def __enter__(self) -> Any:
+        return self
+
+    def close(self) -> None:
+        """Close the connection, if it is owned."""
+        if self.channel is not None:  # scp calls this at the end of each transfer
+            self.channel.finish()
+        elif self._owned_ssh is not None:
+            self._owned_ssh.close()
+
+    def _open(self) -> ScpChannel:
+        return ScpChannel(self.transport, self.socket_timeout, self._watchdog)
+
+    @contextlib.contextmanager
+    def _transfer(self, verb: str, name: bytes) -> Iterator[None]:
+        """Run one transfer with time limits, and raise a TransferError for what fails."""
+        scp_error: type[Exception] = importlib.import_module("scp").SCPException
+        failures: tuple[type[Exception], ...] = (SSHError, scp_error, *connection_errors())
+        self._current = (os.fsdecode(name), 0, None)
+        self._user_error = None
+        self.scp_command = b"scp"
+        try:
+            with Watchdog() as self._watchdog:
+                try:
+                    yield
+                finally:
+                    channel, self.channel = self.channel, None
+                    if channel is not None:
+                        channel.close()
+        except failures as error:
+            if error is self._user_error:
+                raise
+            current, done, total = self._current
+            shown = printable(current, 300)
+            far = "" if total is None else f" ({done} of {total} bytes)"
+            says = "the host says: " if isinstance(error, scp_error) else ""
+            text = f"{shown} was not {verb}{far}: {says}{printable(str(error).strip(), 500)}"
+            raise TransferError(text, name=shown, done=done, total=total) from error
+
+    # --- receiving ---
+
+    def get(self, remote_path: Any, local_path: Any = "", recursive: bool = False,
+            preserve_times: bool = False) -> None:  # fmt: skip
+        """Receive files, and with ``recursive`` folders, as ``scp.SCPClient.get`` does."""
+        paths = [_remote_path(path) for path in _path_list(remote_path)]
+        target = os.path.realpath(os.fsencode(local_path))
+        is_folder = os.path.isdir(target)
+        if len(paths) > 1 and not is_folder:
+            raise ValueError(f"local_path must be a folder for several: {short_repr(local_path)}")
+        self._wildcards = self.sanitize(b"*") == b"*"
+        self._asked = [_asked_name(path, self._wildcards) for path in paths]
+        self._missing = list(self._asked)
+        self._root = target if is_folder else os.path.dirname(target)
+        self._recursive, self._keeps_modes = recursive, preserve_times
+        self._bytes_left = self._max_bytes
+        self._folders: list[bytes] = []  # those around the current one
+        self._utime = None  # an earlier transfer may have left these
+        self._dirtimes: dict[bytes, Any] = {}
+        with self._transfer("received", paths[0]):
+            super().get(paths, target, recursive, preserve_times)
+            if self._folders:
+                raise SSHError("the host did not end a folder")
+            if self._missing:
+                raise SSHError(f"the host did not send {self._missing[0]!r}")
+
+    def _recv_file(self, record: bytes) -> None:
+        folder = self._recv_dir
+        mode, here, size = self._enter(record, stat.S_ISREG)
+        self._bytes_left -= size
+        if self._bytes_left < 0:
+            raise SSHError(f"the host sends more than max_bytes={self._max_bytes}")
+        if not self._keeps_modes:
+            umask = os.umask(0o077)
+            os.umask(umask)
+            mode = mode & ~umask if here is None else here & 0o777
+        self.channel.content_left = size
+        super()._recv_file(b"%04o %d -" % (mode, size))
+        self._recv_dir = folder
+
+    def _recv_pushd(self, record: bytes) -> None:
+        if not self._recursive:
+            raise SSHError("the host sent a folder, and recursive is not set")
+        if len(self._folders) >= MAX_FOLDER_DEPTH:
+            raise SSHError(f"the host sent more than {MAX_FOLDER_DEPTH} nested folders")
+        folder = self._recv_dir
+        mode, here, _ = self._enter(record, stat.S_ISDIR)
+        self._folders.append(folder)
+        super()._recv_pushd(b"%04o 0 -" % (mode | 0o700 if here is None else here & 0o777))
+
+    def _recv_popd(self, *_: bytes) -> None:
+        if not self._folders or self._utime is not None:
+            raise SSHError("the host ended a folder that it did not begin")
+        self._recv_dir = self._folders.pop()
+
+    def _set_time(self, record: bytes) -> None:
+        # os.utime takes no time that has many more digits.
+        valid = re.fullmatch(rb"\d{1,11} \d{1,9} \d{1,11} \d{1,9}", record)
+        if not valid or self._utime is not None:
+            raise SSHError("the host sent a time that is not valid")
+        super()._set_time(record)
+
+    def _enter(self, record: bytes, is_kind: Callable[[int], bool]) -> tuple[int, int | None, int]:
+        """Check the record of a file or folder, and make its path the one that scp writes to.
+
+        scp itself would strip the name and check it with ``assert``.
+
+        Returns:
+            The permissions, the mode of what exists at the path, and the size.
+        """
+        found = re.fullmatch(rb"([0-7]{3,7}) (\d{1,18}) (.*)", record)
+        if found is None:
+            raise SSHError(f"the host sent {record[:200]!r}, which is not an scp record")
+        name = found[3] if self._folders else self._check_asked(found[3])
+        unnamed = self._folders and name in UNNAMED
+        if unnamed or re.search(NOT_IN_A_NAME, os.fsdecode(name)):
+            raise SSHError(f"the host sent {name[:200]!r}, which is not a plain file name")
+        if not self._rename:
+            self._recv_dir, self._rename = os.path.join(self._recv_dir, name), True
+        shown = os.fsdecode(os.path.relpath(self._recv_dir, self._root))
+        self._current = (shown, 0, int(found[2]))
+        here = None
+        with contextlib.suppress(FileNotFoundError):
+            here = os.lstat(self._recv_dir).st_mode
+        if here is not None and not is_kind(here):
+            raise SSHError(f"{shown!r} is a symlink or something else here: use another local_path")
+        return int(found[1], 8) & 0o777, here, int(found[2])
+
+    def _check_asked(self, name: bytes) -> bytes:
+        """Check a name at the top level; return it, or "." for a folder without a name."""
+        name = b"." if name in UNNAMED else name
+        for asked in self._asked if self._wildcards else self._missing:
+            hidden = name.startswith(b".") and not asked.startswith(b".")
+            if not hidden and fnmatch.fnmatchcase(os.fsdecode(name), os.fsdecode(asked)):
+                if asked in self._missing:
+                    self._missing.remove(asked)
+                return name
+        raise SSHError(f"the host sent {name[:200]!r}, which was not asked for")
+
+    # --- sending ---
+
+    def put(self, files: Any, remote_path: Any = b".", recursive: bool = False,
+            preserve_times: bool = False) -> None:  # fmt: skip
+        """Send files, and with ``recursive`` folders, as ``scp.SCPClient.put`` does."""
+        paths = [os.fsencode(path) for path in _path_list(files)]
+        with self._transfer("sent", paths[0]):
+            self.scp_command = b"scp -p" if preserve_times else b"scp"
+            super().put(paths, _remote_path(remote_path), recursive, preserve_times)
+
+    def putfo(
+        self, fl: IO[Any], remote_path: Any, mode: Any = "0644", size: int | None = None
+    ) -> None:
+        """Send what a file-like object holds, as ``scp.SCPClient.putfo`` does."""
+        remote = _remote_path(remote_path)
+        with self._transfer("sent", os.path.basename(remote)):
+            super().putfo(fl, remote, os.fsdecode(mode), size)
+
+    def _send_files(self, files: list[bytes]) -> None:
+        for path in files:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+                raise SSHError(f"{os.fsdecode(path)} is not a file; a folder needs recursive=True")
+        super()._send_files(files)
+
+    def _send_file(self, fl: Any, name: bytes, mode: str, size: int) -> None:
+        self._current = (os.fsdecode(name), 0, size)
+        super()._send_file(ExactFile(fl, size), name, mode, size)
+
+
+class ExactFile:
+    """A file that returns exactly the bytes that scp announced, though it may grow or shrink."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._done = 0
+
+    def tell(self) -> int:
+        return self._done
+
+    def read(self, most: int) -> bytes:
+        data = bytes(self._file.read(min(most, self._size - self._done)))
+        if not data:
+            raise SSHError(f"the file ended before {self._size} bytes: it changed meanwhile")
+        self._done += len(data)
+        return data
+
+
+def _path_list(paths: Any) -> list[Any]:
+    found = [paths] if isinstance(paths, (str, bytes, os.PathLike)) else list(paths)
+    if not found:
+        raise ValueError("no path was given")
+    return found
+
+
+def _remote_path(path: Any) -> bytes:
+    """Return a path as bytes that the host's scp does not take for an option."""
+    raw = os.fsencode(path) or b"."
+    if b"\0" in raw or b"\n" in raw:
+        raise ValueError(f"remote_path must hold no NUL or line end: {short_repr(path)}")
+    return b"./" + raw if raw.startswith(b"-") else raw
+
+
+def _asked_name(path: bytes, wildcards: bool) -> bytes:
+    """Return a pattern for the name by which the host sends a path."""
+    path = path.rstrip(b"/")
+    name = path.rpartition(b"/")[2]
+    if name in UNNAMED:
+        return b"."
+    if path.startswith(b"~") and name == path:
+        return b"*"  # a home, whose name only the host knows
+    return name if wildcards else glob.escape(name)
+
+
+# ==================================================================================================
+# ssh.transfer.entry
 #
-# The login shell sees one constant line without a backslash, which starts ``sh``; that reads its
-# script from standard input, between two lines with a random mark. So neither the kind of the login
-# shell matters, nor what its start-up files print, read or change. Nothing in the output is
-# trusted:
-# lengths are limited, numbers are parsed, names are checked.
+# Describe the files, directories and symlinks of a transfer.
 # ==================================================================================================
 
 
 BLOCK = 65536  # bytes; chunks begin at multiples of it
-DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
-MAX_NOISE = 65536  # bytes before the mark
-MAX_LINE = 65536
-MAX_LEVELS = 256  # directories in each other; Python removes no tree that is much deeper
-CHANNEL_PAUSE = 0.05  # seconds; a channel that was closed is freed a little later
-LAST_PATIENCE = 3.0  # seconds for each step of tidying up, after an error or Ctrl-C
-PADDING = b"\n" * 64  # lines for start-up files that read some
-
-# In single quotes, and without what csh or fish would change there: a backslash, a quote, "!".
-BOOTSTRAP = (
-    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
-    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 9; done; s=; l=; '
-    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 9; done; '
-    'echo {mark}; eval "$s"\''
-)
-# For a script that reads nothing: it is an argument, a round trip earlier, with "@" for line ends.
-INLINE = (
-    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
-    "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
-)
-MAX_INLINE = 4096  # bytes; dropbear takes 9,000
-# What each script begins with. Relative paths count from the home directory, whatever directory
-# the start-up files changed to; `n` is a line end.
-PRELUDE = r"""
-unset CDPATH
-no() { printf "no %s%s" "$*" "$n"; exit 1; }
-cd "${HOME:-/}" || no "there is no home directory ${HOME}"
-if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
-# openssl is up to six times as fast.
-if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; fi
-block=65536
-part() { # prints $3 bytes of the file $1 from its block $2 on
-  if [ $(($3 % block)) = 0 ]; then blocks "$1" "$2" $(($3 / block))
-  else blocks "$1" "$2" $(($3 / block + 1)) | head -c "$3"; fi
-}
-blocks() { dd if="$1" bs=$block skip="$2" count="$3" iflag=fullblock 2>/dev/null; }
-list() { find . -exec stat -c "%f %s %Y %n" {} +; }
-"""
-# Prints what is missing for a transfer by the shell.
-CHECK_TOOLS = r"""
-for t in chmod dd find head mkdir mv rm stat tar touch xargs; do
-  command -v $t >/dev/null || no "lacks $t"
-done
-command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
-[ "$(echo abcdef | dd ibs=3 count=1 obs=4 iflag=fullblock 2>/dev/null)" = abc ] ||
-  no "lacks a dd with iflag=fullblock"
-stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
-"""
-
-
-class NoShellError(SSHError):
-    """A host runs no POSIX shell with the usual tools: only SFTP is left.
-
-    Attributes:
-        silent: whether it did not even say anything, as dropbear at times under load.
-    """
-
-    silent = False
-
-
-def remote_script(verb: str, body: str, **values: bytes | str | int) -> bytes:
-    """Return a script whose ``values`` are shell variables, quoted; ``verb`` names it."""
-    lines = [b": " + verb.encode()]
-    lines += [name.encode() + b"=" + sh_quoted(value) for name, value in values.items()]
-    return b"\n".join([*lines, (PRELUDE + body).encode()])
-
-
-def sh_quoted(value: bytes | str | int) -> bytes:
-    raw = value if isinstance(value, bytes) else str(value).encode()
-    return b"'" + raw.replace(b"'", b"'\"'\"'") + b"'"
-
-
-def inlined(script: bytes) -> str | None:
-    """Return a script as an argument that every login shell passes on as it is, or None."""
-    odd = set(script) & set(b"\\!@") or any(
-        (byte < 32 and byte != 10) or byte > 126 for byte in script
-    )
-    if odd or len(script) > MAX_INLINE:
-        return None
-    return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
-
-
-def remote_path(path: bytes) -> bytes:
-    """Return a remote path as the scripts want it: ``~`` and relative ones from the home."""
-    if path == b"~" or path.startswith(b"~/"):
-        path = path[1:].lstrip(b"/") or b"."
-    elif path.startswith(b"~"):
-        raise ValueError(
-            "remote: a path may begin with ~/, one's own home, and not with another user's: "
-            f"{short_repr(path)}"
-        )
-    return path if path.startswith(b"/") else b"./" + path
-
-
-class RemoteScript:
-    """A script that runs on a host: what is sent to it, and what it answers.
-
-    Parameters:
-        timeout: seconds without anything sent or received.
-        patience: seconds for which a host without a free channel is asked again.
-        reads: whether the script reads anything.
-    """
-
-    def __init__(
-        self,
-        transport: Any,
-        script: bytes,
-        watchdog: Watchdog,
-        timeout: float,
-        *,
-        patience: float = 1.0,
-        window: int = COMMAND_WINDOW,
-        reads: bool = True,
-    ) -> None:
-        self.timeout = timeout
-        self._transport = transport
-        self._watchdog = watchdog
-        self._stuck = False
-        self._mark = secrets.token_hex(8)
-        self._buffer = memoryview(b"")  # received, and not read yet
-        self._begun = False
-        inline = None if reads else inlined(script)
-        line = BOOTSTRAP if inline is None else INLINE
-        command = line.format(mark=self._mark, script=inline)
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                with self._limited():
-                    self.channel = open_session(transport, timeout, window)
-                    request_exec(self.channel, command)
-                break
-            except NoChannelError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(CHANNEL_PAUSE)
-        mark = self._mark.encode() + b"\n"
-        # Even for a script that reads nothing, lines for start-up files that do. (An end of input
-        # at once makes dropbear lose what a short script prints.)
-        self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
-
-    def __enter__(self) -> RemoteScript:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        with contextlib.suppress(*connection_errors()), self._limited():
-            self.channel.close()
-
-    def _limited(self) -> contextlib.AbstractContextManager[Any]:
-        """Limit a call that may hang while it writes; by itself it ends within the timeout."""
-        return self._watchdog.limit(1.25 * self.timeout + 0.25, self._give_up)
-
-    def _give_up(self) -> None:
-        self._stuck = True
-        self._transport.close()
-
-    # --- sending ---
-
-    def send(self, data: bytes | memoryview) -> bool:
-        """Send all of it; False when the host takes no more: its answer says why."""
-        view = memoryview(data)
-        try:
-            while view:
-                with self._limited():
-                    view = view[self.channel.send(view[:BLOCK]) :]
-        except connection_errors() as error:
-            if self._stuck or isinstance(error, TimeoutError):
-                raise SSHError(f"the machine took nothing for {self.timeout:g}s") from None
-            return False
-        return True
-
-    def end(self) -> None:
-        """Say that there is no more to be sent."""
-        with contextlib.suppress(*connection_errors()), self._limited():
-            self.channel.shutdown_write()
-
-    # --- receiving ---
-
-    def read(self, most: int) -> bytes:
-        """Return some of what the script printed; empty at its end."""
-        if not self._begun:
-            self._skip_noise()
-        return self._more(most)
-
-    def line(self) -> bytes:
-        """Return the next line without its end; the rest where there is none."""
-        line = b""
-        deadline = time.monotonic() + self.timeout
-        while not (end := line.find(b"\n") + 1):
-            piece = self.read(MAX_LINE)
-            if not piece:
-                return line
-            line += piece
-            if len(line) > 4 * MAX_LINE:
-                raise SSHError("the machine answers with an endless line")
-            if time.monotonic() > deadline and b"\n" not in line:
-                raise SSHError(f"the machine sent no whole line within {self.timeout:g}s")
-        self._push_back(line[end:])
-        return line[: end - 1]
-
-    def until(self, mark: bytes, most: int) -> bytes:
-        """Return what comes before a line with only the mark; at most so many bytes."""
-        text, ending, start = bytearray(b"\n"), b"\n" + mark + b"\n", 0
-        while (end := text.find(ending, start)) < 0:
-            start = max(0, len(text) - len(ending))
-            piece = self.read(MAX_LINE)
-            if not piece:
-                raise self.refused(bytes(text[1 : 1 + MAX_LINE]))
-            text += piece
-            if len(text) > most:
-                raise SSHError(f"the machine answers with more than {most} bytes")
-        self._push_back(bytes(text[end + len(ending) :]))
-        return bytes(text[1 : end + 1])
-
-    def rest(self, most: int) -> bytes:
-        """Return all that is left; an error for more than ``most`` bytes."""
-        pieces, size = [], 0
-        while piece := self.read(BLOCK):
-            pieces.append(piece)
-            size += len(piece)
-            if size > most:
-                raise SSHError(f"the machine answers with more than {most} bytes")
-        return b"".join(pieces)
-
-    def answer(self, word: bytes) -> bytes:
-        """Return what follows a word at the start of the next line, which must begin with it."""
-        line = self.line()
-        if line == word or line.startswith(word + b" "):
-            return line[len(word) + 1 :]
-        raise self.refused(line)
-
-    def refused(self, line: bytes = b"") -> SSHError:
-        """Return an error with what the host says."""
-        if line.startswith(b"no lacks "):
-            return NoShellError(f"the machine {printable(os.fsdecode(line[3:]), 80)}")
-        said = line[3:] if line.startswith(b"no ") else b""
-        if not said:
-            said = self.errors() or line
-        if not said.strip() and not self._transport.is_active():
-            return SSHError("the connection broke")
-        text = said.decode("utf-8", "replace").strip() or "it does not say why"
-        return SSHError(f"the machine refuses: {printable(text, 500)}")
-
-    def status(self) -> int:
-        """Wait for the exit status; -1 where none came."""
-        if not self.channel.status_event.wait(self.timeout):
-            raise SSHError(f"the machine sent nothing for {self.timeout:g}s")
-        return int(self.channel.exit_status)
-
-    def errors(self) -> bytes:
-        """Return what has come on the other stream."""
-        text = b""
-        deadline = time.monotonic() + 1.0
-        while self.channel.recv_stderr_ready() and len(text) < MAX_LINE:
-            with self._limited():
-                text += self.channel.recv_stderr(MAX_LINE)
-            if time.monotonic() > deadline:
-                break
-        return text
-
-    def _more(self, most: int) -> bytes:
-        if not self._buffer:
-            try:
-                with self._limited():  # it may widen the window
-                    # All that there is: paramiko moves what it keeps with every read.
-                    self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
-            except TimeoutError:
-                raise SSHError(f"the machine sent nothing for {self.timeout:g}s") from None
-            except connection_errors():
-                raise SSHError("the connection broke") from None
-        piece, self._buffer = self._buffer[:most], self._buffer[most:]
-        return bytes(piece)
-
-    def _push_back(self, data: bytes) -> None:
-        if data:
-            self._buffer = memoryview(data + bytes(self._buffer))
-
-    def _skip_noise(self) -> None:
-        """Skip what start-up files print before the mark."""
-        self._begun = True
-        mark, seen = self._mark.encode() + b"\n", b""
-        deadline = time.monotonic() + self.timeout
-        while mark not in seen:
-            piece = self._more(BLOCK)
-            if not piece:
-                raise self._no_shell(seen)
-            seen += piece
-            late = len(seen) > MAX_NOISE + BLOCK or time.monotonic() > deadline
-            if late and mark not in seen:
-                raise SSHError("the machine prints without an end before it starts a shell")
-        self._push_back(seen.partition(mark)[2])
-
-    def _no_shell(self, seen: bytes) -> SSHError:
-        if not self._transport.is_active():
-            return SSHError("the connection broke")
-        said = (self.errors().strip() or seen.strip()).decode("utf-8", "replace")
-        text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
-        error = NoShellError(f"the machine runs no shell, and says: {text}")
-        error.silent = not said
-        return error
-
-
-def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
-    """Read what the function ``list`` printed: mode, size, time and name of each entry."""
-    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
-    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
-    entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
-    at = count = 0
-    while at < len(text):
-        found = entry.match(text, at)
-        if found is None:
-            shown = printable(repr(text[at : at + 80]), 120)
-            raise SSHError(f"the machine lists what can't be read: {shown}")
-        count += 1
-        if count > most:
-            raise SSHError(f"the machine lists more than {most} files")
-        mode, size, mtime, name = found.groups()
-        take(int(mode, 16), int(size), int(mtime), name[2:])
-        at = found.end()
-
-
-def parse_digests(text: bytes, count: int) -> list[str]:
-    """Read the SHA-256 that sha256sum or openssl printed, in the order of the names."""
-    # What else stands on a line is a piece of a name: not every sha256sum escapes line ends.
-    digests = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
-    if len(digests) != count:
-        raise SSHError(f"the machine hashed {len(digests)} files instead of {count}")
-    return digests
-
-
-def checked_name(name: bytes) -> str:
-    """Check a name below a directory, as the host sent it; the name to use here."""
-    parts = name.split(b"/")
-    if not name or b"\0" in name or any(part in (b"", b".", b"..") for part in parts):
-        raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
-    if len(parts) > MAX_LEVELS:
-        raise SSHError(f"the machine names a file below {len(parts)} directories")
-    text = os.fsdecode(name)
-    if os.name == "nt" and re.search(r'[\\:*?"<>|]', text):
-        raise SSHError(f"a name that this system does not know: {printable(repr(name), 120)}")
-    return text
-
-
-# ==================================================================================================
-# ssh.transfer
-#
-# What uploads and downloads share: their arguments, the workers, progress and results.
-# ==================================================================================================
-
-
-TRANSFER_PIECE = 256 * 1024  # bytes between two looks at whether to go on
-MAX_STREAMS = 16
-MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing
-SYMLINK_WAYS = ("skip", "copy", "follow")
-PART = ".clore-part-"
-LAST_TIME = 253_402_300_799  # of the year 9999; filesystems know no times far beyond
-SHELL_TRIES = 3
-CHANNEL_PATIENCE = 0.5  # seconds until a worker leaves its work to the others
-NEAR = 0.02  # seconds of a round trip, below which one channel fills the line
-
-
-class TransferOptions:
-    """The arguments of a transfer, checked."""
-
-    def __init__(
-        self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
-        resume: Any = False, symlinks: Any = "skip", streams: Any = None, max_bytes: Any = None,
-        progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
-    ) -> None:  # fmt: skip
-        self.local = check_path("local", local)
-        self.remote = check_path("remote", remote)
-        self.preserve = check_bool("preserve", preserve)
-        self.verify = check_bool("verify", verify)
-        self.resume = check_bool("resume", resume)
-        if symlinks not in SYMLINK_WAYS:
-            raise ValueError(
-                f"symlinks must be 'skip', 'copy' or 'follow', not {short_repr(symlinks)}"
-            )
-        self.symlinks: str = symlinks
-        for name, value, low, high in (
-            ("streams", streams, 1, MAX_STREAMS), ("max_bytes", max_bytes, 0, float("inf")),
-        ):  # fmt: skip
-            if value is not None:
-                if type(value) is not int:
-                    raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
-                check_number(name, value, minimum=low, maximum=high)
-        self.streams: int | None = streams
-        self.max_bytes: int | None = max_bytes
-        if progress is not None and not callable(progress):
-            raise TypeError(f"progress must be callable, not {short_repr(progress)}")
-        self.progress: Callable[[str, int, int], object] | None = progress
-        self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
-        if deadline is not None:
-            check_number("deadline", deadline, above=True, unit="seconds")
-        self.deadline: float | None = deadline
-
-
-def check_path(name: str, value: Any) -> bytes:
-    """Check a path; as bytes."""
-    if not isinstance(value, (str, bytes, os.PathLike)):
-        raise TypeError(f"{name} must be a path, not {short_repr(value)}")
-    try:
-        path = os.fsencode(value)
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} has a character that no path may have") from None
-    if not path or b"\0" in path:
-        raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
-    check_local_path(name, path)  # no host has longer ones either
-    return path
+TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
+LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
+MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
+CHANGED = "it changed during the transfer"
 
 
 class FileEntry:
     """A file, directory or symlink of a transfer.
 
     Attributes:
-        name: below the directory that is transferred; empty for a single file.
+        name: relative to the directory that is transferred; empty for a single file.
         kind: ``"f"``, ``"d"`` or ``"l"``.
-        size: bytes; 0 unless it is a file.
-        mtime: nanoseconds.
+        size: in bytes; 0 unless it is a file.
+        mtime: in nanoseconds.
         mode: permissions.
-        link: where a symlink leads.
+        link: the target of a symlink.
     """
 
     __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
@@ -9454,18 +9361,25 @@ class FileEntry:
         self.link = link
 
     @property
-    def facts(self) -> tuple[bytes, int, int]:
-        """What tells that a source has changed."""
+    def version(self) -> tuple[bytes, int, int]:
+        """Values that differ when the source has changed."""
         return (self.name, self.size, self.mtime)
 
 
-def facts_key(facts: object) -> str:
-    """Return a key for a record of what is done: another source has another key."""
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+def record_key(version: object) -> str:
+    """Return the key under which a resumable transfer records a version of a source."""
+    return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
 
 
-def links_within(name: bytes, link: bytes) -> bytes | None:
-    """Return the name, in the same tree, that a symlink leads to; None for outside of it."""
+def chunk_size(size: int, resume: bool) -> int:
+    """Return how many bytes of a file are recorded at a time; few where it may be resumed."""
+    if not resume:
+        return 64 * BLOCK
+    return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
+
+
+def link_target(name: bytes, link: bytes) -> bytes | None:
+    """Return the name in the same tree that a symlink leads to, or None outside the tree."""
     if link.startswith(b"/") or not link:
         return None
     parts = name.split(b"/")[:-1]
@@ -9479,16 +9393,922 @@ def links_within(name: bytes, link: bytes) -> bytes | None:
     return b"/".join(parts)
 
 
+def checked_name(name: bytes) -> str:
+    """Check a name that a host sent, and return it as a path on this system."""
+    parts = name.split(b"/")
+    if b"\0" in name or not {b"", b".", b".."}.isdisjoint(parts):
+        raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
+    if len(parts) > MAX_LEVELS:
+        raise SSHError(f"the machine names a file below {len(parts)} directories")
+    text = os.fsdecode(name)
+    if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
+        raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
+    return text
+
+
+def nanoseconds(seconds: int) -> int:
+    """Convert a time of a host to nanoseconds, limited to what file systems know."""
+    return min(max(seconds, 0), LAST_TIME) * 10**9
+
+
+def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
+    """Check that a file is the same as before, or has grown: its start has arrived then."""
+    if now is None or now.kind != "f" or now.size < entry.size:
+        raise SSHError(CHANGED)
+    if now.size == entry.size and now.mtime != entry.mtime:
+        raise SSHError(CHANGED)
+
+
+def file_digest(path: str | Path, start: int, length: int) -> str:
+    """Return the SHA-256 of a part of a local file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
+            digest.update(piece)
+            length -= len(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def about(entry: FileEntry) -> Iterator[None]:
+    """Note in an error which file it is about."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "entry"):
+            with contextlib.suppress(AttributeError):
+                error.entry = entry  # type: ignore[attr-defined]
+        raise
+
+
+# ==================================================================================================
+# ssh.transfer.remote_script
+#
+# Run a script on a host with ``sh``, whatever the login shell is.
+#
+# The login shell runs one fixed line without special characters. That line starts ``sh``, which
+# reads
+# the script from standard input, between two lines with a random mark. So the kind of the login
+# shell
+# does not matter, nor what its start-up files print, read or change. The output is not trusted:
+# lengths are limited, numbers are parsed, and names are checked.
+# ==================================================================================================
+
+
+DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
+MAX_NOISE = 65536  # bytes that start-up files may print
+MAX_LINE = 65536  # bytes
+CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
+LAST_PATIENCE = 3.0  # seconds for each step of cleaning up, after an error or Ctrl-C
+PADDING = b"\n" * 64  # lines for start-up files that read some
+
+# In single quotes, without what csh or fish would change there: a backslash, a quote, "!".
+BOOTSTRAP = (
+    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
+    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 9; done; s=; l=; '
+    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 9; done; '
+    'echo {mark}; eval "$s"\''
+)
+# For a script that reads nothing: sent as an argument, which saves a round trip; "@" ends a line.
+INLINE = (
+    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
+    "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
+)
+MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
+
+
+class NoShellError(SSHError):
+    """A host has no POSIX shell with the usual tools; SFTP may work."""
+
+
+class RemoteScript:
+    """A script that runs on a host; a context manager that closes its channel.
+
+    Parameters:
+        timeout: seconds without anything sent or received.
+        patience: seconds to retry while the host opens no further channel.
+        reads: whether the script reads its input.
+        turn: a lock to hold while a script starts, and while it ends; for a host on which none may
+            start while another one ends.
+    """
+
+    def __init__(
+        self,
+        transport: Any,
+        script: bytes,
+        watchdog: Watchdog,
+        timeout: float,
+        *,
+        patience: float = 1.0,
+        window: int = COMMAND_WINDOW,
+        reads: bool = True,
+        turn: threading.Lock | None = None,
+    ) -> None:
+        self._transport = transport
+        self._turn = turn
+        self._ending = False
+        self._mark = secrets.token_hex(8)
+        self._buffer = memoryview(b"")  # received, and not read yet
+        self._begun = False
+        inline = None if reads else inlined(script)
+        line = BOOTSTRAP if inline is None else INLINE
+        command = line.format(mark=self._mark, script=inline)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                with turn or contextlib.nullcontext():
+                    self.channel = LimitedChannel(transport, timeout, watchdog, window)
+                    self.channel.exec_command(command)
+                break
+            except NoChannelError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(CHANNEL_PAUSE)
+        mark = self._mark.encode() + b"\n"
+        # An inline script gets lines, too, for start-up files that read some. (Without any input,
+        # dropbear loses what a short script prints.)
+        self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
+
+    def __enter__(self) -> RemoteScript:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.close()
+
+    def finish(self) -> None:
+        """Close the channel; if scripts take turns, wait for the end of the script first."""
+        if self._turn is not None:
+            self.end()
+            self.channel.status_event.wait(LAST_PATIENCE)
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel, which ends a script that still runs."""
+        self.channel.close()
+        if self._turn is not None and self._ending:
+            self._ending = False
+            self._turn.release()
+
+    def hurry(self) -> None:
+        """Wait less from now on: the transfer stops."""
+        self.channel.timeout = min(self.channel.timeout, LAST_PATIENCE)
+
+    # --- sending ---
+
+    def send(self, data: bytes | memoryview) -> bool:
+        """Send all of ``data``; return False if the script reads no more: its answer says why."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self.channel.send(view[:BLOCK]) :]
+        except connection_errors():
+            return False
+        return True
+
+    def end(self) -> None:
+        """End the input of the script."""
+        if self._turn is not None and not self._ending:
+            self._turn.acquire()
+            self._ending = True
+        with contextlib.suppress(SSHError, *connection_errors()):
+            self.channel.shutdown_write()
+
+    # --- receiving ---
+
+    def read(self, most: int) -> bytes:
+        """Return up to ``most`` bytes of output; none at its end."""
+        if not self._begun:
+            self._skip_noise()
+        return self._receive(most)
+
+    def line(self) -> bytes:
+        """Return the next line without its end, or the rest of the output."""
+        line = b""
+        deadline = time.monotonic() + self.channel.timeout
+        while not (end := line.find(b"\n") + 1):
+            piece = self.read(MAX_LINE)
+            if not piece:
+                return line
+            line += piece
+            if len(line) > 4 * MAX_LINE:
+                raise SSHError("the machine sends an endless line")
+            if time.monotonic() > deadline and b"\n" not in line:
+                raise SSHError(f"the machine sent no whole line within {self.channel.timeout:g}s")
+        self._push_back(line[end:])
+        return line[: end - 1]
+
+    def until(self, mark: bytes, most: int) -> bytes:
+        """Return the output before a line with only the mark, up to ``most`` bytes."""
+        text, ending, start = bytearray(b"\n"), b"\n" + mark + b"\n", 0
+        while (end := text.find(ending, start)) < 0:
+            start = max(0, len(text) - len(ending))
+            piece = self.read(MAX_LINE)
+            if not piece:
+                raise self.refused(bytes(text[1 : 1 + MAX_LINE]))
+            text += piece
+            if len(text) > most:
+                raise SSHError(f"the machine answers with more than {most} bytes")
+        self._push_back(bytes(text[end + len(ending) :]))
+        return bytes(text[1 : end + 1])
+
+    def rest(self, most: int) -> bytes:
+        """Return the rest of the output, up to ``most`` bytes."""
+        text = bytearray()
+        while piece := self.read(BLOCK):
+            text += piece
+            if len(text) > most:
+                raise SSHError(f"the machine answers with more than {most} bytes")
+        return bytes(text)
+
+    def answer(self, word: bytes) -> bytes:
+        """Read a line that must begin with ``word``, and return what follows it."""
+        line = self.line()
+        if line == word or line.startswith(word + b" "):
+            return line[len(word) + 1 :]
+        raise self.refused(line)
+
+    def expect_end(self) -> None:
+        """Check that there is no more output, and that the script succeeded."""
+        if self.read(1):
+            raise SSHError("the machine sends more than it announced")
+        if self.channel.recv_exit_status() != 0:
+            raise self.refused()
+
+    def refused(self, line: bytes = b"") -> SSHError:
+        """Return an error with the reason that the host gives."""
+        if line.startswith(b"no lacks "):
+            return NoShellError(f"the machine {printable(os.fsdecode(line[3:]), 80)}")
+        said = line[3:] if line.startswith(b"no ") else b""
+        said = said or self._errors() or line
+        if not said.strip() and not self._transport.is_active():
+            return SSHError("the connection broke")
+        text = said.decode("utf-8", "replace").strip() or "it gives no reason"
+        return SSHError(f"the machine refuses: {printable(text, 500)}")
+
+    def _errors(self) -> bytes:
+        text = b""
+        while self.channel.recv_stderr_ready() and len(text) < MAX_LINE:
+            text += self.channel.recv_stderr(MAX_LINE)
+        return text
+
+    def _receive(self, most: int) -> bytes:
+        if not self._buffer:
+            try:
+                # All that there is: paramiko copies the rest of its buffer with every read.
+                self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
+            except connection_errors():
+                raise SSHError("the connection broke") from None
+        piece, self._buffer = self._buffer[:most], self._buffer[most:]
+        return bytes(piece)
+
+    def _push_back(self, data: bytes) -> None:
+        if data:
+            self._buffer = memoryview(data + bytes(self._buffer))
+
+    def _skip_noise(self) -> None:
+        """Skip what start-up files print before the mark."""
+        self._begun = True
+        mark, seen = self._mark.encode() + b"\n", b""
+        deadline = time.monotonic() + self.channel.timeout
+        while mark not in seen:
+            piece = self._receive(BLOCK)
+            if not piece:
+                raise self._no_shell(seen)
+            seen += piece
+            late = len(seen) > MAX_NOISE + BLOCK or time.monotonic() > deadline
+            if late and mark not in seen:
+                raise SSHError("the machine prints without end before it starts a shell")
+        self._push_back(seen.partition(mark)[2])
+
+    def _no_shell(self, seen: bytes) -> SSHError:
+        if not self._transport.is_active():
+            return SSHError("the connection broke")
+        said = (self._errors().strip() or seen.strip()).decode("utf-8", "replace")
+        text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
+        return NoShellError(f"the machine runs no shell, and says: {text}")
+
+
+def inlined(script: bytes) -> str | None:
+    """Return a script as an argument that every login shell passes on unchanged, or None."""
+    special = set(script) & set(b"\\!@") or any(
+        (byte < 32 and byte != 10) or byte > 126 for byte in script
+    )
+    if special or len(script) > MAX_INLINE:
+        return None
+    return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
+
+
+# ==================================================================================================
+# ssh.transfer.scripts
+#
+# Shell scripts that a transfer runs on a host, with POSIX tools and those of GNU and busybox.
+# ==================================================================================================
+
+
+# Precedes each script. Relative paths count from the home directory, even if a start-up file
+# changes the directory. $n is a line end, set before.
+PRELUDE = r"""
+unset CDPATH
+no() { printf "no %s%s" "$*" "$n"; exit 1; }
+cd "${HOME:-/}" || no "there is no home directory ${HOME}"
+if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
+# openssl is up to six times as fast.
+if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; fi
+block=65536
+part() { # prints $3 bytes of the file $1 from its block $2 on
+  if [ $(($3 % block)) = 0 ]; then blocks "$1" "$2" $(($3 / block))
+  else blocks "$1" "$2" $(($3 / block + 1)) | head -c "$3"; fi
+}
+blocks() { dd if="$1" bs=$block skip="$2" count="$3" iflag=fullblock 2>/dev/null; }
+list() { find . -exec stat -c "%f %s %Y %n" {} +; }
+"""
+# Ends with the name of a tool that is missing.
+CHECK_TOOLS = r"""
+for t in chmod dd find head mkdir mv rm stat tar touch xargs; do
+  command -v $t >/dev/null || no "lacks $t"
+done
+command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
+[ "$(echo abcdef | dd ibs=3 count=1 obs=4 iflag=fullblock 2>/dev/null)" = abc ] ||
+  no "lacks a dd with iflag=fullblock"
+stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
+"""
+# Sets $f to the target and $p to the temporary name beside it; $r records what has arrived.
+TARGET = r"""
+if [ -d "$f" ]; then f=${f%/}/$name
+else case $f in */) no "there is no directory $f";; esac; fi
+if [ -h "$f" ] && [ ! -d "$f" ]; then
+  [ "$follow" = 1 ] || no "$f is a symlink: remove it, or pass symlinks='follow'"
+  f=$(readlink -f "$f") || no "$f is a symlink to nowhere"
+fi
+case $f in /*) ;; *) f=$PWD/${f#./};; esac
+d=${f%/*}; d=${d:-/}
+[ -d "$d" ] || no "there is no directory $d"
+if [ "$kind" = f ]; then
+  [ ! -d "$f" ] || no "$f is a directory"
+  [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
+else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is no directory"; fi
+p=${d%/}/.clore-part-$token
+r=$p.done
+"""
+# Runs during the whole upload: creates the temporary name, and renames it at the end. If it stops
+# before that, it removes the temporary name, unless the upload may be resumed.
+CONTROL = (
+    CHECK_TOOLS
+    + TARGET
+    + r"""
+u=$(umask); umask 077
+make() { if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi; }
+wipe() { rm -rf "$p" "$r" || { sleep 1; rm -rf "$p" "$r"; }; }
+gone() { [ "$keep" = 1 ] || wipe; exit 1; }
+trap gone HUP TERM
+[ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
+make || no "nothing can be created in $d"
+no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
+printf "ready %s\n" "$u"
+[ ! -s "$r" ] || cat "$r"
+echo "$token"
+finish_file() {
+  s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
+  m=$(printf %o $((0$mode & ~0$u)))
+  [ ! -e "$f" ] || m=$(stat -c %a "$f")
+  [ "$preserve" = 0 ] || m=$mode
+  chmod "$m" "$p" || exit 1
+  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || exit 1
+  mv -f "$p" "$f" || exit 1
+}
+finish_tree() {
+  if [ ! -e "$f" ]; then mv "$p" "$f" || exit 1; return; fi
+  cd "$p" || exit 1
+  export preserve
+  # A directory that is new there is moved as a whole, with its modes and times.
+  find . -type d -exec sh -c '[ ! -e "$0/$1" ] && mv "$1" "$0/$1"' "$f" {} \; -prune
+  find . ! -type d -exec sh -c 'for g; do
+    [ "$preserve" = 1 ] || [ ! -f "$0/$g" ] || [ ! -f "$g" ] || chmod "$(stat -c %a "$0/$g")" "$g"
+    mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || exit 1
+  cd / && rm -rf "$p"
+}
+while read -r word || gone; do case $word in
+restart) wipe; make;;
+wipe) wipe; exit 1;;
+list) (cd "$p" && list); echo "$token";;
+go) if [ "$kind" = f ]; then finish_file; else finish_tree; fi
+  rm -f "$r"; printf "ok %s\n" "$f"; exit 0;;
+*) gone;;
+esac; done
+"""
+)
+# Precedes scripts that start at the same time as CONTROL, and wait for the temporary name.
+WAIT = (
+    TARGET
+    + r"""
+w=0; until [ -e "$p" ]; do
+  w=$((w+1)); [ $w -lt 500 ] || no "the upload did not start"
+  sleep 0.02 2>/dev/null || sleep 1
+done
+umask 077
+"""
+)
+# Writes the chunks of one file: before each comes a line (block, size, key), after it a dot.
+PUT = (
+    WAIT
+    + r"""
+if [ "$kind" = d ]; then p=$p/$inner; mkdir -p "${p%/*}" && : >>"$p" || exit 1; fi
+c=notrunc,sparse
+put() { dd of="$p" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
+while read -r k s key && [ -e "$p" ]; do
+  # A dd without conv=sparse fails before it reads anything.
+  e=$(put) || { case $e in *sparse*) c=notrunc; e=$(put);; *) false;; esac; } || no "${e%%$n*}"
+  read -r t && [ "$t" = . ] || exit 1
+  h=-; [ "$hash" = 0 ] || h=$(part "$p" "$k" "$s" | $sha)
+  [ "$keep" = 0 ] || echo "$key" >>"$r"
+  echo "done ${h%% *}"
+done
+echo end
+"""
+)
+# Unpacks tar archives: before each comes a line (size, key), after it a dot.
+UNTAR = (
+    WAIT
+    + r"""
+cd "$p" || exit 1
+while read -r s key; do
+  e=$(dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null | tar -x"$how"f - 2>&1) ||
+    no "${e%%$n*}"
+  read -r t && [ "$t" = . ] || exit 1
+  [ "$keep" = 0 ] || echo "$key" >>"$r"
+  echo "done -"
+done
+echo end
+"""
+)
+# Print SHA-256: of each chunk for which a line (block, size) comes; of each file that is named.
+CHUNK_DIGESTS = r"""while read -r k s; do part "$path" "$k" "$s" | $sha; done"""
+FILE_DIGESTS = r"""cd "$path" && xargs -0 $sha"""
+# Prints the type of the source, then a listing, or the content of a file that is not too large.
+LOOK = (
+    CHECK_TOOLS
+    + r"""
+if [ -d "$f" ]; then
+  cd "$f" || no "$f: it cannot be entered"
+  echo d; list; echo "$token"
+elif [ -f "$f" ]; then
+  s=$(stat -L -c "%s %Y %a" "$f") || exit 1
+  size=${s%% *}
+  [ "$size" -gt 0 ] || size=$(($(wc -c <"$f"))) # files in /proc have size 0
+  echo "f $size ${s#* }"
+  [ "$size" -le "$most" ] || exit 0
+  part "$f" 0 "$size"
+  [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
+  [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
+  stat -L -c "%s %Y %a" "$f"
+elif [ -e "$f" ]; then no "it is neither a file nor a directory"
+else no "there is no such file"; fi
+"""
+)
+# Prints a tar archive of the files whose names it reads, a block with a mark, and a new listing.
+GET_TREE = r"""
+cd "$f" || exit 1
+xargs -0 tar -cf -
+printf "%-511s\n" "$token"; list; echo "$token"
+"""
+# Prints each range of a file for which a line (block, size) comes, and the file's state after it.
+GET = r"""
+while read -r k s; do
+  part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
+done
+stat -L -c "%s %Y %a" "$f"
+"""
+
+
+def script_text(verb: str, body: str, **values: bytes | str | int) -> bytes:
+    """Return a script with ``values`` as shell variables; ``verb`` names it."""
+    lines = [b": " + verb.encode()]
+    lines += [name.encode() + b"=" + sh_quoted(value) for name, value in values.items()]
+    return b"\n".join([*lines, (PRELUDE + body).encode()])
+
+
+def sh_quoted(value: bytes | str | int) -> bytes:
+    """Quote a value for ``sh``."""
+    raw = value if isinstance(value, bytes) else str(value).encode()
+    return b"'" + raw.replace(b"'", b"'\"'\"'") + b"'"
+
+
+def remote_path(path: bytes) -> bytes:
+    """Return a remote path for a script; one that is relative or begins with ~/ is below home."""
+    if path == b"~" or path.startswith(b"~/"):
+        path = path[1:].lstrip(b"/") or b"."
+    elif path.startswith(b"~"):
+        raise ValueError(f"remote: use ~/ or an absolute path, not {short_repr(path)}")
+    return path if path.startswith(b"/") else b"./" + path
+
+
+def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
+    """Read the output of ``list``; pass mode, size, seconds and name of each entry to ``take``."""
+    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
+    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
+    entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
+    at = count = 0
+    while at < len(text):
+        found = entry.match(text, at)
+        if found is None:
+            shown = printable(repr(text[at : at + 80]), 120)
+            raise SSHError(f"the machine sent a listing that can't be read: {shown}")
+        count += 1
+        if count > most:
+            raise SSHError(f"the machine lists more than {most} files")
+        mode, size, seconds, name = found.groups()
+        take(int(mode, 16), int(size), int(seconds), name[2:])
+        at = found.end()
+
+
+def parse_digests(text: bytes, count: int) -> list[str]:
+    """Read the SHA-256 of each file from the output of sha256sum or openssl."""
+    # Other lines are parts of names: not every sha256sum escapes line ends.
+    digests = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
+    if len(digests) != count:
+        raise SSHError(f"the machine sent {len(digests)} SHA-256 instead of {count}")
+    return digests
+
+
+# ==================================================================================================
+# ssh.transfer.digests
+#
+# Compare files on a host with files here, by SHA-256.
+# ==================================================================================================
+
+
+DIFFERS = "SHA-256 differs: what had arrived is removed"
+MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
+
+
+def same_chunks(script: RemoteScript, path: str | Path, chunks: list[tuple[int, int]]) -> bool:
+    """Compare chunks (start, size) of a file; ``script`` runs CHUNK_DIGESTS."""
+    for start, size in chunks:
+        script.send(b"%d %d\n" % (start // BLOCK, size))
+    script.end()
+    for start, size in chunks:
+        (digest,) = parse_digests(script.line() + b"\n", 1)
+        if digest != file_digest(path, start, size):
+            return False
+    return True
+
+
+def different_files(
+    script: RemoteScript, files: list[FileEntry], place: Callable[[FileEntry], str | Path]
+) -> Iterator[FileEntry]:
+    """Yield the files that differ; ``script`` runs FILE_DIGESTS, ``place`` returns local paths."""
+    script.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
+    script.end()
+    digests = parse_digests(script.rest(MAX_ANSWER), len(files))
+    for entry, digest in zip(files, digests, strict=True):
+        if digest != file_digest(place(entry), 0, entry.size):
+            yield entry
+
+
+# ==================================================================================================
+# ssh.transfer.local_part
+#
+# Keep the temporary files of a download, and rename them when it is complete.
+# ==================================================================================================
+
+
+PART = ".clore-part-"
+ZEROS = bytes(TRANSFER_PIECE)
+Ranges = list[tuple[int, int]]  # start and length
+
+
+class LocalPart:
+    """The temporary file or directory of a download, and the record of what has arrived.
+
+    Attributes:
+        target: the final path.
+        done: the ranges that an earlier download received, by record key.
+    """
+
+    def __init__(self, target: str, remote: bytes, options: Any) -> None:
+        self.target = target
+        self._options = options
+        whole = os.path.abspath(target)
+        # With resume, the same name each time; else a random one.
+        same = record_key((remote, whole))[:20]
+        token = same if options.resume else os.urandom(10).hex()
+        self._part = Path(os.path.dirname(whole)) / f"{PART}{token}"
+        self._record: Any = None
+        self._record_path = Path(f"{self._part}.done")
+        self._lock = threading.Lock()
+        self._size = 0
+        self.done: dict[str, Ranges] = {}
+
+    def __enter__(self) -> LocalPart:
+        if self._options.resume:
+            self._open_record()
+            self.done = self._read_record()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is not None and not self._options.resume:
+            self._remove()
+        if self._record is not None:
+            if not os.path.lexists(self._part):
+                self._record_path.unlink(missing_ok=True)  # nothing is left to resume
+            self._record.close()
+
+    # --- the record ---
+
+    def _open_record(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        handle = os.open(self._record_path, flags, 0o600)
+        self._record = os.fdopen(handle, "r+", encoding="latin-1")
+        if not (lock_file(self._record.fileno()) and self._is_there()):
+            self._record.close()
+            self._record = None
+            raise SSHError("another process runs the same transfer: wait for its end")
+
+    def _is_there(self) -> bool:
+        """Return whether the file still exists: another process removes it when it has finished."""
+        try:
+            found = os.stat(self._record_path)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(self._record.fileno()), found)
+
+    def _read_record(self) -> dict[str, Ranges]:
+        done: dict[str, Ranges] = {}
+        if os.path.lexists(self._part):
+            lines = re.findall(
+                r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
+            )
+            for key, start, length in lines:
+                done.setdefault(key, []).append((int(start), int(length)))
+        return done
+
+    def note(self, entry: FileEntry, start: int, end: int) -> int:
+        """Record a range, in whole blocks or up to the end of the file; return where it ends."""
+        if self._record is None:
+            return end
+        if end != entry.size:
+            end -= end % BLOCK
+        if end > start or not entry.size:
+            with self._lock:
+                self._record.write(f"{record_key(entry.version)} {start} {end - start}\n")
+                self._record.flush()
+        return end
+
+    def clear(self) -> None:
+        """Remove what has arrived, and its record."""
+        self._remove()
+        self.done = {}
+        if self._record is not None:
+            self._record.seek(0)
+            self._record.truncate()
+
+    def earlier(self, entry: FileEntry) -> Ranges:
+        """Return the ranges of a file that an earlier download received, merged."""
+        merged: Ranges = []
+        for start, length in sorted(self.done.get(record_key(entry.version), ())):
+            if merged and start <= sum(merged[-1]):
+                first = merged[-1][0]
+                merged[-1] = (first, max(sum(merged[-1]), start + length) - first)
+            else:
+                merged.append((start, length))
+        return merged
+
+    def missing(self, entry: FileEntry) -> Ranges:
+        """Return the ranges of a file that are missing."""
+        left, at = [], 0
+        for start, length in [*self.earlier(entry), (entry.size, 0)]:
+            if start > at:
+                left.append((at, start - at))
+            at = max(at, start + length)
+        return left
+
+    def is_done(self, entry: FileEntry) -> bool:
+        return record_key(entry.version) in self.done and not self.missing(entry)
+
+    # --- files ---
+
+    def accept(self, files: list[FileEntry], folder: bool) -> None:
+        """Check the sizes and the target, before anything is created."""
+        self._size = 0
+        self.grow(sum(entry.size for entry in files))
+        target = self.target
+        if folder:
+            if os.path.lexists(target) and not os.path.isdir(target):
+                raise NotADirectoryError(f"local is no directory: {target!r}")
+            return
+        if os.path.isdir(target):
+            raise IsADirectoryError(f"local is a directory: {target!r}")
+        if os.path.islink(target):
+            if self._options.symlinks != "follow":
+                raise FileExistsError(
+                    f"local is a symlink: {target!r}; remove it, or pass symlinks='follow'"
+                )
+            self.target = target = os.path.realpath(target)
+        if os.path.lexists(target) and not os.path.isfile(target):
+            raise FileExistsError(f"local is neither a file nor a directory: {target!r}")
+
+    def grow(self, size: int) -> None:
+        """Add to the expected size, which ``max_bytes`` limits."""
+        self._size += size
+        most = self._options.max_bytes
+        if most is not None and self._size > most:
+            raise SSHError(f"it has {self._size} bytes, and max_bytes is {most}")
+
+    def begin(self, entries: list[FileEntry]) -> None:
+        """Create the temporary file or directories; start over if the source has changed."""
+        single = entries[0] if len(entries) == 1 and not entries[0].name else None
+        if not set(self.done) <= {record_key(entry.version) for entry in entries}:
+            self.clear()
+        if not self.done:
+            self._remove()
+        if single is None:
+            self._part.mkdir(mode=0o700, exist_ok=bool(self.done))
+            for entry in entries:
+                if entry.kind == "d":
+                    self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
+        else:
+            self.open(single).close()
+
+    def place(self, entry: FileEntry) -> Path:
+        return self.place_of(entry.name)
+
+    def place_of(self, name: bytes) -> Path:
+        return self._part / checked_name(name) if name else self._part
+
+    def open(self, entry: FileEntry) -> Any:
+        """Open a temporary file, which no other user may read."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        return os.fdopen(os.open(self.place(entry), flags, 0o600), "r+b", buffering=0)
+
+    def _remove(self) -> None:
+        part = self._part
+        try:
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)
+            else:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("a temporary file stays: %s", error)
+
+    # --- the end ---
+
+    def install_file(self, entry: FileEntry) -> None:
+        found = os.stat(self._part)
+        if found.st_size != entry.size:
+            raise SSHError(f"{found.st_size} bytes have arrived")
+        self._finish(entry, self.target)
+        os.replace(self._part, self.target)
+
+    def install_tree(self, root: FileEntry, entries: list[FileEntry]) -> None:
+        merging = os.path.lexists(self.target)
+        # When merging, directories stay writable, so that files can be moved out of them.
+        for entry in entries[::-1]:
+            if entry.kind == "f" or (entry.kind == "d" and not merging):
+                place = os.path.join(self.target, checked_name(entry.name))
+                self._finish(entry, place if merging else "")
+        if merging:
+            merge_into(self._part, self.target, entries, self._options.preserve)
+        else:
+            self._finish(root, "")
+            os.rename(self._part, self.target)
+
+    def _finish(self, entry: FileEntry, instead: str) -> None:
+        """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
+        place, mode = self.place(entry), entry.mode
+        if not self._options.preserve:
+            mode &= ~local_umask()
+            if instead and entry.kind == "f" and os.path.isfile(instead):
+                mode = stat.S_IMODE(os.stat(instead).st_mode)
+        os.chmod(place, mode)
+        if self._options.preserve:
+            os.utime(place, ns=(entry.mtime, entry.mtime))
+
+
+def local_umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool) -> None:
+    """Move a tree into an existing one; never write through a symlink there."""
+    for entry in entries:  # check all before moving the first
+        place = os.path.join(target, checked_name(entry.name))
+        shown = printable(os.fsdecode(entry.name), 300)
+        if os.path.islink(place) and entry.kind == "d":
+            raise SSHError(f"local holds a symlink in the place of {shown}")
+        if os.path.lexists(place) and os.path.isdir(place) != (entry.kind == "d"):
+            raise SSHError(f"local holds something else in the place of {shown}")
+    umask = local_umask()
+    for entry in entries:
+        name = checked_name(entry.name)
+        place = os.path.join(target, name)
+        if entry.kind != "d":
+            os.replace(part / name, place)
+        elif not os.path.isdir(place):
+            os.mkdir(place, 0o700)
+            os.chmod(place, (entry.mode | 0o700) & (0o777 if preserve else ~umask))
+    for entry in [e for e in entries[::-1] if e.kind == "d" and preserve]:
+        place = os.path.join(target, checked_name(entry.name))
+        os.chmod(place, entry.mode)
+        os.utime(place, ns=(entry.mtime, entry.mtime))
+    shutil.rmtree(part)
+
+
+def write_piece(file: Any, piece: bytes) -> None:
+    """Write a piece, or leave a hole where it is all zeros, so that sparse files stay sparse."""
+    if piece[0] == 0 == piece[-1] and piece == ZEROS[: len(piece)]:
+        file.seek(len(piece), os.SEEK_CUR)
+        return
+    view = memoryview(piece)
+    while view:
+        view = view[file.write(view) :]
+
+
+# ==================================================================================================
+# ssh.transfer.options
+#
+# Check the arguments of a transfer.
+# ==================================================================================================
+
+
+MAX_STREAMS = 16
+SYMLINK_WAYS = ("skip", "copy", "follow")
+
+
+class TransferOptions:
+    """The arguments of a transfer, checked."""
+
+    def __init__(
+        self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
+        resume: Any = False, symlinks: Any = "skip", streams: Any = None, max_bytes: Any = None,
+        progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
+    ) -> None:  # fmt: skip
+        self.local = check_path("local", local)
+        self.remote = check_path("remote", remote)
+        self.source = remote_path(self.remote)
+        self.preserve = check_bool("preserve", preserve)
+        self.verify = check_bool("verify", verify)
+        self.resume = check_bool("resume", resume)
+        if symlinks not in SYMLINK_WAYS:
+            raise ValueError(
+                f"symlinks must be 'skip', 'copy' or 'follow', not {short_repr(symlinks)}"
+            )
+        self.symlinks: str = symlinks
+        self.streams = self.max_bytes = None
+        if streams is not None:
+            self.streams = check_count("streams", streams, minimum=1, maximum=MAX_STREAMS)
+        if max_bytes is not None:
+            self.max_bytes = check_count("max_bytes", max_bytes)
+        if progress is not None:
+            check_callback("progress", progress, 3)
+        self.progress: Callable[[str, int, int], object] | None = progress
+        self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
+        self.deadline: float | None = deadline
+        if deadline is not None:
+            check_number("deadline", deadline, above=True, unit="seconds")
+
+
+def check_path(name: str, value: Any) -> bytes:
+    """Check a path, and return it as bytes."""
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(f"{name} must be a path, not {short_repr(value)}")
+    try:
+        path = os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a character that no path may have") from None
+    if not path or b"\0" in path:
+        raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
+    check_local_path(name, path)  # no host allows longer ones
+    return path
+
+
+# ==================================================================================================
+# ssh.transfer.transfer
+#
+# Run one transfer: its worker threads, scripts, deadline, progress and errors.
+# ==================================================================================================
+
+
+CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
+NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
+
+
 class StoppedError(Exception):
-    """Another worker has failed; within a transfer only."""
+    """Another worker has failed; used only within a transfer."""
 
 
 class Transfer:
-    """One transfer: its workers, progress, deadline, and errors.
+    """One transfer.
 
     Attributes:
-        name: of the whole, for errors.
-        skipped: (name, why) of what is left out.
+        name: of the whole source, for errors.
+        skipped: (name, reason) of what is left out.
+        timeout: seconds without anything sent or received.
     """
 
     def __init__(self, pool: ConnectionPool, options: TransferOptions, name: str) -> None:
@@ -9498,9 +10318,8 @@ class Transfer:
         self.watchdog = Watchdog()
         self.skipped: list[tuple[str, str]] = []
         self.stopped = threading.Event()
+        self.timeout = options.timeout
         self._expired = False
-        self._tries = 0
-        self._timeout = options.timeout
         self._done: dict[bytes, int] = {}
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._owner = threading.get_ident()
@@ -9508,12 +10327,12 @@ class Transfer:
         self._started = time.monotonic()
         self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._turns: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Hold the deadline, for the length of a block."""
+        """Enforce the deadline during a block."""
         deadline = self.options.deadline
-        # The pool counts from its first login on.
         left = float("inf") if deadline is None else deadline - self.pool.age
         with self.watchdog, self.watchdog.limit(left, self._expire):
             yield
@@ -9524,59 +10343,48 @@ class Transfer:
         self.pool.break_off()
 
     def restart(self) -> None:
-        """Begin again in another way."""
+        """Reset what a failed attempt leaves behind, before another one."""
         self.stopped.clear()
-        self._timeout = self.options.timeout
+        self.timeout = self.options.timeout
         self._done.clear()
         self._events = queue.SimpleQueue()
 
-    def try_again(self, error: NoShellError) -> bool:
-        """Whether to try a shell once more: one that says nothing at all may be there."""
-        self.restart()
-        self._tries += 1
-        return error.silent and self._tries < SHELL_TRIES
-
     @property
-    def timeout(self) -> float:
-        """Seconds without anything sent or received."""
-        return self._timeout
+    def takes_turns(self) -> bool:
+        """Whether no script may start while another one of the connection ends."""
+        return takes_turns(self.pool.ssh.get_transport())
 
     @property
     def near(self) -> bool:
-        """Whether the host is so near that one channel fills the line."""
+        """Whether the host is so near that one channel is as fast as several."""
         return self.pool.round_trip < NEAR
 
     def script(
-        self,
-        ssh: Any,
-        script: bytes,
-        window: int = COMMAND_WINDOW,
-        patient: bool = True,
-        reads: bool = True,
-    ) -> RemoteScript:
+        self, ssh: Any, text: bytes, window: int = COMMAND_WINDOW, *,
+        patient: bool = True, reads: bool = True,
+    ) -> RemoteScript:  # fmt: skip
         """Start a script, which ends when the transfer stops."""
-        patience = CHANNEL_PATIENCE
-        if patient and threading.get_ident() == self._owner:
-            patience = self._timeout
+        by_owner = threading.get_ident() == self._owner
         running = RemoteScript(
-            ssh.get_transport(), script, self.watchdog, self._timeout, patience=patience,
-            window=window, reads=reads,
+            ssh.get_transport(), text, self.watchdog, self.timeout,
+            patience=self.timeout if patient and by_owner else CHANNEL_PATIENCE,
+            window=window, reads=reads, turn=self._turns[ssh] if self.takes_turns else None,
         )  # fmt: skip
         with self._lock:
             self._running.add(running)
-        if self.stopped.is_set() and threading.get_ident() != self._owner:
+        if self.stopped.is_set() and not by_owner:
             running.close()
             raise StoppedError
         return running
 
     def stop(self, but: RemoteScript | None = None) -> None:
-        """End what the workers do; what is still to be tidied up is not waited for as long."""
+        """End all scripts ``but`` one; wait less for what is still to be cleaned up."""
         self.stopped.set()
-        self._timeout = min(self._timeout, LAST_PATIENCE)
+        self.timeout = min(self.timeout, LAST_PATIENCE)
         with self._lock:
             running = list(self._running)
         for script in running:
-            script.timeout = min(script.timeout, LAST_PATIENCE)
+            script.hurry()
             if script is not but:
                 script.close()
 
@@ -9602,7 +10410,7 @@ class Transfer:
         self._events.put((None, failure))
 
     def finish_workers(self) -> None:
-        """Tell the user what the workers do, until all have ended; raises the first error.
+        """Report progress until all workers have ended, and raise the first error.
 
         A worker that gets no channel leaves its work to the others.
         """
@@ -9630,7 +10438,7 @@ class Transfer:
     # --- progress ---
 
     def moved(self, entry: FileEntry, size: int) -> None:
-        """Count bytes of a file that were moved; ends a worker that is to stop."""
+        """Count bytes of a file that were transferred, in any thread."""
         if threading.get_ident() == self._owner:
             self.count(entry, size)
             return
@@ -9639,110 +10447,61 @@ class Transfer:
             raise StoppedError
 
     def count(self, entry: FileEntry, size: int) -> None:
-        """Tell the user, in the caller's thread."""
+        """Count the bytes and call ``progress``, in the caller's thread."""
         if self._expired:
             raise SSHError("the deadline has passed")
         done = self._done[entry.name] = self._done.get(entry.name, 0) + size
         if self.options.progress is not None:
-            self.options.progress(self.called(entry), done, entry.size)
+            self.options.progress(self._shown(entry), done, entry.size)
 
-    def called(self, entry: FileEntry) -> str:
-        """Return the name of a file, fit for a terminal."""
+    def _shown(self, entry: FileEntry) -> str:
         return printable(os.fsdecode(entry.name) if entry.name else self.name)
 
     def leave_out(self, name: bytes, why: str) -> None:
-        """Note what is not transferred."""
+        """Note and log what is not transferred."""
         self.skipped.append((printable(os.fsdecode(name)), printable(why)))
         logger.warning("left out: %s, %s", *self.skipped[-1])
 
     # --- the end ---
 
     def failed(self, error: BaseException, files: list[FileEntry]) -> BaseException:
-        """Return the error to raise."""
+        """Return a TransferError for an error of the host or the connection; others unchanged."""
         if isinstance(error, TransferError) or not isinstance(
             error, (SSHError, *connection_errors())
         ):
             return error
         entry = getattr(error, "entry", None)
-        done = sum(self._done.values()) if entry is None else self._done.get(entry.name, 0)
-        total = sum(file.size for file in files) if entry is None else entry.size
-        name = printable(self.name) if entry is None else self.called(entry)
-        kept = "; what has arrived is kept for resume=True" if self.options.resume and done else ""
+        if entry is None:
+            name, done = printable(self.name), sum(self._done.values())
+            total = sum(file.size for file in files)
+        else:
+            name, done, total = self._shown(entry), self._done.get(entry.name, 0), entry.size
         why = printable(str(error) or type(error).__name__, 500)
         if self._expired:
             why = f"it took longer than deadline={self.options.deadline:g} seconds"
-        failure = TransferError(
-            f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: "
-            f"{why}{kept}",
-            name=name, done=done, total=total,
-        )  # fmt: skip
+        if self.options.resume and done:
+            why += "; what has arrived is kept for resume=True"
+        text = f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: {why}"
+        failure = TransferError(text, name=name, done=done, total=total)
         failure.__cause__ = error
         return failure
 
     def result(self, path: bytes | str, files: list[FileEntry]) -> TransferResult:
-        """Return what is told in the end."""
         size, duration = sum(file.size for file in files), time.monotonic() - self._started
         logger.debug("%d files, %d bytes in %.2f s: %s", len(files), size, duration, self.name)
         shown = printable(os.fsdecode(path))
         return TransferResult(shown, len(files), size, duration, self.skipped)
 
 
-@contextlib.contextmanager
-def about(entry: FileEntry) -> Iterator[None]:
-    """Note in an error which file it is about."""
-    try:
-        yield
-    except Exception as error:
-        if not hasattr(error, "entry"):
-            with contextlib.suppress(AttributeError):
-                error.entry = entry  # type: ignore[attr-defined]
-        raise
-
-
-def chunk_size(size: int, resume: bool) -> int:
-    """Return how many bytes of a file are recorded at a time; small where it may be resumed."""
-    if not resume:
-        return 64 * BLOCK
-    return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
-
-
-def changed_files(
-    script: RemoteScript, files: list[FileEntry], place: Callable[[FileEntry], Any]
-) -> Iterator[FileEntry]:
-    """Yield the files whose SHA-256 there, which a script prints, is not that of the copy here."""
-    script.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
-    script.end()
-    digests = parse_digests(script.rest(MAX_ANSWER), len(files))
-    for entry, digest in zip(files, digests, strict=True):
-        if digest != file_digest(place(entry), 0, entry.size):
-            yield entry
-
-
-def file_digest(path: str | Path, start: int, length: int) -> str:
-    """Return the SHA-256 of a part of a local file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        file.seek(start)
-        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
-            digest.update(piece)
-            length -= len(piece)
-    return digest.hexdigest()
-
-
 # ==================================================================================================
-# ssh.local_files
+# ssh.transfer.remote_tree
 #
-# Files that a download makes here: beside their place until they are complete.
+# Check the listing of a directory on a host, and its symlinks.
 # ==================================================================================================
-
-
-ZEROS = bytes(TRANSFER_PIECE)
-CHANGED = "it was changed meanwhile"
-Ranges = list[tuple[int, int]]  # start and length
 
 
 class RemoteTree:
-    """What the host says there is in a directory; read with care."""
+    """The entries of a directory on a host, checked."""
 
     def __init__(self) -> None:
         self.entries: list[FileEntry] = []
@@ -9756,9 +10515,9 @@ class RemoteTree:
         return [entry for entry in self.entries if entry.kind == "f"]
 
     def links(self, transfer: Transfer) -> list[FileEntry]:
-        """Return the symlinks to transfer; what is left out is told."""
+        """Return the symlinks to transfer, and report what is left out."""
         for name in self.odd:
-            transfer.leave_out(name, "it is no file")
+            transfer.leave_out(name, "it is not a file")
         links = [entry for entry in self.entries if entry.kind == "l"]
         if transfer.options.symlinks != "skip":
             return links
@@ -9768,7 +10527,7 @@ class RemoteTree:
         return []
 
     def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
-        """Take one entry of the listing."""
+        """Add an entry of the listing."""
         kind = {stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFREG: "f"}.get(stat.S_IFMT(mode))
         entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
         if not name and kind == "d":
@@ -9776,7 +10535,7 @@ class RemoteTree:
             return
         checked_name(name)
         if name in self._names or name.rpartition(b"/")[0] not in self._folders:
-            raise SSHError(f"the machine lists {printable(repr(name), 120)} where it can't be")
+            raise SSHError(f"the machine lists {printable(repr(name), 120)} in a wrong place")
         self._names.add(name)
         if kind == "d":
             self._folders.add(name)
@@ -9786,234 +10545,15 @@ class RemoteTree:
             self.entries.append(entry)
 
 
-class LocalPart:
-    """The temporary file or directory of a download, and the record of what has arrived.
-
-    Attributes:
-        target: where it goes in the end.
-        done: what an earlier download has left, by file: ranges.
-    """
-
-    def __init__(self, target: str, remote: bytes, options: Any) -> None:
-        self.target = target
-        self._options = options
-        whole = os.path.abspath(target)
-        # A name that the next try finds again, or one of nobody else's.
-        same = facts_key((remote, whole))[:20]
-        token = same if options.resume else os.urandom(10).hex()
-        self._part = Path(os.path.dirname(whole)) / f"{PART}{token}"
-        self._record: Any = None
-        self._record_path = Path(f"{self._part}.done")
-        self._lock = threading.Lock()
-        self._size = 0
-        self.done: dict[str, Ranges] = {}
-
-    def __enter__(self) -> LocalPart:
-        if self._options.resume:
-            self._open_record()
-            self.done = self._read_record()
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if kind is not None and not self._options.resume:
-            self._remove()
-        if self._record is not None:
-            if not os.path.lexists(self._part):
-                self._record_path.unlink(missing_ok=True)  # there is nothing to go on from
-            self._record.close()
-
-    # --- the record ---
-
-    def _open_record(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        handle = os.open(self._record_path, flags, 0o600)
-        self._record = os.fdopen(handle, "r+", encoding="latin-1")
-        if not (lock_file(self._record.fileno()) and self._is_there()):
-            self._record.close()
-            self._record = None
-            raise SSHError("another process is at the same transfer")
-
-    def _is_there(self) -> bool:
-        """Whether the file is still the one of that name: another process removes it in the end."""
-        try:
-            found = os.stat(self._record_path)
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(os.fstat(self._record.fileno()), found)
-
-    def _read_record(self) -> dict[str, Ranges]:
-        done: dict[str, Ranges] = {}
-        if os.path.lexists(self._part):
-            lines = re.findall(
-                r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
-            )
-            for key, start, length in lines:
-                done.setdefault(key, []).append((int(start), int(length)))
-        return done
-
-    def note(self, entry: FileEntry, start: int, end: int) -> int:
-        """Record a range of whole blocks, or up to the end of a file; up to where it is now."""
-        if self._record is None:
-            return end
-        if end != entry.size:
-            end -= end % BLOCK
-        if end > start or not entry.size:
-            with self._lock:
-                self._record.write(f"{facts_key(entry.facts)} {start} {end - start}\n")
-                self._record.flush()
-        return end
-
-    def clear(self) -> None:
-        """Forget, and remove, what has arrived."""
-        self._remove()
-        self.done = {}
-        if self._record is not None:
-            self._record.seek(0)
-            self._record.truncate()
-
-    def earlier(self, entry: FileEntry) -> Ranges:
-        """Return the ranges of a file that an earlier download has left, merged."""
-        merged: Ranges = []
-        for start, length in sorted(self.done.get(facts_key(entry.facts), ())):
-            if merged and start <= sum(merged[-1]):
-                first = merged[-1][0]
-                merged[-1] = (first, max(sum(merged[-1]), start + length) - first)
-            else:
-                merged.append((start, length))
-        return merged
-
-    def missing(self, entry: FileEntry) -> Ranges:
-        """Return the ranges of a file that are still to come."""
-        left, at = [], 0
-        for start, length in [*self.earlier(entry), (entry.size, 0)]:
-            if start > at:
-                left.append((at, start - at))
-            at = max(at, start + length)
-        return left
-
-    def is_done(self, entry: FileEntry) -> bool:
-        return facts_key(entry.facts) in self.done and not self.missing(entry)
-
-    # --- files ---
-
-    def accept(self, files: list[FileEntry], folder: bool) -> None:
-        """Refuse what is too large, and what has no place; before anything is made."""
-        self._size = 0
-        self.grow(sum(entry.size for entry in files))
-        target = self.target
-        if folder:
-            if os.path.lexists(target) and not os.path.isdir(target):
-                raise NotADirectoryError(f"local is no directory: {target!r}")
-            return
-        if os.path.isdir(target):
-            raise IsADirectoryError(f"local is a directory: {target!r}")
-        if os.path.islink(target):
-            if self._options.symlinks != "follow":
-                raise FileExistsError(
-                    f"local is a symlink: {target!r}; remove it, or pass symlinks='follow'"
-                )
-            self.target = target = os.path.realpath(target)
-        if os.path.lexists(target) and not os.path.isfile(target):
-            raise FileExistsError(f"local is neither a file nor a directory: {target!r}")
-
-    def grow(self, size: int) -> None:
-        """Count bytes that are to come."""
-        self._size += size
-        most = self._options.max_bytes
-        if most is not None and self._size > most:
-            raise SSHError(f"it has {self._size} bytes, and max_bytes is {most}")
-
-    def begin(self, entries: list[FileEntry]) -> None:
-        """Make the temporary file, or the directories; start over after a change of the source."""
-        single = entries[0] if len(entries) == 1 and not entries[0].name else None
-        if not set(self.done) <= {facts_key(entry.facts) for entry in entries}:
-            self.clear()
-        if not self.done:
-            self._remove()
-        if single is None:
-            self._part.mkdir(mode=0o700, exist_ok=bool(self.done))
-            for entry in entries:
-                if entry.kind == "d":
-                    self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
-        else:
-            self.open(single).close()
-
-    def place(self, entry: FileEntry) -> Path:
-        return self.place_of(entry.name)
-
-    def place_of(self, name: bytes) -> Path:
-        return self._part / checked_name(name) if name else self._part
-
-    def open(self, entry: FileEntry) -> Any:
-        """Open a file of our own, which nobody else may read yet."""
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        return os.fdopen(os.open(self.place(entry), flags, 0o600), "r+b", buffering=0)
-
-    def _remove(self) -> None:
-        part = self._part
-        try:
-            if part.is_dir() and not part.is_symlink():
-                shutil.rmtree(part)
-            else:
-                part.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("a temporary file stays: %s", error)
-
-    # --- the end ---
-
-    def install_file(self, entry: FileEntry) -> None:
-        found = os.stat(self._part)
-        if found.st_size != entry.size:
-            raise SSHError(f"{found.st_size} bytes have arrived")
-        self._finish(entry, self.target)
-        os.replace(self._part, self.target)
-
-    def install_tree(self, root: FileEntry, entries: list[FileEntry]) -> None:
-        merging = os.path.lexists(self.target)
-        # From a directory that may not be written to, nothing could be moved.
-        for entry in entries[::-1]:
-            if entry.kind == "f" or (entry.kind == "d" and not merging):
-                place = os.path.join(self.target, checked_name(entry.name))
-                self._finish(entry, place if merging else "")
-        if merging:
-            merge_into(self._part, self.target, entries, self._options.preserve)
-        else:
-            self._finish(root, "")
-            os.rename(self._part, self.target)
-
-    def _finish(self, entry: FileEntry, instead: str) -> None:
-        """Give a file its permissions, those of what it replaces first; and with them its time."""
-        place, mode = self.place(entry), entry.mode
-        if not self._options.preserve:
-            mode &= ~local_umask()
-            if instead and entry.kind == "f" and os.path.isfile(instead):
-                mode = stat.S_IMODE(os.stat(instead).st_mode)
-        os.chmod(place, mode)
-        if self._options.preserve:
-            os.utime(place, ns=(entry.mtime, entry.mtime))
-
-
-def nanoseconds(seconds: int) -> int:
-    return min(max(seconds, 0), LAST_TIME) * 10**9
-
-
-def check_same(entry: FileEntry, now: FileEntry | None) -> None:
-    """Check that a file is as it was, or has grown: then what it was at the start has arrived."""
-    if now is None or now.kind != "f" or now.size < entry.size:
-        raise SSHError(CHANGED)
-    if now.size == entry.size and now.mtime != entry.mtime:
-        raise SSHError(CHANGED)
-
-
-def settle_links(
+def make_links(
     part: LocalPart, transfer: Transfer, links: list[FileEntry], tree: RemoteTree
 ) -> None:
-    """Make the symlinks that lead to something in the tree, or copies of it."""
+    """Create the symlinks that lead to something in the tree, or copies of it."""
     entries = {entry.name: entry for entry in tree.entries}
     for link in links:
         target, hops = link, 0
         while target.kind == "l" and hops < 40:
-            within, hops = links_within(target.name, target.link), hops + 1
+            within, hops = link_target(target.name, target.link), hops + 1
             found = entries.get(within) if within else None
             if found is None:
                 break
@@ -10033,109 +10573,52 @@ def settle_links(
             shutil.copytree(part.place(target), part.place(link))
 
 
-def local_umask() -> int:
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
-
-
-def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool) -> None:
-    """Move a tree over one that exists; a symlink in there is never written through."""
-    for entry in entries:  # all is looked at before the first is moved
-        place = os.path.join(target, checked_name(entry.name))
-        shown = printable(os.fsdecode(entry.name), 300)
-        if os.path.islink(place) and entry.kind == "d":
-            raise SSHError(f"local holds a symlink in the place of {shown}")
-        if os.path.lexists(place) and os.path.isdir(place) != (entry.kind == "d"):
-            raise SSHError(f"local holds something else in the place of {shown}")
-    umask = local_umask()
-    for entry in entries:
-        name = checked_name(entry.name)
-        place = os.path.join(target, name)
-        if entry.kind != "d":
-            os.replace(part / name, place)
-        elif not os.path.isdir(place):
-            os.mkdir(place, 0o700)
-            os.chmod(place, (entry.mode | 0o700) & (0o777 if preserve else ~umask))
-    for entry in [e for e in entries[::-1] if e.kind == "d" and preserve]:
-        place = os.path.join(target, checked_name(entry.name))
-        os.chmod(place, entry.mode)
-        os.utime(place, ns=(entry.mtime, entry.mtime))
-    shutil.rmtree(part)
-
-
-def write_piece(file: Any, piece: bytes) -> None:
-    """Write all of it; zeros are left as a hole, which makes a sparse file sparse again."""
-    if piece[0] == 0 == piece[-1] and piece == ZEROS[: len(piece)]:
-        file.seek(len(piece), os.SEEK_CUR)
-        return
-    view = memoryview(piece)
-    while view:
-        view = view[file.write(view) :]
-
-
 # ==================================================================================================
-# ssh.sftp
+# ssh.transfer.sftp
 #
-# Copy files and directories over SFTP, where a host has no usual shell: slower, same checks.
+# Talk to a host over SFTP, where it has no usual shell: slower, with the same checks.
 # ==================================================================================================
 
 
 SFTP_PACKET = 32768  # bytes of one request
 SFTP_AHEAD = 64  # requests that wait for their answers
 MAX_SFTP_PACKET = 2**20  # bytes of one answer
-MAX_LISTED = 500_000
-SFTP_PATIENCE = 100  # tries to get a channel, where one has just been closed
+SFTP_PATIENCE = 10.0  # seconds for a host to free the channel of an earlier script
 
 
-class SftpChannel:
-    """A channel for paramiko's SFTP client, on which nothing waits for ever or is endless."""
-
-    def __init__(self, transfer: Transfer) -> None:
-        self._transfer = transfer
-        self._transport = transfer.pool.ssh.get_transport()
-        with self._limited():
-            self._channel = self._open()
-            request_subsystem(self._channel, "sftp")
-
-    def _open(self) -> Any:
-        for _ in range(min(SFTP_PATIENCE, int(10 * self._transfer.timeout))):
-            with contextlib.suppress(NoChannelError):
-                return open_session(self._transport, self._transfer.timeout)
-            self._transfer.stopped.wait(0.1)
-        return open_session(self._transport, self._transfer.timeout)
-
-    def _limited(self) -> contextlib.AbstractContextManager[Any]:
-        seconds = 1.25 * self._transfer.timeout + 0.25
-        return self._transfer.watchdog.limit(seconds, self._transport.close)
-
-    def send(self, data: Any) -> int:
-        with self._limited():
-            return int(self._channel.send(data))
+class SftpChannel(LimitedChannel):
+    """A channel for paramiko's SFTP client."""
 
     def recv(self, size: int) -> bytes:
         if size > MAX_SFTP_PACKET:
             raise SSHError(f"the machine sends a packet of {size} bytes")
-        with self._limited():
-            return bytes(self._channel.recv(size))
-
-    def recv_ready(self) -> bool:
-        return bool(self._channel.recv_ready())
+        return super().recv(size)
 
     def get_name(self) -> str:
-        return "sftp"  # for paramiko's log
+        """Return a name for paramiko's log."""
+        return "sftp"
 
-    def close(self) -> None:
-        with contextlib.suppress(*connection_errors()), self._limited():
-            self._channel.close()
+
+def open_channel(transfer: Transfer) -> SftpChannel:
+    """Open a channel for SFTP."""
+    transport = transfer.pool.ssh.get_transport()
+    deadline = time.monotonic() + min(SFTP_PATIENCE, transfer.timeout)
+    while True:
+        try:
+            channel = SftpChannel(transport, transfer.timeout, transfer.watchdog)
+            channel.invoke_subsystem("sftp")
+            return channel
+        except NoChannelError:
+            if time.monotonic() >= deadline or transfer.stopped.wait(0.1):
+                raise
 
 
 @contextlib.contextmanager
-def sftp_session(transfer: Transfer) -> Iterator[Any]:
-    """Open an SFTP client for the length of a block."""
+def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
+    """Open an SFTP session for a block."""
     import paramiko
 
-    channel: Any = SftpChannel(transfer)
+    channel: Any = open_channel(transfer)
     failures: tuple[type[Exception], ...] = (ValueError, *connection_errors())
     try:
         try:
@@ -10144,38 +10627,46 @@ def sftp_session(transfer: Transfer) -> Iterator[Any]:
             raise SSHError(
                 f"the machine has neither a usual shell nor SFTP: {reason(error)}"
             ) from error
-        sftp.logger = logging.getLogger(PARAMIKO_LOGGER)  # it logs names as they are
+        sftp.logger = logging.getLogger(PARAMIKO_LOGGER)  # it logs names without escaping them
         try:
-            yield sftp
-        except (UnicodeError, ValueError, TypeError) as error:  # of paramiko, for odd answers
-            raise SSHError(f"the machine answers what can't be read: {reason(error)}") from error
+            yield RemoteFiles(sftp)
+        except (UnicodeError, ValueError, TypeError) as error:  # from paramiko, for odd answers
+            raise SSHError(f"the machine sent an answer that can't be read: {reason(error)}") from (
+                error
+            )
     finally:
         channel.close()
 
 
 class RemoteFiles:
-    """A few questions about the files of a host."""
+    """The files of a host, over SFTP."""
 
-    def __init__(self, sftp: Any, transfer: Transfer) -> None:
+    def __init__(self, sftp: Any) -> None:
         self.sftp = sftp
-        self.transfer = transfer
 
     def absolute(self, path: bytes) -> bytes:
+        """Return the absolute path of one that may be below the home directory."""
         home: bytes = os.fsencode(self.sftp.normalize("."))
         return posixpath.normpath(posixpath.join(home, path)) + b"/" * path.endswith(b"/")
 
     def look(self, path: bytes, follow: bool = True) -> Any:
-        """Return the attributes of a path; None where nothing is."""
+        """Return the attributes of a path, or None if it does not exist."""
         try:
             found = self.sftp.stat(path) if follow else self.sftp.lstat(path)
         except FileNotFoundError:
             return None
         if found.st_mode is None or found.st_size is None or found.st_mtime is None:
-            raise SSHError("the machine does not tell size, time and mode of a file")
+            raise SSHError("the machine sends no size, time or mode of a file")
         return found
 
+    def kind(self, path: bytes, follow: bool = True) -> str:
+        """Return "f", "d", "l", "other", or "" if the path does not exist."""
+        found = self.look(path, follow)
+        kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
+        return "" if found is None else kinds.get(stat.S_IFMT(found.st_mode), "other")
+
     def pieces(self, file: Any, start: int, end: int) -> Iterator[bytes]:
-        """Read a range, some requests ahead."""
+        """Yield a range of a file, with several requests at a time."""
         while start < end:
             wanted = [
                 (at, min(SFTP_PACKET, end - at))
@@ -10188,6 +10679,7 @@ class RemoteFiles:
             start = sum(wanted[-1])
 
     def digest(self, path: bytes, size: int) -> str:
+        """Return the SHA-256 of a file."""
         digest = hashlib.sha256()
         with self.sftp.open(path, "rb") as file:
             for piece in self.pieces(file, 0, size):
@@ -10195,173 +10687,34 @@ class RemoteFiles:
         return digest.hexdigest()
 
     def remove(self, path: bytes) -> None:
-        found = self.look(path, follow=False)
-        if found is None:
-            return
-        if not stat.S_ISDIR(found.st_mode):
-            self.sftp.remove(path)
+        """Remove a file or a directory, if it exists."""
+        kind = self.kind(path, follow=False)
+        if kind != "d":
+            if kind:
+                self.sftp.remove(path)
             return
         for entry in self.sftp.listdir_attr(path):
             self.remove(path + b"/" + os.fsencode(entry.filename))
         self.sftp.rmdir(path)
 
     def replace(self, source: bytes, target: bytes) -> None:
+        """Rename a file over another one."""
         try:
             self.sftp.posix_rename(source, target)
-        except OSError:  # it may not know that
-            if self.look(target, follow=False) is not None:
+        except OSError:  # not every server can
+            if self.kind(target, follow=False):
                 self.sftp.remove(target)
             self.sftp.rename(source, target)
 
 
-class SftpUpload:
-    """One upload over SFTP."""
+# ==================================================================================================
+# ssh.transfer.sftp_download
+#
+# Download over SFTP.
+# ==================================================================================================
 
-    def __init__(self, transfer: Transfer, tree: Any) -> None:
-        self._transfer = transfer
-        self._options = transfer.options
-        self._tree = tree
 
-    def run(self) -> bytes:
-        """Upload; the path of what has been made."""
-        with sftp_session(self._transfer) as sftp:
-            self._far = RemoteFiles(sftp, self._transfer)
-            target = self._target()
-            whole = os.path.abspath(self._tree.path)
-            same = facts_key(("sftp", whole, self._options.remote))[:20]
-            token = same if self._options.resume else os.urandom(10).hex()
-            part = posixpath.dirname(target).rstrip(b"/") + b"/" + PART.encode() + token.encode()
-            try:
-                self._send_all(part)
-                self._install(part, target)
-            except BaseException:
-                if not self._options.resume:
-                    with contextlib.suppress(SSHError, *connection_errors()):
-                        self._far.remove(part)
-                raise
-            return target
-
-    def _target(self) -> bytes:
-        far, folder = self._far, self._tree.is_folder
-        path = far.absolute(remote_path(self._options.remote))
-        found = far.look(path)
-        if found is not None and stat.S_ISDIR(found.st_mode):
-            name = os.path.basename(os.path.abspath(self._tree.path))
-            path = path.rstrip(b"/") + b"/" + name
-        elif path.endswith(b"/"):
-            raise SSHError(f"there is no directory {os.fsdecode(path)}")
-        link = far.look(path, follow=False)
-        found = far.look(path)
-        if link is not None and stat.S_ISLNK(link.st_mode) and not (
-            found is not None and stat.S_ISDIR(found.st_mode)
-        ):  # fmt: skip
-            if self._options.symlinks != "follow" or found is None:
-                raise SSHError(
-                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
-                )
-            path = os.fsencode(far.sftp.normalize(path))
-        parent = far.look(posixpath.dirname(path))
-        if parent is None or not stat.S_ISDIR(parent.st_mode):
-            raise SSHError(f"there is no directory {os.fsdecode(posixpath.dirname(path))}")
-        if found is not None and stat.S_ISDIR(found.st_mode) != folder:
-            raise SSHError(f"{os.fsdecode(path)} is {'no' if folder else 'a'} directory")
-        if found is not None and not folder and not stat.S_ISREG(found.st_mode):
-            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
-        return path
-
-    def _send_all(self, part: bytes) -> None:
-        sftp = self._far.sftp
-        if self._tree.is_folder:
-            if self._far.look(part) is None:
-                sftp.mkdir(part, 0o700)
-            for entry in self._tree.entries:
-                place = part + b"/" + entry.name
-                if entry.kind == "d" and self._far.look(place) is None:
-                    sftp.mkdir(place, 0o700)
-                elif entry.kind == "l":
-                    self._far.remove(place)
-                    sftp.symlink(entry.link, place)
-        for entry in self._tree.files:
-            with about(entry):
-                self._send_file(entry, part + b"/" + entry.name if entry.name else part)
-
-    def _send_file(self, entry: FileEntry, place: bytes) -> None:
-        far, start = self._far, 0
-        record, key = place + b".clore-done", facts_key(entry.facts).encode()
-        if self._options.resume:
-            start = self._earlier(place, record, key)
-        with far.sftp.open(place, "r+b" if start else "wb") as file:
-            created = stat.S_IMODE(file.stat().st_mode or 0)
-            file.chmod(0o600)
-            if self._options.resume and not start:
-                with far.sftp.open(record, "wb") as note:
-                    note.write(key)
-            file.set_pipelined(True)
-            file.seek(start)
-            for piece in self._tree.pieces(entry, start, entry.size - start):
-                for at in range(0, len(piece), SFTP_PACKET):
-                    file.write(bytes(piece[at : at + SFTP_PACKET]))
-                self._transfer.moved(entry, len(piece))
-        if not entry.size:
-            self._transfer.moved(entry, 0)
-        self._check(entry, place, start)
-        if not self._options.preserve:  # what the host's umask takes away is taken away here, too
-            entry.mode &= created | (created & 0o444) >> 2 if not start else 0o700
-        if self._options.resume:
-            far.remove(record)
-
-    def _earlier(self, place: bytes, record: bytes, key: bytes) -> int:
-        """Return how many bytes an earlier upload has sent."""
-        found = self._far.look(place, follow=False)
-        if found is None or self._far.look(record) is None:
-            return 0
-        with self._far.sftp.open(record, "rb") as note:
-            if note.read(100) != key:
-                return 0
-        return int(found.st_size) - int(found.st_size) % BLOCK
-
-    def _check(self, entry: FileEntry, place: bytes, start: int) -> None:
-        size = self._far.look(place).st_size
-        if size != entry.size:
-            raise SSHError(f"{size} of {entry.size} bytes arrived")
-        if self._options.verify or start:
-            here = hashlib.sha256()
-            for piece in self._tree.pieces(entry, 0, entry.size):
-                here.update(piece)
-            if self._far.digest(place, entry.size) != here.hexdigest():
-                self._far.remove(place)
-                raise SSHError("SHA-256 differs: what had arrived is removed")
-        if start:
-            self._transfer.count(entry, start)
-
-    def _install(self, part: bytes, target: bytes) -> None:
-        far, tree = self._far, self._tree
-        exists = far.look(target) is not None
-        for entry in tree.entries[::-1]:
-            place = part + b"/" + entry.name if entry.name else part
-            instead = target + b"/" + entry.name if entry.name else target
-            if entry.kind != "l" and not (entry.kind == "d" and exists):
-                self._finish(entry, place, instead if exists else b"")
-        if not tree.is_folder or not exists:
-            far.replace(part, target)
-            return
-        for entry in tree.entries:
-            place, instead = part + b"/" + entry.name, target + b"/" + entry.name
-            if entry.kind == "d":
-                if far.look(instead) is None:
-                    far.sftp.mkdir(instead, 0o700)
-                    far.sftp.chmod(instead, entry.mode | 0o700)
-            else:
-                far.replace(place, instead)
-        far.remove(part)
-
-    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
-        mode, found = entry.mode, self._far.look(instead) if instead else None
-        if not self._options.preserve and found is not None:
-            mode = stat.S_IMODE(found.st_mode)
-        self._far.sftp.chmod(place, mode)
-        if self._options.preserve:
-            self._far.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
+MAX_LISTED = 500_000  # files in a directory
 
 
 class SftpDownload:
@@ -10373,12 +10726,11 @@ class SftpDownload:
         self._part = part
 
     def run(self, files: list[FileEntry]) -> None:
-        """Download; ``files`` is filled with what there is, as soon as that is known."""
+        """Download, and add to ``files`` what there is."""
         files.clear()
-        with sftp_session(self._transfer) as sftp:
-            self._far = RemoteFiles(sftp, self._transfer)
-            source = self._far.absolute(self._options.source).rstrip(b"/") or b"/"
-            found = self._far.look(source)
+        with sftp_session(self._transfer) as self._remote:
+            source = self._remote.absolute(self._options.source).rstrip(b"/") or b"/"
+            found = self._remote.look(source)
             if found is None:
                 raise SSHError("there is no such file")
             if stat.S_ISDIR(found.st_mode):
@@ -10391,7 +10743,7 @@ class SftpDownload:
                 self._get_file(entry, source)
                 self._part.install_file(entry)
             else:
-                raise SSHError("it is no file")
+                raise SSHError("it is neither a file nor a directory")
 
     def _get_tree(self, source: bytes, found: Any, files: list[FileEntry]) -> None:
         tree = RemoteTree()
@@ -10400,21 +10752,21 @@ class SftpDownload:
         files += tree.files
         links = tree.links(self._transfer)
         for link in links:
-            link.link = os.fsencode(self._far.sftp.readlink(source + b"/" + link.name) or "")
+            link.link = os.fsencode(self._remote.sftp.readlink(source + b"/" + link.name) or "")
         self._part.accept(files, folder=True)
         self._part.begin(tree.entries)
         for entry in files:
             with about(entry):
                 self._get_file(entry, source + b"/" + entry.name)
-        settle_links(self._part, self._transfer, links, tree)
+        make_links(self._part, self._transfer, links, tree)
         self._part.install_tree(tree.root, tree.entries)
 
     def _walk(self, source: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
         if level > MAX_LEVELS:
-            raise SSHError(f"the machine names more than {MAX_LEVELS} directories in each other")
+            raise SSHError(f"the machine names more than {MAX_LEVELS} nested directories")
         place = source + b"/" + folder if folder else source
-        # All of them, before the next question: paramiko asks for some ahead.
-        listed = list(itertools.islice(self._far.sftp.listdir_iter(place), MAX_LISTED + 1))
+        # Read the whole listing before the next request: paramiko requests some of it ahead.
+        listed = list(itertools.islice(self._remote.sftp.listdir_iter(place), MAX_LISTED + 1))
         if len(listed) > MAX_LISTED:
             raise SSHError(f"the machine lists more than {MAX_LISTED} files in a directory")
         for found in listed:
@@ -10423,20 +10775,20 @@ class SftpDownload:
                 raise SSHError(f"the machine names a file {printable(repr(name), 120)}")
             inner = folder + b"/" + name if folder else name
             if None in (found.st_mode, found.st_size, found.st_mtime):
-                raise SSHError("the machine does not tell size, time and mode of a file")
+                raise SSHError("the machine sends no size, time or mode of a file")
             tree.take(found.st_mode, found.st_size, int(found.st_mtime), inner)
             if stat.S_ISDIR(found.st_mode):
                 self._walk(source, inner, tree, level + 1)
 
     def _get_file(self, entry: FileEntry, source: bytes) -> None:
-        part, far = self._part, self._far
+        part, remote = self._part, self._remote
         here, earlier = hashlib.sha256(), part.earlier(entry)
-        with far.sftp.open(source, "rb") as file, part.open(entry) as out:
+        with remote.sftp.open(source, "rb") as file, part.open(entry) as out:
             for start, length in part.missing(entry):
                 out.seek(start)
                 at = start
                 try:
-                    for piece in far.pieces(file, start, start + length):
+                    for piece in remote.pieces(file, start, start + length):
                         write_piece(out, piece)
                         at += len(piece)
                         self._transfer.moved(entry, len(piece))
@@ -10445,15 +10797,15 @@ class SftpDownload:
             out.truncate(entry.size)
         if not entry.size:
             self._transfer.moved(entry, 0)
-        found = far.look(source)
-        check_same(entry, None if found is None else _entry_of(b"", found))
+        found = remote.look(source)
+        check_unchanged(entry, None if found is None else _entry_of(b"", found))
         if self._options.verify or earlier:
             with open(part.place(entry), "rb") as file:
                 while piece := file.read(TRANSFER_PIECE):
                     here.update(piece)
-            if here.hexdigest() != far.digest(source, entry.size):
+            if here.hexdigest() != remote.digest(source, entry.size):
                 part.clear()
-                raise SSHError("SHA-256 differs: what had arrived is removed")
+                raise SSHError(DIFFERS)
         for _, length in earlier:
             self._transfer.count(entry, length)
 
@@ -10465,139 +10817,106 @@ def _entry_of(name: bytes, found: Any) -> FileEntry:
 
 
 # ==================================================================================================
-# ssh.upload
+# ssh.transfer.tar
 #
-# Copy files and directories to a host: under a temporary name, renamed when complete.
+# Write and read tar streams.
 # ==================================================================================================
 
 
-# sshd takes 2 MB on a channel before it wants to be asked again, and ten channels on a connection:
-# over a distance it is the number of channels that makes an upload fast.
-UPLOAD_CHANNELS = 8
-RESUMABLE_CHANNELS = 2  # fewer chunks are on their way when the connection breaks
-# From how many bytes on how many connections pay for their logins, which go on at the same time.
-UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
-SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller ones of a directory travel together
+TAR_BLOCK = 512  # bytes
+MAX_TAR_EXTRA = 65536  # bytes of a name
+
+
+def tar_header(entry: FileEntry) -> bytes:
+    """Return the header of an entry in a tar stream, without a user's name or number."""
+    import tarfile  # imported here, because it is slow
+
+    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
+    # A directory must be writable until its files have arrived.
+    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
+    info.size, info.mtime = entry.size, entry.mtime // 10**9
+    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
+    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+class TarReader:
+    """Read the members of consecutive tar archives, up to a block with a mark."""
+
+    def __init__(self, running: RemoteScript, mark: bytes) -> None:
+        self._running = running
+        self._mark = mark
+        self._padding = 0
+
+    def next(self) -> Any:
+        """Return the next member, or None at the mark."""
+        import tarfile
+
+        self._exactly(self._padding)
+        self._padding = 0
+        name = link = ""
+        while True:
+            header = self._exactly(TAR_BLOCK)
+            if header.rstrip(b" \n") == self._mark:
+                return None
+            if not header.strip(b"\0"):
+                continue
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError) as error:
+                raise SSHError("the machine sends no valid tar archive") from error
+            if info.size < 0:
+                raise SSHError("the machine sends a negative size")
+            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+                if info.size > MAX_TAR_EXTRA:
+                    raise SSHError("the machine sends a name that is too long")
+                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
+                name, link = _extended(info.type, extra, name, link)
+                continue
+            info.name, info.linkname = name or info.name, link or info.linkname
+            if not info.isreg():
+                info.size = 0
+            self._padding = -info.size % TAR_BLOCK
+            return info
+
+    def content(self, size: int) -> Iterator[bytes]:
+        """Yield the bytes of a member."""
+        while size:
+            piece = self._running.read(min(TRANSFER_PIECE, size))
+            if not piece:
+                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
+            size -= len(piece)
+            yield piece
+
+    def _exactly(self, size: int) -> bytes:
+        piece = self._running.read(size) if size else b""
+        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
+
+
+def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
+    """Read a name or a link target that does not fit in a header."""
+    if kind == b"x":  # POSIX: records of a length, a keyword and a value
+        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
+            found.get(b"linkpath", b"")
+        ) or link
+    text = os.fsdecode(extra.rstrip(b"\0"))
+    return (text, link) if kind == b"L" else (name, text)
+
+
+# ==================================================================================================
+# ssh.transfer.local_tree
+#
+# Find the files to upload, and divide them into portions.
+# ==================================================================================================
+
+
 BUNDLE_BYTES = 8 * 1024 * 1024
 BUNDLE_FILES = 1000
-TAR_BLOCK = 512  # bytes
-META_LINES = 500
-
-# Where it goes: $f is the target, $p the temporary name beside it.
-TARGET = r"""
-if [ -d "$f" ]; then f=${f%/}/$name
-else case $f in */) no "there is no directory $f";; esac; fi
-if [ -h "$f" ] && [ ! -d "$f" ]; then
-  [ "$follow" = 1 ] || no "$f is a symlink: remove it, or pass symlinks='follow'"
-  f=$(readlink -f "$f") || no "$f is a symlink to nowhere"
-fi
-case $f in /*) ;; *) f=$PWD/${f#./};; esac
-d=${f%/*}; d=${d:-/}
-[ -d "$d" ] || no "there is no directory $d"
-if [ "$kind" = f ]; then
-  [ ! -d "$f" ] || no "$f is a directory"
-  [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
-else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is no directory"; fi
-p=${d%/}/.clore-part-$token
-r=$p.done
-"""
-# The script that lasts as long as the upload: it makes the temporary name, and renames it at the
-# end. Whatever ends it before removes that name, unless the upload is to be resumed.
-CONTROL = (
-    CHECK_TOOLS
-    + TARGET
-    + r"""
-u=$(umask); umask 077
-make() { if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi; }
-wipe() { rm -rf "$p" "$r" || { sleep 1; rm -rf "$p" "$r"; }; }
-gone() { [ "$keep" = 1 ] || wipe; exit 1; }
-trap gone HUP TERM
-[ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
-make || no "$d: nothing can be made there"
-no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
-printf "ready %s\n" "$u"
-[ ! -s "$r" ] || cat "$r"
-echo "$token"
-finish_file() {
-  s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
-  m=$(printf %o $((0$mode & ~0$u)))
-  [ ! -e "$f" ] || m=$(stat -c %a "$f")
-  [ "$preserve" = 0 ] || m=$mode
-  chmod "$m" "$p" || exit 1
-  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || exit 1
-  mv -f "$p" "$f" || exit 1
-}
-finish_tree() {
-  if [ ! -e "$f" ]; then mv "$p" "$f" || exit 1; return; fi
-  cd "$p" || exit 1
-  # What is new there goes as a whole, with its modes and times.
-  find . -type d -exec sh -c '[ ! -e "$0/$1" ] && mv "$1" "$0/$1"' "$f" {} \; -prune
-  find . ! -type d -exec sh -c 'for g; do
-    [ $1 = 1 ] || [ ! -f "$0/$g" ] || [ ! -f "$g" ] || chmod "$(stat -c %a "$0/$g")" "$g"
-    mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || exit 1
-  cd / && rm -rf "$p"
-}
-while read -r word || gone; do case $word in
-restart) wipe; make;;
-wipe) wipe; exit 1;;
-list) (cd "$p" && list); echo "$token";;
-go) if [ "$kind" = f ]; then finish_file; else finish_tree; fi
-  rm -f "$r"; printf "ok %s\n" "$f"; exit 0;;
-*) gone;;
-esac; done
-"""
-)
-# The others start along with it, and wait for the name that it makes.
-WAIT = (
-    TARGET
-    + r"""
-w=0; until [ -e "$p" ]; do
-  w=$((w+1)); [ $w -lt 500 ] || no "it was not begun"
-  sleep 0.02 2>/dev/null || sleep 1
-done
-umask 077
-"""
-)
-# Reads chunks of one file, each with a line before it (block, size, key) and one after it.
-PUT = (
-    WAIT
-    + r"""
-if [ "$kind" = d ]; then p=$p/$inner; mkdir -p "${p%/*}" && : >>"$p" || exit 1; fi
-c=notrunc,sparse
-put() { dd of="$p" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
-while read -r k s key && [ -e "$p" ]; do
-  # Not every dd leaves holes; one that does not know the word has read nothing yet.
-  e=$(put) || { case $e in *sparse*) c=notrunc; e=$(put);; *) false;; esac; } || no "${e%%$n*}"
-  read -r t && [ "$t" = . ] || exit 1
-  h=-; [ "$hash" = 0 ] || h=$(part "$p" "$k" "$s" | $sha)
-  [ "$keep" = 0 ] || echo "$key" >>"$r"
-  echo "done ${h%% *}"
-done
-echo end
-"""
-)
-# Reads tar archives, with the same lines around each.
-UNTAR = (
-    WAIT
-    + r"""
-cd "$p" || exit 1
-while read -r s key; do
-  e=$(dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null | tar -x"$how"f - 2>&1) ||
-    no "${e%%$n*}"
-  read -r t && [ "$t" = . ] || exit 1
-  [ "$keep" = 0 ] || echo "$key" >>"$r"
-  echo "done -"
-done
-echo end
-"""
-)
-# Prints digests of chunks, each asked for by a line (block, size), or of files.
-CHUNK_DIGESTS = r"""while read -r k s; do part "$path" "$k" "$s" | $sha; done"""
-FILE_DIGESTS = r"""cd "$path" && xargs -0 $sha"""
 
 
 class LocalTree:
-    """What is to be sent: files, directories, symlinks, and what is left out."""
+    """The files, directories and symlinks to upload, and what is left out."""
 
     def __init__(self, path: bytes, symlinks: str) -> None:
         self.path = path
@@ -10605,7 +10924,7 @@ class LocalTree:
         self.entries: list[FileEntry] = []
         self.left_out: list[tuple[bytes, str]] = []
         try:
-            facts = os.stat(path)  # the one that is named may be a symlink
+            facts = os.stat(path)  # the path itself may be a symlink
         except FileNotFoundError:
             shown = printable(repr(os.fsdecode(path)), 300)
             raise FileNotFoundError(f"local: there is nothing at {shown}") from None
@@ -10622,13 +10941,13 @@ class LocalTree:
         return [entry for entry in self.entries if entry.kind == "f"]
 
     def place(self, entry: FileEntry) -> str:
-        """Return where an entry is here."""
+        """Return the local path of an entry."""
         return os.fsdecode(os.path.join(self.path, entry.name) if entry.name else self.path)
 
     def pieces(self, entry: FileEntry, start: int, length: int) -> Iterator[memoryview]:
-        """Read a part of a file, which must stay as it was when it was looked at.
+        """Yield a part of a file, which must not have changed since the scan.
 
-        What was yielded is overwritten by the next piece.
+        Each piece is overwritten by the next one.
         """
         buffer = memoryview(bytearray(min(TRANSFER_PIECE, max(length, 1))))
         with open(self.place(entry), "rb", buffering=0) as file:
@@ -10638,7 +10957,7 @@ class LocalTree:
                 yield buffer[:size]
             facts = os.fstat(file.fileno())
             if length or (facts.st_size, facts.st_mtime_ns) != (entry.size, entry.mtime):
-                raise SSHError("it was changed meanwhile")
+                raise SSHError(CHANGED)
 
     def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
         with os.scandir(os.path.join(self.path, folder) if folder else self.path) as found:
@@ -10654,14 +10973,14 @@ class LocalTree:
             elif stat.S_ISREG(facts.st_mode):
                 self._add(name, facts)
             else:
-                self.left_out.append((name, "it is no file"))
+                self.left_out.append((name, "it is not a file"))
 
     def _take_link(
         self, name: bytes, path: bytes, facts: os.stat_result, above: tuple[bytes, ...]
     ) -> None:
         link, real = os.readlink(path), os.path.realpath(path)
         within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
-        if self.symlinks == "copy" and within and links_within(name, link) is not None:
+        if self.symlinks == "copy" and within and link_target(name, link) is not None:
             self.entries.append(FileEntry(name, 0, facts.st_mtime_ns, 0o777, "l", link))
         elif self.symlinks == "follow" and within and os.path.isfile(real):
             self._add(name, os.stat(real))
@@ -10680,12 +10999,12 @@ class LocalTree:
 
 
 class Source:
-    """Portions of what is to be sent, each with the key of its record, for several workers.
+    """Portions to send, each with its record key, for several workers.
 
     Attributes:
-        keys: of all of it.
-        earlier: what an earlier upload has sent.
-        left: what no worker has taken yet, the first one last.
+        keys: of all portions.
+        earlier: portions that an earlier upload sent.
+        left: portions that no worker has taken, in reverse order.
     """
 
     def __init__(self, portions: list[tuple[str, Any]], done: set[str]) -> None:
@@ -10700,7 +11019,7 @@ class Source:
             return None
 
     def rest(self, first: tuple[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yield the first, and then whatever is left."""
+        """Yield ``first``, and then what is left."""
         portion: tuple[str, Any] | None = first
         while portion is not None:
             yield portion
@@ -10711,7 +11030,7 @@ class Chunks(Source):
     """The chunks of one file: (start, size).
 
     Attributes:
-        unconfirmed: how many of them a worker sends ahead; few where a cut is to cost little.
+        unconfirmed: how many chunks a worker sends ahead; few if the upload may be resumed.
     """
 
     def __init__(self, entry: FileEntry, resume: bool, done: set[str]) -> None:
@@ -10719,11 +11038,11 @@ class Chunks(Source):
         step = chunk_size(entry.size, resume)
         self.unconfirmed = max(2, entry.size // (200 * step)) if resume else entry.size
         chunks = [(start, min(step, entry.size - start)) for start in range(0, entry.size, step)]
-        super().__init__([(facts_key((*entry.facts, step, c)), c) for c in chunks], done)
+        super().__init__([(record_key((*entry.version, step, c)), c) for c in chunks], done)
 
 
 class Bundles(Source):
-    """Small files, directories and symlinks, in lists that travel together."""
+    """Lists of small files, directories and symlinks; each list is sent as one tar archive."""
 
     def __init__(self, entries: list[FileEntry], resume: bool, done: set[str]) -> None:
         most = chunk_size(sum(e.size for e in entries), True) if resume else BUNDLE_BYTES
@@ -10735,16 +11054,184 @@ class Bundles(Source):
                 size = 0
             self.every[-1].append(entry)
             size += entry.size
-        # The time of a directory changes with every file that is made in it.
-        facts = [[e.facts if e.kind == "f" else (e.name, e.link) for e in b] for b in self.every]
-        keys = [facts_key(what) for what in facts]
+        # The time of a directory changes with every file that is created in it.
+        facts = [[e.version if e.kind == "f" else (e.name, e.link) for e in b] for b in self.every]
+        keys = [record_key(what) for what in facts]
         super().__init__(list(zip(keys, self.every, strict=True)), done)
 
 
+# ==================================================================================================
+# ssh.transfer.sftp_upload
+#
+# Upload over SFTP.
+# ==================================================================================================
+
+
+class SftpUpload:
+    """One upload over SFTP."""
+
+    def __init__(self, transfer: Transfer, tree: LocalTree) -> None:
+        self._transfer = transfer
+        self._options = transfer.options
+        self._tree = tree
+
+    def run(self) -> bytes:
+        """Upload, and return the path on the host."""
+        with sftp_session(self._transfer) as self._remote:
+            target = self._target()
+            whole = os.path.abspath(self._tree.path)
+            same = record_key(("sftp", whole, self._options.remote))[:20]
+            token = same if self._options.resume else os.urandom(10).hex()
+            part = posixpath.dirname(target).rstrip(b"/") + b"/" + PART.encode() + token.encode()
+            try:
+                self._send_all(part)
+                self._install(part, target)
+            except BaseException:
+                if not self._options.resume:
+                    with contextlib.suppress(SSHError, *connection_errors()):
+                        self._remote.remove(part)
+                raise
+            return target
+
+    def _target(self) -> bytes:
+        """Check the target, and return its path."""
+        remote, is_folder = self._remote, self._tree.is_folder
+        path = remote.absolute(self._options.source)
+        if remote.kind(path) == "d":
+            name = os.path.basename(os.path.abspath(self._tree.path))
+            path = path.rstrip(b"/") + b"/" + name
+        elif path.endswith(b"/"):
+            raise SSHError(f"there is no directory {os.fsdecode(path)}")
+        kind = remote.kind(path)
+        if kind != "d" and remote.kind(path, follow=False) == "l":
+            if self._options.symlinks != "follow" or not kind:
+                raise SSHError(
+                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
+                )
+            path = os.fsencode(remote.sftp.normalize(path))
+        if remote.kind(posixpath.dirname(path)) != "d":
+            raise SSHError(f"there is no directory {os.fsdecode(posixpath.dirname(path))}")
+        if kind and (kind == "d") != is_folder:
+            raise SSHError(f"{os.fsdecode(path)} is {'not ' if is_folder else ''}a directory")
+        if kind == "other":
+            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
+        return path
+
+    def _send_all(self, part: bytes) -> None:
+        sftp = self._remote.sftp
+        if self._tree.is_folder:
+            if not self._remote.kind(part):
+                sftp.mkdir(part, 0o700)
+            for entry in self._tree.entries:
+                place = part + b"/" + entry.name
+                if entry.kind == "d" and not self._remote.kind(place):
+                    sftp.mkdir(place, 0o700)
+                elif entry.kind == "l":
+                    self._remote.remove(place)
+                    sftp.symlink(entry.link, place)
+        for entry in self._tree.files:
+            with about(entry):
+                self._send_file(entry, part + b"/" + entry.name if entry.name else part)
+
+    def _send_file(self, entry: FileEntry, place: bytes) -> None:
+        remote, start = self._remote, 0
+        record, key = place + b".clore-done", record_key(entry.version).encode()
+        if self._options.resume:
+            start = self._earlier(place, record, key)
+        with remote.sftp.open(place, "r+b" if start else "wb") as file:
+            created = stat.S_IMODE(file.stat().st_mode or 0)
+            file.chmod(0o600)
+            if self._options.resume and not start:
+                with remote.sftp.open(record, "wb") as note:
+                    note.write(key)
+            file.set_pipelined(True)
+            file.seek(start)
+            for piece in self._tree.pieces(entry, start, entry.size - start):
+                for at in range(0, len(piece), SFTP_PACKET):
+                    file.write(bytes(piece[at : at + SFTP_PACKET]))
+                self._transfer.moved(entry, len(piece))
+        if not entry.size:
+            self._transfer.moved(entry, 0)
+        self._check(entry, place, start)
+        if not self._options.preserve:  # apply the host's umask
+            entry.mode &= created | (created & 0o444) >> 2 if not start else 0o700
+        if self._options.resume:
+            remote.remove(record)
+
+    def _earlier(self, place: bytes, record: bytes, key: bytes) -> int:
+        """Return how many bytes an earlier upload has sent."""
+        found = self._remote.look(place, follow=False)
+        if found is None or self._remote.look(record) is None:
+            return 0
+        with self._remote.sftp.open(record, "rb") as note:
+            if note.read(100) != key:
+                return 0
+        return int(found.st_size) - int(found.st_size) % BLOCK
+
+    def _check(self, entry: FileEntry, place: bytes, start: int) -> None:
+        size = self._remote.look(place).st_size
+        if size != entry.size:
+            raise SSHError(f"{size} of {entry.size} bytes arrived")
+        if self._options.verify or start:
+            here = hashlib.sha256()
+            for piece in self._tree.pieces(entry, 0, entry.size):
+                here.update(piece)
+            if self._remote.digest(place, entry.size) != here.hexdigest():
+                self._remote.remove(place)
+                raise SSHError(DIFFERS)
+        if start:
+            self._transfer.count(entry, start)
+
+    def _install(self, part: bytes, target: bytes) -> None:
+        remote, tree = self._remote, self._tree
+        exists = bool(remote.kind(target))
+        for entry in tree.entries[::-1]:
+            place = part + b"/" + entry.name if entry.name else part
+            instead = target + b"/" + entry.name if entry.name else target
+            if entry.kind != "l" and not (entry.kind == "d" and exists):
+                self._finish(entry, place, instead if exists else b"")
+        if not tree.is_folder or not exists:
+            remote.replace(part, target)
+            return
+        for entry in tree.entries:
+            place, instead = part + b"/" + entry.name, target + b"/" + entry.name
+            if entry.kind == "d":
+                if not remote.kind(instead):
+                    remote.sftp.mkdir(instead, 0o700)
+                    remote.sftp.chmod(instead, entry.mode | 0o700)
+            else:
+                remote.replace(place, instead)
+        remote.remove(part)
+
+    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
+        mode, found = entry.mode, self._remote.look(instead) if instead else None
+        if not self._options.preserve and found is not None:
+            mode = stat.S_IMODE(found.st_mode)
+        self._remote.sftp.chmod(place, mode)
+        if self._options.preserve:
+            self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
+
+
+# ==================================================================================================
+# ssh.transfer.upload
+#
+# Upload files and directories under a temporary name, which is renamed at the end.
+# ==================================================================================================
+
+
+# sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
+# host, more channels make an upload faster.
+UPLOAD_CHANNELS = 8
+RESUMABLE_CHANNELS = 2  # fewer chunks are lost when the connection breaks
+# From so many bytes on, so many connections are worth their logins.
+UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
+SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
+META_LINES = 500
+
+
 def check_upload(local: Any, remote: Any, **given: Any) -> tuple[TransferOptions, LocalTree]:
-    """Check the arguments of an upload, and see what is to be sent; nothing is sent yet."""
+    """Check the arguments of an upload, and find the files to send."""
     options = TransferOptions(local, remote, **given)
-    remote_path(options.remote)
     return options, LocalTree(os.path.expanduser(options.local), options.symlinks)
 
 
@@ -10765,7 +11252,7 @@ def upload_path(pool: ConnectionPool, checked: tuple[TransferOptions, LocalTree]
         transfer.leave_out(left_out, why)
     try:
         with transfer.watched():
-            path = _sent(transfer, tree)
+            path = _upload(transfer, tree)
     except BaseException as error:
         failure = transfer.failed(error, tree.files)
         if failure is error:
@@ -10774,44 +11261,41 @@ def upload_path(pool: ConnectionPool, checked: tuple[TransferOptions, LocalTree]
     return transfer.result(path, tree.files)
 
 
-def _sent(transfer: Transfer, tree: LocalTree) -> bytes:
-    """Upload by the host's shell, or else over SFTP; the path of what has been made."""
+def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
+    """Upload with the host's shell, or else over SFTP; return the path on the host."""
     careful = False
     while True:
         try:
             return Upload(transfer, tree, careful).run()
-        except NoShellError as error:
-            if transfer.try_again(error):
-                continue
-            reason_why: Exception = error
-        except NoChannelError as error:
+        except (NoShellError, NoChannelError) as error:
             transfer.restart()
-            if not careful:
-                careful = True  # once more, with fewer channels
-                continue
-            reason_why = error
-        logger.warning("files go over SFTP, which is slower: %s", reason_why)
-        return SftpUpload(transfer, tree).run()
+            if careful or isinstance(error, NoShellError):
+                logger.warning("files go over SFTP, which is slower: %s", error)
+                return SftpUpload(transfer, tree).run()
+            careful = True
 
 
 class Upload:
-    """One upload by a shell of the host, from the first question to the rename.
+    """One upload with the host's shell.
+
+    The script CONTROL runs from start to end. Workers send large files in chunks, and small ones in
+    tar archives.
 
     Parameters:
-        careful: start the workers last, so that they leave a channel for what oversees them.
+        careful: start the workers after CONTROL, which needs a channel first.
     """
 
     def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
         self._transfer = transfer
-        self._careful = careful or tree.is_folder or transfer.options.resume
+        self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
         self._options = options = transfer.options
         self._tree = tree
         whole = os.path.abspath(tree.path)
         kind = "d" if tree.is_folder else "f"
-        # A name that the next try finds again, or one of nobody else's.
-        same = facts_key((kind, whole, options.remote))[:20]
+        # With resume, the same name each time; else a random one.
+        same = record_key((kind, whole, options.remote))[:20]
         self._values: dict[str, Any] = {
-            "f": remote_path(options.remote),
+            "f": options.source,
             "name": os.path.basename(whole) or b".",
             "kind": kind,
             "token": same if options.resume else os.urandom(10).hex(),
@@ -10823,10 +11307,10 @@ class Upload:
         self._bundles = Bundles([], False, set())
 
     def run(self) -> bytes:
-        """Upload; the path of what has been made."""
+        """Upload, and return the path on the host."""
         transfer = self._transfer
         try:
-            # What needs no answer of the host starts without it: that saves a round trip.
+            # Workers start without the answer of CONTROL, which saves a round trip.
             if not self._careful:
                 self._plan(set())
                 self._start()
@@ -10843,7 +11327,9 @@ class Upload:
                 self._check_tree(self._control)
                 self._set_modes()
             self._control.send(b"go\n")
-            return self._control.answer(b"ok")
+            path = self._control.answer(b"ok")
+            self._control.finish()
+            return path
         except BaseException:
             transfer.stop(but=self._control)
             transfer.join_workers()
@@ -10863,10 +11349,10 @@ class Upload:
         if not self._tree.is_folder:
             (entry,) = self._tree.files
             values.update(size=entry.size, mode=f"{entry.mode:o}", time=touch_time(entry.mtime))
-        return remote_script("upload", CONTROL, **values)
+        return script_text("upload", CONTROL, **values)
 
     def _tidy(self) -> None:
-        """Let the host remove what it has, and wait until it has."""
+        """Let the host remove what has arrived, and wait until it has done so."""
         if self._control is None:
             return
         self._control.end()
@@ -10879,7 +11365,7 @@ class Upload:
                 logger.warning("a temporary file may stay on the machine: %s", error)
 
     def _ready(self, control: RemoteScript) -> tuple[int, set[str]]:
-        """Wait for the host; its umask, and what an earlier upload has sent."""
+        """Wait for the host; return its umask, and the keys of what an earlier upload sent."""
         umask = control.answer(b"ready")
         if not re.fullmatch(rb"[0-7]{1,5}", umask):
             raise control.refused(b"ready " + umask)
@@ -10892,7 +11378,7 @@ class Upload:
                 entry.mode &= ~umask
         self._plan(done)
         keys = {key for source in self._sources for key in source.keys}
-        if not done <= keys and self._control is not None:  # of another source, or an older one
+        if not done <= keys and self._control is not None:  # the source has changed
             self._control.send(b"restart\n")
             self._plan(set())
 
@@ -10913,12 +11399,12 @@ class Upload:
         if (transfer.near and options.streams is None) or options.resume:
             connections = 1
         workers = min(count, connections * channels)
-        # What comes in several pieces at once is read back there, and compared.
+        # What several workers write is read back there, and compared.
         self._hashes = options.verify or options.resume or workers > 1
         transfer.start_workers(connections, workers, self._work)
 
     def _work(self, ssh: Any) -> None:
-        """Send what is left, until nothing is."""
+        """Send portions until none is left."""
         for source in self._sources:
             while (portion := source.take()) is not None:
                 try:
@@ -10932,9 +11418,9 @@ class Upload:
 
     def _send_chunks(self, ssh: Any, source: Chunks, first: tuple[str, Any]) -> None:
         entry = source.entry
-        script = remote_script("put", PUT, **self._values, inner=entry.name, hash=int(self._hashes))
+        script = script_text("put", PUT, **self._values, inner=entry.name, hash=int(self._hashes))
         with about(entry), self._transfer.script(ssh, script) as put:
-            sent: list[str] = []  # digests of what the host has not confirmed yet
+            sent: list[str] = []  # digests that the host has not confirmed yet
             for key, (start, size) in source.rest(first):
                 if len(sent) >= source.unconfirmed:
                     self._confirm(put, sent.pop(0))
@@ -10960,7 +11446,7 @@ class Upload:
 
     def _send_bundles(self, ssh: Any, source: Source, first: tuple[str, Any]) -> None:
         how = "op" if self._options.preserve else "opm"
-        script = remote_script("untar", UNTAR, **self._values, how=how)
+        script = script_text("untar", UNTAR, **self._values, how=how)
         with self._transfer.script(ssh, script) as untar:
             count = 0
             for key, entries in source.rest(first):
@@ -10980,7 +11466,7 @@ class Upload:
             untar.answer(b"end")
 
     def _tar_portions(self, headers: list[bytes], entries: list[FileEntry]) -> Iterator[bytes]:
-        """Yield a tar archive in portions that are worth a packet."""
+        """Yield a tar archive in large pieces."""
         portion = bytearray()
         for header, entry in zip(headers, entries, strict=True):
             with about(entry):
@@ -10998,7 +11484,7 @@ class Upload:
     # --- checks ---
 
     def _check_sent(self) -> None:
-        """Compare what an earlier upload has sent, and with ``verify`` all small files."""
+        """Compare what an earlier upload sent, and with ``verify`` all small files."""
         if any(source.left for source in self._sources):
             raise NoChannelError("the machine opened no further channel")
         for source in self._files:
@@ -11018,34 +11504,30 @@ class Upload:
             self._transfer.count(entry, 0)
         if not source.earlier:
             return
-        with about(entry), self._digests(CHUNK_DIGESTS, entry.name) as there:
-            for start, size in source.earlier:
-                there.send(b"%d %d\n" % (start // BLOCK, size))
-            there.end()
-            for start, size in source.earlier:
-                (digest,) = parse_digests(there.line() + b"\n", 1)
-                if digest != file_digest(self._tree.place(entry), start, size):
-                    self._differs()
+        with about(entry), self._digests(CHUNK_DIGESTS, entry.name) as script:
+            if not same_chunks(script, self._tree.place(entry), source.earlier):
+                self._refuse()
+            for _, size in source.earlier:
                 self._transfer.count(entry, size)
 
     def _check_files(self, files: list[FileEntry]) -> None:
-        with self._digests(FILE_DIGESTS, b"") as there:
-            for entry in changed_files(there, files, self._tree.place):
+        with self._digests(FILE_DIGESTS, b"") as script:
+            for entry in different_files(script, files, self._tree.place):
                 with about(entry):
-                    self._differs()
+                    self._refuse()
 
     def _digests(self, body: str, inner: bytes) -> RemoteScript:
         where = TARGET + 'path=$p; [ "$kind" = f ] || path=$p/$inner\n'
-        script = remote_script("digests", where + body, **self._values, inner=inner)
-        return self._transfer.script(self._transfer.pool.ssh, script)
+        text = script_text("digests", where + body, **self._values, inner=inner)
+        return self._transfer.script(self._transfer.pool.ssh, text)
 
-    def _differs(self) -> None:
+    def _refuse(self) -> None:
         if self._control is not None:
             self._control.send(b"wipe\n")
-        raise SSHError("SHA-256 differs: what had arrived is not what is here, and is removed")
+        raise SSHError(DIFFERS)
 
     def _check_tree(self, control: RemoteScript) -> None:
-        """Compare names and sizes of all that has arrived."""
+        """Compare the names and sizes of what has arrived."""
         control.send(b"list\n")
         there: dict[bytes, tuple[str, int]] = {}
 
@@ -11062,7 +11544,7 @@ class Upload:
                     raise SSHError(f"it has {found[1]} bytes there" if found else "it is not there")
 
     def _set_modes(self) -> None:
-        """Give modes and times to large files and directories, the deepest first."""
+        """Set modes and times of large files and directories, the deepest first."""
         preserve = self._options.preserve
         folders = [entry for entry in self._tree.entries if entry.kind == "d"]
         odd = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
@@ -11074,7 +11556,7 @@ class Upload:
                 running.answer(b"ok")
 
     def _mode_script(self, entries: list[FileEntry]) -> bytes:
-        lines = [remote_script("modes", TARGET + 'cd "$p" || exit 1\n', **self._values)]
+        lines = [script_text("modes", TARGET + 'cd "$p" || exit 1\n', **self._values)]
         for entry in entries:
             lines.append(b"g=" + sh_quoted(b"./" + entry.name))
             lines.append(b'chmod %o "$g" || no "$g"' % entry.mode)
@@ -11084,87 +11566,36 @@ class Upload:
 
 
 def touch_time(mtime: int) -> str:
-    """Return a time, given in nanoseconds, for ``touch -t`` in UTC."""
+    """Convert a time in nanoseconds to UTC for ``touch -t``."""
     seconds = min(max(mtime // 10**9, 0), LAST_TIME)
     return time.strftime("%Y%m%d%H%M.%S", time.gmtime(seconds))
 
 
-def tar_header(entry: FileEntry) -> bytes:
-    """Return what stands before an entry in a tar stream; no user's name or number goes out."""
-    import tarfile  # not cheap
-
-    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
-    # Files are to come into a directory, whatever its mode will be.
-    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
-    info.size, info.mtime = entry.size, entry.mtime // 10**9
-    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
-    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
-    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
 # ==================================================================================================
-# ssh.download
+# ssh.transfer.download
 #
-# Copy files and directories from a host, of which nothing is believed.
+# Download files and directories; the host is not trusted.
 # ==================================================================================================
 
 
 DOWNLOAD_CONNECTIONS = 4
-DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes from which on further connections pay for their login
-HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host hashes well within any timeout
+DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes; from here on, more connections are worth their logins
+HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host can hash within the timeout
 RANGE = 64 * 1024 * 1024  # bytes that a worker asks for at a time
 MAX_FILES = 2_000_000
 ANY_SIZE = 2**62
-MAX_TAR_EXTRA = 65536  # bytes of a name
-TAR_UNIT = 512  # bytes
-
-# Prints what there is. A file follows at once, unless it is large.
-LOOK = (
-    CHECK_TOOLS
-    + r"""
-if [ -d "$f" ]; then
-  cd "$f" || no "$f: it cannot be entered"
-  echo d; list; echo "$token"
-elif [ -f "$f" ]; then
-  s=$(stat -L -c "%s %Y %a" "$f") || exit 1
-  size=${s%% *}
-  [ "$size" -gt 0 ] || size=$(($(wc -c <"$f"))) # files of /proc tell no size
-  echo "f $size ${s#* }"
-  [ "$size" -le "$most" ] || exit 0
-  part "$f" 0 "$size"
-  [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
-  [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
-  stat -L -c "%s %Y %a" "$f"
-elif [ -e "$f" ]; then no "it is no file"
-else no "there is no such file"; fi
-"""
-)
-# Prints the files of a directory whose names it reads, a block with a mark, and what there is then.
-GET_TREE = r"""
-cd "$f" || exit 1
-xargs -0 tar -cf -
-printf "%-511s\n" "$token"; list; echo "$token"
-"""
-# Prints ranges of a file, each asked for by a line (block, size), and what the file is then.
-GET = r"""
-while read -r k s; do
-  part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
-done
-stat -L -c "%s %Y %a" "$f"
-"""
 
 
 class DownloadOptions(TransferOptions):
-    """The arguments of a download, checked; and where it is to go."""
+    """The arguments of a download, checked, and its target."""
 
     def __init__(self, remote: Any, local: Any, **given: Any) -> None:
         super().__init__(local, remote, **given)
-        self.source = remote_path(self.remote)
-        self.target = _target_of(os.fsdecode(os.path.expanduser(self.local)), self.remote)
+        self.target = _local_target(os.fsdecode(os.path.expanduser(self.local)), self.remote)
 
 
-def _target_of(local: str, remote: bytes) -> str:
-    """Return where it goes: into a directory that exists, else to that very name."""
+def _local_target(local: str, remote: bytes) -> str:
+    """Return the path to write to: inside ``local`` if that is a directory, else ``local``."""
     name = os.fsdecode(remote.rstrip(b"/").rpartition(b"/")[2])
     if os.path.isdir(local):
         whole = name in ("", ".", "..") or remote.rstrip(b"/") == b"~"
@@ -11183,7 +11614,7 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
     files: list[FileEntry] = []
     try:
         with transfer.watched(), part:
-            _received(transfer, part, files)
+            _download(transfer, part, files)
     except BaseException as error:
         failure = transfer.failed(error, files)
         if failure is error:
@@ -11192,21 +11623,22 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
     return transfer.result(part.target, files)
 
 
-def _received(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
-    """Download by the host's shell, or else over SFTP."""
-    while True:
-        try:
-            return Download(transfer, part).run(files)
-        except NoShellError as error:
-            files.clear()
-            if transfer.try_again(error):
-                continue
-            logger.warning("files come over SFTP, which is slower: %s", error)
-            return SftpDownload(transfer, part).run(files)
+def _download(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
+    """Download with the host's shell, or else over SFTP."""
+    try:
+        Download(transfer, part).run(files)
+    except NoShellError as error:
+        logger.warning("files come over SFTP, which is slower: %s", error)
+        transfer.restart()
+        SftpDownload(transfer, part).run(files)
 
 
 class Download:
-    """One download by a shell of the host, from the first question to the rename."""
+    """One download with the host's shell.
+
+    The script LOOK tells what there is, and sends a file that is not large. Workers receive large
+    files in ranges; small ones come in a tar stream.
+    """
 
     def __init__(self, transfer: Transfer, part: LocalPart) -> None:
         self._transfer = transfer
@@ -11218,7 +11650,7 @@ class Download:
         self._token = os.urandom(10).hex()
 
     def run(self, files: list[FileEntry]) -> None:
-        """Download; ``files`` is filled with what there is, as soon as that is known."""
+        """Download, and add to ``files`` what there is."""
         transfer = self._transfer
         try:
             with transfer.script(
@@ -11228,7 +11660,7 @@ class Download:
                 if first == b"d":
                     self._get_tree(look, files)
                 elif first.startswith(b"f "):
-                    self._get_file(look, parse_facts(first[2:]), files)
+                    self._get_file(look, parse_stat(first[2:]), files)
                 else:
                     raise look.refused(first)
         except BaseException:
@@ -11245,7 +11677,7 @@ class Download:
         elif not self._transfer.near:
             most = min(most, DOWNLOAD_MANY - 1)
         self._most = min(most, ANY_SIZE if options.max_bytes is None else options.max_bytes)
-        return remote_script(
+        return script_text(
             "look", LOOK, f=options.source, token=self._token, most=self._most,
             hash=int(options.verify),
         )  # fmt: skip
@@ -11256,25 +11688,25 @@ class Download:
         files.append(entry)
         self._part.accept(files, folder=False)
         if entry.size > self._most:
-            look.close()
+            look.finish()
             self._part.begin([entry])
             self._add_ranges(entry)
-            self._get_ranges(None)
+            self._get_ranges()
         else:
             self._part.begin([entry])
             digest = hashlib.sha256() if self._options.verify else None
             self._receive(look, entry, 0, entry.size, digest)
             if digest is not None:
                 _compare(look.line(), digest.hexdigest())
-            check_same(entry, parse_facts(look.line()))
-            _expect_end(look)
+            check_unchanged(entry, parse_stat(look.line()))
+            look.expect_end()
         self._check_earlier([entry])
         self._part.install_file(entry)
 
     def _receive(
         self, running: RemoteScript, entry: FileEntry, start: int, length: int, digest: Any = None
     ) -> None:
-        """Write exactly the bytes that were announced, and record them."""
+        """Write and record exactly ``length`` bytes."""
         at = noted = start
         with self._part.open(entry) as file:
             file.seek(start)
@@ -11294,7 +11726,7 @@ class Download:
             finally:
                 self._part.note(entry, noted, at)
             if at == entry.size:
-                file.truncate(entry.size)  # zeros at its end were not written
+                file.truncate(entry.size)  # zeros at the end were not written
         if not length:
             self._transfer.moved(entry, 0)
 
@@ -11305,11 +11737,11 @@ class Download:
     # --- ranges ---
 
     def _add_ranges(self, entry: FileEntry) -> None:
-        """Plan what is missing of a file."""
+        """Add the ranges of a file that are missing."""
         self._ranges += [(entry, start, size) for start, size in self._part.missing(entry)]
 
     def _take_range(self) -> tuple[FileEntry, int, int] | None:
-        """Return the next range for a worker; what a host says to be huge is cut only here."""
+        """Return the next range for a worker, or None."""
         most = RANGE
         if self._options.streams is not None:
             most = min(RANGE, max(self._share // BLOCK * BLOCK, 16 * BLOCK))
@@ -11321,8 +11753,8 @@ class Download:
                 self._ranges.append((entry, start + most, length - most))
             return entry, start, min(length, most)
 
-    def _get_ranges(self, meanwhile: Any) -> None:
-        """Let workers receive the ranges; ``meanwhile`` does something else in this thread."""
+    def _get_ranges(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Let workers receive the ranges; call ``meanwhile`` in this thread."""
         transfer, ranges = self._transfer, self._ranges
         ranges.reverse()
         size = sum(length for _, _, length in ranges)
@@ -11335,7 +11767,7 @@ class Download:
         if meanwhile is not None:
             meanwhile()
         transfer.finish_workers()
-        self._work(transfer.pool.ssh)  # what no worker got a channel for
+        self._work(transfer.pool.ssh)  # ranges for which no worker got a channel
 
     def _work(self, ssh: Any) -> None:
         while (taken := self._take_range()) is not None:
@@ -11349,14 +11781,14 @@ class Download:
 
     def _get_range(self, ssh: Any, entry: FileEntry, start: int, length: int) -> None:
         digest = hashlib.sha256()
-        script = remote_script("get", GET, f=self._place(entry))
+        script = script_text("get", GET, f=self._place(entry))
         with self._transfer.script(ssh, script, DATA_WINDOW) as get:
             get.send(b"%d %d\n" % (start // BLOCK, length))
             get.end()
             self._receive(get, entry, start, length, digest)
             _compare(get.line(), digest.hexdigest())
-            check_same(entry, parse_facts(get.line()))
-            _expect_end(get)
+            check_unchanged(entry, parse_stat(get.line()))
+            get.expect_end()
 
     def _place(self, entry: FileEntry) -> bytes:
         source: bytes = self._options.source
@@ -11372,7 +11804,7 @@ class Download:
         self._part.accept(files, folder=True)
         self._part.begin(tree.entries)
         missing = [entry for entry in files if not self._part.is_done(entry)]
-        # GNU's tar takes a backslash in a name for the start of an escape.
+        # GNU tar reads a backslash in a name as an escape.
         alone = {e.name: e for e in missing if e.size >= SMALL_FILE or (b"\\" in e.name and e.size)}
         small = [entry for entry in missing if entry.name not in alone]
         for entry in alone.values():
@@ -11384,19 +11816,19 @@ class Download:
             links.remove(entry)
             tree.entries.remove(entry)
             self._transfer.leave_out(entry.name, "a symlink whose name holds a backslash")
-        look.close()
+        look.finish()
         self._get_ranges(lambda: self._get_small(small + links))
         self._check_earlier(files)
         if self._options.verify:
             self._compare_files([entry for entry in small if entry.kind == "f"])
-        settle_links(self._part, self._transfer, links, tree)
+        make_links(self._part, self._transfer, links, tree)
         self._part.install_tree(tree.root, tree.entries)
 
     def _get_small(self, entries: list[FileEntry]) -> None:
         """Receive small files and symlinks in one tar stream."""
         if not entries:
             return
-        script = remote_script("tree", GET_TREE, f=self._options.source, token=self._token)
+        script = script_text("tree", GET_TREE, f=self._options.source, token=self._token)
         with self._transfer.script(self._transfer.pool.ssh, script, DATA_WINDOW) as get:
             get.send(b"".join(b"./" + entry.name + b"\0" for entry in entries))
             get.end()
@@ -11455,12 +11887,12 @@ class Download:
         for entry in entries:
             if entry.kind == "f":
                 with about(entry):
-                    check_same(entry, now.get(entry.name))
+                    check_unchanged(entry, now.get(entry.name))
 
     # --- checks ---
 
     def _check_earlier(self, files: list[FileEntry]) -> None:
-        """Compare what an earlier download has left here."""
+        """Compare what an earlier download received."""
         small: list[FileEntry] = []
         for entry in files:
             earlier = self._part.earlier(entry)
@@ -11476,104 +11908,35 @@ class Download:
         self._compare_files(small)
 
     def _compare_ranges(self, entry: FileEntry, ranges: list[tuple[int, int]]) -> None:
-        pieces = [
+        chunks = [
             (at, min(RANGE, start + length - at))
             for start, length in ranges
             for at in range(start, start + length, RANGE)
         ]
-        script = remote_script("digests", CHUNK_DIGESTS, path=self._place(entry))
-        with self._transfer.script(self._transfer.pool.ssh, script) as there:
-            for start, length in pieces:
-                there.send(b"%d %d\n" % (start // BLOCK, length))
-            there.end()
-            for start, length in pieces:
-                (digest,) = parse_digests(there.line() + b"\n", 1)
-                if digest != file_digest(self._part.place(entry), start, length):
-                    self._differs()
+        text = script_text("digests", CHUNK_DIGESTS, path=self._place(entry))
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            if not same_chunks(script, self._part.place(entry), chunks):
+                self._refuse()
 
     def _compare_files(self, files: list[FileEntry]) -> None:
         if not files:
             return
-        script = remote_script("digests", FILE_DIGESTS, path=self._options.source)
-        with self._transfer.script(self._transfer.pool.ssh, script) as there:
-            for entry in changed_files(there, files, self._part.place):
+        text = script_text("digests", FILE_DIGESTS, path=self._options.source)
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            for entry in different_files(script, files, self._part.place):
                 with about(entry):
-                    self._differs()
+                    self._refuse()
 
-    def _differs(self) -> None:
+    def _refuse(self) -> None:
         self._part.clear()
-        raise SSHError("SHA-256 differs: what had arrived is not what is there, and is removed")
+        raise SSHError(DIFFERS)
 
 
-class TarReader:
-    """Reads the members of tar archives that follow each other, up to a block with a mark."""
-
-    def __init__(self, running: RemoteScript, mark: bytes) -> None:
-        self._running = running
-        self._mark = mark
-        self._padding = 0
-
-    def next(self) -> Any:
-        """Return the next member, or None at the mark."""
-        import tarfile  # not cheap
-
-        self._exactly(self._padding)
-        self._padding = 0
-        name = link = ""
-        while True:
-            header = self._exactly(TAR_UNIT)
-            if header.rstrip(b" \n") == self._mark:
-                return None
-            if not header.strip(b"\0"):
-                continue
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise SSHError("the machine sends what is no tar archive") from error
-            if info.size < 0:
-                raise SSHError("the machine sends a negative size")
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
-                if info.size > MAX_TAR_EXTRA:
-                    raise SSHError("the machine sends a name that is too long")
-                extra = self._exactly(info.size + -info.size % TAR_UNIT)[: info.size]
-                name, link = _extended(info.type, extra, name, link)
-                continue
-            info.name, info.linkname = name or info.name, link or info.linkname
-            if not info.isreg():
-                info.size = 0
-            self._padding = -info.size % TAR_UNIT
-            return info
-
-    def content(self, size: int) -> Any:
-        """Yield the bytes of the member."""
-        while size:
-            piece = self._running.read(min(TRANSFER_PIECE, size))
-            if not piece:
-                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
-            size -= len(piece)
-            yield piece
-
-    def _exactly(self, size: int) -> bytes:
-        piece = self._running.read(size) if size else b""
-        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
-
-
-def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
-    """Read the name or target that does not fit in a header."""
-    if kind == b"x":  # records of POSIX: a length, a keyword and a value
-        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
-            found.get(b"linkpath", b"")
-        ) or link
-    text = os.fsdecode(extra.rstrip(b"\0"))
-    return (text, link) if kind == b"L" else (name, text)
-
-
-def parse_facts(facts: bytes) -> FileEntry:
-    """Read size, time and permissions of a file."""
-    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", facts)
+def parse_stat(line: bytes) -> FileEntry:
+    """Read size, seconds and permissions of a file."""
+    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
     if found is None:
-        raise SSHError("the machine says what can't be understood")
+        raise SSHError("the machine sent a file status that can't be read")
     size, seconds, mode = found.groups()
     return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
 
@@ -11581,546 +11944,6 @@ def parse_facts(facts: bytes) -> FileEntry:
 def _compare(line: bytes, digest: str) -> None:
     if line[:64] != digest.encode():
         raise SSHError("SHA-256 differs" if len(line) >= 64 else "the machine sent no SHA-256")
-
-
-def _expect_end(running: RemoteScript) -> None:
-    """Expect the end of the output, and an exit status of 0."""
-    if running.read(1):
-        raise SSHError("the machine sends more than it announced")
-    with contextlib.suppress(TimeoutError):
-        if running.status() != 0:
-            raise running.refused()
-
-
-# ==================================================================================================
-# ssh.scp
-#
-# Guard the package scp against hosts that cheat, and against calls that never return.
-# ==================================================================================================
-
-
-SCP_TIMEOUT = 30.0  # seconds of silence
-MAX_RECORD = 16384  # bytes; the longest honest one is an error with a path in it
-MAX_FOLDER_DEPTH = 64
-MAX_SCP_TIME = 253_402_300_799  # the end of the year 9999
-UNNAMED = (b"", b".", b"..")  # how scp calls /, . and .. when they are asked for
-ScpProgress = Callable[[bytes, int, int], Any]
-
-
-class ScpError(Exception):
-    """A transfer that the guard, or the host, refused."""
-
-
-def guarded_scp(
-    ssh: Any,
-    *,
-    socket_timeout: float = SCP_TIMEOUT,
-    max_bytes: int | None = None,
-    progress: ScpProgress | None = None,
-    owns_ssh: bool = False,
-) -> Any:
-    """Return a ``scp.SCPClient`` whose host may be hostile.
-
-    Each record of the host is checked before scp acts on it, every wait has an end, and what goes
-    wrong is a :class:`TransferError`. A transfer that fails may leave a partial file inside the
-    target; nothing outside of the target is touched. With ``client.sanitize`` replaced, a remote
-    path may hold ``*``, ``?`` and ``[...]`` in its last part.
-
-    Parameters:
-        socket_timeout: seconds of silence.
-        max_bytes: of all files of one ``get()`` together; None for no limit.
-        progress: called with (name, size, done), as ``scp.SCPClient`` does.
-        owns_ssh: whether ``close()`` also closes ``ssh``.
-    """
-    client_class = _guarded_class()
-    check_number("socket_timeout", socket_timeout, above=True, maximum=1e6, unit="seconds")
-    if max_bytes is not None:
-        check_number("max_bytes", max_bytes, unit="bytes")
-    transport = ssh.get_transport()
-    if transport is None or not transport.is_active():
-        raise SSHError("scp() needs a connection, and this one is closed")
-    try:
-        client = client_class(transport, socket_timeout=socket_timeout, progress=progress)
-    except OSError as error:
-        raise SSHError(f"the connection broke: {reason(error)}") from error
-    client.guard(max_bytes, ssh if owns_ssh else None)
-    return client
-
-
-@functools.cache
-def _guarded_class() -> Any:
-    import_paramiko()
-    try:
-        scp_module = importlib.import_module("scp")
-    except ImportError as error:
-        raise ImportError(
-            "scp() needs scp: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
-        ) from error
-    return type("GuardedSCPClient", (ScpGuard, scp_module.SCPClient), {})
-
-
-class ScpChannel:
-    """A channel that hands out one record, one status or the bytes of one file at a time.
-
-    scp takes whatever one ``recv`` brings for one record; packets are cut elsewhere.
-    """
-
-    def __init__(self, transport: Any, timeout: float, watchdog: Watchdog) -> None:
-        self._timeout = timeout
-        self._watchdog = watchdog
-        self._transport = transport
-        self._buffer = b""
-        self.content_left = 0  # bytes of a file that come next
-        self.reads_records = False  # or else statuses
-        self._status_next = False
-        with self._limited("opened no channel"):
-            self._channel = open_session(transport, timeout)
-
-    closed = False  # for scp, which would otherwise stop reading what came before the end
-
-    def settimeout(self, seconds: float) -> None:
-        """Ignore what scp sets: the guard's own timeout holds."""
-
-    def exec_command(self, command: bytes) -> None:
-        with self._limited("did not start scp"):
-            request_exec(self._channel, command)
-
-    def send(self, data: Any) -> int:
-        with self._limited("took nothing"):
-            return int(self._channel.send(data)) or self._fail()
-
-    def sendall(self, data: Any) -> None:
-        view = memoryview(data.encode() if isinstance(data, str) else data)
-        while view:
-            view = view[self.send(view[:131072]) :]
-
-    def recv_stderr_ready(self) -> bool:
-        return bool(self._channel.recv_stderr_ready())
-
-    def recv_stderr(self, size: int) -> bytes:
-        return bytes(self._channel.recv_stderr(size))
-
-    def recv(self, size: int) -> bytes:
-        if self.content_left:
-            data = self._take(min(size, self.content_left)) or self._fail_read()
-            self.content_left -= len(data)
-            self._status_next = not self.content_left
-            return data
-        status_next, self._status_next = self._status_next, False
-        if self.reads_records and not status_next:
-            return self._line()
-        status = self._take(1)
-        return status + self._line() if status in (b"\1", b"\2") else status
-
-    def expect_content(self, size: int) -> None:
-        self.content_left = size
-        self._status_next = not size
-
-    def finish(self) -> None:
-        """Check that scp ended well, and has no more to say."""
-        with self._limited("did not take the end"):
-            self._channel.shutdown_write()
-        if self._take(1):
-            raise ScpError("the host sent more than it announced")
-        if not self._channel.status_event.wait(self._timeout) or self._channel.exit_status > 0:
-            self._fail()
-
-    def close(self) -> None:
-        with contextlib.suppress(ScpError), self._limited("closed nothing"):
-            self._channel.close()
-
-    def _line(self) -> bytes:
-        line = b""
-        while not line.endswith(b"\n"):
-            if len(line) > MAX_RECORD:
-                raise ScpError("the host sent a line without an end")
-            piece = self._take(MAX_RECORD, b"\n")
-            if not piece:
-                return line and self._fail_read()
-            line += piece
-        return line
-
-    def _take(self, most: int, until: bytes = b"") -> bytes:
-        if not self._buffer:
-            with self._limited("sent nothing"):
-                self._buffer = self._channel.recv(131072)
-        end = self._buffer.find(until) + 1 if until else most
-        data, self._buffer = self._buffer[: end or most], self._buffer[end or most :]
-        return data
-
-    def _fail_read(self) -> bytes:
-        self._fail()
-        return b""
-
-    def _fail(self) -> int:
-        """Say how the host ended this."""
-        if not self._channel.status_event.wait(self._timeout):
-            raise ScpError(f"the host did not end scp within {self._timeout:g}s")
-        how = f"scp on the host ended with exit code {self._channel.exit_status}"
-        if self._channel.exit_status < 0:
-            gone = not self._transport.is_active()
-            how = "the connection broke" if gone else "the host has closed the channel"
-        said = self._channel.recv_stderr(MAX_RECORD) if self.recv_stderr_ready() else b""
-        said = said.strip() or self._buffer.strip(b"\0\1\2\n ")
-        raise ScpError(f"{how}: {said.decode('utf-8', 'replace')}" if said else how)
-
-    @contextlib.contextmanager
-    def _limited(self, failing: str) -> Iterator[None]:
-        """Run a call of paramiko, which ends in time and raises nothing but ScpError."""
-        limit = None
-        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
-        try:
-            with self._watchdog.limit(self._timeout + 1.0, self._transport.close) as limit:
-                yield
-        except failures as error:
-            late = isinstance(error, TimeoutError) or "imeout" in str(error)
-            if late or (limit is not None and limit.expired):
-                raise ScpError(f"the host {failing} within {self._timeout:g}s") from error
-            raise ScpError(f"the host {failing}: {reason(error)}") from error
-
-
-class ScpGuard:
-    """Checks around the methods of ``scp.SCPClient``, which does the work."""
-
-    channel: Any
-    transport: Any
-    scp_command: bytes
-    sanitize: Any
-    socket_timeout: float
-    _progress: Any
-    _recv_dir: Any
-    _rename: bool
-
-    def guard(self, max_bytes: int | None, owned: Any) -> None:
-        """Set what ``scp.SCPClient`` has no place for."""
-        self._max_bytes = max_bytes
-        self._owned = owned
-        self._quote = self.sanitize
-        self._watchdog: Watchdog | None = None
-        self._own_error: BaseException | None = None
-        self._doing: tuple[str, int, int | None] = ("", 0, None)
-        self._call_progress, self._progress = self._progress, self._report
-
-    def _report(self, name: Any, size: int, done: int, *more: Any) -> None:
-        self._doing = (self._doing[0], done, size)
-        try:
-            if self._call_progress is not None:
-                self._call_progress(name, size, done, *more)
-        except BaseException as error:
-            self._own_error = error  # the caller's own: it is not made a TransferError
-            raise
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the channel, and the connection where that is ours."""
-        if self._watchdog is not None:  # scp itself calls this at the end of a transfer
-            self.channel.finish()
-        elif self._owned is not None:
-            self._owned.close()
-
-    def _open(self) -> Any:
-        if self.channel is None:
-            watchdog = self._watchdog or Watchdog()
-            self.channel = ScpChannel(self.transport, self.socket_timeout, watchdog)
-        return self.channel
-
-    @contextlib.contextmanager
-    def _transfer(self, verb: str, name: Any) -> Iterator[None]:
-        """Watch one transfer, and make a TransferError of what goes wrong."""
-        scp_error: type[Exception] = importlib.import_module("scp").SCPException
-        failures: tuple[type[Exception], ...] = (
-            ScpError,
-            SSHError,
-            scp_error,
-            *connection_errors(),
-        )
-        self._doing = (os.fsdecode(name), 0, None)
-        try:
-            with Watchdog() as self._watchdog:
-                try:
-                    yield
-                finally:
-                    if self.channel is not None:
-                        self.channel.close()
-        except failures as error:
-            if error is self._own_error:
-                raise
-            named, done, total = self._doing
-            shown, text = printable(named, 300), printable(str(error).strip(), 500)
-            far = "" if total is None else f" ({done} of {total} bytes)"
-            here = "on this machine: " if isinstance(error, OSError) else ""
-            says = "the host says: " if isinstance(error, scp_error) else ""
-            raise TransferError(
-                f"{shown} was not {verb}{far}: {here}{says}{text}",
-                name=shown, done=done, total=total,
-            ) from error  # fmt: skip
-        finally:
-            self._watchdog = self.channel = self._own_error = None
-
-    # --- receiving ---
-
-    def get(
-        self, remote_path: Any, local_path: Any = "", recursive: bool = False,
-        preserve_times: bool = False,
-    ) -> None:  # fmt: skip
-        """Receive files, and with ``recursive`` folders, as ``scp.SCPClient.get`` does."""
-        paths = [_remote_path(path) for path in _path_list(remote_path)]
-        target = os.path.realpath(os.fsdecode(local_path) or os.curdir)
-        if len(paths) > 1 and not os.path.isdir(target):
-            raise ValueError(f"local_path: {printable(repr(target), 200)} is no folder for several")
-        self._target = target
-        self._wanted = [_asked_name(path, self.sanitize is self._quote) for path in paths]
-        self._missing = list(self._wanted)
-        self._recursive, self._keeps_times = recursive, preserve_times
-        self._depth_now, self._left = 0, self._max_bytes
-        self._time_pending = False
-        with self._transfer("received", paths[0]):
-            self._open().reads_records = True
-            self.scp_command = b"scp"
-            parent: Any = super()
-            parent.get(paths, os.fsencode(target), recursive, preserve_times)
-
-    def _recv_all(self) -> None:
-        parent: Any = super()
-        parent._recv_all()
-        if self._depth_now:
-            raise ScpError("the host did not end a folder")
-        if self._missing:
-            self.channel.finish()
-            raise ScpError(f"{os.fsdecode(self._missing[0])!r} was asked for, and has not come")
-
-    def _recv_file(self, record: bytes) -> None:
-        mode, size, name = self._checked(record, rb"([0-7]{3,7}) (\d{1,18}) ([^\n]*)\Z")
-        path = self._place(name)
-        self._doing = (self._shown(path), 0, size)
-        found = _lstat(path)
-        if found is not None and not stat.S_ISREG(found.st_mode):
-            raise ScpError(f"{os.fsdecode(path)!r} is here already, and is no file")
-        if self._left is not None:
-            self._left -= size
-            if self._left < 0:
-                raise ScpError(f"the host sends more than max_bytes={self._max_bytes}")
-        if found is not None and not self._keeps_times:
-            mode = found.st_mode & 0o777
-        self.channel.expect_content(size)
-        # scp takes spaces off the end of a name, so it gets the whole path as one to write to.
-        folder, self._recv_dir, self._rename = self._recv_dir, path, True
-        parent: Any = super()
-        parent._recv_file(b"%04o %d -" % (mode, size))
-        self._recv_dir = folder
-
-    def _recv_pushd(self, record: bytes) -> None:
-        mode, _, name = self._checked(record, rb"([0-7]{3,7}) (0) ([^\n]*)\Z")
-        if not self._recursive:
-            raise ScpError("the host sent a folder, and recursive is not set")
-        if self._depth_now >= MAX_FOLDER_DEPTH:
-            raise ScpError(f"the host sent more than {MAX_FOLDER_DEPTH} folders in each other")
-        path = self._place(name)
-        self._doing = (self._shown(path), 0, None)
-        found = _lstat(path)
-        if found is not None and not stat.S_ISDIR(found.st_mode):
-            raise ScpError(f"{os.fsdecode(path)!r} is here already, and is no folder")
-        here = stat.S_IMODE(found.st_mode) if found is not None else mode | 0o700
-        self._depth_now += 1
-        parent: Any = super()
-        parent._recv_pushd(b"%04o 0 %s" % (here, name))
-
-    def _recv_popd(self, *record: bytes) -> None:
-        if not self._depth_now or record != (b"",) or self._time_pending:
-            raise ScpError("the host ended a folder that it had not begun")
-        self._depth_now -= 1
-        parent: Any = super()
-        parent._recv_popd(*record)
-
-    def _set_time(self, record: bytes) -> None:
-        found = re.fullmatch(rb"(\d{1,12}) \d{1,9} (\d{1,12}) \d{1,9}", record)
-        if found is None or self._time_pending or int(max(found.groups(), key=int)) > MAX_SCP_TIME:
-            raise ScpError("the host sent a time that can't be")
-        self._time_pending = True
-        if self._keeps_times:
-            mtime, atime = map(int, found.groups())
-            self._utime = (atime, mtime)
-
-    def _place(self, name: bytes) -> Any:
-        return self._recv_dir if self._rename else os.path.join(self._recv_dir, name)
-
-    def _shown(self, path: Any) -> str:
-        """Return a path relative to the target of a ``get``."""
-        shown = os.path.relpath(os.fsdecode(path), self._target)
-        return os.path.basename(self._target) if shown == "." else shown
-
-    def _checked(self, record: bytes, pattern: bytes) -> tuple[int, int, bytes]:
-        """Check a record of the host; its permissions, size and name, fit to be used here."""
-        found = re.match(pattern, record)
-        if found is None:
-            raise ScpError(f"the host sent {record!r}, which is no record of scp")
-        mode, size, name = found.groups()
-        self._time_pending = False
-        unnamed = not self._depth_now and name in UNNAMED and b"." in self._wanted
-        if not unnamed and (name in UNNAMED or not _is_plain(name)):
-            raise ScpError(f"the host sent {name!r}, which is no plain name")
-        if not self._depth_now:
-            may_come = self._missing if self.sanitize is self._quote else self._wanted
-            fits = [w for w in may_come if _is_wanted(b"." if unnamed else name, w)]
-            if not fits:
-                raise ScpError(f"the host sent {name!r}, which was not asked for")
-            if fits[0] in self._missing:
-                self._missing.remove(fits[0])
-            if unnamed and not self._recursive:
-                raise ScpError("the host sent a folder's own name for a file")
-        umask = os.umask(0o077)
-        os.umask(umask)
-        bits = int(mode, 8) & 0o777 & (0o777 if self._keeps_times else ~umask)
-        return bits, int(size), b"." if unnamed else name
-
-    # --- sending ---
-
-    def put(
-        self, files: Any, remote_path: Any = b".", recursive: bool = False,
-        preserve_times: bool = False,
-    ) -> None:  # fmt: skip
-        """Send files, and with ``recursive`` folders, as ``scp.SCPClient.put`` does.
-
-        Symlinks within a folder are sent as the file that they lead to; those that lead out of
-        it are left out with a warning.
-        """
-        paths = [os.fsencode(path) for path in _path_list(files)]
-        folders = [path for path in paths if os.path.isdir(path)]
-        self._sends_files = True
-        with self._transfer("sent", paths[0]):
-            if folders and not recursive:
-                raise ScpError("it is a folder, and recursive is not set")
-            for path in paths:
-                os.stat(path)
-            self.scp_command = b"scp -p" if preserve_times else b"scp"
-            parent: Any = super()
-            parent.put(paths, _remote_path(remote_path), recursive, preserve_times)
-
-    def putfo(
-        self, fl: IO[Any], remote_path: Any, mode: Any = "0644", size: int | None = None
-    ) -> None:
-        """Send what a file-like object holds, as ``scp.SCPClient.putfo`` does."""
-        mode, remote = os.fsdecode(mode), _remote_path(remote_path)
-        if not re.fullmatch(r"[0-7]{3,4}", mode):
-            raise ValueError(f"mode must be octal digits, as '0644', not {printable(mode, 80)!r}")
-        if size is not None:
-            check_number("size", size, unit="bytes")
-        if not os.path.basename(remote):
-            raise ValueError(f"remote_path names no file: {printable(repr(remote_path), 200)}")
-        self._sends_files = False
-        with self._transfer("sent", os.path.basename(remote)):
-            parent: Any = super()
-            parent.putfo(fl, remote, mode, size)
-
-    def _send_recursive(self, files: Any) -> None:
-        parent: Any = super()
-        for base in files:
-            self._tree: bytes | None = os.path.realpath(base)
-            for folder, inner, _ in os.walk(base):
-                for name in inner:
-                    if os.path.islink(os.path.join(folder, name)):
-                        _may_be_sent(os.path.join(folder, name), b"\0")
-            parent._send_recursive([base])
-        self._tree = None
-
-    def _send_files(self, files: Any) -> None:
-        tree = getattr(self, "_tree", None)
-        parent: Any = super()
-        parent._send_files([f for f in files if tree is None or _may_be_sent(f, tree)])
-
-    def _send_file(self, fl: Any, name: Any, mode: Any, size: int) -> None:
-        self._doing = (os.fsdecode(name), 0, size)
-        parent: Any = super()
-        parent._send_file(ExactFile(fl, size, whole=self._sends_files), name, mode, size)
-
-
-class ExactFile:
-    """A file of which scp reads exactly the bytes that it announced."""
-
-    def __init__(self, file: Any, size: int, whole: bool) -> None:
-        self._file = file
-        self._size = size
-        self._whole = whole  # whether nothing may follow
-        self._done = 0
-
-    def tell(self) -> int:
-        return self._done
-
-    def read(self, most: int) -> bytes:
-        data = self._file.read(min(most, self._size - self._done))
-        if not data:
-            raise ScpError(f"it ended before {self._size} bytes: it was changed meanwhile")
-        self._done += len(data)
-        if self._done == self._size and self._whole and self._file.read(1):
-            raise ScpError(f"it grew beyond {self._size} bytes meanwhile")
-        return bytes(data)
-
-
-def _path_list(paths: Any) -> list[Any]:
-    found = [paths] if isinstance(paths, (str, bytes, PurePath)) else list(paths)
-    if not found:
-        raise ValueError("no path was given")
-    return found
-
-
-def _remote_path(path: Any) -> bytes:
-    """Return a path on the host as bytes that its scp takes for no option."""
-    if not isinstance(path, (str, bytes, PurePath)):
-        raise TypeError(f"a path must be str, bytes or a Path, not {short_repr(path)}")
-    raw = path.encode("utf-8", "surrogateescape") if isinstance(path, str) else bytes(path)
-    if b"\0" in raw or b"\n" in raw:
-        raise ValueError(f"remote_path must hold no NUL or line end: {printable(repr(path), 200)}")
-    raw = raw or b"."
-    return b"./" + raw if raw.startswith(b"-") else raw
-
-
-def _asked_name(path: bytes, quoted: bool) -> bytes:
-    """Return the name, or pattern, that a path that was asked for may come as."""
-    name = path.rstrip(b"/").rpartition(b"/")[2]
-    if name in UNNAMED:
-        return b"."
-    if name == path.rstrip(b"/") and name.startswith(b"~"):
-        return b"*"  # a home, whose name only the host knows
-    if not quoted and not re.fullmatch(rb"[\w@%+=:,./~*?\[\]!^\x80-\xff-]+", name):
-        raise ValueError(
-            f"remote_path: which names {printable(repr(path), 200)} stands for can't be told "
-            "here: of a shell's signs only * ? [ ] are known, in the last part"
-        )
-    return re.sub(rb"([*?\[])", rb"[\1]", name) if quoted else name
-
-
-def _is_wanted(name: bytes, wanted: bytes) -> bool:
-    hidden = name.startswith(b".") and not wanted.startswith(b".")
-    return not hidden and fnmatch.fnmatchcase(os.fsdecode(name), os.fsdecode(wanted))
-
-
-def _is_plain(name: bytes) -> bool:
-    """Whether a name is one part of a path, and fit to be shown."""
-    text = os.fsdecode(name)
-    bad = '/\0\\:*?"<>|' if os.name == "nt" else "/\0"
-    controls = any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text)
-    return len(name) <= 255 and not controls and not any(c in bad for c in text)
-
-
-def _lstat(path: Any) -> os.stat_result | None:
-    try:
-        return os.lstat(path)
-    except FileNotFoundError:
-        return None
-
-
-def _may_be_sent(path: bytes, tree: bytes) -> bool:
-    """Whether a path within a tree is a file, or leads to one in the same tree."""
-    real = os.path.realpath(path)
-    if os.path.isfile(real) and real.startswith(tree.rstrip(b"/") + b"/"):
-        return True
-    logger.warning("%s is not sent: no file within the folder", printable(os.fsdecode(path), 300))
-    return False
 
 
 # ==================================================================================================
@@ -12131,18 +11954,18 @@ def _may_be_sent(path: bytes, tree: bytes) -> bool:
 
 
 LOOPBACK = "127.0.0.1"
-FAR_SIDE = "localhost"  # as the server resolves it: what listens on IPv4 or IPv6 there
-FORWARD_CHUNK = 32768
-FORWARD_BACKLOG = 128
-FORWARD_OPENING = 10.0  # seconds for a server to connect to its own port
-FORWARD_PAUSE = 0.1  # seconds, where this machine can't take a connection
+REMOTE_HOST = "localhost"  # resolved by the host, so that IPv4 and IPv6 services are reached
+FORWARD_CHUNK = 32768  # bytes
+FORWARD_BACKLOG = 128  # connections that wait to be accepted
+FORWARD_POLL = 0.1  # seconds between two checks of whether the block has ended
+FORWARD_OPENING = 10.0  # seconds for a host to connect to its own port
 FORWARD_PATIENCE = 2.0  # seconds to close all channels
 FORWARD_LEAVING = 5.0  # seconds for all threads to end
-RESET = struct.pack("ii", 1, 0)  # close without a handshake: the other side gets an error
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
 
 
 def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
-    """Check what :class:`Forward` is given, before anything is sent."""
+    """Check the ports of :class:`Forward`, before anything is sent."""
     for name, port, lowest in (("remote_port", remote_port, 1), ("local_port", local_port, 0)):
         allowed = f"{name} must be a port from {lowest} to 65535"
         if isinstance(port, bool) or not isinstance(port, int):
@@ -12152,16 +11975,16 @@ def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
 
 
 class Forward:
-    """Forwards connections to a local port on to a port of a server; a ``with`` block.
+    """Forwards a local port to a port of a host, for the length of a ``with`` block.
 
-    Entering it gives the local port, which listens on 127.0.0.1 only. What connects there gets to
-    what listens on the server's own localhost; where nothing does, that one connection is reset.
-    Leaving the block ends the connections that are still open.
+    Entering it returns the local port, which listens on 127.0.0.1 only. Each connection to it is
+    carried to the port on the host's localhost; it is reset if nothing listens there. Leaving the
+    block ends the connections that are still open.
 
     Parameters:
-        ssh: a connection to the server.
-        remote_port: of the server, 1 to 65535.
-        local_port: of this machine; 0 takes a free one.
+        ssh: a connection to the host.
+        remote_port: the port on the host, 1 to 65535.
+        local_port: the port on this machine; 0 takes a free one.
         owns: close ``ssh`` at the end of the block.
     """
 
@@ -12179,9 +12002,8 @@ class Forward:
         self._owns = owns
         self._transport: Any = None
         self._listener: socket.socket | None = None
-        self._ends: tuple[socket.socket, socket.socket] | None = None
         self._acceptor: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._closing = threading.Event()
         self._links: set[_Link] = set()
 
     def __repr__(self) -> str:
@@ -12195,20 +12017,15 @@ class Forward:
             self._close()
             raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def _open(self) -> int:
         if self._acceptor is not None:
-            raise SSHError("a forward is entered only once: make another one")
+            raise SSHError("a Forward can be entered only once: make another one")
         self._transport = self._ssh.get_transport()
         if self._transport is None or not self._transport.is_active():
-            raise SSHError("the connection to the machine is closed")
+            raise SSHError("the connection to the machine is closed: open another one")
         try:
             self._listener = socket.create_server(
                 (LOOPBACK, self._local_port), backlog=FORWARD_BACKLOG
@@ -12217,83 +12034,55 @@ class Forward:
             raise OSError(
                 error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
             ) from error
-        self._listener.setblocking(False)
+        self._listener.settimeout(FORWARD_POLL)
         self._local_port = self._listener.getsockname()[1]
-        self._ends = socket.socketpair()
-        self._acceptor = threading.Thread(
-            target=self._accept_all,
-            args=(self._listener, self._ends[0]),
-            name=f"clore-forward-{self._local_port}",
-            daemon=True,
+        self._acceptor = start_thread(
+            f"forward-{self._local_port}", self._accept_all, self._listener
         )
-        self._acceptor.start()
-        logger.debug("port %d leads to port %d", self._local_port, self._remote_port)
+        logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
         return self._local_port
 
     def _close(self) -> None:
-        if self._acceptor is not None and self._ends is not None:
-            self._ends[1].close()  # which wakes the acceptor
+        self._closing.set()
+        if self._acceptor is not None:
             self._acceptor.join()
-        for sock in (self._listener, *(self._ends or ())):
-            if sock is not None:
-                sock.close()
-        self._listener = self._ends = None
-        with self._lock:
-            links = list(self._links)
-        self._end_links(links)
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        links = list(self._links)
+        for link in links:
+            link.close_socket()
+        if links:
+            # Closing a channel hangs if the host accepts no data; no thread would end.
+            with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
+                for link in links:
+                    link.close_channel()
         if self._owns:
             self._ssh.close()
         deadline = time.monotonic() + FORWARD_LEAVING
         for link in links:
             link.join(max(0.0, deadline - time.monotonic()))
 
-    def _end_links(self, links: list[_Link]) -> None:
-        for link in links:
-            link.stop()
-
-        if links:
-            # Where nothing is taken any more, no channel can be closed, and no thread would end.
-            with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
-                for link in links:
-                    link.hang_up()
-
-    def _accept_all(self, listener: socket.socket, wake: socket.socket) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(listener, selectors.EVENT_READ)
-            selector.register(wake, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select()]
-                if wake in ready:
-                    return
-                try:
-                    sock, peer = listener.accept()
-                except BlockingIOError:
-                    continue  # whoever it was has gone
-                except OSError as error:
-                    # Out of file descriptors, most likely: it stays in the queue.
-                    logger.warning("port %d takes no connection: %s", self._local_port, error)
-                    time.sleep(FORWARD_PAUSE)
-                    continue
-                self._link(sock, peer)
-
-    def _link(self, sock: socket.socket, peer: tuple[str, int]) -> None:
-        link = _Link(self._transport, self._remote_port, sock, peer, self._forget)
-        with self._lock:
-            self._links.add(link)
-        try:
-            link.start()
-        except RuntimeError as error:  # no more threads
-            logger.warning("port %d dropped a connection: %s", self._local_port, error)
-            self._forget(link)
-            sock.close()
-
-    def _forget(self, link: _Link) -> None:
-        with self._lock:
-            self._links.discard(link)
+    def _accept_all(self, listener: socket.socket) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, peer = listener.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:  # too many open files, most likely
+                logger.warning("port %d can't accept a connection: %s", self._local_port, error)
+                self._closing.wait(FORWARD_POLL)
+                continue
+            link = _Link(self._transport, self._remote_port, sock, peer, self._links)
+            try:
+                link.start()
+            except RuntimeError as error:  # too many threads
+                logger.warning("port %d dropped a connection: %s", self._local_port, error)
+                link.finish()
 
 
 class _Link:
-    """One connection, and the channel that carries it on; a thread for each direction."""
+    """One forwarded connection: a local socket, a channel, and a thread for each direction."""
 
     def __init__(
         self,
@@ -12301,108 +12090,102 @@ class _Link:
         remote_port: int,
         sock: socket.socket,
         peer: tuple[str, int],
-        forget: Callable[[_Link], None],
+        links: set[_Link],
     ) -> None:
         self._transport = transport
         self._remote_port = remote_port
         self._sock = sock
         self._peer = peer
-        self._forget = forget
+        self._links = links
         self._channel: Any = None
-        self._stopped = False
-        self._whole = False  # whether all that the server sent was passed on
-        self._thread = threading.Thread(target=self._run, name="clore-forwarded", daemon=True)
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._complete = False  # all data from the host was passed on
 
     def start(self) -> None:
-        self._thread.start()
+        """Begin to copy data in both directions, in new threads."""
+        self._links.add(self)
+        self._thread = start_thread("forwarded", self._run)
 
     def join(self, seconds: float) -> None:
-        self._thread.join(seconds)
+        """Wait until both threads have ended, at most so many seconds."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
-    def stop(self) -> None:
-        """Wake the thread that waits for the local side."""
-        self._stopped = True
+    def close_socket(self) -> None:
+        """End the local side, which ends the thread that reads from it."""
+        self._closing = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    def hang_up(self) -> None:
-        """Wake the thread that waits for the server."""
-        channel = self._channel
-        if channel is not None:
+    def close_channel(self) -> None:
+        """End the host's side, which ends the thread that reads from it."""
+        if self._channel is not None:
             with contextlib.suppress(*connection_errors()):
-                channel.close()
+                self._channel.close()
+
+    def finish(self) -> None:
+        """Close both sides, with a reset if data is missing, so that nobody takes it for whole."""
+        if not self._complete:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self._sock.close()
+        self.close_channel()
+        self._links.discard(self)
 
     def _run(self) -> None:
         try:
-            self._sock.setblocking(True)
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._connect():
-                outward = threading.Thread(
-                    target=self._outward, name="clore-forwarded-out", daemon=True
-                )
-                outward.start()
-                self._inward()
-                outward.join()
+            if self._open_channel():
+                sender = start_thread("forwarded-out", self._send)
+                self._receive()
+                sender.join()
         except (OSError, RuntimeError) as error:
             logger.debug("a forwarded connection ended: %s", error)
         finally:
-            self._finish()
-            self._forget(self)
+            self.finish()
 
-    def _connect(self) -> bool:
+    def _open_channel(self) -> bool:
         try:
             self._channel = self._transport.open_channel(
-                "direct-tcpip", (FAR_SIDE, self._remote_port), self._peer, timeout=FORWARD_OPENING
-            )
+                "direct-tcpip", (REMOTE_HOST, self._remote_port), self._peer,
+                timeout=FORWARD_OPENING,
+            )  # fmt: skip
         except connection_errors() as error:
-            if not self._stopped:
+            if not self._closing:
                 logger.warning(
-                    "port %d of the machine took no connection: %s",
+                    "port %d of the machine accepted no connection: %s",
                     self._remote_port,
                     reason(error),
                 )
             return False
-        return not self._stopped
+        return not self._closing
 
-    def _inward(self) -> None:
-        """From the server to this machine."""
-        channel, sock = self._channel, self._sock
+    def _receive(self) -> None:
+        """Copy from the host to the local socket."""
         try:
-            while data := channel.recv(FORWARD_CHUNK):
-                sock.sendall(data)
-            if channel.eof_received:
-                self._whole = True
-                sock.shutdown(socket.SHUT_WR)
+            while data := self._channel.recv(FORWARD_CHUNK):
+                self._sock.sendall(data)
+            if self._channel.eof_received:
+                self._complete = True
+                self._sock.shutdown(socket.SHUT_WR)
                 return
         except connection_errors() as error:
             logger.debug("a forwarded connection ended: %s", error)
-        # Nobody is there to listen: the other direction ends as well.
+        # Nothing more can be delivered: end the other direction as well.
         with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RD)
-        with contextlib.suppress(*connection_errors()):
-            channel.close()
+            self._sock.shutdown(socket.SHUT_RD)
+        self.close_channel()
 
-    def _outward(self) -> None:
-        """From this machine to the server."""
-        channel = self._channel
+    def _send(self) -> None:
+        """Copy from the local socket to the host."""
         try:
             while data := self._sock.recv(FORWARD_CHUNK):
-                channel.sendall(data)
-            channel.shutdown_write()
+                self._channel.sendall(data)
+            self._channel.shutdown_write()
         except connection_errors() as error:
             logger.debug("a forwarded connection ended: %s", error)
-            with contextlib.suppress(*connection_errors()):
-                channel.close()
-
-    def _finish(self) -> None:
-        if not self._whole:
-            # What was cut off must not look like something that is complete.
-            with contextlib.suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        self._sock.close()
-        if self._channel is not None:
-            with contextlib.suppress(*connection_errors()):
-                self._channel.close()
+            self.close_channel()
 
 
 # ==================================================================================================
@@ -12420,7 +12203,7 @@ Progress = Callable[[str, int, int], object]
 class CloreClient(HTTPClient):
     """A client for the Clore.ai GPU marketplace.
 
-    Records come in the documented form, whatever form the API sends: prices in USD per hour,
+    Records always have the documented form, for each form of the API: prices in USD per hour,
     reliability from 0 to 100, an ``order_id`` and a ``status`` for each order.
 
     Requests with the same key are at least ``rate_limit`` seconds apart, across all threads and
@@ -12489,22 +12272,15 @@ class CloreClient(HTTPClient):
     ) -> None:
         api_key = Secret.of(api_key)  # error reporters show local variables
         super().__init__(
-            api_key,
-            timeout,
-            rate_limit,
-            max_retries,
-            base_url=base_url,
-            create_order_interval=create_order_interval,
-            backoff=backoff,
-            max_backoff=max_backoff,
-            user_agent=user_agent,
-            max_response_mb=max_response_mb,
+            api_key, timeout, rate_limit, max_retries, base_url=base_url,
+            create_order_interval=create_order_interval, backoff=backoff, max_backoff=max_backoff,
+            user_agent=user_agent, max_response_mb=max_response_mb,
+        )  # fmt: skip
+        self.max_usd_per_hour = check_optional_number(
+            "max_usd_per_hour", max_usd_per_hour, unit="USD per hour"
         )
-        if max_usd_per_hour is not None:
-            check_number("max_usd_per_hour", max_usd_per_hour, unit="USD per hour")
         if max_active_orders is not None:
             check_count("max_active_orders", max_active_orders)
-        self.max_usd_per_hour = max_usd_per_hour
         self.max_active_orders = max_active_orders
         self.order_lag = check_interval("order_lag", order_lag)
         self._state_dir = check_state_dir("state_dir", state_dir)
@@ -12545,7 +12321,7 @@ class CloreClient(HTTPClient):
         """
         if "api_key" in options:
             raise TypeError("from_env() takes no api_key: pass it to the class itself")
-        need_key()
+        require_key()
         return cls(**options)
 
     def describe(self) -> str:
@@ -12568,7 +12344,7 @@ class CloreClient(HTTPClient):
             key_line = f"no key {where}"
         else:
             source = source if key == found else "attribute"
-            key_line = f"a key that ends in {ending_of(key)!r}, from {source}"
+            key_line = f"a key that ends in {key_ending(key)!r}, from {source}"
         url_found, url_source = self._url_source
         if url != url_found:
             own = "BASE_URL" in self.__dict__
@@ -12663,8 +12439,7 @@ class CloreClient(HTTPClient):
         """
         if gpu_type is not None:
             check_string("gpu_type", gpu_type)
-        if max_price_usd is not None:
-            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
+        check_optional_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
         check_number("min_reliability", min_reliability, maximum=100.0)
         if 0 < min_reliability <= 1:
             logger.warning(
@@ -12795,7 +12570,7 @@ class CloreClient(HTTPClient):
             (1958009, 'q1nE0rNN7mBdmKyUHyKzXgLa')
         """
         ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
-        env = hidden_values(env)
+        env = secret_values(env)
         purchase = Purchase(
             self._orders,
             server_id=server_id,
@@ -12853,8 +12628,7 @@ class CloreClient(HTTPClient):
         wanted = check_id("order_id", order_id)
         check_bool("confirm", confirm)
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
-        if settle_timeout is not None:
-            check_number("settle_timeout", settle_timeout, unit="seconds")
+        check_optional_number("settle_timeout", settle_timeout, unit="seconds")
         if issue is not None:
             check_string("issue", issue)
         cancellation = limited(
@@ -12886,7 +12660,7 @@ class CloreClient(HTTPClient):
         return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
 
     def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
-        """Cancel several orders, with one API call for every 64 of them.
+        """Cancel several orders, with one API call for each 64 orders.
 
         Parameters:
             order_ids: the numbers of the orders; if empty, nothing is sent.
@@ -12917,7 +12691,7 @@ class CloreClient(HTTPClient):
 
         Parameters:
             order_id: the number of the order.
-            timeout: seconds; ``float("inf")`` waits forever.
+            timeout: seconds to wait; ``float("inf")`` waits forever.
             poll_interval: seconds between two polls.
             target_status: ``"running"``, ``"creating"``, ``"cancelled"`` or ``"expired"``; the
                 last two count as the same.
@@ -12975,9 +12749,9 @@ class CloreClient(HTTPClient):
         """Rent a server for the length of a ``with`` block, and cancel the order at its end.
 
         The client orders the cheapest server that fits, and waits until it runs. It tries the next
-        server if one was just rented by somebody else, is offline, does not accept the currency or
-        is refused with code 1. It also tries the next one if an order costs more than the limit or
-        does not run in time; it first confirms that this order has ended.
+        server if one has just been rented, is offline, does not accept the currency, or is refused
+        with code 1. It also tries the next one if an order costs more than the limit or does not
+        run in time; it first confirms that this order has ended.
 
         The order is cancelled, and its end confirmed, when the block ends in any way: also by
         Ctrl-C, SIGTERM, SIGHUP or the exit of the interpreter. A second Ctrl-C skips the
@@ -12985,7 +12759,7 @@ class CloreClient(HTTPClient):
         :meth:`leftovers` finds the orders that still run.
 
         A worker thread orders, cancels and confirms, because signals do not interrupt it. After
-        code 1, an order may exist all the same: the worker looks for it, and cancels it.
+        code 1, an order may still exist: the worker looks for it, and cancels it.
 
         The worker also checks ``max_hours`` and ``max_cost_usd``: it cancels the order and closes
         the rental's SSH connections. It does not interrupt other code in the block, and it can do
@@ -13024,29 +12798,18 @@ class CloreClient(HTTPClient):
             ...     print(rental.run("nvidia-smi -L").stdout)
         """
         ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
-        env = hidden_values(env)
+        env = secret_values(env)
+        order = {
+            "image": image, "currency": currency, "ports": ports, "env": env,
+            "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
+        }  # fmt: skip
         settings = RentalSettings(
-            gpu_type=gpu_type,
-            max_price_usd=max_price_usd,
-            min_reliability=min_reliability,
-            use_spot=use_spot,
-            server_id=server_id,
-            image=image,
-            currency=currency,
-            ports=ports,
-            env=env,
-            ssh_password=ssh_password,
-            ssh_key=ssh_key,
-            spot_price=spot_price,
-            jupyter_token=jupyter_token,
-            attempts=attempts,
-            deploy_timeout=deploy_timeout,
-            poll_interval=poll_interval,
-            find_timeout=find_timeout,
-            cancel_timeout=cancel_timeout,
-            max_hours=max_hours,
+            gpu_type=gpu_type, max_price_usd=max_price_usd, min_reliability=min_reliability,
+            use_spot=use_spot, server_id=server_id, order=order, spot_price=spot_price,
+            attempts=attempts, deploy_timeout=deploy_timeout, poll_interval=poll_interval,
+            find_timeout=find_timeout, cancel_timeout=cancel_timeout, max_hours=max_hours,
             max_cost_usd=max_cost_usd,
-        )
+        )  # fmt: skip
         return Rental(self, self._orders, settings, state_folder(self._state_dir))
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
@@ -13200,31 +12963,31 @@ class CloreClient(HTTPClient):
     ) -> paramiko.SSHClient:
         """Log in to the machine of a running order. Needs paramiko.
 
-        A password wins over ``key_path``. With neither: the password that stands in the order, or
-        that this client sent with it; else the SSH agent and the user's default keys. The agent
-        is never forwarded, nor is X11.
+        A password takes precedence over ``key_path``. Without both, the client uses the password
+        in the order, or the one that it sent with the order; else the SSH agent and the user's
+        default keys. It never forwards the agent or X11.
 
         Parameters:
             order: a running order, as :meth:`wait_for_order` returns it.
-            password: of the user in ``connection.ssh``.
-            key_path: file of a private key: Ed25519, ECDSA or RSA.
-            passphrase: of that key, where it is encrypted.
-            wait: seconds that the machine's sshd may take to come up.
-            timeout: seconds for each attempt to log in.
-            host_key: ``"pin"`` keeps the key that the machine shows at the first login to this
-                order, in the state folder too where that is in use, and insists on it from then
-                on; a fingerprint (``"SHA256:..."``) insists on that one, and pins it;
-                ``"accept"`` takes whatever is shown.
-            use_ssh_config: take ``ProxyJump`` and ``IdentityFile`` for the host from
+            password: the password of the user in ``connection.ssh``.
+            key_path: the file of a private key: Ed25519, ECDSA or RSA.
+            passphrase: the passphrase of that key, if it is encrypted.
+            wait: seconds to wait until the machine's sshd responds.
+            timeout: seconds for each login attempt.
+            host_key: ``"pin"`` accepts any host key at the first login to this order, and only the
+                same key later; ``state_dir`` keeps it for other processes. A fingerprint
+                (``"SHA256:..."``) accepts and pins only that key. ``"accept"`` accepts any key.
+            use_ssh_config: use ``ProxyJump`` and ``IdentityFile`` for the host from
                 ``~/.ssh/config``. A jump host must be in ``~/.ssh/known_hosts``.
 
         Returns:
             A connected ``paramiko.SSHClient``, which the caller closes.
 
         Raises:
-            SSHError: there is no address yet, nothing answered in time, or the login was refused.
-            HostKeyChangedError: another key than before for this order; nothing was sent.
-            ValueError: ``key_path`` or ``passphrase`` can't be used, among others.
+            SSHError: the order has no address yet, no host responded in time, or the host refused
+                the login.
+            HostKeyChangedError: the host key has changed; no login was sent.
+            ValueError: an argument is not valid, such as a ``key_path`` that can't be read.
             ImportError: paramiko is not installed.
 
         Example:
@@ -13255,7 +13018,7 @@ class CloreClient(HTTPClient):
         host_key: str = "pin",
         use_ssh_config: bool = False,
     ) -> None:
-        """Wait until a login works. Parameters and errors are those of :meth:`connect_ssh`.
+        """Wait until a login works. Takes the arguments of :meth:`connect_ssh`.
 
         Example:
             >>> client.wait_for_ssh(order, wait=600)
@@ -13276,7 +13039,7 @@ class CloreClient(HTTPClient):
         """Forget the pinned host key of an order, so that the next login accepts a new one.
 
         Parameters:
-            order: an order with a container that was restarted, which can change the host key.
+            order: the order, for example after its container was restarted.
 
         Returns:
             True if a key was pinned.
@@ -13300,7 +13063,7 @@ class CloreClient(HTTPClient):
             The command, on one line.
 
         Raises:
-            SSHError: the order has no address yet, or it is not a plain name or address.
+            SSHError: the order has no address yet, or one that is not a plain name or address.
 
         Example:
             >>> print(client.ssh_command(order))
@@ -13329,7 +13092,7 @@ class CloreClient(HTTPClient):
             The lines of the entry.
 
         Raises:
-            SSHError: the order has no address yet, or it is not a plain name or address.
+            SSHError: the order has no address yet, or one that is not a plain name or address.
 
         Example:
             >>> print(client.ssh_config(order), file=open("gpu.conf", "w"))
@@ -13354,30 +13117,29 @@ class CloreClient(HTTPClient):
 
         Parameters:
             order: a running order.
-            command: for the shell of the machine; a list of arguments is quoted.
-            check: raise for another exit code than 0.
-            timeout: seconds after the login, when the command is ended; None waits for ever. An
-                attempt to log in gets no longer, either. Ctrl-C ends the command, too.
-            input: what it reads from its standard input.
+            command: a command for the machine's shell; a list of arguments is quoted.
+            check: raise an error if the exit code is not 0.
+            timeout: seconds after the login; the command is then stopped. None waits forever. It
+                also limits each login attempt. Ctrl-C stops the command too.
+            input: the standard input of the command.
             env: environment variables.
-            on_output: called with each line as it comes, without its line end; the line's
+            on_output: called with each line when it arrives, without its line end; the line's
                 ``stream`` is ``"stdout"`` or ``"stderr"``.
-            max_output: bytes of output that are kept; what comes after goes to ``on_output`` only,
-                and is counted in the result's ``dropped``.
+            max_output: bytes of output to keep. Any more output only goes to ``on_output``, and is
+                counted in the result's ``dropped``.
             ssh: a connection to use, as :meth:`connect_ssh` returns it; it stays open.
             **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``,
-                ``use_ssh_config``, as for
-                :meth:`connect_ssh`.
+                ``use_ssh_config``, as for :meth:`connect_ssh`.
 
         Returns:
-            A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text;
-            bytes that are no UTF-8 are replaced), ``duration`` in seconds, and ``dropped``.
+            A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text, in
+            which bytes that are not UTF-8 are replaced), ``duration`` in seconds, and ``dropped``.
 
         Raises:
-            CommandError: the exit code was not 0; ``result`` has it all.
-            CommandTimeoutError: it did not end in time, and was ended.
-            SSHError: the login failed; the machine did not run the command, as with a command of
-                its own (ForceCommand); or the connection broke, and the command may still run.
+            CommandError: the exit code was not 0; ``result`` has the output.
+            CommandTimeoutError: the command did not end in time, and was stopped.
+            SSHError: the login failed; the machine did not run the command, because its sshd has a
+                ForceCommand; or the connection broke, and the command may still run.
 
         Example:
             >>> print(client.run(order, "nvidia-smi -L").stdout)
@@ -13401,16 +13163,16 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Forward:
-        """Forward a local port, on loopback only, to a port of an order's machine.
+        """Forward a local port, on loopback only, to a port of the machine of an order.
 
         Parameters:
             order: a running order.
-            remote_port: the port on the order's machine.
-            local_port: the port on this machine; 0 takes a free one.
+            remote_port: the port on the machine of the order.
+            local_port: the port on this machine; 0 chooses a free one.
             ssh, **login: as for :meth:`run`.
 
         Returns:
-            A context manager that gives the local port and forwards it until the block ends.
+            A context manager that returns the local port, and forwards it until the block ends.
 
         Example:
             >>> with client.forward(order, 8888) as port:
@@ -13440,31 +13202,32 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> TransferResult:
-        """Copy a file or a whole directory to the machine of an order. Needs paramiko.
+        """Copy a file or a directory to the machine of an order. Needs paramiko.
 
-        As with ``cp -r``, what is copied to a directory that exists is put into it. It is sent
-        under a temporary name, and renamed when it is complete. Sizes are compared always, and
-        SHA-256 where ``verify`` says so, the transfer was resumed, or a file went in several
-        pieces. A host without a usual shell gets it over SFTP, which is slower. A new file has
-        the permissions of the local one, less the host's umask; one that is replaced keeps its
-        own. A ``remote`` that is a symlink is an error, unless ``symlinks="follow"``.
+        As with ``cp -r``, a copy to an existing directory goes into that directory. Each file gets
+        a temporary name, and is renamed when it is complete. The client always compares sizes. It
+        also compares SHA-256 with ``verify``, after a resumed transfer, and for a file that was
+        sent in several pieces. On a host without a POSIX shell, it uses SFTP, which is slower. A
+        new file gets the permissions of the local one, minus the host's umask; a replaced file
+        keeps its own. A ``remote`` that is a symlink is an error, unless ``symlinks="follow"``.
 
         Parameters:
             order: a running order.
-            local: a file or directory here.
-            remote: a path there; a relative one and ``~`` count from the home directory.
+            local: a file or directory on this machine.
+            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+                directory.
             preserve: keep permissions and times.
-            verify: compare SHA-256 of every file.
-            resume: keep what was transferred before an error, and continue there. A source whose
-                size or time has changed starts over.
-            symlinks: of those within a directory that lead to something in it: ``"skip"`` leaves
-                them out, ``"copy"`` makes the same symlinks there, ``"follow"`` sends what they
-                lead to. All others are left out; ``skipped`` names them.
-            streams: connections at once, 1 to 16; None chooses by the size.
+            verify: compare the SHA-256 of every file.
+            resume: continue an earlier transfer that failed. If the size or time of the source has
+                changed, start over.
+            symlinks: for symlinks in a directory that point into the same directory: ``"skip"``
+                leaves them out, ``"copy"`` creates the same symlinks, ``"follow"`` copies their
+                targets. All other symlinks are left out; ``skipped`` names them.
+            streams: the number of connections, 1 to 16; None chooses it by the size.
             progress: called as ``progress(name, done, total)``, in bytes, in this thread; control
                 characters in the name are escaped.
-            timeout: seconds for each attempt to log in, and without anything sent or received.
-            deadline: seconds for all of it, the login included; None for no limit.
+            timeout: seconds for each login attempt, and the longest time without any progress.
+            deadline: seconds for the whole call with its login; None for no limit.
             ssh, **login: as for :meth:`run`.
 
         Returns:
@@ -13472,10 +13235,10 @@ class CloreClient(HTTPClient):
             seconds, and ``skipped``.
 
         Raises:
-            TransferError: it did not arrive whole: a full disk, a lost connection; ``name``,
-                ``done`` and ``total`` tell how far it came.
+            TransferError: a file was not copied completely, because of a full disk or a lost
+                connection; it has ``name``, ``done`` and ``total``.
             SSHError: the login failed.
-            FileNotFoundError: there is nothing at ``local``.
+            FileNotFoundError: ``local`` does not exist.
 
         Example:
             >>> client.upload(order, "train.py", "~/work/")
@@ -13505,17 +13268,18 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> TransferResult:
-        """Copy a file or a whole directory from the machine of an order. Needs paramiko.
+        """Copy a file or a directory from the machine of an order. Needs paramiko.
 
-        The other way round as :meth:`upload`, and on the same terms. Nothing that the machine
-        says makes this write outside of ``local``. A file that grows meanwhile, as a log, arrives
-        as it was at the start; any other change is an error.
+        It works like :meth:`upload` in the other direction. A hostile machine can't make it write
+        outside of ``local``. If a file grows during the copy, as a log does, the copy has its
+        content from the start; any other change is an error.
 
         Parameters:
             order: a running order.
-            remote: a path there; a relative one and ``~`` count from the home directory.
-            local: a path here.
-            max_bytes: refuse what is larger.
+            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+                directory.
+            local: a path on this machine.
+            max_bytes: refuse to copy more bytes than this.
             preserve, verify, resume, symlinks, streams, progress, timeout, deadline, ssh,
                 **login: as for :meth:`upload`.
 
@@ -13523,8 +13287,8 @@ class CloreClient(HTTPClient):
             A :class:`TransferResult`.
 
         Raises:
-            TransferError: it did not arrive whole, is larger than ``max_bytes``, or the machine
-                sent what can't be right.
+            TransferError: a file was not copied completely, is larger than ``max_bytes``, or the
+                machine sent invalid data.
             SSHError: the login failed.
 
         Example:
@@ -13549,11 +13313,11 @@ class CloreClient(HTTPClient):
         timeout: float = 30.0,
         **login: Any,
     ) -> Any:
-        """Return a client of the package scp, guarded against hostile hosts.
+        """Return an ``scp.SCPClient`` that is protected against hostile hosts.
 
         Parameters:
             order: a running order.
-            max_bytes: the most bytes that one ``get()`` may receive.
+            max_bytes: the largest number of bytes that one ``get()`` may receive.
             progress: as for ``scp.SCPClient``.
             timeout: seconds for each step of the login, and the longest time without progress.
             **login: as for :meth:`run`.

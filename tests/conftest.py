@@ -1,4 +1,4 @@
-"""What the tests share: fast simulators, clients for them, and an environment without settings."""
+"""Fixtures: fast simulators, clients for them, and an environment without settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clore_client import CloreClient
 from tests.sshd import Sshd, running_sshd
 from tests.variant import ONE_FILE, Simulator
 
-# What uses modules of the package; all other tests run against the one file as well.
+# These tests use modules of the package; all others also run against the one file.
 INTERNAL = [
     "api/test_connection.py",
     "api/test_file_limit.py",
@@ -44,8 +44,8 @@ INTERNAL = [
 TESTS = Path(__file__).parent
 
 FORMS = ("live", "documented")
-# The simulator's limits are under the client's, as 1.0 s is under 1.1 s - and by more than that,
-# since milliseconds get lost on a busy machine; the benchmarks look closely.
+# The simulator's limits are below the client's, as 1.0 s is below 1.1 s. The difference is larger
+# here, because a busy machine is not precise.
 RATE_LIMIT = 0.02
 FAST: dict[str, Any] = {
     "servers": 60,
@@ -61,14 +61,14 @@ MakeSim = Callable[..., Simulator]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Whatever started the tests may ignore these, as nohup does; their children would, too.
+    # The parent process, such as nohup, may ignore these signals, and children inherit that.
     for number, handler in (
         (signal.SIGINT, signal.default_int_handler),
         (signal.SIGHUP, signal.SIG_DFL),
     ):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
-    # Fixtures of a module are made before a test has its own home.
+    # Fixtures of a module run before a test gets its own home directory.
     folder = tempfile.mkdtemp(prefix="clore-tests-")
     os.environ["XDG_STATE_HOME"] = folder
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -85,7 +85,7 @@ class _Empty(pytest.Module):
 def pytest_pycollect_makemodule(
     module_path: Path, parent: pytest.Collector
 ) -> pytest.Module | None:
-    # Not collect_ignore, which does not hold for a file that is named on the command line.
+    # collect_ignore does not apply to a file that is named on the command line.
     if ONE_FILE and module_path.relative_to(TESTS).as_posix() in INTERNAL:
         empty: pytest.Module = _Empty.from_parent(parent, path=module_path)
         return empty
@@ -101,7 +101,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No key, URL, proxy or settings file of whoever runs the tests."""
+    """Remove the key, URL, proxy and settings file of the user who runs the tests."""
     for name in ("CLORE_API_KEY", "CLORE_BASE_URL", "CLORE_RATE_LIMITER"):
         monkeypatch.delenv(name, raising=False)
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
@@ -132,12 +132,12 @@ def sim(make_sim: MakeSim) -> Simulator:
 
 @pytest.fixture(params=FORMS)
 def any_sim(request: pytest.FixtureRequest, make_sim: MakeSim) -> Simulator:
-    """A simulator in each of the two wire forms."""
+    """Return a simulator in each of the two forms."""
     return make_sim(form=request.param)
 
 
 def client_for(sim: Simulator, **options: Any) -> CloreClient:
-    """A client with limits that suit a fast simulator."""
+    """Return a client with limits for a fast simulator."""
     defaults: dict[str, Any] = {
         "api_key": sim.api_key,
         "base_url": sim.url,
@@ -164,7 +164,7 @@ def any_client(any_sim: Simulator) -> Iterator[CloreClient]:
 
 
 def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    """Wait until something is true, and return it."""
+    """Wait until a condition is true, and return its value."""
     deadline = time.monotonic() + seconds
     while not (got := condition()):
         assert time.monotonic() < deadline, "it never came"
@@ -173,20 +173,20 @@ def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
 
 
 def sent_to(sim: Simulator, endpoint: str) -> list[Any]:
-    """The requests that arrived at an endpoint."""
+    """Return the requests that arrived at an endpoint."""
     return [call for call in sim.requests if call.endpoint == endpoint]
 
 
 @pytest.fixture(scope="session")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    """A real OpenSSH server, one for all tests."""
+    """Return a real OpenSSH server, one for all tests."""
     with running_sshd(tmp_path_factory.mktemp("sshd")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def openssh(sshd: Sshd) -> Iterator[paramiko.SSHClient]:
-    # Not by connect_ssh(), which remembers keys: this fixture comes before each test's own home.
+    # connect_ssh() would pin keys in the home directory, which a test gets after this fixture.
     with paramiko.SSHClient() as ssh:
         ssh.set_missing_host_key_policy(paramiko.AutoAddPolicy())
         ssh.connect("127.0.0.1", sshd.port, sshd.user, key_filename=str(sshd.key))
@@ -205,6 +205,6 @@ def simulated(make_sim: MakeSim) -> Iterator[paramiko.SSHClient]:
 
 @pytest.fixture(params=["openssh", "simulated"])
 def ssh(request: pytest.FixtureRequest) -> paramiko.SSHClient:
-    """A connection to each kind of host."""
+    """Return a connection to each kind of host."""
     connection: paramiko.SSHClient = request.getfixturevalue(request.param)
     return connection

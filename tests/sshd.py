@@ -104,8 +104,9 @@ def running_sshd(
 class Dropbear:
     """A running dropbear that takes one key, of a user with root's number; needs root."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, command: str = "") -> None:
         self.folder = folder
+        self.command = command  # runs in place of each command
         self.port = free_port()
         self.user = f"clore{os.urandom(3).hex()}"
         self.key = folder / "home" / "id_ed25519"
@@ -130,7 +131,8 @@ class Dropbear:
             address = f"127.0.0.1:{self.port}"
             self._process = subprocess.Popen(
                 ["dropbear", "-F", "-E", "-r", host_key, "-p", address,
-                 "-P", self.folder / "pid"], stderr=log,
+                 "-P", self.folder / "pid", *(["-c", self.command] if self.command else [])],
+                stderr=log,
             )  # fmt: skip
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Arguments that can't be right: an error that names them, before anything is sent."""
+"""Invalid arguments: an error names them before anything is sent."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from clore_client import CloreClient, CloreError
 from tests.conftest import FAST, FORMS
 from tests.variant import Simulator
 
-HUGE = 10**5000  # str() of it is a ValueError of Python's own
-TOO_LONG = "x" * 5000  # longer than a path may be, and than a name in it
+HUGE = 10**5000  # str() of it raises a ValueError
+TOO_LONG = "x" * 5000  # longer than a path and a name in it may be
 ORDER = {"order_id": 5, "connection": {"ssh": "ssh root@127.0.0.1 -p 9", "http_ports": {}}}
 
 
 def by_type(value: object) -> str:
-    """Return the name of a parameter, also of one whose str() fails."""
+    """Return the name of a parameter, even if its str() fails."""
     return type(value).__name__
 
 
 @pytest.fixture(scope="module", params=FORMS)
 def bad_sim(request: pytest.FixtureRequest) -> Iterator[Simulator]:
-    """One simulator in each form for all tests: hardly anything is sent to it."""
+    """Return one simulator in each form, for all tests of this file."""
     with Simulator(**FAST, form=request.param) as simulator:
         yield simulator
 
@@ -49,7 +49,7 @@ CALLS: dict[str, Callable[[CloreClient], object]] = {
 
 
 def refused(sim: Simulator, call: Callable[[], object], name: str) -> str:
-    """Return the text of the error; nothing may have been sent."""
+    """Return the text of the error, and check that nothing was sent."""
     with pytest.raises((TypeError, ValueError), match=name) as caught:
         call()
     assert sim.requests == []
@@ -60,7 +60,7 @@ def refused(sim: Simulator, call: Callable[[], object], name: str) -> str:
 
 
 @pytest.mark.parametrize("url", [5, None, b"http://x", ["http://x"], HUGE, {}], ids=by_type)
-def test_a_base_url_that_is_no_string(
+def test_a_base_url_that_is_not_a_string(
     any_sim: Simulator, any_client: CloreClient, url: Any
 ) -> None:
     any_client.BASE_URL = url
@@ -69,7 +69,7 @@ def test_a_base_url_that_is_no_string(
         assert type(url).__name__ in text
 
 
-def test_a_base_url_of_a_subclass_that_is_no_string(sim: Simulator) -> None:
+def test_a_base_url_of_a_subclass_that_is_not_a_string(sim: Simulator) -> None:
     class Mine(CloreClient):
         BASE_URL = 5  # type: ignore[assignment]
 
@@ -93,7 +93,7 @@ def test_headers_that_can_not_be_sent(
     client = any_client
     refused(any_sim, lambda: setattr(client, "headers", headers), "headers")
     assert client.headers == {"auth": any_sim.api_key}
-    client.headers.update(headers)  # not seen by the setter
+    client.headers.update(headers)  # the setter is not called
     for call in CALLS.values():
         refused(any_sim, lambda call=call: call(client), "headers")  # type: ignore[misc]
     assert "a key" in repr(client)
@@ -101,14 +101,14 @@ def test_headers_that_can_not_be_sent(
 
 
 @pytest.mark.parametrize("headers", [5, "auth", [("auth", "x")], [5], None, HUGE], ids=by_type)
-def test_headers_that_are_no_dict(sim: Simulator, client: CloreClient, headers: Any) -> None:
+def test_headers_that_are_not_a_dict(sim: Simulator, client: CloreClient, headers: Any) -> None:
     refused(sim, lambda: setattr(client, "headers", headers), "headers must be a dict")
     if headers is not None:
         call = lambda: client._request("GET", "/v1/wallets", headers=headers)  # noqa: E731
         refused(sim, call, "headers must be a dict")
 
 
-def test_headers_that_are_fine_still_go_out(sim: Simulator, client: CloreClient) -> None:
+def test_valid_headers_are_sent(sim: Simulator, client: CloreClient) -> None:
     client.headers = {**client.headers, "X-A": "b", "X-B": b"c"}  # type: ignore[dict-item]
     client._request("GET", "/v1/wallets", headers={"X-C": "d", "X-A": None})
     sent = sim.requests[0].headers
@@ -185,7 +185,7 @@ def test_an_integer_of_thousands_of_digits_as_a_setting(option: str) -> None:
         CloreClient("key", **{option: HUGE})  # type: ignore[arg-type]
 
 
-def test_what_can_not_be_sent_as_json(sim: Simulator, client: CloreClient) -> None:
+def test_values_that_can_not_be_sent_as_json(sim: Simulator, client: CloreClient) -> None:
     nested: list[Any] = []
     for _ in range(100_000):
         nested = [nested]
@@ -235,6 +235,6 @@ def test_a_local_path_that_is_too_long(
     refused(any_sim, lambda: CloreClient("key", state_dir=path), "state_dir is too long")
 
 
-def test_a_local_path_that_is_as_long_as_it_may_be(sim: Simulator, client: CloreClient) -> None:
+def test_the_longest_local_path(sim: Simulator, client: CloreClient) -> None:
     with pytest.raises(FileNotFoundError, match="local"):
         client.upload(ORDER, "x" * 255, "x")

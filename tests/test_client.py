@@ -30,7 +30,7 @@ from tests.variant import Simulator
 
 
 def plain_server(client: CloreClient, n: int = 0) -> int:
-    """The id of a server that takes all currencies and is online."""
+    """Return the id of a server that accepts all currencies and is online."""
     return int(client.find_servers("RTX 4090", min_reliability=96)[n]["id"])
 
 
@@ -87,7 +87,7 @@ def test_find_servers(any_client: CloreClient) -> None:
     assert len(any_client.find_servers()) == len(any_client.get_marketplace())
 
 
-def test_a_price_that_is_none_comes_last_and_passes_no_limit(
+def test_a_server_without_a_price_comes_last_and_passes_no_limit(
     sim: Simulator, client: CloreClient
 ) -> None:
     prices = [None, 0, -1, "x", 48, 24, 24.0]
@@ -140,7 +140,9 @@ def test_the_life_of_an_order(any_sim: Simulator, any_client: CloreClient) -> No
 
 
 @pytest.mark.parametrize("answer", ["none", "order_id", "id", "order"])
-def test_every_answer_to_create_order_gives_an_id(make_sim: MakeSim, answer: str) -> None:
+def test_every_form_of_the_response_to_create_order_gives_an_id(
+    make_sim: MakeSim, answer: str
+) -> None:
     sim = make_sim(create_answer=answer)
     client = client_for(sim)
     order = client.create_order(plain_server(client), ssh_password="mine")
@@ -150,7 +152,9 @@ def test_every_answer_to_create_order_gives_an_id(make_sim: MakeSim, answer: str
     assert "ssh_password" not in order
 
 
-def test_the_arguments_of_create_order_arrive(any_sim: Simulator, any_client: CloreClient) -> None:
+def test_the_arguments_of_create_order_are_sent(
+    any_sim: Simulator, any_client: CloreClient
+) -> None:
     key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl me"
     any_client.create_order(
         plain_server(any_client), "img:1", "on-demand", "usd", {"22": "tcp", "8888": "http"},
@@ -166,7 +170,7 @@ def test_the_arguments_of_create_order_arrive(any_sim: Simulator, any_client: Cl
     assert "ssh_password" not in body
 
 
-def test_what_is_empty_means_the_default(sim: Simulator, client: CloreClient) -> None:
+def test_empty_arguments_mean_the_default(sim: Simulator, client: CloreClient) -> None:
     order = client.create_order(plain_server(client), ports={}, env={}, ssh_password="", ssh_key="")
     body = sim.orders[0].body
     assert body["ports"] == {"22": "tcp"}
@@ -236,7 +240,7 @@ BAD_CALLS: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("method", "args", "kwargs", "name"), BAD_CALLS)
-def test_bad_arguments_name_themselves_and_send_nothing(
+def test_errors_name_the_bad_argument_and_nothing_is_sent(
     sim: Simulator, client: CloreClient, method: str, args: Any, kwargs: Any, name: str
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=name):
@@ -263,7 +267,7 @@ def test_ids_may_be_digits(sim: Simulator, client: CloreClient) -> None:
     assert not sim.orders[0].active
 
 
-def test_an_env_value_that_the_api_chokes_on_is_warned_about(
+def test_an_env_value_that_the_api_can_refuse_gives_a_warning(
     client: CloreClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(CloreError, match="code 1 has been seen"):
@@ -272,7 +276,7 @@ def test_an_env_value_that_the_api_chokes_on_is_warned_about(
     assert "b&c" not in caplog.text
 
 
-def test_refusals_have_a_class_each(sim: Simulator, client: CloreClient) -> None:
+def test_each_refusal_has_its_class(sim: Simulator, client: CloreClient) -> None:
     one, two = plain_server(client), plain_server(client, 1)
     third = plain_server(client, 2)
     sim.set_rented(one)
@@ -320,14 +324,14 @@ def test_cancelling_is_safe_to_repeat(make_sim: MakeSim, ended: str, fault: str)
     assert not sim.orders[0].active
 
 
-def test_a_cancel_in_doubt_is_settled_by_the_lists(sim: Simulator) -> None:
+def test_after_a_lost_response_the_lists_show_if_the_cancel_worked(sim: Simulator) -> None:
     client = client_for(sim, max_retries=2)
     order = client.create_order(plain_server(client))
     sim.faults.add("cancel_order", "lose_answer", times=2)
     assert client.cancel_order(order["order_id"]) is True
 
 
-def test_an_unknown_order_is_told_from_a_server(make_sim: MakeSim) -> None:
+def test_an_unknown_order_and_the_id_of_a_server(make_sim: MakeSim) -> None:
     sim = make_sim(cancel_ended="refuse")
     client = client_for(sim)
     order = client.create_order(plain_server(client))
@@ -368,7 +372,7 @@ def test_waiting_runs_out(make_sim: MakeSim) -> None:
     assert created["status"] == "creating"
 
 
-def test_waiting_bears_failed_polls_and_late_orders(make_sim: MakeSim) -> None:
+def test_waiting_continues_after_failed_polls_and_for_late_orders(make_sim: MakeSim) -> None:
     sim = make_sim(visible_after=0.4, create_answer="order_id")
     client = client_for(sim, max_retries=1, timeout=0.5)
     order = client.create_order(plain_server(client))
@@ -377,27 +381,27 @@ def test_waiting_bears_failed_polls_and_late_orders(make_sim: MakeSim) -> None:
     assert client.wait_for_order(order["order_id"], timeout=20, poll_interval=0.02).is_running
 
 
-def test_waiting_does_not_bear_a_wrong_key(sim: Simulator) -> None:
+def test_waiting_stops_at_a_wrong_key(sim: Simulator) -> None:
     with pytest.raises(AuthenticationError):
         client_for(sim, api_key="wrong").wait_for_order(5, timeout=60)
     assert len(sim.requests) == 1
 
 
-def test_a_wait_carries_the_failure_of_its_last_poll(sim: Simulator) -> None:
+def test_a_wait_timeout_has_the_failure_of_its_last_poll_as_cause(sim: Simulator) -> None:
     sim.faults.add("my_orders", "lose_request", times=999)
     with pytest.raises(WaitTimeoutError) as caught:
         client_for(sim).wait_for_order(5, timeout=0.2, poll_interval=0.01)
     assert isinstance(caught.value.__cause__, CloreConnectionError)
 
 
-def test_polls_do_not_read_the_history(sim: Simulator, client: CloreClient) -> None:
+def test_polls_do_not_read_the_ended_orders(sim: Simulator, client: CloreClient) -> None:
     order = client.create_order(plain_server(client))
     before = len(sim.requests)
     client.wait_for_order(order["order_id"], timeout=10, poll_interval=0.02)
     assert all(not call.query for call in sim.requests[before:])
 
 
-# --- which order is the one just made ---
+# --- how create_order finds the new order ---
 
 
 def listing(server_id: int, **fields: Any) -> dict[str, Any]:
@@ -412,7 +416,7 @@ def listing(server_id: int, **fields: Any) -> dict[str, Any]:
      {"ct": int(time.time()) - 60}, {"ct": None}, {"si": None}, {"id": None}],
 )  # fmt: skip
 @pytest.mark.parametrize("clock", [0.0, 86400.0, -86400.0])
-def test_another_order_is_not_taken_for_ours(
+def test_an_order_of_another_program_is_not_claimed(
     make_sim: MakeSim, decoy: dict[str, Any], clock: float
 ) -> None:
     sim = make_sim(clock_offset=clock)
@@ -428,7 +432,7 @@ def test_another_order_is_not_taken_for_ours(
     assert order.id == sim.orders[0].id != 1
 
 
-def test_two_that_fit_are_not_guessed_between(sim: Simulator, client: CloreClient) -> None:
+def test_two_matching_orders_have_an_unknown_outcome(sim: Simulator, client: CloreClient) -> None:
     server_id = plain_server(client)
     two = [listing(server_id, id=n) for n in (900001, 900002)]
     sim.faults.add("my_orders", "envelope", envelope={"code": 0, "orders": []})  # before it is sent
@@ -440,7 +444,7 @@ def test_two_that_fit_are_not_guessed_between(sim: Simulator, client: CloreClien
     assert caught.value.credentials["ssh_password"] == sim.orders[0].body["ssh_password"]
 
 
-def test_none_in_time_is_told(make_sim: MakeSim) -> None:
+def test_no_matching_order_in_time(make_sim: MakeSim) -> None:
     sim = make_sim(visible_after=60.0)
     client = client_for(sim)
     with pytest.raises(OrderOutcomeUnknownError, match="did not show up") as caught:
@@ -450,7 +454,7 @@ def test_none_in_time_is_told(make_sim: MakeSim) -> None:
     assert len(sent_to(sim, "create_order")) == 1
 
 
-def test_the_lookup_bears_failed_reads(sim: Simulator, client: CloreClient) -> None:
+def test_the_search_continues_after_failed_reads(sim: Simulator, client: CloreClient) -> None:
     server_id = plain_server(client)
     sim.faults.add("my_orders", "html_502", times=4)
     sim.faults.add("my_orders", "html_403")
@@ -465,7 +469,7 @@ def test_the_same_server_rented_twice_gives_two_orders(sim: Simulator, client: C
     assert [first.id, second.id] == [order.id for order in sim.orders]
 
 
-def test_threads_do_not_take_each_others_orders(make_sim: MakeSim) -> None:
+def test_threads_do_not_claim_orders_of_other_threads(make_sim: MakeSim) -> None:
     sim = make_sim(visible_after=(0.0, 0.3))
     clients = [client_for(sim), client_for(sim)]
     ids = [s["id"] for s in clients[0].find_servers("RTX 4090", min_reliability=96)[:4]]
@@ -489,7 +493,7 @@ def test_threads_do_not_take_each_others_orders(make_sim: MakeSim) -> None:
 
 
 class Fake(CloreClient):
-    """Answers without a network."""
+    """A client with fixed responses."""
 
     def __init__(self, answers: dict[str, Any]) -> None:
         super().__init__()
@@ -542,6 +546,6 @@ def test_a_fake_in_the_live_form_finds_its_order() -> None:
     assert fake.create_order(5)["order_id"] == 8
 
 
-def test_all_that_the_package_exports_is_there() -> None:
+def test_every_exported_name_exists() -> None:
     assert all(hasattr(clore_client, name) for name in clore_client.__all__)
     assert sorted(clore_client.__all__) == sorted(set(clore_client.__all__))

@@ -1,4 +1,4 @@
-"""Where the key and the base URL come from."""
+"""The key and the base URL: their sources and their checks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_precedence(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("content", ["{}", '{"api_key": null}', '{"api_key": ""}'])
-def test_a_file_without_a_key_is_none(config: Path, content: str) -> None:
+def test_a_file_without_a_key_gives_none(config: Path, content: str) -> None:
     config.write_text(content)
     assert CloreClient().api_key is None
 
@@ -45,7 +45,7 @@ def test_a_file_without_a_key_is_none(config: Path, content: str) -> None:
 @pytest.mark.parametrize(
     "content", [b"not json geheim", b'["geheim"]', b'{"api_key": 5}', b"\xff\xfe", b"[" * 99999]
 )
-def test_a_broken_file_is_named(config: Path, content: bytes) -> None:
+def test_the_error_names_a_broken_file(config: Path, content: bytes) -> None:
     config.write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"~/\.clore/config\.json") as caught:
         CloreClient()
@@ -54,13 +54,13 @@ def test_a_broken_file_is_named(config: Path, content: bytes) -> None:
     assert CloreClient("key").api_key == "key"
 
 
-def test_a_folder_in_its_place_is_named(config: Path) -> None:
+def test_the_error_names_a_folder_in_place_of_the_file(config: Path) -> None:
     config.mkdir()
     with pytest.raises(ConfigurationError, match=r"config\.json"):
         CloreClient()
 
 
-def test_a_file_that_others_may_read_is_warned_about_once(
+def test_a_file_that_others_may_read_gives_one_warning(
     config: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config.write_text('{"api_key": "geheim"}')
@@ -79,7 +79,7 @@ def test_a_file_that_others_may_read_is_warned_about_once(
     "key",
     ["Bearer geheim", "auth: geheim", "gehe im", "geh\neim", " geheim", "gehéim", "ge\x00heim"],
 )
-def test_a_key_that_can_be_none_is_refused_without_showing_it(key: Any) -> None:
+def test_an_invalid_key_is_refused_and_not_shown(key: Any) -> None:
     with pytest.raises(ValueError, match="API key") as caught:
         CloreClient(key)
     assert "geheim" not in str(caught.value)
@@ -91,7 +91,7 @@ def test_a_key_that_can_be_none_is_refused_without_showing_it(key: Any) -> None:
         client.get_wallets()
 
 
-def test_the_error_names_where_a_bad_key_stands(
+def test_the_error_names_the_source_of_a_bad_key(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.write_text('{"api_key": "Bearer geheim"}')
@@ -130,7 +130,7 @@ def test_urls() -> None:
 
 
 @pytest.mark.internal
-def test_which_hosts_are_this_machine() -> None:
+def test_loopback_hosts() -> None:
     from clore_client.config import is_loopback
 
     for here in ("http://127.0.0.1", "http://127.9.9.9:1", "http://[::1]:5", "http://LOCALHOST"):
@@ -144,7 +144,7 @@ def test_which_hosts_are_this_machine() -> None:
         assert not is_loopback(there)
 
 
-# --- a key that must be there, and where things come from ---
+# --- from_env() and describe() ---
 
 
 def test_from_env(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_from_env(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         CloreClient.from_env()
 
 
-def test_describe_tells_where_the_key_comes_from(
+def test_describe_names_the_source_of_the_key(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = CloreClient().describe()
@@ -191,11 +191,11 @@ def test_describe_tells_where_the_key_comes_from(
     assert "ends in 'def0', from attribute" in client.describe()
     client.api_key = None
     assert client.describe().startswith("no key any more")
-    for short in ("abc", "abcdefg"):  # four of seven would be most of it
+    for short in ("abc", "abcdefg"):  # four of seven characters would be most of the key
         assert short[-2:] not in CloreClient(short).describe()
 
 
-def test_describe_tells_where_the_url_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_describe_names_the_source_of_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(CloreClient):
         BASE_URL = "https://mine.example"
 
@@ -213,7 +213,7 @@ def test_describe_tells_where_the_url_comes_from(monkeypatch: pytest.MonkeyPatch
 # --- copies ---
 
 
-def test_a_client_is_not_pickled_and_says_so(client: CloreClient) -> None:
+def test_a_client_can_not_be_pickled(client: CloreClient) -> None:
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         with pytest.raises(TypeError, match=r"can't be pickled.*from_env") as caught:
             pickle.dumps(client, protocol)
@@ -221,7 +221,7 @@ def test_a_client_is_not_pickled_and_says_so(client: CloreClient) -> None:
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
-def test_a_copy_is_a_client_of_its_own(sim: Simulator, how: Any) -> None:
+def test_a_copy_is_an_independent_client(sim: Simulator, how: Any) -> None:
     class Mine(CloreClient):
         pass
 
@@ -241,4 +241,8 @@ def test_a_copy_is_a_client_of_its_own(sim: Simulator, how: Any) -> None:
     assert client.cancel_order(order["order_id"])
     twin_order = twin.get_order(order["order_id"])
     assert twin_order is not None
-    assert twin_order.status in ("cancelled", "creating", "running")  # it may linger
+    assert twin_order.status in (
+        "cancelled",
+        "creating",
+        "running",
+    )  # the cancelled order may still be listed

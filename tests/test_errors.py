@@ -1,4 +1,4 @@
-"""The texts and classes of errors, and what people build on them."""
+"""The texts, classes and pickles of errors."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_class_for_each_known_text(sim: Simulator, client: CloreClient, text: 
     assert error.error == text
 
 
-def test_where_there_is_no_code(sim: Simulator, client: CloreClient) -> None:
+def test_without_a_code(sim: Simulator, client: CloreClient) -> None:
     error = raised(sim, client, {"status": "ok"})
     expected = "Clore API Error -1: Unknown error (code -1) | response={'status': 'ok'}"
     assert str(error) == expected
@@ -86,7 +86,7 @@ def test_control_characters_are_escaped_and_long_envelopes_cut(
     assert len(str(error)) < 3000
 
 
-def test_every_exported_error_derives_from_the_one() -> None:
+def test_every_exported_error_derives_from_clore_error() -> None:
     for name in clore_client.__all__:
         if name.endswith("Error"):
             assert issubclass(getattr(clore_client, name), CloreError), name

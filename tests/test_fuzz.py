@@ -1,7 +1,7 @@
-"""Every public method with odd arguments: which errors may come out, and what may be sent by then.
+"""Call every public method with odd arguments.
 
-Only a CloreError, ValueError or TypeError comes out, or an OSError about a local file. A ValueError
-or TypeError means that nothing was sent, and it names one of the method's arguments.
+It may only raise a CloreError, ValueError or TypeError, or an OSError about a local file. After a
+ValueError or TypeError nothing was sent, and the error names an argument of the method.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HUGE = 10**5000
 
 
 class Broken:
-    """A value that has no text."""
+    """A value whose repr() fails."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no text")
@@ -50,7 +50,7 @@ ODD: tuple[Any, ...] = (
     Broken(), object, lambda *a: None, lambda: None, lambda a: None, iter([1]), nested(10),
     nested(5000), Path("x"), Path("x" * 5000), Path(), range(3), bytearray(b"x"), complex(1, 1),
 )  # fmt: skip
-# Of these a large one is right, and waits for long.
+# A large value of these is valid, and waits for a long time.
 DURATIONS = {
     "cancel_timeout", "confirm_timeout", "deploy_timeout", "find_timeout", "poll_interval",
     "settle_timeout", "timeout", "wait",
@@ -64,7 +64,7 @@ LOCAL_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, P
 
 
 def odd_values(name: str) -> list[Any]:
-    """Return what is tried for an argument."""
+    """Return the odd values for an argument."""
     if name not in DURATIONS:
         return list(ODD)
 
@@ -76,7 +76,7 @@ def odd_values(name: str) -> list[Any]:
 
 
 def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[str, dict[str, Any]]:
-    """Return arguments for each method that are right, and make it quick."""
+    """Return valid arguments for each method, with which it is fast."""
     order_id = rng.choice([5, *client._test_orders])  # type: ignore[attr-defined]
     server_id = rng.choice([5, *client._test_servers])  # type: ignore[attr-defined]
     order = {
@@ -129,11 +129,11 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
 
 
 def parameters_of(method: str) -> set[str]:
-    """Return the names of a method's arguments that an odd value is tried for."""
+    """Return the names of a method's arguments that get odd values."""
     names = set(inspect.signature(getattr(CloreClient, method)).parameters)
     if "login" in names:
         names |= LOGIN
-    # A connection of the caller's own is for the tests of SSH.
+    # The tests of SSH pass a connection.
     return names - {"self", "login", "options", "kwargs", "ssh"}
 
 
@@ -147,7 +147,7 @@ def fuzz_sim(request: pytest.FixtureRequest) -> Iterator[Simulator]:
 
 @pytest.fixture(scope="module")
 def closed_port() -> Iterator[int]:
-    """A port at which nothing listens, and nothing else will."""
+    """Return a port on which nothing listens."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]
@@ -199,7 +199,7 @@ def test_odd_arguments(
 def complaint_about(
     sim: Simulator, client: CloreClient, method: str, arguments: dict[str, Any]
 ) -> str | None:
-    """Make a call, and return what is wrong with how it ends."""
+    """Make a call, and return a text if its result is wrong."""
     sim.clear_requests()
     error: Exception | None = None
     try:
@@ -212,7 +212,7 @@ def complaint_about(
     if error is None or (isinstance(error, CloreError) and not isinstance(error, ValueError)):
         return None
     sent = sim.requests
-    if method == "set_spot_price":  # which bids are allowed depends on the order
+    if method == "set_spot_price":  # the allowed bids depend on the order
         sent = [call for call in sent if call.method != "GET"]
     if sent:
         return f"{what}, but {len(sent)} requests were sent"

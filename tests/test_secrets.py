@@ -1,4 +1,4 @@
-"""Secrets in the variables of frames: error reporters send those with each exception."""
+"""Secrets in local variables, which error reporters send with each exception."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HERE = os.path.dirname(os.path.abspath(clore_client.__file__))
 
 
 def shown(error: BaseException | None) -> str:
-    """Return what a reporter shows of an exception and its causes: the frames' variables."""
+    """Return the local variables that a reporter shows for an exception and its causes."""
     texts: list[str] = []
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -64,7 +64,7 @@ def test_no_frame_shows_a_secret(
         assert secret not in text, next(line for line in text.splitlines() if secret in line)
 
 
-def test_what_a_user_gets_is_no_secret(make_sim: MakeSim) -> None:
+def test_returned_values_are_plain_strings(make_sim: MakeSim) -> None:
     sim = make_sim()
     client = client_for(sim)
     order = client.create_order(plain_server(client))

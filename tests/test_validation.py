@@ -1,4 +1,4 @@
-"""Arguments that can't be right, where a test of the whole method would say too little."""
+"""Details of the checks of arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.variant import Simulator
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), float("nan"), float("-inf")])
-def test_numbers_out_of_reach(value: Any) -> None:
+def test_numbers_out_of_range(value: Any) -> None:
     with pytest.raises(ValueError, match="limit must be at least 0"):
         check_number("limit", value)
 
@@ -23,7 +23,7 @@ def test_numbers_out_of_reach(value: Any) -> None:
     "key",
     ["id_rsa", "AAAAB3NzaC1yc2E", "ssh-rsa", "ssh-rsa AAAA\nssh-rsa BBBB", "my key", "ssh-rsa\tA"],
 )
-def test_what_is_no_public_key(key: str) -> None:
+def test_invalid_public_keys(key: str) -> None:
     with pytest.raises(ValueError, match="ssh_key"):
         check_public_key("ssh_key", key)
 
@@ -32,11 +32,11 @@ def test_what_is_no_public_key(key: str) -> None:
     "key",
     ["ssh-ed25519 AAAA me@home\n", "ecdsa-sha2-nistp256 AAAA", "sk-ssh-ed25519@openssh.com A"],
 )
-def test_what_is_a_public_key(key: str) -> None:
+def test_valid_public_keys(key: str) -> None:
     assert check_public_key("ssh_key", key) == key.strip()
 
 
-def test_a_price_limit_that_is_just_met(sim: Simulator, client: CloreClient) -> None:
+def test_a_price_equal_to_the_limit(sim: Simulator, client: CloreClient) -> None:
     for cents in range(1, 300):
         usd = cents / 100
         price = {"on_demand": {}, "usd": {"on_demand_clore": round(usd * 24, 2)}}
@@ -45,14 +45,14 @@ def test_a_price_limit_that_is_just_met(sim: Simulator, client: CloreClient) -> 
         assert len(fake.find_servers(max_price_usd=usd)) == 1
 
 
-def test_get_balance_takes_part_of_a_name_and_the_short_ones() -> None:
+def test_get_balance_takes_part_of_a_name_and_short_names() -> None:
     wallets = [{"name": "BTC", "balance": 1.0}, {"name": "CLORE", "balance": 2.0}]
     answer = {"code": 0, "wallets": wallets}
     fake = type("Fake", (CloreClient,), {"_request": lambda *a, **k: answer})()
     assert [fake.get_balance(c) for c in ("btc", "CLORE", "lor")] == [1.0, 2.0, 2.0]
 
 
-def test_null_fields_beside_live_ones_and_an_untouched_wire() -> None:
+def test_null_fields_in_a_live_record_and_an_unchanged_wire() -> None:
     record = changed(LIVE_ORDER, order_id=None, renting_server=None, started=None,
                      specs={"gpu": "x"})  # fmt: skip
     (order,) = orders_of(record)
@@ -64,7 +64,7 @@ def test_null_fields_beside_live_ones_and_an_untouched_wire() -> None:
 
 
 @pytest.mark.parametrize("answer", [{"order_id": 0}, {"order_id": -1}, {"id": None}])
-def test_an_id_that_is_none_is_looked_up(sim: Simulator, answer: dict[str, Any]) -> None:
+def test_an_invalid_id_in_the_response_is_searched(sim: Simulator, answer: dict[str, Any]) -> None:
     client = client_for(sim)
     server_id = client.find_servers("RTX 4090", min_reliability=96)[0]["id"]
     sim.faults.add("create_order", "envelope", envelope={"code": 0, **answer}, after_commit=True)

@@ -1,4 +1,4 @@
-"""Facts about the wire that need care: the simulator shows each of them, and the client copes."""
+"""Special cases of the wire: the simulator has each of them, and the client handles them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.variant import Simulator
 
 pytestmark = pytest.mark.internal  # it takes long
 
-# The sample of an order in WIRE.md that is not deployed, but has host, ports and http_pub.
+# An order that is not deployed, but has host, ports and http_pub.
 FILLED_EARLY: dict[str, Any] = {
     "id": 1958009,
     "si": 105169,
@@ -63,7 +63,7 @@ FILLED_EARLY: dict[str, Any] = {
 
 
 class Raw:
-    """The simulator without the client: what is really on the wire."""
+    """Requests to the simulator without the client."""
 
     def __init__(self, sim: Simulator) -> None:
         self.sim = sim
@@ -96,7 +96,7 @@ def free_servers(sim: Simulator) -> list[int]:
 
 @pytest.fixture
 def many(make_sim: MakeSim) -> tuple[Simulator, Raw]:
-    """A market in which 40 orders were made, none of them deployed."""
+    """Return a simulator with 40 orders, none of them deployed."""
     sim = make_sim(servers=200, rate_limit=0, create_order_interval=0, visible_after=0,
                    deploy_after=3600, balance=1e6)  # fmt: skip
     raw = Raw(sim)
@@ -145,7 +145,7 @@ def test_the_simulator_shows_every_kind_of_new_order(many: tuple[Simulator, Raw]
     }
 
 
-def test_the_client_takes_every_kind_for_creating(many: tuple[Simulator, Raw]) -> None:
+def test_the_client_shows_every_kind_as_creating(many: tuple[Simulator, Raw]) -> None:
     sim, _ = many
     client = client_for(sim)
     orders = client.get_orders()
@@ -159,7 +159,7 @@ def test_the_client_takes_every_kind_for_creating(many: tuple[Simulator, Raw]) -
     assert all(order["price"] > 0 for order in orders)
 
 
-def test_an_order_with_host_and_ports_runs_only_once_it_is_deployed(
+def test_an_order_with_host_and_ports_runs_only_after_it_is_deployed(
     sim: Simulator, client: CloreClient
 ) -> None:
     early = {"code": 0, "orders": [FILLED_EARLY]}
@@ -210,10 +210,10 @@ def test_a_spot_order_says_so(any_sim: Simulator, any_client: CloreClient) -> No
     assert order.is_spot in ((True,) if order.is_live else (None,))
 
 
-# What else an order carries
+# Other fields of an order
 
 
-def test_orders_carry_seconds_and_the_details_of_the_machine(
+def test_orders_have_seconds_and_the_details_of_the_machine(
     many: tuple[Simulator, Raw],
 ) -> None:
     sim, raw = many
@@ -230,7 +230,7 @@ def test_orders_carry_seconds_and_the_details_of_the_machine(
     assert all("backend_version" not in (s["specs"] or {}) for s in listed.values())
 
 
-def test_the_client_keeps_what_an_order_carries(many: tuple[Simulator, Raw]) -> None:
+def test_the_client_keeps_all_fields_of_an_order(many: tuple[Simulator, Raw]) -> None:
     sim, raw = many
     wire = {order["id"]: order for order in raw.get("my_orders")["orders"]}
     for order in client_for(sim).get_orders():
@@ -239,7 +239,7 @@ def test_the_client_keeps_what_an_order_carries(many: tuple[Simulator, Raw]) -> 
         assert order["price"] == wire[order["order_id"]]["price"] / 24
 
 
-def test_the_envelope_of_newer_answers(many: tuple[Simulator, Raw]) -> None:
+def test_the_envelope_of_newer_responses(many: tuple[Simulator, Raw]) -> None:
     sim, raw = many
     assert "limit" in raw.get("my_orders")
     assert all("my_past_rating" in o for o in raw.get("my_orders")["orders"]
@@ -284,7 +284,7 @@ def test_code_6_comes_with_either_status(any_sim: Simulator) -> None:
         ("server-offline", ServerOfflineError),
     ],
 )
-def test_the_client_takes_code_6_for_a_refusal_with_either_status(
+def test_code_6_is_a_refusal_with_either_status(
     any_sim: Simulator, any_client: CloreClient, status: int, error: str, kind: type[CloreError]
 ) -> None:
     envelope = {"code": 6, "error": error}
@@ -299,7 +299,7 @@ def test_the_client_takes_code_6_for_a_refusal_with_either_status(
 
 @pytest.fixture(params=["live", "documented"])
 def crowd(request: pytest.FixtureRequest, make_sim: MakeSim) -> Simulator:
-    """A market in which 130 orders run."""
+    """Return a simulator with 130 running orders."""
     sim = make_sim(form=request.param, servers=400, rate_limit=0, create_order_interval=0,
                    balance=1e6, visible_after=0)  # fmt: skip
     raw = Raw(sim)
@@ -317,7 +317,7 @@ def test_the_simulator_refuses_more_than_64_ids(crowd: Simulator) -> None:
     assert sum(order.active for order in crowd.orders) == 67
 
 
-def test_the_client_sends_as_many_requests_as_it_takes(crowd: Simulator) -> None:
+def test_the_client_sends_one_request_for_each_64_ids(crowd: Simulator) -> None:
     client, ids = client_for(crowd), [order.id for order in crowd.orders]
     answer = client.cancel_orders([5, *ids[:100], 6, *ids[100:], 7])
     assert answer["code"] == 0
@@ -334,7 +334,7 @@ def test_cancel_all_with_many_orders(crowd: Simulator) -> None:
     assert len(sent_to(crowd, "cancel_orders")) == 3
 
 
-def test_a_batch_that_fails_does_not_keep_the_others(crowd: Simulator) -> None:
+def test_a_batch_that_fails_does_not_stop_the_others(crowd: Simulator) -> None:
     client, ids = client_for(crowd, max_retries=1), [order.id for order in crowd.orders]
     crowd.faults.add("cancel_orders", "lose_request")
     with pytest.raises(CloreConnectionError) as failed:
@@ -344,7 +344,7 @@ def test_a_batch_that_fails_does_not_keep_the_others(crowd: Simulator) -> None:
     assert f"orders {', '.join(map(str, running))} may still be running" in str(failed.value)
 
 
-def test_a_lost_answer_of_one_batch_is_made_up_for(make_sim: MakeSim) -> None:
+def test_a_lost_response_of_one_batch_is_repaired(make_sim: MakeSim) -> None:
     sim = make_sim(servers=400, rate_limit=0, create_order_interval=0, balance=1e6,
                    visible_after=0, cancel_ended="refuse")  # fmt: skip
     raw = Raw(sim)

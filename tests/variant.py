@@ -22,5 +22,5 @@ __all__ = ["ONE_FILE", "Simulator", "inside"]
 
 
 def inside(path: str) -> str:
-    """What ``"orders.cancel.LINGER"`` is called; in the one file all names are its own."""
+    """Return the name of ``"orders.cancel.SETTLE_TIMEOUT"``, without modules in the one file."""
     return f"clore_client.{path.rpartition('.')[2] if ONE_FILE else path}"

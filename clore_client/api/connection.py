@@ -224,7 +224,7 @@ class Sessions:
                     sessions.pop().close()
 
 
-class UnusableAnswerError(Exception):
+class UnusableResponseError(Exception):
     """A response that can't be read to its end."""
 
 
@@ -236,16 +236,16 @@ def read_body(response: requests.Response, longest: float) -> bytes:
         longest: the most bytes, decompressed.
 
     Raises:
-        UnusableAnswerError: the body is larger, or has an unexpected encoding.
+        UnusableResponseError: the body is larger, or has an unexpected encoding.
     """
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ENCODINGS:
-        raise UnusableAnswerError("the response has an encoding that was not requested")
+        raise UnusableResponseError("the response has an encoding that was not requested")
     pieces, size = [], 0
     for piece in response.iter_content(PIECE):
         size += len(piece)
         if size > longest:
-            raise UnusableAnswerError(
+            raise UnusableResponseError(
                 f"the response is larger than {longest / 1e6:g} MB: set a larger max_response_mb"
             )
         pieces.append(piece)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clore_client.api.rate_limit import Schedule, StoreUnavailableError, Turn
-from clore_client.config import boot_id
+from clore_client.config import read_line
 from clore_client.files import lock_file, open_private, unlock_file
 
 LIMIT_PREFIX = "rate-limit-"
@@ -72,6 +73,12 @@ class FileStore:
         if created:
             remove_unused(self._path.parent)
         return result
+
+
+@functools.cache
+def boot_id() -> str:
+    """Return the id of this machine's current boot, or an empty string if it is not known."""
+    return read_line("/proc/sys/kernel/random/boot_id")
 
 
 def dump(schedule: Schedule) -> bytes:

@@ -16,7 +16,7 @@ import requests
 import urllib3
 
 from clore_client.api.call import Call, Envelope, prepare_call
-from clore_client.api.connection import Sessions, UnusableAnswerError, exchange, read_body
+from clore_client.api.connection import Sessions, UnusableResponseError, exchange, read_body
 from clore_client.api.limiters import limiter_for
 from clore_client.api.policy import backoff_delay, cancel_delay
 from clore_client.api.rate_limit import (
@@ -371,7 +371,7 @@ class HTTPClient:
             result = response, read_body(response, self.max_response_mb * 1e6)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             result = classify_error(call, error, exchange.left_at)
-        except UnusableAnswerError as error:
+        except UnusableResponseError as error:
             result = classify_unusable(call, response, str(error))
         except OSError as error:  # a CA bundle or a certificate is missing
             raise ConfigurationError(f"{call.label} was not sent: {error}") from error

@@ -10,7 +10,7 @@ from clore_client.errors import RateUnknownError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.record import dicts, is_live
-from clore_client.pricing import RATE_MAX_AGE, RateBook, bid_per_day, per_hour, positive
+from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, per_hour, positive
 
 # A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
@@ -21,7 +21,7 @@ class MarketData:
     """The form, the exchange rates and the listed prices of one API."""
 
     def __init__(self) -> None:
-        self.rates = RateBook()
+        self.rates = ExchangeRates()
         self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
         self.live = False  # whether a response was certainly in the live form
         self._documented_at = -math.inf
@@ -43,10 +43,10 @@ class MarketData:
         self.observe(response)
         if is_live(response):
             if isinstance(market, dict):
-                self.rates.tell(market.get("currency_rates_in_usd"))
+                self.rates.update(market.get("currency_rates_in_usd"))
         elif isinstance(market, dict) and market:
             # An empty market shows nothing about the form.
-            self.rates = RateBook()
+            self.rates = ExchangeRates()
             self._documented_at = time.monotonic()
 
     def check_bid_price(
@@ -113,7 +113,7 @@ class MarketData:
         return bid
 
 
-def surely_documented(order: Order) -> bool:
+def in_documented_form(order: Order) -> bool:
     """Return whether an order has a field that only the documented form has."""
     return order.is_live is False and any(
         name in order.wire for name in ("status", "connection", "renting_server")
@@ -128,8 +128,8 @@ def with_hourly_offers(response: dict[str, Any]) -> dict[str, Any]:
     market = response.get("market")
     if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
         return response
-    live, rates = is_live(response), RateBook()
-    rates.tell(market.get("currency_rates_in_usd"))
+    live, rates = is_live(response), ExchangeRates()
+    rates.update(market.get("currency_rates_in_usd"))
 
     def hourly(offer: dict[str, Any]) -> float | None:
         if live:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
-from clore_client.pricing import RateBook, finite, per_hour
+from clore_client.pricing import ExchangeRates, finite, per_hour
 
 # The live form has only the first two; the others are known from other sources.
 ENDED_STATUSES = frozenset(
@@ -78,11 +78,11 @@ class Order(Record):
 
     @property
     def is_spot(self) -> bool | None:
-        """Whether it is a spot order; None where the record does not tell."""
+        """True if it is a spot order; None if the record does not say."""
         spot = self.get("spot")
         if isinstance(spot, bool):
             return spot
-        return False if self.is_live else None  # the live form leaves out a false one
+        return False if self.is_live else None  # the live form leaves out a false value
 
     @property
     def has_ended(self) -> bool:
@@ -114,7 +114,7 @@ class Order(Record):
         try:
             return self._usd_per_hour
         except AttributeError:
-            return RateBook().usd(self.get("price"), self.get("currency"))
+            return ExchangeRates().usd(self.get("price"), self.get("currency"))
 
     @property
     def is_live(self) -> bool | None:
@@ -192,7 +192,7 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
 
 
 def to_order(
-    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: RateBook
+    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: ExchangeRates
 ) -> Order:
     """Convert an order from the API to an :class:`Order`.
 
@@ -208,7 +208,9 @@ def to_order(
     return order
 
 
-def to_orders(response: dict[str, Any], cancelled: Collection[int], rates: RateBook) -> list[Order]:
+def to_orders(
+    response: dict[str, Any], cancelled: Collection[int], rates: ExchangeRates
+) -> list[Order]:
     """Convert the orders of a response to the documented form."""
     live = is_live(response)
     return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]

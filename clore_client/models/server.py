@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
-from clore_client.pricing import HOURS_PER_DAY, RateBook, finite, per_hour, positive
+from clore_client.pricing import HOURS_PER_DAY, ExchangeRates, finite, per_hour, positive
 
 # The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
 # makes the import faster.
@@ -86,7 +86,7 @@ def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None
         usd = price.get("usd")
         given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
     amount = positive(given)
-    # A very small number becomes 0, which is no price.
+    # A very small number becomes 0, which does not count as a price.
     return amount / HOURS_PER_DAY or None if live and amount else amount
 
 
@@ -273,7 +273,7 @@ def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Ser
     return sorted(servers, key=price)
 
 
-def listed_prices(response: dict[str, Any], rates: RateBook) -> dict[int, float]:
+def listed_prices(response: dict[str, Any], rates: ExchangeRates) -> dict[int, float]:
     """Return the on-demand price in USD per hour by server id.
 
     Stores the exchange rates that follow from the prices in ``rates``, for display.
@@ -294,5 +294,5 @@ def listed_prices(response: dict[str, Any], rates: RateBook) -> dict[int, float]
                 in_usd = positive(part_of(record, "price", "usd", usd_field))
                 if amount and in_usd:
                     implied[currency] = in_usd / amount
-    rates.tell(implied, firm=False)
+    rates.update(implied, display_only=True)
     return prices

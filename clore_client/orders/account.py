@@ -14,6 +14,8 @@ from clore_client.models.order import Order, to_orders
 from clore_client.orders.claims import Claims, claims_for
 from clore_client.validation import Timeout
 
+SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
+
 
 class OrdersClient(Requester, Protocol):
     """The parts of ``CloreClient`` that the orders use."""
@@ -150,7 +152,7 @@ class AccountOrders:
             self.ended.update(o.id for o in completed if o.id is not None and o.has_ended)
         return active + sorted(missing - self.cancelled - self.ended)
 
-    def tell_bid(self, order_id: int, usd_per_hour: float) -> None:
+    def notify_bid(self, order_id: int, usd_per_hour: float) -> None:
         """Report the new price of an order to its budget."""
         if (listener := self.bid_listeners.get(order_id)) is not None:
             listener(usd_per_hour)

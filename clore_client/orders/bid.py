@@ -10,7 +10,7 @@ from clore_client.errors import (
     OrderNotFoundError,
     SpotPriceTooSoonError,
 )
-from clore_client.market.spot import surely_documented
+from clore_client.market.spot import in_documented_form
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.limits import check_price_limit
@@ -42,10 +42,10 @@ def set_spot_price(
             raise
     except (CloreConnectionError, DatabaseError, InvalidResponseError):
         # The bid may have taken effect, so a budget counts the higher price.
-        orders.tell_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
+        orders.notify_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
         raise
     if accepted:
-        orders.tell_bid(order_id, usd_per_hour)
+        orders.notify_bid(order_id, usd_per_hour)
     return accepted
 
 
@@ -65,7 +65,7 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
         )
     limit = orders.client.max_usd_per_hour
     check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
-    if surely_documented(order):
+    if in_documented_form(order):
         orders.market.data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
         return usd_per_hour
     currency, server_id = order.get("currency"), order.server_id
@@ -84,7 +84,7 @@ def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:
     shown = finite(after.wire.get("price")) if after is not None else None
     if shown is None:
         return False
-    if surely_documented(before):
+    if in_documented_form(before):
         # The price is in the order's currency and the bid in USD: only a change can be seen.
         return shown != finite(before.wire.get("price"))
     return abs(shown - bid) <= max(1e-6 * bid, 1e-8)  # bitcoin has eight decimals

@@ -26,17 +26,16 @@ from clore_client.errors import (
     RateLimitError,
 )
 from clore_client.log import logger
-from clore_client.orders.account import AccountOrders, OrderState
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders, OrderState
 
 MAX_ISSUE = 2048  # characters of ``issue`` that the API accepts
 # A cancelled order can stay in the active list for 2 to 20 seconds (seen on the live API).
-LINGER = 30.0
+SETTLE_TIMEOUT = 30.0
 MAX_CANCELS = 64  # ids that the API accepts in one ``cancel_orders``
-FIRST_PAUSE = 0.02  # seconds between the first two reads of the lists; it doubles
-LONGEST_LOOK_PAUSE = 1.0
+FIRST_READ_PAUSE = 0.02  # seconds between the first two reads of the lists; it doubles
+LONGEST_READ_PAUSE = 1.0
 CANCEL_AGAIN_AFTER = 30.0  # seconds; an order that still looks active is cancelled again
 CONFIRM_AT_LEAST = 30.0
-SHORTEST_TRY = 1.0  # the shortest time limit of one request, in seconds
 
 
 class Cancellation:
@@ -54,10 +53,10 @@ class Cancellation:
         self.failure: Exception | None = None
         self._orders = orders
         self._issue = issue
-        self._doubtful = False  # whether a cancel may have taken effect
+        self._outcome_unknown = False  # whether a cancel may have taken effect
         self._state: OrderState | None = None  # None if the last read of the lists failed
         self._absent_since: float | None = None
-        self._look_failure: CloreError | None = None
+        self._read_error: CloreError | None = None
         self._sent_at = -math.inf
         self._pause = max(0.001, 2 * orders.client.backoff)  # before the next cancel
 
@@ -72,17 +71,17 @@ class Cancellation:
         except Exception as error:
             self.failure = error
             if not isinstance(error, CloreAPIError) or error.sends > 1:
-                self._doubtful = True
+                self._outcome_unknown = True
             raise
         self._accept()
         logger.info("order %d was cancelled", self.order_id)
 
-    def keep_on(
+    def run(
         self,
         deadline: Callable[[], float],
         *,
         confirm: bool,
-        persist: bool = True,
+        retry_refused: bool = True,
         stop: Callable[[], bool] = lambda: False,
     ) -> CloreError | None:
         """Send the cancel until it is accepted, and read the lists until the order has ended.
@@ -90,13 +89,13 @@ class Cancellation:
         Parameters:
             deadline: returns the monotonic time at which to give up.
             confirm: wait until the order has ended; else an accepted cancel is enough.
-            persist: go on if the API refuses to cancel an active order.
+            retry_refused: go on if the API refuses to cancel an active order.
             stop: returns whether to give up at once.
 
         Returns:
             None on success, else the error for the user.
         """
-        look_pause = FIRST_PAUSE
+        read_pause = FIRST_READ_PAUSE
         while True:
             self._send_if_due(deadline())
             if self._done and not confirm:
@@ -104,18 +103,18 @@ class Cancellation:
             if isinstance(self.failure, ConfigurationError):
                 return self.unconfirmed()
             try:
-                if self._look(deadline()):
+                if self._check_lists(deadline()):
                     return None
             except OrderNotFoundError as error:
                 return error
             remaining = deadline() - time.monotonic()
-            if remaining <= 0 or stop() or (self._refused and not persist):
+            if remaining <= 0 or stop() or (self._refused and not retry_refused):
                 return self.unconfirmed()
-            waits_for_cancel = persist and not self._done
-            pause = max(self._next_send() - time.monotonic(), 0) if waits_for_cancel else look_pause
+            waits_for_cancel = retry_refused and not self._done
+            pause = max(self._next_send() - time.monotonic(), 0) if waits_for_cancel else read_pause
             until = time.monotonic() + min(pause, remaining)
             _sleep_until(until, lambda: stop() or time.monotonic() >= deadline())
-            look_pause = min(look_pause * 2, LONGEST_LOOK_PAUSE)
+            read_pause = min(read_pause * 2, LONGEST_READ_PAUSE)
 
     def unconfirmed(self, seconds: float | None = None) -> CancelUnconfirmedError:
         """Make the error for an order that may still be running.
@@ -134,7 +133,7 @@ class Cancellation:
             f"cancel_order({order_id}) again, which is safe to repeat{why}",
             order_ids=(order_id,),
         )
-        error.__cause__ = self._look_failure if self._done else self.failure
+        error.__cause__ = self._read_error if self._done else self.failure
         return error
 
     # --- the cancel ---
@@ -147,7 +146,7 @@ class Cancellation:
     @property
     def _refused(self) -> bool:
         """True if the API clearly refused to cancel an order that is active."""
-        return self._state is OrderState.ACTIVE and not (self.accepted or self._doubtful)
+        return self._state is OrderState.ACTIVE and not (self.accepted or self._outcome_unknown)
 
     def _accept(self) -> None:
         self.accepted, self.failure = True, None
@@ -167,7 +166,7 @@ class Cancellation:
         if tried_before:
             self._pause = min(self._pause * 2, LONGEST_CANCEL_PAUSE)
         try:
-            limited(self.send, deadline=self._end_of_try(deadline), urgent=True)
+            limited(self.send, deadline=self._request_deadline(deadline), urgent=True)
         except Exception as error:
             if was_done:  # an earlier cancel was accepted
                 self.failure = None
@@ -181,7 +180,7 @@ class Cancellation:
                     error,
                 )
 
-    def _end_of_try(self, deadline: float, at_least: float = SHORTEST_TRY) -> float:
+    def _request_deadline(self, deadline: float, at_least: float = SHORTEST_LIMIT) -> float:
         """Return the deadline of one request, so that a request that hangs is retried."""
         now = time.monotonic()
         left = deadline - now
@@ -189,7 +188,7 @@ class Cancellation:
 
     # --- the lists ---
 
-    def _look(self, deadline: float) -> bool:
+    def _check_lists(self, deadline: float) -> bool:
         """Read the lists once, and return whether the order has ended.
 
         Raises:
@@ -197,18 +196,18 @@ class Cancellation:
         """
         orders = self._orders
         asked_at = time.monotonic()
-        at_least = SHORTEST_TRY + 2 * orders.client.rate_limit  # two lists
-        self._state = self._look_failure = None
+        at_least = SHORTEST_LIMIT + 2 * orders.client.rate_limit  # two lists
+        self._state = self._read_error = None
         try:
             self._state = limited(
                 lambda: orders.state(self.order_id),
-                deadline=self._end_of_try(deadline, at_least),
+                deadline=self._request_deadline(deadline, at_least),
                 urgent=True,
             )
         except OrderNotFoundError:
             raise
         except CloreError as error:
-            self._look_failure = error
+            self._read_error = error
             return False
         if self._state is OrderState.ENDED:
             self._accept()
@@ -249,8 +248,8 @@ def cancel_order(
                 f"{error}\norder {order_id} may still be running, and cost money: cancel it again",
             )
             raise
-        until = time.monotonic() + (LINGER if settle_timeout is None else settle_timeout)
-        failure = cancellation.keep_on(lambda: until, confirm=False, persist=False)
+        until = time.monotonic() + (SETTLE_TIMEOUT if settle_timeout is None else settle_timeout)
+        failure = cancellation.run(lambda: until, confirm=False, retry_refused=False)
         if failure is not None:
             raise failure from error
     return cancellation
@@ -263,7 +262,7 @@ def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
     response, failed = _send_cancels(orders, ids)
     if failed and getattr(response, "sends", 1) > 1:
         # After a lost response, the retry fails for the orders that the first request ended.
-        until = time.monotonic() + LINGER
+        until = time.monotonic() + SETTLE_TIMEOUT
         left = _still_running(orders, failed, until)
         response["failed_to_cancel"] = [
             i for i in response["failed_to_cancel"] if str(i) in map(str, left)
@@ -275,7 +274,7 @@ def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int
     """Cancel all active orders of the account; see ``CloreClient.cancel_all``."""
     ids = orders.active_ids()
     failed = _send_cancels(orders, ids)[1] if ids else []
-    until = time.monotonic() + min(timeout, LINGER)
+    until = time.monotonic() + min(timeout, SETTLE_TIMEOUT)
     if left := _still_running(orders, failed, until):
         raise CancelUnconfirmedError(
             f"orders not cancelled: {', '.join(map(str, left))}; they may still be running, and "
@@ -295,7 +294,7 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
     """
     until = time.monotonic() + timeout
     for number, cancellation in enumerate(cancellations):
-        failure = cancellation.keep_on(lambda: until, confirm=True)
+        failure = cancellation.run(lambda: until, confirm=True)
         if failure is not None:
             left = tuple(c.order_id for c in cancellations[number:])
             raise CancelUnconfirmedError(
@@ -356,7 +355,7 @@ def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> t
     return tuple(
         order_id
         for order_id in ids
-        if Cancellation(orders, order_id).keep_on(lambda: until, confirm=False)
+        if Cancellation(orders, order_id).run(lambda: until, confirm=False)
     )
 
 

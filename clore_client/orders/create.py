@@ -21,10 +21,10 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.order import Order, created_id, to_orders
 from clore_client.models.server import on_demand_usd
-from clore_client.orders.account import AccountOrders
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.claims import same_purchase
 from clore_client.orders.limits import check_order_limit, check_price_limit
-from clore_client.orders.reconcile import SHORTEST_LOOK, find_order
+from clore_client.orders.reconcile import find_order
 from clore_client.validation import (
     MAX_PASSWORD,
     MAX_TOKEN,
@@ -52,14 +52,14 @@ def make_password() -> str:
     return Secret("".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH)))
 
 
-def _given(value: Any) -> Any:
+def _none_if_empty(value: Any) -> Any:
     """Return None for an empty argument. 0 and False stay, so that the checks refuse them."""
     return None if isinstance(value, Sized) and len(value) == 0 else value
 
 
 def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
     """Check the password, key and token of an order. An empty password or key counts as None."""
-    ssh_password, ssh_key = _given(ssh_password), _given(ssh_key)
+    ssh_password, ssh_key = _none_if_empty(ssh_password), _none_if_empty(ssh_key)
     if ssh_password is not None and ssh_key is not None:
         raise ValueError("ssh_password and ssh_key can't be used together: pass one of them")
     credentials: dict[str, str] = {}
@@ -74,12 +74,12 @@ def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str
 
 def order_ports(ports: Any) -> dict[str, str]:
     """Return the ports to send; an empty argument means the default."""
-    return dict(DEFAULT_PORTS) if _given(ports) is None else check_ports("ports", ports)
+    return dict(DEFAULT_PORTS) if _none_if_empty(ports) is None else check_ports("ports", ports)
 
 
 def order_env(env: Any) -> dict[str, str]:
     """Return the environment to send; an empty argument means the default."""
-    return dict(DEFAULT_ENV) if _given(env) is None else check_env("env", env)
+    return dict(DEFAULT_ENV) if _none_if_empty(env) is None else check_env("env", env)
 
 
 class Purchase:
@@ -234,7 +234,7 @@ class Purchase:
         if not data.live and (replaced or data.documented):
             return  # the response will have the order id
         # The live API returns no order id, so record which orders can't be the new one.
-        patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LOOK)
+        patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LIMIT)
         with contextlib.suppress(CloreError):
             listed, response = limited(
                 lambda: orders.read(completed=False), deadline=time.monotonic() + patience
@@ -249,11 +249,11 @@ class Purchase:
         earlier = claims.unresolved.get(server_id)
         claims.unresolved[server_id] = self  # set before the request, which can be interrupted
         self._sent_at = time.monotonic()
-        doubt: CloreError | None = None
+        send_error: CloreError | None = None
         try:
             self.response = self._orders.client._request("POST", "/v1/create_order", json=self.body)
         except (OrderOutcomeUnknownError, DatabaseError) as error:
-            doubt, self._sent_at = error, error.sent_at or self._sent_at
+            send_error, self._sent_at = error, error.sent_at or self._sent_at
         except Exception as error:  # the API refused, or the request was not sent
             if earlier is None:
                 claims.unresolved.pop(server_id, None)
@@ -264,7 +264,7 @@ class Purchase:
             # An earlier purchase may have rented it, with a response that was lost.
             return find_order(self._orders, earlier, find_timeout, error), earlier
         if (order_id := created_id(self.response)) is None:
-            return find_order(self._orders, self, find_timeout, doubt), self
+            return find_order(self._orders, self, find_timeout, send_error), self
         claims.take(order_id, self)
         claims.unresolved.pop(server_id, None)
         return self._named_order(order_id), self

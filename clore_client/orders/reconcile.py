@@ -11,14 +11,13 @@ from clore_client.api.request import limited
 from clore_client.errors import CloreAPIError, CloreError, OrderOutcomeUnknownError
 from clore_client.log import logger
 from clore_client.models.order import Order
-from clore_client.orders.account import AccountOrders
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.claims import Claims
 from clore_client.validation import shortened
 
 # A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
-FIRST_LOOK = 0.2
+FIRST_PAUSE = 0.2
 LONGEST_PAUSE = 2.0
-SHORTEST_LOOK = 1.0  # the shortest time limit of one request
 
 
 class SentPurchase(Protocol):
@@ -36,7 +35,7 @@ class SentPurchase(Protocol):
 
 
 def find_order(
-    orders: AccountOrders, purchase: SentPurchase, timeout: float, doubt: CloreError | None
+    orders: AccountOrders, purchase: SentPurchase, timeout: float, send_error: CloreError | None
 ) -> Order:
     """Read the active orders until the order of a purchase shows up, and claim it.
 
@@ -44,15 +43,16 @@ def find_order(
         orders: the orders of the account.
         purchase: the purchase that was sent.
         timeout: seconds.
-        doubt: the error of the purchase, after which the order may or may not exist; or None.
+        send_error: the error of the purchase, after which the order may or may not exist; or None.
 
     Raises:
         OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
-            error of the last read, if that failed, else ``doubt``.
-        CloreAPIError: ``doubt`` itself, if the API refused and complete lists have no such order.
+            error of the last read, if that failed, else ``send_error``.
+        CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have the
+            order.
     """
     try:
-        order = _search(orders, purchase, timeout, doubt)
+        order = _search(orders, purchase, timeout, send_error)
     except (KeyboardInterrupt, SystemExit):
         logger.warning(
             "interrupted before the order of server %d was found; it may exist: look at "
@@ -65,16 +65,16 @@ def find_order(
 
 
 def _search(
-    orders: AccountOrders, purchase: SentPurchase, timeout: float, doubt: CloreError | None
+    orders: AccountOrders, purchase: SentPurchase, timeout: float, send_error: CloreError | None
 ) -> Order:
-    claims, pause = orders.claims, FIRST_LOOK
+    claims, pause = orders.claims, FIRST_PAUSE
     deadline = time.monotonic() + timeout
     while True:
         cause: CloreError | None = None
         possible: list[Order] = []
         created_after = None
         try:
-            listed, created_after = _look(orders, purchase, timeout, deadline)
+            listed, created_after = _read_active(orders, purchase, timeout, deadline)
             possible = claims.free([o for o in listed if purchase.matches(o)], purchase)
         except CloreError as error:
             cause = error
@@ -87,21 +87,23 @@ def _search(
             _learn_offset(claims, found[0], created_after)
             return found[0]
         if len(found) > 1 or remaining <= 0:
-            if isinstance(doubt, CloreAPIError) and not possible and cause is None:
-                raise doubt  # complete lists without the order confirm the refusal
-            raise _not_found(purchase, found or possible, timeout, doubt) from (cause or doubt)
+            if isinstance(send_error, CloreAPIError) and not possible and cause is None:
+                raise send_error  # complete lists without the order confirm the refusal
+            raise _not_found(purchase, found or possible, timeout, send_error) from (
+                cause or send_error
+            )
         time.sleep(min(pause, remaining))
         pause = min(pause * 1.5, LONGEST_PAUSE)
 
 
-def _look(
+def _read_active(
     orders: AccountOrders, purchase: SentPurchase, timeout: float, deadline: float
 ) -> tuple[list[Order], float | None]:
     """Read the active orders, and compute the send time by the server's clock."""
     client = orders.client
     # One slow response must not use all the time.
-    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LOOK))
-    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LOOK)
+    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
+    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
     listed, listing = limited(
         lambda: orders.read(completed=False, timeout=patience), deadline=until
     )
@@ -130,11 +132,11 @@ def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> 
 
 
 def _not_found(
-    purchase: SentPurchase, orders: list[Order], timeout: float, doubt: CloreError | None
+    purchase: SentPurchase, orders: list[Order], timeout: float, send_error: CloreError | None
 ) -> OrderOutcomeUnknownError:
     server_id = purchase.server_id
     ids = tuple(order.id for order in orders if order.id is not None)
-    made = "was made" if doubt is None else "may have been made"
+    made = "was made" if send_error is None else "may have been made"
     return OrderOutcomeUnknownError(
         f"an order for server {server_id} {made}, but it is not clear if it is one of "
         f"{', '.join(map(str, ids))}: look at get_orders() before you order again"

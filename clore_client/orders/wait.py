@@ -9,8 +9,7 @@ from clore_client.api.request import limited
 from clore_client.errors import CloreError, InvalidResponseError, OrderEndedError, WaitTimeoutError
 from clore_client.log import logger
 from clore_client.models.order import ENDED_STATUSES, Order
-from clore_client.orders.account import AccountOrders
-from clore_client.orders.reconcile import SHORTEST_LOOK
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 
 _SAME_STATUS = frozenset({"cancelled", "expired"})  # these two count as the same
 
@@ -34,18 +33,8 @@ def wait_for_status(
     targets = _SAME_STATUS if target_status in _SAME_STATUS else {target_status}
     deadline = time.monotonic() + timeout
     seen: Order | None = None
-    failure: CloreError | None = None
     while True:
-        try:
-            # The last poll starts at the deadline, and needs time for two reads.
-            last = time.monotonic() + 2 * orders.client.rate_limit + SHORTEST_LOOK
-            order = limited(lambda: orders.find(order_id), deadline=max(deadline, last))
-            failure = None
-        except CloreError as error:
-            if not (error.retryable or isinstance(error, InvalidResponseError)):
-                raise
-            logger.debug("a poll of order %d failed: %s", order_id, error)
-            order, failure = None, error
+        order, failure = _poll(orders, order_id, deadline)
         seen = order or seen
         if on_update is not None and failure is None:
             on_update(order)
@@ -68,3 +57,18 @@ def wait_for_status(
         # Respect the pause that the API asked for.
         pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
         time.sleep(min(pause, remaining))
+
+
+def _poll(
+    orders: AccountOrders, order_id: int, deadline: float
+) -> tuple[Order | None, CloreError | None]:
+    """Read the order once. Return it, or the error after which another poll makes sense."""
+    # The last poll starts at the deadline, and needs time for two reads.
+    last = time.monotonic() + 2 * orders.client.rate_limit + SHORTEST_LIMIT
+    try:
+        return limited(lambda: orders.find(order_id), deadline=max(deadline, last)), None
+    except CloreError as error:
+        if not (error.retryable or isinstance(error, InvalidResponseError)):
+            raise
+        logger.debug("a poll of order %d failed: %s", order_id, error)
+        return None, error

@@ -10,25 +10,32 @@ LONGEST_WATCH = 30.0  # seconds between two checks, because the wall clock can j
 FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
-class Age:
-    """The age of an order: the larger of two clocks, as a laptop that sleeps still pays."""
-
-    def __init__(self) -> None:
-        self.monotonic = time.monotonic()
-        self.wall = time.time()
-
-    def seconds(self) -> float:
-        """Return the age in seconds."""
-        return max(0.0, time.monotonic() - self.monotonic, time.time() - self.wall)
-
-
 class Meter:
-    """The cost of one order. A new bid changes its price."""
+    """The cost of one order. A new bid changes its price.
+
+    Attributes:
+        counts: whether there is an order to pay for.
+    """
 
     def __init__(self, usd_per_hour: float | None, fee: float) -> None:
-        self.age = Age()
+        self._started = time.monotonic(), time.time()
+        self.counts = True
         self._fee = fee
         self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
+        self._stopped_at: float | None = None  # the age of the order then
+
+    def age(self) -> float:
+        """Return the age of the order in seconds, by the larger of two clocks.
+
+        The monotonic clock can stop while a laptop sleeps, but the order still costs money.
+        """
+        monotonic, wall = self._started
+        return max(0.0, time.monotonic() - monotonic, time.time() - wall)
+
+    @property
+    def is_running(self) -> bool:
+        """True if the cost still grows."""
+        return self.counts and self._stopped_at is None
 
     @property
     def usd_per_hour(self) -> float:
@@ -42,15 +49,23 @@ class Meter:
 
     def change(self, usd_per_hour: float) -> None:
         """Set the price from now on."""
-        self._prices.append((self.age.seconds(), usd_per_hour))
+        self._prices.append((self.age(), usd_per_hour))
+
+    def stop(self) -> None:
+        """Stop the cost, because the cancel was accepted. Safe to repeat."""
+        if self._stopped_at is None:
+            self._stopped_at = self.age()
 
     def usd(self) -> float:
         """Return the cost so far in USD, with all fees."""
-        prices, now, rent = self._prices, self.age.seconds(), 0.0
+        if not self.counts:
+            return 0.0
+        end = self.age() if self._stopped_at is None else self._stopped_at
+        prices, rent = self._prices, 0.0
         for index, (since, price) in enumerate(prices):
-            until = prices[index + 1][0] if index + 1 < len(prices) else now
-            rent += price * max(0.0, min(until, now) - since) / 3600.0
-        return rent * (1 + self._fee) + (CREATION_FEE if now >= CREATION_FEE_AFTER else 0.0)
+            until = prices[index + 1][0] if index + 1 < len(prices) else end
+            rent += price * max(0.0, min(until, end) - since) / 3600.0
+        return rent * (1 + self._fee) + (CREATION_FEE if end >= CREATION_FEE_AFTER else 0.0)
 
 
 class Budget:
@@ -59,46 +74,23 @@ class Budget:
     def __init__(self, settings: RentalSettings) -> None:
         self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
         self._fee = settings.fee
-        self._since: Age | None = None  # of the first order
-        self._spent = 0.0  # USD, for orders that have ended
         self._meters: list[Meter] = []
 
     @property
     def hours(self) -> float:
         """The hours since the first order was sent."""
-        return self._since.seconds() / 3600.0 if self._since else 0.0
+        return max((m.age() for m in list(self._meters) if m.counts), default=0.0) / 3600.0
 
     @property
     def cost_usd(self) -> float:
         """The cost of all orders so far, in USD."""
-        return self._spent + sum(meter.usd() for meter in list(self._meters))
+        return sum(meter.usd() for meter in list(self._meters))
 
     def start(self, usd_per_hour: float | None) -> Meter:
         """Start to count another order."""
         meter = Meter(usd_per_hour, self._fee)
-        self._since = self._since or meter.age
         self._meters.append(meter)
         return meter
-
-    def stop(self, meter: Meter) -> None:
-        """Stop counting an order that costs nothing any more. Safe to repeat."""
-        if meter in self._meters:
-            spent = meter.usd()
-            self._meters.remove(meter)
-            self._spent += spent
-
-    def drop(self, meter: Meter) -> None:
-        """Forget an order that was not made."""
-        if meter in self._meters:
-            self._meters.remove(meter)
-            if not self._meters and not self._spent:
-                self._since = None
-
-    def resume(self, meter: Meter) -> None:
-        """Count a dropped order again, from its start, because it was made after all."""
-        if meter not in self._meters:
-            self._meters.append(meter)
-            self._since = self._since or meter.age
 
     def exceeded_by(self) -> str | None:
         """Return a text that names the limit that is reached, or None."""
@@ -108,8 +100,11 @@ class Budget:
             return f"max_cost_usd={self._max_cost:g} is reached"
         return None
 
+    def _running(self) -> list[Meter]:
+        return [meter for meter in list(self._meters) if meter.is_running]
+
     def _fee_due(self) -> float:
-        ages = [meter.age.seconds() for meter in self._meters]
+        ages = [meter.age() for meter in self._running()]
         soon = [age for age in ages if CREATION_FEE_AFTER - FEE_LEAD <= age < CREATION_FEE_AFTER]
         return CREATION_FEE * len(soon)
 
@@ -121,9 +116,10 @@ class Budget:
         if self._max_hours is not None:
             left.append((self._max_hours - self.hours) * 3600.0)
         if self._max_cost is not None:
-            per_second = sum(m.usd_per_hour for m in self._meters) * (1 + self._fee) / 3600.0
+            running = self._running()
+            per_second = sum(m.usd_per_hour for m in running) * (1 + self._fee) / 3600.0
             if per_second:
                 left.append((self._max_cost - self.cost_usd) / per_second)
-            to_fee = [CREATION_FEE_AFTER - FEE_LEAD - m.age.seconds() for m in self._meters]
+            to_fee = [CREATION_FEE_AFTER - FEE_LEAD - m.age() for m in running]
             left += [seconds for seconds in to_fee if seconds > 0]
         return max(0.002, min(left))

@@ -9,21 +9,20 @@ from collections.abc import Callable
 from clore_client.api.request import limited
 from clore_client.errors import CancelUnconfirmedError, CloreError, OutcomeUnknownError
 from clore_client.log import logger
-from clore_client.orders.account import AccountOrders
-from clore_client.orders.cancel import SHORTEST_TRY, confirm_until
-from clore_client.rental.budget import Budget
-from clore_client.rental.orders import LOOKS, RentalOrder, RentalOrders
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
+from clore_client.orders.cancel import confirm_until
+from clore_client.rental.orders import RentalOrder, RentalOrders
 from clore_client.rental.selection import RentalSettings
 
-LOOK_EVERY = 0.5  # seconds between two looks for an order that may exist
+SEARCH_INTERVAL = 0.5  # seconds between two searches for an order that may exist
 
 
 class Cleanup:
     """The cleanup of one rental, which ends its orders.
 
     Attributes:
-        left_at: monotonic time at which the block ended; None before that.
-        hurried: skip the confirmation, after an interrupt during the cleanup.
+        block_ended_at: monotonic time at which the block ended; None before that.
+        skip_confirmation: skip the confirmation, after an interrupt during the cleanup.
         abandoned: stop the cleanup, after three interrupts; ``leftovers()`` finds the orders.
     """
 
@@ -32,29 +31,23 @@ class Cleanup:
         orders: AccountOrders,
         rental_orders: RentalOrders,
         settings: RentalSettings,
-        budget: Budget,
     ) -> None:
         self._orders = orders
         self._rental_orders = rental_orders
         self._settings = settings
-        self._budget = budget
-        self.left_at: float | None = None
-        self.hurried = False
+        self.block_ended_at: float | None = None
+        self.skip_confirmation = False
         self.abandoned = False
 
-    def leave(self) -> None:
+    def record_block_end(self) -> None:
         """Record that the block has ended, which sets the deadline for cancels."""
-        self.left_at = self.left_at or time.monotonic()
+        self.block_ended_at = self.block_ended_at or time.monotonic()
 
     def deadline(self) -> float:
         """Return the deadline for cancels; there is none before the block has ended."""
-        if self.left_at is None:
+        if self.block_ended_at is None:
             return math.inf
-        return self.left_at + self._settings.cancel_timeout
-
-    def in_doubt(self, being_made: RentalOrder | None) -> list[RentalOrder]:
-        """Return the purchases with unknown outcome, except the one that is being made."""
-        return [p for p in self._rental_orders if p.order_id is None and p is not being_made]
+        return self.block_ended_at + self._settings.cancel_timeout
 
     def end_all(self) -> BaseException | None:
         """End all orders, the cancels first. Return None, or the first failure."""
@@ -89,52 +82,50 @@ class Cleanup:
     def try_to_cancel(
         self, purchase: RentalOrder, deadline: Callable[[], float]
     ) -> CloreError | None:
+        """Cancel an order until that is accepted. Return None, or the error."""
         if purchase.accepted:
             return None
-        failure = purchase.cancellation(self._orders).keep_on(
+        failure = purchase.cancellation(self._orders).run(
             deadline, confirm=False, stop=lambda: self.abandoned
         )
         if failure is None:  # the order costs nothing from now on
-            self._budget.stop(purchase.meter)
+            purchase.meter.stop()
         return failure
 
     def confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
         """Wait until a cancelled order is listed as ended."""
         order_id = purchase.order_id or 0
         deadline = confirm_until(started, self._settings.cancel_timeout)
-        failure = (
-            None
-            if self.hurried
-            else purchase.cancellation(self._orders).keep_on(
-                lambda: deadline, confirm=True, stop=lambda: self.hurried
+        failure: CloreError | None = None
+        if not self.skip_confirmation:
+            failure = purchase.cancellation(self._orders).run(
+                lambda: deadline, confirm=True, stop=lambda: self.skip_confirmation
             )
-        )
-        if self.hurried:
+            if failure is None:
+                self._rental_orders.forget(purchase)
+                self._rental_orders.before.add(order_id)
+                return None
+        self._rental_orders.give_up(purchase)
+        if self.skip_confirmation:
             logger.warning(
                 "order %d was cancelled, but an interrupt skipped the confirmation", order_id
             )
-            self._rental_orders.give_up(purchase)
             return CloreError(
-                f"order {order_id} was cancelled, but it is not confirmed that it has ended: look "
-                "at leftovers() later"
+                f"order {order_id} was cancelled, but it is not confirmed that it has ended: call "
+                "leftovers() later"
             )
-        if failure is not None:
-            logger.error(
-                "order %d was cancelled, but may still be running: call leftovers() later", order_id
-            )
-            self._rental_orders.give_up(purchase)
-            return failure
-        self._rental_orders.forget(purchase)
-        self._rental_orders.before.add(order_id)
-        return None
+        logger.error(
+            "order %d was cancelled, but may still be running: call leftovers() later", order_id
+        )
+        return failure
 
     # --- purchases with unknown outcome ---
 
-    def look_at_doubts(self, being_made: RentalOrder | None) -> None:
-        """Look once for the orders of purchases that the API refused with code 1."""
-        for purchase in self.in_doubt(being_made):
+    def search_unresolved(self) -> None:
+        """Look once for the orders of unresolved purchases, and cancel those that exist."""
+        for purchase in self._rental_orders.unresolved():
             try:
-                surely_none = self._look_for(purchase)
+                confirmed_absent = self._search(purchase)
             except CloreError as error:
                 logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
                 continue
@@ -146,28 +137,28 @@ class Cleanup:
                 )
                 until = time.monotonic() + self._settings.cancel_timeout
                 self.try_to_cancel(purchase, lambda: until)  # noqa: B023
-            elif surely_none:
+            elif confirmed_absent:
                 self._rental_orders.forget(purchase)
 
-    def _look_for(self, purchase: RentalOrder) -> bool:
-        """Look once for the order of a purchase. Return True if there is surely none."""
+    def _search(self, purchase: RentalOrder) -> bool:
+        """Look once for the order of a purchase. Return True if it is confirmed absent."""
         asked_at = time.monotonic()
-        deadline = max(asked_at + SHORTEST_TRY, self.deadline())
+        deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
         try:
             orders = limited(self._orders.active, deadline=deadline, urgent=True)
         except CloreError:
             purchase.absent.clear()  # a read that failed breaks the series
             raise
-        return self._rental_orders.look_for(purchase, orders, asked_at)
+        return self._rental_orders.search_in(purchase, orders, asked_at)
 
     def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
-        """Look for the order of a purchase until it is found and cancelled, or surely none."""
+        """Look for the order of a purchase until it is found and cancelled, or time is out."""
         logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
-        shown = False
-        while not (shown or self.abandoned):
+        confirmed_absent = False
+        while not (confirmed_absent or self.abandoned):
             try:
-                shown = self._look_for(purchase)
+                confirmed_absent = self._search(purchase)
                 cause = None
             except CloreError as error:
                 cause = error
@@ -175,17 +166,18 @@ class Cleanup:
                 return self.cancel(purchase, self.deadline)
             if time.monotonic() >= self.deadline():
                 break
-            if not shown:
-                time.sleep(min(LOOK_EVERY, max(0.001, self._orders.client.order_lag / LOOKS)))
-        if shown and purchase.answered:
+            if not confirmed_absent:
+                time.sleep(self._rental_orders.search_interval(SEARCH_INTERVAL))
+        if confirmed_absent and purchase.refused:
             self._rental_orders.forget(purchase)
             return None
         self._rental_orders.give_up(purchase)
         logger.warning(
-            "no order of server %d showed up: call leftovers() later", purchase.server_id
+            "no order of server %d has shown up so far: call leftovers() later",
+            purchase.server_id,
         )
         unknown = OutcomeUnknownError(
-            f"{purchase}, but did not show up: look at leftovers() and get_orders() in a minute",
+            f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
             endpoint="/v1/create_order",
         )
         unknown.__cause__ = cause

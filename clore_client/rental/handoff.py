@@ -1,4 +1,4 @@
-"""Wait for another thread, safely in case of interrupts."""
+"""Call functions in another thread, and wait for it in a way that interrupts can't break."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WAKE_EVERY = 0.5  # seconds; a waiting thread checks again, even if no other thr
 class Gate:
     """An event that happens once, and for which threads can wait.
 
-    It is not a ``threading.Event``, because an interrupt can leave the lock of one locked.
+    A ``threading.Event`` is not used, because an interrupt can leave its lock locked.
     """
 
     def __init__(self) -> None:
@@ -54,8 +54,8 @@ class ThreadCall:
 def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
     """Return the next item of a queue that only this thread reads; None after the timeout.
 
-    ``SimpleQueue.get(timeout=...)`` waits forever if it finds the queue's lock free, no item, and
-    the time over. ``get_nowait()`` before it leaves the lock taken.
+    ``SimpleQueue.get(timeout=...)`` can wait forever if its lock is free, the queue is empty and
+    the timeout has passed. A ``get_nowait()`` that finds no item takes that lock first.
     """
     try:
         return inbox.get_nowait()

@@ -9,32 +9,28 @@ import os
 import random
 import socket
 import stat
-import threading
 from pathlib import Path
 from typing import Any
 
-from clore_client.config import boot_id, read_line, warn_of_state
+from clore_client.config import read_line, warn_about_state
 from clore_client.files import lock_file
 from clore_client.models.record import whole_id
+from clore_client.rental.process import this_process
 
 STATE_SUFFIX = ".json"
 LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
 _ID_ROOM = 20  # characters reserved for the order id, which is written later
 _FIRST = '{"order_id": '
 
-_state_lock = threading.Lock()
-_written: dict[str, JournalEntry] = {}  # path -> an entry that this process has locked
-
 
 def this_machine() -> dict[str, str]:
-    """Return the identity of this machine and of its current boot."""
+    """Return the identity of this machine."""
     machine = read_line("/etc/machine-id") or read_line("/var/lib/dbus/machine-id")
     # machine-id(5) says to keep the id itself private.
     digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
     return {
         "host": socket.gethostname(),
         "machine": digest,
-        "boot": boot_id(),
     }
 
 
@@ -51,12 +47,19 @@ class JournalEntry:
             gave up.
     """
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        data: dict[str, Any],
+        *,
+        of_this_machine: bool = True,
+        lock: int | None = None,
+    ) -> None:
         self.path = path
         self.data = data
-        self.of_this_machine = True
-        self.abandoned = False
-        self._handle: int | None = None
+        self.of_this_machine = of_this_machine
+        self.abandoned = lock is not None
+        self._handle = lock
         self._written_here = False
 
     @property
@@ -82,10 +85,9 @@ class JournalEntry:
             raise OSError("the disk is full")
         os.fsync(handle)
         _sync_folder(self.path.parent)
-        with _state_lock:
-            _written[str(self.path)] = self
+        this_process.entries[str(self.path)] = self
 
-    def note_order(self, order_id: int) -> None:
+    def write_order_id(self, order_id: int) -> None:
         """Write the order id into the file, in place, so that a crash can't damage the rest."""
         if self._handle is None:
             return
@@ -95,16 +97,11 @@ class JournalEntry:
             os.write(self._handle, f"{order_id:<{_ID_ROOM}}".encode())
             os.fsync(self._handle)
         except OSError as error:
-            warn_of_state(f"{self.path.name} could not be updated", error)
-
-    def hold(self, handle: int) -> None:
-        """Keep the lock of an abandoned file until ``close()``."""
-        self._handle = handle
+            warn_about_state(f"{self.path.name} could not be updated", error)
 
     def remove(self) -> None:
         """Remove the file. Safe to repeat."""
-        with _state_lock:
-            _written.pop(str(self.path), None)
+        this_process.entries.pop(str(self.path), None)
         handle, self._handle = self._handle, None
         if handle is None and self._written_here:
             return
@@ -115,14 +112,14 @@ class JournalEntry:
             if os.name != "nt" and handle is not None:
                 os.close(handle)
         except OSError as error:
-            warn_of_state(f"{self.path} could not be removed", error)
+            warn_about_state(f"{self.path} could not be removed", error)
 
     def close(self) -> None:
         """Release the lock, unless this process wrote the file."""
         if not self._written_here:
-            self.forget()
+            self.unlock()
 
-    def forget(self) -> None:
+    def unlock(self) -> None:
         """Close the file, which releases its lock."""
         handle, self._handle = self._handle, None
         if handle is not None:
@@ -151,7 +148,7 @@ def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | Non
         entry.write()
     except OSError as error:
         entry.remove()
-        warn_of_state(f"the journal in {folder} can't be written", error)
+        warn_about_state(f"the journal in {folder} can't be written", error)
         return None
     return entry
 
@@ -165,7 +162,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        warn_of_state(f"{folder} could not be read", error)
+        warn_about_state(f"{folder} could not be read", error)
         return []
     machine = this_machine()
     found = []
@@ -175,7 +172,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            warn_of_state(f"{folder / name} is not a readable journal entry", error)
+            warn_about_state(f"{folder / name} is not a readable journal entry", error)
             continue
         if entry is not None:
             found.append(entry)
@@ -183,9 +180,7 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
 
 
 def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
-    with _state_lock:
-        written = _written.get(str(path))
-    if written is not None:
+    if (written := this_process.entries.get(str(path))) is not None:
         return written
     flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -199,7 +194,7 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
         try:
             free = lock_file(handle)
         except OSError as error:  # without locks, the process may still be alive
-            warn_of_state(f"files in {path.parent} can't be locked", error)
+            warn_about_state(f"files in {path.parent} can't be locked", error)
             free = False
         os.lseek(handle, 0, os.SEEK_SET)
         text = os.read(handle, LONGEST_ENTRY)
@@ -210,26 +205,9 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
         data = json.loads(text)
         if not isinstance(data, dict):
             raise ValueError("it is not a JSON object")
-        found = JournalEntry(path, data)
-        found.of_this_machine = all(data.get(k) == machine[k] for k in ("host", "machine"))
-        found.abandoned = free and found.of_this_machine
-        if found.abandoned:
-            found.hold(handle)
-            keep = True
-        return found
+        here = all(data.get(name) == value for name, value in machine.items())
+        keep = free and here
+        return JournalEntry(path, data, of_this_machine=here, lock=handle if keep else None)
     finally:
         if not keep:
             os.close(handle)
-
-
-def _forget_entries() -> None:
-    # A forked child must close its copies of the files, which keep the parent's locks alive.
-    global _state_lock
-    _state_lock = threading.Lock()
-    for entry in _written.values():
-        entry.forget()
-    _written.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_entries)

@@ -16,7 +16,7 @@ from clore_client.rental.budget import Budget, Meter
 from clore_client.rental.journal import JournalEntry, read_entries, write_entry
 from clore_client.rental.selection import RentalSettings
 
-LOOKS = 6  # an order does not exist if at least this many lists do not have it
+MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
 
 
 class RentalOrder:
@@ -27,7 +27,8 @@ class RentalOrder:
         entry: its journal entry.
         meter: its cost.
         order_id: the order id; None while the outcome of the purchase is not known.
-        answered: the API refused the order with code 1, but the order may exist.
+        refused: whether the API refused the order with code 1, after which it may still exist.
+        absent: monotonic times of the lists in a row that did not have the order.
     """
 
     def __init__(self, server_id: int, entry: JournalEntry | None, meter: Meter) -> None:
@@ -36,9 +37,9 @@ class RentalOrder:
         self.meter = meter
         self.sent_at = time.monotonic()
         self.order_id: int | None = None
-        self.answered = False
+        self.refused = False
         self._cancellation: Cancellation | None = None
-        self.absent: list[float] = []  # monotonic times of lists that did not have it
+        self.absent: list[float] = []
 
     @property
     def accepted(self) -> bool:
@@ -60,7 +61,7 @@ class RentalOrder:
 
 
 class RentalOrders:
-    """All purchases of a rental that cost money, or may do so.
+    """All purchases of a rental that cost money or may cost money.
 
     Attributes:
         before: ids of orders that existed before the rental.
@@ -87,7 +88,7 @@ class RentalOrders:
     def __iter__(self) -> Iterator[RentalOrder]:
         return iter(list(self._all))
 
-    def note_intent(self, server_id: int, price: float | None) -> RentalOrder:
+    def record_intent(self, server_id: int, price: float | None) -> RentalOrder:
         """Record a purchase in the journal and in memory, before it is sent."""
         settings = self._settings
         entry = write_entry(
@@ -108,12 +109,12 @@ class RentalOrders:
         self._all.append(purchase)
         return purchase
 
-    def became(self, purchase: RentalOrder, order_id: int) -> None:
+    def set_order_id(self, purchase: RentalOrder, order_id: int) -> None:
         """Record the order id of a purchase."""
         purchase.order_id = order_id
-        self._budget.resume(purchase.meter)
+        purchase.meter.counts = True
         if purchase.entry is not None:
-            purchase.entry.note_order(order_id)
+            purchase.entry.write_order_id(order_id)
 
         def new_bid(usd_per_hour: float) -> None:
             purchase.meter.change(usd_per_hour)
@@ -121,43 +122,39 @@ class RentalOrders:
 
         self._orders.bid_listeners[order_id] = new_bid
 
-    def refused(self, purchase: RentalOrder) -> None:
-        """Record that the API refused a purchase with code 1, after which it may still exist."""
-        purchase.answered = True
+    def mark_refused(self, purchase: RentalOrder) -> None:
+        """Record that the API refused a purchase with code 1; its order may still exist."""
+        purchase.refused = True
         purchase.sent_at = time.monotonic()  # if there is an order, it was made before now
-        self._budget.drop(purchase.meter)
+        purchase.meter.counts = False
 
     def forget(self, purchase: RentalOrder) -> None:
-        """Remove a purchase that has no order any more."""
+        """Remove a purchase whose order does not exist, has ended, or stays on purpose."""
         if purchase.entry is not None:
             purchase.entry.remove()
         self._remove(purchase)
-        self._budget.drop(purchase.meter)
 
     def give_up(self, purchase: RentalOrder) -> None:
         """Leave a purchase to ``leftovers()``."""
         if purchase.entry is not None:
             purchase.entry.abandoned = True
         self._remove(purchase)
-        if purchase.order_id is None:
-            self._budget.drop(purchase.meter)
 
-    def keep(self, purchase: RentalOrder) -> None:
-        """Leave an order running on purpose."""
-        if purchase.entry is not None:
-            purchase.entry.remove()
-        self._remove(purchase)
+    def unresolved(self) -> list[RentalOrder]:
+        """Return the purchases that the API refused with code 1, but that may have an order."""
+        return [p for p in self._all if p.order_id is None and p.refused]
 
     def _remove(self, purchase: RentalOrder) -> None:
         if purchase in self._all:
             self._all.remove(purchase)
+        purchase.meter.counts = purchase.order_id is not None
         self._orders.bid_listeners.pop(purchase.order_id or 0, None)
 
-    def look_for(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
-        """Look for the order of a purchase in a list. Return True if there is surely none.
+    def search_in(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
+        """Look for the order of a purchase in a list. Return True if it is confirmed absent.
 
         A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
-        moment. So there is none only if several lists do not have it, over ``order_lag`` seconds.
+        moment. So several lists over ``order_lag`` seconds must not have it.
 
         Parameters:
             purchase: a purchase with unknown outcome.
@@ -166,17 +163,21 @@ class RentalOrders:
         """
         fitting = [order for order in orders if self._fits(order, purchase)]
         if len(fitting) == 1 and not self._is_held(purchase):
-            self.became(purchase, fitting[0].id or 0)
+            self.set_order_id(purchase, fitting[0].id or 0)
         lag = self._orders.client.order_lag
         if fitting:
             purchase.absent.clear()
         elif asked_at >= purchase.sent_at + lag and self._is_complete(orders):
             purchase.absent.append(asked_at)
         absent = purchase.absent
-        return len(absent) >= LOOKS and absent[-1] - absent[0] >= lag
+        return len(absent) >= MIN_ABSENT_LISTS and absent[-1] - absent[0] >= lag
+
+    def search_interval(self, longest: float) -> float:
+        """Return the seconds between two searches, at most ``longest``."""
+        return min(longest, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
     def _is_complete(self, orders: list[Order]) -> bool:
-        """Return whether a list has all orders of this rental that surely run."""
+        """Return whether a list has all orders of this rental that must be active."""
         running = {p.order_id for p in self._all if p.order_id is not None and not p.accepted}
         return running <= {order.id for order in orders}
 
@@ -186,23 +187,23 @@ class RentalOrders:
             order.server_id == purchase.server_id
             and order.id not in self.before
             and order.id not in self._taken()
-            and fits_intent(order, settings.image, settings.currency, settings.spot)
+            and can_be_order_of(order, settings.image, settings.currency, settings.spot)
         )
 
     def _is_held(self, purchase: RentalOrder) -> bool:
         """Return whether a living rental of another process could own the order."""
         held = False
-        for entry in self._notes_for(purchase.server_id):
+        for entry in self._entries_for(purchase.server_id):
             mine = purchase.entry is not None and entry.path == purchase.entry.path
             held = held or not (mine or entry.abandoned)
             entry.close()
         return held
 
-    def drop_dead_notes(self, server_id: int) -> None:
+    def remove_dead_entries(self, server_id: int) -> None:
         """Remove entries of dead processes that would match an order of this rental."""
         if self._settings.spot:
             return  # one server can have several spot orders
-        for entry in self._notes_for(server_id):
+        for entry in self._entries_for(server_id):
             if entry.abandoned and entry.of_this_machine and entry.order_id is None:
                 entry.remove()
             entry.close()
@@ -210,18 +211,18 @@ class RentalOrders:
     def _account(self) -> str:
         return account_digest(self._orders.client.base_url, self._orders.client.api_key)
 
-    def _notes_for(self, server_id: int) -> list[JournalEntry]:
+    def _entries_for(self, server_id: int) -> list[JournalEntry]:
         """Return the entries for this server and account. The caller closes each."""
-        account, notes = self._account(), []
+        account, found = self._account(), []
         for entry in read_entries(self._folder):
             data = entry.data
             if data.get("server_id") == server_id and data.get("account") == account:
-                notes.append(entry)
+                found.append(entry)
             else:
                 entry.close()
-        return notes
+        return found
 
 
-def fits_intent(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
     """Return whether an order still runs and can be the result of a purchase."""
     return not order.has_ended and same_purchase(order, image, currency, spot)

@@ -15,14 +15,14 @@ from clore_client.orders.account import AccountOrders, OrderState
 from clore_client.orders.cancel import Cancellation, confirm_until
 from clore_client.pricing import finite
 from clore_client.rental.journal import JournalEntry, read_entries
-from clore_client.rental.orders import fits_intent
+from clore_client.rental.orders import can_be_order_of
 
 # The allowed difference between the creation time of an order, by the server's clock, and the time
 # of its entry, by this machine's clock. All in seconds.
 CLOCKS_APART = 300.0
 CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
 LATEST_ORDER = 180.0  # a proxy can delay a request
-LEFTOVER_LOOK = 1.0  # between two reads, while an order may not be listed yet
+LEFTOVER_READ_INTERVAL = 1.0  # between two reads, while an order may not be listed yet
 
 
 class Leftover:
@@ -112,7 +112,7 @@ class _Survey:
 
     def _match(self) -> None:
         named = {entry.order_id for entry in self.entries}
-        self.of: dict[str, Order] = {}  # path of an entry -> its order
+        self._matched: dict[str, Order] = {}  # path of an entry -> its order
         held: set[int] = set()
         living: set[int] = set()  # orders that may belong to living processes
         for entry in self.entries:
@@ -123,7 +123,7 @@ class _Survey:
                 fitting = [
                     order
                     for number, order in self.listed.items()
-                    if number not in named and intended(entry.data, order)
+                    if number not in named and matches_entry(entry.data, order)
                 ]
             if entry.abandoned or not entry.of_this_machine:
                 if len(fitting) > 1:
@@ -132,7 +132,7 @@ class _Survey:
                         entry.path,
                     )
                 elif fitting:
-                    self.of[str(entry.path)] = fitting[0]
+                    self._matched[str(entry.path)] = fitting[0]
                     held.add(fitting[0].id or 0)
             else:
                 living.update(order.id or 0 for order in fitting)
@@ -144,7 +144,7 @@ class _Survey:
         """Assign at most one entry to each order."""
         claims: dict[int, list[JournalEntry]] = {}
         for entry in self.entries:
-            if (order := self.of.get(str(entry.path))) is not None:
+            if (order := self._matched.get(str(entry.path))) is not None:
                 claims.setdefault(order.id or 0, []).append(entry)
         for order_id, entries in claims.items():
             if order_id in living or (
@@ -160,10 +160,10 @@ class _Survey:
                 entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
                 losers = entries[:-1]
             for entry in losers:
-                self.of.pop(str(entry.path))
+                self._matched.pop(str(entry.path))
 
     def order_of(self, entry: JournalEntry) -> Order | None:
-        order = self.of.get(str(entry.path))
+        order = self._matched.get(str(entry.path))
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:
@@ -204,7 +204,7 @@ class _Survey:
         time.sleep(self._orders.client.order_lag)
         orders = self._orders.active()
         for entry in entries:
-            if not any(intended(entry.data, order) for order in orders):
+            if not any(matches_entry(entry.data, order) for order in orders):
                 logger.info("%s has no order: the entry is removed", entry.path)
                 entry.remove()
 
@@ -223,14 +223,14 @@ class _Survey:
         return Leftovers(abandoned, elsewhere, self.unnoted)
 
 
-def intended(data: dict[str, Any], order: Order) -> bool:
+def matches_entry(data: dict[str, Any], order: Order) -> bool:
     """Return whether an order can be the result of an entry without an order id."""
     before = data.get("before")
     if order.server_id != whole_id(data.get("server_id")):
         return False
     if isinstance(before, list) and order.id in before:
         return False
-    if not fits_intent(order, data.get("image"), data.get("currency"), data.get("spot")):
+    if not can_be_order_of(order, data.get("image"), data.get("currency"), data.get("spot")):
         return False
     started, made = finite(data.get("started")), order.started_at
     if started is None or made is None:
@@ -259,7 +259,7 @@ def _take_survey(orders: AccountOrders, folder: Path | None, wait: float) -> _Su
             survey.close()
             raise
         survey.close()
-        time.sleep(min(LEFTOVER_LOOK, max(0.01, wait / 10), remaining))
+        time.sleep(min(LEFTOVER_READ_INTERVAL, max(0.01, wait / 10), remaining))
 
 
 def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
@@ -288,10 +288,10 @@ def end_leftovers(
                 timeout if order is not None else min(timeout, orders.client.order_lag)
             )
             cancellation = Cancellation(orders, order_id)
-            failure = cancellation.keep_on(lambda: until, confirm=False)  # noqa: B023
+            failure = cancellation.run(lambda: until, confirm=False)  # noqa: B023
             if failure is None:
                 confirmed_by = confirm_until(started, timeout)
-                failure = cancellation.keep_on(lambda: confirmed_by, confirm=True)  # noqa: B023
+                failure = cancellation.run(lambda: confirmed_by, confirm=True)  # noqa: B023
             if failure is None:
                 logger.info("order %d of a dead process has ended", order_id)
                 entry.remove()

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from clore_client.errors import (
     BidTooLowError,
@@ -28,15 +28,17 @@ from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
 from clore_client.rental.client import RentalClient
-from clore_client.rental.selection import RentalSettings, candidates, shown_usd
+from clore_client.rental.selection import RentalSettings, candidates, order_usd_per_hour
 from clore_client.rental.signals import SignalExit
 from clore_client.rental.worker import RentalWorker
 
 if TYPE_CHECKING:
     import paramiko
 
+Part = TypeVar("Part")
+
 # After these errors, rent() tries the next server.
-NEXT_CANDIDATE = (
+TRY_NEXT_ERRORS = (
     ServerAlreadyRentedError,
     ServerOfflineError,
     CurrencyNotAllowedError,
@@ -55,8 +57,8 @@ class _BlockExit:
 
     def __get__(self, rental: Rental | None, owner: type[Rental]) -> Callable[..., None]:
         if rental is None:
-            return owner._leave
-        leave = functools.partial(owner._leave, rental)
+            return owner._end
+        leave = functools.partial(owner._end, rental)
         if rental._worker is None:
             rental._block = weakref.ref(leave, rental._inbox.put)
         return leave
@@ -106,16 +108,12 @@ class Rental:
     @property
     def order(self) -> Order:
         """The order as it was when it started to run."""
-        if self._order is None:
-            raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
-        return self._order
+        return _check_open(self._order)
 
     @property
     def server(self) -> Server:
         """The server as it was listed."""
-        if self._server is None:
-            raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
-        return self._server
+        return _check_open(self._server)
 
     @property
     def hours(self) -> float:
@@ -211,10 +209,9 @@ class Rental:
 
     def _open_worker(self) -> RentalWorker:
         """Return the worker, or raise an error if the rental has ended."""
-        if self._worker is None:
-            raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
-        self._worker.check()
-        return self._worker
+        worker = _check_open(self._worker)
+        worker.check()
+        return worker
 
     # --- the block ---
 
@@ -231,19 +228,19 @@ class Rental:
             self._worker.start()
             self._try_servers(self._worker)
         except BaseException as error:
-            self._leave(type(error), error)
+            self._end(type(error), error)
             raise
         return self
 
     __exit__ = _BlockExit()
 
-    def _leave(
+    def _end(
         self,
         kind: type[BaseException] | None = None,
         error: BaseException | None = None,
         trace: TracebackType | None = None,
     ) -> None:
-        """End the rental, and raise what the user must know beyond ``error``."""
+        """End the rental; raise an error if that failed, or a limit or signal ended it."""
         worker = self._worker
         if worker is None or worker.pid != os.getpid():
             return  # in a forked child, the order belongs to the parent
@@ -251,20 +248,20 @@ class Rental:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         while not worker.closed:
             try:
-                interrupts += worker.leave(interrupted)
+                interrupts += worker.end(interrupted)
                 worker.close()
             except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
                 interrupts.append(late)
                 interrupted = True
         self._shell = None
-        _raise_beyond(error, worker, interrupts)
+        _raise_failure(error, worker, interrupts)
 
     # --- servers ---
 
     def _try_servers(self, worker: RentalWorker) -> None:
         settings, client = self._settings, self._client
-        worker.note_orders(client.get_orders())
-        servers, nothing = candidates(client, settings)
+        worker.record_existing_orders(client.get_orders())
+        servers, no_server = candidates(client, settings)
         for server in servers[: settings.attempts]:
             worker.check()
             reason = self._try(worker, server)
@@ -274,7 +271,7 @@ class Rental:
             self.tried.append((server.id or 0, reason))
         tried = "; ".join(f"server {server_id}: {why}" for server_id, why in self.tried)
         raise RentalError(
-            f"none of {len(self.tried)} servers worked: {tried}" if tried else nothing,
+            f"none of {len(self.tried)} servers worked: {tried}" if tried else no_server,
             tried=tuple(self.tried),
         )
 
@@ -282,7 +279,7 @@ class Rental:
         """Rent a server. Return None if it runs, else the reason why it does not work."""
         try:
             order = self._buy(worker, server)
-        except NEXT_CANDIDATE as error:
+        except TRY_NEXT_ERRORS as error:
             return str(error)
         self._order, self._server = order, server
         reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
@@ -323,18 +320,18 @@ class Rental:
         return reason
 
     def _over_limit(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
-        price = shown_usd(order, server, self._settings.currency)
+        price = order_usd_per_hour(order, server, self._settings.currency)
         if price is not None:
-            worker.told_price(price)
-        if not self._settings.over(price):
+            worker.correct_price(price)
+        if not self._settings.exceeds_price_limit(price):
             return None
         return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
 
 
-def _raise_beyond(
+def _raise_failure(
     error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
 ) -> None:
-    """Raise what the user must know beyond the exception of the block.
+    """Raise an error, or add a note to ``error``, if the end of a rental needs it.
 
     Parameters:
         error: the exception of the block, or None.
@@ -345,8 +342,8 @@ def _raise_beyond(
     note = None if failure is None else str(failure)
     plain = error is None or isinstance(error, Exception)
     exceeded = worker.exceeded
-    if exceeded is not None and plain and not _is_of(error, exceeded[3]):
-        raised: BaseException = worker.budget_error()
+    if exceeded is not None and plain and not _is_of(error, exceeded.order_id):
+        raised: BaseException = worker.budget_error(exceeded)
         if note:
             _add_note(raised, note)
         raise raised from error
@@ -362,6 +359,13 @@ def _raise_beyond(
         _add_note(error, note)
 
 
+def _check_open(part: Part | None) -> Part:
+    """Return a part of a rental, which is None before the block begins."""
+    if part is None:
+        raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
+    return part
+
+
 def _is_of(error: BaseException | None, order_id: int | None) -> bool:
     return isinstance(error, BudgetExceededError) and error.order_id == order_id
 
@@ -372,12 +376,7 @@ def _is_open(ssh: Any) -> bool:
 
 
 def _add_note(error: BaseException, note: str) -> None:
-    """Add a note to an error, also on Python 3.10, which has no ``add_note``."""
-    notes = getattr(error, "__notes__", None)
-    try:
-        if hasattr(error, "add_note"):
-            error.add_note(note)
-        else:
-            error.__notes__ = [*notes, note] if isinstance(notes, list) else [note]  # type: ignore[attr-defined,unused-ignore]
-    except (TypeError, AttributeError):  # this exception allows no attributes
-        logger.error("%s", note)
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]

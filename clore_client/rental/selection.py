@@ -16,6 +16,7 @@ from clore_client.validation import (
     check_id,
     check_interval,
     check_number,
+    check_optional_number,
     check_text,
 )
 
@@ -24,12 +25,19 @@ FEE_ON_DEMAND = 0.05
 FEE_SPOT = 0.0125
 CREATION_FEE = 0.10  # USD, once for each order
 CREATION_FEE_AFTER = 600.0  # seconds; a shorter order does not pay it
-BID_MARGIN = 1e-4  # a lowest bid can become too low when it is converted
+BID_MARGIN = 1e-4  # the conversion of the lowest bid can make it too low
 PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
 
 class RentalSettings:
-    """The arguments of ``rent()``, checked."""
+    """The arguments of ``rent()``, checked.
+
+    Parameters:
+        order: those that ``create_order`` takes too, except the bid and ``find_timeout``.
+
+    Attributes:
+        order_arguments: the arguments for ``create_order``.
+    """
 
     def __init__(
         self,
@@ -39,14 +47,8 @@ class RentalSettings:
         min_reliability: Any,
         use_spot: Any,
         server_id: Any,
-        image: Any,
-        currency: Any,
-        ports: Any,
-        env: Any,
-        ssh_password: Any,
-        ssh_key: Any,
+        order: dict[str, Any],
         spot_price: Any,
-        jupyter_token: Any,
         attempts: Any,
         deploy_timeout: Any,
         poll_interval: Any,
@@ -56,22 +58,8 @@ class RentalSettings:
         max_cost_usd: Any,
     ) -> None:
         self._set_search(gpu_type, max_price_usd, min_reliability, use_spot, server_id)
-        self.currency = check_currency("currency", currency)
-        self.image = check_text("image", image)
-        check_login(ssh_password, ssh_key, jupyter_token)
-        order_ports(ports)
-        order_env(env)
+        self._set_order(order)
         self.spot_price = self._checked_bid(spot_price)
-        self.order_arguments: dict[str, Any] = {
-            "image": self.image,
-            "order_type": "spot" if self.spot else "on-demand",
-            "currency": self.currency,
-            "ports": ports,
-            "env": env,
-            "ssh_password": ssh_password,
-            "ssh_key": ssh_key,
-            "jupyter_token": jupyter_token,
-        }
         self.attempts = check_count("attempts", attempts, minimum=1)
         self.deploy_timeout = check_number(
             "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
@@ -81,22 +69,30 @@ class RentalSettings:
         self.cancel_timeout = check_number(
             "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
         )
-        self.max_hours = _check_budget("max_hours", max_hours)
-        self.max_cost_usd = _check_budget("max_cost_usd", max_cost_usd)
+        self.max_hours = check_optional_number("max_hours", max_hours, above=True, infinite=True)
+        self.max_cost_usd = check_optional_number(
+            "max_cost_usd", max_cost_usd, above=True, infinite=True
+        )
 
     def _set_search(
         self, gpu_type: Any, max_price_usd: Any, min_reliability: Any, use_spot: Any, server_id: Any
     ) -> None:
-        if gpu_type is not None:
-            check_text("gpu_type", gpu_type)
-        if max_price_usd is not None:
-            check_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        self.gpu_type: str | None = gpu_type
-        self.max_price_usd: float | None = max_price_usd
-        self.min_reliability: float = min_reliability
+        self.gpu_type = None if gpu_type is None else check_text("gpu_type", gpu_type)
+        self.max_price_usd = check_optional_number(
+            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
+        )
+        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
         self.spot = check_bool("use_spot", use_spot)
         self.server_id = None if server_id is None else check_id("server_id", server_id)
+
+    def _set_order(self, order: dict[str, Any]) -> None:
+        self.currency = check_currency("currency", order["currency"])
+        self.image = check_text("image", order["image"])
+        check_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"])
+        order_ports(order["ports"])
+        order_env(order["env"])
+        kind = "spot" if self.spot else "on-demand"
+        self.order_arguments = {**order, "order_type": kind, "currency": self.currency}
 
     def _checked_bid(self, spot_price: Any) -> float | None:
         if spot_price is None:
@@ -118,7 +114,7 @@ class RentalSettings:
         """The fee as a fraction of the price."""
         return FEE_SPOT if self.spot else FEE_ON_DEMAND
 
-    def over(self, usd_per_hour: float | None) -> bool:
+    def exceeds_price_limit(self, usd_per_hour: float | None) -> bool:
         """Return whether a price is above the limit."""
         limit = self.max_price_usd
         return limit is not None and usd_per_hour is not None and (
@@ -139,7 +135,7 @@ class RentalSettings:
         bid = lowest * (1 + BID_MARGIN)
         return bid if limit is None or lowest > limit else min(bid, limit)
 
-    def why_not(self, server: Server) -> str | None:
+    def reason_against(self, server: Server) -> str | None:
         """Return the reason why a server does not fit, or None if it fits."""
         coins = server.get("allowed_coins")
         if isinstance(coins, list) and coins and self.currency not in coins:
@@ -159,16 +155,12 @@ class RentalSettings:
         return None
 
 
-def _check_budget(name: str, value: Any) -> float | None:
-    return None if value is None else check_number(name, value, above=True, infinite=True)
-
-
 def _lowest_bid(server: Server, currency: str) -> float | None:
     stated = positive(part_of(server, "price", "original_usd", currency, "spot"))
     return server.spot_usd_per_hour if stated is None else stated / HOURS_PER_DAY
 
 
-def shown_usd(order: Any, server: Server, currency: str) -> float | None:
+def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | None:
     """Return the price of an order in USD per hour; None if not known.
 
     Uses the exchange rate of the server's listing if there is one, as the price limit does.
@@ -193,7 +185,7 @@ def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Ser
         if not pinned:
             return [], f"server {settings.server_id} is not on the marketplace: choose another"
         server = pinned[0]
-        why = "is rented" if server.rented else settings.why_not(server)
+        why = "is rented" if server.rented else settings.reason_against(server)
         if (server.reliability or 0.0) < settings.min_reliability:
             why = f"has a reliability of {server.reliability}"
         wanted = (settings.gpu_type or "").strip().lower()
@@ -210,7 +202,7 @@ def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Ser
         least = settings.min_reliability
         reliable = f", with a reliability of at least {least:g}" if least else ""
         return [], f"there is no free server{named}{reliable}: try later, or change the filters"
-    fitting = [s for s in found if s.id is not None and settings.why_not(s) is None]
+    fitting = [s for s in found if s.id is not None and settings.reason_against(s) is None]
     fitting.sort(key=lambda s: p if (p := settings.price_of(s)) is not None else float("inf"))
     return fitting, (
         f"none of {len(found)} free servers of that kind fits the price and the currency: raise "

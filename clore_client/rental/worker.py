@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import atexit
 import contextvars
-import math
 import os
 import queue
 import threading
@@ -37,23 +36,18 @@ from clore_client.rental.budget import Budget
 from clore_client.rental.cleanup import Cleanup
 from clore_client.rental.client import RentalClient
 from clore_client.rental.handoff import Gate, ThreadCall, next_item
-from clore_client.rental.orders import LOOKS, RentalOrder, RentalOrders
+from clore_client.rental.orders import RentalOrder, RentalOrders
+from clore_client.rental.process import this_process
 from clore_client.rental.selection import RentalSettings
-from clore_client.rental.signals import (
-    SignalExit,
-    SignalHandling,
-    in_main_thread,
-    listen,
-    stopping_signal,
-)
+from clore_client.rental.signals import SignalExit, SignalHandling, in_main_thread
 
 Result = TypeVar("Result")
 
-LOOK_BESIDE = 2.0  # seconds between two looks for an order that may exist, during the block
+SEARCH_INTERVAL_IN_BLOCK = 2.0  # seconds between two searches, while the block runs
 GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
 
 # After these errors, no order exists.
-SURELY_NO_ORDER = (
+NO_ORDER_ERRORS = (
     AuthenticationError,
     CloreAPIError,
     CloreConnectionError,
@@ -65,16 +59,13 @@ SURELY_NO_ORDER = (
     ImportError,
 )
 
-_open_rentals: dict[int, RentalWorker] = {}
-_exiting = False
-
 
 class RentalWorker:
-    """The owner of one rental's orders, from the first request to the confirmed end.
+    """The orders of one rental, from the first request to the confirmed end.
 
-    Its thread ends the orders when the block ends, when the ``with`` statement or the rental no
-    longer exists (an interrupt can stop ``__exit__`` at its first line), when a limit is reached,
-    at a signal in another thread, and at the exit of the interpreter.
+    Its thread ends the orders when the block ends, or when the ``with`` statement or the rental no
+    longer exists, because an interrupt can stop ``__exit__`` at its first line. It also ends them
+    when a limit is reached, at a signal in another thread, and at the exit of the interpreter.
 
     Attributes:
         finished: open when the thread is done.
@@ -105,13 +96,13 @@ class RentalWorker:
         self.closed = False
         self.kept = False
         self.signalled: int | None = None
-        self.exceeded: tuple[str, float, float, int | None] | None = None  # limit, h, USD, order
+        self.exceeded: BudgetExceededError | None = None  # made when a limit was reached
         self._main = in_main_thread()
-        self._handling: SignalHandling | None = None
+        self._signals: SignalHandling | None = None
         self._rental_orders = RentalOrders(
             orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
         )
-        self._cleanup = Cleanup(orders, self._rental_orders, settings, self.budget)
+        self._cleanup = Cleanup(orders, self._rental_orders, settings)
         self._current: RentalOrder | None = None  # the order of the block
         self._started = False
         self._interrupted_at: list[float] = []
@@ -120,15 +111,14 @@ class RentalWorker:
 
     def start(self) -> None:
         """Start the thread, and let signals and the exit of the interpreter end the rental."""
-        self._handling = SignalHandling()
-        listen(self, self._on_signal)
+        self._signals = SignalHandling()
         context = contextvars.copy_context()
-        _open_rentals[id(self)] = self
+        this_process.rentals.add(self)
         try:
             # An interrupt can break threading.Thread.start(), so that the thread never runs.
             _thread.start_new_thread(context.run, (self._work,))
         except RuntimeError as error:
-            _open_rentals.pop(id(self), None)
+            this_process.rentals.discard(self)
             self.close()
             raise RentalError(
                 f"nothing was rented, because the worker thread could not start: {error}"
@@ -140,7 +130,7 @@ class RentalWorker:
         """True if three interrupts stopped the cleanup; ``leftovers()`` finds the orders."""
         return self._cleanup.abandoned
 
-    def ask(self, action: Callable[[], Result]) -> Result:
+    def call_in_thread(self, action: Callable[[], Result]) -> Result:
         """Run a function in the worker thread, and return its result or raise its error."""
         request = ThreadCall(action)
         self._inbox.put(request)
@@ -151,7 +141,7 @@ class RentalWorker:
             raise request.error
         return request.result  # type: ignore[no-any-return]
 
-    def note_orders(self, orders: list[Order]) -> None:
+    def record_existing_orders(self, orders: list[Order]) -> None:
         """Record the orders that exist before the first purchase."""
         self._rental_orders.before = {order.id for order in orders if order.id is not None}
 
@@ -163,17 +153,17 @@ class RentalWorker:
             price: its price in USD per hour, without fees.
             arguments: the arguments of ``create_order``.
         """
-        return self.ask(lambda: self._buy(server, price, arguments))
+        return self.call_in_thread(lambda: self._buy(server, price, arguments))
 
     def end_order(self) -> BaseException | None:
         """End the current order. Return None if that is confirmed, else the error."""
-        return self.ask(self._end_current)
+        return self.call_in_thread(self._end_current)
 
     def keep(self) -> None:
         """Keep the current order running after the rental."""
-        self.ask(self._keep)
+        self.call_in_thread(self._keep)
 
-    def told_price(self, usd_per_hour: float) -> None:
+    def correct_price(self, usd_per_hour: float) -> None:
         """Set the price of the current order, as the API shows it."""
         if self._current is not None:
             self._current.meter.correct(usd_per_hour)
@@ -185,15 +175,15 @@ class RentalWorker:
         if not self.kept and self._current is not None and self._exceed():
             self._inbox.put(None)  # wake the worker, which ends the order
         if self.exceeded is not None:
-            raise self.budget_error()
+            raise self.budget_error(self.exceeded)
         if self.signalled is None:
-            self.signalled = stopping_signal()
+            self.signalled = None if in_main_thread() else this_process.stopping_signal
         if self.signalled is not None:
             raise SignalExit(self.signalled)
-        if _exiting:
+        if this_process.exiting:
             raise RentalError("the interpreter is exiting, so the rental has ended")
 
-    def leave(self, interrupted: bool) -> list[BaseException]:
+    def end(self, interrupted: bool) -> list[BaseException]:
         """End the rental, and wait until that is done. Safe to repeat.
 
         An interrupt during the wait skips the confirmation. The third interrupt within two seconds
@@ -205,7 +195,7 @@ class RentalWorker:
         Returns:
             The interrupts during the wait.
         """
-        self._begin_to_leave()
+        self.request_end()
         if not self._started:  # nothing was bought; a thread that starts now ends at once
             return []
         caught: list[BaseException] = []
@@ -217,7 +207,7 @@ class RentalWorker:
                 if self.finished.wait():
                     break
             except (KeyboardInterrupt, SystemExit) as interrupt:
-                self._cleanup.hurried = True
+                self._cleanup.skip_confirmation = True
                 caught.append(interrupt)
                 times.append(time.monotonic())
                 if len(times) >= 3 and times[-1] - times[-3] <= GIVE_UP_WITHIN:
@@ -225,14 +215,13 @@ class RentalWorker:
                     break
         return caught
 
-    def budget_error(self) -> BudgetExceededError:
-        """Make the error for a limit that is reached."""
-        text, hours, cost, order_id = self.exceeded or ("", 0.0, 0.0, None)
-        # The cancel may not be accepted yet.
+    def budget_error(self, exceeded: BudgetExceededError) -> BudgetExceededError:
+        """Return the error for the user, which says if the cancel is accepted already."""
         ended = self._current is None or self._current.accepted
         state = "was ended" if ended else "is being ended"
+        hours, cost, order_id = exceeded.hours, exceeded.cost_usd, exceeded.order_id
         return BudgetExceededError(
-            f"{text}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
+            f"{exceeded}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
             order_id=order_id,
             hours=hours,
             cost_usd=cost,
@@ -253,13 +242,13 @@ class RentalWorker:
     def close(self) -> None:
         """Close the connections, and stop handling signals."""
         self.close_ssh()
-        listen(self, None)
-        if self._handling is not None:
-            self._handling.close()
+        if self._signals is not None:
+            self._signals.close()
         self.closed = True
 
-    def _begin_to_leave(self) -> None:
-        self._cleanup.leave()
+    def request_end(self) -> None:
+        """Let the worker thread end the rental, without waiting for it."""
+        self._cleanup.record_block_end()
         self._inbox.put(None)
 
     def _abandon(self) -> None:
@@ -276,8 +265,8 @@ class RentalWorker:
                 CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
             )
 
-    def _on_signal(self, signum: int) -> None:
-        # This runs in a signal handler, so it must not take a lock.
+    def on_signal(self, signum: int) -> None:
+        """End the rental. This runs in a signal handler, so it must not take a lock."""
         if not self._main:
             self.signalled = signum
             self._inbox.put(None)
@@ -286,21 +275,21 @@ class RentalWorker:
 
     def _work(self) -> None:
         try:
-            while not (self._is_left() or self.kept):
+            while not (self._has_ended_block() or self.kept):
                 self._next_request()
-                if self._must_end():
+                if self._must_end_order():
                     self._end_early()
-                self._cleanup.look_at_doubts(self._current)
+                self._cleanup.search_unresolved()
         except BaseException as error:
             self.failure = error
-        self._cleanup.leave()
+        self._cleanup.record_block_end()
         try:
             failure = self._cleanup.end_all()
         except BaseException as error:
             failure = error
         if not self._cleanup.abandoned:
             self.failure = failure or self.failure
-        _open_rentals.pop(id(self), None)
+        this_process.rentals.discard(self)
         if self._block_is_gone():  # __exit__ did not run
             self.close()
             if self.failure is not None:
@@ -309,9 +298,9 @@ class RentalWorker:
 
     def _next_request(self) -> None:
         timeout = None if self.exceeded else self.budget.seconds_left()
-        if self._cleanup.in_doubt(self._current):
-            look = min(LOOK_BESIDE, max(0.001, self._orders.client.order_lag / LOOKS))
-            timeout = min(look, math.inf if timeout is None else timeout)
+        if self._rental_orders.unresolved():
+            interval = self._rental_orders.search_interval(SEARCH_INTERVAL_IN_BLOCK)
+            timeout = interval if timeout is None else min(interval, timeout)
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
             request.run()
@@ -319,17 +308,17 @@ class RentalWorker:
     def _taken(self) -> set[int | None]:
         """Return the order ids of all open rentals of this account in this process."""
         account = self._orders.claims
-        workers = [w for w in list(_open_rentals.values()) if w._orders.claims is account]
+        workers = [w for w in list(this_process.rentals) if w._orders.claims is account]
         return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
-    def _is_left(self) -> bool:
-        return self._cleanup.left_at is not None or self._block_is_gone()
+    def _has_ended_block(self) -> bool:
+        return self._cleanup.block_ended_at is not None or self._block_is_gone()
 
     def _block_is_gone(self) -> bool:
         """Return whether the ``with`` statement or the rental no longer exists."""
         return any(holder() is None for holder in self._holders)
 
-    def _must_end(self) -> bool:
+    def _must_end_order(self) -> bool:
         current = self._current
         if current is None or current.accepted or current.order_id is None or self.kept:
             return False
@@ -339,15 +328,17 @@ class RentalWorker:
         """Check the limits, and return whether one was reached, now or before."""
         if self.exceeded is None and (text := self.budget.exceeded_by()) is not None:
             order_id = None if self._current is None else self._current.order_id
-            self.exceeded = text, self.budget.hours, self.budget.cost_usd, order_id
-            logger.warning("%s", self.budget_error())
+            self.exceeded = BudgetExceededError(
+                text, order_id=order_id, hours=self.budget.hours, cost_usd=self.budget.cost_usd
+            )
+            logger.warning("%s", self.budget_error(self.exceeded))
         return self.exceeded is not None
 
     # --- buying ---
 
     def _buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
         self.check()
-        purchase = self._current = self._rental_orders.note_intent(server.id or 0, price)
+        purchase = self._current = self._rental_orders.record_intent(server.id or 0, price)
         try:
             order: Order = self._client.create_order(purchase.server_id, **arguments)
             if order.id is None:
@@ -356,17 +347,17 @@ class RentalWorker:
                     "get_orders()"
                 )
         except DatabaseError:
-            self._rental_orders.refused(purchase)
+            self._rental_orders.mark_refused(purchase)
             self._current = None
             raise
-        except SURELY_NO_ORDER as error:
+        except NO_ORDER_ERRORS as error:
             # After an unknown code, or a response without one, the order may exist.
             if not isinstance(error, CloreAPIError) or error.code in ERROR_CODES:
                 self._rental_orders.forget(purchase)
                 self._current = None
             raise
-        self._rental_orders.became(purchase, order.id)
-        self._rental_orders.drop_dead_notes(purchase.server_id)
+        self._rental_orders.set_order_id(purchase, order.id)
+        self._rental_orders.remove_dead_entries(purchase.server_id)
         return order
 
     def _keep(self) -> None:
@@ -377,7 +368,7 @@ class RentalWorker:
         logger.info(
             "order %d is kept: it runs and costs money until it is cancelled", current.order_id
         )
-        self._rental_orders.keep(current)
+        self._rental_orders.forget(current)
 
     # --- the end ---
 
@@ -409,20 +400,15 @@ class RentalWorker:
 
 def _end_all() -> None:
     """End the rentals that are still open when the interpreter exits."""
-    global _exiting
-    _exiting = True
+    this_process.exiting = True
     # After three interrupts, the user does not want to wait.
-    workers = [w for w in list(_open_rentals.values()) if w.pid == os.getpid() and not w.abandoned]
+    workers = [w for w in list(this_process.rentals) if not w.abandoned]
     for worker in workers:
-        worker._begin_to_leave()
+        worker.request_end()
     for worker in workers:
-        worker.leave(interrupted=False)
+        worker.end(interrupted=False)
         if worker.failure is not None:
             logger.error("the end of a rental at exit failed: %s", worker.failure)
 
 
 atexit.register(_end_all)
-
-if hasattr(os, "register_at_fork"):
-    # The rentals belong to the parent process.
-    os.register_at_fork(after_in_child=_open_rentals.clear)

@@ -1,4 +1,4 @@
-"""Simulate the GPU marketplace on this machine, to try and test clients against."""
+"""Simulate the GPU marketplace on this machine, to try out and test clients."""
 
 from .simulator import Simulator
 

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="of servers and chaos (default: 1)",
+        help="for servers and --chaos (default: 1)",
     )
     add("--form", choices=("live", "documented"), default="live", help="default: live")
     add("--host", default="127.0.0.1", help="a loopback address (default: 127.0.0.1)")

@@ -81,7 +81,7 @@ class Api:
         self._marketplace = None
 
     def process(self, call: Call) -> Answer:
-        """Process a request: change the market where it asks for that, and return the answer."""
+        """Process a request, and return the answer."""
         call.processed = True
         try:
             return self._process(call)

@@ -202,7 +202,7 @@ def _server(rng: Random, id: int, models: tuple[Model, ...], usd: float, spot: f
             "pl": [w - rng.choice((0, 0, 20)) for w in watts],
             "stock_pl": watts,
         },
-        # Stands for the fields of real listings that nobody has documented.
+        # An example of the undocumented fields of real listings.
         "host": {
             "kernel": rng.choice(("5.15.0-157-generic", "6.8.0-85-generic", "6.14.0-33-generic")),
             "driver": rng.choice(("535.274.02", "570.195.03", "580.82.07", "580.95.05")),

@@ -98,7 +98,7 @@ class Fault:
 
 
 class Faults:
-    """Queue faults for requests to come, first in, first out. Thread-safe."""
+    """Queue faults for later requests, first in, first out. Thread-safe."""
 
     def __init__(self, chaos: float, seed: int, kinds: Sequence[str] | None) -> None:
         self._lock = threading.Lock()

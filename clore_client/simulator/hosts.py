@@ -179,11 +179,11 @@ class Host:
         await asyncio.get_running_loop().run_in_executor(None, clean)
 
     def add_connection(self, connection: asyncssh.SSHServerConnection) -> None:
-        """Note a client that has connected."""
+        """Record a client that has connected."""
         self._connections.add(connection)
 
     def remove_connection(self, connection: asyncssh.SSHServerConnection) -> None:
-        """Drop a client that has disconnected."""
+        """Remove a client that has disconnected."""
         self._connections.discard(connection)
 
 

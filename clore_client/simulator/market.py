@@ -171,7 +171,7 @@ class Market:
             quirks=frozenset(q for q, p in ORDER_QUIRKS.items() if self._quirks_rng.random() < p),
         )
         if http_ports:
-            # The name does not resolve, because nothing is behind it.
+            # The name does not resolve, because there is no host.
             order.http_port = http_ports[0]
             order.http_pub = f"{rng.getrandbits(40):010x}.clorecloud.invalid"
             order.login_token = secrets.token_hex(16)

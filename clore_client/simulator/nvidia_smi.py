@@ -7,7 +7,7 @@ import sys
 import time
 
 DRIVER, CUDA = "580.82.07", "13.0"
-NOTICE = "nvidia-smi: this is a simulated host, no real GPU is behind it"
+NOTICE = "nvidia-smi: this is a simulated host without a real GPU"
 HELP = """nvidia-smi of a simulated host. Supported:
     nvidia-smi [-i INDEX[,INDEX...]]
     nvidia-smi -L

@@ -133,7 +133,7 @@ def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _check_loopback(host: object) -> None:
-    # Whoever reaches the SSH hosts can run commands as this user.
+    # Anybody who can reach the SSH hosts can run commands as this user.
     try:
         good = host == "localhost" or ipaddress.ip_address(str(host)).is_loopback
     except ValueError:

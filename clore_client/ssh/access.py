@@ -1,4 +1,4 @@
-"""Log in to the machines of an account, each with the host key of its order."""
+"""Log in to the machines of an account; check the host key of each order."""
 
 from __future__ import annotations
 
@@ -10,15 +10,9 @@ from typing import TYPE_CHECKING, Any
 from clore_client.config import account_digest
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient
-from clore_client.ssh.connect import (
-    ConnectionPool,
-    Login,
-    check_connection,
-    check_login_options,
-    check_order,
-    parse_ssh_command,
-    plain_address,
-)
+from clore_client.ssh.address import check_order, parse_ssh_command, plain_address
+from clore_client.ssh.connect import Login, check_connection, check_login_options
+from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.host_keys import HostKeys, KeyCheck, check_host_key
 from clore_client.ssh.openssh import config_entry, terminal_line
 from clore_client.validation import check_bool, check_number, check_text
@@ -28,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class SSHAccess:
-    """The way to the machines of an account.
+    """SSH access to the machines of an account.
 
     Parameters:
-        client: whose key and base URL stand for the account.
-        orders: which know what was sent to get in.
-        folder: the state folder, or None where none is in use.
+        client: the client, for its API key and base URL.
+        orders: the orders, for the passwords that were sent with them.
+        folder: the state folder, or None if none is used.
     """
 
     def __init__(self, client: OrdersClient, orders: AccountOrders, folder: Path | None) -> None:
@@ -44,7 +38,7 @@ class SSHAccess:
 
     @property
     def _host_keys(self) -> HostKeys:
-        """The host keys of the account of this moment."""
+        """The host keys of the account; the client's API key may change."""
         account = account_digest(self._client.base_url, self._client.api_key)
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
@@ -53,11 +47,11 @@ class SSHAccess:
         return self._host_keys.forget(self._alias(order))
 
     def terminal_line(self, order: Mapping[str, Any], key_path: Any) -> str:
-        """Return the line for a terminal; see ``CloreClient.ssh_command``."""
+        """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
         return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
 
     def config_entry(self, order: Mapping[str, Any], name: str | None, key_path: Any) -> str:
-        """Return the entry for a configuration; see ``CloreClient.ssh_config``."""
+        """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
         address = plain_address(order)
         number = self._order_number(order)
         entry = name if name is not None else f"clore-{number}" if number else "clore"
@@ -77,16 +71,17 @@ class SSHAccess:
         host_key: str = "pin",
         use_ssh_config: bool = False,
     ) -> Login:
-        """Everything that is needed to log in, checked; nothing is sent."""
+        """Check the arguments of a login, and return it; nothing is sent."""
         address = plain_address(order)
         check_number("timeout", timeout, above=True, unit="seconds")
         check_number("wait", wait, infinite=True, unit="seconds")
         mode = check_host_key("host_key", host_key)
-        for name, value in (
-            ("password", password), ("key_path", key_path), ("passphrase", passphrase),
-        ):  # fmt: skip
-            if value is not None and not (name == "key_path" and hasattr(value, "__fspath__")):
-                check_text(name, value, secret=name != "key_path")
+        if password is not None:
+            check_text("password", password, secret=True)
+        if passphrase is not None:
+            check_text("passphrase", passphrase, secret=True)
+        if key_path is not None and not isinstance(key_path, os.PathLike):
+            check_text("key_path", key_path)
         if not password and not key_path:
             sent = self._orders.credentials.get(self._order_number(order) or 0, {})
             password = order.get("ssh_password") or sent.get("ssh_password")
@@ -113,6 +108,7 @@ class SSHAccess:
         size: int = 1,
         eager: bool = True,
     ) -> ConnectionPool:
+        """Return the caller's connection, or logins to make when the pool is entered."""
         options = check_login_options(login)
         if ssh is not None:
             return ConnectionPool(None, check_connection(ssh))

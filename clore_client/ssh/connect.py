@@ -7,16 +7,14 @@ import getpass
 import logging
 import os
 import socket
-import threading
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
-from clore_client.models.order import plain_host, plain_user
+from clore_client.ssh.address import DEFAULT_PORT, parse_address, plain_address
 from clore_client.ssh.transport import close_after, keep_alive, prepared_transport
-from clore_client.ssh.watchdog import Watchdog, start_thread
+from clore_client.ssh.watchdog import Watchdog
 from clore_client.validation import check_local_path, short_repr
 
 if TYPE_CHECKING:
@@ -28,84 +26,8 @@ if TYPE_CHECKING:
 LOGIN_OPTIONS = frozenset(
     {"password", "key_path", "passphrase", "wait", "host_key", "use_ssh_config"}
 )
-DEFAULT_USER = "root"
-DEFAULT_PORT = 22
 PARAMIKO_LOGGER = "clore_client.paramiko"
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
-
-
-def parse_ssh_command(order: Any) -> dict[str, Any]:
-    """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
-    raw = _ssh_line(order)
-    host, port, user = _parsed(raw)
-    return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
-            "raw": raw}  # fmt: skip
-
-
-def check_order(order: Any) -> Mapping[str, Any]:
-    """Check that an argument is an order, and return it."""
-    if not isinstance(order, Mapping):
-        raise TypeError(
-            f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
-        )
-    return order
-
-
-def plain_address(order: Any) -> dict[str, Any]:
-    """Read the same from an order; raise unless host and user are plain names or addresses."""
-    address = parse_ssh_command(check_order(order))
-    user = _parsed(address["raw"])[2]
-    if address["host"] and (not user or plain_user(user)):
-        return address
-    status = order.get("status")
-    raise SSHError(
-        f"the order has no address for SSH, or no plain one: connection.ssh is "
-        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
-        "wait_for_order() returns an order that has one"
-    )
-
-
-def _ssh_line(order: Any) -> str:
-    connection = order.get("connection") if isinstance(order, Mapping) else None
-    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
-    return raw if isinstance(raw, str) else ""
-
-
-def _parsed(raw: str) -> tuple[str, int, str]:
-    """Return the host, if it is a plain one, the port, and the user as it stands there."""
-    words = raw.split()
-    if words[:1] == ["ssh"]:
-        words = words[1:]
-    target, port, user = "", DEFAULT_PORT, ""
-    while words:
-        word = words.pop(0)
-        if word in ("-p", "-l") and words:
-            value = words.pop(0)
-            if word == "-l":
-                user = value
-            else:
-                port = _port_number(value)
-        elif word.startswith("-p"):
-            port = _port_number(word[2:])
-        elif word.startswith("-") or target:
-            # An option that could run something here, or a command: not an address to trust.
-            return "", DEFAULT_PORT, ""
-        else:
-            target = word
-    named, at, host = target.rpartition("@")
-    user = named if at else user
-    if host.startswith("[") and "]" in host:
-        host, _, rest = host[1:].partition("]")
-        port = _port_number(rest[1:]) if rest[:1] == ":" else port
-    elif host.count(":") == 1:
-        host, _, rest = host.partition(":")
-        port = _port_number(rest)
-    return host if plain_host(host) else "", port, user
-
-
-def _port_number(text: str) -> int:
-    digits = text.isascii() and text.isdigit() and len(text) <= 5
-    return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
 
 
 def import_paramiko() -> Any:
@@ -195,7 +117,7 @@ class Login:
                 raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
             self._identities = identity_files(found)
             for jump in jumps.split(",") if jumps != "none" else ():
-                name, port, user = _parsed(jump.strip().removeprefix("ssh://"))
+                name, port, user = parse_address(jump.strip().removeprefix("ssh://"))
                 hop = config.lookup(name)
                 self._hops.append(
                     {"host": hop.get("hostname", name), "identities": identity_files(hop),
@@ -386,103 +308,6 @@ class Login:
 
 class NotUpYetError(SSHError):
     """An sshd may answer later; used only within this module."""
-
-
-class ConnectionPool:
-    """The connections of one call: the caller's own, or as many as are wanted, opened at once.
-
-    Parameters:
-        login: to be used, or None for the caller's connection.
-        ssh: that one.
-        size: how many connections there may be.
-        eager: open all of them at once, and not each when it is asked for.
-    """
-
-    def __init__(
-        self, login: Login | None, ssh: Any = None, size: int = 1, eager: bool = True
-    ) -> None:
-        self.size = size if login is not None else 1
-        self._eager = eager
-        self._login = login
-        self._ssh = ssh
-        self._opened: list[Any] = [None] * self.size
-        self._ready = [threading.Event() for _ in range(self.size)]
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
-        self._started = time.monotonic()
-
-    def __enter__(self) -> ConnectionPool:
-        if self._login is None:
-            self._opened[0] = self._ssh
-        else:
-            for number in range(1, self.size if self._eager else 1):
-                self._threads.append(start_thread("login", self._open, self._login, number))
-            try:
-                self._opened[0] = self._first(self._login)
-            except BaseException:
-                self._close()
-                raise
-        self._ready[0].set()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    @property
-    def ssh(self) -> Any:
-        """The first connection."""
-        return self._opened[0]
-
-    @property
-    def age(self) -> float:
-        """Seconds since the call began."""
-        return time.monotonic() - self._started
-
-    @property
-    def round_trip(self) -> float:
-        """Seconds, as seen in the login; a large number where that is not known."""
-        transport = self.ssh.get_transport()
-        return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
-
-    def get(self, number: int) -> Any:
-        """Return a connection, when it is there; None where the host does not take so many."""
-        if number and not self._eager and self._login is not None:
-            with self._lock:
-                if not self._ready[number].is_set():
-                    self._open(self._login, number)
-        self._ready[number].wait()
-        return self._opened[number]
-
-    def break_off(self) -> None:
-        """Break every connection, whatever hangs on it."""
-        for ssh in self._opened:
-            if ssh is not None:
-                ssh.close()
-
-    def _first(self, login: Login) -> Any:
-        try:
-            return login.once()
-        except NotUpYetError:
-            # Where one connection is all that there is, another may have it.
-            for number in range(1, self.size if self._eager else 1):
-                self._ready[number].wait()
-                if (ssh := self._opened[number]) is not None:
-                    self._opened[number] = None
-                    return ssh
-        return login.open()
-
-    def _open(self, login: Login, number: int) -> None:
-        try:
-            self._opened[number] = login.once()
-        except Exception as error:
-            logger.debug("a further connection was refused: %s", error)
-        self._ready[number].set()
-
-    def _close(self) -> None:
-        for thread in self._threads:
-            thread.join()
-        if self._login is not None:
-            self.break_off()
 
 
 def check_connection(ssh: Any) -> Any:

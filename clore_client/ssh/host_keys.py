@@ -1,4 +1,4 @@
-"""Pin host keys for each order: a host and port go to later orders, with another key."""
+"""Pin the host key of each order: later orders get the same host and port with another key."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from clore_client.files import lock_file
 from clore_client.log import logger
 from clore_client.validation import short_repr
 
-PINS_FILE = "known_hosts"  # in the state folder, and in the form of OpenSSH
-LONGEST_PINS = 1_000_000  # bytes; a longer file is none of ours
-MOST_PINS = 1000
+PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
+MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
+MAX_PINS = 1000
 LOCK_PATIENCE = 2.0  # seconds
-# One key, several signatures: OpenSSH and paramiko negotiate these by name.
-_NEGOTIATED = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
+# A host key is negotiated by its signature algorithm: RSA keys have several.
+_ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
 
 Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
 
 
 def pin_of(key: Any) -> Pin:
-    """Return a paramiko key as it stands in ``known_hosts``."""
+    """Return a paramiko key as two words of a ``known_hosts`` line."""
     return key.get_name(), key.get_base64()
 
 
 def fingerprint_of(key: Any) -> str:
-    """Return ``SHA256:...`` of a paramiko key, as ``ssh-keygen -l`` prints it."""
+    """Return the fingerprint of a paramiko key, as ``ssh-keygen -l`` prints it."""
     return pin_fingerprint(pin_of(key))
 
 
 def pin_fingerprint(pin: Pin) -> str:
-    """Return ``SHA256:...`` of a pinned key."""
+    """Return the fingerprint of a pinned key."""
     digest = hashlib.sha256(base64.b64decode(pin[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 def check_host_key(name: str, value: Any) -> str:
-    """Check for ``"pin"``, ``"accept"``, or a fingerprint."""
+    """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {short_repr(value)}")
     if value in ("pin", "accept") or re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", value):
@@ -57,11 +57,11 @@ def check_host_key(name: str, value: Any) -> str:
 
 
 class HostKeys:
-    """The pinned host keys of an account: those of this client, and of the state folder.
+    """The pinned host keys of an account, in memory and in the state folder.
 
     Parameters:
-        folder: the state folder, or None where none is in use.
-        account: a digest that stands for the account in a name.
+        folder: the state folder, or None if none is used.
+        account: a digest of the account, for the names of its hosts.
     """
 
     def __init__(self, folder: Path | None, account: str) -> None:
@@ -70,23 +70,23 @@ class HostKeys:
         self._seen: dict[str, list[Pin]] = {}
 
     def alias(self, order_id: int | None, address: str) -> str:
-        """Return the name under which an order's key is kept; without an id it is the address."""
+        """Return the name for the key of an order; the address if the order has no id."""
         return f"clore-order-{order_id}-{self._account}" if order_id else address
 
     def of(self, alias: str) -> list[Pin]:
-        """Return the keys that are pinned for a host."""
+        """Return the pinned keys of a host."""
         if alias in self._seen:
             return self._seen[alias]
         return [pin for names, pin in self._lines() if _names(names, alias)]
 
     def keep(self, alias: str, pin: Pin) -> None:
-        """Pin a key, in place of those before."""
+        """Pin a key instead of all others of the host."""
         if self.of(alias) != [pin]:
             self._rewrite(alias, pin)
         self._seen[alias] = [pin]
 
     def forget(self, alias: str) -> bool:
-        """Forget a host's keys; return whether there were any."""
+        """Forget the keys of a host; return True if there were any."""
         known = bool(self.of(alias))
         self._seen.pop(alias, None)
         if known:
@@ -94,7 +94,7 @@ class HostKeys:
         return known
 
     def make_folder(self) -> None:
-        """Make the folder, so that OpenSSH can pin a key there first."""
+        """Make the state folder, so that OpenSSH can pin a key there."""
         if self.path is not None:
             try:
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -118,12 +118,12 @@ class HostKeys:
             return ""
         try:
             with open(self.path, encoding="utf-8", errors="replace") as file:
-                return file.read(LONGEST_PINS)
+                return file.read(MAX_PINS_SIZE)
         except FileNotFoundError:
             return ""
 
     def _rewrite(self, alias: str, pin: Pin | None) -> None:
-        """Replace the lines of a host; a folder that can't be written costs only a warning."""
+        """Replace the lines of a host in the file; only warn if that fails."""
         if self.path is None or not alias.startswith("clore-order-"):
             return
         try:
@@ -135,18 +135,22 @@ class HostKeys:
                 ]
                 if pin is not None:
                     lines.append(f"{alias} {pin[0]} {pin[1]}")
-                new = self.path.with_name(f"{PINS_FILE}.{os.getpid()}")
-                try:
-                    handle = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-                    with open(handle, "w", encoding="utf-8", errors="replace") as file:
-                        file.write("".join(f"{line}\n" for line in lines[-MOST_PINS:]))
-                    os.replace(new, self.path)
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        new.unlink()
-                    raise
+                _replace(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
         except OSError as error:
             logger.warning("host keys can't be kept for the next process: %s", error)
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        handle = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        with open(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
 
 
 @contextlib.contextmanager
@@ -162,7 +166,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _names(names: str, alias: str) -> bool:
-    """Return whether the first word of a line names a host; OpenSSH may have hashed it."""
+    """Check whether the first word of a line names a host; OpenSSH may have hashed it."""
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -176,8 +180,8 @@ class KeyCheck:
     """Checks the host key of one order; also paramiko's policy for unknown hosts.
 
     Parameters:
-        pins: where keys are kept.
-        order_id: of the order, or None.
+        pins: the pinned keys.
+        order_id: the id of the order, or None.
         address: its host and port.
         mode: ``"pin"``, ``"accept"`` or a fingerprint.
     """
@@ -191,44 +195,42 @@ class KeyCheck:
 
     @property
     def wanted_types(self) -> list[str]:
-        """The types of the pinned keys, as they are negotiated."""
+        """The algorithms of the pinned keys, to prefer in the key exchange."""
         if self._mode == "accept":
             return []
         kinds = [kind for kind, _ in self._pins.of(self._alias)]
-        return [name for kind in kinds for name in _NEGOTIATED.get(kind, (kind,))]
+        return [name for kind in kinds for name in _ALGORITHMS.get(kind, (kind,))]
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
-        """Check the key that a host shows; paramiko calls this before anything secret is sent."""
+        """Check a host's key; paramiko calls this before it sends anything secret."""
         shown = pin_of(key)
-        if self._mode == "pin":
-            known = self._pins.of(self._alias)
-            expected = [pin_fingerprint(pin) for pin in known]
-            fits = not known or shown in known
-        else:
-            expected = [self._mode]
-            fits = self._mode in ("accept", pin_fingerprint(shown))
-        if not fits:
-            raise self._changed(" or ".join(expected), pin_fingerprint(shown))
+        self._check(shown)
         self._shown.pin = shown
 
     def remember(self) -> None:
-        """Pin the key that was shown, after a login that worked."""
+        """Pin the host's key, after a successful login."""
         shown: Pin | None = getattr(self._shown, "pin", None)
         if self._mode == "accept" or shown is None:
             return
-        known = self._pins.of(self._alias)
-        if self._mode == "pin" and known and shown not in known:  # pinned a moment ago
-            expected = " or ".join(map(pin_fingerprint, known))
-            raise self._changed(expected, pin_fingerprint(shown))
-        if shown not in known or self._mode != "pin":
+        self._check(shown)  # again: another thread may have pinned another key
+        if self._mode != "pin" or shown not in self._pins.of(self._alias):
             self._pins.keep(self._alias, shown)
 
-    def _changed(self, expected: str, found: str) -> HostKeyChangedError:
-        what = f"order {self._order_id}" if self._order_id else self._alias
-        return HostKeyChangedError(
-            f"the machine of {what} shows the host key {found}, and not {expected}: its container "
-            "was started anew, or something else answers in its place. Nothing was sent. "
-            f"forget_host_key(order) or host_key={found!r} takes the new one",
+    def _check(self, shown: Pin) -> None:
+        if self._mode == "accept":
+            return
+        pinned = [pin_fingerprint(pin) for pin in self._pins.of(self._alias)]
+        allowed = pinned if self._mode == "pin" else [self._mode]
+        found = pin_fingerprint(shown)
+        if not allowed or found in allowed:
+            return
+        expected = " or ".join(allowed)
+        name = f"order {self._order_id}" if self._order_id else self._alias
+        raise HostKeyChangedError(
+            f"the machine of {name} has the host key {found} instead of {expected}: its container "
+            "was created again, or another machine answers at its address. No password or key "
+            "was sent. To accept the new host key, call forget_host_key(order) or pass "
+            f"host_key={found!r}",
             order_id=self._order_id,
             expected=expected,
             found=found,

@@ -1,4 +1,4 @@
-"""Write what makes OpenSSH log in: a line for a terminal, and an entry for its configuration."""
+"""Write what OpenSSH needs to log in: a command line, or an entry for ``~/.ssh/config``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from clore_client.validation import check_local_path, short_repr
 
 
 def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> str:
-    """Return the line; see ``CloreClient.ssh_command``."""
+    """Return a command line; see ``CloreClient.ssh_command``."""
     words = ["ssh", "-p", str(address["port"])]
     if key_path is not None:
         path = _whole_path(key_path)
-        # -i wants the file to be there both as it is written and with its %-signs expanded.
+        # With -i, OpenSSH looks for the file both with and without expanding % signs.
         plain = _unexpanded(path) == path
         words += ["-i", path] if plain else ["-o", f"IdentityFile={_config_path(path)}"]
     if pins.path is not None and pins.of(alias) and alias.startswith("clore-order-"):
@@ -29,9 +29,12 @@ def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path:
 def config_entry(
     name: str, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any
 ) -> str:
-    """Return the entry; see ``CloreClient.ssh_config``."""
+    """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"name must be a plain name for `ssh <name>`, not {short_repr(name)}")
+        raise ValueError(
+            "name must consist of letters, digits, '_', '.' and '-', and begin with none of the "
+            f"last two, not {short_repr(name)}"
+        )
     lines = [
         ("HostName", address["host"]),
         ("Port", str(address["port"])),
@@ -45,7 +48,7 @@ def config_entry(
 
 
 def _pinned(pins: HostKeys, alias: str) -> list[tuple[str, str]]:
-    """Return options to insist on the pinned key, or to pin the first one in the same place."""
+    """Return options to accept only the pinned key, or else to pin the first one seen."""
     known = pins.of(alias)
     strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
     if pins.path is not None and alias.startswith("clore-order-"):
@@ -53,10 +56,10 @@ def _pinned(pins: HostKeys, alias: str) -> list[tuple[str, str]]:
             pins.make_folder()
         return [("HostKeyAlias", alias), ("UserKnownHostsFile", _config_path(str(pins.path))),
                 ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
-    if not known:  # nothing is kept between two logins
+    if not known:  # without a state folder, nothing is kept between two logins
         return [("UserKnownHostsFile", os.devnull), ("StrictHostKeyChecking", "accept-new")]
     kind, key = known[0]
-    # No file to put it in: OpenSSH 8.5 and newer take it from a command.
+    # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
     return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
             ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
 
@@ -69,20 +72,20 @@ def _whole_path(path: Any) -> str:
 
 
 def _unexpanded(path: str) -> str:
-    """Escape what OpenSSH would expand in a path."""
+    """Escape % signs, which OpenSSH would expand in a path."""
     if "\n" in path or "${" in path:
         raise ValueError(
-            "key_path or state_dir: OpenSSH can't be told of a newline or '${': "
+            "key_path or state_dir: OpenSSH can't be told a path with a newline or '${': "
             f"{short_repr(path)}"
         )
     return path.replace("%", "%%")
 
 
 def _config_path(path: str) -> str:
-    """Do the same, and quote it for a configuration."""
+    """Escape and quote a path for a configuration file."""
     if '"' in path:
         raise ValueError(
-            f"key_path or state_dir: OpenSSH can't be told of a double quote: {short_repr(path)}"
+            f"key_path or state_dir: OpenSSH can't be told a path with '\"': {short_repr(path)}"
         )
     escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
     return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped

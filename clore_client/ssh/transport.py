@@ -11,11 +11,11 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from clore_client.errors import SSHError, printable
-from clore_client.ssh.watchdog import start_thread
+from clore_client.ssh.watchdog import Watchdog, start_thread
 
 REKEY_BYTES = 2**36
 MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
@@ -34,6 +34,14 @@ FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
 class NoChannelError(SSHError):
     """A host opens no further channel on a connection; sshd's MaxSessions is ten by default."""
+
+
+def takes_turns(transport: Any) -> bool:
+    """Return whether a command may not start while another one of the connection ends.
+
+    When one ends, dropbear (2022.83) closes every channel whose command has not started yet.
+    """
+    return "dropbear" in str(getattr(transport, "remote_version", ""))
 
 
 def prepared_transport(
@@ -265,3 +273,72 @@ def reason(error: BaseException) -> str:
     """Describe an error whose text may be the host's."""
     text = str(getattr(error, "text", "")) or str(error)
     return printable(text.rstrip(".") or type(error).__name__, 200)
+
+
+class LimitedChannel:
+    """A channel on which no call takes much longer than ``timeout`` seconds.
+
+    paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
+    Calls that wait for nothing go to paramiko's channel as they are.
+
+    Raises:
+        SSHError: a call takes too long. Other errors are paramiko's own.
+    """
+
+    def __init__(
+        self, transport: Any, timeout: float, watchdog: Watchdog, window: int = COMMAND_WINDOW
+    ) -> None:
+        self._transport = transport
+        self.timeout = timeout
+        self._watchdog = watchdog
+        self._channel = self._limited("opened no channel", open_session, transport, timeout, window)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    def exec_command(self, command: bytes | str) -> None:
+        self._limited("took no command", request_exec, self._channel, command)
+
+    def invoke_subsystem(self, name: str) -> None:
+        self._limited("took no command", request_subsystem, self._channel, name)
+
+    def send(self, data: Any) -> int:
+        return int(self._limited("took nothing", self._channel.send, data))
+
+    def sendall(self, data: Any) -> None:
+        view = memoryview(data.encode() if isinstance(data, str) else data)
+        while view:
+            view = view[self.send(view) :]
+
+    def recv(self, size: int) -> bytes:
+        return bytes(self._limited("sent nothing", self._channel.recv, size))
+
+    def recv_stderr(self, size: int) -> bytes:
+        return bytes(self._limited("sent nothing", self._channel.recv_stderr, size))
+
+    def recv_exit_status(self) -> int:
+        """Return the exit status; -1 where the channel ended without one."""
+        if not self._channel.status_event.wait(self.timeout):
+            raise SSHError(f"the machine did not end the command within {self.timeout:g}s")
+        return int(self._channel.exit_status)
+
+    def shutdown_write(self) -> None:
+        self._limited("took nothing", self._channel.shutdown_write)
+
+    def close(self) -> None:
+        with contextlib.suppress(SSHError, *connection_errors()):
+            self._limited("took nothing", self._channel.close)
+
+    def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        # By itself the call ends within the timeout, unless it hangs while it writes.
+        with self._watchdog.limit(1.25 * self.timeout + 0.25, self._break_off) as limit:
+            try:
+                return call(*arguments)
+            except Exception as error:
+                if isinstance(error, TimeoutError) or limit.expired:
+                    late = f"the machine {failing} for {self.timeout:g}s"
+                    raise SSHError(late) from error
+                raise
+
+    def _break_off(self) -> None:
+        self._transport.close()

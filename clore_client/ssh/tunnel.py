@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import selectors
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.ssh.transport import connection_errors, reason
-from clore_client.ssh.watchdog import Watchdog
+from clore_client.ssh.watchdog import Watchdog, start_thread
 from clore_client.validation import short_repr
 
 if TYPE_CHECKING:
     import paramiko
 
 LOOPBACK = "127.0.0.1"
-FAR_SIDE = "localhost"  # as the server resolves it: what listens on IPv4 or IPv6 there
-FORWARD_CHUNK = 32768
-FORWARD_BACKLOG = 128
-FORWARD_OPENING = 10.0  # seconds for a server to connect to its own port
-FORWARD_PAUSE = 0.1  # seconds, where this machine can't take a connection
+REMOTE_HOST = "localhost"  # resolved by the host, so that IPv4 and IPv6 services are reached
+FORWARD_CHUNK = 32768  # bytes
+FORWARD_BACKLOG = 128  # connections that wait to be accepted
+FORWARD_POLL = 0.1  # seconds between two checks of whether the block has ended
+FORWARD_OPENING = 10.0  # seconds for a host to connect to its own port
 FORWARD_PATIENCE = 2.0  # seconds to close all channels
 FORWARD_LEAVING = 5.0  # seconds for all threads to end
-RESET = struct.pack("ii", 1, 0)  # close without a handshake: the other side gets an error
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
 
 
 def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
-    """Check what :class:`Forward` is given, before anything is sent."""
+    """Check the ports of :class:`Forward`, before anything is sent."""
     for name, port, lowest in (("remote_port", remote_port, 1), ("local_port", local_port, 0)):
         allowed = f"{name} must be a port from {lowest} to 65535"
         if isinstance(port, bool) or not isinstance(port, int):
@@ -43,16 +40,16 @@ def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
 
 
 class Forward:
-    """Forwards connections to a local port on to a port of a server; a ``with`` block.
+    """Forwards a local port to a port of a host, for the length of a ``with`` block.
 
-    Entering it gives the local port, which listens on 127.0.0.1 only. What connects there gets to
-    what listens on the server's own localhost; where nothing does, that one connection is reset.
-    Leaving the block ends the connections that are still open.
+    Entering it returns the local port, which listens on 127.0.0.1 only. Each connection to it is
+    carried to the port on the host's localhost; it is reset if nothing listens there. Leaving the
+    block ends the connections that are still open.
 
     Parameters:
-        ssh: a connection to the server.
-        remote_port: of the server, 1 to 65535.
-        local_port: of this machine; 0 takes a free one.
+        ssh: a connection to the host.
+        remote_port: the port on the host, 1 to 65535.
+        local_port: the port on this machine; 0 takes a free one.
         owns: close ``ssh`` at the end of the block.
     """
 
@@ -70,9 +67,8 @@ class Forward:
         self._owns = owns
         self._transport: Any = None
         self._listener: socket.socket | None = None
-        self._ends: tuple[socket.socket, socket.socket] | None = None
         self._acceptor: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._closing = threading.Event()
         self._links: set[_Link] = set()
 
     def __repr__(self) -> str:
@@ -86,20 +82,15 @@ class Forward:
             self._close()
             raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def _open(self) -> int:
         if self._acceptor is not None:
-            raise SSHError("a forward is entered only once: make another one")
+            raise SSHError("a Forward can be entered only once: make another one")
         self._transport = self._ssh.get_transport()
         if self._transport is None or not self._transport.is_active():
-            raise SSHError("the connection to the machine is closed")
+            raise SSHError("the connection to the machine is closed: open another one")
         try:
             self._listener = socket.create_server(
                 (LOOPBACK, self._local_port), backlog=FORWARD_BACKLOG
@@ -108,83 +99,55 @@ class Forward:
             raise OSError(
                 error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
             ) from error
-        self._listener.setblocking(False)
+        self._listener.settimeout(FORWARD_POLL)
         self._local_port = self._listener.getsockname()[1]
-        self._ends = socket.socketpair()
-        self._acceptor = threading.Thread(
-            target=self._accept_all,
-            args=(self._listener, self._ends[0]),
-            name=f"clore-forward-{self._local_port}",
-            daemon=True,
+        self._acceptor = start_thread(
+            f"forward-{self._local_port}", self._accept_all, self._listener
         )
-        self._acceptor.start()
-        logger.debug("port %d leads to port %d", self._local_port, self._remote_port)
+        logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
         return self._local_port
 
     def _close(self) -> None:
-        if self._acceptor is not None and self._ends is not None:
-            self._ends[1].close()  # which wakes the acceptor
+        self._closing.set()
+        if self._acceptor is not None:
             self._acceptor.join()
-        for sock in (self._listener, *(self._ends or ())):
-            if sock is not None:
-                sock.close()
-        self._listener = self._ends = None
-        with self._lock:
-            links = list(self._links)
-        self._end_links(links)
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        links = list(self._links)
+        for link in links:
+            link.close_socket()
+        if links:
+            # Closing a channel hangs if the host accepts no data; no thread would end.
+            with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
+                for link in links:
+                    link.close_channel()
         if self._owns:
             self._ssh.close()
         deadline = time.monotonic() + FORWARD_LEAVING
         for link in links:
             link.join(max(0.0, deadline - time.monotonic()))
 
-    def _end_links(self, links: list[_Link]) -> None:
-        for link in links:
-            link.stop()
-
-        if links:
-            # Where nothing is taken any more, no channel can be closed, and no thread would end.
-            with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
-                for link in links:
-                    link.hang_up()
-
-    def _accept_all(self, listener: socket.socket, wake: socket.socket) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(listener, selectors.EVENT_READ)
-            selector.register(wake, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select()]
-                if wake in ready:
-                    return
-                try:
-                    sock, peer = listener.accept()
-                except BlockingIOError:
-                    continue  # whoever it was has gone
-                except OSError as error:
-                    # Out of file descriptors, most likely: it stays in the queue.
-                    logger.warning("port %d takes no connection: %s", self._local_port, error)
-                    time.sleep(FORWARD_PAUSE)
-                    continue
-                self._link(sock, peer)
-
-    def _link(self, sock: socket.socket, peer: tuple[str, int]) -> None:
-        link = _Link(self._transport, self._remote_port, sock, peer, self._forget)
-        with self._lock:
-            self._links.add(link)
-        try:
-            link.start()
-        except RuntimeError as error:  # no more threads
-            logger.warning("port %d dropped a connection: %s", self._local_port, error)
-            self._forget(link)
-            sock.close()
-
-    def _forget(self, link: _Link) -> None:
-        with self._lock:
-            self._links.discard(link)
+    def _accept_all(self, listener: socket.socket) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, peer = listener.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:  # too many open files, most likely
+                logger.warning("port %d can't accept a connection: %s", self._local_port, error)
+                self._closing.wait(FORWARD_POLL)
+                continue
+            link = _Link(self._transport, self._remote_port, sock, peer, self._links)
+            try:
+                link.start()
+            except RuntimeError as error:  # too many threads
+                logger.warning("port %d dropped a connection: %s", self._local_port, error)
+                link.finish()
 
 
 class _Link:
-    """One connection, and the channel that carries it on; a thread for each direction."""
+    """One forwarded connection: a local socket, a channel, and a thread for each direction."""
 
     def __init__(
         self,
@@ -192,105 +155,99 @@ class _Link:
         remote_port: int,
         sock: socket.socket,
         peer: tuple[str, int],
-        forget: Callable[[_Link], None],
+        links: set[_Link],
     ) -> None:
         self._transport = transport
         self._remote_port = remote_port
         self._sock = sock
         self._peer = peer
-        self._forget = forget
+        self._links = links
         self._channel: Any = None
-        self._stopped = False
-        self._whole = False  # whether all that the server sent was passed on
-        self._thread = threading.Thread(target=self._run, name="clore-forwarded", daemon=True)
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._complete = False  # all data from the host was passed on
 
     def start(self) -> None:
-        self._thread.start()
+        """Begin to copy data in both directions, in new threads."""
+        self._links.add(self)
+        self._thread = start_thread("forwarded", self._run)
 
     def join(self, seconds: float) -> None:
-        self._thread.join(seconds)
+        """Wait until both threads have ended, at most so many seconds."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
-    def stop(self) -> None:
-        """Wake the thread that waits for the local side."""
-        self._stopped = True
+    def close_socket(self) -> None:
+        """End the local side, which ends the thread that reads from it."""
+        self._closing = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    def hang_up(self) -> None:
-        """Wake the thread that waits for the server."""
-        channel = self._channel
-        if channel is not None:
+    def close_channel(self) -> None:
+        """End the host's side, which ends the thread that reads from it."""
+        if self._channel is not None:
             with contextlib.suppress(*connection_errors()):
-                channel.close()
+                self._channel.close()
+
+    def finish(self) -> None:
+        """Close both sides, with a reset if data is missing, so that nobody takes it for whole."""
+        if not self._complete:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self._sock.close()
+        self.close_channel()
+        self._links.discard(self)
 
     def _run(self) -> None:
         try:
-            self._sock.setblocking(True)
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._connect():
-                outward = threading.Thread(
-                    target=self._outward, name="clore-forwarded-out", daemon=True
-                )
-                outward.start()
-                self._inward()
-                outward.join()
+            if self._open_channel():
+                sender = start_thread("forwarded-out", self._send)
+                self._receive()
+                sender.join()
         except (OSError, RuntimeError) as error:
             logger.debug("a forwarded connection ended: %s", error)
         finally:
-            self._finish()
-            self._forget(self)
+            self.finish()
 
-    def _connect(self) -> bool:
+    def _open_channel(self) -> bool:
         try:
             self._channel = self._transport.open_channel(
-                "direct-tcpip", (FAR_SIDE, self._remote_port), self._peer, timeout=FORWARD_OPENING
-            )
+                "direct-tcpip", (REMOTE_HOST, self._remote_port), self._peer,
+                timeout=FORWARD_OPENING,
+            )  # fmt: skip
         except connection_errors() as error:
-            if not self._stopped:
+            if not self._closing:
                 logger.warning(
-                    "port %d of the machine took no connection: %s",
+                    "port %d of the machine accepted no connection: %s",
                     self._remote_port,
                     reason(error),
                 )
             return False
-        return not self._stopped
+        return not self._closing
 
-    def _inward(self) -> None:
-        """From the server to this machine."""
-        channel, sock = self._channel, self._sock
+    def _receive(self) -> None:
+        """Copy from the host to the local socket."""
         try:
-            while data := channel.recv(FORWARD_CHUNK):
-                sock.sendall(data)
-            if channel.eof_received:
-                self._whole = True
-                sock.shutdown(socket.SHUT_WR)
+            while data := self._channel.recv(FORWARD_CHUNK):
+                self._sock.sendall(data)
+            if self._channel.eof_received:
+                self._complete = True
+                self._sock.shutdown(socket.SHUT_WR)
                 return
         except connection_errors() as error:
             logger.debug("a forwarded connection ended: %s", error)
-        # Nobody is there to listen: the other direction ends as well.
+        # Nothing more can be delivered: end the other direction as well.
         with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RD)
-        with contextlib.suppress(*connection_errors()):
-            channel.close()
+            self._sock.shutdown(socket.SHUT_RD)
+        self.close_channel()
 
-    def _outward(self) -> None:
-        """From this machine to the server."""
-        channel = self._channel
+    def _send(self) -> None:
+        """Copy from the local socket to the host."""
         try:
             while data := self._sock.recv(FORWARD_CHUNK):
-                channel.sendall(data)
-            channel.shutdown_write()
+                self._channel.sendall(data)
+            self._channel.shutdown_write()
         except connection_errors() as error:
             logger.debug("a forwarded connection ended: %s", error)
-            with contextlib.suppress(*connection_errors()):
-                channel.close()
-
-    def _finish(self) -> None:
-        if not self._whole:
-            # What was cut off must not look like something that is complete.
-            with contextlib.suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        self._sock.close()
-        if self._channel is not None:
-            with contextlib.suppress(*connection_errors()):
-                self._channel.close()
+            self.close_channel()

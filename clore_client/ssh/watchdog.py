@@ -1,4 +1,4 @@
-"""A watchdog for calls that have no timeout of their own, and a way to start threads."""
+"""Limit calls that have no timeout of their own, and start threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from clore_client.log import logger
 
-WATCH_INTERVAL = 0.1  # seconds between two looks at the limits
+WATCH_INTERVAL = 0.1  # seconds between two checks of the limits
 
 
 def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
@@ -21,10 +21,10 @@ def start_thread(name: str, target: Callable[..., object], *args: Any) -> thread
 
 
 class Limit:
-    """A moment by which a block must be left.
+    """The time limit of a block.
 
     Attributes:
-        expired: whether the moment passed while the block ran.
+        expired: True if the block took longer.
     """
 
     def __init__(self, seconds: float, action: Callable[[], object]) -> None:
@@ -34,14 +34,14 @@ class Limit:
 
 
 class Watchdog:
-    """Run an action where a block takes too long; a ``with`` block with one thread.
+    """Runs an action when a block takes too long; a context manager with one thread.
 
-    paramiko writes to a socket without a time limit: only closing the connection ends that.
+    paramiko writes to a socket without a timeout: only closing the connection ends that.
     """
 
     def __init__(self) -> None:
         self._limits: dict[int, Limit] = {}
-        self._over = threading.Event()
+        self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
@@ -49,13 +49,13 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._done.set()
         if self._thread is not None:
             self._thread.join()
 
     @contextlib.contextmanager
     def limit(self, seconds: float, action: Callable[[], object]) -> Iterator[Limit]:
-        """Run ``action`` in a thread of its own if the block takes longer than ``seconds``."""
+        """Run ``action`` in a new thread if the block takes longer than ``seconds``."""
         limit = Limit(seconds, action)
         self._limits[id(limit)] = limit
         try:
@@ -64,10 +64,10 @@ class Watchdog:
             self._limits.pop(id(limit), None)
 
     def _watch(self) -> None:
-        while not self._over.wait(WATCH_INTERVAL):
+        while not self._done.wait(WATCH_INTERVAL):
             now = time.monotonic()
             for key, limit in list(self._limits.items()):
                 if now >= limit.deadline and self._limits.pop(key, None) is not None:
                     limit.expired = True
-                    logger.debug("the watchdog ends a call that takes too long")
+                    logger.debug("the watchdog stops a call that takes too long")
                     start_thread("watchdog-action", limit.action)

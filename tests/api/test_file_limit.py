@@ -305,3 +305,31 @@ def test_machines_without_redis_share_the_api(number: int) -> None:
         shares.append(share)
     assert sum(times) / 10 > (0.75 if number == 2 else 0.85)
     assert min(shares) > 0.5
+
+
+RENTER = """
+import sys, time
+from clore_client import CloreClient, RentalError
+url, key, folder, server = sys.argv[1:]
+options = {"rate_limit": 0.05, "create_order_interval": 0.1, "order_lag": 0.3}
+with CloreClient(key, base_url=url, state_dir=folder, **options) as client:
+    try:
+        with client.rent(server_id=int(server), poll_interval=0.05, find_timeout=2):
+            print("rented", flush=True)
+            time.sleep(3)
+    except RentalError as error:
+        print("refused", flush=True)
+"""
+
+
+def test_two_processes_rent_the_only_machine(make_sim: MakeSim, tmp_path: Path) -> None:
+    sim = make_sim()
+    server = client_for(sim).find_servers("RTX 4090", min_reliability=96)[0]
+    command = [sys.executable, "-c", RENTER, sim.url, sim.api_key, str(tmp_path), str(server.id)]
+    renters = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(renter.communicate(timeout=60)[0].strip() for renter in renters) == [
+        "refused",
+        "rented",
+    ]
+    assert len(sim.orders) == 1
+    assert not sim.orders[0].active

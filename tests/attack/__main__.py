@@ -10,7 +10,7 @@ from tests.attack.schedules import Schedule, report, run_many
 
 
 def main() -> int:
-    """Run what the command line asks for; 1 where something was violated."""
+    """Run the command line; return 1 if an invariant was violated."""
     parser = argparse.ArgumentParser(prog="python -m tests.attack", description=__doc__)
     parser.add_argument("count", type=int, nargs="?", default=1000, help="how many schedules")
     parser.add_argument("first_seed", type=int, nargs="?", default=1, help="that of the first")

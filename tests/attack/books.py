@@ -1,4 +1,4 @@
-"""The books of an attacked marketplace: what was really ordered and ended, whatever is answered."""
+"""The true state of a fault server: the orders that were really made and ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = tuple[int, dict[str, Any]]  # HTTP status, envelope
 
 @dataclass
 class Booked:
-    """One order as it really is. Times are by ``time.monotonic()``, ``created`` by the wall."""
+    """The true state of one order. Times are monotonic, except ``created``."""
 
     id: int
     server_id: int
@@ -34,7 +34,7 @@ class Booked:
 
     @property
     def active(self) -> bool:
-        """Whether it runs, and costs money."""
+        """Return whether it runs, and costs money."""
         return self.cancelled_at is None
 
 
@@ -43,9 +43,9 @@ class Flap:
     """Order lists that are empty for a moment.
 
     Attributes:
-        skip: how many lists come before them.
-        lists: how many they are at most.
-        seconds: how long it lasts at most, from the first one on.
+        skip: how many lists before them have all orders.
+        lists: how many lists are empty at most.
+        seconds: how long lists are empty at most, from the first one on.
     """
 
     skip: int
@@ -54,7 +54,7 @@ class Flap:
     began: float | None = None
 
     def takes(self) -> bool:
-        """Whether the next list is one of them."""
+        """Return whether the next list is empty."""
         if self.skip > 0:
             self.skip -= 1
             return False
@@ -65,26 +65,26 @@ class Flap:
 
 
 def refused(code: int, error: str | None = None) -> Answer:
-    """An error of the API as it arrives, with HTTP status 200."""
+    """Return an error of the API, with HTTP status 200."""
     return 200, {"code": code, **({"error": error} if error else {})}
 
 
 @dataclass
 class Books:
-    """A marketplace in the live form that misbehaves only in the ways that are set here.
+    """A marketplace in the live form, whose misbehavior is set here.
 
     Attributes:
-        servers: how many there are, their numbers counted from ``FIRST_SERVER``.
+        servers: how many servers there are; their ids start at ``FIRST_SERVER``.
         visible_after: seconds until a new order is listed.
-        cancel_lingers: seconds for which a cancelled order is still listed as an active one.
+        cancel_lingers: seconds for which a cancelled order is still listed as active.
         deploy_after: seconds until an order runs.
         clock_offset: seconds by which the ``ct`` of orders is ahead of the ``Date`` header.
-        balance: of each wallet, in its currency; without one nothing is sold.
-        show_ended: whether ended orders stand in the list with ``return_completed=true``.
-        unknown_code: what a cancel of an unknown or ended order is refused with, 6 or 2.
+        balance: the balance of each wallet, in its currency; with 0, orders are refused.
+        show_ended: whether the list with ``return_completed=true`` has ended orders.
+        unknown_code: the code for a cancel of an unknown or ended order, 6 or 2.
         hidden_for: server id -> seconds until a new order of that server is listed.
-        flap: which of the next order lists are empty, whatever runs.
-        orders: all that were ever made.
+        flap: which of the next order lists are empty, although orders run.
+        orders: all orders that were ever made.
     """
 
     servers: int = 6
@@ -117,12 +117,12 @@ class Books:
 
     @property
     def running(self) -> list[int]:
-        """The ids of the orders that cost money now."""
+        """Return the ids of the orders that cost money now."""
         with self.lock:
             return [order.id for order in self.orders if order.active]
 
     def place(self, server_id: int, **more: Any) -> Booked:
-        """Make an order as another program of the same account would."""
+        """Make an order, like another program of the same account."""
         details = {"currency": "CLORE-Blockchain", "image": "other/image", "spot": False, **more}
         with self.lock:
             price = self._price(server_id, details["currency"], details["spot"])
@@ -131,11 +131,11 @@ class Books:
         return order
 
     def visible_at(self, order: Booked) -> float:
-        """When an order is listed, by ``time.monotonic()``."""
+        """Return the monotonic time from which an order is listed."""
         return order.made_at + self.hidden_for.get(order.server_id, self.visible_after)
 
     def end(self, order_id: int) -> bool:
-        """End an order; False where no such order runs."""
+        """End an order; return False if no such order runs."""
         with self.lock:
             for order in self.orders:
                 if order.id == order_id and order.active:
@@ -146,7 +146,7 @@ class Books:
     # --- the API ---
 
     def answer(self, endpoint: str, query: dict[str, str], body: Any, key: str) -> Answer:
-        """Carry out a request, and say what an honest server answers to it."""
+        """Carry out a request, and return the correct response."""
         action = self._actions.get(endpoint)
         if action is None:
             return refused(4)

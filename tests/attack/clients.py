@@ -1,4 +1,4 @@
-"""What the attacks share: impatient clients, a watchdog, and the judgement by the books."""
+"""Helpers of the attacks: clients with short timeouts, a watchdog, and a check of the orders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from clore_client import CloreClient
 from tests.attack.fault_server import FaultServer
 
-LAG = 0.2  # seconds by which the order lists of a fault server lag behind at most
+LAG = 0.2  # seconds; the longest lag of the order lists of a fault server
 QUICK: dict[str, Any] = {
     "rate_limit": 0.01,
     "create_order_interval": 0.01,
@@ -30,12 +30,12 @@ def client_for(server: FaultServer, state_dir: Path | None = None, **options: An
 
 
 class Watchdog:
-    """Stops a server that holds its client for too long; a ``with`` block.
+    """Stop a server that blocks its client for too long; a context manager.
 
-    The block then ends with some error, and the failure of the watchdog is raised in its place.
+    The block then ends with an error, which the failure of the watchdog replaces.
 
     Attributes:
-        barked: whether it was too long.
+        barked: whether the time was over.
     """
 
     def __init__(self, server: FaultServer, seconds: float) -> None:
@@ -65,7 +65,7 @@ class Watchdog:
 
 
 def told(error: BaseException | None) -> Iterator[str]:
-    """Give all that an error says: its text, its notes, its order ids, and those of its causes."""
+    """Yield the text, the notes and the order ids of an error and of its causes."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -87,14 +87,14 @@ def unaccounted(
     since: float = 0.0,
     noted: bool = False,
 ) -> list[str]:
-    """Say what runs on and is not told of, after something that should have left nothing.
+    """Describe the orders that still run, but that no error or journal entry names.
 
     Parameters:
-        server: its books decide.
-        client: whose ``leftovers()`` must know of it.
-        error: what was raised, if anything.
-        since: orders made before this (monotonic time) do not count.
-        noted: whether it must be known by a note, and not only as an order without one.
+        server: has the true state of the orders.
+        client: its ``leftovers()`` must find the orders.
+        error: the exception that was raised, or None.
+        since: monotonic time; orders that were made before it do not count.
+        noted: whether an order must have a journal entry.
     """
     left = [order for order in server.orders if order.active and order.made_at >= since]
     if not left:
@@ -106,13 +106,13 @@ def unaccounted(
         if str(order.id) not in text and str(order.server_id) not in text
     ]
     server.calm()
-    client.close()  # an answer that belongs to nobody may be on its way
+    client.close()  # an extra response may be on its way
     listed = max(server.books.visible_at(order) for order in left)
     time.sleep(max(0.0, listed - time.monotonic()))
     found = client.leftovers(wait=0)
     known = {leftover.order_id for leftover in found.abandoned}
     if not noted:
         known |= {order.id for order in found.unnoted}
-    # Not one that a late cancel has ended meanwhile.
+    # A late cancel may have ended some of them.
     lost = [order.id for order in left if order.id not in known and order.active]
     return wrong + [f"leftovers() does not find order {order_id}" for order_id in lost]

@@ -1,6 +1,6 @@
-"""A marketplace that goes wrong, on raw sockets, and keeps books of what really happened.
+"""A marketplace with faults, on raw sockets, that records what really happened.
 
-Written from the wire format alone; it shares nothing with the client and with the simulator.
+It is written from the wire format, and shares no code with the client or the simulator.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ CARRIED_OUT: Answer = (200, {"code": 0})
 
 @dataclass
 class Request:
-    """What arrived.
+    """A request that arrived.
 
     Attributes:
-        endpoint: the last part of the path, as ``"wallets"``.
-        body: decoded, None where there is none.
-        at: when, by ``time.monotonic()``.
+        endpoint: the last part of the path, such as ``"wallets"``.
+        body: the decoded body, or None.
+        at: monotonic time of its arrival.
         connection: the number of the connection.
-        key: what the header ``auth`` said.
-        raw_body: as it came.
+        key: the header ``auth``.
+        raw_body: the body as it arrived.
     """
 
     endpoint: str
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """A way for one answer to go wrong, and whether the request is carried out all the same."""
+    """A fault of one response, and whether the request is still carried out."""
 
     kind: str
     commit: bool
@@ -57,17 +57,17 @@ class Fault:
 
 
 class FaultServer:
-    """A marketplace on a port of this machine; a context manager.
+    """A marketplace with faults on a port of this machine; a context manager.
 
     Attributes:
-        url, key: where it is, and a key of its own; it takes any.
-        books: what really happened, and settings that may be changed meanwhile.
-        send_date: whether answers carry a ``Date``.
-        requests: what arrived, in order.
+        url, key: its URL, and a key; it accepts any key.
+        books: the true state, and settings that can be changed.
+        send_date: whether responses have a ``Date``.
+        requests: the requests that arrived, in order.
 
     Parameters:
-        send_date: as the attribute.
-        **settings: of :class:`Books`.
+        send_date: the attribute.
+        **settings: arguments of :class:`Books`.
 
     Example:
         >>> with FaultServer(visible_after=0.1) as server:
@@ -88,28 +88,28 @@ class FaultServer:
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
-    # --- what tests ask ---
+    # --- state for tests ---
 
     @property
     def orders(self) -> list[Booked]:
-        """All orders that were ever made."""
+        """Return all orders that were ever made."""
         return self.books.orders
 
     @property
     def running(self) -> list[int]:
-        """The ids of the orders that cost money now."""
+        """Return the ids of the orders that cost money now."""
         return self.books.running
 
     @property
     def stopped(self) -> bool:
-        """Whether it takes nothing any more."""
+        """Return whether it has stopped."""
         return self._stopping.is_set()
 
     def sent_to(self, endpoint: str) -> list[Request]:
-        """The requests that arrived at an endpoint."""
+        """Return the requests that arrived at an endpoint."""
         return [request for request in self.requests if request.endpoint == endpoint]
 
-    # --- what tests tell ---
+    # --- faults for tests ---
 
     def fault(
         self,
@@ -121,16 +121,16 @@ class FaultServer:
         commit: bool = False,
         **options: Any,
     ) -> None:
-        """Let answers of an endpoint go wrong, after all that it was told before.
+        """Add a fault of an endpoint, after the faults that were added before.
 
         Parameters:
-            endpoint: as ``"cancel_order"``.
+            endpoint: for example ``"cancel_order"``.
             kind: a name in ``KINDS``.
-            times: how many answers.
-            skip: how many answers before them are right.
-            commit: whether the request is carried out. One whose true answer gets through always
-                is, and so is every read.
-            **options: of the function of that name.
+            times: how many responses have the fault.
+            skip: how many correct responses come first.
+            commit: whether the request is carried out. Reads always are, and requests whose
+                correct response arrives.
+            **options: arguments of the function for that kind.
         """
         if kind not in KINDS:
             raise ValueError(f"there is no fault {kind!r}")
@@ -140,11 +140,11 @@ class FaultServer:
             waiting.extend([*[None] * skip, *[fault] * times])
 
     def flap(self, lists: int, *, skip: int = 0, seconds: float = math.inf) -> None:
-        """Let order lists be empty for a moment, though orders run; see :class:`Flap`."""
+        """Make order lists empty for a moment, although orders run; see :class:`Flap`."""
         self.books.flap = Flap(skip, lists, seconds)
 
     def calm(self) -> None:
-        """Be honest from here on."""
+        """Remove all faults."""
         with self._lock:
             self._faults.clear()
         self.books.flap = None
@@ -167,7 +167,7 @@ class FaultServer:
         assert not any(thread.is_alive() for thread in self._threads), "a thread is left"
 
     def stop(self) -> None:
-        """Break off all connections, and take no more; may be called from any thread."""
+        """Close all connections, and accept no more. Any thread may call it."""
         self._stopping.set()
         with contextlib.suppress(OSError):
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
@@ -215,7 +215,7 @@ class FaultServer:
             self.requests.append(request)
             waiting = self._faults.get(request.endpoint)
             fault = waiting.popleft() if waiting else None
-        # A read changes nothing: a fault of it tells the truth as far as it gets.
+        # A read changes nothing, so its fault sends a part of the correct response.
         if fault is None or fault.commit or request.body is None:
             status, envelope = self.books.answer(
                 request.endpoint, request.query, request.body, request.key
@@ -236,7 +236,7 @@ class FaultServer:
 
 
 def _read(stream: Any, connection: int) -> Request | None:
-    """Read one request; None where the connection ended before it."""
+    """Read one request; return None if the connection ended before it."""
     first = stream.readline(65536).decode("latin-1").split()
     if len(first) != 3:
         return None

@@ -1,13 +1,13 @@
-"""Raises an exception at a chosen line of the package, as a signal that comes there would.
+"""Raise an exception at a chosen line of the package, like a signal at this line.
 
 A scenario is a callable. ``visited`` runs it and counts which lines of the package the calling
-thread executes; ``inject`` runs it again and raises at one of them. Other threads are not touched,
-just as signals don't touch them. The simulator's lines don't count: it stands for the API.
+thread executes; ``inject`` runs it again and raises at one of them. Other threads run normally,
+just as signals don't interrupt them. Lines of the simulator don't count.
 
 The interpreter looks for signals only after calls, at the end of loops, and at the beginning of
-Python functions. So left out are lines that do nothing, as ``try:``; the way from the last line
-under a ``with`` statement to an ``__exit__`` in C, as that of a lock; and the moment in which a
-generator goes on, as that may be its end as garbage.
+Python functions. So these are left out: lines that do nothing, such as ``try:``; the step from the
+last line under a ``with`` statement to an ``__exit__`` in C, such as that of a lock; and the moment
+in which a generator continues, because the garbage collector may be ending it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Spot = tuple[str, int, str]  # file within the package, line, event: a key of SA
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """A moment in the run of a scenario, for the n-th time.
+    """The n-th visit to a line in the run of a scenario.
 
     Attributes:
         event: the beginning of a ``"line"``, the entry of a function (``"call"``), or that of an
@@ -58,12 +58,12 @@ class Place:
 
 @dataclass
 class Outcome:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
-        injected: what was raised at the place; None when the run did not come by.
-        caught: what left the scenario.
-        function: where the place is.
+        injected: the exception that was raised; None if the run did not reach the place.
+        caught: the exception of the scenario, or None.
+        function: the function of the place.
     """
 
     injected: BaseException | None = None
@@ -98,7 +98,7 @@ def sample(every: Sequence[Place], count: int, seed: int) -> list[Place]:
 
 
 def inject(scenario: Scenario, place: Place, kind: type[BaseException]) -> Outcome:
-    """Run a scenario, raise at a place, and tell what left the scenario."""
+    """Run a scenario, raise at a place, and return the result."""
     outcome, visits = Outcome(), 0
 
     def look(spot: Spot, frame: FrameType) -> None:
@@ -120,7 +120,7 @@ def inject(scenario: Scenario, place: Place, kind: type[BaseException]) -> Outco
 
 
 class _Tracer:
-    """Calls ``look`` at each moment of the package's functions at which a signal can come."""
+    """Call ``look`` at each moment in the package at which a signal can interrupt."""
 
     def __init__(self, look: Callable[[Spot, FrameType], None]) -> None:
         self._look = look
@@ -129,7 +129,7 @@ class _Tracer:
         self._bytecode: dict[CodeType, bytes] = {}
 
     def on_call(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """Take the beginning of any function; a trace function."""
+        """Handle the start of any function; a trace function."""
         code, leaving, self._leaving = frame.f_code, self._leaving, None
         if leaving is not None and code.co_name == "__exit__":
             self._look(leaving, frame)
@@ -140,7 +140,7 @@ class _Tracer:
         return self.on_line
 
     def on_line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """Take what happens in a function of the package; a local trace function."""
+        """Handle events in a function of the package; a local trace function."""
         self._leaving = None
         if event == "line" and not self._does_nothing(frame):
             spot = _file(frame.f_code), frame.f_lineno, "line"
@@ -157,7 +157,7 @@ class _Tracer:
         return self._bytecode[code][frame.f_lasti] == NOTHING
 
     def _leaves(self, frame: FrameType) -> bool:
-        """Whether this is the second part of a ``with`` statement, after its block."""
+        """Return whether this is the end of a ``with`` statement, after its block."""
         code, line = frame.f_code, frame.f_lineno
         if frame.f_lasti <= self._entered.setdefault((code, line), frame.f_lasti):
             return False
@@ -169,7 +169,7 @@ def _file(code: CodeType) -> str:
 
 
 def _counts(code: CodeType) -> bool:
-    """Whether code is of the package's functions."""
+    """Return whether code is a function of the package."""
     if not code.co_filename.startswith(PACKAGE) or code.co_filename.startswith(SIMULATOR):
         return False
     return code.co_name != "<module>"
@@ -177,9 +177,9 @@ def _counts(code: CodeType) -> bool:
 
 @contextmanager
 def _tracing(look: Callable[[Spot, FrameType], None]) -> Iterator[None]:
-    """Call ``look`` while the block runs; other tracing comes back.
+    """Call ``look`` while the block runs, and restore other tracing after it.
 
-    No garbage is collected meanwhile: it would be of earlier runs.
+    The garbage collector is off meanwhile, because it would find objects of earlier runs.
     """
     before, collects = sys.gettrace(), gc.isenabled()
     gc.disable()

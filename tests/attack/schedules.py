@@ -1,4 +1,4 @@
-"""Random schedules of purchases, cancels and faults, judged by the books of the fault server."""
+"""Random schedules of purchases, cancels and faults, checked against the fault server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.attack.clients import LAG, Watchdog, client_for, unaccounted
 from tests.attack.fault_server import FaultServer
 
 SERVERS = 3
-TIMEOUT = 0.2  # seconds for an exchange, so that those that never end take three times that
+TIMEOUT = 0.2  # seconds for a request; one that never ends takes three times as long
 CLIENT: dict[str, Any] = {
     "timeout": TIMEOUT,
     "rate_limit": 0.002,
@@ -34,11 +34,11 @@ RENT: dict[str, Any] = {
     "deploy_timeout": 0.5,
     "cancel_timeout": 1.2,
 }
-# Seconds after which a call counts as one that hangs: three times what it may take at most.
+# Seconds after which a call counts as hanging: three times the longest allowed time.
 LONGEST = {"read": 15.0, "watch": 8.0, "create": 20.0, "cancel": 25.0, "cancel_all": 30.0}
 LONGEST |= {"bid": 25.0, "rent": 60.0, "wait": 8.0}
 
-# How often each is drawn.
+# The weight of each kind.
 ENDPOINTS = {
     "my_orders": 5,
     "create_order": 4,
@@ -62,17 +62,17 @@ STEPS = {
 
 
 class Boom(Exception):  # noqa: N818 - that is what it does
-    """What the block of a rental raises."""
+    """An exception of the block of a rental."""
 
 
 @dataclass
 class Verdict:
-    """What became of one schedule.
+    """The result of one schedule.
 
     Attributes:
-        seed: runs it again.
-        steps: what was done and what came of it, in order.
-        wrong: what must not be; empty when all is well.
+        seed: the seed, to run it again.
+        steps: the calls and their results, in order.
+        wrong: the violations.
     """
 
     seed: int
@@ -81,12 +81,12 @@ class Verdict:
 
 
 def drawn(dice: random.Random, weights: dict[str, int], count: int) -> list[str]:
-    """Draw some names, each as often as its weight says."""
+    """Draw some names at random, by weight."""
     return dice.choices(list(weights), list(weights.values()), k=count)
 
 
 def random_fault(dice: random.Random, endpoint: str) -> tuple[str, dict[str, Any]]:
-    """Choose a way for an answer of an endpoint to go wrong."""
+    """Choose a fault of an endpoint."""
     pauses = (None, None, 0.05, 0.3, 3600) if dice.random() < 0.2 else (None, 0.05)
     choices: list[tuple[str, dict[str, Any]]] = [
         ("slow", {"delay": dice.uniform(0.01, TIMEOUT * 1.3)}),
@@ -112,18 +112,18 @@ def random_fault(dice: random.Random, endpoint: str) -> tuple[str, dict[str, Any
 
 
 class Schedule:
-    """One account, one client, and some steps; what they are is settled by the seed alone."""
+    """One account, one client, and some steps, which the seed determines."""
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)
         self.verdict = Verdict(seed, [], [])
-        self.returned: set[int] = set()  # ids that create_order or rent() gave
-        self.doubtful: set[int] = set()  # ids of orders that were made, and not given
+        self.returned: set[int] = set()  # ids that create_order or rent() returned
+        self.doubtful: set[int] = set()  # ids of orders that were made, but not returned
         self.server: FaultServer
         self.client: CloreClient
 
     def run(self) -> Verdict:
-        """Carry it out."""
+        """Run all steps."""
         dice = self.dice
         settings: dict[str, Any] = {
             "servers": SERVERS,
@@ -144,12 +144,12 @@ class Schedule:
                     if self.server.stopped:
                         return self.verdict
                 self.server.calm()
-                self.client.close()  # an answer that belongs to nobody may be on its way
+                self.client.close()  # an extra response may be on its way
                 self.step("clean")
         return self.verdict
 
     def actions(self) -> dict[str, Callable[[], str]]:
-        """What a step can be."""
+        """Return the possible steps, with their weights."""
         return {
             "create": self.create,
             "rent": self.rent,
@@ -162,7 +162,7 @@ class Schedule:
         }
 
     def step(self, name: str) -> None:
-        """Take one step, in its time."""
+        """Run one step, with a time limit."""
         if name != "clean":
             self.arrange_faults()
         action = self.clean if name == "clean" else self.actions()[name]
@@ -190,18 +190,18 @@ class Schedule:
             (endpoint,) = drawn(dice, ENDPOINTS, 1)
             kind, options = random_fault(dice, endpoint)
             times, skip = dice.choice((1, 1, 1, 2, 3, 30)), dice.choice((0, 0, 1, 2))
-            commit = dice.random() < 0.5 and kind != "too_fast"  # that one is always true
+            commit = dice.random() < 0.5 and kind != "too_fast"  # a 429 is a real refusal
             self.server.fault(endpoint, kind, times, skip=skip, commit=commit, **options)
             told = f"{endpoint} {kind} x{times} after {skip}, commit={commit} {options}"
             self.verdict.steps.append(f"  fault: {told}")
         if dice.random() < 0.3:
-            # For less time than the lists lag behind: nobody could tell more from an end.
+            # Shorter than the lag of the lists, as a client takes a longer absence for the end.
             skip, lists = dice.randint(0, 6), dice.randint(1, 6)
             self.server.flap(lists, skip=skip, seconds=LAG / 2)
             self.verdict.steps.append(f"  flap: {lists} lists after {skip}")
 
     def called(self, call: Callable[[], Any]) -> tuple[Any, CloreError | None]:
-        """Call; give what it returned, or the error of the package that it raised."""
+        """Call a function; return its result, or the error of the package that it raised."""
         try:
             return call(), None
         except CloreError as error:
@@ -210,7 +210,7 @@ class Schedule:
     # --- the steps ---
 
     def judge_purchases(self, made: list[Booked], given: Order | None, at_most: int) -> None:
-        """Judge what was ordered, and what was given for it."""
+        """Check the orders that were made against those that were returned."""
         servers = [order.server_id for order in made]
         if len(made) > at_most or len(set(servers)) != len(servers):
             self.wrong(f"{len(made)} orders were made, on servers {servers}")
@@ -266,7 +266,7 @@ class Schedule:
         return outcome_of([order.id for order in given], error)
 
     def cancel(self) -> str:
-        """Cancel an order, maybe one that has ended."""
+        """Cancel an order, which may have ended."""
         dice = self.dice
         ids = self.server.running or [order.id for order in self.server.orders]
         if not ids:
@@ -282,7 +282,7 @@ class Schedule:
         return f"order {order_id}, confirm={confirm}: {outcome_of(done, error)}"
 
     def cancel_all(self) -> str:
-        """Cancel all orders that the account shows."""
+        """Cancel all orders of the account."""
         confirm = self.dice.random() < 0.5
         ids, error = self.called(lambda: self.client.cancel_all(confirm=confirm, confirm_timeout=1))
         left = sorted(set(ids or ()) & set(self.server.running))
@@ -327,9 +327,9 @@ class Schedule:
         return "done"
 
     def clean(self) -> str:
-        """End all, which works as soon as the API is honest again."""
+        """Cancel all orders, which must work without faults."""
         books = self.server.books
-        books.show_ended = True  # else nobody can know what a cancel has done that was not answered
+        books.show_ended = True  # otherwise a cancel without a response has an unknown outcome
         time.sleep(books.visible_after + books.cancel_lingers)
         self.client.cancel_all(confirm_timeout=10)
         if self.server.running:
@@ -338,14 +338,14 @@ class Schedule:
 
 
 def outcome_of(value: Any, error: BaseException | None) -> str:
-    """Say what came of a call, on one line."""
+    """Return the outcome of a call as one line."""
     if error is None:
         return repr(value)
     return f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
 
 
 def run_many(count: int, first_seed: int, threads: int = 24) -> Iterator[Verdict]:
-    """Run the schedules of ``count`` seeds from ``first_seed`` on, several at a time."""
+    """Run the schedules of ``count`` seeds from ``first_seed`` on, several at once."""
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(
             lambda seed: Schedule(seed).run(), range(first_seed, first_seed + count)
@@ -353,7 +353,7 @@ def run_many(count: int, first_seed: int, threads: int = 24) -> Iterator[Verdict
 
 
 def report(verdict: Verdict) -> str:
-    """Tell what was wrong with a schedule, and how to run it again."""
+    """Return a text with the violations of a schedule, and how to run it again."""
     lines = [f"seed {verdict.seed} (python -m tests.attack --seed {verdict.seed})"]
     lines += [f"  wrong: {text}" for text in verdict.wrong]
     lines += [f"    {step}" for step in verdict.steps]

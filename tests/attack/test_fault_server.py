@@ -1,4 +1,4 @@
-"""The fault server itself, asked over a bare socket."""
+"""Tests of the fault server, over a raw socket."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.internal
 
 
 class Caller:
-    """A connection, and requests on it."""
+    """A connection that sends requests."""
 
     def __init__(self, server: FaultServer) -> None:
         self.key = server.key
@@ -35,7 +35,7 @@ class Caller:
         self.sock.sendall(head.encode() + raw)
 
     def answer(self) -> tuple[int, dict[str, str], Any]:
-        """Read one answer."""
+        """Read one response."""
         status = int(self.stream.readline().split()[1])
         headers: dict[str, str] = {}
         while line := self.stream.readline().decode().strip():
@@ -45,7 +45,7 @@ class Caller:
         return status, headers, json.loads(raw) if raw[:1] == b"{" else raw
 
     def ask(self, path: str, body: Any = None) -> Any:
-        """Send a request and give the decoded answer."""
+        """Send a request, and return the decoded response."""
         self.send(path, body)
         return self.answer()[2]
 
@@ -54,7 +54,7 @@ def order(server_id: int = 101) -> dict[str, Any]:
     return {"renting_server": server_id, "type": "on-demand", "currency": "bitcoin", "image": "i"}
 
 
-def test_it_sells_lists_and_ends() -> None:
+def test_it_makes_lists_and_ends_orders() -> None:
     with FaultServer(visible_after=0, cancel_lingers=0, deploy_after=0) as server:
         caller = Caller(server)
         assert caller.ask("create_order", order()) == {"code": 0}
@@ -87,7 +87,7 @@ def test_lists_lag_behind_and_flap() -> None:
         assert caller.ask("my_orders")["orders"] == []
 
 
-def test_clocks_can_be_apart_or_missing() -> None:
+def test_clocks_can_differ_or_be_missing() -> None:
     with FaultServer(visible_after=0, clock_offset=-60) as server:
         caller = Caller(server)
         server.books.place(101)
@@ -101,7 +101,7 @@ def test_clocks_can_be_apart_or_missing() -> None:
 
 
 @pytest.mark.parametrize("commit", [True, False])
-def test_a_fault_comes_once_and_in_its_turn(commit: bool) -> None:
+def test_faults_happen_once_and_in_order(commit: bool) -> None:
     with FaultServer() as server:
         server.fault("create_order", "page", skip=1, commit=commit)
         caller = Caller(server)
@@ -114,7 +114,7 @@ def test_a_fault_comes_once_and_in_its_turn(commit: bool) -> None:
         )
 
 
-def test_it_stops_at_once_whatever_it_is_doing() -> None:
+def test_it_stops_at_once_during_any_fault() -> None:
     started = time.monotonic()
     for kind in KINDS:
         with FaultServer() as server:

@@ -1,8 +1,8 @@
-"""Interrupts at every line, and real ones at the worst moments: nothing runs on, nothing hangs.
+"""Interrupts at every line, and real signals: no order is left running, and nothing hangs.
 
-``CLORE_TEST_INJECTIONS``: how many injections in all (600), ``all``, or places as
-``api/rate_limit.py:120,rental/rental.py:``. ``CLORE_TEST_SIGINTS``: how many real signals at the
-end of a block.
+``CLORE_TEST_INJECTIONS``: the number of injections (600), ``all``, or places such as
+``api/rate_limit.py:120,rental/rental.py:``. ``CLORE_TEST_SIGINTS``: the number of real signals at
+the end of a block.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ INJECTIONS = os.environ.get("CLORE_TEST_INJECTIONS", "600")
 SIGINTS = int(os.environ.get("CLORE_TEST_SIGINTS", "150"))
 CALL_LIMIT = 10.0  # seconds after which a call counts as hanging
 SCENE_LIMIT = 20.0
-SETTLED = 10.0  # seconds in which whatever was interrupted must have ended its order
-LEAD = 0.001  # seconds from telling the presser to the end of the block
+SETTLED = 10.0  # seconds after which an interrupted order must have ended
+LEAD = 0.001  # seconds from the message to the presser to the end of the block
 WINDOW = 200e-6  # seconds around it
 INSTANT: dict[str, Any] = {
     "servers": 40,
@@ -55,29 +55,29 @@ BRISK: dict[str, Any] = {"poll_interval": 0.005, "find_timeout": 1.0, "cancel_ti
 
 @pytest.fixture(autouse=True)
 def _ctrl_c_is_as_it_was() -> Iterator[None]:
-    """Whatever a failed test leaves behind must not end the test run."""
+    """Restore the handler of SIGINT, so that a failed test does not end the test run."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-# --- what every test here needs ---
+# --- helpers ---
 
 
 class Hangs(BaseException):
-    """Something took so long that it would never have ended."""
+    """A call took too long, and counts as hanging."""
 
 
 @contextlib.contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raise ``Hangs`` in the main thread when the block takes too long."""
+    """Raise ``Hangs`` in the main thread if the block takes too long."""
 
     def ring(signum: int, frame: FrameType | None) -> None:
         where = f" in line {frame.f_lineno} of {frame.f_code.co_filename}" if frame else ""
         raise Hangs(f"still there after {seconds:g} s{where}")
 
     started = time.monotonic()
-    outer, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # a block around this one may have a limit
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, 0)  # an outer block may have a limit
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, min(seconds, outer or seconds))
     try:
@@ -90,7 +90,7 @@ def limit(seconds: float) -> Iterator[None]:
 
 
 class Stage:
-    """An account of its own, so that one run leaves nothing to the next, and its client."""
+    """A client with its own account, so that runs are independent."""
 
     def __init__(self, sim: Simulator, folder: Path, **options: Any) -> None:
         self.sim = sim
@@ -110,25 +110,25 @@ class Stage:
         return sum(call.key == self.key for call in sent_to(self.sim, endpoint))
 
     def close(self) -> None:
-        """Give back what a failure left, so that the next run finds free servers."""
+        """Cancel the orders that a failure left, so that the next run finds free servers."""
         for order_id in self.running():
             self.sim.end_order(order_id)
         self.client.close()
 
 
 def words_of(error: BaseException | None) -> str:
-    """Everything that an exception tells its user."""
+    """Return the text and the notes of an exception."""
     return "\n".join([str(error), *getattr(error, "__notes__", [])])
 
 
 def told(stage: Stage, caught: BaseException | None) -> bool:
-    """Whether what still runs is named by what was raised."""
+    """Return whether an exception names the orders that still run."""
     words = words_of(caught)
     return all(str(order_id) in words for order_id in stage.running())
 
 
 def soon(condition: Callable[[], bool], seconds: float = SETTLED) -> bool:
-    """Whether something becomes true in time."""
+    """Return whether a condition becomes true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= deadline:
@@ -138,7 +138,7 @@ def soon(condition: Callable[[], bool], seconds: float = SETTLED) -> bool:
 
 
 def complaints_of_rental(stage: Stage, caught: BaseException | None) -> Iterator[str]:
-    """After a rental nothing runs, or what was raised names it and ``leftovers()`` finds it."""
+    """Check that no order runs, or that the exception names it and ``leftovers()`` finds it."""
     if soon(lambda: told(stage, caught)) and not stage.running():
         return
     for order_id in stage.running():
@@ -150,7 +150,7 @@ def complaints_of_rental(stage: Stage, caught: BaseException | None) -> Iterator
 
 
 def complaints_of_calls(stage: Stage) -> Iterator[str]:
-    """The next call of any thread works, and the next Ctrl-C as well."""
+    """Check that the next call of any thread works, and the next Ctrl-C too."""
     failed: list[BaseException] = []
 
     def call() -> None:
@@ -182,7 +182,7 @@ def complaints_of_calls(stage: Stage) -> Iterator[str]:
 
 
 class Scene:
-    """Something that is interrupted: set up, run, and looked at afterwards."""
+    """A scenario that is interrupted: its setup, its run, and its checks."""
 
     options: ClassVar[dict[str, Any]] = {}  # of the simulator
 
@@ -200,7 +200,7 @@ class Scene:
 
 
 class RentalScene(Scene):
-    """A rental. It is held on to as notebooks do: going out of scope must not be what ends it."""
+    """A rental. The scene keeps a reference to it, as a notebook does."""
 
     rental: Rental | None = None
 
@@ -213,9 +213,9 @@ class RentalScene(Scene):
 
 
 class StackScene(RentalScene):
-    """A rental that an ExitStack ends, which can be cut before it calls ``__exit__``.
+    """A rental in an ExitStack, which an interrupt can stop before it calls ``__exit__``.
 
-    The rental then ends with the last reference to it: those of the frames go as at the end of an
+    The rental then ends with the last reference to it. The frames drop theirs, as at the end of an
     except clause.
     """
 
@@ -230,7 +230,7 @@ class StackScene(RentalScene):
 
 
 class SearchScene(RentalScene):
-    """A rental whose order has to be searched for."""
+    """A rental whose order has no id in the response."""
 
     options: ClassVar[dict[str, Any]] = {"visible_after": 0.03}
 
@@ -240,7 +240,7 @@ class SearchScene(RentalScene):
 
 
 class PurchaseScene(Scene):
-    """A plain purchase: nobody but the user can know of an order that it had made."""
+    """A plain purchase; after an interrupt, only the user can find its order."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
@@ -294,7 +294,7 @@ class CancelScene(Scene):
 
 
 class ReadScene(Scene):
-    """Reads that wait for their turn, beside another thread that does the same."""
+    """Reads that wait for the rate limit, while another thread waits too."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
@@ -317,7 +317,7 @@ class ReadScene(Scene):
 
 
 class Busy:
-    """A thread that calls all the time."""
+    """A thread that makes requests all the time."""
 
     def __init__(self, stage: Stage) -> None:
         self.calls = 0
@@ -337,7 +337,7 @@ class Busy:
             self.calls += 1
 
     def complaints(self) -> Iterator[str]:
-        """It goes on."""
+        """Check that the thread still makes requests."""
         before = self.calls
         if not soon(lambda: self.calls > before + 1 or bool(self.failed)):
             yield f"the other thread hangs after {before} calls"
@@ -361,7 +361,7 @@ KINDS: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit)
 
 
 def chosen(every: Sequence[Place], share: float, seed: int) -> list[Place]:
-    """The places that this run of the tests is for."""
+    """Return the places that this test run uses."""
     if INJECTIONS == "all":
         return list(every)
     if ":" in INJECTIONS:
@@ -382,7 +382,7 @@ def complaints_of_injection(
 def injected(
     make: Callable[[], Scene], place: Place, kind: type[BaseException]
 ) -> list[str] | None:
-    """Interrupt a scene at a place: what was wrong; None when the run did not come by."""
+    """Interrupt a scene at a place; return the violations, or None if it was not reached."""
     wrong: list[str] = []
     at = f"{kind.__name__} at {place}"
     try:
@@ -402,7 +402,7 @@ def injected(
 def listed(make: Callable[[], Scene]) -> list[Place]:
     """List the places of a scene."""
     with limit(SCENE_LIMIT):
-        for _ in range(2):  # the first one imports what is imported late
+        for _ in range(2):  # the first run has the late imports
             with contextlib.closing(make()) as scene:
                 seen = visited(scene.run)
                 assert list(scene.complaints(None)) == []
@@ -428,21 +428,21 @@ def test_an_exception_at_any_line(
         came_by += found is not None
         bad += bool(found)
         wrong += found or []
-        if bad == (20 if INJECTIONS == "all" else 3):  # what hangs may hold up all that follow
+        if bad == (20 if INJECTIONS == "all" else 3):  # a hanging scene may block all later ones
             break
     print(f"{name}, {kind.__name__}: {came_by} injections of {len(every)} places")
     assert not wrong, f"{bad} of {came_by} injections:\n" + "\n".join(wrong)
     assert came_by or ":" in INJECTIONS
 
 
-def test_the_injector_puts_back_what_was_traced_before() -> None:
+def test_the_injector_restores_the_tracing() -> None:
     def theirs(frame: FrameType, event: str, argument: Any) -> None:
         return None
 
     def scenario() -> None:
         CloreClient.parse_ssh_connection({})
 
-    scenario()  # it imports something
+    scenario()  # it imports modules
     before = sys.gettrace()
     sys.settrace(theirs)
     try:
@@ -475,7 +475,7 @@ for line in sys.stdin:
 class Presser:
     """A process that sends SIGINT to this one at given moments.
 
-    No thread of this process: while the main thread is busy, it would come milliseconds late.
+    A thread of this process would send it late, while the main thread is busy.
     """
 
     def __init__(self) -> None:
@@ -495,17 +495,17 @@ class Presser:
             self._done += 1
 
     def press(self, moment: float) -> None:
-        """Send one at a moment of ``time.monotonic()``."""
+        """Send a signal at a monotonic time."""
         assert self._process.stdin is not None
         self._told += 1
         self._process.stdin.write(f"{moment!r}\n".encode())
 
     def wait(self) -> None:
-        """Return when all have been sent."""
+        """Wait until all signals have been sent."""
         until(lambda: self._done >= self._told)
 
     def settle(self) -> bool:
-        """Wait until none can come any more; whether one still came."""
+        """Wait until no signal can arrive any more; return whether one did."""
         try:
             self.wait()
             time.sleep(0.05)
@@ -528,9 +528,9 @@ def presser() -> Iterator[Presser]:
 
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Where interrupts were lost: at the end of an object the interpreter lets nothing out.
+    """Collect the interrupts that were lost, because a finalizer can't raise exceptions.
 
-    The simulator's objects end in its own thread, as long as nobody collects garbage.
+    The simulator's objects are finalized in its own thread, while the garbage collector is off.
     """
     found: list[str] = []
 
@@ -544,7 +544,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def pressed(presser: Presser, action: Callable[[], object]) -> list[BaseException]:
-    """Run what presses Ctrl-C once, and collect what comes out of it, late ones too."""
+    """Run a function that presses Ctrl-C once; return all exceptions, also late ones."""
     came: list[BaseException] = []
     try:
         with limit(SCENE_LIMIT):
@@ -623,8 +623,8 @@ def test_signals_beside_a_busy_thread(
         while True:
             stage.client.get_wallets()
             if time.monotonic() > at + 1:
-                # Lost in the interpreter, which lets no exception out of the end of an answer's
-                # objects (io.IOBase): whoever it happens to presses again.
+                # The interpreter drops an exception in the finalizer of a response's
+                # objects (io.IOBase), so the signal is sent again.
                 at += 1
                 presser.press(at)
 
@@ -642,12 +642,12 @@ def test_signals_beside_a_busy_thread(
     assert stage.running() == set()
 
 
-# Twice more, and again: on a busy machine two signals can reach the interpreter as one.
+# More than needed, because two signals can reach the interpreter as one.
 UNTIL_IT_WORKS = (0.3,) * 6
 
 
 class Hand(threading.Thread):
-    """Presses Ctrl-C when something is true, and again after each further pause, as needed."""
+    """Press Ctrl-C when a condition is true, and again after each pause, as needed."""
 
     def __init__(self, reached: Callable[[], bool], *pauses: float) -> None:
         super().__init__(daemon=True)
@@ -667,7 +667,7 @@ class Hand(threading.Thread):
             os.kill(os.getpid(), signal.SIGINT)
 
     def around(self, action: Callable[[], object]) -> BaseException | None:
-        """Run something, and return what left it."""
+        """Run a function, and return its exception."""
         came: BaseException | None = None
         try:
             with limit(SCENE_LIMIT):
@@ -678,7 +678,7 @@ class Hand(threading.Thread):
         try:
             self._let_go.set()
             self.join()
-        except KeyboardInterrupt:  # one too late
+        except KeyboardInterrupt:  # a late signal
             self.join()
         return came
 
@@ -715,7 +715,7 @@ def test_a_second_signal_while_the_order_is_searched(
 
 
 @pytest.mark.parametrize("within_block", [True, False])
-def test_a_third_signal_ends_a_cancel_that_hopes_in_vain(
+def test_a_third_signal_stops_a_cancel_that_fails(
     make_sim: MakeSim, tmp_path: Path, within_block: bool
 ) -> None:
     sim = make_sim(**INSTANT)
@@ -741,11 +741,11 @@ def test_a_third_signal_ends_a_cancel_that_hopes_in_vain(
     assert [left.order_id for left in stage.client.leftovers(wait=0).abandoned] == order_ids
     assert list(complaints_of_calls(stage)) == []
     sim.faults.clear()
-    assert stage.client.cancel_leftovers(wait=0) in ([], order_ids)  # one cancel was on its way
+    assert stage.client.cancel_leftovers(wait=0) in ([], order_ids)  # one cancel had been sent
     assert stage.running() == set()
 
 
-def test_two_signals_do_not_end_a_cancel(make_sim: MakeSim, tmp_path: Path) -> None:
+def test_two_signals_do_not_stop_a_cancel(make_sim: MakeSim, tmp_path: Path) -> None:
     sim = make_sim(**INSTANT)
     stage = Stage(sim, tmp_path)
 
@@ -760,7 +760,7 @@ def test_two_signals_do_not_end_a_cancel(make_sim: MakeSim, tmp_path: Path) -> N
     assert soon(lambda: not stage.running())
 
 
-def test_a_third_signal_ends_the_search(make_sim: MakeSim, tmp_path: Path) -> None:
+def test_a_third_signal_stops_the_search(make_sim: MakeSim, tmp_path: Path) -> None:
     sim = make_sim(**{**INSTANT, "visible_after": 4.0})
     stage = Stage(sim, tmp_path)
     sim.faults.add("create_order", "lose_answer")
@@ -814,12 +814,12 @@ def test_a_signal_that_the_block_catches(make_sim: MakeSim, tmp_path: Path) -> N
             assert order is not None
             assert order.status == "running"
             assert rental.cost_usd > 0
-        time.sleep(0.5)  # whoever took it for left would have ended it by now
+        time.sleep(0.5)  # if the rental had ended, its order would have ended by now
         assert stage.running() == {order_id}
     assert stage.running() == set()
 
 
-def test_a_signal_that_a_call_of_the_rental_lets_through(make_sim: MakeSim, tmp_path: Path) -> None:
+def test_a_signal_during_a_call_of_the_rental(make_sim: MakeSim, tmp_path: Path) -> None:
     pytest.importorskip("paramiko")
     stage = Stage(make_sim(**{**INSTANT, "ssh": True}), tmp_path)
     with limit(SCENE_LIMIT), stage.rent() as rental:

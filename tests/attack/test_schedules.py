@@ -1,4 +1,4 @@
-"""Some hundred random schedules; ``python -m tests.attack 10000`` runs more."""
+"""Random schedules; ``python -m tests.attack 10000`` runs more of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Ways in which a server ran on, paid for, while the client said otherwise or nothing.
+"""Known ways to leave a server running without an error that says so.
 
-Each test is named after what went wrong. The books of the fault server judge.
+The fault server has the true state.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RENT: dict[str, Any] = {
     "cancel_timeout": 5.0,
     "deploy_timeout": 5.0,
 }
-FOR_EVER = 10000  # answers
+FOR_EVER = 10000  # responses
 
 
 @pytest.fixture
@@ -55,13 +55,13 @@ def server() -> Iterator[FaultServer]:
 
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
-    """The folder of the client's notes."""
+    """Return the folder of the journal."""
     return tmp_path / "notes"
 
 
 @pytest.fixture
 def hasty(server: FaultServer, notes: Path) -> Iterator[CloreClient]:
-    """A client that gives an answer 0.6 seconds at most."""
+    """Return a client that waits at most 0.6 seconds for a response."""
     with client_for(server, notes, timeout=0.2) as made:
         yield made
 
@@ -73,7 +73,7 @@ def client(server: FaultServer, notes: Path) -> Iterator[CloreClient]:
 
 
 def running_order(client: CloreClient) -> int:
-    """Make an order that the client has seen running."""
+    """Make an order, and let the client see it running."""
     order = client.create_order(101)
     assert order.id is not None
     client.wait_for_order(order.id, timeout=10, poll_interval=0.02)
@@ -81,7 +81,7 @@ def running_order(client: CloreClient) -> int:
 
 
 def run_child(server: FaultServer, notes: Path, code: str, *arguments: str) -> str:
-    """Run code in a process of its own; give what it prints."""
+    """Run code in another process, and return its output."""
     environment = {
         **os.environ,
         "CLORE_API_KEY": server.key,
@@ -101,7 +101,7 @@ def run_child(server: FaultServer, notes: Path, code: str, *arguments: str) -> s
 
 
 def die_while_renting(server: FaultServer, notes: Path, server_id: int) -> int:
-    """Leave an order behind as a killed process does."""
+    """Leave an order running, like a killed process."""
     code = """
     client = CloreClient(rate_limit=0.01, create_order_interval=0.01, state_dir=sys.argv[1])
     with client.rent(server_id=int(sys.argv[2]), poll_interval=0.03) as rental:
@@ -111,13 +111,13 @@ def die_while_renting(server: FaultServer, notes: Path, server_id: int) -> int:
     return int(run_child(server, notes, code, str(notes), str(server_id)))
 
 
-# --- 1: an answer that never ends ---
+# --- 1: a response that never ends ---
 
 NEVER_ENDING = ("drip", "drip_headers", "endless_continue")
 
 
 @pytest.mark.parametrize("kind", NEVER_ENDING)
-def test_an_answer_that_never_ends_is_given_up(server: FaultServer, kind: str) -> None:
+def test_a_response_that_never_ends_is_an_error(server: FaultServer, kind: str) -> None:
     with client_for(server, max_retries=1, timeout=0.2) as client:
         server.fault("wallets", kind)
         with Watchdog(server, 6), pytest.raises(CloreError):
@@ -126,7 +126,7 @@ def test_an_answer_that_never_ends_is_given_up(server: FaultServer, kind: str) -
         assert len(client.get_wallets()) == 3
 
 
-def test_an_answer_that_takes_its_time_is_taken(server: FaultServer) -> None:
+def test_a_slow_response_is_accepted(server: FaultServer) -> None:
     with client_for(server, timeout=2) as client:
         server.fault("wallets", "drip", interval=0.001, endless=False)
         assert len(client.get_wallets()) == 3
@@ -134,7 +134,7 @@ def test_an_answer_that_takes_its_time_is_taken(server: FaultServer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["drip", "endless_continue"])
-def test_a_wait_is_over_at_its_time(server: FaultServer, kind: str) -> None:
+def test_a_wait_ends_at_its_timeout(server: FaultServer, kind: str) -> None:
     with client_for(server, timeout=20) as client:
         order_id = running_order(client)
         server.fault("my_orders", kind, FOR_EVER)
@@ -172,7 +172,7 @@ def test_cancel_timeout_is_kept_with_a_long_timeout(server: FaultServer, notes: 
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_during_a_cancel_that_drips_comes_through(
+def test_a_signal_during_a_slow_cancel_is_raised(
     server: FaultServer, hasty: CloreClient, signum: int
 ) -> None:
     raised = KeyboardInterrupt if signum == signal.SIGINT else SystemExit
@@ -186,7 +186,7 @@ def test_a_signal_during_a_cancel_that_drips_comes_through(
 
 
 @pytest.mark.parametrize("kind", ["hang", "drip"])
-def test_a_cancel_that_hangs_is_sent_again_elsewhere(
+def test_a_cancel_that_hangs_is_sent_again_on_another_connection(
     server: FaultServer, hasty: CloreClient, kind: str
 ) -> None:
     with Watchdog(server, 15):
@@ -198,7 +198,7 @@ def test_a_cancel_that_hangs_is_sent_again_elsewhere(
 
 
 @pytest.mark.parametrize("kind", NEVER_ENDING)
-def test_an_order_whose_answer_never_ends_is_found(
+def test_an_order_whose_response_never_ends_is_found(
     server: FaultServer, hasty: CloreClient, kind: str
 ) -> None:
     server.fault("create_order", kind, commit=True)
@@ -208,7 +208,7 @@ def test_an_order_whose_answer_never_ends_is_found(
     assert len(server.sent_to("create_order")) == 1
 
 
-def test_a_purchase_whose_answer_never_ends_is_in_doubt(
+def test_a_purchase_whose_response_never_ends_has_an_unknown_outcome(
     server: FaultServer, hasty: CloreClient
 ) -> None:
     server.fault("create_order", "drip")
@@ -219,7 +219,7 @@ def test_a_purchase_whose_answer_never_ends_is_in_doubt(
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="these signals are POSIX")
 @pytest.mark.parametrize("kind", ["hang", *NEVER_ENDING])
-def test_an_interrupt_gets_through_at_once(server: FaultServer, kind: str) -> None:
+def test_an_interrupt_is_raised_at_once(server: FaultServer, kind: str) -> None:
     with client_for(server, timeout=20) as client:
         main = threading.main_thread().ident or 0
         timer = threading.Timer(0.15, lambda: signal.pthread_kill(main, signal.SIGINT))
@@ -232,7 +232,7 @@ def test_an_interrupt_gets_through_at_once(server: FaultServer, kind: str) -> No
         assert len(client.get_wallets()) == 3
 
 
-# --- 2: an answer of any size ---
+# --- 2: a very large response ---
 
 LITTLE_MEMORY = """
 import resource
@@ -256,17 +256,17 @@ print(len(client.get_wallets()), "wallets")
     [("bomb", {}), ("bomb", {"nested": True}), ("huge", {"endless": True})],
     ids=["bomb", "nested", "endless"],
 )
-def test_no_answer_takes_all_memory(
+def test_no_response_uses_all_memory(
     server: FaultServer, notes: Path, kind: str, options: dict[str, Any]
 ) -> None:
     server.fault("wallets", kind, skip=1, **options)
     said = run_child(server, notes, LITTLE_MEMORY)
     assert said.startswith("refused:"), said
-    assert "max_response_mb" in said or options.get("nested")  # which nobody has asked for
+    assert "max_response_mb" in said or options.get("nested")  # an encoding that was not requested
     assert "3 wallets" in said
 
 
-def test_a_huge_answer_is_refused(server: FaultServer) -> None:
+def test_a_huge_response_is_refused(server: FaultServer) -> None:
     with client_for(server, timeout=10, max_retries=1) as client:
         server.fault("wallets", "huge", mb=150)
         with pytest.raises(CloreError, match="max_response_mb"):
@@ -283,7 +283,7 @@ def test_the_limit_can_be_set(server: FaultServer) -> None:
             client.get_wallets()
 
 
-def test_a_purchase_that_is_answered_hugely_is_in_doubt(server: FaultServer) -> None:
+def test_a_purchase_with_a_huge_response_has_an_unknown_outcome(server: FaultServer) -> None:
     with client_for(server, timeout=10) as client:
         server.fault("create_order", "huge", mb=100, commit=True)
         order = client.create_order(101)
@@ -298,48 +298,40 @@ def test_a_purchase_that_is_answered_hugely_is_in_doubt(server: FaultServer) -> 
 
 
 def push_back(server: FaultServer, client: CloreClient) -> None:
-    """Let a read be answered with a pause of an hour."""
+    """Let the API ask for a pause of an hour in the response to a read."""
     server.fault("wallets", "too_fast", FOR_EVER, retry_after=3600)
     with pytest.raises(CloreError):
         client.get_wallets()
 
 
-def test_a_rental_ends_though_a_read_was_pushed_back(
-    server: FaultServer, client: CloreClient
-) -> None:
+def test_a_rental_ends_during_a_pause(server: FaultServer, client: CloreClient) -> None:
     with client.rent("4090", **RENT):
         push_back(server, client)
     assert server.running == []
 
 
-def test_a_cancel_is_sent_again_though_it_was_pushed_back(
-    server: FaultServer, client: CloreClient
-) -> None:
+def test_a_cancel_is_sent_again_during_a_pause(server: FaultServer, client: CloreClient) -> None:
     server.fault("cancel_order", "too_fast", retry_after=3600)
     with client.rent("4090", **{**RENT, "cancel_timeout": 12}):
         pass
     assert server.running == []
 
 
-def test_single_cancels_go_out_though_a_read_was_pushed_back(
-    server: FaultServer, client: CloreClient
-) -> None:
+def test_single_cancels_are_sent_during_a_pause(server: FaultServer, client: CloreClient) -> None:
     order_id = running_order(client)
     push_back(server, client)
     assert client.cancel_order(order_id, confirm=True, confirm_timeout=5)
     assert server.running == []
 
 
-def test_cancel_all_goes_out_though_a_read_was_pushed_back(
-    server: FaultServer, client: CloreClient
-) -> None:
+def test_cancel_all_is_sent_during_a_pause(server: FaultServer, client: CloreClient) -> None:
     order_id = running_order(client)
     push_back(server, client)
     assert client.cancel_all(confirm_timeout=5) == [order_id]
     assert server.running == []
 
 
-def test_leftovers_are_ended_though_a_read_was_pushed_back(
+def test_leftovers_are_cancelled_during_a_pause(
     server: FaultServer, client: CloreClient, notes: Path
 ) -> None:
     order_id = die_while_renting(server, notes, 101)
@@ -349,7 +341,7 @@ def test_leftovers_are_ended_though_a_read_was_pushed_back(
     assert server.running == []
 
 
-# --- 4: absence is no end ---
+# --- 4: an order that is not listed may still run ---
 
 Break = Callable[[FaultServer, int], None]
 
@@ -367,7 +359,7 @@ BREAKS = pytest.mark.parametrize("break_it", [answer_502, answer_code_6])
 
 @BREAKS
 @pytest.mark.parametrize("confirm", [False, True])
-def test_true_means_that_it_has_ended(
+def test_cancel_order_returns_true_only_if_the_order_has_ended(
     server: FaultServer, client: CloreClient, break_it: Break, confirm: bool
 ) -> None:
     order_id = running_order(client)
@@ -379,7 +371,7 @@ def test_true_means_that_it_has_ended(
 
 
 @BREAKS
-def test_what_is_never_cancelled_is_never_taken_for_ended(
+def test_an_order_without_a_cancel_never_counts_as_ended(
     server: FaultServer, client: CloreClient, break_it: Break
 ) -> None:
     order_id = running_order(client)
@@ -391,7 +383,7 @@ def test_what_is_never_cancelled_is_never_taken_for_ended(
 
 
 @BREAKS
-def test_a_rental_does_not_take_absence_for_an_end(
+def test_a_rental_cancels_an_order_that_is_not_listed(
     server: FaultServer, client: CloreClient, break_it: Break
 ) -> None:
     with client.rent("4090", **RENT):
@@ -401,7 +393,7 @@ def test_a_rental_does_not_take_absence_for_an_end(
 
 
 @BREAKS
-def test_a_rental_that_was_never_cancelled_says_so_and_keeps_its_note(
+def test_a_rental_that_was_not_cancelled_keeps_its_entry(
     server: FaultServer, client: CloreClient, notes: Path, break_it: Break
 ) -> None:
     def rent() -> None:
@@ -420,7 +412,7 @@ def test_a_rental_that_was_never_cancelled_says_so_and_keeps_its_note(
     assert server.running == []
 
 
-def test_a_cancel_that_was_accepted_in_vain_is_repeated(
+def test_an_accepted_cancel_without_effect_is_repeated(
     server: FaultServer, client: CloreClient
 ) -> None:
     order_id = running_order(client)
@@ -431,7 +423,7 @@ def test_a_cancel_that_was_accepted_in_vain_is_repeated(
         assert server.running == []
 
 
-def test_an_api_that_never_shows_ended_orders_is_believed_after_its_lag(
+def test_an_order_that_is_never_listed_as_ended_has_ended_after_the_lag(
     server: FaultServer, client: CloreClient
 ) -> None:
     server.books.show_ended = False
@@ -442,7 +434,7 @@ def test_an_api_that_never_shows_ended_orders_is_believed_after_its_lag(
     assert client.cancel_order(order_id, confirm=True, confirm_timeout=5)
 
 
-def test_cancel_all_keeps_its_time_where_ended_orders_are_never_shown(
+def test_cancel_all_keeps_its_timeout_without_a_list_of_ended_orders(
     server: FaultServer, client: CloreClient
 ) -> None:
     server.books.show_ended = False
@@ -460,7 +452,7 @@ def test_cancel_all_keeps_its_time_where_ended_orders_are_never_shown(
 
 
 @pytest.mark.parametrize(("offset", "send_date"), [(-3, True), (40, True), (-3, False)])
-def test_an_order_is_found_whatever_the_clocks_say(
+def test_an_order_is_found_with_any_clock(
     server: FaultServer, client: CloreClient, offset: float, send_date: bool
 ) -> None:
     server.books.clock_offset, server.send_date = offset, send_date
@@ -473,7 +465,7 @@ def test_an_order_is_found_whatever_the_clocks_say(
 
 
 @pytest.mark.parametrize("offset", [-3, 40])
-def test_a_rental_does_not_mind_a_clock_that_is_wrong(
+def test_a_rental_works_with_a_wrong_clock(
     server: FaultServer, client: CloreClient, offset: float
 ) -> None:
     server.books.clock_offset = offset
@@ -484,7 +476,7 @@ def test_a_rental_does_not_mind_a_clock_that_is_wrong(
 
 @pytest.mark.parametrize(("offset", "send_date"), [(-3, True), (40, True), (0, False)])
 @pytest.mark.parametrize("looked_at", ["orders", "marketplace", "nothing"])
-def test_an_order_that_was_there_before_is_not_the_new_one(
+def test_an_older_order_is_not_the_new_one(
     server: FaultServer, client: CloreClient, offset: float, send_date: bool, looked_at: str
 ) -> None:
     books = server.books
@@ -504,7 +496,7 @@ def test_an_order_that_was_there_before_is_not_the_new_one(
         assert [order.id] == server.running
     except OrderOutcomeUnknownError as raised:
         error = raised
-    # Only if it was the first call of a client, which can't know what was there before.
+    # The first call of a client can't know the orders that existed before.
     assert error is None or looked_at == "nothing"
     assert error is None or str(server.running[0]) in str(error)
 
@@ -513,7 +505,7 @@ def test_an_order_that_was_there_before_is_not_the_new_one(
 
 
 def rented(client: CloreClient, seconds: float) -> CloreError | None:
-    """Rent the cheapest server for a while; give what was raised."""
+    """Rent the cheapest server for a while; return the exception."""
     try:
         with client.rent("4090", **{**RENT, "find_timeout": 0.2}):
             time.sleep(seconds)
@@ -523,7 +515,7 @@ def rented(client: CloreClient, seconds: float) -> CloreError | None:
 
 
 @pytest.mark.parametrize(("status", "seconds"), [(200, 0), (500, 0.5)])
-def test_an_order_that_code_1_hid_is_given_back(
+def test_an_order_after_code_1_is_cancelled(
     server: FaultServer, notes: Path, status: int, seconds: float
 ) -> None:
     server.books.hidden_for[101] = 0.4
@@ -534,7 +526,7 @@ def test_an_order_that_code_1_hid_is_given_back(
     assert [order.server_id for order in server.orders][:2] in ([101, 102], [101])
 
 
-def test_an_order_that_code_1_hid_stays_noted(server: FaultServer, notes: Path) -> None:
+def test_an_order_after_code_1_keeps_its_entry(server: FaultServer, notes: Path) -> None:
     server.books.hidden_for[101] = 0.4
     server.fault("create_order", "refuse", commit=True, code=1)
     with client_for(server, notes, order_lag=1) as client:
@@ -543,7 +535,7 @@ def test_an_order_that_code_1_hid_stays_noted(server: FaultServer, notes: Path) 
             assert sorted(noted) == [101, 102]
 
 
-def test_an_order_of_the_same_number_in_another_account_does_not_hide_it(
+def test_the_same_order_id_in_another_account_does_not_hide_it(
     server: FaultServer, notes: Path
 ) -> None:
     with FaultServer() as other, client_for(other, notes) as elsewhere:
@@ -568,7 +560,7 @@ def test_orders_that_are_all_listed_late_are_accounted_for(notes: Path) -> None:
         assert unaccounted(server, client, error, noted=True) == []
 
 
-def test_an_order_that_code_1_hid_of_the_only_server_is_given_back(
+def test_an_order_after_code_1_of_the_only_server_is_cancelled(
     server: FaultServer, notes: Path
 ) -> None:
     server.books.hidden_for[101] = 0.4
@@ -602,7 +594,7 @@ def test_one_empty_list_does_not_show_that_there_is_no_order(
     assert unaccounted(server, client, caught.value, noted=True) == []
 
 
-def test_nothing_is_left_of_a_code_1_that_was_true(
+def test_after_code_1_without_an_order_the_entry_is_removed(
     server: FaultServer, client: CloreClient
 ) -> None:
     server.fault("create_order", "refuse", 2, code=1)
@@ -612,11 +604,11 @@ def test_nothing_is_left_of_a_code_1_that_was_true(
     assert client.leftovers(wait=0).abandoned == []
 
 
-# --- 10: smaller ones ---
+# --- 10: smaller problems ---
 
 
 def raise_bid(client: CloreClient, order: Order) -> None:
-    """Raise a bid to a dollar a second."""
+    """Raise a bid to one dollar per second."""
     assert client.set_spot_price(order.id or 0, 3600, allow_above_on_demand=True)
 
 
@@ -629,7 +621,7 @@ def test_a_raised_bid_counts(server: FaultServer, client: CloreClient) -> None:
     assert server.running == []
 
 
-def test_a_raised_bid_uses_up_the_budget(server: FaultServer, client: CloreClient) -> None:
+def test_a_raised_bid_reaches_the_budget(server: FaultServer, client: CloreClient) -> None:
     def rent() -> None:
         with client.rent("4090", use_spot=True, max_cost_usd=0.5, **RENT) as rental:
             raise_bid(client, rental.order)
@@ -643,7 +635,7 @@ def test_a_raised_bid_uses_up_the_budget(server: FaultServer, client: CloreClien
     assert caught.value.cost_usd >= 0.5
 
 
-def test_a_late_103_does_not_shift_the_answers(server: FaultServer) -> None:
+def test_a_late_103_does_not_shift_the_responses(server: FaultServer) -> None:
     with client_for(server, timeout=5) as client:
         order_id = running_order(client)
         server.fault("wallets", "early_hints", delay=0.2)
@@ -657,7 +649,7 @@ def test_a_late_103_does_not_shift_the_answers(server: FaultServer) -> None:
 
 @pytest.mark.parametrize("kind", ["early_hints", "late_early_hints", "extra_answer"])
 @pytest.mark.parametrize("delay", [0, 0.03])
-def test_answers_that_nobody_asked_for_are_nobody_s(
+def test_extra_responses_are_ignored(
     server: FaultServer, client: CloreClient, kind: str, delay: float
 ) -> None:
     order_id = running_order(client)
@@ -671,9 +663,9 @@ def test_answers_that_nobody_asked_for_are_nobody_s(
     assert [order.id for order in client.get_orders()] == [order_id]
 
 
-def test_what_lists_no_orders_is_no_list(server: FaultServer, client: CloreClient) -> None:
+def test_a_response_without_a_list_is_an_error(server: FaultServer, client: CloreClient) -> None:
     order_id = running_order(client)
-    # The next list is asked for before the answer that belongs to nobody arrives.
+    # The next list is requested before the extra response arrives.
     server.fault("my_orders", "extra_answer", 2, delay=0.1)
     for _ in range(2):
         with contextlib.suppress(CloreError):
@@ -681,7 +673,7 @@ def test_what_lists_no_orders_is_no_list(server: FaultServer, client: CloreClien
 
 
 @pytest.mark.parametrize("kind", ["bad_status_line", "bad_chunk_size"])
-def test_an_answer_that_repeats_the_request_tells_no_secret(
+def test_a_response_that_repeats_the_request_shows_no_secret(
     server: FaultServer, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(1)
@@ -734,7 +726,7 @@ def test_a_key_in_the_base_url_is_not_shown(
     assert key not in "".join(traceback.format_exception(caught.value))
 
 
-def test_a_note_with_an_impossible_number_hides_no_other(
+def test_an_entry_with_an_impossible_number_hides_no_other(
     server: FaultServer, client: CloreClient, notes: Path
 ) -> None:
     die_while_renting(server, notes, 101)
@@ -748,7 +740,7 @@ def test_a_note_with_an_impossible_number_hides_no_other(
     assert second not in server.running
 
 
-def test_without_a_home_no_folder_is_named_so(
+def test_without_a_home_no_folder_gets_a_tilde_as_its_name(
     server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pwd = pytest.importorskip("pwd")
@@ -769,7 +761,7 @@ def test_without_a_home_no_folder_is_named_so(
     assert server.running == []
 
 
-def test_one_api_has_one_pace_however_it_is_spelled(server: FaultServer) -> None:
+def test_one_api_has_one_rate_limit_for_all_spellings(server: FaultServer) -> None:
     spellings = [
         f"{scheme}://{host}:{server.port}{slash}"
         for scheme, host, slash in (

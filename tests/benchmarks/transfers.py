@@ -1,4 +1,4 @@
-"""Files moved by the client and by OpenSSH's scp: the same sshd, the same way, in one run.
+"""Files moved by the client, by OpenSSH's scp and by rsync: the same sshd, in one run.
 
 The login shell's start-up files are left out of it by the sshd of the tests, which sets HOME to an
 empty folder: they can take longer than a command, and cost both sides other amounts.
@@ -25,8 +25,10 @@ from tests.sshd import Sshd, running_sshd
 from .children import child
 from .rows import Row
 
-FILE_SIZE = 64 * 1024 * 1024
-FILES, SMALL_SIZE = 300, 4096
+MB = 1024 * 1024
+SMALL_SIZE = 4096  # bytes
+# In memory, where there is such a folder: or the speed of the disk would be measured.
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 DELAY = 0.05  # seconds each way: 100 ms for a round trip
 ROUNDS = 3
 
@@ -52,53 +54,84 @@ class Sides:
     def scp_down(self, source: Path, target: Path) -> None:
         self._scp(f"{self._server.user}@127.0.0.1:{source}", str(target))
 
+    def rsync_up(self, source: Path, target: Path) -> None:
+        self._rsync(f"{source}/", f"{self._server.user}@127.0.0.1:{target}")
+
+    def rsync_down(self, source: Path, target: Path) -> None:
+        self._rsync(f"{self._server.user}@127.0.0.1:{source}/", str(target))
+
     def _scp(self, source: str, target: str) -> None:
-        quiet = ["-q", "-r", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
-        # No settings of the user's: compression, or a connection kept open, would be measured.
-        key = ["-F", "none", "-i", str(self._server.key), "-o", "IdentitiesOnly=yes"]
-        command = ["scp", *quiet, *key, "-P", str(self._port), source, target]
+        command = ["scp", "-q", "-r", *self._options, "-P", str(self._port), source, target]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
+    def _rsync(self, source: str, target: str) -> None:
+        ssh = " ".join(["ssh", "-q", *self._options, "-p", str(self._port)])
+        command = ["rsync", "-a", "-e", ssh, source, target]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
+    @property
+    def _options(self) -> list[str]:
+        # No settings of the user's: compression, or a connection kept open, would be measured.
+        return ["-F", "none", "-i", str(self._server.key), "-o", "IdentitiesOnly=yes",
+                "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]  # fmt: skip
 
 
 Move = Callable[[Path, Path], None]
 
 
 def rows() -> Iterator[Row]:
-    """A file on loopback and at 100 ms, and a directory at 100 ms, in both directions."""
-    with tempfile.TemporaryDirectory() as name:
+    """Yield large files and directories, on loopback and at 100 ms, in both directions."""
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as name:
         folder = Path(name)
-        large, many = folder / "large", folder / "many"
-        large.write_bytes(random.Random(1).randbytes(FILE_SIZE))
-        many.mkdir()
-        for number in range(FILES):
-            (many / f"{number}.bin").write_bytes(random.Random(number).randbytes(SMALL_SIZE))
         with (
             running_sshd(folder / "sshd") as server,
             child("distance", str(server.port), str(DELAY)) as relay,
         ):
             near, far = Sides(server, server.port), Sides(server, relay.read())
-            for sides, where, up, down in (
-                (near, "on loopback", 0.9, 0.9), (far, "at 100 ms", 4.0, 6.0),
-            ):  # fmt: skip
-                yield _row(f"64 MB up {where}", sides.ours_up, sides.scp_up, large, up)
-                yield _row(f"64 MB down {where}", sides.ours_down, sides.scp_down, large, down)
-            what = f"{FILES} files of 4 KB"
-            yield _row(f"{what} up at 100 ms", far.ours_up, far.scp_up, many, 4.0, 1)
-            yield _row(f"{what} down at 100 ms", far.ours_down, far.scp_down, many, 4.0, 1)
+            middle, large = _file(folder, 64), _file(folder, 256)
+            yield from _both_ways("64 MB on loopback", near, middle, "scp", 0.9, 0.9)
+            yield from _both_ways("256 MB on loopback", near, large, "scp", 0.9, 0.9)
+            yield from _both_ways("64 MB at 100 ms", far, middle, "scp", 4.0, 6.0)
+            some, more, many = (_files(folder, count) for count in (100, 300, 5000))
+            yield from _both_ways("5,000 files on loopback", near, many, "scp", 3.0, 3.0)
+            yield from _both_ways("5,000 files on loopback", near, many, "rsync", 1.0, 1.0)
+            yield from _both_ways("100 files at 100 ms", far, some, "rsync", 1.0, 1.0)
+            yield from _both_ways("300 files at 100 ms", far, more, "scp", 90.0, 90.0, rounds=1)
 
 
-def _row(
-    what: str, ours: Move, peer: Move, source: Path, limit: float, rounds: int = ROUNDS
-) -> Row:
-    """How many times scp's throughput ours is, logins included; the sides take turns."""
+def _file(folder: Path, size: int) -> Path:
+    path = folder / f"{size} MB"
+    path.write_bytes(random.Random(size).randbytes(64 * MB) * (size // 64))
+    return path
+
+
+def _files(folder: Path, count: int) -> Path:
+    path = folder / f"{count} files"
+    path.mkdir()
+    for number in range(count):
+        (path / f"{number}.bin").write_bytes(random.Random(number).randbytes(SMALL_SIZE))
+    return path
+
+
+def _both_ways(
+    what: str, sides: Sides, source: Path, peer: str, up: float, down: float, rounds: int = ROUNDS
+) -> Iterator[Row]:
+    for way, limit in (("up", up), ("down", down)):
+        ours: Move = getattr(sides, f"ours_{way}")
+        other: Move = getattr(sides, f"{peer}_{way}")
+        yield _row(f"{what} {way}, x {peer}", ours, other, source, limit, rounds)
+
+
+def _row(what: str, ours: Move, peer: Move, source: Path, limit: float, rounds: int) -> Row:
+    """Measure how many times the throughput of the peer ours is, with logins, in turns."""
     pairs = [(_seconds(ours, source), _seconds(peer, source)) for _ in range(rounds)]
     mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
     detail = f"{mine:.2f} against {other:.2f} s, median of {rounds}"
-    return Row(f"{what}, x scp", other / mine, limit, at_least=True, detail=detail)
+    return Row(what, other / mine, limit, at_least=True, detail=detail)
 
 
 def _seconds(move: Move, source: Path) -> float:
-    # A fresh name: to replace 64 MB costs a tenth of a second of its own.
+    # A fresh name: to replace a large file costs a tenth of a second of its own.
     target = source.parent / f"target-{os.urandom(4).hex()}"
     start = time.perf_counter()
     move(source, target)

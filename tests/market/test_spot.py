@@ -1,4 +1,4 @@
-"""Bids: USD per hour from the user, what the API takes on the wire, and nothing when in doubt."""
+"""Bids: their conversion from USD per hour, and refused bids."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def spot_server(client: CloreClient) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize("currency", ["bitcoin", "CLORE-Blockchain", "USD-Blockchain"])
-def test_a_bid_goes_out_per_day_in_the_currency(
+def test_a_bid_is_sent_per_day_in_the_currency(
     sim: Simulator, client: CloreClient, currency: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -80,7 +80,9 @@ def test_the_documented_form_takes_usd_per_hour(make_sim: MakeSim) -> None:
         {},
     ],
 )
-def test_in_doubt_nothing_is_bid(sim: Simulator, client: CloreClient, answer: Any) -> None:
+def test_without_a_usable_rate_no_bid_is_sent(
+    sim: Simulator, client: CloreClient, answer: Any
+) -> None:
     server_id, minimum = spot_server(client)
     sim.faults.add("spot_marketplace", "envelope", envelope={"code": 0, **answer}, times=9)
     with pytest.raises(RateUnknownError, match="nothing was bid"):
@@ -88,7 +90,7 @@ def test_in_doubt_nothing_is_bid(sim: Simulator, client: CloreClient, answer: An
     assert not sent_to(sim, "create_order")
 
 
-def test_without_an_answer_nothing_is_bid(sim: Simulator, client: CloreClient) -> None:
+def test_without_a_response_no_bid_is_sent(sim: Simulator, client: CloreClient) -> None:
     server_id, minimum = spot_server(client)
     sim.faults.add("spot_marketplace", "lose_request", times=9)
     with pytest.raises(CloreError):
@@ -96,7 +98,7 @@ def test_without_an_answer_nothing_is_bid(sim: Simulator, client: CloreClient) -
     assert not sent_to(sim, "create_order")
 
 
-def test_rates_and_the_form_are_asked_for_again_after_five_minutes(
+def test_rates_and_the_form_are_read_again_after_five_minutes(
     sim: Simulator, client: CloreClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server_id, _ = spot_server(client)
@@ -109,9 +111,7 @@ def test_rates_and_the_form_are_asked_for_again_after_five_minutes(
     monkeypatch.undo()
 
 
-def test_an_api_that_turns_out_to_be_live_is_no_longer_taken_for_documented(
-    sim: Simulator, client: CloreClient
-) -> None:
+def test_a_live_response_replaces_the_documented_form(sim: Simulator, client: CloreClient) -> None:
     server_id, minimum = spot_server(client)
     sim.faults.add("spot_marketplace", "envelope",
                    envelope={"code": 0, "market": {"offers": [{"price": 1}]}})  # fmt: skip
@@ -169,7 +169,7 @@ def test_ten_times_the_on_demand_price_is_the_highest_bid(
     price = server.usd_per_hour
     assert price is not None
     server_id = server["id"]
-    for bid in (price * 24, price * 10.001):  # the first is the slip: a price per day
+    for bid in (price * 24, price * 10.001):  # the first is a price per day
         for preview in (True, False):
             with pytest.raises(ValueError, match=r"spot_price must be at most") as refused:
                 any_client.create_order(
@@ -212,7 +212,7 @@ def test_refused_bids(make_sim: MakeSim) -> None:
         client.set_spot_price(5, 0.1)
 
 
-def test_a_bid_that_was_carried_out_and_then_refused_is_a_success(
+def test_a_bid_that_took_effect_before_a_refusal_is_a_success(
     sim: Simulator, client: CloreClient
 ) -> None:
     server_id, minimum = spot_server(client)

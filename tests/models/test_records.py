@@ -1,4 +1,4 @@
-"""Records: the documented form from either wire form, whatever the fields hold."""
+"""Records: the documented form from both forms of the API, with any field values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clore_client.models.order import ENDED_STATUSES, plain_host, to_orders
 from clore_client.models.record import is_live
 from clore_client.models.server import cheapest_first, listed_prices, to_servers
 from clore_client.models.wallet import to_wallets
-from clore_client.pricing import RateBook, bid_per_day, wire_currency
+from clore_client.pricing import ExchangeRates, bid_per_day, wire_currency
 
 LIVE_SERVER: dict[str, Any] = {
     "id": 99173,
@@ -70,7 +70,7 @@ def servers_of(*records: Any) -> list[Server]:
 
 
 def orders_of(*records: Any, cancelled: tuple[int, ...] = ()) -> list[Order]:
-    return to_orders({"orders": list(records), "code": 0}, cancelled, RateBook())
+    return to_orders({"orders": list(records), "code": 0}, cancelled, ExchangeRates())
 
 
 def changed(record: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_a_documented_server_stays_as_it_is() -> None:
         "id": 5,
         "gpu_array": ["RTX 3090", "RTX 3090"],
         "price": {"usd": {"on_demand_clore": 0.2, "spot": 0.1}},
-        "reliability": 0.97,  # a number alone never decides the form
+        "reliability": 0.97,  # a number alone does not decide the form
         "rented": False,
     }
     (server,) = servers_of(copy.deepcopy(record))
@@ -114,7 +114,7 @@ def test_a_documented_server_stays_as_it_is() -> None:
     assert (server.usd_per_hour, server.spot_usd_per_hour, server.gpu_count) == (0.2, 0.1, 2)
 
 
-def test_one_marker_decides_for_the_whole_answer() -> None:
+def test_one_marker_decides_for_the_whole_response() -> None:
     bare = {"id": 1, "reliability": 0.5, "price": {"usd": {"on_demand_clore": 24}}}
     assert servers_of(bare)[0].usd_per_hour == 24
     mixed = servers_of(bare, changed(LIVE_SERVER))
@@ -173,7 +173,7 @@ def test_gpu_names(array: Any, gpu: Any, names: list[str], count: int | None) ->
         ({"usd": {"spot": -1}}, None),
     ],
 )  # fmt: skip
-def test_where_the_spot_price_stands(price: dict[str, Any], usd_per_hour: float | None) -> None:
+def test_the_fields_with_the_spot_price(price: dict[str, Any], usd_per_hour: float | None) -> None:
     record = changed(LIVE_SERVER, price={"on_demand": None, **price})
     (server,) = servers_of(record)
     if usd_per_hour is None:
@@ -182,7 +182,7 @@ def test_where_the_spot_price_stands(price: dict[str, Any], usd_per_hour: float 
         assert server.spot_usd_per_hour == pytest.approx(usd_per_hour)
 
 
-def test_hostile_text_costs_no_time() -> None:
+def test_hostile_text_is_parsed_quickly() -> None:
     specs = {"gpu": "1x" + " " * 200_000 + "\x00", "disk": "1" * 200_000 + " " * 200_000}
     (server,) = servers_of(changed(LIVE_SERVER, gpu_array=None, specs=specs))
     assert server.disk_gb is None
@@ -246,10 +246,10 @@ def test_a_documented_order_stays_as_it_is() -> None:
     (order,) = orders_of(record)
     assert order == record
     assert order.ssh_command == "ssh root@h -p 1"
-    assert order.usd_per_hour is None  # its currency is not told
+    assert order.usd_per_hour is None  # it has no currency
 
 
-def test_order_markers_beside_an_order_id() -> None:
+def test_order_markers_together_with_an_order_id() -> None:
     (order,) = orders_of({"order_id": 9, "mon_container": 1, "price": 24.0})
     assert (order.id, order["price"], order.status) == (9, 1.0, "creating")
 
@@ -265,7 +265,7 @@ def test_wallets_in_both_forms() -> None:
 
 @pytest.mark.parametrize("record", [servers_of(LIVE_SERVER)[0], orders_of(LIVE_ORDER)[0],
                                     to_wallets({"wallets": [{"deposit": "x"}]})[0]])  # fmt: skip
-def test_records_behave_as_dicts(record: Any) -> None:
+def test_records_behave_like_dicts(record: Any) -> None:
     twins = [record.copy(), copy.copy(record), copy.deepcopy(record), record | {}, {} | record,
              pickle.loads(pickle.dumps(record))]  # fmt: skip
     for twin in twins:
@@ -283,8 +283,8 @@ def test_records_behave_as_dicts(record: Any) -> None:
 
 
 def test_usd_per_hour_of_an_order_survives_copies() -> None:
-    rates = RateBook()
-    rates.tell({"CLORE-Blockchain": 0.002})
+    rates = ExchangeRates()
+    rates.update({"CLORE-Blockchain": 0.002})
     (order,) = to_orders({"orders": [{**LIVE_ORDER, "currency": "CLORE-Blockchain"}]}, (), rates)
     assert order.usd_per_hour == pytest.approx(5.59 / 24 * 0.002)
     assert pickle.loads(pickle.dumps(order)).usd_per_hour == order.usd_per_hour
@@ -302,7 +302,7 @@ def test_a_repr_masks_credentials_and_escapes_controls() -> None:
     assert "geheim" not in repr(wallet)
 
 
-# Invariant: whatever stands in a record, translation and every property give a value or None.
+# Invariant: for any record, the conversion and every property return a value or None.
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
     | st.sampled_from(["22:2060", "1x A", "5GB", 10**400, "bitcoin", 2]),
@@ -340,13 +340,13 @@ def test_no_marketplace_raises(records: list[Any], spot: bool) -> None:
         properties_of(server)
         assert server.usd_per_hour is None or 0 < server.usd_per_hour < math.inf
     to_servers(answer, gpu_type="rtx", max_usd_per_hour=1.0, min_reliability=50, spot=spot)
-    listed_prices(answer, RateBook())
+    listed_prices(answer, ExchangeRates())
     assert repr(records) == before
 
 
 @given(st.lists(damaged(LIVE_ORDER) | values, max_size=4))
 def test_no_order_list_raises(records: list[Any]) -> None:
-    for order in to_orders({"orders": records}, {1958009}, RateBook()):
+    for order in to_orders({"orders": records}, {1958009}, ExchangeRates()):
         properties_of(order)
         if is_live({"orders": records}):
             assert order["status"] in {"running", "creating", "expired", "cancelled"}
@@ -356,13 +356,13 @@ def test_no_order_list_raises(records: list[Any]) -> None:
 @given(values, values)
 def test_no_envelope_raises(servers: Any, orders: Any) -> None:
     assert to_servers({"servers": servers}) is not None
-    assert to_orders({"orders": orders}, (), RateBook()) is not None
+    assert to_orders({"orders": orders}, (), ExchangeRates()) is not None
     assert to_wallets({"wallets": servers}) is not None
     is_live({"market": orders})
 
 
 @given(st.lists(st.floats(min_value=0.01, max_value=50) | st.sampled_from([0, None, "x", -1])))
-def test_sorting_is_stable_and_puts_the_unpriced_last(prices: list[Any]) -> None:
+def test_sorting_is_stable_and_puts_servers_without_a_price_last(prices: list[Any]) -> None:
     records = [
         {"id": n, "price": {"on_demand": {}, "usd": {"on_demand_clore": p}}}
         for n, p in enumerate(prices)
@@ -373,21 +373,21 @@ def test_sorting_is_stable_and_puts_the_unpriced_last(prices: list[Any]) -> None
 
 
 @given(st.floats(min_value=1e-4, max_value=1e3), st.floats(min_value=1e-6, max_value=1e5))
-def test_a_bid_there_and_back_is_the_same(usd_per_hour: float, rate: float) -> None:
-    rates = RateBook()
-    rates.tell({"bitcoin": rate})
+def test_a_converted_bid_converts_back(usd_per_hour: float, rate: float) -> None:
+    rates = ExchangeRates()
+    rates.update({"bitcoin": rate})
     back = rates.usd(bid_per_day(usd_per_hour, rate), "BTC")
     assert back is not None
     assert back / 24 == pytest.approx(usd_per_hour, rel=1e-12)
 
 
-def test_rates_that_are_no_prices_are_dropped() -> None:
-    rates = RateBook()
-    rates.tell({"a": 0, "b": -1, "c": None, "d": float("nan"), "e": True, "f": 2})
+def test_invalid_rates_are_dropped() -> None:
+    rates = ExchangeRates()
+    rates.update({"a": 0, "b": -1, "c": None, "d": float("nan"), "e": True, "f": 2})
     assert rates.fresh() == {"f": 2.0}
-    rates.tell(None)
+    rates.update(None)
     assert rates.usd(1, "USD-Blockchain") == 1.0
-    assert RateBook().fresh() == {}
+    assert ExchangeRates().fresh() == {}
 
 
 def test_names_of_currencies() -> None:

@@ -1,4 +1,4 @@
-"""Whether an order has ended: only whole lists decide, and a late order is no missing one."""
+"""Cancels: an order has ended only if complete lists show it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.variant import inside
 
 
 @pytest.mark.parametrize("orders", [None, {}, "x", 5, [{"si": 5, "id": None}], [7]])
-def test_a_list_that_is_not_whole_decides_nothing(
+def test_an_incomplete_list_is_ignored(
     make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch, orders: object
 ) -> None:
-    monkeypatch.setattr(inside("orders.cancel.LINGER"), 0.3)
+    monkeypatch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.3)
     sim = make_sim()
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
@@ -43,10 +43,10 @@ def test_a_refusal_says_that_the_order_may_still_run(make_sim: MakeSim, code: in
     assert sim.orders[0].active
 
 
-def test_an_order_that_is_not_listed_yet_is_not_taken_for_a_missing_one(
+def test_an_order_that_is_not_listed_yet_is_not_missing(
     make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inside("orders.cancel.LINGER"), 0.3)
+    monkeypatch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.3)
     sim = make_sim(create_answer="order_id", visible_after=60.0)
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
@@ -59,10 +59,10 @@ def test_an_order_that_is_not_listed_yet_is_not_taken_for_a_missing_one(
     assert not sim.orders[0].active
 
 
-def test_lists_that_can_not_be_read_leave_the_first_error(
+def test_without_lists_the_first_error_is_raised(
     make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inside("orders.cancel.LINGER"), 0.2)
+    monkeypatch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.2)
     sim = make_sim()
     client = client_for(sim, max_retries=1)
     order = client.create_order(plain_server(client))
@@ -73,8 +73,10 @@ def test_lists_that_can_not_be_read_leave_the_first_error(
     assert sim.orders[0].active
 
 
-def test_an_unknown_order_after_a_doubt(make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside("orders.cancel.LINGER"), 0.2)
+def test_an_unknown_order_after_a_lost_response(
+    make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.2)
     sim = make_sim()
     sim.faults.add("cancel_order", "lose_request")
     with pytest.raises(OrderNotFoundError, match="no order 5 ") as caught:
@@ -82,7 +84,7 @@ def test_an_unknown_order_after_a_doubt(make_sim: MakeSim, monkeypatch: pytest.M
     assert isinstance(caught.value.__cause__, CloreError)
 
 
-def test_cancel_orders_after_a_lost_answer_names_only_what_is_left(make_sim: MakeSim) -> None:
+def test_cancel_orders_after_a_lost_response_names_only_active_orders(make_sim: MakeSim) -> None:
     sim = make_sim(cancel_ended="refuse", cancel_lingers=0.3)
     client = client_for(sim)
     order = client.create_order(plain_server(client))
@@ -92,7 +94,9 @@ def test_cancel_orders_after_a_lost_answer_names_only_what_is_left(make_sim: Mak
 
 
 @pytest.mark.parametrize("form", ["live", "documented"])
-def test_a_confirmed_cancel_waits_until_the_order_has_left(make_sim: MakeSim, form: str) -> None:
+def test_a_confirmed_cancel_waits_until_the_order_is_not_listed(
+    make_sim: MakeSim, form: str
+) -> None:
     sim = make_sim(form=form, cancel_lingers=0.4)
     client = client_for(sim)
     order = client.create_order(plain_server(client))
@@ -128,8 +132,10 @@ def test_cancel_all(make_sim: MakeSim, form: str) -> None:
     assert not any(order.active for order in sim.orders)
 
 
-def test_cancel_all_names_what_is_left(make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside("orders.cancel.LINGER"), 0.2)
+def test_cancel_all_names_the_orders_that_still_run(
+    make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.2)
     sim = make_sim()
     client = client_for(sim)
     order = client.create_order(plain_server(client))
@@ -142,7 +148,7 @@ def test_cancel_all_names_what_is_left(make_sim: MakeSim, monkeypatch: pytest.Mo
     assert caught.value.order_ids == (order["order_id"],)
 
 
-def test_waiting_tells_what_it_sees(make_sim: MakeSim) -> None:
+def test_waiting_calls_on_update(make_sim: MakeSim) -> None:
     sim = make_sim(create_answer="order_id", visible_after=0.2, deploy_after=0.6)
     client = client_for(sim)
     order = client.create_order(plain_server(client))
@@ -154,7 +160,7 @@ def test_waiting_tells_what_it_sees(make_sim: MakeSim) -> None:
         client.wait_for_order(5, on_update=5)  # type: ignore[arg-type]
 
 
-def test_a_wait_that_ran_out_says_how_far_it_came(make_sim: MakeSim) -> None:
+def test_a_wait_timeout_names_the_last_status(make_sim: MakeSim) -> None:
     sim = make_sim(create_answer="order_id", visible_after=0.3, deploy_after=60.0)
     client = client_for(sim)
     order = client.create_order(plain_server(client))

@@ -1,4 +1,4 @@
-"""One intended order is at most one order, whatever becomes of the answer."""
+"""Purchases: a lost response never causes a second order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NOT_COMMITTED = ["lose_request", "html_502", "hang"]
 
 @pytest.mark.parametrize("form", ["live", "documented"])
 @pytest.mark.parametrize(("kind", "options"), COMMITTED)
-def test_an_order_of_which_the_answer_was_lost_is_found(
+def test_after_a_lost_response_the_order_is_found(
     make_sim: MakeSim, kind: str, options: dict[str, Any], form: str
 ) -> None:
     sim = make_sim(form=form)
@@ -53,8 +53,8 @@ def test_an_order_of_which_the_answer_was_lost_is_found(
 
 
 @pytest.mark.parametrize("timeout", [60, (60, 60), None])
-def test_a_list_that_hangs_takes_not_all_the_time(make_sim: MakeSim, timeout: Any) -> None:
-    """As for the defaults: 30 s for an answer, and 30 s for the search."""
+def test_a_list_that_hangs_does_not_use_all_the_time(make_sim: MakeSim, timeout: Any) -> None:
+    """Use the ratio of the defaults: 30 s for a response, and 30 s for the search."""
     sim = make_sim()
     client = client_for(sim, timeout=timeout, max_retries=1)
     server_id = plain_server(client)
@@ -64,7 +64,7 @@ def test_a_list_that_hangs_takes_not_all_the_time(make_sim: MakeSim, timeout: An
 
 
 @pytest.mark.parametrize("kind", NOT_COMMITTED)
-def test_an_order_that_was_not_made_stays_in_doubt(make_sim: MakeSim, kind: str) -> None:
+def test_an_order_that_was_not_made_has_an_unknown_outcome(make_sim: MakeSim, kind: str) -> None:
     sim = make_sim()
     client = client_for(sim, timeout=0.3)
     server_id = plain_server(client)
@@ -79,7 +79,9 @@ def test_an_order_that_was_not_made_stays_in_doubt(make_sim: MakeSim, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["http_500_before_commit", "code_1"])
-def test_after_code_1_and_whole_lists_the_refusal_is_believed(make_sim: MakeSim, kind: str) -> None:
+def test_after_code_1_and_complete_lists_the_refusal_is_raised(
+    make_sim: MakeSim, kind: str
+) -> None:
     sim = make_sim()
     client = client_for(sim)
     sim.faults.add("create_order", kind)
@@ -92,7 +94,7 @@ def test_after_code_1_and_whole_lists_the_refusal_is_believed(make_sim: MakeSim,
     "body", ['{"code": 2}', '{"code": 6}', '{"code": 99, "error": "eh"}'], ids=["2", "6", "99"]
 )
 @pytest.mark.parametrize("after_commit", [True, False])
-def test_http_5xx_is_a_doubt_whatever_its_code(
+def test_after_http_5xx_the_outcome_is_unknown(
     sim: Simulator, client: CloreClient, body: str, after_commit: bool
 ) -> None:
     server_id = plain_server(client)
@@ -113,7 +115,7 @@ def test_http_5xx_is_a_doubt_whatever_its_code(
         ('{"code": 3}', AuthenticationError),
     ],
 )
-def test_http_500_that_says_why_is_a_refusal(
+def test_http_500_with_a_reason_is_a_refusal(
     sim: Simulator, client: CloreClient, body: str, error: type[Exception]
 ) -> None:
     server_id = plain_server(client)
@@ -123,7 +125,7 @@ def test_http_500_that_says_why_is_a_refusal(
     assert len(sent_to(sim, "my_orders")) == 1  # before it was sent, and no search after it
 
 
-def test_an_order_ceiling_holds_for_threads_that_order_at_once(make_sim: MakeSim) -> None:
+def test_the_limit_of_orders_holds_for_threads_that_order_at_once(make_sim: MakeSim) -> None:
     sim = make_sim(visible_after=0.2)
     servers = [s["id"] for s in client_for(sim).find_servers(min_reliability=90)[:4]]
     clients = [client_for(sim, max_active_orders=1) for _ in servers]
@@ -140,7 +142,7 @@ def test_an_order_ceiling_holds_for_threads_that_order_at_once(make_sim: MakeSim
     assert len(sim.orders) == 1
 
 
-def test_after_code_1_without_lists_it_stays_in_doubt(make_sim: MakeSim) -> None:
+def test_after_code_1_without_lists_the_outcome_is_unknown(make_sim: MakeSim) -> None:
     sim = make_sim()
     client = client_for(sim)
     server_id = plain_server(client)
@@ -150,7 +152,7 @@ def test_after_code_1_without_lists_it_stays_in_doubt(make_sim: MakeSim) -> None
         client.create_order(server_id, find_timeout=0.2)
 
 
-def test_an_order_in_doubt_is_searched_for_again_before_a_refusal_is_believed(
+def test_an_unresolved_order_is_searched_again_before_a_refusal_is_raised(
     make_sim: MakeSim,
 ) -> None:
     sim = make_sim(visible_after=0.5)
@@ -196,11 +198,11 @@ def test_an_interrupted_purchase_is_remembered(
     assert len(sim.orders) == 1
 
 
-# --- ceilings and previews ---
+# --- limits and previews ---
 
 
 @pytest.mark.parametrize("form", ["live", "documented"])
-def test_a_ceiling_on_the_price(make_sim: MakeSim, form: str) -> None:
+def test_a_limit_of_the_price(make_sim: MakeSim, form: str) -> None:
     sim = make_sim(form=form)
     rich = client_for(sim)
     server = rich.find_servers("RTX 4090", min_reliability=96)[0]
@@ -224,7 +226,7 @@ def test_a_ceiling_on_the_price(make_sim: MakeSim, form: str) -> None:
     assert not sent_to(sim, "set_spot_price")
 
 
-def test_a_ceiling_looks_at_todays_price(make_sim: MakeSim) -> None:
+def test_a_limit_uses_the_current_price(make_sim: MakeSim) -> None:
     sim = make_sim()
     client = client_for(sim, max_usd_per_hour=0.5)
     server_id = plain_server(client)
@@ -235,7 +237,7 @@ def test_a_ceiling_looks_at_todays_price(make_sim: MakeSim) -> None:
     assert client.create_order(server_id).id
 
 
-def test_a_ceiling_on_the_number_of_orders(make_sim: MakeSim) -> None:
+def test_a_limit_of_the_number_of_orders(make_sim: MakeSim) -> None:
     sim = make_sim(create_answer="order_id", visible_after=5.0)
     client = client_for(sim, max_active_orders=1)
     order = client.create_order(plain_server(client))
@@ -247,7 +249,7 @@ def test_a_ceiling_on_the_number_of_orders(make_sim: MakeSim) -> None:
         client_for(sim, max_active_orders=0).create_order(plain_server(client))
 
 
-def test_bad_ceilings() -> None:
+def test_invalid_limits() -> None:
     bad: list[dict[str, Any]] = [
         {"max_usd_per_hour": -1},
         {"max_usd_per_hour": float("nan")},

@@ -1,5 +1,4 @@
-"""The notes of intents to buy: what stands in them, who holds them, and what leftovers() makes of
-them."""
+"""The journal entries of purchases: their content, their locks, and leftovers()."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ import pytest
 from clore_client import CloreClient, Order
 from clore_client.config import DEFAULT_STATE_DIR, account_digest, state_folder
 from clore_client.rental.journal import read_entries, this_machine, write_entry
-from clore_client.rental.recovery import intended
+from clore_client.rental.recovery import matches_entry
 from tests.conftest import client_for
 from tests.rental.test_rental import QUICK, active
 from tests.variant import Simulator
@@ -34,7 +33,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def left(client: CloreClient, folder: Path, order: Order | None, **facts: Any) -> Path:
-    """An entry as a dead process leaves it."""
+    """Write an entry like that of a dead process."""
     base_url = str(client.BASE_URL).rstrip("/")
     path = folder / f"{os.urandom(8).hex()}.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ def order_of(client: CloreClient, sim: Simulator, number: int = 0) -> Order:
     return order
 
 
-def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     home = os.path.expanduser("~")
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     default = Path(home) / ".local" / "state" / "clore-client"
@@ -77,7 +76,7 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert state_folder(tmp_path) == tmp_path
 
 
-def test_what_stands_in_an_entry(folder: Path) -> None:
+def test_the_content_of_an_entry(folder: Path) -> None:
     entry = write_entry(folder, FACTS)
     assert entry is not None
     assert stat.S_IMODE(entry.path.stat().st_mode) == 0o600
@@ -86,14 +85,14 @@ def test_what_stands_in_an_entry(folder: Path) -> None:
     assert content["order_id"] is None
     assert content["pid"] == os.getpid()
     assert set(this_machine()) <= set(content)
-    entry.note_order(1958009)
+    entry.write_order_id(1958009)
     assert json.loads(entry.path.read_text()) == {**content, "order_id": 1958009}
     entry.remove()
     entry.remove()
     assert os.listdir(folder) == []
 
 
-def test_no_secret_stands_in_an_entry(sim: Simulator, client: CloreClient, folder: Path) -> None:
+def test_an_entry_has_no_secret(sim: Simulator, client: CloreClient, folder: Path) -> None:
     secrets: dict[str, Any] = {"ssh_password": "hush-hush-pw", "jupyter_token": "hush-token"}
     with client.rent(env={"SECRET": "hush-env"}, **secrets, **QUICK) as rental:
         (path,) = folder.glob("*.json")
@@ -109,7 +108,7 @@ def test_no_secret_stands_in_an_entry(sim: Simulator, client: CloreClient, folde
     assert abs(facts["started"] - time.time()) < 60
 
 
-def test_it_is_written_before_the_request_leaves(
+def test_an_entry_is_written_before_the_request_is_sent(
     sim: Simulator, client: CloreClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
@@ -127,7 +126,7 @@ def test_it_is_written_before_the_request_leaves(
     assert seen[0]["order_id"] is None
 
 
-def test_a_lock_tells_who_lives(folder: Path) -> None:
+def test_a_lock_shows_that_the_process_is_alive(folder: Path) -> None:
     entry = write_entry(folder, FACTS)
     assert entry is not None
     (found,) = read_entries(folder)
@@ -141,12 +140,12 @@ def test_a_lock_tells_who_lives(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     seen = subprocess.check_output(command, env=environment, text=True)
     assert seen == "[(False, True)]\n"
-    # A rental that is over, and whose order may still run, is this process's to end: no other's.
+    # An entry that a living rental gave up is abandoned for this process only.
     entry.abandoned = True
     (found,) = read_entries(folder)
     assert (found.abandoned, found.of_this_machine) == (True, True)
     assert subprocess.check_output(command, env=environment, text=True) == "[(False, True)]\n"
-    # A child that lives on holds nothing.
+    # A forked child does not keep the lock.
     if hasattr(os, "fork"):
         reader, writer = os.pipe()
         pid = os.fork()
@@ -157,14 +156,14 @@ def test_a_lock_tells_who_lives(folder: Path) -> None:
         os.close(reader)
         handle, entry._handle = entry._handle, None
         assert handle is not None
-        os.close(handle)  # as the death of this process does
+        os.close(handle)  # like the death of this process
         seen = subprocess.check_output(command, env=environment, text=True)
         os.close(writer)
         os.waitpid(pid, 0)
         assert seen == "[(True, True)]\n"
 
 
-def test_what_cannot_be_read(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_files_are_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder.mkdir(parents=True)
     (folder / "broken.json").write_bytes(b'{"order_id": 12\xff')
     (folder / "list.json").write_text("[1]")
@@ -181,7 +180,7 @@ def test_what_cannot_be_read(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     for name in ("broken", "list", "big", "deep", "folder", "loop"):
         assert caplog.text.count(f"{name}.json is not a readable journal entry") == 1
     assert "other" not in caplog.text
-    assert len(os.listdir(folder)) >= 8  # left alone
+    assert len(os.listdir(folder)) >= 8  # not removed
 
 
 def test_a_full_disk(
@@ -226,7 +225,7 @@ def test_leftovers(sim: Simulator, client: CloreClient, folder: Path) -> None:
     assert set(active(sim)) == {unnoted.id, foreign.id}
 
 
-def test_an_entry_whose_order_is_gone_is_removed(
+def test_an_entry_whose_order_has_ended_is_removed(
     sim: Simulator, client: CloreClient, folder: Path
 ) -> None:
     order = order_of(client, sim)
@@ -250,7 +249,9 @@ def test_an_order_that_is_not_listed_yet(make_sim: Any, folder: Path) -> None:
     assert [e.order_id for e in found.abandoned] == active(sim)
 
 
-def test_an_intent_without_an_order_goes_in_time(client: CloreClient, folder: Path) -> None:
+def test_an_entry_without_an_order_is_removed_after_a_while(
+    client: CloreClient, folder: Path
+) -> None:
     late = left(client, folder, None, started=time.time() - 300)
     over = left(client, folder, None, started=time.time() - 3600)
     odd = left(client, folder, None, started="?")
@@ -261,7 +262,7 @@ def test_an_intent_without_an_order_goes_in_time(client: CloreClient, folder: Pa
 
 
 def test_two_dead_entries_for_one_order(sim: Simulator, client: CloreClient, folder: Path) -> None:
-    """Whichever of them it was, nobody else's it is; the one that started last gets it."""
+    """Assign the order to the last of two dead processes."""
     order = order_of(client, sim)
     left(client, folder, order, order_id=None, started=time.time() - 1)
     last = left(client, folder, order, order_id=None, started=time.time())
@@ -272,7 +273,7 @@ def test_two_dead_entries_for_one_order(sim: Simulator, client: CloreClient, fol
 
 
 @pytest.mark.parametrize("other", ["living", "elsewhere"])
-def test_an_order_that_may_be_another_processs_is_left_alone(
+def test_an_order_that_may_belong_to_another_process_is_not_touched(
     sim: Simulator, client: CloreClient, folder: Path, other: str
 ) -> None:
     order = order_of(client, sim)
@@ -314,16 +315,16 @@ def test_an_order_that_may_be_another_processs_is_left_alone(
         ({"started": None}, False),
     ],
 )
-def test_which_order_an_intent_became(facts: dict[str, Any], fits: bool) -> None:
+def test_the_order_that_matches_an_entry(facts: dict[str, Any], fits: bool) -> None:
     entry = {"server_id": 7, "image": "i", "currency": "bitcoin", "spot": False,
              "started": 1_000_000.0, "before": []}  # fmt: skip
     order = Order(order_id=5, renting_server=7, image="i", currency="bitcoin", spot=False,
                   started=1_000_000, status="running")  # fmt: skip
-    assert intended({**entry, **facts}, order) is fits
-    assert not intended(entry, Order(order, status="expired"))
+    assert matches_entry({**entry, **facts}, order) is fits
+    assert not matches_entry(entry, Order(order, status="expired"))
 
 
-def test_a_dead_note_does_not_claim_an_order_that_was_kept(
+def test_a_dead_entry_does_not_match_a_kept_order(
     sim: Simulator, client: CloreClient, folder: Path
 ) -> None:
     server_id = client.find_servers("RTX 4090", min_reliability=96)[0]["id"]
@@ -336,7 +337,7 @@ def test_a_dead_note_does_not_claim_an_order_that_was_kept(
     assert active(sim) == [kept.id]
 
 
-def test_a_rental_that_is_noted_while_the_orders_are_read_is_not_touched(
+def test_an_entry_written_while_the_orders_are_read_is_respected(
     sim: Simulator, client: CloreClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = order_of(client, sim)

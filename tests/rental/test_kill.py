@@ -1,6 +1,6 @@
 """Real processes that are killed, terminated and forked while they rent.
 
-``CLORE_TEST_KILLS=200 pytest tests/test_kill.py`` kills 200 times instead of 20.
+``CLORE_TEST_KILLS=200 pytest tests/rental/test_kill.py`` kills 200 times instead of 20.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ sys.stdin.readline()
 
 
 class Child:
-    """A process that rents, and says what it does."""
+    """A process that rents, and prints what it does."""
 
     def __init__(self, sim: Simulator, code: str, folder: Path) -> None:
         environment = {
@@ -91,7 +91,7 @@ Start = Callable[[str], Child]
 
 @pytest.fixture
 def busy(make_sim: MakeSim) -> Simulator:
-    # Several processes share a key here, and no pace.
+    # Several processes share a key here, without a common rate limit.
     return make_sim(rate_limit=0, create_order_interval=0, deploy_after=0.15, visible_after=0.08)
 
 
@@ -111,7 +111,7 @@ def start(busy: Simulator, tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def observer(busy: Simulator, tmp_path: Path) -> CloreClient:
-    """The next process."""
+    """Return a client like that of the next process."""
     return client_for(
         busy, state_dir=tmp_path / "clore-client", rate_limit=0.002, create_order_interval=0.002
     )
@@ -151,7 +151,7 @@ def test_sigkill_at_random_moments(
         child.heard("off")
         time.sleep(rng.uniform(0.0, 0.8))
         child.end()
-        # What was on its way when it was killed arrives, and what it had ended stops lingering.
+        # Wait for requests that were on their way, and until ended orders are not listed.
         time.sleep(0.15)
         found = observer.leftovers(wait=0.3)
         running = active(busy) - {kept}
@@ -161,13 +161,13 @@ def test_sigkill_at_random_moments(
         left += len(running)
         assert set(observer.cancel_leftovers(wait=0)) == running
         assert active(busy) == {kept}
-    assert left > KILLS / 4  # else nothing was tested
+    assert left > KILLS / 4  # otherwise the test tested nothing
     living.go()
     living.heard("gone")
     assert active(busy) == set()
 
 
-def test_sigkill_of_the_one_that_lives(
+def test_sigkill_of_a_rental_that_runs(
     busy: Simulator, start: Start, observer: CloreClient
 ) -> None:
     child = start(KEEPS)
@@ -196,7 +196,7 @@ def test_a_signal_ends_the_rental(
     assert observer.leftovers(wait=0).abandoned == []
 
 
-def test_a_signal_while_it_is_made(busy: Simulator, start: Start) -> None:
+def test_a_signal_while_the_order_is_made(busy: Simulator, start: Start) -> None:
     for pause in (0.05, 0.2):
         child = start(KEEPS)
         child.heard("ready")

@@ -1,9 +1,9 @@
-"""Random programs under random faults, checked against the simulator's own books.
+"""Random programs under random faults, checked against the state of the simulator.
 
 Invariants: orders made <= orders intended; each create_order that returned names an order that
-exists, and no other call's; after rent() is left its order is not active, or an error said so; no
-wait goes past its deadline by more than one exchange; requests
-keep the pace. CLORE_PROGRAMS=10000 runs as many programs.
+exists, and that of no other call; after rent() its order is not active, or an error says so; no
+wait exceeds its deadline by more than one request; requests respect the rate limit.
+CLORE_PROGRAMS=10000 runs as many programs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tests.variant import Simulator, inside
 
 PROGRAMS = int(os.environ.get("CLORE_PROGRAMS", "100"))
 LIMIT = 0.002
-EXCHANGE = 0.1  # seconds that the client waits for an answer
+EXCHANGE = 0.1  # seconds that the client waits for a response
 WAIT = 0.05
-# What a busy machine may lose on the way; far less than another exchange or a missed deadline.
+# Allowed delay of a busy machine; much less than another request or a missed deadline.
 SLACK = 2.0
 
 KINDS = [
@@ -89,7 +89,7 @@ def server_ids(sim: Simulator) -> list[int]:
 
 
 class Run:
-    """One program: what it intended, and what it got."""
+    """One program: what it tried to order, and what it got."""
 
     def __init__(self, client: CloreClient, is_active: Callable[[int], bool]) -> None:
         self.client = client
@@ -195,7 +195,7 @@ def test_programs(
         sim.faults.add(endpoint, kind, times, key=key, **options)
     run = Run(client, lambda order_id: sim.order(order_id).active)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inside("orders.cancel.LINGER"), 0.2)
+        patch.setattr(inside("orders.cancel.SETTLE_TIMEOUT"), 0.2)
         threads = [
             threading.Thread(target=run.thread, args=(server_ids[n], steps)) for n, steps in program
         ]

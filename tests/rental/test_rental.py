@@ -1,4 +1,4 @@
-"""rent(): which servers it walks, what it costs, and that nothing is left running behind it."""
+"""rent(): the servers that it tries, its cost, and that no order is left running."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def active(sim: Simulator) -> list[int]:
 
 
 def cheapest(client: CloreClient, count: int, currency: str = "CLORE") -> list[int]:
-    """The servers that rent() tries first."""
+    """Return the servers that rent() tries first."""
     servers = client.find_servers()
     coin = {"CLORE": "CLORE-Blockchain", "USD": "USD-Blockchain", "BTC": "bitcoin"}[currency]
     fitting = [s for s in servers if coin in (s.get("allowed_coins") or [coin])]
@@ -61,7 +61,7 @@ def cheapest(client: CloreClient, count: int, currency: str = "CLORE") -> list[i
 
 
 class Hooked(CloreClient):
-    """Calls ``before_create`` and ``after_create`` around each order."""
+    """A client that calls ``before_create`` and ``after_create`` around each order."""
 
     before_create: Callable[[int], None] = staticmethod(lambda server_id: None)
     after_create: Callable[[Any], None] = staticmethod(lambda order: None)
@@ -113,7 +113,7 @@ def test_nothing_is_sent_before_the_block(sim: Simulator, client: CloreClient) -
     assert len(sim.orders) == 1
 
 
-def test_the_cancel_goes_before_any_read(sim: Simulator, client: CloreClient) -> None:
+def test_the_cancel_is_sent_before_any_read(sim: Simulator, client: CloreClient) -> None:
     with rent(client):
         sim.clear_requests()
     first = sim.requests[0]
@@ -123,7 +123,7 @@ def test_the_cancel_goes_before_any_read(sim: Simulator, client: CloreClient) ->
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3)])
-def test_an_exception_of_the_block_comes_through(
+def test_an_exception_of_the_block_is_raised(
     sim: Simulator, client: CloreClient, error: BaseException
 ) -> None:
     with pytest.raises(type(error)) as caught:
@@ -157,7 +157,7 @@ def test_keep(sim: Simulator, client: CloreClient, tmp_path: Any) -> None:
     assert sent_to(sim, "cancel_order") == []
 
 
-# --- the way out against trouble ---
+# --- failures at the end of the block ---
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_keep(sim: Simulator, client: CloreClient, tmp_path: Any) -> None:
         ("truncated_json", 2),
     ],
 )
-def test_the_cancel_is_kept_up(make_sim: MakeSim, kind: str, times: int) -> None:
+def test_the_cancel_is_repeated(make_sim: MakeSim, kind: str, times: int) -> None:
     sim = make_sim()
     client = client_for(sim, max_retries=1 if kind == "rate_limit" else 3)
     with rent(client):
@@ -178,7 +178,7 @@ def test_the_cancel_is_kept_up(make_sim: MakeSim, kind: str, times: int) -> None
     assert active(sim) == []
 
 
-def test_what_is_never_cancelled_is_loudly_reported(
+def test_an_order_that_could_not_be_cancelled_is_reported(
     sim: Simulator, client: CloreClient, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(CancelUnconfirmedError, match="could not be cancelled") as caught:
@@ -205,7 +205,7 @@ def test_a_failed_cancel_is_a_note(sim: Simulator, client: CloreClient) -> None:
     assert f"order {rental.order.id} could not be cancelled" in notes[0]
 
 
-def test_one_that_lingers_too_long(make_sim: MakeSim) -> None:
+def test_an_order_that_stays_listed_too_long(make_sim: MakeSim) -> None:
     sim = make_sim(cancel_lingers=30)
     with pytest.raises(CancelUnconfirmedError, match="not confirmed"):
         with rent(client_for(sim), cancel_timeout=0.2):
@@ -225,7 +225,7 @@ def interrupt_when(reached: Callable[[], bool]) -> threading.Thread:
     return thread
 
 
-def test_a_second_interrupt_ends_only_the_confirmation(
+def test_a_second_interrupt_skips_only_the_confirmation(
     make_sim: MakeSim, caplog: pytest.LogCaptureFixture
 ) -> None:
     sim = make_sim(cancel_lingers=60)
@@ -242,7 +242,7 @@ def test_a_second_interrupt_ends_only_the_confirmation(
     assert f"{rental.order.id} was cancelled, but an interrupt skipped the" in caplog.text
 
 
-def test_an_interrupt_never_ends_the_cancel(make_sim: MakeSim) -> None:
+def test_an_interrupt_does_not_stop_the_cancel(make_sim: MakeSim) -> None:
     sim = make_sim(cancel_lingers=60)
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
         with rent(client_for(sim), cancel_timeout=300):
@@ -254,10 +254,10 @@ def test_an_interrupt_never_ends_the_cancel(make_sim: MakeSim) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-# --- the walk ---
+# --- the search for a server ---
 
 
-def test_away_and_offline_give_way_to_the_next(sim: Simulator) -> None:
+def test_a_rented_or_offline_server_is_skipped(sim: Simulator) -> None:
     client = hooked(sim)
     first, second, third = cheapest(client, 3)
 
@@ -276,7 +276,7 @@ def test_away_and_offline_give_way_to_the_next(sim: Simulator) -> None:
     assert len(sim.orders) == 1
 
 
-def test_code_1_without_an_order_gives_way_to_the_next(sim: Simulator, tmp_path: Any) -> None:
+def test_after_code_1_the_next_server_is_tried(sim: Simulator, tmp_path: Any) -> None:
     client = client_for(sim)
     first, second = cheapest(client, 2)
     sim.faults.add("create_order", "http_500_before_commit")
@@ -285,13 +285,13 @@ def test_code_1_without_an_order_gives_way_to_the_next(sim: Simulator, tmp_path:
         assert "Database error" in rental.tried[0][1]
         assert rental.server.id == second
         assert len(entries(tmp_path)) == 2
-        # Code 1 is also answered when the order was made: that note goes when time has shown.
+        # The order may exist after code 1, so its entry stays for a while.
         until(lambda: len(entries(tmp_path)) == 1)
     assert len(sim.orders) == 1
     assert entries(tmp_path) == []
 
 
-def test_a_currency_refused_gives_way_to_the_next(sim: Simulator) -> None:
+def test_after_a_refused_currency_the_next_server_is_tried(sim: Simulator) -> None:
     client = client_for(sim)
     refusal = {"code": 6, "error": "currency-not-allowed"}
     sim.faults.add("create_order", "envelope", envelope=refusal)
@@ -300,14 +300,14 @@ def test_a_currency_refused_gives_way_to_the_next(sim: Simulator) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lose_answer", "http_500_after_commit", "truncated_json"])
-def test_a_lost_answer_is_no_second_order(sim: Simulator, kind: str) -> None:
+def test_a_lost_response_causes_no_second_order(sim: Simulator, kind: str) -> None:
     sim.faults.add("create_order", kind)
     with rent(client_for(sim), find_timeout=5) as rental:
         assert [o.id for o in sim.orders] == [rental.order.id]
     assert active(sim) == []
 
 
-def test_an_order_that_shows_up_late_is_ended_all_the_same(sim: Simulator, tmp_path: Any) -> None:
+def test_an_order_that_shows_up_late_is_cancelled(sim: Simulator, tmp_path: Any) -> None:
     client = client_for(sim, order_lag=20.0)
     sim.faults.add("create_order", "commit_late", seconds=0.6)
     with pytest.raises(OrderOutcomeUnknownError):
@@ -318,7 +318,7 @@ def test_an_order_that_shows_up_late_is_ended_all_the_same(sim: Simulator, tmp_p
     assert entries(tmp_path) == []
 
 
-def test_a_fate_unknown_stops_the_walk(sim: Simulator, tmp_path: Any) -> None:
+def test_an_unknown_outcome_stops_the_search_for_a_server(sim: Simulator, tmp_path: Any) -> None:
     client = client_for(sim, order_lag=0.01)
     sim.faults.add("create_order", "commit_late", seconds=3.0)
     with pytest.raises(OrderOutcomeUnknownError):
@@ -326,14 +326,14 @@ def test_a_fate_unknown_stops_the_walk(sim: Simulator, tmp_path: Any) -> None:
             pytest.fail("entered")
     assert len(sent_to(sim, "create_order")) == 1
     assert len(entries(tmp_path)) == 1
-    # The order is made after all, and found by what the entry tells.
+    # The order exists, and leftovers() finds it by the entry.
     made = until(lambda: active(sim))
     assert len(made) == 1
     assert client.cancel_leftovers(wait=5) == made
     assert entries(tmp_path) == []
 
 
-def test_a_refusal_of_another_kind_is_raised(make_sim: MakeSim, tmp_path: Any) -> None:
+def test_any_other_refusal_is_raised(make_sim: MakeSim, tmp_path: Any) -> None:
     sim = make_sim(balance=0.0)
     with pytest.raises(InsufficientBalanceError):
         with rent(client_for(sim)):
@@ -361,7 +361,7 @@ def test_a_price_over_the_limit(sim: Simulator, tmp_path: Any) -> None:
     assert active(sim) == []
 
 
-def test_one_that_does_not_deploy(sim: Simulator) -> None:
+def test_an_order_that_does_not_deploy(sim: Simulator) -> None:
     client = client_for(sim)
     first, second = cheapest(client, 2)
     sim.set_deploy_after(first, float("inf"))
@@ -371,7 +371,7 @@ def test_one_that_does_not_deploy(sim: Simulator) -> None:
         assert active(sim) == [rental.order.id]
 
 
-def test_one_that_ends_while_it_deploys(make_sim: MakeSim) -> None:
+def test_an_order_that_ends_while_it_deploys(make_sim: MakeSim) -> None:
     sim = make_sim(cancel_lingers=0)
     client = hooked(sim)
     ended: list[int] = []
@@ -386,7 +386,7 @@ def test_one_that_ends_while_it_deploys(make_sim: MakeSim) -> None:
         assert "ended unexpectedly" in rental.tried[0][1]
 
 
-def test_a_walk_stops_at_a_cancel_that_is_not_confirmed(make_sim: MakeSim) -> None:
+def test_an_unconfirmed_cancel_stops_the_search_for_a_server(make_sim: MakeSim) -> None:
     sim = make_sim(deploy_after=float("inf"), cancel_lingers=60)
     with pytest.raises(CancelUnconfirmedError):
         with rent(client_for(sim), deploy_timeout=0.1, cancel_timeout=0.2):
@@ -395,7 +395,7 @@ def test_a_walk_stops_at_a_cancel_that_is_not_confirmed(make_sim: MakeSim) -> No
     assert len(sent_to(sim, "cancel_order")) == 1
 
 
-def test_attempts_bound_the_walk(make_sim: MakeSim) -> None:
+def test_attempts_limits_the_servers_that_are_tried(make_sim: MakeSim) -> None:
     sim = make_sim(deploy_after=float("inf"))
     client = client_for(sim)
     first, second, _ = cheapest(client, 3)
@@ -408,7 +408,7 @@ def test_attempts_bound_the_walk(make_sim: MakeSim) -> None:
     assert active(sim) == []
 
 
-def test_one_pinned_server(sim: Simulator, client: CloreClient) -> None:
+def test_a_given_server_id(sim: Simulator, client: CloreClient) -> None:
     third = cheapest(client, 3)[2]
     with rent(client, server_id=third) as rental:
         assert rental.order.server_id == third
@@ -423,7 +423,7 @@ def test_one_pinned_server(sim: Simulator, client: CloreClient) -> None:
     assert len(sim.orders) == 1
 
 
-def test_nothing_fits(sim: Simulator, client: CloreClient) -> None:
+def test_no_server_fits(sim: Simulator, client: CloreClient) -> None:
     with pytest.raises(RentalError, match="no free server whose GPU has 'RTX 9999'"):
         rent(client, gpu_type="RTX 9999").__enter__()
     assert sim.orders == []
@@ -480,7 +480,7 @@ def test_a_spot_order(any_sim: Simulator, any_client: CloreClient) -> None:
         ({"gpu_type": 4090}, TypeError),
     ],
 )
-def test_arguments_that_cannot_be_right(
+def test_invalid_arguments(
     sim: Simulator, client: CloreClient, options: dict[str, Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error, match=next(reversed(options)).split("_")[0]):
@@ -488,7 +488,7 @@ def test_arguments_that_cannot_be_right(
     assert sim.requests == []
 
 
-# --- interrupted while it is made ---
+# --- interrupts while the order is made ---
 
 
 @pytest.mark.parametrize("moment", ["before", "sent", "after"])
@@ -560,7 +560,7 @@ def test_the_cost_is_what_the_simulator_charges(
     sim, wall, ahead = make_sim(form=form), time.time, 0.0
     monkeypatch.setattr(time, "time", lambda: wall() + ahead)
     with rent(client_for(sim), **options) as rental:
-        for minutes in (9.0, 6.0, 180.0):  # the creation fee falls due in the tenth
+        for minutes in (9.0, 6.0, 180.0):  # the creation fee is due in the tenth
             sim.advance(minutes * 60)
             ahead += minutes * 60
             assert rental.cost_usd == pytest.approx(sim.orders[0].charged_usd, rel=0.01)
@@ -579,7 +579,7 @@ def test_the_cost_over_hours(
         price = sim.orders[0].usd_per_hour
         now, wall = time.monotonic(), time.time
         with monkeypatch.context() as patch:
-            patch.setattr(time, "time", lambda: wall() + 599)  # a laptop that slept
+            patch.setattr(time, "time", lambda: wall() + 599)  # a laptop that was asleep
             assert rental.cost_usd == pytest.approx(price * 1.05 * 599 / 3600, rel=0.01)
             patch.setattr(time, "time", lambda: wall() + 7200)
             assert rental.cost_usd == pytest.approx(price * 1.05 * 2 + 0.10, rel=0.01)
@@ -589,7 +589,7 @@ def test_the_cost_over_hours(
             assert rental.cost_usd >= price * 1.05 * (time.monotonic() - now) / 3600
 
 
-def test_the_cost_of_hosts_that_did_not_work_counts(sim: Simulator) -> None:
+def test_the_cost_of_servers_that_did_not_work_counts(sim: Simulator) -> None:
     client = client_for(sim)
     sim.set_deploy_after(cheapest(client, 1)[0], float("inf"))
     with rent(client, deploy_timeout=0.5) as rental:
@@ -622,7 +622,7 @@ def test_a_budget_that_runs_out(sim: Simulator, client: CloreClient, limit: str)
     assert caught.value.__cause__ is None
 
 
-def test_a_budget_error_is_chained_to_what_the_block_raised(
+def test_a_budget_error_is_chained_to_the_error_of_the_block(
     sim: Simulator, client: CloreClient
 ) -> None:
     mine = ValueError("mine")
@@ -644,7 +644,7 @@ def test_a_budget_that_runs_out_while_it_deploys(make_sim: MakeSim) -> None:
     assert len(sim.orders) == 1
 
 
-def test_a_budget_goes_on_ending_the_order_until_that_is_done(
+def test_a_budget_repeats_the_cancel_until_it_is_accepted(
     sim: Simulator, client: CloreClient
 ) -> None:
     sim.faults.add("cancel_order", "http_500_before_commit", times=10_000)
@@ -664,7 +664,7 @@ def test_a_budget_goes_on_ending_the_order_until_that_is_done(
     assert getattr(caught.value, "__notes__", []) == []
 
 
-def test_a_budget_error_does_not_say_ended_of_what_may_still_run(
+def test_a_budget_error_says_if_the_order_may_still_run(
     sim: Simulator, client: CloreClient
 ) -> None:
     sim.faults.add("cancel_order", "http_500_before_commit", times=10_000)
@@ -748,7 +748,7 @@ def test_a_folder_that_cannot_be_written(
     assert caplog.text.count("can't be written") == 1
 
 
-def test_no_notes(sim: Simulator, tmp_path: Any) -> None:
+def test_without_a_journal(sim: Simulator, tmp_path: Any) -> None:
     with rent(client_for(sim, state_dir=None)):
         assert entries(tmp_path) == []
     for wrong, error in ((3, TypeError), ("", ValueError)):
@@ -758,8 +758,8 @@ def test_no_notes(sim: Simulator, tmp_path: Any) -> None:
         assert client_for(sim, state_dir=None).leftovers(wait=0).abandoned == []
 
 
-def test_a_hiccup_of_the_api_does_not_stop_the_cancelling(make_sim: MakeSim) -> None:
-    """After the sends of one cancel are used up, the next goes out, and not 30 s of looks."""
+def test_a_short_failure_of_the_api_does_not_stop_the_cancel(make_sim: MakeSim) -> None:
+    """Send the cancel again soon after the retries of one request are used up."""
     sim = make_sim()
     client = client_for(sim, state_dir=None)
     rental = client.rent("RTX 4090", min_reliability=96, poll_interval=0.02, cancel_timeout=60)
@@ -771,7 +771,7 @@ def test_a_hiccup_of_the_api_does_not_stop_the_cancelling(make_sim: MakeSim) -> 
     assert not any(order.active for order in sim.orders)
 
 
-def test_what_was_given_back_can_not_be_kept(make_sim: MakeSim) -> None:
+def test_a_cancelled_order_can_not_be_kept(make_sim: MakeSim) -> None:
     client = client_for(make_sim(), state_dir=None)
     with client.rent("RTX 4090", min_reliability=96, poll_interval=0.02) as rental:
         pass

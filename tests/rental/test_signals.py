@@ -1,4 +1,4 @@
-"""One handler for SIGTERM and SIGHUP: where it goes, when it leaves, and what it raises."""
+"""The handler for SIGTERM and SIGHUP: its installation, its removal, and its exception."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, SignalExit
-from clore_client.rental.signals import SIGNALS, SignalHandling, _handling
+from clore_client.log import warn_once
+from clore_client.rental.process import this_process
+from clore_client.rental.signals import SIGNALS, SignalHandling
 from tests.rental.test_rental import QUICK, active
 from tests.variant import Simulator
 
@@ -26,10 +28,10 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     before = [(s, signal.signal(s, signal.SIG_DFL)) for s in (*SIGNALS, signal.SIGINT)]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _handling.warned.clear()
-    # An interrupt of another test may have cut the counting short.
-    monkeypatch.setattr(_handling, "users", 0)
-    monkeypatch.setattr(_handling, "installed", set())
+    warn_once.cache_clear()
+    # An interrupt in another test may have left a user or a handler.
+    monkeypatch.setattr(this_process, "signal_users", set())
+    monkeypatch.setattr(this_process, "handled_signals", set())
     yield
     for signum, handler in before:
         signal.signal(signum, handler)
@@ -57,7 +59,7 @@ def test_a_signal_raises(sim: Simulator, client: CloreClient, signum: int) -> No
     assert default(signum)
 
 
-def test_it_is_counted(sim: Simulator, client: CloreClient) -> None:
+def test_the_last_user_restores_the_handlers(sim: Simulator, client: CloreClient) -> None:
     assert default()
     with CloreClient.handle_signals():
         assert not default()
@@ -106,7 +108,7 @@ def test_a_handler_that_came_later_stays() -> None:
     assert default(signal.SIGHUP)
 
 
-def test_another_thread_can_install_nothing(
+def test_another_thread_can_not_install_the_handler(
     sim: Simulator, client: CloreClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     def work() -> None:
@@ -127,14 +129,14 @@ def test_the_last_user_may_be_another_thread() -> None:
     thread = threading.Thread(target=handling.close)
     thread.start()
     thread.join()
-    # It can't be taken away there; the next user finds it, and takes it away.
+    # Another thread can't remove it; the next user in the main thread does.
     with SignalHandling():
         with pytest.raises(SignalExit):
             send(signal.SIGTERM)
     assert default()
 
 
-def test_a_signal_on_the_way_out_waits_for_the_cancel(
+def test_a_signal_during_the_end_waits_for_the_cancel(
     sim: Simulator, client: CloreClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = client._request
@@ -150,7 +152,7 @@ def test_a_signal_on_the_way_out_waits_for_the_cancel(
             pass
     assert active(sim) == []
     assert default()
-    # It replaces no interrupt that the block was left by, and follows every other exception.
+    # A KeyboardInterrupt of the block takes precedence, any other exception becomes the context.
     mine = KeyboardInterrupt("mine")
     with pytest.raises(KeyboardInterrupt) as caught:
         with client.rent(**QUICK):

@@ -26,7 +26,8 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, SSHError, TransferError
-from clore_client.ssh import download, remote, transfer, upload
+from clore_client.ssh.transfer import download, remote_script, scripts, transfer, upload
+from clore_client.ssh.transfer.entry import BLOCK
 from tests.hostile import ESCAPES, HostileServer
 from tests.sshd import Sshd
 
@@ -531,13 +532,13 @@ def test_what_is_kept_for_later_is_not_the_target(here: Path) -> None:
     """With resume=True, what came in part may stay beside the target; nothing else does."""
     options: dict[str, Any] = {"password": "x", "wait": 5, "timeout": 0.5, "resume": True}
     client = CloreClient(state_dir=None)
-    block = bytes(remote.BLOCK)
+    block = bytes(BLOCK)
     first = {"look": b"f 100000 0 644\n" + block}
     with HostileServer(says(first)) as server:
         with pytest.raises(TransferError, match="kept for resume"):
             client.download(server.order(), "f", here / "z", **options)
         assert [n[:12] for n in os.listdir(here)] == [".clore-part-"] * 2
-        rest = bytes(100000 - remote.BLOCK)
+        rest = bytes(100000 - BLOCK)
         digest = hashlib.sha256(rest).hexdigest().encode() + b"  -\n"
         server.run = says(
             {"look": b"f 100000 0 644\n", "get": rest + digest + b"100000 0 644\n",
@@ -728,9 +729,9 @@ def test_hashes_of_odd_names() -> None:
     """Not every sha256sum escapes newlines; all names are as harmless as none."""
     one, two = b"1" * 64, b"2" * 64
     text = one + b"  ./a\rb\nc\n\\" + two + b"  ./d\\ne\n"
-    assert remote.parse_digests(text, 2) == [one.decode(), two.decode()]
-    with pytest.raises(SSHError, match="hashed 1 files"):
-        remote.parse_digests(one + b"  ./a\n", 2)
+    assert scripts.parse_digests(text, 2) == [one.decode(), two.decode()]
+    with pytest.raises(SSHError, match="sent 1 SHA-256"):
+        scripts.parse_digests(one + b"  ./a\n", 2)
 
 
 @pytest.mark.parametrize("how", ["channel", "connection"])
@@ -739,6 +740,7 @@ def test_ctrl_c_does_not_wait_for_a_machine_that_hangs(
 ) -> None:
     """Not even to remove what is there."""
     monkeypatch.setattr(transfer, "LAST_PATIENCE", 0.3)
+    monkeypatch.setattr(remote_script, "LAST_PATIENCE", 0.3)
     pressed: list[bool] = []
     (here / "x").write_bytes(bytes(30_000_000))
 

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, TransferError
-from clore_client.ssh.remote import BOOTSTRAP, INLINE, inlined
+from clore_client.ssh.transfer.remote_script import BOOTSTRAP, INLINE, inlined
 from tests.conftest import until
-from tests.ssh.test_transfer import ODD, Far, content, make_tree, snapshot
+from tests.relay import Relay
+from tests.ssh.test_transfer import ODD, Far, content, make_tree, snapshot, through
 from tests.sshd import Dropbear, running_sshd
 
 pytestmark = pytest.mark.internal
@@ -157,6 +158,25 @@ def test_hosts_with_a_shell(
 ) -> None:
     with host(client, tmp_path / "host", kind) as far:
         check_all(far, here)
+    assert "SFTP" not in caplog.text
+
+
+def test_a_command_that_ends_while_another_one_starts(
+    client: CloreClient, tmp_path: Path, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """dropbear then closes all channels whose command has not started yet."""
+    # Each shell ends in the middle of the time that it takes to start the next.
+    slow_end = 'sh -c "$SSH_ORIGINAL_COMMAND"; code=$?; sleep 0.09; exit $code'
+    tree = make_tree(here / "tree")
+    os.truncate(tree / "sub" / "deeper" / "large", 4 * MB + 1)
+    (tmp_path / "far").mkdir()
+    with Dropbear(tmp_path / "dropbear", slow_end) as dropbear:
+        with Relay(dropbear.port, delay=0.03) as relay:
+            far = Far(client, dropbear.order(), tmp_path / "far", key_path=dropbear.key)
+            far = through(relay, far)
+            far.up(tree, far.folder / "tree", verify=True)
+            far.down(far.folder / "tree", here / "back", verify=True)
+    assert snapshot(here / "back") == snapshot(far.folder / "tree") == snapshot(tree)
     assert "SFTP" not in caplog.text
 
 

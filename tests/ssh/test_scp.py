@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import pkgutil
 import stat
@@ -225,14 +224,14 @@ def test_permissions_and_times_from_a_host(
 ) -> None:
     """Nothing runs as its owner, and no folder shuts its owner out while it is written to."""
     server.run = scp_source(
-        b"T1000 0 2000 0\n", b"D7000 0 x\n", b"T1 0 0 0\n", b"C7777 5 f\n", b"owned\0", b"E\n"
+        b"T1000 0 2000 0\n", b"D7000 0 x\n", b"T1 0 2 0\n", b"C7777 5 f\n", b"owned\0", b"E\n"
     )
     with guarded_scp(ssh) as client:
         client.get("x", str(place), recursive=True, preserve_times=True)
     folder, file = (place / "x").stat(), (place / "x/f").stat()
     assert stat.S_IMODE(folder.st_mode) == 0o700
     assert stat.S_IMODE(file.st_mode) == 0o777
-    assert (folder.st_mtime, file.st_mtime, file.st_atime) == (1000, 1, 0)
+    assert (folder.st_mtime, file.st_mtime, file.st_atime) == (1000, 1, 2)
 
 
 def test_the_folder_that_was_named_keeps_its_permissions(
@@ -272,6 +271,48 @@ def test_records_in_pieces_and_together(
         guarded_scp(ssh).get("x", str(place / f"{number}"), recursive=True)
         assert (place / f"{number}/f").read_bytes() == b"abc"
         assert (place / f"{number}/g").read_bytes() == b""
+
+
+def test_a_path_after_the_folder_without_a_name(
+    server: HostileServer, ssh: paramiko.SSHClient, place: Path
+) -> None:
+    (place / "target").mkdir()
+    server.run = scp_source(b"D0755 0 .\n", b"C0644 1 f\n", b"z\0", b"E\n", b"C0644 1 x\n", b"z\0")
+    guarded_scp(ssh).get([".", "x"], str(place / "target"), recursive=True)
+    assert contents(place) == {b"target": None, b"target/f": b"z", b"target/x": b"z"}
+
+
+def test_a_home_folder(server: HostileServer, ssh: paramiko.SSHClient, place: Path) -> None:
+    server.run = scp_source(b"D0755 0 root\n", b"C0644 1 .f\n", b"z\0", b"E\n")
+    guarded_scp(ssh).get("~", str(place), recursive=True)
+    assert contents(place) == {b"root": None, b"root/.f": b"z"}
+
+
+def test_a_shell_that_prints_a_welcome(
+    server: HostileServer, ssh: paramiko.SSHClient, place: Path
+) -> None:
+    """Each transfer ends at once, and the error shows what was printed."""
+    client = guarded_scp(ssh)
+    server.run = scp_source(b"Welcome!\n")
+    with pytest.raises(TransferError, match=r"Welcome!.*start-up files"):
+        client.get("x", str(place))
+    server.run = scp_sink(b"Welcome!\n")
+    with pytest.raises(TransferError, match=r"Welcome!.*start-up files"):
+        client.put(__file__, "there")
+
+
+def test_a_transfer_after_one_that_failed(
+    server: HostileServer, ssh: paramiko.SSHClient, place: Path
+) -> None:
+    """Nothing is left of the first: no time, and no folder whose time is to be set."""
+    client = guarded_scp(ssh)
+    server.run = scp_source(b"T1 0 1 0\n", b"D0755 0 x\n", b"T1 0 1 0\n", b"\1no\n")
+    with pytest.raises(TransferError):
+        client.get("x", str(place), recursive=True, preserve_times=True)
+    (place / "x").rename(place / "elsewhere")
+    server.run = scp_source(b"T2 0 2 0\n", b"C0644 1 x\n", b"z\0")
+    client.get("x", str(place), preserve_times=True)
+    assert (place / "x").stat().st_mtime == 2
 
 
 def test_how_far_it_came(server: HostileServer, ssh: paramiko.SSHClient, place: Path) -> None:
@@ -361,15 +402,10 @@ def test_a_file_that_changes_while_it_is_sent(
     server: HostileServer, ssh: paramiko.SSHClient, place: Path
 ) -> None:
     path = place / "x"
-    for change, text in ((0, "ended before"), (900_000, "grew beyond")):
-        path.write_bytes(b"z" * 500_000)
-
-        def progress(name: bytes, size: int, done: int, to: int = change) -> None:
-            os.truncate(path, to)
-
-        server.run = scp_sink(YES, YES, YES)
-        with pytest.raises(TransferError, match=text):
-            guarded_scp(ssh, progress=progress).put(path, "there")
+    path.write_bytes(b"z" * 500_000)
+    server.run = scp_sink(YES, YES, YES)
+    with pytest.raises(TransferError, match="ended before"):
+        guarded_scp(ssh, progress=lambda *_: os.truncate(path, 0)).put(path, "there")
     for size in (4, 6):
         server.run = scp_sink(YES, YES, YES)
         if size == 6:
@@ -384,7 +420,7 @@ def test_a_host_that_hangs_after_the_login(hang_at: str, place: Path) -> None:
     with HostileServer(hang_at=hang_at) as server, connect(server) as ssh:
         client = guarded_scp(ssh, socket_timeout=0.3)
         for method, path in ((client.get, "x"), (client.put, __file__)):
-            with pytest.raises(TransferError, match=r"within 0\.3s"):
+            with pytest.raises(TransferError, match=r"for 0\.3s|Timeout"):
                 method(path, str(place))
         client.close()
     assert not list(place.iterdir())
@@ -401,7 +437,7 @@ def test_a_socket_that_takes_no_more(place: Path) -> None:
 
     (place / "x").write_bytes(b"z" * 30_000_000)
     with HostileServer(deaf, window=2**31 - 1) as server, connect(server) as ssh:
-        with pytest.raises(TransferError, match=r"took nothing within 0\.3s"):
+        with pytest.raises(TransferError, match=r"took nothing for 0\.3s"):
             guarded_scp(ssh, socket_timeout=0.3).put(place / "x")
 
 
@@ -582,23 +618,31 @@ def test_contents_without_the_folder(host: Host, place: Path) -> None:
     assert contents(place / "back") == contents(host.folder)
 
 
-def test_symlinks_are_not_followed_out(host: Host, place: Path, caplog: Any) -> None:
+def test_a_file_that_grows_while_it_is_sent(host: Host, place: Path) -> None:
+    """As a log file does: what it held at first arrives."""
+    path = place / "log"
+    path.write_bytes(b"z" * 500_000)
+    client = guarded_scp(host.ssh, progress=lambda *_: os.truncate(path, 900_000))
+    client.put(path, host.far)
+    assert contents(host.folder) == {b"log": b"z" * 500_000}
+
+
+def test_symlinks_and_pipes_in_a_folder(host: Host, place: Path) -> None:
     source = place / "source"
     (source / "sub").mkdir(parents=True)
-    (source / "file").write_text("in it")
-    (place / "secret").write_text("out of it")
-    for name, leads in (
-        ("sub/good", "../file"), ("out", "../secret"), ("away", ".."), ("none", "nothing"),
-    ):  # fmt: skip
-        (source / name).symlink_to(leads)
+    (place / "beside").write_text("beside it")
+    (source / "link").symlink_to("../beside")
+    (source / "sub/up").symlink_to("..")
+    client = guarded_scp(host.ssh)
+    client.put(source, host.far, recursive=True)
+    assert contents(host.folder / "source") == {b"sub": None, b"link": b"beside it"}
+    (source / "sub/none").symlink_to("nothing")
+    with pytest.raises(TransferError, match=r"No such file.*sub/none"):
+        client.put(source, host.far, recursive=True)
+    (source / "sub/none").unlink()
     os.mkfifo(source / "pipe")
-    with caplog.at_level(logging.WARNING, "clore_client"):
-        guarded_scp(host.ssh).put(source, host.far, recursive=True)
-    assert contents(host.folder / "source") == {
-        b"sub": None, b"file": b"in it", b"sub/good": b"in it",
-    }  # fmt: skip
-    told = "\n".join(caplog.messages)
-    assert all(f"/{name} is not sent" in told for name in ("out", "away", "none", "pipe"))
+    with pytest.raises(TransferError, match="pipe is not a file"):
+        client.put(source, host.far, recursive=True)
 
 
 def test_wildcards(sshd: Sshd, place: Path) -> None:
@@ -614,8 +658,9 @@ def test_wildcards(sshd: Sshd, place: Path) -> None:
         client.get(source + "/[!c*].t?t", str(place / "target"))
         assert set(contents(place / "target")) == {b"*.txt", b"a.txt", b"b.txt"}
         for path in ("{a,b}.txt", "$(ls)", "a.txt b.txt", "`x`"):
-            with pytest.raises(ValueError, match="shell's signs"):
+            with pytest.raises(TransferError):
                 client.get(path, str(place / "target"))
+        assert set(contents(place / "target")) == {b"*.txt", b"a.txt", b"b.txt"}
 
 
 @pytest.mark.parametrize("name", [".bashrc", "y.bin", "../x.txt"])
@@ -638,10 +683,13 @@ def test_what_the_host_can_not_give_or_take(host: Host, place: Path) -> None:
         client.get(host.far, str(place))
     with pytest.raises(TransferError, match=r"(?i)no such file"):
         client.put(place / "nothing", host.far)
-    with pytest.raises(TransferError, match="recursive is not set"):
+    with pytest.raises(TransferError, match="recursive=True"):
         client.put(place, host.far)
     with pytest.raises(TransferError):
         client.put(__file__, host.far + "/no/such/folder")
+    for remote, mode in (("x", "9"), ("no folder/", "0644")):
+        with pytest.raises(TransferError, match="the host says"):
+            client.putfo(BytesIO(b"z"), f"{host.far}/{remote}", mode)
     with pytest.raises(TransferError, match="no folder here"):
         client.get(host.far, str(place / "no folder here/x"), recursive=True)
     assert contents(host.folder) == {}
@@ -671,8 +719,6 @@ def test_bad_arguments(ssh: paramiko.SSHClient, place: Path) -> None:
         (client.get, (5,)),
         (client.get, ("a\0b",)),
         (client.put, ([],)),
-        (client.putfo, (BytesIO(), "x", "9")),
-        (client.putfo, (BytesIO(), "folder/")),
     ):
         with pytest.raises((ValueError, TypeError)):
             method(*arguments)
@@ -680,8 +726,8 @@ def test_bad_arguments(ssh: paramiko.SSHClient, place: Path) -> None:
 
 def test_the_inner_methods_of_scp() -> None:
     """The guard stands around these; checked with scp 0.15 and 0.16."""
-    for name in ("_open", "_recv_all", "_recv_file", "_recv_pushd", "_recv_popd", "_set_time",
-                 "_send_recursive", "_send_files", "_send_file"):  # fmt: skip
+    for name in ("_open", "_recv_file", "_recv_pushd", "_recv_popd", "_set_time", "_send_files",
+                 "_send_file"):  # fmt: skip
         assert callable(getattr(plain_scp.SCPClient, name))
 
 

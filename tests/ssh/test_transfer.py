@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, SSHError, TransferError
-from clore_client.ssh import download
+from clore_client.ssh.transfer import download
 from tests.conftest import MakeSim, client_for, until
 from tests.relay import Relay
 from tests.ssh.test_connect import rent
@@ -241,6 +241,24 @@ def test_permissions_and_times_on_request(far: Far, here: Path) -> None:
     assert (here / "three").stat().st_mtime > 1_600_000_000
 
 
+@pytest.mark.parametrize("preserve", [False, True])
+def test_permissions_in_a_directory_that_exists(far: Far, here: Path, preserve: bool) -> None:
+    """A replaced file keeps its permissions, unless those of the source are to be preserved."""
+    for folder, bits in ((here / "data", 0o640), (far.folder / "data", 0o600)):
+        folder.mkdir()
+        for name in ("1", "a b", "c"):
+            (folder / name).write_text(folder.name)
+            (folder / name).chmod(bits)
+    (here / "data" / "new").write_text("new")
+    (here / "data" / "new").chmod(0o640)
+    far.up(here / "data", far.folder, preserve=preserve)
+    far.down(far.folder / "data", here / "back", preserve=preserve)
+    for folder in (far.folder / "data", here / "back"):
+        modes = [stat.S_IMODE((folder / name).stat().st_mode) for name in ("1", "a b", "c", "new")]
+        replaced = 0o640 if preserve else 0o600
+        assert modes == [replaced, replaced, replaced, 0o640]
+
+
 def test_into_a_directory_that_exists(far: Far, here: Path) -> None:
     """As with cp -r: it is put into it; what is there and not sent stays."""
     make_tree(here / "data")
@@ -402,7 +420,7 @@ def test_a_source_that_changes_meanwhile(far: Far, here: Path) -> None:
     def shrink(*_: Any) -> None:
         os.truncate(source, 100)
 
-    with pytest.raises(TransferError, match="changed meanwhile"):
+    with pytest.raises(TransferError, match="changed during the transfer"):
         far.up(source, far.folder / "b", progress=shrink)
     until(lambda: os.listdir(far.folder) == [])
 

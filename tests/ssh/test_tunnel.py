@@ -1,4 +1,4 @@
-"""Forwarded ports: over the system's sshd, the simulator's hosts, and servers that hang."""
+"""Test forwarded ports: with sshd, the simulator's hosts, and servers that hang."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MB = 1_000_000
 
 @contextlib.contextmanager
 def service(talk: Callable[[socket.socket], None]) -> Iterator[int]:
-    """What listens on the server, in a thread for each connection; its port."""
+    """Run a TCP service with a thread for each connection; yield its port."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     threads = []
 
@@ -62,7 +62,7 @@ def connect(port: int) -> socket.socket:
 
 
 def is_reset(port: int) -> bool:
-    """Whether a connection ends with an error, already while it is made or when it is read."""
+    """Check that a connection is reset, when it is made or when it is read."""
     try:
         with connect(port) as sock:
             return sock.recv(1) is None
@@ -82,8 +82,8 @@ def echo(peer: socket.socket) -> None:
         peer.sendall(data)
 
 
-def asked(port: int, data: bytes) -> bytes:
-    """What an echo gives, and its end."""
+def answer(port: int, data: bytes) -> bytes:
+    """Send data and the end of the stream; return the answer."""
     with connect(port) as sock:
 
         def send() -> None:
@@ -107,8 +107,8 @@ def test_both_ways(ssh: paramiko.SSHClient) -> None:
         forward = Forward(ssh, port)
         with forward as local:
             assert isinstance(local, int)
-            assert asked(local, data) == data
-            assert asked(local, b"") == b""
+            assert answer(local, data) == data
+            assert answer(local, b"") == b""
             until(lambda: not forward._links)
 
 
@@ -117,7 +117,7 @@ def test_fifty_at_once(ssh: paramiko.SSHClient) -> None:
 
     def talk(peer: socket.socket) -> None:
         data = peer.recv(100)
-        together.wait(20)  # all of them are open before the first one gets an answer
+        together.wait(20)  # until all connections are open
         peer.sendall(data * 1000)
 
     def one(number: int) -> bool:
@@ -130,14 +130,14 @@ def test_fifty_at_once(ssh: paramiko.SSHClient) -> None:
 
 
 def test_half_close_of_this_side(ssh: paramiko.SSHClient) -> None:
-    """The service answers only when it has seen the end."""
+    """The service answers only after the end of its input."""
     with service(lambda peer: peer.sendall(b"%d" % len(all_of(peer)))) as port:
         with Forward(ssh, port) as local:
-            assert asked(local, b"x" * MB) == b"%d" % MB
+            assert answer(local, b"x" * MB) == b"%d" % MB
 
 
 def test_half_close_of_the_service(ssh: paramiko.SSHClient) -> None:
-    """It says all it has, and listens on."""
+    """The service ends its output, and still reads."""
     heard: list[bytes] = []
 
     def talk(peer: socket.socket) -> None:
@@ -183,14 +183,14 @@ def test_loopback_only(openssh: paramiko.SSHClient) -> None:
 def test_a_chosen_port_and_a_busy_one(openssh: paramiko.SSHClient) -> None:
     wanted = free_port()
     with service(echo) as port:
-        for _ in range(2):  # free again at once
+        for _ in range(2):  # the port is free again at once
             with Forward(openssh, port, wanted) as local:
                 assert local == wanted
-                assert asked(local, b"x") == b"x"
+                assert answer(local, b"x") == b"x"
                 with pytest.raises(OSError, match=rf"local_port {wanted} ") as caught:
                     Forward(openssh, port, wanted).__enter__()
                 assert caught.value.errno == errno.EADDRINUSE
-                assert asked(local, b"x") == b"x"
+                assert answer(local, b"x") == b"x"
 
 
 def test_a_busy_port_closes_a_connection_that_is_its_own(sshd: Sshd) -> None:
@@ -240,7 +240,7 @@ def test_nothing_listens_there(ssh: paramiko.SSHClient, caplog: pytest.LogCaptur
 
 
 def test_what_was_cut_off_does_not_look_complete(sshd: Sshd) -> None:
-    """A connection that dies on the way ends with an error, and new ones are closed."""
+    """A broken connection is reset, and new ones too."""
 
     def talk(peer: socket.socket) -> None:
         peer.sendall(b"the first half")
@@ -272,7 +272,7 @@ def test_the_end_of_the_block_ends_everything(sshd: Sshd, owns: bool) -> None:
         with contextlib.suppress(OSError):
             all_of(peer)
         ended.set()
-        released.wait(20)  # it doesn't close its side
+        released.wait(20)  # and keeps its side open
 
     ssh = CloreClient().connect_ssh(sshd.order(), key_path=str(sshd.key), wait=20)
     transport = ssh.get_transport()
@@ -306,7 +306,7 @@ def test_data_that_nobody_takes_does_not_hold_up_the_end(ssh: paramiko.SSHClient
     started = threading.Event()
     with service(talk) as port:
         with Forward(ssh, port) as local:
-            reader = connect(local)  # which reads nothing
+            reader = connect(local)  # never reads
             assert started.wait(20)
             time.sleep(0.2)
         reader.close()
@@ -331,7 +331,7 @@ def test_nothing_leaks(ssh: paramiko.SSHClient) -> None:
 
         def cycle() -> None:
             with Forward(ssh, port) as local:
-                assert asked(local, b"x" * 1000) == b"x" * 1000
+                assert answer(local, b"x" * 1000) == b"x" * 1000
                 left_open.append(connect(local))
                 left_open[-1].sendall(b"x")
                 left_open[-1].recv(1)
@@ -349,7 +349,7 @@ def test_nothing_leaks(ssh: paramiko.SSHClient) -> None:
 
 
 def test_a_server_that_hangs_when_a_channel_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither leaving the block nor closing the connection waits for it."""
+    """The end of the block does not wait for the server."""
     monkeypatch.setattr("clore_client.ssh.tunnel.FORWARD_LEAVING", 0.2)
     monkeypatch.setattr("clore_client.ssh.tunnel.FORWARD_OPENING", 1.0)
 

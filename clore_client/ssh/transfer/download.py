@@ -1,109 +1,71 @@
-"""Copy files and directories from a host, of which nothing is believed."""
+"""Download files and directories; the host is not trusted."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import shutil
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
-from clore_client.ssh.connect import ConnectionPool
-from clore_client.ssh.local_files import (
-    CHANGED,
-    LocalPart,
-    RemoteTree,
-    check_same,
-    nanoseconds,
-    settle_links,
-    write_piece,
-)
-from clore_client.ssh.remote import (
-    BLOCK,
-    CHECK_TOOLS,
-    DATA_WINDOW,
-    NoShellError,
-    RemoteScript,
-    parse_digests,
-    parse_listing,
-    remote_path,
-    remote_script,
-)
-from clore_client.ssh.sftp import SftpDownload
-from clore_client.ssh.transfer import (
+from clore_client.ssh.connection_pool import ConnectionPool
+from clore_client.ssh.transfer.digests import (
+    DIFFERS,
     MAX_ANSWER,
+    different_files,
+    same_chunks,
+)
+from clore_client.ssh.transfer.entry import (
+    BLOCK,
+    CHANGED,
     TRANSFER_PIECE,
     FileEntry,
-    Transfer,
-    TransferOptions,
     about,
-    changed_files,
-    file_digest,
+    check_unchanged,
+    nanoseconds,
 )
+from clore_client.ssh.transfer.local_part import LocalPart, write_piece
+from clore_client.ssh.transfer.options import TransferOptions
+from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, RemoteScript
+from clore_client.ssh.transfer.remote_tree import RemoteTree, make_links
+from clore_client.ssh.transfer.scripts import (
+    CHUNK_DIGESTS,
+    FILE_DIGESTS,
+    GET,
+    GET_TREE,
+    LOOK,
+    parse_listing,
+    script_text,
+)
+from clore_client.ssh.transfer.sftp_download import SftpDownload
+from clore_client.ssh.transfer.tar import TarReader
+from clore_client.ssh.transfer.transfer import Transfer
+from clore_client.ssh.transfer.upload import SMALL_FILE
 from clore_client.ssh.transport import NoChannelError
-from clore_client.ssh.upload import CHUNK_DIGESTS, FILE_DIGESTS, SMALL_FILE
 
 DOWNLOAD_CONNECTIONS = 4
-DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes from which on further connections pay for their login
-HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host hashes well within any timeout
+DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes; from here on, more connections are worth their logins
+HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host can hash within the timeout
 RANGE = 64 * 1024 * 1024  # bytes that a worker asks for at a time
 MAX_FILES = 2_000_000
 ANY_SIZE = 2**62
-MAX_TAR_EXTRA = 65536  # bytes of a name
-TAR_UNIT = 512  # bytes
-
-# Prints what there is. A file follows at once, unless it is large.
-LOOK = (
-    CHECK_TOOLS
-    + r"""
-if [ -d "$f" ]; then
-  cd "$f" || no "$f: it cannot be entered"
-  echo d; list; echo "$token"
-elif [ -f "$f" ]; then
-  s=$(stat -L -c "%s %Y %a" "$f") || exit 1
-  size=${s%% *}
-  [ "$size" -gt 0 ] || size=$(($(wc -c <"$f"))) # files of /proc tell no size
-  echo "f $size ${s#* }"
-  [ "$size" -le "$most" ] || exit 0
-  part "$f" 0 "$size"
-  [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
-  [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
-  stat -L -c "%s %Y %a" "$f"
-elif [ -e "$f" ]; then no "it is no file"
-else no "there is no such file"; fi
-"""
-)
-# Prints the files of a directory whose names it reads, a block with a mark, and what there is then.
-GET_TREE = r"""
-cd "$f" || exit 1
-xargs -0 tar -cf -
-printf "%-511s\n" "$token"; list; echo "$token"
-"""
-# Prints ranges of a file, each asked for by a line (block, size), and what the file is then.
-GET = r"""
-while read -r k s; do
-  part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
-done
-stat -L -c "%s %Y %a" "$f"
-"""
 
 
 class DownloadOptions(TransferOptions):
-    """The arguments of a download, checked; and where it is to go."""
+    """The arguments of a download, checked, and its target."""
 
     def __init__(self, remote: Any, local: Any, **given: Any) -> None:
         super().__init__(local, remote, **given)
-        self.source = remote_path(self.remote)
-        self.target = _target_of(os.fsdecode(os.path.expanduser(self.local)), self.remote)
+        self.target = _local_target(os.fsdecode(os.path.expanduser(self.local)), self.remote)
 
 
-def _target_of(local: str, remote: bytes) -> str:
-    """Return where it goes: into a directory that exists, else to that very name."""
+def _local_target(local: str, remote: bytes) -> str:
+    """Return the path to write to: inside ``local`` if that is a directory, else ``local``."""
     name = os.fsdecode(remote.rstrip(b"/").rpartition(b"/")[2])
     if os.path.isdir(local):
         whole = name in ("", ".", "..") or remote.rstrip(b"/") == b"~"
@@ -122,7 +84,7 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
     files: list[FileEntry] = []
     try:
         with transfer.watched(), part:
-            _received(transfer, part, files)
+            _download(transfer, part, files)
     except BaseException as error:
         failure = transfer.failed(error, files)
         if failure is error:
@@ -131,21 +93,22 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
     return transfer.result(part.target, files)
 
 
-def _received(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
-    """Download by the host's shell, or else over SFTP."""
-    while True:
-        try:
-            return Download(transfer, part).run(files)
-        except NoShellError as error:
-            files.clear()
-            if transfer.try_again(error):
-                continue
-            logger.warning("files come over SFTP, which is slower: %s", error)
-            return SftpDownload(transfer, part).run(files)
+def _download(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
+    """Download with the host's shell, or else over SFTP."""
+    try:
+        Download(transfer, part).run(files)
+    except NoShellError as error:
+        logger.warning("files come over SFTP, which is slower: %s", error)
+        transfer.restart()
+        SftpDownload(transfer, part).run(files)
 
 
 class Download:
-    """One download by a shell of the host, from the first question to the rename."""
+    """One download with the host's shell.
+
+    The script LOOK tells what there is, and sends a file that is not large. Workers receive large
+    files in ranges; small ones come in a tar stream.
+    """
 
     def __init__(self, transfer: Transfer, part: LocalPart) -> None:
         self._transfer = transfer
@@ -157,7 +120,7 @@ class Download:
         self._token = os.urandom(10).hex()
 
     def run(self, files: list[FileEntry]) -> None:
-        """Download; ``files`` is filled with what there is, as soon as that is known."""
+        """Download, and add to ``files`` what there is."""
         transfer = self._transfer
         try:
             with transfer.script(
@@ -167,7 +130,7 @@ class Download:
                 if first == b"d":
                     self._get_tree(look, files)
                 elif first.startswith(b"f "):
-                    self._get_file(look, parse_facts(first[2:]), files)
+                    self._get_file(look, parse_stat(first[2:]), files)
                 else:
                     raise look.refused(first)
         except BaseException:
@@ -184,7 +147,7 @@ class Download:
         elif not self._transfer.near:
             most = min(most, DOWNLOAD_MANY - 1)
         self._most = min(most, ANY_SIZE if options.max_bytes is None else options.max_bytes)
-        return remote_script(
+        return script_text(
             "look", LOOK, f=options.source, token=self._token, most=self._most,
             hash=int(options.verify),
         )  # fmt: skip
@@ -195,25 +158,25 @@ class Download:
         files.append(entry)
         self._part.accept(files, folder=False)
         if entry.size > self._most:
-            look.close()
+            look.finish()
             self._part.begin([entry])
             self._add_ranges(entry)
-            self._get_ranges(None)
+            self._get_ranges()
         else:
             self._part.begin([entry])
             digest = hashlib.sha256() if self._options.verify else None
             self._receive(look, entry, 0, entry.size, digest)
             if digest is not None:
                 _compare(look.line(), digest.hexdigest())
-            check_same(entry, parse_facts(look.line()))
-            _expect_end(look)
+            check_unchanged(entry, parse_stat(look.line()))
+            look.expect_end()
         self._check_earlier([entry])
         self._part.install_file(entry)
 
     def _receive(
         self, running: RemoteScript, entry: FileEntry, start: int, length: int, digest: Any = None
     ) -> None:
-        """Write exactly the bytes that were announced, and record them."""
+        """Write and record exactly ``length`` bytes."""
         at = noted = start
         with self._part.open(entry) as file:
             file.seek(start)
@@ -233,7 +196,7 @@ class Download:
             finally:
                 self._part.note(entry, noted, at)
             if at == entry.size:
-                file.truncate(entry.size)  # zeros at its end were not written
+                file.truncate(entry.size)  # zeros at the end were not written
         if not length:
             self._transfer.moved(entry, 0)
 
@@ -244,11 +207,11 @@ class Download:
     # --- ranges ---
 
     def _add_ranges(self, entry: FileEntry) -> None:
-        """Plan what is missing of a file."""
+        """Add the ranges of a file that are missing."""
         self._ranges += [(entry, start, size) for start, size in self._part.missing(entry)]
 
     def _take_range(self) -> tuple[FileEntry, int, int] | None:
-        """Return the next range for a worker; what a host says to be huge is cut only here."""
+        """Return the next range for a worker, or None."""
         most = RANGE
         if self._options.streams is not None:
             most = min(RANGE, max(self._share // BLOCK * BLOCK, 16 * BLOCK))
@@ -260,8 +223,8 @@ class Download:
                 self._ranges.append((entry, start + most, length - most))
             return entry, start, min(length, most)
 
-    def _get_ranges(self, meanwhile: Any) -> None:
-        """Let workers receive the ranges; ``meanwhile`` does something else in this thread."""
+    def _get_ranges(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Let workers receive the ranges; call ``meanwhile`` in this thread."""
         transfer, ranges = self._transfer, self._ranges
         ranges.reverse()
         size = sum(length for _, _, length in ranges)
@@ -274,7 +237,7 @@ class Download:
         if meanwhile is not None:
             meanwhile()
         transfer.finish_workers()
-        self._work(transfer.pool.ssh)  # what no worker got a channel for
+        self._work(transfer.pool.ssh)  # ranges for which no worker got a channel
 
     def _work(self, ssh: Any) -> None:
         while (taken := self._take_range()) is not None:
@@ -288,14 +251,14 @@ class Download:
 
     def _get_range(self, ssh: Any, entry: FileEntry, start: int, length: int) -> None:
         digest = hashlib.sha256()
-        script = remote_script("get", GET, f=self._place(entry))
+        script = script_text("get", GET, f=self._place(entry))
         with self._transfer.script(ssh, script, DATA_WINDOW) as get:
             get.send(b"%d %d\n" % (start // BLOCK, length))
             get.end()
             self._receive(get, entry, start, length, digest)
             _compare(get.line(), digest.hexdigest())
-            check_same(entry, parse_facts(get.line()))
-            _expect_end(get)
+            check_unchanged(entry, parse_stat(get.line()))
+            get.expect_end()
 
     def _place(self, entry: FileEntry) -> bytes:
         source: bytes = self._options.source
@@ -311,7 +274,7 @@ class Download:
         self._part.accept(files, folder=True)
         self._part.begin(tree.entries)
         missing = [entry for entry in files if not self._part.is_done(entry)]
-        # GNU's tar takes a backslash in a name for the start of an escape.
+        # GNU tar reads a backslash in a name as an escape.
         alone = {e.name: e for e in missing if e.size >= SMALL_FILE or (b"\\" in e.name and e.size)}
         small = [entry for entry in missing if entry.name not in alone]
         for entry in alone.values():
@@ -323,19 +286,19 @@ class Download:
             links.remove(entry)
             tree.entries.remove(entry)
             self._transfer.leave_out(entry.name, "a symlink whose name holds a backslash")
-        look.close()
+        look.finish()
         self._get_ranges(lambda: self._get_small(small + links))
         self._check_earlier(files)
         if self._options.verify:
             self._compare_files([entry for entry in small if entry.kind == "f"])
-        settle_links(self._part, self._transfer, links, tree)
+        make_links(self._part, self._transfer, links, tree)
         self._part.install_tree(tree.root, tree.entries)
 
     def _get_small(self, entries: list[FileEntry]) -> None:
         """Receive small files and symlinks in one tar stream."""
         if not entries:
             return
-        script = remote_script("tree", GET_TREE, f=self._options.source, token=self._token)
+        script = script_text("tree", GET_TREE, f=self._options.source, token=self._token)
         with self._transfer.script(self._transfer.pool.ssh, script, DATA_WINDOW) as get:
             get.send(b"".join(b"./" + entry.name + b"\0" for entry in entries))
             get.end()
@@ -394,12 +357,12 @@ class Download:
         for entry in entries:
             if entry.kind == "f":
                 with about(entry):
-                    check_same(entry, now.get(entry.name))
+                    check_unchanged(entry, now.get(entry.name))
 
     # --- checks ---
 
     def _check_earlier(self, files: list[FileEntry]) -> None:
-        """Compare what an earlier download has left here."""
+        """Compare what an earlier download received."""
         small: list[FileEntry] = []
         for entry in files:
             earlier = self._part.earlier(entry)
@@ -415,104 +378,35 @@ class Download:
         self._compare_files(small)
 
     def _compare_ranges(self, entry: FileEntry, ranges: list[tuple[int, int]]) -> None:
-        pieces = [
+        chunks = [
             (at, min(RANGE, start + length - at))
             for start, length in ranges
             for at in range(start, start + length, RANGE)
         ]
-        script = remote_script("digests", CHUNK_DIGESTS, path=self._place(entry))
-        with self._transfer.script(self._transfer.pool.ssh, script) as there:
-            for start, length in pieces:
-                there.send(b"%d %d\n" % (start // BLOCK, length))
-            there.end()
-            for start, length in pieces:
-                (digest,) = parse_digests(there.line() + b"\n", 1)
-                if digest != file_digest(self._part.place(entry), start, length):
-                    self._differs()
+        text = script_text("digests", CHUNK_DIGESTS, path=self._place(entry))
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            if not same_chunks(script, self._part.place(entry), chunks):
+                self._refuse()
 
     def _compare_files(self, files: list[FileEntry]) -> None:
         if not files:
             return
-        script = remote_script("digests", FILE_DIGESTS, path=self._options.source)
-        with self._transfer.script(self._transfer.pool.ssh, script) as there:
-            for entry in changed_files(there, files, self._part.place):
+        text = script_text("digests", FILE_DIGESTS, path=self._options.source)
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            for entry in different_files(script, files, self._part.place):
                 with about(entry):
-                    self._differs()
+                    self._refuse()
 
-    def _differs(self) -> None:
+    def _refuse(self) -> None:
         self._part.clear()
-        raise SSHError("SHA-256 differs: what had arrived is not what is there, and is removed")
+        raise SSHError(DIFFERS)
 
 
-class TarReader:
-    """Reads the members of tar archives that follow each other, up to a block with a mark."""
-
-    def __init__(self, running: RemoteScript, mark: bytes) -> None:
-        self._running = running
-        self._mark = mark
-        self._padding = 0
-
-    def next(self) -> Any:
-        """Return the next member, or None at the mark."""
-        import tarfile  # not cheap
-
-        self._exactly(self._padding)
-        self._padding = 0
-        name = link = ""
-        while True:
-            header = self._exactly(TAR_UNIT)
-            if header.rstrip(b" \n") == self._mark:
-                return None
-            if not header.strip(b"\0"):
-                continue
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise SSHError("the machine sends what is no tar archive") from error
-            if info.size < 0:
-                raise SSHError("the machine sends a negative size")
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
-                if info.size > MAX_TAR_EXTRA:
-                    raise SSHError("the machine sends a name that is too long")
-                extra = self._exactly(info.size + -info.size % TAR_UNIT)[: info.size]
-                name, link = _extended(info.type, extra, name, link)
-                continue
-            info.name, info.linkname = name or info.name, link or info.linkname
-            if not info.isreg():
-                info.size = 0
-            self._padding = -info.size % TAR_UNIT
-            return info
-
-    def content(self, size: int) -> Any:
-        """Yield the bytes of the member."""
-        while size:
-            piece = self._running.read(min(TRANSFER_PIECE, size))
-            if not piece:
-                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
-            size -= len(piece)
-            yield piece
-
-    def _exactly(self, size: int) -> bytes:
-        piece = self._running.read(size) if size else b""
-        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
-
-
-def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
-    """Read the name or target that does not fit in a header."""
-    if kind == b"x":  # records of POSIX: a length, a keyword and a value
-        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
-            found.get(b"linkpath", b"")
-        ) or link
-    text = os.fsdecode(extra.rstrip(b"\0"))
-    return (text, link) if kind == b"L" else (name, text)
-
-
-def parse_facts(facts: bytes) -> FileEntry:
-    """Read size, time and permissions of a file."""
-    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", facts)
+def parse_stat(line: bytes) -> FileEntry:
+    """Read size, seconds and permissions of a file."""
+    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
     if found is None:
-        raise SSHError("the machine says what can't be understood")
+        raise SSHError("the machine sent a file status that can't be read")
     size, seconds, mode = found.groups()
     return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
 
@@ -520,12 +414,3 @@ def parse_facts(facts: bytes) -> FileEntry:
 def _compare(line: bytes, digest: str) -> None:
     if line[:64] != digest.encode():
         raise SSHError("SHA-256 differs" if len(line) >= 64 else "the machine sent no SHA-256")
-
-
-def _expect_end(running: RemoteScript) -> None:
-    """Expect the end of the output, and an exit status of 0."""
-    if running.read(1):
-        raise SSHError("the machine sends more than it announced")
-    with contextlib.suppress(TimeoutError):
-        if running.status() != 0:
-            raise running.refused()

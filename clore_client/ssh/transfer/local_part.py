@@ -1,4 +1,4 @@
-"""Files that a download makes here: beside their place until they are complete."""
+"""Keep the temporary files of a download, and rename them when it is complete."""
 
 from __future__ import annotations
 
@@ -13,81 +13,33 @@ from typing import Any
 from clore_client.errors import SSHError, printable
 from clore_client.files import lock_file
 from clore_client.log import logger
-from clore_client.ssh.remote import BLOCK, checked_name
-from clore_client.ssh.transfer import (
-    LAST_TIME,
-    PART,
+from clore_client.ssh.transfer.entry import (
+    BLOCK,
     TRANSFER_PIECE,
     FileEntry,
-    Transfer,
-    facts_key,
-    links_within,
+    checked_name,
+    record_key,
 )
 
+PART = ".clore-part-"
 ZEROS = bytes(TRANSFER_PIECE)
-CHANGED = "it was changed meanwhile"
 Ranges = list[tuple[int, int]]  # start and length
-
-
-class RemoteTree:
-    """What the host says there is in a directory; read with care."""
-
-    def __init__(self) -> None:
-        self.entries: list[FileEntry] = []
-        self.odd: list[bytes] = []  # neither file, directory nor symlink
-        self.root = FileEntry(b"", 0, 0, 0o755, "d")
-        self._folders = {b""}
-        self._names: set[bytes] = set()
-
-    @property
-    def files(self) -> list[FileEntry]:
-        return [entry for entry in self.entries if entry.kind == "f"]
-
-    def links(self, transfer: Transfer) -> list[FileEntry]:
-        """Return the symlinks to transfer; what is left out is told."""
-        for name in self.odd:
-            transfer.leave_out(name, "it is no file")
-        links = [entry for entry in self.entries if entry.kind == "l"]
-        if transfer.options.symlinks != "skip":
-            return links
-        for entry in links:
-            transfer.leave_out(entry.name, "a symlink")
-        self.entries = [entry for entry in self.entries if entry.kind != "l"]
-        return []
-
-    def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
-        """Take one entry of the listing."""
-        kind = {stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFREG: "f"}.get(stat.S_IFMT(mode))
-        entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
-        if not name and kind == "d":
-            self.root = entry
-            return
-        checked_name(name)
-        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
-            raise SSHError(f"the machine lists {printable(repr(name), 120)} where it can't be")
-        self._names.add(name)
-        if kind == "d":
-            self._folders.add(name)
-        if kind is None:
-            self.odd.append(name)
-        else:
-            self.entries.append(entry)
 
 
 class LocalPart:
     """The temporary file or directory of a download, and the record of what has arrived.
 
     Attributes:
-        target: where it goes in the end.
-        done: what an earlier download has left, by file: ranges.
+        target: the final path.
+        done: the ranges that an earlier download received, by record key.
     """
 
     def __init__(self, target: str, remote: bytes, options: Any) -> None:
         self.target = target
         self._options = options
         whole = os.path.abspath(target)
-        # A name that the next try finds again, or one of nobody else's.
-        same = facts_key((remote, whole))[:20]
+        # With resume, the same name each time; else a random one.
+        same = record_key((remote, whole))[:20]
         token = same if options.resume else os.urandom(10).hex()
         self._part = Path(os.path.dirname(whole)) / f"{PART}{token}"
         self._record: Any = None
@@ -107,7 +59,7 @@ class LocalPart:
             self._remove()
         if self._record is not None:
             if not os.path.lexists(self._part):
-                self._record_path.unlink(missing_ok=True)  # there is nothing to go on from
+                self._record_path.unlink(missing_ok=True)  # nothing is left to resume
             self._record.close()
 
     # --- the record ---
@@ -119,10 +71,10 @@ class LocalPart:
         if not (lock_file(self._record.fileno()) and self._is_there()):
             self._record.close()
             self._record = None
-            raise SSHError("another process is at the same transfer")
+            raise SSHError("another process runs the same transfer: wait for its end")
 
     def _is_there(self) -> bool:
-        """Whether the file is still the one of that name: another process removes it in the end."""
+        """Return whether the file still exists: another process removes it when it has finished."""
         try:
             found = os.stat(self._record_path)
         except FileNotFoundError:
@@ -140,19 +92,19 @@ class LocalPart:
         return done
 
     def note(self, entry: FileEntry, start: int, end: int) -> int:
-        """Record a range of whole blocks, or up to the end of a file; up to where it is now."""
+        """Record a range, in whole blocks or up to the end of the file; return where it ends."""
         if self._record is None:
             return end
         if end != entry.size:
             end -= end % BLOCK
         if end > start or not entry.size:
             with self._lock:
-                self._record.write(f"{facts_key(entry.facts)} {start} {end - start}\n")
+                self._record.write(f"{record_key(entry.version)} {start} {end - start}\n")
                 self._record.flush()
         return end
 
     def clear(self) -> None:
-        """Forget, and remove, what has arrived."""
+        """Remove what has arrived, and its record."""
         self._remove()
         self.done = {}
         if self._record is not None:
@@ -160,9 +112,9 @@ class LocalPart:
             self._record.truncate()
 
     def earlier(self, entry: FileEntry) -> Ranges:
-        """Return the ranges of a file that an earlier download has left, merged."""
+        """Return the ranges of a file that an earlier download received, merged."""
         merged: Ranges = []
-        for start, length in sorted(self.done.get(facts_key(entry.facts), ())):
+        for start, length in sorted(self.done.get(record_key(entry.version), ())):
             if merged and start <= sum(merged[-1]):
                 first = merged[-1][0]
                 merged[-1] = (first, max(sum(merged[-1]), start + length) - first)
@@ -171,7 +123,7 @@ class LocalPart:
         return merged
 
     def missing(self, entry: FileEntry) -> Ranges:
-        """Return the ranges of a file that are still to come."""
+        """Return the ranges of a file that are missing."""
         left, at = [], 0
         for start, length in [*self.earlier(entry), (entry.size, 0)]:
             if start > at:
@@ -180,12 +132,12 @@ class LocalPart:
         return left
 
     def is_done(self, entry: FileEntry) -> bool:
-        return facts_key(entry.facts) in self.done and not self.missing(entry)
+        return record_key(entry.version) in self.done and not self.missing(entry)
 
     # --- files ---
 
     def accept(self, files: list[FileEntry], folder: bool) -> None:
-        """Refuse what is too large, and what has no place; before anything is made."""
+        """Check the sizes and the target, before anything is created."""
         self._size = 0
         self.grow(sum(entry.size for entry in files))
         target = self.target
@@ -205,16 +157,16 @@ class LocalPart:
             raise FileExistsError(f"local is neither a file nor a directory: {target!r}")
 
     def grow(self, size: int) -> None:
-        """Count bytes that are to come."""
+        """Add to the expected size, which ``max_bytes`` limits."""
         self._size += size
         most = self._options.max_bytes
         if most is not None and self._size > most:
             raise SSHError(f"it has {self._size} bytes, and max_bytes is {most}")
 
     def begin(self, entries: list[FileEntry]) -> None:
-        """Make the temporary file, or the directories; start over after a change of the source."""
+        """Create the temporary file or directories; start over if the source has changed."""
         single = entries[0] if len(entries) == 1 and not entries[0].name else None
-        if not set(self.done) <= {facts_key(entry.facts) for entry in entries}:
+        if not set(self.done) <= {record_key(entry.version) for entry in entries}:
             self.clear()
         if not self.done:
             self._remove()
@@ -233,7 +185,7 @@ class LocalPart:
         return self._part / checked_name(name) if name else self._part
 
     def open(self, entry: FileEntry) -> Any:
-        """Open a file of our own, which nobody else may read yet."""
+        """Open a temporary file, which no other user may read."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
         return os.fdopen(os.open(self.place(entry), flags, 0o600), "r+b", buffering=0)
 
@@ -258,7 +210,7 @@ class LocalPart:
 
     def install_tree(self, root: FileEntry, entries: list[FileEntry]) -> None:
         merging = os.path.lexists(self.target)
-        # From a directory that may not be written to, nothing could be moved.
+        # When merging, directories stay writable, so that files can be moved out of them.
         for entry in entries[::-1]:
             if entry.kind == "f" or (entry.kind == "d" and not merging):
                 place = os.path.join(self.target, checked_name(entry.name))
@@ -270,7 +222,7 @@ class LocalPart:
             os.rename(self._part, self.target)
 
     def _finish(self, entry: FileEntry, instead: str) -> None:
-        """Give a file its permissions, those of what it replaces first; and with them its time."""
+        """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
         place, mode = self.place(entry), entry.mode
         if not self._options.preserve:
             mode &= ~local_umask()
@@ -281,46 +233,6 @@ class LocalPart:
             os.utime(place, ns=(entry.mtime, entry.mtime))
 
 
-def nanoseconds(seconds: int) -> int:
-    return min(max(seconds, 0), LAST_TIME) * 10**9
-
-
-def check_same(entry: FileEntry, now: FileEntry | None) -> None:
-    """Check that a file is as it was, or has grown: then what it was at the start has arrived."""
-    if now is None or now.kind != "f" or now.size < entry.size:
-        raise SSHError(CHANGED)
-    if now.size == entry.size and now.mtime != entry.mtime:
-        raise SSHError(CHANGED)
-
-
-def settle_links(
-    part: LocalPart, transfer: Transfer, links: list[FileEntry], tree: RemoteTree
-) -> None:
-    """Make the symlinks that lead to something in the tree, or copies of it."""
-    entries = {entry.name: entry for entry in tree.entries}
-    for link in links:
-        target, hops = link, 0
-        while target.kind == "l" and hops < 40:
-            within, hops = links_within(target.name, target.link), hops + 1
-            found = entries.get(within) if within else None
-            if found is None:
-                break
-            target = found
-        inside = (link.name + b"/").startswith(target.name + b"/")
-        follow = transfer.options.symlinks == "follow"
-        if target.kind == "l" or (inside and follow):
-            transfer.leave_out(link.name, f"a symlink to {os.fsdecode(link.link)}")
-            tree.entries.remove(link)
-        elif not follow:
-            os.symlink(os.fsdecode(link.link), part.place(link))
-        elif target.kind == "f":
-            link.kind, link.mode, link.mtime = "f", target.mode, target.mtime
-            shutil.copyfile(part.place(target), part.place(link))
-        else:
-            link.kind, link.mode, link.mtime = "d", target.mode, target.mtime
-            shutil.copytree(part.place(target), part.place(link))
-
-
 def local_umask() -> int:
     umask = os.umask(0o077)
     os.umask(umask)
@@ -328,8 +240,8 @@ def local_umask() -> int:
 
 
 def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool) -> None:
-    """Move a tree over one that exists; a symlink in there is never written through."""
-    for entry in entries:  # all is looked at before the first is moved
+    """Move a tree into an existing one; never write through a symlink there."""
+    for entry in entries:  # check all before moving the first
         place = os.path.join(target, checked_name(entry.name))
         shown = printable(os.fsdecode(entry.name), 300)
         if os.path.islink(place) and entry.kind == "d":
@@ -353,7 +265,7 @@ def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool
 
 
 def write_piece(file: Any, piece: bytes) -> None:
-    """Write all of it; zeros are left as a hole, which makes a sparse file sparse again."""
+    """Write a piece, or leave a hole where it is all zeros, so that sparse files stay sparse."""
     if piece[0] == 0 == piece[-1] and piece == ZEROS[: len(piece)]:
         file.seek(len(piece), os.SEEK_CUR)
         return

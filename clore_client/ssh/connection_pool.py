@@ -1,0 +1,108 @@
+"""Keep the connections of one call."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from clore_client.log import logger
+from clore_client.ssh.connect import Login, NotUpYetError
+from clore_client.ssh.watchdog import start_thread
+
+
+class ConnectionPool:
+    """The connections of one call: the caller's own, or as many as are wanted, opened at once.
+
+    Parameters:
+        login: to be used, or None for the caller's connection.
+        ssh: that one.
+        size: how many connections there may be.
+        eager: open all of them at once, and not each when it is asked for.
+    """
+
+    def __init__(
+        self, login: Login | None, ssh: Any = None, size: int = 1, eager: bool = True
+    ) -> None:
+        self.size = size if login is not None else 1
+        self._eager = eager
+        self._login = login
+        self._ssh = ssh
+        self._opened: list[Any] = [None] * self.size
+        self._ready = [threading.Event() for _ in range(self.size)]
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> ConnectionPool:
+        if self._login is None:
+            self._opened[0] = self._ssh
+        else:
+            for number in range(1, self.size if self._eager else 1):
+                self._threads.append(start_thread("login", self._open, self._login, number))
+            try:
+                self._opened[0] = self._first(self._login)
+            except BaseException:
+                self._close()
+                raise
+        self._ready[0].set()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    @property
+    def ssh(self) -> Any:
+        """The first connection."""
+        return self._opened[0]
+
+    @property
+    def age(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self._started
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds, as seen in the login; a large number where that is not known."""
+        transport = self.ssh.get_transport()
+        return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
+
+    def get(self, number: int) -> Any:
+        """Return a connection, when it is there; None where the host does not take so many."""
+        if number and not self._eager and self._login is not None:
+            with self._lock:
+                if not self._ready[number].is_set():
+                    self._open(self._login, number)
+        self._ready[number].wait()
+        return self._opened[number]
+
+    def break_off(self) -> None:
+        """Break every connection, whatever hangs on it."""
+        for ssh in self._opened:
+            if ssh is not None:
+                ssh.close()
+
+    def _first(self, login: Login) -> Any:
+        try:
+            return login.once()
+        except NotUpYetError:
+            # Where one connection is all that there is, another may have it.
+            for number in range(1, self.size if self._eager else 1):
+                self._ready[number].wait()
+                if (ssh := self._opened[number]) is not None:
+                    self._opened[number] = None
+                    return ssh
+        return login.open()
+
+    def _open(self, login: Login, number: int) -> None:
+        try:
+            self._opened[number] = login.once()
+        except Exception as error:
+            logger.debug("a further connection was refused: %s", error)
+        self._ready[number].set()
+
+    def _close(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        if self._login is not None:
+            self.break_off()

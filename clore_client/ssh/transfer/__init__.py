@@ -1,0 +1,1 @@
+"""Copy files and directories to and from a host."""

@@ -1,0 +1,85 @@
+"""Check the listing of a directory on a host, and its symlinks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+
+from clore_client.errors import SSHError, printable
+from clore_client.ssh.transfer.entry import FileEntry, checked_name, link_target, nanoseconds
+from clore_client.ssh.transfer.local_part import LocalPart
+from clore_client.ssh.transfer.transfer import Transfer
+
+
+class RemoteTree:
+    """The entries of a directory on a host, checked."""
+
+    def __init__(self) -> None:
+        self.entries: list[FileEntry] = []
+        self.odd: list[bytes] = []  # neither file, directory nor symlink
+        self.root = FileEntry(b"", 0, 0, 0o755, "d")
+        self._folders = {b""}
+        self._names: set[bytes] = set()
+
+    @property
+    def files(self) -> list[FileEntry]:
+        return [entry for entry in self.entries if entry.kind == "f"]
+
+    def links(self, transfer: Transfer) -> list[FileEntry]:
+        """Return the symlinks to transfer, and report what is left out."""
+        for name in self.odd:
+            transfer.leave_out(name, "it is not a file")
+        links = [entry for entry in self.entries if entry.kind == "l"]
+        if transfer.options.symlinks != "skip":
+            return links
+        for entry in links:
+            transfer.leave_out(entry.name, "a symlink")
+        self.entries = [entry for entry in self.entries if entry.kind != "l"]
+        return []
+
+    def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
+        """Add an entry of the listing."""
+        kind = {stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFREG: "f"}.get(stat.S_IFMT(mode))
+        entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
+        if not name and kind == "d":
+            self.root = entry
+            return
+        checked_name(name)
+        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
+            raise SSHError(f"the machine lists {printable(repr(name), 120)} in a wrong place")
+        self._names.add(name)
+        if kind == "d":
+            self._folders.add(name)
+        if kind is None:
+            self.odd.append(name)
+        else:
+            self.entries.append(entry)
+
+
+def make_links(
+    part: LocalPart, transfer: Transfer, links: list[FileEntry], tree: RemoteTree
+) -> None:
+    """Create the symlinks that lead to something in the tree, or copies of it."""
+    entries = {entry.name: entry for entry in tree.entries}
+    for link in links:
+        target, hops = link, 0
+        while target.kind == "l" and hops < 40:
+            within, hops = link_target(target.name, target.link), hops + 1
+            found = entries.get(within) if within else None
+            if found is None:
+                break
+            target = found
+        inside = (link.name + b"/").startswith(target.name + b"/")
+        follow = transfer.options.symlinks == "follow"
+        if target.kind == "l" or (inside and follow):
+            transfer.leave_out(link.name, f"a symlink to {os.fsdecode(link.link)}")
+            tree.entries.remove(link)
+        elif not follow:
+            os.symlink(os.fsdecode(link.link), part.place(link))
+        elif target.kind == "f":
+            link.kind, link.mode, link.mtime = "f", target.mode, target.mtime
+            shutil.copyfile(part.place(target), part.place(link))
+        else:
+            link.kind, link.mode, link.mtime = "d", target.mode, target.mtime
+            shutil.copytree(part.place(target), part.place(link))

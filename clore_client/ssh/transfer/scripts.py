@@ -1,0 +1,233 @@
+"""Shell scripts that a transfer runs on a host, with POSIX tools and those of GNU and busybox."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from clore_client.errors import SSHError, printable
+from clore_client.validation import short_repr
+
+# Precedes each script. Relative paths count from the home directory, even if a start-up file
+# changes the directory. $n is a line end, set before.
+PRELUDE = r"""
+unset CDPATH
+no() { printf "no %s%s" "$*" "$n"; exit 1; }
+cd "${HOME:-/}" || no "there is no home directory ${HOME}"
+if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
+# openssl is up to six times as fast.
+if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; fi
+block=65536
+part() { # prints $3 bytes of the file $1 from its block $2 on
+  if [ $(($3 % block)) = 0 ]; then blocks "$1" "$2" $(($3 / block))
+  else blocks "$1" "$2" $(($3 / block + 1)) | head -c "$3"; fi
+}
+blocks() { dd if="$1" bs=$block skip="$2" count="$3" iflag=fullblock 2>/dev/null; }
+list() { find . -exec stat -c "%f %s %Y %n" {} +; }
+"""
+# Ends with the name of a tool that is missing.
+CHECK_TOOLS = r"""
+for t in chmod dd find head mkdir mv rm stat tar touch xargs; do
+  command -v $t >/dev/null || no "lacks $t"
+done
+command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
+[ "$(echo abcdef | dd ibs=3 count=1 obs=4 iflag=fullblock 2>/dev/null)" = abc ] ||
+  no "lacks a dd with iflag=fullblock"
+stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
+"""
+# Sets $f to the target and $p to the temporary name beside it; $r records what has arrived.
+TARGET = r"""
+if [ -d "$f" ]; then f=${f%/}/$name
+else case $f in */) no "there is no directory $f";; esac; fi
+if [ -h "$f" ] && [ ! -d "$f" ]; then
+  [ "$follow" = 1 ] || no "$f is a symlink: remove it, or pass symlinks='follow'"
+  f=$(readlink -f "$f") || no "$f is a symlink to nowhere"
+fi
+case $f in /*) ;; *) f=$PWD/${f#./};; esac
+d=${f%/*}; d=${d:-/}
+[ -d "$d" ] || no "there is no directory $d"
+if [ "$kind" = f ]; then
+  [ ! -d "$f" ] || no "$f is a directory"
+  [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
+else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is no directory"; fi
+p=${d%/}/.clore-part-$token
+r=$p.done
+"""
+# Runs during the whole upload: creates the temporary name, and renames it at the end. If it stops
+# before that, it removes the temporary name, unless the upload may be resumed.
+CONTROL = (
+    CHECK_TOOLS
+    + TARGET
+    + r"""
+u=$(umask); umask 077
+make() { if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi; }
+wipe() { rm -rf "$p" "$r" || { sleep 1; rm -rf "$p" "$r"; }; }
+gone() { [ "$keep" = 1 ] || wipe; exit 1; }
+trap gone HUP TERM
+[ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
+make || no "nothing can be created in $d"
+no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
+printf "ready %s\n" "$u"
+[ ! -s "$r" ] || cat "$r"
+echo "$token"
+finish_file() {
+  s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
+  m=$(printf %o $((0$mode & ~0$u)))
+  [ ! -e "$f" ] || m=$(stat -c %a "$f")
+  [ "$preserve" = 0 ] || m=$mode
+  chmod "$m" "$p" || exit 1
+  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || exit 1
+  mv -f "$p" "$f" || exit 1
+}
+finish_tree() {
+  if [ ! -e "$f" ]; then mv "$p" "$f" || exit 1; return; fi
+  cd "$p" || exit 1
+  export preserve
+  # A directory that is new there is moved as a whole, with its modes and times.
+  find . -type d -exec sh -c '[ ! -e "$0/$1" ] && mv "$1" "$0/$1"' "$f" {} \; -prune
+  find . ! -type d -exec sh -c 'for g; do
+    [ "$preserve" = 1 ] || [ ! -f "$0/$g" ] || [ ! -f "$g" ] || chmod "$(stat -c %a "$0/$g")" "$g"
+    mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || exit 1
+  cd / && rm -rf "$p"
+}
+while read -r word || gone; do case $word in
+restart) wipe; make;;
+wipe) wipe; exit 1;;
+list) (cd "$p" && list); echo "$token";;
+go) if [ "$kind" = f ]; then finish_file; else finish_tree; fi
+  rm -f "$r"; printf "ok %s\n" "$f"; exit 0;;
+*) gone;;
+esac; done
+"""
+)
+# Precedes scripts that start at the same time as CONTROL, and wait for the temporary name.
+WAIT = (
+    TARGET
+    + r"""
+w=0; until [ -e "$p" ]; do
+  w=$((w+1)); [ $w -lt 500 ] || no "the upload did not start"
+  sleep 0.02 2>/dev/null || sleep 1
+done
+umask 077
+"""
+)
+# Writes the chunks of one file: before each comes a line (block, size, key), after it a dot.
+PUT = (
+    WAIT
+    + r"""
+if [ "$kind" = d ]; then p=$p/$inner; mkdir -p "${p%/*}" && : >>"$p" || exit 1; fi
+c=notrunc,sparse
+put() { dd of="$p" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
+while read -r k s key && [ -e "$p" ]; do
+  # A dd without conv=sparse fails before it reads anything.
+  e=$(put) || { case $e in *sparse*) c=notrunc; e=$(put);; *) false;; esac; } || no "${e%%$n*}"
+  read -r t && [ "$t" = . ] || exit 1
+  h=-; [ "$hash" = 0 ] || h=$(part "$p" "$k" "$s" | $sha)
+  [ "$keep" = 0 ] || echo "$key" >>"$r"
+  echo "done ${h%% *}"
+done
+echo end
+"""
+)
+# Unpacks tar archives: before each comes a line (size, key), after it a dot.
+UNTAR = (
+    WAIT
+    + r"""
+cd "$p" || exit 1
+while read -r s key; do
+  e=$(dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null | tar -x"$how"f - 2>&1) ||
+    no "${e%%$n*}"
+  read -r t && [ "$t" = . ] || exit 1
+  [ "$keep" = 0 ] || echo "$key" >>"$r"
+  echo "done -"
+done
+echo end
+"""
+)
+# Print SHA-256: of each chunk for which a line (block, size) comes; of each file that is named.
+CHUNK_DIGESTS = r"""while read -r k s; do part "$path" "$k" "$s" | $sha; done"""
+FILE_DIGESTS = r"""cd "$path" && xargs -0 $sha"""
+# Prints the type of the source, then a listing, or the content of a file that is not too large.
+LOOK = (
+    CHECK_TOOLS
+    + r"""
+if [ -d "$f" ]; then
+  cd "$f" || no "$f: it cannot be entered"
+  echo d; list; echo "$token"
+elif [ -f "$f" ]; then
+  s=$(stat -L -c "%s %Y %a" "$f") || exit 1
+  size=${s%% *}
+  [ "$size" -gt 0 ] || size=$(($(wc -c <"$f"))) # files in /proc have size 0
+  echo "f $size ${s#* }"
+  [ "$size" -le "$most" ] || exit 0
+  part "$f" 0 "$size"
+  [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
+  [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
+  stat -L -c "%s %Y %a" "$f"
+elif [ -e "$f" ]; then no "it is neither a file nor a directory"
+else no "there is no such file"; fi
+"""
+)
+# Prints a tar archive of the files whose names it reads, a block with a mark, and a new listing.
+GET_TREE = r"""
+cd "$f" || exit 1
+xargs -0 tar -cf -
+printf "%-511s\n" "$token"; list; echo "$token"
+"""
+# Prints each range of a file for which a line (block, size) comes, and the file's state after it.
+GET = r"""
+while read -r k s; do
+  part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
+done
+stat -L -c "%s %Y %a" "$f"
+"""
+
+
+def script_text(verb: str, body: str, **values: bytes | str | int) -> bytes:
+    """Return a script with ``values`` as shell variables; ``verb`` names it."""
+    lines = [b": " + verb.encode()]
+    lines += [name.encode() + b"=" + sh_quoted(value) for name, value in values.items()]
+    return b"\n".join([*lines, (PRELUDE + body).encode()])
+
+
+def sh_quoted(value: bytes | str | int) -> bytes:
+    """Quote a value for ``sh``."""
+    raw = value if isinstance(value, bytes) else str(value).encode()
+    return b"'" + raw.replace(b"'", b"'\"'\"'") + b"'"
+
+
+def remote_path(path: bytes) -> bytes:
+    """Return a remote path for a script; one that is relative or begins with ~/ is below home."""
+    if path == b"~" or path.startswith(b"~/"):
+        path = path[1:].lstrip(b"/") or b"."
+    elif path.startswith(b"~"):
+        raise ValueError(f"remote: use ~/ or an absolute path, not {short_repr(path)}")
+    return path if path.startswith(b"/") else b"./" + path
+
+
+def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
+    """Read the output of ``list``; pass mode, size, seconds and name of each entry to ``take``."""
+    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
+    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
+    entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
+    at = count = 0
+    while at < len(text):
+        found = entry.match(text, at)
+        if found is None:
+            shown = printable(repr(text[at : at + 80]), 120)
+            raise SSHError(f"the machine sent a listing that can't be read: {shown}")
+        count += 1
+        if count > most:
+            raise SSHError(f"the machine lists more than {most} files")
+        mode, size, seconds, name = found.groups()
+        take(int(mode, 16), int(size), int(seconds), name[2:])
+        at = found.end()
+
+
+def parse_digests(text: bytes, count: int) -> list[str]:
+    """Read the SHA-256 of each file from the output of sha256sum or openssl."""
+    # Other lines are parts of names: not every sha256sum escapes line ends.
+    digests = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
+    if len(digests) != count:
+        raise SSHError(f"the machine sent {len(digests)} SHA-256 instead of {count}")
+    return digests

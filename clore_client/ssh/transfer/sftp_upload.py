@@ -1,0 +1,163 @@
+"""Upload over SFTP."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import posixpath
+import stat
+
+from clore_client.errors import SSHError
+from clore_client.ssh.transfer.digests import DIFFERS
+from clore_client.ssh.transfer.entry import BLOCK, FileEntry, about, record_key
+from clore_client.ssh.transfer.local_part import PART
+from clore_client.ssh.transfer.local_tree import LocalTree
+from clore_client.ssh.transfer.sftp import SFTP_PACKET, sftp_session
+from clore_client.ssh.transfer.transfer import Transfer
+from clore_client.ssh.transport import connection_errors
+
+
+class SftpUpload:
+    """One upload over SFTP."""
+
+    def __init__(self, transfer: Transfer, tree: LocalTree) -> None:
+        self._transfer = transfer
+        self._options = transfer.options
+        self._tree = tree
+
+    def run(self) -> bytes:
+        """Upload, and return the path on the host."""
+        with sftp_session(self._transfer) as self._remote:
+            target = self._target()
+            whole = os.path.abspath(self._tree.path)
+            same = record_key(("sftp", whole, self._options.remote))[:20]
+            token = same if self._options.resume else os.urandom(10).hex()
+            part = posixpath.dirname(target).rstrip(b"/") + b"/" + PART.encode() + token.encode()
+            try:
+                self._send_all(part)
+                self._install(part, target)
+            except BaseException:
+                if not self._options.resume:
+                    with contextlib.suppress(SSHError, *connection_errors()):
+                        self._remote.remove(part)
+                raise
+            return target
+
+    def _target(self) -> bytes:
+        """Check the target, and return its path."""
+        remote, is_folder = self._remote, self._tree.is_folder
+        path = remote.absolute(self._options.source)
+        if remote.kind(path) == "d":
+            name = os.path.basename(os.path.abspath(self._tree.path))
+            path = path.rstrip(b"/") + b"/" + name
+        elif path.endswith(b"/"):
+            raise SSHError(f"there is no directory {os.fsdecode(path)}")
+        kind = remote.kind(path)
+        if kind != "d" and remote.kind(path, follow=False) == "l":
+            if self._options.symlinks != "follow" or not kind:
+                raise SSHError(
+                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
+                )
+            path = os.fsencode(remote.sftp.normalize(path))
+        if remote.kind(posixpath.dirname(path)) != "d":
+            raise SSHError(f"there is no directory {os.fsdecode(posixpath.dirname(path))}")
+        if kind and (kind == "d") != is_folder:
+            raise SSHError(f"{os.fsdecode(path)} is {'not ' if is_folder else ''}a directory")
+        if kind == "other":
+            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
+        return path
+
+    def _send_all(self, part: bytes) -> None:
+        sftp = self._remote.sftp
+        if self._tree.is_folder:
+            if not self._remote.kind(part):
+                sftp.mkdir(part, 0o700)
+            for entry in self._tree.entries:
+                place = part + b"/" + entry.name
+                if entry.kind == "d" and not self._remote.kind(place):
+                    sftp.mkdir(place, 0o700)
+                elif entry.kind == "l":
+                    self._remote.remove(place)
+                    sftp.symlink(entry.link, place)
+        for entry in self._tree.files:
+            with about(entry):
+                self._send_file(entry, part + b"/" + entry.name if entry.name else part)
+
+    def _send_file(self, entry: FileEntry, place: bytes) -> None:
+        remote, start = self._remote, 0
+        record, key = place + b".clore-done", record_key(entry.version).encode()
+        if self._options.resume:
+            start = self._earlier(place, record, key)
+        with remote.sftp.open(place, "r+b" if start else "wb") as file:
+            created = stat.S_IMODE(file.stat().st_mode or 0)
+            file.chmod(0o600)
+            if self._options.resume and not start:
+                with remote.sftp.open(record, "wb") as note:
+                    note.write(key)
+            file.set_pipelined(True)
+            file.seek(start)
+            for piece in self._tree.pieces(entry, start, entry.size - start):
+                for at in range(0, len(piece), SFTP_PACKET):
+                    file.write(bytes(piece[at : at + SFTP_PACKET]))
+                self._transfer.moved(entry, len(piece))
+        if not entry.size:
+            self._transfer.moved(entry, 0)
+        self._check(entry, place, start)
+        if not self._options.preserve:  # apply the host's umask
+            entry.mode &= created | (created & 0o444) >> 2 if not start else 0o700
+        if self._options.resume:
+            remote.remove(record)
+
+    def _earlier(self, place: bytes, record: bytes, key: bytes) -> int:
+        """Return how many bytes an earlier upload has sent."""
+        found = self._remote.look(place, follow=False)
+        if found is None or self._remote.look(record) is None:
+            return 0
+        with self._remote.sftp.open(record, "rb") as note:
+            if note.read(100) != key:
+                return 0
+        return int(found.st_size) - int(found.st_size) % BLOCK
+
+    def _check(self, entry: FileEntry, place: bytes, start: int) -> None:
+        size = self._remote.look(place).st_size
+        if size != entry.size:
+            raise SSHError(f"{size} of {entry.size} bytes arrived")
+        if self._options.verify or start:
+            here = hashlib.sha256()
+            for piece in self._tree.pieces(entry, 0, entry.size):
+                here.update(piece)
+            if self._remote.digest(place, entry.size) != here.hexdigest():
+                self._remote.remove(place)
+                raise SSHError(DIFFERS)
+        if start:
+            self._transfer.count(entry, start)
+
+    def _install(self, part: bytes, target: bytes) -> None:
+        remote, tree = self._remote, self._tree
+        exists = bool(remote.kind(target))
+        for entry in tree.entries[::-1]:
+            place = part + b"/" + entry.name if entry.name else part
+            instead = target + b"/" + entry.name if entry.name else target
+            if entry.kind != "l" and not (entry.kind == "d" and exists):
+                self._finish(entry, place, instead if exists else b"")
+        if not tree.is_folder or not exists:
+            remote.replace(part, target)
+            return
+        for entry in tree.entries:
+            place, instead = part + b"/" + entry.name, target + b"/" + entry.name
+            if entry.kind == "d":
+                if not remote.kind(instead):
+                    remote.sftp.mkdir(instead, 0o700)
+                    remote.sftp.chmod(instead, entry.mode | 0o700)
+            else:
+                remote.replace(place, instead)
+        remote.remove(part)
+
+    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
+        mode, found = entry.mode, self._remote.look(instead) if instead else None
+        if not self._options.preserve and found is not None:
+            mode = stat.S_IMODE(found.st_mode)
+        self._remote.sftp.chmod(place, mode)
+        if self._options.preserve:
+            self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))

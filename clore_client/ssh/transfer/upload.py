@@ -1,0 +1,404 @@
+"""Upload files and directories under a temporary name, which is renamed at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from clore_client.errors import SSHError
+from clore_client.log import logger
+from clore_client.models.result import TransferResult
+from clore_client.ssh.connection_pool import ConnectionPool
+from clore_client.ssh.transfer.digests import (
+    DIFFERS,
+    MAX_ANSWER,
+    different_files,
+    same_chunks,
+)
+from clore_client.ssh.transfer.entry import (
+    BLOCK,
+    LAST_TIME,
+    TRANSFER_PIECE,
+    FileEntry,
+    about,
+    record_key,
+)
+from clore_client.ssh.transfer.local_tree import Bundles, Chunks, LocalTree, Source
+from clore_client.ssh.transfer.options import TransferOptions
+from clore_client.ssh.transfer.remote_script import (
+    LAST_PATIENCE,
+    MAX_LINE,
+    NoShellError,
+    RemoteScript,
+)
+from clore_client.ssh.transfer.scripts import (
+    CHUNK_DIGESTS,
+    CONTROL,
+    FILE_DIGESTS,
+    PUT,
+    TARGET,
+    UNTAR,
+    parse_listing,
+    script_text,
+    sh_quoted,
+)
+from clore_client.ssh.transfer.sftp_upload import SftpUpload
+from clore_client.ssh.transfer.tar import TAR_BLOCK, tar_header
+from clore_client.ssh.transfer.transfer import Transfer
+from clore_client.ssh.transport import NoChannelError, connection_errors
+
+# sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
+# host, more channels make an upload faster.
+UPLOAD_CHANNELS = 8
+RESUMABLE_CHANNELS = 2  # fewer chunks are lost when the connection breaks
+# From so many bytes on, so many connections are worth their logins.
+UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
+SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
+META_LINES = 500
+
+
+def check_upload(local: Any, remote: Any, **given: Any) -> tuple[TransferOptions, LocalTree]:
+    """Check the arguments of an upload, and find the files to send."""
+    options = TransferOptions(local, remote, **given)
+    return options, LocalTree(os.path.expanduser(options.local), options.symlinks)
+
+
+def upload_connections(options: TransferOptions, tree: LocalTree) -> int:
+    """Return how many connections an upload uses."""
+    if options.streams is not None:
+        return options.streams
+    size = sum(entry.size for entry in tree.entries)
+    return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
+
+
+def upload_path(pool: ConnectionPool, checked: tuple[TransferOptions, LocalTree]) -> TransferResult:
+    """Upload; see ``CloreClient.upload``."""
+    options, tree = checked
+    name = os.path.basename(os.path.abspath(tree.path))
+    transfer = Transfer(pool, options, os.fsdecode(name) or "/")
+    for left_out, why in tree.left_out:
+        transfer.leave_out(left_out, why)
+    try:
+        with transfer.watched():
+            path = _upload(transfer, tree)
+    except BaseException as error:
+        failure = transfer.failed(error, tree.files)
+        if failure is error:
+            raise
+        raise failure from error
+    return transfer.result(path, tree.files)
+
+
+def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
+    """Upload with the host's shell, or else over SFTP; return the path on the host."""
+    careful = False
+    while True:
+        try:
+            return Upload(transfer, tree, careful).run()
+        except (NoShellError, NoChannelError) as error:
+            transfer.restart()
+            if careful or isinstance(error, NoShellError):
+                logger.warning("files go over SFTP, which is slower: %s", error)
+                return SftpUpload(transfer, tree).run()
+            careful = True
+
+
+class Upload:
+    """One upload with the host's shell.
+
+    The script CONTROL runs from start to end. Workers send large files in chunks, and small ones in
+    tar archives.
+
+    Parameters:
+        careful: start the workers after CONTROL, which needs a channel first.
+    """
+
+    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
+        self._transfer = transfer
+        self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
+        self._options = options = transfer.options
+        self._tree = tree
+        whole = os.path.abspath(tree.path)
+        kind = "d" if tree.is_folder else "f"
+        # With resume, the same name each time; else a random one.
+        same = record_key((kind, whole, options.remote))[:20]
+        self._values: dict[str, Any] = {
+            "f": options.source,
+            "name": os.path.basename(whole) or b".",
+            "kind": kind,
+            "token": same if options.resume else os.urandom(10).hex(),
+            "keep": int(options.resume),
+            "follow": int(options.symlinks == "follow"),
+        }
+        self._control: RemoteScript | None = None
+        self._files: list[Chunks] = []
+        self._bundles = Bundles([], False, set())
+
+    def run(self) -> bytes:
+        """Upload, and return the path on the host."""
+        transfer = self._transfer
+        try:
+            # Workers start without the answer of CONTROL, which saves a round trip.
+            if not self._careful:
+                self._plan(set())
+                self._start()
+            self._control = transfer.script(
+                transfer.pool.ssh, self._control_script(), patient=self._careful
+            )
+            umask, done = self._ready(self._control)
+            if self._careful:
+                self._prepare(umask, done)
+                self._start()
+            transfer.finish_workers()
+            self._check_sent()
+            if self._tree.is_folder:
+                self._check_tree(self._control)
+                self._set_modes()
+            self._control.send(b"go\n")
+            path = self._control.answer(b"ok")
+            self._control.finish()
+            return path
+        except BaseException:
+            transfer.stop(but=self._control)
+            transfer.join_workers()
+            self._tidy()
+            raise
+        finally:
+            transfer.join_workers()
+            if self._control is not None:
+                self._control.close()
+
+    @property
+    def _sources(self) -> list[Source]:
+        return [self._bundles, *self._files]
+
+    def _control_script(self) -> bytes:
+        values = dict(self._values, preserve=int(self._options.preserve))
+        if not self._tree.is_folder:
+            (entry,) = self._tree.files
+            values.update(size=entry.size, mode=f"{entry.mode:o}", time=touch_time(entry.mtime))
+        return script_text("upload", CONTROL, **values)
+
+    def _tidy(self) -> None:
+        """Let the host remove what has arrived, and wait until it has done so."""
+        if self._control is None:
+            return
+        self._control.end()
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        try:
+            with self._transfer.watchdog.limit(LAST_PATIENCE, self._control.close):
+                self._control.rest(MAX_LINE)
+        except failures as error:
+            if not self._options.resume:
+                logger.warning("a temporary file may stay on the machine: %s", error)
+
+    def _ready(self, control: RemoteScript) -> tuple[int, set[str]]:
+        """Wait for the host; return its umask, and the keys of what an earlier upload sent."""
+        umask = control.answer(b"ready")
+        if not re.fullmatch(rb"[0-7]{1,5}", umask):
+            raise control.refused(b"ready " + umask)
+        lines = control.until(self._values["token"].encode(), MAX_ANSWER)
+        return int(umask, 8), set(lines.decode("ascii", "replace").split())
+
+    def _prepare(self, umask: int, done: set[str]) -> None:
+        if not self._options.preserve and self._tree.is_folder:
+            for entry in self._tree.entries:
+                entry.mode &= ~umask
+        self._plan(done)
+        keys = {key for source in self._sources for key in source.keys}
+        if not done <= keys and self._control is not None:  # the source has changed
+            self._control.send(b"restart\n")
+            self._plan(set())
+
+    def _plan(self, done: set[str]) -> None:
+        resume, tree = self._options.resume, self._tree
+        large = [e for e in tree.files if not tree.is_folder or e.size >= SMALL_FILE]
+        small = [e for e in tree.entries if tree.is_folder and e not in large]
+        self._files = [Chunks(entry, resume, done) for entry in large]
+        self._bundles = Bundles(small, resume, done)
+
+    def _start(self) -> None:
+        transfer, options = self._transfer, self._options
+        count = sum(len(source.left) for source in self._sources)
+        channels = RESUMABLE_CHANNELS if options.resume else UPLOAD_CHANNELS
+        if transfer.near:
+            channels = 1
+        connections = upload_connections(options, self._tree)
+        if (transfer.near and options.streams is None) or options.resume:
+            connections = 1
+        workers = min(count, connections * channels)
+        # What several workers write is read back there, and compared.
+        self._hashes = options.verify or options.resume or workers > 1
+        transfer.start_workers(connections, workers, self._work)
+
+    def _work(self, ssh: Any) -> None:
+        """Send portions until none is left."""
+        for source in self._sources:
+            while (portion := source.take()) is not None:
+                try:
+                    if isinstance(source, Chunks):
+                        self._send_chunks(ssh, source, portion)
+                    else:
+                        self._send_bundles(ssh, source, portion)
+                except NoChannelError:
+                    source.left.append(portion)
+                    raise
+
+    def _send_chunks(self, ssh: Any, source: Chunks, first: tuple[str, Any]) -> None:
+        entry = source.entry
+        script = script_text("put", PUT, **self._values, inner=entry.name, hash=int(self._hashes))
+        with about(entry), self._transfer.script(ssh, script) as put:
+            sent: list[str] = []  # digests that the host has not confirmed yet
+            for key, (start, size) in source.rest(first):
+                if len(sent) >= source.unconfirmed:
+                    self._confirm(put, sent.pop(0))
+                digest = hashlib.sha256()
+                put.send(b"%d %d %s\n" % (start // BLOCK, size, key.encode()))
+                for piece in self._tree.pieces(entry, start, size):
+                    if self._hashes:
+                        digest.update(piece)
+                    if not put.send(piece):
+                        break  # the answer says why it takes no more
+                    self._transfer.moved(entry, len(piece))
+                sent.append(digest.hexdigest())
+                if not put.send(b".\n"):
+                    break
+            put.end()
+            for expected in sent:
+                self._confirm(put, expected)
+            put.answer(b"end")
+
+    def _confirm(self, put: RemoteScript, digest: str) -> None:
+        if put.answer(b"done") != (digest.encode() if self._hashes else b"-"):
+            raise SSHError("SHA-256 differs")
+
+    def _send_bundles(self, ssh: Any, source: Source, first: tuple[str, Any]) -> None:
+        how = "op" if self._options.preserve else "opm"
+        script = script_text("untar", UNTAR, **self._values, how=how)
+        with self._transfer.script(ssh, script) as untar:
+            count = 0
+            for key, entries in source.rest(first):
+                headers = [tar_header(entry) for entry in entries]
+                padded = sum(e.size + -e.size % TAR_BLOCK for e in entries)
+                size = sum(map(len, headers)) + padded + 2 * TAR_BLOCK
+                untar.send(b"%d %s\n" % (size, key.encode()))
+                for portion in self._tar_portions(headers, entries):
+                    if not untar.send(portion):
+                        break  # the answer says why it takes no more
+                count += 1
+                if not untar.send(b".\n"):
+                    break
+            untar.end()
+            for _ in range(count):
+                untar.answer(b"done")
+            untar.answer(b"end")
+
+    def _tar_portions(self, headers: list[bytes], entries: list[FileEntry]) -> Iterator[bytes]:
+        """Yield a tar archive in large pieces."""
+        portion = bytearray()
+        for header, entry in zip(headers, entries, strict=True):
+            with about(entry):
+                portion += header
+                for piece in self._tree.pieces(entry, 0, entry.size) if entry.kind == "f" else ():
+                    portion += piece
+                    if len(portion) >= TRANSFER_PIECE:
+                        yield bytes(portion)
+                        portion.clear()
+                portion += bytes(-entry.size % TAR_BLOCK)
+                if entry.kind == "f":
+                    self._transfer.moved(entry, entry.size)
+        yield bytes(portion + bytes(2 * TAR_BLOCK))
+
+    # --- checks ---
+
+    def _check_sent(self) -> None:
+        """Compare what an earlier upload sent, and with ``verify`` all small files."""
+        if any(source.left for source in self._sources):
+            raise NoChannelError("the machine opened no further channel")
+        for source in self._files:
+            self._check_chunks(source)
+        bundles = self._bundles.every if self._options.verify else self._bundles.earlier
+        files = [entry for entries in bundles for entry in entries if entry.kind == "f"]
+        if files:
+            self._check_files(files)
+        for entries in self._bundles.earlier:
+            for entry in entries:
+                if entry.kind == "f":
+                    self._transfer.count(entry, entry.size)
+
+    def _check_chunks(self, source: Chunks) -> None:
+        entry = source.entry
+        if not entry.size:
+            self._transfer.count(entry, 0)
+        if not source.earlier:
+            return
+        with about(entry), self._digests(CHUNK_DIGESTS, entry.name) as script:
+            if not same_chunks(script, self._tree.place(entry), source.earlier):
+                self._refuse()
+            for _, size in source.earlier:
+                self._transfer.count(entry, size)
+
+    def _check_files(self, files: list[FileEntry]) -> None:
+        with self._digests(FILE_DIGESTS, b"") as script:
+            for entry in different_files(script, files, self._tree.place):
+                with about(entry):
+                    self._refuse()
+
+    def _digests(self, body: str, inner: bytes) -> RemoteScript:
+        where = TARGET + 'path=$p; [ "$kind" = f ] || path=$p/$inner\n'
+        text = script_text("digests", where + body, **self._values, inner=inner)
+        return self._transfer.script(self._transfer.pool.ssh, text)
+
+    def _refuse(self) -> None:
+        if self._control is not None:
+            self._control.send(b"wipe\n")
+        raise SSHError(DIFFERS)
+
+    def _check_tree(self, control: RemoteScript) -> None:
+        """Compare the names and sizes of what has arrived."""
+        control.send(b"list\n")
+        there: dict[bytes, tuple[str, int]] = {}
+
+        def take(mode: int, size: int, mtime: int, name: bytes) -> None:
+            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            there[name] = (kind, size if kind == "f" else 0)
+
+        text = control.until(self._values["token"].encode(), MAX_ANSWER)
+        parse_listing(text, len(self._tree.entries) * 2 + 100, take)
+        for entry in self._tree.entries:
+            if there.get(entry.name) != (entry.kind, entry.size):
+                with about(entry):
+                    found = there.get(entry.name)
+                    raise SSHError(f"it has {found[1]} bytes there" if found else "it is not there")
+
+    def _set_modes(self) -> None:
+        """Set modes and times of large files and directories, the deepest first."""
+        preserve = self._options.preserve
+        folders = [entry for entry in self._tree.entries if entry.kind == "d"]
+        odd = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
+        entries = [source.entry for source in self._files] + odd[::-1]
+        for first in range(0, len(entries), META_LINES):
+            script = self._mode_script(entries[first : first + META_LINES])
+            with self._transfer.script(self._transfer.pool.ssh, script) as running:
+                running.end()
+                running.answer(b"ok")
+
+    def _mode_script(self, entries: list[FileEntry]) -> bytes:
+        lines = [script_text("modes", TARGET + 'cd "$p" || exit 1\n', **self._values)]
+        for entry in entries:
+            lines.append(b"g=" + sh_quoted(b"./" + entry.name))
+            lines.append(b'chmod %o "$g" || no "$g"' % entry.mode)
+            if self._options.preserve:
+                lines.append(b'TZ=UTC0 touch -t %s "$g"' % touch_time(entry.mtime).encode())
+        return b"\n".join([*lines, b"echo ok"])
+
+
+def touch_time(mtime: int) -> str:
+    """Convert a time in nanoseconds to UTC for ``touch -t``."""
+    seconds = min(max(mtime // 10**9, 0), LAST_TIME)
+    return time.strftime("%Y%m%d%H%M.%S", time.gmtime(seconds))
