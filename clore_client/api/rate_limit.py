@@ -14,7 +14,7 @@ LONGEST_PAUSE_KEPT = 3600.0  # seconds; a broken proxy may ask for a pause of an
 LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
 RECENT = 20  # how many of the last responses are counted for the error message
 # The following are parts of the interval.
-SLOT_LEAD = 0.1  # a slot is granted this long before it begins, so that a slow store costs no time
+SLOT_LEAD = 0.05  # a slot is granted this long before it begins, so that a slow store costs no time
 SLOT_LATE = 0.005  # a request that is sent up to this much after its slot began needs no report
 SLOT_GRACE = 0.125  # what each request in the queue allows the one before it for taking its slot
 LONGEST_SLOT_GRACE = 1.0
@@ -121,11 +121,11 @@ class Schedule:
     """
 
     def __init__(self) -> None:
-        self.last = -math.inf  # when the last request was sent, or may be sent
+        self.last = 0.0  # when the last request was sent, or may be sent
         self.interval = 0.0  # seconds to keep after it
         self.surplus = 0.0  # seconds by which refusals widen the space behind some requests
         self.gap = 0.0  # seconds by which they widen it behind the last one
-        self.paused_until = -math.inf
+        self.paused_until = 0.0
         self.spaced: dict[str, list[float]] = {}  # name -> [when the last was sent, seconds]
         # id of a turn -> [rank, arrival, when it may be sent at the earliest, when it expires]
         self.waiting: dict[str, list[float]] = {}
