@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import itertools
 import logging
 import os
 import random
@@ -21,6 +20,7 @@ import pytest
 from clore_client.api.file_limit import LIMIT_PREFIX, FileStore, boot_id, dump, load
 from clore_client.api.limiters import limiter_for
 from clore_client.api.rate_limit import RateLimiter, Schedule, Turn
+from tests.benchmarks.pace_kills import kill_processes
 from tests.conftest import MakeSim, client_for
 from tests.variant import Simulator
 
@@ -51,54 +51,10 @@ def test_processes_share_one_pace(make_sim: MakeSim, tmp_path: Path) -> None:
     assert limit_file(tmp_path).stat().st_mode & 0o777 == 0o600
 
 
-VICTIMS = """
-import os, random, signal, sys, time
-from pathlib import Path
-from clore_client.api.file_limit import FileStore
-from clore_client.api.rate_limit import RateLimiter, Turn
-
-path, log = sys.argv[1:]
-INTERVAL = 0.05
-
-def work():
-    limiter = RateLimiter(FileStore(Path(path)))
-    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    while True:
-        turn = Turn(INTERVAL)
-        limiter.wait(turn)
-        limiter.leave(turn)
-        os.write(handle, f"{time.monotonic()}\\n".encode())
-
-def forked():
-    pid = os.fork()
-    if not pid:
-        random.seed()
-        work()
-    return pid
-
-survivors = [forked() for _ in range(2)]
-victims = [forked() for _ in range(6)]
-for _ in range(200):
-    time.sleep(random.uniform(0.2, 1) * INTERVAL)
-    victim = victims.pop(random.randrange(len(victims)))
-    os.kill(victim, signal.SIGKILL)
-    os.waitpid(victim, 0)
-    victims.append(forked())
-for pid in survivors + victims:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-"""
-
-
-def test_processes_killed_at_random_moments(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    command = [sys.executable, "-c", VICTIMS, str(tmp_path / "limit"), str(log)]
-    subprocess.run(command, check=True, timeout=120)
-    sent = sorted(map(float, log.read_text().split()))
-    gaps = sorted(b - a for a, b in itertools.pairwise(sent))
-    assert len(sent) > 80
-    assert gaps[0] > 0.04
-    assert gaps[-1] < 3 * 0.05 + 0.05  # two slots are lost, on a busy machine
+def test_processes_killed_at_random_moments() -> None:
+    closest, longest = kill_processes()
+    assert closest > 0.9
+    assert longest < 5  # two slots may be lost, and this machine may be busy
 
 
 @pytest.mark.parametrize(

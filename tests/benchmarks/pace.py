@@ -11,8 +11,9 @@ from threading import Barrier
 
 from clore_client import CloreClient
 
+from . import pace_kills, pace_processes
 from .children import child
-from .pace_processes import departures, processes_rows
+from .pace_processes import departures
 from .rows import Row
 
 THREADS, CALLS, LIMIT, ROUNDS = 8, 5, 0.05, 5
@@ -29,7 +30,8 @@ def rows() -> Iterator[Row]:
     yield Row("closest arrivals / limit", min(arrive) / LIMIT, 0.9, at_least=True, detail=detail)
     detail = f"worst {max(whole) / ideal:.3f}"
     yield Row("whole time / ideal", statistics.median(whole) / ideal, 1.05, detail=detail)
-    yield from processes_rows()
+    yield from pace_processes.rows()
+    yield from pace_kills.rows()
 
 
 def _round() -> tuple[float, float, int, float]:

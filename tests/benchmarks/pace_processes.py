@@ -86,7 +86,7 @@ def together(
     )
 
 
-def processes_rows() -> Iterator[Row]:
+def rows() -> Iterator[Row]:
     """Print a table over the number of processes, then return the lines with limits."""
     with contextlib.ExitStack() as stack:
 
