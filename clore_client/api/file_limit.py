@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import hashlib
 import math
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -73,10 +74,14 @@ class FileStore:
         return result
 
 
-@functools.cache
-def boot_id() -> str:
-    """Return the id of this machine's current boot, or "-" if it is not known."""
-    return read_line("/proc/sys/kernel/random/boot_id") or "-"
+def limit_name(account: str) -> str:
+    """Return the name of the file for an account.
+
+    Each machine and boot has a file of its own, because they have different clocks, and machines
+    may share the state folder.
+    """
+    machine = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
+    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{machine}".encode()).hexdigest()[:32]
 
 
 def dump(schedule: Schedule) -> bytes:
@@ -85,7 +90,7 @@ def dump(schedule: Schedule) -> bytes:
     The rest of a longer, earlier text may follow them. JSON would take twice as long.
     """
     numbers = [getattr(schedule, name) for name in NUMBERS]
-    lines = [[SCHEDULE_VERSION, boot_id(), *numbers]]
+    lines = [[SCHEDULE_VERSION, *numbers]]
     for table in (schedule.spaced, schedule.waiting):
         lines.append([item for name, row in table.items() for item in (name, *row)])
     return "".join(" ".join(map(str, line)) + "\n" for line in lines).encode()
@@ -94,17 +99,17 @@ def dump(schedule: Schedule) -> bytes:
 def load(text: bytes, now: float) -> Schedule:
     """Return the schedule in a text.
 
-    If the text is damaged, foreign, or of an earlier boot, the schedule is a new one, in which the
-    first request waits for an interval, because another one may just have been sent.
+    If the text is damaged or foreign, the schedule is a new one, in which the first request waits
+    for an interval, because another one may just have been sent.
     """
     schedule = Schedule()
     if not text:
         return schedule
     try:
         head, spaced, waiting, _ = text.decode().split("\n", 3)
-        version, boot, *items = head.split()
+        version, *items = head.split()
         numbers = list(map(float, items))
-        if (version, boot) != (SCHEDULE_VERSION, boot_id()) or not math.isfinite(sum(numbers)):
+        if version != SCHEDULE_VERSION or not math.isfinite(sum(numbers)):
             raise ValueError
         for name, number in zip(NUMBERS, numbers, strict=True):
             setattr(schedule, name, number)

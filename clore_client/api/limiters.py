@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clore_client.api.file_limit import LIMIT_PREFIX, FileStore
+from clore_client.api.file_limit import FileStore, limit_name
 from clore_client.api.rate_limit import (
     ProcessStore,
     RateLimiter,
@@ -122,7 +122,7 @@ def limiter_for(
         return found
     store: Store = ProcessStore()
     if folder is not None:
-        store = FallbackStore(FileStore(folder / f"{LIMIT_PREFIX}{account}"), store)
+        store = FallbackStore(FileStore(folder / limit_name(account)), store)
     if server is not None:
         from clore_client.api.redis_limit import RedisStore
 
