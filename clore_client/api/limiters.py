@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clore_client.api.file_limit import LIMIT_PREFIX, FileStore
 from clore_client.api.rate_limit import (
@@ -16,10 +16,13 @@ from clore_client.api.rate_limit import (
     StoreUnavailableError,
     Turn,
 )
-from clore_client.api.redis_limit import RedisServer, RedisStore
 from clore_client.config import account_digest
 from clore_client.log import logger
 
+if TYPE_CHECKING:
+    from clore_client.api.redis_limit import RedisServer
+
+LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
 TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
 
 
@@ -79,6 +82,22 @@ class FallbackStore:
         self._warned = True
 
 
+def redis_server_for(rate_limiter: Any) -> RedisServer | None:
+    """Return the Redis server for the argument ``rate_limiter``; None if there is none.
+
+    Parameters:
+        rate_limiter: a URL, a client like ``redis.Redis``, or None for the environment variable.
+    """
+    source = "rate_limiter"
+    if rate_limiter is None:
+        source, rate_limiter = LIMITER_VARIABLE, os.environ.get(LIMITER_VARIABLE) or None
+    if rate_limiter is None:
+        return None
+    from clore_client.api.redis_limit import redis_server
+
+    return redis_server(rate_limiter, source)
+
+
 _limiters: dict[tuple[str, str, str], RateLimiter] = {}
 
 if hasattr(os, "register_at_fork"):
@@ -105,6 +124,8 @@ def limiter_for(
     if folder is not None:
         store = FallbackStore(FileStore(folder / f"{LIMIT_PREFIX}{account}"), store)
     if server is not None:
+        from clore_client.api.redis_limit import RedisStore
+
         store = FallbackStore(RedisStore(server, account), store)
     # setdefault() is atomic: if two threads make one, both get the first.
     return _limiters.setdefault(place, RateLimiter(store))

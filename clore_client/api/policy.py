@@ -2,65 +2,73 @@
 
 from __future__ import annotations
 
-import enum
 import random
-from typing import NamedTuple
 
 
-class Rules(NamedTuple):
-    """How requests to one endpoint are handled."""
+# Not a named tuple, and no enums: to create those takes time at the import.
+class Rules:
+    """How requests to one endpoint are handled.
 
-    needs_key: bool = True
-    repeatable: bool = False  # sending it twice does no harm
-    urgent: bool = False  # goes first, as it costs money while it waits
-    spaced: bool = False  # has a longer interval, ``create_order_interval``
-    logged: bool = False  # starts or stops costs
+    Attributes:
+        needs_key: whether it needs an API key.
+        repeatable: whether sending it twice does no harm.
+        urgent: whether it goes first, as it costs money while it waits.
+        spaced: whether it has a longer interval, ``create_order_interval``.
+        logged: whether it starts or stops costs.
+    """
+
+    def __init__(
+        self,
+        *,
+        needs_key: bool = True,
+        repeatable: bool = False,
+        urgent: bool = False,
+        spaced: bool = False,
+        logged: bool = False,
+    ) -> None:
+        self.needs_key = needs_key
+        self.repeatable = repeatable
+        self.urgent = urgent
+        self.spaced = spaced
+        self.logged = logged
 
 
-ENDPOINTS = {
-    "marketplace": Rules(needs_key=False),
+POST_RULES = {
     "create_order": Rules(spaced=True, logged=True),
     "cancel_order": Rules(repeatable=True, urgent=True, logged=True),
     "cancel_orders": Rules(repeatable=True, urgent=True, logged=True),
     "set_spot_price": Rules(repeatable=True, logged=True),
 }
+GET_RULES = {"marketplace": Rules(needs_key=False, repeatable=True)}
+OTHER_POST, OTHER_GET = Rules(), Rules(repeatable=True)
 
+# What to do after a failed request.
+RETRY = "retry"
+RAISE = "raise"
+UNKNOWN = "unknown"  # raise an OutcomeUnknownError; create_order looks for its order
 
-class Action(enum.Enum):
-    """What to do after a request failed."""
-
-    RETRY = enum.auto()
-    RAISE = enum.auto()
-    UNKNOWN = enum.auto()  # raise an OutcomeUnknownError; create_order looks for its order
-
-
-class Problem(enum.Enum):
-    """Why a request failed."""
-
-    NOT_SENT = enum.auto()
-    RATE_LIMITED = enum.auto()
-    NO_RESPONSE = enum.auto()
-    BROKEN_BODY = enum.auto()
-    UNREADABLE_BODY = enum.auto()
-    UNAVAILABLE = enum.auto()
-    UNCLEAR = enum.auto()
-    DATABASE_ERROR = enum.auto()
-    REFUSED = enum.auto()
-
-
-RETRY, RAISE, UNKNOWN = Action.RETRY, Action.RAISE, Action.UNKNOWN
+# Why it failed.
+NOT_SENT = "not sent"
+RATE_LIMITED = "rate limited"
+NO_RESPONSE = "no response"
+BROKEN_BODY = "broken body"
+UNREADABLE_BODY = "unreadable body"
+UNAVAILABLE = "unavailable"
+UNCLEAR = "unclear"
+DATABASE_ERROR = "database error"
+REFUSED = "refused"
 
 # The first action is for reads and for repeatable POSTs, the second one for any other POST.
 POLICY = {
-    Problem.NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
-    Problem.RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
-    Problem.NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
-    Problem.BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
-    Problem.UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
-    Problem.UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
-    Problem.UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
-    Problem.DATABASE_ERROR: (RETRY, RAISE),  # code 1
-    Problem.REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
+    NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
+    RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
+    NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
+    BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
+    UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
+    UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
+    UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
+    DATABASE_ERROR: (RETRY, RAISE),  # code 1
+    REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
 }
 UNAVAILABLE_STATUSES = frozenset({500, 502, 503, 504, 520, 522})
 REFUSAL_CODES = frozenset({3, 4})  # with these, the API did nothing, even with HTTP 5xx
@@ -74,19 +82,17 @@ def rules_for(method: str, name: str) -> Rules:
         method: the HTTP method.
         name: the last part of the endpoint.
     """
-    rules, reads = ENDPOINTS.get(name, Rules()), method in ("GET", "HEAD")
-    return rules._replace(
-        repeatable=reads or (method == "POST" and rules.repeatable),
-        spaced=rules.spaced and not reads,
-    )
+    if method in ("GET", "HEAD"):
+        return GET_RULES.get(name, OTHER_GET)
+    return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
 
 
-def action_for(problem: Problem, repeatable: bool) -> Action:
+def action_for(problem: str, repeatable: bool) -> str:
     """Return what to do about a problem."""
     return POLICY[problem][0 if repeatable else 1]
 
 
-def problem_with_code(status: int, code: int, has_reason: bool) -> Problem:
+def problem_with_code(status: int, code: int, has_reason: bool) -> str:
     """Return the problem of a response with an error code.
 
     Parameters:
@@ -95,15 +101,15 @@ def problem_with_code(status: int, code: int, has_reason: bool) -> Problem:
         has_reason: whether the body has an error text.
     """
     if code == 5:
-        return Problem.RATE_LIMITED
+        return RATE_LIMITED
     if code == 1:
-        return Problem.DATABASE_ERROR
+        return DATABASE_ERROR
     if code in REFUSAL_CODES or (code == 6 and has_reason):
-        return Problem.REFUSED
-    return Problem.UNCLEAR if status >= 500 else Problem.REFUSED
+        return REFUSED
+    return UNCLEAR if status >= 500 else REFUSED
 
 
-def problem_without_code(status: int, is_json: bool) -> Problem:
+def problem_without_code(status: int, is_json: bool) -> str:
     """Return the problem of a response without a code.
 
     Parameters:
@@ -111,12 +117,12 @@ def problem_without_code(status: int, is_json: bool) -> Problem:
         is_json: whether the body is JSON.
     """
     if status == 429:
-        return Problem.RATE_LIMITED
+        return RATE_LIMITED
     if status in UNAVAILABLE_STATUSES:
-        return Problem.UNAVAILABLE
+        return UNAVAILABLE
     if status < 300 and not is_json:
-        return Problem.BROKEN_BODY
-    return Problem.UNCLEAR if status >= 500 or status < 300 else Problem.REFUSED
+        return BROKEN_BODY
+    return UNCLEAR if status >= 500 or status < 300 else REFUSED
 
 
 def backoff_delay(failures: int, first: float, longest: float) -> float:

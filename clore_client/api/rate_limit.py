@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 LONGEST_PAUSE_KEPT = 3600.0  # seconds; a broken proxy may ask for a pause of any length
 LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
@@ -99,14 +99,30 @@ def random_gap() -> float:
     return 1.0 if random.random() < YIELD_CHANCE else 0.0
 
 
-class Look(NamedTuple):
-    """What a waiting request finds when it looks at the schedule."""
+class Look:
+    """What a waiting request finds when it looks at the schedule.
 
-    granted: bool
-    at: float  # monotonic time of its slot if that is granted, else of its next look
-    paused: float = 0.0  # seconds that are left of the pause that the API asked for
-    slowed: bool = False  # whether refusals widen the space between requests
-    too_late: bool = False  # it can't be sent before its deadline
+    Attributes:
+        granted: whether its slot is granted.
+        at: monotonic time of its slot if that is granted, else of its next look.
+        paused: seconds that are left of the pause that the API asked for.
+        slowed: whether refusals widen the space between requests.
+        too_late: whether it can't be sent before its deadline.
+    """
+
+    def __init__(
+        self,
+        granted: bool,
+        at: float,
+        paused: float = 0.0,
+        slowed: bool = False,
+        too_late: bool = False,
+    ) -> None:
+        self.granted = granted
+        self.at = at
+        self.paused = paused
+        self.slowed = slowed
+        self.too_late = too_late
 
 
 class Schedule:

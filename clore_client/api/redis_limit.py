@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import time
 from typing import Any, NamedTuple, Protocol
@@ -28,7 +27,6 @@ from clore_client.api.rate_limit import (
 )
 from clore_client.errors import ConfigurationError, Secret, printable, without
 
-LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 REDIS_TIMEOUT = 0.5  # seconds to connect, and for one reply
 REDIS_EXPIRY = 86_400  # seconds after which Redis forgets a key that nobody uses
@@ -143,25 +141,21 @@ class RedisServer(NamedTuple):
     secrets: tuple[str, ...] = ()
 
 
-def redis_server(rate_limiter: Any) -> RedisServer | None:
-    """Return the Redis server for the argument ``rate_limiter``; None if there is none.
+def redis_server(rate_limiter: Any, source: str) -> RedisServer:
+    """Return the Redis server for the argument ``rate_limiter``.
 
     Parameters:
-        rate_limiter: a URL, a client like ``redis.Redis``, or None for the environment variable.
+        rate_limiter: a URL, or a client like ``redis.Redis``.
+        source: the argument or variable that has it, for the error.
     """
-    source = "rate_limiter"
-    if rate_limiter is None:
-        rate_limiter, source = os.environ.get(LIMITER_VARIABLE) or None, LIMITER_VARIABLE
-    if rate_limiter is None:
-        return None
-    if not isinstance(rate_limiter, str):
-        if not callable(getattr(rate_limiter, "eval", None)):
-            raise TypeError(
-                "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
-                f"not {type(rate_limiter).__name__}"
-            )
-        return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
-    return _server_at(Secret(rate_limiter), source)
+    if isinstance(rate_limiter, str):
+        return _server_at(Secret(rate_limiter), source)
+    if not callable(getattr(rate_limiter, "eval", None)):
+        raise TypeError(
+            "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
+            f"not {type(rate_limiter).__name__}"
+        )
+    return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
 
 
 def _server_at(url: str, source: str) -> RedisServer:

@@ -17,7 +17,7 @@ import urllib3
 
 from clore_client.api.call import Call, Envelope, prepare_call
 from clore_client.api.connection import Sessions, UnusableResponseError, exchange, read_body
-from clore_client.api.limiters import limiter_for
+from clore_client.api.limiters import limiter_for, redis_server_for
 from clore_client.api.policy import backoff_delay, cancel_delay
 from clore_client.api.rate_limit import (
     DeadlinePassedError,
@@ -25,7 +25,6 @@ from clore_client.api.rate_limit import (
     RateLimiter,
     Turn,
 )
-from clore_client.api.redis_limit import redis_server
 from clore_client.api.retries import Retries
 from clore_client.api.retry import Failure, classify, classify_error, classify_unusable
 from clore_client.config import (
@@ -142,7 +141,7 @@ class HTTPClient:
         )
         self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
         self._state_dir = check_state_dir("state_dir", state_dir)
-        self._redis = redis_server(rate_limiter)
+        self._redis = redis_server_for(rate_limiter)
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
         self.max_response_mb = check_number(

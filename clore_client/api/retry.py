@@ -12,9 +12,13 @@ import requests
 from clore_client.api.call import Call, Envelope, unix_time
 from clore_client.api.connection import never_left, reason_of
 from clore_client.api.policy import (
+    DATABASE_ERROR,
+    NO_RESPONSE,
+    NOT_SENT,
+    RATE_LIMITED,
     RETRY,
     UNKNOWN,
-    Problem,
+    UNREADABLE_BODY,
     action_for,
     problem_with_code,
     problem_without_code,
@@ -36,7 +40,7 @@ from clore_client.errors import (
 class Failure:
     """One request that failed."""
 
-    def __init__(self, error: CloreError, problem: Problem, again: bool) -> None:
+    def __init__(self, error: CloreError, problem: str, again: bool) -> None:
         self.error = error
         self.problem = problem
         self.again = again  # whether to retry
@@ -44,7 +48,7 @@ class Failure:
     @property
     def rate_limited(self) -> bool:
         """Whether the API refused it for the rate limit."""
-        return self.problem is Problem.RATE_LIMITED
+        return self.problem == RATE_LIMITED
 
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
@@ -82,8 +86,8 @@ def classify_error(call: Call, error: Exception, left_at: float | None) -> Failu
     # A new exception, because the original one holds the request with its secrets.
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
-    problem = Problem.NOT_SENT if unsent else Problem.NO_RESPONSE
-    return Failure(failed, problem, action_for(problem, call.repeatable) is RETRY)
+    problem = NOT_SENT if unsent else NO_RESPONSE
+    return Failure(failed, problem, action_for(problem, call.repeatable) == RETRY)
 
 
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
@@ -98,7 +102,7 @@ def classify_unusable(call: Call, response: requests.Response | None, reason: st
         retryable=False,
         secrets=call.secrets,
     )
-    return _failure(call, Problem.UNREADABLE_BODY, error, f"HTTP {status}: {reason}")
+    return _failure(call, UNREADABLE_BODY, error, f"HTTP {status}: {reason}")
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
@@ -108,30 +112,30 @@ def classify(call: Call, response: requests.Response, body: bytes) -> Envelope |
         if decoded["code"] == 0:
             return Envelope(decoded)
         problem = problem_with_code(status, decoded["code"], bool(error_text(decoded)))
-        if problem is Problem.RATE_LIMITED:
+        if problem == RATE_LIMITED:
             return _too_fast(call, response, decoded)
         error = _error_with_code(call, status, decoded, problem)
         return _failure(call, problem, error, f"HTTP {status}: {error.args[0]}")
     problem = problem_without_code(status, decoded is not None)
-    if problem is Problem.RATE_LIMITED:
+    if problem == RATE_LIMITED:
         return _too_fast(call, response, {})
     error = _error_without_code(call, response, body, decoded, problem)
     return _failure(call, problem, error, f"HTTP {status}: {error.error or 'JSON without a code'}")
 
 
-def _failure(call: Call, problem: Problem, error: CloreAPIError, cause: str) -> Failure:
+def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
     action = action_for(problem, call.repeatable)
-    if action is not UNKNOWN:
-        return Failure(error, problem, action is RETRY)
+    if action != UNKNOWN:
+        return Failure(error, problem, action == RETRY)
     lost = call.lost(cause)
     lost.__cause__ = error
     return Failure(lost, problem, again=False)
 
 
 def _error_with_code(
-    call: Call, status: int, envelope: dict[str, Any], problem: Problem
+    call: Call, status: int, envelope: dict[str, Any], problem: str
 ) -> CloreAPIError:
-    ambiguous = problem is Problem.DATABASE_ERROR and not call.repeatable
+    ambiguous = problem == DATABASE_ERROR and not call.repeatable
     return api_error(
         envelope,
         http_status=status,
@@ -152,11 +156,11 @@ def _too_fast(call: Call, response: requests.Response, envelope: dict[str, Any])
         secrets=call.secrets,
     )
     error.retry_after = _retry_after(response.headers)
-    return _failure(call, Problem.RATE_LIMITED, error, "")
+    return _failure(call, RATE_LIMITED, error, "")
 
 
 def _error_without_code(
-    call: Call, response: requests.Response, body: bytes, decoded: Any, problem: Problem
+    call: Call, response: requests.Response, body: bytes, decoded: Any, problem: str
 ) -> CloreAPIError:
     status, hint = response.status_code, None
     text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty response'}"
@@ -173,7 +177,7 @@ def _error_without_code(
         http_status=status,
         endpoint=call.endpoint,
         hint=hint,
-        retryable=action_for(problem, call.repeatable) is RETRY,
+        retryable=action_for(problem, call.repeatable) == RETRY,
         secrets=call.secrets,
     )
 

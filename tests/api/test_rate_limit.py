@@ -80,8 +80,7 @@ def limiter(request: pytest.FixtureRequest, tmp_path: Path) -> Limiter:
         return lambda: one
     if request.param == "file":
         return lambda: RateLimiter(FileStore(tmp_path / "limit"))
-    server = redis_server(request.getfixturevalue("redis_url"))
-    assert server is not None
+    server = redis_server(request.getfixturevalue("redis_url"), "url")
     return lambda: RateLimiter(RedisStore(server, str(tmp_path)))
 
 
