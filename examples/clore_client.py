@@ -39,9 +39,9 @@ Contents:
                                 share the key.
     api.file_limit              Keep a rate limit in a file, for all processes of this user on this
                                 machine.
-    api.redis_limit             Keep a rate limit in Redis, for many machines.
     api.limiters                Choose who shares a rate limit: this process, this machine, or many
                                 machines through Redis.
+    api.redis_limit             Keep a rate limit in Redis, for many machines.
     api.retry                   Classify a response or a failure by the retry policy: success,
                                 retry, or error.
     api.retries                 Count the requests of one call, and decide when to give up.
@@ -2342,60 +2342,70 @@ def to_wallets(response: dict[str, Any]) -> list[Wallet]:
 # ==================================================================================================
 
 
-class Rules(NamedTuple):
-    """How requests to one endpoint are handled."""
+# Not a named tuple, and no enums: to create those takes time at the import.
+class Rules:
+    """How requests to one endpoint are handled.
 
-    needs_key: bool = True
-    repeatable: bool = False  # sending it twice does no harm
-    urgent: bool = False  # goes first, as it costs money while it waits
-    spaced: bool = False  # has a longer interval, ``create_order_interval``
-    logged: bool = False  # starts or stops costs
+    Attributes:
+        needs_key: whether it needs an API key.
+        repeatable: whether sending it twice does no harm.
+        urgent: whether it goes first, as it costs money while it waits.
+        spaced: whether it has a longer interval, ``create_order_interval``.
+        logged: whether it starts or stops costs.
+    """
+
+    def __init__(
+        self,
+        *,
+        needs_key: bool = True,
+        repeatable: bool = False,
+        urgent: bool = False,
+        spaced: bool = False,
+        logged: bool = False,
+    ) -> None:
+        self.needs_key = needs_key
+        self.repeatable = repeatable
+        self.urgent = urgent
+        self.spaced = spaced
+        self.logged = logged
 
 
-ENDPOINTS = {
-    "marketplace": Rules(needs_key=False),
+POST_RULES = {
     "create_order": Rules(spaced=True, logged=True),
     "cancel_order": Rules(repeatable=True, urgent=True, logged=True),
     "cancel_orders": Rules(repeatable=True, urgent=True, logged=True),
     "set_spot_price": Rules(repeatable=True, logged=True),
 }
+GET_RULES = {"marketplace": Rules(needs_key=False, repeatable=True)}
+OTHER_POST, OTHER_GET = Rules(), Rules(repeatable=True)
 
+# What to do after a failed request.
+RETRY = "retry"
+RAISE = "raise"
+UNKNOWN = "unknown"  # raise an OutcomeUnknownError; create_order looks for its order
 
-class Action(enum.Enum):
-    """What to do after a request failed."""
-
-    RETRY = enum.auto()
-    RAISE = enum.auto()
-    UNKNOWN = enum.auto()  # raise an OutcomeUnknownError; create_order looks for its order
-
-
-class Problem(enum.Enum):
-    """Why a request failed."""
-
-    NOT_SENT = enum.auto()
-    RATE_LIMITED = enum.auto()
-    NO_RESPONSE = enum.auto()
-    BROKEN_BODY = enum.auto()
-    UNREADABLE_BODY = enum.auto()
-    UNAVAILABLE = enum.auto()
-    UNCLEAR = enum.auto()
-    DATABASE_ERROR = enum.auto()
-    REFUSED = enum.auto()
-
-
-RETRY, RAISE, UNKNOWN = Action.RETRY, Action.RAISE, Action.UNKNOWN
+# Why it failed.
+NOT_SENT = "not sent"
+RATE_LIMITED = "rate limited"
+NO_RESPONSE = "no response"
+BROKEN_BODY = "broken body"
+UNREADABLE_BODY = "unreadable body"
+UNAVAILABLE = "unavailable"
+UNCLEAR = "unclear"
+DATABASE_ERROR = "database error"
+REFUSED = "refused"
 
 # The first action is for reads and for repeatable POSTs, the second one for any other POST.
 POLICY = {
-    Problem.NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
-    Problem.RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
-    Problem.NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
-    Problem.BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
-    Problem.UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
-    Problem.UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
-    Problem.UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
-    Problem.DATABASE_ERROR: (RETRY, RAISE),  # code 1
-    Problem.REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
+    NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
+    RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
+    NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
+    BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
+    UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
+    UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
+    UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
+    DATABASE_ERROR: (RETRY, RAISE),  # code 1
+    REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
 }
 UNAVAILABLE_STATUSES = frozenset({500, 502, 503, 504, 520, 522})
 REFUSAL_CODES = frozenset({3, 4})  # with these, the API did nothing, even with HTTP 5xx
@@ -2409,19 +2419,17 @@ def rules_for(method: str, name: str) -> Rules:
         method: the HTTP method.
         name: the last part of the endpoint.
     """
-    rules, reads = ENDPOINTS.get(name, Rules()), method in ("GET", "HEAD")
-    return rules._replace(
-        repeatable=reads or (method == "POST" and rules.repeatable),
-        spaced=rules.spaced and not reads,
-    )
+    if method in ("GET", "HEAD"):
+        return GET_RULES.get(name, OTHER_GET)
+    return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
 
 
-def action_for(problem: Problem, repeatable: bool) -> Action:
+def action_for(problem: str, repeatable: bool) -> str:
     """Return what to do about a problem."""
     return POLICY[problem][0 if repeatable else 1]
 
 
-def problem_with_code(status: int, code: int, has_reason: bool) -> Problem:
+def problem_with_code(status: int, code: int, has_reason: bool) -> str:
     """Return the problem of a response with an error code.
 
     Parameters:
@@ -2430,15 +2438,15 @@ def problem_with_code(status: int, code: int, has_reason: bool) -> Problem:
         has_reason: whether the body has an error text.
     """
     if code == 5:
-        return Problem.RATE_LIMITED
+        return RATE_LIMITED
     if code == 1:
-        return Problem.DATABASE_ERROR
+        return DATABASE_ERROR
     if code in REFUSAL_CODES or (code == 6 and has_reason):
-        return Problem.REFUSED
-    return Problem.UNCLEAR if status >= 500 else Problem.REFUSED
+        return REFUSED
+    return UNCLEAR if status >= 500 else REFUSED
 
 
-def problem_without_code(status: int, is_json: bool) -> Problem:
+def problem_without_code(status: int, is_json: bool) -> str:
     """Return the problem of a response without a code.
 
     Parameters:
@@ -2446,12 +2454,12 @@ def problem_without_code(status: int, is_json: bool) -> Problem:
         is_json: whether the body is JSON.
     """
     if status == 429:
-        return Problem.RATE_LIMITED
+        return RATE_LIMITED
     if status in UNAVAILABLE_STATUSES:
-        return Problem.UNAVAILABLE
+        return UNAVAILABLE
     if status < 300 and not is_json:
-        return Problem.BROKEN_BODY
-    return Problem.UNCLEAR if status >= 500 or status < 300 else Problem.REFUSED
+        return BROKEN_BODY
+    return UNCLEAR if status >= 500 or status < 300 else REFUSED
 
 
 def backoff_delay(failures: int, first: float, longest: float) -> float:
@@ -3056,14 +3064,30 @@ def random_gap() -> float:
     return 1.0 if random.random() < YIELD_CHANCE else 0.0
 
 
-class Look(NamedTuple):
-    """What a waiting request finds when it looks at the schedule."""
+class Look:
+    """What a waiting request finds when it looks at the schedule.
 
-    granted: bool
-    at: float  # monotonic time of its slot if that is granted, else of its next look
-    paused: float = 0.0  # seconds that are left of the pause that the API asked for
-    slowed: bool = False  # whether refusals widen the space between requests
-    too_late: bool = False  # it can't be sent before its deadline
+    Attributes:
+        granted: whether its slot is granted.
+        at: monotonic time of its slot if that is granted, else of its next look.
+        paused: seconds that are left of the pause that the API asked for.
+        slowed: whether refusals widen the space between requests.
+        too_late: whether it can't be sent before its deadline.
+    """
+
+    def __init__(
+        self,
+        granted: bool,
+        at: float,
+        paused: float = 0.0,
+        slowed: bool = False,
+        too_late: bool = False,
+    ) -> None:
+        self.granted = granted
+        self.at = at
+        self.paused = paused
+        self.slowed = slowed
+        self.too_late = too_late
 
 
 class Schedule:
@@ -3384,13 +3408,124 @@ def remove_unused(folder: Path) -> None:
 
 
 # ==================================================================================================
+# api.limiters
+#
+# Choose who shares a rate limit: this process, this machine, or many machines through Redis.
+# ==================================================================================================
+
+
+LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
+TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
+
+
+class FallbackStore:
+    """A store that uses another one while the first is not available.
+
+    Parameters:
+        first: the store to use.
+        second: the store for the time in which the first one fails.
+    """
+
+    def __init__(self, first: Store, second: Store) -> None:
+        self._first = first
+        self._second = second
+        self._failure = ""
+        self._failed_at: float | None = None
+        self._next_try = 0.0
+        self._warned = False
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule now, and since when it is not the first store."""
+        failed_at = self._failed_at
+        if failed_at is None:
+            return self._first.level
+        seconds = time.monotonic() - failed_at
+        return f"{self._second.level} (since {seconds:.0f} s, because {self._failure})"
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step."""
+        if self._failed_at is not None and time.monotonic() < self._next_try:
+            return self._second.apply(step, turn)
+        # If it takes time to fail again, other threads do not wait for it.
+        self._next_try = time.monotonic() + TRY_AGAIN
+        try:
+            result = self._first.apply(step, turn)
+        except StoreUnavailableError as error:
+            self._fall_back(str(error))
+            return self._second.apply(step, turn)
+        if self._failed_at is not None:
+            self._failed_at = None
+            logger.info("the rate limit is shared again %s", self._first.level)
+        return result
+
+    def _fall_back(self, failure: str) -> None:
+        now = time.monotonic()
+        self._next_try = now + TRY_AGAIN
+        if self._failed_at is not None:
+            return
+        self._failed_at, self._failure = now, failure
+        logger.log(
+            logging.INFO if self._warned else logging.WARNING,
+            "the rate limit is only shared %s, because %s",
+            self._second.level,
+            failure,
+        )
+        self._warned = True
+
+
+def redis_server_for(rate_limiter: Any) -> RedisServer | None:
+    """Return the Redis server for the argument ``rate_limiter``; None if there is none.
+
+    Parameters:
+        rate_limiter: a URL, a client like ``redis.Redis``, or None for the environment variable.
+    """
+    source = "rate_limiter"
+    if rate_limiter is None:
+        source, rate_limiter = LIMITER_VARIABLE, os.environ.get(LIMITER_VARIABLE) or None
+    if rate_limiter is None:
+        return None
+    return redis_server(rate_limiter, source)
+
+
+_limiters: dict[tuple[str, str, str], RateLimiter] = {}
+
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held a lock of theirs at the fork.
+    os.register_at_fork(after_in_child=_limiters.clear)
+
+
+def limiter_for(
+    base_url: str, api_key: str, folder: Path | None, server: RedisServer | None = None
+) -> RateLimiter:
+    """Return the rate limiter that all requests with a key to an API share.
+
+    Parameters:
+        base_url, api_key: what the limit belongs to.
+        folder: the state folder; None to share the limit within this process only.
+        server: the Redis server; None to share the limit on this machine only.
+    """
+    account = account_digest(base_url, api_key)  # in place of the key
+    place = (account, str(folder or ""), server.name if server else "")
+    found = _limiters.get(place)
+    if found is not None:
+        return found
+    store: Store = ProcessStore()
+    if folder is not None:
+        store = FallbackStore(FileStore(folder / f"{LIMIT_PREFIX}{account}"), store)
+    if server is not None:
+        store = FallbackStore(RedisStore(server, account), store)
+    # setdefault() is atomic: if two threads make one, both get the first.
+    return _limiters.setdefault(place, RateLimiter(store))
+
+
+# ==================================================================================================
 # api.redis_limit
 #
 # Keep a rate limit in Redis, for many machines.
 # ==================================================================================================
 
 
-LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 REDIS_TIMEOUT = 0.5  # seconds to connect, and for one reply
 REDIS_EXPIRY = 86_400  # seconds after which Redis forgets a key that nobody uses
@@ -3505,25 +3640,21 @@ class RedisServer(NamedTuple):
     secrets: tuple[str, ...] = ()
 
 
-def redis_server(rate_limiter: Any) -> RedisServer | None:
-    """Return the Redis server for the argument ``rate_limiter``; None if there is none.
+def redis_server(rate_limiter: Any, source: str) -> RedisServer:
+    """Return the Redis server for the argument ``rate_limiter``.
 
     Parameters:
-        rate_limiter: a URL, a client like ``redis.Redis``, or None for the environment variable.
+        rate_limiter: a URL, or a client like ``redis.Redis``.
+        source: the argument or variable that has it, for the error.
     """
-    source = "rate_limiter"
-    if rate_limiter is None:
-        rate_limiter, source = os.environ.get(LIMITER_VARIABLE) or None, LIMITER_VARIABLE
-    if rate_limiter is None:
-        return None
-    if not isinstance(rate_limiter, str):
-        if not callable(getattr(rate_limiter, "eval", None)):
-            raise TypeError(
-                "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
-                f"not {type(rate_limiter).__name__}"
-            )
-        return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
-    return _server_at(Secret(rate_limiter), source)
+    if isinstance(rate_limiter, str):
+        return _server_at(Secret(rate_limiter), source)
+    if not callable(getattr(rate_limiter, "eval", None)):
+        raise TypeError(
+            "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
+            f"not {type(rate_limiter).__name__}"
+        )
+    return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
 
 
 def _server_at(url: str, source: str) -> RedisServer:
@@ -3614,103 +3745,6 @@ def _numbers(turn: Turn, now: float) -> str:
 
 
 # ==================================================================================================
-# api.limiters
-#
-# Choose who shares a rate limit: this process, this machine, or many machines through Redis.
-# ==================================================================================================
-
-
-TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
-
-
-class FallbackStore:
-    """A store that uses another one while the first is not available.
-
-    Parameters:
-        first: the store to use.
-        second: the store for the time in which the first one fails.
-    """
-
-    def __init__(self, first: Store, second: Store) -> None:
-        self._first = first
-        self._second = second
-        self._failure = ""
-        self._failed_at: float | None = None
-        self._next_try = 0.0
-        self._warned = False
-
-    @property
-    def level(self) -> str:
-        """Who shares the schedule now, and since when it is not the first store."""
-        failed_at = self._failed_at
-        if failed_at is None:
-            return self._first.level
-        seconds = time.monotonic() - failed_at
-        return f"{self._second.level} (since {seconds:.0f} s, because {self._failure})"
-
-    def apply(self, step: str, turn: Turn) -> Any:
-        """Make one step."""
-        if self._failed_at is not None and time.monotonic() < self._next_try:
-            return self._second.apply(step, turn)
-        # If it takes time to fail again, other threads do not wait for it.
-        self._next_try = time.monotonic() + TRY_AGAIN
-        try:
-            result = self._first.apply(step, turn)
-        except StoreUnavailableError as error:
-            self._fall_back(str(error))
-            return self._second.apply(step, turn)
-        if self._failed_at is not None:
-            self._failed_at = None
-            logger.info("the rate limit is shared again %s", self._first.level)
-        return result
-
-    def _fall_back(self, failure: str) -> None:
-        now = time.monotonic()
-        self._next_try = now + TRY_AGAIN
-        if self._failed_at is not None:
-            return
-        self._failed_at, self._failure = now, failure
-        logger.log(
-            logging.INFO if self._warned else logging.WARNING,
-            "the rate limit is only shared %s, because %s",
-            self._second.level,
-            failure,
-        )
-        self._warned = True
-
-
-_limiters: dict[tuple[str, str, str], RateLimiter] = {}
-
-if hasattr(os, "register_at_fork"):
-    # Another thread may have held a lock of theirs at the fork.
-    os.register_at_fork(after_in_child=_limiters.clear)
-
-
-def limiter_for(
-    base_url: str, api_key: str, folder: Path | None, server: RedisServer | None = None
-) -> RateLimiter:
-    """Return the rate limiter that all requests with a key to an API share.
-
-    Parameters:
-        base_url, api_key: what the limit belongs to.
-        folder: the state folder; None to share the limit within this process only.
-        server: the Redis server; None to share the limit on this machine only.
-    """
-    account = account_digest(base_url, api_key)  # in place of the key
-    place = (account, str(folder or ""), server.name if server else "")
-    found = _limiters.get(place)
-    if found is not None:
-        return found
-    store: Store = ProcessStore()
-    if folder is not None:
-        store = FallbackStore(FileStore(folder / f"{LIMIT_PREFIX}{account}"), store)
-    if server is not None:
-        store = FallbackStore(RedisStore(server, account), store)
-    # setdefault() is atomic: if two threads make one, both get the first.
-    return _limiters.setdefault(place, RateLimiter(store))
-
-
-# ==================================================================================================
 # api.retry
 #
 # Classify a response or a failure by the retry policy: success, retry, or error.
@@ -3720,7 +3754,7 @@ def limiter_for(
 class Failure:
     """One request that failed."""
 
-    def __init__(self, error: CloreError, problem: Problem, again: bool) -> None:
+    def __init__(self, error: CloreError, problem: str, again: bool) -> None:
         self.error = error
         self.problem = problem
         self.again = again  # whether to retry
@@ -3728,7 +3762,7 @@ class Failure:
     @property
     def rate_limited(self) -> bool:
         """Whether the API refused it for the rate limit."""
-        return self.problem is Problem.RATE_LIMITED
+        return self.problem == RATE_LIMITED
 
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
@@ -3766,8 +3800,8 @@ def classify_error(call: Call, error: Exception, left_at: float | None) -> Failu
     # A new exception, because the original one holds the request with its secrets.
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
-    problem = Problem.NOT_SENT if unsent else Problem.NO_RESPONSE
-    return Failure(failed, problem, action_for(problem, call.repeatable) is RETRY)
+    problem = NOT_SENT if unsent else NO_RESPONSE
+    return Failure(failed, problem, action_for(problem, call.repeatable) == RETRY)
 
 
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
@@ -3782,7 +3816,7 @@ def classify_unusable(call: Call, response: requests.Response | None, reason: st
         retryable=False,
         secrets=call.secrets,
     )
-    return _failure(call, Problem.UNREADABLE_BODY, error, f"HTTP {status}: {reason}")
+    return _failure(call, UNREADABLE_BODY, error, f"HTTP {status}: {reason}")
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
@@ -3792,30 +3826,30 @@ def classify(call: Call, response: requests.Response, body: bytes) -> Envelope |
         if decoded["code"] == 0:
             return Envelope(decoded)
         problem = problem_with_code(status, decoded["code"], bool(error_text(decoded)))
-        if problem is Problem.RATE_LIMITED:
+        if problem == RATE_LIMITED:
             return _too_fast(call, response, decoded)
         error = _error_with_code(call, status, decoded, problem)
         return _failure(call, problem, error, f"HTTP {status}: {error.args[0]}")
     problem = problem_without_code(status, decoded is not None)
-    if problem is Problem.RATE_LIMITED:
+    if problem == RATE_LIMITED:
         return _too_fast(call, response, {})
     error = _error_without_code(call, response, body, decoded, problem)
     return _failure(call, problem, error, f"HTTP {status}: {error.error or 'JSON without a code'}")
 
 
-def _failure(call: Call, problem: Problem, error: CloreAPIError, cause: str) -> Failure:
+def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
     action = action_for(problem, call.repeatable)
-    if action is not UNKNOWN:
-        return Failure(error, problem, action is RETRY)
+    if action != UNKNOWN:
+        return Failure(error, problem, action == RETRY)
     lost = call.lost(cause)
     lost.__cause__ = error
     return Failure(lost, problem, again=False)
 
 
 def _error_with_code(
-    call: Call, status: int, envelope: dict[str, Any], problem: Problem
+    call: Call, status: int, envelope: dict[str, Any], problem: str
 ) -> CloreAPIError:
-    ambiguous = problem is Problem.DATABASE_ERROR and not call.repeatable
+    ambiguous = problem == DATABASE_ERROR and not call.repeatable
     return api_error(
         envelope,
         http_status=status,
@@ -3836,11 +3870,11 @@ def _too_fast(call: Call, response: requests.Response, envelope: dict[str, Any])
         secrets=call.secrets,
     )
     error.retry_after = _retry_after(response.headers)
-    return _failure(call, Problem.RATE_LIMITED, error, "")
+    return _failure(call, RATE_LIMITED, error, "")
 
 
 def _error_without_code(
-    call: Call, response: requests.Response, body: bytes, decoded: Any, problem: Problem
+    call: Call, response: requests.Response, body: bytes, decoded: Any, problem: str
 ) -> CloreAPIError:
     status, hint = response.status_code, None
     text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty response'}"
@@ -3857,7 +3891,7 @@ def _error_without_code(
         http_status=status,
         endpoint=call.endpoint,
         hint=hint,
-        retryable=action_for(problem, call.repeatable) is RETRY,
+        retryable=action_for(problem, call.repeatable) == RETRY,
         secrets=call.secrets,
     )
 
@@ -4078,7 +4112,7 @@ class HTTPClient:
         )
         self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
         self._state_dir = check_state_dir("state_dir", state_dir)
-        self._redis = redis_server(rate_limiter)
+        self._redis = redis_server_for(rate_limiter)
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
         self.max_response_mb = check_number(
@@ -8741,13 +8775,13 @@ def _login_error(error: BaseException, paramiko_module: Any, where: str) -> Base
 
 
 class ConnectionPool:
-    """The connections of one call: the caller's own, or as many as are wanted, opened at once.
+    """The connections of one call: the caller's own, or up to ``size`` new ones.
 
     Parameters:
-        login: to be used, or None for the caller's connection.
-        ssh: that one.
-        size: how many connections there may be.
-        eager: open all of them at once, and not each when it is asked for.
+        login: for new connections; None if ``ssh`` is used.
+        ssh: the caller's connection.
+        size: the highest number of connections.
+        eager: open all of them now, at the same time; else each one when it is needed.
     """
 
     def __init__(
@@ -8792,12 +8826,12 @@ class ConnectionPool:
 
     @property
     def round_trip(self) -> float:
-        """Seconds, as seen in the login; a large number where that is not known."""
+        """Seconds, measured during the login; 1.0 if they are not known."""
         transport = self.ssh.get_transport()
         return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
 
     def get(self, number: int) -> Any:
-        """Return a connection, when it is there; None where the host does not take so many."""
+        """Wait for a connection and return it, or None if the host refuses so many."""
         if number and not self._eager and self._login is not None:
             with self._lock:
                 if not self._ready[number].is_set():
@@ -8806,7 +8840,7 @@ class ConnectionPool:
         return self._opened[number]
 
     def break_off(self) -> None:
-        """Break every connection, whatever hangs on it."""
+        """Close every connection, which also ends calls that hang."""
         for ssh in self._opened:
             if ssh is not None:
                 ssh.close()
@@ -8815,7 +8849,7 @@ class ConnectionPool:
         try:
             return login.once()
         except NotUpYetError:
-            # Where one connection is all that there is, another may have it.
+            # If the host allows only one connection, another thread may have opened it.
             for number in range(1, self.size if self._eager else 1):
                 self._ready[number].wait()
                 if (ssh := self._opened[number]) is not None:
