@@ -22,9 +22,9 @@ LONGEST_SLOT_GRACE = 1.0
 # out of several, as machines that hold the rate limit in turns waste less of it than ones that
 # take turns for each request.
 RETRY_JITTER = 0.3  # a retry comes up to this much later than the interval
-SLOW_DOWN = 0.5  # by how much each refusal widens the space behind a request
-WIDEST_SURPLUS = 3.0
-SPEED_UP = 0.05  # a call without a refusal takes this part of the surplus away
+SLOW_DOWN = 0.2  # by how much each refusal widens the space behind a request
+WIDEST_SURPLUS = 4.0
+SPEED_UP = 0.1  # a call without a refusal takes this part of the surplus away
 YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import pickle
 import re
@@ -30,7 +31,7 @@ from clore_client import (
     RateLimitError,
     SpotPriceStepError,
 )
-from tests.conftest import FAST, MakeSim, client_for, sent_to
+from tests.conftest import FAST, RATE_LIMIT, MakeSim, client_for, sent_to
 from tests.variant import Simulator
 
 # What a read gets over: the fault, and how it is made.
@@ -87,15 +88,23 @@ def test_giving_up_says_how_often_and_why(sim: Simulator, kind: str, options: An
     assert len(sent_to(sim, "wallets")) == 2
 
 
-def test_refusals_for_the_pace_have_a_patience_of_their_own(sim: Simulator) -> None:
-    sim.faults.add("wallets", "rate_limit", times=20)
+def test_refusals_for_the_rate_limit_have_a_time_limit(
+    sim: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    sim.faults.add("wallets", "rate_limit", times=8)
     assert client_for(sim, max_retries=2, rate_limit_wait=20).get_wallets()
-    assert len(sent_to(sim, "wallets")) == 21
+    assert len(sent_to(sim, "wallets")) == 9
+    retries = [r.levelno for r in caplog.records if "retrying" in r.getMessage()]
+    assert retries == [logging.WARNING] + [logging.DEBUG] * 7
+    arrived = [call.arrived for call in sim.requests]
+    assert min(b - a for a, b in itertools.pairwise(arrived)) >= 0.9 * RATE_LIMIT
     sim.faults.add("wallets", "rate_limit", times=999)
-    with pytest.raises(RateLimitError, match=r"20 of the last 20 requests were refused") as caught:
+    with pytest.raises(RateLimitError, match=r"of the last 20 requests were refused") as caught:
         client_for(sim, max_retries=2, rate_limit_wait=0.5).get_wallets()
     assert re.match(r"Clore API request failed after \d+ retries: ", str(caught.value))
     assert "other programs use this key" in str(caught.value)
+    assert "rate_limiter=" in str(caught.value)
     assert caught.value.sends > 5
 
 

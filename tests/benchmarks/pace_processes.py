@@ -20,8 +20,8 @@ from tests.api.redis_server import RedisProcess, redis_process
 from .children import Child, child
 from .rows import Row
 
-LIMIT = 0.05
-TOTAL = 160  # calls of all processes together
+LIMIT, API_LIMIT = 0.11, 0.1  # seconds: ten times as fast as the API
+TOTAL = 80  # calls of all processes together
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,6 @@ def together(
     *,
     threads: int = 1,
     calls: int,
-    limit: float = LIMIT,
-    api_limit: float = 0.9 * LIMIT,
     meanwhile: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> Outcome:
@@ -56,16 +54,15 @@ def together(
     Parameters:
         folders: the state folder of each process.
         threads, calls: threads of each process, and calls of each thread.
-        limit, api_limit: seconds between two requests, of the client and of the API.
         meanwhile: run in this process when all have started.
         **options: further arguments of the client.
     """
     with contextlib.ExitStack() as stack:
-        simulator = stack.enter_context(child("arrivals", str(api_limit)))
+        simulator = stack.enter_context(child("arrivals", str(API_LIMIT)))
         url, key = simulator.read()
         callers: list[Child] = []
         for folder in folders:
-            settings = json.dumps({"rate_limit": limit, "state_dir": folder, **options})
+            settings = json.dumps({"rate_limit": LIMIT, "state_dir": folder, **options})
             arguments = (url, key, str(threads), str(calls), settings)
             callers.append(stack.enter_context(child("caller", *arguments)))
         for caller in callers:
@@ -81,8 +78,8 @@ def together(
     first_done = min(times[-1] for times in ended)
     counts = [sum(at <= first_done for at in times) for times in ended]
     return Outcome(
-        time=(max(arrived) - min(arrived)) / ((len(folders) * threads * calls - 1) * limit),
-        closest=min(b - a for a, b in pairwise(sorted(arrived))) / limit,
+        time=(max(arrived) - min(arrived)) / ((len(folders) * threads * calls - 1) * LIMIT),
+        closest=min(b - a for a, b in pairwise(sorted(arrived))) / LIMIT,
         refused=sum(status == 429 for _, status in seen),
         share=min(counts) / statistics.mean(counts),
         errors=[error for _, errors in results for error in errors],
@@ -106,7 +103,7 @@ def _one_machine(folder: Callable[[], str]) -> Iterator[Row]:
     for processes in (1, 2, 4, 8, 16):
         outcome = together([shared] * processes, calls=TOTAL // processes)
         print(f"{processes:2d} processes: {outcome}", flush=True)
-    outcome = together([shared] * 4, threads=2, calls=25)
+    outcome = together([shared] * 4, threads=2, calls=15)
     of = "4 processes x 2 threads"
     yield Row(f"{of}: whole time / ideal", outcome.time, 1.05, detail=str(outcome))
     yield Row(f"{of}: refusals", outcome.refused, 0)
@@ -120,18 +117,18 @@ def _one_machine(folder: Callable[[], str]) -> Iterator[Row]:
 def _redis(folder: Callable[[], str]) -> Iterator[Row]:
     with redis_process(Path(folder())) as server:
         options: dict[str, Any] = {"threads": 2, "rate_limiter": server.url}
-        outcome = together([folder() for _ in range(4)], calls=25, **options)
+        outcome = together([folder() for _ in range(4)], calls=15, **options)
         of = "Redis, 4 processes x 2 threads"
         yield Row(f"{of}: whole time / ideal", outcome.time, 1.05, detail=str(outcome))
         yield Row(f"{of}: refusals", outcome.refused, 0)
         yield Row(f"{of}: smallest share", outcome.share, 0.9, at_least=True)
         folders = [folder() for _ in range(4)]
-        outcome = together(folders, calls=75, meanwhile=lambda: _disturb(server), **options)
+        outcome = together(folders, calls=30, meanwhile=lambda: _disturb(server), **options)
         yield Row("Redis killed and stopped: errors", len(outcome.errors), 0, detail=str(outcome))
 
 
 def _machines(folder: Callable[[], str]) -> Iterator[Row]:
-    outcome = together([folder() for _ in range(4)], calls=100, limit=0.11, api_limit=0.1)
+    outcome = together([folder() for _ in range(4)], calls=100)
     yield Row("4 machines: errors", len(outcome.errors), 0, detail=str(outcome))
     yield Row("4 machines: ideal / whole time", 1 / outcome.time, 0.85, at_least=True)
     yield Row("4 machines: smallest share", outcome.share, 0.5, at_least=True)
@@ -163,7 +160,7 @@ def _cancels(folder: str) -> list[float]:
                 waits.append((left[0] - called) / LIMIT)
 
     with contextlib.ExitStack() as stack:
-        simulator = stack.enter_context(child("arrivals", str(0.9 * LIMIT)))
+        simulator = stack.enter_context(child("arrivals", str(API_LIMIT)))
         url, key = simulator.read()
         settings = json.dumps({"rate_limit": LIMIT, "state_dir": folder})
         arguments = (url, key, "4", "10", settings)
