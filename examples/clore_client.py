@@ -2987,9 +2987,9 @@ LONGEST_SLOT_GRACE = 1.0
 # out of several, as machines that hold the rate limit in turns waste less of it than ones that
 # take turns for each request.
 RETRY_JITTER = 0.3  # a retry comes up to this much later than the interval
-SLOW_DOWN = 0.5  # by how much each refusal widens the space behind a request
-WIDEST_SURPLUS = 3.0
-SPEED_UP = 0.05  # a call without a refusal takes this part of the surplus away
+SLOW_DOWN = 0.2  # by how much each refusal widens the space behind a request
+WIDEST_SURPLUS = 4.0
+SPEED_UP = 0.1  # a call without a refusal takes this part of the surplus away
 YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
 
 
@@ -3665,30 +3665,40 @@ def redis_server(rate_limiter: Any, source: str) -> RedisServer:
 
 def _server_at(url: str, source: str) -> RedisServer:
     try:
-        import redis
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
+        import redis  # noqa: F401
     except ImportError:
         raise ConfigurationError(
             f"{source} needs redis-py: install it with pip install 'clore-client[redis]'"
         ) from None
+    server = _connected(url)
+    if server is None:
+        # The URL is not shown, as it may contain a password.
+        raise ConfigurationError(
+            f"{source} is not a usable URL: it must be like 'redis://host:6379/0', "
+            "'rediss://:password@host:6379/0' or 'unix:///path'"
+        )
+    return server
+
+
+def _connected(url: str) -> RedisServer | None:
+    """Return the server at a URL; None if it is not valid. It connects on first use."""
+    from redis import Redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
     try:
         parts = urlsplit(url)
         if parts.scheme not in REDIS_SCHEMES:
-            raise ValueError
+            return None
         place = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
-        client = redis.Redis.from_url(
+        client = Redis.from_url(
             url,
             socket_timeout=REDIS_TIMEOUT,
             socket_connect_timeout=REDIS_TIMEOUT,
             retry=Retry(NoBackoff(), 0),
         )
     except (ValueError, TypeError, AttributeError):
-        # The URL is not shown, as it may contain a password.
-        raise ConfigurationError(
-            f"{source} is not a usable URL: it must be like 'redis://host:6379/0', "
-            "'rediss://:password@host:6379/0' or 'unix:///path'"
-        ) from None
+        return None
     database = client.connection_pool.connection_kwargs.get("db") or 0
     password = parts.password or ""
     secrets = (Secret(password), Secret(unquote(password))) if password else ()
