@@ -18,7 +18,7 @@ Contents:
     log                         The logger of the package. The application adds the handlers.
     errors                      All errors of the package, and the tables that map an API response
                                 to an error.
-    files                       Lock files, to exclude other processes.
+    files                       Lock files, to exclude other processes, and open private ones.
     pricing                     Convert prices between units and currencies.
     validation                  Check arguments. Each error names the argument, its value and the
                                 allowed values.
@@ -30,13 +30,21 @@ Contents:
     models.server               Server, its conversion from the live form to the documented form,
                                 filters and sorting.
     models.wallet               Wallet, the balance of one currency.
+    api.policy                  The retry policy. The README has the same table under "Retries".
     api.call                    Prepare an API call: check its arguments, and decide how it may be
                                 retried.
     api.connection              HTTP connections that record when a request is sent, and limit the
                                 time of its response.
-    api.rate_limit              Keep requests apart: one rate limit for each key and base URL in the
-                                process.
-    api.retry                   Classify a response or a failure: success, retry, or error.
+    api.rate_limit              Decide when the next request with a key may be sent, for all who
+                                share the key.
+    api.file_limit              Keep a rate limit in a file, for all processes of this user on this
+                                machine.
+    api.limiters                Choose who shares a rate limit: this process, this machine, or many
+                                machines through Redis.
+    api.redis_limit             Keep a rate limit in Redis, for many machines.
+    api.retry                   Classify a response or a failure by the retry policy: success,
+                                retry, or error.
+    api.retries                 Count the requests of one call, and decide when to give up.
     api.request                 Make API calls: send a request, respect the rate limit, retry,
                                 return a response or an error.
     market.spot                 Check spot bids, and convert them from USD per hour to the unit of
@@ -167,7 +175,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from ssl import SSLCertVerificationError
 from types import FrameType, SimpleNamespace, TracebackType
-from typing import IO, TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import requests
@@ -819,15 +827,19 @@ def _tail(text: str) -> str:
 # ==================================================================================================
 # files
 #
-# Lock files, to exclude other processes.
+# Lock files, to exclude other processes, and open private ones.
 # ==================================================================================================
 
 
 LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
+# With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
+PRIVATE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+PRIVATE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
 
 
 def lock_file(handle: int, patience: float = 0.0) -> bool:
-    """Lock an open file until it is closed, and return whether that worked.
+    """Lock an open file until it is unlocked or closed, and return whether that worked.
 
     Parameters:
         handle: a file that is open for writing, as some systems require.
@@ -837,10 +849,12 @@ def lock_file(handle: int, patience: float = 0.0) -> bool:
         OSError: the file system does not support locks.
     """
     deadline = time.monotonic() + patience
+    pause = FIRST_LOCK_PAUSE
     while not _try_to_lock(handle):
         if time.monotonic() >= deadline:
             return False
-        time.sleep(0.002)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_LOCK_PAUSE)
     return True
 
 
@@ -858,6 +872,34 @@ def _try_to_lock(handle: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
+
+
+def unlock_file(handle: int) -> None:
+    """Unlock a file that :func:`lock_file` locked."""
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(handle, LOCK_AT, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def open_private(path: Path) -> tuple[int, bool]:
+    """Open a file for reading and writing, and return its descriptor and whether it is new.
+
+    The file and its folder are created if they are missing, for this user only.
+
+    Raises:
+        OSError: that is not possible, or it is a symlink.
+    """
+    try:
+        return os.open(path, PRIVATE_FLAGS), False
+    except FileNotFoundError:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(path, PRIVATE_FLAGS | os.O_CREAT, 0o600), True
 
 
 # ==================================================================================================
@@ -1446,6 +1488,15 @@ def canonical_url(base_url: str) -> str:
     host = "localhost" if is_loopback_host(host) else host
     port = parts.port or _DEFAULT_PORTS.get(scheme)
     return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
+
+
+def read_line(path: str) -> str:
+    """Return the first line of a file, or an empty string."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.readline(200).strip()
+    except OSError:
+        return ""
 
 
 class PerAccount(Generic[V]):
@@ -2285,18 +2336,147 @@ def to_wallets(response: dict[str, Any]) -> list[Wallet]:
 
 
 # ==================================================================================================
+# api.policy
+#
+# The retry policy. The README has the same table under "Retries".
+# ==================================================================================================
+
+
+# Not a named tuple, and no enums: to create those takes time at the import.
+class Rules:
+    """How requests to one endpoint are handled.
+
+    Attributes:
+        needs_key: whether it needs an API key.
+        repeatable: whether sending it twice does no harm.
+        urgent: whether it goes first, as it costs money while it waits.
+        spaced: whether it has a longer interval, ``create_order_interval``.
+        logged: whether it starts or stops costs.
+    """
+
+    def __init__(
+        self,
+        *,
+        needs_key: bool = True,
+        repeatable: bool = False,
+        urgent: bool = False,
+        spaced: bool = False,
+        logged: bool = False,
+    ) -> None:
+        self.needs_key = needs_key
+        self.repeatable = repeatable
+        self.urgent = urgent
+        self.spaced = spaced
+        self.logged = logged
+
+
+POST_RULES = {
+    "create_order": Rules(spaced=True, logged=True),
+    "cancel_order": Rules(repeatable=True, urgent=True, logged=True),
+    "cancel_orders": Rules(repeatable=True, urgent=True, logged=True),
+    "set_spot_price": Rules(repeatable=True, logged=True),
+}
+GET_RULES = {"marketplace": Rules(needs_key=False, repeatable=True)}
+OTHER_POST, OTHER_GET = Rules(), Rules(repeatable=True)
+
+# What to do after a failed request.
+RETRY = "retry"
+RAISE = "raise"
+UNKNOWN = "unknown"  # raise an OutcomeUnknownError; create_order looks for its order
+
+# Why it failed.
+NOT_SENT = "not sent"
+RATE_LIMITED = "rate limited"
+NO_RESPONSE = "no response"
+BROKEN_BODY = "broken body"
+UNREADABLE_BODY = "unreadable body"
+UNAVAILABLE = "unavailable"
+UNCLEAR = "unclear"
+DATABASE_ERROR = "database error"
+REFUSED = "refused"
+
+# The first action is for reads and for repeatable POSTs, the second one for any other POST.
+POLICY = {
+    NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
+    RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
+    NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
+    BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
+    UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
+    UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
+    UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
+    DATABASE_ERROR: (RETRY, RAISE),  # code 1
+    REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
+}
+UNAVAILABLE_STATUSES = frozenset({500, 502, 503, 504, 520, 522})
+REFUSAL_CODES = frozenset({3, 4})  # with these, the API did nothing, even with HTTP 5xx
+LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
+
+
+def rules_for(method: str, name: str) -> Rules:
+    """Return the rules for a request.
+
+    Parameters:
+        method: the HTTP method.
+        name: the last part of the endpoint.
+    """
+    if method in ("GET", "HEAD"):
+        return GET_RULES.get(name, OTHER_GET)
+    return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
+
+
+def action_for(problem: str, repeatable: bool) -> str:
+    """Return what to do about a problem."""
+    return POLICY[problem][0 if repeatable else 1]
+
+
+def problem_with_code(status: int, code: int, has_reason: bool) -> str:
+    """Return the problem of a response with an error code.
+
+    Parameters:
+        status: the HTTP status.
+        code: the code in the body.
+        has_reason: whether the body has an error text.
+    """
+    if code == 5:
+        return RATE_LIMITED
+    if code == 1:
+        return DATABASE_ERROR
+    if code in REFUSAL_CODES or (code == 6 and has_reason):
+        return REFUSED
+    return UNCLEAR if status >= 500 else REFUSED
+
+
+def problem_without_code(status: int, is_json: bool) -> str:
+    """Return the problem of a response without a code.
+
+    Parameters:
+        status: the HTTP status.
+        is_json: whether the body is JSON.
+    """
+    if status == 429:
+        return RATE_LIMITED
+    if status in UNAVAILABLE_STATUSES:
+        return UNAVAILABLE
+    if status < 300 and not is_json:
+        return BROKEN_BODY
+    return UNCLEAR if status >= 500 or status < 300 else REFUSED
+
+
+def backoff_delay(failures: int, first: float, longest: float) -> float:
+    """Return the seconds before the next retry: exponential backoff with full jitter, capped."""
+    return random.uniform(0.0, min(longest, first * 2.0 ** min(failures - 1, 32)))
+
+
+def cancel_delay(refusals: int, first: float) -> float:
+    """Return the seconds to wait after a cancel hit the rate limit: 1, 2, 4 ... 30."""
+    return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(refusals, 32)))
+
+
+# ==================================================================================================
 # api.call
 #
 # Prepare an API call: check its arguments, and decide how it may be retried.
 # ==================================================================================================
-
-
-URGENT_POSTS = frozenset({"cancel_order", "cancel_orders"})  # a waiting cancel costs money
-SPACED_POSTS = frozenset({"create_order"})  # these have a longer interval
-KEYLESS_GETS = frozenset({"marketplace"})
-REPEATABLE_POSTS = frozenset({"cancel_order", "cancel_orders", "set_spot_price"})  # idempotent
-# Any other POST is sent again only if it cannot have had an effect.
-LOGGED_POSTS = REPEATABLE_POSTS | SPACED_POSTS  # these start or stop costs
 
 
 class Envelope(dict[str, Any]):
@@ -2339,7 +2519,7 @@ class Call:
         settings: dict[str, Any],
         base_url: str,
         key: str,
-        repeatable: bool,
+        rules: Rules,
         urgent: bool,
         secrets: tuple[str, ...],
     ) -> None:
@@ -2349,12 +2529,16 @@ class Call:
         self.settings = settings
         self.base_url = base_url
         self.key = key
-        self.repeatable = repeatable
-        self.urgent = urgent  # ignores the pause that the server asks for
+        self.rules = rules
+        self.urgent = urgent  # goes first, and ignores the pause that the server asks for
         self.secrets = secrets
 
     def __repr__(self) -> str:
         return f"<Call {self.label}>"
+
+    @property
+    def repeatable(self) -> bool:
+        return self.rules.repeatable
 
     @property
     def label(self) -> str:
@@ -2428,6 +2612,32 @@ def prepare_call(
         base_url, headers, timeout: the settings of the client.
         urgent: whether the request ignores the pause that the server asks for.
     """
+    method = _check_method(method, options)
+    name = endpoint_name(check_endpoint(endpoint))
+    rules = rules_for(method, name)
+    all_headers = CaseInsensitiveDict(check_headers("headers", headers))
+    all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
+    key = _check_key(all_headers, base_url, endpoint, rules.needs_key)
+    settings = {"timeout": check_timeout("timeout", options.pop("timeout", timeout))}
+    given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
+    request, secrets = _prepare_request(
+        session, method, base_url + endpoint, all_headers, params, json, options
+    )
+    return Call(
+        name=name,
+        endpoint=endpoint,
+        request=request,
+        settings=settings | _send_settings(session, base_url, request.url, given),
+        base_url=base_url,
+        key=key,
+        rules=rules,
+        urgent=rules.urgent or urgent,
+        secrets=(key, *secrets) if key else secrets,
+    )
+
+
+def _check_method(method: str, options: dict[str, Any]) -> str:
+    """Return the method in upper case."""
     if "allow_redirects" in options:
         raise ValueError(
             "allow_redirects is not supported, as a redirect could send the key to another host: "
@@ -2436,23 +2646,26 @@ def prepare_call(
     method = check_text("method", method).upper()
     if not (method.isascii() and method.isalpha()):
         raise ValueError(f"method must be one like 'GET', not {short_repr(method)}")
-    name = endpoint_name(check_endpoint(endpoint))
-    all_headers = CaseInsensitiveDict(check_headers("headers", headers))
-    all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
-    key = _check_key(all_headers, base_url, endpoint, name)
-    timeout = check_timeout("timeout", options.pop("timeout", timeout))
-    verify, cert, stream = (options.pop(k, None) for k in ("verify", "cert", "stream"))
-    proxies = _proxies(base_url, options.pop("proxies", None))
+    return method
+
+
+def _prepare_request(
+    session: requests.Session,
+    method: str,
+    url: str,
+    headers: Any,
+    params: Any,
+    json: Any,
+    options: dict[str, Any],
+) -> tuple[requests.PreparedRequest, tuple[str, ...]]:
+    """Return the request, and the secrets in its body."""
     # Without this, requests would send a password from ~/.netrc.
     options.setdefault("auth", _no_auth)
     try:
-        request = session.prepare_request(
-            requests.Request(
-                method, base_url + endpoint, headers=all_headers, params=params, json=json,
-                **options,
-            )
-        )  # fmt: skip
-        secrets = tuple(dict.fromkeys([*([key] if key else []), *secrets_in(json)]))
+        request = requests.Request(
+            method, url, headers=headers, params=params, json=json, **options
+        )
+        return session.prepare_request(request), tuple(dict.fromkeys(secrets_in(json)))
     except requests.exceptions.InvalidJSONError as error:
         raise ValueError(f"json can't be encoded as JSON: {error}") from None
     except RecursionError:
@@ -2460,39 +2673,30 @@ def prepare_call(
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"json, params or another argument can't be sent: {error}") from None
-    return Call(
-        name=name,
-        endpoint=endpoint,
-        request=request,
-        settings={
-            "timeout": timeout,
-            "allow_redirects": False,
-            **session.merge_environment_settings(request.url, proxies, stream, verify, cert),
-            "stream": True,  # read_body() limits the size
-        },
-        base_url=base_url,
-        key=key,
-        repeatable=method in ("GET", "HEAD") or (method == "POST" and name in REPEATABLE_POSTS),
-        urgent=name in URGENT_POSTS or urgent,
-        secrets=secrets,
-    )
 
 
-def _proxies(base_url: str, given: Any) -> dict[str, Any]:
-    proxies = dict(given or {})
+def _send_settings(
+    session: requests.Session, base_url: str, url: str | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of ``Session.send``, except the timeout."""
+    proxies = dict(given["proxies"] or {})
     if is_loopback(base_url):
         # A proxy from the environment could read the key over plain http.
         proxies = {"http": None, "https": None, "all": None, **proxies}
-    return proxies
+    merged = session.merge_environment_settings(
+        url, proxies, given["stream"], given["verify"], given["cert"]
+    )
+    # read_body() limits the size of a stream.
+    return {**merged, "allow_redirects": False, "stream": True}
 
 
-def _check_key(headers: Any, base_url: str, endpoint: str, name: str) -> str:
+def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
     """Return the key of a request, after a check that it is set and the URL is safe for it."""
     key: str = headers.get("auth") or ""
     if key:
         key = headers["auth"] = clean_key(key, "the headers")
         check_key_may_go_to(base_url)
-    elif name not in KEYLESS_GETS:
+    elif needed:
         raise AuthenticationError(
             3,
             endpoint=endpoint,
@@ -2521,23 +2725,30 @@ class Exchange(threading.local):
     """The current request of each thread: its send time and its deadline."""
 
     def __init__(self) -> None:
+        self.before: Callable[[], None] | None = None
         self.on_left: Callable[[], None] | None = None
         self.left_at: float | None = None  # when the first byte was sent, by time.monotonic()
         self.connecting = False  # a connection of this module is used, so ``left_at`` is reliable
         self.deadline = math.inf
 
-    def begin(self, on_left: Callable[[], None], deadline: float) -> None:
+    def begin(
+        self, before: Callable[[], None], on_left: Callable[[], None], deadline: float
+    ) -> None:
         """Start another request.
 
         Parameters:
+            before: called when it is connected and about to be sent; it may wait.
             on_left: called when the request is sent.
             deadline: monotonic time by which the whole response must have arrived.
         """
-        self.on_left, self.left_at, self.connecting, self.deadline = on_left, None, False, deadline
+        self.before, self.on_left, self.deadline = before, on_left, deadline
+        self.left_at, self.connecting = None, False
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
         """Record that the block sends the first byte."""
+        if self.before is not None:
+            self.before()
         self.left_at = time.monotonic()
         try:
             yield
@@ -2760,19 +2971,30 @@ def reason_of(error: BaseException) -> Any:
 # ==================================================================================================
 # api.rate_limit
 #
-# Keep requests apart: one rate limit for each key and base URL in the process.
+# Decide when the next request with a key may be sent, for all who share the key.
 # ==================================================================================================
 
 
-# All in seconds.
-LONGEST_PUSH_BACK = 60.0  # a longer pause raises an error instead of sleeping
-LONGEST_MEMORY = 3600.0  # a broken proxy may ask for a pause of any length
-CONNECT_PATIENCE = 10.0  # other requests wait no longer than this for one that connects
-LOOK_AGAIN = 0.05  # a waiting request checks again, even if no other thread wakes it
+LONGEST_PAUSE_KEPT = 3600.0  # seconds; a broken proxy may ask for a pause of any length
+LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
+RECENT = 20  # how many of the last responses are counted for the error message
+# The following are parts of the interval.
+SLOT_LEAD = 0.05  # a slot is granted this long before it begins, so that a slow store costs no time
+SLOT_LATE = 0.005  # a request that is sent up to this much after its slot began needs no report
+SLOT_GRACE = 0.125  # what each request in the queue allows the one before it for taking its slot
+LONGEST_SLOT_GRACE = 1.0
+# After a refusal: other programs use the key. A request keeps more space behind it, but only one
+# out of several, as machines that hold the rate limit in turns waste less of it than ones that
+# take turns for each request.
+RETRY_JITTER = 0.3  # a retry comes up to this much later than the interval
+SLOW_DOWN = 0.2  # by how much each refusal widens the space behind a request
+WIDEST_SURPLUS = 4.0
+SPEED_UP = 0.1  # a call without a refusal takes this part of the surplus away
+YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
 
 
-class PushedBackError(Exception):
-    """The server asked for a pause that is too long to sleep.
+class PauseTooLongError(Exception):
+    """The API asked for a pause that is longer than the caller's patience.
 
     Attributes:
         seconds: the rest of the pause.
@@ -2788,188 +3010,775 @@ class DeadlinePassedError(Exception):
 
 
 class Turn:
-    """The place of one request in the queue. Use ``with turn.held:`` around waiting and sending.
+    """The place of one call in the queue. It keeps its place for retries.
 
-    An interrupt can end that block at any line and unlocks ``held``. Other requests skip a turn
-    that is not locked, so it needs no cleanup.
+    All times are monotonic, in seconds.
 
     Attributes:
-        held: locked while the request waits or is sent.
+        interval: seconds from the request before, and to the one after.
+        urgent: whether it goes first, and ignores the pause that the API asks for.
+        spacing: an endpoint with a longer interval, and its seconds.
+        patience: the longest pause that it waits for, in seconds.
+        deadline, not_before: when it must, and when it may be sent.
+        left_at: when it is sent, as far as the schedule knows: at first, when its slot begins.
+        slot_ends: when its slot is over, because the next one may be granted.
+        refusals: how many times the API refused it for the rate limit.
+        retry_after: seconds that the last refusal asked it to wait.
+        slowed: whether earlier refusals still widen the space between requests.
     """
 
     def __init__(
         self,
-        rank: tuple[int, int],
-        interval: float,
-        not_before: float,
-        spacing: tuple[str, float] | None,
-        urgent: bool,
-    ) -> None:
-        self.held = threading.Lock()
-        self.rank = rank  # urgent requests first, then in order of arrival
-        self.interval = interval
-        self.not_before = not_before
-        self.spacing = spacing  # an endpoint with a longer interval, and its seconds
-        self.urgent = urgent
-        self.wake = threading.Lock()  # released to wake it
-        self.wake.acquire()
-        self.granted_at: float | None = None
-        self.left_at: float | None = None
-
-
-class RateLimit:
-    """A queue of requests. Two requests are apart by the larger of their intervals.
-
-    The interval starts when a request is really sent, so that a slow connect can't bring two
-    requests too close together. The next request waits until then, but at most
-    ``CONNECT_PATIENCE``, because it may be a cancel, which costs money while it waits.
-
-    It uses only plain locks. An interrupt at the wrong moment can leave a ``threading.Condition``
-    locked forever, and ``SimpleQueue.get(timeout=...)`` can wait forever.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # never held while waiting
-        self._arrivals = itertools.count()
-        self._waiting: list[Turn] = []
-        self._granted: Turn | None = None  # may be sent, but is perhaps still connecting
-        self._last = (-math.inf, 0.0)  # when the last request was sent, and its interval
-        self._last_of: dict[str, tuple[float, float]] = {}  # the same for each spacing
-        self._pushed_to = -math.inf
-
-    def turn(
-        self,
         interval: float,
         *,
         urgent: bool = False,
-        not_before: float = -math.inf,
         spacing: tuple[str, float] | None = None,
-    ) -> Turn:
-        """Make a turn, which the caller locks and passes to :meth:`wait`.
+        patience: float = math.inf,
+    ) -> None:
+        self.id = os.urandom(8).hex()
+        self.arrived = time.monotonic()
+        self.interval = interval
+        self.urgent = urgent
+        self.spacing = spacing
+        self.patience = patience
+        self.deadline = math.inf
+        self.not_before = -math.inf
+        self.left_at = self.slot_ends = -math.inf
+        self.refusals = 0
+        self.retry_after = 0.0
+        self.slowed = False
 
-        Parameters:
-            interval: seconds from the request before, and to the one after.
-            urgent: whether it goes first, and ignores the pause that the server asks for.
-            not_before: the earliest monotonic time, for a backoff.
-            spacing: a name, and the seconds from the last request of that name.
+    @property
+    def rank(self) -> int:
+        """0 for urgent requests, which go first, else 1."""
+        return 0 if self.urgent else 1
+
+
+def entry_lifetime(turn: Turn) -> float:
+    """Return the seconds after which a request that has not looked again counts as dead."""
+    return 2 * (LONGEST_SLEEP + turn.interval)
+
+
+def random_gap() -> float:
+    """Return the part of the surplus that a request keeps behind it: all or nothing."""
+    return 1.0 if random.random() < YIELD_CHANCE else 0.0
+
+
+class Look:
+    """What a waiting request finds when it looks at the schedule.
+
+    Attributes:
+        granted: whether its slot is granted.
+        at: monotonic time of its slot if that is granted, else of its next look.
+        paused: seconds that are left of the pause that the API asked for.
+        slowed: whether refusals widen the space between requests.
+        too_late: whether it can't be sent before its deadline.
+    """
+
+    def __init__(
+        self,
+        granted: bool,
+        at: float,
+        paused: float = 0.0,
+        slowed: bool = False,
+        too_late: bool = False,
+    ) -> None:
+        self.granted = granted
+        self.at = at
+        self.paused = paused
+        self.slowed = slowed
+        self.too_late = too_late
+
+
+class Schedule:
+    """The state of one rate limit: the queue, and when the last requests were sent.
+
+    Each method is one step on plain numbers, which can be kept in memory, in a file, or in Redis
+    (``redis_limit.py`` has the same steps in Lua).
+
+    The request at the head of the queue looks when its slot comes up, the second a little later,
+    and so on. Each takes the slot if nobody before it has. So a dead process costs at most a
+    slot, and no request has to look more than about once per interval.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0.0  # when the last request was sent, or may be sent
+        self.interval = 0.0  # seconds to keep after it
+        self.surplus = 0.0  # seconds by which refusals widen the space behind some requests
+        self.gap = 0.0  # seconds by which they widen it behind the last one
+        self.paused_until = 0.0
+        self.spaced: dict[str, list[float]] = {}  # name -> [when the last was sent, seconds]
+        # id of a turn -> [rank, arrival, when it may be sent at the earliest, when it expires]
+        self.waiting: dict[str, list[float]] = {}
+
+    def look(self, turn: Turn, now: float) -> Look:
+        """Grant a slot that has come up, or return when to look again."""
+        self._correct(now)
+        own = self._own_ready(turn)
+        ready = self._ready(turn, own)
+        paused = 0.0 if turn.urgent else self.paused_until - now
+        self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
+        self.waiting.pop(turn.id, None)
+        if paused > turn.patience or max(ready, now) > turn.deadline:
+            return Look(False, now, paused, too_late=True)
+        mine = [turn.rank, turn.arrived]
+        ahead = [i for i, entry in self.waiting.items() if entry[:2] < mine and entry[2] <= ready]
+        grace = min(SLOT_GRACE * len(ahead), LONGEST_SLOT_GRACE) * turn.interval
+        at = ready - SLOT_LEAD * turn.interval + grace
+        if at > now:
+            self.waiting[turn.id] = [*mine, own, now + entry_lifetime(turn)]
+            return Look(False, at, paused, self.surplus > 0)
+        for late in ahead:  # dead, or slow: then it comes back
+            del self.waiting[late]
+        slot = max(ready, now)
+        self._sent(turn, slot + SLOT_LATE * turn.interval)
+        self.gap = self.surplus * random_gap()
+        return Look(True, slot, paused, self.surplus > 0)
+
+    def leave(self, turn: Turn, now: float) -> None:
+        """Record that a request is sent late in its slot."""
+        self._sent(turn, max(self.last, min(turn.left_at, now)))
+
+    def refused(self, turn: Turn, now: float) -> None:
+        """Slow down after the API refused a request for its rate limit."""
+        wider = self.surplus + SLOW_DOWN * turn.interval
+        self.surplus = min(wider, WIDEST_SURPLUS * turn.interval)
+        self.gap = RETRY_JITTER * turn.interval * random.random()
+        if turn.retry_after:
+            until = now + min(turn.retry_after + self.gap, LONGEST_PAUSE_KEPT)
+            self.paused_until = max(self.paused_until, until)
+
+    def accepted(self, turn: Turn, now: float) -> None:
+        """Speed up after a call that was not refused."""
+        self.surplus *= 1 - SPEED_UP
+        if self.surplus < 0.01 * turn.interval:
+            self.surplus = 0.0
+
+    def _correct(self, now: float) -> None:
+        """Correct times that lie too far ahead, because the clock was set back or started anew."""
+        self.last = min(self.last, now + self.interval)
+        self.paused_until = min(self.paused_until, now + LONGEST_PAUSE_KEPT)
+        for entry in self.spaced.values():
+            entry[0] = min(entry[0], now + entry[1])
+
+    def _own_ready(self, turn: Turn) -> float:
+        ready = turn.not_before
+        if turn.spacing is not None:
+            name, seconds = turn.spacing
+            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
+            ready = max(ready, last + max(seconds, its_seconds))
+        return ready if turn.urgent else max(ready, self.paused_until)
+
+    def _ready(self, turn: Turn, own: float) -> float:
+        return max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
+
+    def _sent(self, turn: Turn, at: float) -> None:
+        self.last, self.interval = at, turn.interval
+        if turn.spacing is not None:
+            self.spaced[turn.spacing[0]] = [at, turn.spacing[1]]
+
+
+class StoreUnavailableError(Exception):
+    """A schedule could not be read or written."""
+
+
+class Store(Protocol):
+    """Keeps a schedule."""
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule, for ``client.describe()``."""
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step of :class:`Schedule`, given by its name, and return its result.
+
+        Raises:
+            StoreUnavailableError: that is not possible now.
         """
-        rank = (0 if urgent else 1, next(self._arrivals))
-        return Turn(rank, interval, not_before, spacing, urgent)
+
+
+class ProcessStore:
+    """A schedule in memory, for the threads of this process."""
+
+    level = "within this process"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held for one step, never while waiting
+        self._schedule = Schedule()
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step."""
+        with self._lock:
+            return getattr(self._schedule, step)(turn, time.monotonic())
+
+
+def _sleep(seconds: float) -> None:
+    """Sleep, unless there is no time left: even ``sleep(0)`` lets other processes run first."""
+    if seconds > 0:
+        time.sleep(seconds)
+
+
+class RateLimiter:
+    """The rate limit of one key. An interrupt may end any method at any line.
+
+    What an interrupted request leaves behind is one entry in the queue, which others skip.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._refusals: collections.deque[bool] = collections.deque(maxlen=RECENT)
+
+    @property
+    def level(self) -> str:
+        """Who shares the rate limit."""
+        return self._store.level
+
+    @property
+    def recently_refused(self) -> tuple[int, int]:
+        """How many of the last requests the API refused for the rate limit, and of how many."""
+        return sum(self._refusals), len(self._refusals)
 
     def wait(self, turn: Turn, deadline: float = math.inf) -> None:
         """Wait until the request may be sent.
 
         Raises:
-            PushedBackError: the server asked for a pause that is too long to sleep.
+            PauseTooLongError: the API asked for a pause that is longer than the turn's patience.
             DeadlinePassedError: it can't be sent before ``deadline`` (monotonic time).
         """
-        with self._lock:
-            self._waiting.append(turn)
+        turn.deadline = deadline
         while True:
-            with self._lock:
-                seconds = self._look(turn, deadline)
-            if not seconds:
+            look: Look = self._store.apply("look", turn)
+            turn.slowed = look.slowed
+            if look.paused > turn.patience:
+                raise PauseTooLongError(look.paused)
+            if look.too_late:
+                raise DeadlinePassedError
+            now = time.monotonic()
+            if look.granted:
+                turn.left_at = look.at
+                turn.slot_ends = look.at + (1 - SLOT_LEAD) * turn.interval
+                _sleep(look.at - now)
                 return
-            turn.wake.acquire(timeout=seconds)
+            _sleep(min(look.at - now, LONGEST_SLEEP, deadline - now))
+
+    def leave(self, turn: Turn, deadline: float = math.inf) -> None:
+        """Record that the request is about to be sent. Wait again if its slot has passed."""
+        if turn.interval and time.monotonic() > turn.slot_ends:
+            self.wait(turn, deadline)
+        self.left(turn)
 
     def left(self, turn: Turn) -> None:
-        """Record that the request was sent, or has failed."""
-        if turn.granted_at is None or turn.left_at is not None:
-            return
-        turn.left_at = time.monotonic()
-        with self._lock:
-            self._settle(turn, turn.left_at)
-            self._wake()
-
-    def push_back(self, seconds: float) -> None:
-        """Send no request for ``seconds``, as the server asked, except urgent ones."""
-        to = time.monotonic() + min(seconds, LONGEST_MEMORY)
-        with self._lock:
-            self._pushed_to = max(self._pushed_to, to)
-            self._wake()
-
-    def _look(self, turn: Turn, deadline: float) -> float:
-        """Let the request be sent and return 0, or return the seconds until the next check."""
+        """Record that the request was sent."""
         now = time.monotonic()
-        self._drop_interrupted(now)
-        if not turn.urgent and self._pushed_to - now > LONGEST_PUSH_BACK:
-            raise PushedBackError(self._pushed_to - now)
-        at = self._ready_at(turn)
-        if max(at, now) > deadline:
-            raise DeadlinePassedError
-        if at > now:
-            return at - now
-        connecting = self._granted is not None and now < self._patience_ends(self._granted)
-        if connecting or not self._is_first(turn, now):
-            return LOOK_AGAIN
-        turn.granted_at = now
-        self._granted = turn
-        self._waiting.remove(turn)
-        return 0.0
+        if turn.interval and now > turn.left_at + SLOT_LATE * turn.interval:
+            turn.left_at = now
+            self._store.apply("leave", turn)
 
-    def _drop_interrupted(self, now: float) -> None:
-        self._waiting = [t for t in self._waiting if t.held.locked() and t.granted_at is None]
-        if self._granted is not None and not self._granted.held.locked():
-            # It was interrupted, so it may have been sent just now.
-            self._settle(self._granted, self._granted.left_at or now)
+    def refused(self, turn: Turn, retry_after: float | None) -> None:
+        """Slow down after the API refused the request for its rate limit."""
+        self._refusals.append(True)
+        turn.refusals += 1
+        turn.retry_after = retry_after or 0.0
+        self._store.apply("refused", turn)
 
-    def _settle(self, turn: Turn, left_at: float) -> None:
-        self._last = max(self._last, (left_at, turn.interval))
-        if turn.spacing is not None:
-            self._last_of[turn.spacing[0]] = (left_at, turn.spacing[1])
-        if self._granted is turn:
-            self._granted = None
-
-    def _wake(self) -> None:
-        for turn in self._waiting:
-            if turn.wake.locked():  # under the lock of this queue, so no other thread releases it
-                turn.wake.release()
-
-    def _ready_at(self, turn: Turn) -> float:
-        last, interval = self._last
-        at = max(last + max(interval, turn.interval), turn.not_before)
-        if turn.spacing is not None:
-            name, seconds = turn.spacing
-            last, its_seconds = self._last_of.get(name, (-math.inf, 0.0))
-            at = max(at, last + max(seconds, its_seconds))
-        return at if turn.urgent else max(at, self._pushed_to)
-
-    @staticmethod
-    def _patience_ends(turn: Turn) -> float:
-        return (turn.granted_at or 0.0) + CONNECT_PATIENCE
-
-    def _is_first(self, turn: Turn, now: float) -> bool:
-        return all(t.rank >= turn.rank for t in self._waiting if self._ready_at(t) <= now)
+    def accepted(self, turn: Turn) -> None:
+        """Speed up again, step by step."""
+        self._refusals.append(False)
+        if turn.slowed and not turn.refusals:
+            self._store.apply("accepted", turn)
 
 
-_rate_limits = PerAccount(RateLimit)
+# ==================================================================================================
+# api.file_limit
+#
+# Keep a rate limit in a file, for all processes of this user on this machine.
+# ==================================================================================================
 
 
-def rate_limit_for(base_url: str, api_key: str) -> RateLimit:
-    """Return the rate limit for this key and API, which all threads and clients share."""
-    return _rate_limits.of(base_url, api_key)
+LIMIT_PREFIX = "rate-limit-"
+USUAL_LENGTH, LONGEST_SCHEDULE = 8192, 1_000_000  # bytes
+LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
+UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
+SCHEDULE_VERSION = "clore-1"  # of the content
+NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
+
+
+class FileStore:
+    """A schedule in a file, which is locked for one step, never while waiting or sending.
+
+    Parameters:
+        path: the file. Its name must not contain the key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()  # so that threads do not wait for the lock of the file
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule."""
+        return f"among all processes on this machine, by {self._path}"
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step."""
+        try:
+            with self._lock:
+                return self._apply(step, turn)
+        except OSError as error:
+            raise StoreUnavailableError(f"{self._path} can't be used: {error}") from error
+
+    def _apply(self, step: str, turn: Turn) -> Any:
+        handle, created = open_private(self._path)
+        try:
+            if not lock_file(handle, LIMIT_LOCK_PATIENCE):
+                raise OSError("another process keeps it locked")
+            try:
+                os.lseek(handle, 0, os.SEEK_SET)
+                now = time.monotonic()
+                text = os.read(handle, USUAL_LENGTH)
+                if len(text) == USUAL_LENGTH:
+                    text += os.read(handle, LONGEST_SCHEDULE)
+                schedule = load(text, now)
+                result = getattr(schedule, step)(turn, now)
+                text = dump(schedule)
+                os.lseek(handle, 0, os.SEEK_SET)
+                if os.write(handle, text) != len(text):
+                    raise OSError("the disk is full")
+            finally:
+                unlock_file(handle)  # a forked child may still have it open
+        finally:
+            os.close(handle)
+        if created:
+            remove_unused(self._path.parent)
+        return result
+
+
+@functools.cache
+def boot_id() -> str:
+    """Return the id of this machine's current boot, or "-" if it is not known."""
+    return read_line("/proc/sys/kernel/random/boot_id") or "-"
+
+
+def dump(schedule: Schedule) -> bytes:
+    """Return a schedule as three lines: numbers, endpoints with an interval, and the queue.
+
+    The rest of a longer, earlier text may follow them. JSON would take twice as long.
+    """
+    numbers = [getattr(schedule, name) for name in NUMBERS]
+    lines = [[SCHEDULE_VERSION, boot_id(), *numbers]]
+    for table in (schedule.spaced, schedule.waiting):
+        lines.append([item for name, row in table.items() for item in (name, *row)])
+    return "".join(" ".join(map(str, line)) + "\n" for line in lines).encode()
+
+
+def load(text: bytes, now: float) -> Schedule:
+    """Return the schedule in a text.
+
+    If the text is damaged, foreign, or of an earlier boot, the schedule is a new one, in which the
+    first request waits for an interval, because another one may just have been sent.
+    """
+    schedule = Schedule()
+    if not text:
+        return schedule
+    try:
+        head, spaced, waiting, _ = text.decode().split("\n", 3)
+        version, boot, *items = head.split()
+        numbers = list(map(float, items))
+        if (version, boot) != (SCHEDULE_VERSION, boot_id()) or not math.isfinite(sum(numbers)):
+            raise ValueError
+        for name, number in zip(NUMBERS, numbers, strict=True):
+            setattr(schedule, name, number)
+        schedule.spaced = _table(spaced.split(), 2)
+        schedule.waiting = _table(waiting.split(), 4)
+    except ValueError:
+        schedule = Schedule()
+        schedule.last = now
+    return schedule
+
+
+def _table(items: list[str], columns: int) -> dict[str, list[float]]:
+    if len(items) % (columns + 1):
+        raise ValueError
+    starts = range(0, len(items), columns + 1)
+    return {items[i]: list(map(float, items[i + 1 : i + 1 + columns])) for i in starts}
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove the files of keys that nobody has used for a day."""
+    before = time.time() - UNUSED_AFTER
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{LIMIT_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < before:
+                    path.unlink()
+
+
+# ==================================================================================================
+# api.limiters
+#
+# Choose who shares a rate limit: this process, this machine, or many machines through Redis.
+# ==================================================================================================
+
+
+LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
+TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
+
+
+class FallbackStore:
+    """A store that uses another one while the first is not available.
+
+    Parameters:
+        first: the store to use.
+        second: the store for the time in which the first one fails.
+    """
+
+    def __init__(self, first: Store, second: Store) -> None:
+        self._first = first
+        self._second = second
+        self._failure = ""
+        self._failed_at: float | None = None
+        self._next_try = 0.0
+        self._warned = False
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule now, and since when it is not the first store."""
+        failed_at = self._failed_at
+        if failed_at is None:
+            return self._first.level
+        seconds = time.monotonic() - failed_at
+        return f"{self._second.level} (since {seconds:.0f} s, because {self._failure})"
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step."""
+        if self._failed_at is not None and time.monotonic() < self._next_try:
+            return self._second.apply(step, turn)
+        # If it takes time to fail again, other threads do not wait for it.
+        self._next_try = time.monotonic() + TRY_AGAIN
+        try:
+            result = self._first.apply(step, turn)
+        except StoreUnavailableError as error:
+            self._fall_back(str(error))
+            return self._second.apply(step, turn)
+        if self._failed_at is not None:
+            self._failed_at = None
+            logger.info("the rate limit is shared again %s", self._first.level)
+        return result
+
+    def _fall_back(self, failure: str) -> None:
+        now = time.monotonic()
+        self._next_try = now + TRY_AGAIN
+        if self._failed_at is not None:
+            return
+        self._failed_at, self._failure = now, failure
+        logger.log(
+            logging.INFO if self._warned else logging.WARNING,
+            "the rate limit is only shared %s, because %s",
+            self._second.level,
+            failure,
+        )
+        self._warned = True
+
+
+def redis_server_for(rate_limiter: Any) -> RedisServer | None:
+    """Return the Redis server for the argument ``rate_limiter``; None if there is none.
+
+    Parameters:
+        rate_limiter: a URL, a client like ``redis.Redis``, or None for the environment variable.
+    """
+    source = "rate_limiter"
+    if rate_limiter is None:
+        source, rate_limiter = LIMITER_VARIABLE, os.environ.get(LIMITER_VARIABLE) or None
+    if rate_limiter is None:
+        return None
+    return redis_server(rate_limiter, source)
+
+
+_limiters: dict[tuple[str, str, str], RateLimiter] = {}
+
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held a lock of theirs at the fork.
+    os.register_at_fork(after_in_child=_limiters.clear)
+
+
+def limiter_for(
+    base_url: str, api_key: str, folder: Path | None, server: RedisServer | None = None
+) -> RateLimiter:
+    """Return the rate limiter that all requests with a key to an API share.
+
+    Parameters:
+        base_url, api_key: what the limit belongs to.
+        folder: the state folder; None to share the limit within this process only.
+        server: the Redis server; None to share the limit on this machine only.
+    """
+    account = account_digest(base_url, api_key)  # in place of the key
+    place = (account, str(folder or ""), server.name if server else "")
+    found = _limiters.get(place)
+    if found is not None:
+        return found
+    store: Store = ProcessStore()
+    if folder is not None:
+        store = FallbackStore(FileStore(folder / f"{LIMIT_PREFIX}{account}"), store)
+    if server is not None:
+        store = FallbackStore(RedisStore(server, account), store)
+    # setdefault() is atomic: if two threads make one, both get the first.
+    return _limiters.setdefault(place, RateLimiter(store))
+
+
+# ==================================================================================================
+# api.redis_limit
+#
+# Keep a rate limit in Redis, for many machines.
+# ==================================================================================================
+
+
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+REDIS_TIMEOUT = 0.5  # seconds to connect, and for one reply
+REDIS_EXPIRY = 86_400  # seconds after which Redis forgets a key that nobody uses
+FOREVER = 1e9  # seconds; JSON has no infinity
+
+# The steps of the class Schedule, by the clock of the server. All times in ``turn`` count from now.
+# A missing schedule may have been lost a moment ago, so the first request waits for an interval.
+REDIS_SCRIPT = """
+local step, turn, rules = ARGV[1], cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local text = redis.call('GET', KEYS[1])
+local s = {last = now, interval = turn.interval, surplus = 0, gap = 0, paused_until = 0,
+           spaced = {}, waiting = {}}
+if text then s = cjson.decode(text) end
+s.last = math.min(s.last, now + s.interval)
+s.paused_until = math.min(s.paused_until, now + rules.longest_pause)
+for _, entry in pairs(s.spaced) do entry[1] = math.min(entry[1], now + entry[2]) end
+local granted, at, paused, too_late = 0, now, 0, 0
+
+local function sent(moment)
+  s.last, s.interval = moment, turn.interval
+  if turn.name then s.spaced[turn.name] = {moment, turn.spacing} end
+end
+
+local function look()
+  local own = now + turn.not_before
+  local before = turn.name and s.spaced[turn.name]
+  if before then
+    own = math.max(own, before[1] + math.max(turn.spacing, before[2]))
+  end
+  if turn.rank > 0 then
+    own = math.max(own, s.paused_until)
+    paused = s.paused_until - now
+  end
+  local ready = s.last + math.max(s.interval, turn.interval) + turn.rank * s.gap
+  ready = math.max(own, ready)
+  s.waiting[turn.id] = nil
+  if paused > turn.patience or math.max(ready - now, 0) > turn.deadline then
+    too_late = 1
+    return
+  end
+  local arrived, ahead = now - turn.age, {}
+  for id, entry in pairs(s.waiting) do
+    if entry[4] <= now then
+      s.waiting[id] = nil
+    elseif (entry[1] < turn.rank or (entry[1] == turn.rank and entry[2] < arrived))
+        and entry[3] <= ready then
+      table.insert(ahead, id)
+    end
+  end
+  local grace = math.min(rules.grace * #ahead, rules.longest_grace) * turn.interval
+  at = ready - rules.lead * turn.interval + grace
+  if at > now then
+    s.waiting[turn.id] = {turn.rank, arrived, own, now + turn.expiry}
+    return
+  end
+  for _, id in ipairs(ahead) do s.waiting[id] = nil end
+  granted, at = 1, math.max(ready, now)
+  sent(at + rules.late * turn.interval)
+  s.gap = s.surplus * turn.gap
+end
+
+if step == 'look' then
+  look()
+elseif step == 'leave' then
+  sent(math.max(s.last, now - turn.left))
+elseif step == 'refused' then
+  local wider = s.surplus + rules.slow_down * turn.interval
+  s.surplus = math.min(wider, rules.widest * turn.interval)
+  s.gap = rules.jitter * turn.interval * turn.random
+  if turn.retry_after > 0 then
+    local pause = math.min(turn.retry_after + s.gap, rules.longest_pause)
+    s.paused_until = math.max(s.paused_until, now + pause)
+  end
+elseif step == 'accepted' then
+  s.surplus = s.surplus * (1 - rules.speed_up)
+  if s.surplus < 0.01 * turn.interval then s.surplus = 0 end
+end
+redis.call('SET', KEYS[1], cjson.encode(s), 'EX', rules.expiry)
+return {granted, tostring(at - now), tostring(paused), s.surplus > 0 and 1 or 0, too_late}
+"""
+
+REDIS_RULES = json.dumps(
+    {
+        "lead": SLOT_LEAD,
+        "late": SLOT_LATE,
+        "grace": SLOT_GRACE,
+        "longest_grace": LONGEST_SLOT_GRACE,
+        "jitter": RETRY_JITTER,
+        "slow_down": SLOW_DOWN,
+        "speed_up": SPEED_UP,
+        "widest": WIDEST_SURPLUS,
+        "longest_pause": LONGEST_PAUSE_KEPT,
+        "expiry": REDIS_EXPIRY,
+    }
+)
+
+
+class RedisClient(Protocol):
+    """What is needed of a client such as ``redis.Redis``."""
+
+    def eval(self, script: str, numkeys: int, /, *keys_and_args: Any) -> Any:
+        """Run a Lua script on the server."""
+
+
+class RedisServer(NamedTuple):
+    """A Redis client, and how to call its server in texts."""
+
+    client: RedisClient
+    name: str
+    secrets: tuple[str, ...] = ()
+
+
+def redis_server(rate_limiter: Any, source: str) -> RedisServer:
+    """Return the Redis server for the argument ``rate_limiter``.
+
+    Parameters:
+        rate_limiter: a URL, or a client like ``redis.Redis``.
+        source: the argument or variable that has it, for the error.
+    """
+    if isinstance(rate_limiter, str):
+        return _server_at(Secret(rate_limiter), source)
+    if not callable(getattr(rate_limiter, "eval", None)):
+        raise TypeError(
+            "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
+            f"not {type(rate_limiter).__name__}"
+        )
+    return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
+
+
+def _server_at(url: str, source: str) -> RedisServer:
+    try:
+        import redis  # noqa: F401
+    except ImportError:
+        raise ConfigurationError(
+            f"{source} needs redis-py: install it with pip install 'clore-client[redis]'"
+        ) from None
+    server = _connected(url)
+    if server is None:
+        # The URL is not shown, as it may contain a password.
+        raise ConfigurationError(
+            f"{source} is not a usable URL: it must be like 'redis://host:6379/0', "
+            "'rediss://:password@host:6379/0' or 'unix:///path'"
+        )
+    return server
+
+
+def _connected(url: str) -> RedisServer | None:
+    """Return the server at a URL; None if it is not valid. It connects on first use."""
+    from redis import Redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in REDIS_SCHEMES:
+            return None
+        place = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
+        client = Redis.from_url(
+            url,
+            socket_timeout=REDIS_TIMEOUT,
+            socket_connect_timeout=REDIS_TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
+        )
+    except (ValueError, TypeError, AttributeError):
+        return None
+    database = client.connection_pool.connection_kwargs.get("db") or 0
+    password = parts.password or ""
+    secrets = (Secret(password), Secret(unquote(password))) if password else ()
+    return RedisServer(client, printable(f"{place}/{database}", 200), secrets)
+
+
+class RedisStore:
+    """A schedule in Redis.
+
+    Parameters:
+        server: the Redis server.
+        account: a digest of the key.
+    """
+
+    def __init__(self, server: RedisServer, account: str) -> None:
+        self._server = server
+        self._key = f"clore-client:rate-limit:{account}"
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule."""
+        return f"among all machines, by Redis at {self._server.name}"
+
+    def apply(self, step: str, turn: Turn) -> Look:
+        """Make one step. Each one returns a look, of which only the one of ``look`` counts."""
+        numbers = _numbers(turn, time.monotonic())
+        try:
+            reply = self._server.client.eval(REDIS_SCRIPT, 1, self._key, step, numbers, REDIS_RULES)
+            granted, seconds, paused, slowed, too_late = map(float, reply)
+            if not math.isfinite(seconds) or (granted and seconds > turn.interval):
+                raise ValueError("an impossible reply")
+        except Exception as error:  # those of a client that the user passed may be of any class
+            text = without(f"{type(error).__name__}: {error}", self._server.secrets)
+            raise StoreUnavailableError(
+                f"Redis at {self._server.name} can't be used: {printable(text, 200)}"
+            ) from None
+        at = time.monotonic() + seconds
+        return Look(bool(granted), at, paused, bool(slowed), bool(too_late))
+
+
+def _numbers(turn: Turn, now: float) -> str:
+    """Return what the script needs to know of a turn, as JSON."""
+    numbers: dict[str, Any] = {
+        "id": turn.id,
+        "rank": turn.rank,
+        "age": now - turn.arrived,
+        "interval": turn.interval,
+        "not_before": max(turn.not_before - now, -FOREVER),
+        "deadline": min(turn.deadline - now, FOREVER),
+        "patience": min(turn.patience, FOREVER),
+        "expiry": entry_lifetime(turn),
+        "left": min(now - turn.left_at, FOREVER),
+        "retry_after": turn.retry_after,
+        "random": random.random(),
+        "gap": random_gap(),
+    }
+    if turn.spacing is not None:
+        numbers["name"], numbers["spacing"] = turn.spacing
+    return json.dumps(numbers)
 
 
 # ==================================================================================================
 # api.retry
 #
-# Classify a response or a failure: success, retry, or error.
+# Classify a response or a failure by the retry policy: success, retry, or error.
 # ==================================================================================================
-
-
-# The retry policy; the README describes it under "Retries".
-RETRY_STATUSES = frozenset({500, 502, 503, 504, 520, 522})  # for responses without a code
-# With these codes, and with code 6 and a reason, the API did nothing, even with HTTP 5xx.
-NOTHING_DONE = frozenset({3, 4, 5})
 
 
 class Failure:
     """One request that failed."""
 
-    def __init__(self, error: CloreError, again: bool, rate_limited: bool = False) -> None:
+    def __init__(self, error: CloreError, problem: str, again: bool) -> None:
         self.error = error
+        self.problem = problem
         self.again = again  # whether to retry
-        self.rate_limited = rate_limited
+
+    @property
+    def rate_limited(self) -> bool:
+        """Whether the API refused it for the rate limit."""
+        return self.problem == RATE_LIMITED
 
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
@@ -3007,52 +3816,57 @@ def classify_error(call: Call, error: Exception, left_at: float | None) -> Failu
     # A new exception, because the original one holds the request with its secrets.
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
-    return Failure(failed, again=unsent or call.repeatable)
+    problem = NOT_SENT if unsent else NO_RESPONSE
+    return Failure(failed, problem, action_for(problem, call.repeatable) == RETRY)
 
 
-def classify_unusable(call: Call, response: requests.Response | None, problem: str) -> Failure:
+def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
     """Classify a response that can't be read to its end. A retry would get the same again."""
     status = 0 if response is None else response.status_code
-    if not call.repeatable:
-        return Failure(call.lost(f"HTTP {status}: {problem}"), again=False)
     error = InvalidResponseError(
         -1,
-        f"HTTP {status}: {problem}",
+        f"HTTP {status}: {reason}",
         {},
         http_status=status,
         endpoint=call.endpoint,
         retryable=False,
         secrets=call.secrets,
     )
-    return Failure(error, again=False)
+    return _failure(call, UNREADABLE_BODY, error, f"HTTP {status}: {reason}")
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
     """Classify a response: success, retry, or error."""
-    decoded = _decode(body)
-    status = response.status_code
+    decoded, status = _decode(body), response.status_code
     if isinstance(decoded, dict) and type(decoded.get("code")) is int:
         if decoded["code"] == 0:
             return Envelope(decoded)
-        return _error_envelope(call, response, decoded)
-    if status == 429:
+        problem = problem_with_code(status, decoded["code"], bool(error_text(decoded)))
+        if problem == RATE_LIMITED:
+            return _too_fast(call, response, decoded)
+        error = _error_with_code(call, status, decoded, problem)
+        return _failure(call, problem, error, f"HTTP {status}: {error.args[0]}")
+    problem = problem_without_code(status, decoded is not None)
+    if problem == RATE_LIMITED:
         return _too_fast(call, response, {})
-    broken = status < 300 and decoded is None
-    again = call.repeatable and (status in RETRY_STATUSES or broken)
-    error = _no_envelope(call, response, body, decoded, again)
-    if not call.repeatable and (status >= 500 or status < 300):
-        lost = call.lost(f"HTTP {status}: {error.error or 'JSON without a code'}")
-        lost.__cause__ = error
-        return Failure(lost, again=False)
-    return Failure(error, again)
+    error = _error_without_code(call, response, body, decoded, problem)
+    return _failure(call, problem, error, f"HTTP {status}: {error.error or 'JSON without a code'}")
 
 
-def _error_envelope(call: Call, response: requests.Response, envelope: dict[str, Any]) -> Failure:
-    code = envelope["code"]
-    if code == 5:
-        return _too_fast(call, response, envelope)
-    status, ambiguous = response.status_code, code == 1 and not call.repeatable
-    error = api_error(
+def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
+    action = action_for(problem, call.repeatable)
+    if action != UNKNOWN:
+        return Failure(error, problem, action == RETRY)
+    lost = call.lost(cause)
+    lost.__cause__ = error
+    return Failure(lost, problem, again=False)
+
+
+def _error_with_code(
+    call: Call, status: int, envelope: dict[str, Any], problem: str
+) -> CloreAPIError:
+    ambiguous = problem == DATABASE_ERROR and not call.repeatable
+    return api_error(
         envelope,
         http_status=status,
         endpoint=call.endpoint,
@@ -3060,12 +3874,6 @@ def _error_envelope(call: Call, response: requests.Response, envelope: dict[str,
         retryable=False if ambiguous else None,
         secrets=call.secrets,
     )
-    refused = code in NOTHING_DONE or (code == 6 and error.error)
-    if status >= 500 and not (call.repeatable or ambiguous or refused):
-        lost = call.lost(f"HTTP {status}: {error.args[0]}")
-        lost.__cause__ = error
-        return Failure(lost, again=False)
-    return Failure(error, again=code == 1 and not ambiguous)
 
 
 def _too_fast(call: Call, response: requests.Response, envelope: dict[str, Any]) -> Failure:
@@ -3078,11 +3886,11 @@ def _too_fast(call: Call, response: requests.Response, envelope: dict[str, Any])
         secrets=call.secrets,
     )
     error.retry_after = _retry_after(response.headers)
-    return Failure(error, again=True, rate_limited=True)
+    return _failure(call, RATE_LIMITED, error, "")
 
 
-def _no_envelope(
-    call: Call, response: requests.Response, body: bytes, decoded: Any, again: bool
+def _error_without_code(
+    call: Call, response: requests.Response, body: bytes, decoded: Any, problem: str
 ) -> CloreAPIError:
     status, hint = response.status_code, None
     text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty response'}"
@@ -3099,7 +3907,7 @@ def _no_envelope(
         http_status=status,
         endpoint=call.endpoint,
         hint=hint,
-        retryable=again,
+        retryable=action_for(problem, call.repeatable) == RETRY,
         secrets=call.secrets,
     )
 
@@ -3121,6 +3929,108 @@ def _decode(body: bytes) -> Any:
 
 
 # ==================================================================================================
+# api.retries
+#
+# Count the requests of one call, and decide when to give up.
+# ==================================================================================================
+
+
+class Retries:
+    """The failed requests of one call.
+
+    Failures count against ``max_retries``. Refusals for the rate limit have a time limit instead.
+
+    Attributes:
+        sends: how many times the request was sent and failed.
+        failures: how many of these failed for another reason than the rate limit.
+        refusals: how many of these the API refused for the rate limit.
+    """
+
+    def __init__(self, call: Call, max_retries: int, patience: float) -> None:
+        self._call = call
+        self._max_retries = max(1, max_retries)
+        self._patience = patience
+        self._refused_at: float | None = None
+        self._last: Failure | None = None
+        self.sends = self.failures = self.refusals = 0
+
+    @property
+    def patience_left(self) -> float:
+        """The seconds for which the call may still be refused for the rate limit."""
+        if self._refused_at is None:
+            return self._patience
+        return max(0.0, self._refused_at + self._patience - time.monotonic())
+
+    def add(self, failure: Failure) -> None:
+        """Add a failed request."""
+        self.sends += 1
+        if failure.rate_limited:
+            self.refusals += 1
+            self._refused_at = self._refused_at or time.monotonic()
+        else:
+            self.failures += 1
+        failure.error.sends = self.sends
+        if self._last is not None and failure.error.sent_at is None:
+            failure.error.sent_at = self._last.error.sent_at  # an earlier request was sent
+        self._last = failure
+
+    def check(self, failure: Failure, recently_refused: tuple[int, int]) -> None:
+        """Raise the error of the call, unless its request may be sent again.
+
+        Parameters:
+            failure: the last failure.
+            recently_refused: how many of the last requests with this key the API refused for the
+                rate limit, and of how many.
+        """
+        if not failure.again:
+            raise failure.error
+        if not failure.rate_limited:
+            if self.failures >= self._max_retries:
+                raise self._gave_up(failure.error)
+            return
+        pause = 0.0 if self._call.urgent else failure.error.retry_after or 0.0
+        if self.patience_left <= pause:
+            raise _with_refusals(self._gave_up(failure.error), *recently_refused)
+
+    def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
+        """Return the error for a request that could not be sent, or not again."""
+        error = self._last.error if self._last is not None else None
+        if error is None and isinstance(reason, PauseTooLongError):
+            error = RateLimitError(
+                5,
+                endpoint=self._call.endpoint,
+                hint=f"the API asked for a pause, so nothing was sent: try again in "
+                f"{reason.seconds:.0f} s",
+            )
+            error.retry_after, error.sends = reason.seconds, 0
+            return error
+        if error is None:
+            return CloreConnectionError(
+                f"{self._call.label} was not sent, as the rate limit left no time for it before "
+                "the deadline: allow more time, or make fewer requests"
+            )
+        if isinstance(reason, PauseTooLongError):
+            error.retry_after = reason.seconds
+        return self._gave_up(error)
+
+    def _gave_up(self, error: CloreError) -> CloreError:
+        """Add to the text of ``error`` that retries did not help."""
+        error.args = (f"Clore API request failed after {self.sends} retries: {error}",)
+        return error
+
+
+def _with_refusals(error: CloreError, refused: int, total: int) -> CloreError:
+    """Add to the text of ``error`` how many of the last requests were refused, and what to do."""
+    if refused > 1:
+        error.args = (
+            f"{error}\n{refused} of the last {total} requests were refused for pace: other "
+            "programs use this key. Stop them, share the rate limit with them "
+            "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
+        )
+    return error
+
+
+# ==================================================================================================
 # api.request
 #
 # Make API calls: send a request, respect the rate limit, retry, return a response or an error.
@@ -3128,7 +4038,6 @@ def _decode(body: bytes) -> Any:
 
 
 RESPONSE_TIMEOUTS = 3.0  # the longest time for one request, as a multiple of ``timeout``
-LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
 
 H = TypeVar("H", bound="HTTPClient")
 Returned = TypeVar("Returned")
@@ -3171,14 +4080,14 @@ def limited(
     return contextvars.copy_context().run(run)
 
 
-def backoff_delay(sends: int, first: float, longest: float) -> float:
-    """Return the seconds before the next retry: exponential backoff with full jitter, capped."""
-    return random.uniform(0.0, min(longest, first * 2.0 ** min(sends - 1, 32)))
-
-
-def cancel_delay(sends: int, first: float) -> float:
-    """Return the seconds to wait after a cancel hit the rate limit: 1, 2, 4 ... 30."""
-    return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(sends, 32)))
+def _user_agent(addition: str | None) -> str:
+    """Return the User-Agent, with the text that the user adds."""
+    own = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
+    if addition is None:
+        return own
+    if not (check_text("user_agent", addition).isascii() and addition.isprintable()):
+        raise ValueError(f"user_agent must be printable ASCII, not {addition!r}")
+    return f"{own} {addition}"
 
 
 class HTTPClient:
@@ -3203,31 +4112,29 @@ class HTTPClient:
         max_backoff: float,
         user_agent: str | None,
         max_response_mb: float,
+        rate_limit_wait: float,
+        state_dir: str | os.PathLike[str] | None,
+        rate_limiter: Any,
     ) -> None:
         key, _ = self._key_source = find_key(api_key)
         self._headers: dict[str, str] = {"auth": key} if key else {}
         self._url_source: tuple[str | None, str] = (None, "nowhere")
-        if base_url is not None:
-            self._set_base_url(check_text("base_url", base_url), "base_url", "argument")
-        elif from_environment := os.environ.get(URL_VARIABLE):
-            source = f"environment variable {URL_VARIABLE}"
-            self._set_base_url(from_environment, URL_VARIABLE, source)
+        self._find_base_url(base_url)
         self.timeout = check_timeout("timeout", timeout)
         self.rate_limit = check_interval("rate_limit", rate_limit)
         self.max_retries = check_count("max_retries", max_retries, minimum=1)
         self.create_order_interval = check_number(
             "create_order_interval", create_order_interval, unit="seconds"
         )
+        self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
+        self._state_dir = check_state_dir("state_dir", state_dir)
+        self._redis = redis_server_for(rate_limiter)
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
         self.max_response_mb = check_number(
             "max_response_mb", max_response_mb, above=True, infinite=True, unit="megabytes"
         )
-        self._user_agent = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
-        if user_agent is not None:
-            if not (check_text("user_agent", user_agent).isascii() and user_agent.isprintable()):
-                raise ValueError(f"user_agent must be printable ASCII, not {user_agent!r}")
-            self._user_agent += f" {user_agent}"
+        self._user_agent = _user_agent(user_agent)
         self._sessions = Sessions(self._user_agent)
         self.server_clock: float | None = None
 
@@ -3254,6 +4161,13 @@ class HTTPClient:
         self._sessions.close()
 
     # --- settings that can change later ---
+
+    def _find_base_url(self, base_url: str | None) -> None:
+        if base_url is not None:
+            self._set_base_url(check_text("base_url", base_url), "base_url", "argument")
+        elif from_environment := os.environ.get(URL_VARIABLE):
+            source = f"environment variable {URL_VARIABLE}"
+            self._set_base_url(from_environment, URL_VARIABLE, source)
 
     def _set_base_url(self, url: str, name: str, source: str) -> None:
         url = check_base_url(url, name)
@@ -3324,35 +4238,41 @@ class HTTPClient:
             >>> client._request("GET", "/v1/wallets")["wallets"]
         """
         call = self._prepare(method, endpoint, params, json, kwargs)
-        rate_limit = rate_limit_for(call.base_url, call.key)
-        not_before, sends = -math.inf, 0
-        failure: Failure | None = None
+        limiter = self._limiter(call.base_url, call.key)
+        interval = self.create_order_interval
+        turn = Turn(
+            self.rate_limit,
+            urgent=call.urgent,
+            spacing=(call.name, interval) if call.rules.spaced else None,
+        )
+        retries = Retries(call, self.max_retries, self.rate_limit_wait)
         while True:
+            turn.patience = retries.patience_left
             try:
-                outcome = self._send(call, rate_limit, not_before)
-            except (DeadlinePassedError, PushedBackError) as reason:
-                raise _not_sent(call, failure, sends, reason) from None
-            sends += 1
+                outcome = self._send(call, limiter, turn)
+            except (DeadlinePassedError, PauseTooLongError) as reason:
+                raise retries.not_sent(reason) from None
             if isinstance(outcome, Envelope):
-                outcome.sends = sends
+                limiter.accepted(turn)
+                outcome.sends = retries.sends + 1
                 return outcome
-            if failure is not None and outcome.error.sent_at is None:
-                outcome.error.sent_at = failure.error.sent_at  # an earlier request was sent
-            failure = outcome
-            failure.error.sends = sends
-            delay = self._delay(call, failure, sends, rate_limit)
-            if not failure.again:
-                raise failure.error
-            if sends >= max(1, self.max_retries):
-                raise _gave_up(failure.error, sends)
-            logger.warning(
-                "%s: attempt %d of %d failed, retrying: %s",
+            retries.add(outcome)
+            turn.not_before = time.monotonic() + self._delay(outcome, retries, limiter, turn)
+            retries.check(outcome, limiter.recently_refused)
+            logger.log(
+                logging.DEBUG if outcome.rate_limited and retries.refusals > 1 else logging.WARNING,
+                "%s: attempt %d failed, retrying: %s",
                 call.label,
-                sends,
-                self.max_retries,
-                failure.error,
+                retries.sends,
+                outcome.error,
             )
-            not_before = time.monotonic() + delay
+
+    def _limiter(self, base_url: str, key: str) -> RateLimiter:
+        return limiter_for(base_url, key, self._state_folder, self._redis)
+
+    @functools.cached_property
+    def _state_folder(self) -> Path | None:
+        return state_folder(self._state_dir)
 
     def _prepare(
         self, method: str, endpoint: str, params: Any, json: Any, options: dict[str, Any]
@@ -3373,41 +4293,27 @@ class HTTPClient:
         self._sessions.put_back(session, reads=True)
         return call
 
-    def _delay(self, call: Call, failure: Failure, sends: int, rate_limit: RateLimit) -> float:
-        """Return the backoff before the next retry, or push all requests back as the API asks."""
-        delay = backoff_delay(sends, self.backoff, self.max_backoff)
+    def _delay(self, failure: Failure, retries: Retries, limiter: RateLimiter, turn: Turn) -> float:
+        """Return the seconds before the next retry, except for the rate limit."""
         if not failure.rate_limited:
-            return delay
-        asked = failure.error.retry_after
-        rate_limit.push_back(delay if asked is None else asked)
-        if call.urgent:
-            return cancel_delay(sends, self.backoff)
-        if asked is not None and asked > LONGEST_PUSH_BACK:
-            raise failure.error
-        return 0.0  # this request waits for the push-back
+            return backoff_delay(retries.failures, self.backoff, self.max_backoff)
+        limiter.refused(turn, failure.error.retry_after)
+        return cancel_delay(retries.refusals, self.backoff) if turn.urgent else 0.0
 
-    def _send(self, call: Call, rate_limit: RateLimit, not_before: float) -> Envelope | Failure:
+    def _send(self, call: Call, limiter: RateLimiter, turn: Turn) -> Envelope | Failure:
         """Wait until the rate limit allows it, and send the request once."""
-        spaced = call.name in SPACED_POSTS and not call.repeatable
-        turn = rate_limit.turn(
-            self.rate_limit,
-            urgent=call.urgent,
-            not_before=not_before,
-            spacing=(call.name, self.create_order_interval) if spaced else None,
-        )
         deadline = _limits.get().deadline
-        with turn.held:
-            rate_limit.wait(turn, deadline)
-            started_at = time.monotonic()
-            settings = dict(call.settings)
-            if (read_timeout := longest_part(settings["timeout"])) is not None:
-                deadline = min(deadline, started_at + RESPONSE_TIMEOUTS * read_timeout)
-            if deadline < math.inf:
-                left = max(deadline - started_at, 0.001)
-                settings["timeout"] = shortened(settings["timeout"], left)
-            exchange.begin(lambda: rate_limit.left(turn), deadline)
-            result = self._exchange(call, settings)
-            rate_limit.left(turn)
+        limiter.wait(turn, deadline)
+        started_at = time.monotonic()
+        settings = dict(call.settings)
+        if (read_timeout := longest_part(settings["timeout"])) is not None:
+            deadline = min(deadline, started_at + RESPONSE_TIMEOUTS * read_timeout)
+        if deadline < math.inf:
+            left = max(deadline - started_at, 0.001)
+            settings["timeout"] = shortened(settings["timeout"], left)
+
+        exchange.begin(lambda: limiter.leave(turn, deadline), lambda: limiter.left(turn), deadline)
+        result = self._exchange(call, settings)
         if isinstance(result, Failure):
             return result
         response, body = result
@@ -3420,7 +4326,7 @@ class HTTPClient:
     ) -> Envelope | Failure:
         received_at = time.monotonic()
         logger.log(
-            logging.INFO if call.name in LOGGED_POSTS else logging.DEBUG,
+            logging.INFO if call.rules.logged else logging.DEBUG,
             "%s: HTTP %d, %d bytes in %.3f s",
             call.label,
             response.status_code,
@@ -3459,35 +4365,6 @@ class HTTPClient:
             response.close()
         self._sessions.put_back(session, reads)
         return result
-
-
-def _not_sent(
-    call: Call, failure: Failure | None, sends: int, reason: DeadlinePassedError | PushedBackError
-) -> CloreError:
-    """Make the error for a request that could not be sent, or not again."""
-    if isinstance(reason, PushedBackError) and failure is None:
-        error = RateLimitError(
-            5,
-            endpoint=call.endpoint,
-            hint=f"the API asked for a pause, so nothing was sent: try again in "
-            f"{reason.seconds:.0f} s",
-        )
-        error.retry_after, error.sends = reason.seconds, 0
-        return error
-    if failure is None:
-        return CloreConnectionError(
-            f"{call.label} was not sent, as the rate limit left no time for it before the "
-            "deadline: allow more time, or make fewer requests"
-        )
-    if isinstance(reason, PushedBackError):
-        failure.error.retry_after = reason.seconds
-    return _gave_up(failure.error, sends)
-
-
-def _gave_up(error: CloreError, sends: int) -> CloreError:
-    """Add to the text of ``error`` that retries did not help."""
-    error.args = (f"Clore API request failed after {sends} retries: {error}",)
-    return error
 
 
 # ==================================================================================================
@@ -5266,17 +6143,9 @@ _ID_ROOM = 20  # characters reserved for the order id, which is written later
 _FIRST = '{"order_id": '
 
 
-def _read_line(path: str) -> str:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.readline(200).strip()
-    except OSError:
-        return ""
-
-
 def this_machine() -> dict[str, str]:
     """Return the identity of this machine."""
-    machine = _read_line("/etc/machine-id") or _read_line("/var/lib/dbus/machine-id")
+    machine = read_line("/etc/machine-id") or read_line("/var/lib/dbus/machine-id")
     # machine-id(5) says to keep the id itself private.
     digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
     return {
@@ -7922,13 +8791,13 @@ def _login_error(error: BaseException, paramiko_module: Any, where: str) -> Base
 
 
 class ConnectionPool:
-    """The connections of one call: the caller's own, or as many as are wanted, opened at once.
+    """The connections of one call: the caller's own, or up to ``size`` new ones.
 
     Parameters:
-        login: to be used, or None for the caller's connection.
-        ssh: that one.
-        size: how many connections there may be.
-        eager: open all of them at once, and not each when it is asked for.
+        login: for new connections; None if ``ssh`` is used.
+        ssh: the caller's connection.
+        size: the highest number of connections.
+        eager: open all of them now, at the same time; else each one when it is needed.
     """
 
     def __init__(
@@ -7973,12 +8842,12 @@ class ConnectionPool:
 
     @property
     def round_trip(self) -> float:
-        """Seconds, as seen in the login; a large number where that is not known."""
+        """Seconds, measured during the login; 1.0 if they are not known."""
         transport = self.ssh.get_transport()
         return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
 
     def get(self, number: int) -> Any:
-        """Return a connection, when it is there; None where the host does not take so many."""
+        """Wait for a connection and return it, or None if the host refuses so many."""
         if number and not self._eager and self._login is not None:
             with self._lock:
                 if not self._ready[number].is_set():
@@ -7987,7 +8856,7 @@ class ConnectionPool:
         return self._opened[number]
 
     def break_off(self) -> None:
-        """Break every connection, whatever hangs on it."""
+        """Close every connection, which also ends calls that hang."""
         for ssh in self._opened:
             if ssh is not None:
                 ssh.close()
@@ -7996,7 +8865,7 @@ class ConnectionPool:
         try:
             return login.once()
         except NotUpYetError:
-            # Where one connection is all that there is, another may have it.
+            # If the host allows only one connection, another thread may have opened it.
             for number in range(1, self.size if self._eager else 1):
                 self._ready[number].wait()
                 if (ssh := self._opened[number]) is not None:
@@ -12206,15 +13075,17 @@ class CloreClient(HTTPClient):
     Records always have the documented form, for each form of the API: prices in USD per hour,
     reliability from 0 to 100, an ``order_id`` and a ``status`` for each order.
 
-    Requests with the same key are at least ``rate_limit`` seconds apart, across all threads and
-    clients of the process, and orders at least ``create_order_interval`` seconds. One request
-    takes at most three times ``timeout``, even when its response arrives slowly.
+    Requests with the same key are at least ``rate_limit`` seconds apart, across all processes of
+    this user on this machine, and orders at least ``create_order_interval`` seconds. With
+    ``rate_limiter`` that holds across many machines. One request takes at most three times
+    ``timeout``, even when its response arrives slowly.
 
     One call sends its request at most ``max_retries`` times. After a lost or broken response, only
     reads, ``cancel_order``, ``cancel_orders`` and ``set_spot_price`` are retried. Any other POST is
     retried only when it never left this machine, or when it hit the API's rate limit. The client
-    waits between retries: an exponential backoff with full jitter, or the pause that the API asks
-    for in ``Retry-After``. A pause of more than 60 seconds raises :class:`RateLimitError` at once.
+    waits between retries: an exponential backoff with full jitter. A request that hit the API's
+    rate limit is retried for ``rate_limit_wait`` seconds instead, and slows the later ones down. If
+    the API asks for a longer pause in ``Retry-After``, :class:`RateLimitError` is raised at once.
     Cancels, and the reads that confirm them, ignore that pause and wait 1, 2, 4 ... 30 seconds.
 
     Parameters:
@@ -12222,9 +13093,10 @@ class CloreClient(HTTPClient):
             variable ``CLORE_API_KEY``, then ``~/.clore/config.json``. Without a key, only the
             marketplace can be read.
         timeout: seconds for one request, as a number or a ``(connect, read)`` pair.
-        rate_limit: the smallest number of seconds between two requests with the same key in this
-            process. The API allows one request per second (seen on the live API).
+        rate_limit: the smallest number of seconds between two requests with the same key. The API
+            allows one request per second (seen on the live API).
         max_retries: how many times one request is sent at most, including the first; at least 1.
+            Requests that hit the API's rate limit do not count.
         base_url: with None, the client takes the environment variable ``CLORE_BASE_URL``, then the
             class attribute ``BASE_URL``. A key is sent over https only, or to a loopback address.
         create_order_interval: seconds between two orders. The API allows one in five seconds (seen
@@ -12234,11 +13106,16 @@ class CloreClient(HTTPClient):
         user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
         max_usd_per_hour: refuse every order and bid above this price, before it is sent.
         max_active_orders: refuse a new order when this many are active.
-        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`; None
-            turns that off.
+        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, and
+            in which processes share the rate limit; None turns both off.
         max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
         order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
             live API). An order that is in no list counts as ended only after that time.
+        rate_limit_wait: seconds for which a request that hit the API's rate limit is retried.
+        rate_limiter: shares the rate limit with other machines: a URL such as
+            ``"redis://host:6379/0"``, or a client such as ``redis.Redis``. With None, the client
+            takes the environment variable ``CLORE_RATE_LIMITER``. While Redis fails, the rate limit
+            is shared on this machine only.
 
     Raises:
         ConfigurationError: a key, a base URL or a settings file can't be used.
@@ -12269,12 +13146,16 @@ class CloreClient(HTTPClient):
         state_dir: str | os.PathLike[str] | None = DEFAULT_STATE_DIR,
         max_response_mb: float = 64.0,
         order_lag: float = 20.0,
+        rate_limit_wait: float = 60.0,
+        rate_limiter: str | RedisClient | None = None,
     ) -> None:
-        api_key = Secret.of(api_key)  # error reporters show local variables
+        # Error reporters show local variables.
+        api_key, rate_limiter = Secret.of(api_key), Secret.of(rate_limiter)
         super().__init__(
             api_key, timeout, rate_limit, max_retries, base_url=base_url,
             create_order_interval=create_order_interval, backoff=backoff, max_backoff=max_backoff,
             user_agent=user_agent, max_response_mb=max_response_mb,
+            rate_limit_wait=rate_limit_wait, state_dir=state_dir, rate_limiter=rate_limiter,
         )  # fmt: skip
         self.max_usd_per_hour = check_optional_number(
             "max_usd_per_hour", max_usd_per_hour, unit="USD per hour"
@@ -12283,7 +13164,6 @@ class CloreClient(HTTPClient):
             check_count("max_active_orders", max_active_orders)
         self.max_active_orders = max_active_orders
         self.order_lag = check_interval("order_lag", order_lag)
-        self._state_dir = check_state_dir("state_dir", state_dir)
         self._market = Market(self)
         self._orders = AccountOrders(self, self._market)
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
@@ -12325,17 +13205,19 @@ class CloreClient(HTTPClient):
         return cls(**options)
 
     def describe(self) -> str:
-        """Return a text that says where the key and the base URL come from.
+        """Return a text about the key, the base URL and the rate limit.
 
         It shows at most the last four characters of the key.
 
         Returns:
-            Two lines, one for the key and one for the base URL.
+            Three lines: where the key and the base URL come from, and who shares the rate limit. If
+            that is not what the settings ask for, it says since when, and why.
 
         Example:
             >>> print(client.describe())
             a key that ends in '3f9a', from environment variable CLORE_API_KEY
             base URL https://api.clore.ai, from class attribute CloreClient.BASE_URL
+            rate limit 1.1 s, shared among all processes on this machine, by /home/me/.local/...
         """
         key, url = self.api_key, self.BASE_URL
         found, source = self._key_source
@@ -12349,7 +13231,14 @@ class CloreClient(HTTPClient):
         if url != url_found:
             own = "BASE_URL" in self.__dict__
             url_source = "attribute" if own else f"class attribute {type(self).__name__}.BASE_URL"
-        return f"{key_line}\nbase URL {printable(str(url), 200)}, from {url_source}"
+        try:
+            level = self._limiter(self.base_url, key or "").level
+        except ConfigurationError:
+            level = "with nobody, as the base URL can't be used"
+        return (
+            f"{key_line}\nbase URL {printable(str(url), 200)}, from {url_source}\n"
+            f"rate limit {self.rate_limit:g} s, shared {printable(level, 500)}"
+        )
 
     # --- wallets ---
 
@@ -12810,7 +13699,7 @@ class CloreClient(HTTPClient):
             find_timeout=find_timeout, cancel_timeout=cancel_timeout, max_hours=max_hours,
             max_cost_usd=max_cost_usd,
         )  # fmt: skip
-        return Rental(self, self._orders, settings, state_folder(self._state_dir))
+        return Rental(self, self._orders, settings, self._state_folder)
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
         """Find the orders that rentals of dead processes left running on this account.
@@ -12827,7 +13716,7 @@ class CloreClient(HTTPClient):
             [<Leftover order 1958009 of server 99173, by process 4711 on 'desk'>]
         """
         check_number("wait", wait, unit="seconds")
-        folder = state_folder(self._state_dir)
+        folder = self._state_folder
         return limited(lambda: find_leftovers(self._orders, folder, wait), urgent=True)
 
     def cancel_leftovers(self, *, wait: float = 30.0, cancel_timeout: float = 300.0) -> list[int]:
@@ -12849,7 +13738,7 @@ class CloreClient(HTTPClient):
         """
         check_number("wait", wait, unit="seconds")
         check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
-        folder = state_folder(self._state_dir)
+        folder = self._state_folder
         return limited(
             lambda: end_leftovers(self._orders, folder, wait, cancel_timeout), urgent=True
         )
@@ -12928,7 +13817,7 @@ class CloreClient(HTTPClient):
     @property
     def _ssh(self) -> SSHAccess:
         if self._ssh_access is None:
-            self._ssh_access = SSHAccess(self, self._orders, state_folder(self._state_dir))
+            self._ssh_access = SSHAccess(self, self._orders, self._state_folder)
         return self._ssh_access
 
     @staticmethod

@@ -247,6 +247,12 @@ class ProcessStore:
             return getattr(self._schedule, step)(turn, time.monotonic())
 
 
+def _sleep(seconds: float) -> None:
+    """Sleep, unless there is no time left: even ``sleep(0)`` lets other processes run first."""
+    if seconds > 0:
+        time.sleep(seconds)
+
+
 class RateLimiter:
     """The rate limit of one key. An interrupt may end any method at any line.
 
@@ -286,9 +292,9 @@ class RateLimiter:
             if look.granted:
                 turn.left_at = look.at
                 turn.slot_ends = look.at + (1 - SLOT_LEAD) * turn.interval
-                time.sleep(max(0.0, look.at - now))
+                _sleep(look.at - now)
                 return
-            time.sleep(max(0.0, min(look.at - now, LONGEST_SLEEP, deadline - now)))
+            _sleep(min(look.at - now, LONGEST_SLEEP, deadline - now))
 
     def leave(self, turn: Turn, deadline: float = math.inf) -> None:
         """Record that the request is about to be sent. Wait again if its slot has passed."""

@@ -12,13 +12,13 @@ from clore_client.ssh.watchdog import start_thread
 
 
 class ConnectionPool:
-    """The connections of one call: the caller's own, or as many as are wanted, opened at once.
+    """The connections of one call: the caller's own, or up to ``size`` new ones.
 
     Parameters:
-        login: to be used, or None for the caller's connection.
-        ssh: that one.
-        size: how many connections there may be.
-        eager: open all of them at once, and not each when it is asked for.
+        login: for new connections; None if ``ssh`` is used.
+        ssh: the caller's connection.
+        size: the highest number of connections.
+        eager: open all of them now, at the same time; else each one when it is needed.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class ConnectionPool:
 
     @property
     def round_trip(self) -> float:
-        """Seconds, as seen in the login; a large number where that is not known."""
+        """Seconds, measured during the login; 1.0 if they are not known."""
         transport = self.ssh.get_transport()
         return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
 
     def get(self, number: int) -> Any:
-        """Return a connection, when it is there; None where the host does not take so many."""
+        """Wait for a connection and return it, or None if the host refuses so many."""
         if number and not self._eager and self._login is not None:
             with self._lock:
                 if not self._ready[number].is_set():
@@ -77,7 +77,7 @@ class ConnectionPool:
         return self._opened[number]
 
     def break_off(self) -> None:
-        """Break every connection, whatever hangs on it."""
+        """Close every connection, which also ends calls that hang."""
         for ssh in self._opened:
             if ssh is not None:
                 ssh.close()
@@ -86,7 +86,7 @@ class ConnectionPool:
         try:
             return login.once()
         except NotUpYetError:
-            # Where one connection is all that there is, another may have it.
+            # If the host allows only one connection, another thread may have opened it.
             for number in range(1, self.size if self._eager else 1):
                 self._ready[number].wait()
                 if (ssh := self._opened[number]) is not None:

@@ -24,6 +24,7 @@ CLIENT: dict[str, Any] = {
     "create_order_interval": 0.002,
     "backoff": 0.005,
     "max_backoff": 0.1,
+    "rate_limit_wait": 2.0,
     "max_response_mb": 1,
     "order_lag": LAG,
 }
