@@ -3353,10 +3353,14 @@ class FileStore:
         return result
 
 
-@functools.cache
-def boot_id() -> str:
-    """Return the id of this machine's current boot, or "-" if it is not known."""
-    return read_line("/proc/sys/kernel/random/boot_id") or "-"
+def limit_name(account: str) -> str:
+    """Return the name of the file for an account.
+
+    Each machine and boot has a file of its own, because they have different clocks, and machines
+    may share the state folder.
+    """
+    machine = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
+    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{machine}".encode()).hexdigest()[:32]
 
 
 def dump(schedule: Schedule) -> bytes:
@@ -3365,7 +3369,7 @@ def dump(schedule: Schedule) -> bytes:
     The rest of a longer, earlier text may follow them. JSON would take twice as long.
     """
     numbers = [getattr(schedule, name) for name in NUMBERS]
-    lines = [[SCHEDULE_VERSION, boot_id(), *numbers]]
+    lines = [[SCHEDULE_VERSION, *numbers]]
     for table in (schedule.spaced, schedule.waiting):
         lines.append([item for name, row in table.items() for item in (name, *row)])
     return "".join(" ".join(map(str, line)) + "\n" for line in lines).encode()
@@ -3374,17 +3378,17 @@ def dump(schedule: Schedule) -> bytes:
 def load(text: bytes, now: float) -> Schedule:
     """Return the schedule in a text.
 
-    If the text is damaged, foreign, or of an earlier boot, the schedule is a new one, in which the
-    first request waits for an interval, because another one may just have been sent.
+    If the text is damaged or foreign, the schedule is a new one, in which the first request waits
+    for an interval, because another one may just have been sent.
     """
     schedule = Schedule()
     if not text:
         return schedule
     try:
         head, spaced, waiting, _ = text.decode().split("\n", 3)
-        version, boot, *items = head.split()
+        version, *items = head.split()
         numbers = list(map(float, items))
-        if (version, boot) != (SCHEDULE_VERSION, boot_id()) or not math.isfinite(sum(numbers)):
+        if version != SCHEDULE_VERSION or not math.isfinite(sum(numbers)):
             raise ValueError
         for name, number in zip(NUMBERS, numbers, strict=True):
             setattr(schedule, name, number)
@@ -3518,7 +3522,7 @@ def limiter_for(
         return found
     store: Store = ProcessStore()
     if folder is not None:
-        store = FallbackStore(FileStore(folder / f"{LIMIT_PREFIX}{account}"), store)
+        store = FallbackStore(FileStore(folder / limit_name(account)), store)
     if server is not None:
         store = FallbackStore(RedisStore(server, account), store)
     # setdefault() is atomic: if two threads make one, both get the first.
