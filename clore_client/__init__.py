@@ -38,6 +38,7 @@ from clore_client.errors import (
     TransferError,
     WaitTimeoutError,
 )
+from clore_client.models.listing import OrderList, ServerList, WalletList
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
@@ -74,6 +75,7 @@ __all__ = [
     "Leftovers",
     "Order",
     "OrderEndedError",
+    "OrderList",
     "OrderNotFoundError",
     "OrderOutcomeUnknownError",
     "OutcomeUnknownError",
@@ -85,6 +87,7 @@ __all__ = [
     "SSHError",
     "Server",
     "ServerAlreadyRentedError",
+    "ServerList",
     "ServerOfflineError",
     "SignalExit",
     "SpendingLimitError",
@@ -94,6 +97,7 @@ __all__ = [
     "TransferResult",
     "WaitTimeoutError",
     "Wallet",
+    "WalletList",
     "__version__",
 ]
 
@@ -103,6 +107,10 @@ _LAZY_NAMES = {
     "Rental": "rental",
     "SignalExit": "signals",
 }
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -20,10 +20,11 @@ from clore_client.errors import ERROR_CODES, Secret, printable, secret_values
 from clore_client.log import logger
 from clore_client.market.market import Market
 from clore_client.market.spot import with_hourly_offers
+from clore_client.models.listing import OrderList, ServerList, WalletList
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server, cheapest_first, to_servers
-from clore_client.models.wallet import Wallet, to_wallets
+from clore_client.models.wallet import to_wallets
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.bid import set_spot_price
 from clore_client.orders.cancel import cancel_all, cancel_order, cancel_orders, confirm_ended
@@ -211,12 +212,12 @@ class CloreClient(HTTPClient):
 
     # --- wallets ---
 
-    def get_wallets(self) -> list[Wallet]:
+    def get_wallets(self) -> WalletList:
         """Return the wallets of the account.
 
         Returns:
-            A list of :class:`Wallet`: ``name``, ``balance`` (in its currency, may be None),
-            ``deposit_address``.
+            A :class:`WalletList` of :class:`Wallet`: ``name``, ``balance`` (in its currency, may be
+            None), ``deposit_address``.
 
         Raises:
             CloreAPIError, CloreConnectionError: the request failed; see the README, "Errors".
@@ -225,7 +226,7 @@ class CloreClient(HTTPClient):
             >>> [wallet["name"] for wallet in client.get_wallets()]
             ['bitcoin', 'CLORE-Blockchain', 'USD-Blockchain']
         """
-        return to_wallets(self._request("GET", "/v1/wallets"))
+        return WalletList(to_wallets(self._request("GET", "/v1/wallets")))
 
     def get_balance(self, currency: str = "CLORE-Blockchain") -> float:
         """Return the balance of one wallet, in its currency.
@@ -249,22 +250,22 @@ class CloreClient(HTTPClient):
 
     # --- the marketplace ---
 
-    def get_marketplace(self, include_rented: bool = False) -> list[Server]:
+    def get_marketplace(self, include_rented: bool = False) -> ServerList:
         """Return the servers of the marketplace, in the API's order. Needs no key.
 
         Parameters:
             include_rented: include the servers that are rented now.
 
         Returns:
-            A list of :class:`Server`: ``id``, ``gpu_array``, ``price`` (under ``usd`` in USD per
-            hour), ``reliability`` (0 to 100), ``rented``, ``specs``, ...
+            A :class:`ServerList` of :class:`Server`: ``id``, ``gpu_array``, ``price`` (``usd`` in
+            it is in USD per hour), ``reliability`` (0 to 100), ``rented``, ``specs``, ...
 
         Example:
             >>> len(client.get_marketplace())
             1873
         """
         check_bool("include_rented", include_rented)
-        return to_servers(self._market.read(), include_rented=include_rented)
+        return ServerList(to_servers(self._market.read(), include_rented=include_rented))
 
     def find_servers(
         self,
@@ -272,7 +273,7 @@ class CloreClient(HTTPClient):
         max_price_usd: float | None = None,
         min_reliability: float = 0.0,
         use_spot: bool = False,
-    ) -> list[Server]:
+    ) -> ServerList:
         """Return the servers that can be rented now, the cheapest first.
 
         Servers with the same price keep the API's order. A server without a price, or with one that
@@ -286,7 +287,7 @@ class CloreClient(HTTPClient):
             use_spot: filter and sort by the lowest spot bid that the host accepts.
 
         Returns:
-            A list of :class:`Server`, which may be empty.
+            A :class:`ServerList` of :class:`Server`, which may be empty.
 
         Raises:
             ValueError, TypeError: an argument is not valid; nothing was sent.
@@ -311,7 +312,7 @@ class CloreClient(HTTPClient):
             min_reliability=min_reliability,
             spot=use_spot,
         )
-        return cheapest_first(fitting, spot=use_spot)
+        return ServerList(cheapest_first(fitting, spot=use_spot))
 
     def find_cheapest(
         self,
@@ -334,14 +335,14 @@ class CloreClient(HTTPClient):
 
     # --- orders ---
 
-    def get_orders(self, include_completed: bool = False) -> list[Order]:
+    def get_orders(self, include_completed: bool = False) -> OrderList:
         """Return the orders of the account.
 
         Parameters:
             include_completed: include the orders that have ended.
 
         Returns:
-            A list of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
+            An :class:`OrderList` of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
             ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...
 
         Example:
@@ -349,7 +350,7 @@ class CloreClient(HTTPClient):
             [(1958009, 'running')]
         """
         orders, _ = self._orders.read(check_bool("include_completed", include_completed))
-        return orders if include_completed else [o for o in orders if not o.has_ended]
+        return OrderList(o for o in orders if include_completed or not o.has_ended)
 
     def get_order(self, order_id: int) -> Order | None:
         """Return one order, active or ended.

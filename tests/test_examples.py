@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from clore_client import CloreClient
+from clore_client import CloreClient, Order, Server, Wallet
 from tests.conftest import MakeSim, client_for
 from tests.variant import Simulator
 
@@ -231,5 +231,14 @@ def test_the_readme_names_every_method_and_error() -> None:
     for name in inspect.signature(CloreClient).parameters:
         assert re.search(f"`{name}=?`", section("Settings")), name
     for name in clore_client.__all__:
-        if name.endswith("Error"):
+        if name.endswith(("Error", "List")):
             assert f"`{name}`" in README, name
+
+
+def test_the_readme_names_every_property() -> None:
+    for kind in (Server, Order, Wallet):
+        for name, value in inspect.getmembers(kind):
+            if isinstance(value, property):
+                assert f"`{name}`" in section("Records"), f"{kind.__name__}.{name}"
+    for name in ("to_dicts", "to_csv", "to_pandas", "explain"):
+        assert f"`.{name}(" in section("Records"), name

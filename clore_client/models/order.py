@@ -7,7 +7,10 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from clore_client.errors import masked
 from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
+from clore_client.models.server import gpu_label, gpu_names, gpu_total
+from clore_client.models.table import utc_time
 from clore_client.pricing import ExchangeRates, finite, per_hour
 
 # The live form has only the first two; the others are known from other sources.
@@ -54,6 +57,20 @@ class Order(Record):
     __slots__ = ("_live", "_usd_per_hour")
     _live: bool
     _usd_per_hour: float | None
+    FIELDS = (
+        "id",
+        "server_id",
+        "status",
+        "gpu_name",
+        "gpu_count",
+        "price",
+        "currency",
+        "usd_per_hour",
+        "is_spot",
+        "started_at",
+        "image",
+        "ssh_command",
+    )
 
     @property
     def id(self) -> int | None:
@@ -70,6 +87,38 @@ class Order(Record):
         """``"creating"``, ``"running"``, ``"cancelled"`` or ``"expired"``."""
         status = self.get("status")
         return status if isinstance(status, str) else None
+
+    @property
+    def gpu(self) -> str | None:
+        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        return gpu_label(self)
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The name of its (first) GPU, for example ``"RTX 4090"``."""
+        return next(iter(gpu_names(self)), None)
+
+    @property
+    def gpu_count(self) -> int | None:
+        """The number of GPUs."""
+        return gpu_total(self)
+
+    @property
+    def price(self) -> float | None:
+        """The price per hour, in its currency."""
+        return finite(self.get("price"))
+
+    @property
+    def currency(self) -> str | None:
+        """The currency that it is paid in, as the API names it."""
+        currency = self.get("currency")
+        return currency if isinstance(currency, str) else None
+
+    @property
+    def image(self) -> str | None:
+        """The Docker image."""
+        image = self.get("image")
+        return image if isinstance(image, str) else None
 
     @property
     def is_running(self) -> bool:
@@ -96,6 +145,12 @@ class Order(Record):
         return command if isinstance(command, str) and command else None
 
     @property
+    def ssh_password(self) -> str | None:
+        """The password that this client sent with the order, or None if it does not have it."""
+        password = self.get("ssh_password")
+        return password if isinstance(password, str) else None
+
+    @property
     def http_urls(self) -> dict[str, str]:
         """A dict with the URL of each container port."""
         urls = part_of(self, "connection", "http_ports")
@@ -117,19 +172,39 @@ class Order(Record):
             return ExchangeRates().usd(self.get("price"), self.get("currency"))
 
     @property
+    def body(self) -> dict[str, Any] | None:
+        """What a preview would send; None for an order."""
+        body = self.get("body")
+        return body if isinstance(body, dict) else None
+
+    @property
     def is_live(self) -> bool | None:
         """True if it came in the live form; None if it did not come from the API."""
         return getattr(self, "_live", None)
 
     def _summary(self) -> dict[str, Any]:
-        if "body" in self:  # a preview
-            return {"usd_per_hour": self.usd_per_hour, "body": self["body"]}
-        first = ("order_id", "renting_server", "status", "price", "currency", "image", "started")
+        if self.body is not None:
+            return {"usd_per_hour": self.usd_per_hour, "body": self.body}
         return {
-            **{name: self.get(name) for name in first},
+            "id": self.id,
+            "server_id": self.server_id,
+            "status": self.status,
+            "gpu": self.gpu,
+            "price": self.price,
+            "currency": self.currency,
             "usd_per_hour": None if self.usd_per_hour is None else round(self.usd_per_hour, 6),
-            "ssh": self.ssh_command,
-            **({"ssh_password": "***"} if self.get("ssh_password") else {}),
+            "image": self.image,
+            "started_at": self.started_at,
+            "ssh_command": self.ssh_command,
+            "ssh_password": self.ssh_password,
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        started = utc_time(self.started_at)
+        return {
+            **super()._facts(),
+            "started_at": started and f"{started} UTC",
+            "body": masked(self.body),
         }
 
 

@@ -49,6 +49,18 @@ def gpu_names(record: dict[str, Any]) -> list[str]:
     return [counted[1]] * counted[0] if counted else []
 
 
+def gpu_total(record: dict[str, Any]) -> int | None:
+    """Return the number of GPUs of a server or an order, or None."""
+    counted = _counted(record.get("specs"))
+    return counted[0] if counted else len(gpu_names(record)) or None
+
+
+def gpu_label(record: dict[str, Any]) -> str | None:
+    """Return the count and name of the GPUs of a server or an order, or None."""
+    names = gpu_names(record)
+    return f"{gpu_total(record)}x {names[0]}" if names else None
+
+
 def _live_spot_per_day(price: dict[str, Any]) -> float | None:
     """Return the lowest spot bid in USD per day, or None.
 
@@ -120,6 +132,20 @@ class Server(Record):
     """
 
     __slots__ = ()
+    FIELDS = (
+        "id",
+        "gpu_name",
+        "gpu_count",
+        "vram_gb",
+        "usd_per_hour",
+        "spot_usd_per_hour",
+        "reliability",
+        "country",
+        "rented",
+        "ram_gb",
+        "disk_gb",
+        "cuda_version",
+    )
 
     @property
     def id(self) -> int | None:
@@ -127,16 +153,25 @@ class Server(Record):
         return whole_id(self.get("id"))
 
     @property
+    def gpu(self) -> str | None:
+        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        return gpu_label(self)
+
+    @property
     def gpu_name(self) -> str | None:
         """The name of its (first) GPU, for example ``"RTX 4090"``."""
-        names = gpu_names(self)
-        return names[0] if names else None
+        return next(iter(gpu_names(self)), None)
 
     @property
     def gpu_count(self) -> int | None:
         """The number of GPUs."""
-        counted = _counted(self.get("specs"))
-        return counted[0] if counted else len(gpu_names(self)) or None
+        return gpu_total(self)
+
+    @property
+    def price(self) -> dict[str, Any]:
+        """The prices in all currencies; the numbers under ``"usd"`` are USD per hour."""
+        prices = self.get("price")
+        return prices if isinstance(prices, dict) else {}
 
     @property
     def vram_gb(self) -> float | None:
@@ -188,20 +223,16 @@ class Server(Record):
         return version if isinstance(version, str) and version else None
 
     def _summary(self) -> dict[str, Any]:
-        count, name = self.gpu_count, self.gpu_name
+        spot = self.spot_usd_per_hour
         return {
-            "id": self.get("id"),
-            "gpu": f"{count}x {name}" if name else None,
-            "usd_per_hour": _rounded(self.usd_per_hour),
-            "spot_usd_per_hour": _rounded(self.spot_usd_per_hour),
-            "reliability": self.get("reliability"),
+            "id": self.id,
+            "gpu": self.gpu,
+            "usd_per_hour": None if self.usd_per_hour is None else round(self.usd_per_hour, 6),
+            "spot_usd_per_hour": None if spot is None else round(spot, 6),
+            "reliability": self.reliability,
             "country": self.country,
-            "rented": self.get("rented"),
+            "rented": self.rented,
         }
-
-
-def _rounded(number: float | None) -> float | None:
-    return None if number is None else round(number, 6)
 
 
 def to_server(record: dict[str, Any], live: bool) -> Server:

@@ -15,6 +15,7 @@ class Wallet(Record):
     """
 
     __slots__ = ()
+    FIELDS = ("name", "balance", "deposit_address")
 
     @property
     def name(self) -> str | None:
