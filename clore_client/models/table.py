@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from clore_client.errors import printable
 
@@ -15,7 +15,7 @@ TEXT_STYLE = "text-align:left"
 DIMMED_STYLE = "opacity:0.5"
 
 
-class Column(NamedTuple):
+class Column:
     """One column of a table.
 
     Attributes:
@@ -25,10 +25,17 @@ class Column(NamedTuple):
         widest: the most characters of a cell; the rest is cut.
     """
 
-    heading: str
-    text: Callable[[Any], str | None]
-    right: bool = False
-    widest: int = MAX_WIDTH
+    def __init__(
+        self,
+        heading: str,
+        text: Callable[[Any], str | None],
+        right: bool = False,
+        widest: int = MAX_WIDTH,
+    ) -> None:
+        self.heading = heading
+        self.text = text
+        self.right = right
+        self.widest = widest
 
 
 def decimal(number: float | None, digits: int) -> str | None:
