@@ -22,6 +22,7 @@ from tests.variant import ONE_FILE, Simulator
 # These tests use modules of the package; all others also run against the one file.
 INTERNAL = [
     "api/test_connection.py",
+    "api/test_json.py",
     "api/test_rate_limit.py",
     "api/test_retry.py",
     "models/test_records.py",
