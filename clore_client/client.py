@@ -333,6 +333,33 @@ class CloreClient(HTTPClient):
         servers = self.find_servers(gpu_type, max_price_usd, min_reliability, use_spot)
         return servers[0] if servers else None
 
+    def plot_prices(
+        self, servers: Iterable[Server] | None = None, path: PathArgument | None = None
+    ) -> Any:
+        """Plot prices per GPU hour by model against the reliability. Needs matplotlib.
+
+        The ten most frequent models have a color each. The prices have a log scale.
+
+        Parameters:
+            servers: the servers, for example from :meth:`find_servers`; None takes all that can be
+                rented now.
+            path: a picture to write, for example ``"prices.png"``; with None, a notebook shows the
+                plot, and a script needs ``matplotlib.pyplot.show()``.
+
+        Returns:
+            The ``matplotlib.axes.Axes``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: no server has a price and a reliability.
+
+        Example:
+            >>> client.plot_prices(client.find_servers("RTX"), "prices.png")
+        """
+        from clore_client.models.plot import plot_server_prices
+
+        return plot_server_prices(self.get_marketplace() if servers is None else servers, path)
+
     # --- orders ---
 
     def get_orders(self, include_completed: bool = False) -> OrderList:

@@ -59,6 +59,7 @@ def complete(code: str) -> str:
 
 
 def test_every_example_is_complete_and_short() -> None:
+    assert "`examples/market.ipynb`" in README
     for path in (ROOT / "examples").glob("*.py"):
         source = path.read_text()
         assert path.name in README
@@ -143,6 +144,19 @@ def test_move_data(make_sim: MakeSim, tmp_path: Path) -> None:
     assert "2 files" in done.stdout
     assert (results / "log").read_text() == "done\n"
     assert not any(order.active for order in sim.orders)
+
+
+def test_plot_prices(make_sim: MakeSim, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    sim = make_sim(**EASY)
+    picture = tmp_path / "prices.png"
+    done = run(sim, "plot_prices.py", str(picture), "RTX 40")
+    assert done.returncode == 0, done.stderr
+    assert "reliable %" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "(examples/prices.png)" in README
+    assert (ROOT / "examples" / "prices.png").is_file()
+    assert "no server" in run(sim, "plot_prices.py", str(picture), "nothing").stderr
 
 
 def test_spot_order(make_sim: MakeSim) -> None:

@@ -10,8 +10,8 @@ from clore_client.errors import printable
 MAX_ROWS = 20
 MAX_WIDTH = 28  # characters of a cell, if its column does not say otherwise
 GAP = "  "
-NUMBER_STYLE = "text-align:right;font-variant-numeric:tabular-nums"
-TEXT_STYLE = "text-align:left"
+NUMBER_STYLE = "text-align:right;padding:0.2em 0.6em;font-variant-numeric:tabular-nums"
+TEXT_STYLE = "text-align:left;padding:0.2em 0.6em"
 DIMMED_STYLE = "opacity:0.5"
 
 
