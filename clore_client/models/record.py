@@ -102,15 +102,15 @@ class Record(dict[str, Any]):
 
     def _summary(self) -> dict[str, Any]:
         """Return what the repr shows: names of properties, and their values."""
-        return {name: getattr(self, name) for name in self.FIELDS}
+        return {name: getattr(self, name) for name in self.FIELDS} or self
 
     def _facts(self) -> dict[str, Any]:
         """Return what the card shows, by the names of properties; the first is in the heading."""
-        return {name: getattr(self, name) for name in self.FIELDS}
+        return {name: getattr(self, name) for name in self.FIELDS} or masked(self)
 
     def _repr_html_(self) -> str:
-        first, *facts = self._facts().items()
-        number = "" if first[1] is None else f" {first[1]}"
+        facts = list(self._facts().items())
+        number = f" {facts.pop(0)[1]}" if self.FIELDS and facts[0][1] is not None else ""
         return html_card(f"{type(self).__name__}{number}", facts)
 
     def __dir__(self) -> list[str]:

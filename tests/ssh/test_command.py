@@ -96,6 +96,12 @@ def test_a_printed_result_shows_the_last_lines_of_its_output() -> None:
     assert f"{result}" == str(result)
 
 
+def test_ipython_shows_a_result_as_print_does() -> None:
+    pretty = pytest.importorskip("IPython.lib.pretty")
+    result = CommandResult("echo hi", 0, "hi\n", "", 0.1)
+    assert pretty.pretty(result) == str(result)
+
+
 def test_a_printed_result_escapes_what_a_terminal_obeys() -> None:
     hostile = "\x1b[31mred\x1b[0m\tx\r\n10%\r50%\r99%\n\x1b]0;owned\x07\x9b2J\n" + "x" * 10_000_000
     lines = str(CommandResult("x", 0, hostile, "", 0.1)).split("\n")
