@@ -38,9 +38,13 @@ from clore_client.errors import (
     TransferError,
     WaitTimeoutError,
 )
+from clore_client.market.cost import CostEstimate
+from clore_client.market.search import SearchReport
+from clore_client.market.summary import ModelSummary
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
+from clore_client.models.spot_market import SpotMarket, SpotOffer
 from clore_client.models.wallet import Wallet
 from clore_client.version import __version__
 
@@ -63,6 +67,7 @@ __all__ = [
     "CommandResult",
     "CommandTimeoutError",
     "ConfigurationError",
+    "CostEstimate",
     "CurrencyNotAllowedError",
     "DatabaseError",
     "HostKeyChangedError",
@@ -72,6 +77,7 @@ __all__ = [
     "InvalidResponseError",
     "Leftover",
     "Leftovers",
+    "ModelSummary",
     "Order",
     "OrderEndedError",
     "OrderNotFoundError",
@@ -83,11 +89,14 @@ __all__ = [
     "Rental",
     "RentalError",
     "SSHError",
+    "SearchReport",
     "Server",
     "ServerAlreadyRentedError",
     "ServerOfflineError",
     "SignalExit",
     "SpendingLimitError",
+    "SpotMarket",
+    "SpotOffer",
     "SpotPriceStepError",
     "SpotPriceTooSoonError",
     "TransferError",
