@@ -38,10 +38,14 @@ from clore_client.errors import (
     TransferError,
     WaitTimeoutError,
 )
+from clore_client.market.cost import CostEstimate
+from clore_client.market.search import SearchReport
+from clore_client.market.summary import ModelSummary
 from clore_client.models.listing import OrderList, ServerList, WalletList
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
+from clore_client.models.spot_market import SpotMarket, SpotOffer
 from clore_client.models.wallet import Wallet
 from clore_client.version import __version__
 
@@ -64,6 +68,7 @@ __all__ = [
     "CommandResult",
     "CommandTimeoutError",
     "ConfigurationError",
+    "CostEstimate",
     "CurrencyNotAllowedError",
     "DatabaseError",
     "HostKeyChangedError",
@@ -73,6 +78,7 @@ __all__ = [
     "InvalidResponseError",
     "Leftover",
     "Leftovers",
+    "ModelSummary",
     "Order",
     "OrderEndedError",
     "OrderList",
@@ -85,12 +91,15 @@ __all__ = [
     "Rental",
     "RentalError",
     "SSHError",
+    "SearchReport",
     "Server",
     "ServerAlreadyRentedError",
     "ServerList",
     "ServerOfflineError",
     "SignalExit",
     "SpendingLimitError",
+    "SpotMarket",
+    "SpotOffer",
     "SpotPriceStepError",
     "SpotPriceTooSoonError",
     "TransferError",

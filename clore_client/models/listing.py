@@ -180,7 +180,10 @@ class ServerList(Listing[Server]):
         Column("rented", lambda server: "rented" if server.rented else None),
         Column("VRAM GB", _number_column("vram_gb", 0), True),
         Column("RAM GB", _number_column("ram_gb", 0), True),
+        Column("USD/GPU h", _number_column("usd_per_gpu_hour", 4), True),
         Column("disk GB", _number_column("disk_gb", 0), True),
+        Column("cores", _text_column("cpu_cores"), True),
+        Column("down Mbps", _number_column("download_mbps", 0), True),
         Column("CUDA", _text_column("cuda_version"), True),
     )
 
@@ -199,6 +202,7 @@ class OrderList(Listing[Order]):
         Column("status", _text_column("status")),
         Column("gpu", _text_column("gpu")),
         Column("USD/h", _number_column("usd_per_hour", 4), True),
+        Column("cost USD", _number_column("cost_usd", 4), True),
         Column("price/h", _number_column("price", 4), True),
         Column("currency", _text_column("currency")),
         Column("server", _text_column("server_id"), True),
@@ -220,5 +224,6 @@ class WalletList(Listing[Wallet]):
     _columns = (
         Column("name", _text_column("name")),
         Column("balance", _number_column("balance", 8), True),
+        Column("USD", _number_column("balance_usd", 2), True),
         Column("deposit address", _text_column("deposit_address"), widest=60),
     )

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import time
 from collections.abc import Collection
 from typing import Any
 
 from clore_client.errors import masked
 from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
-from clore_client.models.server import gpu_label, gpu_names, gpu_total
+from clore_client.models.server import count_gpus, gpu_label, gpu_names
 from clore_client.models.table import utc_time
-from clore_client.pricing import ExchangeRates, finite, per_hour
+from clore_client.pricing import (
+    CREATION_FEE,
+    ExchangeRates,
+    creation_fee_after,
+    finite,
+    per_hour,
+    published_fee,
+    with_fee,
+)
 
 # The live form has only the first two; the others are known from other sources.
 ENDED_STATUSES = frozenset(
@@ -54,9 +63,9 @@ class Order(Record):
     unexpected type.
     """
 
-    __slots__ = ("_live", "_usd_per_hour")
+    __slots__ = ("_live", "_rates")
     _live: bool
-    _usd_per_hour: float | None
+    _rates: ExchangeRates
     FIELDS = (
         "id",
         "server_id",
@@ -66,6 +75,7 @@ class Order(Record):
         "price",
         "currency",
         "usd_per_hour",
+        "cost_usd",
         "is_spot",
         "started_at",
         "image",
@@ -101,7 +111,7 @@ class Order(Record):
     @property
     def gpu_count(self) -> int | None:
         """The number of GPUs."""
-        return gpu_total(self)
+        return count_gpus(self)
 
     @property
     def price(self) -> float | None:
@@ -165,11 +175,43 @@ class Order(Record):
 
     @property
     def usd_per_hour(self) -> float | None:
-        """The price in USD per hour, by the exchange rate at the time of reading, or None."""
-        try:
-            return self._usd_per_hour
-        except AttributeError:
-            return ExchangeRates().usd(self.get("price"), self.get("currency"))
+        """The price in USD per hour, without fees; None if no exchange rate is known.
+
+        It uses the latest exchange rate that the client has read.
+        """
+        if "body" in self:  # a preview
+            return finite(self.get("usd_per_hour"))
+        return self._exchange_rates().usd(self.get("price"), self.get("currency"))
+
+    @property
+    def cost_usd(self) -> float | None:
+        """The cost in USD until the order was read, with fees; None if it is not known.
+
+        The live API says what was spent. Without that, it is the price for the time since the
+        start, and only known while the order is active.
+        """
+        hourly, rate = finite(self.get("price")), self._exchange_rates().rate(self.get("currency"))
+        spent = finite(self.get("spend"))
+        if rate is None or hourly is None or hourly <= 0:
+            return None
+        hourly = with_fee(hourly, self.fee_rate)
+        if spent is None:
+            if self.started_at is None or self.has_ended:
+                return None
+            spent = hourly * max(0.0, time.time() - self.started_at) / 3600.0
+        creation = finite(self.get("creation_fee"))
+        creation_usd = CREATION_FEE if creation is None else creation * rate
+        return spent * rate + creation_fee_after(spent / hourly * 3600.0, creation_usd)
+
+    @property
+    def fee_rate(self) -> float:
+        """The renter's fee as a fraction of the price; the published one if it is not stated."""
+        stated = finite(self.get("fee"))
+        valid = stated is not None and 0 <= stated <= 1
+        return stated if valid and stated is not None else published_fee(self.is_spot is True)
+
+    def _exchange_rates(self) -> ExchangeRates:
+        return getattr(self, "_rates", None) or ExchangeRates()
 
     @property
     def body(self) -> dict[str, Any] | None:
@@ -279,7 +321,7 @@ def to_order(
     """
     order = Order({**record, **_live_fields(record, cancelled)} if live else record)
     order._wire, order._live = record, live
-    order._usd_per_hour = rates.usd(order.get("price"), order.get("currency"))
+    order._rates = rates
     return order
 
 

@@ -16,20 +16,35 @@ import requests
 
 from clore_client import CloreClient
 from clore_client.api import retry
+from clore_client.market.filters import SearchFilters
 
 from .rows import Row, compare, timed
 
 SERVERS = 5000
 SDK = "clore_ai"  # pip install '.[benchmark]'
 FOR_SDK = "marketplace_for_sdk"
+# Each filter of find_servers(), and almost all leave out some servers.
+ALL_FILTERS: SearchFilters = {
+    "gpu_count": 1, "min_gpu_count": 1, "exact_gpu": True, "min_vram_gb": 8,
+    "min_total_vram_gb": 8, "min_ram_gb": 4, "min_cpu_cores": 2, "min_disk_gb": 50,
+    "min_disk_mbps": 10, "min_download_mbps": 10, "min_upload_mbps": 10, "min_cuda": "11.8",
+    "min_pcie_width": 1, "countries": ["EU", "North America", "Asia"],
+    "exclude_countries": ["RU"], "currency": "CLORE", "min_rating": 1, "min_ratings": 2,
+    "min_rental_hours": 24, "exclude_servers": [1, 2], "exclude_owners": [1],
+    "max_price_per_gpu_usd": 5, "include_fees": True, "sort": "price_per_gpu", "limit": 500,
+    "where": lambda server: server.id != 5,
+}  # fmt: skip
 
 
 def rows(url: str, key: str) -> Iterator[Row]:
-    """Return the lines about the marketplace."""
+    """The lines about the marketplace."""
     with requests.Session() as session, CloreClient(key, base_url=url, rate_limit=0) as client:
 
         def find() -> Any:
             return client.find_servers(gpu_type="RTX 4090", max_price_usd=0.8, min_reliability=85)
+
+        def find_all() -> Any:
+            return client.find_servers("RTX 4090", 5.0, 50, False, **ALL_FILTERS)
 
         def peer() -> Any:
             return session.get(url + "/v1/marketplace", timeout=30).json()
@@ -40,11 +55,18 @@ def rows(url: str, key: str) -> Iterator[Row]:
             mine, other = _peak(find), _peak(peer)
             detail = f"{mine / 1e6:.1f} against {other / 1e6:.1f} MB"
             yield Row("find_servers(), peak memory", mine / other, 1.1, detail=detail)
+            yield _cpu(f"the same with all filters, {len(find_all())}", find_all, peer, 1.25)
+            mine, other = _peak(find_all), _peak(peer)
+            detail = f"{mine / 1e6:.1f} against {other / 1e6:.1f} MB"
+            yield Row("the same with all filters, peak memory", mine / other, 1.1, detail=detail)
+            models = f"market_summary(), {len(client.market_summary())} models"
+            yield _cpu(models, client.market_summary, peer, 1.6)
             all_of = f"get_marketplace(), {listed} of {SERVERS}"
             yield _cpu(all_of, client.get_marketplace, peer, 2.0)
             yield from _against_sdk(url, find)
         with _decoder(importlib.import_module("msgspec.json").decode):
             yield _cpu("find_servers() with the extra fast", find, peer, 0.6)
+            yield _cpu("the same with all filters", find_all, peer, 0.6)
         yield _table(client.get_marketplace(include_rented=True))
 
 
