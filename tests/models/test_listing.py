@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clore_client import Order, OrderList, Server, ServerList, Wallet, WalletList
+from clore_client import CloreClient, Order, OrderList, Server, ServerList, Wallet, WalletList
 from tests.conftest import MakeSim, client_for
 
 EVIL = "\x1b[2J\u202e<script>alert(1)</script>\r\n"
@@ -110,9 +110,17 @@ def test_what_the_client_returns(make_sim: MakeSim) -> None:
     ]
     for listing, kind in kinds:
         assert type(listing) is kind
-        assert listing.report is None
-        assert listing.explain() == "nothing was excluded"
+    assert client.get_marketplace().explain() == "nothing was excluded"
     assert repr(client.get_orders()) == "<OrderList: no orders>"
+
+
+def test_a_search_explains_what_it_left_out(client: CloreClient) -> None:
+    found = client.find_servers("RTX 4090")
+    assert "gpu_type='RTX 4090' left out" in found.explain()
+    assert found[:1].explain() == found.explain()
+    none = client.find_servers("RTX 4090", max_price_usd=0.0001)
+    assert repr(none) == "<ServerList: no servers; .explain() says why>"
+    assert "of which the cheapest costs" in none.explain()
 
 
 def test_an_empty_list_with_a_report_names_explain() -> None:
@@ -130,9 +138,9 @@ def test_an_empty_list_with_a_report_names_explain() -> None:
 def test_a_table_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     found = ServerList([server(7), server(12345, rented=True, reliability=8.5)])
     assert lines_of(found, monkeypatch) == [
-        "   id  gpu            USD/h  reliable %  country  rented  VRAM GB  RAM GB",
-        "    7  2x RTX 4090   0.2570       97.31  NO                    23      32",
-        "12345  2x RTX 4090  12.5950        8.50  NO       rented       23      32",
+        "   id  gpu            USD/h  reliable %  country  rented  VRAM GB  RAM GB  USD/GPU h",
+        "    7  2x RTX 4090   0.2570       97.31  NO                    23      32     0.1285",
+        "12345  2x RTX 4090  12.5950        8.50  NO       rented       23      32     6.2975",
     ]
 
 
@@ -155,7 +163,7 @@ def test_wide_letters_keep_the_columns_straight(monkeypatch: pytest.MonkeyPatch)
 def test_odd_numbers_stay_short(monkeypatch: pytest.MonkeyPatch) -> None:
     prices = (1e300, 1e-9, 0.00004, 1e8)
     found = ServerList(server(1, price={"usd": {"on_demand_clore": p}}) for p in prices)
-    shown = [line.split()[-5] for line in lines_of(found, monkeypatch)[1:]]
+    shown = [line.split()[-6] for line in lines_of(found, monkeypatch)[1:]]
     assert shown == ["1e+300", "1e-09", "4e-05", "100000000.0000"]
 
 
