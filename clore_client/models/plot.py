@@ -17,7 +17,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c
           "#a0a000", "#17becf")  # fmt: skip
 OTHER_COLOR = "#c0c0c0"
 LABEL_HEIGHT = 0.05  # of the height of the plot
-LONGEST_NAME = 24  # characters
+NAME_LENGTH = 24  # characters
 Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
 
 
@@ -102,7 +102,7 @@ def _label_models(axes: Any, models: dict[str, Points], colors: dict[str, str]) 
     labels = []
     for name, median in sorted(medians.items(), key=lambda item: item[1]):
         height = max(height + LABEL_HEIGHT, (math.log(median) - bottom) / (top - bottom))
-        labels.append((height, colors[name], f"{printable(name, LONGEST_NAME)}  {median:.3g}"))
+        labels.append((height, colors[name], f"{printable(name, NAME_LENGTH)}  {median:.3g}"))
     if len(models) > len(colors):
         labels.append(
             (height + LABEL_HEIGHT, "#808080", f"{len(models) - len(colors)} other models")
