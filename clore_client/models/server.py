@@ -14,6 +14,7 @@ from clore_client.pricing import (
     per_gpu,
     per_hour,
     positive,
+    rounded,
 )
 
 # The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
@@ -351,16 +352,12 @@ class Server(Record):
         return {
             "id": self.get("id"),
             "gpu": f"{count}x {name}" if name else None,
-            "usd_per_hour": _rounded(self.usd_per_hour),
-            "spot_usd_per_hour": _rounded(self.spot_usd_per_hour),
+            "usd_per_hour": rounded(self.usd_per_hour),
+            "spot_usd_per_hour": rounded(self.spot_usd_per_hour),
             "reliability": self.get("reliability"),
             "country": self.country,
             "rented": self.get("rented"),
         }
-
-
-def _rounded(number: float | None) -> float | None:
-    return None if number is None else round(number, 6)
 
 
 def to_server(record: dict[str, Any], live: bool) -> Server:
