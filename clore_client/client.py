@@ -618,7 +618,10 @@ class CloreClient(HTTPClient):
         check_bool("allow_above_on_demand", allow_above_on_demand)
         check_bool("preview", preview)
         purchase.set_bid(spot_price, allow_above_on_demand)
-        return purchase.preview() if preview else purchase.place(find_timeout)
+        if preview:
+            return purchase.preview()
+        purchase.learn_rate()
+        return purchase.place(find_timeout)
 
     def cancel_order(
         self,

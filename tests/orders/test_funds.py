@@ -49,6 +49,22 @@ def test_an_order_has_its_price_without_an_earlier_search(
         assert len(asked) == (currency != "USD-Blockchain")  # once, and only if it is needed
 
 
+@pytest.mark.parametrize("currency", list(RATES))
+def test_a_new_order_has_its_price_without_an_earlier_search(
+    sim: Simulator, client: CloreClient, currency: str
+) -> None:
+    server_id = cheapest(client, currency)["id"]
+    with client_for(sim) as fresh:
+        sim.clear_requests()
+        order = fresh.create_order(server_id, currency=currency)
+        assert order.usd_per_hour == pytest.approx(sim.orders[0].usd_per_hour, rel=1e-4)
+        asked = [call.endpoint for call in sim.requests]
+        # The rate is asked for before the purchase: an interrupt after it would lose the order.
+        first = "my_orders" if currency == "USD-Blockchain" else "spot_marketplace"
+        assert asked[0] == first
+        assert "create_order" in asked[1:]
+
+
 def test_the_price_stays_unknown_where_nobody_knows_it(sim: Simulator) -> None:
     with client_for(sim) as client:
         order_id = client.create_order(cheapest(client)["id"])["order_id"]
