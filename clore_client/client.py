@@ -410,7 +410,7 @@ class CloreClient(HTTPClient):
         return servers[0] if servers else None
 
     def plot_prices(
-        self, servers: Iterable[Server] | None = None, path: PathArgument | None = None
+        self, servers: Sequence[Server] | None = None, path: PathArgument | None = None
     ) -> Any:
         """Plot prices per GPU hour by model against the reliability. Needs matplotlib.
 
@@ -419,21 +419,23 @@ class CloreClient(HTTPClient):
         Parameters:
             servers: the servers, for example from :meth:`find_servers`; None takes all that can be
                 rented now.
-            path: a picture to write, for example ``"prices.png"``; with None, a notebook shows the
-                plot, and a script needs ``matplotlib.pyplot.show()``.
+            path: a picture to write, a ``.png``, ``.svg`` or ``.pdf``; with None, a notebook shows
+                the plot, and a script needs ``matplotlib.pyplot.show()``.
 
         Returns:
             The ``matplotlib.axes.Axes``.
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: no server has a price and a reliability.
+            ValueError, TypeError: an argument is not valid, or no server has a price and a
+                reliability.
 
         Example:
             >>> client.plot_prices(client.find_servers("RTX"), "prices.png")
         """
-        from clore_client.models.plot import plot_server_prices
+        from clore_client.models.plot import check_plot, plot_server_prices
 
+        check_plot(servers, path)
         return plot_server_prices(self.get_marketplace() if servers is None else servers, path)
 
     def gpu_models(self, *, cache_seconds: float = 0.0) -> list[str]:
@@ -648,7 +650,10 @@ class CloreClient(HTTPClient):
         check_bool("allow_above_on_demand", allow_above_on_demand)
         check_bool("preview", preview)
         purchase.set_bid(spot_price, allow_above_on_demand)
-        return purchase.preview() if preview else purchase.place(find_timeout)
+        if preview:
+            return purchase.preview()
+        purchase.learn_rate()
+        return purchase.place(find_timeout)
 
     def cancel_order(
         self,

@@ -40,6 +40,7 @@ INTERNAL = [
     "ssh/test_hosts.py",
     "ssh/test_transfer.py",
     "ssh/test_tunnel.py",
+    "test_fuzz.py",
     "test_pricing.py",
     "test_single_file.py",
     "test_validation.py",

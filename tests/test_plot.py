@@ -94,6 +94,19 @@ def test_absurd_prices(plotter: CloreClient, tmp_path: Path, price: float) -> No
     assert (tmp_path / "a.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("servers", [5, "x", [5], {"a": 1}, [None], object()])
+def test_what_is_no_list_of_servers(sim: Simulator, servers: Any) -> None:
+    with pytest.raises(TypeError, match="servers must be a list of servers"):
+        client_for(sim).plot_prices(servers)
+
+
+@pytest.mark.parametrize("path", ["", "x", "a.gif", "\0.png", 5, b"x.png", "x" * 5000 + ".png"])
+def test_what_is_no_path_of_a_picture(sim: Simulator, path: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="path"):
+        client_for(sim).plot_prices(path=path)
+    assert sim.requests == []
+
+
 def test_nothing_to_plot(plotter: CloreClient) -> None:
     with pytest.raises(ValueError, match="must have a price and a reliability"):
         plotter.plot_prices([server("A", None)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
+from clore_client.api.request import limited
 from clore_client.errors import CloreError
 from clore_client.log import logger
 from clore_client.market.cost import CostEstimate, Fees, estimate
@@ -13,6 +14,8 @@ from clore_client.market.spot import MarketData
 from clore_client.models.record import dicts, is_live, whole_id
 from clore_client.models.server import Server, listed_prices, to_server
 from clore_client.pricing import RATE_MAX_AGE
+
+RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
 
 
 class Requester(Protocol):
@@ -114,12 +117,12 @@ class Market:
         data = self.data
         if time.monotonic() - data.rates_tried_at <= RATE_MAX_AGE:
             return
-        data.rates_tried_at = time.monotonic()
+        now = data.rates_tried_at = time.monotonic()
         try:
-            if server_id is None:
-                self.read()
-            else:
-                self.read_spot(server_id)
+            limited(
+                lambda: self.read() if server_id is None else self.read_spot(server_id),
+                deadline=now + RATES_PATIENCE,
+            )
         except Exception as error:  # prices in USD are extra: they must not break another call
             logger.debug("the exchange rates can't be read: %s", error)
 

@@ -19,6 +19,7 @@ from clore_client.pricing import (
     finite,
     per_hour,
     published_fee,
+    rounded,
     with_fee,
 )
 
@@ -234,7 +235,7 @@ class Order(Record):
             "gpu": self.gpu,
             "price": self.price,
             "currency": self.currency,
-            "usd_per_hour": None if self.usd_per_hour is None else round(self.usd_per_hour, 6),
+            "usd_per_hour": rounded(self.usd_per_hour),
             "image": self.image,
             "started_at": self.started_at,
             "ssh_command": self.ssh_command,

@@ -11,12 +11,14 @@ from typing import Any
 
 from clore_client.errors import printable
 from clore_client.models.server import Server
+from clore_client.validation import check_local_path, short_repr
 
 # One for each of the most frequent models; all others have the last color.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#9467bd",
           "#a0a000", "#17becf")  # fmt: skip
 OTHER_COLOR = "#c0c0c0"
 LABEL_HEIGHT = 0.05  # of the height of the plot
+PICTURES = (".png", ".svg", ".pdf")
 NAME_LENGTH = 24  # characters
 Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
 
@@ -32,6 +34,23 @@ def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
         if server.gpu_name and price and count and reliability is not None:
             models.setdefault(server.gpu_name, []).append((reliability, price / count))
     return dict(sorted(models.items(), key=lambda item: -len(item[1])))
+
+
+def check_plot(servers: Any, path: Any) -> None:
+    """Check the arguments of ``plot_prices``."""
+    if servers is not None and (
+        not isinstance(servers, (list, tuple))
+        or not all(isinstance(server, Server) for server in servers)
+    ):
+        shown = short_repr(servers)
+        raise TypeError(f"servers must be a list of servers, as of find_servers(), not {shown}")
+    if path is None:
+        return
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a path, not {short_repr(path)}")
+    check_local_path("path", path)
+    if os.path.splitext(os.fsdecode(path))[1] not in PICTURES:
+        raise ValueError(f"path must end with one of {PICTURES}, not {short_repr(path)}")
 
 
 def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] | None) -> Any:

@@ -14,6 +14,7 @@ from clore_client.pricing import (
     per_gpu,
     per_hour,
     positive,
+    rounded,
 )
 
 # The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
@@ -389,12 +390,11 @@ class Server(Record):
         return version if isinstance(version, str) and version else None
 
     def _summary(self) -> dict[str, Any]:
-        spot = self.spot_usd_per_hour
         return {
             "id": self.id,
             "gpu": self.gpu,
-            "usd_per_hour": None if self.usd_per_hour is None else round(self.usd_per_hour, 6),
-            "spot_usd_per_hour": None if spot is None else round(spot, 6),
+            "usd_per_hour": rounded(self.usd_per_hour),
+            "spot_usd_per_hour": rounded(self.spot_usd_per_hour),
             "reliability": self.reliability,
             "country": self.country,
             "rented": self.rented,

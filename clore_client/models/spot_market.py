@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
-from clore_client.pricing import ExchangeRates, bid_per_hour, finite, positive
+from clore_client.pricing import ExchangeRates, bid_per_hour, finite, positive, rounded
 
 
 class SpotOffer(Record):
@@ -72,8 +72,8 @@ class SpotMarket(Record):
     def _summary(self) -> dict[str, Any]:
         return {
             "offers": len(self.offers),
-            "minimum_usd": self.minimum_usd,
-            "lowest_winning_usd": self.lowest_winning_usd,
+            "minimum_usd": rounded(self.minimum_usd),
+            "lowest_winning_usd": rounded(self.lowest_winning_usd),
         }
 
 

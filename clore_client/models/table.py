@@ -155,7 +155,8 @@ def html_table(
             f'<tr style="{DIMMED_STYLE}">{row}</tr>' if dimmed(record) else f"<tr>{row}</tr>"
         )
     rest = "".join(f"<p>{line}</p>" for line in _rest(records))
-    return f"<table><thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>{rest}"
+    body = f'<tbody style="white-space:nowrap">{"".join(rows[1:])}</tbody>'
+    return f"<table><thead>{rows[0]}</thead>{body}</table>{rest}"
 
 
 def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:

@@ -183,6 +183,15 @@ class Purchase:
         server = self._orders.market.find_server(self.server_id)
         return None if server is None else on_demand_usd(server, self.currency)
 
+    def learn_rate(self) -> None:
+        """Try to read the exchange rate for the price of the order in USD, if it is not known.
+
+        This comes before the purchase: an interrupt after it would lose the order.
+        """
+        data = self._orders.market.data
+        if data.rates.rate(self.currency) is None and not data.documented:
+            self._orders.market.learn_rates(self.server_id)
+
     def preview(self) -> Order:
         """Return the body that would be sent, and its price."""
         return Order(body=self.body, usd_per_hour=self.usd_per_hour())
