@@ -148,15 +148,14 @@ def html_table(
     rows = [f"<tr>{head}</tr>"]
     for record, *cells in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True):
         row = "".join(
-            f'<td style="{style}">{escape(cell)}</td>'
+            f'<td style="{style};white-space:nowrap">{escape(cell)}</td>'
             for style, cell in zip(styles, cells, strict=True)
         )
         rows.append(
             f'<tr style="{DIMMED_STYLE}">{row}</tr>' if dimmed(record) else f"<tr>{row}</tr>"
         )
     rest = "".join(f"<p>{line}</p>" for line in _rest(records))
-    body = f'<tbody style="white-space:nowrap">{"".join(rows[1:])}</tbody>'
-    return f"<table><thead>{rows[0]}</thead>{body}</table>{rest}"
+    return f"<table><thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>{rest}"
 
 
 def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
