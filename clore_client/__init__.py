@@ -38,9 +38,14 @@ from clore_client.errors import (
     TransferError,
     WaitTimeoutError,
 )
+from clore_client.market.cost import CostEstimate
+from clore_client.market.search import SearchReport
+from clore_client.market.summary import ModelSummary
+from clore_client.models.listing import OrderList, ServerList, WalletList
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
+from clore_client.models.spot_market import SpotMarket, SpotOffer
 from clore_client.models.wallet import Wallet
 from clore_client.version import __version__
 
@@ -63,6 +68,7 @@ __all__ = [
     "CommandResult",
     "CommandTimeoutError",
     "ConfigurationError",
+    "CostEstimate",
     "CurrencyNotAllowedError",
     "DatabaseError",
     "HostKeyChangedError",
@@ -72,8 +78,10 @@ __all__ = [
     "InvalidResponseError",
     "Leftover",
     "Leftovers",
+    "ModelSummary",
     "Order",
     "OrderEndedError",
+    "OrderList",
     "OrderNotFoundError",
     "OrderOutcomeUnknownError",
     "OutcomeUnknownError",
@@ -83,17 +91,22 @@ __all__ = [
     "Rental",
     "RentalError",
     "SSHError",
+    "SearchReport",
     "Server",
     "ServerAlreadyRentedError",
+    "ServerList",
     "ServerOfflineError",
     "SignalExit",
     "SpendingLimitError",
+    "SpotMarket",
+    "SpotOffer",
     "SpotPriceStepError",
     "SpotPriceTooSoonError",
     "TransferError",
     "TransferResult",
     "WaitTimeoutError",
     "Wallet",
+    "WalletList",
     "__version__",
 ]
 
@@ -103,6 +116,10 @@ _LAZY_NAMES = {
     "Rental": "rental",
     "SignalExit": "signals",
 }
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -15,24 +15,30 @@ from clore_client.config import (
     require_key,
 )
 from clore_client.errors import ERROR_CODES, ConfigurationError, Secret, printable, secret_values
-from clore_client.log import logger
+from clore_client.market.cost import CostEstimate
+from clore_client.market.filters import SearchFilters
 from clore_client.market.market import Market
-from clore_client.market.spot import with_hourly_offers
+from clore_client.market.search import Search
+from clore_client.market.spot import suggested_bid
+from clore_client.market.summary import ModelSummary, summarize
+from clore_client.models.listing import OrderList, ServerList, WalletList
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
-from clore_client.models.server import Server, cheapest_first, to_servers
-from clore_client.models.wallet import Wallet, to_wallets
+from clore_client.models.server import Server, to_servers
+from clore_client.models.spot_market import SpotMarket, to_spot_market
+from clore_client.models.wallet import to_wallets
 from clore_client.orders.account import AccountOrders
-from clore_client.orders.bid import set_spot_price
+from clore_client.orders.bid import lower_spot_price, set_spot_price
 from clore_client.orders.cancel import cancel_all, cancel_order, cancel_orders, confirm_ended
 from clore_client.orders.create import Purchase
+from clore_client.orders.funds import balance_of, hours_left, learn_order_rates, read_balances
 from clore_client.orders.wait import wait_for_status
-from clore_client.pricing import wire_currency
 from clore_client.validation import (
     Timeout,
     check_bool,
     check_callback,
     check_count,
+    check_currency,
     check_id,
     check_ids,
     check_interval,
@@ -44,8 +50,10 @@ from clore_client.validation import (
 
 if TYPE_CHECKING:
     import paramiko
+    from typing_extensions import Unpack
 
     from clore_client.api.redis_limit import RedisClient
+    from clore_client.market.filters import ServerFilters
     from clore_client.rental.recovery import Leftovers
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalHandling
@@ -230,12 +238,12 @@ class CloreClient(HTTPClient):
 
     # --- wallets ---
 
-    def get_wallets(self) -> list[Wallet]:
+    def get_wallets(self) -> WalletList:
         """Return the wallets of the account.
 
         Returns:
-            A list of :class:`Wallet`: ``name``, ``balance`` (in its currency, may be None),
-            ``deposit_address``.
+            A :class:`WalletList` of :class:`Wallet`: ``name``, ``balance`` (in its currency, may be
+            None), ``deposit_address``.
 
         Raises:
             CloreAPIError, CloreConnectionError: the request failed; see the README, "Errors".
@@ -244,7 +252,7 @@ class CloreClient(HTTPClient):
             >>> [wallet["name"] for wallet in client.get_wallets()]
             ['bitcoin', 'CLORE-Blockchain', 'USD-Blockchain']
         """
-        return to_wallets(self._request("GET", "/v1/wallets"))
+        return WalletList(to_wallets(self._request("GET", "/v1/wallets")))
 
     def get_balance(self, currency: str = "CLORE-Blockchain") -> float:
         """Return the balance of one wallet, in its currency.
@@ -253,37 +261,79 @@ class CloreClient(HTTPClient):
             currency: part of the wallet's name, in any case, or ``BTC``, ``CLORE``, ``USD``.
 
         Returns:
-            The balance of the first wallet that matches; 0.0 if none matches or it has no balance.
+            The balance of the first wallet that matches; 0.0 if it has no balance, or the account
+            has no wallet for this currency.
+
+        Raises:
+            ValueError: it is no currency and no part of a wallet's name; the error has the names.
 
         Example:
             >>> client.get_balance("USD")
             12.5
         """
-        text = check_text("currency", currency)
-        wanted = {text.strip().lower(), (wire_currency(text) or text).strip().lower()}
-        for wallet in self.get_wallets():
-            if any(part in (wallet.name or "").lower() for part in wanted):
-                return wallet.balance or 0.0
-        return 0.0
+        check_text("currency", currency)
+        return balance_of(self.get_wallets(), currency)
+
+    def get_balances(self) -> WalletList:
+        """Return the wallets of the account, with their balances in USD.
+
+        The exchange rates come from the marketplace, which is read if they are not known yet.
+
+        Returns:
+            A :class:`WalletList`, as from :meth:`get_wallets`; ``balance_usd`` is None if the API
+            tells no exchange rate.
+
+        Example:
+            >>> [(wallet.name, wallet.balance_usd) for wallet in client.get_balances()]
+            [('bitcoin', 0.0), ('CLORE-Blockchain', 3.25), ('USD-Blockchain', 12.5)]
+        """
+        return WalletList(read_balances(self._orders))
+
+    def hours_left(
+        self,
+        server_or_order: Server | Order | int,
+        *,
+        currency: str = "CLORE-Blockchain",
+    ) -> float | None:
+        """Return for how many hours a wallet pays its orders, with the renter's fees.
+
+        All active orders of the account that are paid from the same wallet count.
+
+        Parameters:
+            server_or_order: an active order or its id; or a :class:`Server` that would be rented
+                on demand in addition.
+            currency: the currency to pay a server with. An order has its own.
+
+        Returns:
+            Hours; ``inf`` if nothing is paid from the wallet; None if the price is not known.
+
+        Raises:
+            OrderNotFoundError: the account has no such active order.
+
+        Example:
+            >>> client.hours_left(order)
+            41.7
+        """
+        return hours_left(self._orders, server_or_order, check_currency("currency", currency))
 
     # --- the marketplace ---
 
-    def get_marketplace(self, include_rented: bool = False) -> list[Server]:
+    def get_marketplace(self, include_rented: bool = False) -> ServerList:
         """Return the servers of the marketplace, in the API's order. Needs no key.
 
         Parameters:
             include_rented: include the servers that are rented now.
 
         Returns:
-            A list of :class:`Server`: ``id``, ``gpu_array``, ``price`` (under ``usd`` in USD per
-            hour), ``reliability`` (0 to 100), ``rented``, ``specs``, ...
+            A :class:`ServerList` of :class:`Server`: ``id``, ``gpu_array``, ``price`` (``usd`` in
+            it is in USD per hour), ``reliability`` (0 to 100), ``rented``, ``specs``, ...
 
         Example:
             >>> len(client.get_marketplace())
             1873
         """
         check_bool("include_rented", include_rented)
-        return to_servers(self._market.read(), include_rented=include_rented)
+        return ServerList(to_servers(self._market.read(), include_rented=include_rented))
 
     def find_servers(
         self,
@@ -291,46 +341,67 @@ class CloreClient(HTTPClient):
         max_price_usd: float | None = None,
         min_reliability: float = 0.0,
         use_spot: bool = False,
-    ) -> list[Server]:
-        """Return the servers that can be rented now, the cheapest first.
+        *,
+        cache_seconds: float = 0.0,
+        **filters: Unpack[SearchFilters],
+    ) -> ServerList:
+        """Return the servers that can be rented now and fit all filters, the cheapest first.
 
-        Servers with the same price keep the API's order. A server without a price, or with one that
-        is not above 0, comes last and never passes a price limit. The API adds fees to the prices:
-        5 % on demand, 1.25 % spot (seen on the live API).
+        A server that does not tell what a filter needs is left out. Servers with the same price
+        keep the API's order. A server without a price, or with one that is not above 0, comes last
+        and never passes a price limit. The API adds fees to the prices: 5 % on demand, 1.25 % spot
+        (seen on the live API).
 
         Parameters:
-            gpu_type: part of a GPU's name, in any case: ``"4090"``, ``"rtx 3080"``.
+            gpu_type: a GPU's name or a part of it, in any spelling: ``"4090"``, ``"RTX4090"``,
+                ``"NVIDIA GeForce RTX 4090"``. Whole words win: ``"A10"`` is not A100.
             max_price_usd: the highest price, in USD per hour.
             min_reliability: the lowest reliability, 0 to 100.
             use_spot: filter and sort by the lowest spot bid that the host accepts.
+            cache_seconds: use a list of servers that was read at most so many seconds ago with
+                this argument; 0 always reads it.
+            gpu_count, min_gpu_count: the number of GPUs. In a mixed rig, only those that match
+                ``gpu_type`` count.
+            exact_gpu: accept only GPUs with the same name: not the Ti or SUPER.
+            min_vram_gb, min_total_vram_gb: the memory in GB of one GPU, and of all that match, by
+                the nominal size: an RTX 4090 has 24 GB, although the API says 23.
+            min_ram_gb, min_cpu_cores, min_disk_gb: the memory in GB, the CPU cores, the disk in GB.
+            min_disk_mbps: the speed of the disk, in MB per second.
+            min_download_mbps, min_upload_mbps: the speed of the network, in Mbit per second.
+            min_cuda: the lowest CUDA version, such as 12.4 or ``"12.4"``.
+            min_pcie_width: the lowest number of PCI Express lanes.
+            countries, exclude_countries: lists of two-letter codes, continents (``"Asia"``),
+                ``"EU"`` and ``"EEA"``.
+            currency: a currency that the host accepts, and whose price counts.
+            min_rating, min_ratings: the average rating, 0 to 5, and the number of ratings.
+            min_rental_hours: how long the server can be rented, in hours.
+            exclude_servers, exclude_owners: lists of ids.
+            max_price_per_gpu_usd: the highest price for one matching GPU, in USD per hour.
+            include_fees: compare the price limits with prices that include the published fee.
+            sort: ``"price"``, ``"price_per_gpu"``, ``"reliability"``, ``"vram"``, ``"download"``,
+                ``"rating"``, or a function of a :class:`Server`, as for ``sorted()``.
+            limit: return at most so many servers.
+            where: a function that gets a :class:`Server`, and returns whether it fits.
 
         Returns:
-            A list of :class:`Server`, which may be empty.
+            A :class:`ServerList`, which may be empty; its ``explain()`` says what was left out. If
+            no GPU has the name, a warning in the log has the nearest names.
 
         Raises:
             ValueError, TypeError: an argument is not valid; nothing was sent.
 
         Example:
-            >>> client.find_servers("RTX 4090", max_price_usd=0.5, min_reliability=95)[0].gpu_name
-            'RTX 4090'
+            >>> found = client.find_servers("RTX 4090", max_price_usd=0.5, min_gpu_count=2,
+            ...                             countries=["EU"], min_ram_gb=60)
+            >>> found[0].gpu_name, found[0].usd_per_gpu_hour
+            ('RTX 4090', 0.125)
         """
-        if gpu_type is not None:
-            check_string("gpu_type", gpu_type)
-        check_optional_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        if 0 < min_reliability <= 1:
-            logger.warning(
-                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
-            )
-        check_bool("use_spot", use_spot)
-        fitting = to_servers(
-            self._market.read(),
-            gpu_type=gpu_type,
-            max_usd_per_hour=max_price_usd,
-            min_reliability=min_reliability,
-            spot=use_spot,
-        )
-        return cheapest_first(fitting, spot=use_spot)
+        search = Search(gpu_type, max_price_usd, min_reliability, use_spot, filters)
+        check_number("cache_seconds", cache_seconds, unit="seconds")
+        found, report = self._market.search(search, cache_seconds)
+        servers = ServerList(found)
+        servers.report = report
+        return servers
 
     def find_cheapest(
         self,
@@ -338,6 +409,9 @@ class CloreClient(HTTPClient):
         max_price_usd: float | None = None,
         min_reliability: float = 0.0,
         use_spot: bool = False,
+        *,
+        cache_seconds: float = 0.0,
+        **filters: Unpack[SearchFilters],
     ) -> Server | None:
         """Return the first server of :meth:`find_servers`, which takes the same parameters.
 
@@ -348,19 +422,147 @@ class CloreClient(HTTPClient):
             >>> client.find_cheapest("RTX 4090").usd_per_hour
             0.125
         """
-        servers = self.find_servers(gpu_type, max_price_usd, min_reliability, use_spot)
+        servers = self.find_servers(
+            gpu_type, max_price_usd, min_reliability, use_spot, cache_seconds=cache_seconds,
+            **filters,
+        )  # fmt: skip
         return servers[0] if servers else None
+
+    def plot_prices(
+        self, servers: Sequence[Server] | None = None, path: PathArgument | None = None
+    ) -> Any:
+        """Plot prices per GPU hour by model against the reliability. Needs matplotlib.
+
+        The ten most frequent models have a color each. The prices have a log scale.
+
+        Parameters:
+            servers: the servers, for example from :meth:`find_servers`; None takes all that can be
+                rented now.
+            path: a picture to write, a ``.png``, ``.svg`` or ``.pdf``; with None, a notebook shows
+                the plot, and a script needs ``matplotlib.pyplot.show()``.
+
+        Returns:
+            The ``matplotlib.axes.Axes``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError, TypeError: an argument is not valid, or no server has a price and a
+                reliability.
+
+        Example:
+            >>> client.plot_prices(client.find_servers("RTX"), "prices.png")
+        """
+        from clore_client.models.plot import check_plot, plot_server_prices
+
+        check_plot(servers, path)
+        return plot_server_prices(self.get_marketplace() if servers is None else servers, path)
+
+    def gpu_models(self, *, cache_seconds: float = 0.0) -> list[str]:
+        """Return the names of all GPU models on the marketplace, rented ones too. Needs no key.
+
+        Parameters:
+            cache_seconds: as for :meth:`find_servers`.
+
+        Returns:
+            A sorted list; a model that hosts spell in several ways is in it once.
+
+        Example:
+            >>> client.gpu_models()[:3]
+            ['A100', 'GTX 1080', 'GTX 1080 Ti']
+        """
+        check_number("cache_seconds", cache_seconds, unit="seconds")
+        summaries = summarize(self._market.listing(cache_seconds))
+        return sorted((summary.gpu for summary in summaries), key=str.lower)
+
+    def market_summary(
+        self,
+        *,
+        include_rented: bool = False,
+        include_fees: bool = False,
+        cache_seconds: float = 0.0,
+    ) -> list[ModelSummary]:
+        """Return counts and prices for each GPU model on the marketplace. Needs no key.
+
+        A mixed rig counts for each of its models, but not for the prices.
+
+        Parameters:
+            include_rented: take the prices of rented servers too, and not only of free ones.
+            include_fees: add the published fees to the prices.
+            cache_seconds: as for :meth:`find_servers`.
+
+        Returns:
+            A list of :class:`ModelSummary`, the model with the most GPUs first: ``gpu``,
+            ``servers``, ``servers_free``, ``gpus``, ``gpus_free``; and in USD per hour for one GPU
+            ``lowest_usd``, ``median_usd``, ``p90_usd`` (on demand), ``spot_lowest_usd``,
+            ``spot_median_usd``, ``spot_p90_usd`` (None without a price). ``pandas.DataFrame()``
+            takes the list.
+
+        Example:
+            >>> summary = client.market_summary()[0]
+            >>> summary.gpu, summary.gpus_free, summary.median_usd
+            ('RTX 4090', 412, 0.219)
+        """
+        check_bool("include_rented", include_rented)
+        check_bool("include_fees", include_fees)
+        check_number("cache_seconds", cache_seconds, unit="seconds")
+        listing = self._market.listing(cache_seconds)
+        return summarize(listing, include_rented=include_rented, include_fees=include_fees)
+
+    def estimate_cost(
+        self,
+        server: Server | int,
+        hours: float,
+        *,
+        currency: str = "CLORE-Blockchain",
+        use_spot: bool = False,
+        spot_price: float | None = None,
+    ) -> CostEstimate:
+        """Estimate the cost of a rental, with all fees.
+
+        The fees are those of the account, which are asked for once. Without a key they are the
+        published ones: 5 % on demand, 1.25 % spot, and 0.10 USD after ten minutes.
+
+        Parameters:
+            server: a server or its id; with an id, the marketplace is read.
+            hours: the length of the rental.
+            currency: the currency to pay with.
+            use_spot: estimate a spot order, at the lowest bid that the host accepts.
+            spot_price: the bid for ``use_spot``, in USD per hour.
+
+        Returns:
+            A :class:`CostEstimate`: ``usd_per_hour``, ``base_usd``, ``renter_fee_usd``,
+            ``creation_fee_usd``, ``total_usd``, and the same in ``currency`` as ``base``,
+            ``renter_fee``, ``creation_fee``, ``total``. An amount is None if the API tells no
+            price or exchange rate.
+
+        Raises:
+            CloreError: the marketplace has no server with this id.
+
+        Example:
+            >>> client.estimate_cost(server, 24).total_usd
+            3.25
+        """
+        number = None if isinstance(server, Server) else check_id("server", server)
+        check_number("hours", hours, unit="hours")
+        wanted = check_currency("currency", currency)
+        check_bool("use_spot", use_spot)
+        if spot_price is not None:
+            check_number("spot_price", spot_price, above=True, unit="USD per hour")
+            if not use_spot:
+                raise ValueError(f"spot_price={spot_price!r} needs use_spot=True: add that")
+        listed = server if isinstance(server, Server) else self._market.get_server(number or 0)
+        return self._market.estimate(listed, hours, wanted, use_spot, spot_price)
 
     # --- orders ---
 
-    def get_orders(self, include_completed: bool = False) -> list[Order]:
+    def get_orders(self, include_completed: bool = False) -> OrderList:
         """Return the orders of the account.
 
         Parameters:
             include_completed: include the orders that have ended.
 
         Returns:
-            A list of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
+            An :class:`OrderList` of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
             ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...
 
         Example:
@@ -368,7 +570,8 @@ class CloreClient(HTTPClient):
             [(1958009, 'running')]
         """
         orders, _ = self._orders.read(check_bool("include_completed", include_completed))
-        return orders if include_completed else [o for o in orders if not o.has_ended]
+        learn_order_rates(self._orders, orders)
+        return OrderList(o for o in orders if include_completed or not o.has_ended)
 
     def get_order(self, order_id: int) -> Order | None:
         """Return one order, active or ended.
@@ -386,7 +589,9 @@ class CloreClient(HTTPClient):
             >>> client.get_order(1958009).ssh_command
             'ssh root@n1.us.clorecloud.net -p 2060'
         """
-        return self._orders.find(check_id("order_id", order_id))
+        order = self._orders.find(check_id("order_id", order_id))
+        learn_order_rates(self._orders, [order] if order is not None else [])
+        return order
 
     def create_order(
         self,
@@ -464,7 +669,10 @@ class CloreClient(HTTPClient):
         check_bool("allow_above_on_demand", allow_above_on_demand)
         check_bool("preview", preview)
         purchase.set_bid(spot_price, allow_above_on_demand)
-        return purchase.preview() if preview else purchase.place(find_timeout)
+        if preview:
+            return purchase.preview()
+        purchase.learn_rate()
+        return purchase.place(find_timeout)
 
     def cancel_order(
         self,
@@ -593,9 +801,11 @@ class CloreClient(HTTPClient):
         check_text("target_status", target_status)
         check_callback("on_update", on_update, 1)
 
-        return wait_for_status(
+        order = wait_for_status(
             self._orders, wanted, timeout, poll_interval, target_status, on_update
         )
+        learn_order_rates(self._orders, [order])
+        return order
 
     # --- rentals ---
 
@@ -622,6 +832,7 @@ class CloreClient(HTTPClient):
         cancel_timeout: float = 300.0,
         max_hours: float | None = None,
         max_cost_usd: float | None = None,
+        **filters: Unpack[ServerFilters],
     ) -> Rental:
         """Rent a server for the length of a ``with`` block, and cancel the order at its end.
 
@@ -644,8 +855,10 @@ class CloreClient(HTTPClient):
 
         Parameters:
             gpu_type, min_reliability, use_spot: as for :meth:`find_servers`.
-            max_price_usd: the highest price in USD per hour when paid in ``currency``, without
-                fees.
+            max_price_usd: the highest price in USD per hour when paid in ``currency``; without
+                fees, unless ``include_fees=True``.
+            **filters: all other filters of :meth:`find_servers`: ``gpu_count``, ``countries``,
+                ``where``, ... With ``sort``, the servers are tried in that order.
             server_id: try only this server.
             image, currency, ports, env, ssh_password, ssh_key, jupyter_token, find_timeout: as for
                 :meth:`create_order`.
@@ -664,7 +877,9 @@ class CloreClient(HTTPClient):
             ``cost_usd``, ``ssh()``, ``run()``, ``keep()``.
 
         Raises:
-            RentalError: no server worked; ``tried`` has the reason for each.
+            RentalError: no server worked; ``tried`` has the reason for each. If no server fits the
+                filters, the text has the filter that left out the last ones, and their lowest
+                price.
             CancelUnconfirmedError: an order may still be running.
             OrderOutcomeUnknownError: an order may or may not exist.
             BudgetExceededError: a limit is reached; raised by calls of the rental and at the end
@@ -684,11 +899,13 @@ class CloreClient(HTTPClient):
             "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
         }  # fmt: skip
         settings = RentalSettings(
-            gpu_type=gpu_type, max_price_usd=max_price_usd, min_reliability=min_reliability,
-            use_spot=use_spot, server_id=server_id, order=order, spot_price=spot_price,
-            attempts=attempts, deploy_timeout=deploy_timeout, poll_interval=poll_interval,
-            find_timeout=find_timeout, cancel_timeout=cancel_timeout, max_hours=max_hours,
-            max_cost_usd=max_cost_usd,
+            search=Search(
+                gpu_type, max_price_usd, min_reliability, use_spot,
+                {**filters, "currency": currency},
+            ),
+            server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
+            deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
+            cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
         )  # fmt: skip
         return Rental(self, self._orders, settings, self._state_folder)
 
@@ -759,22 +976,45 @@ class CloreClient(HTTPClient):
 
     # --- the spot market ---
 
-    def get_spot_market(self, server_id: int) -> dict[str, Any]:
+    def get_spot_market(self, server_id: int) -> SpotMarket:
         """Return the offers for a server on the spot market.
 
         Parameters:
             server_id: the ``id`` of a server.
 
         Returns:
-            The API's response as a dict, with ``market``. Each of its ``offers`` also has
-            ``usd_per_hour`` (None if there is no exchange rate). Its ``bid`` is per day, in its
-            ``currency`` (seen on the live API).
+            The API's response as a :class:`SpotMarket`, a dict with ``market``. Each of its
+            ``offers`` also has ``usd_per_hour`` (None if there is no exchange rate). Its ``bid`` is
+            per day, in its ``currency`` (seen on the live API). Properties: ``offers``,
+            ``lowest_winning_usd`` and ``minimum_usd``, both in USD per hour.
 
         Example:
-            >>> client.get_spot_market(99173)["market"]["offers"][0]["usd_per_hour"]
-            0.09016
+            >>> market = client.get_spot_market(99173)
+            >>> market.offers[0].usd_per_hour, market.lowest_winning_usd
+            (0.09016, 0.09016)
         """
-        return with_hourly_offers(self._market.read_spot(check_id("server_id", server_id)))
+        return to_spot_market(self._market.read_spot(check_id("server_id", server_id)))
+
+    def suggest_spot_price(self, server: Server | int, margin: float = 0.05) -> float | None:
+        """Return a bid that would rent a server now, in USD per hour.
+
+        It is above the highest bid of others, or else above the lowest bid that the host accepts.
+        It is at most the on-demand price, if the other bids are below that and ``server`` has it.
+
+        Parameters:
+            server: a server or its id.
+            margin: how much to add, as a fraction of the bid; 0.05 is 5 %.
+
+        Returns:
+            The bid for ``spot_price`` of :meth:`create_order`; None if the API tells no bid.
+
+        Example:
+            >>> bid = client.suggest_spot_price(server)
+            >>> order = client.create_order(server.id, order_type="spot", spot_price=bid)
+        """
+        number = check_id("server", server.id if isinstance(server, Server) else server)
+        check_number("margin", margin)
+        return suggested_bid(self.get_spot_market(number), server, margin)
 
     def set_spot_price(
         self, order_id: int, new_price: float, *, allow_above_on_demand: bool = False
@@ -808,6 +1048,35 @@ class CloreClient(HTTPClient):
         check_number("new_price", new_price, above=True, unit="USD per hour")
         check_bool("allow_above_on_demand", allow_above_on_demand)
         return set_spot_price(self._orders, wanted, new_price, allow_above_on_demand)
+
+    def lower_spot_price(
+        self, order: Mapping[str, Any] | int, target: float, wait: bool = True
+    ) -> float:
+        """Lower the bid of a spot order to a target, in as many steps as the API asks for.
+
+        The live API lets you lower a bid once in 600 seconds, by a limited step.
+
+        Parameters:
+            order: the order or its id.
+            target: the bid to reach, in **USD per hour**. A bid that is lower already stays.
+            wait: wait between the steps; if False, take one step.
+
+        Returns:
+            The bid that was reached, in USD per hour.
+
+        Raises:
+            SpotPriceTooSoonError: with ``wait=False``, the bid was lowered too soon before.
+            BidTooLowError: the target is lower than the host accepts.
+            OrderEndedError, OrderNotFoundError: there is no such active order.
+
+        Example:
+            >>> client.lower_spot_price(1958009, 0.05)
+            0.05
+        """
+        wanted = check_id("order", order.get("order_id") if isinstance(order, Mapping) else order)
+        check_number("target", target, above=True, unit="USD per hour")
+        check_bool("wait", wait)
+        return lower_spot_price(self._orders, wanted, target, wait)
 
     # --- SSH ---
 

@@ -130,6 +130,14 @@ class CloreError(Exception):
         return (_restored, (type(self), self.args, self.__dict__))
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception, which its traceback shows."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]
+
+
 def _restored(cls: type[CloreError], args: tuple[Any, ...], state: dict[str, Any]) -> CloreError:
     error = cls.__new__(cls)
     Exception.__init__(error, *args)
@@ -332,8 +340,16 @@ class CloreAPIError(CloreError):
             self.retryable = retryable
         text = self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})"
         envelope = without(repr(masked(self.response)), secrets)
-        message = f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
-        super().__init__(f"{message}\nhint: {hint}" if hint else message)
+        super().__init__(
+            f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
+        )
+        if hint:
+            self.add_hint(hint)
+
+    def add_hint(self, hint: str) -> None:
+        """Add the usual cause, or what to do next, to the text on a line of its own."""
+        self.hint = hint
+        self.args = (f"{self.args[0]}\nhint: {hint}",)
 
 
 class DatabaseError(CloreAPIError):
@@ -365,7 +381,17 @@ class ApplicationError(CloreAPIError):
 
 
 class InsufficientBalanceError(ApplicationError):
-    """The balance of the wallet is too low."""
+    """The balance of the wallet is too low.
+
+    Attributes:
+        wallet: the name of the wallet, or None.
+        balance: its balance, in its currency; None if it is not known.
+        usd_per_hour: the price of the order in USD per hour, without fees, or None.
+    """
+
+    wallet: str | None = None
+    balance: float | None = None
+    usd_per_hour: float | None = None
 
 
 class ServerAlreadyRentedError(ApplicationError):

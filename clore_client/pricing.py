@@ -7,6 +7,11 @@ import time
 from typing import Any
 
 HOURS_PER_DAY = 24.0
+# The API adds these fees to the price (seen on the live API).
+FEE_ON_DEMAND = 0.05
+FEE_SPOT = 0.0125
+CREATION_FEE = 0.10  # USD, once for each order
+CREATION_FEE_AFTER = 600.0  # seconds; a shorter order does not pay it
 RATE_MAX_AGE = 300.0  # seconds; an older exchange rate does not convert a bid
 
 # Common names, and the names of the API.
@@ -39,6 +44,11 @@ def positive(value: Any) -> float | None:
     return number if number is not None and number > 0 else None
 
 
+def rounded(number: float | None) -> float | None:
+    """Return a number with six decimals, to show it; None stays None."""
+    return None if number is None else round(number, 6)
+
+
 def per_hour(per_day: Any) -> Any:
     """Convert a price per day to a price per hour, and return any other value unchanged."""
     number = finite(per_day)
@@ -51,13 +61,48 @@ def wire_currency(name: str) -> str | None:
 
 
 def bid_per_day(usd_per_hour: float, usd_rate: float) -> float:
-    """Convert a bid from USD per hour to currency per day.
+    """Convert a price from USD per hour to currency per day, the unit of the API.
 
     Parameters:
-        usd_per_hour: the bid.
+        usd_per_hour: the price or bid.
         usd_rate: USD for one unit of the currency.
     """
     return usd_per_hour * HOURS_PER_DAY / usd_rate
+
+
+def bid_per_hour(per_day: float, usd_rate: float) -> float:
+    """Convert a price from currency per day to USD per hour.
+
+    Parameters:
+        per_day: the price or bid.
+        usd_rate: USD for one unit of the currency.
+    """
+    return per_day * usd_rate / HOURS_PER_DAY
+
+
+def per_gpu(price: float | None, gpus: int | None) -> float | None:
+    """Return the price for one of several GPUs; None if one of the numbers is not known."""
+    return price / gpus if price is not None and gpus else None
+
+
+def published_fee(spot: bool) -> float:
+    """Return the fee that the renter pays on top of a price, as a fraction of it."""
+    return FEE_SPOT if spot else FEE_ON_DEMAND
+
+
+def with_fee(price: float, fee: float) -> float:
+    """Add the renter's fee to a price."""
+    return price * (1 + fee)
+
+
+def without_fee(price: float, fee: float) -> float:
+    """Remove the renter's fee from a price that includes it."""
+    return price / (1 + fee)
+
+
+def creation_fee_after(seconds: float, fee: float = CREATION_FEE) -> float:
+    """Return the creation fee of an order that lasts a time: 0 in the first ten minutes."""
+    return fee if seconds >= CREATION_FEE_AFTER else 0.0
 
 
 class ExchangeRates:
@@ -88,11 +133,14 @@ class ExchangeRates:
         rates, stored_at = self._latest
         return rates if time.monotonic() - stored_at <= RATE_MAX_AGE else {}
 
-    def usd(self, amount: Any, currency: Any) -> float | None:
-        """Convert ``amount`` of ``currency`` to USD for display, or return None."""
-        number = finite(amount)
-        if number is None or not isinstance(currency, str):
+    def rate(self, currency: Any) -> float | None:
+        """Return USD for one unit of ``currency``, for display; None if it is not known."""
+        if not isinstance(currency, str):
             return None
         name = wire_currency(currency) or currency
-        rate = 1.0 if name == "USD-Blockchain" else self._latest[0].get(name)
-        return None if rate is None else number * rate
+        return 1.0 if name == "USD-Blockchain" else self._latest[0].get(name)
+
+    def usd(self, amount: Any, currency: Any) -> float | None:
+        """Convert ``amount`` of ``currency`` to USD for display, or return None."""
+        number, rate = finite(amount), self.rate(currency)
+        return None if number is None or rate is None else number * rate

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 SECTIONS = ("version", "log", "errors", "files", "pricing", "validation", "config", "models", "api",
           "market", "orders", "rental", "ssh", "client")  # fmt: skip
 LEFT_OUT = frozenset({"__init__", "__main__", "single_file", "simulator"})
-THIRD_PARTY = frozenset({"paramiko", "requests", "scp", "urllib3"})
+THIRD_PARTY = frozenset({"paramiko", "requests", "scp", "typing_extensions", "urllib3"})
 WIDTH = 100
 BANNER = "# " + "=" * (WIDTH - 2)
 
@@ -284,7 +284,8 @@ def _imports(modules: list[_Module]) -> list[str]:
 
 def _rendered(imports: set[Import], third: bool) -> Iterator[str]:
     def rank(name: str) -> tuple[int, str]:  # constants, classes, then the others
-        return (0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2, name)
+        kind = 0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2
+        return (kind, name.lower())
 
     wanted = [part for part in imports if (part[0].split(".")[0] in THIRD_PARTY) is third]
     for module, _, alias in sorted(part for part in wanted if not part[1]):

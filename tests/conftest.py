@@ -23,8 +23,11 @@ from tests.variant import ONE_FILE, Simulator
 INTERNAL = [
     "api/test_connection.py",
     "api/test_file_limit.py",
+    "api/test_json.py",
     "api/test_rate_limit.py",
     "api/test_retry.py",
+    "market/test_gpu_names.py",
+    "market/test_report.py",
     "models/test_records.py",
     "rental/test_journal.py",
     "rental/test_signals.py",
@@ -38,6 +41,8 @@ INTERNAL = [
     "ssh/test_hosts.py",
     "ssh/test_transfer.py",
     "ssh/test_tunnel.py",
+    "test_fuzz.py",
+    "test_pricing.py",
     "test_single_file.py",
     "test_validation.py",
 ]

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from clore_client import CloreClient
+from clore_client import CloreClient, Order, Server, Wallet
 from tests.conftest import MakeSim, client_for
 from tests.variant import Simulator
 
@@ -59,6 +59,7 @@ def complete(code: str) -> str:
 
 
 def test_every_example_is_complete_and_short() -> None:
+    assert "`examples/market.ipynb`" in README
     for path in (ROOT / "examples").glob("*.py"):
         source = path.read_text()
         assert path.name in README
@@ -143,6 +144,19 @@ def test_move_data(make_sim: MakeSim, tmp_path: Path) -> None:
     assert "2 files" in done.stdout
     assert (results / "log").read_text() == "done\n"
     assert not any(order.active for order in sim.orders)
+
+
+def test_plot_prices(make_sim: MakeSim, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    sim = make_sim(**EASY)
+    picture = tmp_path / "prices.png"
+    done = run(sim, "plot_prices.py", str(picture), "RTX 40")
+    assert done.returncode == 0, done.stderr
+    assert "reliable %" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "(examples/prices.png)" in README
+    assert (ROOT / "examples" / "prices.png").is_file()
+    assert "no server" in run(sim, "plot_prices.py", str(picture), "nothing").stderr
 
 
 def test_spot_order(make_sim: MakeSim) -> None:
@@ -231,5 +245,14 @@ def test_the_readme_names_every_method_and_error() -> None:
     for name in inspect.signature(CloreClient).parameters:
         assert re.search(f"`{name}=?`", section("Settings")), name
     for name in clore_client.__all__:
-        if name.endswith("Error"):
+        if name.endswith(("Error", "List")):
             assert f"`{name}`" in README, name
+
+
+def test_the_readme_names_every_property() -> None:
+    for kind in (Server, Order, Wallet):
+        for name, value in inspect.getmembers(kind):
+            if isinstance(value, property):
+                assert f"`{name}`" in section("Records"), f"{kind.__name__}.{name}"
+    for name in ("to_dicts", "to_csv", "to_pandas", "explain"):
+        assert f"`.{name}(" in section("Records"), name

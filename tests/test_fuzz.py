@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, CloreError
+from clore_client.market.filters import SearchFilters
 from tests.conftest import FAST, FORMS
 from tests.variant import Simulator
 
@@ -63,6 +64,12 @@ LOGIN = {"password", "key_path", "passphrase", "wait", "host_key", "timeout"}
 LOCAL_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
+FILTERS = {*SearchFilters.__annotations__} - {"sort"}  # a key function can return anything
+SEARCHES = {"find_servers", "find_cheapest", "rent"}
+# The allowed values depend on what the API says.
+READS_FIRST = {"set_spot_price", "lower_spot_price", "get_balance"}
+
+
 def odd_values(name: str) -> list[Any]:
     """Return the odd values for an argument."""
     if name not in DURATIONS:
@@ -101,20 +108,27 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
                          "ssh_password": "x", "find_timeout": 0.5},
         "describe": {},
         "download": {**machine, "remote": "x", "local": "here"},
+        "estimate_cost": {"server": server_id, "hours": 2.5, "currency": "USD"},
         "find_cheapest": search,
         "find_servers": search,
         "forget_host_key": {"order": order},
         "forward": {**login, "order": order, "remote_port": 80, "local_port": 0},
         "from_env": {"timeout": 5},
         "get_balance": {"currency": "BTC"},
+        "get_balances": {},
         "get_marketplace": {"include_rented": True},
         "get_order": {"order_id": order_id},
         "get_orders": {"include_completed": True},
         "get_spot_market": {"server_id": server_id},
         "get_wallets": {},
+        "gpu_models": {"cache_seconds": 0},
         "handle_signals": {},
+        "hours_left": {"server_or_order": order_id, "currency": "USD"},
         "leftovers": {"wait": 0},
+        "lower_spot_price": {"order": order_id, "target": 0.2, "wait": False},
+        "market_summary": {"include_fees": True},
         "parse_ssh_connection": {"order": order},
+        "plot_prices": {"servers": None, "path": "prices.svg"},
         "rent": {**search, **rental, "attempts": 1, "deploy_timeout": 0.02, "poll_interval": 0.01,
                  "max_hours": 1},
         "run": {**machine, "command": "true"},
@@ -122,6 +136,7 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
         "set_spot_price": {"order_id": order_id, "new_price": 0.2},
         "ssh_command": {"order": order},
         "ssh_config": {"order": order, "name": "gpu"},
+        "suggest_spot_price": {"server": server_id, "margin": 0.1},
         "upload": {**machine, "local": __file__, "remote": "x"},
         "wait_for_order": {"order_id": order_id, "timeout": 0.02, "poll_interval": 0.01},
         "wait_for_ssh": machine,
@@ -133,8 +148,10 @@ def parameters_of(method: str) -> set[str]:
     names = set(inspect.signature(getattr(CloreClient, method)).parameters)
     if "login" in names:
         names |= LOGIN
+    if method in SEARCHES:
+        names |= FILTERS
     # The tests of SSH pass a connection.
-    return names - {"self", "login", "options", "kwargs", "ssh"}
+    return names - {"self", "login", "options", "kwargs", "ssh", "filters"}
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -212,7 +229,7 @@ def complaint_about(
     if error is None or (isinstance(error, CloreError) and not isinstance(error, ValueError)):
         return None
     sent = sim.requests
-    if method == "set_spot_price":  # the allowed bids depend on the order
+    if method in READS_FIRST:
         sent = [call for call in sent if call.method != "GET"]
     if sent:
         return f"{what}, but {len(sent)} requests were sent"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -190,9 +193,23 @@ def _target(response: requests.Response) -> str:
     return f"host {printable(host, 100)}" if host else "nowhere"
 
 
+@functools.cache
+def json_decoders() -> tuple[Callable[[bytes], Any], ...]:
+    """Return the decoders to try: that of msgspec, if it is installed, and ``json.loads``.
+
+    Both decode to the same values, but msgspec refuses NaN and lone surrogates.
+    """
+    try:
+        return importlib.import_module("msgspec.json").decode, json.loads
+    except ImportError:
+        return (json.loads,)
+
+
 def _decode(body: bytes) -> Any:
     """Return the decoded JSON of a body, or None."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
+    for decode in json_decoders():
+        try:
+            return decode(body)
+        except (ValueError, RecursionError):
+            continue
+    return None

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Protocol
 
+from clore_client.api.request import limited
+from clore_client.errors import CloreError
+from clore_client.log import logger
+from clore_client.market.cost import CostEstimate, Fees, estimate
+from clore_client.market.search import Search, SearchReport
 from clore_client.market.spot import MarketData
-from clore_client.models.server import Server, listed_prices, to_servers
+from clore_client.models.record import dicts, is_live, whole_id
+from clore_client.models.server import Server, listed_prices, to_server
+from clore_client.pricing import RATE_MAX_AGE
+
+RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
 
 
 class Requester(Protocol):
@@ -13,6 +23,9 @@ class Requester(Protocol):
 
     @property
     def base_url(self) -> str: ...
+
+    @property
+    def api_key(self) -> str | None: ...
 
     def _request(
         self,
@@ -30,6 +43,7 @@ class Market:
     def __init__(self, client: Requester) -> None:
         self._client = client
         self._by_url: dict[str, MarketData] = {}  # by base URL, which can change
+        self._fees: dict[tuple[str, str], Fees] = {}  # by base URL and key
 
     @property
     def data(self) -> MarketData:
@@ -44,6 +58,20 @@ class Market:
         data.listed = listed_prices(response, data.rates)
         return response
 
+    def listing(self, max_age: float = 0.0) -> dict[str, Any]:
+        """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
+        data = self.data
+        if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
+            return data.kept[0]
+        response = self.read()
+        if max_age > 0:
+            data.kept = (response, time.monotonic())
+        return response
+
+    def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
+        """Return the servers that a search finds, and a report on the others."""
+        return search.run(self.listing(max_age))
+
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""
         response = self._client._request(
@@ -54,8 +82,66 @@ class Market:
 
     def find_server(self, server_id: int) -> Server | None:
         """Return a server, rented or not, or None if it is not listed."""
-        listed = to_servers(self.read(), include_rented=True, server_id=server_id)
-        return listed[0] if listed else None
+        response = self.read()
+        for record in dicts(response.get("servers")):
+            if whole_id(record.get("id")) == server_id:
+                return to_server(record, is_live(response))
+        return None
+
+    def get_server(self, server_id: int) -> Server:
+        """Return a server, rented or not.
+
+        Raises:
+            CloreError: the marketplace does not list it.
+        """
+        server = self.find_server(server_id)
+        if server is None:
+            raise CloreError(f"server {server_id} is not on the marketplace: choose another")
+        return server
+
+    def estimate(
+        self, server: Server, hours: float, currency: str, spot: bool, spot_price: float | None
+    ) -> CostEstimate:
+        """Estimate the cost of a rental with the fees of the account."""
+        return estimate(
+            server, hours, currency=currency, spot=spot, spot_price=spot_price, fees=self.fees(),
+            rates=self.data.rates,
+        )  # fmt: skip
+
+    def learn_rates(self, server_id: int | None) -> None:
+        """Try to read the exchange rates for display, at most once in five minutes.
+
+        Parameters:
+            server_id: a server whose spot market has them; None reads the list of servers.
+        """
+        data = self.data
+        if time.monotonic() - data.rates_tried_at <= RATE_MAX_AGE:
+            return
+        now = data.rates_tried_at = time.monotonic()
+        try:
+            limited(
+                lambda: self.read() if server_id is None else self.read_spot(server_id),
+                deadline=now + RATES_PATIENCE,
+            )
+        except Exception as error:  # prices in USD are extra: they must not break another call
+            logger.debug("the exchange rates can't be read: %s", error)
+
+    def fees(self) -> Fees:
+        """Return the account's fees, which are read once; without a key, the published ones."""
+        key = self._client.api_key
+        if not key:
+            return Fees({})
+        account = (self._client.base_url, key)
+        if account not in self._fees:
+            try:
+                response = self._client._request("GET", "/v1/renter_fees")
+            except CloreError as error:
+                logger.debug("the account's fees can't be read: %s", error)
+                if error.retryable:
+                    return Fees({})
+                response = {}
+            self._fees[account] = Fees(response)
+        return self._fees[account]
 
     def ensure_rates(self, server_id: int, currency: str) -> None:
         """Read the exchange rate for a bid, if it is not known or too old."""

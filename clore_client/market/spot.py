@@ -9,8 +9,10 @@ from typing import Any
 from clore_client.errors import RateUnknownError
 from clore_client.log import logger
 from clore_client.models.order import Order
-from clore_client.models.record import dicts, is_live
-from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, per_hour, positive
+from clore_client.models.record import is_live
+from clore_client.models.server import Server
+from clore_client.models.spot_market import SpotMarket
+from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, positive
 
 # A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
@@ -18,12 +20,19 @@ ROUNDING = 1e-9  # the rounding error between prices per day and per hour
 
 
 class MarketData:
-    """The form, the exchange rates and the listed prices of one API."""
+    """The form, the exchange rates and the listed prices of one API.
+
+    Attributes:
+        kept: the last list of servers and the monotonic time of its reading, if a search may use
+            it again.
+    """
 
     def __init__(self) -> None:
+        self.kept: tuple[dict[str, Any], float] | None = None
         self.rates = ExchangeRates()
         self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
         self.live = False  # whether a response was certainly in the live form
+        self.rates_tried_at = -math.inf  # monotonic time of the last try to read them for display
         self._documented_at = -math.inf
 
     @property
@@ -113,33 +122,26 @@ class MarketData:
         return bid
 
 
+def suggested_bid(market: SpotMarket, server: Any, margin: float) -> float | None:
+    """Return a bid in USD per hour that would rent a server now, or None if no bid is known.
+
+    Parameters:
+        market: the spot market of the server.
+        server: the server; an id has no prices.
+        margin: what to add, as a fraction of the bid.
+    """
+    listed = server if isinstance(server, Server) else Server()
+    lowest = market.lowest_winning_usd
+    if market.minimum_usd is None:
+        lowest = max((bid for bid in (lowest, listed.spot_usd_per_hour) if bid), default=None)
+    if lowest is None:
+        return None
+    on_demand, bid = listed.usd_per_hour, lowest * (1 + margin)
+    return min(bid, on_demand) if on_demand is not None and on_demand > lowest else bid
+
+
 def in_documented_form(order: Order) -> bool:
     """Return whether an order has a field that only the documented form has."""
     return order.is_live is False and any(
         name in order.wire for name in ("status", "connection", "renting_server")
     )
-
-
-def with_hourly_offers(response: dict[str, Any]) -> dict[str, Any]:
-    """Add ``usd_per_hour`` to the offers of a ``spot_marketplace`` response.
-
-    A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
-    """
-    market = response.get("market")
-    if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
-        return response
-    live, rates = is_live(response), ExchangeRates()
-    rates.update(market.get("currency_rates_in_usd"))
-
-    def hourly(offer: dict[str, Any]) -> float | None:
-        if live:
-            usd_per_day = rates.usd(positive(offer.get("bid")), offer.get("currency"))
-            return None if usd_per_day is None else per_hour(usd_per_day)
-        stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
-        return next((price for price in stated if price is not None), None)
-
-    response["market"] = {
-        **market,
-        "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
-    }
-    return response

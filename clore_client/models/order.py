@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import time
 from collections.abc import Collection
 from typing import Any
 
+from clore_client.errors import masked
 from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
-from clore_client.pricing import ExchangeRates, finite, per_hour
+from clore_client.models.server import count_gpus, gpu_label, gpu_names
+from clore_client.models.table import utc_time
+from clore_client.pricing import (
+    CREATION_FEE,
+    ExchangeRates,
+    creation_fee_after,
+    finite,
+    per_hour,
+    published_fee,
+    rounded,
+    with_fee,
+)
 
 # The live form has only the first two; the others are known from other sources.
 ENDED_STATUSES = frozenset(
@@ -51,9 +64,24 @@ class Order(Record):
     unexpected type.
     """
 
-    __slots__ = ("_live", "_usd_per_hour")
+    __slots__ = ("_live", "_rates")
     _live: bool
-    _usd_per_hour: float | None
+    _rates: ExchangeRates
+    FIELDS = (
+        "id",
+        "server_id",
+        "status",
+        "gpu_name",
+        "gpu_count",
+        "price",
+        "currency",
+        "usd_per_hour",
+        "cost_usd",
+        "is_spot",
+        "started_at",
+        "image",
+        "ssh_command",
+    )
 
     @property
     def id(self) -> int | None:
@@ -70,6 +98,38 @@ class Order(Record):
         """``"creating"``, ``"running"``, ``"cancelled"`` or ``"expired"``."""
         status = self.get("status")
         return status if isinstance(status, str) else None
+
+    @property
+    def gpu(self) -> str | None:
+        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        return gpu_label(self)
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The name of its (first) GPU, for example ``"RTX 4090"``."""
+        return next(iter(gpu_names(self)), None)
+
+    @property
+    def gpu_count(self) -> int | None:
+        """The number of GPUs."""
+        return count_gpus(self)
+
+    @property
+    def price(self) -> float | None:
+        """The price per hour, in its currency."""
+        return finite(self.get("price"))
+
+    @property
+    def currency(self) -> str | None:
+        """The currency that it is paid in, as the API names it."""
+        currency = self.get("currency")
+        return currency if isinstance(currency, str) else None
+
+    @property
+    def image(self) -> str | None:
+        """The Docker image."""
+        image = self.get("image")
+        return image if isinstance(image, str) else None
 
     @property
     def is_running(self) -> bool:
@@ -96,6 +156,12 @@ class Order(Record):
         return command if isinstance(command, str) and command else None
 
     @property
+    def ssh_password(self) -> str | None:
+        """The password that this client sent with the order, or None if it does not have it."""
+        password = self.get("ssh_password")
+        return password if isinstance(password, str) else None
+
+    @property
     def http_urls(self) -> dict[str, str]:
         """A dict with the URL of each container port."""
         urls = part_of(self, "connection", "http_ports")
@@ -110,11 +176,49 @@ class Order(Record):
 
     @property
     def usd_per_hour(self) -> float | None:
-        """The price in USD per hour, by the exchange rate at the time of reading, or None."""
-        try:
-            return self._usd_per_hour
-        except AttributeError:
-            return ExchangeRates().usd(self.get("price"), self.get("currency"))
+        """The price in USD per hour, without fees; None if no exchange rate is known.
+
+        It uses the latest exchange rate that the client has read.
+        """
+        if "body" in self:  # a preview
+            return finite(self.get("usd_per_hour"))
+        return self._exchange_rates().usd(self.get("price"), self.get("currency"))
+
+    @property
+    def cost_usd(self) -> float | None:
+        """The cost in USD until the order was read, with fees; None if it is not known.
+
+        The live API says what was spent. Without that, it is the price for the time since the
+        start, and only known while the order is active.
+        """
+        hourly, rate = finite(self.get("price")), self._exchange_rates().rate(self.get("currency"))
+        spent = finite(self.get("spend"))
+        if rate is None or hourly is None or hourly <= 0:
+            return None
+        hourly = with_fee(hourly, self.fee_rate)
+        if spent is None:
+            if self.started_at is None or self.has_ended:
+                return None
+            spent = hourly * max(0.0, time.time() - self.started_at) / 3600.0
+        creation = finite(self.get("creation_fee"))
+        creation_usd = CREATION_FEE if creation is None else creation * rate
+        return spent * rate + creation_fee_after(spent / hourly * 3600.0, creation_usd)
+
+    @property
+    def fee_rate(self) -> float:
+        """The renter's fee as a fraction of the price; the published one if it is not stated."""
+        stated = finite(self.get("fee"))
+        valid = stated is not None and 0 <= stated <= 1
+        return stated if valid and stated is not None else published_fee(self.is_spot is True)
+
+    def _exchange_rates(self) -> ExchangeRates:
+        return getattr(self, "_rates", None) or ExchangeRates()
+
+    @property
+    def body(self) -> dict[str, Any] | None:
+        """What a preview would send; None for an order."""
+        body = self.get("body")
+        return body if isinstance(body, dict) else None
 
     @property
     def is_live(self) -> bool | None:
@@ -122,14 +226,28 @@ class Order(Record):
         return getattr(self, "_live", None)
 
     def _summary(self) -> dict[str, Any]:
-        if "body" in self:  # a preview
-            return {"usd_per_hour": self.usd_per_hour, "body": self["body"]}
-        first = ("order_id", "renting_server", "status", "price", "currency", "image", "started")
+        if self.body is not None:
+            return {"usd_per_hour": self.usd_per_hour, "body": self.body}
         return {
-            **{name: self.get(name) for name in first},
-            "usd_per_hour": None if self.usd_per_hour is None else round(self.usd_per_hour, 6),
-            "ssh": self.ssh_command,
-            **({"ssh_password": "***"} if self.get("ssh_password") else {}),
+            "id": self.id,
+            "server_id": self.server_id,
+            "status": self.status,
+            "gpu": self.gpu,
+            "price": self.price,
+            "currency": self.currency,
+            "usd_per_hour": rounded(self.usd_per_hour),
+            "image": self.image,
+            "started_at": self.started_at,
+            "ssh_command": self.ssh_command,
+            "ssh_password": self.ssh_password,
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        started = utc_time(self.started_at)
+        return {
+            **super()._facts(),
+            "started_at": started and f"{started} UTC",
+            "body": masked(self.body),
         }
 
 
@@ -204,7 +322,7 @@ def to_order(
     """
     order = Order({**record, **_live_fields(record, cancelled)} if live else record)
     order._wire, order._live = record, live
-    order._usd_per_hour = rates.usd(order.get("price"), order.get("currency"))
+    order._rates = rates
     return order
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from clore_client.errors import masked, printable
+from clore_client.models.table import html_card
 
 R = TypeVar("R", bound="Record")
 
@@ -68,6 +69,8 @@ class Record(dict[str, Any]):
 
     __slots__ = ("_wire",)
     _wire: dict[str, Any]
+    # The properties in a card and in a row of to_dicts(): numbers, text and bools.
+    FIELDS: ClassVar[tuple[str, ...]] = ()
 
     @property
     def wire(self) -> dict[str, Any]:
@@ -98,8 +101,23 @@ class Record(dict[str, Any]):
         return self._like({**other, **self}) if isinstance(other, Mapping) else NotImplemented
 
     def _summary(self) -> dict[str, Any]:
-        """Return the fields that the repr shows."""
-        return self
+        """Return what the repr shows: names of properties, and their values."""
+        return {name: getattr(self, name) for name in self.FIELDS} or self
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what the card shows, by the names of properties; the first is in the heading."""
+        return {name: getattr(self, name) for name in self.FIELDS} or masked(self)
+
+    def _repr_html_(self) -> str:
+        facts = list(self._facts().items())
+        number = f" {facts.pop(0)[1]}" if self.FIELDS and facts[0][1] is not None else ""
+        return html_card(f"{type(self).__name__}{number}", facts)
+
+    def __dir__(self) -> list[str]:
+        """Return the properties, and the methods that read a dict."""
+        attributes = [pair for base in type(self).__mro__ for pair in vars(base).items()]
+        properties = [name for name, value in attributes if isinstance(value, property)]
+        return sorted({*properties, "copy", "get", "items", "keys", "values"})
 
     def __repr__(self) -> str:
         # Text in a record comes from strangers: repr() of the parts escapes control characters.

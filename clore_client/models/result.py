@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from clore_client.errors import printable
 
 STDOUT, STDERR = "stdout", "stderr"
+LAST_LINES = 20  # of each stream, where a result is printed
+LONGEST_LINE = 300  # characters
+# A color, or another control sequence of a terminal, which would only be noise when escaped.
+_CONTROL_SEQUENCE = r"\x1b\[[0-9;?]{0,40}[@-~]"
+
+
+def last_lines(text: str) -> list[str]:
+    """Return the last lines of an output, with control characters escaped."""
+    lines = text[-LAST_LINES * 1000 :].rstrip("\n").split("\n")
+    shown = []
+    for line in lines[-LAST_LINES:]:
+        # Progress bars overwrite their line, so the text after the last \r is what is visible.
+        visible = re.sub(_CONTROL_SEQUENCE, "", line.rstrip("\r").rsplit("\r", 1)[-1])
+        shown.append(printable(visible.expandtabs(), LONGEST_LINE))
+    more = text.rstrip("\n").count("\n") + 1 - len(shown)
+    return [f"... {more} more lines", *shown] if more else shown
 
 
 class CommandResult:
-    """The result of a command.
+    """The result of a command. ``print()`` shows the last lines of its output.
 
     Attributes:
         command: the command for the machine's shell, without the variables of ``env``.
@@ -48,6 +67,14 @@ class CommandResult:
             f"{len(self.stdout)} characters of stdout, {len(self.stderr)} of stderr, "
             f"{self.duration:.1f}s{left_out}>"
         )
+
+    def __str__(self) -> str:
+        outputs = [text for text in (self.stdout, self.stderr) if text.strip()]
+        return "\n".join([repr(self), *(line for text in outputs for line in last_lines(text))])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the output in IPython and in notebooks."""
+        printer.text(str(self))
 
 
 class OutputLine(str):

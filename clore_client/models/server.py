@@ -1,17 +1,25 @@
-"""Server, its conversion from the live form to the documented form, filters and sorting."""
+"""Server, and its conversion from the live form to the documented form."""
 
 from __future__ import annotations
 
-import math
+import functools
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
-from clore_client.pricing import HOURS_PER_DAY, ExchangeRates, finite, per_hour, positive
+from clore_client.pricing import (
+    HOURS_PER_DAY,
+    ExchangeRates,
+    finite,
+    per_gpu,
+    per_hour,
+    positive,
+    rounded,
+)
 
 # The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
 # makes the import faster.
+LONGEST_TEXT = 200  # characters of a description that count
 _COUNTED_GPU = r"(?s)([0-9]{1,3})x\s+(.+)"
 _VENDOR = r"(?i)(?:NVIDIA\s+)?(?:GeForce\s+)?"
 _DISK_SIZE = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?GB"
@@ -26,7 +34,12 @@ _USD_FIELDS = {
 def _counted(specs: Any) -> tuple[int, str] | None:
     """Return the count and name in ``specs.gpu`` (``"2x NVIDIA GeForce RTX 4070 Ti"``), or None."""
     text = specs.get("gpu") if isinstance(specs, dict) else None
-    match = re.fullmatch(_COUNTED_GPU, text.strip()) if isinstance(text, str) else None
+    return _parse_counted(text[:LONGEST_TEXT]) if isinstance(text, str) else None
+
+
+@functools.lru_cache(maxsize=1024)  # there are few different texts on thousands of servers
+def _parse_counted(text: str) -> tuple[int, str] | None:
+    match = re.fullmatch(_COUNTED_GPU, text.strip())
     if not match:
         return None
     return int(match[1]), match[2][re.match(_VENDOR, match[2]).end() :]  # type: ignore[union-attr]
@@ -47,6 +60,18 @@ def gpu_names(record: dict[str, Any]) -> list[str]:
             return names
     counted = _counted(record.get("specs"))
     return [counted[1]] * counted[0] if counted else []
+
+
+def count_gpus(record: dict[str, Any]) -> int | None:
+    """Return the number of GPUs of a server in either form, or None."""
+    counted = _counted(record.get("specs"))
+    return counted[0] if counted else len(gpu_names(record)) or None
+
+
+def gpu_label(record: dict[str, Any]) -> str | None:
+    """Return the count and name of the GPUs of a server or an order, or None."""
+    names = gpu_names(record)
+    return f"{count_gpus(record)}x {names[0]}" if names else None
 
 
 def _live_spot_per_day(price: dict[str, Any]) -> float | None:
@@ -90,16 +115,57 @@ def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None
     return amount / HOURS_PER_DAY or None if live and amount else amount
 
 
-def on_demand_usd(server: Server, currency: Any) -> float | None:
-    """Return the on-demand price in USD per hour when paid in ``currency`` (the API's name).
+def price_in(record: dict[str, Any], live: bool, spot: bool, currency: str | None) -> float | None:
+    """Return the price in USD per hour when paid in ``currency``, or None if there is none.
 
-    The documented form has one price for all currencies.
+    Parameters:
+        record: the server, in either form.
+        live: whether it is in the live form.
+        spot: return the lowest spot bid that the host accepts.
+        currency: the API's name; None takes the price that the reference page names.
     """
-    usd = part_of(server, "price", "usd")
-    own = (
-        positive(part_of(usd, _USD_FIELDS.get(currency, ""))) if isinstance(currency, str) else None
-    )
-    return own or positive(part_of(usd, "on_demand_clore"))
+    if currency is None:
+        return server_price(record, live, spot)
+    if spot:
+        # Always per day: only the live form has this field.
+        stated = positive(part_of(record, "price", "original_usd", currency, "spot"))
+        return stated / HOURS_PER_DAY if stated else server_price(record, live, spot=True)
+    own = positive(part_of(record, "price", "usd", _USD_FIELDS.get(currency, "")))
+    if own is None:  # the documented form has one price for all currencies
+        return server_price(record, live, spot=False)
+    return own / HOURS_PER_DAY if live else own
+
+
+def on_demand_usd(server: Server, currency: str) -> float | None:
+    """Return the on-demand price in USD per hour when paid in ``currency`` (the API's name)."""
+    return price_in(server, live=False, spot=False, currency=currency)
+
+
+def amount_per_hour(server: Server, spot: bool, currency: str) -> float | None:
+    """Return the price per hour in ``currency`` itself, as listed; None if it is not listed."""
+    listed = positive(part_of(server, "price", "spot" if spot else "on_demand", currency))
+    return None if listed is None else listed / HOURS_PER_DAY
+
+
+def listed_rate(server: Server, currency: str) -> float | None:
+    """Return USD for one unit of ``currency``, by the prices of one server; None if unknown."""
+    if currency == "USD-Blockchain":
+        return 1.0
+    amount = amount_per_hour(server, spot=False, currency=currency)
+    in_usd = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
+    return in_usd / amount if amount and in_usd else None
+
+
+def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
+    """Return whether the host accepts a currency.
+
+    A server that does not list its currencies accepts those in which it has a price; in the
+    documented form, which has one price for all, it accepts each.
+    """
+    coins = record.get("allowed_coins")
+    if isinstance(coins, list) and coins:
+        return currency in coins
+    return not live or positive(part_of(record, "price", "on_demand", currency)) is not None
 
 
 def server_reliability(record: dict[str, Any], live: bool) -> float | None:
@@ -111,6 +177,49 @@ def server_reliability(record: dict[str, Any], live: bool) -> float | None:
     return round(number * 100.0, 9) if live else number
 
 
+def cpu_cores(record: dict[str, Any]) -> int | None:
+    """Return the number of CPU cores, from ``"16/32"`` (cores and threads), or None."""
+    text = part_of(record, "specs", "cpus")
+    return _parse_cores(text[:LONGEST_TEXT]) if isinstance(text, str) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_cores(text: str) -> int | None:
+    match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text)
+    return int(match[1]) or None if match else None
+
+
+def disk_size(record: dict[str, Any]) -> float | None:
+    """Return the size of the disk in GB, from the last number of its description, or None."""
+    text = part_of(record, "specs", "disk")
+    sizes = re.findall(_DISK_SIZE, text) if isinstance(text, str) else []
+    return positive(float(sizes[-1])) if sizes else None
+
+
+def version_parts(version: Any) -> tuple[int, int] | None:
+    """Return a version such as ``"12.4"`` or 12.4 as two integers, or None."""
+    return _parse_version(version[:40] if isinstance(version, str) else str(finite(version)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_version(text: str) -> tuple[int, int] | None:
+    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text.strip())
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def nominal_vram(record: dict[str, Any]) -> float | None:
+    """Return the memory of one GPU in GB, as the maker states it, or None.
+
+    The live API rounds down, so that a card with 24 GB shows 23. The cards of the last years with
+    an odd size are the 1080 Ti and the 2080 Ti, with 11 GB.
+    """
+    size = positive(part_of(record, "specs", "gpuram"))
+    if size is None or size < 6 or size % 2 != 1:
+        return size
+    eleven = size == 11 and any("80 ti" in name.lower() for name in gpu_names(record))
+    return size if eleven else size + 1
+
+
 class Server(Record):
     """One server of the marketplace, in the documented form.
 
@@ -120,6 +229,32 @@ class Server(Record):
     """
 
     __slots__ = ()
+    FIELDS = (
+        "id",
+        "gpu_name",
+        "gpu_count",
+        "vram_gb",
+        "total_vram_gb",
+        "usd_per_hour",
+        "usd_per_gpu_hour",
+        "spot_usd_per_hour",
+        "spot_usd_per_gpu_hour",
+        "reliability",
+        "rating",
+        "rating_count",
+        "country",
+        "rented",
+        "cpu_cores",
+        "ram_gb",
+        "disk_gb",
+        "disk_mbps",
+        "download_mbps",
+        "upload_mbps",
+        "pcie_width",
+        "cuda_version",
+        "max_rental_hours",
+        "owner_id",
+    )
 
     @property
     def id(self) -> int | None:
@@ -127,21 +262,35 @@ class Server(Record):
         return whole_id(self.get("id"))
 
     @property
+    def gpu(self) -> str | None:
+        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        return gpu_label(self)
+
+    @property
     def gpu_name(self) -> str | None:
         """The name of its (first) GPU, for example ``"RTX 4090"``."""
-        names = gpu_names(self)
-        return names[0] if names else None
+        return next(iter(gpu_names(self)), None)
 
     @property
     def gpu_count(self) -> int | None:
         """The number of GPUs."""
-        counted = _counted(self.get("specs"))
-        return counted[0] if counted else len(gpu_names(self)) or None
+        return count_gpus(self)
+
+    @property
+    def price(self) -> dict[str, Any]:
+        """The prices in all currencies; the numbers under ``"usd"`` are USD per hour."""
+        prices = self.get("price")
+        return prices if isinstance(prices, dict) else {}
 
     @property
     def vram_gb(self) -> float | None:
         """The memory of one GPU in GB, which the live API rounds down."""
         return positive(part_of(self, "specs", "gpuram"))
+
+    @property
+    def total_vram_gb(self) -> float | None:
+        """The memory of all GPUs in GB; ``vram_gb`` times ``gpu_count``."""
+        return None if self.vram_gb is None else self.vram_gb * (self.gpu_count or 1)
 
     @property
     def usd_per_hour(self) -> float | None:
@@ -152,6 +301,16 @@ class Server(Record):
     def spot_usd_per_hour(self) -> float | None:
         """The lowest spot bid that the host accepts, in USD per hour, without fees."""
         return server_price(self, live=False, spot=True)
+
+    @property
+    def usd_per_gpu_hour(self) -> float | None:
+        """The on-demand price in USD per hour for one of its GPUs, without fees."""
+        return per_gpu(self.usd_per_hour, self.gpu_count)
+
+    @property
+    def spot_usd_per_gpu_hour(self) -> float | None:
+        """The lowest spot bid in USD per hour for one of its GPUs, without fees."""
+        return per_gpu(self.spot_usd_per_hour, self.gpu_count)
 
     @property
     def reliability(self) -> float | None:
@@ -177,9 +336,52 @@ class Server(Record):
     @property
     def disk_gb(self) -> float | None:
         """The size of the disk in GB, from the last number of its description."""
-        text = part_of(self, "specs", "disk")
-        sizes = re.findall(_DISK_SIZE, text) if isinstance(text, str) else []
-        return positive(float(sizes[-1])) if sizes else None
+        return disk_size(self)
+
+    @property
+    def disk_mbps(self) -> float | None:
+        """The speed of the disk in MB per second."""
+        return positive(part_of(self, "specs", "disk_speed"))
+
+    @property
+    def download_mbps(self) -> float | None:
+        """The download speed in Mbit per second."""
+        return positive(part_of(self, "specs", "net", "down"))
+
+    @property
+    def upload_mbps(self) -> float | None:
+        """The upload speed in Mbit per second."""
+        return positive(part_of(self, "specs", "net", "up"))
+
+    @property
+    def cpu_cores(self) -> int | None:
+        """The number of CPU cores; the number of threads is usually twice as high."""
+        return cpu_cores(self)
+
+    @property
+    def pcie_width(self) -> float | None:
+        """The number of PCI Express lanes of a GPU."""
+        return positive(part_of(self, "specs", "pcie_width"))
+
+    @property
+    def rating(self) -> float | None:
+        """The average rating by renters, up to 5."""
+        return positive(part_of(self, "rating", "avg"))
+
+    @property
+    def rating_count(self) -> int | None:
+        """The number of ratings."""
+        return whole_id(part_of(self, "rating", "cnt"))
+
+    @property
+    def max_rental_hours(self) -> float | None:
+        """The longest rental in hours."""
+        return positive(self.get("mrl"))
+
+    @property
+    def owner_id(self) -> int | None:
+        """The number of the owner."""
+        return whole_id(self.get("owner"))
 
     @property
     def cuda_version(self) -> str | None:
@@ -188,20 +390,15 @@ class Server(Record):
         return version if isinstance(version, str) and version else None
 
     def _summary(self) -> dict[str, Any]:
-        count, name = self.gpu_count, self.gpu_name
         return {
-            "id": self.get("id"),
-            "gpu": f"{count}x {name}" if name else None,
-            "usd_per_hour": _rounded(self.usd_per_hour),
-            "spot_usd_per_hour": _rounded(self.spot_usd_per_hour),
-            "reliability": self.get("reliability"),
+            "id": self.id,
+            "gpu": self.gpu,
+            "usd_per_hour": rounded(self.usd_per_hour),
+            "spot_usd_per_hour": rounded(self.spot_usd_per_hour),
+            "reliability": self.reliability,
             "country": self.country,
-            "rented": self.get("rented"),
+            "rented": self.rented,
         }
-
-
-def _rounded(number: float | None) -> float | None:
-    return None if number is None else round(number, 6)
 
 
 def to_server(record: dict[str, Any], live: bool) -> Server:
@@ -227,50 +424,14 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
     return server
 
 
-def to_servers(
-    response: dict[str, Any],
-    *,
-    include_rented: bool = False,
-    gpu_type: str | None = None,
-    max_usd_per_hour: float | None = None,
-    min_reliability: float = 0.0,
-    spot: bool = False,
-    server_id: int | None = None,
-) -> list[Server]:
-    """Return the servers of a response that fit, in the API's order.
-
-    Filters before it converts, because most calls want few of thousands of servers.
-    """
+def to_servers(response: dict[str, Any], *, include_rented: bool = False) -> list[Server]:
+    """Return the servers of a response, in the API's order."""
     live = is_live(response)
-    wanted = gpu_type.strip().lower() if gpu_type else ""
-
-    def fits(record: dict[str, Any]) -> bool:
-        # The cheapest checks come first, as this runs for thousands of records.
-        if server_id is not None and whole_id(record.get("id")) != server_id:
-            return False
-        if not include_rented and record.get("rented"):
-            return False
-        if min_reliability > 0 and (server_reliability(record, live) or 0.0) < min_reliability:
-            return False
-        if wanted and not any(wanted in name.lower() for name in gpu_names(record)):
-            return False
-        if max_usd_per_hour is None:
-            return True
-        price = server_price(record, live, spot)
-        # 8.4 / 24 is slightly above 0.35.
-        return price is not None and price <= max_usd_per_hour * (1 + 1e-12)
-
-    return [to_server(r, live) for r in dicts(response.get("servers")) if fits(r)]
-
-
-def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Server]:
-    """Sort servers by price; equal ones keep their order, those without a price come last."""
-
-    def price(server: Server) -> float:
-        usd = server.spot_usd_per_hour if spot else server.usd_per_hour
-        return math.inf if usd is None else usd
-
-    return sorted(servers, key=price)
+    return [
+        to_server(record, live)
+        for record in dicts(response.get("servers"))
+        if include_rented or not record.get("rented")
+    ]
 
 
 def listed_prices(response: dict[str, Any], rates: ExchangeRates) -> dict[int, float]:

@@ -2,26 +2,68 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 from clore_client.errors import (
     CloreConnectionError,
     DatabaseError,
     InvalidResponseError,
     OrderEndedError,
     OrderNotFoundError,
+    SpotPriceStepError,
     SpotPriceTooSoonError,
+    api_error,
 )
 from clore_client.market.spot import in_documented_form
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.limits import check_price_limit
-from clore_client.pricing import finite
+from clore_client.pricing import bid_per_hour, finite, wire_currency
 from clore_client.validation import check_currency
+
+LOWERING_INTERVAL = 600.0  # seconds between two lower bids, if the API does not say
+STEP_SHARE = 1 - 1e-6  # of the largest step, because of rounding errors
 
 
 def set_spot_price(
     orders: AccountOrders, order_id: int, usd_per_hour: float, allow_above: bool
 ) -> bool:
     """Change the bid of an order; see ``CloreClient.set_spot_price``."""
+    response = _send_bid(orders, _find(orders, order_id), usd_per_hour, allow_above)
+    return _accepted(response)
+
+
+def lower_spot_price(orders: AccountOrders, order_id: int, target: float, wait: bool) -> float:
+    """Lower the bid of an order step by step; see ``CloreClient.lower_spot_price``."""
+    bid = target
+    while True:
+        order = _find(orders, order_id)
+        current = _current_bid(orders, order)
+        if current is not None and bid >= current:
+            return current
+        try:
+            response = _send_bid(orders, order, bid, allow_above=False)
+            if not _accepted(response):  # the documented form refuses with code 0
+                refusal = {**response, "code": 6}
+                raise api_error(refusal, http_status=200, endpoint="/v1/set_spot_price")
+        except SpotPriceStepError as error:
+            step = _step_below(orders, order, current, error)
+            if bid != target or step is None or step <= target:
+                raise
+            bid = step
+            continue
+        except SpotPriceTooSoonError as error:
+            if not wait:
+                raise
+            time.sleep(error.retry_after or LOWERING_INTERVAL)
+        else:
+            if bid == target or not wait:
+                return bid
+        bid = target  # the exchange rate can have changed, so compute the next step again
+
+
+def _find(orders: AccountOrders, order_id: int) -> Order:
     # A new order may not be listed yet.
     order = orders.find(order_id) or orders.made.get(order_id)
     if order is None:
@@ -30,12 +72,44 @@ def set_spot_price(
             "get_orders()",
             order_id=order_id,
         )
+    return order
+
+
+def _current_bid(orders: AccountOrders, order: Order) -> float | None:
+    """Return the bid of an order in USD per hour, by a rate that may convert bids."""
+    currency = wire_currency(str(order.get("currency")))
+    if order.server_id is not None and currency is not None and not in_documented_form(order):
+        orders.market.ensure_rates(order.server_id, currency)
+    return order.usd_per_hour
+
+
+def _step_below(
+    orders: AccountOrders, order: Order, current: float | None, error: SpotPriceStepError
+) -> float | None:
+    """Return the lowest bid in USD per hour that the step of a refusal allows, or None."""
+    if current is None or error.max_step is None:
+        return None
+    step = error.max_step
+    if not in_documented_form(order):
+        rate = orders.market.data.rates.rate(order.get("currency"))
+        step = bid_per_hour(step, rate or 0.0)
+    return current - step * STEP_SHARE if step > 0 else None
+
+
+def _accepted(response: dict[str, Any]) -> bool:
+    return response.get("error") in (None, "")
+
+
+def _send_bid(
+    orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool
+) -> dict[str, Any]:
+    """Check a bid, send it, and report it to the order's budget. Return the response."""
+    order_id = order.id or 0
     bid = _wire_bid(orders, order, usd_per_hour, allow_above)
-    body = {"order_id": order_id, "desired_price": bid}
-    accepted = True
+    response: dict[str, Any] = {}
     try:
+        body = {"order_id": order_id, "desired_price": bid}
         response = orders.client._request("POST", "/v1/set_spot_price", json=body)
-        accepted = response.get("error") in (None, "")
     except SpotPriceTooSoonError as error:
         # After a lost response, the API refuses the retry because the first request took effect.
         if error.sends <= 1 or not _shows_bid(orders, order, bid):
@@ -44,9 +118,9 @@ def set_spot_price(
         # The bid may have taken effect, so a budget counts the higher price.
         orders.notify_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
         raise
-    if accepted:
+    if _accepted(response):
         orders.notify_bid(order_id, usd_per_hour)
-    return accepted
+    return response
 
 
 def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool) -> float:

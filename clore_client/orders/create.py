@@ -14,6 +14,7 @@ from clore_client.api.request import HTTPClient, limited
 from clore_client.errors import (
     CloreError,
     DatabaseError,
+    InsufficientBalanceError,
     OrderOutcomeUnknownError,
     Secret,
     ServerAlreadyRentedError,
@@ -23,6 +24,7 @@ from clore_client.models.order import Order, created_id, to_orders
 from clore_client.models.server import on_demand_usd
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.claims import same_purchase
+from clore_client.orders.funds import explain_balance
 from clore_client.orders.limits import check_order_limit, check_price_limit
 from clore_client.orders.reconcile import find_order
 from clore_client.validation import (
@@ -181,12 +183,18 @@ class Purchase:
         server = self._orders.market.find_server(self.server_id)
         return None if server is None else on_demand_usd(server, self.currency)
 
+    def learn_rate(self) -> None:
+        """Try to read the exchange rate for the price of the order in USD, if it is not known.
+
+        This comes before the purchase: an interrupt after it would lose the order.
+        """
+        data = self._orders.market.data
+        if data.rates.rate(self.currency) is None and not data.documented:
+            self._orders.market.learn_rates(self.server_id)
+
     def preview(self) -> Order:
         """Return the body that would be sent, and its price."""
-        usd_per_hour = self.usd_per_hour()
-        shown = Order(body=self.body, usd_per_hour=usd_per_hour)
-        shown._usd_per_hour = usd_per_hour
-        return shown
+        return Order(body=self.body, usd_per_hour=self.usd_per_hour())
 
     def _check_limits(self) -> None:
         client = self._orders.client
@@ -213,10 +221,16 @@ class Purchase:
         # With a limit on active orders, two purchases at once could exceed it together.
         no_limit = self._orders.client.max_active_orders is None
         one = contextlib.nullcontext() if no_limit else claims.lock(ALL_SERVERS)
-        with one, claims.lock(self.server_id):
-            self._check_limits()
-            self._read_baseline(find_timeout)
-            order, purchase = self._submit(find_timeout)
+        try:
+            with one, claims.lock(self.server_id):
+                self._check_limits()
+                self._read_baseline(find_timeout)
+                order, purchase = self._submit(find_timeout)
+        except InsufficientBalanceError as error:
+            with contextlib.suppress(Exception):  # the refusal matters more than its explanation
+                price = self.usd_per_hour()
+                explain_balance(self._orders, error, self.currency, price, self.spot)
+            raise
         if order.id is not None:
             self._orders.credentials[order.id] = purchase.credentials
             self._orders.made[order.id] = order.copy()

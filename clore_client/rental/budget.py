@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import time
 
-from clore_client.rental.selection import CREATION_FEE, CREATION_FEE_AFTER, RentalSettings
+from clore_client.pricing import (
+    CREATION_FEE,
+    CREATION_FEE_AFTER,
+    creation_fee_after,
+    with_fee,
+)
+from clore_client.rental.selection import RentalSettings
 
 LONGEST_WATCH = 30.0  # seconds between two checks, because the wall clock can jump
 FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
@@ -65,7 +71,7 @@ class Meter:
         for index, (since, price) in enumerate(prices):
             until = prices[index + 1][0] if index + 1 < len(prices) else end
             rent += price * max(0.0, min(until, end) - since) / 3600.0
-        return rent * (1 + self._fee) + (CREATION_FEE if end >= CREATION_FEE_AFTER else 0.0)
+        return with_fee(rent, self._fee) + creation_fee_after(end)
 
 
 class Budget:

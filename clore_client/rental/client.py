@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, TransferResult
-from clore_client.models.server import Server
 
 if TYPE_CHECKING:
     import paramiko
@@ -15,16 +14,6 @@ if TYPE_CHECKING:
 
 class RentalClient(Protocol):
     """The methods of ``CloreClient`` that a rental uses."""
-
-    def find_servers(
-        self,
-        gpu_type: str | None = None,
-        max_price_usd: float | None = None,
-        min_reliability: float = 0.0,
-        use_spot: bool = False,
-    ) -> list[Server]: ...
-
-    def get_marketplace(self, include_rented: bool = False) -> list[Server]: ...
 
     def get_orders(self, include_completed: bool = False) -> list[Order]: ...
 

@@ -21,6 +21,7 @@ from clore_client.errors import (
     ServerAlreadyRentedError,
     ServerOfflineError,
     WaitTimeoutError,
+    add_note,
 )
 from clore_client.log import logger
 from clore_client.models.order import Order
@@ -261,7 +262,7 @@ class Rental:
     def _try_servers(self, worker: RentalWorker) -> None:
         settings, client = self._settings, self._client
         worker.record_existing_orders(client.get_orders())
-        servers, no_server = candidates(client, settings)
+        servers, no_server = candidates(self._orders.market, settings)
         for server in servers[: settings.attempts]:
             worker.check()
             reason = self._try(worker, server)
@@ -323,7 +324,7 @@ class Rental:
         price = order_usd_per_hour(order, server, self._settings.currency)
         if price is not None:
             worker.correct_price(price)
-        if not self._settings.exceeds_price_limit(price):
+        if not self._settings.exceeds_price_limit(server, price):
             return None
         return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
 
@@ -345,18 +346,18 @@ def _raise_failure(
     if exceeded is not None and plain and not _is_of(error, exceeded.order_id):
         raised: BaseException = worker.budget_error(exceeded)
         if note:
-            _add_note(raised, note)
+            add_note(raised, note)
         raise raised from error
     if plain and not interrupts and worker.signalled is not None and not worker.kept:
         interrupts = [SignalExit(worker.signalled)]
     if interrupts and plain:
         if note:
-            _add_note(interrupts[-1], note)
+            add_note(interrupts[-1], note)
         raise interrupts[-1]
     if error is None and failure is not None:
         raise failure
     if error is not None and note and error is not failure:
-        _add_note(error, note)
+        add_note(error, note)
 
 
 def _check_open(part: Part | None) -> Part:
@@ -373,10 +374,3 @@ def _is_of(error: BaseException | None, order_id: int | None) -> bool:
 def _is_open(ssh: Any) -> bool:
     transport = ssh.get_transport()
     return transport is not None and transport.is_active()
-
-
-def _add_note(error: BaseException, note: str) -> None:
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    else:  # Python 3.10
-        error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from clore_client.models.record import part_of
-from clore_client.models.server import Server, on_demand_usd
+from clore_client.market.market import Market
+from clore_client.market.search import RENTED, ROUNDING_UP, Search, SearchReport
+from clore_client.models.server import Server, listed_rate
 from clore_client.orders.create import check_login, order_env, order_ports
-from clore_client.pricing import HOURS_PER_DAY, finite, positive
-from clore_client.rental.client import RentalClient
+from clore_client.pricing import finite, positive
 from clore_client.validation import (
-    check_bool,
     check_count,
     check_currency,
     check_id,
@@ -20,11 +19,6 @@ from clore_client.validation import (
     check_text,
 )
 
-# The API adds these fees to the price (seen on the live API).
-FEE_ON_DEMAND = 0.05
-FEE_SPOT = 0.0125
-CREATION_FEE = 0.10  # USD, once for each order
-CREATION_FEE_AFTER = 600.0  # seconds; a shorter order does not pay it
 BID_MARGIN = 1e-4  # the conversion of the lowest bid can make it too low
 PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
@@ -33,6 +27,7 @@ class RentalSettings:
     """The arguments of ``rent()``, checked.
 
     Parameters:
+        search: the filters; it gets the ``server_id``.
         order: those that ``create_order`` takes too, except the bid and ``find_timeout``.
 
     Attributes:
@@ -42,10 +37,7 @@ class RentalSettings:
     def __init__(
         self,
         *,
-        gpu_type: Any,
-        max_price_usd: Any,
-        min_reliability: Any,
-        use_spot: Any,
+        search: Search,
         server_id: Any,
         order: dict[str, Any],
         spot_price: Any,
@@ -57,7 +49,11 @@ class RentalSettings:
         max_hours: Any,
         max_cost_usd: Any,
     ) -> None:
-        self._set_search(gpu_type, max_price_usd, min_reliability, use_spot, server_id)
+        self.search = search
+        self.spot = search.spot
+        if search.gpu_type is not None:
+            check_text("gpu_type", search.gpu_type)
+        search.server_id = None if server_id is None else check_id("server_id", server_id)
         self._set_order(order)
         self.spot_price = self._checked_bid(spot_price)
         self.attempts = check_count("attempts", attempts, minimum=1)
@@ -73,17 +69,6 @@ class RentalSettings:
         self.max_cost_usd = check_optional_number(
             "max_cost_usd", max_cost_usd, above=True, infinite=True
         )
-
-    def _set_search(
-        self, gpu_type: Any, max_price_usd: Any, min_reliability: Any, use_spot: Any, server_id: Any
-    ) -> None:
-        self.gpu_type = None if gpu_type is None else check_text("gpu_type", gpu_type)
-        self.max_price_usd = check_optional_number(
-            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
-        )
-        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
-        self.spot = check_bool("use_spot", use_spot)
-        self.server_id = None if server_id is None else check_id("server_id", server_id)
 
     def _set_order(self, order: dict[str, Any]) -> None:
         self.currency = check_currency("currency", order["currency"])
@@ -102,62 +87,54 @@ class RentalSettings:
             raise ValueError(
                 f"spot_price={spot_price!r} needs use_spot=True: add that, or leave it out"
             )
-        if self.max_price_usd is not None and spot_price > self.max_price_usd:
+        highest = self.search.max_price_usd
+        if highest is not None and spot_price > highest:
             raise ValueError(
-                f"spot_price must be at most max_price_usd ({self.max_price_usd!r}), not "
-                f"{spot_price!r}"
+                f"spot_price must be at most max_price_usd ({highest!r}), not {spot_price!r}"
             )
         return float(spot_price)
 
     @property
     def fee(self) -> float:
         """The fee as a fraction of the price."""
-        return FEE_SPOT if self.spot else FEE_ON_DEMAND
+        return self.search.fee
 
-    def exceeds_price_limit(self, usd_per_hour: float | None) -> bool:
-        """Return whether a price is above the limit."""
-        limit = self.max_price_usd
+    def exceeds_price_limit(self, server: Server, usd_per_hour: float | None) -> bool:
+        """Return whether the price of an order is above the limit for its server."""
+        limit = self.search.price_limit(server)
         return limit is not None and usd_per_hour is not None and (
             usd_per_hour > limit * (1 + PRICE_SLACK)
         )  # fmt: skip
 
     def price_of(self, server: Server) -> float | None:
-        """Return the price of a server in USD per hour, without fees; None if not known."""
-        listed = on_demand_usd(server, self.currency)
-        if not self.spot:
+        """Return the price of a server in USD per hour, without fees; None if not known.
+
+        For a spot order this is the bid: None if the host does not accept it.
+        """
+        listed = self.search.price(server)
+        if not self.spot or listed is None:
             return listed
-        lowest = _lowest_bid(server, self.currency)
-        if lowest is None:
-            return None
         if self.spot_price is not None:
-            return self.spot_price if self.spot_price >= lowest else None
-        limit = self.max_price_usd
-        bid = lowest * (1 + BID_MARGIN)
-        return bid if limit is None or lowest > limit else min(bid, limit)
+            return self.spot_price if self.spot_price >= listed else None
+        limit = self.search.price_limit(server)
+        bid = listed * (1 + BID_MARGIN)
+        return bid if limit is None else min(bid, limit)
 
     def reason_against(self, server: Server) -> str | None:
-        """Return the reason why a server does not fit, or None if it fits."""
-        coins = server.get("allowed_coins")
-        if isinstance(coins, list) and coins and self.currency not in coins:
-            return f"does not accept {self.currency}"
-        price = self.price_of(server)
+        """Return the reason why a server of the search can't be rented, or None."""
+        if server.id is None:
+            return "has no id"
+        price, limit = self.price_of(server), self.search.price_limit(server)
         if price is None:
             if self.spot:
                 return "does not accept this bid"
-            if self.max_price_usd is not None or self.max_cost_usd is not None:
-                return "has no price"
-            return None
-        if self.max_price_usd is not None and price > self.max_price_usd * (1 + 1e-12):
-            return f"costs {price:.4g} USD per hour"
+            return None if self.max_cost_usd is None else "has no price"
+        if limit is not None and price > limit * ROUNDING_UP:
+            return f"costs {price:.4g} USD per hour, more than the limit of {limit:.4g}"
         on_demand = server.usd_per_hour
         if self.spot and on_demand is not None and price > on_demand:
             return "accepts no bid below its on-demand price"
         return None
-
-
-def _lowest_bid(server: Server, currency: str) -> float | None:
-    stated = positive(part_of(server, "price", "original_usd", currency, "spot"))
-    return server.spot_usd_per_hour if stated is None else stated / HOURS_PER_DAY
 
 
 def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | None:
@@ -165,46 +142,33 @@ def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | Non
 
     Uses the exchange rate of the server's listing if there is one, as the price limit does.
     """
-    amount = positive(order.get("price"))
-    if amount is None:
-        return None
-    if currency == "USD-Blockchain":
-        return amount
-    per_day = positive(part_of(server, "price", "on_demand", currency))
-    in_usd = on_demand_usd(server, currency)
-    if per_day and in_usd:
-        return amount * in_usd / (per_day / HOURS_PER_DAY)
-    return finite(order.usd_per_hour)
+    amount, rate = positive(order.get("price")), listed_rate(server, currency)
+    if amount is None or rate is None:
+        return None if amount is None else finite(order.usd_per_hour)
+    return amount * rate
 
 
-def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Server], str]:
-    """Return the servers to try, the cheapest first, and an error text if there are none."""
-    if settings.server_id is not None:
-        listed = client.get_marketplace(include_rented=True)
-        pinned = [s for s in listed if s.id == settings.server_id]
-        if not pinned:
-            return [], f"server {settings.server_id} is not on the marketplace: choose another"
-        server = pinned[0]
-        why = "is rented" if server.rented else settings.reason_against(server)
-        if (server.reliability or 0.0) < settings.min_reliability:
-            why = f"has a reliability of {server.reliability}"
-        wanted = (settings.gpu_type or "").strip().lower()
-        if not any(wanted in str(name).lower() for name in server.get("gpu_array") or [""]):
-            why = f"has no {settings.gpu_type}"
-        if why:
-            return [], f"server {settings.server_id} {why}: choose another, or change the filters"
-        return [server], ""
-    found = client.find_servers(
-        settings.gpu_type, min_reliability=settings.min_reliability, use_spot=settings.spot
-    )
+def candidates(market: Market, settings: RentalSettings) -> tuple[list[Server], str]:
+    """Return the servers to try, the best first, and an error text if there are none."""
+    found, report = market.search(settings.search)
     if not found:
-        named = f" whose GPU has {settings.gpu_type!r} in its name" if settings.gpu_type else ""
-        least = settings.min_reliability
-        reliable = f", with a reliability of at least {least:g}" if least else ""
-        return [], f"there is no free server{named}{reliable}: try later, or change the filters"
-    fitting = [s for s in found if s.id is not None and settings.reason_against(s) is None]
-    fitting.sort(key=lambda s: p if (p := settings.price_of(s)) is not None else float("inf"))
+        server_id = settings.search.server_id
+        why = report.explain() if server_id is None else _missing(server_id, report)
+        return [], f"{why}: change the filters, or try again later"
+    reasons = [settings.reason_against(server) for server in found]
+    fitting = [s for s, reason in zip(found, reasons, strict=True) if reason is None]
     return fitting, (
-        f"none of {len(found)} free servers of that kind fits the price and the currency: raise "
-        "max_price_usd, or use another currency"
+        f"none of {len(found)} servers that fit can be rented: server {found[0].id} {reasons[0]}; "
+        "change the filters or the limits"
     )
+
+
+def _missing(server_id: int, report: SearchReport) -> str:
+    label = report.left_out[-1][0] if report.left_out else "server_id"
+    if label.startswith("server_id"):
+        return f"server {server_id} is not on the marketplace"
+    if label == RENTED:
+        return f"server {server_id} is rented"
+    cost = report.cheapest_usd_per_hour
+    costs = "" if cost is None else f"; it costs {cost:.4g} USD per hour"
+    return f"server {server_id} does not fit {label}{costs}"

@@ -18,7 +18,8 @@ from .state import Account, Order
 MAX_CANCELS = 64  # ids that one cancel_orders takes
 JSON = "application/json; charset=utf-8"
 KEYLESS = ("marketplace",)
-READS = ("wallets", "marketplace", "my_orders", "spot_marketplace")
+READS = ("wallets", "marketplace", "my_orders", "spot_marketplace", "renter_fees")
+LIVE_ONLY = ("renter_fees",)
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Api:
             "cancel_orders": self._cancel_orders,
             "set_spot_price": self._set_spot_price,
             "spot_marketplace": self._spot_marketplace,
+            "renter_fees": self._renter_fees,
         }
         self._encoded: dict[int, bytes] = {}
         self._marketplace: bytes | None = None
@@ -97,6 +99,7 @@ class Api:
     def _process(self, call: Call) -> Answer:
         endpoint = call.endpoint
         known = endpoint in ENDPOINTS and call.path == f"/v1/{endpoint}"
+        known = known and (self._form == "live" or endpoint not in LIVE_ONLY)
         if not known or call.method != ("GET" if endpoint in READS else "POST"):
             raise RefusedError(4, status=404)
         if endpoint in KEYLESS:
@@ -125,6 +128,9 @@ class Api:
 
     def _wallets(self, account: Account, call: Call) -> dict[str, Any]:
         return {"wallets": wire.wallets(account, self._form), "code": 0}
+
+    def _renter_fees(self, account: Account, call: Call) -> dict[str, Any]:
+        return wire.renter_fees(self._settings.creation_fee)
 
     def _my_orders(self, account: Account, call: Call) -> dict[str, Any]:
         completed = call.query.get("return_completed", "").lower() in ("true", "1")

@@ -18,6 +18,7 @@ ENDPOINTS = (
     "cancel_orders",
     "set_spot_price",
     "spot_marketplace",
+    "renter_fees",
 )
 
 # Kinds of faults with their options and defaults. "Processed" means that the market acted.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .catalog import RATES, Server, in_currency
 from .settings import CURRENCIES
+from .state import FEE_RATES
 
 if TYPE_CHECKING:
     from .state import Account, Order
@@ -83,6 +84,22 @@ def wallets(account: Account, form: str) -> list[dict[str, Any]]:
             record["withdrawal_fee"] = fees[name]
         records.append(record)
     return records
+
+
+def renter_fees(creation_fee: float) -> dict[str, Any]:
+    """Return the envelope of renter_fees: percents, and the creation fee in each currency."""
+    kinds = {"on_demand": FEE_RATES["on-demand"], "spot": FEE_RATES["spot"]}
+    amounts = {coin: in_currency(creation_fee, coin) for coin in CURRENCIES}
+    return {
+        "renter_fees": {
+            kind: {"base": dict.fromkeys(CURRENCIES, rate * 100), "extra": {}}
+            for kind, rate in kinds.items()
+        },
+        "creation_fees": dict.fromkeys(kinds, amounts),
+        "poh_config": {"max_reduction_percent": 50, "max_poh_amount": 100_000},
+        "poh_balance": 0,
+        "code": 0,
+    }
 
 
 def order(order: Order, server: Server, form: str, now: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Arguments name groups, as imports, calls, marketplace, pace, transfers; without 
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,6 +28,10 @@ def _prepare(folder: Path) -> str:
             answer = requests.get(f"{sim.url}/v1/{name}", headers={"auth": sim.api_key}, timeout=30)
             answer.raise_for_status()
             (folder / name).write_bytes(answer.content)
+        # The official SDK fails on a listing with a gpu_array that is no list, as hosts send it.
+        listing = json.loads((folder / "marketplace").read_bytes())
+        readable = [s for s in listing["servers"] if not isinstance(s.get("gpu_array"), str)]
+        (folder / marketplace.FOR_SDK).write_text(json.dumps({**listing, "servers": readable}))
         return sim.api_key
 
 

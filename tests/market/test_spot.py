@@ -232,3 +232,132 @@ def test_a_spot_price_for_on_demand_is_not_sent(
     client.create_order(server_id, spot_price=minimum)
     assert "spotprice" not in sent_to(sim, "create_order")[0].body
     assert "not sent" in caplog.text
+
+
+# --- typed access, suggestions, and lowering step by step ---
+
+
+def market_of(*offers: dict[str, Any], **server: Any) -> dict[str, Any]:
+    rates = {"bitcoin": 64000, "CLORE-Blockchain": 0.25, "USD-Blockchain": 1}
+    market = {"currency_rates_in_usd": rates, "offers": list(offers), "server": server}
+    return {"market": market, "exists": True, "code": 0}
+
+
+def test_typed_access_to_the_spot_market(sim: Simulator, client: CloreClient) -> None:
+    answer = market_of(
+        {"offer_id": 9, "bid": 9.6, "active": True, "my": False, "currency": "CLORE-Blockchain"},
+        {"offer_id": 10, "bid": 4.8, "active": False, "my": True, "currency": "USD-Blockchain"},
+        {"offer_id": 11, "bid": 1, "currency": "doge"}, {"offer_id": None, "bid": "x"},
+        min_pricing={"CLORE-Blockchain": 4.8, "USD-Blockchain": 6, "bitcoin": None, "doge": 1},
+    )  # fmt: skip
+    sim.faults.add("spot_marketplace", "envelope", envelope=answer, after_commit=False)
+    market = client.get_spot_market(5)
+    assert market.minimum_usd == pytest.approx(0.05)
+    assert market.lowest_winning_usd == pytest.approx(0.1)  # of others, not of this account
+    first, second, *rest = market.offers
+    assert (first.id, first.currency, first.is_active, first.is_mine) == (
+        9, "CLORE-Blockchain", True, False,
+    )  # fmt: skip
+    assert first.usd_per_hour == pytest.approx(0.1)
+    assert second.usd_per_hour == pytest.approx(0.2)
+    assert second.is_mine
+    assert [offer.usd_per_hour for offer in rest] == [None, None]
+    assert market["code"] == 0  # the envelope is still there
+    assert market["market"]["offers"][0]["usd_per_hour"] == first.usd_per_hour
+    assert market.wire == answer
+    assert "lowest_winning_usd=0.1" in repr(market)
+
+
+@pytest.mark.parametrize("market", [None, {}, [], {"offers": None}, {"server": {"min_pricing": 5}}])
+def test_a_spot_market_without_bids(sim: Simulator, client: CloreClient, market: Any) -> None:
+    answer = {"code": 0, "exists": True, "market": market}
+    for _ in range(2):
+        sim.faults.add("spot_marketplace", "envelope", envelope=answer, after_commit=False)
+    got = client.get_spot_market(5)
+    assert (got.offers, got.minimum_usd, got.lowest_winning_usd) == ([], None, None)
+    assert client.suggest_spot_price(5) is None
+
+
+def test_a_suggested_bid_wins(any_sim: Simulator, any_client: CloreClient) -> None:
+    server = any_client.find_cheapest("RTX 4090", min_reliability=96, use_spot=True)
+    assert server is not None
+    bid = any_client.suggest_spot_price(server)
+    assert bid is not None
+    assert (server.spot_usd_per_hour or 0) < bid <= (server.usd_per_hour or 0)
+    order = any_client.create_order(server["id"], order_type="spot", spot_price=bid)
+    assert any_sim.orders[0].id == order["order_id"]
+
+
+def test_a_suggestion_is_above_others_and_at_most_the_on_demand_price(
+    sim: Simulator, client: CloreClient
+) -> None:
+    server = client.find_servers("RTX 4090", use_spot=True)[0]
+    on_demand = server.usd_per_hour or 0.0
+
+    def suggested(usd: float, margin: float, listed: Any = server) -> float | None:
+        offer = {"bid": usd * 24, "active": True, "my": False, "currency": "USD-Blockchain"}
+        answer = market_of(offer, min_pricing={"USD-Blockchain": 0.24})
+        sim.faults.add("spot_marketplace", "envelope", envelope=answer, after_commit=False)
+        return client.suggest_spot_price(listed, margin)
+
+    assert suggested(0.05, 0.1) == pytest.approx(0.055)
+    assert suggested(on_demand * 0.99, 0.1) == on_demand
+    assert suggested(on_demand * 2, 0.1) == pytest.approx(on_demand * 2.2)
+    assert suggested(on_demand * 0.99, 0.1, server["id"]) == pytest.approx(on_demand * 1.089)
+    sim.clear_requests()
+    for bad in (-1, float("nan")):
+        with pytest.raises(ValueError, match="margin"):
+            client.suggest_spot_price(server, bad)
+    with pytest.raises((TypeError, ValueError), match="server"):
+        client.suggest_spot_price("x")  # type: ignore[arg-type]
+    assert sim.requests == []
+
+
+@pytest.mark.parametrize(
+    ("form", "currency"),
+    [("live", "CLORE"), ("live", "USD"), ("documented", "USD")],  # that form has no other rates
+)
+def test_a_bid_is_lowered_step_by_step(make_sim: MakeSim, form: str, currency: str) -> None:
+    sim = make_sim(form=form, max_step=0.2, lowering_interval=1, visible_after=0)
+    with client_for(sim) as client:
+        server_id, minimum = spot_server(client)
+        start, target = minimum + 0.5 / 24, minimum + 0.05 / 24  # 0.45 USD a day: three steps
+        order = client.create_order(
+            server_id, order_type="spot", spot_price=start, currency=currency
+        )
+        began = time.monotonic()
+        reached = client.lower_spot_price(order, target)
+        assert reached == target
+        assert sim.orders[0].usd_per_hour == pytest.approx(target, rel=1e-4)
+        assert time.monotonic() - began >= 1.5  # two waits of the API's interval
+        sim.clear_requests()
+        assert client.lower_spot_price(order["order_id"], start) == pytest.approx(target, rel=1e-4)
+        assert sent_to(sim, "set_spot_price") == []
+
+
+def test_one_step_without_waiting(make_sim: MakeSim) -> None:
+    sim = make_sim(max_step=0.2, lowering_interval=600, visible_after=0)
+    with client_for(sim) as client:
+        server_id, minimum = spot_server(client)
+        start = minimum + 0.5 / 24
+        order = client.create_order(server_id, order_type="spot", spot_price=start)
+        reached = client.lower_spot_price(order, minimum * 1.001, wait=False)
+        assert reached == pytest.approx(start - 0.2 / 24, rel=1e-4)
+        with pytest.raises(SpotPriceTooSoonError):
+            client.lower_spot_price(order, minimum * 1.001, wait=False)
+        with pytest.raises(BidTooLowError):
+            client.lower_spot_price(order, minimum * 0.5, wait=False)
+        with pytest.raises(OrderNotFoundError):
+            client.lower_spot_price(5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [((0, 0.1), "order"), ((5, 0), "target"), ((5, float("nan")), "target"), ((5, 1, 1), "wait")],
+)
+def test_bad_arguments_of_lower_spot_price(
+    sim: Simulator, client: CloreClient, arguments: Any, name: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=name):
+        client.lower_spot_price(*arguments)
+    assert sim.requests == []

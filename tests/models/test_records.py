@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clore_client import Order, Server, Wallet
+from clore_client.market.search import Search
 from clore_client.models.order import ENDED_STATUSES, plain_host, to_orders
 from clore_client.models.record import is_live
-from clore_client.models.server import cheapest_first, listed_prices, to_servers
+from clore_client.models.server import listed_prices, to_servers
 from clore_client.models.wallet import to_wallets
 from clore_client.pricing import ExchangeRates, bid_per_day, wire_currency
 
@@ -336,10 +337,11 @@ def properties_of(record: Any) -> None:
 def test_no_marketplace_raises(records: list[Any], spot: bool) -> None:
     answer = {"servers": records}
     before = repr(records)
-    for server in cheapest_first(to_servers(answer, include_rented=True), spot=spot):
+    for server in to_servers(answer, include_rented=True):
         properties_of(server)
         assert server.usd_per_hour is None or 0 < server.usd_per_hour < math.inf
-    to_servers(answer, gpu_type="rtx", max_usd_per_hour=1.0, min_reliability=50, spot=spot)
+    Search(use_spot=spot).run(answer)
+    Search("rtx", 1.0, 50, spot).run(answer)
     listed_prices(answer, ExchangeRates())
     assert repr(records) == before
 
@@ -367,7 +369,7 @@ def test_sorting_is_stable_and_puts_servers_without_a_price_last(prices: list[An
         {"id": n, "price": {"on_demand": {}, "usd": {"on_demand_clore": p}}}
         for n, p in enumerate(prices)
     ]
-    found = cheapest_first(servers_of(*records))
+    found, _ = Search().run({"servers": records, "code": 0})
     keys = [(s.usd_per_hour is None, s.usd_per_hour or 0, s["id"]) for s in found]
     assert keys == sorted(keys)
 

@@ -86,6 +86,31 @@ def test_repr_of_a_result() -> None:
     assert pickle.loads(pickle.dumps(result)).stdout == copy.copy(result).stdout == "secret\n"
 
 
+def test_a_printed_result_shows_the_last_lines_of_its_output() -> None:
+    result = CommandResult("seq 30", 0, "".join(f"{n}\n" for n in range(30)), "warning\n", 1.25)
+    assert str(result).split("\n") == [
+        repr(result), "... 10 more lines", *map(str, range(10, 30)), "warning",
+    ]  # fmt: skip
+    assert str(CommandResult("true", 0, "", "", 0.1)).count("\n") == 0
+    assert str(CommandResult("x", 0, "a\n\nb\n", "", 0.1)).endswith(">\na\n\nb")
+    assert f"{result}" == str(result)
+
+
+def test_ipython_shows_a_result_as_print_does() -> None:
+    pretty = pytest.importorskip("IPython.lib.pretty")
+    result = CommandResult("echo hi", 0, "hi\n", "", 0.1)
+    assert pretty.pretty(result) == str(result)
+
+
+def test_a_printed_result_escapes_what_a_terminal_obeys() -> None:
+    hostile = "\x1b[31mred\x1b[0m\tx\r\n10%\r50%\r99%\n\x1b]0;owned\x07\x9b2J\n" + "x" * 10_000_000
+    lines = str(CommandResult("x", 0, hostile, "", 0.1)).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert max(map(len, lines)) < 400
+    lines = str(CommandResult("x", 0, hostile[:60], "", 0.1)).split("\n")
+    assert lines[1:4] == ["red     x", "99%", "\\x1b]0;owned\\x07\\x9b2J"]
+
+
 def test_check_shows_the_tail_of_stderr_escaped(ssh: paramiko.SSHClient) -> None:
     evil = "\x1b]0;owned\x07"
     line = "seq 1 9999 >&2; printf '\\033]0;owned\\007' >&2; printf '\\033[2J'; exit 3"

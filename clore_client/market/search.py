@@ -1,0 +1,358 @@
+"""Search a listing: apply all filters in one pass, sort, and explain what was left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from clore_client.errors import add_note, printable
+from clore_client.log import logger
+from clore_client.market.filters import MINIMUMS, check_filters
+from clore_client.market.gpu_names import matching_names, nearest_models
+from clore_client.models.record import dicts, is_live, part_of, whole_id
+from clore_client.models.server import (
+    Server,
+    accepts,
+    count_gpus,
+    gpu_names,
+    nominal_vram,
+    price_in,
+    server_reliability,
+    to_server,
+    version_parts,
+)
+from clore_client.pricing import published_fee, with_fee, without_fee
+from clore_client.validation import check_bool, check_number, check_optional_number, check_string
+
+Records = list[dict[str, Any]]
+Check = Callable[[dict[str, Any]], bool]
+
+RENTED = "being rented"  # the name of a filter that is always on
+LONGEST_LABEL = 200  # characters of a filter in a report
+ROUNDING_UP = 1 + 1e-12  # 8.4 / 24 is slightly above 0.35
+
+
+class SearchReport:
+    """What a search left out, and why.
+
+    Attributes:
+        listed: the number of servers on the marketplace, rented ones included.
+        found: the number of servers that fit, before ``limit``.
+        left_out: (filter, number of servers) in the order in which the filters are applied; each
+            server counts for the first filter that it does not pass.
+        cheapest_usd_per_hour: if nothing was found, the lowest price among the servers that the
+            last of these filters left out; None if it is not known.
+        nearest_models: if no GPU has the name, the most similar names on the market.
+    """
+
+    def __init__(self, listed: int) -> None:
+        self.listed = listed
+        self.found = 0
+        self.left_out: list[tuple[str, int]] = []
+        self.cheapest_usd_per_hour: float | None = None
+        self.nearest_models: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"<SearchReport {self.explain()!r}>"
+
+    def __str__(self) -> str:
+        return self.explain()
+
+    def add(self, label: str, count: int) -> None:
+        """Add the number of servers that a filter left out."""
+        if count:
+            self.left_out.append((label, count))
+
+    def explain(self) -> str:
+        """Return a text that names the filters, and the cheapest of the servers left out last."""
+        if not self.listed:
+            return "the marketplace lists no server"
+        if self.found:
+            return f"{self.found} of {self.listed} servers fit" + "".join(
+                f"; {label} left out {count}" for label, count in self.left_out
+            )
+        *earlier, (label, count) = self.left_out
+        text = "".join(f"{other} left out {number}, " for other, number in earlier)
+        text = f"none of {self.listed} servers fits: {text}{label} left out the last {count}"
+        if self.nearest_models:
+            shown = ", ".join(repr(printable(name, 100)) for name in self.nearest_models)
+            return f"{text}; the nearest GPU names are {shown}"
+        if self.cheapest_usd_per_hour is None:
+            return text
+        return f"{text}, of which the cheapest costs {self.cheapest_usd_per_hour:.4g} USD per hour"
+
+
+class Search:
+    """One search, with its arguments checked.
+
+    Parameters:
+        gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
+        filters: the other filters of that method.
+
+    Attributes:
+        currency: the API's name of the currency whose price counts; None for the price that the
+            reference page names.
+        server_id: if set, no other server fits.
+        models: after :meth:`run`, the GPU names that count; None for all.
+    """
+
+    def __init__(
+        self,
+        gpu_type: Any = None,
+        max_price_usd: Any = None,
+        min_reliability: Any = 0.0,
+        use_spot: Any = False,
+        filters: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
+        self.max_price_usd = check_optional_number(
+            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
+        )
+        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
+        if 0 < min_reliability <= 1:
+            logger.warning(
+                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
+            )
+        self.spot = check_bool("use_spot", use_spot)
+        self._given = {k: v for k, v in (filters or {}).items() if v is not None}
+        self._filters = check_filters(self._given)
+        self.currency: str | None = self._filters.get("currency")
+        self.server_id: int | None = None
+        self.models: frozenset[str] | None = None
+
+    # --- prices ---
+
+    @property
+    def fee(self) -> float:
+        """The published fee as a fraction of the price."""
+        return published_fee(self.spot)
+
+    def price(self, server: Server) -> float | None:
+        """Return the price of a server in USD per hour, without fees; None if it has none."""
+        return price_in(server, live=False, spot=self.spot, currency=self.currency)
+
+    def price_limit(self, server: dict[str, Any]) -> float | None:
+        """Return the highest price of a server in USD per hour, without fees; None for no limit."""
+        limit, each = self.max_price_usd, self._filters.get("max_price_per_gpu_usd")
+        if each is not None:
+            limit = min(math.inf if limit is None else limit, each * self.gpu_count(server))
+        if limit is not None and self._filters.get("include_fees"):
+            limit = without_fee(limit, self.fee)
+        return limit
+
+    def gpu_count(self, server: dict[str, Any]) -> int:
+        """Return the number of GPUs that match; in a mixed rig, others do not count."""
+        if self.models is None:
+            return count_gpus(server) or 0
+        names = gpu_names(server)
+        matching = sum(name in self.models for name in names)
+        return matching if matching < len(names) else count_gpus(server) or 0
+
+    # --- the search ---
+
+    def run(self, response: dict[str, Any]) -> tuple[list[Server], SearchReport]:
+        """Return the servers of a response that fit, sorted, and a report on the others."""
+        live, listed = is_live(response), dicts(response.get("servers"))
+        report = SearchReport(len(listed))
+        records = self._with_id(listed, report)
+        records = self._with_gpu(records, listed, report)
+        checks = self._checks(live)
+        left_out = [0] * (len(checks) + 1)
+        fitting = []
+        for record in records:
+            failed = _first_failed(checks, record)
+            left_out[failed] += 1
+            if failed == len(checks):
+                fitting.append(to_server(record, live))
+        for (label, _), count in zip(checks, left_out, strict=False):
+            report.add(label, count)
+        found = self._where(fitting)
+        report.add("where", len(fitting) - len(found))
+        report.found = len(found)
+        if not found and records:
+            last = max(n for n, count in enumerate(left_out) if count)
+            dropped = (r for r in records if _first_failed(checks, r) == last)
+            report.cheapest_usd_per_hour = self._lowest(dropped, live)
+        return self._sorted(found)[: self._filters.get("limit")], report
+
+    def _with_id(self, listed: Records, report: SearchReport) -> Records:
+        if self.server_id is None:
+            return listed
+        records = [record for record in listed if whole_id(record.get("id")) == self.server_id]
+        report.add(_label("server_id", self.server_id), len(listed) - len(records))
+        return records
+
+    def _with_gpu(self, records: Records, listed: Records, report: SearchReport) -> Records:
+        """Return the records with a matching GPU; all names of the listing decide which match."""
+        if not self.gpu_type or not self.gpu_type.strip():
+            return records
+        # The names are read twice: to keep thousands of lists would start the garbage collector.
+        names: set[str] = set()
+        for record in listed:
+            names.update(gpu_names(record))
+        exact = bool(self._filters.get("exact_gpu"))
+        self.models = matching_names(self.gpu_type, names, exact=exact)
+        if not self.models:
+            report.nearest_models = nearest_models(self.gpu_type, names)
+        fitting = [r for r in records if not self.models.isdisjoint(gpu_names(r))]
+        report.add(_label("gpu_type", self.gpu_type), len(records) - len(fitting))
+        return fitting
+
+    def _checks(self, live: bool) -> list[tuple[str, Check]]:
+        """Return the filters that are set, cheap ones first and the price limits last."""
+        checks: list[tuple[str, Check]] = []
+        checks.append((RENTED, lambda record: not record.get("rented")))
+        if self.min_reliability > 0:
+            least = self.min_reliability
+            checks.append((
+                _label("min_reliability", least),
+                lambda record: (server_reliability(record, live) or 0.0) >= least,
+            ))  # fmt: skip
+        for name, make in _SPECIAL_CHECKS.items():
+            if name in self._filters:
+                check = make(self, self._filters[name], live)
+                checks.append((_label(name, self._given[name]), check))
+        for name, number in MINIMUMS.items():
+            if name in self._filters:
+                check = _minimum(number, self._filters[name])
+                checks.append((_label(name, self._given[name]), check))
+        for name, given in (
+            ("max_price_per_gpu_usd", self._filters.get("max_price_per_gpu_usd")),
+            ("max_price_usd", self.max_price_usd),
+        ):
+            if given is not None:
+                checks.append((_label(name, given), self._price_check(name, given, live)))
+        return checks
+
+    def _price_check(self, name: str, limit: float, live: bool) -> Check:
+        factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
+        highest, spot, currency = limit * ROUNDING_UP, self.spot, self.currency
+        each = name == "max_price_per_gpu_usd"
+
+        def check(record: dict[str, Any]) -> bool:
+            price = price_in(record, live, spot, currency)
+            if price is None:
+                return False
+            return price * factor <= highest * (self.gpu_count(record) if each else 1)
+
+        return check
+
+    def _where(self, servers: list[Server]) -> list[Server]:
+        where = self._filters.get("where")
+        return servers if where is None else [s for s in servers if _call("where", where, s)]
+
+    def _lowest(self, records: Any, live: bool) -> float | None:
+        prices = (price_in(record, live, self.spot, self.currency) for record in records)
+        lowest = min((price for price in prices if price is not None), default=None)
+        fees = lowest is not None and self._filters.get("include_fees")
+        return with_fee(lowest, self.fee) if fees and lowest is not None else lowest
+
+    def _sorted(self, servers: list[Server]) -> list[Server]:
+        """Sort servers; equal ones by price, then in the API's order."""
+        by_price = sorted(servers, key=lambda s: _last_if_none(self.price(s)))
+        sort = self._filters.get("sort", "price")
+        if callable(sort):
+            return sorted(by_price, key=lambda s: _call("sort", sort, s))
+        if sort == "price":
+            return by_price
+        if sort == "price_per_gpu":
+            return sorted(by_price, key=lambda s: _last_if_none(self.price_per_gpu(s)))
+        highest = _HIGHEST_FIRST[sort]
+        return sorted(by_price, key=lambda s: -(highest(s) or 0.0))
+
+    def price_per_gpu(self, server: Server) -> float | None:
+        """Return the price in USD per hour for one of the GPUs that match, without fees."""
+        price, count = self.price(server), self.gpu_count(server)
+        return price / count if price is not None and count else None
+
+
+_HIGHEST_FIRST: dict[str, Callable[[Server], float | None]] = {
+    "reliability": lambda server: server.reliability,
+    "vram": nominal_vram,
+    "download": lambda server: server.download_mbps,
+    "rating": lambda server: server.rating,
+}
+
+
+def _cuda_check(search: Search, least: tuple[int, int], live: bool) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        version = version_parts(record.get("cuda_version"))
+        return version is not None and version >= least
+
+    return check
+
+
+def _country_check(codes: frozenset[str], allowed: bool) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        code = part_of(record, "specs", "net", "cc")
+        return isinstance(code, str) and bool(code) and (code.upper() in codes) is allowed
+
+    return check
+
+
+def _excluded_check(field: str, ids: frozenset[int]) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        number = whole_id(record.get(field))
+        return number is not None and number not in ids
+
+    return check
+
+
+def _vram_check(search: Search, least: float, total: bool) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        size = nominal_vram(record)
+        return size is not None and size * (search.gpu_count(record) if total else 1) >= least
+
+    return check
+
+
+# The filters that are not a plain minimum: from the search, the value and the form to a check.
+_SPECIAL_CHECKS: dict[str, Callable[[Search, Any, bool], Check]] = {
+    "exclude_servers": lambda search, ids, live: _excluded_check("id", ids),
+    "exclude_owners": lambda search, ids, live: _excluded_check("owner", ids),
+    "currency": lambda search, name, live: lambda record: accepts(record, live, name),
+    "countries": lambda search, codes, live: _country_check(codes, True),
+    "exclude_countries": lambda search, codes, live: _country_check(codes, False),
+    "gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) == n,
+    "min_gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) >= n,
+    "min_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=False),
+    "min_total_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=True),
+    "min_cuda": _cuda_check,
+}
+
+
+def _minimum(number: Callable[[dict[str, Any]], float | None], least: float) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        value = number(record)
+        return value is not None and value >= least
+
+    return check
+
+
+def _first_failed(checks: list[tuple[str, Check]], record: dict[str, Any]) -> int:
+    """Return the index of the first check that a server does not pass, or their number."""
+    for index, (_, check) in enumerate(checks):
+        if not check(record):
+            return index
+    return len(checks)
+
+
+def _label(name: str, value: Any) -> str:
+    try:
+        return printable(f"{name}={value!r}", LONGEST_LABEL)
+    except Exception:  # a class of the caller with a broken __repr__
+        return name
+
+
+def _call(name: str, function: Callable[[Server], Any], server: Server) -> Any:
+    """Call a function of the user. Its exception names the server in a note."""
+    try:
+        return function(server)
+    except Exception as error:
+        add_note(error, f"{name}= was called with server {server.id}")
+        raise
+
+
+def _last_if_none(number: float | None) -> float:
+    return math.inf if number is None else number

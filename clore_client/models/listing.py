@@ -1,0 +1,229 @@
+"""Lists of servers, orders and wallets that show as tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, SupportsIndex, TypeVar, overload
+
+from clore_client.errors import printable
+from clore_client.models.order import Order
+from clore_client.models.record import Record
+from clore_client.models.server import Server
+from clore_client.models.table import Column, decimal, html_table, text_table, utc_time
+from clore_client.models.wallet import Wallet
+
+Item = TypeVar("Item", bound=Record)
+AnyListing = TypeVar("AnyListing", bound="Listing[Any]")
+
+DEFAULT_WIDTH = 100  # columns, where there is no terminal
+# The columns of to_dicts() whose unit is not in the name of the property.
+UNIT_NAMES = {
+    "price": "price_per_hour",
+    "reliability": "reliability_percent",
+    "started_at": "started_unix_seconds",
+}
+# A spreadsheet takes a text that starts with one of these as a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}",
+                  "\N{FULLWIDTH HYPHEN-MINUS}", "\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
+
+
+class Listing(list[Item]):
+    """A list of records that shows as a table, in a terminal and in a notebook.
+
+    It is a list in every other way. Slices, copies and sums are of the same type.
+
+    Attributes:
+        report: what a search left out and why, or None.
+    """
+
+    report: Any = None
+    _things: ClassVar[str] = "records"
+    _columns: ClassVar[tuple[Column, ...]] = ()
+    _record: ClassVar[type[Record]] = Record
+
+    @staticmethod
+    def _dimmed(record: Any) -> bool:
+        """Return whether to show a record in a paler color."""
+        return False
+
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Item: ...
+
+    @overload
+    def __getitem__(self: AnyListing, index: slice, /) -> AnyListing: ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        found = super().__getitem__(index)
+        return self._like(found) if isinstance(index, slice) else found
+
+    def __add__(self: AnyListing, other: Any) -> AnyListing:  # type: ignore[override]
+        return type(self)(super().__add__(other)) if isinstance(other, list) else NotImplemented
+
+    def __radd__(self: AnyListing, other: Any) -> AnyListing:
+        return type(self)([*other, *self]) if isinstance(other, list) else NotImplemented
+
+    def copy(self: AnyListing) -> AnyListing:
+        """Return a list of the same type with the same records."""
+        return self._like(self)
+
+    def _like(self: AnyListing, records: Iterable[Any]) -> AnyListing:
+        twin = type(self)(records)
+        twin.report = self.report
+        return twin
+
+    def __repr__(self) -> str:
+        if not self:
+            hint = "" if self.report is None else "; .explain() says why"
+            return f"<{type(self).__name__}: no {self._things}{hint}>"
+        import shutil
+
+        width = shutil.get_terminal_size((DEFAULT_WIDTH, 0)).columns
+        return text_table(self, self._columns, width)
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        if not self:
+            from html import escape
+
+            return f"<p>{escape(repr(self))}</p>"
+        return html_table(self, self._columns, self._dimmed)
+
+    def explain(self) -> str:
+        """Return a text that says what a search left out, and why.
+
+        Example:
+            >>> print(client.get_marketplace().explain())
+            nothing was excluded
+        """
+        return "nothing was excluded" if self.report is None else str(self.report)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return one flat dict for each record, with units in the names, for a table or a file.
+
+        Credentials are not in it. Text of strangers is in it as the API sent it.
+
+        Example:
+            >>> client.get_wallets().to_dicts()[0]
+            {'name': 'bitcoin', 'balance': 0.0419, 'deposit_address': 'bc1...'}
+        """
+        headings = list(zip(self._headings(), self._record.FIELDS, strict=True))
+        return [{heading: getattr(record, name) for heading, name in headings} for record in self]
+
+    def _headings(self) -> list[str]:
+        return [UNIT_NAMES.get(name, name) for name in self._record.FIELDS]
+
+    def to_pandas(self) -> Any:
+        """Return the rows of :meth:`to_dicts` as a ``pandas.DataFrame``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import importlib
+
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas: pip install pandas") from error
+        return pandas.DataFrame(self.to_dicts(), columns=self._headings())
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows of :meth:`to_dicts` to a CSV file in UTF-8, and replace an old one.
+
+        Control characters are escaped. A text that a spreadsheet would take for a formula gets a
+        ``'`` in front.
+
+        Parameters:
+            path: the file.
+        """
+        import csv
+
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self._headings())
+            writer.writeheader()
+            for row in self.to_dicts():
+                writer.writerow({name: _csv_cell(value) for name, value in row.items()})
+
+
+def _csv_cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
+
+
+def _number_column(name: str, digits: int) -> Callable[[Any], str | None]:
+    return lambda record: decimal(getattr(record, name), digits)
+
+
+def _text_column(name: str) -> Callable[[Any], str | None]:
+    def text(record: Any) -> str | None:
+        value = getattr(record, name)
+        return None if value is None else str(value)
+
+    return text
+
+
+class ServerList(Listing[Server]):
+    """A list of servers."""
+
+    _things = "servers"
+    _record = Server
+    _columns = (
+        Column("id", _text_column("id"), True),
+        Column("gpu", _text_column("gpu")),
+        Column("USD/h", _number_column("usd_per_hour", 4), True),
+        Column("spot USD/h", _number_column("spot_usd_per_hour", 4), True),
+        Column("reliable %", _number_column("reliability", 2), True),
+        Column("country", _text_column("country")),
+        Column("rented", lambda server: "rented" if server.rented else None),
+        Column("VRAM GB", _number_column("vram_gb", 0), True),
+        Column("RAM GB", _number_column("ram_gb", 0), True),
+        Column("USD/GPU h", _number_column("usd_per_gpu_hour", 4), True),
+        Column("disk GB", _number_column("disk_gb", 0), True),
+        Column("cores", _text_column("cpu_cores"), True),
+        Column("down Mbps", _number_column("download_mbps", 0), True),
+        Column("CUDA", _text_column("cuda_version"), True),
+    )
+
+    @staticmethod
+    def _dimmed(record: Any) -> bool:
+        return bool(record.rented)
+
+
+class OrderList(Listing[Order]):
+    """A list of orders."""
+
+    _things = "orders"
+    _record = Order
+    _columns = (
+        Column("id", _text_column("id"), True),
+        Column("status", _text_column("status")),
+        Column("gpu", _text_column("gpu")),
+        Column("USD/h", _number_column("usd_per_hour", 4), True),
+        Column("cost USD", _number_column("cost_usd", 4), True),
+        Column("price/h", _number_column("price", 4), True),
+        Column("currency", _text_column("currency")),
+        Column("server", _text_column("server_id"), True),
+        Column("started UTC", lambda order: utc_time(order.started_at)),
+        Column("ssh", _text_column("ssh_command"), widest=60),
+        Column("image", _text_column("image"), widest=60),
+    )
+
+    @staticmethod
+    def _dimmed(record: Any) -> bool:
+        return bool(record.has_ended)
+
+
+class WalletList(Listing[Wallet]):
+    """A list of wallets."""
+
+    _things = "wallets"
+    _record = Wallet
+    _columns = (
+        Column("name", _text_column("name")),
+        Column("balance", _number_column("balance", 8), True),
+        Column("USD", _number_column("balance_usd", 2), True),
+        Column("deposit address", _text_column("deposit_address"), widest=60),
+    )

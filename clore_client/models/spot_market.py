@@ -1,0 +1,110 @@
+"""SpotMarket, the offers for one server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
+from clore_client.pricing import ExchangeRates, bid_per_hour, finite, positive, rounded
+
+
+class SpotOffer(Record):
+    """One bid for a server: a dict with the fields of the API and ``usd_per_hour``."""
+
+    __slots__ = ()
+
+    @property
+    def id(self) -> int | None:
+        """The number of the offer."""
+        return whole_id(self.get("offer_id"))
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The bid in USD per hour; None if there is no exchange rate."""
+        return finite(self.get("usd_per_hour"))
+
+    @property
+    def currency(self) -> str | None:
+        """The currency of the bid."""
+        currency = self.get("currency")
+        return currency if isinstance(currency, str) else None
+
+    @property
+    def is_mine(self) -> bool:
+        """True if the bid is of this account."""
+        return self.get("my") is True
+
+    @property
+    def is_active(self) -> bool:
+        """True if the bid rents the server now."""
+        return self.get("active") is True
+
+
+class SpotMarket(Record):
+    """The response to ``spot_marketplace``: a dict with ``market``, and typed properties."""
+
+    __slots__ = ()
+
+    @property
+    def offers(self) -> list[SpotOffer]:
+        """The bids for the server, in the API's order."""
+        return [SpotOffer(offer) for offer in dicts(part_of(self, "market", "offers"))]
+
+    @property
+    def minimum_usd(self) -> float | None:
+        """The lowest bid that the host accepts in any currency, in USD per hour, or None."""
+        pricing = part_of(self, "market", "server", "min_pricing")
+        if not isinstance(pricing, dict):
+            return None
+        rates = market_rates(self)
+        bids = [rates.usd(positive(amount), currency) for currency, amount in pricing.items()]
+        return min((bid_per_hour(bid, 1.0) for bid in bids if bid), default=None)
+
+    @property
+    def lowest_winning_usd(self) -> float | None:
+        """The bid, in USD per hour, that a new bid must exceed to rent the server, or None.
+
+        It is the highest bid of other accounts; without one, the lowest that the host accepts.
+        """
+        bids = [offer.usd_per_hour for offer in self.offers if not offer.is_mine]
+        return max((bid for bid in [*bids, self.minimum_usd] if bid), default=None)
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "offers": len(self.offers),
+            "minimum_usd": rounded(self.minimum_usd),
+            "lowest_winning_usd": rounded(self.lowest_winning_usd),
+        }
+
+
+def market_rates(response: dict[str, Any]) -> ExchangeRates:
+    """Return the exchange rates in a response to ``spot_marketplace``."""
+    rates = ExchangeRates()
+    rates.update(part_of(response, "market", "currency_rates_in_usd"))
+    return rates
+
+
+def to_spot_market(response: dict[str, Any]) -> SpotMarket:
+    """Convert a response to ``spot_marketplace``, and add ``usd_per_hour`` to its offers.
+
+    A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
+    """
+    spot_market = SpotMarket(response)
+    spot_market._wire = response
+    market = response.get("market")
+    if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
+        return spot_market
+    live, rates = is_live(response), market_rates(response)
+
+    def hourly(offer: dict[str, Any]) -> float | None:
+        if live:
+            per_day = rates.usd(positive(offer.get("bid")), offer.get("currency"))
+            return None if per_day is None else bid_per_hour(per_day, 1.0)
+        stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
+        return next((price for price in stated if price is not None), None)
+
+    spot_market["market"] = {
+        **market,
+        "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
+    }
+    return spot_market
