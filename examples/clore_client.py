@@ -23,13 +23,18 @@ Contents:
     validation                  Check arguments. Each error names the argument, its value and the
                                 allowed values.
     config                      Find and check the API key, the base URL and the state folder.
+    models.table                Tables and cards of records, as text for a terminal and as HTML for
+                                a notebook.
     models.record               Record, the base class of servers, orders and wallets, and helpers
                                 to read API responses.
+    models.server               Server, and its conversion from the live form to the documented
+                                form.
     models.order                Order, and its conversion from the live form to the documented form.
-    models.result               Results of commands and transfers over SSH.
-    models.server               Server, its conversion from the live form to the documented form,
-                                filters and sorting.
     models.wallet               Wallet, the balance of one currency.
+    models.listing              Lists of servers, orders and wallets that show as tables.
+    models.plot                 Plot prices of servers with matplotlib.
+    models.result               Results of commands and transfers over SSH.
+    models.spot_market          SpotMarket, the offers for one server.
     api.policy                  The retry policy. The README has the same table under "Retries".
     api.call                    Prepare an API call: check its arguments, and decide how it may be
                                 retried.
@@ -47,9 +52,17 @@ Contents:
     api.retries                 Count the requests of one call, and decide when to give up.
     api.request                 Make API calls: send a request, respect the rate limit, retry,
                                 return a response or an error.
+    market.cost                 Estimate what a rental costs, with the fees of the account.
+    market.countries            Country codes, and the groups of countries that a search can name.
+    market.filters              The filters that ``find_servers``, ``find_cheapest`` and ``rent``
+                                share, and their checks.
+    market.gpu_names            Match GPU names that are written in different ways.
+    market.search               Search a listing: apply all filters in one pass, sort, and explain
+                                what was left out.
     market.spot                 Check spot bids, and convert them from USD per hour to the unit of
                                 the API.
     market.market               Read the marketplace, and keep its prices and exchange rates.
+    market.summary              Summarize a listing: servers, GPUs and prices of each GPU model.
     orders.claims               Assign orders to purchases, so that no two purchases get the same
                                 order.
     orders.account              Read the orders of an account, and remember the orders of this
@@ -59,12 +72,12 @@ Contents:
     orders.bid                  Change the bid of a spot order.
     orders.cancel               Cancel orders until the API accepts it, and confirm that they have
                                 ended.
+    orders.funds                Compare the wallets of an account with what its orders cost.
     orders.reconcile            Reconcile a purchase with the order lists, when the response had no
                                 order id or was lost.
     orders.create               Create an order: check the arguments, send them once, and find the
                                 new order.
     orders.wait                 Wait until an order has a status.
-    rental.client               RentalClient, the interface to ``CloreClient`` that rentals use.
     rental.selection            Select the servers that ``rent()`` tries, with their prices.
     rental.budget               Count the cost of a rental, and check its limits.
     rental.process              Keep the state that all rentals of this process share.
@@ -74,6 +87,7 @@ Contents:
                                 journal.
     rental.cleanup              End the orders of a rental: cancel, confirm, and reconcile purchases
                                 with unknown outcome.
+    rental.client               RentalClient, the interface to ``CloreClient`` that rentals use.
     rental.handoff              Call functions in another thread, and wait for it in a way that
                                 interrupts can't break.
     rental.recovery             Find and cancel the orders that rentals of dead processes left
@@ -165,17 +179,30 @@ import shutil
 import signal
 import socket
 import stat
+import statistics
 import string
 import struct
 import threading
 import time
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from ssl import SSLCertVerificationError
 from types import FrameType, SimpleNamespace, TracebackType
-from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    Protocol,
+    SupportsIndex,
+    TypedDict,
+    TypeVar,
+    overload,
+)
 from urllib.parse import unquote, urlsplit
 
 import requests
@@ -189,6 +216,7 @@ from urllib3.poolmanager import PoolManager, ProxyManager
 
 if TYPE_CHECKING:
     import paramiko
+    from typing_extensions import Unpack
 
 __all__ = [
     "ApplicationError",
@@ -204,6 +232,7 @@ __all__ = [
     "CommandResult",
     "CommandTimeoutError",
     "ConfigurationError",
+    "CostEstimate",
     "CurrencyNotAllowedError",
     "DatabaseError",
     "HostKeyChangedError",
@@ -213,8 +242,10 @@ __all__ = [
     "InvalidResponseError",
     "Leftover",
     "Leftovers",
+    "ModelSummary",
     "Order",
     "OrderEndedError",
+    "OrderList",
     "OrderNotFoundError",
     "OrderOutcomeUnknownError",
     "OutcomeUnknownError",
@@ -224,17 +255,22 @@ __all__ = [
     "Rental",
     "RentalError",
     "SSHError",
+    "SearchReport",
     "Server",
     "ServerAlreadyRentedError",
+    "ServerList",
     "ServerOfflineError",
     "SignalExit",
     "SpendingLimitError",
+    "SpotMarket",
+    "SpotOffer",
     "SpotPriceStepError",
     "SpotPriceTooSoonError",
     "TransferError",
     "TransferResult",
     "WaitTimeoutError",
     "Wallet",
+    "WalletList",
     "__version__",
 ]
 
@@ -392,6 +428,14 @@ class CloreError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_restored, (type(self), self.args, self.__dict__))
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception, which its traceback shows."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]
 
 
 def _restored(cls: type[CloreError], args: tuple[Any, ...], state: dict[str, Any]) -> CloreError:
@@ -596,8 +640,16 @@ class CloreAPIError(CloreError):
             self.retryable = retryable
         text = self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})"
         envelope = without(repr(masked(self.response)), secrets)
-        message = f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
-        super().__init__(f"{message}\nhint: {hint}" if hint else message)
+        super().__init__(
+            f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
+        )
+        if hint:
+            self.add_hint(hint)
+
+    def add_hint(self, hint: str) -> None:
+        """Add the usual cause, or what to do next, to the text on a line of its own."""
+        self.hint = hint
+        self.args = (f"{self.args[0]}\nhint: {hint}",)
 
 
 class DatabaseError(CloreAPIError):
@@ -629,7 +681,17 @@ class ApplicationError(CloreAPIError):
 
 
 class InsufficientBalanceError(ApplicationError):
-    """The balance of the wallet is too low."""
+    """The balance of the wallet is too low.
+
+    Attributes:
+        wallet: the name of the wallet, or None.
+        balance: its balance, in its currency; None if it is not known.
+        usd_per_hour: the price of the order in USD per hour, without fees, or None.
+    """
+
+    wallet: str | None = None
+    balance: float | None = None
+    usd_per_hour: float | None = None
 
 
 class ServerAlreadyRentedError(ApplicationError):
@@ -910,6 +972,11 @@ def open_private(path: Path) -> tuple[int, bool]:
 
 
 HOURS_PER_DAY = 24.0
+# The API adds these fees to the price (seen on the live API).
+FEE_ON_DEMAND = 0.05
+FEE_SPOT = 0.0125
+CREATION_FEE = 0.10  # USD, once for each order
+CREATION_FEE_AFTER = 600.0  # seconds; a shorter order does not pay it
 RATE_MAX_AGE = 300.0  # seconds; an older exchange rate does not convert a bid
 
 # Common names, and the names of the API.
@@ -942,6 +1009,11 @@ def positive(value: Any) -> float | None:
     return number if number is not None and number > 0 else None
 
 
+def rounded(number: float | None) -> float | None:
+    """Return a number with six decimals, to show it; None stays None."""
+    return None if number is None else round(number, 6)
+
+
 def per_hour(per_day: Any) -> Any:
     """Convert a price per day to a price per hour, and return any other value unchanged."""
     number = finite(per_day)
@@ -954,13 +1026,48 @@ def wire_currency(name: str) -> str | None:
 
 
 def bid_per_day(usd_per_hour: float, usd_rate: float) -> float:
-    """Convert a bid from USD per hour to currency per day.
+    """Convert a price from USD per hour to currency per day, the unit of the API.
 
     Parameters:
-        usd_per_hour: the bid.
+        usd_per_hour: the price or bid.
         usd_rate: USD for one unit of the currency.
     """
     return usd_per_hour * HOURS_PER_DAY / usd_rate
+
+
+def bid_per_hour(per_day: float, usd_rate: float) -> float:
+    """Convert a price from currency per day to USD per hour.
+
+    Parameters:
+        per_day: the price or bid.
+        usd_rate: USD for one unit of the currency.
+    """
+    return per_day * usd_rate / HOURS_PER_DAY
+
+
+def per_gpu(price: float | None, gpus: int | None) -> float | None:
+    """Return the price for one of several GPUs; None if one of the numbers is not known."""
+    return price / gpus if price is not None and gpus else None
+
+
+def published_fee(spot: bool) -> float:
+    """Return the fee that the renter pays on top of a price, as a fraction of it."""
+    return FEE_SPOT if spot else FEE_ON_DEMAND
+
+
+def with_fee(price: float, fee: float) -> float:
+    """Add the renter's fee to a price."""
+    return price * (1 + fee)
+
+
+def without_fee(price: float, fee: float) -> float:
+    """Remove the renter's fee from a price that includes it."""
+    return price / (1 + fee)
+
+
+def creation_fee_after(seconds: float, fee: float = CREATION_FEE) -> float:
+    """Return the creation fee of an order that lasts a time: 0 in the first ten minutes."""
+    return fee if seconds >= CREATION_FEE_AFTER else 0.0
 
 
 class ExchangeRates:
@@ -991,14 +1098,17 @@ class ExchangeRates:
         rates, stored_at = self._latest
         return rates if time.monotonic() - stored_at <= RATE_MAX_AGE else {}
 
-    def usd(self, amount: Any, currency: Any) -> float | None:
-        """Convert ``amount`` of ``currency`` to USD for display, or return None."""
-        number = finite(amount)
-        if number is None or not isinstance(currency, str):
+    def rate(self, currency: Any) -> float | None:
+        """Return USD for one unit of ``currency``, for display; None if it is not known."""
+        if not isinstance(currency, str):
             return None
         name = wire_currency(currency) or currency
-        rate = 1.0 if name == "USD-Blockchain" else self._latest[0].get(name)
-        return None if rate is None else number * rate
+        return 1.0 if name == "USD-Blockchain" else self._latest[0].get(name)
+
+    def usd(self, amount: Any, currency: Any) -> float | None:
+        """Convert ``amount`` of ``currency`` to USD for display, or return None."""
+        number, rate = finite(amount), self.rate(currency)
+        return None if number is None or rate is None else number * rate
 
 
 # ==================================================================================================
@@ -1560,6 +1670,183 @@ def warn_about_state(what: str, error: object) -> None:
 
 
 # ==================================================================================================
+# models.table
+#
+# Tables and cards of records, as text for a terminal and as HTML for a notebook.
+# ==================================================================================================
+
+
+MAX_ROWS = 20
+MAX_WIDTH = 28  # characters of a cell, if its column does not say otherwise
+GAP = "  "
+NUMBER_STYLE = "text-align:right;padding:0.2em 0.6em;font-variant-numeric:tabular-nums"
+TEXT_STYLE = "text-align:left;padding:0.2em 0.6em"
+DIMMED_STYLE = "opacity:0.5"
+
+
+class Column:
+    """One column of a table.
+
+    Attributes:
+        heading: its heading, with the unit.
+        text: returns the text of a record, or None.
+        right: whether to align the column on the right, as numbers are.
+        widest: the most characters of a cell; the rest is cut.
+    """
+
+    def __init__(
+        self,
+        heading: str,
+        text: Callable[[Any], str | None],
+        right: bool = False,
+        widest: int = MAX_WIDTH,
+    ) -> None:
+        self.heading = heading
+        self.text = text
+        self.right = right
+        self.widest = widest
+
+
+def decimal(number: float | None, digits: int) -> str | None:
+    """Return a number with a fixed number of digits, so that the numbers of a column align.
+
+    A number that is too small or too large for that has an exponent.
+    """
+    if number is None:
+        return None
+    if number and not 0.5 * 10**-digits <= abs(number) < 1e9:
+        return f"{number:.2g}"
+    return f"{number:.{digits}f}"
+
+
+def utc_time(seconds: float | None) -> str | None:
+    """Return a Unix time as ``"2026-07-16 12:00"``, in UTC, or None."""
+    import time
+
+    if seconds is None:
+        return None
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
+    except (ValueError, OverflowError, OSError):  # not a time at all
+        return None
+
+
+def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
+    """Return the text of a cell on one line, without characters that a terminal obeys."""
+    if text is None or (len(text) <= widest and text.isascii() and text.isprintable()):
+        return text or ""
+    import unicodedata
+
+    # Many combining marks on one letter would run over the lines above and below.
+    composed = unicodedata.normalize("NFC", text[: 4 * widest])
+    plain = printable("".join(c for c in composed if not unicodedata.combining(c)))
+    return plain if len(plain) <= widest else f"{plain[: widest - 3]}..."
+
+
+def text_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
+    """Return each column with its cells, without the columns that have no text at all."""
+    filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
+    return [(column, cells) for column, cells in filled if any(cells)]
+
+
+def text_table(records: Sequence[Any], columns: Sequence[Column], width: int) -> str:
+    """Return a table as lines of text.
+
+    The last columns are left out where the table would be wider than ``width``.
+
+    Parameters:
+        records: the rows; after ``MAX_ROWS`` of them, a last line says how many more there are.
+        columns: the columns, the most important first.
+        width: columns of the terminal.
+    """
+    lines: list[str] = []
+    for column, cells in cells_of(records[:MAX_ROWS], columns):
+        texts = [column.heading, *cells]
+        widest = max(map(text_width, texts))
+        if lines and text_width(lines[0]) + len(GAP) + widest > width:
+            break
+        padded = [_padded(text, widest, column.right) for text in texts]
+        lines = [f"{a}{GAP}{b}" for a, b in zip(lines, padded, strict=True)] if lines else padded
+    shown = [_cut(line.rstrip(), width) for line in lines]
+    return "\n".join(shown + _rest(records))
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    blanks = " " * (width - text_width(text))
+    return blanks + text if right else text + blanks
+
+
+def _cut(line: str, width: int) -> str:
+    """Cut a line at the width of a very narrow terminal."""
+    while text_width(line) > max(width, 1):
+        line = line[:-1]
+    return line
+
+
+def _rest(records: Sequence[Any]) -> list[str]:
+    more = len(records) - MAX_ROWS
+    return [f"... and {more} more"] if more > 0 else []
+
+
+def html_table(
+    records: Sequence[Any], columns: Sequence[Column], dimmed: Callable[[Any], bool]
+) -> str:
+    """Return a table as HTML.
+
+    Parameters:
+        records, columns: as for :func:`text_table`.
+        dimmed: returns whether to show a record in a paler color.
+    """
+    from html import escape  # slow to import, and only notebooks need it
+
+    shown = cells_of(records[:MAX_ROWS], columns)
+    styles = [NUMBER_STYLE if column.right else TEXT_STYLE for column, _ in shown]
+    head = "".join(
+        f'<th style="{style}">{escape(column.heading)}</th>'
+        for style, (column, _) in zip(styles, shown, strict=True)
+    )
+    rows = [f"<tr>{head}</tr>"]
+    for record, *cells in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True):
+        row = "".join(
+            f'<td style="{style};white-space:nowrap">{escape(cell)}</td>'
+            for style, cell in zip(styles, cells, strict=True)
+        )
+        rows.append(
+            f'<tr style="{DIMMED_STYLE}">{row}</tr>' if dimmed(record) else f"<tr>{row}</tr>"
+        )
+    rest = "".join(f"<p>{line}</p>" for line in _rest(records))
+    return f"<table><thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>{rest}"
+
+
+def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
+    """Return a table with one row for each fact that is not None, as HTML."""
+    from html import escape
+
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            value = f"{value:.6g}"
+        return escape(cell_text(str(value), 120))
+
+    rows = "".join(
+        f'<tr><th style="{TEXT_STYLE}">{shown(name)}</th>'
+        f'<td style="{TEXT_STYLE}">{shown(value)}</td></tr>'
+        for name, value in facts
+        if value is not None
+    )
+    head = f'<th colspan="2" style="{TEXT_STYLE}">{shown(title)}</th>'
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+# ==================================================================================================
 # models.record
 #
 # Record, the base class of servers, orders and wallets, and helpers to read API responses.
@@ -1625,6 +1912,8 @@ class Record(dict[str, Any]):
 
     __slots__ = ("_wire",)
     _wire: dict[str, Any]
+    # The properties in a card and in a row of to_dicts(): numbers, text and bools.
+    FIELDS: ClassVar[tuple[str, ...]] = ()
 
     @property
     def wire(self) -> dict[str, Any]:
@@ -1655,8 +1944,23 @@ class Record(dict[str, Any]):
         return self._like({**other, **self}) if isinstance(other, Mapping) else NotImplemented
 
     def _summary(self) -> dict[str, Any]:
-        """Return the fields that the repr shows."""
-        return self
+        """Return what the repr shows: names of properties, and their values."""
+        return {name: getattr(self, name) for name in self.FIELDS} or self
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what the card shows, by the names of properties; the first is in the heading."""
+        return {name: getattr(self, name) for name in self.FIELDS} or masked(self)
+
+    def _repr_html_(self) -> str:
+        facts = list(self._facts().items())
+        number = f" {facts.pop(0)[1]}" if self.FIELDS and facts[0][1] is not None else ""
+        return html_card(f"{type(self).__name__}{number}", facts)
+
+    def __dir__(self) -> list[str]:
+        """Return the properties, and the methods that read a dict."""
+        attributes = [pair for base in type(self).__mro__ for pair in vars(base).items()]
+        properties = [name for name, value in attributes if isinstance(value, property)]
+        return sorted({*properties, "copy", "get", "items", "keys", "values"})
 
     def __repr__(self) -> str:
         # Text in a record comes from strangers: repr() of the parts escapes control characters.
@@ -1665,6 +1969,455 @@ class Record(dict[str, Any]):
         return f"<{type(self).__name__} {fields}>"
 
     __str__ = __repr__
+
+
+# ==================================================================================================
+# models.server
+#
+# Server, and its conversion from the live form to the documented form.
+# ==================================================================================================
+
+
+# The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
+# makes the import faster.
+LONGEST_TEXT = 200  # characters of a description that count
+_COUNTED_GPU = r"(?s)([0-9]{1,3})x\s+(.+)"
+_VENDOR = r"(?i)(?:NVIDIA\s+)?(?:GeForce\s+)?"
+_DISK_SIZE = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?GB"
+# The field of the live form's ``price.usd`` with the on-demand price, for each currency.
+_USD_FIELDS = {
+    "CLORE-Blockchain": "on_demand_clore",
+    "bitcoin": "on_demand_btc",
+    "USD-Blockchain": "on_demand_usd",
+}
+
+
+def _counted(specs: Any) -> tuple[int, str] | None:
+    """Return the count and name in ``specs.gpu`` (``"2x NVIDIA GeForce RTX 4070 Ti"``), or None."""
+    text = specs.get("gpu") if isinstance(specs, dict) else None
+    return _parse_counted(text[:LONGEST_TEXT]) if isinstance(text, str) else None
+
+
+@functools.lru_cache(maxsize=1024)  # there are few different texts on thousands of servers
+def _parse_counted(text: str) -> tuple[int, str] | None:
+    match = re.fullmatch(_COUNTED_GPU, text.strip())
+    if not match:
+        return None
+    return int(match[1]), match[2][re.match(_VENDOR, match[2]).end() :]  # type: ignore[union-attr]
+
+
+def gpu_names(record: dict[str, Any]) -> list[str]:
+    """Return the GPU names of a server in either form, as a flat list."""
+    array = record.get("gpu_array")
+    if isinstance(array, list):
+        names: list[str] = []
+        for entry in array:
+            if isinstance(entry, str):  # the usual case, kept fast
+                if name := entry.strip():
+                    names.append(name)
+            elif isinstance(entry, list):
+                names += [n for item in entry if isinstance(item, str) and (n := item.strip())]
+        if names:
+            return names
+    counted = _counted(record.get("specs"))
+    return [counted[1]] * counted[0] if counted else []
+
+
+def count_gpus(record: dict[str, Any]) -> int | None:
+    """Return the number of GPUs of a server in either form, or None."""
+    counted = _counted(record.get("specs"))
+    return counted[0] if counted else len(gpu_names(record)) or None
+
+
+def gpu_label(record: dict[str, Any]) -> str | None:
+    """Return the count and name of the GPUs of a server or an order, or None."""
+    names = gpu_names(record)
+    return f"{count_gpus(record)}x {names[0]}" if names else None
+
+
+def _live_spot_per_day(price: dict[str, Any]) -> float | None:
+    """Return the lowest spot bid in USD per day, or None.
+
+    ``price.usd.spot`` is often 0, which means that it is in another field (seen on the live API).
+    """
+    usd = price.get("usd")
+    if stated := positive(part_of(usd, "spot")):
+        return stated
+    original = price.get("original_usd")
+    if isinstance(original, dict):
+        clore = positive(part_of(original, "CLORE-Blockchain", "spot"))
+        others = [p for c in original if (p := positive(part_of(original, c, "spot")))]
+        if clore or others:
+            return clore or min(others)
+    spot, on_demand = price.get("spot"), price.get("on_demand")
+    if stated := positive(part_of(spot, "USD-Blockchain")):
+        return stated
+    for currency, usd_field in _USD_FIELDS.items():
+        # The on-demand price of the server in both currencies gives the exchange rate.
+        amount = positive(part_of(spot, currency))
+        same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
+        if amount and same and in_usd:
+            return amount * in_usd / same
+    return None
+
+
+def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None:
+    """Return the price of a server in USD per hour, or None if it has no price above 0."""
+    price = record.get("price")
+    if not isinstance(price, dict):
+        return None
+    if spot:
+        given = _live_spot_per_day(price) if live else part_of(price, "usd", "spot")
+    else:
+        usd = price.get("usd")
+        given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
+    amount = positive(given)
+    # A very small number becomes 0, which does not count as a price.
+    return amount / HOURS_PER_DAY or None if live and amount else amount
+
+
+def price_in(record: dict[str, Any], live: bool, spot: bool, currency: str | None) -> float | None:
+    """Return the price in USD per hour when paid in ``currency``, or None if there is none.
+
+    Parameters:
+        record: the server, in either form.
+        live: whether it is in the live form.
+        spot: return the lowest spot bid that the host accepts.
+        currency: the API's name; None takes the price that the reference page names.
+    """
+    if currency is None:
+        return server_price(record, live, spot)
+    if spot:
+        # Always per day: only the live form has this field.
+        stated = positive(part_of(record, "price", "original_usd", currency, "spot"))
+        return stated / HOURS_PER_DAY if stated else server_price(record, live, spot=True)
+    own = positive(part_of(record, "price", "usd", _USD_FIELDS.get(currency, "")))
+    if own is None:  # the documented form has one price for all currencies
+        return server_price(record, live, spot=False)
+    return own / HOURS_PER_DAY if live else own
+
+
+def on_demand_usd(server: Server, currency: str) -> float | None:
+    """Return the on-demand price in USD per hour when paid in ``currency`` (the API's name)."""
+    return price_in(server, live=False, spot=False, currency=currency)
+
+
+def amount_per_hour(server: Server, spot: bool, currency: str) -> float | None:
+    """Return the price per hour in ``currency`` itself, as listed; None if it is not listed."""
+    listed = positive(part_of(server, "price", "spot" if spot else "on_demand", currency))
+    return None if listed is None else listed / HOURS_PER_DAY
+
+
+def listed_rate(server: Server, currency: str) -> float | None:
+    """Return USD for one unit of ``currency``, by the prices of one server; None if unknown."""
+    if currency == "USD-Blockchain":
+        return 1.0
+    amount = amount_per_hour(server, spot=False, currency=currency)
+    in_usd = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
+    return in_usd / amount if amount and in_usd else None
+
+
+def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
+    """Return whether the host accepts a currency.
+
+    A server that does not list its currencies accepts those in which it has a price; in the
+    documented form, which has one price for all, it accepts each.
+    """
+    coins = record.get("allowed_coins")
+    if isinstance(coins, list) and coins:
+        return currency in coins
+    return not live or positive(part_of(record, "price", "on_demand", currency)) is not None
+
+
+def server_reliability(record: dict[str, Any], live: bool) -> float | None:
+    """Return the reliability of a server, 0 to 100; the live form has 0 to 1."""
+    number = finite(record.get("reliability"))
+    if number is None:
+        return None
+    # Without rounding, 0.9731 * 100 is not 97.31.
+    return round(number * 100.0, 9) if live else number
+
+
+def cpu_cores(record: dict[str, Any]) -> int | None:
+    """Return the number of CPU cores, from ``"16/32"`` (cores and threads), or None."""
+    text = part_of(record, "specs", "cpus")
+    return _parse_cores(text[:LONGEST_TEXT]) if isinstance(text, str) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_cores(text: str) -> int | None:
+    match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text)
+    return int(match[1]) or None if match else None
+
+
+def disk_size(record: dict[str, Any]) -> float | None:
+    """Return the size of the disk in GB, from the last number of its description, or None."""
+    text = part_of(record, "specs", "disk")
+    sizes = re.findall(_DISK_SIZE, text) if isinstance(text, str) else []
+    return positive(float(sizes[-1])) if sizes else None
+
+
+def version_parts(version: Any) -> tuple[int, int] | None:
+    """Return a version such as ``"12.4"`` or 12.4 as two integers, or None."""
+    return _parse_version(version[:40] if isinstance(version, str) else str(finite(version)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_version(text: str) -> tuple[int, int] | None:
+    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text.strip())
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def nominal_vram(record: dict[str, Any]) -> float | None:
+    """Return the memory of one GPU in GB, as the maker states it, or None.
+
+    The live API rounds down, so that a card with 24 GB shows 23. The cards of the last years with
+    an odd size are the 1080 Ti and the 2080 Ti, with 11 GB.
+    """
+    size = positive(part_of(record, "specs", "gpuram"))
+    if size is None or size < 6 or size % 2 != 1:
+        return size
+    eleven = size == 11 and any("80 ti" in name.lower() for name in gpu_names(record))
+    return size if eleven else size + 1
+
+
+class Server(Record):
+    """One server of the marketplace, in the documented form.
+
+    A dict with ``id``, ``gpu_array`` (a flat list of names), ``price`` (under ``usd`` in USD per
+    hour), ``reliability`` (0 to 100), ``rented``, ``specs``, and all other fields that the API
+    sent. A property is None if its field is missing or has an unexpected type.
+    """
+
+    __slots__ = ()
+    FIELDS = (
+        "id",
+        "gpu_name",
+        "gpu_count",
+        "vram_gb",
+        "total_vram_gb",
+        "usd_per_hour",
+        "usd_per_gpu_hour",
+        "spot_usd_per_hour",
+        "spot_usd_per_gpu_hour",
+        "reliability",
+        "rating",
+        "rating_count",
+        "country",
+        "rented",
+        "cpu_cores",
+        "ram_gb",
+        "disk_gb",
+        "disk_mbps",
+        "download_mbps",
+        "upload_mbps",
+        "pcie_width",
+        "cuda_version",
+        "max_rental_hours",
+        "owner_id",
+    )
+
+    @property
+    def id(self) -> int | None:
+        """The number of the server, for :meth:`CloreClient.create_order`."""
+        return whole_id(self.get("id"))
+
+    @property
+    def gpu(self) -> str | None:
+        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        return gpu_label(self)
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The name of its (first) GPU, for example ``"RTX 4090"``."""
+        return next(iter(gpu_names(self)), None)
+
+    @property
+    def gpu_count(self) -> int | None:
+        """The number of GPUs."""
+        return count_gpus(self)
+
+    @property
+    def price(self) -> dict[str, Any]:
+        """The prices in all currencies; the numbers under ``"usd"`` are USD per hour."""
+        prices = self.get("price")
+        return prices if isinstance(prices, dict) else {}
+
+    @property
+    def vram_gb(self) -> float | None:
+        """The memory of one GPU in GB, which the live API rounds down."""
+        return positive(part_of(self, "specs", "gpuram"))
+
+    @property
+    def total_vram_gb(self) -> float | None:
+        """The memory of all GPUs in GB; ``vram_gb`` times ``gpu_count``."""
+        return None if self.vram_gb is None else self.vram_gb * (self.gpu_count or 1)
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The on-demand price in USD per hour, without fees."""
+        return server_price(self, live=False, spot=False)
+
+    @property
+    def spot_usd_per_hour(self) -> float | None:
+        """The lowest spot bid that the host accepts, in USD per hour, without fees."""
+        return server_price(self, live=False, spot=True)
+
+    @property
+    def usd_per_gpu_hour(self) -> float | None:
+        """The on-demand price in USD per hour for one of its GPUs, without fees."""
+        return per_gpu(self.usd_per_hour, self.gpu_count)
+
+    @property
+    def spot_usd_per_gpu_hour(self) -> float | None:
+        """The lowest spot bid in USD per hour for one of its GPUs, without fees."""
+        return per_gpu(self.spot_usd_per_hour, self.gpu_count)
+
+    @property
+    def reliability(self) -> float | None:
+        """The reliability, 0 to 100."""
+        return finite(self.get("reliability"))
+
+    @property
+    def rented(self) -> bool:
+        """True if the server is rented now."""
+        return bool(self.get("rented"))
+
+    @property
+    def country(self) -> str | None:
+        """The two-letter country code of its network."""
+        code = part_of(self, "specs", "net", "cc")
+        return code if isinstance(code, str) and code else None
+
+    @property
+    def ram_gb(self) -> float | None:
+        """The main memory in GB."""
+        return positive(part_of(self, "specs", "ram"))
+
+    @property
+    def disk_gb(self) -> float | None:
+        """The size of the disk in GB, from the last number of its description."""
+        return disk_size(self)
+
+    @property
+    def disk_mbps(self) -> float | None:
+        """The speed of the disk in MB per second."""
+        return positive(part_of(self, "specs", "disk_speed"))
+
+    @property
+    def download_mbps(self) -> float | None:
+        """The download speed in Mbit per second."""
+        return positive(part_of(self, "specs", "net", "down"))
+
+    @property
+    def upload_mbps(self) -> float | None:
+        """The upload speed in Mbit per second."""
+        return positive(part_of(self, "specs", "net", "up"))
+
+    @property
+    def cpu_cores(self) -> int | None:
+        """The number of CPU cores; the number of threads is usually twice as high."""
+        return cpu_cores(self)
+
+    @property
+    def pcie_width(self) -> float | None:
+        """The number of PCI Express lanes of a GPU."""
+        return positive(part_of(self, "specs", "pcie_width"))
+
+    @property
+    def rating(self) -> float | None:
+        """The average rating by renters, up to 5."""
+        return positive(part_of(self, "rating", "avg"))
+
+    @property
+    def rating_count(self) -> int | None:
+        """The number of ratings."""
+        return whole_id(part_of(self, "rating", "cnt"))
+
+    @property
+    def max_rental_hours(self) -> float | None:
+        """The longest rental in hours."""
+        return positive(self.get("mrl"))
+
+    @property
+    def owner_id(self) -> int | None:
+        """The number of the owner."""
+        return whole_id(self.get("owner"))
+
+    @property
+    def cuda_version(self) -> str | None:
+        """The highest CUDA version that its driver supports, for example ``"13.0"``."""
+        version = self.get("cuda_version")
+        return version if isinstance(version, str) and version else None
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "gpu": self.gpu,
+            "usd_per_hour": rounded(self.usd_per_hour),
+            "spot_usd_per_hour": rounded(self.spot_usd_per_hour),
+            "reliability": self.reliability,
+            "country": self.country,
+            "rented": self.rented,
+        }
+
+
+def to_server(record: dict[str, Any], live: bool) -> Server:
+    """Convert a server from the API to a :class:`Server`.
+
+    Parameters:
+        record: the server, as the API sent it.
+        live: whether the response is in the live form.
+    """
+    server = Server(record)
+    server._wire = record
+    server["gpu_array"] = gpu_names(record)
+    if not live:
+        return server
+    if (reliability := server_reliability(record, live)) is not None:
+        server["reliability"] = reliability
+    price = record.get("price")
+    if isinstance(price, dict):
+        usd = price.get("usd")
+        hourly = {k: per_hour(v) for k, v in usd.items()} if isinstance(usd, dict) else {}
+        hourly["spot"] = server_price(record, live, spot=True)
+        server["price"] = {**price, "usd": hourly}
+    return server
+
+
+def to_servers(response: dict[str, Any], *, include_rented: bool = False) -> list[Server]:
+    """Return the servers of a response, in the API's order."""
+    live = is_live(response)
+    return [
+        to_server(record, live)
+        for record in dicts(response.get("servers"))
+        if include_rented or not record.get("rented")
+    ]
+
+
+def listed_prices(response: dict[str, Any], rates: ExchangeRates) -> dict[int, float]:
+    """Return the on-demand price in USD per hour by server id.
+
+    Stores the exchange rates that follow from the prices in ``rates``, for display.
+    """
+    live = is_live(response)
+    prices: dict[int, float] = {}
+    implied: dict[str, float] = {}
+    for record in dicts(response.get("servers")):
+        usd, server_id = server_price(record, live, spot=False), record.get("id")
+        if type(server_id) is not int:  # the usual case is an int, kept fast
+            server_id = whole_id(server_id)
+        if usd is None or server_id is None:
+            continue
+        prices[server_id] = usd
+        if live and len(implied) < len(_USD_FIELDS):
+            for currency, usd_field in _USD_FIELDS.items():
+                amount = positive(part_of(record, "price", "on_demand", currency))
+                in_usd = positive(part_of(record, "price", "usd", usd_field))
+                if amount and in_usd:
+                    implied[currency] = in_usd / amount
+    rates.update(implied, display_only=True)
+    return prices
 
 
 # ==================================================================================================
@@ -1715,9 +2468,24 @@ class Order(Record):
     unexpected type.
     """
 
-    __slots__ = ("_live", "_usd_per_hour")
+    __slots__ = ("_live", "_rates")
     _live: bool
-    _usd_per_hour: float | None
+    _rates: ExchangeRates
+    FIELDS = (
+        "id",
+        "server_id",
+        "status",
+        "gpu_name",
+        "gpu_count",
+        "price",
+        "currency",
+        "usd_per_hour",
+        "cost_usd",
+        "is_spot",
+        "started_at",
+        "image",
+        "ssh_command",
+    )
 
     @property
     def id(self) -> int | None:
@@ -1734,6 +2502,38 @@ class Order(Record):
         """``"creating"``, ``"running"``, ``"cancelled"`` or ``"expired"``."""
         status = self.get("status")
         return status if isinstance(status, str) else None
+
+    @property
+    def gpu(self) -> str | None:
+        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        return gpu_label(self)
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The name of its (first) GPU, for example ``"RTX 4090"``."""
+        return next(iter(gpu_names(self)), None)
+
+    @property
+    def gpu_count(self) -> int | None:
+        """The number of GPUs."""
+        return count_gpus(self)
+
+    @property
+    def price(self) -> float | None:
+        """The price per hour, in its currency."""
+        return finite(self.get("price"))
+
+    @property
+    def currency(self) -> str | None:
+        """The currency that it is paid in, as the API names it."""
+        currency = self.get("currency")
+        return currency if isinstance(currency, str) else None
+
+    @property
+    def image(self) -> str | None:
+        """The Docker image."""
+        image = self.get("image")
+        return image if isinstance(image, str) else None
 
     @property
     def is_running(self) -> bool:
@@ -1760,6 +2560,12 @@ class Order(Record):
         return command if isinstance(command, str) and command else None
 
     @property
+    def ssh_password(self) -> str | None:
+        """The password that this client sent with the order, or None if it does not have it."""
+        password = self.get("ssh_password")
+        return password if isinstance(password, str) else None
+
+    @property
     def http_urls(self) -> dict[str, str]:
         """A dict with the URL of each container port."""
         urls = part_of(self, "connection", "http_ports")
@@ -1774,11 +2580,49 @@ class Order(Record):
 
     @property
     def usd_per_hour(self) -> float | None:
-        """The price in USD per hour, by the exchange rate at the time of reading, or None."""
-        try:
-            return self._usd_per_hour
-        except AttributeError:
-            return ExchangeRates().usd(self.get("price"), self.get("currency"))
+        """The price in USD per hour, without fees; None if no exchange rate is known.
+
+        It uses the latest exchange rate that the client has read.
+        """
+        if "body" in self:  # a preview
+            return finite(self.get("usd_per_hour"))
+        return self._exchange_rates().usd(self.get("price"), self.get("currency"))
+
+    @property
+    def cost_usd(self) -> float | None:
+        """The cost in USD until the order was read, with fees; None if it is not known.
+
+        The live API says what was spent. Without that, it is the price for the time since the
+        start, and only known while the order is active.
+        """
+        hourly, rate = finite(self.get("price")), self._exchange_rates().rate(self.get("currency"))
+        spent = finite(self.get("spend"))
+        if rate is None or hourly is None or hourly <= 0:
+            return None
+        hourly = with_fee(hourly, self.fee_rate)
+        if spent is None:
+            if self.started_at is None or self.has_ended:
+                return None
+            spent = hourly * max(0.0, time.time() - self.started_at) / 3600.0
+        creation = finite(self.get("creation_fee"))
+        creation_usd = CREATION_FEE if creation is None else creation * rate
+        return spent * rate + creation_fee_after(spent / hourly * 3600.0, creation_usd)
+
+    @property
+    def fee_rate(self) -> float:
+        """The renter's fee as a fraction of the price; the published one if it is not stated."""
+        stated = finite(self.get("fee"))
+        valid = stated is not None and 0 <= stated <= 1
+        return stated if valid and stated is not None else published_fee(self.is_spot is True)
+
+    def _exchange_rates(self) -> ExchangeRates:
+        return getattr(self, "_rates", None) or ExchangeRates()
+
+    @property
+    def body(self) -> dict[str, Any] | None:
+        """What a preview would send; None for an order."""
+        body = self.get("body")
+        return body if isinstance(body, dict) else None
 
     @property
     def is_live(self) -> bool | None:
@@ -1786,14 +2630,28 @@ class Order(Record):
         return getattr(self, "_live", None)
 
     def _summary(self) -> dict[str, Any]:
-        if "body" in self:  # a preview
-            return {"usd_per_hour": self.usd_per_hour, "body": self["body"]}
-        first = ("order_id", "renting_server", "status", "price", "currency", "image", "started")
+        if self.body is not None:
+            return {"usd_per_hour": self.usd_per_hour, "body": self.body}
         return {
-            **{name: self.get(name) for name in first},
-            "usd_per_hour": None if self.usd_per_hour is None else round(self.usd_per_hour, 6),
-            "ssh": self.ssh_command,
-            **({"ssh_password": "***"} if self.get("ssh_password") else {}),
+            "id": self.id,
+            "server_id": self.server_id,
+            "status": self.status,
+            "gpu": self.gpu,
+            "price": self.price,
+            "currency": self.currency,
+            "usd_per_hour": rounded(self.usd_per_hour),
+            "image": self.image,
+            "started_at": self.started_at,
+            "ssh_command": self.ssh_command,
+            "ssh_password": self.ssh_password,
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        started = utc_time(self.started_at)
+        return {
+            **super()._facts(),
+            "started_at": started and f"{started} UTC",
+            "body": masked(self.body),
         }
 
 
@@ -1868,7 +2726,7 @@ def to_order(
     """
     order = Order({**record, **_live_fields(record, cancelled)} if live else record)
     order._wire, order._live = record, live
-    order._usd_per_hour = rates.usd(order.get("price"), order.get("currency"))
+    order._rates = rates
     return order
 
 
@@ -1894,6 +2752,416 @@ def created_id(response: dict[str, Any]) -> int | None:
 
 
 # ==================================================================================================
+# models.wallet
+#
+# Wallet, the balance of one currency.
+# ==================================================================================================
+
+
+class Wallet(Record):
+    """One wallet: a dict with ``name``, ``balance`` and ``deposit_address``.
+
+    The live API calls the address ``deposit``; that field is kept too.
+    """
+
+    __slots__ = ("_rates",)
+    _rates: ExchangeRates
+    FIELDS = ("name", "balance", "balance_usd", "deposit_address")
+
+    @property
+    def name(self) -> str | None:
+        """The currency, for example ``"CLORE-Blockchain"``."""
+        name = self.get("name")
+        return name if isinstance(name, str) else None
+
+    @property
+    def balance(self) -> float | None:
+        """The balance, in its currency."""
+        return finite(self.get("balance"))
+
+    @property
+    def balance_usd(self) -> float | None:
+        """The balance in USD; None if the balance or the exchange rate is not known."""
+        rates = getattr(self, "_rates", None) or ExchangeRates()
+        return rates.usd(self.balance, self.name)
+
+    @property
+    def deposit_address(self) -> str | None:
+        """The address for deposits."""
+        address = self.get("deposit_address")
+        return address if isinstance(address, str) else None
+
+
+def to_wallets(response: dict[str, Any], rates: ExchangeRates | None = None) -> list[Wallet]:
+    """Convert the wallets of a response to the documented form.
+
+    Parameters:
+        response: the response with the list of wallets.
+        rates: the exchange rates for ``balance_usd``.
+    """
+    wallets = []
+    for record in dicts(response.get("wallets")):
+        wallet = Wallet(record)
+        wallet._wire = record
+        if rates is not None:
+            wallet._rates = rates
+        if "deposit" in record:
+            wallet.setdefault("deposit_address", record["deposit"])
+        wallets.append(wallet)
+    return wallets
+
+
+# ==================================================================================================
+# models.listing
+#
+# Lists of servers, orders and wallets that show as tables.
+# ==================================================================================================
+
+
+Item = TypeVar("Item", bound=Record)
+AnyListing = TypeVar("AnyListing", bound="Listing[Any]")
+
+DEFAULT_WIDTH = 100  # columns, where there is no terminal
+# The columns of to_dicts() whose unit is not in the name of the property.
+UNIT_NAMES = {
+    "price": "price_per_hour",
+    "reliability": "reliability_percent",
+    "started_at": "started_unix_seconds",
+}
+# A spreadsheet takes a text that starts with one of these as a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}",
+                  "\N{FULLWIDTH HYPHEN-MINUS}", "\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
+
+
+class Listing(list[Item]):
+    """A list of records that shows as a table, in a terminal and in a notebook.
+
+    It is a list in every other way. Slices, copies and sums are of the same type.
+
+    Attributes:
+        report: what a search left out and why, or None.
+    """
+
+    report: Any = None
+    _things: ClassVar[str] = "records"
+    _columns: ClassVar[tuple[Column, ...]] = ()
+    _record: ClassVar[type[Record]] = Record
+
+    @staticmethod
+    def _dimmed(record: Any) -> bool:
+        """Return whether to show a record in a paler color."""
+        return False
+
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Item: ...
+
+    @overload
+    def __getitem__(self: AnyListing, index: slice, /) -> AnyListing: ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        found = super().__getitem__(index)
+        return self._like(found) if isinstance(index, slice) else found
+
+    def __add__(self: AnyListing, other: Any) -> AnyListing:  # type: ignore[override]
+        return type(self)(super().__add__(other)) if isinstance(other, list) else NotImplemented
+
+    def __radd__(self: AnyListing, other: Any) -> AnyListing:
+        return type(self)([*other, *self]) if isinstance(other, list) else NotImplemented
+
+    def copy(self: AnyListing) -> AnyListing:
+        """Return a list of the same type with the same records."""
+        return self._like(self)
+
+    def _like(self: AnyListing, records: Iterable[Any]) -> AnyListing:
+        twin = type(self)(records)
+        twin.report = self.report
+        return twin
+
+    def __repr__(self) -> str:
+        if not self:
+            hint = "" if self.report is None else "; .explain() says why"
+            return f"<{type(self).__name__}: no {self._things}{hint}>"
+        import shutil
+
+        width = shutil.get_terminal_size((DEFAULT_WIDTH, 0)).columns
+        return text_table(self, self._columns, width)
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        if not self:
+            from html import escape
+
+            return f"<p>{escape(repr(self))}</p>"
+        return html_table(self, self._columns, self._dimmed)
+
+    def explain(self) -> str:
+        """Return a text that says what a search left out, and why.
+
+        Example:
+            >>> print(client.get_marketplace().explain())
+            nothing was excluded
+        """
+        return "nothing was excluded" if self.report is None else str(self.report)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return one flat dict for each record, with units in the names, for a table or a file.
+
+        Credentials are not in it. Text of strangers is in it as the API sent it.
+
+        Example:
+            >>> client.get_wallets().to_dicts()[0]
+            {'name': 'bitcoin', 'balance': 0.0419, 'deposit_address': 'bc1...'}
+        """
+        headings = list(zip(self._headings(), self._record.FIELDS, strict=True))
+        return [{heading: getattr(record, name) for heading, name in headings} for record in self]
+
+    def _headings(self) -> list[str]:
+        return [UNIT_NAMES.get(name, name) for name in self._record.FIELDS]
+
+    def to_pandas(self) -> Any:
+        """Return the rows of :meth:`to_dicts` as a ``pandas.DataFrame``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import importlib
+
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas: pip install pandas") from error
+        return pandas.DataFrame(self.to_dicts(), columns=self._headings())
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows of :meth:`to_dicts` to a CSV file in UTF-8, and replace an old one.
+
+        Control characters are escaped. A text that a spreadsheet would take for a formula gets a
+        ``'`` in front.
+
+        Parameters:
+            path: the file.
+        """
+        import csv
+
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self._headings())
+            writer.writeheader()
+            for row in self.to_dicts():
+                writer.writerow({name: _csv_cell(value) for name, value in row.items()})
+
+
+def _csv_cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
+
+
+def _number_column(name: str, digits: int) -> Callable[[Any], str | None]:
+    return lambda record: decimal(getattr(record, name), digits)
+
+
+def _text_column(name: str) -> Callable[[Any], str | None]:
+    def text(record: Any) -> str | None:
+        value = getattr(record, name)
+        return None if value is None else str(value)
+
+    return text
+
+
+class ServerList(Listing[Server]):
+    """A list of servers."""
+
+    _things = "servers"
+    _record = Server
+    _columns = (
+        Column("id", _text_column("id"), True),
+        Column("gpu", _text_column("gpu")),
+        Column("USD/h", _number_column("usd_per_hour", 4), True),
+        Column("spot USD/h", _number_column("spot_usd_per_hour", 4), True),
+        Column("reliable %", _number_column("reliability", 2), True),
+        Column("country", _text_column("country")),
+        Column("rented", lambda server: "rented" if server.rented else None),
+        Column("VRAM GB", _number_column("vram_gb", 0), True),
+        Column("RAM GB", _number_column("ram_gb", 0), True),
+        Column("USD/GPU h", _number_column("usd_per_gpu_hour", 4), True),
+        Column("disk GB", _number_column("disk_gb", 0), True),
+        Column("cores", _text_column("cpu_cores"), True),
+        Column("down Mbps", _number_column("download_mbps", 0), True),
+        Column("CUDA", _text_column("cuda_version"), True),
+    )
+
+    @staticmethod
+    def _dimmed(record: Any) -> bool:
+        return bool(record.rented)
+
+
+class OrderList(Listing[Order]):
+    """A list of orders."""
+
+    _things = "orders"
+    _record = Order
+    _columns = (
+        Column("id", _text_column("id"), True),
+        Column("status", _text_column("status")),
+        Column("gpu", _text_column("gpu")),
+        Column("USD/h", _number_column("usd_per_hour", 4), True),
+        Column("cost USD", _number_column("cost_usd", 4), True),
+        Column("price/h", _number_column("price", 4), True),
+        Column("currency", _text_column("currency")),
+        Column("server", _text_column("server_id"), True),
+        Column("started UTC", lambda order: utc_time(order.started_at)),
+        Column("ssh", _text_column("ssh_command"), widest=60),
+        Column("image", _text_column("image"), widest=60),
+    )
+
+    @staticmethod
+    def _dimmed(record: Any) -> bool:
+        return bool(record.has_ended)
+
+
+class WalletList(Listing[Wallet]):
+    """A list of wallets."""
+
+    _things = "wallets"
+    _record = Wallet
+    _columns = (
+        Column("name", _text_column("name")),
+        Column("balance", _number_column("balance", 8), True),
+        Column("USD", _number_column("balance_usd", 2), True),
+        Column("deposit address", _text_column("deposit_address"), widest=60),
+    )
+
+
+# ==================================================================================================
+# models.plot
+#
+# Plot prices of servers with matplotlib.
+# ==================================================================================================
+
+
+# One for each of the most frequent models; all others have the last color.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#9467bd",
+          "#a0a000", "#17becf")  # fmt: skip
+OTHER_COLOR = "#c0c0c0"
+LABEL_HEIGHT = 0.05  # of the height of the plot
+PICTURES = (".png", ".svg", ".pdf")
+NAME_LENGTH = 24  # characters
+Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
+
+
+def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
+    """Return the points of the plot by model, the most frequent model first.
+
+    Servers without a name, a price or a reliability are left out.
+    """
+    models: dict[str, Points] = {}
+    for server in servers:
+        price, count, reliability = server.usd_per_hour, server.gpu_count, server.reliability
+        if server.gpu_name and price and count and reliability is not None:
+            models.setdefault(server.gpu_name, []).append((reliability, price / count))
+    return dict(sorted(models.items(), key=lambda item: -len(item[1])))
+
+
+def check_plot(servers: Any, path: Any) -> None:
+    """Check the arguments of ``plot_prices``."""
+    if servers is not None and (
+        not isinstance(servers, (list, tuple))
+        or not all(isinstance(server, Server) for server in servers)
+    ):
+        shown = short_repr(servers)
+        raise TypeError(f"servers must be a list of servers, as of find_servers(), not {shown}")
+    if path is None:
+        return
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a path, not {short_repr(path)}")
+    check_local_path("path", path)
+    if os.path.splitext(os.fsdecode(path))[1] not in PICTURES:
+        raise ValueError(f"path must end with one of {PICTURES}, not {short_repr(path)}")
+
+
+def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] | None) -> Any:
+    """Plot the price per GPU hour against the reliability, with a color for each model.
+
+    Parameters:
+        servers: the servers.
+        path: a picture file to write; with None, pyplot shows the plot.
+
+    Returns:
+        The ``matplotlib.axes.Axes``. A notebook would show a figure twice.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no server has a price and a reliability.
+    """
+    models = prices_by_model(servers)
+    try:
+        # pyplot shows a figure by itself, in a notebook or a window; a file needs no window.
+        new_figure = (
+            importlib.import_module("matplotlib.figure").Figure
+            if path is not None
+            else importlib.import_module("matplotlib.pyplot").figure
+        )
+    except ImportError as error:
+        raise ImportError(
+            "plot_prices() needs matplotlib: pip install 'clore-client[plot]'"
+        ) from error
+    if not models:
+        raise ValueError("servers must have a price and a reliability, but none of them has both")
+    figure = new_figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    colors = dict(zip(models, COLORS, strict=False))
+    for name, points in reversed(models.items()):  # the frequent ones on top of the others
+        color = colors.get(name, OTHER_COLOR)
+        axes.scatter(*zip(*points, strict=True), s=16, color=color, alpha=0.7, linewidths=0)
+    _set_up_axes(axes, [point for points in models.values() for point in points])
+    _label_models(axes, models, colors)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return axes
+
+
+def _set_up_axes(axes: Any, points: Points) -> None:
+    ticker = importlib.import_module("matplotlib.ticker")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xlabel("reliability in %")
+    # A few unreliable servers would push all others into a corner.
+    least = math.floor(sorted(reliability for reliability, _ in points)[len(points) // 20])
+    hidden = sum(reliability < least for reliability, _ in points)
+    if hidden and least < 100:
+        axes.set_xlim(least, 100 + 0.02 * (100 - least))
+        axes.set_xlabel(f"reliability in % (not shown: {hidden} below {least})")
+    axes.set_ylabel("USD per GPU hour, on demand, without fees")
+    axes.set_title(f"Prices of {len(points)} servers by GPU model, with the median of each model")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _label_models(axes: Any, models: dict[str, Points], colors: dict[str, str]) -> None:
+    """Write each name beside the plot, as near to its median price as there is room."""
+    bottom, top = (math.log(limit) for limit in axes.get_ylim())
+    medians = {name: statistics.median(price for _, price in models[name]) for name in colors}
+    height = -math.inf
+    labels = []
+    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+        height = max(height + LABEL_HEIGHT, (math.log(median) - bottom) / (top - bottom))
+        labels.append((height, colors[name], f"{printable(name, NAME_LENGTH)}  {median:.3g}"))
+    if len(models) > len(colors):
+        labels.append(
+            (height + LABEL_HEIGHT, "#808080", f"{len(models) - len(colors)} other models")
+        )
+    above = max(0.0, labels[-1][0] - 1)
+    for height, color, text in labels:
+        # A $ would start a formula.
+        axes.text(1.01, height - above, text.replace("$", r"\$"), color=color, va="center",
+                  transform=axes.transAxes)  # fmt: skip
+
+
+# ==================================================================================================
 # models.result
 #
 # Results of commands and transfers over SSH.
@@ -1901,10 +3169,26 @@ def created_id(response: dict[str, Any]) -> int | None:
 
 
 STDOUT, STDERR = "stdout", "stderr"
+LAST_LINES = 20  # of each stream, where a result is printed
+LONGEST_LINE = 300  # characters
+# A color, or another control sequence of a terminal, which would only be noise when escaped.
+_CONTROL_SEQUENCE = r"\x1b\[[0-9;?]{0,40}[@-~]"
+
+
+def last_lines(text: str) -> list[str]:
+    """Return the last lines of an output, with control characters escaped."""
+    lines = text[-LAST_LINES * 1000 :].rstrip("\n").split("\n")
+    shown = []
+    for line in lines[-LAST_LINES:]:
+        # Progress bars overwrite their line, so the text after the last \r is what is visible.
+        visible = re.sub(_CONTROL_SEQUENCE, "", line.rstrip("\r").rsplit("\r", 1)[-1])
+        shown.append(printable(visible.expandtabs(), LONGEST_LINE))
+    more = text.rstrip("\n").count("\n") + 1 - len(shown)
+    return [f"... {more} more lines", *shown] if more else shown
 
 
 class CommandResult:
-    """The result of a command.
+    """The result of a command. ``print()`` shows the last lines of its output.
 
     Attributes:
         command: the command for the machine's shell, without the variables of ``env``.
@@ -1944,6 +3228,14 @@ class CommandResult:
             f"{len(self.stdout)} characters of stdout, {len(self.stderr)} of stderr, "
             f"{self.duration:.1f}s{left_out}>"
         )
+
+    def __str__(self) -> str:
+        outputs = [text for text in (self.stdout, self.stderr) if text.strip()]
+        return "\n".join([repr(self), *(line for text in outputs for line in last_lines(text))])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the output in IPython and in notebooks."""
+        printer.text(str(self))
 
 
 class OutputLine(str):
@@ -1996,343 +3288,112 @@ class TransferResult:
 
 
 # ==================================================================================================
-# models.server
+# models.spot_market
 #
-# Server, its conversion from the live form to the documented form, filters and sorting.
+# SpotMarket, the offers for one server.
 # ==================================================================================================
 
 
-# The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
-# makes the import faster.
-_COUNTED_GPU = r"(?s)([0-9]{1,3})x\s+(.+)"
-_VENDOR = r"(?i)(?:NVIDIA\s+)?(?:GeForce\s+)?"
-_DISK_SIZE = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?GB"
-# The field of the live form's ``price.usd`` with the on-demand price, for each currency.
-_USD_FIELDS = {
-    "CLORE-Blockchain": "on_demand_clore",
-    "bitcoin": "on_demand_btc",
-    "USD-Blockchain": "on_demand_usd",
-}
-
-
-def _counted(specs: Any) -> tuple[int, str] | None:
-    """Return the count and name in ``specs.gpu`` (``"2x NVIDIA GeForce RTX 4070 Ti"``), or None."""
-    text = specs.get("gpu") if isinstance(specs, dict) else None
-    match = re.fullmatch(_COUNTED_GPU, text.strip()) if isinstance(text, str) else None
-    if not match:
-        return None
-    return int(match[1]), match[2][re.match(_VENDOR, match[2]).end() :]  # type: ignore[union-attr]
-
-
-def gpu_names(record: dict[str, Any]) -> list[str]:
-    """Return the GPU names of a server in either form, as a flat list."""
-    array = record.get("gpu_array")
-    if isinstance(array, list):
-        names: list[str] = []
-        for entry in array:
-            if isinstance(entry, str):  # the usual case, kept fast
-                if name := entry.strip():
-                    names.append(name)
-            elif isinstance(entry, list):
-                names += [n for item in entry if isinstance(item, str) and (n := item.strip())]
-        if names:
-            return names
-    counted = _counted(record.get("specs"))
-    return [counted[1]] * counted[0] if counted else []
-
-
-def _live_spot_per_day(price: dict[str, Any]) -> float | None:
-    """Return the lowest spot bid in USD per day, or None.
-
-    ``price.usd.spot`` is often 0, which means that it is in another field (seen on the live API).
-    """
-    usd = price.get("usd")
-    if stated := positive(part_of(usd, "spot")):
-        return stated
-    original = price.get("original_usd")
-    if isinstance(original, dict):
-        clore = positive(part_of(original, "CLORE-Blockchain", "spot"))
-        others = [p for c in original if (p := positive(part_of(original, c, "spot")))]
-        if clore or others:
-            return clore or min(others)
-    spot, on_demand = price.get("spot"), price.get("on_demand")
-    if stated := positive(part_of(spot, "USD-Blockchain")):
-        return stated
-    for currency, usd_field in _USD_FIELDS.items():
-        # The on-demand price of the server in both currencies gives the exchange rate.
-        amount = positive(part_of(spot, currency))
-        same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
-        if amount and same and in_usd:
-            return amount * in_usd / same
-    return None
-
-
-def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None:
-    """Return the price of a server in USD per hour, or None if it has no price above 0."""
-    price = record.get("price")
-    if not isinstance(price, dict):
-        return None
-    if spot:
-        given = _live_spot_per_day(price) if live else part_of(price, "usd", "spot")
-    else:
-        usd = price.get("usd")
-        given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
-    amount = positive(given)
-    # A very small number becomes 0, which does not count as a price.
-    return amount / HOURS_PER_DAY or None if live and amount else amount
-
-
-def on_demand_usd(server: Server, currency: Any) -> float | None:
-    """Return the on-demand price in USD per hour when paid in ``currency`` (the API's name).
-
-    The documented form has one price for all currencies.
-    """
-    usd = part_of(server, "price", "usd")
-    own = (
-        positive(part_of(usd, _USD_FIELDS.get(currency, ""))) if isinstance(currency, str) else None
-    )
-    return own or positive(part_of(usd, "on_demand_clore"))
-
-
-def server_reliability(record: dict[str, Any], live: bool) -> float | None:
-    """Return the reliability of a server, 0 to 100; the live form has 0 to 1."""
-    number = finite(record.get("reliability"))
-    if number is None:
-        return None
-    # Without rounding, 0.9731 * 100 is not 97.31.
-    return round(number * 100.0, 9) if live else number
-
-
-class Server(Record):
-    """One server of the marketplace, in the documented form.
-
-    A dict with ``id``, ``gpu_array`` (a flat list of names), ``price`` (under ``usd`` in USD per
-    hour), ``reliability`` (0 to 100), ``rented``, ``specs``, and all other fields that the API
-    sent. A property is None if its field is missing or has an unexpected type.
-    """
+class SpotOffer(Record):
+    """One bid for a server: a dict with the fields of the API and ``usd_per_hour``."""
 
     __slots__ = ()
 
     @property
     def id(self) -> int | None:
-        """The number of the server, for :meth:`CloreClient.create_order`."""
-        return whole_id(self.get("id"))
-
-    @property
-    def gpu_name(self) -> str | None:
-        """The name of its (first) GPU, for example ``"RTX 4090"``."""
-        names = gpu_names(self)
-        return names[0] if names else None
-
-    @property
-    def gpu_count(self) -> int | None:
-        """The number of GPUs."""
-        counted = _counted(self.get("specs"))
-        return counted[0] if counted else len(gpu_names(self)) or None
-
-    @property
-    def vram_gb(self) -> float | None:
-        """The memory of one GPU in GB, which the live API rounds down."""
-        return positive(part_of(self, "specs", "gpuram"))
+        """The number of the offer."""
+        return whole_id(self.get("offer_id"))
 
     @property
     def usd_per_hour(self) -> float | None:
-        """The on-demand price in USD per hour, without fees."""
-        return server_price(self, live=False, spot=False)
+        """The bid in USD per hour; None if there is no exchange rate."""
+        return finite(self.get("usd_per_hour"))
 
     @property
-    def spot_usd_per_hour(self) -> float | None:
-        """The lowest spot bid that the host accepts, in USD per hour, without fees."""
-        return server_price(self, live=False, spot=True)
+    def currency(self) -> str | None:
+        """The currency of the bid."""
+        currency = self.get("currency")
+        return currency if isinstance(currency, str) else None
 
     @property
-    def reliability(self) -> float | None:
-        """The reliability, 0 to 100."""
-        return finite(self.get("reliability"))
+    def is_mine(self) -> bool:
+        """True if the bid is of this account."""
+        return self.get("my") is True
 
     @property
-    def rented(self) -> bool:
-        """True if the server is rented now."""
-        return bool(self.get("rented"))
-
-    @property
-    def country(self) -> str | None:
-        """The two-letter country code of its network."""
-        code = part_of(self, "specs", "net", "cc")
-        return code if isinstance(code, str) and code else None
-
-    @property
-    def ram_gb(self) -> float | None:
-        """The main memory in GB."""
-        return positive(part_of(self, "specs", "ram"))
-
-    @property
-    def disk_gb(self) -> float | None:
-        """The size of the disk in GB, from the last number of its description."""
-        text = part_of(self, "specs", "disk")
-        sizes = re.findall(_DISK_SIZE, text) if isinstance(text, str) else []
-        return positive(float(sizes[-1])) if sizes else None
-
-    @property
-    def cuda_version(self) -> str | None:
-        """The highest CUDA version that its driver supports, for example ``"13.0"``."""
-        version = self.get("cuda_version")
-        return version if isinstance(version, str) and version else None
-
-    def _summary(self) -> dict[str, Any]:
-        count, name = self.gpu_count, self.gpu_name
-        return {
-            "id": self.get("id"),
-            "gpu": f"{count}x {name}" if name else None,
-            "usd_per_hour": _rounded(self.usd_per_hour),
-            "spot_usd_per_hour": _rounded(self.spot_usd_per_hour),
-            "reliability": self.get("reliability"),
-            "country": self.country,
-            "rented": self.get("rented"),
-        }
+    def is_active(self) -> bool:
+        """True if the bid rents the server now."""
+        return self.get("active") is True
 
 
-def _rounded(number: float | None) -> float | None:
-    return None if number is None else round(number, 6)
-
-
-def to_server(record: dict[str, Any], live: bool) -> Server:
-    """Convert a server from the API to a :class:`Server`.
-
-    Parameters:
-        record: the server, as the API sent it.
-        live: whether the response is in the live form.
-    """
-    server = Server(record)
-    server._wire = record
-    server["gpu_array"] = gpu_names(record)
-    if not live:
-        return server
-    if (reliability := server_reliability(record, live)) is not None:
-        server["reliability"] = reliability
-    price = record.get("price")
-    if isinstance(price, dict):
-        usd = price.get("usd")
-        hourly = {k: per_hour(v) for k, v in usd.items()} if isinstance(usd, dict) else {}
-        hourly["spot"] = server_price(record, live, spot=True)
-        server["price"] = {**price, "usd": hourly}
-    return server
-
-
-def to_servers(
-    response: dict[str, Any],
-    *,
-    include_rented: bool = False,
-    gpu_type: str | None = None,
-    max_usd_per_hour: float | None = None,
-    min_reliability: float = 0.0,
-    spot: bool = False,
-    server_id: int | None = None,
-) -> list[Server]:
-    """Return the servers of a response that fit, in the API's order.
-
-    Filters before it converts, because most calls want few of thousands of servers.
-    """
-    live = is_live(response)
-    wanted = gpu_type.strip().lower() if gpu_type else ""
-
-    def fits(record: dict[str, Any]) -> bool:
-        # The cheapest checks come first, as this runs for thousands of records.
-        if server_id is not None and whole_id(record.get("id")) != server_id:
-            return False
-        if not include_rented and record.get("rented"):
-            return False
-        if min_reliability > 0 and (server_reliability(record, live) or 0.0) < min_reliability:
-            return False
-        if wanted and not any(wanted in name.lower() for name in gpu_names(record)):
-            return False
-        if max_usd_per_hour is None:
-            return True
-        price = server_price(record, live, spot)
-        # 8.4 / 24 is slightly above 0.35.
-        return price is not None and price <= max_usd_per_hour * (1 + 1e-12)
-
-    return [to_server(r, live) for r in dicts(response.get("servers")) if fits(r)]
-
-
-def cheapest_first(servers: Iterable[Server], *, spot: bool = False) -> list[Server]:
-    """Sort servers by price; equal ones keep their order, those without a price come last."""
-
-    def price(server: Server) -> float:
-        usd = server.spot_usd_per_hour if spot else server.usd_per_hour
-        return math.inf if usd is None else usd
-
-    return sorted(servers, key=price)
-
-
-def listed_prices(response: dict[str, Any], rates: ExchangeRates) -> dict[int, float]:
-    """Return the on-demand price in USD per hour by server id.
-
-    Stores the exchange rates that follow from the prices in ``rates``, for display.
-    """
-    live = is_live(response)
-    prices: dict[int, float] = {}
-    implied: dict[str, float] = {}
-    for record in dicts(response.get("servers")):
-        usd, server_id = server_price(record, live, spot=False), record.get("id")
-        if type(server_id) is not int:  # the usual case is an int, kept fast
-            server_id = whole_id(server_id)
-        if usd is None or server_id is None:
-            continue
-        prices[server_id] = usd
-        if live and len(implied) < len(_USD_FIELDS):
-            for currency, usd_field in _USD_FIELDS.items():
-                amount = positive(part_of(record, "price", "on_demand", currency))
-                in_usd = positive(part_of(record, "price", "usd", usd_field))
-                if amount and in_usd:
-                    implied[currency] = in_usd / amount
-    rates.update(implied, display_only=True)
-    return prices
-
-
-# ==================================================================================================
-# models.wallet
-#
-# Wallet, the balance of one currency.
-# ==================================================================================================
-
-
-class Wallet(Record):
-    """One wallet: a dict with ``name``, ``balance`` and ``deposit_address``.
-
-    The live API calls the address ``deposit``; that field is kept too.
-    """
+class SpotMarket(Record):
+    """The response to ``spot_marketplace``: a dict with ``market``, and typed properties."""
 
     __slots__ = ()
 
     @property
-    def name(self) -> str | None:
-        """The currency, for example ``"CLORE-Blockchain"``."""
-        name = self.get("name")
-        return name if isinstance(name, str) else None
+    def offers(self) -> list[SpotOffer]:
+        """The bids for the server, in the API's order."""
+        return [SpotOffer(offer) for offer in dicts(part_of(self, "market", "offers"))]
 
     @property
-    def balance(self) -> float | None:
-        """The balance, in its currency."""
-        return finite(self.get("balance"))
+    def minimum_usd(self) -> float | None:
+        """The lowest bid that the host accepts in any currency, in USD per hour, or None."""
+        pricing = part_of(self, "market", "server", "min_pricing")
+        if not isinstance(pricing, dict):
+            return None
+        rates = market_rates(self)
+        bids = [rates.usd(positive(amount), currency) for currency, amount in pricing.items()]
+        return min((bid_per_hour(bid, 1.0) for bid in bids if bid), default=None)
 
     @property
-    def deposit_address(self) -> str | None:
-        """The address for deposits."""
-        address = self.get("deposit_address")
-        return address if isinstance(address, str) else None
+    def lowest_winning_usd(self) -> float | None:
+        """The bid, in USD per hour, that a new bid must exceed to rent the server, or None.
+
+        It is the highest bid of other accounts; without one, the lowest that the host accepts.
+        """
+        bids = [offer.usd_per_hour for offer in self.offers if not offer.is_mine]
+        return max((bid for bid in [*bids, self.minimum_usd] if bid), default=None)
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "offers": len(self.offers),
+            "minimum_usd": rounded(self.minimum_usd),
+            "lowest_winning_usd": rounded(self.lowest_winning_usd),
+        }
 
 
-def to_wallets(response: dict[str, Any]) -> list[Wallet]:
-    """Convert the wallets of a response to the documented form."""
-    wallets = []
-    for record in dicts(response.get("wallets")):
-        wallet = Wallet(record)
-        wallet._wire = record
-        if "deposit" in record:
-            wallet.setdefault("deposit_address", record["deposit"])
-        wallets.append(wallet)
-    return wallets
+def market_rates(response: dict[str, Any]) -> ExchangeRates:
+    """Return the exchange rates in a response to ``spot_marketplace``."""
+    rates = ExchangeRates()
+    rates.update(part_of(response, "market", "currency_rates_in_usd"))
+    return rates
+
+
+def to_spot_market(response: dict[str, Any]) -> SpotMarket:
+    """Convert a response to ``spot_marketplace``, and add ``usd_per_hour`` to its offers.
+
+    A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
+    """
+    spot_market = SpotMarket(response)
+    spot_market._wire = response
+    market = response.get("market")
+    if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
+        return spot_market
+    live, rates = is_live(response), market_rates(response)
+
+    def hourly(offer: dict[str, Any]) -> float | None:
+        if live:
+            per_day = rates.usd(positive(offer.get("bid")), offer.get("currency"))
+            return None if per_day is None else bid_per_hour(per_day, 1.0)
+        stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
+        return next((price for price in stated if price is not None), None)
+
+    spot_market["market"] = {
+        **market,
+        "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
+    }
+    return spot_market
 
 
 # ==================================================================================================
@@ -3924,12 +4985,26 @@ def _target(response: requests.Response) -> str:
     return f"host {printable(host, 100)}" if host else "nowhere"
 
 
+@functools.cache
+def json_decoders() -> tuple[Callable[[bytes], Any], ...]:
+    """Return the decoders to try: that of msgspec, if it is installed, and ``json.loads``.
+
+    Both decode to the same values, but msgspec refuses NaN and lone surrogates.
+    """
+    try:
+        return importlib.import_module("msgspec.json").decode, json.loads
+    except ImportError:
+        return (json.loads,)
+
+
 def _decode(body: bytes) -> Any:
     """Return the decoded JSON of a body, or None."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
+    for decode in json_decoders():
+        try:
+            return decode(body)
+        except (ValueError, RecursionError):
+            continue
+    return None
 
 
 # ==================================================================================================
@@ -4372,6 +5447,783 @@ class HTTPClient:
 
 
 # ==================================================================================================
+# market.cost
+#
+# Estimate what a rental costs, with the fees of the account.
+# ==================================================================================================
+
+
+HIGHEST_PERCENT = 100.0  # a fee above that is not believed
+
+
+class CostEstimate(NamedTuple):
+    """The cost of a rental. An amount is None if a price or an exchange rate is not known.
+
+    Attributes:
+        server_id, hours, currency: as for ``CloreClient.estimate_cost``.
+        usd_per_hour: the price or bid in USD per hour, without fees.
+        base_usd, renter_fee_usd, creation_fee_usd, total_usd: the amounts in USD.
+        base, renter_fee, creation_fee, total: the same amounts in ``currency``.
+    """
+
+    server_id: int | None
+    hours: float
+    currency: str
+    usd_per_hour: float | None
+    base_usd: float | None
+    renter_fee_usd: float | None
+    creation_fee_usd: float
+    total_usd: float | None
+    base: float | None
+    renter_fee: float | None
+    creation_fee: float | None
+    total: float | None
+
+
+class Fees:
+    """The fees of an account, or the published ones.
+
+    Parameters:
+        response: the response to ``renter_fees``; empty for the published fees.
+    """
+
+    def __init__(self, response: dict[str, Any]) -> None:
+        self._response = response
+
+    def fraction(self, spot: bool, currency: str) -> float:
+        """Return the renter's fee as a fraction of the price."""
+        kind = "spot" if spot else "on_demand"
+        percent = finite(part_of(self._response, "renter_fees", kind, "base", currency))
+        if percent is None or not 0 <= percent <= HIGHEST_PERCENT:
+            return published_fee(spot)
+        return percent / 100
+
+    def creation_usd(self, spot: bool, currency: str, rate: float | None) -> float:
+        """Return the creation fee in USD; ``rate`` is USD for one unit of the currency."""
+        kind = "spot" if spot else "on_demand"
+        amount = finite(part_of(self._response, "creation_fees", kind, currency))
+        if amount is None or amount < 0 or rate is None:
+            return CREATION_FEE
+        return amount * rate
+
+
+def estimate(
+    server: Server,
+    hours: float,
+    *,
+    currency: str,
+    spot: bool,
+    spot_price: float | None,
+    fees: Fees,
+    rates: ExchangeRates,
+) -> CostEstimate:
+    """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
+    rate = listed_rate(server, currency) or rates.rate(currency)
+    price = spot_price if spot_price is not None else price_in(server, False, spot, currency)
+    fraction = fees.fraction(spot, currency)
+    base = None if price is None else price * hours
+    fee = None if base is None else base * fraction
+    creation = creation_fee_after(hours * 3600.0, fees.creation_usd(spot, currency, rate))
+    total = None if base is None or fee is None else base + fee + creation
+
+    def in_currency(usd: float | None) -> float | None:
+        return usd / rate if usd is not None and rate else None
+
+    return CostEstimate(
+        server.id, hours, currency, price, base, fee, creation, total,
+        in_currency(base), in_currency(fee), in_currency(creation), in_currency(total),
+    )  # fmt: skip
+
+
+# ==================================================================================================
+# market.countries
+#
+# Country codes, and the groups of countries that a search can name.
+# ==================================================================================================
+
+
+_EU = "AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE"
+# ISO 3166-1 codes by continent, and XK, which is in use for Kosovo.
+_CONTINENTS = {
+    "AFRICA": "AO BF BI BJ BW CD CF CG CI CM CV DJ DZ EG EH ER ET GA GH GM GN GQ GW IO KE KM LR LS "
+    "LY MA MG ML MR MU MW MZ NA NE NG RE RW SC SD SH SL SN SO SS ST SZ TD TG TN TZ UG YT ZA ZM ZW",
+    "ANTARCTICA": "AQ BV GS HM TF",
+    "ASIA": "AE AF AM AZ BD BH BN BT CC CN CX GE HK ID IL IN IQ IR JO JP KG KH KP KR KW KZ LA LB "
+    "LK MM MN MO MV MY NP OM PH PK PS QA SA SG SY TH TJ TL TM TR TW UZ VN YE",
+    "EUROPE": f"{_EU} AD AL AX BA BY CH FO GB GG GI IM IS JE LI MC MD ME MK NO RS RU SJ SM UA VA "
+    "XK",
+    "NORTH AMERICA": "AG AI AW BB BL BM BQ BS BZ CA CR CU CW DM DO GD GL GP GT HN HT JM KN KY LC "
+    "MF MQ MS MX NI PA PM PR SV SX TC TT US VC VG VI",
+    "OCEANIA": "AS AU CK FJ FM GU KI MH MP NC NF NR NU NZ PF PG PN PW SB TK TO TV UM VU WF WS",
+    "SOUTH AMERICA": "AR BO BR CL CO EC FK GF GY PE PY SR UY VE",
+}
+COUNTRY_GROUPS = {
+    **{name: frozenset(codes.split()) for name, codes in _CONTINENTS.items()},
+    "EU": frozenset(_EU.split()),
+    "EEA": frozenset(_EU.split()) | {"IS", "LI", "NO"},
+    "UK": frozenset({"GB"}),
+}
+COUNTRY_CODES = frozenset().union(*COUNTRY_GROUPS.values())
+
+
+def check_countries(name: str, values: Any) -> frozenset[str]:
+    """Return the two-letter codes in a list of codes and groups such as ``"EU"`` or ``"Asia"``."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(
+            f"{name} must be a list of country codes such as ['DE', 'EU'], not {short_repr(values)}"
+        )
+    codes: set[str] = set()
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}[{number}] must be a string, not {short_repr(value)}")
+        code = " ".join(value.upper().split())
+        if code not in COUNTRY_GROUPS and code not in COUNTRY_CODES:
+            groups = ", ".join(sorted(COUNTRY_GROUPS))
+            raise ValueError(
+                f"{name}[{number}] must be a two-letter country code or one of {groups} (in any "
+                f"case), not {short_repr(value)}"
+            )
+        codes |= COUNTRY_GROUPS.get(code, {code})
+    return frozenset(codes)
+
+
+# ==================================================================================================
+# market.filters
+#
+# The filters that ``find_servers``, ``find_cheapest`` and ``rent`` share, and their checks.
+# ==================================================================================================
+
+
+SORTS = ("price", "price_per_gpu", "reliability", "vram", "download", "rating")
+HIGHEST_RATING = 5.0
+MAX_CUDA = "a version such as 12.4 or '12.4'"
+
+
+class ServerFilters(TypedDict, total=False):
+    """The filters of ``rent``; None is no filter. ``help(CloreClient.find_servers)`` has more."""
+
+    gpu_count: int | None
+    min_gpu_count: int | None
+    exact_gpu: bool
+    min_vram_gb: float | None
+    min_total_vram_gb: float | None
+    min_ram_gb: float | None
+    min_cpu_cores: int | None
+    min_disk_gb: float | None
+    min_disk_mbps: float | None
+    min_download_mbps: float | None
+    min_upload_mbps: float | None
+    min_cuda: float | str | None
+    min_pcie_width: int | None
+    countries: Iterable[str] | None
+    exclude_countries: Iterable[str] | None
+    min_rating: float | None
+    min_ratings: int | None
+    min_rental_hours: float | None
+    exclude_servers: Iterable[int | Server] | None
+    exclude_owners: Iterable[int] | None
+    max_price_per_gpu_usd: float | None
+    include_fees: bool
+    sort: str | Callable[[Server], Any]
+    limit: int | None
+    where: Callable[[Server], object] | None
+
+
+class SearchFilters(ServerFilters, total=False):
+    """The filters of ``find_servers`` and ``find_cheapest``."""
+
+    currency: str | None
+
+
+# The filters that compare one number of a server with a minimum.
+MINIMUMS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "min_ram_gb": lambda record: positive(part_of(record, "specs", "ram")),
+    "min_cpu_cores": cpu_cores,
+    "min_disk_gb": disk_size,
+    "min_disk_mbps": lambda record: positive(part_of(record, "specs", "disk_speed")),
+    "min_download_mbps": lambda record: positive(part_of(record, "specs", "net", "down")),
+    "min_upload_mbps": lambda record: positive(part_of(record, "specs", "net", "up")),
+    "min_pcie_width": lambda record: positive(part_of(record, "specs", "pcie_width")),
+    "min_rating": lambda record: finite(part_of(record, "rating", "avg")),
+    "min_ratings": lambda record: whole_id(part_of(record, "rating", "cnt")),
+    "min_rental_hours": lambda record: positive(record.get("mrl")),
+}
+
+
+def check_filters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the filters, and return those that are set, in the form that a search uses.
+
+    Raises:
+        TypeError, ValueError: a filter is unknown, has an invalid value, or contradicts another.
+    """
+    checked: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in _CHECKS:
+            raise TypeError(f"there is no filter {short_repr(name)}{_suggestion(name)}")
+        if value is None:
+            continue
+        checked[name] = _CHECKS[name](name, value)
+        if name.startswith("min_") and checked[name] in (0, (0, 0)):
+            del checked[name]  # no limit
+    exactly, least = checked.get("gpu_count"), checked.get("min_gpu_count")
+    if exactly is not None and least is not None and exactly < least:
+        raise ValueError(
+            f"gpu_count={exactly} contradicts min_gpu_count={least}: leave one of them out"
+        )
+    allowed = checked.get("countries")
+    if allowed is not None and not allowed - checked.get("exclude_countries", frozenset()):
+        raise ValueError("countries must have a country that exclude_countries does not name")
+    return checked
+
+
+def _suggestion(name: str) -> str:
+    import difflib  # imported here, because it is slow and rarely needed
+
+    close = difflib.get_close_matches(name, _CHECKS, 1)
+    return f": did you mean {close[0]}?" if close else f"; there are {', '.join(_CHECKS)}"
+
+
+def _at_least_zero(name: str, value: Any) -> float:
+    return check_number(name, value)
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    return check_count(name, value, minimum=1)
+
+
+def _price(name: str, value: Any) -> float:
+    return check_number(name, value, infinite=True, unit="USD per hour")
+
+
+def _rating(name: str, value: Any) -> float:
+    return check_number(name, value, maximum=HIGHEST_RATING)
+
+
+def _cuda(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
+    version = version_parts(value)
+    if version is None:
+        raise ValueError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
+    return version
+
+
+def _ids(name: str, values: Any) -> frozenset[int]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of ids, not {short_repr(values)}")
+    return frozenset(
+        check_id(f"{name}[{number}]", value.id if isinstance(value, Server) else value)
+        for number, value in enumerate(values)
+    )
+
+
+def _sort(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        if not callable(value):
+            raise TypeError(
+                f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
+            )
+        check_callback(name, value, 1)
+    elif value not in SORTS:
+        raise ValueError(
+            f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
+        )
+    return value
+
+
+def _where(name: str, value: Any) -> Any:
+    check_callback(name, value, 1)
+    return value
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "gpu_count": _at_least_one,
+    "min_gpu_count": check_count,
+    "exact_gpu": check_bool,
+    "min_vram_gb": _at_least_zero,
+    "min_total_vram_gb": _at_least_zero,
+    "min_ram_gb": _at_least_zero,
+    "min_cpu_cores": check_count,
+    "min_disk_gb": _at_least_zero,
+    "min_disk_mbps": _at_least_zero,
+    "min_download_mbps": _at_least_zero,
+    "min_upload_mbps": _at_least_zero,
+    "min_cuda": _cuda,
+    "min_pcie_width": check_count,
+    "countries": check_countries,
+    "exclude_countries": check_countries,
+    "currency": check_currency,
+    "min_rating": _rating,
+    "min_ratings": check_count,
+    "min_rental_hours": _at_least_zero,
+    "exclude_servers": _ids,
+    "exclude_owners": _ids,
+    "max_price_per_gpu_usd": _price,
+    "include_fees": check_bool,
+    "sort": _sort,
+    "limit": _at_least_one,
+    "where": _where,
+}
+
+
+# ==================================================================================================
+# market.gpu_names
+#
+# Match GPU names that are written in different ways.
+# ==================================================================================================
+
+
+LONGEST_NAME = 100  # characters that count; the names come from strangers
+NAMED_MODELS = 20  # how many models a warning names at most
+NEAREST_MODELS = 5  # how many similar models a warning names
+SIMILAR = 0.5  # the lowest ``difflib`` ratio of a similar model
+
+# The rules of folding, applied in this order. Compiled on first use, which makes the import faster.
+_FOLDING = (
+    (r"^\s*[0-9]{1,3}\s*x(?:\s+(?=\S)|(?=[a-z]))", ""),  # a leading count: "2x RTX 4090"
+    (r"(nvidia|geforce|tesla)", r" \1 "),
+    (r"[^0-9a-z]+", " "),
+    (r"\b(rtx|gtx|gts|gt|titan|quadro)(?=[0-9a-z]?[0-9])", r"\1 "),
+    (r"(?<=[0-9])(?=(?:sxm|pcie|nvl)[0-9]?)", " "),  # "V100SXM2"
+    (r"\b(sxm[0-9]|pcie)(?=[0-9]+gb)", r"\1 "),  # "SXM232GB" is SXM2 with 32 GB
+    (r"(?<=[0-9])(?=(?:ti|super|tisuper|laptop)\b)", " "),
+    (r"\btisuper\b", "ti super"),
+    (r"([0-9]) gb\b", r"\1gb"),
+)
+# Words that some names have and others do not, for the same model.
+_VENDOR_WORDS = frozenset({"nvidia", "geforce", "tesla", "amd", "radeon"})
+
+
+@functools.lru_cache(maxsize=4096)
+def fold_name(name: str) -> str:
+    """Return a GPU name in lower case, split into words in one way.
+
+    ``"NVIDIA GeForce RTX4090"`` and ``"2x RTX 4090"`` become ``"rtx 4090"``.
+    """
+    text = name[:LONGEST_NAME].lower()
+    for pattern, replacement in _FOLDING:
+        text = re.sub(pattern, replacement, text)
+    words = text.split()
+    return " ".join([word for word in words if word not in _VENDOR_WORDS] or words)
+
+
+def matching_names(query: str, names: Collection[str], *, exact: bool = False) -> frozenset[str]:
+    """Return the names that a query means, and warn if it is not clear or not found.
+
+    Names that contain the query as whole words win. Without one, a part of a word is enough.
+
+    Parameters:
+        query: a GPU name or a part of it, in any spelling.
+        names: all names of the listing.
+        exact: accept only the same name.
+    """
+    wanted = fold_name(query)
+    if exact:
+        same = frozenset(name for name in names if fold_name(name) == wanted)
+        return same or _no_match(query, names)
+    words = f" {wanted} "
+    if wanted and (whole := frozenset(n for n in names if words in f" {fold_name(n)} ")):
+        return whole
+    plain, joined = query.strip().lower(), wanted.replace(" ", "")
+    parts = frozenset(
+        name
+        for name in names
+        if plain in name.lower() or (joined and joined in fold_name(name).replace(" ", ""))
+    )
+    if not parts:
+        return _no_match(query, names)
+    models = model_names(Counter(parts))
+    more = f" and {len(models) - NAMED_MODELS} more" if len(models) > NAMED_MODELS else ""
+    logger.warning(
+        "no GPU is named %s as a whole word; it is a part of %s%s",
+        _shown(query),
+        ", ".join(map(_shown, models[:NAMED_MODELS])),
+        more,
+    )
+    return parts
+
+
+def _no_match(query: str, names: Collection[str]) -> frozenset[str]:
+    nearest = nearest_models(query, names)
+    similar = f"; the nearest are {', '.join(map(_shown, nearest))}" if nearest else ""
+    logger.warning("no GPU on the market is named %s%s", _shown(query), similar)
+    return frozenset()
+
+
+def nearest_models(query: str, names: Iterable[str]) -> list[str]:
+    """Return the models whose names are most similar to a query, the most similar first."""
+    import difflib  # imported here, because it is slow and rarely needed
+
+    models = {fold_name(model): model for model in model_names(Counter(names))}
+    close = difflib.get_close_matches(fold_name(query), models, NEAREST_MODELS, SIMILAR)
+    return [models[folded] for folded in close]
+
+
+def model_names(counts: Mapping[str, int]) -> list[str]:
+    """Return the models among GPU names, each in its most common spelling, sorted.
+
+    Parameters:
+        counts: how often each name is listed.
+    """
+    return sorted(common_spellings(counts).values(), key=str.lower)
+
+
+def common_spellings(counts: Mapping[str, int]) -> dict[str, str]:
+    """Return the most common spelling of each folded name; of equally common ones the shortest."""
+    spellings: dict[str, list[str]] = {}
+    for name in counts:
+        spellings.setdefault(fold_name(name), []).append(name)
+    return {
+        folded: min(same, key=lambda name: (-counts[name], len(name), name))
+        for folded, same in spellings.items()
+    }
+
+
+def _shown(name: str) -> str:
+    return repr(printable(name, LONGEST_NAME))
+
+
+# ==================================================================================================
+# market.search
+#
+# Search a listing: apply all filters in one pass, sort, and explain what was left out.
+# ==================================================================================================
+
+
+Records = list[dict[str, Any]]
+Check = Callable[[dict[str, Any]], bool]
+
+RENTED = "being rented"  # the name of a filter that is always on
+LONGEST_LABEL = 200  # characters of a filter in a report
+ROUNDING_UP = 1 + 1e-12  # 8.4 / 24 is slightly above 0.35
+
+
+class SearchReport:
+    """What a search left out, and why.
+
+    Attributes:
+        listed: the number of servers on the marketplace, rented ones included.
+        found: the number of servers that fit, before ``limit``.
+        left_out: (filter, number of servers) in the order in which the filters are applied; each
+            server counts for the first filter that it does not pass.
+        cheapest_usd_per_hour: if nothing was found, the lowest price among the servers that the
+            last of these filters left out; None if it is not known.
+        nearest_models: if no GPU has the name, the most similar names on the market.
+    """
+
+    def __init__(self, listed: int) -> None:
+        self.listed = listed
+        self.found = 0
+        self.left_out: list[tuple[str, int]] = []
+        self.cheapest_usd_per_hour: float | None = None
+        self.nearest_models: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"<SearchReport {self.explain()!r}>"
+
+    def __str__(self) -> str:
+        return self.explain()
+
+    def add(self, label: str, count: int) -> None:
+        """Add the number of servers that a filter left out."""
+        if count:
+            self.left_out.append((label, count))
+
+    def explain(self) -> str:
+        """Return a text that names the filters, and the cheapest of the servers left out last."""
+        if not self.listed:
+            return "the marketplace lists no server"
+        if self.found:
+            return f"{self.found} of {self.listed} servers fit" + "".join(
+                f"; {label} left out {count}" for label, count in self.left_out
+            )
+        *earlier, (label, count) = self.left_out
+        text = "".join(f"{other} left out {number}, " for other, number in earlier)
+        text = f"none of {self.listed} servers fits: {text}{label} left out the last {count}"
+        if self.nearest_models:
+            shown = ", ".join(repr(printable(name, 100)) for name in self.nearest_models)
+            return f"{text}; the nearest GPU names are {shown}"
+        if self.cheapest_usd_per_hour is None:
+            return text
+        return f"{text}, of which the cheapest costs {self.cheapest_usd_per_hour:.4g} USD per hour"
+
+
+class Search:
+    """One search, with its arguments checked.
+
+    Parameters:
+        gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
+        filters: the other filters of that method.
+
+    Attributes:
+        currency: the API's name of the currency whose price counts; None for the price that the
+            reference page names.
+        server_id: if set, no other server fits.
+        models: after :meth:`run`, the GPU names that count; None for all.
+    """
+
+    def __init__(
+        self,
+        gpu_type: Any = None,
+        max_price_usd: Any = None,
+        min_reliability: Any = 0.0,
+        use_spot: Any = False,
+        filters: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
+        self.max_price_usd = check_optional_number(
+            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
+        )
+        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
+        if 0 < min_reliability <= 1:
+            logger.warning(
+                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
+            )
+        self.spot = check_bool("use_spot", use_spot)
+        self._given = {k: v for k, v in (filters or {}).items() if v is not None}
+        self._filters = check_filters(self._given)
+        self.currency: str | None = self._filters.get("currency")
+        self.server_id: int | None = None
+        self.models: frozenset[str] | None = None
+
+    # --- prices ---
+
+    @property
+    def fee(self) -> float:
+        """The published fee as a fraction of the price."""
+        return published_fee(self.spot)
+
+    def price(self, server: Server) -> float | None:
+        """Return the price of a server in USD per hour, without fees; None if it has none."""
+        return price_in(server, live=False, spot=self.spot, currency=self.currency)
+
+    def price_limit(self, server: dict[str, Any]) -> float | None:
+        """Return the highest price of a server in USD per hour, without fees; None for no limit."""
+        limit, each = self.max_price_usd, self._filters.get("max_price_per_gpu_usd")
+        if each is not None:
+            limit = min(math.inf if limit is None else limit, each * self.gpu_count(server))
+        if limit is not None and self._filters.get("include_fees"):
+            limit = without_fee(limit, self.fee)
+        return limit
+
+    def gpu_count(self, server: dict[str, Any]) -> int:
+        """Return the number of GPUs that match; in a mixed rig, others do not count."""
+        if self.models is None:
+            return count_gpus(server) or 0
+        names = gpu_names(server)
+        matching = sum(name in self.models for name in names)
+        return matching if matching < len(names) else count_gpus(server) or 0
+
+    # --- the search ---
+
+    def run(self, response: dict[str, Any]) -> tuple[list[Server], SearchReport]:
+        """Return the servers of a response that fit, sorted, and a report on the others."""
+        live, listed = is_live(response), dicts(response.get("servers"))
+        report = SearchReport(len(listed))
+        records = self._with_id(listed, report)
+        records = self._with_gpu(records, listed, report)
+        checks = self._checks(live)
+        left_out = [0] * (len(checks) + 1)
+        fitting = []
+        for record in records:
+            failed = _first_failed(checks, record)
+            left_out[failed] += 1
+            if failed == len(checks):
+                fitting.append(to_server(record, live))
+        for (label, _), count in zip(checks, left_out, strict=False):
+            report.add(label, count)
+        found = self._where(fitting)
+        report.add("where", len(fitting) - len(found))
+        report.found = len(found)
+        if not found and records:
+            last = max(n for n, count in enumerate(left_out) if count)
+            dropped = (r for r in records if _first_failed(checks, r) == last)
+            report.cheapest_usd_per_hour = self._lowest(dropped, live)
+        return self._sorted(found)[: self._filters.get("limit")], report
+
+    def _with_id(self, listed: Records, report: SearchReport) -> Records:
+        if self.server_id is None:
+            return listed
+        records = [record for record in listed if whole_id(record.get("id")) == self.server_id]
+        report.add(_label("server_id", self.server_id), len(listed) - len(records))
+        return records
+
+    def _with_gpu(self, records: Records, listed: Records, report: SearchReport) -> Records:
+        """Return the records with a matching GPU; all names of the listing decide which match."""
+        if not self.gpu_type or not self.gpu_type.strip():
+            return records
+        # The names are read twice: to keep thousands of lists would start the garbage collector.
+        names: set[str] = set()
+        for record in listed:
+            names.update(gpu_names(record))
+        exact = bool(self._filters.get("exact_gpu"))
+        self.models = matching_names(self.gpu_type, names, exact=exact)
+        if not self.models:
+            report.nearest_models = nearest_models(self.gpu_type, names)
+        fitting = [r for r in records if not self.models.isdisjoint(gpu_names(r))]
+        report.add(_label("gpu_type", self.gpu_type), len(records) - len(fitting))
+        return fitting
+
+    def _checks(self, live: bool) -> list[tuple[str, Check]]:
+        """Return the filters that are set, cheap ones first and the price limits last."""
+        checks: list[tuple[str, Check]] = []
+        checks.append((RENTED, lambda record: not record.get("rented")))
+        if self.min_reliability > 0:
+            least = self.min_reliability
+            checks.append((
+                _label("min_reliability", least),
+                lambda record: (server_reliability(record, live) or 0.0) >= least,
+            ))  # fmt: skip
+        for name, make in _SPECIAL_CHECKS.items():
+            if name in self._filters:
+                check = make(self, self._filters[name], live)
+                checks.append((_label(name, self._given[name]), check))
+        for name, number in MINIMUMS.items():
+            if name in self._filters:
+                check = _minimum(number, self._filters[name])
+                checks.append((_label(name, self._given[name]), check))
+        for name, given in (
+            ("max_price_per_gpu_usd", self._filters.get("max_price_per_gpu_usd")),
+            ("max_price_usd", self.max_price_usd),
+        ):
+            if given is not None:
+                checks.append((_label(name, given), self._price_check(name, given, live)))
+        return checks
+
+    def _price_check(self, name: str, limit: float, live: bool) -> Check:
+        factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
+        highest, spot, currency = limit * ROUNDING_UP, self.spot, self.currency
+        each = name == "max_price_per_gpu_usd"
+
+        def check(record: dict[str, Any]) -> bool:
+            price = price_in(record, live, spot, currency)
+            if price is None:
+                return False
+            return price * factor <= highest * (self.gpu_count(record) if each else 1)
+
+        return check
+
+    def _where(self, servers: list[Server]) -> list[Server]:
+        where = self._filters.get("where")
+        return servers if where is None else [s for s in servers if _call("where", where, s)]
+
+    def _lowest(self, records: Any, live: bool) -> float | None:
+        prices = (price_in(record, live, self.spot, self.currency) for record in records)
+        lowest = min((price for price in prices if price is not None), default=None)
+        fees = lowest is not None and self._filters.get("include_fees")
+        return with_fee(lowest, self.fee) if fees and lowest is not None else lowest
+
+    def _sorted(self, servers: list[Server]) -> list[Server]:
+        """Sort servers; equal ones by price, then in the API's order."""
+        by_price = sorted(servers, key=lambda s: _last_if_none(self.price(s)))
+        sort = self._filters.get("sort", "price")
+        if callable(sort):
+            return sorted(by_price, key=lambda s: _call("sort", sort, s))
+        if sort == "price":
+            return by_price
+        if sort == "price_per_gpu":
+            return sorted(by_price, key=lambda s: _last_if_none(self.price_per_gpu(s)))
+        highest = _HIGHEST_FIRST[sort]
+        return sorted(by_price, key=lambda s: -(highest(s) or 0.0))
+
+    def price_per_gpu(self, server: Server) -> float | None:
+        """Return the price in USD per hour for one of the GPUs that match, without fees."""
+        price, count = self.price(server), self.gpu_count(server)
+        return price / count if price is not None and count else None
+
+
+_HIGHEST_FIRST: dict[str, Callable[[Server], float | None]] = {
+    "reliability": lambda server: server.reliability,
+    "vram": nominal_vram,
+    "download": lambda server: server.download_mbps,
+    "rating": lambda server: server.rating,
+}
+
+
+def _cuda_check(search: Search, least: tuple[int, int], live: bool) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        version = version_parts(record.get("cuda_version"))
+        return version is not None and version >= least
+
+    return check
+
+
+def _country_check(codes: frozenset[str], allowed: bool) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        code = part_of(record, "specs", "net", "cc")
+        return isinstance(code, str) and bool(code) and (code.upper() in codes) is allowed
+
+    return check
+
+
+def _excluded_check(field: str, ids: frozenset[int]) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        number = whole_id(record.get(field))
+        return number is not None and number not in ids
+
+    return check
+
+
+def _vram_check(search: Search, least: float, total: bool) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        size = nominal_vram(record)
+        return size is not None and size * (search.gpu_count(record) if total else 1) >= least
+
+    return check
+
+
+# The filters that are not a plain minimum: from the search, the value and the form to a check.
+_SPECIAL_CHECKS: dict[str, Callable[[Search, Any, bool], Check]] = {
+    "exclude_servers": lambda search, ids, live: _excluded_check("id", ids),
+    "exclude_owners": lambda search, ids, live: _excluded_check("owner", ids),
+    "currency": lambda search, name, live: lambda record: accepts(record, live, name),
+    "countries": lambda search, codes, live: _country_check(codes, True),
+    "exclude_countries": lambda search, codes, live: _country_check(codes, False),
+    "gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) == n,
+    "min_gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) >= n,
+    "min_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=False),
+    "min_total_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=True),
+    "min_cuda": _cuda_check,
+}
+
+
+def _minimum(number: Callable[[dict[str, Any]], float | None], least: float) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        value = number(record)
+        return value is not None and value >= least
+
+    return check
+
+
+def _first_failed(checks: list[tuple[str, Check]], record: dict[str, Any]) -> int:
+    """Return the index of the first check that a server does not pass, or their number."""
+    for index, (_, check) in enumerate(checks):
+        if not check(record):
+            return index
+    return len(checks)
+
+
+def _label(name: str, value: Any) -> str:
+    try:
+        return printable(f"{name}={value!r}", LONGEST_LABEL)
+    except Exception:  # a class of the caller with a broken __repr__
+        return name
+
+
+def _call(name: str, function: Callable[[Server], Any], server: Server) -> Any:
+    """Call a function of the user. Its exception names the server in a note."""
+    try:
+        return function(server)
+    except Exception as error:
+        add_note(error, f"{name}= was called with server {server.id}")
+        raise
+
+
+def _last_if_none(number: float | None) -> float:
+    return math.inf if number is None else number
+
+
+# ==================================================================================================
 # market.spot
 #
 # Check spot bids, and convert them from USD per hour to the unit of the API.
@@ -4384,12 +6236,19 @@ ROUNDING = 1e-9  # the rounding error between prices per day and per hour
 
 
 class MarketData:
-    """The form, the exchange rates and the listed prices of one API."""
+    """The form, the exchange rates and the listed prices of one API.
+
+    Attributes:
+        kept: the last list of servers and the monotonic time of its reading, if a search may use
+            it again.
+    """
 
     def __init__(self) -> None:
+        self.kept: tuple[dict[str, Any], float] | None = None
         self.rates = ExchangeRates()
         self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
         self.live = False  # whether a response was certainly in the live form
+        self.rates_tried_at = -math.inf  # monotonic time of the last try to read them for display
         self._documented_at = -math.inf
 
     @property
@@ -4479,36 +6338,29 @@ class MarketData:
         return bid
 
 
+def suggested_bid(market: SpotMarket, server: Any, margin: float) -> float | None:
+    """Return a bid in USD per hour that would rent a server now, or None if no bid is known.
+
+    Parameters:
+        market: the spot market of the server.
+        server: the server; an id has no prices.
+        margin: what to add, as a fraction of the bid.
+    """
+    listed = server if isinstance(server, Server) else Server()
+    lowest = market.lowest_winning_usd
+    if market.minimum_usd is None:
+        lowest = max((bid for bid in (lowest, listed.spot_usd_per_hour) if bid), default=None)
+    if lowest is None:
+        return None
+    on_demand, bid = listed.usd_per_hour, lowest * (1 + margin)
+    return min(bid, on_demand) if on_demand is not None and on_demand > lowest else bid
+
+
 def in_documented_form(order: Order) -> bool:
     """Return whether an order has a field that only the documented form has."""
     return order.is_live is False and any(
         name in order.wire for name in ("status", "connection", "renting_server")
     )
-
-
-def with_hourly_offers(response: dict[str, Any]) -> dict[str, Any]:
-    """Add ``usd_per_hour`` to the offers of a ``spot_marketplace`` response.
-
-    A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
-    """
-    market = response.get("market")
-    if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
-        return response
-    live, rates = is_live(response), ExchangeRates()
-    rates.update(market.get("currency_rates_in_usd"))
-
-    def hourly(offer: dict[str, Any]) -> float | None:
-        if live:
-            usd_per_day = rates.usd(positive(offer.get("bid")), offer.get("currency"))
-            return None if usd_per_day is None else per_hour(usd_per_day)
-        stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
-        return next((price for price in stated if price is not None), None)
-
-    response["market"] = {
-        **market,
-        "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
-    }
-    return response
 
 
 # ==================================================================================================
@@ -4518,11 +6370,17 @@ def with_hourly_offers(response: dict[str, Any]) -> dict[str, Any]:
 # ==================================================================================================
 
 
+RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
+
+
 class Requester(Protocol):
     """The parts of ``CloreClient`` that the marketplace uses."""
 
     @property
     def base_url(self) -> str: ...
+
+    @property
+    def api_key(self) -> str | None: ...
 
     def _request(
         self,
@@ -4540,6 +6398,7 @@ class Market:
     def __init__(self, client: Requester) -> None:
         self._client = client
         self._by_url: dict[str, MarketData] = {}  # by base URL, which can change
+        self._fees: dict[tuple[str, str], Fees] = {}  # by base URL and key
 
     @property
     def data(self) -> MarketData:
@@ -4554,6 +6413,20 @@ class Market:
         data.listed = listed_prices(response, data.rates)
         return response
 
+    def listing(self, max_age: float = 0.0) -> dict[str, Any]:
+        """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
+        data = self.data
+        if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
+            return data.kept[0]
+        response = self.read()
+        if max_age > 0:
+            data.kept = (response, time.monotonic())
+        return response
+
+    def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
+        """Return the servers that a search finds, and a report on the others."""
+        return search.run(self.listing(max_age))
+
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""
         response = self._client._request(
@@ -4564,8 +6437,66 @@ class Market:
 
     def find_server(self, server_id: int) -> Server | None:
         """Return a server, rented or not, or None if it is not listed."""
-        listed = to_servers(self.read(), include_rented=True, server_id=server_id)
-        return listed[0] if listed else None
+        response = self.read()
+        for record in dicts(response.get("servers")):
+            if whole_id(record.get("id")) == server_id:
+                return to_server(record, is_live(response))
+        return None
+
+    def get_server(self, server_id: int) -> Server:
+        """Return a server, rented or not.
+
+        Raises:
+            CloreError: the marketplace does not list it.
+        """
+        server = self.find_server(server_id)
+        if server is None:
+            raise CloreError(f"server {server_id} is not on the marketplace: choose another")
+        return server
+
+    def estimate(
+        self, server: Server, hours: float, currency: str, spot: bool, spot_price: float | None
+    ) -> CostEstimate:
+        """Estimate the cost of a rental with the fees of the account."""
+        return estimate(
+            server, hours, currency=currency, spot=spot, spot_price=spot_price, fees=self.fees(),
+            rates=self.data.rates,
+        )  # fmt: skip
+
+    def learn_rates(self, server_id: int | None) -> None:
+        """Try to read the exchange rates for display, at most once in five minutes.
+
+        Parameters:
+            server_id: a server whose spot market has them; None reads the list of servers.
+        """
+        data = self.data
+        if time.monotonic() - data.rates_tried_at <= RATE_MAX_AGE:
+            return
+        now = data.rates_tried_at = time.monotonic()
+        try:
+            limited(
+                lambda: self.read() if server_id is None else self.read_spot(server_id),
+                deadline=now + RATES_PATIENCE,
+            )
+        except Exception as error:  # prices in USD are extra: they must not break another call
+            logger.debug("the exchange rates can't be read: %s", error)
+
+    def fees(self) -> Fees:
+        """Return the account's fees, which are read once; without a key, the published ones."""
+        key = self._client.api_key
+        if not key:
+            return Fees({})
+        account = (self._client.base_url, key)
+        if account not in self._fees:
+            try:
+                response = self._client._request("GET", "/v1/renter_fees")
+            except CloreError as error:
+                logger.debug("the account's fees can't be read: %s", error)
+                if error.retryable:
+                    return Fees({})
+                response = {}
+            self._fees[account] = Fees(response)
+        return self._fees[account]
 
     def ensure_rates(self, server_id: int, currency: str) -> None:
         """Read the exchange rate for a bid, if it is not known or too old."""
@@ -4592,6 +6523,100 @@ class Market:
         self.data.check_bid_price(name, usd_per_hour, server_id, allow_above)
         self.ensure_rates(server_id, currency)
         return self.data.wire_bid(usd_per_hour, currency, server_id)
+
+
+# ==================================================================================================
+# market.summary
+#
+# Summarize a listing: servers, GPUs and prices of each GPU model.
+# ==================================================================================================
+
+
+class ModelSummary(NamedTuple):
+    """One GPU model on the marketplace. Prices are in USD per hour for one GPU."""
+
+    gpu: str
+    servers: int
+    servers_free: int
+    gpus: int
+    gpus_free: int
+    lowest_usd: float | None
+    median_usd: float | None
+    p90_usd: float | None
+    spot_lowest_usd: float | None
+    spot_median_usd: float | None
+    spot_p90_usd: float | None
+
+
+class _Model:
+    """The numbers of one model while they are counted."""
+
+    def __init__(self) -> None:
+        self.servers = self.servers_free = self.gpus = self.gpus_free = 0
+        self.prices: tuple[list[float], list[float]] = ([], [])  # on demand and spot
+
+    def add(self, count: int, free: bool) -> None:
+        self.servers += 1
+        self.gpus += count
+        self.servers_free += free
+        self.gpus_free += count * free
+
+
+def summarize(
+    response: dict[str, Any], *, include_rented: bool = False, include_fees: bool = False
+) -> list[ModelSummary]:
+    """Return a summary of each GPU model, the one with the most GPUs first.
+
+    Parameters:
+        response: the response with the list of servers.
+        include_rented: include the prices of rented servers; the counts always have them.
+        include_fees: add the published fees to the prices.
+    """
+    live, models, spellings = is_live(response), dict[str, _Model](), Counter[str]()
+    for record in dicts(response.get("servers")):
+        names = gpu_names(record)
+        spellings.update(set(names))
+        free = not record.get("rented")
+        folded = {fold_name(name) for name in names}
+        for model in folded:
+            count = sum(fold_name(name) == model for name in names)
+            if len(folded) == 1:
+                count = count_gpus(record) or count
+                if free or include_rented:
+                    _add_prices(models.setdefault(model, _Model()), record, live, count)
+            models.setdefault(model, _Model()).add(count, free)
+    shown = common_spellings(spellings)
+    rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
+    return sorted(rows, key=lambda row: (-row.gpus, row.gpu))
+
+
+def _add_prices(model: _Model, record: dict[str, Any], live: bool, count: int) -> None:
+    for spot in (False, True):
+        price = server_price(record, live, spot)
+        if price is not None:
+            model.prices[spot].append(price / count)
+
+
+def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
+    numbers: list[float | None] = []
+    for spot in (False, True):
+        prices = sorted(model.prices[spot])
+        fee = published_fee(spot) if include_fees else 0.0
+        for share in (0.0, 0.5, 0.9):
+            price = quantile(prices, share)
+            numbers.append(None if price is None else with_fee(price, fee))
+    counts = (model.servers, model.servers_free, model.gpus, model.gpus_free)
+    return ModelSummary(gpu, *counts, *numbers)
+
+
+def quantile(ordered: list[float], share: float) -> float | None:
+    """Return a quantile of sorted numbers, with linear interpolation; None if there are none."""
+    if not ordered:
+        return None
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
 # ==================================================================================================
@@ -4837,10 +6862,48 @@ def check_order_limit(active: Collection[int], limit: int | None) -> None:
 # ==================================================================================================
 
 
+LOWERING_INTERVAL = 600.0  # seconds between two lower bids, if the API does not say
+STEP_SHARE = 1 - 1e-6  # of the largest step, because of rounding errors
+
+
 def set_spot_price(
     orders: AccountOrders, order_id: int, usd_per_hour: float, allow_above: bool
 ) -> bool:
     """Change the bid of an order; see ``CloreClient.set_spot_price``."""
+    response = _send_bid(orders, _find(orders, order_id), usd_per_hour, allow_above)
+    return _accepted(response)
+
+
+def lower_spot_price(orders: AccountOrders, order_id: int, target: float, wait: bool) -> float:
+    """Lower the bid of an order step by step; see ``CloreClient.lower_spot_price``."""
+    bid = target
+    while True:
+        order = _find(orders, order_id)
+        current = _current_bid(orders, order)
+        if current is not None and bid >= current:
+            return current
+        try:
+            response = _send_bid(orders, order, bid, allow_above=False)
+            if not _accepted(response):  # the documented form refuses with code 0
+                refusal = {**response, "code": 6}
+                raise api_error(refusal, http_status=200, endpoint="/v1/set_spot_price")
+        except SpotPriceStepError as error:
+            step = _step_below(orders, order, current, error)
+            if bid != target or step is None or step <= target:
+                raise
+            bid = step
+            continue
+        except SpotPriceTooSoonError as error:
+            if not wait:
+                raise
+            time.sleep(error.retry_after or LOWERING_INTERVAL)
+        else:
+            if bid == target or not wait:
+                return bid
+        bid = target  # the exchange rate can have changed, so compute the next step again
+
+
+def _find(orders: AccountOrders, order_id: int) -> Order:
     # A new order may not be listed yet.
     order = orders.find(order_id) or orders.made.get(order_id)
     if order is None:
@@ -4849,12 +6912,44 @@ def set_spot_price(
             "get_orders()",
             order_id=order_id,
         )
+    return order
+
+
+def _current_bid(orders: AccountOrders, order: Order) -> float | None:
+    """Return the bid of an order in USD per hour, by a rate that may convert bids."""
+    currency = wire_currency(str(order.get("currency")))
+    if order.server_id is not None and currency is not None and not in_documented_form(order):
+        orders.market.ensure_rates(order.server_id, currency)
+    return order.usd_per_hour
+
+
+def _step_below(
+    orders: AccountOrders, order: Order, current: float | None, error: SpotPriceStepError
+) -> float | None:
+    """Return the lowest bid in USD per hour that the step of a refusal allows, or None."""
+    if current is None or error.max_step is None:
+        return None
+    step = error.max_step
+    if not in_documented_form(order):
+        rate = orders.market.data.rates.rate(order.get("currency"))
+        step = bid_per_hour(step, rate or 0.0)
+    return current - step * STEP_SHARE if step > 0 else None
+
+
+def _accepted(response: dict[str, Any]) -> bool:
+    return response.get("error") in (None, "")
+
+
+def _send_bid(
+    orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool
+) -> dict[str, Any]:
+    """Check a bid, send it, and report it to the order's budget. Return the response."""
+    order_id = order.id or 0
     bid = _wire_bid(orders, order, usd_per_hour, allow_above)
-    body = {"order_id": order_id, "desired_price": bid}
-    accepted = True
+    response: dict[str, Any] = {}
     try:
+        body = {"order_id": order_id, "desired_price": bid}
         response = orders.client._request("POST", "/v1/set_spot_price", json=body)
-        accepted = response.get("error") in (None, "")
     except SpotPriceTooSoonError as error:
         # After a lost response, the API refuses the retry because the first request took effect.
         if error.sends <= 1 or not _shows_bid(orders, order, bid):
@@ -4863,9 +6958,9 @@ def set_spot_price(
         # The bid may have taken effect, so a budget counts the higher price.
         orders.notify_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
         raise
-    if accepted:
+    if _accepted(response):
         orders.notify_bid(order_id, usd_per_hour)
-    return accepted
+    return response
 
 
 def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool) -> float:
@@ -5264,6 +7359,138 @@ def _sleep_until(moment: float, stop: Callable[[], bool]) -> None:
 
 
 # ==================================================================================================
+# orders.funds
+#
+# Compare the wallets of an account with what its orders cost.
+# ==================================================================================================
+
+
+def read_balances(orders: AccountOrders) -> list[Wallet]:
+    """Read the wallets, and the exchange rates that their balances in USD need."""
+    rates = orders.market.data.rates
+    wallets = to_wallets(orders.client._request("GET", "/v1/wallets"), rates)
+    if any(wallet.balance and wallet.balance_usd is None for wallet in wallets):
+        orders.market.learn_rates(None)
+    return wallets
+
+
+def wallet_of(wallets: list[Wallet], currency: str) -> Wallet | None:
+    """Return the first wallet whose name is, or contains, a currency; None if there is none."""
+    wanted = {currency.strip().lower(), (wire_currency(currency) or currency).strip().lower()}
+    for wallet in wallets:
+        if any(part in (wallet.name or "").lower() for part in wanted):
+            return wallet
+    return None
+
+
+def balance_of(wallets: list[Wallet], currency: str) -> float:
+    """Return the balance of a wallet; see ``CloreClient.get_balance``."""
+    wallet = wallet_of(wallets, currency)
+    if wallet is None and wire_currency(currency) is None:
+        names = ", ".join(short_repr(wallet.name) for wallet in wallets if wallet.name)
+        raise ValueError(
+            f"currency {short_repr(currency)} is no currency and no part of a wallet's name: "
+            f"choose one of {names or 'BTC, CLORE and USD'}"
+        )
+    return (wallet.balance if wallet is not None else None) or 0.0
+
+
+def hours_left(orders: AccountOrders, rented: Any, currency: str) -> float | None:
+    """Return how long a wallet lasts; see ``CloreClient.hours_left``."""
+    order_id = None if isinstance(rented, Server) else _order_id(rented)
+    active = orders.active()
+    burned: float | None = 0.0
+    if isinstance(rented, Server):
+        burned = _hourly_cost(orders, rented, currency)
+    else:
+        currency = _paid_with(active, order_id)
+    if burned is None:
+        return None
+    for order in active:
+        price = positive(order.get("price"))
+        if price is not None and order.get("currency") == currency:
+            burned += with_fee(price, order.fee_rate)
+    wallet = wallet_of(to_wallets(orders.client._request("GET", "/v1/wallets")), currency)
+    balance = (wallet.balance if wallet is not None else None) or 0.0
+    return balance / burned if burned else math.inf
+
+
+def _order_id(order: Any) -> int:
+    number = order.get("order_id") if isinstance(order, Mapping) else order
+    return check_id("server_or_order", number)
+
+
+def _paid_with(active: list[Order], order_id: int | None) -> str:
+    """Return the currency of an active order."""
+    for order in active:
+        if order.id == order_id and isinstance(order.get("currency"), str):
+            return str(order["currency"])
+    raise OrderNotFoundError(
+        f"there is no active order {order_id} with a currency in this account: look at "
+        "get_orders()",
+        order_id=order_id,
+    )
+
+
+def _hourly_cost(orders: AccountOrders, server: Server, currency: str) -> float | None:
+    """Return the on-demand price with fees, in ``currency`` per hour."""
+    amount = amount_per_hour(server, spot=False, currency=currency)
+    if amount is None:
+        usd = on_demand_usd(server, currency)
+        rate = orders.market.data.rates.rate(currency)
+        if usd is not None and rate is None:
+            orders.market.learn_rates(None)
+            rate = orders.market.data.rates.rate(currency)
+        amount = usd / rate if usd is not None and rate else None
+    return None if amount is None else with_fee(amount, published_fee(spot=False))
+
+
+def explain_balance(
+    orders: AccountOrders,
+    error: InsufficientBalanceError,
+    currency: str,
+    usd_per_hour: float | None,
+    spot: bool,
+) -> None:
+    """Add the wallet, its balance and the cost of one hour to an error.
+
+    Parameters:
+        orders: the orders of the account.
+        error: the refusal of the API.
+        currency: the API's name of the currency of the order.
+        usd_per_hour: the price of the order, without fees; None if it is not known.
+        spot: whether it is a spot order.
+    """
+    wallets = read_balances(orders)
+    wallet = wallet_of(wallets, currency)
+    error.wallet, error.usd_per_hour = currency, usd_per_hour
+    error.balance = finite(wallet.balance) if wallet is not None else None
+    has = f"wallet {currency} has {error.balance or 0.0:.8g}"
+    if wallet is not None and wallet.balance_usd is not None and currency != "USD-Blockchain":
+        has += f" ({wallet.balance_usd:.4g} USD)"
+    costs = ""
+    if usd_per_hour is not None:
+        hourly = with_fee(usd_per_hour, published_fee(spot))
+        costs = f", and an hour of this order costs {hourly:.4g} USD with fees"
+    others = [
+        f"{other.name} has {other.balance:.8g}"
+        for other in wallets
+        if other.balance and other.name != currency and wire_currency(other.name or "")
+    ]
+    pay = f"pay with another currency= ({', '.join(others)})" if others else "use another currency="
+    error.add_hint(f"{has}{costs}: add money, or {pay}")
+
+
+def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
+    """Read the exchange rates if an order of the live form can't be priced without them."""
+    for order in read:
+        known = wire_currency(str(order.get("currency"))) and finite(order.get("price")) is not None
+        if order.is_live and order.usd_per_hour is None and known and order.server_id is not None:
+            orders.market.learn_rates(order.server_id)
+            return
+
+
+# ==================================================================================================
 # orders.reconcile
 #
 # Reconcile a purchase with the order lists, when the response had no order id or was lost.
@@ -5554,12 +7781,18 @@ class Purchase:
         server = self._orders.market.find_server(self.server_id)
         return None if server is None else on_demand_usd(server, self.currency)
 
+    def learn_rate(self) -> None:
+        """Try to read the exchange rate for the price of the order in USD, if it is not known.
+
+        This comes before the purchase: an interrupt after it would lose the order.
+        """
+        data = self._orders.market.data
+        if data.rates.rate(self.currency) is None and not data.documented:
+            self._orders.market.learn_rates(self.server_id)
+
     def preview(self) -> Order:
         """Return the body that would be sent, and its price."""
-        usd_per_hour = self.usd_per_hour()
-        shown = Order(body=self.body, usd_per_hour=usd_per_hour)
-        shown._usd_per_hour = usd_per_hour
-        return shown
+        return Order(body=self.body, usd_per_hour=self.usd_per_hour())
 
     def _check_limits(self) -> None:
         client = self._orders.client
@@ -5586,10 +7819,16 @@ class Purchase:
         # With a limit on active orders, two purchases at once could exceed it together.
         no_limit = self._orders.client.max_active_orders is None
         one = contextlib.nullcontext() if no_limit else claims.lock(ALL_SERVERS)
-        with one, claims.lock(self.server_id):
-            self._check_limits()
-            self._read_baseline(find_timeout)
-            order, purchase = self._submit(find_timeout)
+        try:
+            with one, claims.lock(self.server_id):
+                self._check_limits()
+                self._read_baseline(find_timeout)
+                order, purchase = self._submit(find_timeout)
+        except InsufficientBalanceError as error:
+            with contextlib.suppress(Exception):  # the refusal matters more than its explanation
+                price = self.usd_per_hour()
+                explain_balance(self._orders, error, self.currency, price, self.spot)
+            raise
         if order.id is not None:
             self._orders.credentials[order.id] = purchase.credentials
             self._orders.made[order.id] = order.copy()
@@ -5725,59 +7964,12 @@ def _poll(
 
 
 # ==================================================================================================
-# rental.client
-#
-# RentalClient, the interface to ``CloreClient`` that rentals use.
-# ==================================================================================================
-
-
-class RentalClient(Protocol):
-    """The methods of ``CloreClient`` that a rental uses."""
-
-    def find_servers(
-        self,
-        gpu_type: str | None = None,
-        max_price_usd: float | None = None,
-        min_reliability: float = 0.0,
-        use_spot: bool = False,
-    ) -> list[Server]: ...
-
-    def get_marketplace(self, include_rented: bool = False) -> list[Server]: ...
-
-    def get_orders(self, include_completed: bool = False) -> list[Order]: ...
-
-    def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
-
-    def wait_for_order(self, order_id: int, timeout: float, poll_interval: float) -> Order: ...
-
-    @property
-    def create_order(self) -> Callable[..., Order]: ...
-
-    @property
-    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
-
-    @property
-    def run(self) -> Callable[..., CommandResult]: ...
-
-    @property
-    def upload(self) -> Callable[..., TransferResult]: ...
-
-    @property
-    def download(self) -> Callable[..., TransferResult]: ...
-
-
-# ==================================================================================================
 # rental.selection
 #
 # Select the servers that ``rent()`` tries, with their prices.
 # ==================================================================================================
 
 
-# The API adds these fees to the price (seen on the live API).
-FEE_ON_DEMAND = 0.05
-FEE_SPOT = 0.0125
-CREATION_FEE = 0.10  # USD, once for each order
-CREATION_FEE_AFTER = 600.0  # seconds; a shorter order does not pay it
 BID_MARGIN = 1e-4  # the conversion of the lowest bid can make it too low
 PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
@@ -5786,6 +7978,7 @@ class RentalSettings:
     """The arguments of ``rent()``, checked.
 
     Parameters:
+        search: the filters; it gets the ``server_id``.
         order: those that ``create_order`` takes too, except the bid and ``find_timeout``.
 
     Attributes:
@@ -5795,10 +7988,7 @@ class RentalSettings:
     def __init__(
         self,
         *,
-        gpu_type: Any,
-        max_price_usd: Any,
-        min_reliability: Any,
-        use_spot: Any,
+        search: Search,
         server_id: Any,
         order: dict[str, Any],
         spot_price: Any,
@@ -5810,7 +8000,11 @@ class RentalSettings:
         max_hours: Any,
         max_cost_usd: Any,
     ) -> None:
-        self._set_search(gpu_type, max_price_usd, min_reliability, use_spot, server_id)
+        self.search = search
+        self.spot = search.spot
+        if search.gpu_type is not None:
+            check_text("gpu_type", search.gpu_type)
+        search.server_id = None if server_id is None else check_id("server_id", server_id)
         self._set_order(order)
         self.spot_price = self._checked_bid(spot_price)
         self.attempts = check_count("attempts", attempts, minimum=1)
@@ -5826,17 +8020,6 @@ class RentalSettings:
         self.max_cost_usd = check_optional_number(
             "max_cost_usd", max_cost_usd, above=True, infinite=True
         )
-
-    def _set_search(
-        self, gpu_type: Any, max_price_usd: Any, min_reliability: Any, use_spot: Any, server_id: Any
-    ) -> None:
-        self.gpu_type = None if gpu_type is None else check_text("gpu_type", gpu_type)
-        self.max_price_usd = check_optional_number(
-            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
-        )
-        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
-        self.spot = check_bool("use_spot", use_spot)
-        self.server_id = None if server_id is None else check_id("server_id", server_id)
 
     def _set_order(self, order: dict[str, Any]) -> None:
         self.currency = check_currency("currency", order["currency"])
@@ -5855,62 +8038,54 @@ class RentalSettings:
             raise ValueError(
                 f"spot_price={spot_price!r} needs use_spot=True: add that, or leave it out"
             )
-        if self.max_price_usd is not None and spot_price > self.max_price_usd:
+        highest = self.search.max_price_usd
+        if highest is not None and spot_price > highest:
             raise ValueError(
-                f"spot_price must be at most max_price_usd ({self.max_price_usd!r}), not "
-                f"{spot_price!r}"
+                f"spot_price must be at most max_price_usd ({highest!r}), not {spot_price!r}"
             )
         return float(spot_price)
 
     @property
     def fee(self) -> float:
         """The fee as a fraction of the price."""
-        return FEE_SPOT if self.spot else FEE_ON_DEMAND
+        return self.search.fee
 
-    def exceeds_price_limit(self, usd_per_hour: float | None) -> bool:
-        """Return whether a price is above the limit."""
-        limit = self.max_price_usd
+    def exceeds_price_limit(self, server: Server, usd_per_hour: float | None) -> bool:
+        """Return whether the price of an order is above the limit for its server."""
+        limit = self.search.price_limit(server)
         return limit is not None and usd_per_hour is not None and (
             usd_per_hour > limit * (1 + PRICE_SLACK)
         )  # fmt: skip
 
     def price_of(self, server: Server) -> float | None:
-        """Return the price of a server in USD per hour, without fees; None if not known."""
-        listed = on_demand_usd(server, self.currency)
-        if not self.spot:
+        """Return the price of a server in USD per hour, without fees; None if not known.
+
+        For a spot order this is the bid: None if the host does not accept it.
+        """
+        listed = self.search.price(server)
+        if not self.spot or listed is None:
             return listed
-        lowest = _lowest_bid(server, self.currency)
-        if lowest is None:
-            return None
         if self.spot_price is not None:
-            return self.spot_price if self.spot_price >= lowest else None
-        limit = self.max_price_usd
-        bid = lowest * (1 + BID_MARGIN)
-        return bid if limit is None or lowest > limit else min(bid, limit)
+            return self.spot_price if self.spot_price >= listed else None
+        limit = self.search.price_limit(server)
+        bid = listed * (1 + BID_MARGIN)
+        return bid if limit is None else min(bid, limit)
 
     def reason_against(self, server: Server) -> str | None:
-        """Return the reason why a server does not fit, or None if it fits."""
-        coins = server.get("allowed_coins")
-        if isinstance(coins, list) and coins and self.currency not in coins:
-            return f"does not accept {self.currency}"
-        price = self.price_of(server)
+        """Return the reason why a server of the search can't be rented, or None."""
+        if server.id is None:
+            return "has no id"
+        price, limit = self.price_of(server), self.search.price_limit(server)
         if price is None:
             if self.spot:
                 return "does not accept this bid"
-            if self.max_price_usd is not None or self.max_cost_usd is not None:
-                return "has no price"
-            return None
-        if self.max_price_usd is not None and price > self.max_price_usd * (1 + 1e-12):
-            return f"costs {price:.4g} USD per hour"
+            return None if self.max_cost_usd is None else "has no price"
+        if limit is not None and price > limit * ROUNDING_UP:
+            return f"costs {price:.4g} USD per hour, more than the limit of {limit:.4g}"
         on_demand = server.usd_per_hour
         if self.spot and on_demand is not None and price > on_demand:
             return "accepts no bid below its on-demand price"
         return None
-
-
-def _lowest_bid(server: Server, currency: str) -> float | None:
-    stated = positive(part_of(server, "price", "original_usd", currency, "spot"))
-    return server.spot_usd_per_hour if stated is None else stated / HOURS_PER_DAY
 
 
 def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | None:
@@ -5918,49 +8093,36 @@ def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | Non
 
     Uses the exchange rate of the server's listing if there is one, as the price limit does.
     """
-    amount = positive(order.get("price"))
-    if amount is None:
-        return None
-    if currency == "USD-Blockchain":
-        return amount
-    per_day = positive(part_of(server, "price", "on_demand", currency))
-    in_usd = on_demand_usd(server, currency)
-    if per_day and in_usd:
-        return amount * in_usd / (per_day / HOURS_PER_DAY)
-    return finite(order.usd_per_hour)
+    amount, rate = positive(order.get("price")), listed_rate(server, currency)
+    if amount is None or rate is None:
+        return None if amount is None else finite(order.usd_per_hour)
+    return amount * rate
 
 
-def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Server], str]:
-    """Return the servers to try, the cheapest first, and an error text if there are none."""
-    if settings.server_id is not None:
-        listed = client.get_marketplace(include_rented=True)
-        pinned = [s for s in listed if s.id == settings.server_id]
-        if not pinned:
-            return [], f"server {settings.server_id} is not on the marketplace: choose another"
-        server = pinned[0]
-        why = "is rented" if server.rented else settings.reason_against(server)
-        if (server.reliability or 0.0) < settings.min_reliability:
-            why = f"has a reliability of {server.reliability}"
-        wanted = (settings.gpu_type or "").strip().lower()
-        if not any(wanted in str(name).lower() for name in server.get("gpu_array") or [""]):
-            why = f"has no {settings.gpu_type}"
-        if why:
-            return [], f"server {settings.server_id} {why}: choose another, or change the filters"
-        return [server], ""
-    found = client.find_servers(
-        settings.gpu_type, min_reliability=settings.min_reliability, use_spot=settings.spot
-    )
+def candidates(market: Market, settings: RentalSettings) -> tuple[list[Server], str]:
+    """Return the servers to try, the best first, and an error text if there are none."""
+    found, report = market.search(settings.search)
     if not found:
-        named = f" whose GPU has {settings.gpu_type!r} in its name" if settings.gpu_type else ""
-        least = settings.min_reliability
-        reliable = f", with a reliability of at least {least:g}" if least else ""
-        return [], f"there is no free server{named}{reliable}: try later, or change the filters"
-    fitting = [s for s in found if s.id is not None and settings.reason_against(s) is None]
-    fitting.sort(key=lambda s: p if (p := settings.price_of(s)) is not None else float("inf"))
+        server_id = settings.search.server_id
+        why = report.explain() if server_id is None else _missing(server_id, report)
+        return [], f"{why}: change the filters, or try again later"
+    reasons = [settings.reason_against(server) for server in found]
+    fitting = [s for s, reason in zip(found, reasons, strict=True) if reason is None]
     return fitting, (
-        f"none of {len(found)} free servers of that kind fits the price and the currency: raise "
-        "max_price_usd, or use another currency"
+        f"none of {len(found)} servers that fit can be rented: server {found[0].id} {reasons[0]}; "
+        "change the filters or the limits"
     )
+
+
+def _missing(server_id: int, report: SearchReport) -> str:
+    label = report.left_out[-1][0] if report.left_out else "server_id"
+    if label.startswith("server_id"):
+        return f"server {server_id} is not on the marketplace"
+    if label == RENTED:
+        return f"server {server_id} is rented"
+    cost = report.cheapest_usd_per_hour
+    costs = "" if cost is None else f"; it costs {cost:.4g} USD per hour"
+    return f"server {server_id} does not fit {label}{costs}"
 
 
 # ==================================================================================================
@@ -6029,7 +8191,7 @@ class Meter:
         for index, (since, price) in enumerate(prices):
             until = prices[index + 1][0] if index + 1 < len(prices) else end
             rent += price * max(0.0, min(until, end) - since) / 3600.0
-        return rent * (1 + self._fee) + (CREATION_FEE if end >= CREATION_FEE_AFTER else 0.0)
+        return with_fee(rent, self._fee) + creation_fee_after(end)
 
 
 class Budget:
@@ -6731,6 +8893,38 @@ class Cleanup:
         )
         unknown.__cause__ = cause
         return unknown
+
+
+# ==================================================================================================
+# rental.client
+#
+# RentalClient, the interface to ``CloreClient`` that rentals use.
+# ==================================================================================================
+
+
+class RentalClient(Protocol):
+    """The methods of ``CloreClient`` that a rental uses."""
+
+    def get_orders(self, include_completed: bool = False) -> list[Order]: ...
+
+    def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
+
+    def wait_for_order(self, order_id: int, timeout: float, poll_interval: float) -> Order: ...
+
+    @property
+    def create_order(self) -> Callable[..., Order]: ...
+
+    @property
+    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
+
+    @property
+    def run(self) -> Callable[..., CommandResult]: ...
+
+    @property
+    def upload(self) -> Callable[..., TransferResult]: ...
+
+    @property
+    def download(self) -> Callable[..., TransferResult]: ...
 
 
 # ==================================================================================================
@@ -7815,7 +10009,7 @@ class Rental:
     def _try_servers(self, worker: RentalWorker) -> None:
         settings, client = self._settings, self._client
         worker.record_existing_orders(client.get_orders())
-        servers, no_server = candidates(client, settings)
+        servers, no_server = candidates(self._orders.market, settings)
         for server in servers[: settings.attempts]:
             worker.check()
             reason = self._try(worker, server)
@@ -7877,7 +10071,7 @@ class Rental:
         price = order_usd_per_hour(order, server, self._settings.currency)
         if price is not None:
             worker.correct_price(price)
-        if not self._settings.exceeds_price_limit(price):
+        if not self._settings.exceeds_price_limit(server, price):
             return None
         return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
 
@@ -7899,18 +10093,18 @@ def _raise_failure(
     if exceeded is not None and plain and not _is_of(error, exceeded.order_id):
         raised: BaseException = worker.budget_error(exceeded)
         if note:
-            _add_note(raised, note)
+            add_note(raised, note)
         raise raised from error
     if plain and not interrupts and worker.signalled is not None and not worker.kept:
         interrupts = [SignalExit(worker.signalled)]
     if interrupts and plain:
         if note:
-            _add_note(interrupts[-1], note)
+            add_note(interrupts[-1], note)
         raise interrupts[-1]
     if error is None and failure is not None:
         raise failure
     if error is not None and note and error is not failure:
-        _add_note(error, note)
+        add_note(error, note)
 
 
 def _check_open(part: Part | None) -> Part:
@@ -7927,13 +10121,6 @@ def _is_of(error: BaseException | None, order_id: int | None) -> bool:
 def _is_open(ssh: Any) -> bool:
     transport = ssh.get_transport()
     return transport is not None and transport.is_active()
-
-
-def _add_note(error: BaseException, note: str) -> None:
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    else:  # Python 3.10
-        error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]
 
 
 # ==================================================================================================
@@ -13246,12 +15433,12 @@ class CloreClient(HTTPClient):
 
     # --- wallets ---
 
-    def get_wallets(self) -> list[Wallet]:
+    def get_wallets(self) -> WalletList:
         """Return the wallets of the account.
 
         Returns:
-            A list of :class:`Wallet`: ``name``, ``balance`` (in its currency, may be None),
-            ``deposit_address``.
+            A :class:`WalletList` of :class:`Wallet`: ``name``, ``balance`` (in its currency, may be
+            None), ``deposit_address``.
 
         Raises:
             CloreAPIError, CloreConnectionError: the request failed; see the README, "Errors".
@@ -13260,7 +15447,7 @@ class CloreClient(HTTPClient):
             >>> [wallet["name"] for wallet in client.get_wallets()]
             ['bitcoin', 'CLORE-Blockchain', 'USD-Blockchain']
         """
-        return to_wallets(self._request("GET", "/v1/wallets"))
+        return WalletList(to_wallets(self._request("GET", "/v1/wallets")))
 
     def get_balance(self, currency: str = "CLORE-Blockchain") -> float:
         """Return the balance of one wallet, in its currency.
@@ -13269,37 +15456,79 @@ class CloreClient(HTTPClient):
             currency: part of the wallet's name, in any case, or ``BTC``, ``CLORE``, ``USD``.
 
         Returns:
-            The balance of the first wallet that matches; 0.0 if none matches or it has no balance.
+            The balance of the first wallet that matches; 0.0 if it has no balance, or the account
+            has no wallet for this currency.
+
+        Raises:
+            ValueError: it is no currency and no part of a wallet's name; the error has the names.
 
         Example:
             >>> client.get_balance("USD")
             12.5
         """
-        text = check_text("currency", currency)
-        wanted = {text.strip().lower(), (wire_currency(text) or text).strip().lower()}
-        for wallet in self.get_wallets():
-            if any(part in (wallet.name or "").lower() for part in wanted):
-                return wallet.balance or 0.0
-        return 0.0
+        check_text("currency", currency)
+        return balance_of(self.get_wallets(), currency)
+
+    def get_balances(self) -> WalletList:
+        """Return the wallets of the account, with their balances in USD.
+
+        The exchange rates come from the marketplace, which is read if they are not known yet.
+
+        Returns:
+            A :class:`WalletList`, as from :meth:`get_wallets`; ``balance_usd`` is None if the API
+            tells no exchange rate.
+
+        Example:
+            >>> [(wallet.name, wallet.balance_usd) for wallet in client.get_balances()]
+            [('bitcoin', 0.0), ('CLORE-Blockchain', 3.25), ('USD-Blockchain', 12.5)]
+        """
+        return WalletList(read_balances(self._orders))
+
+    def hours_left(
+        self,
+        server_or_order: Server | Order | int,
+        *,
+        currency: str = "CLORE-Blockchain",
+    ) -> float | None:
+        """Return for how many hours a wallet pays its orders, with the renter's fees.
+
+        All active orders of the account that are paid from the same wallet count.
+
+        Parameters:
+            server_or_order: an active order or its id; or a :class:`Server` that would be rented
+                on demand in addition.
+            currency: the currency to pay a server with. An order has its own.
+
+        Returns:
+            Hours; ``inf`` if nothing is paid from the wallet; None if the price is not known.
+
+        Raises:
+            OrderNotFoundError: the account has no such active order.
+
+        Example:
+            >>> client.hours_left(order)
+            41.7
+        """
+        return hours_left(self._orders, server_or_order, check_currency("currency", currency))
 
     # --- the marketplace ---
 
-    def get_marketplace(self, include_rented: bool = False) -> list[Server]:
+    def get_marketplace(self, include_rented: bool = False) -> ServerList:
         """Return the servers of the marketplace, in the API's order. Needs no key.
 
         Parameters:
             include_rented: include the servers that are rented now.
 
         Returns:
-            A list of :class:`Server`: ``id``, ``gpu_array``, ``price`` (under ``usd`` in USD per
-            hour), ``reliability`` (0 to 100), ``rented``, ``specs``, ...
+            A :class:`ServerList` of :class:`Server`: ``id``, ``gpu_array``, ``price`` (``usd`` in
+            it is in USD per hour), ``reliability`` (0 to 100), ``rented``, ``specs``, ...
 
         Example:
             >>> len(client.get_marketplace())
             1873
         """
         check_bool("include_rented", include_rented)
-        return to_servers(self._market.read(), include_rented=include_rented)
+        return ServerList(to_servers(self._market.read(), include_rented=include_rented))
 
     def find_servers(
         self,
@@ -13307,46 +15536,67 @@ class CloreClient(HTTPClient):
         max_price_usd: float | None = None,
         min_reliability: float = 0.0,
         use_spot: bool = False,
-    ) -> list[Server]:
-        """Return the servers that can be rented now, the cheapest first.
+        *,
+        cache_seconds: float = 0.0,
+        **filters: Unpack[SearchFilters],
+    ) -> ServerList:
+        """Return the servers that can be rented now and fit all filters, the cheapest first.
 
-        Servers with the same price keep the API's order. A server without a price, or with one that
-        is not above 0, comes last and never passes a price limit. The API adds fees to the prices:
-        5 % on demand, 1.25 % spot (seen on the live API).
+        A server that does not tell what a filter needs is left out. Servers with the same price
+        keep the API's order. A server without a price, or with one that is not above 0, comes last
+        and never passes a price limit. The API adds fees to the prices: 5 % on demand, 1.25 % spot
+        (seen on the live API).
 
         Parameters:
-            gpu_type: part of a GPU's name, in any case: ``"4090"``, ``"rtx 3080"``.
+            gpu_type: a GPU's name or a part of it, in any spelling: ``"4090"``, ``"RTX4090"``,
+                ``"NVIDIA GeForce RTX 4090"``. Whole words win: ``"A10"`` is not A100.
             max_price_usd: the highest price, in USD per hour.
             min_reliability: the lowest reliability, 0 to 100.
             use_spot: filter and sort by the lowest spot bid that the host accepts.
+            cache_seconds: use a list of servers that was read at most so many seconds ago with
+                this argument; 0 always reads it.
+            gpu_count, min_gpu_count: the number of GPUs. In a mixed rig, only those that match
+                ``gpu_type`` count.
+            exact_gpu: accept only GPUs with the same name: not the Ti or SUPER.
+            min_vram_gb, min_total_vram_gb: the memory in GB of one GPU, and of all that match, by
+                the nominal size: an RTX 4090 has 24 GB, although the API says 23.
+            min_ram_gb, min_cpu_cores, min_disk_gb: the memory in GB, the CPU cores, the disk in GB.
+            min_disk_mbps: the speed of the disk, in MB per second.
+            min_download_mbps, min_upload_mbps: the speed of the network, in Mbit per second.
+            min_cuda: the lowest CUDA version, such as 12.4 or ``"12.4"``.
+            min_pcie_width: the lowest number of PCI Express lanes.
+            countries, exclude_countries: lists of two-letter codes, continents (``"Asia"``),
+                ``"EU"`` and ``"EEA"``.
+            currency: a currency that the host accepts, and whose price counts.
+            min_rating, min_ratings: the average rating, 0 to 5, and the number of ratings.
+            min_rental_hours: how long the server can be rented, in hours.
+            exclude_servers, exclude_owners: lists of ids.
+            max_price_per_gpu_usd: the highest price for one matching GPU, in USD per hour.
+            include_fees: compare the price limits with prices that include the published fee.
+            sort: ``"price"``, ``"price_per_gpu"``, ``"reliability"``, ``"vram"``, ``"download"``,
+                ``"rating"``, or a function of a :class:`Server`, as for ``sorted()``.
+            limit: return at most so many servers.
+            where: a function that gets a :class:`Server`, and returns whether it fits.
 
         Returns:
-            A list of :class:`Server`, which may be empty.
+            A :class:`ServerList`, which may be empty; its ``explain()`` says what was left out. If
+            no GPU has the name, a warning in the log has the nearest names.
 
         Raises:
             ValueError, TypeError: an argument is not valid; nothing was sent.
 
         Example:
-            >>> client.find_servers("RTX 4090", max_price_usd=0.5, min_reliability=95)[0].gpu_name
-            'RTX 4090'
+            >>> found = client.find_servers("RTX 4090", max_price_usd=0.5, min_gpu_count=2,
+            ...                             countries=["EU"], min_ram_gb=60)
+            >>> found[0].gpu_name, found[0].usd_per_gpu_hour
+            ('RTX 4090', 0.125)
         """
-        if gpu_type is not None:
-            check_string("gpu_type", gpu_type)
-        check_optional_number("max_price_usd", max_price_usd, infinite=True, unit="USD per hour")
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        if 0 < min_reliability <= 1:
-            logger.warning(
-                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
-            )
-        check_bool("use_spot", use_spot)
-        fitting = to_servers(
-            self._market.read(),
-            gpu_type=gpu_type,
-            max_usd_per_hour=max_price_usd,
-            min_reliability=min_reliability,
-            spot=use_spot,
-        )
-        return cheapest_first(fitting, spot=use_spot)
+        search = Search(gpu_type, max_price_usd, min_reliability, use_spot, filters)
+        check_number("cache_seconds", cache_seconds, unit="seconds")
+        found, report = self._market.search(search, cache_seconds)
+        servers = ServerList(found)
+        servers.report = report
+        return servers
 
     def find_cheapest(
         self,
@@ -13354,6 +15604,9 @@ class CloreClient(HTTPClient):
         max_price_usd: float | None = None,
         min_reliability: float = 0.0,
         use_spot: bool = False,
+        *,
+        cache_seconds: float = 0.0,
+        **filters: Unpack[SearchFilters],
     ) -> Server | None:
         """Return the first server of :meth:`find_servers`, which takes the same parameters.
 
@@ -13364,19 +15617,145 @@ class CloreClient(HTTPClient):
             >>> client.find_cheapest("RTX 4090").usd_per_hour
             0.125
         """
-        servers = self.find_servers(gpu_type, max_price_usd, min_reliability, use_spot)
+        servers = self.find_servers(
+            gpu_type, max_price_usd, min_reliability, use_spot, cache_seconds=cache_seconds,
+            **filters,
+        )  # fmt: skip
         return servers[0] if servers else None
+
+    def plot_prices(
+        self, servers: Sequence[Server] | None = None, path: PathArgument | None = None
+    ) -> Any:
+        """Plot prices per GPU hour by model against the reliability. Needs matplotlib.
+
+        The ten most frequent models have a color each. The prices have a log scale.
+
+        Parameters:
+            servers: the servers, for example from :meth:`find_servers`; None takes all that can be
+                rented now.
+            path: a picture to write, a ``.png``, ``.svg`` or ``.pdf``; with None, a notebook shows
+                the plot, and a script needs ``matplotlib.pyplot.show()``.
+
+        Returns:
+            The ``matplotlib.axes.Axes``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError, TypeError: an argument is not valid, or no server has a price and a
+                reliability.
+
+        Example:
+            >>> client.plot_prices(client.find_servers("RTX"), "prices.png")
+        """
+        check_plot(servers, path)
+        return plot_server_prices(self.get_marketplace() if servers is None else servers, path)
+
+    def gpu_models(self, *, cache_seconds: float = 0.0) -> list[str]:
+        """Return the names of all GPU models on the marketplace, rented ones too. Needs no key.
+
+        Parameters:
+            cache_seconds: as for :meth:`find_servers`.
+
+        Returns:
+            A sorted list; a model that hosts spell in several ways is in it once.
+
+        Example:
+            >>> client.gpu_models()[:3]
+            ['A100', 'GTX 1080', 'GTX 1080 Ti']
+        """
+        check_number("cache_seconds", cache_seconds, unit="seconds")
+        summaries = summarize(self._market.listing(cache_seconds))
+        return sorted((summary.gpu for summary in summaries), key=str.lower)
+
+    def market_summary(
+        self,
+        *,
+        include_rented: bool = False,
+        include_fees: bool = False,
+        cache_seconds: float = 0.0,
+    ) -> list[ModelSummary]:
+        """Return counts and prices for each GPU model on the marketplace. Needs no key.
+
+        A mixed rig counts for each of its models, but not for the prices.
+
+        Parameters:
+            include_rented: take the prices of rented servers too, and not only of free ones.
+            include_fees: add the published fees to the prices.
+            cache_seconds: as for :meth:`find_servers`.
+
+        Returns:
+            A list of :class:`ModelSummary`, the model with the most GPUs first: ``gpu``,
+            ``servers``, ``servers_free``, ``gpus``, ``gpus_free``; and in USD per hour for one GPU
+            ``lowest_usd``, ``median_usd``, ``p90_usd`` (on demand), ``spot_lowest_usd``,
+            ``spot_median_usd``, ``spot_p90_usd`` (None without a price). ``pandas.DataFrame()``
+            takes the list.
+
+        Example:
+            >>> summary = client.market_summary()[0]
+            >>> summary.gpu, summary.gpus_free, summary.median_usd
+            ('RTX 4090', 412, 0.219)
+        """
+        check_bool("include_rented", include_rented)
+        check_bool("include_fees", include_fees)
+        check_number("cache_seconds", cache_seconds, unit="seconds")
+        listing = self._market.listing(cache_seconds)
+        return summarize(listing, include_rented=include_rented, include_fees=include_fees)
+
+    def estimate_cost(
+        self,
+        server: Server | int,
+        hours: float,
+        *,
+        currency: str = "CLORE-Blockchain",
+        use_spot: bool = False,
+        spot_price: float | None = None,
+    ) -> CostEstimate:
+        """Estimate the cost of a rental, with all fees.
+
+        The fees are those of the account, which are asked for once. Without a key they are the
+        published ones: 5 % on demand, 1.25 % spot, and 0.10 USD after ten minutes.
+
+        Parameters:
+            server: a server or its id; with an id, the marketplace is read.
+            hours: the length of the rental.
+            currency: the currency to pay with.
+            use_spot: estimate a spot order, at the lowest bid that the host accepts.
+            spot_price: the bid for ``use_spot``, in USD per hour.
+
+        Returns:
+            A :class:`CostEstimate`: ``usd_per_hour``, ``base_usd``, ``renter_fee_usd``,
+            ``creation_fee_usd``, ``total_usd``, and the same in ``currency`` as ``base``,
+            ``renter_fee``, ``creation_fee``, ``total``. An amount is None if the API tells no
+            price or exchange rate.
+
+        Raises:
+            CloreError: the marketplace has no server with this id.
+
+        Example:
+            >>> client.estimate_cost(server, 24).total_usd
+            3.25
+        """
+        number = None if isinstance(server, Server) else check_id("server", server)
+        check_number("hours", hours, unit="hours")
+        wanted = check_currency("currency", currency)
+        check_bool("use_spot", use_spot)
+        if spot_price is not None:
+            check_number("spot_price", spot_price, above=True, unit="USD per hour")
+            if not use_spot:
+                raise ValueError(f"spot_price={spot_price!r} needs use_spot=True: add that")
+        listed = server if isinstance(server, Server) else self._market.get_server(number or 0)
+        return self._market.estimate(listed, hours, wanted, use_spot, spot_price)
 
     # --- orders ---
 
-    def get_orders(self, include_completed: bool = False) -> list[Order]:
+    def get_orders(self, include_completed: bool = False) -> OrderList:
         """Return the orders of the account.
 
         Parameters:
             include_completed: include the orders that have ended.
 
         Returns:
-            A list of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
+            An :class:`OrderList` of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
             ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...
 
         Example:
@@ -13384,7 +15763,8 @@ class CloreClient(HTTPClient):
             [(1958009, 'running')]
         """
         orders, _ = self._orders.read(check_bool("include_completed", include_completed))
-        return orders if include_completed else [o for o in orders if not o.has_ended]
+        learn_order_rates(self._orders, orders)
+        return OrderList(o for o in orders if include_completed or not o.has_ended)
 
     def get_order(self, order_id: int) -> Order | None:
         """Return one order, active or ended.
@@ -13402,7 +15782,9 @@ class CloreClient(HTTPClient):
             >>> client.get_order(1958009).ssh_command
             'ssh root@n1.us.clorecloud.net -p 2060'
         """
-        return self._orders.find(check_id("order_id", order_id))
+        order = self._orders.find(check_id("order_id", order_id))
+        learn_order_rates(self._orders, [order] if order is not None else [])
+        return order
 
     def create_order(
         self,
@@ -13480,7 +15862,10 @@ class CloreClient(HTTPClient):
         check_bool("allow_above_on_demand", allow_above_on_demand)
         check_bool("preview", preview)
         purchase.set_bid(spot_price, allow_above_on_demand)
-        return purchase.preview() if preview else purchase.place(find_timeout)
+        if preview:
+            return purchase.preview()
+        purchase.learn_rate()
+        return purchase.place(find_timeout)
 
     def cancel_order(
         self,
@@ -13609,9 +15994,11 @@ class CloreClient(HTTPClient):
         check_text("target_status", target_status)
         check_callback("on_update", on_update, 1)
 
-        return wait_for_status(
+        order = wait_for_status(
             self._orders, wanted, timeout, poll_interval, target_status, on_update
         )
+        learn_order_rates(self._orders, [order])
+        return order
 
     # --- rentals ---
 
@@ -13638,6 +16025,7 @@ class CloreClient(HTTPClient):
         cancel_timeout: float = 300.0,
         max_hours: float | None = None,
         max_cost_usd: float | None = None,
+        **filters: Unpack[ServerFilters],
     ) -> Rental:
         """Rent a server for the length of a ``with`` block, and cancel the order at its end.
 
@@ -13660,8 +16048,10 @@ class CloreClient(HTTPClient):
 
         Parameters:
             gpu_type, min_reliability, use_spot: as for :meth:`find_servers`.
-            max_price_usd: the highest price in USD per hour when paid in ``currency``, without
-                fees.
+            max_price_usd: the highest price in USD per hour when paid in ``currency``; without
+                fees, unless ``include_fees=True``.
+            **filters: all other filters of :meth:`find_servers`: ``gpu_count``, ``countries``,
+                ``where``, ... With ``sort``, the servers are tried in that order.
             server_id: try only this server.
             image, currency, ports, env, ssh_password, ssh_key, jupyter_token, find_timeout: as for
                 :meth:`create_order`.
@@ -13680,7 +16070,9 @@ class CloreClient(HTTPClient):
             ``cost_usd``, ``ssh()``, ``run()``, ``keep()``.
 
         Raises:
-            RentalError: no server worked; ``tried`` has the reason for each.
+            RentalError: no server worked; ``tried`` has the reason for each. If no server fits the
+                filters, the text has the filter that left out the last ones, and their lowest
+                price.
             CancelUnconfirmedError: an order may still be running.
             OrderOutcomeUnknownError: an order may or may not exist.
             BudgetExceededError: a limit is reached; raised by calls of the rental and at the end
@@ -13697,11 +16089,13 @@ class CloreClient(HTTPClient):
             "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
         }  # fmt: skip
         settings = RentalSettings(
-            gpu_type=gpu_type, max_price_usd=max_price_usd, min_reliability=min_reliability,
-            use_spot=use_spot, server_id=server_id, order=order, spot_price=spot_price,
-            attempts=attempts, deploy_timeout=deploy_timeout, poll_interval=poll_interval,
-            find_timeout=find_timeout, cancel_timeout=cancel_timeout, max_hours=max_hours,
-            max_cost_usd=max_cost_usd,
+            search=Search(
+                gpu_type, max_price_usd, min_reliability, use_spot,
+                {**filters, "currency": currency},
+            ),
+            server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
+            deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
+            cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
         )  # fmt: skip
         return Rental(self, self._orders, settings, self._state_folder)
 
@@ -13766,22 +16160,45 @@ class CloreClient(HTTPClient):
 
     # --- the spot market ---
 
-    def get_spot_market(self, server_id: int) -> dict[str, Any]:
+    def get_spot_market(self, server_id: int) -> SpotMarket:
         """Return the offers for a server on the spot market.
 
         Parameters:
             server_id: the ``id`` of a server.
 
         Returns:
-            The API's response as a dict, with ``market``. Each of its ``offers`` also has
-            ``usd_per_hour`` (None if there is no exchange rate). Its ``bid`` is per day, in its
-            ``currency`` (seen on the live API).
+            The API's response as a :class:`SpotMarket`, a dict with ``market``. Each of its
+            ``offers`` also has ``usd_per_hour`` (None if there is no exchange rate). Its ``bid`` is
+            per day, in its ``currency`` (seen on the live API). Properties: ``offers``,
+            ``lowest_winning_usd`` and ``minimum_usd``, both in USD per hour.
 
         Example:
-            >>> client.get_spot_market(99173)["market"]["offers"][0]["usd_per_hour"]
-            0.09016
+            >>> market = client.get_spot_market(99173)
+            >>> market.offers[0].usd_per_hour, market.lowest_winning_usd
+            (0.09016, 0.09016)
         """
-        return with_hourly_offers(self._market.read_spot(check_id("server_id", server_id)))
+        return to_spot_market(self._market.read_spot(check_id("server_id", server_id)))
+
+    def suggest_spot_price(self, server: Server | int, margin: float = 0.05) -> float | None:
+        """Return a bid that would rent a server now, in USD per hour.
+
+        It is above the highest bid of others, or else above the lowest bid that the host accepts.
+        It is at most the on-demand price, if the other bids are below that and ``server`` has it.
+
+        Parameters:
+            server: a server or its id.
+            margin: how much to add, as a fraction of the bid; 0.05 is 5 %.
+
+        Returns:
+            The bid for ``spot_price`` of :meth:`create_order`; None if the API tells no bid.
+
+        Example:
+            >>> bid = client.suggest_spot_price(server)
+            >>> order = client.create_order(server.id, order_type="spot", spot_price=bid)
+        """
+        number = check_id("server", server.id if isinstance(server, Server) else server)
+        check_number("margin", margin)
+        return suggested_bid(self.get_spot_market(number), server, margin)
 
     def set_spot_price(
         self, order_id: int, new_price: float, *, allow_above_on_demand: bool = False
@@ -13815,6 +16232,35 @@ class CloreClient(HTTPClient):
         check_number("new_price", new_price, above=True, unit="USD per hour")
         check_bool("allow_above_on_demand", allow_above_on_demand)
         return set_spot_price(self._orders, wanted, new_price, allow_above_on_demand)
+
+    def lower_spot_price(
+        self, order: Mapping[str, Any] | int, target: float, wait: bool = True
+    ) -> float:
+        """Lower the bid of a spot order to a target, in as many steps as the API asks for.
+
+        The live API lets you lower a bid once in 600 seconds, by a limited step.
+
+        Parameters:
+            order: the order or its id.
+            target: the bid to reach, in **USD per hour**. A bid that is lower already stays.
+            wait: wait between the steps; if False, take one step.
+
+        Returns:
+            The bid that was reached, in USD per hour.
+
+        Raises:
+            SpotPriceTooSoonError: with ``wait=False``, the bid was lowered too soon before.
+            BidTooLowError: the target is lower than the host accepts.
+            OrderEndedError, OrderNotFoundError: there is no such active order.
+
+        Example:
+            >>> client.lower_spot_price(1958009, 0.05)
+            0.05
+        """
+        wanted = check_id("order", order.get("order_id") if isinstance(order, Mapping) else order)
+        check_number("target", target, above=True, unit="USD per hour")
+        check_bool("wait", wait)
+        return lower_spot_price(self._orders, wanted, target, wait)
 
     # --- SSH ---
 
