@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalHandling
     from clore_client.ssh.access import SSHAccess
+    from clore_client.ssh.jobs import Job
     from clore_client.ssh.tunnel import Forward
 
 C = TypeVar("C", bound="CloreClient")
@@ -1026,6 +1027,101 @@ class CloreClient(HTTPClient):
         login_timeout = min(30.0, timeout or 30.0)
         with self._ssh.connected(order, ssh, login, login_timeout) as pool:
             return run_command(pool.ssh, command, **options)
+
+    def start(
+        self,
+        order: Mapping[str, Any],
+        command: str | Sequence[str],
+        *,
+        name: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: PathArgument | None = None,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> Job:
+        """Start a job: a command that runs on, without a connection. Needs paramiko.
+
+        It runs in a session of its own, with an empty standard input. Its output and its exit code
+        are files on the machine, in ``~/.clore/jobs/<name>``. So it goes on after the end of this
+        process, and :meth:`job` finds it from any other. It ends with the order.
+
+        Parameters:
+            order: a running order.
+            command: a command for the machine's shell; a list of arguments is quoted.
+            name: letters, digits, ``_``, ``.`` and ``-``; by default a random one.
+            env: environment variables, which no list of processes on the machine shows.
+            cwd: the directory to run in; a relative path and ``~`` start at the home directory.
+            ssh, **login: as for :meth:`run`. With ``ssh``, the job's methods can't reconnect.
+
+        Returns:
+            A :class:`Job`: ``status``, ``exit_code``, ``tail()``, ``follow()``, ``wait()``,
+            ``stop()``, ``remove()``.
+
+        Raises:
+            JobError: there is already a job with this name, or ``cwd`` does not exist. After a
+                broken connection, :meth:`job` tells if it was started.
+            SSHError: the login failed.
+
+        Example:
+            >>> job = client.start(order, "python train.py", name="train", cwd="~/work")
+            >>> job.follow(on_output=print)
+        """
+        from clore_client.ssh.jobs import JobCommand
+
+        checked = JobCommand(command, name=name, env=secret_values(env), cwd=cwd)
+        return self._ssh.jobs(order, ssh, login).start(checked)
+
+    def jobs(
+        self, order: Mapping[str, Any], *, ssh: paramiko.SSHClient | None = None, **login: Any
+    ) -> list[Job]:
+        """Return the jobs of a machine, those that have ended too, by name.
+
+        Parameters:
+            order: a running order.
+            ssh, **login: as for :meth:`start`.
+
+        Returns:
+            A list of :class:`Job`.
+
+        Raises:
+            SSHError: the login failed.
+
+        Example:
+            >>> client.jobs(order)
+            [<Job 'train': running>]
+        """
+        return self._ssh.jobs(order, ssh, login).find()
+
+    def job(
+        self,
+        order: Mapping[str, Any],
+        name: str,
+        *,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> Job:
+        """Return the job with a name, from any process.
+
+        Parameters:
+            order: a running order.
+            name: the name that :meth:`start` was given.
+            ssh, **login: as for :meth:`start`.
+
+        Returns:
+            The :class:`Job`.
+
+        Raises:
+            JobError: the machine has no job of that name.
+            SSHError: the login failed.
+
+        Example:
+            >>> client.job(order, "train").tail(1)
+            'step 100: loss 1.24\\n'
+        """
+        from clore_client.ssh.jobs import check_job_name
+
+        wanted = check_job_name(name)
+        return self._ssh.jobs(order, ssh, login).get(wanted)
 
     def forward(
         self,

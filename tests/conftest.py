@@ -35,6 +35,7 @@ INTERNAL = [
     "ssh/test_command.py",
     "ssh/test_hostile_transfer.py",
     "ssh/test_hosts.py",
+    "ssh/test_jobs.py",
     "ssh/test_transfer.py",
     "ssh/test_tunnel.py",
     "test_single_file.py",

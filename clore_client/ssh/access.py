@@ -14,11 +14,14 @@ from clore_client.ssh.address import check_order, parse_ssh_command, plain_addre
 from clore_client.ssh.connect import Login, check_connection, check_login_options
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.host_keys import HostKeys, KeyCheck, check_host_key
+from clore_client.ssh.jobs import HostJobs
 from clore_client.ssh.openssh import config_entry, terminal_line
 from clore_client.validation import check_bool, check_number, check_text
 
 if TYPE_CHECKING:
     import paramiko
+
+LOGIN_WAIT = 120.0  # seconds for an sshd to respond
 
 
 class SSHAccess:
@@ -66,7 +69,7 @@ class SSHAccess:
         password: str | None = None,
         key_path: str | os.PathLike[str] | None = None,
         passphrase: str | None = None,
-        wait: float = 120.0,
+        wait: float = LOGIN_WAIT,
         timeout: float = 30.0,
         host_key: str = "pin",
         use_ssh_config: bool = False,
@@ -113,6 +116,18 @@ class SSHAccess:
         if ssh is not None:
             return ConnectionPool(None, check_connection(ssh))
         return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
+
+    def jobs(
+        self, order: Mapping[str, Any], ssh: paramiko.SSHClient | None, login: dict[str, Any]
+    ) -> HostJobs:
+        """Return the jobs of the machine of an order."""
+        self.connected(order, ssh, login)  # check the arguments now
+
+        def connect(seconds: float) -> ConnectionPool:
+            wait = min(seconds, login.get("wait", LOGIN_WAIT))
+            return self.connected(order, ssh, {**login, "wait": wait})
+
+        return HostJobs(connect, reconnects=ssh is None)
 
     @staticmethod
     def _order_number(order: Mapping[str, Any]) -> int | None:
