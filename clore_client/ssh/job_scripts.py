@@ -139,11 +139,14 @@ STOP_JOB = (
     _JOBS
     + r"""
 about "$name" || no "there is no job $name"
+sig() { # with a group's number, dash needs "--", and busybox accepts none
+  for p in $2; do kill -s "$1" -- "$p" 2>/dev/null || kill -s "$1" "$p" 2>/dev/null; done
+}
 tree() {
   for c in $(cat /proc/"$1"/task/*/children 2>/dev/null); do tree "$c"; done; echo "$1"
 }
 members() { # prints the processes that have not ended
-  [ -e /proc/self ] || { kill -s 0 -- "-$pid" 2>/dev/null && echo "-$pid"; return; }
+  [ -e /proc/self ] || { sig 0 "-$pid" && echo "-$pid"; return; }
   for f in /proc/[0-9]*/stat; do
     { read -r s <"$f"; } 2>/dev/null || continue
     f=${f%/stat}; s=${s##*) }; set -- $s
@@ -157,17 +160,17 @@ if [ "$st" = lost ] || [ "$pid" = - ] || { [ -n "$b" ] && [ "$b" != "$born" ]; }
   echo "stopped"; exit 0
 fi
 known=; [ -z "$b" ] || known=$(tree "$pid")
-kill -s TERM -- $(members) 2>/dev/null
+sig TERM "$(members)"
 w=0; while m=$(members); [ -n "$m" ] && [ $w -lt "$grace" ]; do
   w=$((w+1)); sleep 0.1 2>/dev/null || { sleep 1; w=$((w+9)); }
 done
 if [ -n "$m" ]; then
   # The shell that records the exit code goes last.
-  for p in $m; do [ "$p" = "$pid" ] || kill -s KILL -- "$p" 2>/dev/null; done
+  for q in $m; do [ "$q" = "$pid" ] || sig KILL "$q"; done
   w=0; while m=$(members); [ -n "$m" ] && [ $w -lt 10 ]; do
     w=$((w+1)); sleep 0.1 2>/dev/null || sleep 1
   done
-  [ -z "$m" ] || kill -s KILL -- $m 2>/dev/null
+  [ -z "$m" ] || sig KILL "$m"
 fi
 echo stopped
 """

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from clore_client import CloreClient, TransferError
+from clore_client import CloreClient, CommandTimeoutError, TransferError
 from clore_client.ssh.transfer.remote_script import BOOTSTRAP, INLINE, inlined
 from tests.conftest import until
 from tests.relay import Relay
+from tests.ssh.test_command import sleeping, unique
 from tests.ssh.test_transfer import ODD, Far, content, make_tree, snapshot, through
 from tests.sshd import Dropbear, running_sshd
 
@@ -186,6 +187,10 @@ def test_a_userland_of_busybox(
     with busybox(client) as far:
         check_all(far, here)
         assert far.client.run(far.order, "echo in", **far.login).stdout == "in\n"
+        number = unique()
+        with pytest.raises(CommandTimeoutError):
+            far.client.run(far.order, f"sleep {number} & sleep {number}", timeout=1, **far.login)
+        until(lambda: not sleeping(number))
     assert "SFTP" not in caplog.text
 
 
