@@ -1123,6 +1123,35 @@ class CloreClient(HTTPClient):
         wanted = check_job_name(name)
         return self._ssh.jobs(order, ssh, login).get(wanted)
 
+    def shell(
+        self, order: Mapping[str, Any], *, ssh: paramiko.SSHClient | None = None, **login: Any
+    ) -> int:
+        """Open the machine's shell in this terminal, until it ends. Needs paramiko.
+
+        Every key goes to the machine, Ctrl-C too. The terminal is as before afterwards, in
+        whichever way the shell ends.
+
+        Parameters:
+            order: a running order.
+            ssh, **login: as for :meth:`run`.
+
+        Returns:
+            The exit code of the shell; -1 if a signal ended it.
+
+        Raises:
+            SSHError: this process has no terminal, the login failed, or the connection broke.
+
+        Example:
+            >>> client.shell(order)
+            root@gpu:~# exit
+            0
+        """
+        from clore_client.ssh.shell import check_terminal, run_shell
+
+        check_terminal()
+        with self._ssh.connected(order, ssh, login) as pool:
+            return run_shell(pool.ssh)
+
     def forward(
         self,
         order: Mapping[str, Any],
