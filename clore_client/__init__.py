@@ -44,6 +44,7 @@ from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
 from clore_client.models.wallet import Wallet
+from clore_client.progress import ProgressEvent
 from clore_client.version import __version__
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ __all__ = [
     "OrderOutcomeUnknownError",
     "OutcomeUnknownError",
     "OutputLine",
+    "ProgressEvent",
     "RateLimitError",
     "RateUnknownError",
     "Rental",

@@ -30,6 +30,7 @@ from clore_client.orders.cancel import cancel_all, cancel_order, cancel_orders, 
 from clore_client.orders.create import Purchase
 from clore_client.orders.wait import wait_for_status
 from clore_client.pricing import wire_currency
+from clore_client.progress import ProgressOptions, Report
 from clore_client.validation import (
     Timeout,
     check_bool,
@@ -541,6 +542,8 @@ class CloreClient(HTTPClient):
         target_status: str = "running",
         *,
         on_update: Callable[[Order | None], object] | None = None,
+        on_progress: Report | None = None,
+        progress: bool = False,
     ) -> Order:
         """Wait until an order has a status.
 
@@ -556,6 +559,10 @@ class CloreClient(HTTPClient):
                 last two count as the same.
             on_update: called after each poll with the :class:`Order`, or None while it is in no
                 list. An exception that it raises ends the wait.
+            on_progress: called with a :class:`ProgressEvent` at each step: it has a ``name``, a
+                ``number``, and a ``text`` for people.
+            progress: show these events in a terminal or notebook: with tqdm if it is installed,
+                else as lines on stderr. In a pipe, nothing is shown.
 
         Returns:
             The :class:`Order` with that status.
@@ -574,10 +581,10 @@ class CloreClient(HTTPClient):
         check_interval("poll_interval", poll_interval)
         check_text("target_status", target_status)
         check_callback("on_update", on_update, 1)
-
-        return wait_for_status(
-            self._orders, wanted, timeout, poll_interval, target_status, on_update
-        )
+        with ProgressOptions(on_progress, progress).reporting() as report:
+            return wait_for_status(
+                self._orders, wanted, timeout, poll_interval, target_status, on_update, report
+            )
 
     # --- rentals ---
 
@@ -604,6 +611,8 @@ class CloreClient(HTTPClient):
         cancel_timeout: float = 300.0,
         max_hours: float | None = None,
         max_cost_usd: float | None = None,
+        on_progress: Report | None = None,
+        progress: bool = False,
     ) -> Rental:
         """Rent a server for the length of a ``with`` block, and cancel the order at its end.
 
@@ -640,6 +649,7 @@ class CloreClient(HTTPClient):
                 at most as many seconds to confirm the end.
             max_hours: hours after which the rental ends.
             max_cost_usd: cost in USD, with fees, at which the rental ends.
+            on_progress, progress: as for :meth:`wait_for_order`.
 
         Returns:
             A :class:`Rental`, which orders when its block begins: ``order``, ``server``,
@@ -672,7 +682,8 @@ class CloreClient(HTTPClient):
             find_timeout=find_timeout, cancel_timeout=cancel_timeout, max_hours=max_hours,
             max_cost_usd=max_cost_usd,
         )  # fmt: skip
-        return Rental(self, self._orders, settings, state_folder(self._state_dir))
+        shown = ProgressOptions(on_progress, progress)
+        return Rental(self, self._orders, settings, state_folder(self._state_dir), shown)
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
         """Find the orders that rentals of dead processes left running on this account.
@@ -889,23 +900,35 @@ class CloreClient(HTTPClient):
         timeout: float = 30.0,
         host_key: str = "pin",
         use_ssh_config: bool = False,
+        on_progress: Report | None = None,
+        progress: bool = False,
     ) -> None:
-        """Wait until a login works. Takes the arguments of :meth:`connect_ssh`.
+        """Wait until a login works.
+
+        Parameters:
+            order, password, key_path, passphrase, wait, timeout, host_key, use_ssh_config: as for
+                :meth:`connect_ssh`.
+            on_progress, progress: as for :meth:`wait_for_order`.
+
+        Raises:
+            SSHError, HostKeyChangedError, ValueError, ImportError: as for :meth:`connect_ssh`.
 
         Example:
             >>> client.wait_for_ssh(order, wait=600)
         """
         password, passphrase = Secret.of(password), Secret.of(passphrase)
-        self.connect_ssh(
+        login = self._ssh.login(
             order,
-            password,
-            key_path,
+            password=password,
+            key_path=key_path,
             passphrase=passphrase,
             wait=wait,
             timeout=timeout,
             host_key=host_key,
             use_ssh_config=use_ssh_config,
-        ).close()
+        )
+        with ProgressOptions(on_progress, progress).reporting() as report:
+            login.open(report).close()
 
     def forget_host_key(self, order: Mapping[str, Any]) -> bool:
         """Forget the pinned host key of an order, so that the next login accepts a new one.
@@ -1152,6 +1175,55 @@ class CloreClient(HTTPClient):
         with self._ssh.connected(order, ssh, login) as pool:
             return run_shell(pool.ssh)
 
+    def wait_for_http(
+        self,
+        order: Mapping[str, Any],
+        path: str = "/",
+        port: int | None = None,
+        timeout: float = 600.0,
+        *,
+        on_progress: Report | None = None,
+        progress: bool = False,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> int:
+        """Wait until a web service in an order answers by itself.
+
+        The public address of an order answers 502 until something in the container listens
+        (seconds to minutes after ``running``, seen on the live API). 502, 503, 504 and 520 to 530
+        count as no answer yet; each other status as an answer. Certificates are verified. Neither
+        the API key nor any other credentials are sent.
+
+        Parameters:
+            order: a running order.
+            path: the path to ask for.
+            port: the port in the container. If the order has no public address for it, the request
+                goes over SSH, which needs paramiko. None: the order's public address.
+            timeout: seconds to wait; ``float("inf")`` waits forever.
+            on_progress, progress: as for :meth:`wait_for_order`.
+            ssh, **login: as for :meth:`run`, where the request goes over SSH.
+
+        Returns:
+            The status of the answer, for example 200, 302 or 401.
+
+        Raises:
+            WaitTimeoutError: there was no answer in time; ``reason`` has the last one.
+            CloreConnectionError: the certificate is not valid.
+            SSHError: the login failed, or the connection broke.
+
+        Example:
+            >>> client.wait_for_http(order, "/api/status")
+            200
+        """
+        from clore_client.ssh.service import HTTPWait
+
+        options = ProgressOptions(on_progress, progress)
+        wait = HTTPWait(order, path, port, timeout, options)
+        if wait.url is not None:
+            return wait.at_public_address(self._user_agent)
+        with self._ssh.connected(order, ssh, login) as pool:
+            return wait.on_machine(pool)
+
     def forward(
         self,
         order: Mapping[str, Any],
@@ -1197,7 +1269,8 @@ class CloreClient(HTTPClient):
         resume: bool = False,
         symlinks: str = "skip",
         streams: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
+        on_progress: Report | None = None,
         timeout: float = 30.0,
         deadline: float | None = None,
         ssh: paramiko.SSHClient | None = None,
@@ -1225,8 +1298,10 @@ class CloreClient(HTTPClient):
                 leaves them out, ``"copy"`` creates the same symlinks, ``"follow"`` copies their
                 targets. All other symlinks are left out; ``skipped`` names them.
             streams: the number of connections, 1 to 16; None chooses it by the size.
-            progress: called as ``progress(name, done, total)``, in bytes, in this thread; control
+            progress: True shows the progress, as for :meth:`wait_for_order`. A function is called
+                for each file, as ``progress(name, done, total)``, in bytes, in this thread; control
                 characters in the name are escaped.
+            on_progress: called with a :class:`ProgressEvent`, in bytes of all files.
             timeout: seconds for each login attempt, and the longest time without any progress.
             deadline: seconds for the whole call with its login; None for no limit.
             ssh, **login: as for :meth:`run`.
@@ -1248,7 +1323,7 @@ class CloreClient(HTTPClient):
 
         checked = check_upload(
             local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
-            streams=streams, progress=progress, timeout=timeout, deadline=deadline,
+            streams=streams, progress=progress, on_progress=on_progress, timeout=timeout, deadline=deadline,
         )  # fmt: skip
         with self._ssh.connected(order, ssh, login, timeout, upload_connections(*checked)) as pool:
             return upload_path(pool, checked)
@@ -1265,7 +1340,8 @@ class CloreClient(HTTPClient):
         symlinks: str = "skip",
         streams: int | None = None,
         max_bytes: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
+        on_progress: Report | None = None,
         timeout: float = 30.0,
         deadline: float | None = None,
         ssh: paramiko.SSHClient | None = None,
@@ -1283,8 +1359,8 @@ class CloreClient(HTTPClient):
                 directory.
             local: a path on this machine.
             max_bytes: refuse to copy more bytes than this.
-            preserve, verify, resume, symlinks, streams, progress, timeout, deadline, ssh,
-                **login: as for :meth:`upload`.
+            preserve, verify, resume, symlinks, streams, progress, on_progress, timeout, deadline,
+                ssh, **login: as for :meth:`upload`.
 
         Returns:
             A :class:`TransferResult`.
@@ -1306,8 +1382,8 @@ class CloreClient(HTTPClient):
 
         options = DownloadOptions(
             remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
-            streams=streams, max_bytes=max_bytes, progress=progress, timeout=timeout,
-            deadline=deadline,
+            streams=streams, max_bytes=max_bytes, progress=progress, on_progress=on_progress,
+            timeout=timeout, deadline=deadline,
         )  # fmt: skip
         size = streams or DOWNLOAD_CONNECTIONS
         with self._ssh.connected(order, ssh, login, timeout, size, streams is not None) as pool:

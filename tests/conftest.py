@@ -36,8 +36,10 @@ INTERNAL = [
     "ssh/test_hostile_transfer.py",
     "ssh/test_hosts.py",
     "ssh/test_jobs.py",
+    "ssh/test_service.py",
     "ssh/test_transfer.py",
     "ssh/test_tunnel.py",
+    "test_progress.py",
     "test_single_file.py",
     "test_validation.py",
 ]

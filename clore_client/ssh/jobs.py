@@ -21,6 +21,7 @@ from clore_client.errors import (
 )
 from clore_client.log import logger
 from clore_client.models.result import STDOUT, OutputLine
+from clore_client.progress import ProgressEvent, ProgressOptions, Report, readable_size
 from clore_client.ssh.command_line import command_line, encoded, exports
 from clore_client.ssh.command_output import LineSplitter
 from clore_client.ssh.connection_pool import ConnectionPool
@@ -255,6 +256,8 @@ class Job:
         on_output: Callable[[OutputLine], object] | None = print,
         *,
         timeout: float | None = None,
+        on_progress: Report | None = None,
+        progress: bool = False,
     ) -> int | None:
         """Pass on the output from its start, and wait for the end of the job.
 
@@ -264,6 +267,7 @@ class Job:
         Parameters:
             on_output: called with each line, without its line end. stdout and stderr come together.
             timeout: seconds to follow; None follows to the end.
+            on_progress, progress: as for :meth:`CloreClient.wait_for_order`.
 
         Returns:
             The exit code, as :attr:`exit_code` has it.
@@ -279,7 +283,8 @@ class Job:
         """
         check_callback("on_output", on_output, 1)
         splitter = None if on_output is None else LineSplitter(STDOUT, on_output)
-        return self._follow(splitter, timeout)
+        with ProgressOptions(on_progress, progress).reporting() as report:
+            return self._follow(splitter, timeout, report)
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the end of the job; takes the same ``timeout`` as :meth:`follow`.
@@ -340,12 +345,14 @@ class Job:
                 self._state = JobState("lost")
         return self._state
 
-    def _follow(self, splitter: LineSplitter | None, timeout: float | None) -> int | None:
+    def _follow(
+        self, splitter: LineSplitter | None, timeout: float | None, report: Report | None = None
+    ) -> int | None:
         deadline = math.inf
         if timeout is not None:
             check_number("timeout", timeout, infinite=True, unit="seconds")
             deadline = time.monotonic() + timeout
-        following = Following(self._host, self.name, splitter, deadline)
+        following = Following(self._host, self.name, splitter, deadline, report)
         try:
             self._state = following.run()
         except OrderEndedError:
@@ -357,12 +364,14 @@ class Following:
     """Receives the output of a job until its end, over as many connections as it takes."""
 
     def __init__(
-        self, host: HostJobs, name: str, splitter: LineSplitter | None, deadline: float
-    ) -> None:
+        self, host: HostJobs, name: str, splitter: LineSplitter | None, deadline: float,
+        report: Report | None = None,
+    ) -> None:  # fmt: skip
         self._host = host
         self._name = name
         self._splitter = splitter
         self._deadline = deadline
+        self._report = report
         self._at = -1 if splitter is None else 0  # bytes that were passed on
         self._heard = False  # on the current connection
         self._callback_error: Exception | None = None
@@ -400,10 +409,20 @@ class Following:
                     self._refuse(script.refused(line), line)
                 self._heard = True
                 self._pass_on(script, int(line))
+                self._tell()
                 if time.monotonic() >= self._deadline:
                     raise JobTimeoutError(
                         f"job {self._name!r} did not end in time; it still runs", name=self._name
                     )
+
+    def _tell(self) -> None:
+        if self._report is not None:
+            text = f"job {self._name}: {readable_size(max(0, self._at))} of output"
+            try:
+                self._report(ProgressEvent("job", max(0, self._at), text))
+            except Exception as error:
+                self._callback_error = error
+                raise
 
     def _refuse(self, error: SSHError, line: bytes) -> None:
         if line.startswith(b"no "):

@@ -361,6 +361,22 @@ def test_an_error_of_the_callback_comes_through(machine: Machine) -> None:
     job.stop()
 
 
+def test_progress(machine: Machine) -> None:
+    events: list[Any] = []
+    machine.start("echo 12345; sleep 1").follow(None, on_progress=events.append)
+    assert {event.name for event in events} == {"job"}
+    job = machine.start("echo 12345; sleep 1", name="x")
+    job.follow(lambda line: None, on_progress=events.append)
+    assert events[-1].number == 6
+    assert events[-1].text == "job x: 6 bytes of output"
+
+    def fail(event: Any) -> None:
+        raise OSError("mine")
+
+    with pytest.raises(OSError, match="mine"):
+        job.follow(lambda line: None, on_progress=fail)
+
+
 def test_ones_own_connection(machine: Machine) -> None:
     with machine.client.connect_ssh(machine.order, **machine.login) as ssh:
         client, order = machine.client, machine.order

@@ -185,6 +185,32 @@ def test_progress_tells_of_every_byte(far: Far, here: Path) -> None:
         told.clear()
 
 
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_events_count_the_bytes_of_all_files(far: Far, here: Path, direction: str) -> None:
+    total = 0
+    folder = here if direction == "up" else far.folder
+    for name, size in (("a", 5 * MB), ("b", 100), ("c", 0), ("d", 4 * MB)):
+        (folder / "tree").mkdir(exist_ok=True)
+        (folder / "tree" / name).write_bytes(content(size))
+        total += size
+    events: list[Any] = []
+    if direction == "up":
+        far.up(here / "tree", far.folder / "copy", on_progress=events.append)
+    else:
+        far.down(far.folder / "tree", here / "copy", on_progress=events.append)
+    assert {event.name for event in events} == {"upload" if direction == "up" else "download"}
+    assert {event.total for event in events} == {total}
+    numbers = [event.number for event in events]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == total
+    assert events[-1].text.endswith("9.4 MB of 9.4 MB")
+    assert " left" in events[0].text
+    move = far.up if direction == "up" else far.down
+    with pytest.raises(ValueError, match="mine"):
+        move(*(folder / "tree", far.folder / "x" if direction == "up" else here / "x"),
+             on_progress=lambda event: int("mine"))  # fmt: skip
+
+
 def test_an_error_of_the_callback_comes_through(far: Far, here: Path) -> None:
     (here / "a").write_bytes(content(9 * MB))
     (far.folder / "far").write_bytes(content(9 * MB))

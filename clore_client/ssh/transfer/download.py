@@ -79,7 +79,7 @@ def _local_target(local: str, remote: bytes) -> str:
 
 def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferResult:
     """Download; see ``CloreClient.download``."""
-    transfer = Transfer(pool, options, os.fsdecode(options.remote))
+    transfer = Transfer(pool, options, os.fsdecode(options.remote), "download")
     part = LocalPart(options.target, options.remote, options)
     files: list[FileEntry] = []
     try:
@@ -157,6 +157,7 @@ class Download:
     def _get_file(self, look: RemoteScript, entry: FileEntry, files: list[FileEntry]) -> None:
         files.append(entry)
         self._part.accept(files, folder=False)
+        self._transfer.total = entry.size
         if entry.size > self._most:
             look.finish()
             self._part.begin([entry])
@@ -272,6 +273,7 @@ class Download:
         files += tree.files
         links = tree.links(self._transfer)
         self._part.accept(files, folder=True)
+        self._transfer.total = sum(entry.size for entry in files)
         self._part.begin(tree.entries)
         missing = [entry for entry in files if not self._part.is_done(entry)]
         # GNU tar reads a backslash in a name as an escape.

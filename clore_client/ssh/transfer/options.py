@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from clore_client.progress import ProgressOptions
 from clore_client.ssh.transfer.scripts import remote_path
 from clore_client.validation import (
     check_bool,
@@ -26,7 +27,7 @@ class TransferOptions:
     def __init__(
         self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
         resume: Any = False, symlinks: Any = "skip", streams: Any = None, max_bytes: Any = None,
-        progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
+        progress: Any = None, on_progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
     ) -> None:  # fmt: skip
         self.local = check_path("local", local)
         self.remote = check_path("remote", remote)
@@ -44,9 +45,12 @@ class TransferOptions:
             self.streams = check_count("streams", streams, minimum=1, maximum=MAX_STREAMS)
         if max_bytes is not None:
             self.max_bytes = check_count("max_bytes", max_bytes)
-        if progress is not None:
+        shown = progress if isinstance(progress, bool) else False
+        self.events = ProgressOptions(on_progress, shown)
+        self.progress: Callable[[str, int, int], object] | None = None
+        if not isinstance(progress, bool):
             check_callback("progress", progress, 3)
-        self.progress: Callable[[str, int, int], object] | None = progress
+            self.progress = progress
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
         self.deadline: float | None = deadline
         if deadline is not None:

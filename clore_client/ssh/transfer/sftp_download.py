@@ -48,6 +48,7 @@ class SftpDownload:
                 entry = _entry_of(b"", found)
                 files.append(entry)
                 self._part.accept(files, folder=False)
+                self._transfer.total = entry.size
                 self._part.begin([entry])
                 self._get_file(entry, source)
                 self._part.install_file(entry)
@@ -63,6 +64,7 @@ class SftpDownload:
         for link in links:
             link.link = os.fsencode(self._remote.sftp.readlink(source + b"/" + link.name) or "")
         self._part.accept(files, folder=True)
+        self._transfer.total = sum(entry.size for entry in files)
         self._part.begin(tree.entries)
         for entry in files:
             with about(entry):

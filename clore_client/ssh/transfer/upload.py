@@ -80,7 +80,8 @@ def upload_path(pool: ConnectionPool, checked: tuple[TransferOptions, LocalTree]
     """Upload; see ``CloreClient.upload``."""
     options, tree = checked
     name = os.path.basename(os.path.abspath(tree.path))
-    transfer = Transfer(pool, options, os.fsdecode(name) or "/")
+    transfer = Transfer(pool, options, os.fsdecode(name) or "/", "upload")
+    transfer.total = sum(entry.size for entry in tree.files)
     for left_out, why in tree.left_out:
         transfer.leave_out(left_out, why)
     try:
