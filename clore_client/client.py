@@ -1268,6 +1268,10 @@ class CloreClient(HTTPClient):
         verify: bool = False,
         resume: bool = False,
         symlinks: str = "skip",
+        exclude: Sequence[str] = (),
+        skip_unchanged: bool | str = False,
+        preview: bool = False,
+        delete: bool | TransferResult = False,
         streams: int | None = None,
         progress: Progress | bool | None = None,
         on_progress: Report | None = None,
@@ -1278,12 +1282,34 @@ class CloreClient(HTTPClient):
     ) -> TransferResult:
         """Copy a file or a directory to the machine of an order. Needs paramiko.
 
-        As with ``cp -r``, a copy to an existing directory goes into that directory. Each file gets
-        a temporary name, and is renamed when it is complete. The client always compares sizes. It
-        also compares SHA-256 with ``verify``, after a resumed transfer, and for a file that was
-        sent in several pieces. On a host without a POSIX shell, it uses SFTP, which is slower. A
-        new file gets the permissions of the local one, minus the host's umask; a replaced file
-        keeps its own. A ``remote`` that is a symlink is an error, unless ``symlinks="follow"``.
+        As with rsync, a directory goes into ``remote``: ``"data"`` becomes ``remote/data``. With a
+        slash at its end, its content does: ``"data/"`` becomes ``remote``. It makes no difference
+        if ``remote`` exists. A file goes into ``remote`` if that is a directory or ends with a
+        slash, and else gets that name. Missing parents of the target are created.
+
+        Each file gets a temporary name, and is renamed when it is complete. The client always
+        compares sizes. It also compares SHA-256 with ``verify``, after a resumed transfer, and for
+        a file that was sent in several pieces. On a host without a POSIX shell, it uses SFTP, which
+        is slower.
+
+        ==================  ========================================================================
+        in the source       in the copy
+        ==================  ========================================================================
+        file                a file; one that is replaced stays whole until then
+        permissions         those of the source minus the umask of the other side; a replaced file
+                            keeps its own; with ``preserve`` those of the source; never setuid
+        owner, attributes   those of the user who logs in; not copied
+        times               the time of the copy; with ``preserve`` that of the source, in seconds
+        symlink             left out; ``symlinks="copy"``: the same symlink, ``"follow"``: what it
+                            leads to; left out if that is outside of the directory
+        ``local`` itself    a symlink in its place is followed
+        hard link           a file of its own
+        sparse file         a sparse file
+        device, FIFO,       left out, and named in ``skipped``
+        socket
+        ==================  ========================================================================
+
+        A symlink in the place of a file's target is an error, unless ``symlinks="follow"``.
 
         Parameters:
             order: a running order.
@@ -1294,9 +1320,15 @@ class CloreClient(HTTPClient):
             verify: compare the SHA-256 of every file.
             resume: continue an earlier transfer that failed. If the size or time of the source has
                 changed, start over.
-            symlinks: for symlinks in a directory that point into the same directory: ``"skip"``
-                leaves them out, ``"copy"`` creates the same symlinks, ``"follow"`` copies their
-                targets. All other symlinks are left out; ``skipped`` names them.
+            symlinks: ``"skip"``, ``"copy"`` or ``"follow"``, as in the table.
+            exclude: patterns as in ``.gitignore``, of what to leave out. Needs pathspec.
+            skip_unchanged: True leaves out the files whose size and time are the same there, and
+                preserves times, so that the next call can compare them. ``"checksum"`` compares
+                sizes and SHA-256.
+            preview: send nothing. The result has what would be sent in ``sent``.
+            delete: remove what only the target has. First pass True with ``preview=True``; the
+                result lists it in ``deleted``. Then pass that result: nothing else is removed.
+                What ``exclude`` matches, or what was left out here, stays.
             streams: the number of connections, 1 to 16; None chooses it by the size.
             progress: True shows the progress, as for :meth:`wait_for_order`. A function is called
                 for each file, as ``progress(name, done, total)``, in bytes, in this thread; control
@@ -1308,22 +1340,29 @@ class CloreClient(HTTPClient):
 
         Returns:
             A :class:`TransferResult`: ``path``, ``files``, ``size`` in bytes, ``duration`` in
-            seconds, and ``skipped``.
+            seconds, ``skipped``, ``unchanged``, ``sent``, ``deleted``.
 
         Raises:
             TransferError: a file was not copied completely, because of a full disk or a lost
                 connection; it has ``name``, ``done`` and ``total``.
             SSHError: the login failed.
             FileNotFoundError: ``local`` does not exist.
+            ImportError: ``exclude`` needs pathspec.
 
         Example:
-            >>> client.upload(order, "train.py", "~/work/")
+            >>> client.upload(order, "data/", "~/work", exclude=["*.pyc"], skip_unchanged=True)
+            >>> would = client.upload(order, "data/", "~/work", preview=True, delete=True)
+            >>> would.deleted
+            ['old.bin']
+            >>> client.upload(order, "data/", "~/work", delete=would)
         """
         from clore_client.ssh.transfer.upload import check_upload, upload_connections, upload_path
 
         checked = check_upload(
             local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
-            streams=streams, progress=progress, on_progress=on_progress, timeout=timeout, deadline=deadline,
+            exclude=exclude, skip_unchanged=skip_unchanged, preview=preview, delete=delete,
+            streams=streams, progress=progress, on_progress=on_progress, timeout=timeout,
+            deadline=deadline,
         )  # fmt: skip
         with self._ssh.connected(order, ssh, login, timeout, upload_connections(*checked)) as pool:
             return upload_path(pool, checked)
@@ -1338,6 +1377,8 @@ class CloreClient(HTTPClient):
         verify: bool = False,
         resume: bool = False,
         symlinks: str = "skip",
+        exclude: Sequence[str] = (),
+        skip_unchanged: bool | str = False,
         streams: int | None = None,
         max_bytes: int | None = None,
         progress: Progress | bool | None = None,
@@ -1349,9 +1390,10 @@ class CloreClient(HTTPClient):
     ) -> TransferResult:
         """Copy a file or a directory from the machine of an order. Needs paramiko.
 
-        It works like :meth:`upload` in the other direction. A hostile machine can't make it write
-        outside of ``local``. If a file grows during the copy, as a log does, the copy has its
-        content from the start; any other change is an error.
+        It works like :meth:`upload` in the other direction, with the same table and the same
+        meaning of a slash at the end of ``remote``. A hostile machine can't make it write outside
+        of ``local``. If a file grows during the copy, as a log does, the copy has its content from
+        the start; any other change is an error.
 
         Parameters:
             order: a running order.
@@ -1359,8 +1401,8 @@ class CloreClient(HTTPClient):
                 directory.
             local: a path on this machine.
             max_bytes: refuse to copy more bytes than this.
-            preserve, verify, resume, symlinks, streams, progress, on_progress, timeout, deadline,
-                ssh, **login: as for :meth:`upload`.
+            preserve, verify, resume, symlinks, exclude, skip_unchanged, streams, progress,
+                on_progress, timeout, deadline, ssh, **login: as for :meth:`upload`.
 
         Returns:
             A :class:`TransferResult`.
@@ -1369,6 +1411,7 @@ class CloreClient(HTTPClient):
             TransferError: a file was not copied completely, is larger than ``max_bytes``, or the
                 machine sent invalid data.
             SSHError: the login failed.
+            ImportError: ``exclude`` needs pathspec.
 
         Example:
             >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
@@ -1382,12 +1425,43 @@ class CloreClient(HTTPClient):
 
         options = DownloadOptions(
             remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
-            streams=streams, max_bytes=max_bytes, progress=progress, on_progress=on_progress,
-            timeout=timeout, deadline=deadline,
+            exclude=exclude, skip_unchanged=skip_unchanged, streams=streams, max_bytes=max_bytes,
+            progress=progress, on_progress=on_progress, timeout=timeout, deadline=deadline,
         )  # fmt: skip
         size = streams or DOWNLOAD_CONNECTIONS
         with self._ssh.connected(order, ssh, login, timeout, size, streams is not None) as pool:
             return download_path(pool, options)
+
+    def rsync_command(
+        self,
+        order: Mapping[str, Any],
+        local: PathArgument,
+        remote: PathArgument,
+        *,
+        key_path: PathArgument | None = None,
+    ) -> str:
+        """Return the command that copies to the machine with rsync, quoted for a shell.
+
+        It logs in as the line of :meth:`ssh_command` does, with the pinned host key.
+
+        Parameters:
+            order: a running order.
+            local: a file or directory on this machine; a slash at its end means its content.
+            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+                directory.
+            key_path: the file of a private key, which the command names.
+
+        Returns:
+            The command, on one line.
+
+        Raises:
+            SSHError: the order has no address yet, or one that is not a plain name or address.
+
+        Example:
+            >>> print(client.rsync_command(order, "data/", "~/work"))
+            rsync -az --secluded-args -e 'ssh -p 2060' data/ root@n1.us.clorecloud.net:work
+        """
+        return self._ssh.rsync_line(order, local, remote, key_path)
 
     def scp(
         self,

@@ -15,7 +15,8 @@ from clore_client.ssh.connect import Login, check_connection, check_login_option
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.host_keys import HostKeys, KeyCheck, check_host_key
 from clore_client.ssh.jobs import HostJobs
-from clore_client.ssh.openssh import config_entry, terminal_line
+from clore_client.ssh.openssh import config_entry, rsync_line, terminal_line
+from clore_client.ssh.transfer.options import check_path
 from clore_client.validation import check_bool, check_number, check_text
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ class SSHAccess:
     def terminal_line(self, order: Mapping[str, Any], key_path: Any) -> str:
         """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
         return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
+
+    def rsync_line(self, order: Mapping[str, Any], local: Any, remote: Any, key_path: Any) -> str:
+        """Return a command line for rsync; see ``CloreClient.rsync_command``."""
+        return rsync_line(
+            plain_address(order), self._host_keys, self._alias(order), key_path,
+            check_path("local", local), check_path("remote", remote),
+        )  # fmt: skip
 
     def config_entry(self, order: Mapping[str, Any], name: str | None, key_path: Any) -> str:
         """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""

@@ -30,7 +30,7 @@ from clore_client.ssh.transfer.entry import (
     nanoseconds,
 )
 from clore_client.ssh.transfer.local_part import LocalPart, write_piece
-from clore_client.ssh.transfer.options import TransferOptions
+from clore_client.ssh.transfer.options import TransferOptions, is_content
 from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, RemoteScript
 from clore_client.ssh.transfer.remote_tree import RemoteTree, make_links
 from clore_client.ssh.transfer.scripts import (
@@ -57,24 +57,23 @@ ANY_SIZE = 2**62
 
 
 class DownloadOptions(TransferOptions):
-    """The arguments of a download, checked, and its target."""
+    """The arguments of a download, checked, and its target.
+
+    Attributes:
+        target: the path to write a file to: inside ``local`` if that is a directory or is named as
+            one, else ``local``.
+        folder_target: the path to write a directory to: inside ``local``, or ``local`` itself for
+            the content of a directory.
+    """
 
     def __init__(self, remote: Any, local: Any, **given: Any) -> None:
         super().__init__(local, remote, **given)
-        self.target = _local_target(os.fsdecode(os.path.expanduser(self.local)), self.remote)
-
-
-def _local_target(local: str, remote: bytes) -> str:
-    """Return the path to write to: inside ``local`` if that is a directory, else ``local``."""
-    name = os.fsdecode(remote.rstrip(b"/").rpartition(b"/")[2])
-    if os.path.isdir(local):
-        whole = name in ("", ".", "..") or remote.rstrip(b"/") == b"~"
-        return local if whole else os.path.join(local, name)
-    parent = os.path.dirname(os.path.abspath(local))
-    if local.endswith(("/", os.sep)) or not os.path.isdir(parent):
-        missing = local if local.endswith(("/", os.sep)) else parent
-        raise FileNotFoundError(f"local: there is no directory {printable(repr(missing), 300)}")
-    return local
+        here = os.fsdecode(os.path.expanduser(self.local))
+        name = os.fsdecode(self.remote.rstrip(b"/").rpartition(b"/")[2])
+        content = is_content(self.remote) or self.remote == b"~"
+        inside = os.path.isdir(here) or here.endswith(("/", os.sep))
+        self.target = os.path.join(here, name) if inside and not content else here
+        self.folder_target = here if content else os.path.join(here, name)
 
 
 def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferResult:
@@ -142,7 +141,7 @@ class Download:
     def _look_script(self) -> bytes:
         options = self._options
         most = HASHED_AT_ONCE if options.verify else ANY_SIZE
-        if self._part.done or (options.streams or 1) > 1:
+        if self._part.done or options.skip_unchanged or (options.streams or 1) > 1:
             most = -1
         elif not self._transfer.near:
             most = min(most, DOWNLOAD_MANY - 1)
@@ -158,6 +157,11 @@ class Download:
         files.append(entry)
         self._part.accept(files, folder=False)
         self._transfer.total = entry.size
+        if self._options.skip_unchanged and self._is_unchanged(entry):
+            look.finish()
+            files.clear()
+            self._transfer.unchanged = 1
+            return
         if entry.size > self._most:
             look.finish()
             self._part.begin([entry])
@@ -270,9 +274,12 @@ class Download:
     def _get_tree(self, look: RemoteScript, files: list[FileEntry]) -> None:
         tree = RemoteTree()
         parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES, tree.take)
+        tree.exclude(self._options.excluded)
         files += tree.files
         links = tree.links(self._transfer)
         self._part.accept(files, folder=True)
+        if self._options.skip_unchanged:
+            self._drop_unchanged(tree, files)
         self._transfer.total = sum(entry.size for entry in files)
         self._part.begin(tree.entries)
         missing = [entry for entry in files if not self._part.is_done(entry)]
@@ -360,6 +367,33 @@ class Download:
             if entry.kind == "f":
                 with about(entry):
                     check_unchanged(entry, now.get(entry.name))
+
+    # --- unchanged files ---
+
+    def _is_unchanged(self, entry: FileEntry) -> bool:
+        """Compare a single file with its target."""
+        by_time = self._options.skip_unchanged is True
+        if by_time or not self._part.has_same(entry, by_time):
+            return self._part.has_same(entry, by_time)
+        text = script_text("digests", CHUNK_DIGESTS, path=self._place(entry))
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            return same_chunks(script, self._part.target, [(0, entry.size)])
+
+    def _drop_unchanged(self, tree: RemoteTree, files: list[FileEntry]) -> None:
+        """Compare the files of a directory with those in its target, and drop the same ones."""
+        part, by_time = self._part, self._options.skip_unchanged is True
+        if self._options.symlinks == "follow" and tree.has_links:
+            return  # what a link leads to has to come
+        same = [entry for entry in files if part.has_same(entry, by_time)]
+        if not by_time and same:
+            text = script_text("digests", FILE_DIGESTS, path=self._options.source)
+            with self._transfer.script(self._transfer.pool.ssh, text) as script:
+                different = {e.name for e in different_files(script, same, part.target_of)}
+            same = [entry for entry in same if entry.name not in different]
+        tree.drop({entry.name for entry in same})
+        self._transfer.unchanged = len(same)
+        files[:] = tree.files
+        part.accept(files, folder=True)
 
     # --- checks ---
 

@@ -9,6 +9,7 @@ import stat
 from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import FileEntry, checked_name, link_target, nanoseconds
 from clore_client.ssh.transfer.local_part import LocalPart
+from clore_client.ssh.transfer.options import Excludes
 from clore_client.ssh.transfer.transfer import Transfer
 
 
@@ -25,6 +26,29 @@ class RemoteTree:
     @property
     def files(self) -> list[FileEntry]:
         return [entry for entry in self.entries if entry.kind == "f"]
+
+    @property
+    def has_links(self) -> bool:
+        return any(entry.kind == "l" for entry in self.entries)
+
+    def exclude(self, excludes: Excludes | None) -> None:
+        """Drop what patterns exclude, and all that is below an excluded directory."""
+        if excludes is None:
+            return
+        kept, gone = [], {b"/"}
+        for entry in self.entries:  # a directory comes before what is in it
+            if entry.name.rpartition(b"/")[0] in gone or excludes(entry.name, entry.kind == "d"):
+                gone.add(entry.name)
+            else:
+                kept.append(entry)
+        self.entries = kept
+        self.odd = [
+            n for n in self.odd if n.rpartition(b"/")[0] not in gone and not excludes(n, False)
+        ]
+
+    def drop(self, names: set[bytes]) -> None:
+        """Drop the files with these names."""
+        self.entries = [e for e in self.entries if e.kind != "f" or e.name not in names]
 
     def links(self, transfer: Transfer) -> list[FileEntry]:
         """Return the symlinks to transfer, and report what is left out."""

@@ -16,6 +16,7 @@ from clore_client.ssh.transfer.entry import (
     FileEntry,
     about,
     check_unchanged,
+    file_digest,
     nanoseconds,
 )
 from clore_client.ssh.transfer.local_part import LocalPart, write_piece
@@ -49,6 +50,10 @@ class SftpDownload:
                 files.append(entry)
                 self._part.accept(files, folder=False)
                 self._transfer.total = entry.size
+                if self._options.skip_unchanged and self._is_unchanged(entry, source):
+                    files.clear()
+                    self._transfer.unchanged = 1
+                    return
                 self._part.begin([entry])
                 self._get_file(entry, source)
                 self._part.install_file(entry)
@@ -59,11 +64,19 @@ class SftpDownload:
         tree = RemoteTree()
         tree.take(found.st_mode, 0, int(found.st_mtime), b"")
         self._walk(source, b"", tree, 0)
+        tree.exclude(self._options.excluded)
         files += tree.files
         links = tree.links(self._transfer)
         for link in links:
             link.link = os.fsencode(self._remote.sftp.readlink(source + b"/" + link.name) or "")
         self._part.accept(files, folder=True)
+        follows = self._options.symlinks == "follow" and tree.has_links
+        if self._options.skip_unchanged and not follows:
+            same = [e for e in files if self._is_unchanged(e, source + b"/" + e.name)]
+            tree.drop({entry.name for entry in same})
+            self._transfer.unchanged = len(same)
+            files[:] = tree.files
+            self._part.accept(files, folder=True)
         self._transfer.total = sum(entry.size for entry in files)
         self._part.begin(tree.entries)
         for entry in files:
@@ -90,6 +103,15 @@ class SftpDownload:
             tree.take(found.st_mode, found.st_size, int(found.st_mtime), inner)
             if stat.S_ISDIR(found.st_mode):
                 self._walk(source, inner, tree, level + 1)
+
+    def _is_unchanged(self, entry: FileEntry, source: bytes) -> bool:
+        by_time = self._options.skip_unchanged is True
+        if not self._part.has_same(entry, by_time):
+            return False
+        here = self._part.target_of(entry)
+        return by_time or self._remote.digest(source, entry.size) == file_digest(
+            here, 0, entry.size
+        )
 
     def _get_file(self, entry: FileEntry, source: bytes) -> None:
         part, remote = self._part, self._remote

@@ -43,6 +43,8 @@ class Transfer:
         name: of the whole source, for errors.
         verb: ``"upload"`` or ``"download"``.
         total: bytes to transfer, once they are known.
+        unchanged: the number of files that are left out, as they are the same.
+        deletes: the names that only the target has, or None.
         skipped: (name, reason) of what is left out.
         timeout: seconds without anything sent or received.
     """
@@ -53,7 +55,9 @@ class Transfer:
         self.name = name
         self.verb = verb
         self.total = 0
-        self.options = options
+        self.unchanged = 0
+        self.deletes: list[bytes] | None = None
+        self.options: Any = options
         self.pool = pool
         self.watchdog = Watchdog()
         self.skipped: list[tuple[str, str]] = []
@@ -245,4 +249,8 @@ class Transfer:
         size, duration = sum(file.size for file in files), time.monotonic() - self._started
         logger.debug("%d files, %d bytes in %.2f s: %s", len(files), size, duration, self.name)
         shown = printable(os.fsdecode(path))
-        return TransferResult(shown, len(files), size, duration, self.skipped)
+        preview = getattr(self.options, "preview", False)
+        return TransferResult(
+            shown, len(files), size, duration, self.skipped, unchanged=self.unchanged,
+            sent=[self._shown(entry) for entry in files] if preview else (), deletes=self.deletes,
+        )  # fmt: skip

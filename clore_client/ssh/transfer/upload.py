@@ -14,6 +14,7 @@ from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.ssh.connection_pool import ConnectionPool
+from clore_client.ssh.transfer.compare import Comparison, ShellTarget
 from clore_client.ssh.transfer.digests import (
     DIFFERS,
     MAX_ANSWER,
@@ -29,7 +30,7 @@ from clore_client.ssh.transfer.entry import (
     record_key,
 )
 from clore_client.ssh.transfer.local_tree import Bundles, Chunks, LocalTree, Source
-from clore_client.ssh.transfer.options import TransferOptions
+from clore_client.ssh.transfer.options import TransferOptions, is_content
 from clore_client.ssh.transfer.remote_script import (
     LAST_PATIENCE,
     MAX_LINE,
@@ -51,6 +52,7 @@ from clore_client.ssh.transfer.sftp_upload import SftpUpload
 from clore_client.ssh.transfer.tar import TAR_BLOCK, tar_header
 from clore_client.ssh.transfer.transfer import Transfer
 from clore_client.ssh.transport import NoChannelError, connection_errors
+from clore_client.validation import check_bool, short_repr
 
 # sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
 # host, more channels make an upload faster.
@@ -62,13 +64,39 @@ SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as 
 META_LINES = 500
 
 
-def check_upload(local: Any, remote: Any, **given: Any) -> tuple[TransferOptions, LocalTree]:
+class UploadOptions(TransferOptions):
+    """The arguments of an upload, checked."""
+
+    def __init__(
+        self, local: Any, remote: Any, *, preview: Any = False, delete: Any = False, **given: Any
+    ) -> None:
+        super().__init__(local, remote, **given)
+        if self.source.endswith(b"//"):
+            self.source = self.source.rstrip(b"/") + b"/"
+        self.preview = check_bool("preview", preview)
+        self.delete: bool | frozenset[bytes] = False
+        if isinstance(delete, TransferResult) and delete.deletes is not None and not preview:
+            self.delete = frozenset(delete.deletes)
+        elif delete is True and preview:
+            self.delete = True
+        elif delete is not False:
+            raise ValueError(
+                "delete must be the result of a call with preview=True and delete=True, so that "
+                f"nothing is removed unseen, not {short_repr(delete)}"
+            )
+        self.compares = bool(preview or self.delete is not False or self.skip_unchanged)
+
+
+def check_upload(local: Any, remote: Any, **given: Any) -> tuple[UploadOptions, LocalTree]:
     """Check the arguments of an upload, and find the files to send."""
-    options = TransferOptions(local, remote, **given)
-    return options, LocalTree(os.path.expanduser(options.local), options.symlinks)
+    options = UploadOptions(local, remote, **given)
+    tree = LocalTree(os.path.expanduser(options.local), options.symlinks, options.excluded)
+    if options.delete is not False and not tree.is_folder:
+        raise ValueError("delete is for the upload of a directory, and local is a file")
+    return options, tree
 
 
-def upload_connections(options: TransferOptions, tree: LocalTree) -> int:
+def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
     """Return how many connections an upload uses."""
     if options.streams is not None:
         return options.streams
@@ -76,7 +104,7 @@ def upload_connections(options: TransferOptions, tree: LocalTree) -> int:
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 
-def upload_path(pool: ConnectionPool, checked: tuple[TransferOptions, LocalTree]) -> TransferResult:
+def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) -> TransferResult:
     """Upload; see ``CloreClient.upload``."""
     options, tree = checked
     name = os.path.basename(os.path.abspath(tree.path))
@@ -122,14 +150,18 @@ class Upload:
     def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
         self._transfer = transfer
         self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
-        self._options = options = transfer.options
+        self._options: Any = transfer.options
+        options = self._options
         self._tree = tree
         whole = os.path.abspath(tree.path)
         kind = "d" if tree.is_folder else "f"
+        content = is_content(options.local)
         # With resume, the same name each time; else a random one.
-        same = record_key((kind, whole, options.remote))[:20]
+        same = record_key((kind, content, whole, options.remote))[:20]
         self._values: dict[str, Any] = {
             "f": options.source,
+            "content": int(content),
+            "look": 0,
             "name": os.path.basename(whole) or b".",
             "kind": kind,
             "token": same if options.resume else os.urandom(10).hex(),
@@ -141,7 +173,18 @@ class Upload:
         self._bundles = Bundles([], False, set())
 
     def run(self) -> bytes:
-        """Upload, and return the path on the host."""
+        """Compare if that was asked for, upload, and return the path on the host."""
+        if not self._options.compares:
+            return self._run()
+        target = ShellTarget(self._transfer, self._tree, self._values)
+        comparison = Comparison(self._transfer, self._tree, target)
+        if self._options.preview or not (self._tree.is_folder or self._tree.files):
+            return comparison.path
+        path = self._run()
+        comparison.finish()
+        return path
+
+    def _run(self) -> bytes:
         transfer = self._transfer
         try:
             # Workers start without the answer of CONTROL, which saves a round trip.
