@@ -1459,7 +1459,7 @@ class CloreClient(HTTPClient):
 
         Example:
             >>> print(client.rsync_command(order, "data/", "~/work"))
-            rsync -az --secluded-args -e 'ssh -p 2060' data/ root@n1.us.clorecloud.net:work
+            rsync -az -s -e 'ssh -p 2060' data/ root@n1.us.clorecloud.net:work
         """
         return self._ssh.rsync_line(order, local, remote, key_path)
 

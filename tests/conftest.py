@@ -34,6 +34,7 @@ INTERNAL = [
     "simulator/test_ssh.py",
     "ssh/test_command.py",
     "ssh/test_hostile_transfer.py",
+    "ssh/test_files.py",
     "ssh/test_hosts.py",
     "ssh/test_jobs.py",
     "ssh/test_service.py",

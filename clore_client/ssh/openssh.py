@@ -29,7 +29,7 @@ def rsync_line(
     # No shell of the machine expands a path that rsync keeps from it, so "~" is not sent.
     target = os.fsdecode(remote_path(remote)).removeprefix("./")
     host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
-    words = ["rsync", "-az", "--secluded-args", "-e", ssh, source]
+    words = ["rsync", "-az", "-s", "-e", ssh, source]
     return shlex.join([*words, f"{address['user']}@{host}:{target}"])
 
 

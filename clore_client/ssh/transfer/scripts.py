@@ -38,7 +38,6 @@ stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 # Sets $f to the target and $p to the temporary name beside it; $r records what has arrived.
 TARGET = r"""
 case $f in /*) ;; *) f=$PWD/${f#./};; esac
-f=${f%/.}
 if [ "$kind" = d ]; then
   [ "$content" = 1 ] || f=${f%/}/$name
 elif [ -d "$f" ]; then f=${f%/}/$name

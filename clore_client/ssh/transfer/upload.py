@@ -71,8 +71,9 @@ class UploadOptions(TransferOptions):
         self, local: Any, remote: Any, *, preview: Any = False, delete: Any = False, **given: Any
     ) -> None:
         super().__init__(local, remote, **given)
-        if self.source.endswith(b"//"):
-            self.source = self.source.rstrip(b"/") + b"/"
+        folder = re.sub(rb"(/+\.?)+$", b"", self.source)
+        if folder != self.source:  # it ends with "/", "//" or "/."
+            self.source = folder + b"/"
         self.preview = check_bool("preview", preview)
         self.delete: bool | frozenset[bytes] = False
         if isinstance(delete, TransferResult) and delete.deletes is not None and not preview:
