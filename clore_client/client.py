@@ -675,6 +675,7 @@ class CloreClient(HTTPClient):
             "image": image, "currency": currency, "ports": ports, "env": env,
             "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
         }  # fmt: skip
+        shown = ProgressOptions(on_progress, progress)
         settings = RentalSettings(
             gpu_type=gpu_type, max_price_usd=max_price_usd, min_reliability=min_reliability,
             use_spot=use_spot, server_id=server_id, order=order, spot_price=spot_price,
@@ -682,7 +683,6 @@ class CloreClient(HTTPClient):
             find_timeout=find_timeout, cancel_timeout=cancel_timeout, max_hours=max_hours,
             max_cost_usd=max_cost_usd,
         )  # fmt: skip
-        shown = ProgressOptions(on_progress, progress)
         return Rental(self, self._orders, settings, state_folder(self._state_dir), shown)
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
@@ -1356,7 +1356,8 @@ class CloreClient(HTTPClient):
             ['old.bin']
             >>> client.upload(order, "data/", "~/work", delete=would)
         """
-        from clore_client.ssh.transfer.upload import check_upload, upload_connections, upload_path
+        from clore_client.ssh.transfer.upload import upload_path
+        from clore_client.ssh.transfer.upload_options import check_upload, upload_connections
 
         checked = check_upload(
             local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
@@ -1417,11 +1418,8 @@ class CloreClient(HTTPClient):
             >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
             4976698672
         """
-        from clore_client.ssh.transfer.download import (
-            DOWNLOAD_CONNECTIONS,
-            DownloadOptions,
-            download_path,
-        )
+        from clore_client.ssh.transfer.download import DOWNLOAD_CONNECTIONS, download_path
+        from clore_client.ssh.transfer.options import DownloadOptions
 
         options = DownloadOptions(
             remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -27,10 +26,10 @@ from clore_client.ssh.transfer.entry import (
     FileEntry,
     about,
     check_unchanged,
-    nanoseconds,
+    parse_stat,
 )
 from clore_client.ssh.transfer.local_part import LocalPart, write_piece
-from clore_client.ssh.transfer.options import TransferOptions, is_content
+from clore_client.ssh.transfer.options import DownloadOptions
 from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, RemoteScript
 from clore_client.ssh.transfer.remote_tree import RemoteTree, make_links
 from clore_client.ssh.transfer.scripts import (
@@ -54,26 +53,6 @@ HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host can hash within the tim
 RANGE = 64 * 1024 * 1024  # bytes that a worker asks for at a time
 MAX_FILES = 2_000_000
 ANY_SIZE = 2**62
-
-
-class DownloadOptions(TransferOptions):
-    """The arguments of a download, checked, and its target.
-
-    Attributes:
-        target: the path to write a file to: inside ``local`` if that is a directory or is named as
-            one, else ``local``.
-        folder_target: the path to write a directory to: inside ``local``, or ``local`` itself for
-            the content of a directory.
-    """
-
-    def __init__(self, remote: Any, local: Any, **given: Any) -> None:
-        super().__init__(local, remote, **given)
-        here = os.fsdecode(os.path.expanduser(self.local))
-        name = os.fsdecode(self.remote.rstrip(b"/").rpartition(b"/")[2])
-        content = is_content(self.remote) or self.remote == b"~"
-        inside = os.path.isdir(here) or here.endswith(("/", os.sep))
-        self.target = os.path.join(here, name) if inside and not content else here
-        self.folder_target = here if content else os.path.join(here, name)
 
 
 def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferResult:
@@ -278,8 +257,8 @@ class Download:
         files += tree.files
         links = tree.links(self._transfer)
         self._part.accept(files, folder=True)
-        if self._options.skip_unchanged:
-            self._drop_unchanged(tree, files)
+        tree.drop_unchanged(self._transfer, self._part, self._different)
+        files[:] = tree.files
         self._transfer.total = sum(entry.size for entry in files)
         self._part.begin(tree.entries)
         missing = [entry for entry in files if not self._part.is_done(entry)]
@@ -379,21 +358,11 @@ class Download:
         with self._transfer.script(self._transfer.pool.ssh, text) as script:
             return same_chunks(script, self._part.target, [(0, entry.size)])
 
-    def _drop_unchanged(self, tree: RemoteTree, files: list[FileEntry]) -> None:
-        """Compare the files of a directory with those in its target, and drop the same ones."""
-        part, by_time = self._part, self._options.skip_unchanged is True
-        if self._options.symlinks == "follow" and tree.has_links:
-            return  # what a link leads to has to come
-        same = [entry for entry in files if part.has_same(entry, by_time)]
-        if not by_time and same:
-            text = script_text("digests", FILE_DIGESTS, path=self._options.source)
-            with self._transfer.script(self._transfer.pool.ssh, text) as script:
-                different = {e.name for e in different_files(script, same, part.target_of)}
-            same = [entry for entry in same if entry.name not in different]
-        tree.drop({entry.name for entry in same})
-        self._transfer.unchanged = len(same)
-        files[:] = tree.files
-        part.accept(files, folder=True)
+    def _different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs from that of their targets."""
+        text = script_text("digests", FILE_DIGESTS, path=self._options.source)
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            return list(different_files(script, files, self._part.target_of))
 
     # --- checks ---
 
@@ -436,15 +405,6 @@ class Download:
     def _refuse(self) -> None:
         self._part.clear()
         raise SSHError(DIFFERS)
-
-
-def parse_stat(line: bytes) -> FileEntry:
-    """Read size, seconds and permissions of a file."""
-    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
-    if found is None:
-        raise SSHError("the machine sent a file status that can't be read")
-    size, seconds, mode = found.groups()
-    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
 
 
 def _compare(line: bytes, digest: str) -> None:

@@ -71,6 +71,26 @@ class TransferOptions:
             check_number("deadline", deadline, above=True, unit="seconds")
 
 
+class DownloadOptions(TransferOptions):
+    """The arguments of a download, checked, and its target.
+
+    Attributes:
+        target: the path to write a file to: inside ``local`` if that is a directory or is named as
+            one, else ``local``.
+        folder_target: the path to write a directory to: inside ``local``, or ``local`` itself for
+            the content of a directory.
+    """
+
+    def __init__(self, remote: Any, local: Any, **given: Any) -> None:
+        super().__init__(local, remote, **given)
+        here = os.fsdecode(os.path.expanduser(self.local))
+        name = os.fsdecode(self.remote.rstrip(b"/").rpartition(b"/")[2])
+        content = is_content(self.remote) or self.remote == b"~"
+        inside = os.path.isdir(here) or here.endswith(("/", os.sep))
+        self.target = os.path.join(here, name) if inside and not content else here
+        self.folder_target = here if content else os.path.join(here, name)
+
+
 def is_content(path: bytes) -> bool:
     """Return whether a source path means the content of a directory, as it does for rsync."""
     last = path.replace(os.fsencode(os.sep), b"/").rpartition(b"/")[2]

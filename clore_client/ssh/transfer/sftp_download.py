@@ -40,6 +40,7 @@ class SftpDownload:
         files.clear()
         with sftp_session(self._transfer) as self._remote:
             source = self._remote.absolute(self._options.source).rstrip(b"/") or b"/"
+            self._source = source
             found = self._remote.look(source)
             if found is None:
                 raise SSHError("there is no such file")
@@ -50,7 +51,7 @@ class SftpDownload:
                 files.append(entry)
                 self._part.accept(files, folder=False)
                 self._transfer.total = entry.size
-                if self._options.skip_unchanged and self._is_unchanged(entry, source):
+                if self._is_unchanged(entry):
                     files.clear()
                     self._transfer.unchanged = 1
                     return
@@ -70,13 +71,8 @@ class SftpDownload:
         for link in links:
             link.link = os.fsencode(self._remote.sftp.readlink(source + b"/" + link.name) or "")
         self._part.accept(files, folder=True)
-        follows = self._options.symlinks == "follow" and tree.has_links
-        if self._options.skip_unchanged and not follows:
-            same = [e for e in files if self._is_unchanged(e, source + b"/" + e.name)]
-            tree.drop({entry.name for entry in same})
-            self._transfer.unchanged = len(same)
-            files[:] = tree.files
-            self._part.accept(files, folder=True)
+        tree.drop_unchanged(self._transfer, self._part, self._different)
+        files[:] = tree.files
         self._transfer.total = sum(entry.size for entry in files)
         self._part.begin(tree.entries)
         for entry in files:
@@ -104,14 +100,24 @@ class SftpDownload:
             if stat.S_ISDIR(found.st_mode):
                 self._walk(source, inner, tree, level + 1)
 
-    def _is_unchanged(self, entry: FileEntry, source: bytes) -> bool:
-        by_time = self._options.skip_unchanged is True
-        if not self._part.has_same(entry, by_time):
+    def _is_unchanged(self, entry: FileEntry) -> bool:
+        """Compare a single file with its target, if that was asked for."""
+        how = self._options.skip_unchanged
+        if not how or not self._part.has_same(entry, how is True):
             return False
-        here = self._part.target_of(entry)
-        return by_time or self._remote.digest(source, entry.size) == file_digest(
-            here, 0, entry.size
-        )
+        return how is True or not self._different([entry])
+
+    def _different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs from that of their targets."""
+        return [
+            entry
+            for entry in files
+            if self._remote.digest(self._place(entry), entry.size)
+            != file_digest(self._part.target_of(entry), 0, entry.size)
+        ]
+
+    def _place(self, entry: FileEntry) -> bytes:
+        return self._source + b"/" + entry.name if entry.name else self._source
 
     def _get_file(self, entry: FileEntry, source: bytes) -> None:
         part, remote = self._part, self._remote

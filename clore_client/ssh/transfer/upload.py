@@ -30,7 +30,7 @@ from clore_client.ssh.transfer.entry import (
     record_key,
 )
 from clore_client.ssh.transfer.local_tree import Bundles, Chunks, LocalTree, Source
-from clore_client.ssh.transfer.options import TransferOptions, is_content
+from clore_client.ssh.transfer.options import is_content
 from clore_client.ssh.transfer.remote_script import (
     LAST_PATIENCE,
     MAX_LINE,
@@ -51,58 +51,15 @@ from clore_client.ssh.transfer.scripts import (
 from clore_client.ssh.transfer.sftp_upload import SftpUpload
 from clore_client.ssh.transfer.tar import TAR_BLOCK, tar_header
 from clore_client.ssh.transfer.transfer import Transfer
+from clore_client.ssh.transfer.upload_options import UploadOptions, upload_connections
 from clore_client.ssh.transport import NoChannelError, connection_errors
-from clore_client.validation import check_bool, short_repr
 
 # sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
 # host, more channels make an upload faster.
 UPLOAD_CHANNELS = 8
 RESUMABLE_CHANNELS = 2  # fewer chunks are lost when the connection breaks
-# From so many bytes on, so many connections are worth their logins.
-UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
 SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
 META_LINES = 500
-
-
-class UploadOptions(TransferOptions):
-    """The arguments of an upload, checked."""
-
-    def __init__(
-        self, local: Any, remote: Any, *, preview: Any = False, delete: Any = False, **given: Any
-    ) -> None:
-        super().__init__(local, remote, **given)
-        folder = re.sub(rb"(/+\.?)+$", b"", self.source)
-        if folder != self.source:  # it ends with "/", "//" or "/."
-            self.source = folder + b"/"
-        self.preview = check_bool("preview", preview)
-        self.delete: bool | frozenset[bytes] = False
-        if isinstance(delete, TransferResult) and delete.deletes is not None and not preview:
-            self.delete = frozenset(delete.deletes)
-        elif delete is True and preview:
-            self.delete = True
-        elif delete is not False:
-            raise ValueError(
-                "delete must be the result of a call with preview=True and delete=True, so that "
-                f"nothing is removed unseen, not {short_repr(delete)}"
-            )
-        self.compares = bool(preview or self.delete is not False or self.skip_unchanged)
-
-
-def check_upload(local: Any, remote: Any, **given: Any) -> tuple[UploadOptions, LocalTree]:
-    """Check the arguments of an upload, and find the files to send."""
-    options = UploadOptions(local, remote, **given)
-    tree = LocalTree(os.path.expanduser(options.local), options.symlinks, options.excluded)
-    if options.delete is not False and not tree.is_folder:
-        raise ValueError("delete is for the upload of a directory, and local is a file")
-    return options, tree
-
-
-def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
-    """Return how many connections an upload uses."""
-    if options.streams is not None:
-        return options.streams
-    size = sum(entry.size for entry in tree.entries)
-    return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 
 def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) -> TransferResult:
