@@ -51,7 +51,7 @@ from clore_client.ssh.transfer.scripts import (
 from clore_client.ssh.transfer.sftp_upload import SftpUpload
 from clore_client.ssh.transfer.tar import TAR_BLOCK, tar_header
 from clore_client.ssh.transfer.transfer import Transfer
-from clore_client.ssh.transfer.upload_options import UploadOptions, upload_connections
+from clore_client.ssh.transfer.upload_check import UploadOptions, upload_connections
 from clore_client.ssh.transport import NoChannelError, connection_errors
 
 # sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
