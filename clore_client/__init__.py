@@ -22,6 +22,8 @@ from clore_client.errors import (
     InvalidEndpointError,
     InvalidInputError,
     InvalidResponseError,
+    JobError,
+    JobTimeoutError,
     OrderEndedError,
     OrderNotFoundError,
     OrderOutcomeUnknownError,
@@ -47,12 +49,14 @@ from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
 from clore_client.models.spot_market import SpotMarket, SpotOffer
 from clore_client.models.wallet import Wallet
+from clore_client.progress import ProgressEvent
 from clore_client.version import __version__
 
 if TYPE_CHECKING:
     from clore_client.rental.recovery import Leftover, Leftovers
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalExit
+    from clore_client.ssh.jobs import Job
 
 __all__ = [
     "ApplicationError",
@@ -76,6 +80,9 @@ __all__ = [
     "InvalidEndpointError",
     "InvalidInputError",
     "InvalidResponseError",
+    "Job",
+    "JobError",
+    "JobTimeoutError",
     "Leftover",
     "Leftovers",
     "ModelSummary",
@@ -86,6 +93,7 @@ __all__ = [
     "OrderOutcomeUnknownError",
     "OutcomeUnknownError",
     "OutputLine",
+    "ProgressEvent",
     "RateLimitError",
     "RateUnknownError",
     "Rental",
@@ -111,10 +119,11 @@ __all__ = [
 ]
 
 _LAZY_NAMES = {
-    "Leftover": "recovery",
-    "Leftovers": "recovery",
-    "Rental": "rental",
-    "SignalExit": "signals",
+    "Job": "ssh.jobs",
+    "Leftover": "rental.recovery",
+    "Leftovers": "rental.recovery",
+    "Rental": "rental.rental",
+    "SignalExit": "rental.signals",
 }
 
 
@@ -123,9 +132,9 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # The rental modules are imported on first use, which makes the import faster.
+    # These modules are imported on first use, which makes the import faster.
     if name in _LAZY_NAMES:
         import importlib
 
-        return getattr(importlib.import_module(f"clore_client.rental.{_LAZY_NAMES[name]}"), name)
+        return getattr(importlib.import_module(f"clore_client.{_LAZY_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

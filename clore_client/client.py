@@ -33,6 +33,7 @@ from clore_client.orders.cancel import cancel_all, cancel_order, cancel_orders, 
 from clore_client.orders.create import Purchase
 from clore_client.orders.funds import balance_of, hours_left, learn_order_rates, read_balances
 from clore_client.orders.wait import wait_for_status
+from clore_client.progress import ProgressOptions, Report
 from clore_client.validation import (
     Timeout,
     check_bool,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalHandling
     from clore_client.ssh.access import SSHAccess
+    from clore_client.ssh.jobs import Job
     from clore_client.ssh.tunnel import Forward
 
 C = TypeVar("C", bound="CloreClient")
@@ -767,6 +769,8 @@ class CloreClient(HTTPClient):
         target_status: str = "running",
         *,
         on_update: Callable[[Order | None], object] | None = None,
+        on_progress: Report | None = None,
+        progress: bool = False,
     ) -> Order:
         """Wait until an order has a status.
 
@@ -782,6 +786,10 @@ class CloreClient(HTTPClient):
                 last two count as the same.
             on_update: called after each poll with the :class:`Order`, or None while it is in no
                 list. An exception that it raises ends the wait.
+            on_progress: called with a :class:`ProgressEvent` at each step: it has a ``name``, a
+                ``number``, and a ``text`` for people.
+            progress: show these events in a terminal or notebook: with tqdm if it is installed,
+                else as lines on stderr. In a pipe, nothing is shown.
 
         Returns:
             The :class:`Order` with that status.
@@ -800,10 +808,10 @@ class CloreClient(HTTPClient):
         check_interval("poll_interval", poll_interval)
         check_text("target_status", target_status)
         check_callback("on_update", on_update, 1)
-
-        order = wait_for_status(
-            self._orders, wanted, timeout, poll_interval, target_status, on_update
-        )
+        with ProgressOptions(on_progress, progress).reporting() as report:
+            order = wait_for_status(
+                self._orders, wanted, timeout, poll_interval, target_status, on_update, report
+            )
         learn_order_rates(self._orders, [order])
         return order
 
@@ -832,6 +840,8 @@ class CloreClient(HTTPClient):
         cancel_timeout: float = 300.0,
         max_hours: float | None = None,
         max_cost_usd: float | None = None,
+        on_progress: Report | None = None,
+        progress: bool = False,
         **filters: Unpack[ServerFilters],
     ) -> Rental:
         """Rent a server for the length of a ``with`` block, and cancel the order at its end.
@@ -871,6 +881,7 @@ class CloreClient(HTTPClient):
                 at most as many seconds to confirm the end.
             max_hours: hours after which the rental ends.
             max_cost_usd: cost in USD, with fees, at which the rental ends.
+            on_progress, progress: as for :meth:`wait_for_order`.
 
         Returns:
             A :class:`Rental`, which orders when its block begins: ``order``, ``server``,
@@ -898,6 +909,7 @@ class CloreClient(HTTPClient):
             "image": image, "currency": currency, "ports": ports, "env": env,
             "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
         }  # fmt: skip
+        shown = ProgressOptions(on_progress, progress)
         settings = RentalSettings(
             search=Search(
                 gpu_type, max_price_usd, min_reliability, use_spot,
@@ -907,7 +919,7 @@ class CloreClient(HTTPClient):
             deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
             cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
         )  # fmt: skip
-        return Rental(self, self._orders, settings, self._state_folder)
+        return Rental(self, self._orders, settings, self._state_folder, shown)
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
         """Find the orders that rentals of dead processes left running on this account.
@@ -1176,23 +1188,35 @@ class CloreClient(HTTPClient):
         timeout: float = 30.0,
         host_key: str = "pin",
         use_ssh_config: bool = False,
+        on_progress: Report | None = None,
+        progress: bool = False,
     ) -> None:
-        """Wait until a login works. Takes the arguments of :meth:`connect_ssh`.
+        """Wait until a login works.
+
+        Parameters:
+            order, password, key_path, passphrase, wait, timeout, host_key, use_ssh_config: as for
+                :meth:`connect_ssh`.
+            on_progress, progress: as for :meth:`wait_for_order`.
+
+        Raises:
+            SSHError, HostKeyChangedError, ValueError, ImportError: as for :meth:`connect_ssh`.
 
         Example:
             >>> client.wait_for_ssh(order, wait=600)
         """
         password, passphrase = Secret.of(password), Secret.of(passphrase)
-        self.connect_ssh(
+        login = self._ssh.login(
             order,
-            password,
-            key_path,
+            password=password,
+            key_path=key_path,
             passphrase=passphrase,
             wait=wait,
             timeout=timeout,
             host_key=host_key,
             use_ssh_config=use_ssh_config,
-        ).close()
+        )
+        with ProgressOptions(on_progress, progress).reporting() as report:
+            login.open(report).close()
 
     def forget_host_key(self, order: Mapping[str, Any]) -> bool:
         """Forget the pinned host key of an order, so that the next login accepts a new one.
@@ -1315,6 +1339,179 @@ class CloreClient(HTTPClient):
         with self._ssh.connected(order, ssh, login, login_timeout) as pool:
             return run_command(pool.ssh, command, **options)
 
+    def start(
+        self,
+        order: Mapping[str, Any],
+        command: str | Sequence[str],
+        *,
+        name: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: PathArgument | None = None,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> Job:
+        """Start a job: a command that runs on, without a connection. Needs paramiko.
+
+        It runs in a session of its own, with an empty standard input. Its output and its exit code
+        are files on the machine, in ``~/.clore/jobs/<name>``. So it goes on after the end of this
+        process, and :meth:`job` finds it from any other. It ends with the order.
+
+        Parameters:
+            order: a running order.
+            command: a command for the machine's shell; a list of arguments is quoted.
+            name: letters, digits, ``_``, ``.`` and ``-``; by default a random one.
+            env: environment variables, which no list of processes on the machine shows.
+            cwd: the directory to run in; a relative path and ``~`` start at the home directory.
+            ssh, **login: as for :meth:`run`. With ``ssh``, the job's methods can't reconnect.
+
+        Returns:
+            A :class:`Job`: ``status``, ``exit_code``, ``tail()``, ``follow()``, ``wait()``,
+            ``stop()``, ``remove()``.
+
+        Raises:
+            JobError: there is already a job with this name, or ``cwd`` does not exist. After a
+                broken connection, :meth:`job` tells if it was started.
+            SSHError: the login failed.
+
+        Example:
+            >>> job = client.start(order, "python train.py", name="train", cwd="~/work")
+            >>> job.follow(on_output=print)
+        """
+        from clore_client.ssh.jobs import JobCommand
+
+        checked = JobCommand(command, name=name, env=secret_values(env), cwd=cwd)
+        return self._ssh.jobs(order, ssh, login).start(checked)
+
+    def jobs(
+        self, order: Mapping[str, Any], *, ssh: paramiko.SSHClient | None = None, **login: Any
+    ) -> list[Job]:
+        """Return the jobs of a machine, those that have ended too, by name.
+
+        Parameters:
+            order: a running order.
+            ssh, **login: as for :meth:`start`.
+
+        Returns:
+            A list of :class:`Job`.
+
+        Raises:
+            SSHError: the login failed.
+
+        Example:
+            >>> client.jobs(order)
+            [<Job 'train': running>]
+        """
+        return self._ssh.jobs(order, ssh, login).find()
+
+    def job(
+        self,
+        order: Mapping[str, Any],
+        name: str,
+        *,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> Job:
+        """Return the job with a name, from any process.
+
+        Parameters:
+            order: a running order.
+            name: the name that :meth:`start` was given.
+            ssh, **login: as for :meth:`start`.
+
+        Returns:
+            The :class:`Job`.
+
+        Raises:
+            JobError: the machine has no job of that name.
+            SSHError: the login failed.
+
+        Example:
+            >>> client.job(order, "train").tail(1)
+            'step 100: loss 1.24\\n'
+        """
+        from clore_client.ssh.jobs import check_job_name
+
+        wanted = check_job_name(name)
+        return self._ssh.jobs(order, ssh, login).get(wanted)
+
+    def shell(
+        self, order: Mapping[str, Any], *, ssh: paramiko.SSHClient | None = None, **login: Any
+    ) -> int:
+        """Open the machine's shell in this terminal, until it ends. Needs paramiko.
+
+        Every key goes to the machine, Ctrl-C too. The terminal is as before afterwards, in
+        whichever way the shell ends.
+
+        Parameters:
+            order: a running order.
+            ssh, **login: as for :meth:`run`.
+
+        Returns:
+            The exit code of the shell; -1 if a signal ended it.
+
+        Raises:
+            SSHError: this process has no terminal, the login failed, or the connection broke.
+
+        Example:
+            >>> client.shell(order)
+            root@gpu:~# exit
+            0
+        """
+        from clore_client.ssh.shell import check_terminal, run_shell
+
+        check_terminal()
+        with self._ssh.connected(order, ssh, login) as pool:
+            return run_shell(pool.ssh)
+
+    def wait_for_http(
+        self,
+        order: Mapping[str, Any],
+        path: str = "/",
+        port: int | None = None,
+        timeout: float = 600.0,
+        *,
+        on_progress: Report | None = None,
+        progress: bool = False,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> int:
+        """Wait until a web service in an order answers by itself.
+
+        The public address of an order answers 502 until something in the container listens
+        (seconds to minutes after ``running``, seen on the live API). 502, 503, 504 and 520 to 530
+        count as no answer yet; each other status as an answer. Certificates are verified. Neither
+        the API key nor any other credentials are sent.
+
+        Parameters:
+            order: a running order.
+            path: the path to ask for.
+            port: the port in the container. If the order has no public address for it, the request
+                goes over SSH, which needs paramiko. None: the order's public address.
+            timeout: seconds to wait; ``float("inf")`` waits forever.
+            on_progress, progress: as for :meth:`wait_for_order`.
+            ssh, **login: as for :meth:`run`, where the request goes over SSH.
+
+        Returns:
+            The status of the answer, for example 200, 302 or 401.
+
+        Raises:
+            WaitTimeoutError: there was no answer in time; ``reason`` has the last one.
+            CloreConnectionError: the certificate is not valid.
+            SSHError: the login failed, or the connection broke.
+
+        Example:
+            >>> client.wait_for_http(order, "/api/status")
+            200
+        """
+        from clore_client.ssh.service import HTTPWait
+
+        options = ProgressOptions(on_progress, progress)
+        wait = HTTPWait(order, path, port, timeout, options)
+        if wait.url is not None:
+            return wait.at_public_address(self._user_agent)
+        with self._ssh.connected(order, ssh, login) as pool:
+            return wait.on_machine(pool)
+
     def forward(
         self,
         order: Mapping[str, Any],
@@ -1359,8 +1556,13 @@ class CloreClient(HTTPClient):
         verify: bool = False,
         resume: bool = False,
         symlinks: str = "skip",
+        exclude: Sequence[str] = (),
+        skip_unchanged: bool | str = False,
+        preview: bool = False,
+        delete: bool | TransferResult = False,
         streams: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
+        on_progress: Report | None = None,
         timeout: float = 30.0,
         deadline: float | None = None,
         ssh: paramiko.SSHClient | None = None,
@@ -1368,12 +1570,34 @@ class CloreClient(HTTPClient):
     ) -> TransferResult:
         """Copy a file or a directory to the machine of an order. Needs paramiko.
 
-        As with ``cp -r``, a copy to an existing directory goes into that directory. Each file gets
-        a temporary name, and is renamed when it is complete. The client always compares sizes. It
-        also compares SHA-256 with ``verify``, after a resumed transfer, and for a file that was
-        sent in several pieces. On a host without a POSIX shell, it uses SFTP, which is slower. A
-        new file gets the permissions of the local one, minus the host's umask; a replaced file
-        keeps its own. A ``remote`` that is a symlink is an error, unless ``symlinks="follow"``.
+        As with rsync, a directory goes into ``remote``: ``"data"`` becomes ``remote/data``. With a
+        slash at its end, its content does: ``"data/"`` becomes ``remote``. It makes no difference
+        if ``remote`` exists. A file goes into ``remote`` if that is a directory or ends with a
+        slash, and else gets that name. Missing parents of the target are created.
+
+        Each file gets a temporary name, and is renamed when it is complete. The client always
+        compares sizes. It also compares SHA-256 with ``verify``, after a resumed transfer, and for
+        a file that was sent in several pieces. On a host without a POSIX shell, it uses SFTP, which
+        is slower.
+
+        ==================  ========================================================================
+        in the source       in the copy
+        ==================  ========================================================================
+        file                a file; one that is replaced stays whole until then
+        permissions         those of the source minus the umask of the other side; a replaced file
+                            keeps its own; with ``preserve`` those of the source; never setuid
+        owner, attributes   those of the user who logs in; not copied
+        times               the time of the copy; with ``preserve`` that of the source, in seconds
+        symlink             left out; ``symlinks="copy"``: the same symlink, ``"follow"``: what it
+                            leads to; left out if that is outside of the directory
+        ``local`` itself    a symlink in its place is followed
+        hard link           a file of its own
+        sparse file         a sparse file
+        device, FIFO,       left out, and named in ``skipped``
+        socket
+        ==================  ========================================================================
+
+        A symlink in the place of a file's target is an error, unless ``symlinks="follow"``.
 
         Parameters:
             order: a running order.
@@ -1384,34 +1608,50 @@ class CloreClient(HTTPClient):
             verify: compare the SHA-256 of every file.
             resume: continue an earlier transfer that failed. If the size or time of the source has
                 changed, start over.
-            symlinks: for symlinks in a directory that point into the same directory: ``"skip"``
-                leaves them out, ``"copy"`` creates the same symlinks, ``"follow"`` copies their
-                targets. All other symlinks are left out; ``skipped`` names them.
+            symlinks: ``"skip"``, ``"copy"`` or ``"follow"``, as in the table.
+            exclude: patterns as in ``.gitignore``, of what to leave out. Needs pathspec.
+            skip_unchanged: True leaves out the files whose size and time are the same there, and
+                preserves times, so that the next call can compare them. ``"checksum"`` compares
+                sizes and SHA-256.
+            preview: send nothing. The result has what would be sent in ``sent``.
+            delete: remove what only the target has. First pass True with ``preview=True``; the
+                result lists it in ``deleted``. Then pass that result: nothing else is removed.
+                What ``exclude`` matches, or what was left out here, stays.
             streams: the number of connections, 1 to 16; None chooses it by the size.
-            progress: called as ``progress(name, done, total)``, in bytes, in this thread; control
+            progress: True shows the progress, as for :meth:`wait_for_order`. A function is called
+                for each file, as ``progress(name, done, total)``, in bytes, in this thread; control
                 characters in the name are escaped.
+            on_progress: called with a :class:`ProgressEvent`, in bytes of all files.
             timeout: seconds for each login attempt, and the longest time without any progress.
             deadline: seconds for the whole call with its login; None for no limit.
             ssh, **login: as for :meth:`run`.
 
         Returns:
             A :class:`TransferResult`: ``path``, ``files``, ``size`` in bytes, ``duration`` in
-            seconds, and ``skipped``.
+            seconds, ``skipped``, ``unchanged``, ``sent``, ``deleted``.
 
         Raises:
             TransferError: a file was not copied completely, because of a full disk or a lost
                 connection; it has ``name``, ``done`` and ``total``.
             SSHError: the login failed.
             FileNotFoundError: ``local`` does not exist.
+            ImportError: ``exclude`` needs pathspec.
 
         Example:
-            >>> client.upload(order, "train.py", "~/work/")
+            >>> client.upload(order, "data/", "~/work", exclude=["*.pyc"], skip_unchanged=True)
+            >>> would = client.upload(order, "data/", "~/work", preview=True, delete=True)
+            >>> would.deleted
+            ['old.bin']
+            >>> client.upload(order, "data/", "~/work", delete=would)
         """
-        from clore_client.ssh.transfer.upload import check_upload, upload_connections, upload_path
+        from clore_client.ssh.transfer.upload import upload_path
+        from clore_client.ssh.transfer.upload_check import check_upload, upload_connections
 
         checked = check_upload(
             local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
-            streams=streams, progress=progress, timeout=timeout, deadline=deadline,
+            exclude=exclude, skip_unchanged=skip_unchanged, preview=preview, delete=delete,
+            streams=streams, progress=progress, on_progress=on_progress, timeout=timeout,
+            deadline=deadline,
         )  # fmt: skip
         with self._ssh.connected(order, ssh, login, timeout, upload_connections(*checked)) as pool:
             return upload_path(pool, checked)
@@ -1426,9 +1666,12 @@ class CloreClient(HTTPClient):
         verify: bool = False,
         resume: bool = False,
         symlinks: str = "skip",
+        exclude: Sequence[str] = (),
+        skip_unchanged: bool | str = False,
         streams: int | None = None,
         max_bytes: int | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
+        on_progress: Report | None = None,
         timeout: float = 30.0,
         deadline: float | None = None,
         ssh: paramiko.SSHClient | None = None,
@@ -1436,9 +1679,10 @@ class CloreClient(HTTPClient):
     ) -> TransferResult:
         """Copy a file or a directory from the machine of an order. Needs paramiko.
 
-        It works like :meth:`upload` in the other direction. A hostile machine can't make it write
-        outside of ``local``. If a file grows during the copy, as a log does, the copy has its
-        content from the start; any other change is an error.
+        It works like :meth:`upload` in the other direction, with the same table and the same
+        meaning of a slash at the end of ``remote``. A hostile machine can't make it write outside
+        of ``local``. If a file grows during the copy, as a log does, the copy has its content from
+        the start; any other change is an error.
 
         Parameters:
             order: a running order.
@@ -1446,8 +1690,8 @@ class CloreClient(HTTPClient):
                 directory.
             local: a path on this machine.
             max_bytes: refuse to copy more bytes than this.
-            preserve, verify, resume, symlinks, streams, progress, timeout, deadline, ssh,
-                **login: as for :meth:`upload`.
+            preserve, verify, resume, symlinks, exclude, skip_unchanged, streams, progress,
+                on_progress, timeout, deadline, ssh, **login: as for :meth:`upload`.
 
         Returns:
             A :class:`TransferResult`.
@@ -1456,25 +1700,54 @@ class CloreClient(HTTPClient):
             TransferError: a file was not copied completely, is larger than ``max_bytes``, or the
                 machine sent invalid data.
             SSHError: the login failed.
+            ImportError: ``exclude`` needs pathspec.
 
         Example:
             >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
             4976698672
         """
-        from clore_client.ssh.transfer.download import (
-            DOWNLOAD_CONNECTIONS,
-            DownloadOptions,
-            download_path,
-        )
+        from clore_client.ssh.transfer.download import DOWNLOAD_CONNECTIONS, download_path
+        from clore_client.ssh.transfer.options import DownloadOptions
 
         options = DownloadOptions(
             remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
-            streams=streams, max_bytes=max_bytes, progress=progress, timeout=timeout,
-            deadline=deadline,
+            exclude=exclude, skip_unchanged=skip_unchanged, streams=streams, max_bytes=max_bytes,
+            progress=progress, on_progress=on_progress, timeout=timeout, deadline=deadline,
         )  # fmt: skip
         size = streams or DOWNLOAD_CONNECTIONS
         with self._ssh.connected(order, ssh, login, timeout, size, streams is not None) as pool:
             return download_path(pool, options)
+
+    def rsync_command(
+        self,
+        order: Mapping[str, Any],
+        local: PathArgument,
+        remote: PathArgument,
+        *,
+        key_path: PathArgument | None = None,
+    ) -> str:
+        """Return the command that copies to the machine with rsync, quoted for a shell.
+
+        It logs in as the line of :meth:`ssh_command` does, with the pinned host key.
+
+        Parameters:
+            order: a running order.
+            local: a file or directory on this machine; a slash at its end means its content.
+            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+                directory.
+            key_path: the file of a private key, which the command names.
+
+        Returns:
+            The command, on one line.
+
+        Raises:
+            SSHError: the order has no address yet, or one that is not a plain name or address.
+
+        Example:
+            >>> print(client.rsync_command(order, "data/", "~/work"))
+            rsync -az -s -e 'ssh -p 2060' data/ root@n1.us.clorecloud.net:work
+        """
+        return self._ssh.rsync_line(order, local, remote, key_path)
 
     def scp(
         self,

@@ -564,6 +564,22 @@ class CommandTimeoutError(SSHError, TimeoutError):
         return (type(self), (self.command, self.timeout, self.stdout, self.stderr))
 
 
+class JobError(SSHError):
+    """A job can't be started, found or removed.
+
+    Attributes:
+        name: the name of the job.
+    """
+
+    def __init__(self, message: str, *, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
+
+
+class JobTimeoutError(JobError, TimeoutError):
+    """A job did not end in time. It still runs."""
+
+
 class TransferError(SSHError):
     """A file was not transferred completely. An existing file in its place is unchanged.
 

@@ -16,7 +16,7 @@ def main(script: str, results: str, gpu_type: str = "RTX 4090") -> None:
         rental.run("mkdir -p results")
         rental.upload(script, "job.sh")
         rental.run("sh job.sh", on_output=print, timeout=1800)
-        print(rental.download("results", results, resume=True))
+        print(rental.download("results/", results, resume=True))
 
 
 if __name__ == "__main__":

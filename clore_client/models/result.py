@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from clore_client.errors import printable
@@ -105,21 +107,45 @@ class TransferResult:
         size: the bytes of all files.
         duration: seconds.
         skipped: (name, reason) for symlinks and special files, which are not copied; escaped, too.
+        unchanged: the number of files that ``skip_unchanged`` left out.
+        sent: with ``preview``, the names of the files that would be sent; escaped, too.
+        deleted: the names that ``delete`` removed, or would remove with ``preview``; escaped, too.
     """
 
-    __slots__ = ("duration", "files", "path", "size", "skipped")
+    __slots__ = ("_deletes", "deleted", "duration", "files", "path", "sent", "size", "skipped",
+                 "unchanged")  # fmt: skip
 
     def __init__(
-        self, path: str, files: int, size: int, duration: float, skipped: list[tuple[str, str]]
+        self,
+        path: str,
+        files: int,
+        size: int,
+        duration: float,
+        skipped: list[tuple[str, str]],
+        *,
+        unchanged: int = 0,
+        sent: Sequence[str] = (),
+        deletes: Sequence[bytes] | None = None,
     ) -> None:
         self.path = path
         self.files = files
         self.size = size
         self.duration = duration
         self.skipped = skipped
+        self.unchanged = unchanged
+        self.sent = list(sent)
+        self.deleted = [printable(os.fsdecode(name)) for name in deletes or ()]
+        self._deletes = deletes
+
+    @property
+    def deletes(self) -> Sequence[bytes] | None:
+        """The names in ``deleted`` as they are; None if ``delete`` was not asked for."""
+        return self._deletes
 
     def __repr__(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        skipped += f", {self.unchanged} unchanged" if self.unchanged else ""
+        skipped += f", {len(self.deleted)} deleted" if self.deleted else ""
         return (
             f"<TransferResult {printable(self.path, 200)!r}: {self.files} files, "
             f"{self.size} bytes, {self.duration:.2f} s{skipped}>"

@@ -10,6 +10,7 @@ from clore_client.errors import CloreError, InvalidResponseError, OrderEndedErro
 from clore_client.log import logger
 from clore_client.models.order import ENDED_STATUSES, Order
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
+from clore_client.progress import ProgressEvent, Report, readable_seconds
 
 _SAME_STATUS = frozenset({"cancelled", "expired"})  # these two count as the same
 
@@ -21,23 +22,28 @@ def wait_for_status(
     poll_interval: float,
     target_status: str,
     on_update: Callable[[Order | None], object] | None,
+    report: Report | None = None,
 ) -> Order:
     """Poll until the order has the status; see ``CloreClient.wait_for_order``.
 
     Parameters:
         orders: the orders of the account.
         order_id, timeout, poll_interval, target_status, on_update: as in that method.
+        report: called with each step.
     """
     if target_status not in {"running", "creating"} | ENDED_STATUSES:
         logger.warning("target_status=%r is not a known status: check its spelling", target_status)
     targets = _SAME_STATUS if target_status in _SAME_STATUS else {target_status}
-    deadline = time.monotonic() + timeout
+    started = time.monotonic()
+    deadline = started + timeout
     seen: Order | None = None
     while True:
         order, failure = _poll(orders, order_id, deadline)
         seen = order or seen
         if on_update is not None and failure is None:
             on_update(order)
+        if report is not None:
+            report(_event(order_id, seen, time.monotonic() - started))
         if order is not None and order.status in targets:
             return order
         if order is not None and order.has_ended:
@@ -57,6 +63,15 @@ def wait_for_status(
         # Respect the pause that the API asked for.
         pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
         time.sleep(min(pause, remaining))
+
+
+def _event(order_id: int, order: Order | None, seconds: float) -> ProgressEvent:
+    status = "not listed yet" if order is None else str(order.status)
+    if status == "running":
+        return ProgressEvent("running", seconds, f"order {order_id}: running")
+    shown = "deploying" if status == "creating" else status
+    text = f"order {order_id}: {shown}, {readable_seconds(seconds)}"
+    return ProgressEvent("deploy", seconds, text)
 
 
 def _poll(

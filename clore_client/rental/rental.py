@@ -28,6 +28,7 @@ from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
+from clore_client.progress import ProgressEvent, ProgressOptions, Report
 from clore_client.rental.client import RentalClient
 from clore_client.rental.selection import RentalSettings, candidates, order_usd_per_hour
 from clore_client.rental.signals import SignalExit
@@ -84,11 +85,14 @@ class Rental:
         orders: AccountOrders,
         settings: RentalSettings,
         folder: Path | None,
+        progress: ProgressOptions | None = None,
     ) -> None:
         self._client = client
         self._orders = orders
         self._settings = settings
         self._folder = folder
+        self._progress = progress or ProgressOptions()
+        self._report: Report | None = None  # while servers are tried
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests to the worker
         self._block: weakref.ref[Any] | None = None
         self._worker: RentalWorker | None = None
@@ -227,7 +231,9 @@ class Rental:
         )
         try:
             self._worker.start()
-            self._try_servers(self._worker)
+            with self._progress.reporting() as self._report:
+                self._try_servers(self._worker)
+            self._report = None
         except BaseException as error:
             self._end(type(error), error)
             raise
@@ -278,10 +284,14 @@ class Rental:
 
     def _try(self, worker: RentalWorker, server: Server) -> str | None:
         """Rent a server. Return None if it runs, else the reason why it does not work."""
+        price = self._settings.price_of(server)
+        shown = "price unknown" if price is None else f"{price:.3g} USD/h"
+        self._tell("rent", f"renting server {server.id} ({server.gpu_name}, {shown})")
         try:
             order = self._buy(worker, server)
         except TRY_NEXT_ERRORS as error:
             return str(error)
+        self._tell("order", f"order {order.id}")
         self._order, self._server = order, server
         reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
         if reason is None:
@@ -292,6 +302,10 @@ class Rental:
         if failure is not None:
             raise failure
         return reason
+
+    def _tell(self, name: str, text: str) -> None:
+        if self._report is not None:
+            self._report(ProgressEvent(name, 3600 * self.hours, text))
 
     def _buy(self, worker: RentalWorker, server: Server) -> Order:
         settings = self._settings
@@ -306,10 +320,12 @@ class Rental:
     def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         """Wait until an order runs. Return None, or the reason why it does not."""
         settings = self._settings
+        more: dict[str, Any] = {} if self._report is None else {"on_progress": self._report}
         try:
             running: Order = self._client.wait_for_order(
-                order.id or 0, timeout=settings.deploy_timeout, poll_interval=settings.poll_interval
-            )
+                order.id or 0, timeout=settings.deploy_timeout,
+                poll_interval=settings.poll_interval, **more,
+            )  # fmt: skip
         except (WaitTimeoutError, OrderEndedError) as error:
             return str(error)
         if "ssh_password" in order:

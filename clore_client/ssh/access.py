@@ -14,11 +14,15 @@ from clore_client.ssh.address import check_order, parse_ssh_command, plain_addre
 from clore_client.ssh.connect import Login, check_connection, check_login_options
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.host_keys import HostKeys, KeyCheck, check_host_key
-from clore_client.ssh.openssh import config_entry, terminal_line
+from clore_client.ssh.jobs import HostJobs
+from clore_client.ssh.openssh import config_entry, rsync_line, terminal_line
+from clore_client.ssh.transfer.options import check_path
 from clore_client.validation import check_bool, check_number, check_text
 
 if TYPE_CHECKING:
     import paramiko
+
+LOGIN_WAIT = 120.0  # seconds for an sshd to respond
 
 
 class SSHAccess:
@@ -50,6 +54,13 @@ class SSHAccess:
         """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
         return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
 
+    def rsync_line(self, order: Mapping[str, Any], local: Any, remote: Any, key_path: Any) -> str:
+        """Return a command line for rsync; see ``CloreClient.rsync_command``."""
+        return rsync_line(
+            plain_address(order), self._host_keys, self._alias(order), key_path,
+            check_path("local", local), check_path("remote", remote),
+        )  # fmt: skip
+
     def config_entry(self, order: Mapping[str, Any], name: str | None, key_path: Any) -> str:
         """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
         address = plain_address(order)
@@ -66,7 +77,7 @@ class SSHAccess:
         password: str | None = None,
         key_path: str | os.PathLike[str] | None = None,
         passphrase: str | None = None,
-        wait: float = 120.0,
+        wait: float = LOGIN_WAIT,
         timeout: float = 30.0,
         host_key: str = "pin",
         use_ssh_config: bool = False,
@@ -113,6 +124,18 @@ class SSHAccess:
         if ssh is not None:
             return ConnectionPool(None, check_connection(ssh))
         return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
+
+    def jobs(
+        self, order: Mapping[str, Any], ssh: paramiko.SSHClient | None, login: dict[str, Any]
+    ) -> HostJobs:
+        """Return the jobs of the machine of an order."""
+        self.connected(order, ssh, login)  # check the arguments now
+
+        def connect(seconds: float) -> ConnectionPool:
+            wait = min(seconds, login.get("wait", LOGIN_WAIT))
+            return self.connected(order, ssh, {**login, "wait": wait})
+
+        return HostJobs(connect, reconnects=ssh is None)
 
     @staticmethod
     def _order_number(order: Mapping[str, Any]) -> int | None:

@@ -45,10 +45,12 @@ BROKEN = "the connection broke before the command had ended: it may still run on
 
 # Run on a second channel: sshd before 9.8 rejects the protocol's own signals for root.
 # dropbear gives a command no process group of its own: there, its descendants are killed.
+# Before a group's number, dash needs "--", and busybox accepts none.
 _KILL_GROUP = (
+    "s() {{ kill -s $1 -- $2 2>/dev/null || kill -s $1 $2 2>/dev/null; }}; "
     "d() {{ for c in $(cat /proc/$1/task/*/children 2>/dev/null); do d $c; done; echo $1; }}; "
-    "t=-{pid}; kill -s 0 -- $t 2>/dev/null || t=$(d {pid}); "
-    "k() {{ r=1; for p in $t; do kill -s $1 -- $p 2>/dev/null && r=0; done; return $r; }}; "
+    "t=-{pid}; s 0 $t || t=$(d {pid}); "
+    "k() {{ r=1; for p in $t; do s $1 $p && r=0; done; return $r; }}; "
     "k TERM; n=0; while [ $n -lt {polls} ] && k 0; do sleep {pause}; n=$((n+1)); done; k KILL"
 )
 

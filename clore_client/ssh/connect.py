@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
+from clore_client.progress import ProgressEvent, Report, readable_seconds
 from clore_client.ssh.address import DEFAULT_PORT, parse_address, plain_address
 from clore_client.ssh.transport import close_after, keep_alive, prepared_transport
 from clore_client.ssh.watchdog import Watchdog
@@ -159,12 +160,16 @@ class Login:
             return False
         return False
 
-    def open(self) -> paramiko.SSHClient:
+    def open(self, report: Report | None = None) -> paramiko.SSHClient:
         """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
-        deadline = time.monotonic() + self.wait
+        started = time.monotonic()
+        deadline = started + self.wait
         while True:
             try:
-                return self.once()
+                ssh = self.once()
+                if report is not None:
+                    report(ProgressEvent("ssh", time.monotonic() - started, "sshd up"))
+                return ssh
             except NotUpYetError as error:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
@@ -172,6 +177,10 @@ class Login:
                         error.__cause__
                     )
                 logger.debug("no SSH at %s yet: %s", self.where, error)
+                if report is not None:
+                    seconds = time.monotonic() - started
+                    text = f"no sshd yet, {readable_seconds(seconds)}: {error}"
+                    report(ProgressEvent("ssh", seconds, text))
                 time.sleep(min(SSH_PAUSE, remaining))
 
     def once(self) -> paramiko.SSHClient:

@@ -8,11 +8,39 @@ import shlex
 from typing import Any
 
 from clore_client.ssh.host_keys import HostKeys
+from clore_client.ssh.transfer.scripts import remote_path
 from clore_client.validation import check_local_path, short_repr
 
 
 def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> str:
     """Return a command line; see ``CloreClient.ssh_command``."""
+    words = _ssh_words(address, pins, alias, key_path)
+    return shlex.join([*words, f"{address['user']}@{address['host']}"])
+
+
+def rsync_line(
+    address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any, local: bytes, remote: bytes
+) -> str:
+    """Return a command line for rsync; see ``CloreClient.rsync_command``."""
+    ssh = " ".join(map(_rsync_word, _ssh_words(address, pins, alias, key_path)))
+    source = os.path.expanduser(os.fsdecode(local))
+    if source.startswith("-") or ":" in source.partition("/")[0]:
+        source = f"./{source}"  # or rsync takes it for an option, or for a host
+    # No shell of the machine expands a path that rsync keeps from it, so "~" is not sent.
+    target = os.fsdecode(remote_path(remote)).removeprefix("./")
+    host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
+    words = ["rsync", "-az", "-s", "-e", ssh, source]
+    return shlex.join([*words, f"{address['user']}@{host}:{target}"])
+
+
+def _rsync_word(word: str) -> str:
+    """Quote a word for the option -e of rsync, which knows quotes, but no backslashes."""
+    if re.fullmatch(r"[\w@%+=:,./~-]+", word):
+        return word
+    return '"' + word.replace('"', '""') + '"'
+
+
+def _ssh_words(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> list[str]:
     words = ["ssh", "-p", str(address["port"])]
     if key_path is not None:
         path = _whole_path(key_path)
@@ -22,8 +50,7 @@ def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path:
     if pins.path is not None and pins.of(alias) and alias.startswith("clore-order-"):
         for name, value in _pinned(pins, alias):
             words += ["-o", f"{name}={value}"]
-    words.append(f"{address['user']}@{address['host']}")
-    return shlex.join(words)
+    return words
 
 
 def config_entry(

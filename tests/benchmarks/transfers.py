@@ -43,10 +43,10 @@ class Sides:
         self.order = {"connection": {"ssh": f"ssh {server.user}@127.0.0.1 -p {port}"}}
 
     def ours_up(self, source: Path, target: Path) -> None:
-        self._client.upload(self.order, source, target, key_path=self._server.key)
+        self._client.upload(self.order, _content(source), target, key_path=self._server.key)
 
     def ours_down(self, source: Path, target: Path) -> None:
-        self._client.download(self.order, source, target, key_path=self._server.key)
+        self._client.download(self.order, _content(source), target, key_path=self._server.key)
 
     def scp_up(self, source: Path, target: Path) -> None:
         self._scp(str(source), f"{self._server.user}@127.0.0.1:{target}")
@@ -97,6 +97,10 @@ def rows() -> Iterator[Row]:
             yield from _both_ways("5,000 files on loopback", near, many, "rsync", 1.0, 1.0)
             yield from _both_ways("100 files at 100 ms", far, some, "rsync", 1.0, 1.0)
             yield from _both_ways("300 files at 100 ms", far, more, "scp", 90.0, 90.0, rounds=1)
+
+
+def _content(source: Path) -> str:
+    return f"{source}/" if source.is_dir() else str(source)
 
 
 def _file(folder: Path, size: int) -> Path:

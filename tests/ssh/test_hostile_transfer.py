@@ -462,7 +462,7 @@ def test_names_are_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     caplog.set_level(logging.DEBUG, "clore_client")
     with HostileServer(says(answers)) as server:
         client = CloreClient(state_dir=None)
-        got = client.download(server.order(), "far", tmp_path / "new", password="x", wait=5)
+        got = client.download(server.order(), "far/", tmp_path / "new", password="x", wait=5)
     assert os.listdir(os.fsencode(tmp_path / "new")) == [odd]
     assert [len(got.skipped), got.files] == [1, 1]
     ours = [r.getMessage() for r in caplog.records if r.name == "clore_client"]
@@ -643,7 +643,7 @@ def test_a_file_that_changes_there_meanwhile(
                 file.write(b"other")
 
     options: dict[str, Any] = {"streams": 2} if how == "ranges" else {"resume": how == "kept"}
-    source = far if how == "folder" else far / "x"
+    source = f"{far}/" if how == "folder" else str(far / "x")
 
     def get() -> None:
         CloreClient(state_dir=None).download(

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from clore_client import CloreClient, TransferError
+from clore_client import CloreClient, CommandTimeoutError, TransferError
 from clore_client.ssh.transfer.remote_script import BOOTSTRAP, INLINE, inlined
 from tests.conftest import until
 from tests.relay import Relay
-from tests.ssh.test_transfer import ODD, Far, content, make_tree, snapshot, through
+from tests.ssh.test_command import sleeping, unique
+from tests.ssh.test_transfer import ODD, Far, content, inside, make_tree, snapshot, through
 from tests.sshd import Dropbear, running_sshd
 
 pytestmark = pytest.mark.internal
@@ -138,9 +139,9 @@ def check_all(far: Far, here: Path, slow: bool = False) -> None:
         place.chmod(bits)
         os.utime(place, (1_500_000_000, 1_500_000_000))
     for options in ({}, {"verify": True, "preserve": True}, {"resume": True}):
-        far.up(source, there / "tree", **options)
+        far.up(inside(source), there / "tree", **options)
         assert snapshot(far.folder / "tree") == snapshot(source)
-        far.down(there / "tree", here / "tree", **options)
+        far.down(inside(there / "tree"), here / "tree", **options)
         assert snapshot(here / "tree") == snapshot(source)
         for copy in (far.folder / "tree", here / "tree"):
             assert stat.S_IMODE((copy / "empty").stat().st_mode) == 0o700
@@ -174,8 +175,8 @@ def test_a_command_that_ends_while_another_one_starts(
         with Relay(dropbear.port, delay=0.03) as relay:
             far = Far(client, dropbear.order(), tmp_path / "far", key_path=dropbear.key)
             far = through(relay, far)
-            far.up(tree, far.folder / "tree", verify=True)
-            far.down(far.folder / "tree", here / "back", verify=True)
+            far.up(inside(tree), far.folder / "tree", verify=True)
+            far.down(inside(far.folder / "tree"), here / "back", verify=True)
     assert snapshot(here / "back") == snapshot(far.folder / "tree") == snapshot(tree)
     assert "SFTP" not in caplog.text
 
@@ -186,6 +187,10 @@ def test_a_userland_of_busybox(
     with busybox(client) as far:
         check_all(far, here)
         assert far.client.run(far.order, "echo in", **far.login).stdout == "in\n"
+        number = unique()
+        with pytest.raises(CommandTimeoutError):
+            far.client.run(far.order, f"sleep {number} & sleep {number}", timeout=1, **far.login)
+        until(lambda: not sleeping(number))
     assert "SFTP" not in caplog.text
 
 
@@ -218,9 +223,9 @@ def test_start_up_files_make_no_difference(
             far.down(remote, here / "back")
             assert (here / "back").read_bytes() == content(5 * MB)
             shutil.rmtree(far.home / "sub")
-        far.up(here / "source", far.folder / "tree")
+        far.up(inside(here / "source"), far.folder / "tree")
         assert snapshot(far.folder / "tree") == snapshot(here / "source")
-        far.down(far.folder / "tree", here / "tree")
+        far.down(inside(far.folder / "tree"), here / "tree")
         assert snapshot(here / "tree") == snapshot(here / "source")
     assert "SFTP" not in caplog.text
 
@@ -275,8 +280,8 @@ def test_permissions_are_never_widened(
             (here / "tree" / name).chmod(bits)
             far.up(here / "tree" / name, far.folder / name)
             far.down(far.folder / name, here / name)
-        far.up(here / "tree", far.folder / "tree")
-        far.down(far.folder / "tree", here / "back")
+        far.up(inside(here / "tree"), far.folder / "tree")
+        far.down(inside(far.folder / "tree"), here / "back")
         for folder in (far.folder, here, far.folder / "tree", here / "back"):
             modes = [mode(folder / name) for name in ("private", "group", "program")]
             assert modes == [0o600, 0o644, 0o755], folder
@@ -336,8 +341,8 @@ def test_symlinks_in_a_tree(
         out = {"out": "../secret", "root": "/etc/passwd", "lib/loop": "..", "none": "nothing"}
         for name, leads in {**links, **out}.items():
             (source / name).symlink_to(leads)
-        sent = far.up(source, far.folder / "copy", symlinks=how)
-        got = far.down(far.folder / "copy", here / "back", symlinks=how)
+        sent = far.up(inside(source), far.folder / "copy", symlinks=how)
+        got = far.down(inside(far.folder / "copy"), here / "back", symlinks=how)
         left_out = set(out) if how != "skip" else {*out, *links}
         if how == "follow":
             left_out.add("lib64/loop")
@@ -370,7 +375,7 @@ def test_a_growing_log_and_files_of_proc(far: Far, here: Path) -> None:
     try:
         for number in range(4):
             far.down(log, here / f"log{number}")
-            far.down(far.folder, here / f"all{number}")
+            far.down(inside(far.folder), here / f"all{number}")
             for copy in (here / f"log{number}", here / f"all{number}" / "log"):
                 data = copy.read_bytes()
                 assert data == b"line\n" * (len(data) // 5)

@@ -70,6 +70,11 @@ def here(tmp_path: Path) -> Path:
     return folder
 
 
+def inside(path: Path) -> str:
+    """Return the path that means the content of a directory."""
+    return f"{path}/"
+
+
 def content(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
@@ -185,6 +190,32 @@ def test_progress_tells_of_every_byte(far: Far, here: Path) -> None:
         told.clear()
 
 
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_events_count_the_bytes_of_all_files(far: Far, here: Path, direction: str) -> None:
+    total = 0
+    folder = here if direction == "up" else far.folder
+    for name, size in (("a", 5 * MB), ("b", 100), ("c", 0), ("d", 4 * MB)):
+        (folder / "tree").mkdir(exist_ok=True)
+        (folder / "tree" / name).write_bytes(content(size))
+        total += size
+    events: list[Any] = []
+    if direction == "up":
+        far.up(here / "tree", far.folder / "copy", on_progress=events.append)
+    else:
+        far.down(far.folder / "tree", here / "copy", on_progress=events.append)
+    assert {event.name for event in events} == {"upload" if direction == "up" else "download"}
+    assert {event.total for event in events} == {total}
+    numbers = [event.number for event in events]
+    assert numbers == sorted(numbers)
+    assert numbers[-1] == total
+    assert events[-1].text.endswith("9.4 MB of 9.4 MB")
+    assert " left" in events[0].text
+    move = far.up if direction == "up" else far.down
+    with pytest.raises(ValueError, match="mine"):
+        move(*(folder / "tree", far.folder / "x" if direction == "up" else here / "x"),
+             on_progress=lambda event: int("mine"))  # fmt: skip
+
+
 def test_an_error_of_the_callback_comes_through(far: Far, here: Path) -> None:
     (here / "a").write_bytes(content(9 * MB))
     (far.folder / "far").write_bytes(content(9 * MB))
@@ -206,11 +237,11 @@ def test_an_error_of_the_callback_comes_through(far: Far, here: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"verify": True}, {"resume": True}, {"streams": 2}])
 def test_a_directory_there_and_back(far: Far, here: Path, options: Any) -> None:
     source = make_tree(here / "source")
-    sent = far.up(source, far.folder / "copy", **options)
+    sent = far.up(inside(source), far.folder / "copy", **options)
     assert sent.files == len(ODD) + 3
     assert snapshot(far.folder / "copy") == snapshot(source)
     assert os.access(far.folder / "copy" / "sub" / "script.sh", os.X_OK)
-    got = far.down(far.folder / "copy", here / "back", **options)
+    got = far.down(inside(far.folder / "copy"), here / "back", **options)
     assert (got.files, got.size) == (sent.files, sent.size)
     assert snapshot(here / "back") == snapshot(source)
     assert os.access(here / "back" / "sub" / "script.sh", os.X_OK)
@@ -225,9 +256,9 @@ def test_permissions_and_times_on_request(far: Far, here: Path) -> None:
             path = os.path.join(place, name)
             os.chmod(path, 0o750 if os.path.isdir(path) else (0o640, 0o755, 0o400)[number % 3])
             os.utime(path, (1_500_000_000 + number, 1_500_000_000 + number))
-    far.up(source, far.folder / "copy", preserve=True)
+    far.up(inside(source), far.folder / "copy", preserve=True)
     assert snapshot(far.folder / "copy", times=True) == snapshot(source, times=True)
-    far.down(far.folder / "copy", here / "back", preserve=True)
+    far.down(inside(far.folder / "copy"), here / "back", preserve=True)
     assert snapshot(here / "back", times=True) == snapshot(source, times=True)
     (here / "one").write_bytes(b"1")
     (here / "one").chmod(0o600)
@@ -252,7 +283,7 @@ def test_permissions_in_a_directory_that_exists(far: Far, here: Path, preserve: 
     (here / "data" / "new").write_text("new")
     (here / "data" / "new").chmod(0o640)
     far.up(here / "data", far.folder, preserve=preserve)
-    far.down(far.folder / "data", here / "back", preserve=preserve)
+    far.down(inside(far.folder / "data"), here / "back", preserve=preserve)
     for folder in (far.folder / "data", here / "back"):
         modes = [stat.S_IMODE((folder / name).stat().st_mode) for name in ("1", "a b", "c", "new")]
         replaced = 0o640 if preserve else 0o600
@@ -280,9 +311,9 @@ def test_into_a_directory_that_exists(far: Far, here: Path) -> None:
 
 def test_empty_directories(far: Far, here: Path) -> None:
     (here / "empty").mkdir()
-    far.up(here / "empty", far.folder / "copy")
+    far.up(inside(here / "empty"), far.folder / "copy")
     assert os.listdir(far.folder / "copy") == []
-    far.down(far.folder / "copy", here / "back")
+    far.down(inside(far.folder / "copy"), here / "back")
     assert os.listdir(here / "back") == []
 
 
@@ -294,12 +325,12 @@ def test_symlinks_are_told_of(far: Far, here: Path, caplog: pytest.LogCaptureFix
     (source / "out").symlink_to(here / "secret")
     (source / "folder").symlink_to(here)
     os.mkfifo(source / "pipe")
-    sent = far.up(source, far.folder / "copy")
+    sent = far.up(inside(source), far.folder / "copy")
     assert sorted(name for name, _ in sent.skipped) == ["folder", "out", "pipe"]
     assert "left out: out, a symlink to" in caplog.text
     assert os.listdir(far.folder / "copy") == ["file"]
     (far.folder / "copy" / "link").symlink_to("file")
-    got = far.down(far.folder / "copy", here / "back")
+    got = far.down(inside(far.folder / "copy"), here / "back")
     assert [name for name, _ in got.skipped] == ["link"]
     assert caplog.text.count("left out: link") == 1
     assert os.listdir(here / "back") == ["file"]
@@ -314,14 +345,13 @@ def test_what_is_not_there(far: Far, here: Path) -> None:
     (here / "file").write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match=r"local: there is nothing at '.*missing'"):
         far.up(here / "missing", far.folder)
-    with pytest.raises(FileNotFoundError, match="local"):
-        far.down(far.folder, here / "no" / "where")
     with pytest.raises(TransferError, match="no such file"):
         far.down(far.folder / "missing", here / "x")
-    with pytest.raises(TransferError, match="no directory"):
-        far.up(here / "file", far.folder / "no" / "where")
-    with pytest.raises(TransferError, match="no directory"):
-        far.up(here / "file", f"{far.folder}/new/")
+    with pytest.raises(NotADirectoryError):
+        far.up(f"{here}/file/", far.folder)
+    (far.folder / "single").write_bytes(b"x")
+    with pytest.raises(TransferError, match="no such file"):
+        far.down(f"{far.folder}/single/", here)
     (far.folder / "file").mkdir()
     with pytest.raises(TransferError, match="is a directory"):
         far.up(here / "file", far.folder)
@@ -527,9 +557,9 @@ def test_a_resumed_directory(far: Far, here: Path, relay: Relay, direction: str)
     slow = through(relay, far)
     move = slow.up if direction == "up" else slow.down
     with pytest.raises(TransferError):
-        move(source, target, resume=True, progress=cut_after(relay, 7 * MB))
+        move(inside(source), target, resume=True, progress=cut_after(relay, 7 * MB))
     relay.mend()
-    move(source, target, resume=True)
+    move(inside(source), target, resume=True)
     assert snapshot(target) == snapshot(source)
     assert os.listdir(target.parent) == [target.name]
 
@@ -590,9 +620,9 @@ def test_a_machine_that_takes_few_channels(
         far = Far(client, few.order(most + 100), tmp_path / "far", key_path=few.key)
         for resume in (False, True):
             far.up(here / "a", far.folder, resume=resume)
-            far.up(here / "tree", far.folder / "tree", resume=resume)
+            far.up(inside(here / "tree"), far.folder / "tree", resume=resume)
             far.down(far.folder / "a", here / "b", resume=resume)
-            far.down(far.folder / "tree", here / "back", resume=resume)
+            far.down(inside(far.folder / "tree"), here / "back", resume=resume)
             assert (here / "b").read_bytes() == content(20 * MB)
             assert snapshot(here / "back") == snapshot(here / "tree")
             for folder in (far.folder / "tree", here / "back"):
@@ -638,10 +668,10 @@ def test_from_the_order_to_the_file(make_sim: MakeSim, here: Path) -> None:
     client = client_for(sim)
     order = rent(client)
     make_tree(here / "data")
-    client.upload(order, here / "data", "work")
+    client.upload(order, inside(here / "data"), "work")
     assert client.run(order, ["ls", "work/sub"]).stdout.count("\n") >= len(ODD) - 1
     client.run(order, "cp -r work results && echo done > results/log")
-    client.download(order, "~/results", here / "results", verify=True)
+    client.download(order, "~/results/", here / "results", verify=True)
     (here / "data" / "log").write_bytes(b"done\n")
     assert snapshot(here / "results") == snapshot(here / "data")
 

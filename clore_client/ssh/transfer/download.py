@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -27,10 +26,10 @@ from clore_client.ssh.transfer.entry import (
     FileEntry,
     about,
     check_unchanged,
-    nanoseconds,
+    parse_stat,
 )
 from clore_client.ssh.transfer.local_part import LocalPart, write_piece
-from clore_client.ssh.transfer.options import TransferOptions
+from clore_client.ssh.transfer.options import DownloadOptions
 from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, RemoteScript
 from clore_client.ssh.transfer.remote_tree import RemoteTree, make_links
 from clore_client.ssh.transfer.scripts import (
@@ -56,30 +55,9 @@ MAX_FILES = 2_000_000
 ANY_SIZE = 2**62
 
 
-class DownloadOptions(TransferOptions):
-    """The arguments of a download, checked, and its target."""
-
-    def __init__(self, remote: Any, local: Any, **given: Any) -> None:
-        super().__init__(local, remote, **given)
-        self.target = _local_target(os.fsdecode(os.path.expanduser(self.local)), self.remote)
-
-
-def _local_target(local: str, remote: bytes) -> str:
-    """Return the path to write to: inside ``local`` if that is a directory, else ``local``."""
-    name = os.fsdecode(remote.rstrip(b"/").rpartition(b"/")[2])
-    if os.path.isdir(local):
-        whole = name in ("", ".", "..") or remote.rstrip(b"/") == b"~"
-        return local if whole else os.path.join(local, name)
-    parent = os.path.dirname(os.path.abspath(local))
-    if local.endswith(("/", os.sep)) or not os.path.isdir(parent):
-        missing = local if local.endswith(("/", os.sep)) else parent
-        raise FileNotFoundError(f"local: there is no directory {printable(repr(missing), 300)}")
-    return local
-
-
 def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferResult:
     """Download; see ``CloreClient.download``."""
-    transfer = Transfer(pool, options, os.fsdecode(options.remote))
+    transfer = Transfer(pool, options, os.fsdecode(options.remote), "download")
     part = LocalPart(options.target, options.remote, options)
     files: list[FileEntry] = []
     try:
@@ -142,7 +120,7 @@ class Download:
     def _look_script(self) -> bytes:
         options = self._options
         most = HASHED_AT_ONCE if options.verify else ANY_SIZE
-        if self._part.done or (options.streams or 1) > 1:
+        if self._part.done or options.skip_unchanged or (options.streams or 1) > 1:
             most = -1
         elif not self._transfer.near:
             most = min(most, DOWNLOAD_MANY - 1)
@@ -157,6 +135,12 @@ class Download:
     def _get_file(self, look: RemoteScript, entry: FileEntry, files: list[FileEntry]) -> None:
         files.append(entry)
         self._part.accept(files, folder=False)
+        self._transfer.total = entry.size
+        if self._options.skip_unchanged and self._is_unchanged(entry):
+            look.finish()
+            files.clear()
+            self._transfer.unchanged = 1
+            return
         if entry.size > self._most:
             look.finish()
             self._part.begin([entry])
@@ -269,9 +253,13 @@ class Download:
     def _get_tree(self, look: RemoteScript, files: list[FileEntry]) -> None:
         tree = RemoteTree()
         parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES, tree.take)
+        tree.exclude(self._options.excluded)
         files += tree.files
         links = tree.links(self._transfer)
         self._part.accept(files, folder=True)
+        tree.drop_unchanged(self._transfer, self._part, self._different)
+        files[:] = tree.files
+        self._transfer.total = sum(entry.size for entry in files)
         self._part.begin(tree.entries)
         missing = [entry for entry in files if not self._part.is_done(entry)]
         # GNU tar reads a backslash in a name as an escape.
@@ -359,6 +347,23 @@ class Download:
                 with about(entry):
                     check_unchanged(entry, now.get(entry.name))
 
+    # --- unchanged files ---
+
+    def _is_unchanged(self, entry: FileEntry) -> bool:
+        """Compare a single file with its target."""
+        by_time = self._options.skip_unchanged is True
+        if by_time or not self._part.has_same(entry, by_time):
+            return self._part.has_same(entry, by_time)
+        text = script_text("digests", CHUNK_DIGESTS, path=self._place(entry))
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            return same_chunks(script, self._part.target, [(0, entry.size)])
+
+    def _different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs from that of their targets."""
+        text = script_text("digests", FILE_DIGESTS, path=self._options.source)
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            return list(different_files(script, files, self._part.target_of))
+
     # --- checks ---
 
     def _check_earlier(self, files: list[FileEntry]) -> None:
@@ -400,15 +405,6 @@ class Download:
     def _refuse(self) -> None:
         self._part.clear()
         raise SSHError(DIFFERS)
-
-
-def parse_stat(line: bytes) -> FileEntry:
-    """Read size, seconds and permissions of a file."""
-    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
-    if found is None:
-        raise SSHError("the machine sent a file status that can't be read")
-    size, seconds, mode = found.groups()
-    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
 
 
 def _compare(line: bytes, digest: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,15 @@ def checked_name(name: bytes) -> str:
 def nanoseconds(seconds: int) -> int:
     """Convert a time of a host to nanoseconds, limited to what file systems know."""
     return min(max(seconds, 0), LAST_TIME) * 10**9
+
+
+def parse_stat(line: bytes) -> FileEntry:
+    """Read size, seconds and permissions of a file."""
+    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
+    if found is None:
+        raise SSHError("the machine sent a file status that can't be read")
+    size, seconds, mode = found.groups()
+    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
 
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:

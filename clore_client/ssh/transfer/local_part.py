@@ -65,6 +65,7 @@ class LocalPart:
     # --- the record ---
 
     def _open_record(self) -> None:
+        os.makedirs(self._part.parent, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         handle = os.open(self._record_path, flags, 0o600)
         self._record = os.fdopen(handle, "r+", encoding="latin-1")
@@ -140,7 +141,12 @@ class LocalPart:
         """Check the sizes and the target, before anything is created."""
         self._size = 0
         self.grow(sum(entry.size for entry in files))
+        if folder:
+            self.target = self._options.folder_target
         target = self.target
+        above = os.path.dirname(os.path.abspath(target))
+        if os.path.lexists(above) and not os.path.isdir(above):
+            raise NotADirectoryError(f"local is no directory: {above!r}")
         if folder:
             if os.path.lexists(target) and not os.path.isdir(target):
                 raise NotADirectoryError(f"local is no directory: {target!r}")
@@ -165,6 +171,7 @@ class LocalPart:
 
     def begin(self, entries: list[FileEntry]) -> None:
         """Create the temporary file or directories; start over if the source has changed."""
+        os.makedirs(self._part.parent, exist_ok=True)
         single = entries[0] if len(entries) == 1 and not entries[0].name else None
         if not set(self.done) <= {record_key(entry.version) for entry in entries}:
             self.clear()
@@ -177,6 +184,20 @@ class LocalPart:
                     self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
         else:
             self.open(single).close()
+
+    def target_of(self, entry: FileEntry) -> str:
+        """Return where an entry goes in the end."""
+        return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
+
+    def has_same(self, entry: FileEntry, by_time: bool) -> bool:
+        """Return whether the target has a file of that size, and of that time if ``by_time``."""
+        try:
+            found = os.lstat(self.target_of(entry))
+        except OSError:
+            return False
+        if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
+            return False
+        return not by_time or int(found.st_mtime) == entry.mtime // 10**9
 
     def place(self, entry: FileEntry) -> Path:
         return self.place_of(entry.name)
@@ -219,6 +240,7 @@ class LocalPart:
             merge_into(self._part, self.target, entries, self._options.preserve)
         else:
             self._finish(root, "")
+            os.makedirs(os.path.dirname(os.path.abspath(self.target)), exist_ok=True)
             os.rename(self._part, self.target)
 
     def _finish(self, entry: FileEntry, instead: str) -> None:

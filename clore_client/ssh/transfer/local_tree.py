@@ -16,6 +16,7 @@ from clore_client.ssh.transfer.entry import (
     link_target,
     record_key,
 )
+from clore_client.ssh.transfer.options import Excludes
 
 BUNDLE_BYTES = 8 * 1024 * 1024
 BUNDLE_FILES = 1000
@@ -24,9 +25,10 @@ BUNDLE_FILES = 1000
 class LocalTree:
     """The files, directories and symlinks to upload, and what is left out."""
 
-    def __init__(self, path: bytes, symlinks: str) -> None:
+    def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
         self.path = path
         self.symlinks = symlinks
+        self._excluded = excluded
         self.entries: list[FileEntry] = []
         self.left_out: list[tuple[bytes, str]] = []
         try:
@@ -71,6 +73,8 @@ class LocalTree:
         for entry in entries:
             name = os.path.join(folder, entry.name) if folder else entry.name
             facts = entry.stat(follow_symlinks=False)
+            if self._excluded is not None and self._excluded(name, stat.S_ISDIR(facts.st_mode)):
+                continue
             if stat.S_ISLNK(facts.st_mode):
                 self._take_link(name, entry.path, facts, above)
             elif stat.S_ISDIR(facts.st_mode):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from clore_client.errors import printable
+from clore_client.progress import ProgressOptions
 from clore_client.ssh.transfer.scripts import remote_path
 from clore_client.validation import (
     check_bool,
@@ -13,8 +16,11 @@ from clore_client.validation import (
     check_count,
     check_local_path,
     check_number,
+    check_string,
     short_repr,
 )
+
+Excludes = Callable[[bytes, bool], bool]
 
 MAX_STREAMS = 16
 SYMLINK_WAYS = ("skip", "copy", "follow")
@@ -26,12 +32,21 @@ class TransferOptions:
     def __init__(
         self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
         resume: Any = False, symlinks: Any = "skip", streams: Any = None, max_bytes: Any = None,
-        progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
+        progress: Any = None, on_progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
+        skip_unchanged: Any = False, exclude: Any = (),
     ) -> None:  # fmt: skip
         self.local = check_path("local", local)
         self.remote = check_path("remote", remote)
         self.source = remote_path(self.remote)
-        self.preserve = check_bool("preserve", preserve)
+        if not isinstance(skip_unchanged, bool) and skip_unchanged != "checksum":
+            raise ValueError(
+                "skip_unchanged must be True, False or 'checksum', not "
+                f"{short_repr(skip_unchanged)}"
+            )
+        self.skip_unchanged: bool | str = skip_unchanged
+        self.excluded = excluder(exclude)
+        # Times can only be compared later if they are kept now.
+        self.preserve = check_bool("preserve", preserve) or skip_unchanged is True
         self.verify = check_bool("verify", verify)
         self.resume = check_bool("resume", resume)
         if symlinks not in SYMLINK_WAYS:
@@ -44,13 +59,66 @@ class TransferOptions:
             self.streams = check_count("streams", streams, minimum=1, maximum=MAX_STREAMS)
         if max_bytes is not None:
             self.max_bytes = check_count("max_bytes", max_bytes)
-        if progress is not None:
+        shown = progress if isinstance(progress, bool) else False
+        self.events = ProgressOptions(on_progress, shown)
+        self.progress: Callable[[str, int, int], object] | None = None
+        if not isinstance(progress, bool):
             check_callback("progress", progress, 3)
-        self.progress: Callable[[str, int, int], object] | None = progress
+            self.progress = progress
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
         self.deadline: float | None = deadline
         if deadline is not None:
             check_number("deadline", deadline, above=True, unit="seconds")
+
+
+class DownloadOptions(TransferOptions):
+    """The arguments of a download, checked, and its target.
+
+    Attributes:
+        target: the path to write a file to: inside ``local`` if that is a directory or is named as
+            one, else ``local``.
+        folder_target: the path to write a directory to: inside ``local``, or ``local`` itself for
+            the content of a directory.
+    """
+
+    def __init__(self, remote: Any, local: Any, **given: Any) -> None:
+        super().__init__(local, remote, **given)
+        here = os.fsdecode(os.path.expanduser(self.local))
+        name = os.fsdecode(self.remote.rstrip(b"/").rpartition(b"/")[2])
+        content = is_content(self.remote) or self.remote == b"~"
+        inside = os.path.isdir(here) or here.endswith(("/", os.sep))
+        self.target = os.path.join(here, name) if inside and not content else here
+        self.folder_target = here if content else os.path.join(here, name)
+
+
+def is_content(path: bytes) -> bool:
+    """Return whether a source path means the content of a directory, as it does for rsync."""
+    last = path.replace(os.fsencode(os.sep), b"/").rpartition(b"/")[2]
+    return last in (b"", b".", b"..")
+
+
+def excluder(patterns: Any) -> Excludes | None:
+    """Return a function that tells if a name and its kind match patterns as of .gitignore."""
+    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
+        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
+    lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
+    if not lines:
+        return None
+    try:
+        pathspec: Any = importlib.import_module("pathspec")
+    except ImportError as error:
+        raise ImportError(
+            "exclude needs pathspec: pip install 'clore-client[files]' (or: pip install pathspec)"
+        ) from error
+    try:
+        spec = pathspec.GitIgnoreSpec.from_lines(lines)
+    except ValueError as error:
+        raise ValueError(f"exclude: {printable(str(error), 200)}") from error
+
+    def excludes(name: bytes, folder: bool) -> bool:
+        return bool(spec.match_file(os.fsdecode(name) + "/" * folder))
+
+    return excludes
 
 
 def check_path(name: str, value: Any) -> bytes:

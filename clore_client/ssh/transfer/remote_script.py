@@ -33,8 +33,9 @@ LAST_PATIENCE = 3.0  # seconds for each step of cleaning up, after an error or C
 PADDING = b"\n" * 64  # lines for start-up files that read some
 
 # In single quotes, without what csh or fish would change there: a backslash, a quote, "!".
+# $a keeps the locale of the user, for scripts that start something of theirs.
 BOOTSTRAP = (
-    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
+    "/bin/sh -c 'a=$LC_ALL; export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
     'until [ "$l" = {mark} ]; do IFS= read -r l || exit 9; done; s=; l=; '
     'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 9; done; '
     'echo {mark}; eval "$s"\''

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Callable
 
 from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import FileEntry, checked_name, link_target, nanoseconds
 from clore_client.ssh.transfer.local_part import LocalPart
+from clore_client.ssh.transfer.options import Excludes
 from clore_client.ssh.transfer.transfer import Transfer
 
 
@@ -25,6 +27,41 @@ class RemoteTree:
     @property
     def files(self) -> list[FileEntry]:
         return [entry for entry in self.entries if entry.kind == "f"]
+
+    def exclude(self, excludes: Excludes | None) -> None:
+        """Drop what patterns exclude, and all that is below an excluded directory."""
+        if excludes is None:
+            return
+        kept, gone = [], {b"/"}
+        for entry in self.entries:  # a directory comes before what is in it
+            if entry.name.rpartition(b"/")[0] in gone or excludes(entry.name, entry.kind == "d"):
+                gone.add(entry.name)
+            else:
+                kept.append(entry)
+        self.entries = kept
+        self.odd = [
+            n for n in self.odd if n.rpartition(b"/")[0] not in gone and not excludes(n, False)
+        ]
+
+    def drop_unchanged(
+        self,
+        transfer: Transfer,
+        part: LocalPart,
+        different: Callable[[list[FileEntry]], list[FileEntry]],
+    ) -> None:
+        """Drop the files that the target has already, if ``skip_unchanged`` asks for that."""
+        how = transfer.options.skip_unchanged
+        has_links = any(entry.kind == "l" for entry in self.entries)
+        if not how or (transfer.options.symlinks == "follow" and has_links):
+            return  # what a link leads to has to come
+        same = [entry for entry in self.files if part.has_same(entry, how is True)]
+        if how is not True and same:
+            others = {entry.name for entry in different(same)}
+            same = [entry for entry in same if entry.name not in others]
+        names = {entry.name for entry in same}
+        self.entries = [e for e in self.entries if e.kind != "f" or e.name not in names]
+        transfer.unchanged = len(names)
+        part.accept(self.files, folder=True)
 
     def links(self, transfer: Transfer) -> list[FileEntry]:
         """Return the symlinks to transfer, and report what is left out."""

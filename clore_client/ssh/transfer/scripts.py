@@ -37,15 +37,20 @@ stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 """
 # Sets $f to the target and $p to the temporary name beside it; $r records what has arrived.
 TARGET = r"""
-if [ -d "$f" ]; then f=${f%/}/$name
-else case $f in */) no "there is no directory $f";; esac; fi
+case $f in /*) ;; *) f=$PWD/${f#./};; esac
+if [ "$kind" = d ]; then
+  [ "$content" = 1 ] || f=${f%/}/$name
+elif [ -d "$f" ]; then f=${f%/}/$name
+else case $f in */) f=$f$name;; esac; fi
+f=${f%/}; f=${f:-/}
 if [ -h "$f" ] && [ ! -d "$f" ]; then
   [ "$follow" = 1 ] || no "$f is a symlink: remove it, or pass symlinks='follow'"
   f=$(readlink -f "$f") || no "$f is a symlink to nowhere"
 fi
-case $f in /*) ;; *) f=$PWD/${f#./};; esac
 d=${f%/*}; d=${d:-/}
-[ -d "$d" ] || no "there is no directory $d"
+if [ ! -d "$d" ] && [ "$look" = 0 ]; then
+  e=$(mkdir -p "$d" 2>&1) || no "there is no directory $d: ${e%%$n*}"
+fi
 if [ "$kind" = f ]; then
   [ ! -d "$f" ] || no "$f is a directory"
   [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
@@ -98,6 +103,26 @@ go) if [ "$kind" = f ]; then finish_file; else finish_tree; fi
   rm -f "$r"; printf "ok %s\n" "$f"; exit 0;;
 *) gone;;
 esac; done
+"""
+)
+# Prints the target and a listing of it, which is empty if there is none.
+LIST_TARGET = (
+    CHECK_TOOLS
+    + TARGET
+    + r"""
+printf "target %s\n" "$f"
+if [ "$kind" = d ]; then [ ! -d "$f" ] || (cd "$f" && list)
+else [ ! -f "$f" ] || stat -L -c "%f %s %Y ." "$f"; fi
+echo "$token"
+"""
+)
+# Removes the files or the empty directories below the target whose names it reads.
+REMOVE = (
+    TARGET
+    + r"""
+cd "$f" || exit 1
+if [ "$what" = d ]; then xargs -0 rmdir 2>/dev/null; else xargs -0 rm -f || exit 1; fi
+echo removed
 """
 )
 # Precedes scripts that start at the same time as CONTROL, and wait for the temporary name.

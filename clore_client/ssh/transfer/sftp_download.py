@@ -16,6 +16,7 @@ from clore_client.ssh.transfer.entry import (
     FileEntry,
     about,
     check_unchanged,
+    file_digest,
     nanoseconds,
 )
 from clore_client.ssh.transfer.local_part import LocalPart, write_piece
@@ -39,6 +40,7 @@ class SftpDownload:
         files.clear()
         with sftp_session(self._transfer) as self._remote:
             source = self._remote.absolute(self._options.source).rstrip(b"/") or b"/"
+            self._source = source
             found = self._remote.look(source)
             if found is None:
                 raise SSHError("there is no such file")
@@ -48,6 +50,11 @@ class SftpDownload:
                 entry = _entry_of(b"", found)
                 files.append(entry)
                 self._part.accept(files, folder=False)
+                self._transfer.total = entry.size
+                if self._is_unchanged(entry):
+                    files.clear()
+                    self._transfer.unchanged = 1
+                    return
                 self._part.begin([entry])
                 self._get_file(entry, source)
                 self._part.install_file(entry)
@@ -58,11 +65,15 @@ class SftpDownload:
         tree = RemoteTree()
         tree.take(found.st_mode, 0, int(found.st_mtime), b"")
         self._walk(source, b"", tree, 0)
+        tree.exclude(self._options.excluded)
         files += tree.files
         links = tree.links(self._transfer)
         for link in links:
             link.link = os.fsencode(self._remote.sftp.readlink(source + b"/" + link.name) or "")
         self._part.accept(files, folder=True)
+        tree.drop_unchanged(self._transfer, self._part, self._different)
+        files[:] = tree.files
+        self._transfer.total = sum(entry.size for entry in files)
         self._part.begin(tree.entries)
         for entry in files:
             with about(entry):
@@ -88,6 +99,25 @@ class SftpDownload:
             tree.take(found.st_mode, found.st_size, int(found.st_mtime), inner)
             if stat.S_ISDIR(found.st_mode):
                 self._walk(source, inner, tree, level + 1)
+
+    def _is_unchanged(self, entry: FileEntry) -> bool:
+        """Compare a single file with its target, if that was asked for."""
+        how = self._options.skip_unchanged
+        if not how or not self._part.has_same(entry, how is True):
+            return False
+        return how is True or not self._different([entry])
+
+    def _different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs from that of their targets."""
+        return [
+            entry
+            for entry in files
+            if self._remote.digest(self._place(entry), entry.size)
+            != file_digest(self._part.target_of(entry), 0, entry.size)
+        ]
+
+    def _place(self, entry: FileEntry) -> bytes:
+        return self._source + b"/" + entry.name if entry.name else self._source
 
     def _get_file(self, entry: FileEntry, source: bytes) -> None:
         part, remote = self._part, self._remote

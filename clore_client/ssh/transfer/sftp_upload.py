@@ -7,12 +7,15 @@ import hashlib
 import os
 import posixpath
 import stat
+from typing import Any
 
 from clore_client.errors import SSHError
+from clore_client.ssh.transfer.compare import Comparison, SftpTarget
 from clore_client.ssh.transfer.digests import DIFFERS
 from clore_client.ssh.transfer.entry import BLOCK, FileEntry, about, record_key
 from clore_client.ssh.transfer.local_part import PART
 from clore_client.ssh.transfer.local_tree import LocalTree
+from clore_client.ssh.transfer.options import is_content
 from clore_client.ssh.transfer.sftp import SFTP_PACKET, sftp_session
 from clore_client.ssh.transfer.transfer import Transfer
 from clore_client.ssh.transport import connection_errors
@@ -23,15 +26,22 @@ class SftpUpload:
 
     def __init__(self, transfer: Transfer, tree: LocalTree) -> None:
         self._transfer = transfer
-        self._options = transfer.options
+        self._options: Any = transfer.options
         self._tree = tree
 
     def run(self) -> bytes:
         """Upload, and return the path on the host."""
         with sftp_session(self._transfer) as self._remote:
             target = self._target()
+            comparison = None
+            if self._options.compares:
+                place = SftpTarget(self._remote, self._tree, target)
+                comparison = Comparison(self._transfer, self._tree, place)
+                if self._options.preview or not (self._tree.is_folder or self._tree.files):
+                    return target
+            self._make_parents(target)
             whole = os.path.abspath(self._tree.path)
-            same = record_key(("sftp", whole, self._options.remote))[:20]
+            same = record_key(("sftp", target, whole, self._options.remote))[:20]
             token = same if self._options.resume else os.urandom(10).hex()
             part = posixpath.dirname(target).rstrip(b"/") + b"/" + PART.encode() + token.encode()
             try:
@@ -42,17 +52,22 @@ class SftpUpload:
                     with contextlib.suppress(SSHError, *connection_errors()):
                         self._remote.remove(part)
                 raise
+            if comparison is not None:
+                comparison.finish()
             return target
 
     def _target(self) -> bytes:
         """Check the target, and return its path."""
         remote, is_folder = self._remote, self._tree.is_folder
         path = remote.absolute(self._options.source)
-        if remote.kind(path) == "d":
-            name = os.path.basename(os.path.abspath(self._tree.path))
+        name = os.path.basename(os.path.abspath(self._tree.path))
+        if is_folder:
+            inside = not is_content(self._options.local)
+        else:
+            inside = path.endswith(b"/") or remote.kind(path) == "d"
+        path = path.rstrip(b"/") or b"/"
+        if inside:
             path = path.rstrip(b"/") + b"/" + name
-        elif path.endswith(b"/"):
-            raise SSHError(f"there is no directory {os.fsdecode(path)}")
         kind = remote.kind(path)
         if kind != "d" and remote.kind(path, follow=False) == "l":
             if self._options.symlinks != "follow" or not kind:
@@ -60,13 +75,22 @@ class SftpUpload:
                     f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
                 )
             path = os.fsencode(remote.sftp.normalize(path))
-        if remote.kind(posixpath.dirname(path)) != "d":
-            raise SSHError(f"there is no directory {os.fsdecode(posixpath.dirname(path))}")
         if kind and (kind == "d") != is_folder:
             raise SSHError(f"{os.fsdecode(path)} is {'not ' if is_folder else ''}a directory")
         if kind == "other":
             raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
         return path
+
+    def _make_parents(self, target: bytes) -> None:
+        missing = []
+        folder = posixpath.dirname(target)
+        while (kind := self._remote.kind(folder)) != "d":
+            if kind:
+                raise SSHError(f"{os.fsdecode(folder)} is not a directory")
+            missing.append(folder)
+            folder = posixpath.dirname(folder)
+        for folder in missing[::-1]:
+            self._remote.sftp.mkdir(folder)
 
     def _send_all(self, part: bytes) -> None:
         sftp = self._remote.sftp

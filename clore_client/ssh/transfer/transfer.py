@@ -15,6 +15,7 @@ from typing import Any
 from clore_client.errors import SSHError, TransferError, printable
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
+from clore_client.progress import ProgressEvent, Report, readable_seconds, readable_size
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.transfer.entry import FileEntry
 from clore_client.ssh.transfer.options import TransferOptions
@@ -40,20 +41,32 @@ class Transfer:
 
     Attributes:
         name: of the whole source, for errors.
+        verb: ``"upload"`` or ``"download"``.
+        total: bytes to transfer, once they are known.
+        unchanged: the number of files that are left out, as they are the same.
+        deletes: the names that only the target has, or None.
         skipped: (name, reason) of what is left out.
         timeout: seconds without anything sent or received.
     """
 
-    def __init__(self, pool: ConnectionPool, options: TransferOptions, name: str) -> None:
+    def __init__(
+        self, pool: ConnectionPool, options: TransferOptions, name: str, verb: str
+    ) -> None:
         self.name = name
-        self.options = options
+        self.verb = verb
+        self.total = 0
+        self.unchanged = 0
+        self.deletes: list[bytes] | None = None
+        self.options: Any = options
         self.pool = pool
         self.watchdog = Watchdog()
         self.skipped: list[tuple[str, str]] = []
         self.stopped = threading.Event()
         self.timeout = options.timeout
         self._expired = False
+        self._report: Report | None = None
         self._done: dict[bytes, int] = {}
+        self._all_done = 0
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._owner = threading.get_ident()
         self._workers: list[threading.Thread] = []
@@ -64,11 +77,12 @@ class Transfer:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Enforce the deadline during a block."""
+        """Enforce the deadline and report the progress during a block."""
         deadline = self.options.deadline
         left = float("inf") if deadline is None else deadline - self.pool.age
         with self.watchdog, self.watchdog.limit(left, self._expire):
-            yield
+            with self.options.events.reporting() as self._report:
+                yield
 
     def _expire(self) -> None:
         self._expired = True
@@ -80,6 +94,7 @@ class Transfer:
         self.stopped.clear()
         self.timeout = self.options.timeout
         self._done.clear()
+        self._all_done = 0
         self._events = queue.SimpleQueue()
 
     @property
@@ -186,6 +201,17 @@ class Transfer:
         done = self._done[entry.name] = self._done.get(entry.name, 0) + size
         if self.options.progress is not None:
             self.options.progress(self._shown(entry), done, entry.size)
+        self._all_done += size
+        if self._report is not None:
+            self._report(self._event(self._shown(entry)))
+
+    def _event(self, name: str) -> ProgressEvent:
+        done, total = self._all_done, max(self.total, self._all_done)
+        text = f"{self.verb} of {name}: {readable_size(done)} of {readable_size(total)}"
+        seconds = time.monotonic() - self._started
+        if done and total > done:
+            text += f", {readable_seconds(seconds * (total - done) / done)} left"
+        return ProgressEvent(self.verb, done, text, total)
 
     def _shown(self, entry: FileEntry) -> str:
         return printable(os.fsdecode(entry.name) if entry.name else self.name)
@@ -223,4 +249,8 @@ class Transfer:
         size, duration = sum(file.size for file in files), time.monotonic() - self._started
         logger.debug("%d files, %d bytes in %.2f s: %s", len(files), size, duration, self.name)
         shown = printable(os.fsdecode(path))
-        return TransferResult(shown, len(files), size, duration, self.skipped)
+        preview = getattr(self.options, "preview", False)
+        return TransferResult(
+            shown, len(files), size, duration, self.skipped, unchanged=self.unchanged,
+            sent=[self._shown(entry) for entry in files] if preview else (), deletes=self.deletes,
+        )  # fmt: skip

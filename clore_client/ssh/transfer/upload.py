@@ -14,6 +14,7 @@ from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.ssh.connection_pool import ConnectionPool
+from clore_client.ssh.transfer.compare import Comparison, ShellTarget
 from clore_client.ssh.transfer.digests import (
     DIFFERS,
     MAX_ANSWER,
@@ -29,7 +30,7 @@ from clore_client.ssh.transfer.entry import (
     record_key,
 )
 from clore_client.ssh.transfer.local_tree import Bundles, Chunks, LocalTree, Source
-from clore_client.ssh.transfer.options import TransferOptions
+from clore_client.ssh.transfer.options import is_content
 from clore_client.ssh.transfer.remote_script import (
     LAST_PATIENCE,
     MAX_LINE,
@@ -50,37 +51,23 @@ from clore_client.ssh.transfer.scripts import (
 from clore_client.ssh.transfer.sftp_upload import SftpUpload
 from clore_client.ssh.transfer.tar import TAR_BLOCK, tar_header
 from clore_client.ssh.transfer.transfer import Transfer
+from clore_client.ssh.transfer.upload_check import UploadOptions, upload_connections
 from clore_client.ssh.transport import NoChannelError, connection_errors
 
 # sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
 # host, more channels make an upload faster.
 UPLOAD_CHANNELS = 8
 RESUMABLE_CHANNELS = 2  # fewer chunks are lost when the connection breaks
-# From so many bytes on, so many connections are worth their logins.
-UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
 SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
 META_LINES = 500
 
 
-def check_upload(local: Any, remote: Any, **given: Any) -> tuple[TransferOptions, LocalTree]:
-    """Check the arguments of an upload, and find the files to send."""
-    options = TransferOptions(local, remote, **given)
-    return options, LocalTree(os.path.expanduser(options.local), options.symlinks)
-
-
-def upload_connections(options: TransferOptions, tree: LocalTree) -> int:
-    """Return how many connections an upload uses."""
-    if options.streams is not None:
-        return options.streams
-    size = sum(entry.size for entry in tree.entries)
-    return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
-
-
-def upload_path(pool: ConnectionPool, checked: tuple[TransferOptions, LocalTree]) -> TransferResult:
+def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) -> TransferResult:
     """Upload; see ``CloreClient.upload``."""
     options, tree = checked
     name = os.path.basename(os.path.abspath(tree.path))
-    transfer = Transfer(pool, options, os.fsdecode(name) or "/")
+    transfer = Transfer(pool, options, os.fsdecode(name) or "/", "upload")
+    transfer.total = sum(entry.size for entry in tree.files)
     for left_out, why in tree.left_out:
         transfer.leave_out(left_out, why)
     try:
@@ -121,14 +108,18 @@ class Upload:
     def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
         self._transfer = transfer
         self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
-        self._options = options = transfer.options
+        self._options: Any = transfer.options
+        options = self._options
         self._tree = tree
         whole = os.path.abspath(tree.path)
         kind = "d" if tree.is_folder else "f"
+        content = is_content(options.local)
         # With resume, the same name each time; else a random one.
-        same = record_key((kind, whole, options.remote))[:20]
+        same = record_key((kind, content, whole, options.remote))[:20]
         self._values: dict[str, Any] = {
             "f": options.source,
+            "content": int(content),
+            "look": 0,
             "name": os.path.basename(whole) or b".",
             "kind": kind,
             "token": same if options.resume else os.urandom(10).hex(),
@@ -140,7 +131,18 @@ class Upload:
         self._bundles = Bundles([], False, set())
 
     def run(self) -> bytes:
-        """Upload, and return the path on the host."""
+        """Compare if that was asked for, upload, and return the path on the host."""
+        if not self._options.compares:
+            return self._run()
+        target = ShellTarget(self._transfer, self._tree, self._values)
+        comparison = Comparison(self._transfer, self._tree, target)
+        if self._options.preview or not (self._tree.is_folder or self._tree.files):
+            return comparison.path
+        path = self._run()
+        comparison.finish()
+        return path
+
+    def _run(self) -> bytes:
         transfer = self._transfer
         try:
             # Workers start without the answer of CONTROL, which saves a round trip.

@@ -1,0 +1,444 @@
+"""Jobs: commands that run on a machine without a connection, and keep their output there."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from clore_client.errors import (
+    JobError,
+    JobTimeoutError,
+    OrderEndedError,
+    SSHError,
+    printable,
+)
+from clore_client.log import logger
+from clore_client.models.result import STDOUT, OutputLine
+from clore_client.progress import ProgressEvent, ProgressOptions, Report, readable_size
+from clore_client.ssh.command_line import command_line, encoded, exports
+from clore_client.ssh.command_output import LineSplitter
+from clore_client.ssh.connection_pool import ConnectionPool
+from clore_client.ssh.job_scripts import (
+    FOLLOW_JOB,
+    JOB_RUNNER,
+    LIST_JOBS,
+    NEW_SESSION,
+    REMOVE_JOB,
+    START_JOB,
+    STOP_JOB,
+    TAIL_JOB,
+)
+from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
+from clore_client.ssh.transfer.scripts import remote_path, script_text
+from clore_client.ssh.transport import connection_errors, takes_turns
+from clore_client.ssh.watchdog import Watchdog
+from clore_client.validation import check_callback, check_count, check_number, short_repr
+
+JOB_TIMEOUT = 30.0  # seconds without a word of the machine
+MAX_TAIL = 8 * 1024 * 1024  # bytes
+MAX_PORTION = 1048576  # bytes of output that follow one size
+MAX_JOBS = 10_000
+MOST_SILENT_TRIES = 3  # connections that bring no word of a job, one after the other
+SILENT_PAUSE = 1.0  # seconds after such a connection
+_JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
+# A name, its state, its exit code or "-", and the time of its start.
+_JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
+_SIGNAL_CODES = range(129, 193)
+
+Connect = Callable[[float], ConnectionPool]
+
+
+def check_job_name(value: Any) -> str:
+    """Check the name of a job."""
+    if not isinstance(value, str):
+        raise TypeError(f"name must be a string, not {short_repr(value)}")
+    if not re.fullmatch(_JOB_NAME, value):
+        raise ValueError(
+            "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
+            f"none of the last two, not {short_repr(value)}"
+        )
+    return value
+
+
+class JobCommand:
+    """The arguments of ``start``, checked."""
+
+    def __init__(
+        self,
+        command: str | Sequence[str],
+        *,
+        name: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.line = command_line(command)
+        self.encoded_line = encoded("command", self.line)
+        self.name = f"job-{secrets.token_hex(4)}" if name is None else check_job_name(name)
+        self.exports = encoded("env", exports(env))
+        if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
+            raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")
+        path = "~" if cwd is None else os.fspath(cwd)
+        if not path:
+            raise ValueError("cwd must not be empty")
+        self.cwd = remote_path(encoded("cwd", path))
+
+
+class JobState:
+    """The state of a job, as the machine told it.
+
+    Attributes:
+        status: ``"running"``, ``"exited"``, ``"killed"`` or ``"lost"``.
+        exit_code: of the command, or None.
+        started: Unix time on the machine's clock.
+    """
+
+    def __init__(self, status: str, exit_code: int | None = None, started: float = 0.0) -> None:
+        by_signal = status == "exited" and exit_code in _SIGNAL_CODES
+        self.status = "killed" if by_signal else status
+        self.exit_code = exit_code
+        self.started = started
+
+    @classmethod
+    def parse(cls, text: str) -> JobState:
+        """Read what the scripts print about a job."""
+        found = re.fullmatch(_JOB_STATE, text)
+        if found is None:
+            raise SSHError(f"the machine describes a job in a way that can't be read: {text!r}")
+        status, code, started = found.groups()
+        return cls(status, int(code) if status == "exited" else None, float(started))
+
+
+class HostJobs:
+    """The jobs of one machine.
+
+    Parameters:
+        connect: returns connections to the machine; the argument limits the seconds to wait for it.
+        reconnects: whether it can do so again; not if the caller gave the connection.
+    """
+
+    def __init__(self, connect: Connect, reconnects: bool) -> None:
+        self._connect = connect
+        self.reconnects = reconnects
+
+    @contextlib.contextmanager
+    def script(
+        self, pool: ConnectionPool, verb: str, body: str, **values: bytes | str | int
+    ) -> Iterator[RemoteScript]:
+        """Run a script on a connection, for the length of a block."""
+        transport = pool.ssh.get_transport()
+        turn = threading.Lock() if takes_turns(transport) else None
+        with Watchdog() as watchdog:
+            text = script_text(verb, body, **values)
+            running = RemoteScript(transport, text, watchdog, JOB_TIMEOUT, turn=turn)
+            try:
+                with running:
+                    yield running
+            except NoShellError as error:
+                raise JobError(f"a job needs a POSIX shell: {error}") from error
+
+    def connected(self, deadline: float = math.inf) -> ConnectionPool:
+        """Return connections to the machine, to be entered."""
+        return self._connect(max(0.0, deadline - time.monotonic()))
+
+    def start(self, job: JobCommand) -> Job:
+        """Start a job, and return it once it runs."""
+        values: dict[str, bytes | str | int] = {
+            "name": job.name, "command": job.encoded_line, "exports": job.exports, "cwd": job.cwd,
+            "runner": JOB_RUNNER, "session": NEW_SESSION,
+        }  # fmt: skip
+        with self.connected() as pool:
+            try:
+                with self.script(pool, "job", START_JOB, **values) as script:
+                    started = script.answer(b"started").decode("ascii", "replace")
+            except JobError:
+                raise
+            except SSHError as error:
+                raise JobError(f"job {job.name!r} was not started: {error}", name=job.name) from (
+                    error
+                )
+        logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
+        return Job(self, job.name, job.line, JobState.parse(f"running - {started}"))
+
+    def find(self, name: str = "") -> list[Job]:
+        """Return the jobs of the machine, or the one with this name."""
+        jobs: list[Job] = []
+        with self.connected() as pool, self.script(pool, "jobs", LIST_JOBS, name=name) as script:
+            while (line := script.line()) != b"end":
+                found = re.fullmatch(rf"job ({_JOB_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
+                if found is None or len(jobs) == MAX_JOBS:
+                    raise script.refused(line)
+                command = script.line().decode("utf-8", "replace")
+                jobs.append(Job(self, found[1], command, JobState.parse(found[2])))
+        return jobs
+
+    def get(self, name: str) -> Job:
+        """Return the job with a name."""
+        for job in self.find(name):
+            if job.name == name:
+                return job
+        raise JobError(f"the machine has no job {name!r}: jobs() lists those it has", name=name)
+
+
+class Job:
+    """A command that runs on a machine without a connection; see ``CloreClient.start``.
+
+    Each method and property opens a connection, unless the job is known to have ended. Its files
+    are in ``~/.clore/jobs/<name>`` on the machine.
+
+    Attributes:
+        name: the name of the job.
+        command: the command; of a job that another process started, the first line of it.
+    """
+
+    def __init__(self, host: HostJobs, name: str, command: str, state: JobState) -> None:
+        self._host = host
+        self._state = state
+        self.name = name
+        self.command = command
+
+    def __repr__(self) -> str:
+        code = self._state.exit_code
+        ended = "" if code is None else f", exit code {code}"
+        return f"<Job {self.name!r}: {self._state.status}{ended}>"
+
+    @property
+    def status(self) -> str:
+        """Return the status of the job now.
+
+        Returns:
+            ``"running"``; ``"exited"``, by itself; ``"killed"``, by a signal, the machine's memory
+            limit, or :meth:`stop`; ``"lost"``, when the machine or its container was started anew,
+            or the order has ended.
+        """
+        return self._look().status
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return the exit code, or None while the job runs, and where nothing recorded it.
+
+        It is 128 plus the number of the signal if one ended the command.
+        """
+        return self._look().exit_code
+
+    @property
+    def started(self) -> float:
+        """Return the Unix time of its start, by the machine's clock."""
+        return self._state.started
+
+    def tail(self, lines: int = 50) -> str:
+        """Return the last lines of the output, stdout and stderr together.
+
+        Parameters:
+            lines: the number of lines; the text has 8 MB at most.
+
+        Raises:
+            JobError: the machine has no such job any more.
+
+        Example:
+            >>> print(job.tail(2))
+            step 99: loss 1.25
+            step 100: loss 1.24
+        """
+        check_count("lines", lines)
+        with self._script("tail", TAIL_JOB, lines=lines, most=MAX_TAIL) as script:
+            script.answer(b"tail")
+            return script.rest(MAX_TAIL + 1024).decode("utf-8", "replace")
+
+    def follow(
+        self,
+        on_output: Callable[[OutputLine], object] | None = print,
+        *,
+        timeout: float | None = None,
+        on_progress: Report | None = None,
+        progress: bool = False,
+    ) -> int | None:
+        """Pass on the output from its start, and wait for the end of the job.
+
+        A connection that breaks is opened again, and the output goes on where it stopped: no line
+        is lost, none comes twice. Ctrl-C ends the following, not the job.
+
+        Parameters:
+            on_output: called with each line, without its line end. stdout and stderr come together.
+            timeout: seconds to follow; None follows to the end.
+            on_progress, progress: as for :meth:`CloreClient.wait_for_order`.
+
+        Returns:
+            The exit code, as :attr:`exit_code` has it.
+
+        Raises:
+            JobTimeoutError: the job did not end in time. It still runs.
+            SSHError: the machine can't be reached any more, or not with these login arguments.
+
+        Example:
+            >>> job.follow(on_output=print)
+            step 1: loss 4.17
+            0
+        """
+        check_callback("on_output", on_output, 1)
+        splitter = None if on_output is None else LineSplitter(STDOUT, on_output)
+        with ProgressOptions(on_progress, progress).reporting() as report:
+            return self._follow(splitter, timeout, report)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for the end of the job; takes the same ``timeout`` as :meth:`follow`.
+
+        Returns:
+            The exit code, as :attr:`exit_code` has it.
+
+        Example:
+            >>> job.wait(timeout=3600)
+            0
+        """
+        return self._follow(None, timeout)
+
+    def stop(self, grace: float = 10.0) -> None:
+        """Stop the job with all its processes: with SIGTERM, and later with SIGKILL.
+
+        Parameters:
+            grace: seconds between the two, at most 20.
+
+        Example:
+            >>> job.stop()
+        """
+        check_number("grace", grace, maximum=20.0, unit="seconds")
+        with self._script("stop", STOP_JOB, grace=math.ceil(10 * grace)) as script:
+            script.answer(b"stopped")
+
+    def remove(self) -> None:
+        """Remove a job that has ended, with its output, so that its name is free again.
+
+        Raises:
+            JobError: the job still runs, or the machine has no such job.
+
+        Example:
+            >>> job.remove()
+        """
+        with self._script("remove", REMOVE_JOB) as script:
+            script.answer(b"removed")
+        if self._state.status == "running":
+            self._state = JobState("lost")
+
+    @contextlib.contextmanager
+    def _script(self, verb: str, body: str, **values: bytes | str | int) -> Iterator[RemoteScript]:
+        with self._host.connected() as pool:
+            try:
+                with self._host.script(pool, verb, body, name=self.name, **values) as script:
+                    yield script
+            except JobError:
+                raise
+            except SSHError as error:
+                raise JobError(f"job {self.name!r}: {error}", name=self.name) from error
+
+    def _look(self) -> JobState:
+        if self._state.status == "running":
+            try:
+                found = self._host.find(self.name)
+                self._state = found[0]._state if found else JobState("lost")
+            except OrderEndedError:
+                self._state = JobState("lost")
+        return self._state
+
+    def _follow(
+        self, splitter: LineSplitter | None, timeout: float | None, report: Report | None = None
+    ) -> int | None:
+        deadline = math.inf
+        if timeout is not None:
+            check_number("timeout", timeout, infinite=True, unit="seconds")
+            deadline = time.monotonic() + timeout
+        following = Following(self._host, self.name, splitter, deadline, report)
+        try:
+            self._state = following.run()
+        except OrderEndedError:
+            self._state = JobState("lost")
+        return self._state.exit_code
+
+
+class Following:
+    """Receives the output of a job until its end, over as many connections as it takes."""
+
+    def __init__(
+        self, host: HostJobs, name: str, splitter: LineSplitter | None, deadline: float,
+        report: Report | None = None,
+    ) -> None:  # fmt: skip
+        self._host = host
+        self._name = name
+        self._splitter = splitter
+        self._deadline = deadline
+        self._report = report
+        self._at = -1 if splitter is None else 0  # bytes that were passed on
+        self._heard = False  # on the current connection
+        self._callback_error: Exception | None = None
+
+    def run(self) -> JobState:
+        """Return the state of the job when it has ended."""
+        silent = 0
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        while True:
+            with self._host.connected(self._deadline) as pool:
+                try:
+                    state = self._receive(pool)
+                    break
+                except failures as error:
+                    silent = 0 if self._heard else silent + 1
+                    final = isinstance(error, JobError) or error is self._callback_error
+                    if final or not self._host.reconnects or silent >= MOST_SILENT_TRIES:
+                        raise
+                    logger.warning("job %s: %s; connecting again", self._name, error)
+            if not self._heard:
+                time.sleep(SILENT_PAUSE)
+        if self._splitter is not None:
+            self._splitter.finish()
+        return state
+
+    def _receive(self, pool: ConnectionPool) -> JobState:
+        self._heard = False
+        values: dict[str, str | int] = {"name": self._name, "at": self._at}
+        with self._host.script(pool, "follow", FOLLOW_JOB, **values) as script:
+            while True:
+                line = script.line()
+                if line.startswith(b"end "):
+                    return JobState.parse(line[4:].decode("ascii", "replace"))
+                if not re.fullmatch(rb"[0-9]{1,7}", line) or int(line) > MAX_PORTION:
+                    self._refuse(script.refused(line), line)
+                self._heard = True
+                self._pass_on(script, int(line))
+                self._tell()
+                if time.monotonic() >= self._deadline:
+                    raise JobTimeoutError(
+                        f"job {self._name!r} did not end in time; it still runs", name=self._name
+                    )
+
+    def _tell(self) -> None:
+        if self._report is not None:
+            text = f"job {self._name}: {readable_size(max(0, self._at))} of output"
+            try:
+                self._report(ProgressEvent("job", max(0, self._at), text))
+            except Exception as error:
+                self._callback_error = error
+                raise
+
+    def _refuse(self, error: SSHError, line: bytes) -> None:
+        if line.startswith(b"no "):
+            raise JobError(str(error), name=self._name) from error
+        raise error
+
+    def _pass_on(self, script: RemoteScript, size: int) -> None:
+        while size:
+            piece = script.read(size)
+            if not piece:
+                raise SSHError("the connection broke")
+            size -= len(piece)
+            if self._splitter is not None:
+                self._at += len(piece)
+                try:
+                    self._splitter.feed(piece)
+                except Exception as error:
+                    self._callback_error = error
+                    raise

@@ -1,0 +1,182 @@
+"""Connect this terminal to a shell on a machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from clore_client.errors import SSHError
+from clore_client.ssh.transport import connection_errors, open_session, reason
+from clore_client.ssh.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    import paramiko
+
+SHELL_TIMEOUT = 30.0  # seconds for a machine to open a terminal
+SHELL_LOOK = 0.25  # seconds between two looks at the size of the window
+SHELL_PIECE = 65536  # bytes
+FATAL_SIGNALS = ("SIGTERM", "SIGHUP")
+
+
+def check_terminal() -> tuple[int, int]:
+    """Check that this process has a terminal, and return its input and output."""
+    try:
+        import termios  # noqa: F401
+    except ImportError:
+        raise SSHError(
+            "shell() needs a POSIX terminal: ssh_command() returns a line to log in with"
+        ) from None
+    try:
+        ends = sys.stdin.fileno(), sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # None, closed, or replaced by a notebook
+        ends = -1, -1
+    if not all(end >= 0 and os.isatty(end) for end in ends):
+        raise SSHError(
+            "stdin or stdout is not a terminal: use run() or start() for commands, or the line of "
+            "ssh_command() in a terminal"
+        )
+    return ends
+
+
+def run_shell(ssh: paramiko.SSHClient) -> int:
+    """Run the login shell of a machine in this terminal; see ``CloreClient.shell``."""
+    source, target = check_terminal()
+    with Watchdog() as watchdog:
+        terminal = _Terminal(ssh.get_transport(), watchdog, source, target)
+        with _raw_mode(source):
+            return terminal.run()
+
+
+class _Terminal:
+    """Passes bytes between this terminal and a shell on a machine."""
+
+    def __init__(self, transport: Any, watchdog: Watchdog, source: int, target: int) -> None:
+        self._transport = transport
+        self._watchdog = watchdog
+        self._source = source
+        self._target = target
+        self._size = os.get_terminal_size(target)
+        self._channel: Any = None
+        self._reads = True  # until the end of the input
+
+    def run(self) -> int:
+        """Return the exit code of the shell."""
+        try:
+            with self._limited(SHELL_TIMEOUT):
+                self._open()
+            while not self._ended():
+                self._follow_size()
+                self._pass_on()
+            return self._exit_code()
+        except connection_errors() as error:
+            raise SSHError(f"the connection broke, and the shell with it ({reason(error)})") from (
+                error
+            )
+        finally:
+            if self._channel is not None:
+                with self._limited(2.0), contextlib.suppress(*connection_errors()):
+                    self._channel.close()
+
+    def _limited(self, seconds: float) -> contextlib.AbstractContextManager[Any]:
+        """Close the connection if a block takes too long: sending itself has no timeout."""
+        return self._watchdog.limit(seconds, lambda: self._transport.close())
+
+    def _open(self) -> None:
+        self._channel = open_session(self._transport, SHELL_TIMEOUT)
+        kind = os.environ.get("TERM", "xterm-256color")
+        try:
+            self._channel.get_pty(kind, self._size.columns, self._size.lines)
+            self._channel.invoke_shell()
+        except connection_errors() as error:
+            if not self._transport.is_active():
+                raise
+            raise SSHError(f"the machine opens no terminal ({reason(error)}): use run()") from error
+
+    def _ended(self) -> bool:
+        channel = self._channel
+        return channel.closed or (channel.eof_received and not channel.recv_ready())
+
+    def _follow_size(self) -> None:
+        # Looking is simpler than SIGWINCH, which only the main thread could get.
+        size = os.get_terminal_size(self._target)
+        if size != self._size:
+            self._size = size
+            with self._limited(SHELL_TIMEOUT):
+                self._channel.resize_pty(size.columns, size.lines)
+
+    def _pass_on(self) -> None:
+        """Pass on what there is, in both directions; return soon if there is nothing."""
+        channel = self._channel
+        # A send would wait for the machine to read, and this for the machine's output.
+        wanted = [self._source] if self._reads and channel.send_ready() else []
+        ready, _, _ = select.select([channel, *wanted], [], [], SHELL_LOOK)
+        if channel.recv_ready():
+            with self._limited(SHELL_TIMEOUT):
+                data = channel.recv(SHELL_PIECE)
+            _write_all(self._target, data)
+        if self._source in ready:
+            data = os.read(self._source, 1024)
+            with self._limited(SHELL_TIMEOUT):
+                if data:
+                    channel.sendall(data)
+                else:
+                    self._reads = False
+                    channel.shutdown_write()
+
+    def _exit_code(self) -> int:
+        channel = self._channel
+        if channel.status_event.wait(2.0) and channel.exit_status >= 0:
+            return int(channel.exit_status)
+        if not self._transport.is_active():
+            raise SSHError("the connection broke, and the shell with it")
+        return -1
+
+
+def _write_all(target: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(target, view) :]
+        except BlockingIOError:  # another program left the terminal in that mode
+            select.select([], [target], [])
+
+
+@contextlib.contextmanager
+def _raw_mode(source: int) -> Iterator[None]:
+    """Let every key go to the machine, for a block, whichever way it ends."""
+    import termios
+    import tty
+
+    before = termios.tcgetattr(source)
+    with _signals_that_raise():
+        try:
+            tty.setraw(source, termios.TCSADRAIN)  # keeps what was typed ahead
+            yield
+        finally:
+            termios.tcsetattr(source, termios.TCSADRAIN, before)
+
+
+@contextlib.contextmanager
+def _signals_that_raise() -> Iterator[None]:
+    """Let signals that would end the process raise SystemExit, so that ``finally`` runs."""
+    former: dict[int, Any] = {}
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in FATAL_SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                former[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,218 @@
+"""Compare a tree here with its target on a machine: what is unchanged, what only the target has."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any, Protocol
+
+from clore_client.errors import SSHError
+from clore_client.ssh.transfer.digests import MAX_ANSWER, different_files, same_chunks
+from clore_client.ssh.transfer.entry import LAST_TIME, FileEntry, checked_name, file_digest
+from clore_client.ssh.transfer.local_tree import LocalTree
+from clore_client.ssh.transfer.scripts import (
+    CHUNK_DIGESTS,
+    FILE_DIGESTS,
+    LIST_TARGET,
+    REMOVE,
+    TARGET,
+    parse_listing,
+    script_text,
+)
+from clore_client.ssh.transfer.transfer import Transfer
+
+MAX_TARGET_FILES = 2_000_000
+Listing = dict[bytes, FileEntry]
+
+
+class Target(Protocol):
+    """The target of an upload, with the host's shell or over SFTP."""
+
+    def listing(self) -> tuple[bytes, Listing]:
+        """Return the path of the target, and what is there."""
+
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs there."""
+
+    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
+        """Remove files, and directories if they are empty, in this order."""
+
+
+class Comparison:
+    """What ``skip_unchanged``, ``preview`` and ``delete`` of one upload need to know.
+
+    Attributes:
+        path: of the target.
+        deletes: the names that only the target has, deepest first; None unless asked for.
+    """
+
+    def __init__(self, transfer: Transfer, tree: LocalTree, target: Target) -> None:
+        self._options: Any = transfer.options
+        self._target = target
+        self.path, self._there = target.listing()
+        self.deletes: list[bytes] | None = None
+        if self._options.delete is not False:
+            self.deletes = self._only_there(tree)
+        if self._options.skip_unchanged:
+            self._drop_unchanged(transfer, tree)
+        transfer.deletes = self.deletes
+
+    def finish(self) -> None:
+        """Remove what only the target has, once all has been sent."""
+        if self.deletes:
+            folders = [name for name in self.deletes if self._there[name].kind == "d"]
+            files = [name for name in self.deletes if self._there[name].kind != "d"]
+            self._target.remove(files, folders)
+
+    def _drop_unchanged(self, transfer: Transfer, tree: LocalTree) -> None:
+        by_time = self._options.skip_unchanged is True
+        same = [entry for entry in tree.files if self._looks_same(entry, by_time)]
+        if not by_time and same:
+            different = {entry.name for entry in self._target.different(same)}
+            same = [entry for entry in same if entry.name not in different]
+        names = {entry.name for entry in same}
+        tree.entries = [e for e in tree.entries if e.kind != "f" or e.name not in names]
+        transfer.unchanged = len(names)
+        transfer.total = sum(entry.size for entry in tree.files)
+
+    def _looks_same(self, entry: FileEntry, by_time: bool) -> bool:
+        found = self._there.get(entry.name)
+        if found is None or found.kind != "f" or found.size != entry.size:
+            return False
+        return not by_time or whole_seconds(found.mtime) == whole_seconds(entry.mtime)
+
+    def _only_there(self, tree: LocalTree) -> list[bytes]:
+        """Return what only the target has, without what is excluded or was left out here."""
+        here = {entry.name for entry in tree.entries}
+        left_out = {name for name, _ in tree.left_out}
+        kept: set[bytes] = {b""}
+        for name, entry in self._there.items():
+            parts = name.split(b"/")
+            above = [b"/".join(parts[:n]) for n in range(1, len(parts))]
+            if (
+                name in here
+                or not left_out.isdisjoint([*above, name])
+                or self._is_excluded(entry, above)
+            ):
+                kept.update(above, [name])
+        listed = self._options.delete
+        wanted = None if listed is True else set(listed)
+        names = [n for n in self._there if n not in kept and (wanted is None or n in wanted)]
+        return sorted(names, reverse=True)
+
+    def _is_excluded(self, entry: FileEntry, above: list[bytes]) -> bool:
+        excluded = self._options.excluded
+        if excluded is None:
+            return False
+        return excluded(entry.name, entry.kind == "d") or any(excluded(n, True) for n in above)
+
+
+def whole_seconds(mtime: int) -> int:
+    """Return a time in nanoseconds as the seconds that a transfer keeps."""
+    return min(max(mtime // 10**9, 0), LAST_TIME)
+
+
+class ShellTarget:
+    """The target of an upload on a host with a shell."""
+
+    def __init__(self, transfer: Transfer, tree: LocalTree, values: dict[str, Any]) -> None:
+        self._transfer = transfer
+        self._tree = tree
+        self._values = dict(values, look=1)
+
+    def listing(self) -> tuple[bytes, Listing]:
+        there: Listing = {}
+
+        def take(mode: int, size: int, seconds: int, name: bytes) -> None:
+            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            if name or kind == "f":
+                if name:
+                    checked_name(name)
+                there[name] = FileEntry(name, size, seconds * 10**9, mode & 0o777, kind)
+
+        with self._script("look", LIST_TARGET) as script:
+            path = script.answer(b"target")
+            text = script.until(self._values["token"].encode(), MAX_ANSWER)
+            parse_listing(text, MAX_TARGET_FILES, take)
+        return path, there
+
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        body = TARGET + "path=$f\n"
+        if not self._tree.is_folder:
+            (entry,) = files
+            with self._script("digests", body + CHUNK_DIGESTS) as script:
+                chunks = [(0, entry.size)]
+                return [] if same_chunks(script, self._tree.place(entry), chunks) else files
+        with self._script("digests", body + FILE_DIGESTS) as script:
+            return list(different_files(script, files, self._tree.place))
+
+    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
+        for what, names in (("f", files), ("d", folders)):
+            if names:
+                with self._script("remove", REMOVE, what=what) as script:
+                    script.send(b"".join(b"./" + name + b"\0" for name in names))
+                    script.end()
+                    script.answer(b"removed")
+
+    def _script(self, verb: str, body: str, **values: Any) -> Any:
+        text = script_text(verb, body, **self._values, **values)
+        return self._transfer.script(self._transfer.pool.ssh, text)
+
+
+class SftpTarget:
+    """The target of an upload over SFTP.
+
+    Parameters:
+        remote: a :class:`RemoteFiles`.
+        path: the absolute path of the target.
+    """
+
+    def __init__(self, remote: Any, tree: LocalTree, path: bytes) -> None:
+        self._remote = remote
+        self._tree = tree
+        self._path = path
+
+    def listing(self) -> tuple[bytes, Listing]:
+        there: Listing = {}
+        if self._remote.kind(self._path) == "d":
+            if self._tree.is_folder:
+                self._walk(b"", there)
+        elif (found := self._remote.look(self._path)) is not None:
+            there[b""] = FileEntry(b"", found.st_size, int(found.st_mtime) * 10**9, 0)
+        return self._path, there
+
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        return [
+            entry
+            for entry in files
+            if self._remote.digest(self._place(entry.name), entry.size) != self._digest(entry)
+        ]
+
+    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
+        for name in files:
+            self._remote.sftp.remove(self._place(name))
+        for name in folders:
+            try:
+                self._remote.sftp.rmdir(self._place(name))
+            except OSError:  # something is in it by now
+                continue
+
+    def _walk(self, folder: bytes, there: Listing) -> None:
+        for found in self._remote.sftp.listdir_attr(self._place(folder)):
+            name = os.fsencode(found.filename)
+            inner = folder + b"/" + name if folder else name
+            checked_name(inner)
+            if len(there) >= MAX_TARGET_FILES:
+                raise SSHError(f"the machine lists more than {MAX_TARGET_FILES} files")
+            mode = found.st_mode or 0
+            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            mtime = int(found.st_mtime or 0) * 10**9
+            there[inner] = FileEntry(inner, int(found.st_size or 0), mtime, mode & 0o777, kind)
+            if kind == "d":
+                self._walk(inner, there)
+
+    def _place(self, name: bytes) -> bytes:
+        return self._path.rstrip(b"/") + b"/" + name if name else self._path
+
+    def _digest(self, entry: FileEntry) -> str:
+        return file_digest(self._tree.place(entry), 0, entry.size)

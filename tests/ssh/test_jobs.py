@@ -1,0 +1,489 @@
+"""Jobs: they outlive connections, sessions and processes; their output comes once, and whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clore_client import CloreClient, JobError, JobTimeoutError, SSHError
+from clore_client.ssh.jobs import JobState
+from tests.conftest import until
+from tests.relay import Relay
+from tests.ssh.test_command import sleeping, unique
+from tests.ssh.test_hosts import SHELLS, busybox, host
+from tests.ssh.test_transfer import Far
+from tests.sshd import Dropbear, Sshd, running_sshd
+
+pytestmark = pytest.mark.internal
+
+# Ends what a session leaves behind, as systemd does with KillMode=control-group.
+KILLING = """#!/bin/sh
+sh -c "$SSH_ORIGINAL_COMMAND"
+code=$?
+for pid in $(pgrep -s 0); do [ $pid = $$ ] || kill -KILL $pid; done
+exit $code
+"""
+
+
+TOOLS = ["cat", "chmod", "date", "dd", "head", "mkdir", "rm", "sh", "sleep", "stat", "tail", "tr",
+         "wc"]  # fmt: skip
+
+
+class Machine:
+    """A machine, and what logs in there."""
+
+    def __init__(self, client: CloreClient, order: Any, home: Path, **login: Any) -> None:
+        self.client, self.order, self.home, self.login = client, order, home, login
+
+    def start(self, command: Any, **options: Any) -> Any:
+        return self.client.start(self.order, command, **options, **self.login)
+
+    def job(self, name: str) -> Any:
+        return self.client.job(self.order, name, **self.login)
+
+    def jobs(self) -> Any:
+        return self.client.jobs(self.order, **self.login)
+
+    def through(self, relay: Relay) -> Machine:
+        user = self.order["connection"]["ssh"].split()[1].partition("@")[0]
+        order = dict(self.order, connection={"ssh": f"ssh {user}@127.0.0.1 -p {relay.port}"})
+        return Machine(self.client, order, self.home, **self.login)
+
+
+@pytest.fixture
+def client() -> CloreClient:
+    return CloreClient(state_dir=None)
+
+
+@pytest.fixture
+def machine(client: CloreClient, tmp_path: Path) -> Iterator[Machine]:
+    """A machine with a real sshd, and a home of its own."""
+    with running_sshd(tmp_path / "sshd") as server:
+        yield Machine(client, server.order(), server.folder / "home", key_path=server.key)
+
+
+@contextlib.contextmanager
+def killing_host(folder: Path) -> Iterator[Sshd]:
+    """A host whose sshd kills what a session leaves behind."""
+    folder.mkdir()
+    script = folder / "kill-rest"
+    script.write_text(KILLING)
+    script.chmod(0o755)
+    options = f"PasswordAuthentication no\nForceCommand {script}"
+    with running_sshd(folder / "sshd", options) as server:
+        yield server
+
+
+def collected(job: Any) -> tuple[int | None, list[str]]:
+    lines: list[str] = []
+    return job.follow(lines.append), lines
+
+
+# --- what a job is ---
+
+
+def test_output_and_exit_code(machine: Machine) -> None:
+    job = machine.start("echo out; echo err >&2; printf last; exit 7", name="seven")
+    assert collected(job) == (7, ["out", "err", "last"])
+    assert (job.status, job.exit_code, job.tail(1), job.tail(2)) == (
+        "exited",
+        7,
+        "last",
+        "err\nlast",
+    )
+    assert job.tail(0) == ""
+    assert repr(job) == "<Job 'seven': exited, exit code 7>"
+    assert abs(job.started - time.time()) < 60
+    again = machine.job("seven")
+    assert (again.status, again.exit_code, again.wait()) == ("exited", 7, 7)
+    assert collected(again) == (7, ["out", "err", "last"])
+    assert again.command == "echo out; echo err >&2; printf last; exit 7"
+
+
+def test_env_cwd_and_input(machine: Machine) -> None:
+    (machine.home / "it's here").mkdir()
+    env = {"WORD": "a 'b' \"c\" \\d\n$HOME", "EMPTY": "", "PATH": "/usr/bin:/bin:/nowhere"}
+    command = 'printf "%s|" "$WORD" "$EMPTY" "$PATH" "$PWD"; cat; umask'
+    job = machine.start(command, env=env, cwd="~/it's here")
+    assert job.wait() == 0
+    here = f"{machine.home}/it's here"
+    assert job.tail() == f"{env['WORD']}||{env['PATH']}|{here}|0022\n"
+    assert job.name.startswith("job-")
+    job = machine.start(["printf", "%s", "a b\\c'd$x"])
+    assert (job.wait(), job.tail()) == (0, "a b\\c'd$x")
+    job = machine.start("pwd; echo $LC_ALL.")
+    assert (job.wait(), job.tail()) == (0, f"{machine.home}\n.\n")
+
+
+def test_a_variable_is_in_no_list_of_processes(machine: Machine) -> None:
+    number = unique()
+    job = machine.start(f"sleep {number}", env={"TOKEN": "s3cret-token"})
+    until(lambda: sleeping(number))
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    assert number in shown.stdout
+    assert "s3cret-token" not in shown.stdout
+    for path in machine.home.rglob("*"):
+        assert path.is_dir() or b"s3cret-token" not in path.read_bytes()
+    job.stop()
+
+
+def test_files_are_private(machine: Machine) -> None:
+    job = machine.start("true", name="x")
+    job.wait()
+    for path in [machine.home / ".clore", *(machine.home / ".clore").rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_a_name_is_taken_once(machine: Machine) -> None:
+    number = unique()
+    job = machine.start(f"sleep {number}", name="train")
+    with pytest.raises(JobError, match="already a job train"):
+        machine.start("echo no", name="train")
+    assert len(until(lambda: sleeping(number))) >= 1
+    with pytest.raises(JobError, match="still runs: stop"):
+        job.remove()
+    assert [j.name for j in machine.jobs()] == ["train"]
+    assert machine.jobs()[0].status == "running"
+    job.stop()
+    with pytest.raises(JobError, match="already a job train"):
+        machine.start("echo no", name="train")
+    job.remove()
+    assert machine.jobs() == []
+    assert machine.start("echo yes", name="train").wait() == 0
+
+
+def test_many_start_the_same_name_at_once(machine: Machine) -> None:
+    results: list[Any] = []
+
+    def start() -> None:
+        try:
+            results.append(machine.start("echo x >>count; sleep 1", name="one"))
+        except JobError as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([r for r in results if not isinstance(r, JobError)]) == 1
+    machine.job("one").wait()
+    assert (machine.home / "count").read_text() == "x\n"
+
+
+def test_what_is_not_there(machine: Machine) -> None:
+    with pytest.raises(JobError, match="no job 'none'"):
+        machine.job("none")
+    with pytest.raises(JobError, match="no directory"):
+        machine.start("true", cwd="~/missing", name="x")
+    assert machine.jobs() == []
+    job = machine.start("true", name="x")
+    job.wait()
+    job.remove()
+    for call in (job.tail, job.follow, job.wait, job.stop, job.remove):
+        with pytest.raises(JobError, match="no job x"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"name": "a/b"}, "name must consist"),
+        ({"name": ".."}, "name must consist"),
+        ({"name": "-rf"}, "name must consist"),
+        ({"name": ""}, "name must consist"),
+        ({"name": "x" * 65}, "name must consist"),
+        ({"name": 5}, "name must be a string"),
+        ({"cwd": 5}, "cwd must be a path"),
+        ({"cwd": ""}, "cwd must not be empty"),
+        ({"cwd": "~other/x"}, "~/"),
+        ({"env": {"a b": "x"}}, "not a valid name"),
+        ({"wait": "x"}, "wait must be a number"),
+        ({"nothing": 5}, "no argument 'nothing'"),
+    ],
+)
+def test_arguments_that_can_not_be_right(
+    client: CloreClient, arguments: dict[str, Any], said: str
+) -> None:
+    order = {"connection": {"ssh": "ssh root@127.0.0.1 -p 9"}}
+    with pytest.raises((TypeError, ValueError), match=said):
+        client.start(order, "true", **arguments)
+    with pytest.raises(ValueError, match="command must not be empty"):
+        client.start(order, " ")
+
+
+@pytest.mark.parametrize("text", ["", "running", "exited 3", "sleeping - 5", "exited 9999 5"])
+def test_a_state_that_can_not_be_read(text: str) -> None:
+    assert JobState.parse("exited 3 5").exit_code == 3
+    with pytest.raises(SSHError, match="can't be read"):
+        JobState.parse(text)
+
+
+# --- it outlives everything ---
+
+
+def test_it_outlives_this_process(machine: Machine) -> None:
+    code = (
+        "import sys; from clore_client import CloreClient\n"
+        f"CloreClient(state_dir=None).start({machine.order!r}, 'sleep 1; echo done', name='x',"
+        f" key_path={str(machine.login['key_path'])!r})\n"
+        "import os; os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    job = machine.job("x")
+    assert job.status == "running"
+    assert collected(job) == (0, ["done"])
+
+
+def test_a_host_that_kills_what_a_session_leaves(client: CloreClient, tmp_path: Path) -> None:
+    with killing_host(tmp_path / "host") as server:
+        machine = Machine(client, server.order(), server.folder / "home", key_path=server.key)
+        number = unique()
+        client.run(machine.order, f"sleep {number} >/dev/null 2>&1 &", **machine.login)
+        until(lambda: not sleeping(number))  # the host does kill
+        job = machine.start("sleep 1; echo done", name="x")
+        assert job.status == "running"
+        assert collected(job) == (0, ["done"])
+
+
+@pytest.mark.parametrize("kind", [*SHELLS, "dropbear"])
+def test_hosts(client: CloreClient, tmp_path: Path, kind: str) -> None:
+    with host(client, tmp_path / "host", kind) as far:
+        check_host(far)
+
+
+def test_a_userland_of_busybox(client: CloreClient) -> None:
+    with busybox(client) as far:
+        check_host(far)
+
+
+def check_host(far: Far) -> None:
+    machine = Machine(far.client, far.order, far.home, **far.login)
+    number = unique()
+    line = "printf '%s\\n' 'a\\b'; sleep 0.5; echo $X; exit 3"
+    job = machine.start(["sh", "-c", line], env={"X": "y z"})
+    assert collected(job) == (3, ["a\\b", "y z"])
+    job = machine.start(["sh", "-c", f"sleep {number} & sleep {number}"], name="long")
+    assert job.status == machine.job("long").status == "running"
+    until(lambda: len(sleeping(number)) >= 2)
+    with pytest.raises(JobTimeoutError, match="did not end in time"):
+        job.wait(timeout=0.5)
+    job.stop()
+    assert sleeping(number) == []
+    assert (job.status, job.exit_code) == ("killed", 143)
+    assert sorted(j.status for j in machine.jobs()) == ["exited", "killed"]
+
+
+@pytest.mark.parametrize("tools", ["python3", ""])
+def test_a_host_without_setsid(client: CloreClient, tmp_path: Path, tools: str) -> None:
+    """Without Python too, the job has no session of its own; it is stopped all the same."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for tool in (*TOOLS, tools):
+        if tool:
+            (folder / tool).symlink_to(os.path.realpath(shutil.which(tool) or ""))
+    home = f"{tmp_path}/sshd/home PATH={folder}"
+    with running_sshd(tmp_path / "sshd", home=home) as server:
+        far = Far(client, server.order(), tmp_path, key_path=server.key)
+        check_host(far)
+
+
+# --- following ---
+
+
+def test_a_connection_that_breaks_in_the_middle_of_a_line(machine: Machine) -> None:
+    count = 300
+    command = (
+        f"i=0; while [ $i -lt {count} ]; do i=$((i+1)); printf 'li'; sleep 0.01; echo ne $i; done"
+    )
+    lines: list[str] = []
+    cuts = 0
+    with Relay(int(machine.order["connection"]["ssh"].split()[-1])) as relay:
+
+        def take(line: str) -> None:
+            nonlocal cuts
+            lines.append(line)
+            if len(lines) % 60 == 0:
+                cuts += 1
+                relay.cut()
+                threading.Timer(0.1, relay.mend).start()
+
+        job = machine.through(relay).start(command, name="lines")
+        assert job.follow(take) == 0
+    assert cuts == 5
+    assert lines == [f"line {number}" for number in range(1, count + 1)]
+
+
+def test_much_output(machine: Machine) -> None:
+    job = machine.start("seq 1 400000", name="much")
+    code, lines = collected(job)
+    assert (code, lines) == (0, [str(n) for n in range(1, 400001)])
+
+
+def test_bytes_that_are_no_utf8(machine: Machine) -> None:
+    job = machine.start("printf 'a\\377b\\nc'")
+    assert collected(job) == (0, ["a\ufffdb", "c"])
+    assert job.tail() == "a\ufffdb\nc"
+
+
+def test_the_machine_goes_away_while_it_is_followed(machine: Machine) -> None:
+    with Relay(int(machine.order["connection"]["ssh"].split()[-1])) as relay:
+        far = machine.through(relay)
+        far.login["wait"] = 1
+        job = far.start("sleep 5")
+        threading.Timer(0.5, relay.cut).start()
+        with pytest.raises(SSHError, match="within 1s"):
+            job.follow(print)
+        relay.mend()
+        job.stop()
+
+
+def test_an_error_of_the_callback_comes_through(machine: Machine) -> None:
+    job = machine.start("echo x; sleep 60", name="x")
+
+    def fail(line: str) -> None:
+        raise OSError(f"mine: {line}")
+
+    with pytest.raises(OSError, match="mine: x"):
+        job.follow(fail)
+    assert job.status == "running"
+    job.stop()
+
+
+def test_progress(machine: Machine) -> None:
+    events: list[Any] = []
+    machine.start("echo 12345; sleep 1").follow(None, on_progress=events.append)
+    assert {event.name for event in events} == {"job"}
+    job = machine.start("echo 12345; sleep 1", name="x")
+    job.follow(lambda line: None, on_progress=events.append)
+    assert events[-1].number == 6
+    assert events[-1].text == "job x: 6 bytes of output"
+
+    def fail(event: Any) -> None:
+        raise OSError("mine")
+
+    with pytest.raises(OSError, match="mine"):
+        job.follow(lambda line: None, on_progress=fail)
+
+
+def test_ones_own_connection(machine: Machine) -> None:
+    with machine.client.connect_ssh(machine.order, **machine.login) as ssh:
+        client, order = machine.client, machine.order
+        job = client.start(order, "echo a; sleep 0.5; echo b", name="x", ssh=ssh)
+        assert collected(job) == (0, ["a", "b"])
+        assert client.job(order, "x", ssh=ssh).exit_code == 0
+        assert len(client.jobs(order, ssh=ssh)) == 1
+        job = client.start(order, "sleep 60", ssh=ssh)
+    with pytest.raises(SSHError, match="closed"):
+        job.follow(print)
+    machine.job(job.name).stop()
+
+
+# --- how it ends ---
+
+
+def test_stop_what_ignores_a_signal(machine: Machine) -> None:
+    number = unique()
+    job = machine.start(f"trap '' TERM; while :; do sleep {number}; done", name="x")
+    until(lambda: sleeping(number))
+    started = time.monotonic()
+    job.stop(grace=1)
+    assert 1 <= time.monotonic() - started < 15
+    assert sleeping(number) == []
+    assert (job.status, job.exit_code) == ("killed", 137)
+    job.stop()  # again does no harm
+
+
+def test_stop_what_left_the_session(machine: Machine) -> None:
+    number = unique()
+    job = machine.start(f"setsid sleep {number} & sleep {number}", name="x")
+    until(lambda: len(sleeping(number)) >= 2)
+    job.stop()
+    assert sleeping(number) == []
+
+
+def test_a_job_that_cleans_up(machine: Machine) -> None:
+    job = machine.start("trap 'echo bye; exit 0' TERM; echo on; while :; do sleep 0.1; done")
+    until(lambda: job.tail() == "on\n")
+    job.stop()
+    assert (job.status, job.exit_code) == ("exited", 0)
+    assert job.tail().endswith("\nbye\n")
+
+
+def test_a_job_that_is_killed_with_its_shell(machine: Machine) -> None:
+    number = unique()
+    job = machine.start(f"sleep {number}", name="x")
+    until(lambda: sleeping(number))
+    pid = int((machine.home / ".clore/jobs/x/pid").read_text().split()[0])
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: machine.job("x").status == "killed")
+    assert (job.exit_code, job.wait()) == (None, None)
+    job.stop()  # and what it has left behind
+    assert sleeping(number) == []
+
+
+def test_a_machine_that_was_started_anew(machine: Machine) -> None:
+    number = unique()
+    job = machine.start(f"sleep {number}", name="x")
+    until(lambda: sleeping(number))
+    note = machine.home / ".clore/jobs/x/pid"
+    pid, born, boot, began = note.read_text().split()
+    note.write_text(f"{pid} {born} other/1 {began}\n")
+    assert machine.job("x").status == "lost"
+    machine.job("x").stop()  # the number is another process's: nothing is killed
+    assert sleeping(number)
+    note.write_text(f"{pid} {born} {boot} {began}\n")
+    job.stop()
+
+
+def test_a_job_that_is_gone_with_its_machine(machine: Machine) -> None:
+    job = machine.start("sleep 3", name="x")
+    shutil.rmtree(machine.home / ".clore")
+    assert (job.status, job.exit_code) == ("lost", None)
+
+
+def test_a_start_that_was_cut_off(machine: Machine) -> None:
+    (machine.home / ".clore/jobs/x").mkdir(parents=True)
+    job = machine.job("x")
+    assert job.status == "lost"
+    job.stop()
+    job.remove()
+    assert machine.jobs() == []
+
+
+def test_the_number_of_another_process(machine: Machine) -> None:
+    """A process that got the number of a job that has ended is not the job."""
+    job = machine.start("true", name="x")
+    job.wait()
+    other = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        folder = machine.home / ".clore/jobs/x"
+        _, born, boot, began = (folder / "pid").read_text().split()
+        (folder / "pid").write_text(f"{other.pid} {int(born) - 1} {boot} {began}\n")
+        (folder / "exit").write_text("-\n")
+        assert machine.job("x").status == "killed"
+        machine.job("x").stop()
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_dropbear_that_is_cut(client: CloreClient, tmp_path: Path) -> None:
+    with Dropbear(tmp_path / "dropbear") as dropbear, Relay(dropbear.port) as relay:
+        plain = Machine(client, dropbear.order(), tmp_path, key_path=dropbear.key)
+        job = plain.through(relay).start("for i in 1 2 3; do echo $i; sleep 0.5; done", name="x")
+        threading.Timer(0.7, relay.cut).start()
+        threading.Timer(0.9, relay.mend).start()
+        assert collected(job) == (0, ["1", "2", "3"])
