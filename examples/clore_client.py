@@ -1,0 +1,18668 @@
+"""clore-client 0.1.0 in one file: a client for the Clore.ai GPU marketplace.
+
+    from clore_client import CloreClient
+
+It needs requests; connect_ssh and other SSH methods also need paramiko.
+
+This file is generated from the package clore-client 0.1.0. Do not edit it. To update it, run
+    pip install -U clore-client
+    python -I -m clore_client.single_file > clore_client.py
+To check if it is current, run
+    python -I -m clore_client.single_file --check clore_client.py
+Without -I, Python would import the clore_client.py of the current folder, not the package.
+
+MIT License, Copyright (c) 2026 The clore-client authors; the full text is at the end.
+
+Contents:
+    version                     The version of the package, in one place.
+    log                         The logger of the package. The application adds the handlers.
+    errors                      All errors of the package, and the tables that map an API response
+                                to an error.
+    files                       Lock files, to exclude other processes, and open private ones.
+    pricing                     Convert prices between units and currencies.
+    validation                  Check arguments. Each error names the argument, its value and the
+                                allowed values.
+    progress                    Report the progress of what takes long, and show it in a terminal or
+                                a notebook.
+    config                      Find and check the API key, the base URL and the state folder.
+    models.table                Tables and cards of records, as text for a terminal and as HTML for
+                                a notebook.
+    models.record               Record, the base class of servers, orders and wallets, and helpers
+                                to read API responses.
+    models.server               Server, and its conversion from the live form to the documented
+                                form.
+    models.order                Order, and its conversion from the live form to the documented form.
+    models.wallet               Wallet, the balance of one currency.
+    models.listing              Lists of servers, orders and wallets that show as tables.
+    models.plot                 Plot prices of servers with matplotlib.
+    models.result               Results of commands and transfers over SSH.
+    models.spot_market          SpotMarket, the offers for one server.
+    api.policy                  The retry policy. The README has the same table under "Retries".
+    api.call                    Prepare an API call: check its arguments, and decide how it may be
+                                retried.
+    api.connection              HTTP connections that record when a request is sent, and limit the
+                                time of its response.
+    api.rate_limit              Decide when the next request with a key may be sent, for all who
+                                share the key.
+    api.file_limit              Keep a rate limit in a file, for all processes of this user on this
+                                machine.
+    api.limiters                Choose who shares a rate limit: this process, this machine, or many
+                                machines through Redis.
+    api.redis_limit             Keep a rate limit in Redis, for many machines.
+    api.retry                   Classify a response or a failure by the retry policy: success,
+                                retry, or error.
+    api.retries                 Count the requests of one call, and decide when to give up.
+    api.request                 Make API calls: send a request, respect the rate limit, retry,
+                                return a response or an error.
+    market.cost                 Estimate what a rental costs, with the fees of the account.
+    market.countries            Country codes, and the groups of countries that a search can name.
+    market.filters              The filters that ``find_servers``, ``find_cheapest`` and ``rent``
+                                share, and their checks.
+    market.gpu_names            Match GPU names that are written in different ways.
+    market.search               Search a listing: apply all filters in one pass, sort, and explain
+                                what was left out.
+    market.spot                 Check spot bids, and convert them from USD per hour to the unit of
+                                the API.
+    market.market               Read the marketplace, and keep its prices and exchange rates.
+    market.summary              Summarize a listing: servers, GPUs and prices of each GPU model.
+    orders.claims               Assign orders to purchases, so that no two purchases get the same
+                                order.
+    orders.account              Read the orders of an account, and remember the orders of this
+                                client.
+    orders.limits               Check the user's limits: the price per hour, and the number of
+                                active orders.
+    orders.bid                  Change the bid of a spot order.
+    orders.cancel               Cancel orders until the API accepts it, and confirm that they have
+                                ended.
+    orders.funds                Compare the wallets of an account with what its orders cost.
+    orders.reconcile            Reconcile a purchase with the order lists, when the response had no
+                                order id or was lost.
+    orders.create               Create an order: check the arguments, send them once, and find the
+                                new order.
+    orders.wait                 Wait until an order has a status.
+    rental.selection            Select the servers that ``rent()`` tries, with their prices.
+    rental.budget               Count the cost of a rental, and check its limits.
+    rental.process              Keep the state that all rentals of this process share.
+    rental.journal              Keep the journal: one small file for each purchase, which survives
+                                the process.
+    rental.orders               Keep track of the orders of one rental, in memory and in the
+                                journal.
+    rental.cleanup              End the orders of a rental: cancel, confirm, and reconcile purchases
+                                with unknown outcome.
+    rental.client               RentalClient, the interface to ``CloreClient`` that rentals use.
+    rental.handoff              Call functions in another thread, and wait for it in a way that
+                                interrupts can't break.
+    rental.recovery             Find and cancel the orders that rentals of dead processes left
+                                running.
+    rental.signals              Handle SIGTERM and SIGHUP, so that they end rentals.
+    rental.worker               RentalWorker, the thread that orders, watches and ends the orders of
+                                one rental.
+    rental.rental               Rental, the context manager of ``rent()``: find, order, wait, and
+                                cancel at the end.
+    ssh.address                 Read the address of a machine from its order.
+    ssh.watchdog                Limit calls that have no timeout of their own, and start threads.
+    ssh.transport               Prepare paramiko's transports and channels: bounded memory, fast
+                                ciphers, dead links noticed.
+    ssh.connect                 Log in to a rented machine. paramiko is imported when it is used,
+                                not with the package.
+    ssh.connection_pool         Keep the connections of one call.
+    ssh.host_keys               Pin the host key of each order: later orders get the same host and
+                                port with another key.
+    ssh.command_line            Build the line that a host's shell runs: the command, its arguments,
+                                and its variables.
+    ssh.command_output          Collect the output of a command, and pass it on line by line.
+    ssh.job_scripts             Shell scripts that start, watch and stop a job on a host, with POSIX
+                                tools and /proc.
+    ssh.transfer.entry          Describe the files, directories and symlinks of a transfer.
+    ssh.transfer.remote_script  Run a script on a host with ``sh``, whatever the login shell is.
+    ssh.transfer.scripts        Shell scripts that a transfer runs on a host, with POSIX tools and
+                                those of GNU and busybox.
+    ssh.jobs                    Jobs: commands that run on a machine without a connection, and keep
+                                their output there.
+    ssh.openssh                 Write what OpenSSH needs to log in: a command line, or an entry for
+                                ``~/.ssh/config``.
+    ssh.transfer.options        Check the arguments of a transfer.
+    ssh.access                  Log in to the machines of an account; check the host key of each
+                                order.
+    ssh.command                 Run a command over SSH within deadlines, and end it on the host when
+                                it must stop.
+    ssh.scp                     Guard the package scp against hosts that cheat, and against calls
+                                that never return.
+    ssh.tunnel                  Forward a port of this machine's loopback to a port of a host, for
+                                the length of a block.
+    ssh.service                 Wait for a web service in an order: at its public address, or on a
+                                port of its machine.
+    ssh.shell                   Connect this terminal to a shell on a machine.
+    ssh.transfer.digests        Compare files on a host with files here, by SHA-256.
+    ssh.transfer.local_tree     Find the files to upload, and divide them into portions.
+    ssh.transfer.transfer       Run one transfer: its worker threads, scripts, deadline, progress
+                                and errors.
+    ssh.transfer.compare        Compare a tree here with its target on a machine: what is unchanged,
+                                what only the target has.
+    ssh.transfer.local_part     Keep the temporary files of a download, and rename them when it is
+                                complete.
+    ssh.transfer.remote_tree    Check the listing of a directory on a host, and its symlinks.
+    ssh.transfer.sftp           Talk to a host over SFTP, where it has no usual shell: slower, with
+                                the same checks.
+    ssh.transfer.sftp_download  Download over SFTP.
+    ssh.transfer.tar            Write and read tar streams.
+    ssh.transfer.sftp_upload    Upload over SFTP.
+    ssh.transfer.upload_check   Check the arguments of an upload, and find the files to send.
+    ssh.transfer.upload         Upload files and directories under a temporary name, which is
+                                renamed at the end.
+    ssh.transfer.download       Download files and directories; the host is not trusted.
+    client                      CloreClient, with one method for each task.
+"""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import base64
+import codecs
+import collections
+import contextlib
+import contextvars
+import copy
+import email.utils
+import enum
+import fnmatch
+import functools
+import getpass
+import glob
+import hashlib
+import hmac
+import http.client
+import importlib
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import posixpath
+import queue
+import random
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import statistics
+import string
+import struct
+import sys
+import threading
+import time
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from ssl import SSLCertVerificationError
+from types import FrameType, SimpleNamespace, TracebackType
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    Protocol,
+    SupportsIndex,
+    TypedDict,
+    TypeVar,
+    overload,
+)
+from urllib.parse import unquote, urlsplit
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import LocationParseError, NewConnectionError
+from urllib3.poolmanager import PoolManager, ProxyManager
+
+if TYPE_CHECKING:
+    import paramiko
+    from typing_extensions import Unpack
+
+__all__ = [
+    "ApplicationError",
+    "AuthenticationError",
+    "BidTooLowError",
+    "BudgetExceededError",
+    "CancelUnconfirmedError",
+    "CloreAPIError",
+    "CloreClient",
+    "CloreConnectionError",
+    "CloreError",
+    "CommandError",
+    "CommandResult",
+    "CommandTimeoutError",
+    "ConfigurationError",
+    "CostEstimate",
+    "CurrencyNotAllowedError",
+    "DatabaseError",
+    "HostKeyChangedError",
+    "InsufficientBalanceError",
+    "InvalidEndpointError",
+    "InvalidInputError",
+    "InvalidResponseError",
+    "Job",
+    "JobError",
+    "JobTimeoutError",
+    "Leftover",
+    "Leftovers",
+    "ModelSummary",
+    "Order",
+    "OrderEndedError",
+    "OrderList",
+    "OrderNotFoundError",
+    "OrderOutcomeUnknownError",
+    "OutcomeUnknownError",
+    "OutputLine",
+    "ProgressEvent",
+    "RateLimitError",
+    "RateUnknownError",
+    "Rental",
+    "RentalError",
+    "SSHError",
+    "SearchReport",
+    "Server",
+    "ServerAlreadyRentedError",
+    "ServerList",
+    "ServerOfflineError",
+    "SignalExit",
+    "SpendingLimitError",
+    "SpotMarket",
+    "SpotOffer",
+    "SpotPriceStepError",
+    "SpotPriceTooSoonError",
+    "TransferError",
+    "TransferResult",
+    "WaitTimeoutError",
+    "Wallet",
+    "WalletList",
+    "__version__",
+]
+
+
+# ==================================================================================================
+# version
+#
+# The version of the package, in one place.
+# ==================================================================================================
+
+
+__version__ = "0.1.0"
+
+
+# ==================================================================================================
+# log
+#
+# The logger of the package. The application adds the handlers.
+# ==================================================================================================
+
+
+logger = logging.getLogger("clore_client")
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning, but only the first time in this process."""
+    logger.warning("%s", text)
+
+
+# ==================================================================================================
+# errors
+#
+# All errors of the package, and the tables that map an API response to an error.
+# ==================================================================================================
+
+
+# The code table of the API reference.
+ERROR_CODES: dict[int, str] = {
+    1: "Database error",
+    2: "Invalid input",
+    3: "Invalid or missing API key",
+    4: "Invalid endpoint",
+    5: "Rate limit exceeded",
+    6: "See error field in response",
+}
+
+# Fields whose values are never shown. Compared in lower case.
+SECRET_FIELDS = frozenset(
+    {
+        "api_key",
+        "auth",
+        "auto_login",
+        "dockerhub_auth",
+        "env",
+        "init_token",
+        "jupyter_token",
+        "password",
+        "ssh_key",
+        "ssh_password",
+        "token",
+    }
+)
+
+CREATE_ORDER_CODE_1 = (
+    "on create_order, code 1 has been seen for an empty wallet, for a server that was just rented, "
+    "for a required_price that differs from the listing, for env values with '&', typographic "
+    "quotes or emoji, and also when the order was made: look at get_orders() before you order again"
+)
+
+
+class Secret(str):
+    """A string with a masked repr, because error reporters print local variables."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """Return a string as a secret, and any other value unchanged."""
+        return cls(value) if isinstance(value, str) else value
+
+
+def secret_values(env: Any) -> Any:
+    """Return a dict with its strings as secrets, and any other value unchanged."""
+    return {k: Secret.of(v) for k, v in env.items()} if isinstance(env, dict) else env
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """Return ``text`` on one line, cut at ``limit`` characters, without control characters."""
+    cut = text if len(text) <= limit else text[:limit] + "..."
+    if cut.isprintable():
+        return cut
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut
+    )
+
+
+def masked(value: Any, depth: int = 20) -> Any:
+    """Return a copy of ``value`` with ``'***'`` in place of all ``SECRET_FIELDS``.
+
+    Values that are nested deeper than ``depth`` are left out.
+    """
+    if not isinstance(value, (dict, list, tuple)):
+        return value
+    if not depth:
+        return "..."
+    if isinstance(value, dict):
+        return {
+            k: "***" if str(k).lower() in SECRET_FIELDS and v else masked(v, depth - 1)
+            for k, v in value.items()
+        }
+    return [masked(v, depth - 1) for v in value]
+
+
+def without(text: str, secrets: tuple[str, ...]) -> str:
+    """Return ``text`` without the ``secrets``, because a response may repeat the request."""
+    for secret in secrets:
+        # The secret can also be escaped, in JSON or in the repr of a string.
+        for spelling in (secret, json.dumps(secret)[1:-1], repr(str(secret))[1:-1]):
+            text = text.replace(spelling, "***")
+    return text
+
+
+def _redacted(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
+    """Return ``value`` with the ``secrets`` replaced in all its strings."""
+    if isinstance(value, str):
+        return without(value, secrets)
+    if isinstance(value, dict) and depth:
+        return {k: _redacted(v, secrets, depth - 1) for k, v in value.items()}
+    if isinstance(value, list) and depth:
+        return [_redacted(v, secrets, depth - 1) for v in value]
+    return value
+
+
+class CloreError(Exception):
+    """The base class of all errors of this package.
+
+    Attributes:
+        retryable: True if the same call may succeed later, and can be repeated safely.
+        retry_after: seconds to wait before that, or None if not known.
+        sends: how many times the request was sent before this error.
+    """
+
+    retryable: bool = False
+    retry_after: float | None = None
+    sends: int = 1
+    # time.monotonic() of the last send; None if nothing was sent.
+    sent_at: float | None = None
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_restored, (type(self), self.args, self.__dict__))
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception, which its traceback shows."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]
+
+
+def _restored(cls: type[CloreError], args: tuple[Any, ...], state: dict[str, Any]) -> CloreError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, *args)
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigurationError(CloreError, ValueError):
+    """A base URL, a key or a settings file that can't be used; nothing was sent."""
+
+
+class CloreConnectionError(CloreError):
+    """No response arrived: the connection failed, timed out or broke."""
+
+    retryable = True
+
+
+class OutcomeUnknownError(CloreError):
+    """A request that changes something may or may not have taken effect.
+
+    It was not sent again, because a second effect would do harm. Check the account before you
+    repeat the call.
+
+    Attributes:
+        endpoint: the path that was called.
+    """
+
+    def __init__(self, message: str, *, endpoint: str = "") -> None:
+        super().__init__(message)
+        self.endpoint = endpoint
+
+
+class OrderOutcomeUnknownError(OutcomeUnknownError):
+    """An order may or may not exist, or several orders could be it.
+
+    Attributes:
+        server_id: the server of the order.
+        order_ids: the orders that it could be; empty if none was seen.
+        credentials: the login that was sent with the order: ``ssh_password``, ``ssh_key``,
+            ``jupyter_token``. It is in no text and no pickle of this error.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        endpoint: str = "/v1/create_order",
+        server_id: int | None = None,
+        order_ids: tuple[int, ...] = (),
+        credentials: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, endpoint=endpoint)
+        self.server_id = server_id
+        self.order_ids = order_ids
+        self.credentials = credentials or {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        restore, (cls, args, state) = super().__reduce__()
+        return restore, (cls, args, {**state, "credentials": {}})
+
+
+class OrderNotFoundError(CloreError):
+    """No order of the account has this id.
+
+    Attributes:
+        order_id: the id.
+    """
+
+    def __init__(self, message: str, *, order_id: int | None = None) -> None:
+        super().__init__(message)
+        self.order_id = order_id
+
+
+class CancelUnconfirmedError(CloreError):
+    """An order may still be running, after a cancel that failed or is not confirmed.
+
+    Cancel it again.
+
+    Attributes:
+        order_id: the order, or the first of several.
+        order_ids: all orders that may still be running.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, *, order_ids: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.order_ids = order_ids
+        self.order_id = order_ids[0]
+
+
+class SpendingLimitError(CloreError):
+    """A limit, ``max_usd_per_hour`` or ``max_active_orders``, refused an order or bid.
+
+    Nothing was ordered.
+    """
+
+
+class OrderEndedError(CloreError):
+    """An order ended before it had the status that a call waited for.
+
+    Attributes:
+        order_id, status: the order, and its final status.
+        order: the order as it was last seen.
+    """
+
+    def __init__(self, message: str, *, order_id: int, status: str, order: Any = None) -> None:
+        super().__init__(message)
+        self.order_id = order_id
+        self.status = status
+        self.order = order
+
+
+class WaitTimeoutError(CloreError, TimeoutError):
+    """An order did not have a status in time. It may still be running, and cost money.
+
+    Attributes:
+        order_id: the order.
+        order: the order as it was last seen, or None if it never showed up.
+        reason: ``"never showed up"`` or ``"still creating"`` (or another status).
+    """
+
+    def __init__(self, message: str, *, order_id: int, order: Any = None) -> None:
+        super().__init__(message)
+        self.order_id = order_id
+        self.order = order
+        self.reason = "never showed up" if order is None else f"still {order.get('status')}"
+
+
+class RateUnknownError(CloreError):
+    """A bid could not be converted, because the exchange rate is not known; nothing was bid."""
+
+    retryable = True
+
+
+class SSHError(CloreError):
+    """An SSH login, command or transfer failed."""
+
+
+class RentalError(CloreError):
+    """``rent()`` found no server that works, or a rental was used in the wrong state.
+
+    Attributes:
+        tried: (server id, reason) for each server that was tried.
+    """
+
+    def __init__(self, message: str, *, tried: tuple[tuple[int, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.tried = tried
+
+
+class BudgetExceededError(CloreError):
+    """A rental ended because it reached its ``max_hours`` or ``max_cost_usd``.
+
+    Attributes:
+        order_id: the order of the rental.
+        hours, cost_usd: the time and the cost of the rental until then.
+    """
+
+    def __init__(
+        self, message: str, *, order_id: int | None, hours: float, cost_usd: float
+    ) -> None:
+        super().__init__(message)
+        self.order_id = order_id
+        self.hours = hours
+        self.cost_usd = cost_usd
+
+
+class CloreAPIError(CloreError):
+    """The API responded with an error.
+
+    Attributes:
+        code: the ``code`` of the response; -1 if there is none.
+        error: its ``error`` field as text, or None.
+        response: the decoded response, or ``{}``.
+        http_status: the HTTP status of the response; None if nothing was sent.
+        endpoint: the path that was called.
+        hint: the usual cause of this error, or None.
+    """
+
+    def __init__(
+        self,
+        code: int = -1,
+        error: str | None = None,
+        response: dict[str, Any] | None = None,
+        *,
+        http_status: int | None = None,
+        endpoint: str = "",
+        hint: str | None = None,
+        retryable: bool | None = None,
+        secrets: tuple[str, ...] = (),
+    ) -> None:
+        self.code = code
+        self.error = None if error is None else without(error, secrets)
+        self.response: dict[str, Any] = _redacted(response or {}, secrets)
+        self.http_status = http_status
+        self.endpoint = endpoint
+        self.hint = hint
+        if retryable is not None:
+            self.retryable = retryable
+        text = self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})"
+        envelope = without(repr(masked(self.response)), secrets)
+        super().__init__(
+            f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
+        )
+        if hint:
+            self.add_hint(hint)
+
+    def add_hint(self, hint: str) -> None:
+        """Add the usual cause, or what to do next, to the text on a line of its own."""
+        self.hint = hint
+        self.args = (f"{self.args[0]}\nhint: {hint}",)
+
+
+class DatabaseError(CloreAPIError):
+    """Code 1. On ``create_order`` it is ambiguous: the order may exist (seen on the live API)."""
+
+    retryable = True
+
+
+class InvalidInputError(CloreAPIError):
+    """Code 2: the API found the request invalid."""
+
+
+class AuthenticationError(CloreAPIError):
+    """Code 3: the API key is missing or invalid."""
+
+
+class InvalidEndpointError(CloreAPIError):
+    """Code 4: the endpoint does not exist."""
+
+
+class RateLimitError(CloreAPIError):
+    """Code 5, or HTTP 429: too many requests with this key."""
+
+    retryable = True
+
+
+class ApplicationError(CloreAPIError):
+    """Code 6: the API refused the request; ``error`` has the reason."""
+
+
+class InsufficientBalanceError(ApplicationError):
+    """The balance of the wallet is too low.
+
+    Attributes:
+        wallet: the name of the wallet, or None.
+        balance: its balance, in its currency; None if it is not known.
+        usd_per_hour: the price of the order in USD per hour, without fees, or None.
+    """
+
+    wallet: str | None = None
+    balance: float | None = None
+    usd_per_hour: float | None = None
+
+
+class ServerAlreadyRentedError(ApplicationError):
+    """The server is already rented."""
+
+
+class ServerOfflineError(ApplicationError):
+    """The server is offline."""
+
+
+class BidTooLowError(ApplicationError):
+    """The bid is lower than the host accepts."""
+
+
+class CurrencyNotAllowedError(ApplicationError):
+    """The host does not accept this currency."""
+
+
+class SpotPriceStepError(ApplicationError):
+    """The change of the bid is larger than one step allows.
+
+    Attributes:
+        max_step: the largest step, in the order's currency per day, or None.
+    """
+
+    max_step: float | None = None
+
+
+class SpotPriceTooSoonError(ApplicationError):
+    """The bid was lowered less than 600 seconds ago; ``retry_after`` has the seconds to wait."""
+
+    retryable = True
+
+
+class InvalidResponseError(CloreAPIError):
+    """The response is not from the API, or broken: HTML, invalid JSON, no ``code``, no list."""
+
+
+ERROR_CLASSES: dict[int, type[CloreAPIError]] = {
+    1: DatabaseError,
+    2: InvalidInputError,
+    3: AuthenticationError,
+    4: InvalidEndpointError,
+    5: RateLimitError,
+    6: ApplicationError,
+}
+
+# The ``error`` texts of code 6 (seen on the live API), with "-" replaced by "_".
+ERROR_TEXTS: dict[str, type[ApplicationError]] = {
+    "not_enough_balance": InsufficientBalanceError,
+    "server_already_rented": ServerAlreadyRentedError,
+    "server_offline": ServerOfflineError,
+    "too_low_price": BidTooLowError,
+    "currency_not_allowed": CurrencyNotAllowedError,
+    "exceeded_max_step": SpotPriceStepError,
+    "can_lower_every_600_seconds": SpotPriceTooSoonError,
+}
+
+
+def error_text(envelope: dict[str, Any]) -> str | None:
+    """Return the ``error`` field of a response as text, or None."""
+    raw = envelope.get("error")
+    return raw if isinstance(raw, str) or raw is None else repr(raw)
+
+
+def api_error(
+    envelope: dict[str, Any],
+    *,
+    http_status: int,
+    endpoint: str,
+    hint: str | None = None,
+    retryable: bool | None = None,
+    secrets: tuple[str, ...] = (),
+) -> CloreAPIError:
+    """Make the error for a response with a ``code`` other than 0.
+
+    Parameters:
+        envelope: the decoded response.
+        http_status: its HTTP status.
+        endpoint: the path that was called.
+        hint: added to the text on its own line.
+        retryable: overrides the default of the class.
+        secrets: strings that must not appear in the text.
+    """
+    code = envelope["code"]
+    text = error_text(envelope)
+    cls = ERROR_CLASSES.get(code, CloreAPIError)
+    if cls is ApplicationError and text:
+        cls = ERROR_TEXTS.get(text.strip().lower().replace("-", "_"), ApplicationError)
+    error = cls(
+        code,
+        text,
+        envelope,
+        http_status=http_status,
+        endpoint=endpoint,
+        hint=hint,
+        retryable=retryable,
+        secrets=secrets,
+    )
+    if isinstance(error, SpotPriceStepError):
+        error.max_step = _response_number(envelope.get("max_step"))
+    elif isinstance(error, SpotPriceTooSoonError):
+        error.retry_after = _response_number(envelope.get("time_to_lowering"))
+    return error
+
+
+def _response_number(value: Any) -> float | None:
+    # Python's JSON parser accepts NaN, for which the comparison is False.
+    return float(value) if type(value) in (int, float) and abs(value) < 1e12 else None
+
+
+STDERR_TAIL = 500  # an error shows the last characters
+
+
+class HostKeyChangedError(SSHError):
+    """The host key of a machine has changed since the first login to this order.
+
+    Its container was restarted, or another machine responds in its place. No login was sent.
+
+    Attributes:
+        order_id: the order, or None if the record has no id.
+        expected, found: fingerprints such as ``"SHA256:..."``.
+    """
+
+    def __init__(
+        self, message: str, *, order_id: int | None = None, expected: str = "", found: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.order_id = order_id
+        self.expected = expected
+        self.found = found
+
+
+class CommandError(SSHError):
+    """A command ended with an exit code other than 0, and ``check`` was on.
+
+    Attributes:
+        result: the :class:`CommandResult`.
+    """
+
+    def __init__(self, result: CommandResult) -> None:
+        how = f"exit code {result.exit_code}" if result.exit_code >= 0 else "a signal"
+        super().__init__(f"{printable(result.command, 200)} ended with {how}{_tail(result.stderr)}")
+        self.result = result
+
+    def __reduce__(self) -> tuple[type[CommandError], tuple[CommandResult]]:
+        return (type(self), (self.result,))
+
+
+class CommandTimeoutError(SSHError, TimeoutError):
+    """A command did not end in time, and was stopped.
+
+    Attributes:
+        command: the command.
+        timeout: seconds.
+        stdout, stderr: its output until then.
+    """
+
+    def __init__(self, command: str, timeout: float, stdout: str = "", stderr: str = "") -> None:
+        super().__init__(
+            f"{printable(command, 200)} did not end within {timeout:g}s, and was stopped"
+            f"{_tail(stderr)}"
+        )
+        self.command = command
+        self.timeout = timeout
+        self.stdout = stdout
+        self.stderr = stderr
+
+    def __reduce__(self) -> tuple[type[CommandTimeoutError], tuple[str, float, str, str]]:
+        return (type(self), (self.command, self.timeout, self.stdout, self.stderr))
+
+
+class JobError(SSHError):
+    """A job can't be started, found or removed.
+
+    Attributes:
+        name: the name of the job.
+    """
+
+    def __init__(self, message: str, *, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
+
+
+class JobTimeoutError(JobError, TimeoutError):
+    """A job did not end in time. It still runs."""
+
+
+class TransferError(SSHError):
+    """A file was not transferred completely. An existing file in its place is unchanged.
+
+    Attributes:
+        name: the file, as the caller named it or relative to the named folder.
+        done, total: bytes; ``total`` is None if not known.
+    """
+
+    def __init__(
+        self, message: str, *, name: str = "", done: int = 0, total: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.name = name
+        self.done = done
+        self.total = total
+
+
+def _tail(text: str) -> str:
+    lines = text.strip()[-STDERR_TAIL:].splitlines()
+    return "".join(f"\n  {printable(line, STDERR_TAIL)}" for line in lines)
+
+
+# ==================================================================================================
+# files
+#
+# Lock files, to exclude other processes, and open private ones.
+# ==================================================================================================
+
+
+LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
+# With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
+PRIVATE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+PRIVATE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
+
+
+def lock_file(handle: int, patience: float = 0.0) -> bool:
+    """Lock an open file until it is unlocked or closed, and return whether that worked.
+
+    Parameters:
+        handle: a file that is open for writing, as some systems require.
+        patience: seconds to wait for another process that has locked it.
+
+    Raises:
+        OSError: the file system does not support locks.
+    """
+    deadline = time.monotonic() + patience
+    pause = FIRST_LOCK_PAUSE
+    while not _try_to_lock(handle):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_LOCK_PAUSE)
+    return True
+
+
+def _try_to_lock(handle: int) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(handle, LOCK_AT, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def unlock_file(handle: int) -> None:
+    """Unlock a file that :func:`lock_file` locked."""
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(handle, LOCK_AT, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def open_private(path: Path) -> tuple[int, bool]:
+    """Open a file for reading and writing, and return its descriptor and whether it is new.
+
+    The file and its folder are created if they are missing, for this user only.
+
+    Raises:
+        OSError: that is not possible, or it is a symlink.
+    """
+    try:
+        return os.open(path, PRIVATE_FLAGS), False
+    except FileNotFoundError:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(path, PRIVATE_FLAGS | os.O_CREAT, 0o600), True
+
+
+# ==================================================================================================
+# pricing
+#
+# Convert prices between units and currencies.
+# ==================================================================================================
+
+
+HOURS_PER_DAY = 24.0
+# The API adds these fees to the price (seen on the live API).
+FEE_ON_DEMAND = 0.05
+FEE_SPOT = 0.0125
+CREATION_FEE = 0.10  # USD, once for each order
+CREATION_FEE_AFTER = 600.0  # seconds; a shorter order does not pay it
+RATE_MAX_AGE = 300.0  # seconds; an older exchange rate does not convert a bid
+
+# Common names, and the names of the API.
+CURRENCIES: dict[str, str] = {
+    "bitcoin": "bitcoin",
+    "btc": "bitcoin",
+    "clore-blockchain": "CLORE-Blockchain",
+    "clore": "CLORE-Blockchain",
+    "usd-blockchain": "USD-Blockchain",
+    "usd": "USD-Blockchain",
+}
+
+
+def finite(value: Any) -> float | None:
+    """Return ``value`` as a float if it is a finite number and not a bool, else None."""
+    if type(value) is float:  # the usual case, kept fast
+        return value if math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def positive(value: Any) -> float | None:
+    """Return ``value`` as a float if it is a finite number above 0, else None."""
+    number = finite(value)
+    return number if number is not None and number > 0 else None
+
+
+def rounded(number: float | None) -> float | None:
+    """Return a number with six decimals, to show it; None stays None."""
+    return None if number is None else round(number, 6)
+
+
+def per_hour(per_day: Any) -> Any:
+    """Convert a price per day to a price per hour, and return any other value unchanged."""
+    number = finite(per_day)
+    return per_day if number is None else number / HOURS_PER_DAY
+
+
+def wire_currency(name: str) -> str | None:
+    """Return the API's name of a currency such as ``"BTC"`` or ``"clore"``, or None."""
+    return CURRENCIES.get(name.strip().lower())
+
+
+def bid_per_day(usd_per_hour: float, usd_rate: float) -> float:
+    """Convert a price from USD per hour to currency per day, the unit of the API.
+
+    Parameters:
+        usd_per_hour: the price or bid.
+        usd_rate: USD for one unit of the currency.
+    """
+    return usd_per_hour * HOURS_PER_DAY / usd_rate
+
+
+def bid_per_hour(per_day: float, usd_rate: float) -> float:
+    """Convert a price from currency per day to USD per hour.
+
+    Parameters:
+        per_day: the price or bid.
+        usd_rate: USD for one unit of the currency.
+    """
+    return per_day * usd_rate / HOURS_PER_DAY
+
+
+def per_gpu(price: float | None, gpus: int | None) -> float | None:
+    """Return the price for one of several GPUs; None if one of the numbers is not known."""
+    return price / gpus if price is not None and gpus else None
+
+
+def published_fee(spot: bool) -> float:
+    """Return the fee that the renter pays on top of a price, as a fraction of it."""
+    return FEE_SPOT if spot else FEE_ON_DEMAND
+
+
+def with_fee(price: float, fee: float) -> float:
+    """Add the renter's fee to a price."""
+    return price * (1 + fee)
+
+
+def without_fee(price: float, fee: float) -> float:
+    """Remove the renter's fee from a price that includes it."""
+    return price / (1 + fee)
+
+
+def creation_fee_after(seconds: float, fee: float = CREATION_FEE) -> float:
+    """Return the creation fee of an order that lasts a time: 0 in the first ten minutes."""
+    return fee if seconds >= CREATION_FEE_AFTER else 0.0
+
+
+class ExchangeRates:
+    """The latest exchange rates of one API: USD for one unit of a currency."""
+
+    def __init__(self) -> None:
+        # (rates, time), replaced in one step, so that readers need no lock.
+        self._latest: tuple[dict[str, float], float] = ({}, -math.inf)
+
+    def update(self, rates: Any, *, display_only: bool = False) -> None:
+        """Store exchange rates, and skip values that are not prices.
+
+        Parameters:
+            rates: a dict from the API, with USD for each currency.
+            display_only: whether they must not convert bids.
+        """
+        if not isinstance(rates, dict):
+            return
+        good = {name: rate for name, value in rates.items() if (rate := positive(value))}
+        known, stored_at = self._latest
+        if good and not display_only:
+            self._latest = (good, time.monotonic())
+        elif good and not self.fresh():
+            self._latest = ({**known, **good}, stored_at)
+
+    def fresh(self) -> dict[str, float]:
+        """Return the rates that may convert bids; an empty dict if they are too old."""
+        rates, stored_at = self._latest
+        return rates if time.monotonic() - stored_at <= RATE_MAX_AGE else {}
+
+    def rate(self, currency: Any) -> float | None:
+        """Return USD for one unit of ``currency``, for display; None if it is not known."""
+        if not isinstance(currency, str):
+            return None
+        name = wire_currency(currency) or currency
+        return 1.0 if name == "USD-Blockchain" else self._latest[0].get(name)
+
+    def usd(self, amount: Any, currency: Any) -> float | None:
+        """Convert ``amount`` of ``currency`` to USD for display, or return None."""
+        number, rate = finite(amount), self.rate(currency)
+        return None if number is None or rate is None else number * rate
+
+
+# ==================================================================================================
+# validation
+#
+# Check arguments. Each error names the argument, its value and the allowed values.
+# ==================================================================================================
+
+
+Timeout = float | tuple[float | None, float | None] | None
+
+_ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+# With these characters in an env value, create_order returns code 1 (seen on the live API).
+_REFUSED_CHARACTERS = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
+LONGEST_INTERVAL = 86_400.0  # seconds
+LONGEST_TIMEOUT = 1e9
+MAX_ID_DIGITS = 18
+MAX_PATH = 4095  # bytes of a local path
+MAX_PATH_PART = 255  # bytes of one name in it
+MAX_PASSWORD = 32
+MAX_TOKEN = 32
+MAX_SSH_KEY = 3072
+MAX_ENV_NAME = 128
+MAX_ENV_VALUE = 1536
+
+
+def short_repr(value: Any) -> str:
+    """Return a value on one short line, for an error."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, or a class with a broken __repr__
+        text = f"<{type(value).__name__} that can't be shown>"
+    return printable(text, 80)
+
+
+def check_id(name: str, value: Any) -> int:
+    """Check an id: a positive integer, or a string of digits."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value.strip()):
+        value = int(value)
+    if isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"{name} must be a positive integer, not {short_repr(value)}")
+    if isinstance(value, str) or not 1 <= value < 10**MAX_ID_DIGITS:
+        raise ValueError(
+            f"{name} must be a positive integer of at most {MAX_ID_DIGITS} digits, "
+            f"not {short_repr(value)}"
+        )
+    return value
+
+
+def check_ids(name: str, values: Any) -> list[int]:
+    """Check a list of ids; a single id or a string is an error."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of order ids, not {short_repr(values)}")
+    return [check_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float = 0.0,
+    above: bool = False,
+    maximum: float = math.inf,
+    infinite: bool = False,
+    unit: str = "",
+) -> float:
+    """Check a number from ``minimum`` (or above it, with ``above``) to ``maximum``; never NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {short_repr(value)}")
+    low = value <= minimum if above else value < minimum
+    huge = isinstance(value, int) and abs(value) > 10**300  # too large for a float
+    if huge or value != value or low or value > maximum or (value == math.inf and not infinite):
+        allowed = f"{'above' if above else 'at least'} {minimum:g}"
+        allowed += "" if maximum == math.inf else f" and at most {maximum:g}"
+        allowed += "" if infinite or maximum != math.inf else " and finite"
+        raise ValueError(
+            f"{name} must be {allowed}{unit and ' (' + unit + ')'}, not {short_repr(value)}"
+        )
+    return value
+
+
+def check_optional_number(name: str, value: Any, **limits: Any) -> float | None:
+    """Check a number with the limits of :func:`check_number`; None is allowed."""
+    return None if value is None else check_number(name, value, **limits)
+
+
+def check_count(name: str, value: Any, *, minimum: int = 0, maximum: float = math.inf) -> int:
+    """Check a whole number, at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
+    return int(check_number(name, value, minimum=minimum, maximum=maximum))
+
+
+def check_interval(name: str, value: Any) -> float:
+    """Check a number of seconds, at most a day, as ``time.sleep()`` has a limit."""
+    return check_number(name, value, maximum=LONGEST_INTERVAL, unit="seconds")
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Check that a value is True or False; a string such as ``"false"`` would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {short_repr(value)}")
+    return value
+
+
+def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
+    """Check the characters and the length of a local path."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a character that is not allowed in a path") from None
+    if b"\0" in encoded:
+        raise ValueError(f"{name} must not contain a NUL character")
+    longest_part = max(map(len, encoded.split(b"/")))
+    if len(encoded) > MAX_PATH or longest_part > MAX_PATH_PART:
+        raise ValueError(
+            f"{name} is too long: it has {len(encoded)} bytes, {longest_part} of them in one name; "
+            f"{MAX_PATH} and {MAX_PATH_PART} are allowed"
+        )
+
+
+def check_callback(name: str, value: Any, arguments: int) -> None:
+    """Check a callback that will get this number of arguments; None is allowed."""
+    if value is None:
+        return
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, not {short_repr(value)}")
+    import inspect  # imported here, because it is slow and rarely needed
+
+    try:
+        signature = inspect.signature(value)
+    except (ValueError, TypeError):  # a builtin function without a signature
+        return
+    try:
+        signature.bind(*[None] * arguments)
+    except TypeError:
+        one = "one argument" if arguments == 1 else f"{arguments} arguments"
+        raise TypeError(f"{name} must be callable with {one}, not {short_repr(value)}") from None
+
+
+def check_string(name: str, value: Any) -> str:
+    """Check a string, which may be empty."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {short_repr(value)}")
+    return value
+
+
+def check_text(name: str, value: Any, *, secret: bool = False) -> str:
+    """Check a string that must not be empty. The error does not show it if it is ``secret``."""
+    if not isinstance(value, str):
+        shown = type(value).__name__ if secret else short_repr(value)
+        raise TypeError(f"{name} must be a string, not {shown}")
+    if not value.strip():
+        raise ValueError(f"{name} must not be empty")
+    return value
+
+
+def check_headers(name: str, value: Any) -> dict[str, Any]:
+    """Check HTTP headers; None as a value leaves a header out. Values are never shown."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
+    for header, text in value.items():
+        if not isinstance(header, str):
+            raise TypeError(f"{name}: a header's name must be a string, not {short_repr(header)}")
+        if not re.fullmatch(_HEADER_NAME, header):
+            raise ValueError(f"{name}: {short_repr(header)} is not a valid header name")
+        if text is None or header.lower() == "auth":  # the key is checked where it is used
+            continue
+        if not isinstance(text, (str, bytes)):
+            raise TypeError(f"{name}[{header!r}] must be a string, not {type(text).__name__}")
+        shape = text if isinstance(text, str) else text.decode("latin-1")
+        if not re.fullmatch(_HEADER_VALUE, shape):
+            raise ValueError(f"{name}[{header!r}] has a character that is not allowed in a header")
+    return dict(value)
+
+
+def check_timeout(name: str, value: Any) -> Timeout:
+    """Check a timeout: seconds, a ``(connect, read)`` pair, or None to wait forever."""
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(
+                f"{name} must be seconds or a (connect, read) pair, not {short_repr(value)}"
+            )
+        parts = [
+            None if v is None else _check_socket_timeout(f"{name}[{i}]", v)
+            for i, v in enumerate(value)
+        ]
+        return (parts[0], parts[1])
+    return None if value is None else _check_socket_timeout(name, value)
+
+
+def shortened(timeout: Timeout, longest: float) -> Timeout:
+    """Return a timeout with all parts cut to ``longest`` seconds."""
+    if isinstance(timeout, tuple):
+        connect, read = (longest if part is None else min(part, longest) for part in timeout)
+        return connect, read
+    return longest if timeout is None else min(timeout, longest)
+
+
+def longest_part(timeout: Timeout) -> float | None:
+    """Return the longer of the connect and the read timeout; None if one waits forever."""
+    parts = timeout if isinstance(timeout, tuple) else (timeout, timeout)
+    return None if None in parts else max(part for part in parts if part is not None)
+
+
+def _check_socket_timeout(name: str, value: Any) -> float:
+    # A socket refuses a longer timeout.
+    return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
+
+
+def check_currency(name: str, value: Any) -> str:
+    """Return the API's name of a currency, given that name or ``BTC``, ``CLORE``, ``USD``."""
+    found = wire_currency(check_text(name, value))
+    if found is None:
+        allowed = ", ".join(sorted({*CURRENCIES.values()})) + ", BTC, CLORE or USD"
+        raise ValueError(f"{name} must be one of {allowed}, not {short_repr(value)}")
+    return found
+
+
+def check_order_type(name: str, value: Any) -> str:
+    """Check an order type: ``"on-demand"`` or ``"spot"``."""
+    if value not in ("on-demand", "spot"):
+        raise ValueError(f"{name} must be 'on-demand' or 'spot', not {short_repr(value)}")
+    return str(value)
+
+
+def check_ports(name: str, value: Any) -> dict[str, str]:
+    """Check a dict of container ports with ``"tcp"`` or ``"http"``; return it with string keys."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {short_repr(value)}")
+    ports: dict[str, str] = {}
+    for port, protocol in value.items():
+        digits = port if isinstance(port, str) else ""
+        if isinstance(port, int) and not isinstance(port, bool) and 1 <= port <= 65535:
+            digits = str(port)
+        if not re.fullmatch(r"[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65535:
+            raise ValueError(f"{name}: a port must be 1 to 65535, not {short_repr(port)}")
+        if protocol not in ("tcp", "http"):
+            raise ValueError(
+                f"{name}[{port!r}] must be 'tcp' or 'http', not {short_repr(protocol)}"
+            )
+        ports[str(int(digits))] = protocol
+    return ports
+
+
+def check_env(name: str, value: Any) -> dict[str, str]:
+    """Check environment variables. Errors never show the values, which may be secrets."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict of strings, not {type(value).__name__}")
+    for variable, text in value.items():
+        if not isinstance(variable, str) or not re.fullmatch(_ENV_NAME, variable):
+            raise ValueError(
+                f"{name}: a variable name must have only letters, digits and _, and not begin "
+                f"with a digit, unlike {short_repr(variable)}"
+            )
+        if len(variable) > MAX_ENV_NAME:
+            raise ValueError(
+                f"{name}: a variable name must have at most {MAX_ENV_NAME} characters, unlike "
+                f"{short_repr(variable)}"
+            )
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{variable!r}] must be a string, not {type(text).__name__}")
+        if len(text) > MAX_ENV_VALUE:
+            raise ValueError(
+                f"{name}[{variable!r}] must have at most {MAX_ENV_VALUE} characters, not "
+                f"{len(text)}"
+            )
+        if re.search(_REFUSED_CHARACTERS, text):
+            logger.warning(
+                "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "
+                "refuse with code 1",
+                name,
+                variable,
+            )
+    return {variable: Secret(text) for variable, text in value.items()}
+
+
+def check_secret(name: str, value: Any, longest: int) -> str:
+    """Check a password or token of at most ``longest`` characters."""
+    text = check_text(name, value, secret=True)
+    if len(text) > longest:
+        raise ValueError(f"{name} must have at most {longest} characters, not {len(text)}")
+    return Secret(text)
+
+
+def check_public_key(name: str, value: Any) -> str:
+    """Check an SSH public key: one line of text, not a private key and not a path."""
+    text = check_text(name, value, secret=True).strip()
+    if "PRIVATE KEY" in text:
+        raise ValueError(
+            f"{name} is a private key, which must never leave your machine: "
+            "pass the public key, which is the content of the .pub file"
+        )
+    is_key = re.fullmatch(r"(ssh|ecdsa|sk)-\S+ +\S.*", text)
+    if not is_key and (
+        text[0] in "/~.\\" or text.endswith(".pub") or ".ssh" in text or text.startswith("id_")
+    ):
+        raise ValueError(
+            f"{name} looks like a path: pass the content of the file, "
+            f"pathlib.Path({short_repr(text)}).expanduser().read_text()"
+        )
+    if not is_key:
+        raise ValueError(
+            f"{name} must be one line such as 'ssh-ed25519 AAAA... me@home', the content of a .pub "
+            "file"
+        )
+    return check_secret(name, text, MAX_SSH_KEY)
+
+
+# ==================================================================================================
+# progress
+#
+# Report the progress of what takes long, and show it in a terminal or a notebook.
+# ==================================================================================================
+
+
+LINE_INTERVAL = 5.0  # seconds between two plain lines about the same
+SIZE_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+class ProgressEvent:
+    """A step of something that takes long.
+
+    Attributes:
+        name: what is done: ``"rent"``, ``"order"``, ``"deploy"``, ``"running"``, ``"ssh"``,
+            ``"upload"``, ``"download"``, ``"http"`` or ``"job"``.
+        number: bytes so far for ``"upload"``, ``"download"`` and ``"job"``; else seconds so far.
+        total: bytes in all, or None if unknown.
+        text: a line for people, with control characters escaped.
+    """
+
+    __slots__ = ("name", "number", "text", "total")
+
+    def __init__(self, name: str, number: float, text: str, total: float | None = None) -> None:
+        self.name = name
+        self.number = number
+        self.text = printable(text, 300)
+        self.total = total
+
+    def __repr__(self) -> str:
+        return f"<ProgressEvent {self.name} {self.number:g}: {self.text}>"
+
+
+Report = Callable[[ProgressEvent], object]
+
+
+class ProgressOptions:
+    """The arguments ``on_progress`` and ``progress``, checked."""
+
+    def __init__(self, on_progress: Any = None, progress: Any = False) -> None:
+        check_callback("on_progress", on_progress, 1)
+        self.on_progress: Report | None = on_progress
+        self.shown = check_bool("progress", progress)
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[Report | None]:
+        """Return a function that reports an event, or None if nobody wants any."""
+        display = open_display() if self.shown else None
+        reports = [] if self.on_progress is None else [self.on_progress]
+        if display is not None:
+            reports.append(display.show)
+        try:
+            if reports:
+                yield lambda event: [report(event) for report in reports]
+            else:
+                yield None
+        finally:
+            if display is not None:
+                display.close()
+
+
+def open_display() -> PlainDisplay | BarDisplay | None:
+    """Return a display for this terminal or notebook; None if neither is there."""
+    notebook = "ipykernel" in sys.modules
+    if not notebook and not (sys.stderr is not None and sys.stderr.isatty()):
+        return None
+    try:
+        tqdm = importlib.import_module("tqdm.auto").tqdm
+    except ImportError:
+        return PlainDisplay(sys.stderr)
+    return BarDisplay(tqdm)
+
+
+class PlainDisplay:
+    """Writes a line for each step, and one from time to time while a step lasts."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._name = ""
+        self._next = 0.0  # by time.monotonic()
+
+    def show(self, event: ProgressEvent) -> None:
+        now = time.monotonic()
+        if event.name == self._name and now < self._next and event.number != event.total:
+            return
+        self._name, self._next = event.name, now + LINE_INTERVAL
+        self._stream.write(f"{event.text}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """End the display; the lines stay."""
+
+
+class BarDisplay:
+    """Shows each step with tqdm: a bar where the total is known, else a line that changes."""
+
+    def __init__(self, tqdm: Any) -> None:
+        self._tqdm = tqdm
+        self._bar: Any = None
+        self._name = ""
+
+    def show(self, event: ProgressEvent) -> None:
+        if self._bar is None or event.name != self._name:
+            self.close()
+            self._name = event.name
+            form = {} if event.total is not None else {"bar_format": "{desc}"}
+            self._bar = self._tqdm(total=event.total, unit="B", unit_scale=True, **form)
+        if event.total is None:
+            self._bar.set_description_str(event.text)
+        else:
+            self._bar.set_description_str(event.name, refresh=False)
+            self._bar.total = event.total
+            self._bar.update(event.number - self._bar.n)
+
+    def close(self) -> None:
+        """End the display; its last state stays."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def readable_size(size: float) -> str:
+    """Return a number of bytes for people: ``"1.2 GB"``."""
+    power = 0
+    while size >= 1000 and power < len(SIZE_UNITS) - 1:
+        size, power = size / 1000, power + 1
+    return f"{size:.0f} {SIZE_UNITS[power]}" if power == 0 else f"{size:.1f} {SIZE_UNITS[power]}"
+
+
+def readable_seconds(seconds: float) -> str:
+    """Return a duration for people: ``"34 s"``, ``"2 min 5 s"``, ``"3 h 2 min"``."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+# ==================================================================================================
+# config
+#
+# Find and check the API key, the base URL and the state folder.
+# ==================================================================================================
+
+
+KEY_VARIABLE = "CLORE_API_KEY"
+URL_VARIABLE = "CLORE_BASE_URL"
+CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; never written
+
+# Without the variable, it is ``~/.local/state/clore-client``.
+DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
+
+
+def clean_key(key: object, source: str) -> str:
+    """Check an API key, and return it without a trailing newline.
+
+    No error shows the key.
+    """
+    if not isinstance(key, str):
+        raise ConfigurationError(
+            f"the API key from {source} must be a string, not {type(key).__name__}"
+        )
+    key = key.rstrip("\r\n")
+    if key.lower().startswith(("bearer ", "auth:", "auth ")):
+        raise ConfigurationError(
+            f"the API key from {source} starts with {key.split()[0]!r}: give only the key"
+        )
+    if any(c.isspace() for c in key):
+        raise ConfigurationError(
+            f"the API key from {source} has a blank or a newline in it: give only the key"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigurationError(
+            f"the API key from {source} has a character that is not allowed in a key: copy it again"
+        )
+    return Secret(key)
+
+
+def find_key(argument: str | None) -> tuple[str | None, str]:
+    """Return the key and its source: the argument, the environment, or the official tools' file."""
+    if argument:
+        return clean_key(argument, "the argument api_key"), "argument"
+    if from_environment := os.environ.get(KEY_VARIABLE):
+        source = f"environment variable {KEY_VARIABLE}"
+        return clean_key(from_environment, f"the {source}"), source
+    from_file = _key_in_file()
+    return (from_file, f"file {CONFIG_FILE}") if from_file else (None, "nowhere")
+
+
+def require_key() -> None:
+    """Raise an error if neither the environment nor the official tools' file has a key."""
+    if find_key(None)[0] is None:
+        variable = "is empty" if KEY_VARIABLE in os.environ else "is not set"
+        there = os.path.isfile(os.path.expanduser(CONFIG_FILE))
+        raise ConfigurationError(
+            f"there is no API key: the environment variable {KEY_VARIABLE} {variable}, "
+            f"and the file {CONFIG_FILE} {'has none in it' if there else 'does not exist'}; "
+            f"set {KEY_VARIABLE}"
+        )
+
+
+def key_ending(key: object) -> str:
+    """Return the end of a key, for display: four characters, or a quarter of a short key."""
+    text = str(key)
+    return printable(text[len(text) - min(4, len(text) // 4) :])
+
+
+def _key_in_file() -> str | None:
+    try:
+        path = Path(CONFIG_FILE).expanduser()
+        text = path.read_text(encoding="utf-8")
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: no home directory
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"{CONFIG_FILE} can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
+        ) from None
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        # The error of the parser contains the text, and so the key.
+        raise ConfigurationError(f"{CONFIG_FILE} is not valid JSON: correct or remove it") from None
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{CONFIG_FILE} must contain a JSON object with an 'api_key'")
+    if not config.get("api_key"):
+        return None
+    key = clean_key(config["api_key"], CONFIG_FILE)
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        warn_once(
+            f"{path} contains your API key, and other users can read it: run chmod 600 {path}"
+        )
+    return key or None
+
+
+def check_base_url(url: object, name: str) -> str:
+    """Check an http(s) URL, and return it without a trailing slash.
+
+    Parameters:
+        url: the URL.
+        name: the argument or variable that has it, for the error.
+    """
+    if not isinstance(url, str):
+        raise TypeError(
+            f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
+        )
+    return _usable_url(url, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _usable_url(url: str, name: str) -> str:
+    if problem := _url_problem(url):
+        # The URL is not shown, as it may contain a key.
+        raise ConfigurationError(
+            f"{name} must be a URL like https://api.clore.ai: this one {problem}"
+        )
+    return url.rstrip("/")
+
+
+def _url_problem(url: str) -> str | None:
+    if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
+        return "has a blank or a character that is not allowed in a URL"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return "can't be parsed"
+    if parts.scheme not in ("http", "https"):
+        return "does not start with http:// or https://"
+    if not host:
+        return "has no host"
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        return "has a user, a query or a fragment in it"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def is_loopback(base_url: str) -> bool:
+    """Return whether the host of a URL is this machine."""
+    return is_loopback_host(urlsplit(base_url).hostname or "")
+
+
+def check_key_may_go_to(base_url: str) -> None:
+    """Check that a URL is safe for the key: https, or this machine."""
+    if not base_url.lower().startswith("https://") and not is_loopback(base_url):
+        host = printable(urlsplit(base_url).hostname or "", 100)
+        raise ConfigurationError(
+            f"base_url is not https (its host is {host}), so others could read the API key, and "
+            "nothing was sent: use an https URL"
+        )
+
+
+V = TypeVar("V")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def is_loopback_host(host: str) -> bool:
+    """Return whether the host name or address in a URL is this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@functools.lru_cache(maxsize=64)
+def canonical_url(base_url: str) -> str:
+    """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
+    parts = urlsplit(base_url)
+    scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
+    host = "localhost" if is_loopback_host(host) else host
+    port = parts.port or _DEFAULT_PORTS.get(scheme)
+    return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
+
+
+def read_line(path: str) -> str:
+    """Return the first line of a file, or an empty string."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.readline(200).strip()
+    except OSError:
+        return ""
+
+
+class PerAccount(Generic[V]):
+    """A table with one object per base URL and key, made on first use.
+
+    It is empty in a forked child, because another thread may have held a lock at the fork.
+    """
+
+    def __init__(self, make: Callable[[], V]) -> None:
+        self._make = make
+        self._of: dict[str, V] = {}
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._of.clear)
+
+    def of(self, base_url: str, api_key: str) -> V:
+        """Return the object of an account."""
+        account = account_digest(base_url, api_key)  # in place of the key
+        found = self._of.get(account)
+        # setdefault() is atomic: if two threads make one, both get the first.
+        return self._of.setdefault(account, self._make()) if found is None else found
+
+
+def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
+    """Check a state folder; None turns the journal off."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name} must not be empty: None turns the journal off")
+    if value is not None:
+        check_local_path(name, value)
+    return value
+
+
+def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
+    """Return the absolute path of the state folder; None if it is turned off."""
+    if state_dir is None:
+        return None
+    if state_dir == DEFAULT_STATE_DIR:
+        base = os.environ.get("XDG_STATE_HOME") or ""
+        if not os.path.isabs(base):  # the XDG specification ignores relative paths
+            base = os.path.join("~", ".local", "state")
+        folder = os.path.expanduser(os.path.join(base, "clore-client"))
+    else:
+        folder = os.path.expanduser(os.fspath(state_dir))
+    if folder.startswith("~"):  # "~" would become the name of a folder
+        warn_about_state(f"{folder} can't be used", "this user has no home directory")
+        return None
+    return Path(os.path.abspath(folder))
+
+
+def account_digest(base_url: str, api_key: str | None) -> str:
+    """Return a digest that identifies an account in the journal without its key."""
+    account = f"clore-client\n{canonical_url(base_url)}\n{api_key or ''}"
+    return hashlib.sha256(account.encode()).hexdigest()[:32]
+
+
+def warn_about_state(what: str, error: object) -> None:
+    """Warn once about a problem of the state folder, which must not stop a rental."""
+    reason = getattr(error, "strerror", None) or error
+    warn_once(f"{what}: {reason}; if this process is killed, leftovers() can't find its rentals")
+
+
+# ==================================================================================================
+# models.table
+#
+# Tables and cards of records, as text for a terminal and as HTML for a notebook.
+# ==================================================================================================
+
+
+MAX_ROWS = 20
+MAX_WIDTH = 28  # characters of a cell, if its column does not say otherwise
+GAP = "  "
+NUMBER_STYLE = "text-align:right;padding:0.2em 0.6em;font-variant-numeric:tabular-nums"
+TEXT_STYLE = "text-align:left;padding:0.2em 0.6em"
+DIMMED_STYLE = "opacity:0.5"
+
+
+class Column:
+    """One column of a table.
+
+    Attributes:
+        heading: its heading, with the unit.
+        text: returns the text of a record, or None.
+        right: whether to align the column on the right, as numbers are.
+        widest: the most characters of a cell; the rest is cut.
+    """
+
+    def __init__(
+        self,
+        heading: str,
+        text: Callable[[Any], str | None],
+        right: bool = False,
+        widest: int = MAX_WIDTH,
+    ) -> None:
+        self.heading = heading
+        self.text = text
+        self.right = right
+        self.widest = widest
+
+
+def decimal(number: float | None, digits: int) -> str | None:
+    """Return a number with a fixed number of digits, so that the numbers of a column align.
+
+    A number that is too small or too large for that has an exponent.
+    """
+    if number is None:
+        return None
+    if number and not 0.5 * 10**-digits <= abs(number) < 1e9:
+        return f"{number:.2g}"
+    return f"{number:.{digits}f}"
+
+
+def utc_time(seconds: float | None) -> str | None:
+    """Return a Unix time as ``"2026-07-16 12:00"``, in UTC, or None."""
+    import time
+
+    if seconds is None:
+        return None
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
+    except (ValueError, OverflowError, OSError):  # not a time at all
+        return None
+
+
+def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
+    """Return the text of a cell on one line, without characters that a terminal obeys."""
+    if text is None or (len(text) <= widest and text.isascii() and text.isprintable()):
+        return text or ""
+    import unicodedata
+
+    # Many combining marks on one letter would run over the lines above and below.
+    composed = unicodedata.normalize("NFC", text[: 4 * widest])
+    plain = printable("".join(c for c in composed if not unicodedata.combining(c)))
+    return plain if len(plain) <= widest else f"{plain[: widest - 3]}..."
+
+
+def text_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
+    """Return each column with its cells, without the columns that have no text at all."""
+    filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
+    return [(column, cells) for column, cells in filled if any(cells)]
+
+
+def text_table(records: Sequence[Any], columns: Sequence[Column], width: int) -> str:
+    """Return a table as lines of text.
+
+    The last columns are left out where the table would be wider than ``width``.
+
+    Parameters:
+        records: the rows; after ``MAX_ROWS`` of them, a last line says how many more there are.
+        columns: the columns, the most important first.
+        width: columns of the terminal.
+    """
+    lines: list[str] = []
+    for column, cells in cells_of(records[:MAX_ROWS], columns):
+        texts = [column.heading, *cells]
+        widest = max(map(text_width, texts))
+        if lines and text_width(lines[0]) + len(GAP) + widest > width:
+            break
+        padded = [_padded(text, widest, column.right) for text in texts]
+        lines = [f"{a}{GAP}{b}" for a, b in zip(lines, padded, strict=True)] if lines else padded
+    shown = [_cut(line.rstrip(), width) for line in lines]
+    return "\n".join(shown + _rest(records))
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    blanks = " " * (width - text_width(text))
+    return blanks + text if right else text + blanks
+
+
+def _cut(line: str, width: int) -> str:
+    """Cut a line at the width of a very narrow terminal."""
+    while text_width(line) > max(width, 1):
+        line = line[:-1]
+    return line
+
+
+def _rest(records: Sequence[Any]) -> list[str]:
+    more = len(records) - MAX_ROWS
+    return [f"... and {more} more"] if more > 0 else []
+
+
+def html_table(
+    records: Sequence[Any], columns: Sequence[Column], dimmed: Callable[[Any], bool]
+) -> str:
+    """Return a table as HTML.
+
+    Parameters:
+        records, columns: as for :func:`text_table`.
+        dimmed: returns whether to show a record in a paler color.
+    """
+    from html import escape  # slow to import, and only notebooks need it
+
+    shown = cells_of(records[:MAX_ROWS], columns)
+    styles = [NUMBER_STYLE if column.right else TEXT_STYLE for column, _ in shown]
+    head = "".join(
+        f'<th style="{style}">{escape(column.heading)}</th>'
+        for style, (column, _) in zip(styles, shown, strict=True)
+    )
+    rows = [f"<tr>{head}</tr>"]
+    for record, *cells in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True):
+        row = "".join(
+            f'<td style="{style};white-space:nowrap">{escape(cell)}</td>'
+            for style, cell in zip(styles, cells, strict=True)
+        )
+        rows.append(
+            f'<tr style="{DIMMED_STYLE}">{row}</tr>' if dimmed(record) else f"<tr>{row}</tr>"
+        )
+    rest = "".join(f"<p>{line}</p>" for line in _rest(records))
+    return f"<table><thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>{rest}"
+
+
+def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
+    """Return a table with one row for each fact that is not None, as HTML."""
+    from html import escape
+
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            value = f"{value:.6g}"
+        return escape(cell_text(str(value), 120))
+
+    rows = "".join(
+        f'<tr><th style="{TEXT_STYLE}">{shown(name)}</th>'
+        f'<td style="{TEXT_STYLE}">{shown(value)}</td></tr>'
+        for name, value in facts
+        if value is not None
+    )
+    head = f'<th colspan="2" style="{TEXT_STYLE}">{shown(title)}</th>'
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+# ==================================================================================================
+# models.record
+#
+# Record, the base class of servers, orders and wallets, and helpers to read API responses.
+# ==================================================================================================
+
+
+R = TypeVar("R", bound="Record")
+
+# One record with one of these fields means that the whole response is in the live form.
+LIVE_PRICE_MARKERS = ("on_demand", "original_usd")
+LIVE_ORDER_MARKERS = ("si", "ct", "mon_container", "pub_cluster")
+LIVE_MARKET_MARKERS = ("currency_rates_in_usd", "server")
+
+
+def dicts(value: Any) -> list[dict[str, Any]]:
+    """Return the dicts in a list, without anything that is not a record."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def part_of(record: Any, *path: str) -> Any:
+    """Return the value at ``path`` in nested dicts, or None."""
+    for key in path:
+        if not isinstance(record, dict):
+            return None
+        record = record.get(key)
+    return record
+
+
+def is_live(response: Mapping[str, Any]) -> bool:
+    """Return whether a response is in the live form."""
+    servers = response.get("servers")
+    for server in servers if isinstance(servers, list) else ():  # no copy of a long list
+        price = server.get("price") if isinstance(server, dict) else None
+        if isinstance(price, dict) and any(marker in price for marker in LIVE_PRICE_MARKERS):
+            return True
+    for order in dicts(response.get("orders")):
+        if any(marker in order for marker in LIVE_ORDER_MARKERS):
+            return True
+    if "exists" in response:
+        return True
+    market = response.get("market")
+    if not isinstance(market, dict):
+        return False
+    if any(marker in market for marker in LIVE_MARKET_MARKERS):
+        return True
+    return any("bid" in offer for offer in dicts(market.get("offers")))
+
+
+def whole_id(value: Any) -> int | None:
+    """Return an id, given as an integer or as a string of digits, or None."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
+        return int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if abs(value) < 10**18 else None
+
+
+class Record(dict[str, Any]):
+    """A dict in the documented form, with the original from the API in ``.wire``.
+
+    A record that did not come from the API counts as documented, and is its own ``.wire``.
+    """
+
+    __slots__ = ("_wire",)
+    _wire: dict[str, Any]
+    # The properties in a card and in a row of to_dicts(): numbers, text and bools.
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def wire(self) -> dict[str, Any]:
+        """A copy of the record as the API sent it."""
+        try:
+            return copy.deepcopy(self._wire)
+        except AttributeError:
+            return dict(self)
+
+    def _like(self: R, items: Mapping[str, Any]) -> R:
+        twin = type(self)(items)
+        for cls in type(self).__mro__:
+            for slot in getattr(cls, "__slots__", ()):
+                if hasattr(self, slot):
+                    setattr(twin, slot, getattr(self, slot))
+        return twin
+
+    def copy(self: R) -> R:
+        """Return a shallow copy of the same type, with the same ``.wire``."""
+        return self._like(self)
+
+    __copy__ = copy
+
+    def __or__(self: R, other: Any) -> R:  # type: ignore[override]
+        return self._like({**self, **other}) if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self: R, other: Any) -> R:  # type: ignore[override]
+        return self._like({**other, **self}) if isinstance(other, Mapping) else NotImplemented
+
+    def _summary(self) -> dict[str, Any]:
+        """Return what the repr shows: names of properties, and their values."""
+        return {name: getattr(self, name) for name in self.FIELDS} or self
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what the card shows, by the names of properties; the first is in the heading."""
+        return {name: getattr(self, name) for name in self.FIELDS} or masked(self)
+
+    def _repr_html_(self) -> str:
+        facts = list(self._facts().items())
+        number = f" {facts.pop(0)[1]}" if self.FIELDS and facts[0][1] is not None else ""
+        return html_card(f"{type(self).__name__}{number}", facts)
+
+    def __dir__(self) -> list[str]:
+        """Return the properties, and the methods that read a dict."""
+        attributes = [pair for base in type(self).__mro__ for pair in vars(base).items()]
+        properties = [name for name, value in attributes if isinstance(value, property)]
+        return sorted({*properties, "copy", "get", "items", "keys", "values"})
+
+    def __repr__(self) -> str:
+        # Text in a record comes from strangers: repr() of the parts escapes control characters.
+        shown = masked({k: v for k, v in self._summary().items() if v is not None})
+        fields = ", ".join(f"{printable(str(k))}={v!r}" for k, v in shown.items())
+        return f"<{type(self).__name__} {fields}>"
+
+    __str__ = __repr__
+
+
+# ==================================================================================================
+# models.server
+#
+# Server, and its conversion from the live form to the documented form.
+# ==================================================================================================
+
+
+# The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
+# makes the import faster.
+LONGEST_TEXT = 200  # characters of a description that count
+_COUNTED_GPU = r"(?s)([0-9]{1,3})x\s+(.+)"
+_VENDOR = r"(?i)(?:NVIDIA\s+)?(?:GeForce\s+)?"
+_DISK_SIZE = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s?GB"
+# The field of the live form's ``price.usd`` with the on-demand price, for each currency.
+_USD_FIELDS = {
+    "CLORE-Blockchain": "on_demand_clore",
+    "bitcoin": "on_demand_btc",
+    "USD-Blockchain": "on_demand_usd",
+}
+
+
+def _counted(specs: Any) -> tuple[int, str] | None:
+    """Return the count and name in ``specs.gpu`` (``"2x NVIDIA GeForce RTX 4070 Ti"``), or None."""
+    text = specs.get("gpu") if isinstance(specs, dict) else None
+    return _parse_counted(text[:LONGEST_TEXT]) if isinstance(text, str) else None
+
+
+@functools.lru_cache(maxsize=1024)  # there are few different texts on thousands of servers
+def _parse_counted(text: str) -> tuple[int, str] | None:
+    match = re.fullmatch(_COUNTED_GPU, text.strip())
+    if not match:
+        return None
+    return int(match[1]), match[2][re.match(_VENDOR, match[2]).end() :]  # type: ignore[union-attr]
+
+
+def gpu_names(record: dict[str, Any]) -> list[str]:
+    """Return the GPU names of a server in either form, as a flat list."""
+    array = record.get("gpu_array")
+    if isinstance(array, list):
+        names: list[str] = []
+        for entry in array:
+            if isinstance(entry, str):  # the usual case, kept fast
+                if name := entry.strip():
+                    names.append(name)
+            elif isinstance(entry, list):
+                names += [n for item in entry if isinstance(item, str) and (n := item.strip())]
+        if names:
+            return names
+    counted = _counted(record.get("specs"))
+    return [counted[1]] * counted[0] if counted else []
+
+
+def count_gpus(record: dict[str, Any]) -> int | None:
+    """Return the number of GPUs of a server in either form, or None."""
+    counted = _counted(record.get("specs"))
+    return counted[0] if counted else len(gpu_names(record)) or None
+
+
+def gpu_label(record: dict[str, Any]) -> str | None:
+    """Return the count and name of the GPUs of a server or an order, or None."""
+    names = gpu_names(record)
+    return f"{count_gpus(record)}x {names[0]}" if names else None
+
+
+def _live_spot_per_day(price: dict[str, Any]) -> float | None:
+    """Return the lowest spot bid in USD per day, or None.
+
+    ``price.usd.spot`` is often 0, which means that it is in another field (seen on the live API).
+    """
+    usd = price.get("usd")
+    if stated := positive(part_of(usd, "spot")):
+        return stated
+    original = price.get("original_usd")
+    if isinstance(original, dict):
+        clore = positive(part_of(original, "CLORE-Blockchain", "spot"))
+        others = [p for c in original if (p := positive(part_of(original, c, "spot")))]
+        if clore or others:
+            return clore or min(others)
+    spot, on_demand = price.get("spot"), price.get("on_demand")
+    if stated := positive(part_of(spot, "USD-Blockchain")):
+        return stated
+    for currency, usd_field in _USD_FIELDS.items():
+        # The on-demand price of the server in both currencies gives the exchange rate.
+        amount = positive(part_of(spot, currency))
+        same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
+        if amount and same and in_usd:
+            return amount * in_usd / same
+    return None
+
+
+def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None:
+    """Return the price of a server in USD per hour, or None if it has no price above 0."""
+    price = record.get("price")
+    if not isinstance(price, dict):
+        return None
+    if spot:
+        given = _live_spot_per_day(price) if live else part_of(price, "usd", "spot")
+    else:
+        usd = price.get("usd")
+        given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
+    amount = positive(given)
+    # A very small number becomes 0, which does not count as a price.
+    return amount / HOURS_PER_DAY or None if live and amount else amount
+
+
+def price_in(record: dict[str, Any], live: bool, spot: bool, currency: str | None) -> float | None:
+    """Return the price in USD per hour when paid in ``currency``, or None if there is none.
+
+    Parameters:
+        record: the server, in either form.
+        live: whether it is in the live form.
+        spot: return the lowest spot bid that the host accepts.
+        currency: the API's name; None takes the price that the reference page names.
+    """
+    if currency is None:
+        return server_price(record, live, spot)
+    if spot:
+        # Always per day: only the live form has this field.
+        stated = positive(part_of(record, "price", "original_usd", currency, "spot"))
+        return stated / HOURS_PER_DAY if stated else server_price(record, live, spot=True)
+    own = positive(part_of(record, "price", "usd", _USD_FIELDS.get(currency, "")))
+    if own is None:  # the documented form has one price for all currencies
+        return server_price(record, live, spot=False)
+    return own / HOURS_PER_DAY if live else own
+
+
+def on_demand_usd(server: Server, currency: str) -> float | None:
+    """Return the on-demand price in USD per hour when paid in ``currency`` (the API's name)."""
+    return price_in(server, live=False, spot=False, currency=currency)
+
+
+def amount_per_hour(server: Server, spot: bool, currency: str) -> float | None:
+    """Return the price per hour in ``currency`` itself, as listed; None if it is not listed."""
+    listed = positive(part_of(server, "price", "spot" if spot else "on_demand", currency))
+    return None if listed is None else listed / HOURS_PER_DAY
+
+
+def listed_rate(server: Server, currency: str) -> float | None:
+    """Return USD for one unit of ``currency``, by the prices of one server; None if unknown."""
+    if currency == "USD-Blockchain":
+        return 1.0
+    amount = amount_per_hour(server, spot=False, currency=currency)
+    in_usd = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
+    return in_usd / amount if amount and in_usd else None
+
+
+def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
+    """Return whether the host accepts a currency.
+
+    A server that does not list its currencies accepts those in which it has a price; in the
+    documented form, which has one price for all, it accepts each.
+    """
+    coins = record.get("allowed_coins")
+    if isinstance(coins, list) and coins:
+        return currency in coins
+    return not live or positive(part_of(record, "price", "on_demand", currency)) is not None
+
+
+def server_reliability(record: dict[str, Any], live: bool) -> float | None:
+    """Return the reliability of a server, 0 to 100; the live form has 0 to 1."""
+    number = finite(record.get("reliability"))
+    if number is None:
+        return None
+    # Without rounding, 0.9731 * 100 is not 97.31.
+    return round(number * 100.0, 9) if live else number
+
+
+def cpu_cores(record: dict[str, Any]) -> int | None:
+    """Return the number of CPU cores, from ``"16/32"`` (cores and threads), or None."""
+    text = part_of(record, "specs", "cpus")
+    return _parse_cores(text[:LONGEST_TEXT]) if isinstance(text, str) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_cores(text: str) -> int | None:
+    match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text)
+    return int(match[1]) or None if match else None
+
+
+def disk_size(record: dict[str, Any]) -> float | None:
+    """Return the size of the disk in GB, from the last number of its description, or None."""
+    text = part_of(record, "specs", "disk")
+    sizes = re.findall(_DISK_SIZE, text) if isinstance(text, str) else []
+    return positive(float(sizes[-1])) if sizes else None
+
+
+def version_parts(version: Any) -> tuple[int, int] | None:
+    """Return a version such as ``"12.4"`` or 12.4 as two integers, or None."""
+    return _parse_version(version[:40] if isinstance(version, str) else str(finite(version)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse_version(text: str) -> tuple[int, int] | None:
+    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text.strip())
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def nominal_vram(record: dict[str, Any]) -> float | None:
+    """Return the memory of one GPU in GB, as the maker states it, or None.
+
+    The live API rounds down, so that a card with 24 GB shows 23. The cards of the last years with
+    an odd size are the 1080 Ti and the 2080 Ti, with 11 GB.
+    """
+    size = positive(part_of(record, "specs", "gpuram"))
+    if size is None or size < 6 or size % 2 != 1:
+        return size
+    eleven = size == 11 and any("80 ti" in name.lower() for name in gpu_names(record))
+    return size if eleven else size + 1
+
+
+class Server(Record):
+    """One server of the marketplace, in the documented form.
+
+    A dict with ``id``, ``gpu_array`` (a flat list of names), ``price`` (under ``usd`` in USD per
+    hour), ``reliability`` (0 to 100), ``rented``, ``specs``, and all other fields that the API
+    sent. A property is None if its field is missing or has an unexpected type.
+    """
+
+    __slots__ = ()
+    FIELDS = (
+        "id",
+        "gpu_name",
+        "gpu_count",
+        "vram_gb",
+        "total_vram_gb",
+        "usd_per_hour",
+        "usd_per_gpu_hour",
+        "spot_usd_per_hour",
+        "spot_usd_per_gpu_hour",
+        "reliability",
+        "rating",
+        "rating_count",
+        "country",
+        "rented",
+        "cpu_cores",
+        "ram_gb",
+        "disk_gb",
+        "disk_mbps",
+        "download_mbps",
+        "upload_mbps",
+        "pcie_width",
+        "cuda_version",
+        "max_rental_hours",
+        "owner_id",
+    )
+
+    @property
+    def id(self) -> int | None:
+        """The number of the server, for :meth:`CloreClient.create_order`."""
+        return whole_id(self.get("id"))
+
+    @property
+    def gpu(self) -> str | None:
+        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        return gpu_label(self)
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The name of its (first) GPU, for example ``"RTX 4090"``."""
+        return next(iter(gpu_names(self)), None)
+
+    @property
+    def gpu_count(self) -> int | None:
+        """The number of GPUs."""
+        return count_gpus(self)
+
+    @property
+    def price(self) -> dict[str, Any]:
+        """The prices in all currencies; the numbers under ``"usd"`` are USD per hour."""
+        prices = self.get("price")
+        return prices if isinstance(prices, dict) else {}
+
+    @property
+    def vram_gb(self) -> float | None:
+        """The memory of one GPU in GB, which the live API rounds down."""
+        return positive(part_of(self, "specs", "gpuram"))
+
+    @property
+    def total_vram_gb(self) -> float | None:
+        """The memory of all GPUs in GB; ``vram_gb`` times ``gpu_count``."""
+        return None if self.vram_gb is None else self.vram_gb * (self.gpu_count or 1)
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The on-demand price in USD per hour, without fees."""
+        return server_price(self, live=False, spot=False)
+
+    @property
+    def spot_usd_per_hour(self) -> float | None:
+        """The lowest spot bid that the host accepts, in USD per hour, without fees."""
+        return server_price(self, live=False, spot=True)
+
+    @property
+    def usd_per_gpu_hour(self) -> float | None:
+        """The on-demand price in USD per hour for one of its GPUs, without fees."""
+        return per_gpu(self.usd_per_hour, self.gpu_count)
+
+    @property
+    def spot_usd_per_gpu_hour(self) -> float | None:
+        """The lowest spot bid in USD per hour for one of its GPUs, without fees."""
+        return per_gpu(self.spot_usd_per_hour, self.gpu_count)
+
+    @property
+    def reliability(self) -> float | None:
+        """The reliability, 0 to 100."""
+        return finite(self.get("reliability"))
+
+    @property
+    def rented(self) -> bool:
+        """True if the server is rented now."""
+        return bool(self.get("rented"))
+
+    @property
+    def country(self) -> str | None:
+        """The two-letter country code of its network."""
+        code = part_of(self, "specs", "net", "cc")
+        return code if isinstance(code, str) and code else None
+
+    @property
+    def ram_gb(self) -> float | None:
+        """The main memory in GB."""
+        return positive(part_of(self, "specs", "ram"))
+
+    @property
+    def disk_gb(self) -> float | None:
+        """The size of the disk in GB, from the last number of its description."""
+        return disk_size(self)
+
+    @property
+    def disk_mbps(self) -> float | None:
+        """The speed of the disk in MB per second."""
+        return positive(part_of(self, "specs", "disk_speed"))
+
+    @property
+    def download_mbps(self) -> float | None:
+        """The download speed in Mbit per second."""
+        return positive(part_of(self, "specs", "net", "down"))
+
+    @property
+    def upload_mbps(self) -> float | None:
+        """The upload speed in Mbit per second."""
+        return positive(part_of(self, "specs", "net", "up"))
+
+    @property
+    def cpu_cores(self) -> int | None:
+        """The number of CPU cores; the number of threads is usually twice as high."""
+        return cpu_cores(self)
+
+    @property
+    def pcie_width(self) -> float | None:
+        """The number of PCI Express lanes of a GPU."""
+        return positive(part_of(self, "specs", "pcie_width"))
+
+    @property
+    def rating(self) -> float | None:
+        """The average rating by renters, up to 5."""
+        return positive(part_of(self, "rating", "avg"))
+
+    @property
+    def rating_count(self) -> int | None:
+        """The number of ratings."""
+        return whole_id(part_of(self, "rating", "cnt"))
+
+    @property
+    def max_rental_hours(self) -> float | None:
+        """The longest rental in hours."""
+        return positive(self.get("mrl"))
+
+    @property
+    def owner_id(self) -> int | None:
+        """The number of the owner."""
+        return whole_id(self.get("owner"))
+
+    @property
+    def cuda_version(self) -> str | None:
+        """The highest CUDA version that its driver supports, for example ``"13.0"``."""
+        version = self.get("cuda_version")
+        return version if isinstance(version, str) and version else None
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "gpu": self.gpu,
+            "usd_per_hour": rounded(self.usd_per_hour),
+            "spot_usd_per_hour": rounded(self.spot_usd_per_hour),
+            "reliability": self.reliability,
+            "country": self.country,
+            "rented": self.rented,
+        }
+
+
+def to_server(record: dict[str, Any], live: bool) -> Server:
+    """Convert a server from the API to a :class:`Server`.
+
+    Parameters:
+        record: the server, as the API sent it.
+        live: whether the response is in the live form.
+    """
+    server = Server(record)
+    server._wire = record
+    server["gpu_array"] = gpu_names(record)
+    if not live:
+        return server
+    if (reliability := server_reliability(record, live)) is not None:
+        server["reliability"] = reliability
+    price = record.get("price")
+    if isinstance(price, dict):
+        usd = price.get("usd")
+        hourly = {k: per_hour(v) for k, v in usd.items()} if isinstance(usd, dict) else {}
+        hourly["spot"] = server_price(record, live, spot=True)
+        server["price"] = {**price, "usd": hourly}
+    return server
+
+
+def to_servers(response: dict[str, Any], *, include_rented: bool = False) -> list[Server]:
+    """Return the servers of a response, in the API's order."""
+    live = is_live(response)
+    return [
+        to_server(record, live)
+        for record in dicts(response.get("servers"))
+        if include_rented or not record.get("rented")
+    ]
+
+
+def listed_prices(response: dict[str, Any], rates: ExchangeRates) -> dict[int, float]:
+    """Return the on-demand price in USD per hour by server id.
+
+    Stores the exchange rates that follow from the prices in ``rates``, for display.
+    """
+    live = is_live(response)
+    prices: dict[int, float] = {}
+    implied: dict[str, float] = {}
+    for record in dicts(response.get("servers")):
+        usd, server_id = server_price(record, live, spot=False), record.get("id")
+        if type(server_id) is not int:  # the usual case is an int, kept fast
+            server_id = whole_id(server_id)
+        if usd is None or server_id is None:
+            continue
+        prices[server_id] = usd
+        if live and len(implied) < len(_USD_FIELDS):
+            for currency, usd_field in _USD_FIELDS.items():
+                amount = positive(part_of(record, "price", "on_demand", currency))
+                in_usd = positive(part_of(record, "price", "usd", usd_field))
+                if amount and in_usd:
+                    implied[currency] = in_usd / amount
+    rates.update(implied, display_only=True)
+    return prices
+
+
+# ==================================================================================================
+# models.order
+#
+# Order, and its conversion from the live form to the documented form.
+# ==================================================================================================
+
+
+# The live form has only the first two; the others are known from other sources.
+ENDED_STATUSES = frozenset(
+    {"cancelled", "expired", "completed", "error", "failed", "finished", "stopped", "terminated"}
+)
+
+# Compiled on first use, which makes the import faster.
+_HOST_NAME = r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?"
+_USER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
+
+
+def plain_host(text: str) -> bool:
+    """Return whether ``text`` is a host name or address that is safe for a shell and ssh."""
+    if re.fullmatch(_HOST_NAME, text):
+        return True
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text  # an IPv6 zone can hold any character
+
+
+def plain_user(text: str) -> bool:
+    """Return whether ``text`` is a user name that is safe for a shell and ssh."""
+    return bool(re.fullmatch(_USER_NAME, text))
+
+
+def _port(text: Any) -> int | None:
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,5}", text):
+        return None
+    return int(text) if 1 <= int(text) <= 65535 else None
+
+
+class Order(Record):
+    """One order, in the documented form.
+
+    A dict with ``order_id``, ``renting_server``, ``status``, ``connection`` (``ssh`` and
+    ``http_ports``), ``price`` (per hour, in the order's currency), ``started`` (Unix time), and
+    all other fields that the API sent. A property is None if its field is missing or has an
+    unexpected type.
+    """
+
+    __slots__ = ("_live", "_rates")
+    _live: bool
+    _rates: ExchangeRates
+    FIELDS = (
+        "id",
+        "server_id",
+        "status",
+        "gpu_name",
+        "gpu_count",
+        "price",
+        "currency",
+        "usd_per_hour",
+        "cost_usd",
+        "is_spot",
+        "started_at",
+        "image",
+        "ssh_command",
+    )
+
+    @property
+    def id(self) -> int | None:
+        """The number of the order."""
+        return whole_id(self.get("order_id"))
+
+    @property
+    def server_id(self) -> int | None:
+        """The number of the rented server."""
+        return whole_id(self.get("renting_server"))
+
+    @property
+    def status(self) -> str | None:
+        """``"creating"``, ``"running"``, ``"cancelled"`` or ``"expired"``."""
+        status = self.get("status")
+        return status if isinstance(status, str) else None
+
+    @property
+    def gpu(self) -> str | None:
+        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        return gpu_label(self)
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The name of its (first) GPU, for example ``"RTX 4090"``."""
+        return next(iter(gpu_names(self)), None)
+
+    @property
+    def gpu_count(self) -> int | None:
+        """The number of GPUs."""
+        return count_gpus(self)
+
+    @property
+    def price(self) -> float | None:
+        """The price per hour, in its currency."""
+        return finite(self.get("price"))
+
+    @property
+    def currency(self) -> str | None:
+        """The currency that it is paid in, as the API names it."""
+        currency = self.get("currency")
+        return currency if isinstance(currency, str) else None
+
+    @property
+    def image(self) -> str | None:
+        """The Docker image."""
+        image = self.get("image")
+        return image if isinstance(image, str) else None
+
+    @property
+    def is_running(self) -> bool:
+        """True if the order is deployed and has an address."""
+        return self.status == "running"
+
+    @property
+    def is_spot(self) -> bool | None:
+        """True if it is a spot order; None if the record does not say."""
+        spot = self.get("spot")
+        if isinstance(spot, bool):
+            return spot
+        return False if self.is_live else None  # the live form leaves out a false value
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the order has ended, and costs nothing any more."""
+        return self.status in ENDED_STATUSES
+
+    @property
+    def ssh_command(self) -> str | None:
+        """``"ssh root@<host> -p <port>"``, or None before the order runs."""
+        command = part_of(self, "connection", "ssh")
+        return command if isinstance(command, str) and command else None
+
+    @property
+    def ssh_password(self) -> str | None:
+        """The password that this client sent with the order, or None if it does not have it."""
+        password = self.get("ssh_password")
+        return password if isinstance(password, str) else None
+
+    @property
+    def http_urls(self) -> dict[str, str]:
+        """A dict with the URL of each container port."""
+        urls = part_of(self, "connection", "http_ports")
+        if not isinstance(urls, dict):
+            return {}
+        return {str(k): v for k, v in urls.items() if isinstance(v, str)}
+
+    @property
+    def started_at(self) -> float | None:
+        """The Unix time of its start; on the live API, of its creation."""
+        return finite(self.get("started"))
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The price in USD per hour, without fees; None if no exchange rate is known.
+
+        It uses the latest exchange rate that the client has read.
+        """
+        if "body" in self:  # a preview
+            return finite(self.get("usd_per_hour"))
+        return self._exchange_rates().usd(self.get("price"), self.get("currency"))
+
+    @property
+    def cost_usd(self) -> float | None:
+        """The cost in USD until the order was read, with fees; None if it is not known.
+
+        The live API says what was spent. Without that, it is the price for the time since the
+        start, and only known while the order is active.
+        """
+        hourly, rate = finite(self.get("price")), self._exchange_rates().rate(self.get("currency"))
+        spent = finite(self.get("spend"))
+        if rate is None or hourly is None or hourly <= 0:
+            return None
+        hourly = with_fee(hourly, self.fee_rate)
+        if spent is None:
+            if self.started_at is None or self.has_ended:
+                return None
+            spent = hourly * max(0.0, time.time() - self.started_at) / 3600.0
+        creation = finite(self.get("creation_fee"))
+        creation_usd = CREATION_FEE if creation is None else creation * rate
+        return spent * rate + creation_fee_after(spent / hourly * 3600.0, creation_usd)
+
+    @property
+    def fee_rate(self) -> float:
+        """The renter's fee as a fraction of the price; the published one if it is not stated."""
+        stated = finite(self.get("fee"))
+        valid = stated is not None and 0 <= stated <= 1
+        return stated if valid and stated is not None else published_fee(self.is_spot is True)
+
+    def _exchange_rates(self) -> ExchangeRates:
+        return getattr(self, "_rates", None) or ExchangeRates()
+
+    @property
+    def body(self) -> dict[str, Any] | None:
+        """What a preview would send; None for an order."""
+        body = self.get("body")
+        return body if isinstance(body, dict) else None
+
+    @property
+    def is_live(self) -> bool | None:
+        """True if it came in the live form; None if it did not come from the API."""
+        return getattr(self, "_live", None)
+
+    def _summary(self) -> dict[str, Any]:
+        if self.body is not None:
+            return {"usd_per_hour": self.usd_per_hour, "body": self.body}
+        return {
+            "id": self.id,
+            "server_id": self.server_id,
+            "status": self.status,
+            "gpu": self.gpu,
+            "price": self.price,
+            "currency": self.currency,
+            "usd_per_hour": rounded(self.usd_per_hour),
+            "image": self.image,
+            "started_at": self.started_at,
+            "ssh_command": self.ssh_command,
+            "ssh_password": self.ssh_password,
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        started = utc_time(self.started_at)
+        return {
+            **super()._facts(),
+            "started_at": started and f"{started} UTC",
+            "body": masked(self.body),
+        }
+
+
+def _live_host(record: dict[str, Any]) -> str:
+    cluster = record.get("pub_cluster")
+    host = cluster[0] if isinstance(cluster, list) and cluster else cluster
+    return host if isinstance(host, str) and plain_host(host) else ""
+
+
+def _live_ports(record: dict[str, Any]) -> dict[int, int]:
+    """Return the public port of each container port."""
+    mapped: dict[int, int] = {}
+    entries = record.get("tcp_ports")
+    for entry in entries if isinstance(entries, list) else ():
+        inner, _, outer = entry.partition(":") if isinstance(entry, str) else ("", "", "")
+        container, public = _port(inner), _port(outer)
+        if container and public:
+            mapped.setdefault(container, public)
+    return mapped
+
+
+def _live_status(record: dict[str, Any], cancelled: bool, host: str, ports: bool) -> str:
+    if record.get("expired") is True:
+        return "cancelled" if cancelled else "expired"
+    deployed = record.get("mon_container") in (2, None)
+    if deployed and host and ports and record.get("online") is not False:
+        return "running"
+    return "creating"
+
+
+def _either(record: dict[str, Any], name: str, other: str) -> Any:
+    """Return the documented field, or the live one if that is missing."""
+    value = record.get(name)
+    return record.get(other) if value is None else value
+
+
+def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str, Any]:
+    """Return the documented fields of an order in the live form."""
+    order_id = _either(record, "order_id", "id")
+    by_this_client = whole_id(order_id) in cancelled
+    host, ports = _live_host(record), _live_ports(record)
+    status = _live_status(record, by_this_client, host, bool(ports))
+    # The API can send host and ports before the container runs (seen on the live API).
+    reachable = status == "running" and 22 in ports
+    pub, http_port = record.get("http_pub"), record.get("http_port")
+    urls = {}
+    if isinstance(pub, str) and plain_host(pub) and (port := _port(str(http_port))):
+        urls[str(port)] = f"https://{pub}"
+    return {
+        "order_id": order_id,
+        "renting_server": _either(record, "renting_server", "si"),
+        "status": status,
+        "connection": {
+            "ssh": f"ssh root@{host} -p {ports[22]}" if reachable else "",
+            "http_ports": urls,
+        },
+        "price": per_hour(record.get("price")),
+        "started": _either(record, "started", "ct"),
+    }
+
+
+def to_order(
+    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: ExchangeRates
+) -> Order:
+    """Convert an order from the API to an :class:`Order`.
+
+    Parameters:
+        record: the order, as the API sent it.
+        live: whether the response is in the live form.
+        cancelled: ids of the orders that this client cancelled.
+        rates: the exchange rates for ``usd_per_hour``.
+    """
+    order = Order({**record, **_live_fields(record, cancelled)} if live else record)
+    order._wire, order._live = record, live
+    order._rates = rates
+    return order
+
+
+def to_orders(
+    response: dict[str, Any], cancelled: Collection[int], rates: ExchangeRates
+) -> list[Order]:
+    """Convert the orders of a response to the documented form."""
+    live = is_live(response)
+    return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
+
+
+def created_id(response: dict[str, Any]) -> int | None:
+    """Return the order id in a response to ``create_order``.
+
+    The live API sends none any more; older responses and the documented form have one.
+    """
+    nested = response.get("order")
+    for holder in (response, nested if isinstance(nested, dict) else {}):
+        for name in ("order_id", "id"):
+            if (order_id := whole_id(holder.get(name))) is not None and order_id > 0:
+                return order_id
+    return None
+
+
+# ==================================================================================================
+# models.wallet
+#
+# Wallet, the balance of one currency.
+# ==================================================================================================
+
+
+class Wallet(Record):
+    """One wallet: a dict with ``name``, ``balance`` and ``deposit_address``.
+
+    The live API calls the address ``deposit``; that field is kept too.
+    """
+
+    __slots__ = ("_rates",)
+    _rates: ExchangeRates
+    FIELDS = ("name", "balance", "balance_usd", "deposit_address")
+
+    @property
+    def name(self) -> str | None:
+        """The currency, for example ``"CLORE-Blockchain"``."""
+        name = self.get("name")
+        return name if isinstance(name, str) else None
+
+    @property
+    def balance(self) -> float | None:
+        """The balance, in its currency."""
+        return finite(self.get("balance"))
+
+    @property
+    def balance_usd(self) -> float | None:
+        """The balance in USD; None if the balance or the exchange rate is not known."""
+        rates = getattr(self, "_rates", None) or ExchangeRates()
+        return rates.usd(self.balance, self.name)
+
+    @property
+    def deposit_address(self) -> str | None:
+        """The address for deposits."""
+        address = self.get("deposit_address")
+        return address if isinstance(address, str) else None
+
+
+def to_wallets(response: dict[str, Any], rates: ExchangeRates | None = None) -> list[Wallet]:
+    """Convert the wallets of a response to the documented form.
+
+    Parameters:
+        response: the response with the list of wallets.
+        rates: the exchange rates for ``balance_usd``.
+    """
+    wallets = []
+    for record in dicts(response.get("wallets")):
+        wallet = Wallet(record)
+        wallet._wire = record
+        if rates is not None:
+            wallet._rates = rates
+        if "deposit" in record:
+            wallet.setdefault("deposit_address", record["deposit"])
+        wallets.append(wallet)
+    return wallets
+
+
+# ==================================================================================================
+# models.listing
+#
+# Lists of servers, orders and wallets that show as tables.
+# ==================================================================================================
+
+
+Item = TypeVar("Item", bound=Record)
+AnyListing = TypeVar("AnyListing", bound="Listing[Any]")
+
+DEFAULT_WIDTH = 100  # columns, where there is no terminal
+# The columns of to_dicts() whose unit is not in the name of the property.
+UNIT_NAMES = {
+    "price": "price_per_hour",
+    "reliability": "reliability_percent",
+    "started_at": "started_unix_seconds",
+}
+# A spreadsheet takes a text that starts with one of these as a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}",
+                  "\N{FULLWIDTH HYPHEN-MINUS}", "\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
+
+
+class Listing(list[Item]):
+    """A list of records that shows as a table, in a terminal and in a notebook.
+
+    It is a list in every other way. Slices, copies and sums are of the same type.
+
+    Attributes:
+        report: what a search left out and why, or None.
+    """
+
+    report: Any = None
+    _things: ClassVar[str] = "records"
+    _columns: ClassVar[tuple[Column, ...]] = ()
+    _record: ClassVar[type[Record]] = Record
+
+    @staticmethod
+    def _dimmed(record: Any) -> bool:
+        """Return whether to show a record in a paler color."""
+        return False
+
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> Item: ...
+
+    @overload
+    def __getitem__(self: AnyListing, index: slice, /) -> AnyListing: ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        found = super().__getitem__(index)
+        return self._like(found) if isinstance(index, slice) else found
+
+    def __add__(self: AnyListing, other: Any) -> AnyListing:  # type: ignore[override]
+        return type(self)(super().__add__(other)) if isinstance(other, list) else NotImplemented
+
+    def __radd__(self: AnyListing, other: Any) -> AnyListing:
+        return type(self)([*other, *self]) if isinstance(other, list) else NotImplemented
+
+    def copy(self: AnyListing) -> AnyListing:
+        """Return a list of the same type with the same records."""
+        return self._like(self)
+
+    def _like(self: AnyListing, records: Iterable[Any]) -> AnyListing:
+        twin = type(self)(records)
+        twin.report = self.report
+        return twin
+
+    def __repr__(self) -> str:
+        if not self:
+            hint = "" if self.report is None else "; .explain() says why"
+            return f"<{type(self).__name__}: no {self._things}{hint}>"
+        import shutil
+
+        width = shutil.get_terminal_size((DEFAULT_WIDTH, 0)).columns
+        return text_table(self, self._columns, width)
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        if not self:
+            from html import escape
+
+            return f"<p>{escape(repr(self))}</p>"
+        return html_table(self, self._columns, self._dimmed)
+
+    def explain(self) -> str:
+        """Return a text that says what a search left out, and why.
+
+        Example:
+            >>> print(client.get_marketplace().explain())
+            nothing was excluded
+        """
+        return "nothing was excluded" if self.report is None else str(self.report)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return one flat dict for each record, with units in the names, for a table or a file.
+
+        Credentials are not in it. Text of strangers is in it as the API sent it.
+
+        Example:
+            >>> client.get_wallets().to_dicts()[0]
+            {'name': 'bitcoin', 'balance': 0.0419, 'deposit_address': 'bc1...'}
+        """
+        headings = list(zip(self._headings(), self._record.FIELDS, strict=True))
+        return [{heading: getattr(record, name) for heading, name in headings} for record in self]
+
+    def _headings(self) -> list[str]:
+        return [UNIT_NAMES.get(name, name) for name in self._record.FIELDS]
+
+    def to_pandas(self) -> Any:
+        """Return the rows of :meth:`to_dicts` as a ``pandas.DataFrame``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import importlib
+
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas: pip install pandas") from error
+        return pandas.DataFrame(self.to_dicts(), columns=self._headings())
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows of :meth:`to_dicts` to a CSV file in UTF-8, and replace an old one.
+
+        Control characters are escaped. A text that a spreadsheet would take for a formula gets a
+        ``'`` in front.
+
+        Parameters:
+            path: the file.
+        """
+        import csv
+
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self._headings())
+            writer.writeheader()
+            for row in self.to_dicts():
+                writer.writerow({name: _csv_cell(value) for name, value in row.items()})
+
+
+def _csv_cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
+
+
+def _number_column(name: str, digits: int) -> Callable[[Any], str | None]:
+    return lambda record: decimal(getattr(record, name), digits)
+
+
+def _text_column(name: str) -> Callable[[Any], str | None]:
+    def text(record: Any) -> str | None:
+        value = getattr(record, name)
+        return None if value is None else str(value)
+
+    return text
+
+
+class ServerList(Listing[Server]):
+    """A list of servers."""
+
+    _things = "servers"
+    _record = Server
+    _columns = (
+        Column("id", _text_column("id"), True),
+        Column("gpu", _text_column("gpu")),
+        Column("USD/h", _number_column("usd_per_hour", 4), True),
+        Column("spot USD/h", _number_column("spot_usd_per_hour", 4), True),
+        Column("reliable %", _number_column("reliability", 2), True),
+        Column("country", _text_column("country")),
+        Column("rented", lambda server: "rented" if server.rented else None),
+        Column("VRAM GB", _number_column("vram_gb", 0), True),
+        Column("RAM GB", _number_column("ram_gb", 0), True),
+        Column("USD/GPU h", _number_column("usd_per_gpu_hour", 4), True),
+        Column("disk GB", _number_column("disk_gb", 0), True),
+        Column("cores", _text_column("cpu_cores"), True),
+        Column("down Mbps", _number_column("download_mbps", 0), True),
+        Column("CUDA", _text_column("cuda_version"), True),
+    )
+
+    @staticmethod
+    def _dimmed(record: Any) -> bool:
+        return bool(record.rented)
+
+
+class OrderList(Listing[Order]):
+    """A list of orders."""
+
+    _things = "orders"
+    _record = Order
+    _columns = (
+        Column("id", _text_column("id"), True),
+        Column("status", _text_column("status")),
+        Column("gpu", _text_column("gpu")),
+        Column("USD/h", _number_column("usd_per_hour", 4), True),
+        Column("cost USD", _number_column("cost_usd", 4), True),
+        Column("price/h", _number_column("price", 4), True),
+        Column("currency", _text_column("currency")),
+        Column("server", _text_column("server_id"), True),
+        Column("started UTC", lambda order: utc_time(order.started_at)),
+        Column("ssh", _text_column("ssh_command"), widest=60),
+        Column("image", _text_column("image"), widest=60),
+    )
+
+    @staticmethod
+    def _dimmed(record: Any) -> bool:
+        return bool(record.has_ended)
+
+
+class WalletList(Listing[Wallet]):
+    """A list of wallets."""
+
+    _things = "wallets"
+    _record = Wallet
+    _columns = (
+        Column("name", _text_column("name")),
+        Column("balance", _number_column("balance", 8), True),
+        Column("USD", _number_column("balance_usd", 2), True),
+        Column("deposit address", _text_column("deposit_address"), widest=60),
+    )
+
+
+# ==================================================================================================
+# models.plot
+#
+# Plot prices of servers with matplotlib.
+# ==================================================================================================
+
+
+# One for each of the most frequent models; all others have the last color.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#9467bd",
+          "#a0a000", "#17becf")  # fmt: skip
+OTHER_COLOR = "#c0c0c0"
+LABEL_HEIGHT = 0.05  # of the height of the plot
+PICTURES = (".png", ".svg", ".pdf")
+NAME_LENGTH = 24  # characters
+Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
+
+
+def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
+    """Return the points of the plot by model, the most frequent model first.
+
+    Servers without a name, a price or a reliability are left out.
+    """
+    models: dict[str, Points] = {}
+    for server in servers:
+        price, count, reliability = server.usd_per_hour, server.gpu_count, server.reliability
+        if server.gpu_name and price and count and reliability is not None:
+            models.setdefault(server.gpu_name, []).append((reliability, price / count))
+    return dict(sorted(models.items(), key=lambda item: -len(item[1])))
+
+
+def check_plot(servers: Any, path: Any) -> None:
+    """Check the arguments of ``plot_prices``."""
+    if servers is not None and (
+        not isinstance(servers, (list, tuple))
+        or not all(isinstance(server, Server) for server in servers)
+    ):
+        shown = short_repr(servers)
+        raise TypeError(f"servers must be a list of servers, as of find_servers(), not {shown}")
+    if path is None:
+        return
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a path, not {short_repr(path)}")
+    check_local_path("path", path)
+    if os.path.splitext(os.fsdecode(path))[1] not in PICTURES:
+        raise ValueError(f"path must end with one of {PICTURES}, not {short_repr(path)}")
+
+
+def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] | None) -> Any:
+    """Plot the price per GPU hour against the reliability, with a color for each model.
+
+    Parameters:
+        servers: the servers.
+        path: a picture file to write; with None, pyplot shows the plot.
+
+    Returns:
+        The ``matplotlib.axes.Axes``. A notebook would show a figure twice.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no server has a price and a reliability.
+    """
+    models = prices_by_model(servers)
+    try:
+        # pyplot shows a figure by itself, in a notebook or a window; a file needs no window.
+        new_figure = (
+            importlib.import_module("matplotlib.figure").Figure
+            if path is not None
+            else importlib.import_module("matplotlib.pyplot").figure
+        )
+    except ImportError as error:
+        raise ImportError(
+            "plot_prices() needs matplotlib: pip install 'clore-client[plot]'"
+        ) from error
+    if not models:
+        raise ValueError("servers must have a price and a reliability, but none of them has both")
+    figure = new_figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    colors = dict(zip(models, COLORS, strict=False))
+    for name, points in reversed(models.items()):  # the frequent ones on top of the others
+        color = colors.get(name, OTHER_COLOR)
+        axes.scatter(*zip(*points, strict=True), s=16, color=color, alpha=0.7, linewidths=0)
+    _set_up_axes(axes, [point for points in models.values() for point in points])
+    _label_models(axes, models, colors)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return axes
+
+
+def _set_up_axes(axes: Any, points: Points) -> None:
+    ticker = importlib.import_module("matplotlib.ticker")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xlabel("reliability in %")
+    # A few unreliable servers would push all others into a corner.
+    least = math.floor(sorted(reliability for reliability, _ in points)[len(points) // 20])
+    hidden = sum(reliability < least for reliability, _ in points)
+    if hidden and least < 100:
+        axes.set_xlim(least, 100 + 0.02 * (100 - least))
+        axes.set_xlabel(f"reliability in % (not shown: {hidden} below {least})")
+    axes.set_ylabel("USD per GPU hour, on demand, without fees")
+    axes.set_title(f"Prices of {len(points)} servers by GPU model, with the median of each model")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _label_models(axes: Any, models: dict[str, Points], colors: dict[str, str]) -> None:
+    """Write each name beside the plot, as near to its median price as there is room."""
+    bottom, top = (math.log(limit) for limit in axes.get_ylim())
+    medians = {name: statistics.median(price for _, price in models[name]) for name in colors}
+    height = -math.inf
+    labels = []
+    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+        height = max(height + LABEL_HEIGHT, (math.log(median) - bottom) / (top - bottom))
+        labels.append((height, colors[name], f"{printable(name, NAME_LENGTH)}  {median:.3g}"))
+    if len(models) > len(colors):
+        labels.append(
+            (height + LABEL_HEIGHT, "#808080", f"{len(models) - len(colors)} other models")
+        )
+    above = max(0.0, labels[-1][0] - 1)
+    for height, color, text in labels:
+        # A $ would start a formula.
+        axes.text(1.01, height - above, text.replace("$", r"\$"), color=color, va="center",
+                  transform=axes.transAxes)  # fmt: skip
+
+
+# ==================================================================================================
+# models.result
+#
+# Results of commands and transfers over SSH.
+# ==================================================================================================
+
+
+STDOUT, STDERR = "stdout", "stderr"
+LAST_LINES = 20  # of each stream, where a result is printed
+LONGEST_LINE = 300  # characters
+# A color, or another control sequence of a terminal, which would only be noise when escaped.
+_CONTROL_SEQUENCE = r"\x1b\[[0-9;?]{0,40}[@-~]"
+
+
+def last_lines(text: str) -> list[str]:
+    """Return the last lines of an output, with control characters escaped."""
+    lines = text[-LAST_LINES * 1000 :].rstrip("\n").split("\n")
+    shown = []
+    for line in lines[-LAST_LINES:]:
+        # Progress bars overwrite their line, so the text after the last \r is what is visible.
+        visible = re.sub(_CONTROL_SEQUENCE, "", line.rstrip("\r").rsplit("\r", 1)[-1])
+        shown.append(printable(visible.expandtabs(), LONGEST_LINE))
+    more = text.rstrip("\n").count("\n") + 1 - len(shown)
+    return [f"... {more} more lines", *shown] if more else shown
+
+
+class CommandResult:
+    """The result of a command. ``print()`` shows the last lines of its output.
+
+    Attributes:
+        command: the command for the machine's shell, without the variables of ``env``.
+        exit_code: 0 to 255; -1 if a signal ended the command.
+        stdout, stderr: the output as text; bytes that are not UTF-8 are replaced.
+        duration: seconds from the start to the end.
+        dropped: the bytes of output beyond ``max_output``, which are not kept.
+    """
+
+    __slots__ = ("command", "dropped", "duration", "exit_code", "stderr", "stdout")
+
+    def __init__(
+        self,
+        command: str,
+        exit_code: int,
+        stdout: str,
+        stderr: str,
+        duration: float,
+        dropped: int = 0,
+    ) -> None:
+        self.command = command
+        self.exit_code = exit_code
+        self.stdout = stdout
+        self.stderr = stderr
+        self.duration = duration
+        self.dropped = dropped
+
+    @property
+    def ok(self) -> bool:
+        """True if the exit code is 0."""
+        return self.exit_code == 0
+
+    def __repr__(self) -> str:
+        left_out = f", {self.dropped} bytes of output dropped" if self.dropped else ""
+        return (
+            f"<CommandResult {printable(repr(self.command), 60)}: exit_code={self.exit_code}, "
+            f"{len(self.stdout)} characters of stdout, {len(self.stderr)} of stderr, "
+            f"{self.duration:.1f}s{left_out}>"
+        )
+
+    def __str__(self) -> str:
+        outputs = [text for text in (self.stdout, self.stderr) if text.strip()]
+        return "\n".join([repr(self), *(line for text in outputs for line in last_lines(text))])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the output in IPython and in notebooks."""
+        printer.text(str(self))
+
+
+class OutputLine(str):
+    """A line of a command's output, without its line end.
+
+    It can contain terminal escapes: do not print it unchecked.
+
+    Attributes:
+        stream: ``"stdout"`` or ``"stderr"``.
+    """
+
+    __slots__ = ("stream",)
+
+    stream: str
+
+    def __new__(cls, text: str, stream: str = STDOUT) -> OutputLine:
+        line = super().__new__(cls, text)
+        line.stream = stream
+        return line
+
+
+class TransferResult:
+    """The result of a transfer.
+
+    Attributes:
+        path: the path of the copy, with control characters escaped.
+        files: the number of files.
+        size: the bytes of all files.
+        duration: seconds.
+        skipped: (name, reason) for symlinks and special files, which are not copied; escaped, too.
+        unchanged: the number of files that ``skip_unchanged`` left out.
+        sent: with ``preview``, the names of the files that would be sent; escaped, too.
+        deleted: the names that ``delete`` removed, or would remove with ``preview``; escaped, too.
+    """
+
+    __slots__ = ("_deletes", "deleted", "duration", "files", "path", "sent", "size", "skipped",
+                 "unchanged")  # fmt: skip
+
+    def __init__(
+        self,
+        path: str,
+        files: int,
+        size: int,
+        duration: float,
+        skipped: list[tuple[str, str]],
+        *,
+        unchanged: int = 0,
+        sent: Sequence[str] = (),
+        deletes: Sequence[bytes] | None = None,
+    ) -> None:
+        self.path = path
+        self.files = files
+        self.size = size
+        self.duration = duration
+        self.skipped = skipped
+        self.unchanged = unchanged
+        self.sent = list(sent)
+        self.deleted = [printable(os.fsdecode(name)) for name in deletes or ()]
+        self._deletes = deletes
+
+    @property
+    def deletes(self) -> Sequence[bytes] | None:
+        """The names in ``deleted`` as they are; None if ``delete`` was not asked for."""
+        return self._deletes
+
+    def __repr__(self) -> str:
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        skipped += f", {self.unchanged} unchanged" if self.unchanged else ""
+        skipped += f", {len(self.deleted)} deleted" if self.deleted else ""
+        return (
+            f"<TransferResult {printable(self.path, 200)!r}: {self.files} files, "
+            f"{self.size} bytes, {self.duration:.2f} s{skipped}>"
+        )
+
+
+# ==================================================================================================
+# models.spot_market
+#
+# SpotMarket, the offers for one server.
+# ==================================================================================================
+
+
+class SpotOffer(Record):
+    """One bid for a server: a dict with the fields of the API and ``usd_per_hour``."""
+
+    __slots__ = ()
+
+    @property
+    def id(self) -> int | None:
+        """The number of the offer."""
+        return whole_id(self.get("offer_id"))
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The bid in USD per hour; None if there is no exchange rate."""
+        return finite(self.get("usd_per_hour"))
+
+    @property
+    def currency(self) -> str | None:
+        """The currency of the bid."""
+        currency = self.get("currency")
+        return currency if isinstance(currency, str) else None
+
+    @property
+    def is_mine(self) -> bool:
+        """True if the bid is of this account."""
+        return self.get("my") is True
+
+    @property
+    def is_active(self) -> bool:
+        """True if the bid rents the server now."""
+        return self.get("active") is True
+
+
+class SpotMarket(Record):
+    """The response to ``spot_marketplace``: a dict with ``market``, and typed properties."""
+
+    __slots__ = ()
+
+    @property
+    def offers(self) -> list[SpotOffer]:
+        """The bids for the server, in the API's order."""
+        return [SpotOffer(offer) for offer in dicts(part_of(self, "market", "offers"))]
+
+    @property
+    def minimum_usd(self) -> float | None:
+        """The lowest bid that the host accepts in any currency, in USD per hour, or None."""
+        pricing = part_of(self, "market", "server", "min_pricing")
+        if not isinstance(pricing, dict):
+            return None
+        rates = market_rates(self)
+        bids = [rates.usd(positive(amount), currency) for currency, amount in pricing.items()]
+        return min((bid_per_hour(bid, 1.0) for bid in bids if bid), default=None)
+
+    @property
+    def lowest_winning_usd(self) -> float | None:
+        """The bid, in USD per hour, that a new bid must exceed to rent the server, or None.
+
+        It is the highest bid of other accounts; without one, the lowest that the host accepts.
+        """
+        bids = [offer.usd_per_hour for offer in self.offers if not offer.is_mine]
+        return max((bid for bid in [*bids, self.minimum_usd] if bid), default=None)
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "offers": len(self.offers),
+            "minimum_usd": rounded(self.minimum_usd),
+            "lowest_winning_usd": rounded(self.lowest_winning_usd),
+        }
+
+
+def market_rates(response: dict[str, Any]) -> ExchangeRates:
+    """Return the exchange rates in a response to ``spot_marketplace``."""
+    rates = ExchangeRates()
+    rates.update(part_of(response, "market", "currency_rates_in_usd"))
+    return rates
+
+
+def to_spot_market(response: dict[str, Any]) -> SpotMarket:
+    """Convert a response to ``spot_marketplace``, and add ``usd_per_hour`` to its offers.
+
+    A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
+    """
+    spot_market = SpotMarket(response)
+    spot_market._wire = response
+    market = response.get("market")
+    if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
+        return spot_market
+    live, rates = is_live(response), market_rates(response)
+
+    def hourly(offer: dict[str, Any]) -> float | None:
+        if live:
+            per_day = rates.usd(positive(offer.get("bid")), offer.get("currency"))
+            return None if per_day is None else bid_per_hour(per_day, 1.0)
+        stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
+        return next((price for price in stated if price is not None), None)
+
+    spot_market["market"] = {
+        **market,
+        "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
+    }
+    return spot_market
+
+
+# ==================================================================================================
+# api.policy
+#
+# The retry policy. The README has the same table under "Retries".
+# ==================================================================================================
+
+
+# Not a named tuple, and no enums: to create those takes time at the import.
+class Rules:
+    """How requests to one endpoint are handled.
+
+    Attributes:
+        needs_key: whether it needs an API key.
+        repeatable: whether sending it twice does no harm.
+        urgent: whether it goes first, as it costs money while it waits.
+        spaced: whether it has a longer interval, ``create_order_interval``.
+        logged: whether it starts or stops costs.
+    """
+
+    def __init__(
+        self,
+        *,
+        needs_key: bool = True,
+        repeatable: bool = False,
+        urgent: bool = False,
+        spaced: bool = False,
+        logged: bool = False,
+    ) -> None:
+        self.needs_key = needs_key
+        self.repeatable = repeatable
+        self.urgent = urgent
+        self.spaced = spaced
+        self.logged = logged
+
+
+POST_RULES = {
+    "create_order": Rules(spaced=True, logged=True),
+    "cancel_order": Rules(repeatable=True, urgent=True, logged=True),
+    "cancel_orders": Rules(repeatable=True, urgent=True, logged=True),
+    "set_spot_price": Rules(repeatable=True, logged=True),
+}
+GET_RULES = {"marketplace": Rules(needs_key=False, repeatable=True)}
+OTHER_POST, OTHER_GET = Rules(), Rules(repeatable=True)
+
+# What to do after a failed request.
+RETRY = "retry"
+RAISE = "raise"
+UNKNOWN = "unknown"  # raise an OutcomeUnknownError; create_order looks for its order
+
+# Why it failed.
+NOT_SENT = "not sent"
+RATE_LIMITED = "rate limited"
+NO_RESPONSE = "no response"
+BROKEN_BODY = "broken body"
+UNREADABLE_BODY = "unreadable body"
+UNAVAILABLE = "unavailable"
+UNCLEAR = "unclear"
+DATABASE_ERROR = "database error"
+REFUSED = "refused"
+
+# The first action is for reads and for repeatable POSTs, the second one for any other POST.
+POLICY = {
+    NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
+    RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
+    NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
+    BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
+    UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
+    UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
+    UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
+    DATABASE_ERROR: (RETRY, RAISE),  # code 1
+    REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
+}
+UNAVAILABLE_STATUSES = frozenset({500, 502, 503, 504, 520, 522})
+REFUSAL_CODES = frozenset({3, 4})  # with these, the API did nothing, even with HTTP 5xx
+LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
+
+
+def rules_for(method: str, name: str) -> Rules:
+    """Return the rules for a request.
+
+    Parameters:
+        method: the HTTP method.
+        name: the last part of the endpoint.
+    """
+    if method in ("GET", "HEAD"):
+        return GET_RULES.get(name, OTHER_GET)
+    return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
+
+
+def action_for(problem: str, repeatable: bool) -> str:
+    """Return what to do about a problem."""
+    return POLICY[problem][0 if repeatable else 1]
+
+
+def problem_with_code(status: int, code: int, has_reason: bool) -> str:
+    """Return the problem of a response with an error code.
+
+    Parameters:
+        status: the HTTP status.
+        code: the code in the body.
+        has_reason: whether the body has an error text.
+    """
+    if code == 5:
+        return RATE_LIMITED
+    if code == 1:
+        return DATABASE_ERROR
+    if code in REFUSAL_CODES or (code == 6 and has_reason):
+        return REFUSED
+    return UNCLEAR if status >= 500 else REFUSED
+
+
+def problem_without_code(status: int, is_json: bool) -> str:
+    """Return the problem of a response without a code.
+
+    Parameters:
+        status: the HTTP status.
+        is_json: whether the body is JSON.
+    """
+    if status == 429:
+        return RATE_LIMITED
+    if status in UNAVAILABLE_STATUSES:
+        return UNAVAILABLE
+    if status < 300 and not is_json:
+        return BROKEN_BODY
+    return UNCLEAR if status >= 500 or status < 300 else REFUSED
+
+
+def backoff_delay(failures: int, first: float, longest: float) -> float:
+    """Return the seconds before the next retry: exponential backoff with full jitter, capped."""
+    return random.uniform(0.0, min(longest, first * 2.0 ** min(failures - 1, 32)))
+
+
+def cancel_delay(refusals: int, first: float) -> float:
+    """Return the seconds to wait after a cancel hit the rate limit: 1, 2, 4 ... 30."""
+    return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(refusals, 32)))
+
+
+# ==================================================================================================
+# api.call
+#
+# Prepare an API call: check its arguments, and decide how it may be retried.
+# ==================================================================================================
+
+
+class Envelope(dict[str, Any]):
+    """A decoded response, with the times of the request and the server's clock."""
+
+    __slots__ = ("date", "received_at", "sends", "sent_at")
+    date: str | None
+    received_at: float
+    sent_at: float
+    sends: int
+
+    def server_time_at(self, moment: float) -> float | None:
+        """Return the server's Unix time at a monotonic ``moment``, rounded down.
+
+        Returns None if the response had no Date.
+        """
+        stamp = unix_time(self.date)
+        return None if stamp is None else math.floor(stamp - (self.received_at - moment))
+
+
+def unix_time(date: str | None) -> float | None:
+    if not date:
+        return None
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+# Not a dataclass: importing dataclasses takes a fifth of the import time.
+class Call:
+    """A request that is ready to be sent, and the rules for its retries."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        endpoint: str,
+        request: requests.PreparedRequest,
+        settings: dict[str, Any],
+        base_url: str,
+        key: str,
+        rules: Rules,
+        urgent: bool,
+        secrets: tuple[str, ...],
+    ) -> None:
+        self.name = name  # the last part of the endpoint, such as "create_order"
+        self.endpoint = endpoint
+        self.request = request
+        self.settings = settings
+        self.base_url = base_url
+        self.key = key
+        self.rules = rules
+        self.urgent = urgent  # goes first, and ignores the pause that the server asks for
+        self.secrets = secrets
+
+    def __repr__(self) -> str:
+        return f"<Call {self.label}>"
+
+    @property
+    def repeatable(self) -> bool:
+        return self.rules.repeatable
+
+    @property
+    def label(self) -> str:
+        return f"{self.request.method} {self.endpoint}"
+
+    def lost(self, cause: str) -> CloreError:
+        """Make the error for a request that was sent and got no usable response."""
+        if self.repeatable:
+            return CloreConnectionError(cause)
+        if self.name == "create_order":
+            return OrderOutcomeUnknownError(
+                f"create_order was sent but got no clear response ({cause}): the order may or may "
+                "not exist. It was not sent again. Look at get_orders() now and again in a minute, "
+                "before you order again",
+                endpoint=self.endpoint,
+            )
+        return OutcomeUnknownError(
+            f"{self.label} was sent but got no clear response ({cause}): it may or may not have "
+            "taken effect. It was not sent again. Check the state of your account before you "
+            "repeat it",
+            endpoint=self.endpoint,
+        )
+
+
+def secrets_in(value: Any, inside: bool = False) -> Iterator[str]:
+    """Yield every string in a body that must not be shown: the values of secret fields."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from secrets_in(item, inside or str(name).lower() in SECRET_FIELDS)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from secrets_in(item, inside)
+    elif inside and isinstance(value, str) and len(value) > 3:
+        yield value
+
+
+def check_endpoint(endpoint: Any) -> str:
+    """Check a path such as ``"/v1/wallets"``, so that the key can't go to another host."""
+    check_text("endpoint", endpoint)
+    fine = endpoint.startswith("/") and not endpoint.startswith("//") and endpoint.isprintable()
+    if not fine or "\\" in endpoint or " " in endpoint or "/.." in endpoint:
+        raise ValueError(f"endpoint must be a path like '/v1/wallets', not {short_repr(endpoint)}")
+    return str(endpoint)
+
+
+def endpoint_name(endpoint: str) -> str:
+    """Return the last part of a path, such as ``"create_order"``."""
+    path = unquote(urlsplit(endpoint).path)
+    return path.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def prepare_call(
+    session: requests.Session,
+    method: str,
+    endpoint: str,
+    params: Any,
+    json: Any,
+    options: dict[str, Any],
+    *,
+    base_url: str,
+    headers: dict[str, str],
+    timeout: Timeout,
+    urgent: bool,
+) -> Call:
+    """Check the arguments of ``_request``, and prepare the request.
+
+    Parameters:
+        session: prepares the request.
+        method, endpoint, params, json: as for ``_request``.
+        options: other arguments for requests.
+        base_url, headers, timeout: the settings of the client.
+        urgent: whether the request ignores the pause that the server asks for.
+    """
+    method = _check_method(method, options)
+    name = endpoint_name(check_endpoint(endpoint))
+    rules = rules_for(method, name)
+    all_headers = CaseInsensitiveDict(check_headers("headers", headers))
+    all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
+    key = _check_key(all_headers, base_url, endpoint, rules.needs_key)
+    settings = {"timeout": check_timeout("timeout", options.pop("timeout", timeout))}
+    given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
+    request, secrets = _prepare_request(
+        session, method, base_url + endpoint, all_headers, params, json, options
+    )
+    return Call(
+        name=name,
+        endpoint=endpoint,
+        request=request,
+        settings=settings | _send_settings(session, base_url, request.url, given),
+        base_url=base_url,
+        key=key,
+        rules=rules,
+        urgent=rules.urgent or urgent,
+        secrets=(key, *secrets) if key else secrets,
+    )
+
+
+def _check_method(method: str, options: dict[str, Any]) -> str:
+    """Return the method in upper case."""
+    if "allow_redirects" in options:
+        raise ValueError(
+            "allow_redirects is not supported, as a redirect could send the key to another host: "
+            "leave it out"
+        )
+    method = check_text("method", method).upper()
+    if not (method.isascii() and method.isalpha()):
+        raise ValueError(f"method must be one like 'GET', not {short_repr(method)}")
+    return method
+
+
+def _prepare_request(
+    session: requests.Session,
+    method: str,
+    url: str,
+    headers: Any,
+    params: Any,
+    json: Any,
+    options: dict[str, Any],
+) -> tuple[requests.PreparedRequest, tuple[str, ...]]:
+    """Return the request, and the secrets in its body."""
+    # Without this, requests would send a password from ~/.netrc.
+    options.setdefault("auth", _no_auth)
+    try:
+        request = requests.Request(
+            method, url, headers=headers, params=params, json=json, **options
+        )
+        return session.prepare_request(request), tuple(dict.fromkeys(secrets_in(json)))
+    except requests.exceptions.InvalidJSONError as error:
+        raise ValueError(f"json can't be encoded as JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("json can't be encoded as JSON: it is nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"json, params or another argument can't be sent: {error}") from None
+
+
+def _send_settings(
+    session: requests.Session, base_url: str, url: str | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of ``Session.send``, except the timeout."""
+    proxies = dict(given["proxies"] or {})
+    if is_loopback(base_url):
+        # A proxy from the environment could read the key over plain http.
+        proxies = {"http": None, "https": None, "all": None, **proxies}
+    merged = session.merge_environment_settings(
+        url, proxies, given["stream"], given["verify"], given["cert"]
+    )
+    # read_body() limits the size of a stream.
+    return {**merged, "allow_redirects": False, "stream": True}
+
+
+def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
+    """Return the key of a request, after a check that it is set and the URL is safe for it."""
+    key: str = headers.get("auth") or ""
+    if key:
+        key = headers["auth"] = clean_key(key, "the headers")
+        check_key_may_go_to(base_url)
+    elif needed:
+        raise AuthenticationError(
+            3,
+            endpoint=endpoint,
+            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
+            f"or put the key into {CONFIG_FILE}",
+        )
+    return key
+
+
+def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+# ==================================================================================================
+# api.connection
+#
+# HTTP connections that record when a request is sent, and limit the time of its response.
+# ==================================================================================================
+
+
+ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
+PIECE = 16 * 1024  # bytes per read; decompressed, they can become a thousand times as many
+
+
+class Exchange(threading.local):
+    """The current request of each thread: its send time and its deadline."""
+
+    def __init__(self) -> None:
+        self.before: Callable[[], None] | None = None
+        self.on_left: Callable[[], None] | None = None
+        self.left_at: float | None = None  # when the first byte was sent, by time.monotonic()
+        self.connecting = False  # a connection of this module is used, so ``left_at`` is reliable
+        self.deadline = math.inf
+
+    def begin(
+        self, before: Callable[[], None], on_left: Callable[[], None], deadline: float
+    ) -> None:
+        """Start another request.
+
+        Parameters:
+            before: called when it is connected and about to be sent; it may wait.
+            on_left: called when the request is sent.
+            deadline: monotonic time by which the whole response must have arrived.
+        """
+        self.before, self.on_left, self.deadline = before, on_left, deadline
+        self.left_at, self.connecting = None, False
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Record that the block sends the first byte."""
+        if self.before is not None:
+            self.before()
+        self.left_at = time.monotonic()
+        try:
+            yield
+        finally:
+            # Called after the write: a thread that pauses in between would send too late, and so
+            # too close to the next request.
+            if self.on_left is not None:
+                self.on_left()
+
+
+exchange = Exchange()
+
+
+class _BoundedReader(io.RawIOBase):
+    """A reader of a socket with one deadline for all reads."""
+
+    def __init__(self, raw: Any, sock: Any, deadline: float) -> None:
+        self._raw, self._sock, self._deadline = raw, sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Any:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the whole response took too long: a longer timeout= allows more")
+        timeout = self._sock.gettimeout()
+        if timeout is None or left < timeout:
+            self._sock.settimeout(left)  # the next request sets it again
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """A response with a deadline, which skips interim responses such as 103."""
+
+    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        if exchange.deadline < math.inf:
+            raw = self.fp.detach()
+            self.fp = io.BufferedReader(_BoundedReader(raw, sock, exchange.deadline))
+
+    def begin(self) -> None:
+        super().begin()
+        interim = False
+        while 100 <= self.status < 200:
+            interim = True
+            self.headers = self.msg = None  # type: ignore[assignment]
+            super().begin()
+        # Do not reuse a connection that may send another interim response later, or the connection
+        # of a request that changes something.
+        changes = self._method not in ("GET", "HEAD")  # type: ignore[attr-defined]
+        self.will_close = self.will_close or interim or changes
+
+
+# Raised before anything is sent, by any kind of connection.
+_UNSENT = (
+    requests.ConnectTimeout,
+    requests.exceptions.InvalidURL,
+    requests.exceptions.ProxyError,
+    LocationParseError,
+    NewConnectionError,
+    SSLCertVerificationError,
+)
+
+
+class _Connection(HTTPConnection):
+    response_class = _Response
+
+    def connect(self) -> None:
+        exchange.connecting = True
+        super().connect()
+
+    def endheaders(self, *args: Any, **kwargs: Any) -> None:
+        if self.sock is None:
+            self.connect()
+        with exchange.leaving():
+            super().endheaders(*args, **kwargs)
+
+
+class _TLSConnection(_Connection, HTTPSConnection):
+    pass
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TLSPool(HTTPSConnectionPool):
+    ConnectionCls = _TLSConnection
+
+
+class _Adapter(HTTPAdapter):
+    """The adapter of requests, with connections that record when a request is sent."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self._watch(self.poolmanager)
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> ProxyManager:
+        manager: ProxyManager = super().proxy_manager_for(*args, **kwargs)
+        if type(manager) is ProxyManager:  # SOCKS has other connection classes
+            self._watch(manager)
+        return manager
+
+    @staticmethod
+    def _watch(manager: PoolManager) -> None:
+        manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+
+
+class Session(requests.Session):
+    """A session of requests that records when a request is sent, and follows no redirect."""
+
+    def __init__(self, user_agent: str) -> None:
+        super().__init__()
+        self.headers["User-Agent"] = user_agent
+        self.headers["Accept-Encoding"] = "gzip, deflate"
+        for prefix in ("https://", "http://"):
+            self.mount(prefix, _Adapter(pool_maxsize=1))
+
+    def resolve_redirects(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        return iter(())
+
+
+class Sessions:
+    """The sessions of a client. Each request has a session for itself.
+
+    A session whose request is interrupted is not used again, as its state and its locks are not
+    known.
+    """
+
+    def __init__(self, user_agent: str) -> None:
+        self._user_agent = user_agent
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._for_reads: collections.deque[Session] = collections.deque()  # kept alive
+        self._for_changes: collections.deque[Session] = collections.deque()  # not connected
+
+    def take(self, reads: bool) -> Session:
+        """Return a session for one request.
+
+        Parameters:
+            reads: whether the request only reads. Any other gets a new connection, because an old
+                one may be closed by the server, or contain the rest of another response.
+        """
+        if self._pid != os.getpid():
+            self._forget()  # after a fork, two processes must not use one connection
+        try:
+            return (self._for_reads if reads else self._for_changes).pop()
+        except IndexError:
+            return Session(self._user_agent)
+
+    def put_back(self, session: Session, reads: bool) -> None:
+        """Keep a session for another request."""
+        (self._for_reads if reads else self._for_changes).append(session)
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        if self._pid != os.getpid():
+            return
+        for sessions in (self._for_reads, self._for_changes):
+            with contextlib.suppress(IndexError):  # empty
+                while True:
+                    sessions.pop().close()
+
+
+class UnusableResponseError(Exception):
+    """A response that can't be read to its end."""
+
+
+def read_body(response: requests.Response, longest: float) -> bytes:
+    """Read and decompress the body of a response, up to a limit.
+
+    Parameters:
+        response: a response with an unread body.
+        longest: the most bytes, decompressed.
+
+    Raises:
+        UnusableResponseError: the body is larger, or has an unexpected encoding.
+    """
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ENCODINGS:
+        raise UnusableResponseError("the response has an encoding that was not requested")
+    pieces, size = [], 0
+    for piece in response.iter_content(PIECE):
+        size += len(piece)
+        if size > longest:
+            raise UnusableResponseError(
+                f"the response is larger than {longest / 1e6:g} MB: set a larger max_response_mb"
+            )
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def never_left(error: Exception, left: bool) -> bool:
+    """Return whether it is certain that a failed request was not sent.
+
+    Parameters:
+        error: the failure.
+        left: whether a connection of this module recorded a send.
+    """
+    if left:
+        return False
+    if exchange.connecting or isinstance(error, _UNSENT):
+        return True
+    return isinstance(reason_of(error), _UNSENT)
+
+
+def reason_of(error: BaseException) -> Any:
+    """Return the cause inside an error of requests: the ``reason`` of urllib3, if there is one."""
+    inner = error.args[0] if error.args else error
+    return getattr(inner, "reason", inner)
+
+
+# ==================================================================================================
+# api.rate_limit
+#
+# Decide when the next request with a key may be sent, for all who share the key.
+# ==================================================================================================
+
+
+LONGEST_PAUSE_KEPT = 3600.0  # seconds; a broken proxy may ask for a pause of any length
+LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
+RECENT = 20  # how many of the last responses are counted for the error message
+# The following are parts of the interval.
+SLOT_LEAD = 0.05  # a slot is granted this long before it begins, so that a slow store costs no time
+SLOT_LATE = 0.005  # a request that is sent up to this much after its slot began needs no report
+SLOT_GRACE = 0.125  # what each request in the queue allows the one before it for taking its slot
+LONGEST_SLOT_GRACE = 1.0
+# After a refusal: other programs use the key. A request keeps more space behind it, but only one
+# out of several, as machines that hold the rate limit in turns waste less of it than ones that
+# take turns for each request.
+RETRY_JITTER = 0.3  # a retry comes up to this much later than the interval
+SLOW_DOWN = 0.2  # by how much each refusal widens the space behind a request
+WIDEST_SURPLUS = 4.0
+SPEED_UP = 0.1  # a call without a refusal takes this part of the surplus away
+YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
+
+
+class PauseTooLongError(Exception):
+    """The API asked for a pause that is longer than the caller's patience.
+
+    Attributes:
+        seconds: the rest of the pause.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+class DeadlinePassedError(Exception):
+    """The request can't be sent before its deadline."""
+
+
+class Turn:
+    """The place of one call in the queue. It keeps its place for retries.
+
+    All times are monotonic, in seconds.
+
+    Attributes:
+        interval: seconds from the request before, and to the one after.
+        urgent: whether it goes first, and ignores the pause that the API asks for.
+        spacing: an endpoint with a longer interval, and its seconds.
+        patience: the longest pause that it waits for, in seconds.
+        deadline, not_before: when it must, and when it may be sent.
+        left_at: when it is sent, as far as the schedule knows: at first, when its slot begins.
+        slot_ends: when its slot is over, because the next one may be granted.
+        refusals: how many times the API refused it for the rate limit.
+        retry_after: seconds that the last refusal asked it to wait.
+        slowed: whether earlier refusals still widen the space between requests.
+    """
+
+    def __init__(
+        self,
+        interval: float,
+        *,
+        urgent: bool = False,
+        spacing: tuple[str, float] | None = None,
+        patience: float = math.inf,
+    ) -> None:
+        self.id = os.urandom(8).hex()
+        self.arrived = time.monotonic()
+        self.interval = interval
+        self.urgent = urgent
+        self.spacing = spacing
+        self.patience = patience
+        self.deadline = math.inf
+        self.not_before = -math.inf
+        self.left_at = self.slot_ends = -math.inf
+        self.refusals = 0
+        self.retry_after = 0.0
+        self.slowed = False
+
+    @property
+    def rank(self) -> int:
+        """0 for urgent requests, which go first, else 1."""
+        return 0 if self.urgent else 1
+
+
+def entry_lifetime(turn: Turn) -> float:
+    """Return the seconds after which a request that has not looked again counts as dead."""
+    return 2 * (LONGEST_SLEEP + turn.interval)
+
+
+def random_gap() -> float:
+    """Return the part of the surplus that a request keeps behind it: all or nothing."""
+    return 1.0 if random.random() < YIELD_CHANCE else 0.0
+
+
+class Look:
+    """What a waiting request finds when it looks at the schedule.
+
+    Attributes:
+        granted: whether its slot is granted.
+        at: monotonic time of its slot if that is granted, else of its next look.
+        paused: seconds that are left of the pause that the API asked for.
+        slowed: whether refusals widen the space between requests.
+        too_late: whether it can't be sent before its deadline.
+    """
+
+    def __init__(
+        self,
+        granted: bool,
+        at: float,
+        paused: float = 0.0,
+        slowed: bool = False,
+        too_late: bool = False,
+    ) -> None:
+        self.granted = granted
+        self.at = at
+        self.paused = paused
+        self.slowed = slowed
+        self.too_late = too_late
+
+
+class Schedule:
+    """The state of one rate limit: the queue, and when the last requests were sent.
+
+    Each method is one step on plain numbers, which can be kept in memory, in a file, or in Redis
+    (``redis_limit.py`` has the same steps in Lua).
+
+    The request at the head of the queue looks when its slot comes up, the second a little later,
+    and so on. Each takes the slot if nobody before it has. So a dead process costs at most a
+    slot, and no request has to look more than about once per interval.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0.0  # when the last request was sent, or may be sent
+        self.interval = 0.0  # seconds to keep after it
+        self.surplus = 0.0  # seconds by which refusals widen the space behind some requests
+        self.gap = 0.0  # seconds by which they widen it behind the last one
+        self.paused_until = 0.0
+        self.spaced: dict[str, list[float]] = {}  # name -> [when the last was sent, seconds]
+        # id of a turn -> [rank, arrival, when it may be sent at the earliest, when it expires]
+        self.waiting: dict[str, list[float]] = {}
+
+    def look(self, turn: Turn, now: float) -> Look:
+        """Grant a slot that has come up, or return when to look again."""
+        self._correct(now)
+        own = self._own_ready(turn)
+        ready = self._ready(turn, own)
+        paused = 0.0 if turn.urgent else self.paused_until - now
+        self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
+        self.waiting.pop(turn.id, None)
+        if paused > turn.patience or max(ready, now) > turn.deadline:
+            return Look(False, now, paused, too_late=True)
+        mine = [turn.rank, turn.arrived]
+        ahead = [i for i, entry in self.waiting.items() if entry[:2] < mine and entry[2] <= ready]
+        grace = min(SLOT_GRACE * len(ahead), LONGEST_SLOT_GRACE) * turn.interval
+        at = ready - SLOT_LEAD * turn.interval + grace
+        if at > now:
+            self.waiting[turn.id] = [*mine, own, now + entry_lifetime(turn)]
+            return Look(False, at, paused, self.surplus > 0)
+        for late in ahead:  # dead, or slow: then it comes back
+            del self.waiting[late]
+        slot = max(ready, now)
+        self._sent(turn, slot + SLOT_LATE * turn.interval)
+        self.gap = self.surplus * random_gap()
+        return Look(True, slot, paused, self.surplus > 0)
+
+    def leave(self, turn: Turn, now: float) -> None:
+        """Record that a request is sent late in its slot."""
+        self._sent(turn, max(self.last, min(turn.left_at, now)))
+
+    def refused(self, turn: Turn, now: float) -> None:
+        """Slow down after the API refused a request for its rate limit."""
+        wider = self.surplus + SLOW_DOWN * turn.interval
+        self.surplus = min(wider, WIDEST_SURPLUS * turn.interval)
+        self.gap = RETRY_JITTER * turn.interval * random.random()
+        if turn.retry_after:
+            until = now + min(turn.retry_after + self.gap, LONGEST_PAUSE_KEPT)
+            self.paused_until = max(self.paused_until, until)
+
+    def accepted(self, turn: Turn, now: float) -> None:
+        """Speed up after a call that was not refused."""
+        self.surplus *= 1 - SPEED_UP
+        if self.surplus < 0.01 * turn.interval:
+            self.surplus = 0.0
+
+    def _correct(self, now: float) -> None:
+        """Correct times that lie too far ahead, because the clock was set back or started anew."""
+        self.last = min(self.last, now + self.interval)
+        self.paused_until = min(self.paused_until, now + LONGEST_PAUSE_KEPT)
+        for entry in self.spaced.values():
+            entry[0] = min(entry[0], now + entry[1])
+
+    def _own_ready(self, turn: Turn) -> float:
+        ready = turn.not_before
+        if turn.spacing is not None:
+            name, seconds = turn.spacing
+            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
+            ready = max(ready, last + max(seconds, its_seconds))
+        return ready if turn.urgent else max(ready, self.paused_until)
+
+    def _ready(self, turn: Turn, own: float) -> float:
+        return max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
+
+    def _sent(self, turn: Turn, at: float) -> None:
+        self.last, self.interval = at, turn.interval
+        if turn.spacing is not None:
+            self.spaced[turn.spacing[0]] = [at, turn.spacing[1]]
+
+
+class StoreUnavailableError(Exception):
+    """A schedule could not be read or written."""
+
+
+class Store(Protocol):
+    """Keeps a schedule."""
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule, for ``client.describe()``."""
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step of :class:`Schedule`, given by its name, and return its result.
+
+        Raises:
+            StoreUnavailableError: that is not possible now.
+        """
+
+
+class ProcessStore:
+    """A schedule in memory, for the threads of this process."""
+
+    level = "within this process"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held for one step, never while waiting
+        self._schedule = Schedule()
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step."""
+        with self._lock:
+            return getattr(self._schedule, step)(turn, time.monotonic())
+
+
+def _sleep(seconds: float) -> None:
+    """Sleep, unless there is no time left: even ``sleep(0)`` lets other processes run first."""
+    if seconds > 0:
+        time.sleep(seconds)
+
+
+class RateLimiter:
+    """The rate limit of one key. An interrupt may end any method at any line.
+
+    What an interrupted request leaves behind is one entry in the queue, which others skip.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._refusals: collections.deque[bool] = collections.deque(maxlen=RECENT)
+
+    @property
+    def level(self) -> str:
+        """Who shares the rate limit."""
+        return self._store.level
+
+    @property
+    def recently_refused(self) -> tuple[int, int]:
+        """How many of the last requests the API refused for the rate limit, and of how many."""
+        return sum(self._refusals), len(self._refusals)
+
+    def wait(self, turn: Turn, deadline: float = math.inf) -> None:
+        """Wait until the request may be sent.
+
+        Raises:
+            PauseTooLongError: the API asked for a pause that is longer than the turn's patience.
+            DeadlinePassedError: it can't be sent before ``deadline`` (monotonic time).
+        """
+        turn.deadline = deadline
+        while True:
+            look: Look = self._store.apply("look", turn)
+            turn.slowed = look.slowed
+            if look.paused > turn.patience:
+                raise PauseTooLongError(look.paused)
+            if look.too_late:
+                raise DeadlinePassedError
+            now = time.monotonic()
+            if look.granted:
+                turn.left_at = look.at
+                turn.slot_ends = look.at + (1 - SLOT_LEAD) * turn.interval
+                _sleep(look.at - now)
+                return
+            _sleep(min(look.at - now, LONGEST_SLEEP, deadline - now))
+
+    def leave(self, turn: Turn, deadline: float = math.inf) -> None:
+        """Record that the request is about to be sent. Wait again if its slot has passed."""
+        if turn.interval and time.monotonic() > turn.slot_ends:
+            self.wait(turn, deadline)
+        self.left(turn)
+
+    def left(self, turn: Turn) -> None:
+        """Record that the request was sent."""
+        now = time.monotonic()
+        if turn.interval and now > turn.left_at + SLOT_LATE * turn.interval:
+            turn.left_at = now
+            self._store.apply("leave", turn)
+
+    def refused(self, turn: Turn, retry_after: float | None) -> None:
+        """Slow down after the API refused the request for its rate limit."""
+        self._refusals.append(True)
+        turn.refusals += 1
+        turn.retry_after = retry_after or 0.0
+        self._store.apply("refused", turn)
+
+    def accepted(self, turn: Turn) -> None:
+        """Speed up again, step by step."""
+        self._refusals.append(False)
+        if turn.slowed and not turn.refusals:
+            self._store.apply("accepted", turn)
+
+
+# ==================================================================================================
+# api.file_limit
+#
+# Keep a rate limit in a file, for all processes of this user on this machine.
+# ==================================================================================================
+
+
+LIMIT_PREFIX = "rate-limit-"
+USUAL_LENGTH, LONGEST_SCHEDULE = 8192, 1_000_000  # bytes
+LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
+UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
+SCHEDULE_VERSION = "clore-1"  # of the content
+NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
+
+
+class FileStore:
+    """A schedule in a file, which is locked for one step, never while waiting or sending.
+
+    Parameters:
+        path: the file. Its name must not contain the key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()  # so that threads do not wait for the lock of the file
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule."""
+        return f"among all processes on this machine, by {self._path}"
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step."""
+        try:
+            with self._lock:
+                return self._apply(step, turn)
+        except OSError as error:
+            raise StoreUnavailableError(f"{self._path} can't be used: {error}") from error
+
+    def _apply(self, step: str, turn: Turn) -> Any:
+        handle, created = open_private(self._path)
+        try:
+            if not lock_file(handle, LIMIT_LOCK_PATIENCE):
+                raise OSError("another process keeps it locked")
+            try:
+                os.lseek(handle, 0, os.SEEK_SET)
+                now = time.monotonic()
+                text = os.read(handle, USUAL_LENGTH)
+                if len(text) == USUAL_LENGTH:
+                    text += os.read(handle, LONGEST_SCHEDULE)
+                schedule = load(text, now)
+                result = getattr(schedule, step)(turn, now)
+                text = dump(schedule)
+                os.lseek(handle, 0, os.SEEK_SET)
+                if os.write(handle, text) != len(text):
+                    raise OSError("the disk is full")
+            finally:
+                unlock_file(handle)  # a forked child may still have it open
+        finally:
+            os.close(handle)
+        if created:
+            remove_unused(self._path.parent)
+        return result
+
+
+def limit_name(account: str) -> str:
+    """Return the name of the file for an account.
+
+    Each machine and boot has a file of its own, because they have different clocks, and machines
+    may share the state folder.
+    """
+    machine = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
+    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{machine}".encode()).hexdigest()[:32]
+
+
+def dump(schedule: Schedule) -> bytes:
+    """Return a schedule as three lines: numbers, endpoints with an interval, and the queue.
+
+    The rest of a longer, earlier text may follow them. JSON would take twice as long.
+    """
+    numbers = [getattr(schedule, name) for name in NUMBERS]
+    lines = [[SCHEDULE_VERSION, *numbers]]
+    for table in (schedule.spaced, schedule.waiting):
+        lines.append([item for name, row in table.items() for item in (name, *row)])
+    return "".join(" ".join(map(str, line)) + "\n" for line in lines).encode()
+
+
+def load(text: bytes, now: float) -> Schedule:
+    """Return the schedule in a text.
+
+    If the text is damaged or foreign, the schedule is a new one, in which the first request waits
+    for an interval, because another one may just have been sent.
+    """
+    schedule = Schedule()
+    if not text:
+        return schedule
+    try:
+        head, spaced, waiting, _ = text.decode().split("\n", 3)
+        version, *items = head.split()
+        numbers = list(map(float, items))
+        if version != SCHEDULE_VERSION or not math.isfinite(sum(numbers)):
+            raise ValueError
+        for name, number in zip(NUMBERS, numbers, strict=True):
+            setattr(schedule, name, number)
+        schedule.spaced = _table(spaced.split(), 2)
+        schedule.waiting = _table(waiting.split(), 4)
+    except ValueError:
+        schedule = Schedule()
+        schedule.last = now
+    return schedule
+
+
+def _table(items: list[str], columns: int) -> dict[str, list[float]]:
+    if len(items) % (columns + 1):
+        raise ValueError
+    starts = range(0, len(items), columns + 1)
+    return {items[i]: list(map(float, items[i + 1 : i + 1 + columns])) for i in starts}
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove the files of keys that nobody has used for a day."""
+    before = time.time() - UNUSED_AFTER
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{LIMIT_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < before:
+                    path.unlink()
+
+
+# ==================================================================================================
+# api.limiters
+#
+# Choose who shares a rate limit: this process, this machine, or many machines through Redis.
+# ==================================================================================================
+
+
+LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
+TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
+
+
+class FallbackStore:
+    """A store that uses another one while the first is not available.
+
+    Parameters:
+        first: the store to use.
+        second: the store for the time in which the first one fails.
+    """
+
+    def __init__(self, first: Store, second: Store) -> None:
+        self._first = first
+        self._second = second
+        self._failure = ""
+        self._failed_at: float | None = None
+        self._next_try = 0.0
+        self._warned = False
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule now, and since when it is not the first store."""
+        failed_at = self._failed_at
+        if failed_at is None:
+            return self._first.level
+        seconds = time.monotonic() - failed_at
+        return f"{self._second.level} (since {seconds:.0f} s, because {self._failure})"
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        """Make one step."""
+        if self._failed_at is not None and time.monotonic() < self._next_try:
+            return self._second.apply(step, turn)
+        # If it takes time to fail again, other threads do not wait for it.
+        self._next_try = time.monotonic() + TRY_AGAIN
+        try:
+            result = self._first.apply(step, turn)
+        except StoreUnavailableError as error:
+            self._fall_back(str(error))
+            return self._second.apply(step, turn)
+        if self._failed_at is not None:
+            self._failed_at = None
+            logger.info("the rate limit is shared again %s", self._first.level)
+        return result
+
+    def _fall_back(self, failure: str) -> None:
+        now = time.monotonic()
+        self._next_try = now + TRY_AGAIN
+        if self._failed_at is not None:
+            return
+        self._failed_at, self._failure = now, failure
+        logger.log(
+            logging.INFO if self._warned else logging.WARNING,
+            "the rate limit is only shared %s, because %s",
+            self._second.level,
+            failure,
+        )
+        self._warned = True
+
+
+def redis_server_for(rate_limiter: Any) -> RedisServer | None:
+    """Return the Redis server for the argument ``rate_limiter``; None if there is none.
+
+    Parameters:
+        rate_limiter: a URL, a client like ``redis.Redis``, or None for the environment variable.
+    """
+    source = "rate_limiter"
+    if rate_limiter is None:
+        source, rate_limiter = LIMITER_VARIABLE, os.environ.get(LIMITER_VARIABLE) or None
+    if rate_limiter is None:
+        return None
+    return redis_server(rate_limiter, source)
+
+
+_limiters: dict[tuple[str, str, str], RateLimiter] = {}
+
+if hasattr(os, "register_at_fork"):
+    # Another thread may have held a lock of theirs at the fork.
+    os.register_at_fork(after_in_child=_limiters.clear)
+
+
+def limiter_for(
+    base_url: str, api_key: str, folder: Path | None, server: RedisServer | None = None
+) -> RateLimiter:
+    """Return the rate limiter that all requests with a key to an API share.
+
+    Parameters:
+        base_url, api_key: what the limit belongs to.
+        folder: the state folder; None to share the limit within this process only.
+        server: the Redis server; None to share the limit on this machine only.
+    """
+    account = account_digest(base_url, api_key)  # in place of the key
+    place = (account, str(folder or ""), server.name if server else "")
+    found = _limiters.get(place)
+    if found is not None:
+        return found
+    store: Store = ProcessStore()
+    if folder is not None:
+        store = FallbackStore(FileStore(folder / limit_name(account)), store)
+    if server is not None:
+        store = FallbackStore(RedisStore(server, account), store)
+    # setdefault() is atomic: if two threads make one, both get the first.
+    return _limiters.setdefault(place, RateLimiter(store))
+
+
+# ==================================================================================================
+# api.redis_limit
+#
+# Keep a rate limit in Redis, for many machines.
+# ==================================================================================================
+
+
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+REDIS_TIMEOUT = 0.5  # seconds to connect, and for one reply
+REDIS_EXPIRY = 86_400  # seconds after which Redis forgets a key that nobody uses
+FOREVER = 1e9  # seconds; JSON has no infinity
+
+# The steps of the class Schedule, by the clock of the server. All times in ``turn`` count from now.
+# A missing schedule may have been lost a moment ago, so the first request waits for an interval.
+REDIS_SCRIPT = """
+local step, turn, rules = ARGV[1], cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local text = redis.call('GET', KEYS[1])
+local s = {last = now, interval = turn.interval, surplus = 0, gap = 0, paused_until = 0,
+           spaced = {}, waiting = {}}
+if text then s = cjson.decode(text) end
+s.last = math.min(s.last, now + s.interval)
+s.paused_until = math.min(s.paused_until, now + rules.longest_pause)
+for _, entry in pairs(s.spaced) do entry[1] = math.min(entry[1], now + entry[2]) end
+local granted, at, paused, too_late = 0, now, 0, 0
+
+local function sent(moment)
+  s.last, s.interval = moment, turn.interval
+  if turn.name then s.spaced[turn.name] = {moment, turn.spacing} end
+end
+
+local function look()
+  local own = now + turn.not_before
+  local before = turn.name and s.spaced[turn.name]
+  if before then
+    own = math.max(own, before[1] + math.max(turn.spacing, before[2]))
+  end
+  if turn.rank > 0 then
+    own = math.max(own, s.paused_until)
+    paused = s.paused_until - now
+  end
+  local ready = s.last + math.max(s.interval, turn.interval) + turn.rank * s.gap
+  ready = math.max(own, ready)
+  s.waiting[turn.id] = nil
+  if paused > turn.patience or math.max(ready - now, 0) > turn.deadline then
+    too_late = 1
+    return
+  end
+  local arrived, ahead = now - turn.age, {}
+  for id, entry in pairs(s.waiting) do
+    if entry[4] <= now then
+      s.waiting[id] = nil
+    elseif (entry[1] < turn.rank or (entry[1] == turn.rank and entry[2] < arrived))
+        and entry[3] <= ready then
+      table.insert(ahead, id)
+    end
+  end
+  local grace = math.min(rules.grace * #ahead, rules.longest_grace) * turn.interval
+  at = ready - rules.lead * turn.interval + grace
+  if at > now then
+    s.waiting[turn.id] = {turn.rank, arrived, own, now + turn.expiry}
+    return
+  end
+  for _, id in ipairs(ahead) do s.waiting[id] = nil end
+  granted, at = 1, math.max(ready, now)
+  sent(at + rules.late * turn.interval)
+  s.gap = s.surplus * turn.gap
+end
+
+if step == 'look' then
+  look()
+elseif step == 'leave' then
+  sent(math.max(s.last, now - turn.left))
+elseif step == 'refused' then
+  local wider = s.surplus + rules.slow_down * turn.interval
+  s.surplus = math.min(wider, rules.widest * turn.interval)
+  s.gap = rules.jitter * turn.interval * turn.random
+  if turn.retry_after > 0 then
+    local pause = math.min(turn.retry_after + s.gap, rules.longest_pause)
+    s.paused_until = math.max(s.paused_until, now + pause)
+  end
+elseif step == 'accepted' then
+  s.surplus = s.surplus * (1 - rules.speed_up)
+  if s.surplus < 0.01 * turn.interval then s.surplus = 0 end
+end
+redis.call('SET', KEYS[1], cjson.encode(s), 'EX', rules.expiry)
+return {granted, tostring(at - now), tostring(paused), s.surplus > 0 and 1 or 0, too_late}
+"""
+
+REDIS_RULES = json.dumps(
+    {
+        "lead": SLOT_LEAD,
+        "late": SLOT_LATE,
+        "grace": SLOT_GRACE,
+        "longest_grace": LONGEST_SLOT_GRACE,
+        "jitter": RETRY_JITTER,
+        "slow_down": SLOW_DOWN,
+        "speed_up": SPEED_UP,
+        "widest": WIDEST_SURPLUS,
+        "longest_pause": LONGEST_PAUSE_KEPT,
+        "expiry": REDIS_EXPIRY,
+    }
+)
+
+
+class RedisClient(Protocol):
+    """What is needed of a client such as ``redis.Redis``."""
+
+    def eval(self, script: str, numkeys: int, /, *keys_and_args: Any) -> Any:
+        """Run a Lua script on the server."""
+
+
+class RedisServer(NamedTuple):
+    """A Redis client, and how to call its server in texts."""
+
+    client: RedisClient
+    name: str
+    secrets: tuple[str, ...] = ()
+
+
+def redis_server(rate_limiter: Any, source: str) -> RedisServer:
+    """Return the Redis server for the argument ``rate_limiter``.
+
+    Parameters:
+        rate_limiter: a URL, or a client like ``redis.Redis``.
+        source: the argument or variable that has it, for the error.
+    """
+    if isinstance(rate_limiter, str):
+        return _server_at(Secret(rate_limiter), source)
+    if not callable(getattr(rate_limiter, "eval", None)):
+        raise TypeError(
+            "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
+            f"not {type(rate_limiter).__name__}"
+        )
+    return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
+
+
+def _server_at(url: str, source: str) -> RedisServer:
+    try:
+        import redis  # noqa: F401
+    except ImportError:
+        raise ConfigurationError(
+            f"{source} needs redis-py: install it with pip install 'clore-client[redis]'"
+        ) from None
+    server = _connected(url)
+    if server is None:
+        # The URL is not shown, as it may contain a password.
+        raise ConfigurationError(
+            f"{source} is not a usable URL: it must be like 'redis://host:6379/0', "
+            "'rediss://:password@host:6379/0' or 'unix:///path'"
+        )
+    return server
+
+
+def _connected(url: str) -> RedisServer | None:
+    """Return the server at a URL; None if it is not valid. It connects on first use."""
+    from redis import Redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in REDIS_SCHEMES:
+            return None
+        place = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
+        client = Redis.from_url(
+            url,
+            socket_timeout=REDIS_TIMEOUT,
+            socket_connect_timeout=REDIS_TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
+        )
+    except (ValueError, TypeError, AttributeError):
+        return None
+    database = client.connection_pool.connection_kwargs.get("db") or 0
+    password = parts.password or ""
+    secrets = (Secret(password), Secret(unquote(password))) if password else ()
+    return RedisServer(client, printable(f"{place}/{database}", 200), secrets)
+
+
+class RedisStore:
+    """A schedule in Redis.
+
+    Parameters:
+        server: the Redis server.
+        account: a digest of the key.
+    """
+
+    def __init__(self, server: RedisServer, account: str) -> None:
+        self._server = server
+        self._key = f"clore-client:rate-limit:{account}"
+
+    @property
+    def level(self) -> str:
+        """Who shares the schedule."""
+        return f"among all machines, by Redis at {self._server.name}"
+
+    def apply(self, step: str, turn: Turn) -> Look:
+        """Make one step. Each one returns a look, of which only the one of ``look`` counts."""
+        numbers = _numbers(turn, time.monotonic())
+        try:
+            reply = self._server.client.eval(REDIS_SCRIPT, 1, self._key, step, numbers, REDIS_RULES)
+            granted, seconds, paused, slowed, too_late = map(float, reply)
+            if not math.isfinite(seconds) or (granted and seconds > turn.interval):
+                raise ValueError("an impossible reply")
+        except Exception as error:  # those of a client that the user passed may be of any class
+            text = without(f"{type(error).__name__}: {error}", self._server.secrets)
+            raise StoreUnavailableError(
+                f"Redis at {self._server.name} can't be used: {printable(text, 200)}"
+            ) from None
+        at = time.monotonic() + seconds
+        return Look(bool(granted), at, paused, bool(slowed), bool(too_late))
+
+
+def _numbers(turn: Turn, now: float) -> str:
+    """Return what the script needs to know of a turn, as JSON."""
+    numbers: dict[str, Any] = {
+        "id": turn.id,
+        "rank": turn.rank,
+        "age": now - turn.arrived,
+        "interval": turn.interval,
+        "not_before": max(turn.not_before - now, -FOREVER),
+        "deadline": min(turn.deadline - now, FOREVER),
+        "patience": min(turn.patience, FOREVER),
+        "expiry": entry_lifetime(turn),
+        "left": min(now - turn.left_at, FOREVER),
+        "retry_after": turn.retry_after,
+        "random": random.random(),
+        "gap": random_gap(),
+    }
+    if turn.spacing is not None:
+        numbers["name"], numbers["spacing"] = turn.spacing
+    return json.dumps(numbers)
+
+
+# ==================================================================================================
+# api.retry
+#
+# Classify a response or a failure by the retry policy: success, retry, or error.
+# ==================================================================================================
+
+
+class Failure:
+    """One request that failed."""
+
+    def __init__(self, error: CloreError, problem: str, again: bool) -> None:
+        self.error = error
+        self.problem = problem
+        self.again = again  # whether to retry
+
+    @property
+    def rate_limited(self) -> bool:
+        """Whether the API refused it for the rate limit."""
+        return self.problem == RATE_LIMITED
+
+
+def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
+    """Return the start of an HTML or text body on one line, without tags and secrets."""
+    import html  # slow to import, and only errors need it
+
+    text = without(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
+    text = re.sub(r"(?is)<(script|style|head)\b.*?</\1\s*>", " ", text)
+    text = html.unescape(re.sub(r"<[^<>]*>?", " ", text))
+    return printable(" ".join(text.split()), limit)
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Return the seconds of a Retry-After header; a date counts from the Date of the response."""
+    value = (headers.get("Retry-After") or "").strip()
+    if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", value):
+        return float(value)
+    until, now = unix_time(value), unix_time(headers.get("Date"))
+    return None if until is None or now is None else max(0.0, until - now)
+
+
+def classify_error(call: Call, error: Exception, left_at: float | None) -> Failure:
+    """Classify a request that got no response.
+
+    Parameters:
+        call: the call.
+        error: the exception of requests or urllib3.
+        left_at: monotonic time at which the request was sent; None if it was not.
+    """
+    reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
+    cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
+    unsent = never_left(error, left_at is not None)
+    failed = CloreConnectionError(cause) if unsent else call.lost(cause)
+    failed.sent_at = None if unsent else left_at
+    # A new exception, because the original one holds the request with its secrets.
+    kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
+    failed.__cause__ = kind(cause)
+    problem = NOT_SENT if unsent else NO_RESPONSE
+    return Failure(failed, problem, action_for(problem, call.repeatable) == RETRY)
+
+
+def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
+    """Classify a response that can't be read to its end. A retry would get the same again."""
+    status = 0 if response is None else response.status_code
+    error = InvalidResponseError(
+        -1,
+        f"HTTP {status}: {reason}",
+        {},
+        http_status=status,
+        endpoint=call.endpoint,
+        retryable=False,
+        secrets=call.secrets,
+    )
+    return _failure(call, UNREADABLE_BODY, error, f"HTTP {status}: {reason}")
+
+
+def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
+    """Classify a response: success, retry, or error."""
+    decoded, status = _decode(body), response.status_code
+    if isinstance(decoded, dict) and type(decoded.get("code")) is int:
+        if decoded["code"] == 0:
+            return Envelope(decoded)
+        problem = problem_with_code(status, decoded["code"], bool(error_text(decoded)))
+        if problem == RATE_LIMITED:
+            return _too_fast(call, response, decoded)
+        error = _error_with_code(call, status, decoded, problem)
+        return _failure(call, problem, error, f"HTTP {status}: {error.args[0]}")
+    problem = problem_without_code(status, decoded is not None)
+    if problem == RATE_LIMITED:
+        return _too_fast(call, response, {})
+    error = _error_without_code(call, response, body, decoded, problem)
+    return _failure(call, problem, error, f"HTTP {status}: {error.error or 'JSON without a code'}")
+
+
+def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
+    action = action_for(problem, call.repeatable)
+    if action != UNKNOWN:
+        return Failure(error, problem, action == RETRY)
+    lost = call.lost(cause)
+    lost.__cause__ = error
+    return Failure(lost, problem, again=False)
+
+
+def _error_with_code(
+    call: Call, status: int, envelope: dict[str, Any], problem: str
+) -> CloreAPIError:
+    ambiguous = problem == DATABASE_ERROR and not call.repeatable
+    return api_error(
+        envelope,
+        http_status=status,
+        endpoint=call.endpoint,
+        hint=CREATE_ORDER_CODE_1 if ambiguous and call.name == "create_order" else None,
+        retryable=False if ambiguous else None,
+        secrets=call.secrets,
+    )
+
+
+def _too_fast(call: Call, response: requests.Response, envelope: dict[str, Any]) -> Failure:
+    error = RateLimitError(
+        5,
+        error_text(envelope),
+        envelope,
+        http_status=response.status_code,
+        endpoint=call.endpoint,
+        secrets=call.secrets,
+    )
+    error.retry_after = _retry_after(response.headers)
+    return _failure(call, RATE_LIMITED, error, "")
+
+
+def _error_without_code(
+    call: Call, response: requests.Response, body: bytes, decoded: Any, problem: str
+) -> CloreAPIError:
+    status, hint = response.status_code, None
+    text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty response'}"
+    if 300 <= status < 400:
+        text = f"HTTP {status}: a redirect to {_target(response)}, which the client does not follow"
+    elif isinstance(decoded, dict):
+        text = error_text(decoded)
+    elif b"error code: 1010" in body[:4000]:
+        hint = "the proxy in front of the API refused the User-Agent: set another user_agent"
+    return InvalidResponseError(
+        -1,
+        text,
+        decoded if isinstance(decoded, dict) else {},
+        http_status=status,
+        endpoint=call.endpoint,
+        hint=hint,
+        retryable=action_for(problem, call.repeatable) == RETRY,
+        secrets=call.secrets,
+    )
+
+
+def _target(response: requests.Response) -> str:
+    try:
+        host = urlsplit(response.headers.get("Location", "")).hostname
+    except ValueError:
+        host = None
+    return f"host {printable(host, 100)}" if host else "nowhere"
+
+
+@functools.cache
+def json_decoders() -> tuple[Callable[[bytes], Any], ...]:
+    """Return the decoders to try: that of msgspec, if it is installed, and ``json.loads``.
+
+    Both decode to the same values, but msgspec refuses NaN and lone surrogates.
+    """
+    try:
+        return importlib.import_module("msgspec.json").decode, json.loads
+    except ImportError:
+        return (json.loads,)
+
+
+def _decode(body: bytes) -> Any:
+    """Return the decoded JSON of a body, or None."""
+    for decode in json_decoders():
+        try:
+            return decode(body)
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+# ==================================================================================================
+# api.retries
+#
+# Count the requests of one call, and decide when to give up.
+# ==================================================================================================
+
+
+class Retries:
+    """The failed requests of one call.
+
+    Failures count against ``max_retries``. Refusals for the rate limit have a time limit instead.
+
+    Attributes:
+        sends: how many times the request was sent and failed.
+        failures: how many of these failed for another reason than the rate limit.
+        refusals: how many of these the API refused for the rate limit.
+    """
+
+    def __init__(self, call: Call, max_retries: int, patience: float) -> None:
+        self._call = call
+        self._max_retries = max(1, max_retries)
+        self._patience = patience
+        self._refused_at: float | None = None
+        self._last: Failure | None = None
+        self.sends = self.failures = self.refusals = 0
+
+    @property
+    def patience_left(self) -> float:
+        """The seconds for which the call may still be refused for the rate limit."""
+        if self._refused_at is None:
+            return self._patience
+        return max(0.0, self._refused_at + self._patience - time.monotonic())
+
+    def add(self, failure: Failure) -> None:
+        """Add a failed request."""
+        self.sends += 1
+        if failure.rate_limited:
+            self.refusals += 1
+            self._refused_at = self._refused_at or time.monotonic()
+        else:
+            self.failures += 1
+        failure.error.sends = self.sends
+        if self._last is not None and failure.error.sent_at is None:
+            failure.error.sent_at = self._last.error.sent_at  # an earlier request was sent
+        self._last = failure
+
+    def check(self, failure: Failure, recently_refused: tuple[int, int]) -> None:
+        """Raise the error of the call, unless its request may be sent again.
+
+        Parameters:
+            failure: the last failure.
+            recently_refused: how many of the last requests with this key the API refused for the
+                rate limit, and of how many.
+        """
+        if not failure.again:
+            raise failure.error
+        if not failure.rate_limited:
+            if self.failures >= self._max_retries:
+                raise self._gave_up(failure.error)
+            return
+        pause = 0.0 if self._call.urgent else failure.error.retry_after or 0.0
+        if self.patience_left <= pause:
+            raise _with_refusals(self._gave_up(failure.error), *recently_refused)
+
+    def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
+        """Return the error for a request that could not be sent, or not again."""
+        error = self._last.error if self._last is not None else None
+        if error is None and isinstance(reason, PauseTooLongError):
+            error = RateLimitError(
+                5,
+                endpoint=self._call.endpoint,
+                hint=f"the API asked for a pause, so nothing was sent: try again in "
+                f"{reason.seconds:.0f} s",
+            )
+            error.retry_after, error.sends = reason.seconds, 0
+            return error
+        if error is None:
+            return CloreConnectionError(
+                f"{self._call.label} was not sent, as the rate limit left no time for it before "
+                "the deadline: allow more time, or make fewer requests"
+            )
+        if isinstance(reason, PauseTooLongError):
+            error.retry_after = reason.seconds
+        return self._gave_up(error)
+
+    def _gave_up(self, error: CloreError) -> CloreError:
+        """Add to the text of ``error`` that retries did not help."""
+        error.args = (f"Clore API request failed after {self.sends} retries: {error}",)
+        return error
+
+
+def _with_refusals(error: CloreError, refused: int, total: int) -> CloreError:
+    """Add to the text of ``error`` how many of the last requests were refused, and what to do."""
+    if refused > 1:
+        error.args = (
+            f"{error}\n{refused} of the last {total} requests were refused for pace: other "
+            "programs use this key. Stop them, share the rate limit with them "
+            "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
+        )
+    return error
+
+
+# ==================================================================================================
+# api.request
+#
+# Make API calls: send a request, respect the rate limit, retry, return a response or an error.
+# ==================================================================================================
+
+
+RESPONSE_TIMEOUTS = 3.0  # the longest time for one request, as a multiple of ``timeout``
+
+H = TypeVar("H", bound="HTTPClient")
+Returned = TypeVar("Returned")
+
+
+class Limits:
+    """The limits that a caller sets for its requests.
+
+    Attributes:
+        deadline: monotonic time by which every request must have ended.
+        urgent: whether requests ignore the pause that the server asks for.
+    """
+
+    def __init__(self, deadline: float = math.inf, urgent: bool = False) -> None:
+        self.deadline = deadline
+        self.urgent = urgent
+
+
+_limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=Limits())  # noqa: B039
+
+
+def limited(
+    call: Callable[[], Returned], *, deadline: float = math.inf, urgent: bool = False
+) -> Returned:
+    """Run a function whose requests have a deadline, or ignore the server's pauses.
+
+    Parameters:
+        call: the function that makes the requests.
+        deadline: monotonic time; an earlier deadline of an outer call stays.
+        urgent: whether requests ignore the server's pauses, because they stop costs.
+    """
+    outer = _limits.get()
+    limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent)
+
+    def run() -> Returned:
+        _limits.set(limits)
+        return call()
+
+    # In a copy of the context, an interrupt can't leave the limits set.
+    return contextvars.copy_context().run(run)
+
+
+def _user_agent(addition: str | None) -> str:
+    """Return the User-Agent, with the text that the user adds."""
+    own = f"clore-client/{__version__} {requests.utils.default_user_agent()}"
+    if addition is None:
+        return own
+    if not (check_text("user_agent", addition).isascii() and addition.isprintable()):
+        raise ValueError(f"user_agent must be printable ASCII, not {addition!r}")
+    return f"{own} {addition}"
+
+
+class HTTPClient:
+    """The settings and connections of a client, and ``_request``, which makes every API call.
+
+    Attributes:
+        server_clock: seconds by which the server's clock is ahead of this one; None if not known.
+    """
+
+    BASE_URL = "https://api.clore.ai"
+
+    def __init__(
+        self,
+        api_key: str | None,
+        timeout: Timeout,
+        rate_limit: float,
+        max_retries: int,
+        *,
+        base_url: str | None,
+        create_order_interval: float,
+        backoff: float,
+        max_backoff: float,
+        user_agent: str | None,
+        max_response_mb: float,
+        rate_limit_wait: float,
+        state_dir: str | os.PathLike[str] | None,
+        rate_limiter: Any,
+    ) -> None:
+        key, _ = self._key_source = find_key(api_key)
+        self._headers: dict[str, str] = {"auth": key} if key else {}
+        self._url_source: tuple[str | None, str] = (None, "nowhere")
+        self._find_base_url(base_url)
+        self.timeout = check_timeout("timeout", timeout)
+        self.rate_limit = check_interval("rate_limit", rate_limit)
+        self.max_retries = check_count("max_retries", max_retries, minimum=1)
+        self.create_order_interval = check_number(
+            "create_order_interval", create_order_interval, unit="seconds"
+        )
+        self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
+        self._state_dir = check_state_dir("state_dir", state_dir)
+        self._redis = redis_server_for(rate_limiter)
+        self.backoff = check_interval("backoff", backoff)
+        self.max_backoff = check_interval("max_backoff", max_backoff)
+        self.max_response_mb = check_number(
+            "max_response_mb", max_response_mb, above=True, infinite=True, unit="megabytes"
+        )
+        self._user_agent = _user_agent(user_agent)
+        self._sessions = Sessions(self._user_agent)
+        self.server_clock: float | None = None
+
+    def __copy__(self: H) -> H:
+        """Return another client with the same settings and key."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._sessions = Sessions(self._user_agent)
+        twin._headers = dict(self.headers)
+        return twin
+
+    def __deepcopy__(self: H, memo: dict[int, Any]) -> H:
+        return self.__copy__()
+
+    def __getstate__(self) -> Any:
+        # Without the key, the pickle could load as a client of another account.
+        raise TypeError(
+            f"a {type(self).__name__} can't be pickled, because its key would be in the pickle: "
+            f"create it in the other process, with {type(self).__name__}.from_env()"
+        )
+
+    def close(self) -> None:
+        """Close the connections. The client can be used again; it then opens new ones."""
+        self._sessions.close()
+
+    # --- settings that can change later ---
+
+    def _find_base_url(self, base_url: str | None) -> None:
+        if base_url is not None:
+            self._set_base_url(check_text("base_url", base_url), "base_url", "argument")
+        elif from_environment := os.environ.get(URL_VARIABLE):
+            source = f"environment variable {URL_VARIABLE}"
+            self._set_base_url(from_environment, URL_VARIABLE, source)
+
+    def _set_base_url(self, url: str, name: str, source: str) -> None:
+        url = check_base_url(url, name)
+        self._url_source = (url, source)
+        try:
+            self.BASE_URL = url
+        except AttributeError:  # a subclass defines it as a property
+            logger.debug("BASE_URL of %s can't be set", type(self).__name__)
+
+    @property
+    def base_url(self) -> str:
+        """The current ``BASE_URL``, checked, without a trailing slash."""
+        return check_base_url(self.BASE_URL, "BASE_URL")
+
+    @property
+    def api_key(self) -> str | None:
+        """The API key, or None. Setting it changes ``headers``."""
+        named = ((k, v) for k, v in self.headers.items() if isinstance(k, str))
+        return next((v for k, v in named if k.lower() == "auth"), None)
+
+    @api_key.setter
+    def api_key(self, key: str | None) -> None:
+        rest = {k: v for k, v in self.headers.items() if k.lower() != "auth"}
+        if key:
+            rest["auth"] = clean_key(key, "the attribute api_key")
+        self._headers = rest
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of each request: ``{"auth": api_key}``, or ``{}`` without a key."""
+        return self._headers
+
+    @headers.setter
+    def headers(self, headers: dict[str, str]) -> None:
+        checked = check_headers("headers", headers)
+        self._headers = {k: Secret.of(v) if k.lower() == "auth" else v for k, v in checked.items()}
+
+    # --- requests ---
+
+    def _request(
+        self,
+        method: str,
+        endpoint: str,
+        params: dict[str, Any] | None = None,
+        json: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Make one API call, with rate limit and retries. Use it for endpoints without a method.
+
+        Parameters:
+            method: ``"GET"`` or ``"POST"``.
+            endpoint: the path, for example ``"/v1/wallets"``.
+            params: the query.
+            json: the body.
+            **kwargs: arguments for requests; ``headers`` are merged with the client's, ``timeout``
+                overrides its timeout (seconds, or a ``(connect, read)`` pair).
+
+        Returns:
+            The API's response as a dict; its ``code`` is 0.
+
+        Raises:
+            CloreAPIError: the API responded with an error; see the subclasses.
+            CloreConnectionError: no response arrived, and retries did not help.
+            OutcomeUnknownError: a POST that changes something may or may not have taken effect.
+            ValueError, TypeError: an argument is not valid; nothing was sent.
+
+        Example:
+            >>> client._request("GET", "/v1/wallets")["wallets"]
+        """
+        call = self._prepare(method, endpoint, params, json, kwargs)
+        limiter = self._limiter(call.base_url, call.key)
+        interval = self.create_order_interval
+        turn = Turn(
+            self.rate_limit,
+            urgent=call.urgent,
+            spacing=(call.name, interval) if call.rules.spaced else None,
+        )
+        retries = Retries(call, self.max_retries, self.rate_limit_wait)
+        while True:
+            turn.patience = retries.patience_left
+            try:
+                outcome = self._send(call, limiter, turn)
+            except (DeadlinePassedError, PauseTooLongError) as reason:
+                raise retries.not_sent(reason) from None
+            if isinstance(outcome, Envelope):
+                limiter.accepted(turn)
+                outcome.sends = retries.sends + 1
+                return outcome
+            retries.add(outcome)
+            turn.not_before = time.monotonic() + self._delay(outcome, retries, limiter, turn)
+            retries.check(outcome, limiter.recently_refused)
+            logger.log(
+                logging.DEBUG if outcome.rate_limited and retries.refusals > 1 else logging.WARNING,
+                "%s: attempt %d failed, retrying: %s",
+                call.label,
+                retries.sends,
+                outcome.error,
+            )
+
+    def _limiter(self, base_url: str, key: str) -> RateLimiter:
+        return limiter_for(base_url, key, self._state_folder, self._redis)
+
+    @functools.cached_property
+    def _state_folder(self) -> Path | None:
+        return state_folder(self._state_dir)
+
+    def _prepare(
+        self, method: str, endpoint: str, params: Any, json: Any, options: dict[str, Any]
+    ) -> Call:
+        session = self._sessions.take(reads=True)
+        call = prepare_call(
+            session,
+            method,
+            endpoint,
+            params,
+            json,
+            options,
+            base_url=self.base_url,
+            headers=self.headers,
+            timeout=self.timeout,
+            urgent=_limits.get().urgent,
+        )
+        self._sessions.put_back(session, reads=True)
+        return call
+
+    def _delay(self, failure: Failure, retries: Retries, limiter: RateLimiter, turn: Turn) -> float:
+        """Return the seconds before the next retry, except for the rate limit."""
+        if not failure.rate_limited:
+            return backoff_delay(retries.failures, self.backoff, self.max_backoff)
+        limiter.refused(turn, failure.error.retry_after)
+        return cancel_delay(retries.refusals, self.backoff) if turn.urgent else 0.0
+
+    def _send(self, call: Call, limiter: RateLimiter, turn: Turn) -> Envelope | Failure:
+        """Wait until the rate limit allows it, and send the request once."""
+        deadline = _limits.get().deadline
+        limiter.wait(turn, deadline)
+        started_at = time.monotonic()
+        settings = dict(call.settings)
+        if (read_timeout := longest_part(settings["timeout"])) is not None:
+            deadline = min(deadline, started_at + RESPONSE_TIMEOUTS * read_timeout)
+        if deadline < math.inf:
+            left = max(deadline - started_at, 0.001)
+            settings["timeout"] = shortened(settings["timeout"], left)
+
+        exchange.begin(lambda: limiter.leave(turn, deadline), lambda: limiter.left(turn), deadline)
+        result = self._exchange(call, settings)
+        if isinstance(result, Failure):
+            return result
+        response, body = result
+        # Connections of a SOCKS proxy don't record when a request is sent.
+        sent_at = started_at if exchange.left_at is None else exchange.left_at
+        return self._classify(call, response, body, sent_at)
+
+    def _classify(
+        self, call: Call, response: requests.Response, body: bytes, sent_at: float
+    ) -> Envelope | Failure:
+        received_at = time.monotonic()
+        logger.log(
+            logging.INFO if call.rules.logged else logging.DEBUG,
+            "%s: HTTP %d, %d bytes in %.3f s",
+            call.label,
+            response.status_code,
+            len(body),
+            received_at - sent_at,
+        )
+        outcome = classify(call, response, body)
+        if isinstance(outcome, Envelope):
+            outcome.date = response.headers.get("Date")
+            outcome.sent_at, outcome.received_at = sent_at, received_at
+            server_time = outcome.server_time_at(received_at)
+            if server_time is not None:
+                self.server_clock = server_time + 0.5 - time.time()
+        else:
+            outcome.error.sent_at = sent_at
+        return outcome
+
+    def _exchange(
+        self, call: Call, settings: dict[str, Any]
+    ) -> tuple[requests.Response, bytes] | Failure:
+        """Send a request, and read its response."""
+        reads = call.request.method in ("GET", "HEAD")
+        session = self._sessions.take(reads)
+        response = None
+        result: tuple[requests.Response, bytes] | Failure
+        try:
+            response = session.send(call.request, **settings)
+            result = response, read_body(response, self.max_response_mb * 1e6)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            result = classify_error(call, error, exchange.left_at)
+        except UnusableResponseError as error:
+            result = classify_unusable(call, response, str(error))
+        except OSError as error:  # a CA bundle or a certificate is missing
+            raise ConfigurationError(f"{call.label} was not sent: {error}") from error
+        if isinstance(result, Failure) and response is not None:
+            response.close()
+        self._sessions.put_back(session, reads)
+        return result
+
+
+# ==================================================================================================
+# market.cost
+#
+# Estimate what a rental costs, with the fees of the account.
+# ==================================================================================================
+
+
+HIGHEST_PERCENT = 100.0  # a fee above that is not believed
+
+
+class CostEstimate(NamedTuple):
+    """The cost of a rental. An amount is None if a price or an exchange rate is not known.
+
+    Attributes:
+        server_id, hours, currency: as for ``CloreClient.estimate_cost``.
+        usd_per_hour: the price or bid in USD per hour, without fees.
+        base_usd, renter_fee_usd, creation_fee_usd, total_usd: the amounts in USD.
+        base, renter_fee, creation_fee, total: the same amounts in ``currency``.
+    """
+
+    server_id: int | None
+    hours: float
+    currency: str
+    usd_per_hour: float | None
+    base_usd: float | None
+    renter_fee_usd: float | None
+    creation_fee_usd: float
+    total_usd: float | None
+    base: float | None
+    renter_fee: float | None
+    creation_fee: float | None
+    total: float | None
+
+
+class Fees:
+    """The fees of an account, or the published ones.
+
+    Parameters:
+        response: the response to ``renter_fees``; empty for the published fees.
+    """
+
+    def __init__(self, response: dict[str, Any]) -> None:
+        self._response = response
+
+    def fraction(self, spot: bool, currency: str) -> float:
+        """Return the renter's fee as a fraction of the price."""
+        kind = "spot" if spot else "on_demand"
+        percent = finite(part_of(self._response, "renter_fees", kind, "base", currency))
+        if percent is None or not 0 <= percent <= HIGHEST_PERCENT:
+            return published_fee(spot)
+        return percent / 100
+
+    def creation_usd(self, spot: bool, currency: str, rate: float | None) -> float:
+        """Return the creation fee in USD; ``rate`` is USD for one unit of the currency."""
+        kind = "spot" if spot else "on_demand"
+        amount = finite(part_of(self._response, "creation_fees", kind, currency))
+        if amount is None or amount < 0 or rate is None:
+            return CREATION_FEE
+        return amount * rate
+
+
+def estimate(
+    server: Server,
+    hours: float,
+    *,
+    currency: str,
+    spot: bool,
+    spot_price: float | None,
+    fees: Fees,
+    rates: ExchangeRates,
+) -> CostEstimate:
+    """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
+    rate = listed_rate(server, currency) or rates.rate(currency)
+    price = spot_price if spot_price is not None else price_in(server, False, spot, currency)
+    fraction = fees.fraction(spot, currency)
+    base = None if price is None else price * hours
+    fee = None if base is None else base * fraction
+    creation = creation_fee_after(hours * 3600.0, fees.creation_usd(spot, currency, rate))
+    total = None if base is None or fee is None else base + fee + creation
+
+    def in_currency(usd: float | None) -> float | None:
+        return usd / rate if usd is not None and rate else None
+
+    return CostEstimate(
+        server.id, hours, currency, price, base, fee, creation, total,
+        in_currency(base), in_currency(fee), in_currency(creation), in_currency(total),
+    )  # fmt: skip
+
+
+# ==================================================================================================
+# market.countries
+#
+# Country codes, and the groups of countries that a search can name.
+# ==================================================================================================
+
+
+_EU = "AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE"
+# ISO 3166-1 codes by continent, and XK, which is in use for Kosovo.
+_CONTINENTS = {
+    "AFRICA": "AO BF BI BJ BW CD CF CG CI CM CV DJ DZ EG EH ER ET GA GH GM GN GQ GW IO KE KM LR LS "
+    "LY MA MG ML MR MU MW MZ NA NE NG RE RW SC SD SH SL SN SO SS ST SZ TD TG TN TZ UG YT ZA ZM ZW",
+    "ANTARCTICA": "AQ BV GS HM TF",
+    "ASIA": "AE AF AM AZ BD BH BN BT CC CN CX GE HK ID IL IN IQ IR JO JP KG KH KP KR KW KZ LA LB "
+    "LK MM MN MO MV MY NP OM PH PK PS QA SA SG SY TH TJ TL TM TR TW UZ VN YE",
+    "EUROPE": f"{_EU} AD AL AX BA BY CH FO GB GG GI IM IS JE LI MC MD ME MK NO RS RU SJ SM UA VA "
+    "XK",
+    "NORTH AMERICA": "AG AI AW BB BL BM BQ BS BZ CA CR CU CW DM DO GD GL GP GT HN HT JM KN KY LC "
+    "MF MQ MS MX NI PA PM PR SV SX TC TT US VC VG VI",
+    "OCEANIA": "AS AU CK FJ FM GU KI MH MP NC NF NR NU NZ PF PG PN PW SB TK TO TV UM VU WF WS",
+    "SOUTH AMERICA": "AR BO BR CL CO EC FK GF GY PE PY SR UY VE",
+}
+COUNTRY_GROUPS = {
+    **{name: frozenset(codes.split()) for name, codes in _CONTINENTS.items()},
+    "EU": frozenset(_EU.split()),
+    "EEA": frozenset(_EU.split()) | {"IS", "LI", "NO"},
+    "UK": frozenset({"GB"}),
+}
+COUNTRY_CODES = frozenset().union(*COUNTRY_GROUPS.values())
+
+
+def check_countries(name: str, values: Any) -> frozenset[str]:
+    """Return the two-letter codes in a list of codes and groups such as ``"EU"`` or ``"Asia"``."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(
+            f"{name} must be a list of country codes such as ['DE', 'EU'], not {short_repr(values)}"
+        )
+    codes: set[str] = set()
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}[{number}] must be a string, not {short_repr(value)}")
+        code = " ".join(value.upper().split())
+        if code not in COUNTRY_GROUPS and code not in COUNTRY_CODES:
+            groups = ", ".join(sorted(COUNTRY_GROUPS))
+            raise ValueError(
+                f"{name}[{number}] must be a two-letter country code or one of {groups} (in any "
+                f"case), not {short_repr(value)}"
+            )
+        codes |= COUNTRY_GROUPS.get(code, {code})
+    return frozenset(codes)
+
+
+# ==================================================================================================
+# market.filters
+#
+# The filters that ``find_servers``, ``find_cheapest`` and ``rent`` share, and their checks.
+# ==================================================================================================
+
+
+SORTS = ("price", "price_per_gpu", "reliability", "vram", "download", "rating")
+HIGHEST_RATING = 5.0
+MAX_CUDA = "a version such as 12.4 or '12.4'"
+
+
+class ServerFilters(TypedDict, total=False):
+    """The filters of ``rent``; None is no filter. ``help(CloreClient.find_servers)`` has more."""
+
+    gpu_count: int | None
+    min_gpu_count: int | None
+    exact_gpu: bool
+    min_vram_gb: float | None
+    min_total_vram_gb: float | None
+    min_ram_gb: float | None
+    min_cpu_cores: int | None
+    min_disk_gb: float | None
+    min_disk_mbps: float | None
+    min_download_mbps: float | None
+    min_upload_mbps: float | None
+    min_cuda: float | str | None
+    min_pcie_width: int | None
+    countries: Iterable[str] | None
+    exclude_countries: Iterable[str] | None
+    min_rating: float | None
+    min_ratings: int | None
+    min_rental_hours: float | None
+    exclude_servers: Iterable[int | Server] | None
+    exclude_owners: Iterable[int] | None
+    max_price_per_gpu_usd: float | None
+    include_fees: bool
+    sort: str | Callable[[Server], Any]
+    limit: int | None
+    where: Callable[[Server], object] | None
+
+
+class SearchFilters(ServerFilters, total=False):
+    """The filters of ``find_servers`` and ``find_cheapest``."""
+
+    currency: str | None
+
+
+# The filters that compare one number of a server with a minimum.
+MINIMUMS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "min_ram_gb": lambda record: positive(part_of(record, "specs", "ram")),
+    "min_cpu_cores": cpu_cores,
+    "min_disk_gb": disk_size,
+    "min_disk_mbps": lambda record: positive(part_of(record, "specs", "disk_speed")),
+    "min_download_mbps": lambda record: positive(part_of(record, "specs", "net", "down")),
+    "min_upload_mbps": lambda record: positive(part_of(record, "specs", "net", "up")),
+    "min_pcie_width": lambda record: positive(part_of(record, "specs", "pcie_width")),
+    "min_rating": lambda record: finite(part_of(record, "rating", "avg")),
+    "min_ratings": lambda record: whole_id(part_of(record, "rating", "cnt")),
+    "min_rental_hours": lambda record: positive(record.get("mrl")),
+}
+
+
+def check_filters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the filters, and return those that are set, in the form that a search uses.
+
+    Raises:
+        TypeError, ValueError: a filter is unknown, has an invalid value, or contradicts another.
+    """
+    checked: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in _CHECKS:
+            raise TypeError(f"there is no filter {short_repr(name)}{_suggestion(name)}")
+        if value is None:
+            continue
+        checked[name] = _CHECKS[name](name, value)
+        if name.startswith("min_") and checked[name] in (0, (0, 0)):
+            del checked[name]  # no limit
+    exactly, least = checked.get("gpu_count"), checked.get("min_gpu_count")
+    if exactly is not None and least is not None and exactly < least:
+        raise ValueError(
+            f"gpu_count={exactly} contradicts min_gpu_count={least}: leave one of them out"
+        )
+    allowed = checked.get("countries")
+    if allowed is not None and not allowed - checked.get("exclude_countries", frozenset()):
+        raise ValueError("countries must have a country that exclude_countries does not name")
+    return checked
+
+
+def _suggestion(name: str) -> str:
+    import difflib  # imported here, because it is slow and rarely needed
+
+    close = difflib.get_close_matches(name, _CHECKS, 1)
+    return f": did you mean {close[0]}?" if close else f"; there are {', '.join(_CHECKS)}"
+
+
+def _at_least_zero(name: str, value: Any) -> float:
+    return check_number(name, value)
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    return check_count(name, value, minimum=1)
+
+
+def _price(name: str, value: Any) -> float:
+    return check_number(name, value, infinite=True, unit="USD per hour")
+
+
+def _rating(name: str, value: Any) -> float:
+    return check_number(name, value, maximum=HIGHEST_RATING)
+
+
+def _cuda(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
+    version = version_parts(value)
+    if version is None:
+        raise ValueError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
+    return version
+
+
+def _ids(name: str, values: Any) -> frozenset[int]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of ids, not {short_repr(values)}")
+    return frozenset(
+        check_id(f"{name}[{number}]", value.id if isinstance(value, Server) else value)
+        for number, value in enumerate(values)
+    )
+
+
+def _sort(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        if not callable(value):
+            raise TypeError(
+                f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
+            )
+        check_callback(name, value, 1)
+    elif value not in SORTS:
+        raise ValueError(
+            f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
+        )
+    return value
+
+
+def _where(name: str, value: Any) -> Any:
+    check_callback(name, value, 1)
+    return value
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "gpu_count": _at_least_one,
+    "min_gpu_count": check_count,
+    "exact_gpu": check_bool,
+    "min_vram_gb": _at_least_zero,
+    "min_total_vram_gb": _at_least_zero,
+    "min_ram_gb": _at_least_zero,
+    "min_cpu_cores": check_count,
+    "min_disk_gb": _at_least_zero,
+    "min_disk_mbps": _at_least_zero,
+    "min_download_mbps": _at_least_zero,
+    "min_upload_mbps": _at_least_zero,
+    "min_cuda": _cuda,
+    "min_pcie_width": check_count,
+    "countries": check_countries,
+    "exclude_countries": check_countries,
+    "currency": check_currency,
+    "min_rating": _rating,
+    "min_ratings": check_count,
+    "min_rental_hours": _at_least_zero,
+    "exclude_servers": _ids,
+    "exclude_owners": _ids,
+    "max_price_per_gpu_usd": _price,
+    "include_fees": check_bool,
+    "sort": _sort,
+    "limit": _at_least_one,
+    "where": _where,
+}
+
+
+# ==================================================================================================
+# market.gpu_names
+#
+# Match GPU names that are written in different ways.
+# ==================================================================================================
+
+
+LONGEST_NAME = 100  # characters that count; the names come from strangers
+NAMED_MODELS = 20  # how many models a warning names at most
+NEAREST_MODELS = 5  # how many similar models a warning names
+SIMILAR = 0.5  # the lowest ``difflib`` ratio of a similar model
+
+# The rules of folding, applied in this order. Compiled on first use, which makes the import faster.
+_FOLDING = (
+    (r"^\s*[0-9]{1,3}\s*x(?:\s+(?=\S)|(?=[a-z]))", ""),  # a leading count: "2x RTX 4090"
+    (r"(nvidia|geforce|tesla)", r" \1 "),
+    (r"[^0-9a-z]+", " "),
+    (r"\b(rtx|gtx|gts|gt|titan|quadro)(?=[0-9a-z]?[0-9])", r"\1 "),
+    (r"(?<=[0-9])(?=(?:sxm|pcie|nvl)[0-9]?)", " "),  # "V100SXM2"
+    (r"\b(sxm[0-9]|pcie)(?=[0-9]+gb)", r"\1 "),  # "SXM232GB" is SXM2 with 32 GB
+    (r"(?<=[0-9])(?=(?:ti|super|tisuper|laptop)\b)", " "),
+    (r"\btisuper\b", "ti super"),
+    (r"([0-9]) gb\b", r"\1gb"),
+)
+# Words that some names have and others do not, for the same model.
+_VENDOR_WORDS = frozenset({"nvidia", "geforce", "tesla", "amd", "radeon"})
+
+
+@functools.lru_cache(maxsize=4096)
+def fold_name(name: str) -> str:
+    """Return a GPU name in lower case, split into words in one way.
+
+    ``"NVIDIA GeForce RTX4090"`` and ``"2x RTX 4090"`` become ``"rtx 4090"``.
+    """
+    text = name[:LONGEST_NAME].lower()
+    for pattern, replacement in _FOLDING:
+        text = re.sub(pattern, replacement, text)
+    words = text.split()
+    return " ".join([word for word in words if word not in _VENDOR_WORDS] or words)
+
+
+def matching_names(query: str, names: Collection[str], *, exact: bool = False) -> frozenset[str]:
+    """Return the names that a query means, and warn if it is not clear or not found.
+
+    Names that contain the query as whole words win. Without one, a part of a word is enough.
+
+    Parameters:
+        query: a GPU name or a part of it, in any spelling.
+        names: all names of the listing.
+        exact: accept only the same name.
+    """
+    wanted = fold_name(query)
+    if exact:
+        same = frozenset(name for name in names if fold_name(name) == wanted)
+        return same or _no_match(query, names)
+    words = f" {wanted} "
+    if wanted and (whole := frozenset(n for n in names if words in f" {fold_name(n)} ")):
+        return whole
+    plain, joined = query.strip().lower(), wanted.replace(" ", "")
+    parts = frozenset(
+        name
+        for name in names
+        if plain in name.lower() or (joined and joined in fold_name(name).replace(" ", ""))
+    )
+    if not parts:
+        return _no_match(query, names)
+    models = model_names(Counter(parts))
+    more = f" and {len(models) - NAMED_MODELS} more" if len(models) > NAMED_MODELS else ""
+    logger.warning(
+        "no GPU is named %s as a whole word; it is a part of %s%s",
+        _shown(query),
+        ", ".join(map(_shown, models[:NAMED_MODELS])),
+        more,
+    )
+    return parts
+
+
+def _no_match(query: str, names: Collection[str]) -> frozenset[str]:
+    nearest = nearest_models(query, names)
+    similar = f"; the nearest are {', '.join(map(_shown, nearest))}" if nearest else ""
+    logger.warning("no GPU on the market is named %s%s", _shown(query), similar)
+    return frozenset()
+
+
+def nearest_models(query: str, names: Iterable[str]) -> list[str]:
+    """Return the models whose names are most similar to a query, the most similar first."""
+    import difflib  # imported here, because it is slow and rarely needed
+
+    models = {fold_name(model): model for model in model_names(Counter(names))}
+    close = difflib.get_close_matches(fold_name(query), models, NEAREST_MODELS, SIMILAR)
+    return [models[folded] for folded in close]
+
+
+def model_names(counts: Mapping[str, int]) -> list[str]:
+    """Return the models among GPU names, each in its most common spelling, sorted.
+
+    Parameters:
+        counts: how often each name is listed.
+    """
+    return sorted(common_spellings(counts).values(), key=str.lower)
+
+
+def common_spellings(counts: Mapping[str, int]) -> dict[str, str]:
+    """Return the most common spelling of each folded name; of equally common ones the shortest."""
+    spellings: dict[str, list[str]] = {}
+    for name in counts:
+        spellings.setdefault(fold_name(name), []).append(name)
+    return {
+        folded: min(same, key=lambda name: (-counts[name], len(name), name))
+        for folded, same in spellings.items()
+    }
+
+
+def _shown(name: str) -> str:
+    return repr(printable(name, LONGEST_NAME))
+
+
+# ==================================================================================================
+# market.search
+#
+# Search a listing: apply all filters in one pass, sort, and explain what was left out.
+# ==================================================================================================
+
+
+Records = list[dict[str, Any]]
+Check = Callable[[dict[str, Any]], bool]
+
+RENTED = "being rented"  # the name of a filter that is always on
+LONGEST_LABEL = 200  # characters of a filter in a report
+ROUNDING_UP = 1 + 1e-12  # 8.4 / 24 is slightly above 0.35
+
+
+class SearchReport:
+    """What a search left out, and why.
+
+    Attributes:
+        listed: the number of servers on the marketplace, rented ones included.
+        found: the number of servers that fit, before ``limit``.
+        left_out: (filter, number of servers) in the order in which the filters are applied; each
+            server counts for the first filter that it does not pass.
+        cheapest_usd_per_hour: if nothing was found, the lowest price among the servers that the
+            last of these filters left out; None if it is not known.
+        nearest_models: if no GPU has the name, the most similar names on the market.
+    """
+
+    def __init__(self, listed: int) -> None:
+        self.listed = listed
+        self.found = 0
+        self.left_out: list[tuple[str, int]] = []
+        self.cheapest_usd_per_hour: float | None = None
+        self.nearest_models: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"<SearchReport {self.explain()!r}>"
+
+    def __str__(self) -> str:
+        return self.explain()
+
+    def add(self, label: str, count: int) -> None:
+        """Add the number of servers that a filter left out."""
+        if count:
+            self.left_out.append((label, count))
+
+    def explain(self) -> str:
+        """Return a text that names the filters, and the cheapest of the servers left out last."""
+        if not self.listed:
+            return "the marketplace lists no server"
+        if self.found:
+            return f"{self.found} of {self.listed} servers fit" + "".join(
+                f"; {label} left out {count}" for label, count in self.left_out
+            )
+        *earlier, (label, count) = self.left_out
+        text = "".join(f"{other} left out {number}, " for other, number in earlier)
+        text = f"none of {self.listed} servers fits: {text}{label} left out the last {count}"
+        if self.nearest_models:
+            shown = ", ".join(repr(printable(name, 100)) for name in self.nearest_models)
+            return f"{text}; the nearest GPU names are {shown}"
+        if self.cheapest_usd_per_hour is None:
+            return text
+        return f"{text}, of which the cheapest costs {self.cheapest_usd_per_hour:.4g} USD per hour"
+
+
+class Search:
+    """One search, with its arguments checked.
+
+    Parameters:
+        gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
+        filters: the other filters of that method.
+
+    Attributes:
+        currency: the API's name of the currency whose price counts; None for the price that the
+            reference page names.
+        server_id: if set, no other server fits.
+        models: after :meth:`run`, the GPU names that count; None for all.
+    """
+
+    def __init__(
+        self,
+        gpu_type: Any = None,
+        max_price_usd: Any = None,
+        min_reliability: Any = 0.0,
+        use_spot: Any = False,
+        filters: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
+        self.max_price_usd = check_optional_number(
+            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
+        )
+        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
+        if 0 < min_reliability <= 1:
+            logger.warning(
+                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
+            )
+        self.spot = check_bool("use_spot", use_spot)
+        self._given = {k: v for k, v in (filters or {}).items() if v is not None}
+        self._filters = check_filters(self._given)
+        self.currency: str | None = self._filters.get("currency")
+        self.server_id: int | None = None
+        self.models: frozenset[str] | None = None
+
+    # --- prices ---
+
+    @property
+    def fee(self) -> float:
+        """The published fee as a fraction of the price."""
+        return published_fee(self.spot)
+
+    def price(self, server: Server) -> float | None:
+        """Return the price of a server in USD per hour, without fees; None if it has none."""
+        return price_in(server, live=False, spot=self.spot, currency=self.currency)
+
+    def price_limit(self, server: dict[str, Any]) -> float | None:
+        """Return the highest price of a server in USD per hour, without fees; None for no limit."""
+        limit, each = self.max_price_usd, self._filters.get("max_price_per_gpu_usd")
+        if each is not None:
+            limit = min(math.inf if limit is None else limit, each * self.gpu_count(server))
+        if limit is not None and self._filters.get("include_fees"):
+            limit = without_fee(limit, self.fee)
+        return limit
+
+    def gpu_count(self, server: dict[str, Any]) -> int:
+        """Return the number of GPUs that match; in a mixed rig, others do not count."""
+        if self.models is None:
+            return count_gpus(server) or 0
+        names = gpu_names(server)
+        matching = sum(name in self.models for name in names)
+        return matching if matching < len(names) else count_gpus(server) or 0
+
+    # --- the search ---
+
+    def run(self, response: dict[str, Any]) -> tuple[list[Server], SearchReport]:
+        """Return the servers of a response that fit, sorted, and a report on the others."""
+        live, listed = is_live(response), dicts(response.get("servers"))
+        report = SearchReport(len(listed))
+        records = self._with_id(listed, report)
+        records = self._with_gpu(records, listed, report)
+        checks = self._checks(live)
+        left_out = [0] * (len(checks) + 1)
+        fitting = []
+        for record in records:
+            failed = _first_failed(checks, record)
+            left_out[failed] += 1
+            if failed == len(checks):
+                fitting.append(to_server(record, live))
+        for (label, _), count in zip(checks, left_out, strict=False):
+            report.add(label, count)
+        found = self._where(fitting)
+        report.add("where", len(fitting) - len(found))
+        report.found = len(found)
+        if not found and records:
+            last = max(n for n, count in enumerate(left_out) if count)
+            dropped = (r for r in records if _first_failed(checks, r) == last)
+            report.cheapest_usd_per_hour = self._lowest(dropped, live)
+        return self._sorted(found)[: self._filters.get("limit")], report
+
+    def _with_id(self, listed: Records, report: SearchReport) -> Records:
+        if self.server_id is None:
+            return listed
+        records = [record for record in listed if whole_id(record.get("id")) == self.server_id]
+        report.add(_label("server_id", self.server_id), len(listed) - len(records))
+        return records
+
+    def _with_gpu(self, records: Records, listed: Records, report: SearchReport) -> Records:
+        """Return the records with a matching GPU; all names of the listing decide which match."""
+        if not self.gpu_type or not self.gpu_type.strip():
+            return records
+        # The names are read twice: to keep thousands of lists would start the garbage collector.
+        names: set[str] = set()
+        for record in listed:
+            names.update(gpu_names(record))
+        exact = bool(self._filters.get("exact_gpu"))
+        self.models = matching_names(self.gpu_type, names, exact=exact)
+        if not self.models:
+            report.nearest_models = nearest_models(self.gpu_type, names)
+        fitting = [r for r in records if not self.models.isdisjoint(gpu_names(r))]
+        report.add(_label("gpu_type", self.gpu_type), len(records) - len(fitting))
+        return fitting
+
+    def _checks(self, live: bool) -> list[tuple[str, Check]]:
+        """Return the filters that are set, cheap ones first and the price limits last."""
+        checks: list[tuple[str, Check]] = []
+        checks.append((RENTED, lambda record: not record.get("rented")))
+        if self.min_reliability > 0:
+            least = self.min_reliability
+            checks.append((
+                _label("min_reliability", least),
+                lambda record: (server_reliability(record, live) or 0.0) >= least,
+            ))  # fmt: skip
+        for name, make in _SPECIAL_CHECKS.items():
+            if name in self._filters:
+                check = make(self, self._filters[name], live)
+                checks.append((_label(name, self._given[name]), check))
+        for name, number in MINIMUMS.items():
+            if name in self._filters:
+                check = _minimum(number, self._filters[name])
+                checks.append((_label(name, self._given[name]), check))
+        for name, given in (
+            ("max_price_per_gpu_usd", self._filters.get("max_price_per_gpu_usd")),
+            ("max_price_usd", self.max_price_usd),
+        ):
+            if given is not None:
+                checks.append((_label(name, given), self._price_check(name, given, live)))
+        return checks
+
+    def _price_check(self, name: str, limit: float, live: bool) -> Check:
+        factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
+        highest, spot, currency = limit * ROUNDING_UP, self.spot, self.currency
+        each = name == "max_price_per_gpu_usd"
+
+        def check(record: dict[str, Any]) -> bool:
+            price = price_in(record, live, spot, currency)
+            if price is None:
+                return False
+            return price * factor <= highest * (self.gpu_count(record) if each else 1)
+
+        return check
+
+    def _where(self, servers: list[Server]) -> list[Server]:
+        where = self._filters.get("where")
+        return servers if where is None else [s for s in servers if _call("where", where, s)]
+
+    def _lowest(self, records: Any, live: bool) -> float | None:
+        prices = (price_in(record, live, self.spot, self.currency) for record in records)
+        lowest = min((price for price in prices if price is not None), default=None)
+        fees = lowest is not None and self._filters.get("include_fees")
+        return with_fee(lowest, self.fee) if fees and lowest is not None else lowest
+
+    def _sorted(self, servers: list[Server]) -> list[Server]:
+        """Sort servers; equal ones by price, then in the API's order."""
+        by_price = sorted(servers, key=lambda s: _last_if_none(self.price(s)))
+        sort = self._filters.get("sort", "price")
+        if callable(sort):
+            return sorted(by_price, key=lambda s: _call("sort", sort, s))
+        if sort == "price":
+            return by_price
+        if sort == "price_per_gpu":
+            return sorted(by_price, key=lambda s: _last_if_none(self.price_per_gpu(s)))
+        highest = _HIGHEST_FIRST[sort]
+        return sorted(by_price, key=lambda s: -(highest(s) or 0.0))
+
+    def price_per_gpu(self, server: Server) -> float | None:
+        """Return the price in USD per hour for one of the GPUs that match, without fees."""
+        price, count = self.price(server), self.gpu_count(server)
+        return price / count if price is not None and count else None
+
+
+_HIGHEST_FIRST: dict[str, Callable[[Server], float | None]] = {
+    "reliability": lambda server: server.reliability,
+    "vram": nominal_vram,
+    "download": lambda server: server.download_mbps,
+    "rating": lambda server: server.rating,
+}
+
+
+def _cuda_check(search: Search, least: tuple[int, int], live: bool) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        version = version_parts(record.get("cuda_version"))
+        return version is not None and version >= least
+
+    return check
+
+
+def _country_check(codes: frozenset[str], allowed: bool) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        code = part_of(record, "specs", "net", "cc")
+        return isinstance(code, str) and bool(code) and (code.upper() in codes) is allowed
+
+    return check
+
+
+def _excluded_check(field: str, ids: frozenset[int]) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        number = whole_id(record.get(field))
+        return number is not None and number not in ids
+
+    return check
+
+
+def _vram_check(search: Search, least: float, total: bool) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        size = nominal_vram(record)
+        return size is not None and size * (search.gpu_count(record) if total else 1) >= least
+
+    return check
+
+
+# The filters that are not a plain minimum: from the search, the value and the form to a check.
+_SPECIAL_CHECKS: dict[str, Callable[[Search, Any, bool], Check]] = {
+    "exclude_servers": lambda search, ids, live: _excluded_check("id", ids),
+    "exclude_owners": lambda search, ids, live: _excluded_check("owner", ids),
+    "currency": lambda search, name, live: lambda record: accepts(record, live, name),
+    "countries": lambda search, codes, live: _country_check(codes, True),
+    "exclude_countries": lambda search, codes, live: _country_check(codes, False),
+    "gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) == n,
+    "min_gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) >= n,
+    "min_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=False),
+    "min_total_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=True),
+    "min_cuda": _cuda_check,
+}
+
+
+def _minimum(number: Callable[[dict[str, Any]], float | None], least: float) -> Check:
+    def check(record: dict[str, Any]) -> bool:
+        value = number(record)
+        return value is not None and value >= least
+
+    return check
+
+
+def _first_failed(checks: list[tuple[str, Check]], record: dict[str, Any]) -> int:
+    """Return the index of the first check that a server does not pass, or their number."""
+    for index, (_, check) in enumerate(checks):
+        if not check(record):
+            return index
+    return len(checks)
+
+
+def _label(name: str, value: Any) -> str:
+    try:
+        return printable(f"{name}={value!r}", LONGEST_LABEL)
+    except Exception:  # a class of the caller with a broken __repr__
+        return name
+
+
+def _call(name: str, function: Callable[[Server], Any], server: Server) -> Any:
+    """Call a function of the user. Its exception names the server in a note."""
+    try:
+        return function(server)
+    except Exception as error:
+        add_note(error, f"{name}= was called with server {server.id}")
+        raise
+
+
+def _last_if_none(number: float | None) -> float:
+    return math.inf if number is None else number
+
+
+# ==================================================================================================
+# market.spot
+#
+# Check spot bids, and convert them from USD per hour to the unit of the API.
+# ==================================================================================================
+
+
+# A bid above this is probably a price per day, which is 24 times too high.
+MAX_TIMES_ON_DEMAND = 10.0
+ROUNDING = 1e-9  # the rounding error between prices per day and per hour
+
+
+class MarketData:
+    """The form, the exchange rates and the listed prices of one API.
+
+    Attributes:
+        kept: the last list of servers and the monotonic time of its reading, if a search may use
+            it again.
+    """
+
+    def __init__(self) -> None:
+        self.kept: tuple[dict[str, Any], float] | None = None
+        self.rates = ExchangeRates()
+        self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
+        self.live = False  # whether a response was certainly in the live form
+        self.rates_tried_at = -math.inf  # monotonic time of the last try to read them for display
+        self._documented_at = -math.inf
+
+    @property
+    def documented(self) -> bool:
+        """True if a response of the last minutes was certainly in the documented form."""
+        return time.monotonic() - self._documented_at <= RATE_MAX_AGE
+
+    def observe(self, response: dict[str, Any]) -> None:
+        """Record that the API uses the live form, if a response shows it."""
+        if is_live(response):
+            self.live = True
+            self._documented_at = -math.inf
+
+    def observe_spot(self, response: dict[str, Any]) -> None:
+        """Record the form and the exchange rates of a response to ``spot_marketplace``."""
+        market = response.get("market")
+        self.observe(response)
+        if is_live(response):
+            if isinstance(market, dict):
+                self.rates.update(market.get("currency_rates_in_usd"))
+        elif isinstance(market, dict) and market:
+            # An empty market shows nothing about the form.
+            self.rates = ExchangeRates()
+            self._documented_at = time.monotonic()
+
+    def check_bid_price(
+        self, name: str, usd_per_hour: float, server_id: int | None, allow_any: bool
+    ) -> None:
+        """Warn about a bid above the server's on-demand price, and refuse one far above it.
+
+        Does nothing if that price is not known.
+
+        Parameters:
+            name: the name of the argument, for the error.
+            usd_per_hour: the bid.
+            server_id: the server.
+            allow_any: whether to allow any bid.
+
+        Raises:
+            ValueError: the bid is more than ten times the on-demand price.
+        """
+        listed = None if server_id is None else self.listed.get(server_id)
+        if listed is None or usd_per_hour <= listed * (1 + ROUNDING):
+            return
+        highest = MAX_TIMES_ON_DEMAND * listed
+        if usd_per_hour > highest * (1 + ROUNDING) and not allow_any:
+            raise ValueError(
+                f"{name} must be at most {highest:g} USD per hour, {MAX_TIMES_ON_DEMAND:g} times "
+                f"the on-demand price of server {server_id} ({listed:g}), not {usd_per_hour!r}: "
+                "give the price per hour and not per day, or pass allow_above_on_demand=True"
+            )
+        logger.warning(
+            "%s=%r USD per hour is above the on-demand price of server %s, %g USD per hour",
+            name,
+            usd_per_hour,
+            server_id,
+            listed,
+        )
+
+    def wire_bid(self, usd_per_hour: float, currency: str, server_id: int) -> float:
+        """Convert a bid to the unit of the API.
+
+        That is ``currency`` per day in the live form, and USD per hour in the documented form.
+
+        Raises:
+            RateUnknownError: the exchange rate is not known.
+        """
+        if self.documented:
+            logger.info("bid for server %d: %g USD per hour", server_id, usd_per_hour)
+            return usd_per_hour
+        rate = positive(self.rates.fresh().get(currency))
+        if rate is None:
+            raise RateUnknownError(
+                f"the spot market of server {server_id} has no exchange rate for {currency}, so "
+                "nothing was bid: try again later, or use another currency"
+            )
+        bid = bid_per_day(usd_per_hour, rate)
+        logger.info(
+            "bid for server %d: %g USD per hour = %.8g %s per day (1 %s = %g USD)",
+            server_id,
+            usd_per_hour,
+            bid,
+            currency,
+            currency,
+            rate,
+        )
+        return bid
+
+
+def suggested_bid(market: SpotMarket, server: Any, margin: float) -> float | None:
+    """Return a bid in USD per hour that would rent a server now, or None if no bid is known.
+
+    Parameters:
+        market: the spot market of the server.
+        server: the server; an id has no prices.
+        margin: what to add, as a fraction of the bid.
+    """
+    listed = server if isinstance(server, Server) else Server()
+    lowest = market.lowest_winning_usd
+    if market.minimum_usd is None:
+        lowest = max((bid for bid in (lowest, listed.spot_usd_per_hour) if bid), default=None)
+    if lowest is None:
+        return None
+    on_demand, bid = listed.usd_per_hour, lowest * (1 + margin)
+    return min(bid, on_demand) if on_demand is not None and on_demand > lowest else bid
+
+
+def in_documented_form(order: Order) -> bool:
+    """Return whether an order has a field that only the documented form has."""
+    return order.is_live is False and any(
+        name in order.wire for name in ("status", "connection", "renting_server")
+    )
+
+
+# ==================================================================================================
+# market.market
+#
+# Read the marketplace, and keep its prices and exchange rates.
+# ==================================================================================================
+
+
+RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
+
+
+class Requester(Protocol):
+    """The parts of ``CloreClient`` that the marketplace uses."""
+
+    @property
+    def base_url(self) -> str: ...
+
+    @property
+    def api_key(self) -> str | None: ...
+
+    def _request(
+        self,
+        method: str,
+        endpoint: str,
+        params: dict[str, Any] | None = None,
+        json: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]: ...
+
+
+class Market:
+    """The marketplace of a client's API."""
+
+    def __init__(self, client: Requester) -> None:
+        self._client = client
+        self._by_url: dict[str, MarketData] = {}  # by base URL, which can change
+        self._fees: dict[tuple[str, str], Fees] = {}  # by base URL and key
+
+    @property
+    def data(self) -> MarketData:
+        """The market data of the current base URL."""
+        return self._by_url.setdefault(self._client.base_url, MarketData())
+
+    def read(self) -> dict[str, Any]:
+        """Read the list of servers."""
+        response = self._client._request("GET", "/v1/marketplace")
+        data = self.data
+        data.observe(response)
+        data.listed = listed_prices(response, data.rates)
+        return response
+
+    def listing(self, max_age: float = 0.0) -> dict[str, Any]:
+        """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
+        data = self.data
+        if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
+            return data.kept[0]
+        response = self.read()
+        if max_age > 0:
+            data.kept = (response, time.monotonic())
+        return response
+
+    def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
+        """Return the servers that a search finds, and a report on the others."""
+        return search.run(self.listing(max_age))
+
+    def read_spot(self, server_id: int) -> dict[str, Any]:
+        """Read the spot market of a server."""
+        response = self._client._request(
+            "GET", "/v1/spot_marketplace", params={"market": server_id}
+        )
+        self.data.observe_spot(response)
+        return response
+
+    def find_server(self, server_id: int) -> Server | None:
+        """Return a server, rented or not, or None if it is not listed."""
+        response = self.read()
+        for record in dicts(response.get("servers")):
+            if whole_id(record.get("id")) == server_id:
+                return to_server(record, is_live(response))
+        return None
+
+    def get_server(self, server_id: int) -> Server:
+        """Return a server, rented or not.
+
+        Raises:
+            CloreError: the marketplace does not list it.
+        """
+        server = self.find_server(server_id)
+        if server is None:
+            raise CloreError(f"server {server_id} is not on the marketplace: choose another")
+        return server
+
+    def estimate(
+        self, server: Server, hours: float, currency: str, spot: bool, spot_price: float | None
+    ) -> CostEstimate:
+        """Estimate the cost of a rental with the fees of the account."""
+        return estimate(
+            server, hours, currency=currency, spot=spot, spot_price=spot_price, fees=self.fees(),
+            rates=self.data.rates,
+        )  # fmt: skip
+
+    def learn_rates(self, server_id: int | None) -> None:
+        """Try to read the exchange rates for display, at most once in five minutes.
+
+        Parameters:
+            server_id: a server whose spot market has them; None reads the list of servers.
+        """
+        data = self.data
+        if time.monotonic() - data.rates_tried_at <= RATE_MAX_AGE:
+            return
+        now = data.rates_tried_at = time.monotonic()
+        try:
+            limited(
+                lambda: self.read() if server_id is None else self.read_spot(server_id),
+                deadline=now + RATES_PATIENCE,
+            )
+        except Exception as error:  # prices in USD are extra: they must not break another call
+            logger.debug("the exchange rates can't be read: %s", error)
+
+    def fees(self) -> Fees:
+        """Return the account's fees, which are read once; without a key, the published ones."""
+        key = self._client.api_key
+        if not key:
+            return Fees({})
+        account = (self._client.base_url, key)
+        if account not in self._fees:
+            try:
+                response = self._client._request("GET", "/v1/renter_fees")
+            except CloreError as error:
+                logger.debug("the account's fees can't be read: %s", error)
+                if error.retryable:
+                    return Fees({})
+                response = {}
+            self._fees[account] = Fees(response)
+        return self._fees[account]
+
+    def ensure_rates(self, server_id: int, currency: str) -> None:
+        """Read the exchange rate for a bid, if it is not known or too old."""
+        data = self.data
+        if not data.documented and currency not in data.rates.fresh():
+            self.read_spot(server_id)
+
+    def wire_bid(
+        self, name: str, usd_per_hour: float, server_id: int, currency: str, allow_above: bool
+    ) -> float:
+        """Check a bid, and return it in the unit of the API.
+
+        Parameters:
+            name: the name of the argument, for the error.
+            usd_per_hour: the bid.
+            server_id: the server.
+            currency: the currency to pay with.
+            allow_above: whether to allow a bid far above the on-demand price.
+
+        Raises:
+            ValueError: the bid is more than ten times the on-demand price.
+            RateUnknownError: the exchange rate is not known.
+        """
+        self.data.check_bid_price(name, usd_per_hour, server_id, allow_above)
+        self.ensure_rates(server_id, currency)
+        return self.data.wire_bid(usd_per_hour, currency, server_id)
+
+
+# ==================================================================================================
+# market.summary
+#
+# Summarize a listing: servers, GPUs and prices of each GPU model.
+# ==================================================================================================
+
+
+class ModelSummary(NamedTuple):
+    """One GPU model on the marketplace. Prices are in USD per hour for one GPU."""
+
+    gpu: str
+    servers: int
+    servers_free: int
+    gpus: int
+    gpus_free: int
+    lowest_usd: float | None
+    median_usd: float | None
+    p90_usd: float | None
+    spot_lowest_usd: float | None
+    spot_median_usd: float | None
+    spot_p90_usd: float | None
+
+
+class _Model:
+    """The numbers of one model while they are counted."""
+
+    def __init__(self) -> None:
+        self.servers = self.servers_free = self.gpus = self.gpus_free = 0
+        self.prices: tuple[list[float], list[float]] = ([], [])  # on demand and spot
+
+    def add(self, count: int, free: bool) -> None:
+        self.servers += 1
+        self.gpus += count
+        self.servers_free += free
+        self.gpus_free += count * free
+
+
+def summarize(
+    response: dict[str, Any], *, include_rented: bool = False, include_fees: bool = False
+) -> list[ModelSummary]:
+    """Return a summary of each GPU model, the one with the most GPUs first.
+
+    Parameters:
+        response: the response with the list of servers.
+        include_rented: include the prices of rented servers; the counts always have them.
+        include_fees: add the published fees to the prices.
+    """
+    live, models, spellings = is_live(response), dict[str, _Model](), Counter[str]()
+    for record in dicts(response.get("servers")):
+        names = gpu_names(record)
+        spellings.update(set(names))
+        free = not record.get("rented")
+        folded = {fold_name(name) for name in names}
+        for model in folded:
+            count = sum(fold_name(name) == model for name in names)
+            if len(folded) == 1:
+                count = count_gpus(record) or count
+                if free or include_rented:
+                    _add_prices(models.setdefault(model, _Model()), record, live, count)
+            models.setdefault(model, _Model()).add(count, free)
+    shown = common_spellings(spellings)
+    rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
+    return sorted(rows, key=lambda row: (-row.gpus, row.gpu))
+
+
+def _add_prices(model: _Model, record: dict[str, Any], live: bool, count: int) -> None:
+    for spot in (False, True):
+        price = server_price(record, live, spot)
+        if price is not None:
+            model.prices[spot].append(price / count)
+
+
+def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
+    numbers: list[float | None] = []
+    for spot in (False, True):
+        prices = sorted(model.prices[spot])
+        fee = published_fee(spot) if include_fees else 0.0
+        for share in (0.0, 0.5, 0.9):
+            price = quantile(prices, share)
+            numbers.append(None if price is None else with_fee(price, fee))
+    counts = (model.servers, model.servers_free, model.gpus, model.gpus_free)
+    return ModelSummary(gpu, *counts, *numbers)
+
+
+def quantile(ordered: list[float], share: float) -> float | None:
+    """Return a quantile of sorted numbers, with linear interpolation; None if there are none."""
+    if not ordered:
+        return None
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+# ==================================================================================================
+# orders.claims
+#
+# Assign orders to purchases, so that no two purchases get the same order.
+# ==================================================================================================
+
+
+def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+    """Return whether an order can be the result of a purchase. Missing fields are ignored."""
+    fields = (
+        (order.get("image"), str, image),
+        (order.get("currency"), str, currency),
+        (order.get("spot"), bool, spot),
+    )
+    return all(not isinstance(value, kind) or value == wanted for value, kind, wanted in fields)
+
+
+class Claims:
+    """The orders of one account that the purchases of this process have claimed.
+
+    Purchases of the same server are made one after the other, so that they can't claim each other's
+    order. Each change is one atomic step, because an interrupt can come at any time.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[int, object] = {}  # order id -> its purchase
+        self.unresolved: dict[int, Any] = {}  # server id -> a purchase with an unknown outcome
+        self._locks: dict[int, threading.Lock] = {}
+        # Seconds from the server's clock to the creation time of orders; 0 or negative.
+        self.clock_offset = 0.0
+
+    def lock(self, server_id: int) -> threading.Lock:
+        """Return the lock to hold while a server is ordered."""
+        return self._locks.setdefault(server_id, threading.Lock())
+
+    def take(self, order_id: int, purchase: object) -> bool:
+        """Claim an order. Return False if another purchase has it."""
+        return self._taken.setdefault(order_id, purchase) is purchase
+
+    def free(self, orders: list[Order], purchase: object) -> list[Order]:
+        """Return the ``orders`` that no other purchase has claimed, the newest last."""
+        found = {o.id: o for o in orders if self._taken.get(o.id or 0, purchase) is purchase}
+        return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
+
+
+_claims = PerAccount(Claims)
+
+
+def claims_for(base_url: str, api_key: str) -> Claims:
+    """Return the claims of an account, which all clients of this process share."""
+    return _claims.of(base_url, api_key)
+
+
+# ==================================================================================================
+# orders.account
+#
+# Read the orders of an account, and remember the orders of this client.
+# ==================================================================================================
+
+
+SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
+
+
+class OrdersClient(Requester, Protocol):
+    """The parts of ``CloreClient`` that the orders use."""
+
+    timeout: Timeout
+    rate_limit: float
+    backoff: float
+    order_lag: float
+    server_clock: float | None
+    max_usd_per_hour: float | None
+    max_active_orders: int | None
+
+    @property
+    def api_key(self) -> str | None: ...
+
+
+class OrderState(enum.Enum):
+    """The state of an order in the two order lists."""
+
+    ACTIVE = "active"
+    ENDED = "ended"
+    ABSENT = "absent"
+
+
+class AccountOrders:
+    """The orders of a client's account.
+
+    Attributes:
+        client: makes the requests.
+        market: has the exchange rates for prices in USD.
+        made: order id -> the order, as this client made it.
+        credentials: order id -> the password, key and token that were sent with it.
+        cancelled: ids of the orders that this client cancelled.
+        ended: ids of the orders that have ended.
+        bid_listeners: order id -> a function to call with a new bid, in USD per hour.
+    """
+
+    def __init__(self, client: OrdersClient, market: Market) -> None:
+        self.client = client
+        self.market = market
+        self.made: dict[int, Order] = {}
+        self.credentials: dict[int, dict[str, str]] = {}
+        self.cancelled: set[int] = set()
+        self.ended: set[int] = set()
+        self.bid_listeners: dict[int, Callable[[float], None]] = {}
+        self._seen: set[int] = set()  # ids of the orders that this client has seen active
+        self._own_claims = Claims()
+
+    def shared_with(self, client: OrdersClient, market: Market) -> AccountOrders:
+        """Return these orders for a copy of the client."""
+        twin = copy.copy(self)
+        twin.client, twin.market = client, market
+        return twin
+
+    @property
+    def claims(self) -> Claims:
+        """The claims of the account, shared by its clients; without a key, this client's own."""
+        key = self.client.api_key
+        return claims_for(self.client.base_url, key) if key else self._own_claims
+
+    @property
+    def known(self) -> set[int]:
+        """The ids of all orders that this client has made, seen active, or cancelled."""
+        return {*self.made, *self._seen, *self.cancelled}
+
+    def read(self, completed: bool, **options: Any) -> tuple[list[Order], dict[str, Any]]:
+        """Read one of the two order lists, and return its orders and the whole response.
+
+        Parameters:
+            completed: read the list that includes the orders that have ended.
+            **options: arguments of ``_request``.
+        """
+        params = {"return_completed": "true"} if completed else None
+        response = self.client._request("GET", "/v1/my_orders", params=params, **options)
+        if isinstance(response, Envelope) and not isinstance(response.get("orders"), list):
+            # A response without a list does not mean that there are no orders.
+            raise InvalidResponseError(
+                -1, "the response has no list of orders", response, endpoint="/v1/my_orders"
+            )
+        data = self.market.data
+        data.observe(response)
+        orders = to_orders(response, self.cancelled, data.rates)
+        self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
+        return orders, response
+
+    def active(self) -> list[Order]:
+        """Read the orders that have not ended."""
+        return [order for order in self.read(completed=False)[0] if not order.has_ended]
+
+    def find(self, order_id: int) -> Order | None:
+        """Return an order, or None. Reads the ended orders only if it is not active."""
+        for completed in (False, True):
+            for order in self.read(completed)[0]:
+                if order.id == order_id:
+                    return order
+        return None
+
+    def state(self, order_id: int) -> OrderState:
+        """Return the state of an order in the two lists.
+
+        Raises:
+            OrderNotFoundError: ``order_id`` is the number of a server.
+            CloreError: the lists can't be read, or are not complete.
+        """
+        for completed in (False, True):
+            orders, response = self.read(completed)
+            for order in orders:
+                if order.id == order_id:
+                    return OrderState.ENDED if order.has_ended else OrderState.ACTIVE
+                if order.server_id == order_id and not order.has_ended:
+                    raise OrderNotFoundError(
+                        f"there is no order {order_id}, which is the server of order {order.id}: "
+                        "pass the number of the order",
+                        order_id=order_id,
+                    )
+            listed = response.get("orders")
+            ids = [order.id for order in orders if order.id is not None]
+            if not isinstance(listed, list) or len(ids) != len(listed):
+                incomplete = CloreError(
+                    f"the list of orders is incomplete, so the state of order {order_id} is not "
+                    "known: try again"
+                )
+                incomplete.retryable = True
+                raise incomplete
+        return OrderState.ABSENT
+
+    def active_ids(self) -> list[int]:
+        """Return the ids of active orders, and of known orders that the list does not have now."""
+        orders, _ = self.read(completed=False)
+        active = [order.id for order in orders if order.id is not None and not order.has_ended]
+        missing = self.known - set(active) - self.ended
+        if missing - self.cancelled:
+            completed, _ = self.read(completed=True)
+            self.ended.update(o.id for o in completed if o.id is not None and o.has_ended)
+        return active + sorted(missing - self.cancelled - self.ended)
+
+    def notify_bid(self, order_id: int, usd_per_hour: float) -> None:
+        """Report the new price of an order to its budget."""
+        if (listener := self.bid_listeners.get(order_id)) is not None:
+            listener(usd_per_hour)
+
+
+# ==================================================================================================
+# orders.limits
+#
+# Check the user's limits: the price per hour, and the number of active orders.
+# ==================================================================================================
+
+
+def check_price_limit(usd_per_hour: float | None, limit: float | None, what: str) -> None:
+    """Refuse a price that is above ``max_usd_per_hour`` or not known."""
+    if limit is None:
+        return
+    if usd_per_hour is None:
+        raise SpendingLimitError(
+            f"the price of {what} is not known, and max_usd_per_hour is {limit:g}, so nothing was "
+            "ordered or bid: choose another server, or set no limit"
+        )
+    if usd_per_hour > limit * (1 + 1e-9):
+        raise SpendingLimitError(
+            f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}, so "
+            "nothing was ordered or bid: choose a lower price, or raise the limit"
+        )
+
+
+def check_order_limit(active: Collection[int], limit: int | None) -> None:
+    """Refuse a new order if ``max_active_orders`` are active."""
+    if limit is not None and len(active) >= limit:
+        raise SpendingLimitError(
+            f"{len(active)} orders are active ({', '.join(map(str, sorted(active)))}), and "
+            f"max_active_orders is {limit}, so nothing was ordered: cancel one, or raise the limit"
+        )
+
+
+# ==================================================================================================
+# orders.bid
+#
+# Change the bid of a spot order.
+# ==================================================================================================
+
+
+LOWERING_INTERVAL = 600.0  # seconds between two lower bids, if the API does not say
+STEP_SHARE = 1 - 1e-6  # of the largest step, because of rounding errors
+
+
+def set_spot_price(
+    orders: AccountOrders, order_id: int, usd_per_hour: float, allow_above: bool
+) -> bool:
+    """Change the bid of an order; see ``CloreClient.set_spot_price``."""
+    response = _send_bid(orders, _find(orders, order_id), usd_per_hour, allow_above)
+    return _accepted(response)
+
+
+def lower_spot_price(orders: AccountOrders, order_id: int, target: float, wait: bool) -> float:
+    """Lower the bid of an order step by step; see ``CloreClient.lower_spot_price``."""
+    bid = target
+    while True:
+        order = _find(orders, order_id)
+        current = _current_bid(orders, order)
+        if current is not None and bid >= current:
+            return current
+        try:
+            response = _send_bid(orders, order, bid, allow_above=False)
+            if not _accepted(response):  # the documented form refuses with code 0
+                refusal = {**response, "code": 6}
+                raise api_error(refusal, http_status=200, endpoint="/v1/set_spot_price")
+        except SpotPriceStepError as error:
+            step = _step_below(orders, order, current, error)
+            if bid != target or step is None or step <= target:
+                raise
+            bid = step
+            continue
+        except SpotPriceTooSoonError as error:
+            if not wait:
+                raise
+            time.sleep(error.retry_after or LOWERING_INTERVAL)
+        else:
+            if bid == target or not wait:
+                return bid
+        bid = target  # the exchange rate can have changed, so compute the next step again
+
+
+def _find(orders: AccountOrders, order_id: int) -> Order:
+    # A new order may not be listed yet.
+    order = orders.find(order_id) or orders.made.get(order_id)
+    if order is None:
+        raise OrderNotFoundError(
+            f"there is no order {order_id} in this account, so nothing was bid: look at "
+            "get_orders()",
+            order_id=order_id,
+        )
+    return order
+
+
+def _current_bid(orders: AccountOrders, order: Order) -> float | None:
+    """Return the bid of an order in USD per hour, by a rate that may convert bids."""
+    currency = wire_currency(str(order.get("currency")))
+    if order.server_id is not None and currency is not None and not in_documented_form(order):
+        orders.market.ensure_rates(order.server_id, currency)
+    return order.usd_per_hour
+
+
+def _step_below(
+    orders: AccountOrders, order: Order, current: float | None, error: SpotPriceStepError
+) -> float | None:
+    """Return the lowest bid in USD per hour that the step of a refusal allows, or None."""
+    if current is None or error.max_step is None:
+        return None
+    step = error.max_step
+    if not in_documented_form(order):
+        rate = orders.market.data.rates.rate(order.get("currency"))
+        step = bid_per_hour(step, rate or 0.0)
+    return current - step * STEP_SHARE if step > 0 else None
+
+
+def _accepted(response: dict[str, Any]) -> bool:
+    return response.get("error") in (None, "")
+
+
+def _send_bid(
+    orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool
+) -> dict[str, Any]:
+    """Check a bid, send it, and report it to the order's budget. Return the response."""
+    order_id = order.id or 0
+    bid = _wire_bid(orders, order, usd_per_hour, allow_above)
+    response: dict[str, Any] = {}
+    try:
+        body = {"order_id": order_id, "desired_price": bid}
+        response = orders.client._request("POST", "/v1/set_spot_price", json=body)
+    except SpotPriceTooSoonError as error:
+        # After a lost response, the API refuses the retry because the first request took effect.
+        if error.sends <= 1 or not _shows_bid(orders, order, bid):
+            raise
+    except (CloreConnectionError, DatabaseError, InvalidResponseError):
+        # The bid may have taken effect, so a budget counts the higher price.
+        orders.notify_bid(order_id, max(usd_per_hour, order.usd_per_hour or 0.0))
+        raise
+    if _accepted(response):
+        orders.notify_bid(order_id, usd_per_hour)
+    return response
+
+
+def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool) -> float:
+    """Check a bid, and return it in the unit of the API."""
+    if order.has_ended:
+        raise OrderEndedError(
+            f"Order {order.id} has ended, with status {order.status}, so nothing was bid",
+            order_id=order.id or 0,
+            status=order.status or "",
+            order=order,
+        )
+    if order.is_spot is False:
+        raise ValueError(
+            f"order_id {order.id} is not a spot order, so nothing was bid: only spot orders have a "
+            "bid"
+        )
+    limit = orders.client.max_usd_per_hour
+    check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
+    if in_documented_form(order):
+        orders.market.data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
+        return usd_per_hour
+    currency, server_id = order.get("currency"), order.server_id
+    if server_id is None or not isinstance(currency, str):
+        raise OrderNotFoundError(
+            f"order {order.id} shows no server or currency, so nothing was bid: try again later",
+            order_id=order.id,
+        )
+    currency = check_currency("the order's currency", currency)
+    return orders.market.wire_bid("new_price", usd_per_hour, server_id, currency, allow_above)
+
+
+def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:
+    """Return whether an order now has the bid that was sent."""
+    after = orders.find(before.id or 0)
+    shown = finite(after.wire.get("price")) if after is not None else None
+    if shown is None:
+        return False
+    if in_documented_form(before):
+        # The price is in the order's currency and the bid in USD: only a change can be seen.
+        return shown != finite(before.wire.get("price"))
+    return abs(shown - bid) <= max(1e-6 * bid, 1e-8)  # bitcoin has eight decimals
+
+
+# ==================================================================================================
+# orders.cancel
+#
+# Cancel orders until the API accepts it, and confirm that they have ended.
+#
+# An order has ended when the list of completed orders says so, or when its cancel was accepted and
+# it
+# is missing from both lists for longer than ``order_lag``. One look is not enough, because a list
+# can
+# be empty for a moment.
+# ==================================================================================================
+
+
+MAX_ISSUE = 2048  # characters of ``issue`` that the API accepts
+# A cancelled order can stay in the active list for 2 to 20 seconds (seen on the live API).
+SETTLE_TIMEOUT = 30.0
+MAX_CANCELS = 64  # ids that the API accepts in one ``cancel_orders``
+FIRST_READ_PAUSE = 0.02  # seconds between the first two reads of the lists; it doubles
+LONGEST_READ_PAUSE = 1.0
+CANCEL_AGAIN_AFTER = 30.0  # seconds; an order that still looks active is cancelled again
+CONFIRM_AT_LEAST = 30.0
+
+
+class Cancellation:
+    """The cancel of one order, and its state in the order lists.
+
+    Attributes:
+        order_id: the order.
+        accepted: whether the API accepted a cancel; the order costs nothing from then on.
+        failure: the error of the last cancel, or None.
+    """
+
+    def __init__(self, orders: AccountOrders, order_id: int, issue: str | None = None) -> None:
+        self.order_id = order_id
+        self.accepted = order_id in orders.cancelled
+        self.failure: Exception | None = None
+        self._orders = orders
+        self._issue = issue
+        self._outcome_unknown = False  # whether a cancel may have taken effect
+        self._state: OrderState | None = None  # None if the last read of the lists failed
+        self._absent_since: float | None = None
+        self._read_error: CloreError | None = None
+        self._sent_at = -math.inf
+        self._pause = max(0.001, 2 * orders.client.backoff)  # before the next cancel
+
+    def send(self) -> None:
+        """Send the cancel once."""
+        self._sent_at = time.monotonic()
+        body: dict[str, Any] = {"id": self.order_id}
+        if self._issue:
+            body["issue"] = self._issue[:MAX_ISSUE]
+        try:
+            self._orders.client._request("POST", "/v1/cancel_order", json=body)
+        except Exception as error:
+            self.failure = error
+            if not isinstance(error, CloreAPIError) or error.sends > 1:
+                self._outcome_unknown = True
+            raise
+        self._accept()
+        logger.info("order %d was cancelled", self.order_id)
+
+    def run(
+        self,
+        deadline: Callable[[], float],
+        *,
+        confirm: bool,
+        retry_refused: bool = True,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> CloreError | None:
+        """Send the cancel until it is accepted, and read the lists until the order has ended.
+
+        Parameters:
+            deadline: returns the monotonic time at which to give up.
+            confirm: wait until the order has ended; else an accepted cancel is enough.
+            retry_refused: go on if the API refuses to cancel an active order.
+            stop: returns whether to give up at once.
+
+        Returns:
+            None on success, else the error for the user.
+        """
+        read_pause = FIRST_READ_PAUSE
+        while True:
+            self._send_if_due(deadline())
+            if self._done and not confirm:
+                return None
+            if isinstance(self.failure, ConfigurationError):
+                return self.unconfirmed()
+            try:
+                if self._check_lists(deadline()):
+                    return None
+            except OrderNotFoundError as error:
+                return error
+            remaining = deadline() - time.monotonic()
+            if remaining <= 0 or stop() or (self._refused and not retry_refused):
+                return self.unconfirmed()
+            waits_for_cancel = retry_refused and not self._done
+            pause = max(self._next_send() - time.monotonic(), 0) if waits_for_cancel else read_pause
+            until = time.monotonic() + min(pause, remaining)
+            _sleep_until(until, lambda: stop() or time.monotonic() >= deadline())
+            read_pause = min(read_pause * 2, LONGEST_READ_PAUSE)
+
+    def unconfirmed(self, seconds: float | None = None) -> CancelUnconfirmedError:
+        """Make the error for an order that may still be running.
+
+        Parameters:
+            seconds: the time that was spent on it, for the text.
+        """
+        order_id = self.order_id
+        what = "was cancelled, but it is not confirmed that it has ended"
+        if not self._done:
+            within = "" if seconds is None else f" within {seconds:g}s"
+            what = f"could not be cancelled{within}"
+        why = "" if self._done else f" ({self.failure})"
+        error = CancelUnconfirmedError(
+            f"order {order_id} {what}: it may still be running, and cost money, so call "
+            f"cancel_order({order_id}) again, which is safe to repeat{why}",
+            order_ids=(order_id,),
+        )
+        error.__cause__ = self._read_error if self._done else self.failure
+        return error
+
+    # --- the cancel ---
+
+    @property
+    def _done(self) -> bool:
+        """True if the last cancel was accepted."""
+        return self.accepted and self.failure is None
+
+    @property
+    def _refused(self) -> bool:
+        """True if the API clearly refused to cancel an order that is active."""
+        return self._state is OrderState.ACTIVE and not (self.accepted or self._outcome_unknown)
+
+    def _accept(self) -> None:
+        self.accepted, self.failure = True, None
+        self._orders.cancelled.add(self.order_id)
+
+    def _next_send(self) -> float:
+        """Return the monotonic time at which to send the cancel."""
+        if not self._done:
+            return self._sent_at + self._pause if self.failure else -math.inf
+        # The cancel was accepted, but the order still looks active.
+        return self._sent_at + CANCEL_AGAIN_AFTER if self._state is OrderState.ACTIVE else math.inf
+
+    def _send_if_due(self, deadline: float) -> None:
+        if time.monotonic() < self._next_send():
+            return
+        was_done, tried_before = self._done, self.failure is not None
+        if tried_before:
+            self._pause = min(self._pause * 2, LONGEST_CANCEL_PAUSE)
+        try:
+            limited(self.send, deadline=self._request_deadline(deadline), urgent=True)
+        except Exception as error:
+            if was_done:  # an earlier cancel was accepted
+                self.failure = None
+            elif not tried_before:
+                left = deadline - time.monotonic()
+                how_long = "without limit" if left == math.inf else f"for {left:.0f} s"
+                logger.warning(
+                    "order %d could not be cancelled, retrying %s: %s",
+                    self.order_id,
+                    how_long,
+                    error,
+                )
+
+    def _request_deadline(self, deadline: float, at_least: float = SHORTEST_LIMIT) -> float:
+        """Return the deadline of one request, so that a request that hangs is retried."""
+        now = time.monotonic()
+        left = deadline - now
+        return deadline if left == math.inf else now + max(at_least, left / 3)
+
+    # --- the lists ---
+
+    def _check_lists(self, deadline: float) -> bool:
+        """Read the lists once, and return whether the order has ended.
+
+        Raises:
+            OrderNotFoundError: the account has no such order.
+        """
+        orders = self._orders
+        asked_at = time.monotonic()
+        at_least = SHORTEST_LIMIT + 2 * orders.client.rate_limit  # two lists
+        self._state = self._read_error = None
+        try:
+            self._state = limited(
+                lambda: orders.state(self.order_id),
+                deadline=self._request_deadline(deadline, at_least),
+                urgent=True,
+            )
+        except OrderNotFoundError:
+            raise
+        except CloreError as error:
+            self._read_error = error
+            return False
+        if self._state is OrderState.ENDED:
+            self._accept()
+            orders.ended.add(self.order_id)
+            return True
+        if self._state is OrderState.ACTIVE:
+            self._absent_since = None
+            return False
+        self._absent_since = self._absent_since or asked_at
+        if time.monotonic() - self._absent_since < orders.client.order_lag:
+            return False
+        if not self.accepted and self.order_id not in orders.known:
+            raise OrderNotFoundError(
+                f"there is no order {self.order_id} in this account: look at get_orders()",
+                order_id=self.order_id,
+            ) from self.failure
+        return self.accepted
+
+
+def cancel_order(
+    orders: AccountOrders, order_id: int, issue: str | None, settle_timeout: float | None
+) -> Cancellation:
+    """Cancel an order; see ``CloreClient.cancel_order``.
+
+    Raises:
+        OrderNotFoundError, CancelUnconfirmedError, CloreError: as in that method.
+    """
+    cancellation = Cancellation(orders, order_id, issue)
+    try:
+        cancellation.send()
+    except ConfigurationError:
+        raise
+    except CloreError as error:
+        unsent = isinstance(error, CloreConnectionError) and error.sent_at is None
+        if unsent or isinstance(error, (AuthenticationError, RateLimitError)):
+            # The order lists can't be read either, or can't have changed.
+            error.args = (
+                f"{error}\norder {order_id} may still be running, and cost money: cancel it again",
+            )
+            raise
+        until = time.monotonic() + (SETTLE_TIMEOUT if settle_timeout is None else settle_timeout)
+        failure = cancellation.run(lambda: until, confirm=False, retry_refused=False)
+        if failure is not None:
+            raise failure from error
+    return cancellation
+
+
+def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
+    """Cancel several orders; see ``CloreClient.cancel_orders``."""
+    if not ids:
+        return {"code": 0, "failed_to_cancel": []}
+    response, failed = _send_cancels(orders, ids)
+    if failed and getattr(response, "sends", 1) > 1:
+        # After a lost response, the retry fails for the orders that the first request ended.
+        until = time.monotonic() + SETTLE_TIMEOUT
+        left = _still_running(orders, failed, until)
+        response["failed_to_cancel"] = [
+            i for i in response["failed_to_cancel"] if str(i) in map(str, left)
+        ]
+    return response
+
+
+def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int]:
+    """Cancel all active orders of the account; see ``CloreClient.cancel_all``."""
+    ids = orders.active_ids()
+    failed = _send_cancels(orders, ids)[1] if ids else []
+    until = time.monotonic() + min(timeout, SETTLE_TIMEOUT)
+    if left := _still_running(orders, failed, until):
+        raise CancelUnconfirmedError(
+            f"orders not cancelled: {', '.join(map(str, left))}; they may still be running, and "
+            "cost money, so cancel them again",
+            order_ids=left,
+        )
+    if confirm:
+        confirm_ended([Cancellation(orders, order_id) for order_id in ids], timeout)
+    return ids
+
+
+def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
+    """Wait until the lists show that cancelled orders have ended.
+
+    Raises:
+        CancelUnconfirmedError: some orders have not ended in time.
+    """
+    until = time.monotonic() + timeout
+    for number, cancellation in enumerate(cancellations):
+        failure = cancellation.run(lambda: until, confirm=True)
+        if failure is not None:
+            left = tuple(c.order_id for c in cancellations[number:])
+            raise CancelUnconfirmedError(
+                f"orders cancelled, but still active after {timeout:g}s: "
+                f"{', '.join(map(str, left))}; "
+                "look at get_orders(), and cancel them again",
+                order_ids=left,
+            ) from failure
+
+
+def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
+    """Send ``cancel_orders`` in batches; return the last response, and the ids that failed.
+
+    Continues after a batch that failed, because an order that still runs costs money.
+    """
+    failure: CloreError | None = None
+    listed: list[Any] = []
+    unsent: list[int] = []
+    response: dict[str, Any] = {}
+    sends = 1
+    for start in range(0, len(ids), MAX_CANCELS):
+        batch = ids[start : start + MAX_CANCELS]
+        try:
+            response = _send_batch(orders, batch)
+        except CloreError as error:
+            failure = failure or error
+            unsent += batch
+            continue
+        names = response.get("failed_to_cancel")
+        listed += names if isinstance(names, list) else []
+        sends = max(sends, getattr(response, "sends", 1))
+    failed = [i for i in ids if str(i) in {str(name) for name in listed}]
+    if failure is not None:
+        if len(ids) > MAX_CANCELS:
+            left = ", ".join(map(str, [*unsent, *failed]))
+            failure.args = (
+                f"{failure}\norders {left} may still be running, and cost money: cancel them again",
+            )
+        raise failure
+    response["failed_to_cancel"] = listed
+    if isinstance(response, Envelope):
+        response.sends = sends
+    return response, failed
+
+
+def _send_batch(orders: AccountOrders, batch: list[int]) -> dict[str, Any]:
+    response = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
+    names = response.get("failed_to_cancel")
+    failed = {str(name) for name in names} if isinstance(names, list) else set()
+    done = [i for i in batch if str(i) not in failed]
+    orders.cancelled.update(done)
+    logger.info("cancelled orders: %s; not cancelled: %s", done, sorted(failed))
+    return response
+
+
+def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> tuple[int, ...]:
+    """Cancel orders one by one, and return those that may still be running."""
+    return tuple(
+        order_id
+        for order_id in ids
+        if Cancellation(orders, order_id).run(lambda: until, confirm=False)
+    )
+
+
+def confirm_until(started: float, timeout: float) -> float:
+    """Return the deadline for confirming cancels that began at ``started`` (monotonic time)."""
+    return max(started + timeout, time.monotonic() + min(CONFIRM_AT_LEAST, timeout))
+
+
+def _sleep_until(moment: float, stop: Callable[[], bool]) -> None:
+    while (left := moment - time.monotonic()) > 0 and not stop():
+        time.sleep(min(left, 0.1))
+
+
+# ==================================================================================================
+# orders.funds
+#
+# Compare the wallets of an account with what its orders cost.
+# ==================================================================================================
+
+
+def read_balances(orders: AccountOrders) -> list[Wallet]:
+    """Read the wallets, and the exchange rates that their balances in USD need."""
+    rates = orders.market.data.rates
+    wallets = to_wallets(orders.client._request("GET", "/v1/wallets"), rates)
+    if any(wallet.balance and wallet.balance_usd is None for wallet in wallets):
+        orders.market.learn_rates(None)
+    return wallets
+
+
+def wallet_of(wallets: list[Wallet], currency: str) -> Wallet | None:
+    """Return the first wallet whose name is, or contains, a currency; None if there is none."""
+    wanted = {currency.strip().lower(), (wire_currency(currency) or currency).strip().lower()}
+    for wallet in wallets:
+        if any(part in (wallet.name or "").lower() for part in wanted):
+            return wallet
+    return None
+
+
+def balance_of(wallets: list[Wallet], currency: str) -> float:
+    """Return the balance of a wallet; see ``CloreClient.get_balance``."""
+    wallet = wallet_of(wallets, currency)
+    if wallet is None and wire_currency(currency) is None:
+        names = ", ".join(short_repr(wallet.name) for wallet in wallets if wallet.name)
+        raise ValueError(
+            f"currency {short_repr(currency)} is no currency and no part of a wallet's name: "
+            f"choose one of {names or 'BTC, CLORE and USD'}"
+        )
+    return (wallet.balance if wallet is not None else None) or 0.0
+
+
+def hours_left(orders: AccountOrders, rented: Any, currency: str) -> float | None:
+    """Return how long a wallet lasts; see ``CloreClient.hours_left``."""
+    order_id = None if isinstance(rented, Server) else _order_id(rented)
+    active = orders.active()
+    burned: float | None = 0.0
+    if isinstance(rented, Server):
+        burned = _hourly_cost(orders, rented, currency)
+    else:
+        currency = _paid_with(active, order_id)
+    if burned is None:
+        return None
+    for order in active:
+        price = positive(order.get("price"))
+        if price is not None and order.get("currency") == currency:
+            burned += with_fee(price, order.fee_rate)
+    wallet = wallet_of(to_wallets(orders.client._request("GET", "/v1/wallets")), currency)
+    balance = (wallet.balance if wallet is not None else None) or 0.0
+    return balance / burned if burned else math.inf
+
+
+def _order_id(order: Any) -> int:
+    number = order.get("order_id") if isinstance(order, Mapping) else order
+    return check_id("server_or_order", number)
+
+
+def _paid_with(active: list[Order], order_id: int | None) -> str:
+    """Return the currency of an active order."""
+    for order in active:
+        if order.id == order_id and isinstance(order.get("currency"), str):
+            return str(order["currency"])
+    raise OrderNotFoundError(
+        f"there is no active order {order_id} with a currency in this account: look at "
+        "get_orders()",
+        order_id=order_id,
+    )
+
+
+def _hourly_cost(orders: AccountOrders, server: Server, currency: str) -> float | None:
+    """Return the on-demand price with fees, in ``currency`` per hour."""
+    amount = amount_per_hour(server, spot=False, currency=currency)
+    if amount is None:
+        usd = on_demand_usd(server, currency)
+        rate = orders.market.data.rates.rate(currency)
+        if usd is not None and rate is None:
+            orders.market.learn_rates(None)
+            rate = orders.market.data.rates.rate(currency)
+        amount = usd / rate if usd is not None and rate else None
+    return None if amount is None else with_fee(amount, published_fee(spot=False))
+
+
+def explain_balance(
+    orders: AccountOrders,
+    error: InsufficientBalanceError,
+    currency: str,
+    usd_per_hour: float | None,
+    spot: bool,
+) -> None:
+    """Add the wallet, its balance and the cost of one hour to an error.
+
+    Parameters:
+        orders: the orders of the account.
+        error: the refusal of the API.
+        currency: the API's name of the currency of the order.
+        usd_per_hour: the price of the order, without fees; None if it is not known.
+        spot: whether it is a spot order.
+    """
+    wallets = read_balances(orders)
+    wallet = wallet_of(wallets, currency)
+    error.wallet, error.usd_per_hour = currency, usd_per_hour
+    error.balance = finite(wallet.balance) if wallet is not None else None
+    has = f"wallet {currency} has {error.balance or 0.0:.8g}"
+    if wallet is not None and wallet.balance_usd is not None and currency != "USD-Blockchain":
+        has += f" ({wallet.balance_usd:.4g} USD)"
+    costs = ""
+    if usd_per_hour is not None:
+        hourly = with_fee(usd_per_hour, published_fee(spot))
+        costs = f", and an hour of this order costs {hourly:.4g} USD with fees"
+    others = [
+        f"{other.name} has {other.balance:.8g}"
+        for other in wallets
+        if other.balance and other.name != currency and wire_currency(other.name or "")
+    ]
+    pay = f"pay with another currency= ({', '.join(others)})" if others else "use another currency="
+    error.add_hint(f"{has}{costs}: add money, or {pay}")
+
+
+def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
+    """Read the exchange rates if an order of the live form can't be priced without them."""
+    for order in read:
+        known = wire_currency(str(order.get("currency"))) and finite(order.get("price")) is not None
+        if order.is_live and order.usd_per_hour is None and known and order.server_id is not None:
+            orders.market.learn_rates(order.server_id)
+            return
+
+
+# ==================================================================================================
+# orders.reconcile
+#
+# Reconcile a purchase with the order lists, when the response had no order id or was lost.
+# ==================================================================================================
+
+
+# A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
+FIRST_PAUSE = 0.2
+LONGEST_PAUSE = 2.0
+
+
+class SentPurchase(Protocol):
+    """The parts of a purchase by which its order is found."""
+
+    server_id: int
+    credentials: dict[str, str]
+    baseline_read: bool
+    response: dict[str, object]
+
+    @property
+    def sent_at(self) -> float: ...
+
+    def matches(self, order: Order) -> bool: ...
+
+
+def find_order(
+    orders: AccountOrders, purchase: SentPurchase, timeout: float, send_error: CloreError | None
+) -> Order:
+    """Read the active orders until the order of a purchase shows up, and claim it.
+
+    Parameters:
+        orders: the orders of the account.
+        purchase: the purchase that was sent.
+        timeout: seconds.
+        send_error: the error of the purchase, after which the order may or may not exist; or None.
+
+    Raises:
+        OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
+            error of the last read, if that failed, else ``send_error``.
+        CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have the
+            order.
+    """
+    try:
+        order = _search(orders, purchase, timeout, send_error)
+    except (KeyboardInterrupt, SystemExit):
+        logger.warning(
+            "interrupted before the order of server %d was found; it may exist: look at "
+            "get_orders()",
+            purchase.server_id,
+        )
+        raise
+    orders.claims.unresolved.pop(purchase.server_id, None)
+    return order
+
+
+def _search(
+    orders: AccountOrders, purchase: SentPurchase, timeout: float, send_error: CloreError | None
+) -> Order:
+    claims, pause = orders.claims, FIRST_PAUSE
+    deadline = time.monotonic() + timeout
+    while True:
+        cause: CloreError | None = None
+        possible: list[Order] = []
+        created_after = None
+        try:
+            listed, created_after = _read_active(orders, purchase, timeout, deadline)
+            possible = claims.free([o for o in listed if purchase.matches(o)], purchase)
+        except CloreError as error:
+            cause = error
+        found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 and not found and purchase.baseline_read:
+            # The clocks may differ, but an order that is not in the baseline must be the new one.
+            found = [order for order in possible if not order.has_ended]
+        if len(found) == 1 and claims.take(found[0].id or 0, purchase):
+            _learn_offset(claims, found[0], created_after)
+            return found[0]
+        if len(found) > 1 or remaining <= 0:
+            if isinstance(send_error, CloreAPIError) and not possible and cause is None:
+                raise send_error  # complete lists without the order confirm the refusal
+            raise _not_found(purchase, found or possible, timeout, send_error) from (
+                cause or send_error
+            )
+        time.sleep(min(pause, remaining))
+        pause = min(pause * 1.5, LONGEST_PAUSE)
+
+
+def _read_active(
+    orders: AccountOrders, purchase: SentPurchase, timeout: float, deadline: float
+) -> tuple[list[Order], float | None]:
+    """Read the active orders, and compute the send time by the server's clock."""
+    client = orders.client
+    # One slow response must not use all the time.
+    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
+    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
+    listed, listing = limited(
+        lambda: orders.read(completed=False, timeout=patience), deadline=until
+    )
+    # The Date of each response gives a lower bound, and the largest one is the closest.
+    clocks = [
+        clock
+        for response in (purchase.response, listing)
+        if isinstance(response, Envelope)
+        and (clock := response.server_time_at(purchase.sent_at)) is not None
+    ]
+    return listed, max(clocks, default=None)
+
+
+def _is_new(order: Order, created_after: float | None, offset: float) -> bool:
+    """Return whether an order was made after ``created_after``, if that is known."""
+    if created_after is None:
+        return not order.has_ended
+    return order.started_at is not None and order.started_at >= created_after + offset
+
+
+def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> None:
+    """Record how far the creation time of an order is behind the server's clock."""
+    if created_after is not None and order.started_at is not None:
+        behind = math.floor(order.started_at - created_after)
+        claims.clock_offset = min(claims.clock_offset, behind)
+
+
+def _not_found(
+    purchase: SentPurchase, orders: list[Order], timeout: float, send_error: CloreError | None
+) -> OrderOutcomeUnknownError:
+    server_id = purchase.server_id
+    ids = tuple(order.id for order in orders if order.id is not None)
+    made = "was made" if send_error is None else "may have been made"
+    return OrderOutcomeUnknownError(
+        f"an order for server {server_id} {made}, but it is not clear if it is one of "
+        f"{', '.join(map(str, ids))}: look at get_orders() before you order again"
+        if ids
+        else f"an order for server {server_id} {made}, but did not show up in the order lists "
+        f"within {timeout:g}s. It was not sent again: look at get_orders() now and again in a "
+        "minute, before you order again",
+        server_id=server_id,
+        order_ids=ids,
+        credentials=purchase.credentials,
+    )
+
+
+# ==================================================================================================
+# orders.create
+#
+# Create an order: check the arguments, send them once, and find the new order.
+# ==================================================================================================
+
+
+DEFAULT_PORTS = {"22": "tcp"}
+DEFAULT_ENV = {"NVIDIA_VISIBLE_DEVICES": "all"}
+PASSWORD_LENGTH = 24
+ALL_SERVERS = 0  # no server has this id
+
+
+def make_password() -> str:
+    """Make a random password of letters and digits, which need no quoting."""
+    alphabet = string.ascii_letters + string.digits
+    source = random.SystemRandom()  # as safe as the module secrets, and imported already
+    return Secret("".join(source.choice(alphabet) for _ in range(PASSWORD_LENGTH)))
+
+
+def _none_if_empty(value: Any) -> Any:
+    """Return None for an empty argument. 0 and False stay, so that the checks refuse them."""
+    return None if isinstance(value, Sized) and len(value) == 0 else value
+
+
+def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
+    """Check the password, key and token of an order. An empty password or key counts as None."""
+    ssh_password, ssh_key = _none_if_empty(ssh_password), _none_if_empty(ssh_key)
+    if ssh_password is not None and ssh_key is not None:
+        raise ValueError("ssh_password and ssh_key can't be used together: pass one of them")
+    credentials: dict[str, str] = {}
+    if ssh_key is not None:
+        credentials["ssh_key"] = check_public_key("ssh_key", ssh_key)
+    if ssh_password is not None:
+        credentials["ssh_password"] = check_secret("ssh_password", ssh_password, MAX_PASSWORD)
+    if jupyter_token is not None:
+        credentials["jupyter_token"] = check_secret("jupyter_token", jupyter_token, MAX_TOKEN)
+    return credentials
+
+
+def order_ports(ports: Any) -> dict[str, str]:
+    """Return the ports to send; an empty argument means the default."""
+    return dict(DEFAULT_PORTS) if _none_if_empty(ports) is None else check_ports("ports", ports)
+
+
+def order_env(env: Any) -> dict[str, str]:
+    """Return the environment to send; an empty argument means the default."""
+    return dict(DEFAULT_ENV) if _none_if_empty(env) is None else check_env("env", env)
+
+
+class Purchase:
+    """One purchase, from its arguments to the new order.
+
+    Parameters:
+        orders: the orders of the account.
+        server_id, image, order_type, ...: the arguments of ``CloreClient.create_order``.
+
+    Attributes:
+        server_id, spot, currency, image: the fields by which the new order is found.
+        body: the body of the request.
+        credentials: the password, key and token in it.
+        generated_password: the password, if the client generated it, or None.
+        before: ids of older orders, which can't be the new one.
+        baseline_read: whether ``before`` comes from a list that was read for this purchase.
+        response: the response to ``create_order``; empty if none arrived.
+    """
+
+    def __init__(
+        self,
+        orders: AccountOrders,
+        *,
+        server_id: Any,
+        image: Any,
+        order_type: Any,
+        currency: Any,
+        ports: Any,
+        env: Any,
+        ssh_password: Any,
+        ssh_key: Any,
+        jupyter_token: Any,
+    ) -> None:
+        self._orders = orders
+        self.server_id = check_id("server_id", server_id)
+        self.spot = check_order_type("order_type", order_type) == "spot"
+        self.currency = check_currency("currency", currency)
+        self.image = check_text("image", image)
+        self.credentials = check_login(ssh_password, ssh_key, jupyter_token)
+        self.generated_password: str | None = None
+        if not self.credentials.keys() & {"ssh_key", "ssh_password"}:
+            self.credentials["ssh_password"] = self.generated_password = make_password()
+        self.body: dict[str, Any] = {
+            "renting_server": self.server_id,
+            "type": order_type,
+            "currency": self.currency,
+            "image": self.image,
+            "ports": order_ports(ports),
+            "env": order_env(env),
+            **self.credentials,
+        }
+        self.before: frozenset[int] = frozenset()
+        self.baseline_read = False
+        self.response: dict[str, Any] = {}
+        self._bid: float | None = None  # USD per hour
+        self._sent_at = time.monotonic()
+
+    @property
+    def sent_at(self) -> float:
+        """The monotonic time at which the request was sent; without a response, the earliest."""
+        return getattr(self.response, "sent_at", self._sent_at)
+
+    def matches(self, order: Order) -> bool:
+        """Return whether an order can be the result of this purchase. Missing fields are ignored.
+
+        The live API has no idempotency key and returns no order id, so the fields must decide.
+        """
+        return (
+            order.id is not None
+            and order.id not in self.before
+            and order.server_id == self.server_id
+            and same_purchase(order, self.image, self.currency, self.spot)
+        )
+
+    # --- price and limits ---
+
+    def set_bid(self, spot_price: float | None, allow_above: bool) -> None:
+        """Add the bid of a spot order.
+
+        Parameters:
+            spot_price: the bid, in USD per hour.
+            allow_above: whether to allow a bid far above the on-demand price.
+        """
+        if not self.spot:
+            if spot_price is not None:
+                logger.warning("spot_price is not sent: it needs order_type='spot'")
+            return
+        if spot_price is None:
+            raise ValueError("spot_price is required for order_type='spot', in USD per hour")
+        self._bid = check_number("spot_price", spot_price, above=True, unit="USD per hour")
+        self.body["spotprice"] = self._orders.market.wire_bid(
+            "spot_price", spot_price, self.server_id, self.currency, allow_above
+        )
+
+    def usd_per_hour(self) -> float | None:
+        """Return the listed price or the bid in USD per hour, without fees; None if not known."""
+        if self.spot:
+            return self._bid
+        server = self._orders.market.find_server(self.server_id)
+        return None if server is None else on_demand_usd(server, self.currency)
+
+    def learn_rate(self) -> None:
+        """Try to read the exchange rate for the price of the order in USD, if it is not known.
+
+        This comes before the purchase: an interrupt after it would lose the order.
+        """
+        data = self._orders.market.data
+        if data.rates.rate(self.currency) is None and not data.documented:
+            self._orders.market.learn_rates(self.server_id)
+
+    def preview(self) -> Order:
+        """Return the body that would be sent, and its price."""
+        return Order(body=self.body, usd_per_hour=self.usd_per_hour())
+
+    def _check_limits(self) -> None:
+        client = self._orders.client
+        if client.max_usd_per_hour is not None:
+            check_price_limit(
+                self.usd_per_hour(), client.max_usd_per_hour, f"an order of server {self.server_id}"
+            )
+        if client.max_active_orders is not None:
+            check_order_limit(self._orders.active_ids(), client.max_active_orders)
+
+    # --- send and reconcile ---
+
+    def place(self, find_timeout: float) -> Order:
+        """Send the purchase once, and return its order.
+
+        Parameters:
+            find_timeout: seconds to wait for the order to show up.
+
+        Raises:
+            OrderOutcomeUnknownError: the order may or may not exist.
+            CloreError: the API refused, or nothing was sent.
+        """
+        claims = self._orders.claims
+        # With a limit on active orders, two purchases at once could exceed it together.
+        no_limit = self._orders.client.max_active_orders is None
+        one = contextlib.nullcontext() if no_limit else claims.lock(ALL_SERVERS)
+        try:
+            with one, claims.lock(self.server_id):
+                self._check_limits()
+                self._read_baseline(find_timeout)
+                order, purchase = self._submit(find_timeout)
+        except InsufficientBalanceError as error:
+            with contextlib.suppress(Exception):  # the refusal matters more than its explanation
+                price = self.usd_per_hour()
+                explain_balance(self._orders, error, self.currency, price, self.spot)
+            raise
+        if order.id is not None:
+            self._orders.credentials[order.id] = purchase.credentials
+            self._orders.made[order.id] = order.copy()
+        logger.info("order %s of server %d was made", order.id, self.server_id)
+        order["code"] = 0
+        if purchase.generated_password:
+            order["ssh_password"] = str(purchase.generated_password)
+        return order
+
+    def _read_baseline(self, find_timeout: float) -> None:
+        """Record the existing orders before the purchase is sent."""
+        orders, data = self._orders, self._orders.market.data
+        self.before = frozenset(orders.known)
+        replaced = getattr(orders.client._request, "__func__", None) is not HTTPClient._request
+        if not data.live and (replaced or data.documented):
+            return  # the response will have the order id
+        # The live API returns no order id, so record which orders can't be the new one.
+        patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LIMIT)
+        with contextlib.suppress(CloreError):
+            listed, response = limited(
+                lambda: orders.read(completed=False), deadline=time.monotonic() + patience
+            )
+            if isinstance(response, Envelope):  # a fake client in a test may have a fixed list
+                self.before |= {order.id for order in listed if order.id is not None}
+                self.baseline_read = True
+
+    def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
+        """Send the purchase, and return the order and its purchase, which can be an earlier one."""
+        claims, server_id = self._orders.claims, self.server_id
+        earlier = claims.unresolved.get(server_id)
+        claims.unresolved[server_id] = self  # set before the request, which can be interrupted
+        self._sent_at = time.monotonic()
+        send_error: CloreError | None = None
+        try:
+            self.response = self._orders.client._request("POST", "/v1/create_order", json=self.body)
+        except (OrderOutcomeUnknownError, DatabaseError) as error:
+            send_error, self._sent_at = error, error.sent_at or self._sent_at
+        except Exception as error:  # the API refused, or the request was not sent
+            if earlier is None:
+                claims.unresolved.pop(server_id, None)
+                raise
+            claims.unresolved[server_id] = earlier
+            if not isinstance(error, ServerAlreadyRentedError):
+                raise
+            # An earlier purchase may have rented it, with a response that was lost.
+            return find_order(self._orders, earlier, find_timeout, error), earlier
+        if (order_id := created_id(self.response)) is None:
+            return find_order(self._orders, self, find_timeout, send_error), self
+        claims.take(order_id, self)
+        claims.unresolved.pop(server_id, None)
+        return self._named_order(order_id), self
+
+    def _named_order(self, order_id: int) -> Order:
+        """Return the order of a response that has an order id."""
+        response = {**self.response, "order_id": order_id}
+        made = to_orders({"orders": [response]}, (), self._orders.market.data.rates)[0]
+        if made.server_id is None:
+            made["renting_server"] = self.server_id
+        made.setdefault("currency", self.currency)
+        made.setdefault("status", "creating")
+        made.setdefault("connection", {"ssh": "", "http_ports": {}})
+        return made
+
+
+# ==================================================================================================
+# orders.wait
+#
+# Wait until an order has a status.
+# ==================================================================================================
+
+
+_SAME_STATUS = frozenset({"cancelled", "expired"})  # these two count as the same
+
+
+def wait_for_status(
+    orders: AccountOrders,
+    order_id: int,
+    timeout: float,
+    poll_interval: float,
+    target_status: str,
+    on_update: Callable[[Order | None], object] | None,
+    report: Report | None = None,
+) -> Order:
+    """Poll until the order has the status; see ``CloreClient.wait_for_order``.
+
+    Parameters:
+        orders: the orders of the account.
+        order_id, timeout, poll_interval, target_status, on_update: as in that method.
+        report: called with each step.
+    """
+    if target_status not in {"running", "creating"} | ENDED_STATUSES:
+        logger.warning("target_status=%r is not a known status: check its spelling", target_status)
+    targets = _SAME_STATUS if target_status in _SAME_STATUS else {target_status}
+    started = time.monotonic()
+    deadline = started + timeout
+    seen: Order | None = None
+    while True:
+        order, failure = _poll(orders, order_id, deadline)
+        seen = order or seen
+        if on_update is not None and failure is None:
+            on_update(order)
+        if report is not None:
+            report(_event(order_id, seen, time.monotonic() - started))
+        if order is not None and order.status in targets:
+            return order
+        if order is not None and order.has_ended:
+            raise OrderEndedError(
+                f"Order {order_id} ended unexpectedly with status: {order.status}",
+                order_id=order_id,
+                status=order.status or "",
+                order=order,
+            )
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise WaitTimeoutError(
+                f"Order {order_id} did not reach status '{target_status}' within {timeout}s",
+                order_id=order_id,
+                order=seen,
+            ) from failure
+        # Respect the pause that the API asked for.
+        pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
+        time.sleep(min(pause, remaining))
+
+
+def _event(order_id: int, order: Order | None, seconds: float) -> ProgressEvent:
+    status = "not listed yet" if order is None else str(order.status)
+    if status == "running":
+        return ProgressEvent("running", seconds, f"order {order_id}: running")
+    shown = "deploying" if status == "creating" else status
+    text = f"order {order_id}: {shown}, {readable_seconds(seconds)}"
+    return ProgressEvent("deploy", seconds, text)
+
+
+def _poll(
+    orders: AccountOrders, order_id: int, deadline: float
+) -> tuple[Order | None, CloreError | None]:
+    """Read the order once. Return it, or the error after which another poll makes sense."""
+    # The last poll starts at the deadline, and needs time for two reads.
+    last = time.monotonic() + 2 * orders.client.rate_limit + SHORTEST_LIMIT
+    try:
+        return limited(lambda: orders.find(order_id), deadline=max(deadline, last)), None
+    except CloreError as error:
+        if not (error.retryable or isinstance(error, InvalidResponseError)):
+            raise
+        logger.debug("a poll of order %d failed: %s", order_id, error)
+        return None, error
+
+
+# ==================================================================================================
+# rental.selection
+#
+# Select the servers that ``rent()`` tries, with their prices.
+# ==================================================================================================
+
+
+BID_MARGIN = 1e-4  # the conversion of the lowest bid can make it too low
+PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
+
+
+class RentalSettings:
+    """The arguments of ``rent()``, checked.
+
+    Parameters:
+        search: the filters; it gets the ``server_id``.
+        order: those that ``create_order`` takes too, except the bid and ``find_timeout``.
+
+    Attributes:
+        order_arguments: the arguments for ``create_order``.
+    """
+
+    def __init__(
+        self,
+        *,
+        search: Search,
+        server_id: Any,
+        order: dict[str, Any],
+        spot_price: Any,
+        attempts: Any,
+        deploy_timeout: Any,
+        poll_interval: Any,
+        find_timeout: Any,
+        cancel_timeout: Any,
+        max_hours: Any,
+        max_cost_usd: Any,
+    ) -> None:
+        self.search = search
+        self.spot = search.spot
+        if search.gpu_type is not None:
+            check_text("gpu_type", search.gpu_type)
+        search.server_id = None if server_id is None else check_id("server_id", server_id)
+        self._set_order(order)
+        self.spot_price = self._checked_bid(spot_price)
+        self.attempts = check_count("attempts", attempts, minimum=1)
+        self.deploy_timeout = check_number(
+            "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
+        )
+        self.poll_interval = check_interval("poll_interval", poll_interval)
+        self.find_timeout = check_number("find_timeout", find_timeout, unit="seconds")
+        self.cancel_timeout = check_number(
+            "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
+        )
+        self.max_hours = check_optional_number("max_hours", max_hours, above=True, infinite=True)
+        self.max_cost_usd = check_optional_number(
+            "max_cost_usd", max_cost_usd, above=True, infinite=True
+        )
+
+    def _set_order(self, order: dict[str, Any]) -> None:
+        self.currency = check_currency("currency", order["currency"])
+        self.image = check_text("image", order["image"])
+        check_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"])
+        order_ports(order["ports"])
+        order_env(order["env"])
+        kind = "spot" if self.spot else "on-demand"
+        self.order_arguments = {**order, "order_type": kind, "currency": self.currency}
+
+    def _checked_bid(self, spot_price: Any) -> float | None:
+        if spot_price is None:
+            return None
+        check_number("spot_price", spot_price, above=True, unit="USD per hour")
+        if not self.spot:
+            raise ValueError(
+                f"spot_price={spot_price!r} needs use_spot=True: add that, or leave it out"
+            )
+        highest = self.search.max_price_usd
+        if highest is not None and spot_price > highest:
+            raise ValueError(
+                f"spot_price must be at most max_price_usd ({highest!r}), not {spot_price!r}"
+            )
+        return float(spot_price)
+
+    @property
+    def fee(self) -> float:
+        """The fee as a fraction of the price."""
+        return self.search.fee
+
+    def exceeds_price_limit(self, server: Server, usd_per_hour: float | None) -> bool:
+        """Return whether the price of an order is above the limit for its server."""
+        limit = self.search.price_limit(server)
+        return limit is not None and usd_per_hour is not None and (
+            usd_per_hour > limit * (1 + PRICE_SLACK)
+        )  # fmt: skip
+
+    def price_of(self, server: Server) -> float | None:
+        """Return the price of a server in USD per hour, without fees; None if not known.
+
+        For a spot order this is the bid: None if the host does not accept it.
+        """
+        listed = self.search.price(server)
+        if not self.spot or listed is None:
+            return listed
+        if self.spot_price is not None:
+            return self.spot_price if self.spot_price >= listed else None
+        limit = self.search.price_limit(server)
+        bid = listed * (1 + BID_MARGIN)
+        return bid if limit is None else min(bid, limit)
+
+    def reason_against(self, server: Server) -> str | None:
+        """Return the reason why a server of the search can't be rented, or None."""
+        if server.id is None:
+            return "has no id"
+        price, limit = self.price_of(server), self.search.price_limit(server)
+        if price is None:
+            if self.spot:
+                return "does not accept this bid"
+            return None if self.max_cost_usd is None else "has no price"
+        if limit is not None and price > limit * ROUNDING_UP:
+            return f"costs {price:.4g} USD per hour, more than the limit of {limit:.4g}"
+        on_demand = server.usd_per_hour
+        if self.spot and on_demand is not None and price > on_demand:
+            return "accepts no bid below its on-demand price"
+        return None
+
+
+def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | None:
+    """Return the price of an order in USD per hour; None if not known.
+
+    Uses the exchange rate of the server's listing if there is one, as the price limit does.
+    """
+    amount, rate = positive(order.get("price")), listed_rate(server, currency)
+    if amount is None or rate is None:
+        return None if amount is None else finite(order.usd_per_hour)
+    return amount * rate
+
+
+def candidates(market: Market, settings: RentalSettings) -> tuple[list[Server], str]:
+    """Return the servers to try, the best first, and an error text if there are none."""
+    found, report = market.search(settings.search)
+    if not found:
+        server_id = settings.search.server_id
+        why = report.explain() if server_id is None else _missing(server_id, report)
+        return [], f"{why}: change the filters, or try again later"
+    reasons = [settings.reason_against(server) for server in found]
+    fitting = [s for s, reason in zip(found, reasons, strict=True) if reason is None]
+    return fitting, (
+        f"none of {len(found)} servers that fit can be rented: server {found[0].id} {reasons[0]}; "
+        "change the filters or the limits"
+    )
+
+
+def _missing(server_id: int, report: SearchReport) -> str:
+    label = report.left_out[-1][0] if report.left_out else "server_id"
+    if label.startswith("server_id"):
+        return f"server {server_id} is not on the marketplace"
+    if label == RENTED:
+        return f"server {server_id} is rented"
+    cost = report.cheapest_usd_per_hour
+    costs = "" if cost is None else f"; it costs {cost:.4g} USD per hour"
+    return f"server {server_id} does not fit {label}{costs}"
+
+
+# ==================================================================================================
+# rental.budget
+#
+# Count the cost of a rental, and check its limits.
+# ==================================================================================================
+
+
+LONGEST_WATCH = 30.0  # seconds between two checks, because the wall clock can jump
+FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
+
+
+class Meter:
+    """The cost of one order. A new bid changes its price.
+
+    Attributes:
+        counts: whether there is an order to pay for.
+    """
+
+    def __init__(self, usd_per_hour: float | None, fee: float) -> None:
+        self._started = time.monotonic(), time.time()
+        self.counts = True
+        self._fee = fee
+        self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
+        self._stopped_at: float | None = None  # the age of the order then
+
+    def age(self) -> float:
+        """Return the age of the order in seconds, by the larger of two clocks.
+
+        The monotonic clock can stop while a laptop sleeps, but the order still costs money.
+        """
+        monotonic, wall = self._started
+        return max(0.0, time.monotonic() - monotonic, time.time() - wall)
+
+    @property
+    def is_running(self) -> bool:
+        """True if the cost still grows."""
+        return self.counts and self._stopped_at is None
+
+    @property
+    def usd_per_hour(self) -> float:
+        """The current price in USD per hour, without fees."""
+        return self._prices[-1][1]
+
+    def correct(self, usd_per_hour: float) -> None:
+        """Correct the price from the start, unless a bid has changed it."""
+        if len(self._prices) == 1:
+            self._prices = [(0.0, usd_per_hour)]
+
+    def change(self, usd_per_hour: float) -> None:
+        """Set the price from now on."""
+        self._prices.append((self.age(), usd_per_hour))
+
+    def stop(self) -> None:
+        """Stop the cost, because the cancel was accepted. Safe to repeat."""
+        if self._stopped_at is None:
+            self._stopped_at = self.age()
+
+    def usd(self) -> float:
+        """Return the cost so far in USD, with all fees."""
+        if not self.counts:
+            return 0.0
+        end = self.age() if self._stopped_at is None else self._stopped_at
+        prices, rent = self._prices, 0.0
+        for index, (since, price) in enumerate(prices):
+            until = prices[index + 1][0] if index + 1 < len(prices) else end
+            rent += price * max(0.0, min(until, end) - since) / 3600.0
+        return with_fee(rent, self._fee) + creation_fee_after(end)
+
+
+class Budget:
+    """The limits of a rental, and the meters of its orders."""
+
+    def __init__(self, settings: RentalSettings) -> None:
+        self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
+        self._fee = settings.fee
+        self._meters: list[Meter] = []
+
+    @property
+    def hours(self) -> float:
+        """The hours since the first order was sent."""
+        return max((m.age() for m in list(self._meters) if m.counts), default=0.0) / 3600.0
+
+    @property
+    def cost_usd(self) -> float:
+        """The cost of all orders so far, in USD."""
+        return sum(meter.usd() for meter in list(self._meters))
+
+    def start(self, usd_per_hour: float | None) -> Meter:
+        """Start to count another order."""
+        meter = Meter(usd_per_hour, self._fee)
+        self._meters.append(meter)
+        return meter
+
+    def exceeded_by(self) -> str | None:
+        """Return a text that names the limit that is reached, or None."""
+        if self._max_hours is not None and self.hours >= self._max_hours:
+            return f"max_hours={self._max_hours:g} is reached"
+        if self._max_cost is not None and self.cost_usd + self._fee_due() >= self._max_cost:
+            return f"max_cost_usd={self._max_cost:g} is reached"
+        return None
+
+    def _running(self) -> list[Meter]:
+        return [meter for meter in list(self._meters) if meter.is_running]
+
+    def _fee_due(self) -> float:
+        ages = [meter.age() for meter in self._running()]
+        soon = [age for age in ages if CREATION_FEE_AFTER - FEE_LEAD <= age < CREATION_FEE_AFTER]
+        return CREATION_FEE * len(soon)
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds until the next check; None without a limit."""
+        if self._max_hours is None and self._max_cost is None:
+            return None
+        left = [LONGEST_WATCH]
+        if self._max_hours is not None:
+            left.append((self._max_hours - self.hours) * 3600.0)
+        if self._max_cost is not None:
+            running = self._running()
+            per_second = sum(m.usd_per_hour for m in running) * (1 + self._fee) / 3600.0
+            if per_second:
+                left.append((self._max_cost - self.cost_usd) / per_second)
+            to_fee = [CREATION_FEE_AFTER - FEE_LEAD - m.age() for m in running]
+            left += [seconds for seconds in to_fee if seconds > 0]
+        return max(0.002, min(left))
+
+
+# ==================================================================================================
+# rental.process
+#
+# Keep the state that all rentals of this process share.
+# ==================================================================================================
+
+
+class ProcessState:
+    """The state that all rentals of this process share.
+
+    Each change is one atomic step, because a signal handler must not wait for a lock.
+
+    Attributes:
+        rentals: the workers of the open rentals.
+        exiting: whether the interpreter is exiting.
+        entries: the journal entries that this process wrote and has locked, by path.
+        signal_users: the open users of the signal handler.
+        handled_signals: the signals for which the handler is installed.
+        stopping_signal: the signal that ends this process, or None.
+    """
+
+    def __init__(self) -> None:
+        self.rentals: set[RentalWorker] = set()
+        self.exiting = False
+        self.entries: dict[str, JournalEntry] = {}
+        self.signal_users: set[SignalHandling] = set()
+        self.handled_signals: set[int] = set()
+        self.stopping_signal: int | None = None
+
+
+this_process = ProcessState()
+
+
+def _leave_rentals_to_parent() -> None:
+    this_process.rentals.clear()
+    # The files that a child inherits would keep the parent's locks after the parent's death.
+    for entry in this_process.entries.values():
+        entry.unlock()
+    this_process.entries.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_rentals_to_parent)
+
+
+# ==================================================================================================
+# rental.journal
+#
+# Keep the journal: one small file for each purchase, which survives the process.
+# ==================================================================================================
+
+
+STATE_SUFFIX = ".json"
+LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
+_ID_ROOM = 20  # characters reserved for the order id, which is written later
+_FIRST = '{"order_id": '
+
+
+def this_machine() -> dict[str, str]:
+    """Return the identity of this machine."""
+    machine = read_line("/etc/machine-id") or read_line("/var/lib/dbus/machine-id")
+    # machine-id(5) says to keep the id itself private.
+    digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
+    return {
+        "host": socket.gethostname(),
+        "machine": digest,
+    }
+
+
+class JournalEntry:
+    """A journal entry for one purchase, as one small file.
+
+    A living process keeps its entries locked. If a file is not locked, its process is dead; the
+    process that finds it locks it until ``close()``.
+
+    Attributes:
+        data: the content of the file.
+        of_this_machine: whether this machine wrote it.
+        abandoned: whether nothing will end its order, because the process is dead or the rental
+            gave up.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        data: dict[str, Any],
+        *,
+        of_this_machine: bool = True,
+        lock: int | None = None,
+    ) -> None:
+        self.path = path
+        self.data = data
+        self.of_this_machine = of_this_machine
+        self.abandoned = lock is not None
+        self._handle = lock
+        self._written_here = False
+
+    @property
+    def order_id(self) -> int | None:
+        """The id of the order; None if it is missing or not valid."""
+        order_id = whole_id(self.data.get("order_id"))
+        return order_id if order_id is not None and order_id > 0 else None
+
+    def write(self) -> None:
+        """Create the file, lock it, and sync it to the disk."""
+        self._written_here = True
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+        handle = os.open(self.path, flags | getattr(os, "O_BINARY", 0), 0o600)
+        self._handle = handle
+        if not lock_file(handle, patience=1.0):  # another process may try the lock for a moment
+            raise OSError("the file can't be locked")
+        rest = json.dumps(self.data)[1:]
+        text = f"{_FIRST}{'null':<{_ID_ROOM}}, {rest}\n".encode()
+        if os.name == "nt":
+            os.lseek(handle, 0, os.SEEK_SET)
+        if os.write(handle, text) != len(text):
+            raise OSError("the disk is full")
+        os.fsync(handle)
+        _sync_folder(self.path.parent)
+        this_process.entries[str(self.path)] = self
+
+    def write_order_id(self, order_id: int) -> None:
+        """Write the order id into the file, in place, so that a crash can't damage the rest."""
+        if self._handle is None:
+            return
+        self.data["order_id"] = order_id
+        try:
+            os.lseek(self._handle, len(_FIRST), os.SEEK_SET)
+            os.write(self._handle, f"{order_id:<{_ID_ROOM}}".encode())
+            os.fsync(self._handle)
+        except OSError as error:
+            warn_about_state(f"{self.path.name} could not be updated", error)
+
+    def remove(self) -> None:
+        """Remove the file. Safe to repeat."""
+        this_process.entries.pop(str(self.path), None)
+        handle, self._handle = self._handle, None
+        if handle is None and self._written_here:
+            return
+        try:
+            if os.name == "nt" and handle is not None:
+                os.close(handle)
+            self.path.unlink(missing_ok=True)  # on POSIX, before the lock is released
+            if os.name != "nt" and handle is not None:
+                os.close(handle)
+        except OSError as error:
+            warn_about_state(f"{self.path} could not be removed", error)
+
+    def close(self) -> None:
+        """Release the lock, unless this process wrote the file."""
+        if not self._written_here:
+            self.unlock()
+
+    def unlock(self) -> None:
+        """Close the file, which releases its lock."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | None:
+    """Write an entry. If that fails, warn once and return None."""
+    if folder is None:
+        return None
+    name = f"{random.SystemRandom().getrandbits(96):024x}{STATE_SUFFIX}"
+    machine = this_machine()
+    entry = JournalEntry(folder / name, {**data, **machine, "pid": os.getpid()})
+    try:
+        entry.write()
+    except OSError as error:
+        entry.remove()
+        warn_about_state(f"the journal in {folder} can't be written", error)
+        return None
+    return entry
+
+
+def read_entries(folder: Path | None) -> list[JournalEntry]:
+    """Return all entries of the folder. Skip a file that can't be read, and warn once."""
+    if folder is None:
+        return []
+    try:
+        names = sorted(n for n in os.listdir(folder) if n.endswith(STATE_SUFFIX))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        warn_about_state(f"{folder} could not be read", error)
+        return []
+    machine = this_machine()
+    found = []
+    for name in names:
+        try:
+            entry = _read_entry(folder / name, machine)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            warn_about_state(f"{folder / name} is not a readable journal entry", error)
+            continue
+        if entry is not None:
+            found.append(entry)
+    return found
+
+
+def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
+    if (written := this_process.entries.get(str(path))) is not None:
+        return written
+    flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    # Some systems can lock only files that are open for writing.
+    handle = os.open(path, flags | os.O_RDWR)
+    keep = False
+    try:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_ENTRY:
+            raise ValueError("it is not a small regular file")
+        try:
+            free = lock_file(handle)
+        except OSError as error:  # without locks, the process may still be alive
+            warn_about_state(f"files in {path.parent} can't be locked", error)
+            free = False
+        os.lseek(handle, 0, os.SEEK_SET)
+        text = os.read(handle, LONGEST_ENTRY)
+        if not text:  # just created, or its process died before it sent anything
+            return None
+        if free and not path.exists():  # its owner has just removed it
+            return None
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError("it is not a JSON object")
+        here = all(data.get(name) == value for name, value in machine.items())
+        keep = free and here
+        return JournalEntry(path, data, of_this_machine=here, lock=handle if keep else None)
+    finally:
+        if not keep:
+            os.close(handle)
+
+
+# ==================================================================================================
+# rental.orders
+#
+# Keep track of the orders of one rental, in memory and in the journal.
+# ==================================================================================================
+
+
+MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
+
+
+class RentalOrder:
+    """One order of a rental, from the purchase to its confirmed end.
+
+    Attributes:
+        server_id: the server.
+        entry: its journal entry.
+        meter: its cost.
+        order_id: the order id; None while the outcome of the purchase is not known.
+        refused: whether the API refused the order with code 1, after which it may still exist.
+        absent: monotonic times of the lists in a row that did not have the order.
+    """
+
+    def __init__(self, server_id: int, entry: JournalEntry | None, meter: Meter) -> None:
+        self.server_id = server_id
+        self.entry = entry
+        self.meter = meter
+        self.sent_at = time.monotonic()
+        self.order_id: int | None = None
+        self.refused = False
+        self._cancellation: Cancellation | None = None
+        self.absent: list[float] = []
+
+    @property
+    def accepted(self) -> bool:
+        """True if its cancel was accepted."""
+        return self._cancellation is not None and self._cancellation.accepted
+
+    def cancellation(self, orders: AccountOrders) -> Cancellation:
+        """Return the cancellation of this order, always the same one."""
+        if self._cancellation is None:
+            self._cancellation = Cancellation(orders, self.order_id or 0)
+        return self._cancellation
+
+    def __str__(self) -> str:
+        return (
+            f"order {self.order_id} may still be running"
+            if self.order_id is not None
+            else f"an order of server {self.server_id} may have been made"
+        )
+
+
+class RentalOrders:
+    """All purchases of a rental that cost money or may cost money.
+
+    Attributes:
+        before: ids of orders that existed before the rental.
+    """
+
+    def __init__(
+        self,
+        orders: AccountOrders,
+        settings: RentalSettings,
+        folder: Path | None,
+        budget: Budget,
+        wake: Callable[[], object],
+        taken: Callable[[], set[int | None]],
+    ) -> None:
+        self._orders = orders
+        self._settings = settings
+        self._folder = folder
+        self._budget = budget
+        self._wake = wake  # called when the price of an order changes
+        self._taken = taken  # returns the order ids of all open rentals of this account
+        self._all: list[RentalOrder] = []
+        self.before: set[int] = set()
+
+    def __iter__(self) -> Iterator[RentalOrder]:
+        return iter(list(self._all))
+
+    def record_intent(self, server_id: int, price: float | None) -> RentalOrder:
+        """Record a purchase in the journal and in memory, before it is sent."""
+        settings = self._settings
+        entry = write_entry(
+            self._folder,
+            {
+                "server_id": server_id,
+                "started": time.time(),
+                "server_clock": self._orders.client.server_clock,
+                "image": settings.image,
+                "currency": settings.currency,
+                "spot": settings.spot,
+                "base_url": self._orders.client.base_url,
+                "account": self._account(),
+                "before": sorted(self.before),
+            },
+        )
+        purchase = RentalOrder(server_id, entry, self._budget.start(price))
+        self._all.append(purchase)
+        return purchase
+
+    def set_order_id(self, purchase: RentalOrder, order_id: int) -> None:
+        """Record the order id of a purchase."""
+        purchase.order_id = order_id
+        purchase.meter.counts = True
+        if purchase.entry is not None:
+            purchase.entry.write_order_id(order_id)
+
+        def new_bid(usd_per_hour: float) -> None:
+            purchase.meter.change(usd_per_hour)
+            self._wake()
+
+        self._orders.bid_listeners[order_id] = new_bid
+
+    def mark_refused(self, purchase: RentalOrder) -> None:
+        """Record that the API refused a purchase with code 1; its order may still exist."""
+        purchase.refused = True
+        purchase.sent_at = time.monotonic()  # if there is an order, it was made before now
+        purchase.meter.counts = False
+
+    def forget(self, purchase: RentalOrder) -> None:
+        """Remove a purchase whose order does not exist, has ended, or stays on purpose."""
+        if purchase.entry is not None:
+            purchase.entry.remove()
+        self._remove(purchase)
+
+    def give_up(self, purchase: RentalOrder) -> None:
+        """Leave a purchase to ``leftovers()``."""
+        if purchase.entry is not None:
+            purchase.entry.abandoned = True
+        self._remove(purchase)
+
+    def unresolved(self) -> list[RentalOrder]:
+        """Return the purchases that the API refused with code 1, but that may have an order."""
+        return [p for p in self._all if p.order_id is None and p.refused]
+
+    def _remove(self, purchase: RentalOrder) -> None:
+        if purchase in self._all:
+            self._all.remove(purchase)
+        purchase.meter.counts = purchase.order_id is not None
+        self._orders.bid_listeners.pop(purchase.order_id or 0, None)
+
+    def search_in(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
+        """Look for the order of a purchase in a list. Return True if it is confirmed absent.
+
+        A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
+        moment. So several lists over ``order_lag`` seconds must not have it.
+
+        Parameters:
+            purchase: a purchase with unknown outcome.
+            orders: the active orders.
+            asked_at: monotonic time at which the list was requested.
+        """
+        fitting = [order for order in orders if self._fits(order, purchase)]
+        if len(fitting) == 1 and not self._is_held(purchase):
+            self.set_order_id(purchase, fitting[0].id or 0)
+        lag = self._orders.client.order_lag
+        if fitting:
+            purchase.absent.clear()
+        elif asked_at >= purchase.sent_at + lag and self._is_complete(orders):
+            purchase.absent.append(asked_at)
+        absent = purchase.absent
+        return len(absent) >= MIN_ABSENT_LISTS and absent[-1] - absent[0] >= lag
+
+    def search_interval(self, longest: float) -> float:
+        """Return the seconds between two searches, at most ``longest``."""
+        return min(longest, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
+
+    def _is_complete(self, orders: list[Order]) -> bool:
+        """Return whether a list has all orders of this rental that must be active."""
+        running = {p.order_id for p in self._all if p.order_id is not None and not p.accepted}
+        return running <= {order.id for order in orders}
+
+    def _fits(self, order: Order, purchase: RentalOrder) -> bool:
+        settings = self._settings
+        return (
+            order.server_id == purchase.server_id
+            and order.id not in self.before
+            and order.id not in self._taken()
+            and can_be_order_of(order, settings.image, settings.currency, settings.spot)
+        )
+
+    def _is_held(self, purchase: RentalOrder) -> bool:
+        """Return whether a living rental of another process could own the order."""
+        held = False
+        for entry in self._entries_for(purchase.server_id):
+            mine = purchase.entry is not None and entry.path == purchase.entry.path
+            held = held or not (mine or entry.abandoned)
+            entry.close()
+        return held
+
+    def remove_dead_entries(self, server_id: int) -> None:
+        """Remove entries of dead processes that would match an order of this rental."""
+        if self._settings.spot:
+            return  # one server can have several spot orders
+        for entry in self._entries_for(server_id):
+            if entry.abandoned and entry.of_this_machine and entry.order_id is None:
+                entry.remove()
+            entry.close()
+
+    def _account(self) -> str:
+        return account_digest(self._orders.client.base_url, self._orders.client.api_key)
+
+    def _entries_for(self, server_id: int) -> list[JournalEntry]:
+        """Return the entries for this server and account. The caller closes each."""
+        account, found = self._account(), []
+        for entry in read_entries(self._folder):
+            data = entry.data
+            if data.get("server_id") == server_id and data.get("account") == account:
+                found.append(entry)
+            else:
+                entry.close()
+        return found
+
+
+def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+    """Return whether an order still runs and can be the result of a purchase."""
+    return not order.has_ended and same_purchase(order, image, currency, spot)
+
+
+# ==================================================================================================
+# rental.cleanup
+#
+# End the orders of a rental: cancel, confirm, and reconcile purchases with unknown outcome.
+# ==================================================================================================
+
+
+SEARCH_INTERVAL = 0.5  # seconds between two searches for an order that may exist
+
+
+class Cleanup:
+    """The cleanup of one rental, which ends its orders.
+
+    Attributes:
+        block_ended_at: monotonic time at which the block ended; None before that.
+        skip_confirmation: skip the confirmation, after an interrupt during the cleanup.
+        abandoned: stop the cleanup, after three interrupts; ``leftovers()`` finds the orders.
+    """
+
+    def __init__(
+        self,
+        orders: AccountOrders,
+        rental_orders: RentalOrders,
+        settings: RentalSettings,
+    ) -> None:
+        self._orders = orders
+        self._rental_orders = rental_orders
+        self._settings = settings
+        self.block_ended_at: float | None = None
+        self.skip_confirmation = False
+        self.abandoned = False
+
+    def record_block_end(self) -> None:
+        """Record that the block has ended, which sets the deadline for cancels."""
+        self.block_ended_at = self.block_ended_at or time.monotonic()
+
+    def deadline(self) -> float:
+        """Return the deadline for cancels; there is none before the block has ended."""
+        if self.block_ended_at is None:
+            return math.inf
+        return self.block_ended_at + self._settings.cancel_timeout
+
+    def end_all(self) -> BaseException | None:
+        """End all orders, the cancels first. Return None, or the first failure."""
+        started = time.monotonic()
+        failures: list[BaseException | None] = [
+            self.cancel(purchase, self.deadline)
+            for purchase in self._rental_orders
+            if purchase.order_id is not None
+        ]
+        for purchase in self._rental_orders:
+            if purchase.order_id is None:
+                failures.append(self._reconcile(purchase))
+        for purchase in self._rental_orders:
+            failures.append(self.confirm(purchase, started))
+        return next((failure for failure in failures if failure is not None), None)
+
+    def cancel(
+        self, purchase: RentalOrder, deadline: Callable[[], float]
+    ) -> CancelUnconfirmedError | None:
+        """Cancel an order until that is accepted, or leave it to ``leftovers()``."""
+        failure = self.try_to_cancel(purchase, deadline)
+        if failure is None:
+            return None
+        order_id = purchase.order_id or 0
+        self._rental_orders.give_up(purchase)
+        logger.error(
+            "order %d could not be cancelled and may still be running: call leftovers() later",
+            order_id,
+        )
+        return purchase.cancellation(self._orders).unconfirmed(self._settings.cancel_timeout)
+
+    def try_to_cancel(
+        self, purchase: RentalOrder, deadline: Callable[[], float]
+    ) -> CloreError | None:
+        """Cancel an order until that is accepted. Return None, or the error."""
+        if purchase.accepted:
+            return None
+        failure = purchase.cancellation(self._orders).run(
+            deadline, confirm=False, stop=lambda: self.abandoned
+        )
+        if failure is None:  # the order costs nothing from now on
+            purchase.meter.stop()
+        return failure
+
+    def confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
+        """Wait until a cancelled order is listed as ended."""
+        order_id = purchase.order_id or 0
+        deadline = confirm_until(started, self._settings.cancel_timeout)
+        failure: CloreError | None = None
+        if not self.skip_confirmation:
+            failure = purchase.cancellation(self._orders).run(
+                lambda: deadline, confirm=True, stop=lambda: self.skip_confirmation
+            )
+            if failure is None:
+                self._rental_orders.forget(purchase)
+                self._rental_orders.before.add(order_id)
+                return None
+        self._rental_orders.give_up(purchase)
+        if self.skip_confirmation:
+            logger.warning(
+                "order %d was cancelled, but an interrupt skipped the confirmation", order_id
+            )
+            return CloreError(
+                f"order {order_id} was cancelled, but it is not confirmed that it has ended: call "
+                "leftovers() later"
+            )
+        logger.error(
+            "order %d was cancelled, but may still be running: call leftovers() later", order_id
+        )
+        return failure
+
+    # --- purchases with unknown outcome ---
+
+    def search_unresolved(self) -> None:
+        """Look once for the orders of unresolved purchases, and cancel those that exist."""
+        for purchase in self._rental_orders.unresolved():
+            try:
+                confirmed_absent = self._search(purchase)
+            except CloreError as error:
+                logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
+                continue
+            if purchase.order_id is not None:
+                logger.warning(
+                    "order %d of server %d exists although the API refused it: cancelling it",
+                    purchase.order_id,
+                    purchase.server_id,
+                )
+                until = time.monotonic() + self._settings.cancel_timeout
+                self.try_to_cancel(purchase, lambda: until)  # noqa: B023
+            elif confirmed_absent:
+                self._rental_orders.forget(purchase)
+
+    def _search(self, purchase: RentalOrder) -> bool:
+        """Look once for the order of a purchase. Return True if it is confirmed absent."""
+        asked_at = time.monotonic()
+        deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
+        try:
+            orders = limited(self._orders.active, deadline=deadline, urgent=True)
+        except CloreError:
+            purchase.absent.clear()  # a read that failed breaks the series
+            raise
+        return self._rental_orders.search_in(purchase, orders, asked_at)
+
+    def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
+        """Look for the order of a purchase until it is found and cancelled, or time is out."""
+        logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
+        cause: BaseException | None = None
+        confirmed_absent = False
+        while not (confirmed_absent or self.abandoned):
+            try:
+                confirmed_absent = self._search(purchase)
+                cause = None
+            except CloreError as error:
+                cause = error
+            if purchase.order_id is not None:
+                return self.cancel(purchase, self.deadline)
+            if time.monotonic() >= self.deadline():
+                break
+            if not confirmed_absent:
+                time.sleep(self._rental_orders.search_interval(SEARCH_INTERVAL))
+        if confirmed_absent and purchase.refused:
+            self._rental_orders.forget(purchase)
+            return None
+        self._rental_orders.give_up(purchase)
+        logger.warning(
+            "no order of server %d has shown up so far: call leftovers() later",
+            purchase.server_id,
+        )
+        unknown = OutcomeUnknownError(
+            f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
+            endpoint="/v1/create_order",
+        )
+        unknown.__cause__ = cause
+        return unknown
+
+
+# ==================================================================================================
+# rental.client
+#
+# RentalClient, the interface to ``CloreClient`` that rentals use.
+# ==================================================================================================
+
+
+class RentalClient(Protocol):
+    """The methods of ``CloreClient`` that a rental uses."""
+
+    def get_orders(self, include_completed: bool = False) -> list[Order]: ...
+
+    def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
+
+    def wait_for_order(
+        self, order_id: int, timeout: float, poll_interval: float, *, on_progress: Any = None
+    ) -> Order: ...
+
+    @property
+    def create_order(self) -> Callable[..., Order]: ...
+
+    @property
+    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
+
+    @property
+    def run(self) -> Callable[..., CommandResult]: ...
+
+    @property
+    def upload(self) -> Callable[..., TransferResult]: ...
+
+    @property
+    def download(self) -> Callable[..., TransferResult]: ...
+
+
+# ==================================================================================================
+# rental.handoff
+#
+# Call functions in another thread, and wait for it in a way that interrupts can't break.
+# ==================================================================================================
+
+
+WAKE_EVERY = 0.5  # seconds; a waiting thread checks again, even if no other thread wakes it
+
+
+class Gate:
+    """An event that happens once, and for which threads can wait.
+
+    A ``threading.Event`` is not used, because an interrupt can leave its lock locked.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._closed = threading.Lock()
+        self._closed.acquire()
+
+    def open(self) -> None:
+        """Wake all threads that wait."""
+        self.is_open = True
+        self._closed.release()
+
+    def wait(self) -> bool:
+        """Wait up to ``WAKE_EVERY``, and return whether it is open."""
+        if not self.is_open and self._closed.acquire(timeout=WAKE_EVERY):
+            self._closed.release()  # wake the next thread
+        return self.is_open
+
+
+class ThreadCall:
+    """A function call for another thread to run."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self._action = action
+        self.done = Gate()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Run the call, and store its result or its error."""
+        try:
+            self.result = self._action()
+        except BaseException as error:
+            self.error = error
+        self.done.open()
+
+
+def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
+    """Return the next item of a queue that only this thread reads; None after the timeout.
+
+    ``SimpleQueue.get(timeout=...)`` can wait forever if its lock is free, the queue is empty and
+    the timeout has passed. A ``get_nowait()`` that finds no item takes that lock first.
+    """
+    try:
+        return inbox.get_nowait()
+    except queue.Empty:
+        pass
+    try:
+        return inbox.get(timeout=timeout)
+    except queue.Empty:
+        return None
+
+
+# ==================================================================================================
+# rental.recovery
+#
+# Find and cancel the orders that rentals of dead processes left running.
+# ==================================================================================================
+
+
+# The allowed difference between the creation time of an order, by the server's clock, and the time
+# of its entry, by this machine's clock. All in seconds.
+CLOCKS_APART = 300.0
+CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
+LATEST_ORDER = 180.0  # a proxy can delay a request
+LEFTOVER_READ_INTERVAL = 1.0  # between two reads, while an order may not be listed yet
+
+
+class Leftover:
+    """An order that a rental left running, with the data of its journal entry.
+
+    Attributes:
+        order: the order as it is listed now. None if it is in no list, which does not mean that it
+            has ended.
+        order_id, server_id: the ids; ``order_id`` can be None if ``order`` is None.
+        started: Unix time of the purchase.
+        host, pid: the machine and the process that ordered it.
+    """
+
+    def __init__(self, entry: JournalEntry, order: Order | None) -> None:
+        data = entry.data
+        self.order = order
+        self.order_id = order.id if order is not None else entry.order_id
+        self.server_id = whole_id(data.get("server_id"))
+        self.started = finite(data.get("started"))
+        host, pid = data.get("host"), data.get("pid")
+        self.host = host if isinstance(host, str) else None
+        self.pid = pid if isinstance(pid, int) else None
+        self.path = entry.path
+
+    def __repr__(self) -> str:
+        return (
+            f"<Leftover order {self.order_id} of server {self.server_id}, by process {self.pid} "
+            f"on {self.host!r}>"
+        )
+
+
+class Leftovers:
+    """The result of ``CloreClient.leftovers``. It is false if all three lists are empty.
+
+    Attributes:
+        abandoned: orders that may still run, of dead processes of this machine.
+        elsewhere: journal entries of other machines; their processes may be alive.
+        unnoted: active orders of the account without a journal entry.
+    """
+
+    def __init__(
+        self, abandoned: list[Leftover], elsewhere: list[Leftover], unnoted: list[Order]
+    ) -> None:
+        self.abandoned = abandoned
+        self.elsewhere = elsewhere
+        self.unnoted = unnoted
+
+    def __bool__(self) -> bool:
+        """Return whether any of the three lists has an item."""
+        return bool(self.abandoned or self.elsewhere or self.unnoted)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Leftovers: {self.abandoned}, {len(self.elsewhere)} of other machines, "
+            f"{len(self.unnoted)} orders without an entry>"
+        )
+
+
+class _Survey:
+    """The journal entries and the active orders, read once and matched."""
+
+    def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
+        self._orders = orders
+        account = account_digest(orders.client.base_url, orders.client.api_key)
+        self.entries: list[JournalEntry] = []
+        self._read(folder, account)
+        try:
+            self.listed = {o.id: o for o in orders.active() if o.id is not None}
+            # Read the entries again, because another process may have ordered between the reads.
+            self._read(folder, account)
+            self._match()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, folder: Path | None, account: str) -> None:
+        known = {entry.path for entry in self.entries}
+        for entry in read_entries(folder):
+            if entry.path in known or entry.data.get("account") != account:
+                entry.close()
+            else:
+                self.entries.append(entry)
+
+    def close(self) -> None:
+        for entry in self.entries:
+            entry.close()
+
+    def _match(self) -> None:
+        named = {entry.order_id for entry in self.entries}
+        self._matched: dict[str, Order] = {}  # path of an entry -> its order
+        held: set[int] = set()
+        living: set[int] = set()  # orders that may belong to living processes
+        for entry in self.entries:
+            order_id = entry.order_id
+            if order_id is not None:
+                fitting = [self.listed[order_id]] if order_id in self.listed else []
+            else:
+                fitting = [
+                    order
+                    for number, order in self.listed.items()
+                    if number not in named and matches_entry(entry.data, order)
+                ]
+            if entry.abandoned or not entry.of_this_machine:
+                if len(fitting) > 1:
+                    logger.warning(
+                        "several orders match %s, so none is assigned to it: look at get_orders()",
+                        entry.path,
+                    )
+                elif fitting:
+                    self._matched[str(entry.path)] = fitting[0]
+                    held.add(fitting[0].id or 0)
+            else:
+                living.update(order.id or 0 for order in fitting)
+        held |= living
+        self._settle_claims(living)
+        self.unnoted = [o for i, o in self.listed.items() if i not in held and not o.has_ended]
+
+    def _settle_claims(self, living: set[int]) -> None:
+        """Assign at most one entry to each order."""
+        claims: dict[int, list[JournalEntry]] = {}
+        for entry in self.entries:
+            if (order := self._matched.get(str(entry.path))) is not None:
+                claims.setdefault(order.id or 0, []).append(entry)
+        for order_id, entries in claims.items():
+            if order_id in living or (
+                len(entries) > 1
+                and not all(entry.abandoned and entry.of_this_machine for entry in entries)
+            ):
+                logger.warning(
+                    "order %d may belong to another process, so it is not touched", order_id
+                )
+                losers = entries
+            else:
+                # All processes are dead, and the last one most likely made the order.
+                entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
+                losers = entries[:-1]
+            for entry in losers:
+                self._matched.pop(str(entry.path))
+
+    def order_of(self, entry: JournalEntry) -> Order | None:
+        order = self._matched.get(str(entry.path))
+        return None if order is None or order.has_ended else order
+
+    def undecided(self, wait: float) -> bool:
+        """Return whether an order of a dead process may not be listed yet."""
+        return any(
+            entry.abandoned and self.order_of(entry) is None and _is_recent(entry.data, wait)
+            for entry in self.entries
+        )
+
+    def tidy(self, wait: float) -> None:
+        """Remove the entries of orders that have ended or do not exist."""
+        self.missing: list[JournalEntry] = []  # entries with an order id that no list has
+        intents: list[JournalEntry] = []
+        for entry in self.entries:
+            if not entry.abandoned or self.order_of(entry) is not None:
+                continue
+            if entry.order_id is None:
+                if not _is_recent(entry.data, LATEST_ORDER + CLOCKS_APART):
+                    intents.append(entry)
+            elif not _is_recent(entry.data, wait):
+                self._tidy_order(entry, entry.order_id)
+        if intents:
+            self._tidy_intents(intents)
+
+    def _tidy_order(self, entry: JournalEntry, order_id: int) -> None:
+        try:
+            state = self._orders.state(order_id)
+        except CloreError:
+            state = OrderState.ABSENT
+        if state is OrderState.ENDED:
+            logger.info("the order of %s has ended: the entry is removed", entry.path)
+            entry.remove()
+        else:
+            self.missing.append(entry)
+
+    def _tidy_intents(self, entries: list[JournalEntry]) -> None:
+        # One list is not enough, because it can be empty for a moment.
+        time.sleep(self._orders.client.order_lag)
+        orders = self._orders.active()
+        for entry in entries:
+            if not any(matches_entry(entry.data, order) for order in orders):
+                logger.info("%s has no order: the entry is removed", entry.path)
+                entry.remove()
+
+    def abandoned(self) -> list[tuple[JournalEntry, Order | None]]:
+        """Return the entries of dead processes of this machine with orders that may run."""
+        dead = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
+        return [
+            (entry, order)
+            for entry in dead
+            if (order := self.order_of(entry)) is not None or entry in self.missing
+        ]
+
+    def result(self) -> Leftovers:
+        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
+        abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
+        return Leftovers(abandoned, elsewhere, self.unnoted)
+
+
+def matches_entry(data: dict[str, Any], order: Order) -> bool:
+    """Return whether an order can be the result of an entry without an order id."""
+    before = data.get("before")
+    if order.server_id != whole_id(data.get("server_id")):
+        return False
+    if isinstance(before, list) and order.id in before:
+        return False
+    if not can_be_order_of(order, data.get("image"), data.get("currency"), data.get("spot")):
+        return False
+    started, made = finite(data.get("started")), order.started_at
+    if started is None or made is None:
+        return False
+    ahead = finite(data.get("server_clock"))
+    apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
+    return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
+
+
+def _is_recent(data: dict[str, Any], seconds: float) -> bool:
+    started = finite(data.get("started"))
+    # A time in the future is recent too, as the clock may have been set back.
+    return started is not None and time.time() - started < seconds
+
+
+def _take_survey(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey:
+    deadline = time.monotonic() + wait
+    while True:
+        survey = _Survey(orders, folder)
+        try:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not survey.undecided(wait):
+                survey.tidy(wait)
+                return survey
+        except BaseException:
+            survey.close()
+            raise
+        survey.close()
+        time.sleep(min(LEFTOVER_READ_INTERVAL, max(0.01, wait / 10), remaining))
+
+
+def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
+    """Find the orders that rentals left running; see ``CloreClient.leftovers``."""
+    survey = _take_survey(orders, folder, wait)
+    survey.close()
+    return survey.result()
+
+
+def end_leftovers(
+    orders: AccountOrders, folder: Path | None, wait: float, timeout: float
+) -> list[int]:
+    """Cancel the orders that dead processes left; see ``CloreClient.cancel_leftovers``."""
+    survey = _take_survey(orders, folder, wait)
+    ended: list[int] = []
+    failed: dict[int, BaseException] = {}
+    try:
+        # The entries are locked, so no other process cancels the same orders.
+        for entry, order in survey.abandoned():
+            order_id = entry.order_id if order is None else order.id
+            if order_id is None:
+                continue
+            started = time.monotonic()
+            # An order that no list has may have ended, and the API may refuse its cancel forever.
+            until = started + (
+                timeout if order is not None else min(timeout, orders.client.order_lag)
+            )
+            cancellation = Cancellation(orders, order_id)
+            failure = cancellation.run(lambda: until, confirm=False)  # noqa: B023
+            if failure is None:
+                confirmed_by = confirm_until(started, timeout)
+                failure = cancellation.run(lambda: confirmed_by, confirm=True)  # noqa: B023
+            if failure is None:
+                logger.info("order %d of a dead process has ended", order_id)
+                entry.remove()
+                ended.append(order_id)
+            else:
+                failed[order_id] = failure
+    finally:
+        survey.close()
+    if failed:
+        ids = ", ".join(map(str, failed))
+        raise CancelUnconfirmedError(
+            f"orders not confirmed to have ended: {ids} (ended: {ended}); they may still be "
+            "running, and cost money, so call cancel_leftovers() again",
+            order_ids=tuple(failed),
+        ) from next(iter(failed.values()))
+    return ended
+
+
+# ==================================================================================================
+# rental.signals
+#
+# Handle SIGTERM and SIGHUP, so that they end rentals.
+# ==================================================================================================
+
+
+SIGNALS = tuple(s for n in ("SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None)
+
+
+class SignalExit(SystemExit):
+    """A signal that ends the process, raised in the main thread to end its ``with`` blocks.
+
+    It is a ``SystemExit`` and not an ``Exception``. The exit status of the process is 128 plus the
+    number of the signal.
+
+    Attributes:
+        signum: the number of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+
+
+def in_main_thread() -> bool:
+    """Return whether this is the main thread, the only one that signals interrupt."""
+    return threading.get_ident() == threading.main_thread().ident
+
+
+def _on_signal(signum: int, frame: FrameType | None) -> None:
+    # The handler must not take a lock or use the network.
+    if not this_process.signal_users:  # do what the default handler does
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+        return
+    this_process.stopping_signal = signum
+    for rental in list(this_process.rentals):
+        rental.on_signal(signum)
+    raise SignalExit(signum)
+
+
+class SignalHandling:
+    """One user of the signal handler. The last ``close()`` restores the former handlers.
+
+    The first user in the main thread installs it, but only for signals with the default handler.
+    """
+
+    def __init__(self) -> None:
+        this_process.signal_users.add(self)
+        if in_main_thread():
+            this_process.stopping_signal = None
+            for signum in SIGNALS:
+                _install(signum)
+        elif not this_process.handled_signals:
+            warn_once(
+                "SIGTERM and SIGHUP will not end this rental, as it began outside the main thread: "
+                "call handle_signals() in the main thread first"
+            )
+
+    def close(self) -> None:
+        """Stop using the signal handler. Safe to repeat."""
+        this_process.signal_users.discard(self)
+        # Another thread can't restore handlers; without users, ours does what the default does.
+        if not this_process.signal_users and in_main_thread():
+            _restore_handlers()
+
+    def __enter__(self) -> SignalHandling:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _install(signum: int) -> None:
+    current = signal.getsignal(signum)
+    if current is _on_signal:
+        this_process.handled_signals.add(signum)
+    elif current == signal.SIG_DFL:
+        signal.signal(signum, _on_signal)
+        this_process.handled_signals.add(signum)
+    else:
+        name = signal.Signals(signum).name
+        what = "is ignored" if current == signal.SIG_IGN else "already has a handler"
+        warn_once(f"{name} {what}, so it will not end rentals")
+
+
+def _restore_handlers() -> None:
+    for signum in list(this_process.handled_signals):
+        if signal.getsignal(signum) is _on_signal:
+            signal.signal(signum, signal.SIG_DFL)
+        this_process.handled_signals.discard(signum)
+
+
+def _leave_signals_to_parent() -> None:
+    this_process.signal_users.clear()
+    this_process.stopping_signal = None
+    _restore_handlers()  # a child that waits for a lock could miss the signal
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_signals_to_parent)
+
+
+# ==================================================================================================
+# rental.worker
+#
+# RentalWorker, the thread that orders, watches and ends the orders of one rental.
+# ==================================================================================================
+
+
+Result = TypeVar("Result")
+
+SEARCH_INTERVAL_IN_BLOCK = 2.0  # seconds between two searches, while the block runs
+GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
+
+# After these errors, no order exists.
+NO_ORDER_ERRORS = (
+    AuthenticationError,
+    CloreAPIError,
+    CloreConnectionError,
+    ConfigurationError,
+    RateUnknownError,
+    SpendingLimitError,
+    ValueError,
+    TypeError,
+    ImportError,
+)
+
+
+class RentalWorker:
+    """The orders of one rental, from the first request to the confirmed end.
+
+    Its thread ends the orders when the block ends, or when the ``with`` statement or the rental no
+    longer exists, because an interrupt can stop ``__exit__`` at its first line. It also ends them
+    when a limit is reached, at a signal in another thread, and at the exit of the interpreter.
+
+    Attributes:
+        finished: open when the thread is done.
+        failure: the error that the user must know; None if all orders have ended.
+        connections: SSH connections to close at the end of the rental.
+        closed: whether ``close()`` is done.
+    """
+
+    def __init__(
+        self,
+        client: RentalClient,
+        orders: AccountOrders,
+        settings: RentalSettings,
+        folder: Path | None,
+        inbox: queue.SimpleQueue[Any],
+        holders: list[weakref.ref[Any]],
+    ) -> None:
+        self._client = client
+        self._orders = orders
+        self._settings = settings
+        self._inbox = inbox
+        self._holders = holders  # weak references to the rental and its with statement
+        self.pid = os.getpid()
+        self.budget = Budget(settings)
+        self.finished = Gate()
+        self.failure: BaseException | None = None
+        self.connections: list[Any] = []
+        self.closed = False
+        self.kept = False
+        self.signalled: int | None = None
+        self.exceeded: BudgetExceededError | None = None  # made when a limit was reached
+        self._main = in_main_thread()
+        self._signals: SignalHandling | None = None
+        self._rental_orders = RentalOrders(
+            orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
+        )
+        self._cleanup = Cleanup(orders, self._rental_orders, settings)
+        self._current: RentalOrder | None = None  # the order of the block
+        self._started = False
+        self._interrupted_at: list[float] = []
+
+    # --- called by the rental, in its own thread ---
+
+    def start(self) -> None:
+        """Start the thread, and let signals and the exit of the interpreter end the rental."""
+        self._signals = SignalHandling()
+        context = contextvars.copy_context()
+        this_process.rentals.add(self)
+        try:
+            # An interrupt can break threading.Thread.start(), so that the thread never runs.
+            _thread.start_new_thread(context.run, (self._work,))
+        except RuntimeError as error:
+            this_process.rentals.discard(self)
+            self.close()
+            raise RentalError(
+                f"nothing was rented, because the worker thread could not start: {error}"
+            ) from error
+        self._started = True
+
+    @property
+    def abandoned(self) -> bool:
+        """True if three interrupts stopped the cleanup; ``leftovers()`` finds the orders."""
+        return self._cleanup.abandoned
+
+    def call_in_thread(self, action: Callable[[], Result]) -> Result:
+        """Run a function in the worker thread, and return its result or raise its error."""
+        request = ThreadCall(action)
+        self._inbox.put(request)
+        while not request.done.wait():
+            if self.finished.is_open:
+                raise RentalError("the rental has ended: call rent() again")
+        if request.error is not None:
+            raise request.error
+        return request.result  # type: ignore[no-any-return]
+
+    def record_existing_orders(self, orders: list[Order]) -> None:
+        """Record the orders that exist before the first purchase."""
+        self._rental_orders.before = {order.id for order in orders if order.id is not None}
+
+    def buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
+        """Order a server.
+
+        Parameters:
+            server: the server.
+            price: its price in USD per hour, without fees.
+            arguments: the arguments of ``create_order``.
+        """
+        return self.call_in_thread(lambda: self._buy(server, price, arguments))
+
+    def end_order(self) -> BaseException | None:
+        """End the current order. Return None if that is confirmed, else the error."""
+        return self.call_in_thread(self._end_current)
+
+    def keep(self) -> None:
+        """Keep the current order running after the rental."""
+        self.call_in_thread(self._keep)
+
+    def correct_price(self, usd_per_hour: float) -> None:
+        """Set the price of the current order, as the API shows it."""
+        if self._current is not None:
+            self._current.meter.correct(usd_per_hour)
+
+    def check(self) -> None:
+        """Raise an error if a limit, a signal or the interpreter ends the rental."""
+        if self.pid != os.getpid():
+            return
+        if not self.kept and self._current is not None and self._exceed():
+            self._inbox.put(None)  # wake the worker, which ends the order
+        if self.exceeded is not None:
+            raise self.budget_error(self.exceeded)
+        if self.signalled is None:
+            self.signalled = None if in_main_thread() else this_process.stopping_signal
+        if self.signalled is not None:
+            raise SignalExit(self.signalled)
+        if this_process.exiting:
+            raise RentalError("the interpreter is exiting, so the rental has ended")
+
+    def end(self, interrupted: bool) -> list[BaseException]:
+        """End the rental, and wait until that is done. Safe to repeat.
+
+        An interrupt during the wait skips the confirmation. The third interrupt within two seconds
+        stops the cancelling too; an interrupt that ended the block counts.
+
+        Parameters:
+            interrupted: whether an interrupt ended the block.
+
+        Returns:
+            The interrupts during the wait.
+        """
+        self.request_end()
+        if not self._started:  # nothing was bought; a thread that starts now ends at once
+            return []
+        caught: list[BaseException] = []
+        times = self._interrupted_at
+        if interrupted:
+            times.append(time.monotonic())
+        while True:
+            try:
+                if self.finished.wait():
+                    break
+            except (KeyboardInterrupt, SystemExit) as interrupt:
+                self._cleanup.skip_confirmation = True
+                caught.append(interrupt)
+                times.append(time.monotonic())
+                if len(times) >= 3 and times[-1] - times[-3] <= GIVE_UP_WITHIN:
+                    self._abandon()
+                    break
+        return caught
+
+    def budget_error(self, exceeded: BudgetExceededError) -> BudgetExceededError:
+        """Return the error for the user, which says if the cancel is accepted already."""
+        ended = self._current is None or self._current.accepted
+        state = "was ended" if ended else "is being ended"
+        hours, cost, order_id = exceeded.hours, exceeded.cost_usd, exceeded.order_id
+        return BudgetExceededError(
+            f"{exceeded}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
+            order_id=order_id,
+            hours=hours,
+            cost_usd=cost,
+        )
+
+    def close_ssh(self) -> None:
+        """Close the SSH connections of the rental."""
+        while True:
+            try:
+                connection = self.connections.pop()
+            except IndexError:  # empty
+                return
+            try:
+                connection.close()
+            except Exception as error:
+                logger.debug("an SSH connection could not be closed: %s", error)
+
+    def close(self) -> None:
+        """Close the connections, and stop handling signals."""
+        self.close_ssh()
+        if self._signals is not None:
+            self._signals.close()
+        self.closed = True
+
+    def request_end(self) -> None:
+        """Let the worker thread end the rental, without waiting for it."""
+        self._cleanup.record_block_end()
+        self._inbox.put(None)
+
+    def _abandon(self) -> None:
+        """Stop the cleanup, and leave the orders to ``leftovers()``."""
+        self._cleanup.abandoned = True
+        left = list(self._rental_orders)
+        for purchase in left:
+            if purchase.entry is not None:
+                purchase.entry.abandoned = True
+        ids = tuple(p.order_id for p in left if p.order_id is not None)
+        text = f"interrupted three times, and {'; '.join(map(str, left))}: call leftovers() later"
+        if left:
+            self.failure = (
+                CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
+            )
+
+    def on_signal(self, signum: int) -> None:
+        """End the rental. This runs in a signal handler, so it must not take a lock."""
+        if not self._main:
+            self.signalled = signum
+            self._inbox.put(None)
+
+    # --- the thread ---
+
+    def _work(self) -> None:
+        try:
+            while not (self._has_ended_block() or self.kept):
+                self._next_request()
+                if self._must_end_order():
+                    self._end_early()
+                self._cleanup.search_unresolved()
+        except BaseException as error:
+            self.failure = error
+        self._cleanup.record_block_end()
+        try:
+            failure = self._cleanup.end_all()
+        except BaseException as error:
+            failure = error
+        if not self._cleanup.abandoned:
+            self.failure = failure or self.failure
+        this_process.rentals.discard(self)
+        if self._block_is_gone():  # __exit__ did not run
+            self.close()
+            if self.failure is not None:
+                logger.error("the end of an interrupted rental failed: %s", self.failure)
+        self.finished.open()
+
+    def _next_request(self) -> None:
+        timeout = None if self.exceeded else self.budget.seconds_left()
+        if self._rental_orders.unresolved():
+            interval = self._rental_orders.search_interval(SEARCH_INTERVAL_IN_BLOCK)
+            timeout = interval if timeout is None else min(interval, timeout)
+        request = next_item(self._inbox, timeout)
+        if isinstance(request, ThreadCall):
+            request.run()
+
+    def _taken(self) -> set[int | None]:
+        """Return the order ids of all open rentals of this account in this process."""
+        account = self._orders.claims
+        workers = [w for w in list(this_process.rentals) if w._orders.claims is account]
+        return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
+
+    def _has_ended_block(self) -> bool:
+        return self._cleanup.block_ended_at is not None or self._block_is_gone()
+
+    def _block_is_gone(self) -> bool:
+        """Return whether the ``with`` statement or the rental no longer exists."""
+        return any(holder() is None for holder in self._holders)
+
+    def _must_end_order(self) -> bool:
+        current = self._current
+        if current is None or current.accepted or current.order_id is None or self.kept:
+            return False
+        return self.signalled is not None or self._exceed()
+
+    def _exceed(self) -> bool:
+        """Check the limits, and return whether one was reached, now or before."""
+        if self.exceeded is None and (text := self.budget.exceeded_by()) is not None:
+            order_id = None if self._current is None else self._current.order_id
+            self.exceeded = BudgetExceededError(
+                text, order_id=order_id, hours=self.budget.hours, cost_usd=self.budget.cost_usd
+            )
+            logger.warning("%s", self.budget_error(self.exceeded))
+        return self.exceeded is not None
+
+    # --- buying ---
+
+    def _buy(self, server: Server, price: float | None, arguments: dict[str, Any]) -> Order:
+        self.check()
+        purchase = self._current = self._rental_orders.record_intent(server.id or 0, price)
+        try:
+            order: Order = self._client.create_order(purchase.server_id, **arguments)
+            if order.id is None:
+                raise OutcomeUnknownError(
+                    "the response to create_order has no order id, so the order may exist: look at "
+                    "get_orders()"
+                )
+        except DatabaseError:
+            self._rental_orders.mark_refused(purchase)
+            self._current = None
+            raise
+        except NO_ORDER_ERRORS as error:
+            # After an unknown code, or a response without one, the order may exist.
+            if not isinstance(error, CloreAPIError) or error.code in ERROR_CODES:
+                self._rental_orders.forget(purchase)
+                self._current = None
+            raise
+        self._rental_orders.set_order_id(purchase, order.id)
+        self._rental_orders.remove_dead_entries(purchase.server_id)
+        return order
+
+    def _keep(self) -> None:
+        current = self._current
+        if current is None or current.order_id is None or current.accepted:
+            raise RentalError("the order has ended already, so it can't be kept: rent again")
+        self.kept = True
+        logger.info(
+            "order %d is kept: it runs and costs money until it is cancelled", current.order_id
+        )
+        self._rental_orders.forget(current)
+
+    # --- the end ---
+
+    def _end_early(self) -> None:
+        """End the current order before the end of the block."""
+        current = self._current
+        if current is None or current.order_id is None:
+            return
+        # In its own thread, because the cancel may have to wait for the API.
+        threading.Thread(target=self.close_ssh, name="clore-rental-close", daemon=True).start()
+        failure = self._cleanup.try_to_cancel(current, self._cleanup.deadline)
+        if failure is not None:
+            logger.error("order %d could not be cancelled: %s", current.order_id, failure)
+        self.close_ssh()  # the block may have opened another one
+
+    def _end_current(self) -> BaseException | None:
+        current, started = self._current, time.monotonic()
+        if current is None:
+            return None
+        until = started + self._settings.cancel_timeout
+        failure: BaseException | None = self._cleanup.cancel(
+            current, lambda: min(until, self._cleanup.deadline())
+        )
+        if failure is None:
+            failure = self._cleanup.confirm(current, started)
+        self._current = None
+        return failure
+
+
+def _end_all() -> None:
+    """End the rentals that are still open when the interpreter exits."""
+    this_process.exiting = True
+    # After three interrupts, the user does not want to wait.
+    workers = [w for w in list(this_process.rentals) if not w.abandoned]
+    for worker in workers:
+        worker.request_end()
+    for worker in workers:
+        worker.end(interrupted=False)
+        if worker.failure is not None:
+            logger.error("the end of a rental at exit failed: %s", worker.failure)
+
+
+atexit.register(_end_all)
+
+
+# ==================================================================================================
+# rental.rental
+#
+# Rental, the context manager of ``rent()``: find, order, wait, and cancel at the end.
+# ==================================================================================================
+
+
+Part = TypeVar("Part")
+
+# After these errors, rent() tries the next server.
+TRY_NEXT_ERRORS = (
+    ServerAlreadyRentedError,
+    ServerOfflineError,
+    CurrencyNotAllowedError,
+    BidTooLowError,
+    DatabaseError,
+)
+
+
+class _BlockExit:
+    """A descriptor for ``Rental.__exit__`` that returns a new object to each ``with`` statement.
+
+    The ``with`` statement keeps that object until the block has ended in any way. The worker has a
+    weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
+    line.
+    """
+
+    def __get__(self, rental: Rental | None, owner: type[Rental]) -> Callable[..., None]:
+        if rental is None:
+            return owner._end
+        leave = functools.partial(owner._end, rental)
+        if rental._worker is None:
+            rental._block = weakref.ref(leave, rental._inbox.put)
+        return leave
+
+
+class Rental:
+    """A server that is rented for the length of a ``with`` block; see ``CloreClient.rent``.
+
+    A worker thread, :class:`RentalWorker`, orders and cancels. The thread that runs the block looks
+    for servers, and waits.
+
+    Attributes:
+        order: the order as it was when it started to run, with its ``ssh_password`` if the client
+            generated one.
+        server: the server as it was listed.
+        tried: (server id, reason) for each server that did not work.
+    """
+
+    def __init__(
+        self,
+        client: RentalClient,
+        orders: AccountOrders,
+        settings: RentalSettings,
+        folder: Path | None,
+        progress: ProgressOptions | None = None,
+    ) -> None:
+        self._client = client
+        self._orders = orders
+        self._settings = settings
+        self._folder = folder
+        self._progress = progress or ProgressOptions()
+        self._report: Report | None = None  # while servers are tried
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests to the worker
+        self._block: weakref.ref[Any] | None = None
+        self._worker: RentalWorker | None = None
+        self._order: Order | None = None
+        self._server: Server | None = None
+        self._shell: Any = None
+        self.tried: list[tuple[int, str]] = []
+
+    def __repr__(self) -> str:
+        worker = self._worker
+        state = "not open" if worker is None or worker.finished.is_open else "open"
+        if worker is not None and worker.kept:
+            state = "kept"
+        return f"<Rental of order {self._order.id if self._order else None}, {state}>"
+
+    # --- for users ---
+
+    @property
+    def order(self) -> Order:
+        """The order as it was when it started to run."""
+        return _check_open(self._order)
+
+    @property
+    def server(self) -> Server:
+        """The server as it was listed."""
+        return _check_open(self._server)
+
+    @property
+    def hours(self) -> float:
+        """The hours since the first order of this rental."""
+        return self._worker.budget.hours if self._worker else 0.0
+
+    @property
+    def cost_usd(self) -> float:
+        """The cost so far in USD, with fees, including servers that did not work.
+
+        It is an estimate from the price of the order, the exchange rate of the listing, a fee of
+        5 % (spot: 1.25 %), and 0.10 USD after ten minutes (fees as seen on the live API). It counts
+        from the send of the order until its cancel is accepted. A new bid of this client counts
+        from its time on.
+        """
+        return self._worker.budget.cost_usd if self._worker else 0.0
+
+    def ssh(self, **options: Any) -> paramiko.SSHClient:
+        """Open an SSH connection, which the end of the block closes. Needs paramiko.
+
+        Parameters:
+            **options: arguments of :meth:`CloreClient.connect_ssh`, for example ``key_path=``.
+
+        Returns:
+            A connected ``paramiko.SSHClient``.
+        """
+        worker = self._open_worker()
+        try:
+            connection = self._client.connect_ssh(self.order, **options)
+        except Exception:
+            worker.check()  # the rental may have ended
+            raise
+        worker.connections.append(connection)
+        try:
+            worker.check()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def run(self, command: str | Sequence[str], **options: Any) -> CommandResult:
+        """Run a command on the machine, as :meth:`CloreClient.run` does. Needs paramiko.
+
+        Parameters:
+            command: a command for the machine's shell; a list of arguments is quoted.
+            **options: arguments of :meth:`CloreClient.run`. All calls share one connection, so
+                login arguments only have an effect in the first call.
+
+        Raises:
+            CommandError: the exit code was not 0.
+            BudgetExceededError: the rental has reached a limit, and has ended.
+        """
+        return self._over_ssh(self._client.run, (command,), options)  # type: ignore[no-any-return]
+
+    def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
+        """Copy a file or directory to the machine, as :meth:`CloreClient.upload` does."""
+        return self._over_ssh(self._client.upload, (local, remote), options)  # type: ignore[no-any-return]
+
+    def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
+        """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
+        return self._over_ssh(self._client.download, (remote, local), options)  # type: ignore[no-any-return]
+
+    def _over_ssh(
+        self, method: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Call a method of the client with the rental's own connection."""
+        worker = self._open_worker()
+        login = {name: options.pop(name) for name in LOGIN_OPTIONS & options.keys()}
+        if self._shell is None or not _is_open(self._shell):
+            self._shell = self.ssh(**login)
+        try:
+            return method(self.order, *arguments, ssh=self._shell, **options)
+        finally:
+            worker.check()
+
+    def keep(self) -> Order:
+        """Keep the order running after the end of the block, until you cancel it.
+
+        Limits and signals don't end it any more.
+
+        Returns:
+            The :class:`Order`.
+        """
+        worker, order = self._open_worker(), self.order
+        if worker.finished.is_open:
+            raise RentalError(
+                f"order {order.id} has ended already, so it can't be kept: rent again"
+            )
+        worker.keep()
+        return order
+
+    def _open_worker(self) -> RentalWorker:
+        """Return the worker, or raise an error if the rental has ended."""
+        worker = _check_open(self._worker)
+        worker.check()
+        return worker
+
+    # --- the block ---
+
+    def __enter__(self) -> Rental:
+        if self._worker is not None:
+            raise RentalError("a rental can be entered only once: call rent() again")
+        holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
+        if self._block is not None and self._block() is not None:
+            holders.append(self._block)
+        self._worker = RentalWorker(
+            self._client, self._orders, self._settings, self._folder, self._inbox, holders
+        )
+        try:
+            self._worker.start()
+            with self._progress.reporting() as self._report:
+                self._try_servers(self._worker)
+            self._report = None
+        except BaseException as error:
+            self._end(type(error), error)
+            raise
+        return self
+
+    __exit__ = _BlockExit()
+
+    def _end(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        """End the rental; raise an error if that failed, or a limit or signal ended it."""
+        worker = self._worker
+        if worker is None or worker.pid != os.getpid():
+            return  # in a forked child, the order belongs to the parent
+        interrupts: list[BaseException] = []
+        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+        while not worker.closed:
+            try:
+                interrupts += worker.end(interrupted)
+                worker.close()
+            except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
+                interrupts.append(late)
+                interrupted = True
+        self._shell = None
+        _raise_failure(error, worker, interrupts)
+
+    # --- servers ---
+
+    def _try_servers(self, worker: RentalWorker) -> None:
+        settings, client = self._settings, self._client
+        worker.record_existing_orders(client.get_orders())
+        servers, no_server = candidates(self._orders.market, settings)
+        for server in servers[: settings.attempts]:
+            worker.check()
+            reason = self._try(worker, server)
+            if reason is None:
+                return
+            logger.info("server %s: %s", server.id, reason)
+            self.tried.append((server.id or 0, reason))
+        tried = "; ".join(f"server {server_id}: {why}" for server_id, why in self.tried)
+        raise RentalError(
+            f"none of {len(self.tried)} servers worked: {tried}" if tried else no_server,
+            tried=tuple(self.tried),
+        )
+
+    def _try(self, worker: RentalWorker, server: Server) -> str | None:
+        """Rent a server. Return None if it runs, else the reason why it does not work."""
+        price = self._settings.price_of(server)
+        shown = "price unknown" if price is None else f"{price:.3g} USD/h"
+        self._tell("rent", f"renting server {server.id} ({server.gpu_name}, {shown})")
+        try:
+            order = self._buy(worker, server)
+        except TRY_NEXT_ERRORS as error:
+            return str(error)
+        self._tell("order", f"order {order.id}")
+        self._order, self._server = order, server
+        reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
+        if reason is None:
+            return None
+        worker.check()
+        failure = worker.end_order()
+        self._order = self._server = None
+        if failure is not None:
+            raise failure
+        return reason
+
+    def _tell(self, name: str, text: str) -> None:
+        if self._report is not None:
+            self._report(ProgressEvent(name, 3600 * self.hours, text))
+
+    def _buy(self, worker: RentalWorker, server: Server) -> Order:
+        settings = self._settings
+        price = settings.price_of(server)
+        arguments = {**settings.order_arguments, "find_timeout": settings.find_timeout}
+        if settings.spot:
+            arguments["spot_price"] = price
+            # Read the exchange rate now, because the cost counts from the purchase on.
+            self._client.get_spot_market(server.id or 0)
+        return worker.buy(server, price, arguments)
+
+    def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
+        """Wait until an order runs. Return None, or the reason why it does not."""
+        settings = self._settings
+        more: dict[str, Any] = {} if self._report is None else {"on_progress": self._report}
+        try:
+            running: Order = self._client.wait_for_order(
+                order.id or 0, timeout=settings.deploy_timeout,
+                poll_interval=settings.poll_interval, **more,
+            )  # fmt: skip
+        except (WaitTimeoutError, OrderEndedError) as error:
+            return str(error)
+        if "ssh_password" in order:
+            running["ssh_password"] = order["ssh_password"]
+        self._order = running
+        reason = self._over_limit(worker, running, server)
+        if reason is None:
+            worker.check()
+        return reason
+
+    def _over_limit(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
+        price = order_usd_per_hour(order, server, self._settings.currency)
+        if price is not None:
+            worker.correct_price(price)
+        if not self._settings.exceeds_price_limit(server, price):
+            return None
+        return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
+
+
+def _raise_failure(
+    error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
+) -> None:
+    """Raise an error, or add a note to ``error``, if the end of a rental needs it.
+
+    Parameters:
+        error: the exception of the block, or None.
+        worker: the worker, which has ended the rental or was interrupted.
+        interrupts: the interrupts during the end of the rental.
+    """
+    failure = worker.failure
+    note = None if failure is None else str(failure)
+    plain = error is None or isinstance(error, Exception)
+    exceeded = worker.exceeded
+    if exceeded is not None and plain and not _is_of(error, exceeded.order_id):
+        raised: BaseException = worker.budget_error(exceeded)
+        if note:
+            add_note(raised, note)
+        raise raised from error
+    if plain and not interrupts and worker.signalled is not None and not worker.kept:
+        interrupts = [SignalExit(worker.signalled)]
+    if interrupts and plain:
+        if note:
+            add_note(interrupts[-1], note)
+        raise interrupts[-1]
+    if error is None and failure is not None:
+        raise failure
+    if error is not None and note and error is not failure:
+        add_note(error, note)
+
+
+def _check_open(part: Part | None) -> Part:
+    """Return a part of a rental, which is None before the block begins."""
+    if part is None:
+        raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
+    return part
+
+
+def _is_of(error: BaseException | None, order_id: int | None) -> bool:
+    return isinstance(error, BudgetExceededError) and error.order_id == order_id
+
+
+def _is_open(ssh: Any) -> bool:
+    transport = ssh.get_transport()
+    return transport is not None and transport.is_active()
+
+
+# ==================================================================================================
+# ssh.address
+#
+# Read the address of a machine from its order.
+# ==================================================================================================
+
+
+DEFAULT_USER = "root"
+DEFAULT_PORT = 22
+
+
+def parse_ssh_command(order: Any) -> dict[str, Any]:
+    """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
+    raw = _ssh_line(order)
+    host, port, user = parse_address(raw)
+    return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
+            "raw": raw}  # fmt: skip
+
+
+def check_order(order: Any) -> Mapping[str, Any]:
+    """Check that an argument is an order, and return it."""
+    if not isinstance(order, Mapping):
+        raise TypeError(
+            f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
+        )
+    return order
+
+
+def plain_address(order: Any) -> dict[str, Any]:
+    """Read the same from an order; raise unless host and user are plain names or addresses."""
+    address = parse_ssh_command(check_order(order))
+    user = parse_address(address["raw"])[2]
+    if address["host"] and (not user or plain_user(user)):
+        return address
+    status = order.get("status")
+    raise SSHError(
+        f"the order has no address for SSH, or no plain one: connection.ssh is "
+        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
+        "wait_for_order() returns an order that has one"
+    )
+
+
+def _ssh_line(order: Any) -> str:
+    connection = order.get("connection") if isinstance(order, Mapping) else None
+    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
+    return raw if isinstance(raw, str) else ""
+
+
+def parse_address(raw: str) -> tuple[str, int, str]:
+    """Return the host, if it is a plain one, the port, and the user as it stands there."""
+    words = raw.split()
+    if words[:1] == ["ssh"]:
+        words = words[1:]
+    target, port, user = "", DEFAULT_PORT, ""
+    while words:
+        word = words.pop(0)
+        if word in ("-p", "-l") and words:
+            value = words.pop(0)
+            if word == "-l":
+                user = value
+            else:
+                port = _port_number(value)
+        elif word.startswith("-p"):
+            port = _port_number(word[2:])
+        elif word.startswith("-") or target:
+            # An option that could run something here, or a command: not an address to trust.
+            return "", DEFAULT_PORT, ""
+        else:
+            target = word
+    named, at, host = target.rpartition("@")
+    user = named if at else user
+    if host.startswith("[") and "]" in host:
+        host, _, rest = host[1:].partition("]")
+        port = _port_number(rest[1:]) if rest[:1] == ":" else port
+    elif host.count(":") == 1:
+        host, _, rest = host.partition(":")
+        port = _port_number(rest)
+    return host if plain_host(host) else "", port, user
+
+
+def _port_number(text: str) -> int:
+    digits = text.isascii() and text.isdigit() and len(text) <= 5
+    return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
+
+
+# ==================================================================================================
+# ssh.watchdog
+#
+# Limit calls that have no timeout of their own, and start threads.
+# ==================================================================================================
+
+
+WATCH_INTERVAL = 0.1  # seconds between two checks of the limits
+
+
+def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
+    """Start a daemon thread."""
+    thread = threading.Thread(target=target, args=args, name=f"clore-{name}", daemon=True)
+    thread.start()
+    return thread
+
+
+class Limit:
+    """The time limit of a block.
+
+    Attributes:
+        expired: True if the block took longer.
+    """
+
+    def __init__(self, seconds: float, action: Callable[[], object]) -> None:
+        self.deadline = time.monotonic() + seconds
+        self.action = action
+        self.expired = False
+
+
+class Watchdog:
+    """Runs an action when a block takes too long; a context manager with one thread.
+
+    paramiko writes to a socket without a timeout: only closing the connection ends that.
+    """
+
+    def __init__(self) -> None:
+        self._limits: dict[int, Limit] = {}
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        self._thread = start_thread("watchdog", self._watch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float, action: Callable[[], object]) -> Iterator[Limit]:
+        """Run ``action`` in a new thread if the block takes longer than ``seconds``."""
+        limit = Limit(seconds, action)
+        self._limits[id(limit)] = limit
+        try:
+            yield limit
+        finally:
+            self._limits.pop(id(limit), None)
+
+    def _watch(self) -> None:
+        while not self._done.wait(WATCH_INTERVAL):
+            now = time.monotonic()
+            for key, limit in list(self._limits.items()):
+                if now >= limit.deadline and self._limits.pop(key, None) is not None:
+                    limit.expired = True
+                    logger.debug("the watchdog stops a call that takes too long")
+                    start_thread("watchdog-action", limit.action)
+
+
+# ==================================================================================================
+# ssh.transport
+#
+# Prepare paramiko's transports and channels: bounded memory, fast ciphers, dead links noticed.
+#
+# paramiko has no settings for most of this: these are attributes of its objects. Two of them are
+# private, ``Packetizer._read_timeout`` and ``Transport._send_user_message``; a test names the
+# versions of paramiko with which that was checked.
+# ==================================================================================================
+
+
+REKEY_BYTES = 2**36
+MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
+MAX_PACKET = 2**22  # bytes, far more than anybody asks for
+CHANNEL_PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
+COMMAND_WINDOW = 2**21  # bytes
+KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
+DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
+KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
+# Messages that begin with a count, for as many things as paramiko would then read from nothing.
+_EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
+_CHANNEL_CLOSE = b"\x61"
+# Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
+FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+
+
+class NoChannelError(SSHError):
+    """A host opens no further channel on a connection; sshd's MaxSessions is ten by default."""
+
+
+def takes_turns(transport: Any) -> bool:
+    """Return whether a command may not start while another one of the connection ends.
+
+    When one ends, dropbear (2022.83) closes every channel whose command has not started yet.
+    """
+    return "dropbear" in str(getattr(transport, "remote_version", ""))
+
+
+def prepared_transport(
+    sock: Any, options: dict[str, Any], timeout: float, key_types: Iterable[str]
+) -> Any:
+    """Make a transport for ``SSHClient.connect``.
+
+    Parameters:
+        options: what paramiko gives to the transport that it would make.
+        timeout: seconds for the handshake.
+        key_types: of the host's keys, the preferred ones first.
+    """
+    import paramiko
+
+    transport: Any = paramiko.Transport(sock, **options)
+    # paramiko deadlocks in a new key exchange while several threads send, and the connection dies
+    # of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
+    transport.packetizer.REKEY_BYTES = REKEY_BYTES
+    transport.handshake_timeout = timeout
+    _limit_packets(transport.packetizer, paramiko.SSHException)
+    _name_errors(transport, paramiko.SSHException)
+    with contextlib.suppress(OSError, AttributeError):
+        # Or each small packet waits up to 40 ms for the answer to the one before.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    security = transport.get_security_options()
+    security.ciphers = _preferred(security.ciphers, FAST_CIPHERS)
+    security.key_types = _preferred(security.key_types, key_types)
+    return transport
+
+
+def _preferred(names: Any, first: Any) -> list[str]:
+    """Return ``names`` with those of ``first`` that are among them in front."""
+    return [n for n in first if n in names] + [n for n in names if n not in first]
+
+
+def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
+    """Limit what a host may send: paramiko takes lines, packets and counts of any size."""
+    read_timeout: Any = getattr(packetizer, "_read_timeout", None)
+    read_all, read_message = packetizer.read_all, packetizer.read_message
+    greeting = 0
+    packetizer.last_received = time.monotonic()
+
+    def limited_greeting(timeout: float) -> Any:
+        nonlocal greeting
+        piece = read_timeout(timeout)
+        greeting += len(piece)
+        if greeting > MAX_GREETING:
+            raise error(": it has no end")
+        return piece
+
+    def limited_packet(size: int, check_rekey: bool = False) -> Any:
+        if size > MAX_PACKET:
+            raise error(f"it sends a packet of {size} bytes")
+        return read_all(size, check_rekey)
+
+    def limited_message() -> Any:
+        kind, message = read_message()
+        then, packetizer.last_received = packetizer.last_received, time.monotonic()
+        if kind == _SERVICE_ACCEPT:  # its request followed the message before
+            packetizer.round_trip = packetizer.last_received - then
+        if kind in (_EXT_INFO, _INFO_REQUEST):
+            if kind == _INFO_REQUEST:
+                for _ in range(3):
+                    message.get_binary()
+            if message.get_int() > len(message.asbytes()):
+                raise error("it sends a list longer than its message")
+            message.rewind()
+        return kind, message
+
+    packetizer._read_timeout = limited_greeting
+    packetizer.read_all = limited_packet
+    packetizer.read_message = limited_message
+
+
+def _name_errors(transport: Any, error: type[Exception]) -> None:
+    """Raise as paramiko's own error what its thread died of: odd bytes can make it anything."""
+    get_exception = transport.get_exception
+
+    def named() -> Any:
+        failure = get_exception()
+        if failure is None or isinstance(failure, (error, OSError, EOFError)):
+            return failure
+        told = error(f"it broke off ({type(failure).__name__})")
+        told.__cause__ = failure
+        return told
+
+    transport.get_exception = named
+
+
+def close_after(transport: Any, clients: list[Any]) -> None:
+    """Close the jump hosts' connections with the transport that goes through them."""
+    close = transport.close
+
+    def close_all() -> None:
+        close()
+        for client in clients[::-1]:
+            client.close()
+
+    transport.close = close_all
+
+
+def keep_alive(transport: Any) -> None:
+    """Ask a silent host whether it is still there, and end the connection without an answer.
+
+    paramiko's own keepalives ask for no answer, so they never notice a dead link.
+    """
+    packetizer = transport.packetizer
+
+    def ask() -> None:
+        with contextlib.suppress(*connection_errors()):
+            transport.global_request("keepalive@openssh.com", wait=True)
+
+    def check() -> None:
+        silent = time.monotonic() - packetizer.last_received
+        if silent > DEAD_AFTER:
+            raise EOFError  # in paramiko's own thread, which then closes everything
+        if silent > KEEPALIVE - KEEPALIVE_LOOK:
+            start_thread("keepalive", ask)  # a send may hang
+
+    packetizer.set_keepalive(KEEPALIVE_LOOK, check)
+
+
+def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -> Any:
+    """Open a channel that keeps no more than its window in memory.
+
+    Raises:
+        NoChannelError: the host refuses a further one.
+        SSHError: it does not answer, or the connection is closed.
+    """
+    import paramiko
+
+    if transport is None or not transport.is_active():
+        raise SSHError("the connection to the machine is closed")
+    try:
+        channel = transport.open_session(
+            window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
+        )
+    except connection_errors() as error:
+        if not transport.is_active():
+            raise SSHError("the connection broke") from error
+        # A refusal comes as another error where another thread has taken paramiko's own.
+        refused = isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
+        kind = NoChannelError if refused else SSHError
+        raise kind(f"the machine opened no channel: {reason(error)}") from error
+    channel.settimeout(timeout)
+    channel.transport = ChannelOrder(transport)
+    for pipe in (channel.in_buffer, channel.in_stderr_buffer):
+        _limit_buffer(pipe, window + CHANNEL_PACKET)
+    return channel
+
+
+class ChannelOrder:
+    """Stands between a channel and its transport: nothing follows the channel's close.
+
+    paramiko's own thread may answer the host's close while another one sends, and a server ends
+    the whole connection for what comes after that.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._lock = threading.Lock()
+        self._close_sent = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _send_user_message(self, message: Any) -> None:
+        with self._lock:
+            if not self._close_sent:
+                self._close_sent = message.asbytes()[:1] == _CHANNEL_CLOSE
+                self._transport._send_user_message(message)
+
+
+def _limit_buffer(pipe: Any, most: int) -> None:
+    """End the connection of a host that sends more than the window allows: paramiko keeps it."""
+    feed = pipe.feed
+
+    def limited(data: Any) -> None:
+        if len(pipe) + len(data) > most:
+            raise EOFError  # in paramiko's own thread, which then closes everything
+        feed(data)
+
+    pipe.feed = limited
+
+
+def request_exec(channel: Any, command: bytes | str) -> None:
+    """Ask for a command without waiting for the answer; a refusal closes the channel.
+
+    paramiko's own ``exec_command`` waits for it, without a time limit.
+    """
+    _request(channel, "exec", True, command)
+
+
+def request_subsystem(channel: Any, name: str) -> None:
+    """Ask for a subsystem, in the same way."""
+    _request(channel, "subsystem", True, name)
+
+
+def request_signal(channel: Any, name: str) -> None:
+    """Ask the host to signal the process group of a channel, unless the channel is closed."""
+    if not channel.closed:
+        _request(channel, "signal", False, name)
+
+
+def _request(channel: Any, kind: str, answered: bool, value: bytes | str) -> None:
+    import paramiko
+    from paramiko.common import cMSG_CHANNEL_REQUEST
+
+    message = paramiko.Message()
+    message.add_byte(cMSG_CHANNEL_REQUEST)
+    message.add_int(channel.remote_chanid)
+    message.add_string(kind)
+    message.add_boolean(answered)
+    message.add_string(value)
+    try:
+        channel.transport._send_user_message(message)
+    except connection_errors() as error:
+        raise SSHError("the connection broke") from error
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Return what paramiko raises where a connection or a channel ends."""
+    import paramiko
+
+    return (paramiko.SSHException, OSError, EOFError)
+
+
+def reason(error: BaseException) -> str:
+    """Describe an error whose text may be the host's."""
+    text = str(getattr(error, "text", "")) or str(error)
+    return printable(text.rstrip(".") or type(error).__name__, 200)
+
+
+class LimitedChannel:
+    """A channel on which no call takes much longer than ``timeout`` seconds.
+
+    paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
+    Calls that wait for nothing go to paramiko's channel as they are.
+
+    Raises:
+        SSHError: a call takes too long. Other errors are paramiko's own.
+    """
+
+    def __init__(
+        self, transport: Any, timeout: float, watchdog: Watchdog, window: int = COMMAND_WINDOW
+    ) -> None:
+        self._transport = transport
+        self.timeout = timeout
+        self._watchdog = watchdog
+        self._channel = self._limited("opened no channel", open_session, transport, timeout, window)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    def exec_command(self, command: bytes | str) -> None:
+        self._limited("took no command", request_exec, self._channel, command)
+
+    def invoke_subsystem(self, name: str) -> None:
+        self._limited("took no command", request_subsystem, self._channel, name)
+
+    def send(self, data: Any) -> int:
+        return int(self._limited("took nothing", self._channel.send, data))
+
+    def sendall(self, data: Any) -> None:
+        view = memoryview(data.encode() if isinstance(data, str) else data)
+        while view:
+            view = view[self.send(view) :]
+
+    def recv(self, size: int) -> bytes:
+        return bytes(self._limited("sent nothing", self._channel.recv, size))
+
+    def recv_stderr(self, size: int) -> bytes:
+        return bytes(self._limited("sent nothing", self._channel.recv_stderr, size))
+
+    def recv_exit_status(self) -> int:
+        """Return the exit status; -1 where the channel ended without one."""
+        if not self._channel.status_event.wait(self.timeout):
+            raise SSHError(f"the machine did not end the command within {self.timeout:g}s")
+        return int(self._channel.exit_status)
+
+    def shutdown_write(self) -> None:
+        self._limited("took nothing", self._channel.shutdown_write)
+
+    def close(self) -> None:
+        with contextlib.suppress(SSHError, *connection_errors()):
+            self._limited("took nothing", self._channel.close)
+
+    def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        # By itself the call ends within the timeout, unless it hangs while it writes.
+        with self._watchdog.limit(1.25 * self.timeout + 0.25, self._break_off) as limit:
+            try:
+                return call(*arguments)
+            except Exception as error:
+                if isinstance(error, TimeoutError) or limit.expired:
+                    late = f"the machine {failing} for {self.timeout:g}s"
+                    raise SSHError(late) from error
+                raise
+
+    def _break_off(self) -> None:
+        self._transport.close()
+
+
+# ==================================================================================================
+# ssh.connect
+#
+# Log in to a rented machine. paramiko is imported when it is used, not with the package.
+# ==================================================================================================
+
+
+# What may be given for a login to methods that do more than log in.
+LOGIN_OPTIONS = frozenset(
+    {"password", "key_path", "passphrase", "wait", "host_key", "use_ssh_config"}
+)
+PARAMIKO_LOGGER = "clore_client.paramiko"
+SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
+
+
+def import_paramiko() -> Any:
+    """Import paramiko, or raise an ImportError that says what to install."""
+    try:
+        import paramiko
+    except ImportError as error:
+        raise ImportError(
+            "SSH needs paramiko: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
+        ) from error
+    # It logs each failure with a traceback and the host's own words, which would be printed.
+    # A handler of one's own still gets them.
+    quiet = logging.getLogger(PARAMIKO_LOGGER)
+    if not quiet.handlers:
+        quiet.addHandler(logging.NullHandler())
+        quiet.propagate = False
+    return paramiko
+
+
+class Login:
+    """How to get into the machine of an order: everything that ``connect_ssh`` was given."""
+
+    def __init__(
+        self,
+        order: Any,
+        *,
+        password: str | None,
+        key_path: str | os.PathLike[str] | None,
+        passphrase: str | None,
+        timeout: float,
+        wait: float,
+        keys: KeyCheck,
+        use_ssh_config: bool = False,
+    ) -> None:
+        self.address = plain_address(order)
+        if passphrase is not None and key_path is None:
+            raise ValueError("passphrase is for the key of key_path, and there is none")
+        if key_path is not None:
+            check_local_path("key_path", key_path)
+        self.password = password
+        self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
+        self.timeout = timeout
+        self.wait = wait
+        self.keys = keys
+        self._paramiko = import_paramiko()
+        # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
+        self.key = None if self.key_path is None else self._read_key(self.key_path, passphrase)
+        self._hops: list[dict[str, Any]] = []
+        self._identities: list[str] = []
+        if use_ssh_config:
+            self._read_ssh_config()
+
+    @property
+    def where(self) -> str:
+        """The address, for an error."""
+        return "{user}@{host}:{port}".format(**self.address)
+
+    def _read_key(self, path: str, passphrase: str | None) -> Any:
+        shown = printable(repr(path), 200)
+        if not os.path.isfile(path):
+            raise ValueError(f"key_path: there is no file {shown}")
+        secret = None if passphrase is None else passphrase.encode()
+        try:
+            return self._paramiko.PKey.from_path(path, secret)
+        except TypeError as error:  # it is encrypted and there is none, or the other way round
+            if passphrase is None:
+                raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
+            raise ValueError(f"passphrase: {shown} is not encrypted") from error
+        except Exception as error:
+            if isinstance(error, ValueError) and passphrase and self._is_encrypted(path):
+                raise ValueError(f"passphrase is not the one of {shown}") from error
+            raise ValueError(
+                f"key_path: {shown} is no private key that can be used: "
+                f"{printable(str(error) or type(error).__name__, 200)}"
+            ) from error
+
+    def _read_ssh_config(self) -> None:
+        """Take ProxyJump and IdentityFile from the user's configuration of OpenSSH."""
+        path = os.path.expanduser("~/.ssh/config")
+        if not os.path.isfile(path):
+            return
+        try:
+            config = self._paramiko.SSHConfig.from_path(path)
+            found = config.lookup(self.address["host"])
+            jumps = found.get("proxyjump", "none")
+            if "proxycommand" in found and jumps == "none":
+                raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
+            self._identities = identity_files(found)
+            for jump in jumps.split(",") if jumps != "none" else ():
+                name, port, user = parse_address(jump.strip().removeprefix("ssh://"))
+                hop = config.lookup(name)
+                self._hops.append(
+                    {"host": hop.get("hostname", name), "identities": identity_files(hop),
+                     "port": int(hop.get("port", port)) if port == DEFAULT_PORT else port,
+                     "user": user or hop.get("user", getpass.getuser())}
+                )  # fmt: skip
+        except Exception as error:
+            raise ValueError(f"use_ssh_config: {path} can't be used: {error}") from error
+
+    def _jump(self, hops: list[Any]) -> Any:
+        """Log in to each jump host; a channel to the machine through the last one."""
+        sock = None
+        for hop in self._hops:
+            ssh = self._paramiko.SSHClient()
+            ssh.set_log_channel(PARAMIKO_LOGGER)
+            ssh.load_system_host_keys()  # a jump host is the user's own, and known
+            hops.append(ssh)
+            try:
+                ssh.connect(
+                    hop["host"], hop["port"], hop["user"], key_filename=hop["identities"] or None,
+                    timeout=self.timeout, sock=sock,
+                )  # fmt: skip
+                follower = self._hops[len(hops)] if len(hops) < len(self._hops) else self.address
+                sock = ssh.get_transport().open_channel(
+                    "direct-tcpip", (follower["host"], follower["port"]), ("127.0.0.1", 0),
+                    timeout=self.timeout,
+                )  # fmt: skip
+            except Exception as error:
+                text = printable(str(error) or type(error).__name__, 200)
+                raise SSHError(f"jump host {hop['host']}:{hop['port']}: {text}") from error
+        return sock
+
+    def _is_encrypted(self, path: str) -> bool:
+        try:
+            self._paramiko.PKey.from_path(path)
+        except TypeError:
+            return True
+        except Exception:
+            return False
+        return False
+
+    def open(self, report: Report | None = None) -> paramiko.SSHClient:
+        """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
+        started = time.monotonic()
+        deadline = started + self.wait
+        while True:
+            try:
+                ssh = self.once()
+                if report is not None:
+                    report(ProgressEvent("ssh", time.monotonic() - started, "sshd up"))
+                return ssh
+            except NotUpYetError as error:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}") from (
+                        error.__cause__
+                    )
+                logger.debug("no SSH at %s yet: %s", self.where, error)
+                if report is not None:
+                    seconds = time.monotonic() - started
+                    text = f"no sshd yet, {readable_seconds(seconds)}: {error}"
+                    report(ProgressEvent("ssh", seconds, text))
+                time.sleep(min(SSH_PAUSE, remaining))
+
+    def once(self) -> paramiko.SSHClient:
+        """Try once to log in, within ``timeout`` seconds in all."""
+        limit = None
+        failure: BaseException
+        ssh = self._paramiko.SSHClient()
+        ssh.set_log_channel(PARAMIKO_LOGGER)
+        ssh.set_missing_host_key_policy(self.keys)
+        try:
+            with (
+                Watchdog() as watchdog,
+                watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit,
+            ):
+                self._connect(ssh)
+            if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
+                raise self._paramiko.ssh_exception.PartialAuthentication([])
+        except BaseException as error:
+            if limit is not None and limit.expired and isinstance(error, Exception):
+                failure = self._too_slow(ssh)
+            elif self._is_refusal(ssh, error):
+                failure = self._refused(ssh, error)
+            else:
+                failure = _login_error(error, self._paramiko, self.where)
+            _give_up(ssh)
+            if failure is error:
+                raise
+            raise failure from error
+        transport = ssh.get_transport()
+        if transport is not None:
+            keep_alive(transport)
+        try:
+            self.keys.remember()
+        except BaseException:
+            ssh.close()
+            raise
+        return ssh  # type: ignore[no-any-return]
+
+    def _connect(self, ssh: Any) -> None:
+        plain = self.password is None and self.key is None
+        hops: list[Any] = []
+        try:
+            sock = self._jump(hops)
+            self._connect_over(ssh, sock, plain, hops)
+        except BaseException:
+            for hop in hops:
+                hop.close()
+            raise
+
+    def _connect_over(self, ssh: Any, sock: Any, plain: bool, hops: list[Any]) -> None:
+        ssh.connect(
+            self.address["host"],
+            port=self.address["port"],
+            username=self.address["user"],
+            password=self.password,
+            pkey=self.key,
+            timeout=self.timeout,
+            banner_timeout=self.timeout,
+            auth_timeout=self.timeout,
+            channel_timeout=self.timeout,
+            key_filename=self._identities or None if plain else None,
+            allow_agent=plain,
+            look_for_keys=plain,
+            sock=sock,
+            transport_factory=functools.partial(self._transport, hops),
+        )
+
+    def _too_slow(self, ssh: Any) -> SSHError:
+        transport = ssh.get_transport()
+        if transport is not None and transport.initial_kex_done:
+            return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
+        return NotUpYetError("it did not finish the SSH handshake in time")
+
+    def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
+        transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
+        transport.auth_interactive_dumb = self._no_questions
+        if hops:
+            close_after(transport, hops)
+        return transport
+
+    def _is_refusal(self, ssh: Any, error: BaseException) -> bool:
+        if isinstance(error, self._paramiko.AuthenticationException):
+            return True
+        # With more keys than the machine has patience for, paramiko misses the connection.
+        missed = "existing session" in str(error).lower()
+        transport = ssh.get_transport() if missed else None
+        return transport is not None and bool(transport.initial_kex_done)
+
+    def _refused(self, ssh: Any, error: BaseException) -> SSHError:
+        """Describe what was refused, and what the host accepts."""
+        if self.password is not None:
+            what = "password"
+        elif self.key is not None:
+            what = f"key {printable(repr(self.key_path), 200)} ({fingerprint_of(self.key)})"
+        else:
+            what = "keys of the SSH agent and of ~/.ssh"
+        if "timeout" in str(error).lower():
+            return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
+        accepted = getattr(error, "allowed_types", None)
+        if not accepted and not ssh.get_transport().is_active():
+            return SSHError(
+                f"{self.where} closed the connection during the login with the {what}: "
+                "refused, after too many tries perhaps"
+            )
+        accepted = accepted or self._accepted(ssh)
+        if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
+            more = ", ".join(printable(str(name), 40) for name in accepted[:8])
+            return SSHError(f"{self.where} took the {what}, but wants more than that: {more}")
+        takes = ", ".join(printable(str(name), 40) for name in accepted[:8])
+        accepts = f"; it accepts: {takes}" if takes else ""
+        return SSHError(
+            f"{self.where} refused the login with the {what}{accepts}. "
+            "Was the order made with another password or key?"
+        )
+
+    def _no_questions(self, *_: Any) -> None:
+        # paramiko would print what the host says, and ask whoever sits at the terminal.
+        raise self._paramiko.ssh_exception.PartialAuthentication(
+            ["keyboard-interactive or password"]
+        )
+
+    def _accepted(self, ssh: Any) -> list[str]:
+        # The answer to a login without anything lists the ways that there are.
+        try:
+            ssh.get_transport().auth_none(self.address["user"])
+        except self._paramiko.BadAuthenticationType as error:
+            return list(error.allowed_types)
+        except Exception as error:
+            logger.debug("%s does not say what it accepts: %s", self.where, error)
+        return []
+
+
+class NotUpYetError(SSHError):
+    """An sshd may answer later; used only within this module."""
+
+
+def check_connection(ssh: Any) -> Any:
+    """Check a connection that the caller gave."""
+    if not callable(getattr(ssh, "get_transport", None)):
+        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
+    return ssh
+
+
+def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Check the names of the arguments of a login."""
+    for name in given:
+        if name not in LOGIN_OPTIONS:
+            raise TypeError(
+                f"there is no argument {name!r}, neither here nor among those of a login: "
+                f"{', '.join(sorted(LOGIN_OPTIONS))}"
+            )
+    return given
+
+
+def identity_files(config: Any) -> list[str]:
+    """Return the keys of an entry of a configuration that are there."""
+    paths = map(os.path.expanduser, config.get("identityfile", ()))
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def _break_off(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    if transport is not None:
+        transport.close()
+
+
+def _give_up(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    ssh.close()
+    if transport is not None:  # or paramiko's timer would live on with it
+        transport.packetizer.complete_handshake()
+
+
+def _login_error(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
+    """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
+    text = printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
+    if isinstance(error, EOFError):
+        text = "it closed the connection"
+    elif "existing session" in text.lower():  # paramiko's word for a handshake that took too long
+        text = "it did not finish the SSH handshake in time"
+    failure: BaseException = error
+    if isinstance(error, SSHError):
+        failure = error
+    elif isinstance(error, socket.gaierror):
+        failure = NotUpYetError(f"the host name is not known ({text})")
+    elif isinstance(error, (OSError, EOFError)):
+        failure = NotUpYetError(text)
+    elif isinstance(error, paramiko_module.SSHException):
+        if "no authentication methods" in text.lower():
+            failure = SSHError(
+                f"there is nothing to log in to {where} with: pass password= or key_path="
+            )
+        elif any(part in text.lower() for part in ("banner", "reset", "eof", "handshake in time")):
+            failure = NotUpYetError(text)
+        else:
+            failure = SSHError(f"SSH to {where} failed: {text}")
+    elif isinstance(error, Exception):  # of paramiko, which takes every answer for a sensible one
+        failure = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
+    return failure
+
+
+# ==================================================================================================
+# ssh.connection_pool
+#
+# Keep the connections of one call.
+# ==================================================================================================
+
+
+class ConnectionPool:
+    """The connections of one call: the caller's own, or up to ``size`` new ones.
+
+    Parameters:
+        login: for new connections; None if ``ssh`` is used.
+        ssh: the caller's connection.
+        size: the highest number of connections.
+        eager: open all of them now, at the same time; else each one when it is needed.
+    """
+
+    def __init__(
+        self, login: Login | None, ssh: Any = None, size: int = 1, eager: bool = True
+    ) -> None:
+        self.size = size if login is not None else 1
+        self._eager = eager
+        self._login = login
+        self._ssh = ssh
+        self._opened: list[Any] = [None] * self.size
+        self._ready = [threading.Event() for _ in range(self.size)]
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> ConnectionPool:
+        if self._login is None:
+            self._opened[0] = self._ssh
+        else:
+            for number in range(1, self.size if self._eager else 1):
+                self._threads.append(start_thread("login", self._open, self._login, number))
+            try:
+                self._opened[0] = self._first(self._login)
+            except BaseException:
+                self._close()
+                raise
+        self._ready[0].set()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    @property
+    def ssh(self) -> Any:
+        """The first connection."""
+        return self._opened[0]
+
+    @property
+    def age(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self._started
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds, measured during the login; 1.0 if they are not known."""
+        transport = self.ssh.get_transport()
+        return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
+
+    def get(self, number: int) -> Any:
+        """Wait for a connection and return it, or None if the host refuses so many."""
+        if number and not self._eager and self._login is not None:
+            with self._lock:
+                if not self._ready[number].is_set():
+                    self._open(self._login, number)
+        self._ready[number].wait()
+        return self._opened[number]
+
+    def break_off(self) -> None:
+        """Close every connection, which also ends calls that hang."""
+        for ssh in self._opened:
+            if ssh is not None:
+                ssh.close()
+
+    def _first(self, login: Login) -> Any:
+        try:
+            return login.once()
+        except NotUpYetError:
+            # If the host allows only one connection, another thread may have opened it.
+            for number in range(1, self.size if self._eager else 1):
+                self._ready[number].wait()
+                if (ssh := self._opened[number]) is not None:
+                    self._opened[number] = None
+                    return ssh
+        return login.open()
+
+    def _open(self, login: Login, number: int) -> None:
+        try:
+            self._opened[number] = login.once()
+        except Exception as error:
+            logger.debug("a further connection was refused: %s", error)
+        self._ready[number].set()
+
+    def _close(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        if self._login is not None:
+            self.break_off()
+
+
+# ==================================================================================================
+# ssh.host_keys
+#
+# Pin the host key of each order: later orders get the same host and port with another key.
+# ==================================================================================================
+
+
+PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
+MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
+MAX_PINS = 1000
+LOCK_PATIENCE = 2.0  # seconds
+# A host key is negotiated by its signature algorithm: RSA keys have several.
+_ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
+
+Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
+
+
+def pin_of(key: Any) -> Pin:
+    """Return a paramiko key as two words of a ``known_hosts`` line."""
+    return key.get_name(), key.get_base64()
+
+
+def fingerprint_of(key: Any) -> str:
+    """Return the fingerprint of a paramiko key, as ``ssh-keygen -l`` prints it."""
+    return pin_fingerprint(pin_of(key))
+
+
+def pin_fingerprint(pin: Pin) -> str:
+    """Return the fingerprint of a pinned key."""
+    digest = hashlib.sha256(base64.b64decode(pin[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def check_host_key(name: str, value: Any) -> str:
+    """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {short_repr(value)}")
+    if value in ("pin", "accept") or re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", value):
+        return value.rstrip("=")
+    raise ValueError(
+        f"{name} must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
+        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
+    )
+
+
+class HostKeys:
+    """The pinned host keys of an account, in memory and in the state folder.
+
+    Parameters:
+        folder: the state folder, or None if none is used.
+        account: a digest of the account, for the names of its hosts.
+    """
+
+    def __init__(self, folder: Path | None, account: str) -> None:
+        self.path = None if folder is None else folder / PINS_FILE
+        self._account = account[:12]
+        self._seen: dict[str, list[Pin]] = {}
+
+    def alias(self, order_id: int | None, address: str) -> str:
+        """Return the name for the key of an order; the address if the order has no id."""
+        return f"clore-order-{order_id}-{self._account}" if order_id else address
+
+    def of(self, alias: str) -> list[Pin]:
+        """Return the pinned keys of a host."""
+        if alias in self._seen:
+            return self._seen[alias]
+        return [pin for names, pin in self._lines() if _names(names, alias)]
+
+    def keep(self, alias: str, pin: Pin) -> None:
+        """Pin a key instead of all others of the host."""
+        if self.of(alias) != [pin]:
+            self._rewrite(alias, pin)
+        self._seen[alias] = [pin]
+
+    def forget(self, alias: str) -> bool:
+        """Forget the keys of a host; return True if there were any."""
+        known = bool(self.of(alias))
+        self._seen.pop(alias, None)
+        if known:
+            self._rewrite(alias, None)
+        return known
+
+    def make_folder(self) -> None:
+        """Make the state folder, so that OpenSSH can pin a key there."""
+        if self.path is not None:
+            try:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                logger.warning("host keys can't be kept for the next process: %s", error)
+
+    def _lines(self) -> Iterator[tuple[str, Pin]]:
+        try:
+            text = self._text()
+        except OSError:
+            return
+        for line in text.splitlines():
+            words = line.split()
+            if len(words) >= 3 and not words[0].startswith(("#", "@")):
+                with contextlib.suppress(ValueError):
+                    base64.b64decode(words[2], validate=True)
+                    yield words[0], (words[1], words[2])
+
+    def _text(self) -> str:
+        if self.path is None:
+            return ""
+        try:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                return file.read(MAX_PINS_SIZE)
+        except FileNotFoundError:
+            return ""
+
+    def _rewrite(self, alias: str, pin: Pin | None) -> None:
+        """Replace the lines of a host in the file; only warn if that fails."""
+        if self.path is None or not alias.startswith("clore-order-"):
+            return
+        try:
+            with _locked(self.path):
+                lines = [
+                    line
+                    for line in self._text().splitlines()
+                    if line.strip() and not _names(line.split()[0], alias)
+                ]
+                if pin is not None:
+                    lines.append(f"{alias} {pin[0]} {pin[1]}")
+                _replace(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
+        except OSError as error:
+            logger.warning("host keys can't be kept for the next process: %s", error)
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        handle = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        with open(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        if not lock_file(handle, LOCK_PATIENCE):
+            raise OSError(f"{path}.lock is held by another process")
+        yield
+    finally:
+        os.close(handle)
+
+
+def _names(names: str, alias: str) -> bool:
+    """Check whether the first word of a line names a host; OpenSSH may have hashed it."""
+    if not names.startswith("|1|"):
+        return alias in names.split(",")
+    try:
+        salt, digest = (base64.b64decode(part) for part in names[3:].split("|"))
+    except ValueError:
+        return False
+    return hmac.compare_digest(hmac.new(salt, alias.encode(), hashlib.sha1).digest(), digest)
+
+
+class KeyCheck:
+    """Checks the host key of one order; also paramiko's policy for unknown hosts.
+
+    Parameters:
+        pins: the pinned keys.
+        order_id: the id of the order, or None.
+        address: its host and port.
+        mode: ``"pin"``, ``"accept"`` or a fingerprint.
+    """
+
+    def __init__(self, pins: HostKeys, order_id: int | None, address: str, mode: str) -> None:
+        self._pins = pins
+        self._order_id = order_id
+        self._alias = pins.alias(order_id, address)
+        self._mode = mode
+        self._shown = threading.local()  # several threads may log in at once
+
+    @property
+    def wanted_types(self) -> list[str]:
+        """The algorithms of the pinned keys, to prefer in the key exchange."""
+        if self._mode == "accept":
+            return []
+        kinds = [kind for kind, _ in self._pins.of(self._alias)]
+        return [name for kind in kinds for name in _ALGORITHMS.get(kind, (kind,))]
+
+    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
+        """Check a host's key; paramiko calls this before it sends anything secret."""
+        shown = pin_of(key)
+        self._check(shown)
+        self._shown.pin = shown
+
+    def remember(self) -> None:
+        """Pin the host's key, after a successful login."""
+        shown: Pin | None = getattr(self._shown, "pin", None)
+        if self._mode == "accept" or shown is None:
+            return
+        self._check(shown)  # again: another thread may have pinned another key
+        if self._mode != "pin" or shown not in self._pins.of(self._alias):
+            self._pins.keep(self._alias, shown)
+
+    def _check(self, shown: Pin) -> None:
+        if self._mode == "accept":
+            return
+        pinned = [pin_fingerprint(pin) for pin in self._pins.of(self._alias)]
+        allowed = pinned if self._mode == "pin" else [self._mode]
+        found = pin_fingerprint(shown)
+        if not allowed or found in allowed:
+            return
+        expected = " or ".join(allowed)
+        name = f"order {self._order_id}" if self._order_id else self._alias
+        raise HostKeyChangedError(
+            f"the machine of {name} has the host key {found} instead of {expected}: its container "
+            "was created again, or another machine answers at its address. No password or key "
+            "was sent. To accept the new host key, call forget_host_key(order) or pass "
+            f"host_key={found!r}",
+            order_id=self._order_id,
+            expected=expected,
+            found=found,
+        )
+
+
+# ==================================================================================================
+# ssh.command_line
+#
+# Build the line that a host's shell runs: the command, its arguments, and its variables.
+# ==================================================================================================
+
+
+def command_line(command: str | Sequence[str]) -> str:
+    """Return a command as a line for a shell: a string unchanged, a list of arguments quoted."""
+    if isinstance(command, str):
+        line = command
+    elif isinstance(command, (list, tuple)):
+        for number, word in enumerate(command):
+            if not isinstance(word, str):
+                raise TypeError(f"command[{number}] must be a string, not {short_repr(word)}")
+        line = " ".join(map(quoted_word, command))
+    else:
+        raise TypeError(f"command must be a string or a list of strings, not {short_repr(command)}")
+    if not line.strip():
+        raise ValueError("command must not be empty")
+    encoded("command", line)
+    return line
+
+
+def quoted_word(word: str) -> str:
+    """Quote a word for any login shell."""
+    # In fish, a backslash is special even in single quotes.
+    return "\\\\".join(shlex.quote(part) if part else "" for part in word.split("\\")) or "''"
+
+
+def input_bytes(value: Any) -> bytes:
+    """Check the input of a command, and return it as bytes."""
+    if value is None:
+        return b""
+    if isinstance(value, str):
+        return encoded("input", value, nul=True)
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"input must be a string or bytes, not {type(value).__name__}")
+    return bytes(value)
+
+
+def exports(env: Any) -> str:
+    """Return lines that set variables: by default, sshd accepts none from a client."""
+    if env is None:
+        return ""
+    if not isinstance(env, Mapping):
+        raise TypeError(f"env must be a dict of strings, not {type(env).__name__}")
+    lines = []
+    for name, value in env.items():
+        if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
+            raise ValueError(f"env: {short_repr(name)} is not a valid name of a variable")
+        if not isinstance(value, str):
+            raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
+        encoded(f"env[{name!r}]", value)
+        # csh has no export: the command must not run there without its variables.
+        lines.append(f"export {name}={quoted_word(value)} || exit 121\n")
+    return "".join(lines)
+
+
+def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
+    """Encode text as UTF-8; file names that are not UTF-8 become their original bytes."""
+    if not nul and "\0" in text:
+        raise ValueError(f"{name} must not contain a NUL character")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} contains a character that UTF-8 cannot encode") from None
+
+
+# ==================================================================================================
+# ssh.command_output
+#
+# Collect the output of a command, and pass it on line by line.
+# ==================================================================================================
+
+
+LONGEST_PIECE = 65536  # characters of one call of on_output
+MAX_STDERR_BEFORE_PID = 65536  # bytes, for what start-up files print
+
+
+class CommandOutput:
+    """Collects the output of a command, and calls ``on_output`` with each of its lines.
+
+    Parameters:
+        max_output: the bytes of both streams to keep.
+        on_output: called by :meth:`report`, or None.
+
+    Attributes:
+        dropped: the bytes that were not kept.
+    """
+
+    def __init__(self, max_output: int, on_output: Callable[[OutputLine], object] | None) -> None:
+        self.dropped = 0
+        self._room = max_output
+        self._kept = {STDOUT: bytearray(), STDERR: bytearray()}
+        self._splitters: dict[str, LineSplitter] = {}
+        if on_output is not None:
+            self._splitters = {name: LineSplitter(name, on_output) for name in self._kept}
+        self._unreported: list[tuple[LineSplitter, bytes]] = []
+
+    def add(self, stream: str, data: bytes) -> None:
+        """Keep data as far as there is room, and queue it for ``on_output``."""
+        kept = data[: self._room]
+        self._room -= len(kept)
+        self.dropped += len(data) - len(kept)
+        self._kept[stream] += kept
+        if stream in self._splitters:
+            self._unreported.append((self._splitters[stream], data))
+
+    def report(self) -> None:
+        """Call ``on_output`` with the lines that are complete."""
+        pieces, self._unreported = self._unreported, []
+        for splitter, data in pieces:
+            splitter.feed(data)
+
+    def finish(self) -> None:
+        """Call ``on_output`` with all that is left."""
+        self.report()
+        for splitter in self._splitters.values():
+            splitter.finish()
+
+    def text(self, stream: str) -> str:
+        """Return what was kept of a stream."""
+        return self._kept[stream].decode("utf-8", "replace")
+
+
+class LineSplitter:
+    """Splits a stream into lines, and passes each of them to ``on_output``."""
+
+    def __init__(self, stream: str, on_output: Callable[[OutputLine], object]) -> None:
+        self._stream = stream
+        self._on_output = on_output
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+
+    def feed(self, data: bytes) -> None:
+        """Pass on each line that is complete now."""
+        *lines, self._rest = (self._rest + self._decoder.decode(data)).split("\n")
+        for line in lines:
+            self._pass_on(self._last_piece(line).removesuffix("\r"))
+        self._rest = self._last_piece(self._rest)
+
+    def finish(self) -> None:
+        """Pass on a last line that has no line end."""
+        rest = self._last_piece(self._rest + self._decoder.decode(b"", True))
+        self._rest = ""
+        if rest:
+            self._pass_on(rest)
+
+    def _last_piece(self, text: str) -> str:
+        """Pass on a long line in pieces, and return the last one."""
+        # One more character may stay, so that a "\r" before the line end is never a piece.
+        while len(text) > LONGEST_PIECE + 1:
+            self._pass_on(text[:LONGEST_PIECE])
+            text = text[LONGEST_PIECE:]
+        return text
+
+    def _pass_on(self, text: str) -> None:
+        self._on_output(OutputLine(text, self._stream))
+
+
+class PidLine:
+    """The first line that a command's shell prints on stderr, with a random mark and its pid.
+
+    It proves that the host runs the command, and gives the process group to end. All of stderr is
+    held back until it has come.
+
+    Attributes:
+        pid: the process id of the shell, once it is known.
+        prefix: the line to put before the command. It is a line of its own, so that a shell that
+            complains about the syntax of the command quotes neither it nor the variables.
+    """
+
+    def __init__(self) -> None:
+        mark = f"clore-{secrets.token_hex(8)} "
+        self.pid: int | None = None
+        self.prefix = f"sh -c 'echo {mark}$PPID >&2'\n"
+        self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
+        self._held = b""
+        self._done = False
+
+    def remove_from(self, data: bytes) -> bytes:
+        """Return the next part of stderr without the line."""
+        if self._done:
+            return data
+        self._held += data
+        found = self._line.search(self._held)
+        if found is None and len(self._held) <= MAX_STDERR_BEFORE_PID:
+            return b""
+        self._done = True
+        if found is not None:
+            self.pid = int(found[1])
+            self._held = self._held[: found.start()] + self._held[found.end() :]
+        return self.rest()
+
+    def rest(self) -> bytes:
+        """Return what was held back, at the end of stderr."""
+        rest, self._held = self._held, b""
+        return rest
+
+
+# ==================================================================================================
+# ssh.job_scripts
+#
+# Shell scripts that start, watch and stop a job on a host, with POSIX tools and /proc.
+# ==================================================================================================
+
+
+# Prints when the process $1 was started; nothing if it has ended, even if nobody collected it yet.
+_BORN = r"""
+born() {
+  [ -e /proc/self ] || { kill -s 0 "$1" 2>/dev/null && echo 0; return; }
+  { read -r s <"/proc/$1/stat"; } 2>/dev/null || return 1
+  s=${s##*) }; set -- $s; [ "$1" != Z ] && echo "${20}"
+}
+"""
+# Runs in a session of its own. $1 is the folder of the job, $2 a shell, $3 the command, $4 the
+# umask, and $5 the boot and the time. SIGTERM goes to the whole group: this shell ignores it, so
+# that it can record the exit code. It needs no other program and no free space on the disk.
+JOB_RUNNER = (
+    _BORN
+    + r"""
+trap "" HUP; trap : TERM INT QUIT
+echo "$$ $(born $$ || echo -) $5" >"$1/pid"
+umask "$4"
+"$2" -c "$3"
+printf "%-4s\n" $? 1<>"$1/exit"
+"""
+)
+# Precedes the scripts that follow.
+_JOBS = (
+    _BORN
+    + r"""
+jobs=$PWD/.clore/jobs
+boot() { # prints what changes when the machine or its container starts anew
+  r=; { read -r r </proc/sys/kernel/random/boot_id; } 2>/dev/null
+  echo "$r/$(born 1)"
+}
+about() { # reads the state of the job $1 into $st, $code, $pid and $began
+  st=gone code=- pid=- began=0
+  j=$jobs/$1
+  [ -d "$j" ] || return 1
+  w=0; until { read -r pid born boot began <"$j/pid"; } 2>/dev/null; do
+    pid=- born= boot= began=0 # it is just being started, or its start was cut off
+    w=$((w+1)); [ $w -lt 20 ] || break
+    sleep 0.1 2>/dev/null || sleep 1
+  done
+  b=$(born "$pid")
+  st=killed; [ "$boot" = "$(boot)" ] || st=lost
+  if [ -n "$born" ] && [ "$b" = "$born" ] && [ $st != lost ]; then st=running; fi
+  # Read last: a job may end meanwhile.
+  { read -r code <"$j/exit"; } 2>/dev/null || code=-
+  [ "$code" = - ] || st=exited
+}
+"""
+)
+# Its input is read as a script, so that no variable of ``env`` shows in the list of processes.
+START_JOB = (
+    _JOBS
+    + r"""
+detach=$(command -v setsid) || detach=$(command -v python3)
+shell=${SHELL:-/bin/sh}; [ -x "$shell" ] || shell=/bin/sh
+u=$(umask); umask 077
+[ -d "$cwd" ] || no "there is no directory $cwd"
+mkdir -p "$jobs" && chmod 700 .clore "$jobs" || exit 1
+d=$jobs/$name
+if ! e=$(mkdir "$d" 2>&1); then
+  [ ! -d "$d" ] || no "there is already a job $name: wait for it, remove() it, or pass another name"
+  no "$e"
+fi
+echo - >"$d/exit" && printf "%s\n" "$command" >"$d/command" && : >"$d/output" ||
+  no "nothing can be written to $d"
+now=$(date +%s) boot=$(boot)
+(
+  if [ -n "$a" ]; then LC_ALL=$a; else unset LC_ALL; fi
+  cd "$cwd" || exit 1
+  set -- /bin/sh -c "$runner" "job-$name" "$d" "$shell" "$command" "$u" "$boot $now"
+  case $detach in
+  "") ;;
+  *python3) set -- "$detach" -c "$session" "$@";;
+  *) set -- "$detach" "$@";;
+  esac
+  eval "$exports"
+  exec "$@"
+) </dev/null >>"$d/output" 2>&1 &
+about "$name"
+[ "$began" != 0 ] || no "the job did not start: $(head -c 300 "$d/output")"
+echo "started $began"
+"""
+)
+# What $session is there: for a host without setsid.
+NEW_SESSION = "import os,sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
+# Prints a line for each job, or for the job $name: its state, and the start of its command.
+LIST_JOBS = (
+    _JOBS
+    + r"""
+for j in "$jobs"/${name:-*}; do
+  k=${j##*/}
+  about "$k" || continue
+  echo "job $k $st $code $began"
+  head -n 1 "$j/command" 2>/dev/null | head -c 1000 | tr -d "$n"; echo
+done
+echo end
+"""
+)
+# Prints the last $lines lines of the output.
+TAIL_JOB = (
+    _JOBS
+    + r"""
+about "$name" || no "there is no job $name"
+echo tail
+tail -n "$lines" "$j/output" | tail -c "$most"
+"""
+)
+# Prints the output from byte $at on, in portions that a line with their size precedes, until the
+# job has ended. If $at is -1, it prints no output. The size is 0 while there is nothing new.
+FOLLOW_JOB = (
+    _JOBS
+    + r"""
+about "$name" || no "there is no job $name"
+o=$j/output
+span() { # prints $2 bytes from byte $1 on
+  dd if="$o" bs=65536 skip=$(($1/65536)) 2>/dev/null | tail -c +$(($1%65536+1)) | head -c "$2"
+}
+while :; do
+  about "$name"
+  s=$(stat -c %s "$o" 2>/dev/null || wc -c <"$o"); s=$((s))
+  if [ "$at" -ge 0 ] && [ "$s" -gt "$at" ]; then
+    k=$((s-at)); [ $k -le 1048576 ] || k=1048576
+    echo "$k" && span "$at" $k || exit 1
+    at=$((at+k))
+  elif [ "$st" = running ]; then
+    echo 0 || exit 1
+    sleep 0.3 2>/dev/null || sleep 1
+  else
+    echo "end $st $code $began"; exit 0
+  fi
+done
+"""
+)
+# Ends all processes of the job: those of its session and group, and descendants elsewhere.
+STOP_JOB = (
+    _JOBS
+    + r"""
+about "$name" || no "there is no job $name"
+sig() { # with a group's number, dash needs "--", and busybox accepts none
+  for p in $2; do kill -s "$1" -- "$p" 2>/dev/null || kill -s "$1" "$p" 2>/dev/null; done
+}
+tree() {
+  for c in $(cat /proc/"$1"/task/*/children 2>/dev/null); do tree "$c"; done; echo "$1"
+}
+members() { # prints the processes that have not ended
+  [ -e /proc/self ] || { sig 0 "-$pid" && echo "-$pid"; return; }
+  for f in /proc/[0-9]*/stat; do
+    { read -r s <"$f"; } 2>/dev/null || continue
+    f=${f%/stat}; s=${s##*) }; set -- $s
+    [ "$1" != Z ] || continue
+    if [ "$3" = "$pid" ] || [ "$4" = "$pid" ]; then echo "${f#/proc/}"; continue; fi
+    for p in $known; do [ "${f#/proc/}" != "$p" ] || echo "$p"; done
+  done
+}
+# The number may belong to another process by now.
+if [ "$st" = lost ] || [ "$pid" = - ] || { [ -n "$b" ] && [ "$b" != "$born" ]; }; then
+  echo "stopped"; exit 0
+fi
+known=; [ -z "$b" ] || known=$(tree "$pid")
+sig TERM "$(members)"
+w=0; while m=$(members); [ -n "$m" ] && [ $w -lt "$grace" ]; do
+  w=$((w+1)); sleep 0.1 2>/dev/null || { sleep 1; w=$((w+9)); }
+done
+if [ -n "$m" ]; then
+  # The shell that records the exit code goes last.
+  for q in $m; do [ "$q" = "$pid" ] || sig KILL "$q"; done
+  w=0; while m=$(members); [ -n "$m" ] && [ $w -lt 10 ]; do
+    w=$((w+1)); sleep 0.1 2>/dev/null || sleep 1
+  done
+  [ -z "$m" ] || sig KILL "$m"
+fi
+echo stopped
+"""
+)
+# Removes a job that has ended, with its output.
+REMOVE_JOB = (
+    _JOBS
+    + r"""
+about "$name" || no "there is no job $name"
+[ "$st" != running ] || no "the job $name still runs: stop() it first"
+rm -rf "$j" || exit 1
+echo removed
+"""
+)
+
+
+# ==================================================================================================
+# ssh.transfer.entry
+#
+# Describe the files, directories and symlinks of a transfer.
+# ==================================================================================================
+
+
+BLOCK = 65536  # bytes; chunks begin at multiples of it
+TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
+LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
+MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
+CHANGED = "it changed during the transfer"
+
+
+class FileEntry:
+    """A file, directory or symlink of a transfer.
+
+    Attributes:
+        name: relative to the directory that is transferred; empty for a single file.
+        kind: ``"f"``, ``"d"`` or ``"l"``.
+        size: in bytes; 0 unless it is a file.
+        mtime: in nanoseconds.
+        mode: permissions.
+        link: the target of a symlink.
+    """
+
+    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
+
+    def __init__(
+        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.size = size if kind == "f" else 0
+        self.mtime = mtime
+        self.mode = mode
+        self.link = link
+
+    @property
+    def version(self) -> tuple[bytes, int, int]:
+        """Values that differ when the source has changed."""
+        return (self.name, self.size, self.mtime)
+
+
+def record_key(version: object) -> str:
+    """Return the key under which a resumable transfer records a version of a source."""
+    return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
+
+
+def chunk_size(size: int, resume: bool) -> int:
+    """Return how many bytes of a file are recorded at a time; few where it may be resumed."""
+    if not resume:
+        return 64 * BLOCK
+    return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
+
+
+def link_target(name: bytes, link: bytes) -> bytes | None:
+    """Return the name in the same tree that a symlink leads to, or None outside the tree."""
+    if link.startswith(b"/") or not link:
+        return None
+    parts = name.split(b"/")[:-1]
+    for part in link.split(b"/"):
+        if part == b"..":
+            if not parts:
+                return None
+            parts.pop()
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return b"/".join(parts)
+
+
+def checked_name(name: bytes) -> str:
+    """Check a name that a host sent, and return it as a path on this system."""
+    parts = name.split(b"/")
+    if b"\0" in name or not {b"", b".", b".."}.isdisjoint(parts):
+        raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
+    if len(parts) > MAX_LEVELS:
+        raise SSHError(f"the machine names a file below {len(parts)} directories")
+    text = os.fsdecode(name)
+    if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
+        raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
+    return text
+
+
+def nanoseconds(seconds: int) -> int:
+    """Convert a time of a host to nanoseconds, limited to what file systems know."""
+    return min(max(seconds, 0), LAST_TIME) * 10**9
+
+
+def parse_stat(line: bytes) -> FileEntry:
+    """Read size, seconds and permissions of a file."""
+    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
+    if found is None:
+        raise SSHError("the machine sent a file status that can't be read")
+    size, seconds, mode = found.groups()
+    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
+
+
+def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
+    """Check that a file is the same as before, or has grown: its start has arrived then."""
+    if now is None or now.kind != "f" or now.size < entry.size:
+        raise SSHError(CHANGED)
+    if now.size == entry.size and now.mtime != entry.mtime:
+        raise SSHError(CHANGED)
+
+
+def file_digest(path: str | Path, start: int, length: int) -> str:
+    """Return the SHA-256 of a part of a local file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
+            digest.update(piece)
+            length -= len(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def about(entry: FileEntry) -> Iterator[None]:
+    """Note in an error which file it is about."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "entry"):
+            with contextlib.suppress(AttributeError):
+                error.entry = entry  # type: ignore[attr-defined]
+        raise
+
+
+# ==================================================================================================
+# ssh.transfer.remote_script
+#
+# Run a script on a host with ``sh``, whatever the login shell is.
+#
+# The login shell runs one fixed line without special characters. That line starts ``sh``, which
+# reads
+# the script from standard input, between two lines with a random mark. So the kind of the login
+# shell
+# does not matter, nor what its start-up files print, read or change. The output is not trusted:
+# lengths are limited, numbers are parsed, and names are checked.
+# ==================================================================================================
+
+
+DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
+MAX_NOISE = 65536  # bytes that start-up files may print
+MAX_LINE = 65536  # bytes
+CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
+LAST_PATIENCE = 3.0  # seconds for each step of cleaning up, after an error or Ctrl-C
+PADDING = b"\n" * 64  # lines for start-up files that read some
+
+# In single quotes, without what csh or fish would change there: a backslash, a quote, "!".
+# $a keeps the locale of the user, for scripts that start something of theirs.
+BOOTSTRAP = (
+    "/bin/sh -c 'a=$LC_ALL; export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
+    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 9; done; s=; l=; '
+    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 9; done; '
+    'echo {mark}; eval "$s"\''
+)
+# For a script that reads nothing: sent as an argument, which saves a round trip; "@" ends a line.
+INLINE = (
+    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
+    "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
+)
+MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
+
+
+class NoShellError(SSHError):
+    """A host has no POSIX shell with the usual tools; SFTP may work."""
+
+
+class RemoteScript:
+    """A script that runs on a host; a context manager that closes its channel.
+
+    Parameters:
+        timeout: seconds without anything sent or received.
+        patience: seconds to retry while the host opens no further channel.
+        reads: whether the script reads its input.
+        turn: a lock to hold while a script starts, and while it ends; for a host on which none may
+            start while another one ends.
+    """
+
+    def __init__(
+        self,
+        transport: Any,
+        script: bytes,
+        watchdog: Watchdog,
+        timeout: float,
+        *,
+        patience: float = 1.0,
+        window: int = COMMAND_WINDOW,
+        reads: bool = True,
+        turn: threading.Lock | None = None,
+    ) -> None:
+        self._transport = transport
+        self._turn = turn
+        self._ending = False
+        self._mark = secrets.token_hex(8)
+        self._buffer = memoryview(b"")  # received, and not read yet
+        self._begun = False
+        inline = None if reads else inlined(script)
+        line = BOOTSTRAP if inline is None else INLINE
+        command = line.format(mark=self._mark, script=inline)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                with turn or contextlib.nullcontext():
+                    self.channel = LimitedChannel(transport, timeout, watchdog, window)
+                    self.channel.exec_command(command)
+                break
+            except NoChannelError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(CHANNEL_PAUSE)
+        mark = self._mark.encode() + b"\n"
+        # An inline script gets lines, too, for start-up files that read some. (Without any input,
+        # dropbear loses what a short script prints.)
+        self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
+
+    def __enter__(self) -> RemoteScript:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.close()
+
+    def finish(self) -> None:
+        """Close the channel; if scripts take turns, wait for the end of the script first."""
+        if self._turn is not None:
+            self.end()
+            self.channel.status_event.wait(LAST_PATIENCE)
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel, which ends a script that still runs."""
+        self.channel.close()
+        if self._turn is not None and self._ending:
+            self._ending = False
+            self._turn.release()
+
+    def hurry(self) -> None:
+        """Wait less from now on: the transfer stops."""
+        self.channel.timeout = min(self.channel.timeout, LAST_PATIENCE)
+
+    # --- sending ---
+
+    def send(self, data: bytes | memoryview) -> bool:
+        """Send all of ``data``; return False if the script reads no more: its answer says why."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self.channel.send(view[:BLOCK]) :]
+        except connection_errors():
+            return False
+        return True
+
+    def end(self) -> None:
+        """End the input of the script."""
+        if self._turn is not None and not self._ending:
+            self._turn.acquire()
+            self._ending = True
+        with contextlib.suppress(SSHError, *connection_errors()):
+            self.channel.shutdown_write()
+
+    # --- receiving ---
+
+    def read(self, most: int) -> bytes:
+        """Return up to ``most`` bytes of output; none at its end."""
+        if not self._begun:
+            self._skip_noise()
+        return self._receive(most)
+
+    def line(self) -> bytes:
+        """Return the next line without its end, or the rest of the output."""
+        line = b""
+        deadline = time.monotonic() + self.channel.timeout
+        while not (end := line.find(b"\n") + 1):
+            piece = self.read(MAX_LINE)
+            if not piece:
+                return line
+            line += piece
+            if len(line) > 4 * MAX_LINE:
+                raise SSHError("the machine sends an endless line")
+            if time.monotonic() > deadline and b"\n" not in line:
+                raise SSHError(f"the machine sent no whole line within {self.channel.timeout:g}s")
+        self._push_back(line[end:])
+        return line[: end - 1]
+
+    def until(self, mark: bytes, most: int) -> bytes:
+        """Return the output before a line with only the mark, up to ``most`` bytes."""
+        text, ending, start = bytearray(b"\n"), b"\n" + mark + b"\n", 0
+        while (end := text.find(ending, start)) < 0:
+            start = max(0, len(text) - len(ending))
+            piece = self.read(MAX_LINE)
+            if not piece:
+                raise self.refused(bytes(text[1 : 1 + MAX_LINE]))
+            text += piece
+            if len(text) > most:
+                raise SSHError(f"the machine answers with more than {most} bytes")
+        self._push_back(bytes(text[end + len(ending) :]))
+        return bytes(text[1 : end + 1])
+
+    def rest(self, most: int) -> bytes:
+        """Return the rest of the output, up to ``most`` bytes."""
+        text = bytearray()
+        while piece := self.read(BLOCK):
+            text += piece
+            if len(text) > most:
+                raise SSHError(f"the machine answers with more than {most} bytes")
+        return bytes(text)
+
+    def answer(self, word: bytes) -> bytes:
+        """Read a line that must begin with ``word``, and return what follows it."""
+        line = self.line()
+        if line == word or line.startswith(word + b" "):
+            return line[len(word) + 1 :]
+        raise self.refused(line)
+
+    def expect_end(self) -> None:
+        """Check that there is no more output, and that the script succeeded."""
+        if self.read(1):
+            raise SSHError("the machine sends more than it announced")
+        if self.channel.recv_exit_status() != 0:
+            raise self.refused()
+
+    def refused(self, line: bytes = b"") -> SSHError:
+        """Return an error with the reason that the host gives."""
+        if line.startswith(b"no lacks "):
+            return NoShellError(f"the machine {printable(os.fsdecode(line[3:]), 80)}")
+        said = line[3:] if line.startswith(b"no ") else b""
+        said = said or self._errors() or line
+        if not said.strip() and not self._transport.is_active():
+            return SSHError("the connection broke")
+        text = said.decode("utf-8", "replace").strip() or "it gives no reason"
+        return SSHError(f"the machine refuses: {printable(text, 500)}")
+
+    def _errors(self) -> bytes:
+        text = b""
+        while self.channel.recv_stderr_ready() and len(text) < MAX_LINE:
+            text += self.channel.recv_stderr(MAX_LINE)
+        return text
+
+    def _receive(self, most: int) -> bytes:
+        if not self._buffer:
+            try:
+                # All that there is: paramiko copies the rest of its buffer with every read.
+                self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
+            except connection_errors():
+                raise SSHError("the connection broke") from None
+        piece, self._buffer = self._buffer[:most], self._buffer[most:]
+        return bytes(piece)
+
+    def _push_back(self, data: bytes) -> None:
+        if data:
+            self._buffer = memoryview(data + bytes(self._buffer))
+
+    def _skip_noise(self) -> None:
+        """Skip what start-up files print before the mark."""
+        self._begun = True
+        mark, seen = self._mark.encode() + b"\n", b""
+        deadline = time.monotonic() + self.channel.timeout
+        while mark not in seen:
+            piece = self._receive(BLOCK)
+            if not piece:
+                raise self._no_shell(seen)
+            seen += piece
+            late = len(seen) > MAX_NOISE + BLOCK or time.monotonic() > deadline
+            if late and mark not in seen:
+                raise SSHError("the machine prints without end before it starts a shell")
+        self._push_back(seen.partition(mark)[2])
+
+    def _no_shell(self, seen: bytes) -> SSHError:
+        if not self._transport.is_active():
+            return SSHError("the connection broke")
+        said = (self._errors().strip() or seen.strip()).decode("utf-8", "replace")
+        text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
+        return NoShellError(f"the machine runs no shell, and says: {text}")
+
+
+def inlined(script: bytes) -> str | None:
+    """Return a script as an argument that every login shell passes on unchanged, or None."""
+    special = set(script) & set(b"\\!@") or any(
+        (byte < 32 and byte != 10) or byte > 126 for byte in script
+    )
+    if special or len(script) > MAX_INLINE:
+        return None
+    return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
+
+
+# ==================================================================================================
+# ssh.transfer.scripts
+#
+# Shell scripts that a transfer runs on a host, with POSIX tools and those of GNU and busybox.
+# ==================================================================================================
+
+
+# Precedes each script. Relative paths count from the home directory, even if a start-up file
+# changes the directory. $n is a line end, set before.
+PRELUDE = r"""
+unset CDPATH
+no() { printf "no %s%s" "$*" "$n"; exit 1; }
+cd "${HOME:-/}" || no "there is no home directory ${HOME}"
+if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
+# openssl is up to six times as fast.
+if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; fi
+block=65536
+part() { # prints $3 bytes of the file $1 from its block $2 on
+  if [ $(($3 % block)) = 0 ]; then blocks "$1" "$2" $(($3 / block))
+  else blocks "$1" "$2" $(($3 / block + 1)) | head -c "$3"; fi
+}
+blocks() { dd if="$1" bs=$block skip="$2" count="$3" iflag=fullblock 2>/dev/null; }
+list() { find . -exec stat -c "%f %s %Y %n" {} +; }
+"""
+# Ends with the name of a tool that is missing.
+CHECK_TOOLS = r"""
+for t in chmod dd find head mkdir mv rm stat tar touch xargs; do
+  command -v $t >/dev/null || no "lacks $t"
+done
+command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
+[ "$(echo abcdef | dd ibs=3 count=1 obs=4 iflag=fullblock 2>/dev/null)" = abc ] ||
+  no "lacks a dd with iflag=fullblock"
+stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
+"""
+# Sets $f to the target and $p to the temporary name beside it; $r records what has arrived.
+TARGET = r"""
+case $f in /*) ;; *) f=$PWD/${f#./};; esac
+if [ "$kind" = d ]; then
+  [ "$content" = 1 ] || f=${f%/}/$name
+elif [ -d "$f" ]; then f=${f%/}/$name
+else case $f in */) f=$f$name;; esac; fi
+f=${f%/}; f=${f:-/}
+if [ -h "$f" ] && [ ! -d "$f" ]; then
+  [ "$follow" = 1 ] || no "$f is a symlink: remove it, or pass symlinks='follow'"
+  f=$(readlink -f "$f") || no "$f is a symlink to nowhere"
+fi
+d=${f%/*}; d=${d:-/}
+if [ ! -d "$d" ] && [ "$look" = 0 ]; then
+  e=$(mkdir -p "$d" 2>&1) || no "there is no directory $d: ${e%%$n*}"
+fi
+if [ "$kind" = f ]; then
+  [ ! -d "$f" ] || no "$f is a directory"
+  [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
+else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is no directory"; fi
+p=${d%/}/.clore-part-$token
+r=$p.done
+"""
+# Runs during the whole upload: creates the temporary name, and renames it at the end. If it stops
+# before that, it removes the temporary name, unless the upload may be resumed.
+CONTROL = (
+    CHECK_TOOLS
+    + TARGET
+    + r"""
+u=$(umask); umask 077
+make() { if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi; }
+wipe() { rm -rf "$p" "$r" || { sleep 1; rm -rf "$p" "$r"; }; }
+gone() { [ "$keep" = 1 ] || wipe; exit 1; }
+trap gone HUP TERM
+[ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
+make || no "nothing can be created in $d"
+no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
+printf "ready %s\n" "$u"
+[ ! -s "$r" ] || cat "$r"
+echo "$token"
+finish_file() {
+  s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
+  m=$(printf %o $((0$mode & ~0$u)))
+  [ ! -e "$f" ] || m=$(stat -c %a "$f")
+  [ "$preserve" = 0 ] || m=$mode
+  chmod "$m" "$p" || exit 1
+  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || exit 1
+  mv -f "$p" "$f" || exit 1
+}
+finish_tree() {
+  if [ ! -e "$f" ]; then mv "$p" "$f" || exit 1; return; fi
+  cd "$p" || exit 1
+  export preserve
+  # A directory that is new there is moved as a whole, with its modes and times.
+  find . -type d -exec sh -c '[ ! -e "$0/$1" ] && mv "$1" "$0/$1"' "$f" {} \; -prune
+  find . ! -type d -exec sh -c 'for g; do
+    [ "$preserve" = 1 ] || [ ! -f "$0/$g" ] || [ ! -f "$g" ] || chmod "$(stat -c %a "$0/$g")" "$g"
+    mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || exit 1
+  cd / && rm -rf "$p"
+}
+while read -r word || gone; do case $word in
+restart) wipe; make;;
+wipe) wipe; exit 1;;
+list) (cd "$p" && list); echo "$token";;
+go) if [ "$kind" = f ]; then finish_file; else finish_tree; fi
+  rm -f "$r"; printf "ok %s\n" "$f"; exit 0;;
+*) gone;;
+esac; done
+"""
+)
+# Prints the target and a listing of it, which is empty if there is none.
+LIST_TARGET = (
+    CHECK_TOOLS
+    + TARGET
+    + r"""
+printf "target %s\n" "$f"
+if [ "$kind" = d ]; then [ ! -d "$f" ] || (cd "$f" && list)
+else [ ! -f "$f" ] || stat -L -c "%f %s %Y ." "$f"; fi
+echo "$token"
+"""
+)
+# Removes the files or the empty directories below the target whose names it reads.
+REMOVE = (
+    TARGET
+    + r"""
+cd "$f" || exit 1
+if [ "$what" = d ]; then xargs -0 rmdir 2>/dev/null; else xargs -0 rm -f || exit 1; fi
+echo removed
+"""
+)
+# Precedes scripts that start at the same time as CONTROL, and wait for the temporary name.
+WAIT = (
+    TARGET
+    + r"""
+w=0; until [ -e "$p" ]; do
+  w=$((w+1)); [ $w -lt 500 ] || no "the upload did not start"
+  sleep 0.02 2>/dev/null || sleep 1
+done
+umask 077
+"""
+)
+# Writes the chunks of one file: before each comes a line (block, size, key), after it a dot.
+PUT = (
+    WAIT
+    + r"""
+if [ "$kind" = d ]; then p=$p/$inner; mkdir -p "${p%/*}" && : >>"$p" || exit 1; fi
+c=notrunc,sparse
+put() { dd of="$p" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
+while read -r k s key && [ -e "$p" ]; do
+  # A dd without conv=sparse fails before it reads anything.
+  e=$(put) || { case $e in *sparse*) c=notrunc; e=$(put);; *) false;; esac; } || no "${e%%$n*}"
+  read -r t && [ "$t" = . ] || exit 1
+  h=-; [ "$hash" = 0 ] || h=$(part "$p" "$k" "$s" | $sha)
+  [ "$keep" = 0 ] || echo "$key" >>"$r"
+  echo "done ${h%% *}"
+done
+echo end
+"""
+)
+# Unpacks tar archives: before each comes a line (size, key), after it a dot.
+UNTAR = (
+    WAIT
+    + r"""
+cd "$p" || exit 1
+while read -r s key; do
+  e=$(dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null | tar -x"$how"f - 2>&1) ||
+    no "${e%%$n*}"
+  read -r t && [ "$t" = . ] || exit 1
+  [ "$keep" = 0 ] || echo "$key" >>"$r"
+  echo "done -"
+done
+echo end
+"""
+)
+# Print SHA-256: of each chunk for which a line (block, size) comes; of each file that is named.
+CHUNK_DIGESTS = r"""while read -r k s; do part "$path" "$k" "$s" | $sha; done"""
+FILE_DIGESTS = r"""cd "$path" && xargs -0 $sha"""
+# Prints the type of the source, then a listing, or the content of a file that is not too large.
+LOOK = (
+    CHECK_TOOLS
+    + r"""
+if [ -d "$f" ]; then
+  cd "$f" || no "$f: it cannot be entered"
+  echo d; list; echo "$token"
+elif [ -f "$f" ]; then
+  s=$(stat -L -c "%s %Y %a" "$f") || exit 1
+  size=${s%% *}
+  [ "$size" -gt 0 ] || size=$(($(wc -c <"$f"))) # files in /proc have size 0
+  echo "f $size ${s#* }"
+  [ "$size" -le "$most" ] || exit 0
+  part "$f" 0 "$size"
+  [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
+  [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
+  stat -L -c "%s %Y %a" "$f"
+elif [ -e "$f" ]; then no "it is neither a file nor a directory"
+else no "there is no such file"; fi
+"""
+)
+# Prints a tar archive of the files whose names it reads, a block with a mark, and a new listing.
+GET_TREE = r"""
+cd "$f" || exit 1
+xargs -0 tar -cf -
+printf "%-511s\n" "$token"; list; echo "$token"
+"""
+# Prints each range of a file for which a line (block, size) comes, and the file's state after it.
+GET = r"""
+while read -r k s; do
+  part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
+done
+stat -L -c "%s %Y %a" "$f"
+"""
+
+
+def script_text(verb: str, body: str, **values: bytes | str | int) -> bytes:
+    """Return a script with ``values`` as shell variables; ``verb`` names it."""
+    lines = [b": " + verb.encode()]
+    lines += [name.encode() + b"=" + sh_quoted(value) for name, value in values.items()]
+    return b"\n".join([*lines, (PRELUDE + body).encode()])
+
+
+def sh_quoted(value: bytes | str | int) -> bytes:
+    """Quote a value for ``sh``."""
+    raw = value if isinstance(value, bytes) else str(value).encode()
+    return b"'" + raw.replace(b"'", b"'\"'\"'") + b"'"
+
+
+def remote_path(path: bytes) -> bytes:
+    """Return a remote path for a script; one that is relative or begins with ~/ is below home."""
+    if path == b"~" or path.startswith(b"~/"):
+        path = path[1:].lstrip(b"/") or b"."
+    elif path.startswith(b"~"):
+        raise ValueError(f"remote: use ~/ or an absolute path, not {short_repr(path)}")
+    return path if path.startswith(b"/") else b"./" + path
+
+
+def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
+    """Read the output of ``list``; pass mode, size, seconds and name of each entry to ``take``."""
+    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
+    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
+    entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
+    at = count = 0
+    while at < len(text):
+        found = entry.match(text, at)
+        if found is None:
+            shown = printable(repr(text[at : at + 80]), 120)
+            raise SSHError(f"the machine sent a listing that can't be read: {shown}")
+        count += 1
+        if count > most:
+            raise SSHError(f"the machine lists more than {most} files")
+        mode, size, seconds, name = found.groups()
+        take(int(mode, 16), int(size), int(seconds), name[2:])
+        at = found.end()
+
+
+def parse_digests(text: bytes, count: int) -> list[str]:
+    """Read the SHA-256 of each file from the output of sha256sum or openssl."""
+    # Other lines are parts of names: not every sha256sum escapes line ends.
+    digests = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
+    if len(digests) != count:
+        raise SSHError(f"the machine sent {len(digests)} SHA-256 instead of {count}")
+    return digests
+
+
+# ==================================================================================================
+# ssh.jobs
+#
+# Jobs: commands that run on a machine without a connection, and keep their output there.
+# ==================================================================================================
+
+
+JOB_TIMEOUT = 30.0  # seconds without a word of the machine
+MAX_TAIL = 8 * 1024 * 1024  # bytes
+MAX_PORTION = 1048576  # bytes of output that follow one size
+MAX_JOBS = 10_000
+MOST_SILENT_TRIES = 3  # connections that bring no word of a job, one after the other
+SILENT_PAUSE = 1.0  # seconds after such a connection
+_JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
+# A name, its state, its exit code or "-", and the time of its start.
+_JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
+_SIGNAL_CODES = range(129, 193)
+
+Connect = Callable[[float], ConnectionPool]
+
+
+def check_job_name(value: Any) -> str:
+    """Check the name of a job."""
+    if not isinstance(value, str):
+        raise TypeError(f"name must be a string, not {short_repr(value)}")
+    if not re.fullmatch(_JOB_NAME, value):
+        raise ValueError(
+            "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
+            f"none of the last two, not {short_repr(value)}"
+        )
+    return value
+
+
+class JobCommand:
+    """The arguments of ``start``, checked."""
+
+    def __init__(
+        self,
+        command: str | Sequence[str],
+        *,
+        name: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.line = command_line(command)
+        self.encoded_line = encoded("command", self.line)
+        self.name = f"job-{secrets.token_hex(4)}" if name is None else check_job_name(name)
+        self.exports = encoded("env", exports(env))
+        if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
+            raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")
+        path = "~" if cwd is None else os.fspath(cwd)
+        if not path:
+            raise ValueError("cwd must not be empty")
+        self.cwd = remote_path(encoded("cwd", path))
+
+
+class JobState:
+    """The state of a job, as the machine told it.
+
+    Attributes:
+        status: ``"running"``, ``"exited"``, ``"killed"`` or ``"lost"``.
+        exit_code: of the command, or None.
+        started: Unix time on the machine's clock.
+    """
+
+    def __init__(self, status: str, exit_code: int | None = None, started: float = 0.0) -> None:
+        by_signal = status == "exited" and exit_code in _SIGNAL_CODES
+        self.status = "killed" if by_signal else status
+        self.exit_code = exit_code
+        self.started = started
+
+    @classmethod
+    def parse(cls, text: str) -> JobState:
+        """Read what the scripts print about a job."""
+        found = re.fullmatch(_JOB_STATE, text)
+        if found is None:
+            raise SSHError(f"the machine describes a job in a way that can't be read: {text!r}")
+        status, code, started = found.groups()
+        return cls(status, int(code) if status == "exited" else None, float(started))
+
+
+class HostJobs:
+    """The jobs of one machine.
+
+    Parameters:
+        connect: returns connections to the machine; the argument limits the seconds to wait for it.
+        reconnects: whether it can do so again; not if the caller gave the connection.
+    """
+
+    def __init__(self, connect: Connect, reconnects: bool) -> None:
+        self._connect = connect
+        self.reconnects = reconnects
+
+    @contextlib.contextmanager
+    def script(
+        self, pool: ConnectionPool, verb: str, body: str, **values: bytes | str | int
+    ) -> Iterator[RemoteScript]:
+        """Run a script on a connection, for the length of a block."""
+        transport = pool.ssh.get_transport()
+        turn = threading.Lock() if takes_turns(transport) else None
+        with Watchdog() as watchdog:
+            text = script_text(verb, body, **values)
+            running = RemoteScript(transport, text, watchdog, JOB_TIMEOUT, turn=turn)
+            try:
+                with running:
+                    yield running
+            except NoShellError as error:
+                raise JobError(f"a job needs a POSIX shell: {error}") from error
+
+    def connected(self, deadline: float = math.inf) -> ConnectionPool:
+        """Return connections to the machine, to be entered."""
+        return self._connect(max(0.0, deadline - time.monotonic()))
+
+    def start(self, job: JobCommand) -> Job:
+        """Start a job, and return it once it runs."""
+        values: dict[str, bytes | str | int] = {
+            "name": job.name, "command": job.encoded_line, "exports": job.exports, "cwd": job.cwd,
+            "runner": JOB_RUNNER, "session": NEW_SESSION,
+        }  # fmt: skip
+        with self.connected() as pool:
+            try:
+                with self.script(pool, "job", START_JOB, **values) as script:
+                    started = script.answer(b"started").decode("ascii", "replace")
+            except JobError:
+                raise
+            except SSHError as error:
+                raise JobError(f"job {job.name!r} was not started: {error}", name=job.name) from (
+                    error
+                )
+        logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
+        return Job(self, job.name, job.line, JobState.parse(f"running - {started}"))
+
+    def find(self, name: str = "") -> list[Job]:
+        """Return the jobs of the machine, or the one with this name."""
+        jobs: list[Job] = []
+        with self.connected() as pool, self.script(pool, "jobs", LIST_JOBS, name=name) as script:
+            while (line := script.line()) != b"end":
+                found = re.fullmatch(rf"job ({_JOB_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
+                if found is None or len(jobs) == MAX_JOBS:
+                    raise script.refused(line)
+                command = script.line().decode("utf-8", "replace")
+                jobs.append(Job(self, found[1], command, JobState.parse(found[2])))
+        return jobs
+
+    def get(self, name: str) -> Job:
+        """Return the job with a name."""
+        for job in self.find(name):
+            if job.name == name:
+                return job
+        raise JobError(f"the machine has no job {name!r}: jobs() lists those it has", name=name)
+
+
+class Job:
+    """A command that runs on a machine without a connection; see ``CloreClient.start``.
+
+    Each method and property opens a connection, unless the job is known to have ended. Its files
+    are in ``~/.clore/jobs/<name>`` on the machine.
+
+    Attributes:
+        name: the name of the job.
+        command: the command; of a job that another process started, the first line of it.
+    """
+
+    def __init__(self, host: HostJobs, name: str, command: str, state: JobState) -> None:
+        self._host = host
+        self._state = state
+        self.name = name
+        self.command = command
+
+    def __repr__(self) -> str:
+        code = self._state.exit_code
+        ended = "" if code is None else f", exit code {code}"
+        return f"<Job {self.name!r}: {self._state.status}{ended}>"
+
+    @property
+    def status(self) -> str:
+        """Return the status of the job now.
+
+        Returns:
+            ``"running"``; ``"exited"``, by itself; ``"killed"``, by a signal, the machine's memory
+            limit, or :meth:`stop`; ``"lost"``, when the machine or its container was started anew,
+            or the order has ended.
+        """
+        return self._look().status
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return the exit code, or None while the job runs, and where nothing recorded it.
+
+        It is 128 plus the number of the signal if one ended the command.
+        """
+        return self._look().exit_code
+
+    @property
+    def started(self) -> float:
+        """Return the Unix time of its start, by the machine's clock."""
+        return self._state.started
+
+    def tail(self, lines: int = 50) -> str:
+        """Return the last lines of the output, stdout and stderr together.
+
+        Parameters:
+            lines: the number of lines; the text has 8 MB at most.
+
+        Raises:
+            JobError: the machine has no such job any more.
+
+        Example:
+            >>> print(job.tail(2))
+            step 99: loss 1.25
+            step 100: loss 1.24
+        """
+        check_count("lines", lines)
+        with self._script("tail", TAIL_JOB, lines=lines, most=MAX_TAIL) as script:
+            script.answer(b"tail")
+            return script.rest(MAX_TAIL + 1024).decode("utf-8", "replace")
+
+    def follow(
+        self,
+        on_output: Callable[[OutputLine], object] | None = print,
+        *,
+        timeout: float | None = None,
+        on_progress: Report | None = None,
+        progress: bool = False,
+    ) -> int | None:
+        """Pass on the output from its start, and wait for the end of the job.
+
+        A connection that breaks is opened again, and the output goes on where it stopped: no line
+        is lost, none comes twice. Ctrl-C ends the following, not the job.
+
+        Parameters:
+            on_output: called with each line, without its line end. stdout and stderr come together.
+            timeout: seconds to follow; None follows to the end.
+            on_progress, progress: as for :meth:`CloreClient.wait_for_order`.
+
+        Returns:
+            The exit code, as :attr:`exit_code` has it.
+
+        Raises:
+            JobTimeoutError: the job did not end in time. It still runs.
+            SSHError: the machine can't be reached any more, or not with these login arguments.
+
+        Example:
+            >>> job.follow(on_output=print)
+            step 1: loss 4.17
+            0
+        """
+        check_callback("on_output", on_output, 1)
+        splitter = None if on_output is None else LineSplitter(STDOUT, on_output)
+        with ProgressOptions(on_progress, progress).reporting() as report:
+            return self._follow(splitter, timeout, report)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for the end of the job; takes the same ``timeout`` as :meth:`follow`.
+
+        Returns:
+            The exit code, as :attr:`exit_code` has it.
+
+        Example:
+            >>> job.wait(timeout=3600)
+            0
+        """
+        return self._follow(None, timeout)
+
+    def stop(self, grace: float = 10.0) -> None:
+        """Stop the job with all its processes: with SIGTERM, and later with SIGKILL.
+
+        Parameters:
+            grace: seconds between the two, at most 20.
+
+        Example:
+            >>> job.stop()
+        """
+        check_number("grace", grace, maximum=20.0, unit="seconds")
+        with self._script("stop", STOP_JOB, grace=math.ceil(10 * grace)) as script:
+            script.answer(b"stopped")
+
+    def remove(self) -> None:
+        """Remove a job that has ended, with its output, so that its name is free again.
+
+        Raises:
+            JobError: the job still runs, or the machine has no such job.
+
+        Example:
+            >>> job.remove()
+        """
+        with self._script("remove", REMOVE_JOB) as script:
+            script.answer(b"removed")
+        if self._state.status == "running":
+            self._state = JobState("lost")
+
+    @contextlib.contextmanager
+    def _script(self, verb: str, body: str, **values: bytes | str | int) -> Iterator[RemoteScript]:
+        with self._host.connected() as pool:
+            try:
+                with self._host.script(pool, verb, body, name=self.name, **values) as script:
+                    yield script
+            except JobError:
+                raise
+            except SSHError as error:
+                raise JobError(f"job {self.name!r}: {error}", name=self.name) from error
+
+    def _look(self) -> JobState:
+        if self._state.status == "running":
+            try:
+                found = self._host.find(self.name)
+                self._state = found[0]._state if found else JobState("lost")
+            except OrderEndedError:
+                self._state = JobState("lost")
+        return self._state
+
+    def _follow(
+        self, splitter: LineSplitter | None, timeout: float | None, report: Report | None = None
+    ) -> int | None:
+        deadline = math.inf
+        if timeout is not None:
+            check_number("timeout", timeout, infinite=True, unit="seconds")
+            deadline = time.monotonic() + timeout
+        following = Following(self._host, self.name, splitter, deadline, report)
+        try:
+            self._state = following.run()
+        except OrderEndedError:
+            self._state = JobState("lost")
+        return self._state.exit_code
+
+
+class Following:
+    """Receives the output of a job until its end, over as many connections as it takes."""
+
+    def __init__(
+        self, host: HostJobs, name: str, splitter: LineSplitter | None, deadline: float,
+        report: Report | None = None,
+    ) -> None:  # fmt: skip
+        self._host = host
+        self._name = name
+        self._splitter = splitter
+        self._deadline = deadline
+        self._report = report
+        self._at = -1 if splitter is None else 0  # bytes that were passed on
+        self._heard = False  # on the current connection
+        self._callback_error: Exception | None = None
+
+    def run(self) -> JobState:
+        """Return the state of the job when it has ended."""
+        silent = 0
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        while True:
+            with self._host.connected(self._deadline) as pool:
+                try:
+                    state = self._receive(pool)
+                    break
+                except failures as error:
+                    silent = 0 if self._heard else silent + 1
+                    final = isinstance(error, JobError) or error is self._callback_error
+                    if final or not self._host.reconnects or silent >= MOST_SILENT_TRIES:
+                        raise
+                    logger.warning("job %s: %s; connecting again", self._name, error)
+            if not self._heard:
+                time.sleep(SILENT_PAUSE)
+        if self._splitter is not None:
+            self._splitter.finish()
+        return state
+
+    def _receive(self, pool: ConnectionPool) -> JobState:
+        self._heard = False
+        values: dict[str, str | int] = {"name": self._name, "at": self._at}
+        with self._host.script(pool, "follow", FOLLOW_JOB, **values) as script:
+            while True:
+                line = script.line()
+                if line.startswith(b"end "):
+                    return JobState.parse(line[4:].decode("ascii", "replace"))
+                if not re.fullmatch(rb"[0-9]{1,7}", line) or int(line) > MAX_PORTION:
+                    self._refuse(script.refused(line), line)
+                self._heard = True
+                self._pass_on(script, int(line))
+                self._tell()
+                if time.monotonic() >= self._deadline:
+                    raise JobTimeoutError(
+                        f"job {self._name!r} did not end in time; it still runs", name=self._name
+                    )
+
+    def _tell(self) -> None:
+        if self._report is not None:
+            text = f"job {self._name}: {readable_size(max(0, self._at))} of output"
+            try:
+                self._report(ProgressEvent("job", max(0, self._at), text))
+            except Exception as error:
+                self._callback_error = error
+                raise
+
+    def _refuse(self, error: SSHError, line: bytes) -> None:
+        if line.startswith(b"no "):
+            raise JobError(str(error), name=self._name) from error
+        raise error
+
+    def _pass_on(self, script: RemoteScript, size: int) -> None:
+        while size:
+            piece = script.read(size)
+            if not piece:
+                raise SSHError("the connection broke")
+            size -= len(piece)
+            if self._splitter is not None:
+                self._at += len(piece)
+                try:
+                    self._splitter.feed(piece)
+                except Exception as error:
+                    self._callback_error = error
+                    raise
+
+
+# ==================================================================================================
+# ssh.openssh
+#
+# Write what OpenSSH needs to log in: a command line, or an entry for ``~/.ssh/config``.
+# ==================================================================================================
+
+
+def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> str:
+    """Return a command line; see ``CloreClient.ssh_command``."""
+    words = _ssh_words(address, pins, alias, key_path)
+    return shlex.join([*words, f"{address['user']}@{address['host']}"])
+
+
+def rsync_line(
+    address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any, local: bytes, remote: bytes
+) -> str:
+    """Return a command line for rsync; see ``CloreClient.rsync_command``."""
+    ssh = " ".join(map(_rsync_word, _ssh_words(address, pins, alias, key_path)))
+    source = os.path.expanduser(os.fsdecode(local))
+    if source.startswith("-") or ":" in source.partition("/")[0]:
+        source = f"./{source}"  # or rsync takes it for an option, or for a host
+    # No shell of the machine expands a path that rsync keeps from it, so "~" is not sent.
+    target = os.fsdecode(remote_path(remote)).removeprefix("./")
+    host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
+    words = ["rsync", "-az", "-s", "-e", ssh, source]
+    return shlex.join([*words, f"{address['user']}@{host}:{target}"])
+
+
+def _rsync_word(word: str) -> str:
+    """Quote a word for the option -e of rsync, which knows quotes, but no backslashes."""
+    if re.fullmatch(r"[\w@%+=:,./~-]+", word):
+        return word
+    return '"' + word.replace('"', '""') + '"'
+
+
+def _ssh_words(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> list[str]:
+    words = ["ssh", "-p", str(address["port"])]
+    if key_path is not None:
+        path = _whole_path(key_path)
+        # With -i, OpenSSH looks for the file both with and without expanding % signs.
+        plain = _unexpanded(path) == path
+        words += ["-i", path] if plain else ["-o", f"IdentityFile={_config_path(path)}"]
+    if pins.path is not None and pins.of(alias) and alias.startswith("clore-order-"):
+        for name, value in _pinned(pins, alias):
+            words += ["-o", f"{name}={value}"]
+    return words
+
+
+def config_entry(
+    name: str, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any
+) -> str:
+    """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ValueError(
+            "name must consist of letters, digits, '_', '.' and '-', and begin with none of the "
+            f"last two, not {short_repr(name)}"
+        )
+    lines = [
+        ("HostName", address["host"]),
+        ("Port", str(address["port"])),
+        ("User", address["user"]),
+    ]
+    if key_path is not None:
+        lines += [("IdentityFile", _config_path(_whole_path(key_path))), ("IdentitiesOnly", "yes")]
+    lines += _pinned(pins, alias)
+    lines += [("ServerAliveInterval", "15"), ("ForwardAgent", "no"), ("ForwardX11", "no")]
+    return f"Host {name}\n" + "".join(f"    {key} {value}\n" for key, value in lines)
+
+
+def _pinned(pins: HostKeys, alias: str) -> list[tuple[str, str]]:
+    """Return options to accept only the pinned key, or else to pin the first one seen."""
+    known = pins.of(alias)
+    strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
+    if pins.path is not None and alias.startswith("clore-order-"):
+        if not known:
+            pins.make_folder()
+        return [("HostKeyAlias", alias), ("UserKnownHostsFile", _config_path(str(pins.path))),
+                ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
+    if not known:  # without a state folder, nothing is kept between two logins
+        return [("UserKnownHostsFile", os.devnull), ("StrictHostKeyChecking", "accept-new")]
+    kind, key = known[0]
+    # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
+    return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
+            ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
+
+
+def _whole_path(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"key_path must be a path, not {short_repr(path)}")
+    check_local_path("key_path", path)
+    return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
+
+
+def _unexpanded(path: str) -> str:
+    """Escape % signs, which OpenSSH would expand in a path."""
+    if "\n" in path or "${" in path:
+        raise ValueError(
+            "key_path or state_dir: OpenSSH can't be told a path with a newline or '${': "
+            f"{short_repr(path)}"
+        )
+    return path.replace("%", "%%")
+
+
+def _config_path(path: str) -> str:
+    """Escape and quote a path for a configuration file."""
+    if '"' in path:
+        raise ValueError(
+            f"key_path or state_dir: OpenSSH can't be told a path with '\"': {short_repr(path)}"
+        )
+    escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
+    return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped
+
+
+# ==================================================================================================
+# ssh.transfer.options
+#
+# Check the arguments of a transfer.
+# ==================================================================================================
+
+
+Excludes = Callable[[bytes, bool], bool]
+
+MAX_STREAMS = 16
+SYMLINK_WAYS = ("skip", "copy", "follow")
+
+
+class TransferOptions:
+    """The arguments of a transfer, checked."""
+
+    def __init__(
+        self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
+        resume: Any = False, symlinks: Any = "skip", streams: Any = None, max_bytes: Any = None,
+        progress: Any = None, on_progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
+        skip_unchanged: Any = False, exclude: Any = (),
+    ) -> None:  # fmt: skip
+        self.local = check_path("local", local)
+        self.remote = check_path("remote", remote)
+        self.source = remote_path(self.remote)
+        if not isinstance(skip_unchanged, bool) and skip_unchanged != "checksum":
+            raise ValueError(
+                "skip_unchanged must be True, False or 'checksum', not "
+                f"{short_repr(skip_unchanged)}"
+            )
+        self.skip_unchanged: bool | str = skip_unchanged
+        self.excluded = excluder(exclude)
+        # Times can only be compared later if they are kept now.
+        self.preserve = check_bool("preserve", preserve) or skip_unchanged is True
+        self.verify = check_bool("verify", verify)
+        self.resume = check_bool("resume", resume)
+        if symlinks not in SYMLINK_WAYS:
+            raise ValueError(
+                f"symlinks must be 'skip', 'copy' or 'follow', not {short_repr(symlinks)}"
+            )
+        self.symlinks: str = symlinks
+        self.streams = self.max_bytes = None
+        if streams is not None:
+            self.streams = check_count("streams", streams, minimum=1, maximum=MAX_STREAMS)
+        if max_bytes is not None:
+            self.max_bytes = check_count("max_bytes", max_bytes)
+        shown = progress if isinstance(progress, bool) else False
+        self.events = ProgressOptions(on_progress, shown)
+        self.progress: Callable[[str, int, int], object] | None = None
+        if not isinstance(progress, bool):
+            check_callback("progress", progress, 3)
+            self.progress = progress
+        self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
+        self.deadline: float | None = deadline
+        if deadline is not None:
+            check_number("deadline", deadline, above=True, unit="seconds")
+
+
+class DownloadOptions(TransferOptions):
+    """The arguments of a download, checked, and its target.
+
+    Attributes:
+        target: the path to write a file to: inside ``local`` if that is a directory or is named as
+            one, else ``local``.
+        folder_target: the path to write a directory to: inside ``local``, or ``local`` itself for
+            the content of a directory.
+    """
+
+    def __init__(self, remote: Any, local: Any, **given: Any) -> None:
+        super().__init__(local, remote, **given)
+        here = os.fsdecode(os.path.expanduser(self.local))
+        name = os.fsdecode(self.remote.rstrip(b"/").rpartition(b"/")[2])
+        content = is_content(self.remote) or self.remote == b"~"
+        inside = os.path.isdir(here) or here.endswith(("/", os.sep))
+        self.target = os.path.join(here, name) if inside and not content else here
+        self.folder_target = here if content else os.path.join(here, name)
+
+
+def is_content(path: bytes) -> bool:
+    """Return whether a source path means the content of a directory, as it does for rsync."""
+    last = path.replace(os.fsencode(os.sep), b"/").rpartition(b"/")[2]
+    return last in (b"", b".", b"..")
+
+
+def excluder(patterns: Any) -> Excludes | None:
+    """Return a function that tells if a name and its kind match patterns as of .gitignore."""
+    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
+        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
+    lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
+    if not lines:
+        return None
+    try:
+        pathspec: Any = importlib.import_module("pathspec")
+    except ImportError as error:
+        raise ImportError(
+            "exclude needs pathspec: pip install 'clore-client[files]' (or: pip install pathspec)"
+        ) from error
+    try:
+        spec = pathspec.GitIgnoreSpec.from_lines(lines)
+    except ValueError as error:
+        raise ValueError(f"exclude: {printable(str(error), 200)}") from error
+
+    def excludes(name: bytes, folder: bool) -> bool:
+        return bool(spec.match_file(os.fsdecode(name) + "/" * folder))
+
+    return excludes
+
+
+def check_path(name: str, value: Any) -> bytes:
+    """Check a path, and return it as bytes."""
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(f"{name} must be a path, not {short_repr(value)}")
+    try:
+        path = os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a character that no path may have") from None
+    if not path or b"\0" in path:
+        raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
+    check_local_path(name, path)  # no host allows longer ones
+    return path
+
+
+# ==================================================================================================
+# ssh.access
+#
+# Log in to the machines of an account; check the host key of each order.
+# ==================================================================================================
+
+
+LOGIN_WAIT = 120.0  # seconds for an sshd to respond
+
+
+class SSHAccess:
+    """SSH access to the machines of an account.
+
+    Parameters:
+        client: the client, for its API key and base URL.
+        orders: the orders, for the passwords that were sent with them.
+        folder: the state folder, or None if none is used.
+    """
+
+    def __init__(self, client: OrdersClient, orders: AccountOrders, folder: Path | None) -> None:
+        self._client = client
+        self._orders = orders
+        self._folder = folder
+        self._by_account: dict[str, HostKeys] = {}
+
+    @property
+    def _host_keys(self) -> HostKeys:
+        """The host keys of the account; the client's API key may change."""
+        account = account_digest(self._client.base_url, self._client.api_key)
+        return self._by_account.setdefault(account, HostKeys(self._folder, account))
+
+    def forget_host_key(self, order: Mapping[str, Any]) -> bool:
+        """Forget the host key of an order; see ``CloreClient.forget_host_key``."""
+        return self._host_keys.forget(self._alias(order))
+
+    def terminal_line(self, order: Mapping[str, Any], key_path: Any) -> str:
+        """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
+        return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
+
+    def rsync_line(self, order: Mapping[str, Any], local: Any, remote: Any, key_path: Any) -> str:
+        """Return a command line for rsync; see ``CloreClient.rsync_command``."""
+        return rsync_line(
+            plain_address(order), self._host_keys, self._alias(order), key_path,
+            check_path("local", local), check_path("remote", remote),
+        )  # fmt: skip
+
+    def config_entry(self, order: Mapping[str, Any], name: str | None, key_path: Any) -> str:
+        """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
+        address = plain_address(order)
+        number = self._order_number(order)
+        entry = name if name is not None else f"clore-{number}" if number else "clore"
+        return config_entry(
+            check_text("name", entry), address, self._host_keys, self._alias(order), key_path
+        )
+
+    def login(
+        self,
+        order: Mapping[str, Any],
+        *,
+        password: str | None = None,
+        key_path: str | os.PathLike[str] | None = None,
+        passphrase: str | None = None,
+        wait: float = LOGIN_WAIT,
+        timeout: float = 30.0,
+        host_key: str = "pin",
+        use_ssh_config: bool = False,
+    ) -> Login:
+        """Check the arguments of a login, and return it; nothing is sent."""
+        address = plain_address(order)
+        check_number("timeout", timeout, above=True, unit="seconds")
+        check_number("wait", wait, infinite=True, unit="seconds")
+        mode = check_host_key("host_key", host_key)
+        if password is not None:
+            check_text("password", password, secret=True)
+        if passphrase is not None:
+            check_text("passphrase", passphrase, secret=True)
+        if key_path is not None and not isinstance(key_path, os.PathLike):
+            check_text("key_path", key_path)
+        if not password and not key_path:
+            sent = self._orders.credentials.get(self._order_number(order) or 0, {})
+            password = order.get("ssh_password") or sent.get("ssh_password")
+        keys = KeyCheck(
+            self._host_keys, self._order_number(order), "{host}:{port}".format(**address), mode
+        )
+        return Login(
+            order,
+            password=password,
+            key_path=key_path,
+            passphrase=passphrase,
+            timeout=timeout,
+            wait=wait,
+            keys=keys,
+            use_ssh_config=check_bool("use_ssh_config", use_ssh_config),
+        )
+
+    def connected(
+        self,
+        order: Mapping[str, Any],
+        ssh: paramiko.SSHClient | None,
+        login: dict[str, Any],
+        timeout: float = 30.0,
+        size: int = 1,
+        eager: bool = True,
+    ) -> ConnectionPool:
+        """Return the caller's connection, or logins to make when the pool is entered."""
+        options = check_login_options(login)
+        if ssh is not None:
+            return ConnectionPool(None, check_connection(ssh))
+        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
+
+    def jobs(
+        self, order: Mapping[str, Any], ssh: paramiko.SSHClient | None, login: dict[str, Any]
+    ) -> HostJobs:
+        """Return the jobs of the machine of an order."""
+        self.connected(order, ssh, login)  # check the arguments now
+
+        def connect(seconds: float) -> ConnectionPool:
+            wait = min(seconds, login.get("wait", LOGIN_WAIT))
+            return self.connected(order, ssh, {**login, "wait": wait})
+
+        return HostJobs(connect, reconnects=ssh is None)
+
+    @staticmethod
+    def _order_number(order: Mapping[str, Any]) -> int | None:
+        return Order(order).id
+
+    def _alias(self, order: Mapping[str, Any]) -> str:
+        address = parse_ssh_command(check_order(order))
+        return self._host_keys.alias(self._order_number(order), "{host}:{port}".format(**address))
+
+
+# ==================================================================================================
+# ssh.command
+#
+# Run a command over SSH within deadlines, and end it on the host when it must stop.
+# ==================================================================================================
+
+
+MAX_OUTPUT = 64 * 1024 * 1024  # bytes
+READ_CHUNK = 4 << 20  # bytes; more than a window, so that one read empties a buffer
+INPUT_CHUNK = 32768  # bytes
+START_TIMEOUT = 30.0  # seconds for a host to start a command
+POLL = 0.25  # seconds between two checks of what sets no event
+QUIET = 0.5  # seconds without output before an ended command's output may be complete
+OVERTIME = 5.0  # seconds after the deadline for the output of a command that ended in time
+LATE_OUTPUT = 4 << 20  # bytes beyond a window that an ended command may have left in pipes
+GRACE = 1.0  # seconds between SIGTERM and SIGKILL
+PATIENCE = 2.0  # seconds after which a call that should be short is stuck
+KILL_POLL = 0.1  # seconds between two checks of whether a process has ended
+BROKEN = "the connection broke before the command had ended: it may still run on the machine"
+
+# Run on a second channel: sshd before 9.8 rejects the protocol's own signals for root.
+# dropbear gives a command no process group of its own: there, its descendants are killed.
+# Before a group's number, dash needs "--", and busybox accepts none.
+_KILL_GROUP = (
+    "s() {{ kill -s $1 -- $2 2>/dev/null || kill -s $1 $2 2>/dev/null; }}; "
+    "d() {{ for c in $(cat /proc/$1/task/*/children 2>/dev/null); do d $c; done; echo $1; }}; "
+    "t=-{pid}; s 0 $t || t=$(d {pid}); "
+    "k() {{ r=1; for p in $t; do s $1 $p && r=0; done; return $r; }}; "
+    "k TERM; n=0; while [ $n -lt {polls} ] && k 0; do sleep {pause}; n=$((n+1)); done; k KILL"
+)
+
+
+def check_run_arguments(command: str | Sequence[str], **options: Any) -> Command:
+    """Check the arguments of :class:`Command`, before anything is sent."""
+    return Command(command, **options)
+
+
+def run_command(
+    ssh: paramiko.SSHClient, command: str | Sequence[str], **options: Any
+) -> CommandResult:
+    """Run a command and wait for its end; the options are those of :class:`Command`."""
+    return Command(command, **options).run(ssh)
+
+
+class Command:
+    """A command with its arguments, all checked.
+
+    Parameters:
+        command: a line for the host's shell, or a list of arguments, which is quoted.
+        check: raise CommandError unless the exit code is 0.
+        timeout: seconds that the command may take; None has no limit.
+        input: its standard input, text as UTF-8; None is empty.
+        env: environment variables. They are visible in the host's process list.
+        on_output: called with each :class:`OutputLine` as it comes. The order of lines is kept
+            within a stream, not between the two. A very long line comes in pieces.
+        max_output: bytes of both streams to keep; the rest goes to ``on_output`` only, and is
+            counted in the result's ``dropped``.
+    """
+
+    def __init__(
+        self,
+        command: str | Sequence[str],
+        *,
+        check: bool = True,
+        timeout: float | None = None,
+        input: str | bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[OutputLine], object] | None = None,
+        max_output: int = MAX_OUTPUT,
+    ) -> None:
+        self.line = command_line(command)
+        self.encoded_line = encoded("command", exports(env) + self.line)
+        self.input = input_bytes(input)
+        self.timeout = math.inf
+        if timeout is not None:
+            self.timeout = check_number("timeout", timeout, above=True, infinite=True,
+                                        unit="seconds")  # fmt: skip
+        check_callback("on_output", on_output, 1)
+        self.on_output = on_output
+        self.max_output = check_count("max_output", max_output)
+        self.check = check_bool("check", check)
+
+    def run(self, ssh: paramiko.SSHClient) -> CommandResult:
+        """Run the command and wait for its end.
+
+        A process that it leaves in the background is not waited for, unless that goes on writing
+        to the command's output. A timeout, Ctrl-C and any other exception end the command's
+        process group on the host: with SIGTERM, and a little later with SIGKILL.
+
+        Raises:
+            CommandError: the exit code was not 0, or a signal ended the command; with ``check``.
+            CommandTimeoutError: the command did not end in time.
+            SSHError: the host did not run the command; or the connection broke, and the command
+                may still run.
+        """
+        begin = time.monotonic()
+        output = CommandOutput(self.max_output, self.on_output)
+        with Watchdog() as watchdog:
+            code = RunningCommand(ssh.get_transport(), watchdog, self, output).run()
+        duration = time.monotonic() - begin
+        stdout, stderr = output.text(STDOUT), output.text(STDERR)
+        if code is None:
+            raise CommandTimeoutError(self.line, self.timeout, stdout, stderr)
+        result = CommandResult(self.line, code, stdout, stderr, duration, output.dropped)
+        logger.debug("%r", result)
+        if self.check and code != 0:
+            raise CommandError(result)
+        return result
+
+
+class RunningCommand:
+    """A command on its channel."""
+
+    def __init__(
+        self, transport: Any, watchdog: Watchdog, command: Command, output: CommandOutput
+    ) -> None:
+        self._transport = transport
+        self._watchdog = watchdog
+        self._command = command
+        self._output = output
+        self._deadline = time.monotonic() + command.timeout
+        self._pid_line = PidLine()
+        self._channel: Any = None
+        self._feeder: threading.Thread | None = None
+        self._wake = threading.Event()  # set when one of the streams has data or has ended
+        self._exit_signal = False
+        self._stopped_early = False
+
+    def run(self) -> int | None:
+        """Return the exit code, -1 after a signal, or None if the command did not end in time."""
+        try:
+            in_time = self._in_time()
+        finally:
+            self._end()
+        self._output.add(STDERR, self._pid_line.rest())
+        self._output.finish()
+        return self._exit_code() if in_time else None
+
+    def _in_time(self) -> bool:
+        """Start the command and read its output; return False if time ran out."""
+        try:
+            self._start()
+        except SSHError:
+            if self._time_left():
+                raise
+            return False
+        self._feeder = start_thread("stdin", _feed, self._channel, self._command.input)
+        # on_output may take longer than the timeout: the command is stopped all the same.
+        with self._watchdog.limit(self._time_left() + GRACE + PATIENCE, self._stop_early):
+            return self._wait() and not self._stopped_early
+
+    def _time_left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def _limited(self, seconds: float = PATIENCE) -> contextlib.AbstractContextManager[Any]:
+        """Close the connection if a block takes too long: sending itself has no timeout."""
+        return self._watchdog.limit(seconds, lambda: self._transport.close())
+
+    # --- the start ---
+
+    def _start(self) -> None:
+        """Open a channel, and wait until the host confirms that it has started the command."""
+        seconds = min(START_TIMEOUT, self._time_left())
+        start_by = time.monotonic() + seconds
+        with self._limited(seconds + PATIENCE):
+            self._channel = open_session(self._transport, seconds)
+            self._channel.settimeout(None)  # a command may read its input late
+            # paramiko clears an event when one stream is empty, though the other may have data.
+            event = SimpleNamespace(set=self._wake.set, clear=lambda: None)
+            self._channel.in_buffer.set_event(event)
+            self._channel.in_stderr_buffer.set_event(event)
+            self._watch_for_exit_signal()
+            request_exec(self._channel, self._pid_line.prefix.encode() + self._command.encoded_line)
+            if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
+                raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
+
+    def _watch_for_exit_signal(self) -> None:
+        """Read paramiko's log messages: only there it says that a signal ended the command."""
+        log = self._channel.logger.log
+
+        def watched(level: int, message: str, *args: object) -> None:
+            if 'request "exit-signal"' in message:
+                self._exit_signal = True
+                self._wake.set()
+            log(level, message, *args)
+
+        self._channel.logger = SimpleNamespace(log=watched)
+
+    # --- output ---
+
+    def _wait(self) -> bool:
+        """Read output until the command has ended; return False if time ran out first."""
+        while not self._ended():
+            if not self._time_left():
+                return False
+            self._read_or_wait(self._time_left())
+            self._output.report()
+        self._read_late_output()
+        return True
+
+    def _read_late_output(self) -> None:
+        """Read what the command wrote before it ended, and is still on its way.
+
+        The stream may stay open: a process in the background can hold it.
+        """
+        give_up_at = time.monotonic() + self._time_left() + OVERTIME
+        expected = self._channel.in_window_size + LATE_OUTPUT
+        silent_since = time.monotonic()
+        while not self._complete() and expected > 0 and time.monotonic() < give_up_at:
+            size = self._read_or_wait(POLL)
+            self._output.report()
+            expected -= size
+            if size:
+                silent_since = time.monotonic()
+            elif time.monotonic() - silent_since >= QUIET:
+                if self._all_arrived():
+                    return
+                silent_since = time.monotonic()
+        self._read()
+
+    def _ended(self) -> bool:
+        return self._exit_signal or bool(self._channel.exit_status_ready())
+
+    def _complete(self) -> bool:
+        return self._channel.closed or (self._channel.eof_received and self._ended())
+
+    def _read_or_wait(self, seconds: float) -> int:
+        """Read what has arrived and return its size; if that is 0, wait for more."""
+        size = self._read()
+        if not size:
+            self._wake.wait(min(seconds, POLL))
+            self._wake.clear()
+        return size
+
+    def _read(self) -> int:
+        channel, size = self._channel, 0
+        for stream, ready, receive in (
+            (STDOUT, channel.recv_ready, channel.recv),
+            (STDERR, channel.recv_stderr_ready, channel.recv_stderr),
+        ):
+            if not ready():
+                continue
+            try:
+                # This may hang, as it also sends: paramiko tells the host to send more.
+                with self._limited(self._time_left() + GRACE + PATIENCE):
+                    data = receive(READ_CHUNK)
+            except connection_errors() as error:
+                raise SSHError(f"{BROKEN} ({reason(error)})") from error
+            size += len(data)
+            self._output.add(stream, self._pid_line.remove_from(data) if stream == STDERR else data)
+        return size
+
+    def _all_arrived(self) -> bool:
+        """Check that the command is silent, and not just the network slow.
+
+        The host answers in order: output that it had ready for sending before it answers for the
+        first time arrives before the second answer.
+        """
+        channel = self._channel
+        for _ in range(2):
+            try:
+                with self._limited(2 * PATIENCE):
+                    open_session(self._transport, PATIENCE).close()
+            except NoChannelError:
+                pass  # a refusal is an answer
+            except (SSHError, OSError, EOFError):
+                return False
+            if channel.recv_ready() or channel.recv_stderr_ready() or channel.closed:
+                return False
+        return True
+
+    # --- the end ---
+
+    def _end(self) -> None:
+        """End the command's process group if it still runs, and close the channel."""
+        if self._channel is None:
+            return
+        self._deadline = min(self._deadline, time.monotonic())
+        try:
+            if not self._ended():
+                self._read_until(lambda: self._pid_line.pid is not None, GRACE)
+                self._kill_group()
+                self._read_until(self._complete, POLL)
+        except SSHError as error:
+            logger.debug("a command may still run: %s", error)
+        finally:
+            self._close()
+            if self._feeder is not None:
+                self._feeder.join(PATIENCE)
+
+    def _stop_early(self) -> None:
+        """End a command whose time has run out while ``on_output`` runs in another thread."""
+        if not self._ended():
+            self._stopped_early = True
+            self._kill_group()
+            self._close()
+
+    def _read_until(self, happened: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened() and not self._channel.closed and time.monotonic() < deadline:
+            self._read_or_wait(deadline - time.monotonic())
+        self._read()
+
+    def _kill_group(self) -> None:
+        """Kill the command's process group by a script on a second channel."""
+        pid = self._pid_line.pid
+        if pid is None:
+            return
+        script = _KILL_GROUP.format(pid=pid, polls=math.ceil(GRACE / KILL_POLL), pause=KILL_POLL)
+        try:
+            with self._limited(GRACE + 3 * PATIENCE):
+                channel = open_session(self._transport, PATIENCE)
+                request_exec(channel, f"sh -c {shlex.quote(script)}")
+                channel.status_event.wait(GRACE + PATIENCE)
+                channel.close()
+        except (SSHError, OSError, EOFError) as error:
+            logger.debug("process group %d may still run: %s", pid, error)
+
+    def _close(self) -> None:
+        if self._channel.closed:
+            return
+        with self._limited(), contextlib.suppress(SSHError, *connection_errors()):
+            if not self._ended():  # the host refused a second channel, or has told no pid
+                request_signal(self._channel, "KILL")
+            self._channel.close()
+
+    def _exit_code(self) -> int:
+        code: int = self._channel.exit_status
+        known = code >= 0 or self._exit_signal
+        if not self._transport.is_active() and not (known and self._channel.eof_received):
+            raise SSHError(BROKEN)
+        if not known:
+            raise SSHError(
+                "the machine did not start the command, or closed its channel without telling how "
+                "it ended"
+            )
+        if self._pid_line.pid is None:
+            said = self._output.text(STDERR).strip() or self._output.text(STDOUT).strip()
+            raise SSHError(
+                "the machine did not run the command: it runs another one instead, or its shell "
+                f"ended first (exit code {code}); it says: {printable(said, 300) or 'nothing'}"
+            )
+        return code if code >= 0 else -1
+
+
+def _feed(channel: Any, data: bytes) -> None:
+    """Send a command's input, as much of it as the command takes."""
+    view = memoryview(data)
+    try:
+        while view:
+            sent = channel.send(bytes(view[:INPUT_CHUNK]))
+            if not sent:
+                return
+            view = view[sent:]
+        channel.shutdown_write()
+    except Exception as error:
+        # The command may end without reading all of its input; that is not an error.
+        logger.debug("the input of a command was not sent completely: %s", reason(error))
+
+
+# ==================================================================================================
+# ssh.scp
+#
+# Guard the package scp against hosts that cheat, and against calls that never return.
+# ==================================================================================================
+
+
+SCP_BUFFER = 131072  # bytes of one read or write
+MAX_SCP_LINE = 8192  # bytes; the longest honest line is an error with a path in it
+MAX_FOLDER_DEPTH = 64
+SCP_BASE: Any = object  # guarded_scp() adds scp.SCPClient, which is imported late
+UNNAMED = (b"", b".", b"..")  # how scp names the folders /, . and ..
+NOT_IN_A_NAME = r"[\0-\x1f\x7f-\x9f/" + (r'\\:*?"<>|]' if os.name == "nt" else "]")
+
+
+def guarded_scp(
+    ssh: Any, *, socket_timeout: float = 30.0, max_bytes: int | None = None,
+    progress: Callable[..., object] | None = None, owns_ssh: bool = False,
+) -> Any:  # fmt: skip
+    """Return a ``scp.SCPClient`` that is safe to use with a hostile host.
+
+    It checks each record of the host before scp acts on it, limits each wait, and raises
+    :class:`TransferError`. A transfer that fails may leave a partial file inside the target, even
+    in place of an earlier one; nothing outside the target is touched.
+
+    Parameters:
+        socket_timeout: seconds of silence.
+        max_bytes: the most bytes that one ``get()`` may receive; None for no limit.
+        progress: called with (name, size, done), as by ``scp.SCPClient``.
+        owns_ssh: whether ``close()`` also closes ``ssh``.
+    """
+    try:
+        scp = importlib.import_module("scp")
+    except ImportError as error:
+        raise ImportError(
+            "scp() needs scp: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
+        ) from error
+    limit = math.inf if max_bytes is None else check_number("max_bytes", max_bytes, unit="bytes")
+    check_number("socket_timeout", socket_timeout, above=True, maximum=1e6, unit="seconds")
+    transport = ssh.get_transport()
+    if transport is None or not transport.is_active():
+        raise SSHError("scp() needs an open connection, and this one is closed: connect again")
+    client_class: Any = type("GuardedSCPClient", (ScpGuard, scp.SCPClient), {})
+    owned = ssh if owns_ssh else None
+    try:
+        return client_class(transport, socket_timeout, progress, limit, owned)
+    except OSError as error:
+        raise SSHError(f"the connection broke: {reason(error)}") from error
+
+
+class ScpChannel(LimitedChannel):
+    """A channel that returns one line, one status byte or bytes of one file with each ``recv``.
+
+    scp takes what one ``recv`` returns for one record, and the host decides where packets end.
+    """
+
+    closed = False  # scp stops at True, and would miss what came before the end
+    content_left = 0  # bytes of a file that come next
+
+    def recv(self, size: int) -> bytes:
+        if self.content_left:
+            data = super().recv(min(size, self.content_left))
+            self.content_left -= len(data)
+            return data or self._fail()
+        line = super().recv(1)
+        if line not in b"\0\1\2CDTE":
+            line += super().recv(200) if self.recv_ready() else b""
+            raise SSHError(f"the host sent {line!r}: check what its start-up files print")
+        while line not in (b"", b"\0") and not line.endswith(b"\n"):
+            if len(line) > MAX_SCP_LINE:
+                raise SSHError("the host sent a line without an end")
+            line += super().recv(1) or self._fail()
+        return b"\0\n" if line == b"\0" else line  # where scp wants a line, this is a bad one
+
+    def finish(self) -> None:
+        """Check that scp on the host succeeds."""
+        self.shutdown_write()
+        if self.recv_exit_status() > 0:
+            self._fail()
+
+    def _fail(self) -> bytes:
+        """Raise an error that says how scp on the host ended."""
+        status = self.recv_exit_status()
+        said = self.recv_stderr(MAX_SCP_LINE) if self.recv_stderr_ready() else b""
+        how = "scp on the host ended" if self._transport.is_active() else "the connection broke"
+        raise SSHError(f"{how} (exit code {status}) {said.decode('utf-8', 'replace')}")
+
+
+class ScpGuard(SCP_BASE):  # type: ignore[misc]
+    """Checks around the methods of ``scp.SCPClient``, which does the work."""
+
+    channel: Any
+    _recv_dir: bytes
+    _rename: bool
+    _user_error: Exception | None
+    _current: tuple[str, int, int | None]  # name, bytes done, bytes in total
+
+    def __init__(self, transport: Any, timeout: float, progress: Any, limit: float, ssh: Any):
+        super().__init__(transport, SCP_BUFFER, timeout, self._report)
+        self._owned_ssh = ssh
+        self._max_bytes = limit
+        self._user_progress = progress or (lambda *_: None)
+
+    def _report(self, name: bytes, size: int, done: int) -> None:
+        self._current = (self._current[0], done, size)
+        try:
+            self._user_progress(name, size, done)
+        except Exception as error:
+            self._user_error = error  # not to become a TransferError
+            raise
+
+    def __enter__(self) -> Any:
+        return self
+
+    def close(self) -> None:
+        """Close the connection, if it is owned."""
+        if self.channel is not None:  # scp calls this at the end of each transfer
+            self.channel.finish()
+        elif self._owned_ssh is not None:
+            self._owned_ssh.close()
+
+    def _open(self) -> ScpChannel:
+        return ScpChannel(self.transport, self.socket_timeout, self._watchdog)
+
+    @contextlib.contextmanager
+    def _transfer(self, verb: str, name: bytes) -> Iterator[None]:
+        """Run one transfer with time limits, and raise a TransferError for what fails."""
+        scp_error: type[Exception] = importlib.import_module("scp").SCPException
+        failures: tuple[type[Exception], ...] = (SSHError, scp_error, *connection_errors())
+        self._current = (os.fsdecode(name), 0, None)
+        self._user_error = None
+        self.scp_command = b"scp"
+        try:
+            with Watchdog() as self._watchdog:
+                try:
+                    yield
+                finally:
+                    channel, self.channel = self.channel, None
+                    if channel is not None:
+                        channel.close()
+        except failures as error:
+            if error is self._user_error:
+                raise
+            current, done, total = self._current
+            shown = printable(current, 300)
+            far = "" if total is None else f" ({done} of {total} bytes)"
+            says = "the host says: " if isinstance(error, scp_error) else ""
+            text = f"{shown} was not {verb}{far}: {says}{printable(str(error).strip(), 500)}"
+            raise TransferError(text, name=shown, done=done, total=total) from error
+
+    # --- receiving ---
+
+    def get(self, remote_path: Any, local_path: Any = "", recursive: bool = False,
+            preserve_times: bool = False) -> None:  # fmt: skip
+        """Receive files, and with ``recursive`` folders, as ``scp.SCPClient.get`` does."""
+        paths = [_remote_path(path) for path in _path_list(remote_path)]
+        target = os.path.realpath(os.fsencode(local_path))
+        is_folder = os.path.isdir(target)
+        if len(paths) > 1 and not is_folder:
+            raise ValueError(f"local_path must be a folder for several: {short_repr(local_path)}")
+        self._wildcards = self.sanitize(b"*") == b"*"
+        self._asked = [_asked_name(path, self._wildcards) for path in paths]
+        self._missing = list(self._asked)
+        self._root = target if is_folder else os.path.dirname(target)
+        self._recursive, self._keeps_modes = recursive, preserve_times
+        self._bytes_left = self._max_bytes
+        self._folders: list[bytes] = []  # those around the current one
+        self._utime = None  # an earlier transfer may have left these
+        self._dirtimes: dict[bytes, Any] = {}
+        with self._transfer("received", paths[0]):
+            super().get(paths, target, recursive, preserve_times)
+            if self._folders:
+                raise SSHError("the host did not end a folder")
+            if self._missing:
+                raise SSHError(f"the host did not send {self._missing[0]!r}")
+
+    def _recv_file(self, record: bytes) -> None:
+        folder = self._recv_dir
+        mode, here, size = self._enter(record, stat.S_ISREG)
+        self._bytes_left -= size
+        if self._bytes_left < 0:
+            raise SSHError(f"the host sends more than max_bytes={self._max_bytes}")
+        if not self._keeps_modes:
+            umask = os.umask(0o077)
+            os.umask(umask)
+            mode = mode & ~umask if here is None else here & 0o777
+        self.channel.content_left = size
+        super()._recv_file(b"%04o %d -" % (mode, size))
+        self._recv_dir = folder
+
+    def _recv_pushd(self, record: bytes) -> None:
+        if not self._recursive:
+            raise SSHError("the host sent a folder, and recursive is not set")
+        if len(self._folders) >= MAX_FOLDER_DEPTH:
+            raise SSHError(f"the host sent more than {MAX_FOLDER_DEPTH} nested folders")
+        folder = self._recv_dir
+        mode, here, _ = self._enter(record, stat.S_ISDIR)
+        self._folders.append(folder)
+        super()._recv_pushd(b"%04o 0 -" % (mode | 0o700 if here is None else here & 0o777))
+
+    def _recv_popd(self, *_: bytes) -> None:
+        if not self._folders or self._utime is not None:
+            raise SSHError("the host ended a folder that it did not begin")
+        self._recv_dir = self._folders.pop()
+
+    def _set_time(self, record: bytes) -> None:
+        # os.utime takes no time that has many more digits.
+        valid = re.fullmatch(rb"\d{1,11} \d{1,9} \d{1,11} \d{1,9}", record)
+        if not valid or self._utime is not None:
+            raise SSHError("the host sent a time that is not valid")
+        super()._set_time(record)
+
+    def _enter(self, record: bytes, is_kind: Callable[[int], bool]) -> tuple[int, int | None, int]:
+        """Check the record of a file or folder, and make its path the one that scp writes to.
+
+        scp itself would strip the name and check it with ``assert``.
+
+        Returns:
+            The permissions, the mode of what exists at the path, and the size.
+        """
+        found = re.fullmatch(rb"([0-7]{3,7}) (\d{1,18}) (.*)", record)
+        if found is None:
+            raise SSHError(f"the host sent {record[:200]!r}, which is not an scp record")
+        name = found[3] if self._folders else self._check_asked(found[3])
+        unnamed = self._folders and name in UNNAMED
+        if unnamed or re.search(NOT_IN_A_NAME, os.fsdecode(name)):
+            raise SSHError(f"the host sent {name[:200]!r}, which is not a plain file name")
+        if not self._rename:
+            self._recv_dir, self._rename = os.path.join(self._recv_dir, name), True
+        shown = os.fsdecode(os.path.relpath(self._recv_dir, self._root))
+        self._current = (shown, 0, int(found[2]))
+        here = None
+        with contextlib.suppress(FileNotFoundError):
+            here = os.lstat(self._recv_dir).st_mode
+        if here is not None and not is_kind(here):
+            raise SSHError(f"{shown!r} is a symlink or something else here: use another local_path")
+        return int(found[1], 8) & 0o777, here, int(found[2])
+
+    def _check_asked(self, name: bytes) -> bytes:
+        """Check a name at the top level; return it, or "." for a folder without a name."""
+        name = b"." if name in UNNAMED else name
+        for asked in self._asked if self._wildcards else self._missing:
+            hidden = name.startswith(b".") and not asked.startswith(b".")
+            if not hidden and fnmatch.fnmatchcase(os.fsdecode(name), os.fsdecode(asked)):
+                if asked in self._missing:
+                    self._missing.remove(asked)
+                return name
+        raise SSHError(f"the host sent {name[:200]!r}, which was not asked for")
+
+    # --- sending ---
+
+    def put(self, files: Any, remote_path: Any = b".", recursive: bool = False,
+            preserve_times: bool = False) -> None:  # fmt: skip
+        """Send files, and with ``recursive`` folders, as ``scp.SCPClient.put`` does."""
+        paths = [os.fsencode(path) for path in _path_list(files)]
+        with self._transfer("sent", paths[0]):
+            self.scp_command = b"scp -p" if preserve_times else b"scp"
+            super().put(paths, _remote_path(remote_path), recursive, preserve_times)
+
+    def putfo(
+        self, fl: IO[Any], remote_path: Any, mode: Any = "0644", size: int | None = None
+    ) -> None:
+        """Send what a file-like object holds, as ``scp.SCPClient.putfo`` does."""
+        remote = _remote_path(remote_path)
+        with self._transfer("sent", os.path.basename(remote)):
+            super().putfo(fl, remote, os.fsdecode(mode), size)
+
+    def _send_files(self, files: list[bytes]) -> None:
+        for path in files:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+                raise SSHError(f"{os.fsdecode(path)} is not a file; a folder needs recursive=True")
+        super()._send_files(files)
+
+    def _send_file(self, fl: Any, name: bytes, mode: str, size: int) -> None:
+        self._current = (os.fsdecode(name), 0, size)
+        super()._send_file(ExactFile(fl, size), name, mode, size)
+
+
+class ExactFile:
+    """A file that returns exactly the bytes that scp announced, though it may grow or shrink."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._done = 0
+
+    def tell(self) -> int:
+        return self._done
+
+    def read(self, most: int) -> bytes:
+        data = bytes(self._file.read(min(most, self._size - self._done)))
+        if not data:
+            raise SSHError(f"the file ended before {self._size} bytes: it changed meanwhile")
+        self._done += len(data)
+        return data
+
+
+def _path_list(paths: Any) -> list[Any]:
+    found = [paths] if isinstance(paths, (str, bytes, os.PathLike)) else list(paths)
+    if not found:
+        raise ValueError("no path was given")
+    return found
+
+
+def _remote_path(path: Any) -> bytes:
+    """Return a path as bytes that the host's scp does not take for an option."""
+    raw = os.fsencode(path) or b"."
+    if b"\0" in raw or b"\n" in raw:
+        raise ValueError(f"remote_path must hold no NUL or line end: {short_repr(path)}")
+    return b"./" + raw if raw.startswith(b"-") else raw
+
+
+def _asked_name(path: bytes, wildcards: bool) -> bytes:
+    """Return a pattern for the name by which the host sends a path."""
+    path = path.rstrip(b"/")
+    name = path.rpartition(b"/")[2]
+    if name in UNNAMED:
+        return b"."
+    if path.startswith(b"~") and name == path:
+        return b"*"  # a home, whose name only the host knows
+    return name if wildcards else glob.escape(name)
+
+
+# ==================================================================================================
+# ssh.tunnel
+#
+# Forward a port of this machine's loopback to a port of a host, for the length of a block.
+# ==================================================================================================
+
+
+LOOPBACK = "127.0.0.1"
+REMOTE_HOST = "localhost"  # resolved by the host, so that IPv4 and IPv6 services are reached
+FORWARD_CHUNK = 32768  # bytes
+FORWARD_BACKLOG = 128  # connections that wait to be accepted
+FORWARD_POLL = 0.1  # seconds between two checks of whether the block has ended
+FORWARD_OPENING = 10.0  # seconds for a host to connect to its own port
+FORWARD_PATIENCE = 2.0  # seconds to close all channels
+FORWARD_LEAVING = 5.0  # seconds for all threads to end
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
+
+
+def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
+    """Check the ports of :class:`Forward`, before anything is sent."""
+    for name, port, lowest in (("remote_port", remote_port, 1), ("local_port", local_port, 0)):
+        allowed = f"{name} must be a port from {lowest} to 65535"
+        if isinstance(port, bool) or not isinstance(port, int):
+            raise TypeError(f"{allowed}, not {short_repr(port)}")
+        if not lowest <= port <= 65535:
+            raise ValueError(f"{allowed}, not {short_repr(port)}")
+
+
+class Forward:
+    """Forwards a local port to a port of a host, for the length of a ``with`` block.
+
+    Entering it returns the local port, which listens on 127.0.0.1 only. Each connection to it is
+    carried to the port on the host's localhost; it is reset if nothing listens there. Leaving the
+    block ends the connections that are still open.
+
+    Parameters:
+        ssh: a connection to the host.
+        remote_port: the port on the host, 1 to 65535.
+        local_port: the port on this machine; 0 takes a free one.
+        owns: close ``ssh`` at the end of the block.
+    """
+
+    def __init__(
+        self,
+        ssh: paramiko.SSHClient,
+        remote_port: int,
+        local_port: int = 0,
+        owns: bool = False,
+    ) -> None:
+        check_forward_arguments(remote_port, local_port)
+        self._ssh = ssh
+        self._remote_port = remote_port
+        self._local_port = local_port
+        self._owns = owns
+        self._transport: Any = None
+        self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._links: set[_Link] = set()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._listener is None else "open"
+        return f"<Forward of {LOOPBACK}:{self._local_port} to port {self._remote_port}, {state}>"
+
+    def __enter__(self) -> int:
+        try:
+            return self._open()
+        except BaseException:
+            self._close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _open(self) -> int:
+        if self._acceptor is not None:
+            raise SSHError("a Forward can be entered only once: make another one")
+        self._transport = self._ssh.get_transport()
+        if self._transport is None or not self._transport.is_active():
+            raise SSHError("the connection to the machine is closed: open another one")
+        try:
+            self._listener = socket.create_server(
+                (LOOPBACK, self._local_port), backlog=FORWARD_BACKLOG
+            )
+        except OSError as error:
+            raise OSError(
+                error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
+            ) from error
+        self._listener.settimeout(FORWARD_POLL)
+        self._local_port = self._listener.getsockname()[1]
+        self._acceptor = start_thread(
+            f"forward-{self._local_port}", self._accept_all, self._listener
+        )
+        logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
+        return self._local_port
+
+    def _close(self) -> None:
+        self._closing.set()
+        if self._acceptor is not None:
+            self._acceptor.join()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        links = list(self._links)
+        for link in links:
+            link.close_socket()
+        if links:
+            # Closing a channel hangs if the host accepts no data; no thread would end.
+            with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
+                for link in links:
+                    link.close_channel()
+        if self._owns:
+            self._ssh.close()
+        deadline = time.monotonic() + FORWARD_LEAVING
+        for link in links:
+            link.join(max(0.0, deadline - time.monotonic()))
+
+    def _accept_all(self, listener: socket.socket) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, peer = listener.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:  # too many open files, most likely
+                logger.warning("port %d can't accept a connection: %s", self._local_port, error)
+                self._closing.wait(FORWARD_POLL)
+                continue
+            link = _Link(self._transport, self._remote_port, sock, peer, self._links)
+            try:
+                link.start()
+            except RuntimeError as error:  # too many threads
+                logger.warning("port %d dropped a connection: %s", self._local_port, error)
+                link.finish()
+
+
+class _Link:
+    """One forwarded connection: a local socket, a channel, and a thread for each direction."""
+
+    def __init__(
+        self,
+        transport: Any,
+        remote_port: int,
+        sock: socket.socket,
+        peer: tuple[str, int],
+        links: set[_Link],
+    ) -> None:
+        self._transport = transport
+        self._remote_port = remote_port
+        self._sock = sock
+        self._peer = peer
+        self._links = links
+        self._channel: Any = None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._complete = False  # all data from the host was passed on
+
+    def start(self) -> None:
+        """Begin to copy data in both directions, in new threads."""
+        self._links.add(self)
+        self._thread = start_thread("forwarded", self._run)
+
+    def join(self, seconds: float) -> None:
+        """Wait until both threads have ended, at most so many seconds."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def close_socket(self) -> None:
+        """End the local side, which ends the thread that reads from it."""
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close_channel(self) -> None:
+        """End the host's side, which ends the thread that reads from it."""
+        if self._channel is not None:
+            with contextlib.suppress(*connection_errors()):
+                self._channel.close()
+
+    def finish(self) -> None:
+        """Close both sides, with a reset if data is missing, so that nobody takes it for whole."""
+        if not self._complete:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self._sock.close()
+        self.close_channel()
+        self._links.discard(self)
+
+    def _run(self) -> None:
+        try:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._open_channel():
+                sender = start_thread("forwarded-out", self._send)
+                self._receive()
+                sender.join()
+        except (OSError, RuntimeError) as error:
+            logger.debug("a forwarded connection ended: %s", error)
+        finally:
+            self.finish()
+
+    def _open_channel(self) -> bool:
+        try:
+            self._channel = self._transport.open_channel(
+                "direct-tcpip", (REMOTE_HOST, self._remote_port), self._peer,
+                timeout=FORWARD_OPENING,
+            )  # fmt: skip
+        except connection_errors() as error:
+            if not self._closing:
+                logger.warning(
+                    "port %d of the machine accepted no connection: %s",
+                    self._remote_port,
+                    reason(error),
+                )
+            return False
+        return not self._closing
+
+    def _receive(self) -> None:
+        """Copy from the host to the local socket."""
+        try:
+            while data := self._channel.recv(FORWARD_CHUNK):
+                self._sock.sendall(data)
+            if self._channel.eof_received:
+                self._complete = True
+                self._sock.shutdown(socket.SHUT_WR)
+                return
+        except connection_errors() as error:
+            logger.debug("a forwarded connection ended: %s", error)
+        # Nothing more can be delivered: end the other direction as well.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+        self.close_channel()
+
+    def _send(self) -> None:
+        """Copy from the local socket to the host."""
+        try:
+            while data := self._sock.recv(FORWARD_CHUNK):
+                self._channel.sendall(data)
+            self._channel.shutdown_write()
+        except connection_errors() as error:
+            logger.debug("a forwarded connection ended: %s", error)
+            self.close_channel()
+
+
+# ==================================================================================================
+# ssh.service
+#
+# Wait for a web service in an order: at its public address, or on a port of its machine.
+# ==================================================================================================
+
+
+SERVICE_PAUSE = 2.0  # seconds between two requests
+SERVICE_LIMIT = 10.0  # seconds for one request
+# Statuses of a proxy, or of a service that loads, before it answers itself.
+NOT_YET_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
+MAX_STATUS_LINE = 4096  # bytes
+
+
+class HTTPWait:
+    """The arguments of ``wait_for_http``, checked.
+
+    Attributes:
+        url: the public address to ask; None to ask ``port`` on the machine.
+        port: the port of the service.
+    """
+
+    def __init__(
+        self, order: Mapping[str, Any], path: str, port: int | None, timeout: float,
+        progress: ProgressOptions,
+    ) -> None:  # fmt: skip
+        if not isinstance(order, Mapping):
+            raise TypeError(f"order must be a record of an order, not {short_repr(order)}")
+        record = Order(order)
+        if not re.fullmatch(r"/[!-~]*", check_string("path", path)):
+            raise ValueError(f"path must begin with '/' and be encoded, not {short_repr(path)}")
+        self.timeout = check_number("timeout", timeout, infinite=True, unit="seconds")
+        if port is not None:
+            check_forward_arguments(port)
+        urls = record.http_urls
+        if port is None and not urls:
+            raise ValueError(
+                "the order has no HTTP port: pass port= for one of the machine, or order with "
+                "ports={'8888': 'http'}"
+            )
+        self.port = port
+        self.path = path
+        base = next(iter(urls.values())) if port is None else urls.get(str(port))
+        self.url = None if base is None else base.rstrip("/") + path
+        self.where = self.url or f"port {port} of the machine"
+        self.order = record
+        self.progress = progress
+
+    def at_public_address(self, user_agent: str) -> int:
+        """Wait for the public address, and return the status of its answer."""
+        session = Session(user_agent)
+        try:
+            return self._wait(lambda: self._get(session))
+        finally:
+            session.close()
+
+    def on_machine(self, pool: ConnectionPool) -> int:
+        """Wait for the port on the machine, over SSH."""
+        transport = pool.ssh.get_transport()
+        with Watchdog() as watchdog:
+            return self._wait(lambda: self._get_forwarded(transport, watchdog))
+
+    def _wait(self, get: Callable[[], int | str]) -> int:
+        started = time.monotonic()
+        with self.progress.reporting() as report:
+            while True:
+                answer = get()
+                passed = time.monotonic() - started
+                if isinstance(answer, int) and answer not in NOT_YET_STATUSES:
+                    return answer
+                why = f"HTTP {answer}" if isinstance(answer, int) else answer
+                logger.debug("no service at %s yet: %s", self.where, why)
+                if report is not None:
+                    text = f"no service at {self.where} yet: {why}, {readable_seconds(passed)}"
+                    report(ProgressEvent("http", passed, text))
+                if passed >= self.timeout:
+                    raise self._too_late(why)
+                time.sleep(max(0.0, min(SERVICE_PAUSE, self.timeout - passed)))
+
+    def _too_late(self, why: str) -> WaitTimeoutError:
+        error = WaitTimeoutError(
+            f"no service at {self.where} within {self.timeout:g}s, the last answer: {why}. Does it "
+            "listen on 0.0.0.0 and on the right port?",
+            order_id=self.order.id or 0, order=self.order,
+        )  # fmt: skip
+        error.reason = why
+        return error
+
+    def _get(self, session: Session) -> int | str:
+        """Return the status of an answer, or why there is none."""
+        exchange.begin(lambda: None, lambda: None, time.monotonic() + SERVICE_LIMIT)
+        try:
+            response = session.get(
+                self.url or "", timeout=SERVICE_LIMIT, allow_redirects=False, stream=True,
+                auth=lambda request: request,  # else requests would send a password of ~/.netrc
+            )  # fmt: skip
+            response.close()
+            return response.status_code
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise CloreConnectionError(
+                    f"the certificate of {self.where} is not valid: {printable(str(error), 300)}"
+                ) from error
+            return printable(str(reason_of(error)) or type(error).__name__, 200)
+        finally:
+            exchange.begin(lambda: None, lambda: None, math.inf)
+
+    def _get_forwarded(self, transport: Any, watchdog: Watchdog) -> int | str:
+        if transport is None or not transport.is_active():
+            raise SSHError("the connection to the machine broke while it was waited for")
+        channel: Any = None
+        try:
+            with watchdog.limit(SERVICE_LIMIT + 2.0, transport.close):
+                channel = transport.open_channel(
+                    "direct-tcpip", (REMOTE_HOST, self.port), ("127.0.0.1", 0),
+                    timeout=FORWARD_OPENING,
+                )  # fmt: skip
+            with watchdog.limit(SERVICE_LIMIT, channel.close):
+                return self._ask(channel)
+        except connection_errors() as error:
+            return reason(error)
+        finally:
+            if channel is not None:
+                with (
+                    watchdog.limit(2.0, transport.close),
+                    contextlib.suppress(*connection_errors()),
+                ):
+                    channel.close()
+
+    def _ask(self, channel: Any) -> int | str:
+        channel.settimeout(SERVICE_LIMIT)
+        request = (
+            f"GET {self.path} HTTP/1.1\r\nHost: localhost:{self.port}\r\nAccept: */*\r\n"
+            "User-Agent: clore-client\r\nConnection: close\r\n\r\n"
+        )
+        channel.sendall(request.encode())
+        line = b""
+        while b"\n" not in line and len(line) < MAX_STATUS_LINE:
+            piece = channel.recv(MAX_STATUS_LINE)
+            if not piece:
+                break
+            line += piece
+        found = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", line)
+        return int(found[1]) if found else "it does not answer with HTTP"
+
+
+# ==================================================================================================
+# ssh.shell
+#
+# Connect this terminal to a shell on a machine.
+# ==================================================================================================
+
+
+SHELL_TIMEOUT = 30.0  # seconds for a machine to open a terminal
+SHELL_LOOK = 0.25  # seconds between two looks at the size of the window
+SHELL_PIECE = 65536  # bytes
+FATAL_SIGNALS = ("SIGTERM", "SIGHUP")
+
+
+def check_terminal() -> tuple[int, int]:
+    """Check that this process has a terminal, and return its input and output."""
+    try:
+        import termios  # noqa: F401
+    except ImportError:
+        raise SSHError(
+            "shell() needs a POSIX terminal: ssh_command() returns a line to log in with"
+        ) from None
+    try:
+        ends = sys.stdin.fileno(), sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # None, closed, or replaced by a notebook
+        ends = -1, -1
+    if not all(end >= 0 and os.isatty(end) for end in ends):
+        raise SSHError(
+            "stdin or stdout is not a terminal: use run() or start() for commands, or the line of "
+            "ssh_command() in a terminal"
+        )
+    return ends
+
+
+def run_shell(ssh: paramiko.SSHClient) -> int:
+    """Run the login shell of a machine in this terminal; see ``CloreClient.shell``."""
+    source, target = check_terminal()
+    with Watchdog() as watchdog:
+        terminal = _Terminal(ssh.get_transport(), watchdog, source, target)
+        with _raw_mode(source):
+            return terminal.run()
+
+
+class _Terminal:
+    """Passes bytes between this terminal and a shell on a machine."""
+
+    def __init__(self, transport: Any, watchdog: Watchdog, source: int, target: int) -> None:
+        self._transport = transport
+        self._watchdog = watchdog
+        self._source = source
+        self._target = target
+        self._size = os.get_terminal_size(target)
+        self._channel: Any = None
+        self._reads = True  # until the end of the input
+
+    def run(self) -> int:
+        """Return the exit code of the shell."""
+        try:
+            with self._limited(SHELL_TIMEOUT):
+                self._open()
+            while not self._ended():
+                self._follow_size()
+                self._pass_on()
+            return self._exit_code()
+        except connection_errors() as error:
+            raise SSHError(f"the connection broke, and the shell with it ({reason(error)})") from (
+                error
+            )
+        finally:
+            if self._channel is not None:
+                with self._limited(2.0), contextlib.suppress(*connection_errors()):
+                    self._channel.close()
+
+    def _limited(self, seconds: float) -> contextlib.AbstractContextManager[Any]:
+        """Close the connection if a block takes too long: sending itself has no timeout."""
+        return self._watchdog.limit(seconds, lambda: self._transport.close())
+
+    def _open(self) -> None:
+        self._channel = open_session(self._transport, SHELL_TIMEOUT)
+        kind = os.environ.get("TERM", "xterm-256color")
+        try:
+            self._channel.get_pty(kind, self._size.columns, self._size.lines)
+            self._channel.invoke_shell()
+        except connection_errors() as error:
+            if not self._transport.is_active():
+                raise
+            raise SSHError(f"the machine opens no terminal ({reason(error)}): use run()") from error
+
+    def _ended(self) -> bool:
+        channel = self._channel
+        return channel.closed or (channel.eof_received and not channel.recv_ready())
+
+    def _follow_size(self) -> None:
+        # Looking is simpler than SIGWINCH, which only the main thread could get.
+        size = os.get_terminal_size(self._target)
+        if size != self._size:
+            self._size = size
+            with self._limited(SHELL_TIMEOUT):
+                self._channel.resize_pty(size.columns, size.lines)
+
+    def _pass_on(self) -> None:
+        """Pass on what there is, in both directions; return soon if there is nothing."""
+        channel = self._channel
+        # A send would wait for the machine to read, and this for the machine's output.
+        wanted = [self._source] if self._reads and channel.send_ready() else []
+        ready, _, _ = select.select([channel, *wanted], [], [], SHELL_LOOK)
+        if channel.recv_ready():
+            with self._limited(SHELL_TIMEOUT):
+                data = channel.recv(SHELL_PIECE)
+            _write_all(self._target, data)
+        if self._source in ready:
+            data = os.read(self._source, 1024)
+            with self._limited(SHELL_TIMEOUT):
+                if data:
+                    channel.sendall(data)
+                else:
+                    self._reads = False
+                    channel.shutdown_write()
+
+    def _exit_code(self) -> int:
+        channel = self._channel
+        if channel.status_event.wait(2.0) and channel.exit_status >= 0:
+            return int(channel.exit_status)
+        if not self._transport.is_active():
+            raise SSHError("the connection broke, and the shell with it")
+        return -1
+
+
+def _write_all(target: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(target, view) :]
+        except BlockingIOError:  # another program left the terminal in that mode
+            select.select([], [target], [])
+
+
+@contextlib.contextmanager
+def _raw_mode(source: int) -> Iterator[None]:
+    """Let every key go to the machine, for a block, whichever way it ends."""
+    import termios
+    import tty
+
+    before = termios.tcgetattr(source)
+    with _signals_that_raise():
+        try:
+            tty.setraw(source, termios.TCSADRAIN)  # keeps what was typed ahead
+            yield
+        finally:
+            termios.tcsetattr(source, termios.TCSADRAIN, before)
+
+
+@contextlib.contextmanager
+def _signals_that_raise() -> Iterator[None]:
+    """Let signals that would end the process raise SystemExit, so that ``finally`` runs."""
+    former: dict[int, Any] = {}
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in FATAL_SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                former[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+# ==================================================================================================
+# ssh.transfer.digests
+#
+# Compare files on a host with files here, by SHA-256.
+# ==================================================================================================
+
+
+DIFFERS = "SHA-256 differs: what had arrived is removed"
+MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
+
+
+def same_chunks(script: RemoteScript, path: str | Path, chunks: list[tuple[int, int]]) -> bool:
+    """Compare chunks (start, size) of a file; ``script`` runs CHUNK_DIGESTS."""
+    for start, size in chunks:
+        script.send(b"%d %d\n" % (start // BLOCK, size))
+    script.end()
+    for start, size in chunks:
+        (digest,) = parse_digests(script.line() + b"\n", 1)
+        if digest != file_digest(path, start, size):
+            return False
+    return True
+
+
+def different_files(
+    script: RemoteScript, files: list[FileEntry], place: Callable[[FileEntry], str | Path]
+) -> Iterator[FileEntry]:
+    """Yield the files that differ; ``script`` runs FILE_DIGESTS, ``place`` returns local paths."""
+    script.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
+    script.end()
+    digests = parse_digests(script.rest(MAX_ANSWER), len(files))
+    for entry, digest in zip(files, digests, strict=True):
+        if digest != file_digest(place(entry), 0, entry.size):
+            yield entry
+
+
+# ==================================================================================================
+# ssh.transfer.local_tree
+#
+# Find the files to upload, and divide them into portions.
+# ==================================================================================================
+
+
+BUNDLE_BYTES = 8 * 1024 * 1024
+BUNDLE_FILES = 1000
+
+
+class LocalTree:
+    """The files, directories and symlinks to upload, and what is left out."""
+
+    def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
+        self.path = path
+        self.symlinks = symlinks
+        self._excluded = excluded
+        self.entries: list[FileEntry] = []
+        self.left_out: list[tuple[bytes, str]] = []
+        try:
+            facts = os.stat(path)  # the path itself may be a symlink
+        except FileNotFoundError:
+            shown = printable(repr(os.fsdecode(path)), 300)
+            raise FileNotFoundError(f"local: there is nothing at {shown}") from None
+        self.is_folder = stat.S_ISDIR(facts.st_mode)
+        if self.is_folder:
+            self._scan(b"", (os.path.realpath(path),))
+        elif stat.S_ISREG(facts.st_mode):
+            self._add(b"", facts)
+        else:
+            raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
+
+    @property
+    def files(self) -> list[FileEntry]:
+        return [entry for entry in self.entries if entry.kind == "f"]
+
+    def place(self, entry: FileEntry) -> str:
+        """Return the local path of an entry."""
+        return os.fsdecode(os.path.join(self.path, entry.name) if entry.name else self.path)
+
+    def pieces(self, entry: FileEntry, start: int, length: int) -> Iterator[memoryview]:
+        """Yield a part of a file, which must not have changed since the scan.
+
+        Each piece is overwritten by the next one.
+        """
+        buffer = memoryview(bytearray(min(TRANSFER_PIECE, max(length, 1))))
+        with open(self.place(entry), "rb", buffering=0) as file:
+            file.seek(start)
+            while length and (size := file.readinto(buffer[:length])):
+                length -= size
+                yield buffer[:size]
+            facts = os.fstat(file.fileno())
+            if length or (facts.st_size, facts.st_mtime_ns) != (entry.size, entry.mtime):
+                raise SSHError(CHANGED)
+
+    def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
+        with os.scandir(os.path.join(self.path, folder) if folder else self.path) as found:
+            entries = sorted(found, key=lambda e: e.name)
+        for entry in entries:
+            name = os.path.join(folder, entry.name) if folder else entry.name
+            facts = entry.stat(follow_symlinks=False)
+            if self._excluded is not None and self._excluded(name, stat.S_ISDIR(facts.st_mode)):
+                continue
+            if stat.S_ISLNK(facts.st_mode):
+                self._take_link(name, entry.path, facts, above)
+            elif stat.S_ISDIR(facts.st_mode):
+                self._add(name, facts)
+                self._scan(name, (*above, os.path.realpath(entry.path)))
+            elif stat.S_ISREG(facts.st_mode):
+                self._add(name, facts)
+            else:
+                self.left_out.append((name, "it is not a file"))
+
+    def _take_link(
+        self, name: bytes, path: bytes, facts: os.stat_result, above: tuple[bytes, ...]
+    ) -> None:
+        link, real = os.readlink(path), os.path.realpath(path)
+        within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
+        if self.symlinks == "copy" and within and link_target(name, link) is not None:
+            self.entries.append(FileEntry(name, 0, facts.st_mtime_ns, 0o777, "l", link))
+        elif self.symlinks == "follow" and within and os.path.isfile(real):
+            self._add(name, os.stat(real))
+        elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
+            self._add(name, os.stat(real))
+            self._scan(name, (*above, real))
+        else:
+            self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
+
+    def _add(self, name: bytes, facts: os.stat_result) -> None:
+        if os.sep != "/":
+            name = name.replace(os.fsencode(os.sep), b"/")
+        kind = "d" if stat.S_ISDIR(facts.st_mode) else "f"
+        mode = facts.st_mode & 0o777
+        self.entries.append(FileEntry(name, facts.st_size, facts.st_mtime_ns, mode, kind))
+
+
+class Source:
+    """Portions to send, each with its record key, for several workers.
+
+    Attributes:
+        keys: of all portions.
+        earlier: portions that an earlier upload sent.
+        left: portions that no worker has taken, in reverse order.
+    """
+
+    def __init__(self, portions: list[tuple[str, Any]], done: set[str]) -> None:
+        self.keys = {key for key, _ in portions}
+        self.earlier = [portion for key, portion in portions if key in done]
+        self.left = [portion for portion in portions if portion[0] not in done][::-1]
+
+    def take(self) -> tuple[str, Any] | None:
+        try:
+            return self.left.pop()
+        except IndexError:
+            return None
+
+    def rest(self, first: tuple[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield ``first``, and then what is left."""
+        portion: tuple[str, Any] | None = first
+        while portion is not None:
+            yield portion
+            portion = self.take()
+
+
+class Chunks(Source):
+    """The chunks of one file: (start, size).
+
+    Attributes:
+        unconfirmed: how many chunks a worker sends ahead; few if the upload may be resumed.
+    """
+
+    def __init__(self, entry: FileEntry, resume: bool, done: set[str]) -> None:
+        self.entry = entry
+        step = chunk_size(entry.size, resume)
+        self.unconfirmed = max(2, entry.size // (200 * step)) if resume else entry.size
+        chunks = [(start, min(step, entry.size - start)) for start in range(0, entry.size, step)]
+        super().__init__([(record_key((*entry.version, step, c)), c) for c in chunks], done)
+
+
+class Bundles(Source):
+    """Lists of small files, directories and symlinks; each list is sent as one tar archive."""
+
+    def __init__(self, entries: list[FileEntry], resume: bool, done: set[str]) -> None:
+        most = chunk_size(sum(e.size for e in entries), True) if resume else BUNDLE_BYTES
+        self.every: list[list[FileEntry]] = []
+        size = most
+        for entry in entries:
+            if size >= most or len(self.every[-1]) >= BUNDLE_FILES:
+                self.every.append([])
+                size = 0
+            self.every[-1].append(entry)
+            size += entry.size
+        # The time of a directory changes with every file that is created in it.
+        facts = [[e.version if e.kind == "f" else (e.name, e.link) for e in b] for b in self.every]
+        keys = [record_key(what) for what in facts]
+        super().__init__(list(zip(keys, self.every, strict=True)), done)
+
+
+# ==================================================================================================
+# ssh.transfer.transfer
+#
+# Run one transfer: its worker threads, scripts, deadline, progress and errors.
+# ==================================================================================================
+
+
+CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
+NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
+
+
+class StoppedError(Exception):
+    """Another worker has failed; used only within a transfer."""
+
+
+class Transfer:
+    """One transfer.
+
+    Attributes:
+        name: of the whole source, for errors.
+        verb: ``"upload"`` or ``"download"``.
+        total: bytes to transfer, once they are known.
+        unchanged: the number of files that are left out, as they are the same.
+        deletes: the names that only the target has, or None.
+        skipped: (name, reason) of what is left out.
+        timeout: seconds without anything sent or received.
+    """
+
+    def __init__(
+        self, pool: ConnectionPool, options: TransferOptions, name: str, verb: str
+    ) -> None:
+        self.name = name
+        self.verb = verb
+        self.total = 0
+        self.unchanged = 0
+        self.deletes: list[bytes] | None = None
+        self.options: Any = options
+        self.pool = pool
+        self.watchdog = Watchdog()
+        self.skipped: list[tuple[str, str]] = []
+        self.stopped = threading.Event()
+        self.timeout = options.timeout
+        self._expired = False
+        self._report: Report | None = None
+        self._done: dict[bytes, int] = {}
+        self._all_done = 0
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._owner = threading.get_ident()
+        self._workers: list[threading.Thread] = []
+        self._started = time.monotonic()
+        self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._turns: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Enforce the deadline and report the progress during a block."""
+        deadline = self.options.deadline
+        left = float("inf") if deadline is None else deadline - self.pool.age
+        with self.watchdog, self.watchdog.limit(left, self._expire):
+            with self.options.events.reporting() as self._report:
+                yield
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.stop()
+        self.pool.break_off()
+
+    def restart(self) -> None:
+        """Reset what a failed attempt leaves behind, before another one."""
+        self.stopped.clear()
+        self.timeout = self.options.timeout
+        self._done.clear()
+        self._all_done = 0
+        self._events = queue.SimpleQueue()
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether no script may start while another one of the connection ends."""
+        return takes_turns(self.pool.ssh.get_transport())
+
+    @property
+    def near(self) -> bool:
+        """Whether the host is so near that one channel is as fast as several."""
+        return self.pool.round_trip < NEAR
+
+    def script(
+        self, ssh: Any, text: bytes, window: int = COMMAND_WINDOW, *,
+        patient: bool = True, reads: bool = True,
+    ) -> RemoteScript:  # fmt: skip
+        """Start a script, which ends when the transfer stops."""
+        by_owner = threading.get_ident() == self._owner
+        running = RemoteScript(
+            ssh.get_transport(), text, self.watchdog, self.timeout,
+            patience=self.timeout if patient and by_owner else CHANNEL_PATIENCE,
+            window=window, reads=reads, turn=self._turns[ssh] if self.takes_turns else None,
+        )  # fmt: skip
+        with self._lock:
+            self._running.add(running)
+        if self.stopped.is_set() and not by_owner:
+            running.close()
+            raise StoppedError
+        return running
+
+    def stop(self, but: RemoteScript | None = None) -> None:
+        """End all scripts ``but`` one; wait less for what is still to be cleaned up."""
+        self.stopped.set()
+        self.timeout = min(self.timeout, LAST_PATIENCE)
+        with self._lock:
+            running = list(self._running)
+        for script in running:
+            script.hurry()
+            if script is not but:
+                script.close()
+
+    # --- workers ---
+
+    def start_workers(self, connections: int, workers: int, work: Callable[[Any], None]) -> None:
+        """Start threads that each call ``work`` with a connection."""
+        connections = min(connections, self.pool.size)
+        for number in range(workers):
+            worker = start_thread("transfer", self._work, number % connections, work)
+            self._workers.append(worker)
+
+    def _work(self, number: int, work: Callable[[Any], None]) -> None:
+        failure: BaseException | None = None
+        try:
+            ssh = self.pool.get(number)
+            if ssh is not None:
+                work(ssh)
+        except StoppedError:
+            pass
+        except BaseException as error:
+            failure = error
+        self._events.put((None, failure))
+
+    def finish_workers(self) -> None:
+        """Report progress until all workers have ended, and raise the first error.
+
+        A worker that gets no channel leaves its work to the others.
+        """
+        left, failure = len(self._workers), None
+        while left:
+            entry, more = self._events.get()
+            if entry is not None:
+                if failure is None:
+                    self.count(entry, more)
+                continue
+            left -= 1
+            if isinstance(more, NoChannelError):
+                logger.debug("a worker ends: %s", more)
+            elif more is not None and failure is None:
+                failure = more
+                self.stop()
+        if failure is not None:
+            raise failure
+
+    def join_workers(self) -> None:
+        for worker in self._workers:
+            worker.join()
+        self._workers = []
+
+    # --- progress ---
+
+    def moved(self, entry: FileEntry, size: int) -> None:
+        """Count bytes of a file that were transferred, in any thread."""
+        if threading.get_ident() == self._owner:
+            self.count(entry, size)
+            return
+        self._events.put((entry, size))
+        if self.stopped.is_set():
+            raise StoppedError
+
+    def count(self, entry: FileEntry, size: int) -> None:
+        """Count the bytes and call ``progress``, in the caller's thread."""
+        if self._expired:
+            raise SSHError("the deadline has passed")
+        done = self._done[entry.name] = self._done.get(entry.name, 0) + size
+        if self.options.progress is not None:
+            self.options.progress(self._shown(entry), done, entry.size)
+        self._all_done += size
+        if self._report is not None:
+            self._report(self._event(self._shown(entry)))
+
+    def _event(self, name: str) -> ProgressEvent:
+        done, total = self._all_done, max(self.total, self._all_done)
+        text = f"{self.verb} of {name}: {readable_size(done)} of {readable_size(total)}"
+        seconds = time.monotonic() - self._started
+        if done and total > done:
+            text += f", {readable_seconds(seconds * (total - done) / done)} left"
+        return ProgressEvent(self.verb, done, text, total)
+
+    def _shown(self, entry: FileEntry) -> str:
+        return printable(os.fsdecode(entry.name) if entry.name else self.name)
+
+    def leave_out(self, name: bytes, why: str) -> None:
+        """Note and log what is not transferred."""
+        self.skipped.append((printable(os.fsdecode(name)), printable(why)))
+        logger.warning("left out: %s, %s", *self.skipped[-1])
+
+    # --- the end ---
+
+    def failed(self, error: BaseException, files: list[FileEntry]) -> BaseException:
+        """Return a TransferError for an error of the host or the connection; others unchanged."""
+        if isinstance(error, TransferError) or not isinstance(
+            error, (SSHError, *connection_errors())
+        ):
+            return error
+        entry = getattr(error, "entry", None)
+        if entry is None:
+            name, done = printable(self.name), sum(self._done.values())
+            total = sum(file.size for file in files)
+        else:
+            name, done, total = self._shown(entry), self._done.get(entry.name, 0), entry.size
+        why = printable(str(error) or type(error).__name__, 500)
+        if self._expired:
+            why = f"it took longer than deadline={self.options.deadline:g} seconds"
+        if self.options.resume and done:
+            why += "; what has arrived is kept for resume=True"
+        text = f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: {why}"
+        failure = TransferError(text, name=name, done=done, total=total)
+        failure.__cause__ = error
+        return failure
+
+    def result(self, path: bytes | str, files: list[FileEntry]) -> TransferResult:
+        size, duration = sum(file.size for file in files), time.monotonic() - self._started
+        logger.debug("%d files, %d bytes in %.2f s: %s", len(files), size, duration, self.name)
+        shown = printable(os.fsdecode(path))
+        preview = getattr(self.options, "preview", False)
+        return TransferResult(
+            shown, len(files), size, duration, self.skipped, unchanged=self.unchanged,
+            sent=[self._shown(entry) for entry in files] if preview else (), deletes=self.deletes,
+        )  # fmt: skip
+
+
+# ==================================================================================================
+# ssh.transfer.compare
+#
+# Compare a tree here with its target on a machine: what is unchanged, what only the target has.
+# ==================================================================================================
+
+
+MAX_TARGET_FILES = 2_000_000
+RemoteListing = dict[bytes, FileEntry]
+
+
+class Target(Protocol):
+    """The target of an upload, with the host's shell or over SFTP."""
+
+    def listing(self) -> tuple[bytes, RemoteListing]:
+        """Return the path of the target, and what is there."""
+
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs there."""
+
+    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
+        """Remove files, and directories if they are empty, in this order."""
+
+
+class Comparison:
+    """What ``skip_unchanged``, ``preview`` and ``delete`` of one upload need to know.
+
+    Attributes:
+        path: of the target.
+        deletes: the names that only the target has, deepest first; None unless asked for.
+    """
+
+    def __init__(self, transfer: Transfer, tree: LocalTree, target: Target) -> None:
+        self._options: Any = transfer.options
+        self._target = target
+        self.path, self._there = target.listing()
+        self.deletes: list[bytes] | None = None
+        if self._options.delete is not False:
+            self.deletes = self._only_there(tree)
+        if self._options.skip_unchanged:
+            self._drop_unchanged(transfer, tree)
+        transfer.deletes = self.deletes
+
+    def finish(self) -> None:
+        """Remove what only the target has, once all has been sent."""
+        if self.deletes:
+            folders = [name for name in self.deletes if self._there[name].kind == "d"]
+            files = [name for name in self.deletes if self._there[name].kind != "d"]
+            self._target.remove(files, folders)
+
+    def _drop_unchanged(self, transfer: Transfer, tree: LocalTree) -> None:
+        by_time = self._options.skip_unchanged is True
+        same = [entry for entry in tree.files if self._looks_same(entry, by_time)]
+        if not by_time and same:
+            different = {entry.name for entry in self._target.different(same)}
+            same = [entry for entry in same if entry.name not in different]
+        names = {entry.name for entry in same}
+        tree.entries = [e for e in tree.entries if e.kind != "f" or e.name not in names]
+        transfer.unchanged = len(names)
+        transfer.total = sum(entry.size for entry in tree.files)
+
+    def _looks_same(self, entry: FileEntry, by_time: bool) -> bool:
+        found = self._there.get(entry.name)
+        if found is None or found.kind != "f" or found.size != entry.size:
+            return False
+        return not by_time or whole_seconds(found.mtime) == whole_seconds(entry.mtime)
+
+    def _only_there(self, tree: LocalTree) -> list[bytes]:
+        """Return what only the target has, without what is excluded or was left out here."""
+        here = {entry.name for entry in tree.entries}
+        left_out = {name for name, _ in tree.left_out}
+        kept: set[bytes] = {b""}
+        for name, entry in self._there.items():
+            parts = name.split(b"/")
+            above = [b"/".join(parts[:n]) for n in range(1, len(parts))]
+            if (
+                name in here
+                or not left_out.isdisjoint([*above, name])
+                or self._is_excluded(entry, above)
+            ):
+                kept.update(above, [name])
+        listed = self._options.delete
+        wanted = None if listed is True else set(listed)
+        names = [n for n in self._there if n not in kept and (wanted is None or n in wanted)]
+        return sorted(names, reverse=True)
+
+    def _is_excluded(self, entry: FileEntry, above: list[bytes]) -> bool:
+        excluded = self._options.excluded
+        if excluded is None:
+            return False
+        return excluded(entry.name, entry.kind == "d") or any(excluded(n, True) for n in above)
+
+
+def whole_seconds(mtime: int) -> int:
+    """Return a time in nanoseconds as the seconds that a transfer keeps."""
+    return min(max(mtime // 10**9, 0), LAST_TIME)
+
+
+class ShellTarget:
+    """The target of an upload on a host with a shell."""
+
+    def __init__(self, transfer: Transfer, tree: LocalTree, values: dict[str, Any]) -> None:
+        self._transfer = transfer
+        self._tree = tree
+        self._values = dict(values, look=1)
+
+    def listing(self) -> tuple[bytes, RemoteListing]:
+        there: RemoteListing = {}
+
+        def take(mode: int, size: int, seconds: int, name: bytes) -> None:
+            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            if name or kind == "f":
+                if name:
+                    checked_name(name)
+                there[name] = FileEntry(name, size, seconds * 10**9, mode & 0o777, kind)
+
+        with self._script("look", LIST_TARGET) as script:
+            path = script.answer(b"target")
+            text = script.until(self._values["token"].encode(), MAX_ANSWER)
+            parse_listing(text, MAX_TARGET_FILES, take)
+        return path, there
+
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        body = TARGET + "path=$f\n"
+        if not self._tree.is_folder:
+            (entry,) = files
+            with self._script("digests", body + CHUNK_DIGESTS) as script:
+                chunks = [(0, entry.size)]
+                return [] if same_chunks(script, self._tree.place(entry), chunks) else files
+        with self._script("digests", body + FILE_DIGESTS) as script:
+            return list(different_files(script, files, self._tree.place))
+
+    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
+        for what, names in (("f", files), ("d", folders)):
+            if names:
+                with self._script("remove", REMOVE, what=what) as script:
+                    script.send(b"".join(b"./" + name + b"\0" for name in names))
+                    script.end()
+                    script.answer(b"removed")
+
+    def _script(self, verb: str, body: str, **values: Any) -> Any:
+        text = script_text(verb, body, **self._values, **values)
+        return self._transfer.script(self._transfer.pool.ssh, text)
+
+
+class SftpTarget:
+    """The target of an upload over SFTP.
+
+    Parameters:
+        remote: a :class:`RemoteFiles`.
+        path: the absolute path of the target.
+    """
+
+    def __init__(self, remote: Any, tree: LocalTree, path: bytes) -> None:
+        self._remote = remote
+        self._tree = tree
+        self._path = path
+
+    def listing(self) -> tuple[bytes, RemoteListing]:
+        there: RemoteListing = {}
+        if self._remote.kind(self._path) == "d":
+            if self._tree.is_folder:
+                self._walk(b"", there)
+        elif (found := self._remote.look(self._path)) is not None:
+            there[b""] = FileEntry(b"", found.st_size, int(found.st_mtime) * 10**9, 0)
+        return self._path, there
+
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        return [
+            entry
+            for entry in files
+            if self._remote.digest(self._place(entry.name), entry.size) != self._digest(entry)
+        ]
+
+    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
+        for name in files:
+            self._remote.sftp.remove(self._place(name))
+        for name in folders:
+            try:
+                self._remote.sftp.rmdir(self._place(name))
+            except OSError:  # something is in it by now
+                continue
+
+    def _walk(self, folder: bytes, there: RemoteListing) -> None:
+        for found in self._remote.sftp.listdir_attr(self._place(folder)):
+            name = os.fsencode(found.filename)
+            inner = folder + b"/" + name if folder else name
+            checked_name(inner)
+            if len(there) >= MAX_TARGET_FILES:
+                raise SSHError(f"the machine lists more than {MAX_TARGET_FILES} files")
+            mode = found.st_mode or 0
+            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            mtime = int(found.st_mtime or 0) * 10**9
+            there[inner] = FileEntry(inner, int(found.st_size or 0), mtime, mode & 0o777, kind)
+            if kind == "d":
+                self._walk(inner, there)
+
+    def _place(self, name: bytes) -> bytes:
+        return self._path.rstrip(b"/") + b"/" + name if name else self._path
+
+    def _digest(self, entry: FileEntry) -> str:
+        return file_digest(self._tree.place(entry), 0, entry.size)
+
+
+# ==================================================================================================
+# ssh.transfer.local_part
+#
+# Keep the temporary files of a download, and rename them when it is complete.
+# ==================================================================================================
+
+
+PART = ".clore-part-"
+ZEROS = bytes(TRANSFER_PIECE)
+Ranges = list[tuple[int, int]]  # start and length
+
+
+class LocalPart:
+    """The temporary file or directory of a download, and the record of what has arrived.
+
+    Attributes:
+        target: the final path.
+        done: the ranges that an earlier download received, by record key.
+    """
+
+    def __init__(self, target: str, remote: bytes, options: Any) -> None:
+        self.target = target
+        self._options = options
+        whole = os.path.abspath(target)
+        # With resume, the same name each time; else a random one.
+        same = record_key((remote, whole))[:20]
+        token = same if options.resume else os.urandom(10).hex()
+        self._part = Path(os.path.dirname(whole)) / f"{PART}{token}"
+        self._record: Any = None
+        self._record_path = Path(f"{self._part}.done")
+        self._lock = threading.Lock()
+        self._size = 0
+        self.done: dict[str, Ranges] = {}
+
+    def __enter__(self) -> LocalPart:
+        if self._options.resume:
+            self._open_record()
+            self.done = self._read_record()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is not None and not self._options.resume:
+            self._remove()
+        if self._record is not None:
+            if not os.path.lexists(self._part):
+                self._record_path.unlink(missing_ok=True)  # nothing is left to resume
+            self._record.close()
+
+    # --- the record ---
+
+    def _open_record(self) -> None:
+        os.makedirs(self._part.parent, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        handle = os.open(self._record_path, flags, 0o600)
+        self._record = os.fdopen(handle, "r+", encoding="latin-1")
+        if not (lock_file(self._record.fileno()) and self._is_there()):
+            self._record.close()
+            self._record = None
+            raise SSHError("another process runs the same transfer: wait for its end")
+
+    def _is_there(self) -> bool:
+        """Return whether the file still exists: another process removes it when it has finished."""
+        try:
+            found = os.stat(self._record_path)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(self._record.fileno()), found)
+
+    def _read_record(self) -> dict[str, Ranges]:
+        done: dict[str, Ranges] = {}
+        if os.path.lexists(self._part):
+            lines = re.findall(
+                r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
+            )
+            for key, start, length in lines:
+                done.setdefault(key, []).append((int(start), int(length)))
+        return done
+
+    def note(self, entry: FileEntry, start: int, end: int) -> int:
+        """Record a range, in whole blocks or up to the end of the file; return where it ends."""
+        if self._record is None:
+            return end
+        if end != entry.size:
+            end -= end % BLOCK
+        if end > start or not entry.size:
+            with self._lock:
+                self._record.write(f"{record_key(entry.version)} {start} {end - start}\n")
+                self._record.flush()
+        return end
+
+    def clear(self) -> None:
+        """Remove what has arrived, and its record."""
+        self._remove()
+        self.done = {}
+        if self._record is not None:
+            self._record.seek(0)
+            self._record.truncate()
+
+    def earlier(self, entry: FileEntry) -> Ranges:
+        """Return the ranges of a file that an earlier download received, merged."""
+        merged: Ranges = []
+        for start, length in sorted(self.done.get(record_key(entry.version), ())):
+            if merged and start <= sum(merged[-1]):
+                first = merged[-1][0]
+                merged[-1] = (first, max(sum(merged[-1]), start + length) - first)
+            else:
+                merged.append((start, length))
+        return merged
+
+    def missing(self, entry: FileEntry) -> Ranges:
+        """Return the ranges of a file that are missing."""
+        left, at = [], 0
+        for start, length in [*self.earlier(entry), (entry.size, 0)]:
+            if start > at:
+                left.append((at, start - at))
+            at = max(at, start + length)
+        return left
+
+    def is_done(self, entry: FileEntry) -> bool:
+        return record_key(entry.version) in self.done and not self.missing(entry)
+
+    # --- files ---
+
+    def accept(self, files: list[FileEntry], folder: bool) -> None:
+        """Check the sizes and the target, before anything is created."""
+        self._size = 0
+        self.grow(sum(entry.size for entry in files))
+        if folder:
+            self.target = self._options.folder_target
+        target = self.target
+        above = os.path.dirname(os.path.abspath(target))
+        if os.path.lexists(above) and not os.path.isdir(above):
+            raise NotADirectoryError(f"local is no directory: {above!r}")
+        if folder:
+            if os.path.lexists(target) and not os.path.isdir(target):
+                raise NotADirectoryError(f"local is no directory: {target!r}")
+            return
+        if os.path.isdir(target):
+            raise IsADirectoryError(f"local is a directory: {target!r}")
+        if os.path.islink(target):
+            if self._options.symlinks != "follow":
+                raise FileExistsError(
+                    f"local is a symlink: {target!r}; remove it, or pass symlinks='follow'"
+                )
+            self.target = target = os.path.realpath(target)
+        if os.path.lexists(target) and not os.path.isfile(target):
+            raise FileExistsError(f"local is neither a file nor a directory: {target!r}")
+
+    def grow(self, size: int) -> None:
+        """Add to the expected size, which ``max_bytes`` limits."""
+        self._size += size
+        most = self._options.max_bytes
+        if most is not None and self._size > most:
+            raise SSHError(f"it has {self._size} bytes, and max_bytes is {most}")
+
+    def begin(self, entries: list[FileEntry]) -> None:
+        """Create the temporary file or directories; start over if the source has changed."""
+        os.makedirs(self._part.parent, exist_ok=True)
+        single = entries[0] if len(entries) == 1 and not entries[0].name else None
+        if not set(self.done) <= {record_key(entry.version) for entry in entries}:
+            self.clear()
+        if not self.done:
+            self._remove()
+        if single is None:
+            self._part.mkdir(mode=0o700, exist_ok=bool(self.done))
+            for entry in entries:
+                if entry.kind == "d":
+                    self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
+        else:
+            self.open(single).close()
+
+    def target_of(self, entry: FileEntry) -> str:
+        """Return where an entry goes in the end."""
+        return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
+
+    def has_same(self, entry: FileEntry, by_time: bool) -> bool:
+        """Return whether the target has a file of that size, and of that time if ``by_time``."""
+        try:
+            found = os.lstat(self.target_of(entry))
+        except OSError:
+            return False
+        if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
+            return False
+        return not by_time or int(found.st_mtime) == entry.mtime // 10**9
+
+    def place(self, entry: FileEntry) -> Path:
+        return self.place_of(entry.name)
+
+    def place_of(self, name: bytes) -> Path:
+        return self._part / checked_name(name) if name else self._part
+
+    def open(self, entry: FileEntry) -> Any:
+        """Open a temporary file, which no other user may read."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        return os.fdopen(os.open(self.place(entry), flags, 0o600), "r+b", buffering=0)
+
+    def _remove(self) -> None:
+        part = self._part
+        try:
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)
+            else:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("a temporary file stays: %s", error)
+
+    # --- the end ---
+
+    def install_file(self, entry: FileEntry) -> None:
+        found = os.stat(self._part)
+        if found.st_size != entry.size:
+            raise SSHError(f"{found.st_size} bytes have arrived")
+        self._finish(entry, self.target)
+        os.replace(self._part, self.target)
+
+    def install_tree(self, root: FileEntry, entries: list[FileEntry]) -> None:
+        merging = os.path.lexists(self.target)
+        # When merging, directories stay writable, so that files can be moved out of them.
+        for entry in entries[::-1]:
+            if entry.kind == "f" or (entry.kind == "d" and not merging):
+                place = os.path.join(self.target, checked_name(entry.name))
+                self._finish(entry, place if merging else "")
+        if merging:
+            merge_into(self._part, self.target, entries, self._options.preserve)
+        else:
+            self._finish(root, "")
+            os.makedirs(os.path.dirname(os.path.abspath(self.target)), exist_ok=True)
+            os.rename(self._part, self.target)
+
+    def _finish(self, entry: FileEntry, instead: str) -> None:
+        """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
+        place, mode = self.place(entry), entry.mode
+        if not self._options.preserve:
+            mode &= ~local_umask()
+            if instead and entry.kind == "f" and os.path.isfile(instead):
+                mode = stat.S_IMODE(os.stat(instead).st_mode)
+        os.chmod(place, mode)
+        if self._options.preserve:
+            os.utime(place, ns=(entry.mtime, entry.mtime))
+
+
+def local_umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool) -> None:
+    """Move a tree into an existing one; never write through a symlink there."""
+    for entry in entries:  # check all before moving the first
+        place = os.path.join(target, checked_name(entry.name))
+        shown = printable(os.fsdecode(entry.name), 300)
+        if os.path.islink(place) and entry.kind == "d":
+            raise SSHError(f"local holds a symlink in the place of {shown}")
+        if os.path.lexists(place) and os.path.isdir(place) != (entry.kind == "d"):
+            raise SSHError(f"local holds something else in the place of {shown}")
+    umask = local_umask()
+    for entry in entries:
+        name = checked_name(entry.name)
+        place = os.path.join(target, name)
+        if entry.kind != "d":
+            os.replace(part / name, place)
+        elif not os.path.isdir(place):
+            os.mkdir(place, 0o700)
+            os.chmod(place, (entry.mode | 0o700) & (0o777 if preserve else ~umask))
+    for entry in [e for e in entries[::-1] if e.kind == "d" and preserve]:
+        place = os.path.join(target, checked_name(entry.name))
+        os.chmod(place, entry.mode)
+        os.utime(place, ns=(entry.mtime, entry.mtime))
+    shutil.rmtree(part)
+
+
+def write_piece(file: Any, piece: bytes) -> None:
+    """Write a piece, or leave a hole where it is all zeros, so that sparse files stay sparse."""
+    if piece[0] == 0 == piece[-1] and piece == ZEROS[: len(piece)]:
+        file.seek(len(piece), os.SEEK_CUR)
+        return
+    view = memoryview(piece)
+    while view:
+        view = view[file.write(view) :]
+
+
+# ==================================================================================================
+# ssh.transfer.remote_tree
+#
+# Check the listing of a directory on a host, and its symlinks.
+# ==================================================================================================
+
+
+class RemoteTree:
+    """The entries of a directory on a host, checked."""
+
+    def __init__(self) -> None:
+        self.entries: list[FileEntry] = []
+        self.odd: list[bytes] = []  # neither file, directory nor symlink
+        self.root = FileEntry(b"", 0, 0, 0o755, "d")
+        self._folders = {b""}
+        self._names: set[bytes] = set()
+
+    @property
+    def files(self) -> list[FileEntry]:
+        return [entry for entry in self.entries if entry.kind == "f"]
+
+    def exclude(self, excludes: Excludes | None) -> None:
+        """Drop what patterns exclude, and all that is below an excluded directory."""
+        if excludes is None:
+            return
+        kept, gone = [], {b"/"}
+        for entry in self.entries:  # a directory comes before what is in it
+            if entry.name.rpartition(b"/")[0] in gone or excludes(entry.name, entry.kind == "d"):
+                gone.add(entry.name)
+            else:
+                kept.append(entry)
+        self.entries = kept
+        self.odd = [
+            n for n in self.odd if n.rpartition(b"/")[0] not in gone and not excludes(n, False)
+        ]
+
+    def drop_unchanged(
+        self,
+        transfer: Transfer,
+        part: LocalPart,
+        different: Callable[[list[FileEntry]], list[FileEntry]],
+    ) -> None:
+        """Drop the files that the target has already, if ``skip_unchanged`` asks for that."""
+        how = transfer.options.skip_unchanged
+        has_links = any(entry.kind == "l" for entry in self.entries)
+        if not how or (transfer.options.symlinks == "follow" and has_links):
+            return  # what a link leads to has to come
+        same = [entry for entry in self.files if part.has_same(entry, how is True)]
+        if how is not True and same:
+            others = {entry.name for entry in different(same)}
+            same = [entry for entry in same if entry.name not in others]
+        names = {entry.name for entry in same}
+        self.entries = [e for e in self.entries if e.kind != "f" or e.name not in names]
+        transfer.unchanged = len(names)
+        part.accept(self.files, folder=True)
+
+    def links(self, transfer: Transfer) -> list[FileEntry]:
+        """Return the symlinks to transfer, and report what is left out."""
+        for name in self.odd:
+            transfer.leave_out(name, "it is not a file")
+        links = [entry for entry in self.entries if entry.kind == "l"]
+        if transfer.options.symlinks != "skip":
+            return links
+        for entry in links:
+            transfer.leave_out(entry.name, "a symlink")
+        self.entries = [entry for entry in self.entries if entry.kind != "l"]
+        return []
+
+    def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
+        """Add an entry of the listing."""
+        kind = {stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFREG: "f"}.get(stat.S_IFMT(mode))
+        entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
+        if not name and kind == "d":
+            self.root = entry
+            return
+        checked_name(name)
+        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
+            raise SSHError(f"the machine lists {printable(repr(name), 120)} in a wrong place")
+        self._names.add(name)
+        if kind == "d":
+            self._folders.add(name)
+        if kind is None:
+            self.odd.append(name)
+        else:
+            self.entries.append(entry)
+
+
+def make_links(
+    part: LocalPart, transfer: Transfer, links: list[FileEntry], tree: RemoteTree
+) -> None:
+    """Create the symlinks that lead to something in the tree, or copies of it."""
+    entries = {entry.name: entry for entry in tree.entries}
+    for link in links:
+        target, hops = link, 0
+        while target.kind == "l" and hops < 40:
+            within, hops = link_target(target.name, target.link), hops + 1
+            found = entries.get(within) if within else None
+            if found is None:
+                break
+            target = found
+        inside = (link.name + b"/").startswith(target.name + b"/")
+        follow = transfer.options.symlinks == "follow"
+        if target.kind == "l" or (inside and follow):
+            transfer.leave_out(link.name, f"a symlink to {os.fsdecode(link.link)}")
+            tree.entries.remove(link)
+        elif not follow:
+            os.symlink(os.fsdecode(link.link), part.place(link))
+        elif target.kind == "f":
+            link.kind, link.mode, link.mtime = "f", target.mode, target.mtime
+            shutil.copyfile(part.place(target), part.place(link))
+        else:
+            link.kind, link.mode, link.mtime = "d", target.mode, target.mtime
+            shutil.copytree(part.place(target), part.place(link))
+
+
+# ==================================================================================================
+# ssh.transfer.sftp
+#
+# Talk to a host over SFTP, where it has no usual shell: slower, with the same checks.
+# ==================================================================================================
+
+
+SFTP_PACKET = 32768  # bytes of one request
+SFTP_AHEAD = 64  # requests that wait for their answers
+MAX_SFTP_PACKET = 2**20  # bytes of one answer
+SFTP_PATIENCE = 10.0  # seconds for a host to free the channel of an earlier script
+
+
+class SftpChannel(LimitedChannel):
+    """A channel for paramiko's SFTP client."""
+
+    def recv(self, size: int) -> bytes:
+        if size > MAX_SFTP_PACKET:
+            raise SSHError(f"the machine sends a packet of {size} bytes")
+        return super().recv(size)
+
+    def get_name(self) -> str:
+        """Return a name for paramiko's log."""
+        return "sftp"
+
+
+def open_channel(transfer: Transfer) -> SftpChannel:
+    """Open a channel for SFTP."""
+    transport = transfer.pool.ssh.get_transport()
+    deadline = time.monotonic() + min(SFTP_PATIENCE, transfer.timeout)
+    while True:
+        try:
+            channel = SftpChannel(transport, transfer.timeout, transfer.watchdog)
+            channel.invoke_subsystem("sftp")
+            return channel
+        except NoChannelError:
+            if time.monotonic() >= deadline or transfer.stopped.wait(0.1):
+                raise
+
+
+@contextlib.contextmanager
+def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
+    """Open an SFTP session for a block."""
+    import paramiko
+
+    channel: Any = open_channel(transfer)
+    failures: tuple[type[Exception], ...] = (ValueError, *connection_errors())
+    try:
+        try:
+            sftp = paramiko.SFTPClient(channel)
+        except failures as error:
+            raise SSHError(
+                f"the machine has neither a usual shell nor SFTP: {reason(error)}"
+            ) from error
+        sftp.logger = logging.getLogger(PARAMIKO_LOGGER)  # it logs names without escaping them
+        try:
+            yield RemoteFiles(sftp)
+        except (UnicodeError, ValueError, TypeError) as error:  # from paramiko, for odd answers
+            raise SSHError(f"the machine sent an answer that can't be read: {reason(error)}") from (
+                error
+            )
+    finally:
+        channel.close()
+
+
+class RemoteFiles:
+    """The files of a host, over SFTP."""
+
+    def __init__(self, sftp: Any) -> None:
+        self.sftp = sftp
+
+    def absolute(self, path: bytes) -> bytes:
+        """Return the absolute path of one that may be below the home directory."""
+        home: bytes = os.fsencode(self.sftp.normalize("."))
+        return posixpath.normpath(posixpath.join(home, path)) + b"/" * path.endswith(b"/")
+
+    def look(self, path: bytes, follow: bool = True) -> Any:
+        """Return the attributes of a path, or None if it does not exist."""
+        try:
+            found = self.sftp.stat(path) if follow else self.sftp.lstat(path)
+        except FileNotFoundError:
+            return None
+        if found.st_mode is None or found.st_size is None or found.st_mtime is None:
+            raise SSHError("the machine sends no size, time or mode of a file")
+        return found
+
+    def kind(self, path: bytes, follow: bool = True) -> str:
+        """Return "f", "d", "l", "other", or "" if the path does not exist."""
+        found = self.look(path, follow)
+        kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
+        return "" if found is None else kinds.get(stat.S_IFMT(found.st_mode), "other")
+
+    def pieces(self, file: Any, start: int, end: int) -> Iterator[bytes]:
+        """Yield a range of a file, with several requests at a time."""
+        while start < end:
+            wanted = [
+                (at, min(SFTP_PACKET, end - at))
+                for at in range(start, min(end, start + SFTP_AHEAD * SFTP_PACKET), SFTP_PACKET)
+            ]
+            for (at, size), piece in zip(wanted, file.readv(wanted), strict=True):
+                if len(piece) != size:
+                    raise SSHError(f"{end - at} bytes are missing")
+                yield piece
+            start = sum(wanted[-1])
+
+    def digest(self, path: bytes, size: int) -> str:
+        """Return the SHA-256 of a file."""
+        digest = hashlib.sha256()
+        with self.sftp.open(path, "rb") as file:
+            for piece in self.pieces(file, 0, size):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def remove(self, path: bytes) -> None:
+        """Remove a file or a directory, if it exists."""
+        kind = self.kind(path, follow=False)
+        if kind != "d":
+            if kind:
+                self.sftp.remove(path)
+            return
+        for entry in self.sftp.listdir_attr(path):
+            self.remove(path + b"/" + os.fsencode(entry.filename))
+        self.sftp.rmdir(path)
+
+    def replace(self, source: bytes, target: bytes) -> None:
+        """Rename a file over another one."""
+        try:
+            self.sftp.posix_rename(source, target)
+        except OSError:  # not every server can
+            if self.kind(target, follow=False):
+                self.sftp.remove(target)
+            self.sftp.rename(source, target)
+
+
+# ==================================================================================================
+# ssh.transfer.sftp_download
+#
+# Download over SFTP.
+# ==================================================================================================
+
+
+MAX_LISTED = 500_000  # files in a directory
+
+
+class SftpDownload:
+    """One download over SFTP."""
+
+    def __init__(self, transfer: Transfer, part: LocalPart) -> None:
+        self._transfer = transfer
+        self._options: Any = transfer.options
+        self._part = part
+
+    def run(self, files: list[FileEntry]) -> None:
+        """Download, and add to ``files`` what there is."""
+        files.clear()
+        with sftp_session(self._transfer) as self._remote:
+            source = self._remote.absolute(self._options.source).rstrip(b"/") or b"/"
+            self._source = source
+            found = self._remote.look(source)
+            if found is None:
+                raise SSHError("there is no such file")
+            if stat.S_ISDIR(found.st_mode):
+                self._get_tree(source, found, files)
+            elif stat.S_ISREG(found.st_mode):
+                entry = _entry_of(b"", found)
+                files.append(entry)
+                self._part.accept(files, folder=False)
+                self._transfer.total = entry.size
+                if self._is_unchanged(entry):
+                    files.clear()
+                    self._transfer.unchanged = 1
+                    return
+                self._part.begin([entry])
+                self._get_file(entry, source)
+                self._part.install_file(entry)
+            else:
+                raise SSHError("it is neither a file nor a directory")
+
+    def _get_tree(self, source: bytes, found: Any, files: list[FileEntry]) -> None:
+        tree = RemoteTree()
+        tree.take(found.st_mode, 0, int(found.st_mtime), b"")
+        self._walk(source, b"", tree, 0)
+        tree.exclude(self._options.excluded)
+        files += tree.files
+        links = tree.links(self._transfer)
+        for link in links:
+            link.link = os.fsencode(self._remote.sftp.readlink(source + b"/" + link.name) or "")
+        self._part.accept(files, folder=True)
+        tree.drop_unchanged(self._transfer, self._part, self._different)
+        files[:] = tree.files
+        self._transfer.total = sum(entry.size for entry in files)
+        self._part.begin(tree.entries)
+        for entry in files:
+            with about(entry):
+                self._get_file(entry, source + b"/" + entry.name)
+        make_links(self._part, self._transfer, links, tree)
+        self._part.install_tree(tree.root, tree.entries)
+
+    def _walk(self, source: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
+        if level > MAX_LEVELS:
+            raise SSHError(f"the machine names more than {MAX_LEVELS} nested directories")
+        place = source + b"/" + folder if folder else source
+        # Read the whole listing before the next request: paramiko requests some of it ahead.
+        listed = list(itertools.islice(self._remote.sftp.listdir_iter(place), MAX_LISTED + 1))
+        if len(listed) > MAX_LISTED:
+            raise SSHError(f"the machine lists more than {MAX_LISTED} files in a directory")
+        for found in listed:
+            name = os.fsencode(found.filename)
+            if b"/" in name:
+                raise SSHError(f"the machine names a file {printable(repr(name), 120)}")
+            inner = folder + b"/" + name if folder else name
+            if None in (found.st_mode, found.st_size, found.st_mtime):
+                raise SSHError("the machine sends no size, time or mode of a file")
+            tree.take(found.st_mode, found.st_size, int(found.st_mtime), inner)
+            if stat.S_ISDIR(found.st_mode):
+                self._walk(source, inner, tree, level + 1)
+
+    def _is_unchanged(self, entry: FileEntry) -> bool:
+        """Compare a single file with its target, if that was asked for."""
+        how = self._options.skip_unchanged
+        if not how or not self._part.has_same(entry, how is True):
+            return False
+        return how is True or not self._different([entry])
+
+    def _different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs from that of their targets."""
+        return [
+            entry
+            for entry in files
+            if self._remote.digest(self._place(entry), entry.size)
+            != file_digest(self._part.target_of(entry), 0, entry.size)
+        ]
+
+    def _place(self, entry: FileEntry) -> bytes:
+        return self._source + b"/" + entry.name if entry.name else self._source
+
+    def _get_file(self, entry: FileEntry, source: bytes) -> None:
+        part, remote = self._part, self._remote
+        here, earlier = hashlib.sha256(), part.earlier(entry)
+        with remote.sftp.open(source, "rb") as file, part.open(entry) as out:
+            for start, length in part.missing(entry):
+                out.seek(start)
+                at = start
+                try:
+                    for piece in remote.pieces(file, start, start + length):
+                        write_piece(out, piece)
+                        at += len(piece)
+                        self._transfer.moved(entry, len(piece))
+                finally:
+                    part.note(entry, start, at)
+            out.truncate(entry.size)
+        if not entry.size:
+            self._transfer.moved(entry, 0)
+        found = remote.look(source)
+        check_unchanged(entry, None if found is None else _entry_of(b"", found))
+        if self._options.verify or earlier:
+            with open(part.place(entry), "rb") as file:
+                while piece := file.read(TRANSFER_PIECE):
+                    here.update(piece)
+            if here.hexdigest() != remote.digest(source, entry.size):
+                part.clear()
+                raise SSHError(DIFFERS)
+        for _, length in earlier:
+            self._transfer.count(entry, length)
+
+
+def _entry_of(name: bytes, found: Any) -> FileEntry:
+    mtime = nanoseconds(int(found.st_mtime))
+    kind = "f" if stat.S_ISREG(found.st_mode) else "d"
+    return FileEntry(name, int(found.st_size), mtime, found.st_mode & 0o777, kind)
+
+
+# ==================================================================================================
+# ssh.transfer.tar
+#
+# Write and read tar streams.
+# ==================================================================================================
+
+
+TAR_BLOCK = 512  # bytes
+MAX_TAR_EXTRA = 65536  # bytes of a name
+
+
+def tar_header(entry: FileEntry) -> bytes:
+    """Return the header of an entry in a tar stream, without a user's name or number."""
+    import tarfile  # imported here, because it is slow
+
+    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
+    # A directory must be writable until its files have arrived.
+    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
+    info.size, info.mtime = entry.size, entry.mtime // 10**9
+    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
+    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+class TarReader:
+    """Read the members of consecutive tar archives, up to a block with a mark."""
+
+    def __init__(self, running: RemoteScript, mark: bytes) -> None:
+        self._running = running
+        self._mark = mark
+        self._padding = 0
+
+    def next(self) -> Any:
+        """Return the next member, or None at the mark."""
+        import tarfile
+
+        self._exactly(self._padding)
+        self._padding = 0
+        name = link = ""
+        while True:
+            header = self._exactly(TAR_BLOCK)
+            if header.rstrip(b" \n") == self._mark:
+                return None
+            if not header.strip(b"\0"):
+                continue
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError) as error:
+                raise SSHError("the machine sends no valid tar archive") from error
+            if info.size < 0:
+                raise SSHError("the machine sends a negative size")
+            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+                if info.size > MAX_TAR_EXTRA:
+                    raise SSHError("the machine sends a name that is too long")
+                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
+                name, link = _extended(info.type, extra, name, link)
+                continue
+            info.name, info.linkname = name or info.name, link or info.linkname
+            if not info.isreg():
+                info.size = 0
+            self._padding = -info.size % TAR_BLOCK
+            return info
+
+    def content(self, size: int) -> Iterator[bytes]:
+        """Yield the bytes of a member."""
+        while size:
+            piece = self._running.read(min(TRANSFER_PIECE, size))
+            if not piece:
+                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
+            size -= len(piece)
+            yield piece
+
+    def _exactly(self, size: int) -> bytes:
+        piece = self._running.read(size) if size else b""
+        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
+
+
+def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
+    """Read a name or a link target that does not fit in a header."""
+    if kind == b"x":  # POSIX: records of a length, a keyword and a value
+        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
+            found.get(b"linkpath", b"")
+        ) or link
+    text = os.fsdecode(extra.rstrip(b"\0"))
+    return (text, link) if kind == b"L" else (name, text)
+
+
+# ==================================================================================================
+# ssh.transfer.sftp_upload
+#
+# Upload over SFTP.
+# ==================================================================================================
+
+
+class SftpUpload:
+    """One upload over SFTP."""
+
+    def __init__(self, transfer: Transfer, tree: LocalTree) -> None:
+        self._transfer = transfer
+        self._options: Any = transfer.options
+        self._tree = tree
+
+    def run(self) -> bytes:
+        """Upload, and return the path on the host."""
+        with sftp_session(self._transfer) as self._remote:
+            target = self._target()
+            comparison = None
+            if self._options.compares:
+                place = SftpTarget(self._remote, self._tree, target)
+                comparison = Comparison(self._transfer, self._tree, place)
+                if self._options.preview or not (self._tree.is_folder or self._tree.files):
+                    return target
+            self._make_parents(target)
+            whole = os.path.abspath(self._tree.path)
+            same = record_key(("sftp", target, whole, self._options.remote))[:20]
+            token = same if self._options.resume else os.urandom(10).hex()
+            part = posixpath.dirname(target).rstrip(b"/") + b"/" + PART.encode() + token.encode()
+            try:
+                self._send_all(part)
+                self._install(part, target)
+            except BaseException:
+                if not self._options.resume:
+                    with contextlib.suppress(SSHError, *connection_errors()):
+                        self._remote.remove(part)
+                raise
+            if comparison is not None:
+                comparison.finish()
+            return target
+
+    def _target(self) -> bytes:
+        """Check the target, and return its path."""
+        remote, is_folder = self._remote, self._tree.is_folder
+        path = remote.absolute(self._options.source)
+        name = os.path.basename(os.path.abspath(self._tree.path))
+        if is_folder:
+            inside = not is_content(self._options.local)
+        else:
+            inside = path.endswith(b"/") or remote.kind(path) == "d"
+        path = path.rstrip(b"/") or b"/"
+        if inside:
+            path = path.rstrip(b"/") + b"/" + name
+        kind = remote.kind(path)
+        if kind != "d" and remote.kind(path, follow=False) == "l":
+            if self._options.symlinks != "follow" or not kind:
+                raise SSHError(
+                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
+                )
+            path = os.fsencode(remote.sftp.normalize(path))
+        if kind and (kind == "d") != is_folder:
+            raise SSHError(f"{os.fsdecode(path)} is {'not ' if is_folder else ''}a directory")
+        if kind == "other":
+            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
+        return path
+
+    def _make_parents(self, target: bytes) -> None:
+        missing = []
+        folder = posixpath.dirname(target)
+        while (kind := self._remote.kind(folder)) != "d":
+            if kind:
+                raise SSHError(f"{os.fsdecode(folder)} is not a directory")
+            missing.append(folder)
+            folder = posixpath.dirname(folder)
+        for folder in missing[::-1]:
+            self._remote.sftp.mkdir(folder)
+
+    def _send_all(self, part: bytes) -> None:
+        sftp = self._remote.sftp
+        if self._tree.is_folder:
+            if not self._remote.kind(part):
+                sftp.mkdir(part, 0o700)
+            for entry in self._tree.entries:
+                place = part + b"/" + entry.name
+                if entry.kind == "d" and not self._remote.kind(place):
+                    sftp.mkdir(place, 0o700)
+                elif entry.kind == "l":
+                    self._remote.remove(place)
+                    sftp.symlink(entry.link, place)
+        for entry in self._tree.files:
+            with about(entry):
+                self._send_file(entry, part + b"/" + entry.name if entry.name else part)
+
+    def _send_file(self, entry: FileEntry, place: bytes) -> None:
+        remote, start = self._remote, 0
+        record, key = place + b".clore-done", record_key(entry.version).encode()
+        if self._options.resume:
+            start = self._earlier(place, record, key)
+        with remote.sftp.open(place, "r+b" if start else "wb") as file:
+            created = stat.S_IMODE(file.stat().st_mode or 0)
+            file.chmod(0o600)
+            if self._options.resume and not start:
+                with remote.sftp.open(record, "wb") as note:
+                    note.write(key)
+            file.set_pipelined(True)
+            file.seek(start)
+            for piece in self._tree.pieces(entry, start, entry.size - start):
+                for at in range(0, len(piece), SFTP_PACKET):
+                    file.write(bytes(piece[at : at + SFTP_PACKET]))
+                self._transfer.moved(entry, len(piece))
+        if not entry.size:
+            self._transfer.moved(entry, 0)
+        self._check(entry, place, start)
+        if not self._options.preserve:  # apply the host's umask
+            entry.mode &= created | (created & 0o444) >> 2 if not start else 0o700
+        if self._options.resume:
+            remote.remove(record)
+
+    def _earlier(self, place: bytes, record: bytes, key: bytes) -> int:
+        """Return how many bytes an earlier upload has sent."""
+        found = self._remote.look(place, follow=False)
+        if found is None or self._remote.look(record) is None:
+            return 0
+        with self._remote.sftp.open(record, "rb") as note:
+            if note.read(100) != key:
+                return 0
+        return int(found.st_size) - int(found.st_size) % BLOCK
+
+    def _check(self, entry: FileEntry, place: bytes, start: int) -> None:
+        size = self._remote.look(place).st_size
+        if size != entry.size:
+            raise SSHError(f"{size} of {entry.size} bytes arrived")
+        if self._options.verify or start:
+            here = hashlib.sha256()
+            for piece in self._tree.pieces(entry, 0, entry.size):
+                here.update(piece)
+            if self._remote.digest(place, entry.size) != here.hexdigest():
+                self._remote.remove(place)
+                raise SSHError(DIFFERS)
+        if start:
+            self._transfer.count(entry, start)
+
+    def _install(self, part: bytes, target: bytes) -> None:
+        remote, tree = self._remote, self._tree
+        exists = bool(remote.kind(target))
+        for entry in tree.entries[::-1]:
+            place = part + b"/" + entry.name if entry.name else part
+            instead = target + b"/" + entry.name if entry.name else target
+            if entry.kind != "l" and not (entry.kind == "d" and exists):
+                self._finish(entry, place, instead if exists else b"")
+        if not tree.is_folder or not exists:
+            remote.replace(part, target)
+            return
+        for entry in tree.entries:
+            place, instead = part + b"/" + entry.name, target + b"/" + entry.name
+            if entry.kind == "d":
+                if not remote.kind(instead):
+                    remote.sftp.mkdir(instead, 0o700)
+                    remote.sftp.chmod(instead, entry.mode | 0o700)
+            else:
+                remote.replace(place, instead)
+        remote.remove(part)
+
+    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
+        mode, found = entry.mode, self._remote.look(instead) if instead else None
+        if not self._options.preserve and found is not None:
+            mode = stat.S_IMODE(found.st_mode)
+        self._remote.sftp.chmod(place, mode)
+        if self._options.preserve:
+            self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
+
+
+# ==================================================================================================
+# ssh.transfer.upload_check
+#
+# Check the arguments of an upload, and find the files to send.
+# ==================================================================================================
+
+
+# From so many bytes on, so many connections are worth their logins.
+UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
+
+
+class UploadOptions(TransferOptions):
+    """The arguments of an upload, checked."""
+
+    def __init__(
+        self, local: Any, remote: Any, *, preview: Any = False, delete: Any = False, **given: Any
+    ) -> None:
+        super().__init__(local, remote, **given)
+        folder = re.sub(rb"(/+\.?)+$", b"", self.source)
+        if folder != self.source:  # it ends with "/", "//" or "/."
+            self.source = folder + b"/"
+        self.preview = check_bool("preview", preview)
+        self.delete: bool | frozenset[bytes] = False
+        if isinstance(delete, TransferResult) and delete.deletes is not None and not preview:
+            self.delete = frozenset(delete.deletes)
+        elif delete is True and preview:
+            self.delete = True
+        elif delete is not False:
+            raise ValueError(
+                "delete must be the result of a call with preview=True and delete=True, so that "
+                f"nothing is removed unseen, not {short_repr(delete)}"
+            )
+        self.compares = bool(preview or self.delete is not False or self.skip_unchanged)
+
+
+def check_upload(local: Any, remote: Any, **given: Any) -> tuple[UploadOptions, LocalTree]:
+    """Check the arguments of an upload, and find the files to send."""
+    options = UploadOptions(local, remote, **given)
+    tree = LocalTree(os.path.expanduser(options.local), options.symlinks, options.excluded)
+    if options.delete is not False and not tree.is_folder:
+        raise ValueError("delete is for the upload of a directory, and local is a file")
+    return options, tree
+
+
+def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
+    """Return how many connections an upload uses."""
+    if options.streams is not None:
+        return options.streams
+    size = sum(entry.size for entry in tree.entries)
+    return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
+
+
+# ==================================================================================================
+# ssh.transfer.upload
+#
+# Upload files and directories under a temporary name, which is renamed at the end.
+# ==================================================================================================
+
+
+# sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
+# host, more channels make an upload faster.
+UPLOAD_CHANNELS = 8
+RESUMABLE_CHANNELS = 2  # fewer chunks are lost when the connection breaks
+SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
+META_LINES = 500
+
+
+def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) -> TransferResult:
+    """Upload; see ``CloreClient.upload``."""
+    options, tree = checked
+    name = os.path.basename(os.path.abspath(tree.path))
+    transfer = Transfer(pool, options, os.fsdecode(name) or "/", "upload")
+    transfer.total = sum(entry.size for entry in tree.files)
+    for left_out, why in tree.left_out:
+        transfer.leave_out(left_out, why)
+    try:
+        with transfer.watched():
+            path = _upload(transfer, tree)
+    except BaseException as error:
+        failure = transfer.failed(error, tree.files)
+        if failure is error:
+            raise
+        raise failure from error
+    return transfer.result(path, tree.files)
+
+
+def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
+    """Upload with the host's shell, or else over SFTP; return the path on the host."""
+    careful = False
+    while True:
+        try:
+            return Upload(transfer, tree, careful).run()
+        except (NoShellError, NoChannelError) as error:
+            transfer.restart()
+            if careful or isinstance(error, NoShellError):
+                logger.warning("files go over SFTP, which is slower: %s", error)
+                return SftpUpload(transfer, tree).run()
+            careful = True
+
+
+class Upload:
+    """One upload with the host's shell.
+
+    The script CONTROL runs from start to end. Workers send large files in chunks, and small ones in
+    tar archives.
+
+    Parameters:
+        careful: start the workers after CONTROL, which needs a channel first.
+    """
+
+    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
+        self._transfer = transfer
+        self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
+        self._options: Any = transfer.options
+        options = self._options
+        self._tree = tree
+        whole = os.path.abspath(tree.path)
+        kind = "d" if tree.is_folder else "f"
+        content = is_content(options.local)
+        # With resume, the same name each time; else a random one.
+        same = record_key((kind, content, whole, options.remote))[:20]
+        self._values: dict[str, Any] = {
+            "f": options.source,
+            "content": int(content),
+            "look": 0,
+            "name": os.path.basename(whole) or b".",
+            "kind": kind,
+            "token": same if options.resume else os.urandom(10).hex(),
+            "keep": int(options.resume),
+            "follow": int(options.symlinks == "follow"),
+        }
+        self._control: RemoteScript | None = None
+        self._files: list[Chunks] = []
+        self._bundles = Bundles([], False, set())
+
+    def run(self) -> bytes:
+        """Compare if that was asked for, upload, and return the path on the host."""
+        if not self._options.compares:
+            return self._run()
+        target = ShellTarget(self._transfer, self._tree, self._values)
+        comparison = Comparison(self._transfer, self._tree, target)
+        if self._options.preview or not (self._tree.is_folder or self._tree.files):
+            return comparison.path
+        path = self._run()
+        comparison.finish()
+        return path
+
+    def _run(self) -> bytes:
+        transfer = self._transfer
+        try:
+            # Workers start without the answer of CONTROL, which saves a round trip.
+            if not self._careful:
+                self._plan(set())
+                self._start()
+            self._control = transfer.script(
+                transfer.pool.ssh, self._control_script(), patient=self._careful
+            )
+            umask, done = self._ready(self._control)
+            if self._careful:
+                self._prepare(umask, done)
+                self._start()
+            transfer.finish_workers()
+            self._check_sent()
+            if self._tree.is_folder:
+                self._check_tree(self._control)
+                self._set_modes()
+            self._control.send(b"go\n")
+            path = self._control.answer(b"ok")
+            self._control.finish()
+            return path
+        except BaseException:
+            transfer.stop(but=self._control)
+            transfer.join_workers()
+            self._tidy()
+            raise
+        finally:
+            transfer.join_workers()
+            if self._control is not None:
+                self._control.close()
+
+    @property
+    def _sources(self) -> list[Source]:
+        return [self._bundles, *self._files]
+
+    def _control_script(self) -> bytes:
+        values = dict(self._values, preserve=int(self._options.preserve))
+        if not self._tree.is_folder:
+            (entry,) = self._tree.files
+            values.update(size=entry.size, mode=f"{entry.mode:o}", time=touch_time(entry.mtime))
+        return script_text("upload", CONTROL, **values)
+
+    def _tidy(self) -> None:
+        """Let the host remove what has arrived, and wait until it has done so."""
+        if self._control is None:
+            return
+        self._control.end()
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        try:
+            with self._transfer.watchdog.limit(LAST_PATIENCE, self._control.close):
+                self._control.rest(MAX_LINE)
+        except failures as error:
+            if not self._options.resume:
+                logger.warning("a temporary file may stay on the machine: %s", error)
+
+    def _ready(self, control: RemoteScript) -> tuple[int, set[str]]:
+        """Wait for the host; return its umask, and the keys of what an earlier upload sent."""
+        umask = control.answer(b"ready")
+        if not re.fullmatch(rb"[0-7]{1,5}", umask):
+            raise control.refused(b"ready " + umask)
+        lines = control.until(self._values["token"].encode(), MAX_ANSWER)
+        return int(umask, 8), set(lines.decode("ascii", "replace").split())
+
+    def _prepare(self, umask: int, done: set[str]) -> None:
+        if not self._options.preserve and self._tree.is_folder:
+            for entry in self._tree.entries:
+                entry.mode &= ~umask
+        self._plan(done)
+        keys = {key for source in self._sources for key in source.keys}
+        if not done <= keys and self._control is not None:  # the source has changed
+            self._control.send(b"restart\n")
+            self._plan(set())
+
+    def _plan(self, done: set[str]) -> None:
+        resume, tree = self._options.resume, self._tree
+        large = [e for e in tree.files if not tree.is_folder or e.size >= SMALL_FILE]
+        small = [e for e in tree.entries if tree.is_folder and e not in large]
+        self._files = [Chunks(entry, resume, done) for entry in large]
+        self._bundles = Bundles(small, resume, done)
+
+    def _start(self) -> None:
+        transfer, options = self._transfer, self._options
+        count = sum(len(source.left) for source in self._sources)
+        channels = RESUMABLE_CHANNELS if options.resume else UPLOAD_CHANNELS
+        if transfer.near:
+            channels = 1
+        connections = upload_connections(options, self._tree)
+        if (transfer.near and options.streams is None) or options.resume:
+            connections = 1
+        workers = min(count, connections * channels)
+        # What several workers write is read back there, and compared.
+        self._hashes = options.verify or options.resume or workers > 1
+        transfer.start_workers(connections, workers, self._work)
+
+    def _work(self, ssh: Any) -> None:
+        """Send portions until none is left."""
+        for source in self._sources:
+            while (portion := source.take()) is not None:
+                try:
+                    if isinstance(source, Chunks):
+                        self._send_chunks(ssh, source, portion)
+                    else:
+                        self._send_bundles(ssh, source, portion)
+                except NoChannelError:
+                    source.left.append(portion)
+                    raise
+
+    def _send_chunks(self, ssh: Any, source: Chunks, first: tuple[str, Any]) -> None:
+        entry = source.entry
+        script = script_text("put", PUT, **self._values, inner=entry.name, hash=int(self._hashes))
+        with about(entry), self._transfer.script(ssh, script) as put:
+            sent: list[str] = []  # digests that the host has not confirmed yet
+            for key, (start, size) in source.rest(first):
+                if len(sent) >= source.unconfirmed:
+                    self._confirm(put, sent.pop(0))
+                digest = hashlib.sha256()
+                put.send(b"%d %d %s\n" % (start // BLOCK, size, key.encode()))
+                for piece in self._tree.pieces(entry, start, size):
+                    if self._hashes:
+                        digest.update(piece)
+                    if not put.send(piece):
+                        break  # the answer says why it takes no more
+                    self._transfer.moved(entry, len(piece))
+                sent.append(digest.hexdigest())
+                if not put.send(b".\n"):
+                    break
+            put.end()
+            for expected in sent:
+                self._confirm(put, expected)
+            put.answer(b"end")
+
+    def _confirm(self, put: RemoteScript, digest: str) -> None:
+        if put.answer(b"done") != (digest.encode() if self._hashes else b"-"):
+            raise SSHError("SHA-256 differs")
+
+    def _send_bundles(self, ssh: Any, source: Source, first: tuple[str, Any]) -> None:
+        how = "op" if self._options.preserve else "opm"
+        script = script_text("untar", UNTAR, **self._values, how=how)
+        with self._transfer.script(ssh, script) as untar:
+            count = 0
+            for key, entries in source.rest(first):
+                headers = [tar_header(entry) for entry in entries]
+                padded = sum(e.size + -e.size % TAR_BLOCK for e in entries)
+                size = sum(map(len, headers)) + padded + 2 * TAR_BLOCK
+                untar.send(b"%d %s\n" % (size, key.encode()))
+                for portion in self._tar_portions(headers, entries):
+                    if not untar.send(portion):
+                        break  # the answer says why it takes no more
+                count += 1
+                if not untar.send(b".\n"):
+                    break
+            untar.end()
+            for _ in range(count):
+                untar.answer(b"done")
+            untar.answer(b"end")
+
+    def _tar_portions(self, headers: list[bytes], entries: list[FileEntry]) -> Iterator[bytes]:
+        """Yield a tar archive in large pieces."""
+        portion = bytearray()
+        for header, entry in zip(headers, entries, strict=True):
+            with about(entry):
+                portion += header
+                for piece in self._tree.pieces(entry, 0, entry.size) if entry.kind == "f" else ():
+                    portion += piece
+                    if len(portion) >= TRANSFER_PIECE:
+                        yield bytes(portion)
+                        portion.clear()
+                portion += bytes(-entry.size % TAR_BLOCK)
+                if entry.kind == "f":
+                    self._transfer.moved(entry, entry.size)
+        yield bytes(portion + bytes(2 * TAR_BLOCK))
+
+    # --- checks ---
+
+    def _check_sent(self) -> None:
+        """Compare what an earlier upload sent, and with ``verify`` all small files."""
+        if any(source.left for source in self._sources):
+            raise NoChannelError("the machine opened no further channel")
+        for source in self._files:
+            self._check_chunks(source)
+        bundles = self._bundles.every if self._options.verify else self._bundles.earlier
+        files = [entry for entries in bundles for entry in entries if entry.kind == "f"]
+        if files:
+            self._check_files(files)
+        for entries in self._bundles.earlier:
+            for entry in entries:
+                if entry.kind == "f":
+                    self._transfer.count(entry, entry.size)
+
+    def _check_chunks(self, source: Chunks) -> None:
+        entry = source.entry
+        if not entry.size:
+            self._transfer.count(entry, 0)
+        if not source.earlier:
+            return
+        with about(entry), self._digests(CHUNK_DIGESTS, entry.name) as script:
+            if not same_chunks(script, self._tree.place(entry), source.earlier):
+                self._refuse()
+            for _, size in source.earlier:
+                self._transfer.count(entry, size)
+
+    def _check_files(self, files: list[FileEntry]) -> None:
+        with self._digests(FILE_DIGESTS, b"") as script:
+            for entry in different_files(script, files, self._tree.place):
+                with about(entry):
+                    self._refuse()
+
+    def _digests(self, body: str, inner: bytes) -> RemoteScript:
+        where = TARGET + 'path=$p; [ "$kind" = f ] || path=$p/$inner\n'
+        text = script_text("digests", where + body, **self._values, inner=inner)
+        return self._transfer.script(self._transfer.pool.ssh, text)
+
+    def _refuse(self) -> None:
+        if self._control is not None:
+            self._control.send(b"wipe\n")
+        raise SSHError(DIFFERS)
+
+    def _check_tree(self, control: RemoteScript) -> None:
+        """Compare the names and sizes of what has arrived."""
+        control.send(b"list\n")
+        there: dict[bytes, tuple[str, int]] = {}
+
+        def take(mode: int, size: int, mtime: int, name: bytes) -> None:
+            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            there[name] = (kind, size if kind == "f" else 0)
+
+        text = control.until(self._values["token"].encode(), MAX_ANSWER)
+        parse_listing(text, len(self._tree.entries) * 2 + 100, take)
+        for entry in self._tree.entries:
+            if there.get(entry.name) != (entry.kind, entry.size):
+                with about(entry):
+                    found = there.get(entry.name)
+                    raise SSHError(f"it has {found[1]} bytes there" if found else "it is not there")
+
+    def _set_modes(self) -> None:
+        """Set modes and times of large files and directories, the deepest first."""
+        preserve = self._options.preserve
+        folders = [entry for entry in self._tree.entries if entry.kind == "d"]
+        odd = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
+        entries = [source.entry for source in self._files] + odd[::-1]
+        for first in range(0, len(entries), META_LINES):
+            script = self._mode_script(entries[first : first + META_LINES])
+            with self._transfer.script(self._transfer.pool.ssh, script) as running:
+                running.end()
+                running.answer(b"ok")
+
+    def _mode_script(self, entries: list[FileEntry]) -> bytes:
+        lines = [script_text("modes", TARGET + 'cd "$p" || exit 1\n', **self._values)]
+        for entry in entries:
+            lines.append(b"g=" + sh_quoted(b"./" + entry.name))
+            lines.append(b'chmod %o "$g" || no "$g"' % entry.mode)
+            if self._options.preserve:
+                lines.append(b'TZ=UTC0 touch -t %s "$g"' % touch_time(entry.mtime).encode())
+        return b"\n".join([*lines, b"echo ok"])
+
+
+def touch_time(mtime: int) -> str:
+    """Convert a time in nanoseconds to UTC for ``touch -t``."""
+    seconds = min(max(mtime // 10**9, 0), LAST_TIME)
+    return time.strftime("%Y%m%d%H%M.%S", time.gmtime(seconds))
+
+
+# ==================================================================================================
+# ssh.transfer.download
+#
+# Download files and directories; the host is not trusted.
+# ==================================================================================================
+
+
+DOWNLOAD_CONNECTIONS = 4
+DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes; from here on, more connections are worth their logins
+HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host can hash within the timeout
+RANGE = 64 * 1024 * 1024  # bytes that a worker asks for at a time
+MAX_FILES = 2_000_000
+ANY_SIZE = 2**62
+
+
+def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferResult:
+    """Download; see ``CloreClient.download``."""
+    transfer = Transfer(pool, options, os.fsdecode(options.remote), "download")
+    part = LocalPart(options.target, options.remote, options)
+    files: list[FileEntry] = []
+    try:
+        with transfer.watched(), part:
+            _download(transfer, part, files)
+    except BaseException as error:
+        failure = transfer.failed(error, files)
+        if failure is error:
+            raise
+        raise failure from error
+    return transfer.result(part.target, files)
+
+
+def _download(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
+    """Download with the host's shell, or else over SFTP."""
+    try:
+        Download(transfer, part).run(files)
+    except NoShellError as error:
+        logger.warning("files come over SFTP, which is slower: %s", error)
+        transfer.restart()
+        SftpDownload(transfer, part).run(files)
+
+
+class Download:
+    """One download with the host's shell.
+
+    The script LOOK tells what there is, and sends a file that is not large. Workers receive large
+    files in ranges; small ones come in a tar stream.
+    """
+
+    def __init__(self, transfer: Transfer, part: LocalPart) -> None:
+        self._transfer = transfer
+        self._options: Any = transfer.options
+        self._part = part
+        self._ranges: list[tuple[FileEntry, int, int]] = []
+        self._share = RANGE  # bytes for each connection
+        self._lock = threading.Lock()
+        self._token = os.urandom(10).hex()
+
+    def run(self, files: list[FileEntry]) -> None:
+        """Download, and add to ``files`` what there is."""
+        transfer = self._transfer
+        try:
+            with transfer.script(
+                transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
+            ) as look:
+                first = look.line()
+                if first == b"d":
+                    self._get_tree(look, files)
+                elif first.startswith(b"f "):
+                    self._get_file(look, parse_stat(first[2:]), files)
+                else:
+                    raise look.refused(first)
+        except BaseException:
+            transfer.stop()
+            raise
+        finally:
+            transfer.join_workers()
+
+    def _look_script(self) -> bytes:
+        options = self._options
+        most = HASHED_AT_ONCE if options.verify else ANY_SIZE
+        if self._part.done or options.skip_unchanged or (options.streams or 1) > 1:
+            most = -1
+        elif not self._transfer.near:
+            most = min(most, DOWNLOAD_MANY - 1)
+        self._most = min(most, ANY_SIZE if options.max_bytes is None else options.max_bytes)
+        return script_text(
+            "look", LOOK, f=options.source, token=self._token, most=self._most,
+            hash=int(options.verify),
+        )  # fmt: skip
+
+    # --- one file ---
+
+    def _get_file(self, look: RemoteScript, entry: FileEntry, files: list[FileEntry]) -> None:
+        files.append(entry)
+        self._part.accept(files, folder=False)
+        self._transfer.total = entry.size
+        if self._options.skip_unchanged and self._is_unchanged(entry):
+            look.finish()
+            files.clear()
+            self._transfer.unchanged = 1
+            return
+        if entry.size > self._most:
+            look.finish()
+            self._part.begin([entry])
+            self._add_ranges(entry)
+            self._get_ranges()
+        else:
+            self._part.begin([entry])
+            digest = hashlib.sha256() if self._options.verify else None
+            self._receive(look, entry, 0, entry.size, digest)
+            if digest is not None:
+                _compare(look.line(), digest.hexdigest())
+            check_unchanged(entry, parse_stat(look.line()))
+            look.expect_end()
+        self._check_earlier([entry])
+        self._part.install_file(entry)
+
+    def _receive(
+        self, running: RemoteScript, entry: FileEntry, start: int, length: int, digest: Any = None
+    ) -> None:
+        """Write and record exactly ``length`` bytes."""
+        at = noted = start
+        with self._part.open(entry) as file:
+            file.seek(start)
+            try:
+                while at < start + length:
+                    piece = running.read(min(TRANSFER_PIECE, start + length - at))
+                    if not piece:
+                        left = start + length - at
+                        raise SSHError(f"{left} bytes are missing: {running.refused()}")
+                    write_piece(file, piece)
+                    if digest is not None:
+                        digest.update(piece)
+                    at += len(piece)
+                    self._transfer.moved(entry, len(piece))
+                    if at - noted >= 4 * TRANSFER_PIECE:
+                        noted = self._part.note(entry, noted, at)
+            finally:
+                self._part.note(entry, noted, at)
+            if at == entry.size:
+                file.truncate(entry.size)  # zeros at the end were not written
+        if not length:
+            self._transfer.moved(entry, 0)
+
+    def _receive_nothing(self, entry: FileEntry) -> None:
+        self._part.open(entry).close()
+        self._took(entry)
+
+    # --- ranges ---
+
+    def _add_ranges(self, entry: FileEntry) -> None:
+        """Add the ranges of a file that are missing."""
+        self._ranges += [(entry, start, size) for start, size in self._part.missing(entry)]
+
+    def _take_range(self) -> tuple[FileEntry, int, int] | None:
+        """Return the next range for a worker, or None."""
+        most = RANGE
+        if self._options.streams is not None:
+            most = min(RANGE, max(self._share // BLOCK * BLOCK, 16 * BLOCK))
+        with self._lock:
+            if not self._ranges:
+                return None
+            entry, start, length = self._ranges.pop()
+            if length > most:
+                self._ranges.append((entry, start + most, length - most))
+            return entry, start, min(length, most)
+
+    def _get_ranges(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Let workers receive the ranges; call ``meanwhile`` in this thread."""
+        transfer, ranges = self._transfer, self._ranges
+        ranges.reverse()
+        size = sum(length for _, _, length in ranges)
+        connections = self._options.streams
+        if connections is None:
+            connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
+        self._share = size // connections
+        workers = min(max(len(ranges), size // BLOCK), connections) if ranges else 0
+        transfer.start_workers(connections, workers, self._work)
+        if meanwhile is not None:
+            meanwhile()
+        transfer.finish_workers()
+        self._work(transfer.pool.ssh)  # ranges for which no worker got a channel
+
+    def _work(self, ssh: Any) -> None:
+        while (taken := self._take_range()) is not None:
+            entry, start, length = taken
+            try:
+                with about(entry):
+                    self._get_range(ssh, entry, start, length)
+            except NoChannelError:
+                self._ranges.append((entry, start, length))
+                raise
+
+    def _get_range(self, ssh: Any, entry: FileEntry, start: int, length: int) -> None:
+        digest = hashlib.sha256()
+        script = script_text("get", GET, f=self._place(entry))
+        with self._transfer.script(ssh, script, DATA_WINDOW) as get:
+            get.send(b"%d %d\n" % (start // BLOCK, length))
+            get.end()
+            self._receive(get, entry, start, length, digest)
+            _compare(get.line(), digest.hexdigest())
+            check_unchanged(entry, parse_stat(get.line()))
+            get.expect_end()
+
+    def _place(self, entry: FileEntry) -> bytes:
+        source: bytes = self._options.source
+        return source.rstrip(b"/") + b"/" + entry.name if entry.name else source
+
+    # --- a directory ---
+
+    def _get_tree(self, look: RemoteScript, files: list[FileEntry]) -> None:
+        tree = RemoteTree()
+        parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES, tree.take)
+        tree.exclude(self._options.excluded)
+        files += tree.files
+        links = tree.links(self._transfer)
+        self._part.accept(files, folder=True)
+        tree.drop_unchanged(self._transfer, self._part, self._different)
+        files[:] = tree.files
+        self._transfer.total = sum(entry.size for entry in files)
+        self._part.begin(tree.entries)
+        missing = [entry for entry in files if not self._part.is_done(entry)]
+        # GNU tar reads a backslash in a name as an escape.
+        alone = {e.name: e for e in missing if e.size >= SMALL_FILE or (b"\\" in e.name and e.size)}
+        small = [entry for entry in missing if entry.name not in alone]
+        for entry in alone.values():
+            self._add_ranges(entry)
+        for entry in [e for e in small if b"\\" in e.name]:
+            small.remove(entry)
+            self._receive_nothing(entry)
+        for entry in [e for e in links if b"\\" in e.name]:
+            links.remove(entry)
+            tree.entries.remove(entry)
+            self._transfer.leave_out(entry.name, "a symlink whose name holds a backslash")
+        look.finish()
+        self._get_ranges(lambda: self._get_small(small + links))
+        self._check_earlier(files)
+        if self._options.verify:
+            self._compare_files([entry for entry in small if entry.kind == "f"])
+        make_links(self._part, self._transfer, links, tree)
+        self._part.install_tree(tree.root, tree.entries)
+
+    def _get_small(self, entries: list[FileEntry]) -> None:
+        """Receive small files and symlinks in one tar stream."""
+        if not entries:
+            return
+        script = script_text("tree", GET_TREE, f=self._options.source, token=self._token)
+        with self._transfer.script(self._transfer.pool.ssh, script, DATA_WINDOW) as get:
+            get.send(b"".join(b"./" + entry.name + b"\0" for entry in entries))
+            get.end()
+            self._receive_tar(get, entries)
+
+    def _receive_tar(self, get: RemoteScript, entries: list[FileEntry]) -> None:
+        wanted = {entry.name: entry for entry in entries}
+        received: set[bytes] = set()
+        reader = TarReader(get, self._token.encode())
+        while (info := reader.next()) is not None:
+            name = os.fsencode(info.name).removeprefix(b"./")
+            entry = wanted.pop(name, None)
+            if entry is None:
+                raise SSHError(f"the machine sends {printable(repr(name), 120)}, not asked for")
+            with about(entry):
+                self._take_member(reader, entry, info, received)
+            received.add(name)
+        if wanted:
+            entry = next(iter(wanted.values()))
+            with about(entry):
+                raise SSHError(f"it did not come: {get.refused()}")
+        self._check_unchanged(get, entries)
+
+    def _take_member(
+        self, reader: TarReader, entry: FileEntry, info: Any, received: set[bytes]
+    ) -> None:
+        if info.issym() and entry.kind == "l":
+            entry.link = os.fsencode(info.linkname)
+        elif info.islnk() and entry.kind == "f":
+            original = os.fsencode(info.linkname).removeprefix(b"./")
+            if original not in received:
+                raise SSHError("it is a hard link to what was not asked for")
+            shutil.copyfile(self._part.place_of(original), self._part.place(entry))
+            self._took(entry)
+        elif info.isreg() and entry.kind == "f":
+            if info.size < entry.size:
+                raise SSHError(CHANGED)
+            self._part.grow(info.size - entry.size)
+            entry.size = info.size  # it has grown since it was listed
+            with self._part.open(entry) as file:
+                for piece in reader.content(info.size):
+                    write_piece(file, piece)
+                file.truncate(info.size)
+            self._took(entry)
+        else:
+            raise SSHError(CHANGED)
+
+    def _took(self, entry: FileEntry) -> None:
+        self._part.note(entry, 0, entry.size)
+        self._transfer.moved(entry, entry.size)
+
+    def _check_unchanged(self, get: RemoteScript, entries: list[FileEntry]) -> None:
+        again = RemoteTree()
+        parse_listing(get.until(self._token.encode(), MAX_ANSWER), MAX_FILES, again.take)
+        now = {entry.name: entry for entry in again.entries}
+        for entry in entries:
+            if entry.kind == "f":
+                with about(entry):
+                    check_unchanged(entry, now.get(entry.name))
+
+    # --- unchanged files ---
+
+    def _is_unchanged(self, entry: FileEntry) -> bool:
+        """Compare a single file with its target."""
+        by_time = self._options.skip_unchanged is True
+        if by_time or not self._part.has_same(entry, by_time):
+            return self._part.has_same(entry, by_time)
+        text = script_text("digests", CHUNK_DIGESTS, path=self._place(entry))
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            return same_chunks(script, self._part.target, [(0, entry.size)])
+
+    def _different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs from that of their targets."""
+        text = script_text("digests", FILE_DIGESTS, path=self._options.source)
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            return list(different_files(script, files, self._part.target_of))
+
+    # --- checks ---
+
+    def _check_earlier(self, files: list[FileEntry]) -> None:
+        """Compare what an earlier download received."""
+        small: list[FileEntry] = []
+        for entry in files:
+            earlier = self._part.earlier(entry)
+            if not earlier:
+                continue
+            if entry.size < SMALL_FILE and entry.name:
+                small.append(entry)
+            else:
+                with about(entry):
+                    self._compare_ranges(entry, earlier)
+            for _, length in earlier:
+                self._transfer.count(entry, length)
+        self._compare_files(small)
+
+    def _compare_ranges(self, entry: FileEntry, ranges: list[tuple[int, int]]) -> None:
+        chunks = [
+            (at, min(RANGE, start + length - at))
+            for start, length in ranges
+            for at in range(start, start + length, RANGE)
+        ]
+        text = script_text("digests", CHUNK_DIGESTS, path=self._place(entry))
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            if not same_chunks(script, self._part.place(entry), chunks):
+                self._refuse()
+
+    def _compare_files(self, files: list[FileEntry]) -> None:
+        if not files:
+            return
+        text = script_text("digests", FILE_DIGESTS, path=self._options.source)
+        with self._transfer.script(self._transfer.pool.ssh, text) as script:
+            for entry in different_files(script, files, self._part.place):
+                with about(entry):
+                    self._refuse()
+
+    def _refuse(self) -> None:
+        self._part.clear()
+        raise SSHError(DIFFERS)
+
+
+def _compare(line: bytes, digest: str) -> None:
+    if line[:64] != digest.encode():
+        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the machine sent no SHA-256")
+
+
+# ==================================================================================================
+# client
+#
+# CloreClient, with one method for each task.
+# ==================================================================================================
+
+
+C = TypeVar("C", bound="CloreClient")
+PathArgument = str | os.PathLike[str]
+Progress = Callable[[str, int, int], object]
+
+
+class CloreClient(HTTPClient):
+    """A client for the Clore.ai GPU marketplace.
+
+    Records always have the documented form, for each form of the API: prices in USD per hour,
+    reliability from 0 to 100, an ``order_id`` and a ``status`` for each order.
+
+    Requests with the same key are at least ``rate_limit`` seconds apart, across all processes of
+    this user on this machine, and orders at least ``create_order_interval`` seconds. With
+    ``rate_limiter`` that holds across many machines. One request takes at most three times
+    ``timeout``, even when its response arrives slowly.
+
+    One call sends its request at most ``max_retries`` times. After a lost or broken response, only
+    reads, ``cancel_order``, ``cancel_orders`` and ``set_spot_price`` are retried. Any other POST is
+    retried only when it never left this machine, or when it hit the API's rate limit. The client
+    waits between retries: an exponential backoff with full jitter. A request that hit the API's
+    rate limit is retried for ``rate_limit_wait`` seconds instead, and slows the later ones down. If
+    the API asks for a longer pause in ``Retry-After``, :class:`RateLimitError` is raised at once.
+    Cancels, and the reads that confirm them, ignore that pause and wait 1, 2, 4 ... 30 seconds.
+
+    Parameters:
+        api_key: sent as the header ``auth``. With None or ``""``, the client takes the environment
+            variable ``CLORE_API_KEY``, then ``~/.clore/config.json``. Without a key, only the
+            marketplace can be read.
+        timeout: seconds for one request, as a number or a ``(connect, read)`` pair.
+        rate_limit: the smallest number of seconds between two requests with the same key. The API
+            allows one request per second (seen on the live API).
+        max_retries: how many times one request is sent at most, including the first; at least 1.
+            Requests that hit the API's rate limit do not count.
+        base_url: with None, the client takes the environment variable ``CLORE_BASE_URL``, then the
+            class attribute ``BASE_URL``. A key is sent over https only, or to a loopback address.
+        create_order_interval: seconds between two orders. The API allows one in five seconds (seen
+            on the live API).
+        backoff: the longest first backoff, in seconds; it doubles with each retry.
+        max_backoff: the longest backoff, in seconds.
+        user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
+        max_usd_per_hour: refuse every order and bid above this price, before it is sent.
+        max_active_orders: refuse a new order when this many are active.
+        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, and
+            in which processes share the rate limit; None turns both off.
+        max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
+        order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
+            live API). An order that is in no list counts as ended only after that time.
+        rate_limit_wait: seconds for which a request that hit the API's rate limit is retried.
+        rate_limiter: shares the rate limit with other machines: a URL such as
+            ``"redis://host:6379/0"``, or a client such as ``redis.Redis``. With None, the client
+            takes the environment variable ``CLORE_RATE_LIMITER``. While Redis fails, the rate limit
+            is shared on this machine only.
+
+    Raises:
+        ConfigurationError: a key, a base URL or a settings file can't be used.
+
+    Example:
+        >>> with CloreClient() as client:
+        ...     server = client.find_cheapest("RTX 4090", max_price_usd=0.5)
+        ...     order = client.create_order(server["id"])
+        ...     order = client.wait_for_order(order["order_id"])
+    """
+
+    ERROR_CODES = ERROR_CODES
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        timeout: Timeout = 30,
+        rate_limit: float = 1.1,
+        max_retries: int = 3,
+        *,
+        base_url: str | None = None,
+        create_order_interval: float = 5.0,
+        backoff: float = 0.5,
+        max_backoff: float = 30.0,
+        user_agent: str | None = None,
+        max_usd_per_hour: float | None = None,
+        max_active_orders: int | None = None,
+        state_dir: str | os.PathLike[str] | None = DEFAULT_STATE_DIR,
+        max_response_mb: float = 64.0,
+        order_lag: float = 20.0,
+        rate_limit_wait: float = 60.0,
+        rate_limiter: str | RedisClient | None = None,
+    ) -> None:
+        # Error reporters show local variables.
+        api_key, rate_limiter = Secret.of(api_key), Secret.of(rate_limiter)
+        super().__init__(
+            api_key, timeout, rate_limit, max_retries, base_url=base_url,
+            create_order_interval=create_order_interval, backoff=backoff, max_backoff=max_backoff,
+            user_agent=user_agent, max_response_mb=max_response_mb,
+            rate_limit_wait=rate_limit_wait, state_dir=state_dir, rate_limiter=rate_limiter,
+        )  # fmt: skip
+        self.max_usd_per_hour = check_optional_number(
+            "max_usd_per_hour", max_usd_per_hour, unit="USD per hour"
+        )
+        if max_active_orders is not None:
+            check_count("max_active_orders", max_active_orders)
+        self.max_active_orders = max_active_orders
+        self.order_lag = check_interval("order_lag", order_lag)
+        self._market = Market(self)
+        self._orders = AccountOrders(self, self._market)
+        self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
+
+    def __copy__(self: C) -> C:
+        """Return another client with the same settings and key, and the same known orders."""
+        twin = super().__copy__()
+        twin._market = Market(twin)
+        twin._orders = self._orders.shared_with(twin, twin._market)
+        twin._ssh_access = None
+        return twin
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        key = "a key" if self.api_key else "no key"
+        return f"<{type(self).__name__} of {self.BASE_URL} with {key}>"
+
+    @classmethod
+    def from_env(cls: type[C], **options: Any) -> C:
+        """Return a client with the key from the environment or the official tools' file.
+
+        Parameters:
+            **options: arguments of the client, except ``api_key``.
+
+        Raises:
+            ConfigurationError: no key was found, or it can't be used. The error names the places.
+
+        Example:
+            >>> client = CloreClient.from_env(timeout=10)
+        """
+        if "api_key" in options:
+            raise TypeError("from_env() takes no api_key: pass it to the class itself")
+        require_key()
+        return cls(**options)
+
+    def describe(self) -> str:
+        """Return a text about the key, the base URL and the rate limit.
+
+        It shows at most the last four characters of the key.
+
+        Returns:
+            Three lines: where the key and the base URL come from, and who shares the rate limit. If
+            that is not what the settings ask for, it says since when, and why.
+
+        Example:
+            >>> print(client.describe())
+            a key that ends in '3f9a', from environment variable CLORE_API_KEY
+            base URL https://api.clore.ai, from class attribute CloreClient.BASE_URL
+            rate limit 1.1 s, shared among all processes on this machine, by /home/me/.local/...
+        """
+        key, url = self.api_key, self.BASE_URL
+        found, source = self._key_source
+        if not key:
+            where = f"in {KEY_VARIABLE} or {CONFIG_FILE}" if key == found else "any more"
+            key_line = f"no key {where}"
+        else:
+            source = source if key == found else "attribute"
+            key_line = f"a key that ends in {key_ending(key)!r}, from {source}"
+        url_found, url_source = self._url_source
+        if url != url_found:
+            own = "BASE_URL" in self.__dict__
+            url_source = "attribute" if own else f"class attribute {type(self).__name__}.BASE_URL"
+        try:
+            level = self._limiter(self.base_url, key or "").level
+        except ConfigurationError:
+            level = "with nobody, as the base URL can't be used"
+        return (
+            f"{key_line}\nbase URL {printable(str(url), 200)}, from {url_source}\n"
+            f"rate limit {self.rate_limit:g} s, shared {printable(level, 500)}"
+        )
+
+    # --- wallets ---
+
+    def get_wallets(self) -> WalletList:
+        """Return the wallets of the account.
+
+        Returns:
+            A :class:`WalletList` of :class:`Wallet`: ``name``, ``balance`` (in its currency, may be
+            None), ``deposit_address``.
+
+        Raises:
+            CloreAPIError, CloreConnectionError: the request failed; see the README, "Errors".
+
+        Example:
+            >>> [wallet["name"] for wallet in client.get_wallets()]
+            ['bitcoin', 'CLORE-Blockchain', 'USD-Blockchain']
+        """
+        return WalletList(to_wallets(self._request("GET", "/v1/wallets")))
+
+    def get_balance(self, currency: str = "CLORE-Blockchain") -> float:
+        """Return the balance of one wallet, in its currency.
+
+        Parameters:
+            currency: part of the wallet's name, in any case, or ``BTC``, ``CLORE``, ``USD``.
+
+        Returns:
+            The balance of the first wallet that matches; 0.0 if it has no balance, or the account
+            has no wallet for this currency.
+
+        Raises:
+            ValueError: it is no currency and no part of a wallet's name; the error has the names.
+
+        Example:
+            >>> client.get_balance("USD")
+            12.5
+        """
+        check_text("currency", currency)
+        return balance_of(self.get_wallets(), currency)
+
+    def get_balances(self) -> WalletList:
+        """Return the wallets of the account, with their balances in USD.
+
+        The exchange rates come from the marketplace, which is read if they are not known yet.
+
+        Returns:
+            A :class:`WalletList`, as from :meth:`get_wallets`; ``balance_usd`` is None if the API
+            tells no exchange rate.
+
+        Example:
+            >>> [(wallet.name, wallet.balance_usd) for wallet in client.get_balances()]
+            [('bitcoin', 0.0), ('CLORE-Blockchain', 3.25), ('USD-Blockchain', 12.5)]
+        """
+        return WalletList(read_balances(self._orders))
+
+    def hours_left(
+        self,
+        server_or_order: Server | Order | int,
+        *,
+        currency: str = "CLORE-Blockchain",
+    ) -> float | None:
+        """Return for how many hours a wallet pays its orders, with the renter's fees.
+
+        All active orders of the account that are paid from the same wallet count.
+
+        Parameters:
+            server_or_order: an active order or its id; or a :class:`Server` that would be rented
+                on demand in addition.
+            currency: the currency to pay a server with. An order has its own.
+
+        Returns:
+            Hours; ``inf`` if nothing is paid from the wallet; None if the price is not known.
+
+        Raises:
+            OrderNotFoundError: the account has no such active order.
+
+        Example:
+            >>> client.hours_left(order)
+            41.7
+        """
+        return hours_left(self._orders, server_or_order, check_currency("currency", currency))
+
+    # --- the marketplace ---
+
+    def get_marketplace(self, include_rented: bool = False) -> ServerList:
+        """Return the servers of the marketplace, in the API's order. Needs no key.
+
+        Parameters:
+            include_rented: include the servers that are rented now.
+
+        Returns:
+            A :class:`ServerList` of :class:`Server`: ``id``, ``gpu_array``, ``price`` (``usd`` in
+            it is in USD per hour), ``reliability`` (0 to 100), ``rented``, ``specs``, ...
+
+        Example:
+            >>> len(client.get_marketplace())
+            1873
+        """
+        check_bool("include_rented", include_rented)
+        return ServerList(to_servers(self._market.read(), include_rented=include_rented))
+
+    def find_servers(
+        self,
+        gpu_type: str | None = None,
+        max_price_usd: float | None = None,
+        min_reliability: float = 0.0,
+        use_spot: bool = False,
+        *,
+        cache_seconds: float = 0.0,
+        **filters: Unpack[SearchFilters],
+    ) -> ServerList:
+        """Return the servers that can be rented now and fit all filters, the cheapest first.
+
+        A server that does not tell what a filter needs is left out. Servers with the same price
+        keep the API's order. A server without a price, or with one that is not above 0, comes last
+        and never passes a price limit. The API adds fees to the prices: 5 % on demand, 1.25 % spot
+        (seen on the live API).
+
+        Parameters:
+            gpu_type: a GPU's name or a part of it, in any spelling: ``"4090"``, ``"RTX4090"``,
+                ``"NVIDIA GeForce RTX 4090"``. Whole words win: ``"A10"`` is not A100.
+            max_price_usd: the highest price, in USD per hour.
+            min_reliability: the lowest reliability, 0 to 100.
+            use_spot: filter and sort by the lowest spot bid that the host accepts.
+            cache_seconds: use a list of servers that was read at most so many seconds ago with
+                this argument; 0 always reads it.
+            gpu_count, min_gpu_count: the number of GPUs. In a mixed rig, only those that match
+                ``gpu_type`` count.
+            exact_gpu: accept only GPUs with the same name: not the Ti or SUPER.
+            min_vram_gb, min_total_vram_gb: the memory in GB of one GPU, and of all that match, by
+                the nominal size: an RTX 4090 has 24 GB, although the API says 23.
+            min_ram_gb, min_cpu_cores, min_disk_gb: the memory in GB, the CPU cores, the disk in GB.
+            min_disk_mbps: the speed of the disk, in MB per second.
+            min_download_mbps, min_upload_mbps: the speed of the network, in Mbit per second.
+            min_cuda: the lowest CUDA version, such as 12.4 or ``"12.4"``.
+            min_pcie_width: the lowest number of PCI Express lanes.
+            countries, exclude_countries: lists of two-letter codes, continents (``"Asia"``),
+                ``"EU"`` and ``"EEA"``.
+            currency: a currency that the host accepts, and whose price counts.
+            min_rating, min_ratings: the average rating, 0 to 5, and the number of ratings.
+            min_rental_hours: how long the server can be rented, in hours.
+            exclude_servers, exclude_owners: lists of ids.
+            max_price_per_gpu_usd: the highest price for one matching GPU, in USD per hour.
+            include_fees: compare the price limits with prices that include the published fee.
+            sort: ``"price"``, ``"price_per_gpu"``, ``"reliability"``, ``"vram"``, ``"download"``,
+                ``"rating"``, or a function of a :class:`Server`, as for ``sorted()``.
+            limit: return at most so many servers.
+            where: a function that gets a :class:`Server`, and returns whether it fits.
+
+        Returns:
+            A :class:`ServerList`, which may be empty; its ``explain()`` says what was left out. If
+            no GPU has the name, a warning in the log has the nearest names.
+
+        Raises:
+            ValueError, TypeError: an argument is not valid; nothing was sent.
+
+        Example:
+            >>> found = client.find_servers("RTX 4090", max_price_usd=0.5, min_gpu_count=2,
+            ...                             countries=["EU"], min_ram_gb=60)
+            >>> found[0].gpu_name, found[0].usd_per_gpu_hour
+            ('RTX 4090', 0.125)
+        """
+        search = Search(gpu_type, max_price_usd, min_reliability, use_spot, filters)
+        check_number("cache_seconds", cache_seconds, unit="seconds")
+        found, report = self._market.search(search, cache_seconds)
+        servers = ServerList(found)
+        servers.report = report
+        return servers
+
+    def find_cheapest(
+        self,
+        gpu_type: str | None = None,
+        max_price_usd: float | None = None,
+        min_reliability: float = 0.0,
+        use_spot: bool = False,
+        *,
+        cache_seconds: float = 0.0,
+        **filters: Unpack[SearchFilters],
+    ) -> Server | None:
+        """Return the first server of :meth:`find_servers`, which takes the same parameters.
+
+        Returns:
+            A :class:`Server`, or None if no server fits.
+
+        Example:
+            >>> client.find_cheapest("RTX 4090").usd_per_hour
+            0.125
+        """
+        servers = self.find_servers(
+            gpu_type, max_price_usd, min_reliability, use_spot, cache_seconds=cache_seconds,
+            **filters,
+        )  # fmt: skip
+        return servers[0] if servers else None
+
+    def plot_prices(
+        self, servers: Sequence[Server] | None = None, path: PathArgument | None = None
+    ) -> Any:
+        """Plot prices per GPU hour by model against the reliability. Needs matplotlib.
+
+        The ten most frequent models have a color each. The prices have a log scale.
+
+        Parameters:
+            servers: the servers, for example from :meth:`find_servers`; None takes all that can be
+                rented now.
+            path: a picture to write, a ``.png``, ``.svg`` or ``.pdf``; with None, a notebook shows
+                the plot, and a script needs ``matplotlib.pyplot.show()``.
+
+        Returns:
+            The ``matplotlib.axes.Axes``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError, TypeError: an argument is not valid, or no server has a price and a
+                reliability.
+
+        Example:
+            >>> client.plot_prices(client.find_servers("RTX"), "prices.png")
+        """
+        check_plot(servers, path)
+        return plot_server_prices(self.get_marketplace() if servers is None else servers, path)
+
+    def gpu_models(self, *, cache_seconds: float = 0.0) -> list[str]:
+        """Return the names of all GPU models on the marketplace, rented ones too. Needs no key.
+
+        Parameters:
+            cache_seconds: as for :meth:`find_servers`.
+
+        Returns:
+            A sorted list; a model that hosts spell in several ways is in it once.
+
+        Example:
+            >>> client.gpu_models()[:3]
+            ['A100', 'GTX 1080', 'GTX 1080 Ti']
+        """
+        check_number("cache_seconds", cache_seconds, unit="seconds")
+        summaries = summarize(self._market.listing(cache_seconds))
+        return sorted((summary.gpu for summary in summaries), key=str.lower)
+
+    def market_summary(
+        self,
+        *,
+        include_rented: bool = False,
+        include_fees: bool = False,
+        cache_seconds: float = 0.0,
+    ) -> list[ModelSummary]:
+        """Return counts and prices for each GPU model on the marketplace. Needs no key.
+
+        A mixed rig counts for each of its models, but not for the prices.
+
+        Parameters:
+            include_rented: take the prices of rented servers too, and not only of free ones.
+            include_fees: add the published fees to the prices.
+            cache_seconds: as for :meth:`find_servers`.
+
+        Returns:
+            A list of :class:`ModelSummary`, the model with the most GPUs first: ``gpu``,
+            ``servers``, ``servers_free``, ``gpus``, ``gpus_free``; and in USD per hour for one GPU
+            ``lowest_usd``, ``median_usd``, ``p90_usd`` (on demand), ``spot_lowest_usd``,
+            ``spot_median_usd``, ``spot_p90_usd`` (None without a price). ``pandas.DataFrame()``
+            takes the list.
+
+        Example:
+            >>> summary = client.market_summary()[0]
+            >>> summary.gpu, summary.gpus_free, summary.median_usd
+            ('RTX 4090', 412, 0.219)
+        """
+        check_bool("include_rented", include_rented)
+        check_bool("include_fees", include_fees)
+        check_number("cache_seconds", cache_seconds, unit="seconds")
+        listing = self._market.listing(cache_seconds)
+        return summarize(listing, include_rented=include_rented, include_fees=include_fees)
+
+    def estimate_cost(
+        self,
+        server: Server | int,
+        hours: float,
+        *,
+        currency: str = "CLORE-Blockchain",
+        use_spot: bool = False,
+        spot_price: float | None = None,
+    ) -> CostEstimate:
+        """Estimate the cost of a rental, with all fees.
+
+        The fees are those of the account, which are asked for once. Without a key they are the
+        published ones: 5 % on demand, 1.25 % spot, and 0.10 USD after ten minutes.
+
+        Parameters:
+            server: a server or its id; with an id, the marketplace is read.
+            hours: the length of the rental.
+            currency: the currency to pay with.
+            use_spot: estimate a spot order, at the lowest bid that the host accepts.
+            spot_price: the bid for ``use_spot``, in USD per hour.
+
+        Returns:
+            A :class:`CostEstimate`: ``usd_per_hour``, ``base_usd``, ``renter_fee_usd``,
+            ``creation_fee_usd``, ``total_usd``, and the same in ``currency`` as ``base``,
+            ``renter_fee``, ``creation_fee``, ``total``. An amount is None if the API tells no
+            price or exchange rate.
+
+        Raises:
+            CloreError: the marketplace has no server with this id.
+
+        Example:
+            >>> client.estimate_cost(server, 24).total_usd
+            3.25
+        """
+        number = None if isinstance(server, Server) else check_id("server", server)
+        check_number("hours", hours, unit="hours")
+        wanted = check_currency("currency", currency)
+        check_bool("use_spot", use_spot)
+        if spot_price is not None:
+            check_number("spot_price", spot_price, above=True, unit="USD per hour")
+            if not use_spot:
+                raise ValueError(f"spot_price={spot_price!r} needs use_spot=True: add that")
+        listed = server if isinstance(server, Server) else self._market.get_server(number or 0)
+        return self._market.estimate(listed, hours, wanted, use_spot, spot_price)
+
+    # --- orders ---
+
+    def get_orders(self, include_completed: bool = False) -> OrderList:
+        """Return the orders of the account.
+
+        Parameters:
+            include_completed: include the orders that have ended.
+
+        Returns:
+            An :class:`OrderList` of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
+            ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...
+
+        Example:
+            >>> [(order.id, order.status) for order in client.get_orders()]
+            [(1958009, 'running')]
+        """
+        orders, _ = self._orders.read(check_bool("include_completed", include_completed))
+        learn_order_rates(self._orders, orders)
+        return OrderList(o for o in orders if include_completed or not o.has_ended)
+
+    def get_order(self, order_id: int) -> Order | None:
+        """Return one order, active or ended.
+
+        The list of ended orders can be long, so it is read only if the order is not active.
+
+        Parameters:
+            order_id: the number of the order.
+
+        Returns:
+            An :class:`Order`, or None if the lists do not have it. A new order can take up to 20
+            seconds to show up (seen on the live API).
+
+        Example:
+            >>> client.get_order(1958009).ssh_command
+            'ssh root@n1.us.clorecloud.net -p 2060'
+        """
+        order = self._orders.find(check_id("order_id", order_id))
+        learn_order_rates(self._orders, [order] if order is not None else [])
+        return order
+
+    def create_order(
+        self,
+        server_id: int,
+        image: str = "nvidia/cuda:12.1.0-base-ubuntu22.04",
+        order_type: str = "on-demand",
+        currency: str = "CLORE-Blockchain",
+        ports: dict[str, str] | None = None,
+        env: dict[str, str] | None = None,
+        ssh_password: str | None = None,
+        ssh_key: str | None = None,
+        spot_price: float | None = None,
+        jupyter_token: str | None = None,
+        *,
+        find_timeout: float = 30.0,
+        allow_above_on_demand: bool = False,
+        preview: bool = False,
+    ) -> Order:
+        """Rent a server. It costs money from now on, until :meth:`cancel_order`.
+
+        The request is sent once, and again only if it cannot have had an effect. The live API
+        returns no order id, and a response can be lost; the client then finds the order in the
+        list of orders.
+
+        Parameters:
+            server_id: the ``id`` of a server.
+            image: a Docker image.
+            order_type: ``"on-demand"`` or ``"spot"``.
+            currency: the currency to pay with: the API's name, or ``BTC``, ``CLORE``, ``USD``.
+            ports: container port -> ``"tcp"`` or ``"http"``; default ``{"22": "tcp"}``.
+            env: environment variables; default ``{"NVIDIA_VISIBLE_DEVICES": "all"}``.
+            ssh_password: at most 32 characters. Without it and without ``ssh_key``, the client
+                generates a password and returns it as ``ssh_password`` of the order.
+            ssh_key: a public key, the content of a ``.pub`` file; at most 3072 characters.
+            spot_price: the bid for ``order_type="spot"``, in **USD per hour**.
+            jupyter_token: at most 32 characters.
+            find_timeout: seconds to wait for the order to show up.
+            allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
+            preview: send no order, and return what would be sent: an :class:`Order` with only
+                ``body`` and ``usd_per_hour`` (the listed price or the bid; None if unknown).
+
+        Returns:
+            An :class:`Order` that also has ``code`` (0).
+
+        Raises:
+            OrderOutcomeUnknownError: the order may or may not exist, or several orders could be
+                it. Look at :meth:`get_orders` before you order again. ``credentials`` has the
+                password, key and token that were sent.
+            ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
+            BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused the order.
+            SpendingLimitError: a limit of the client does not allow it; no order was sent.
+            RateUnknownError: the bid could not be converted; no order was sent.
+            ValueError, TypeError: an argument is not valid; no order was sent.
+
+        Example:
+            >>> order = client.create_order(99173, currency="USD")
+            >>> order["order_id"], order["ssh_password"]
+            (1958009, 'q1nE0rNN7mBdmKyUHyKzXgLa')
+        """
+        ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
+        env = secret_values(env)
+        purchase = Purchase(
+            self._orders,
+            server_id=server_id,
+            image=image,
+            order_type=order_type,
+            currency=currency,
+            ports=ports,
+            env=env,
+            ssh_password=ssh_password,
+            ssh_key=ssh_key,
+            jupyter_token=jupyter_token,
+        )
+        check_number("find_timeout", find_timeout, unit="seconds")
+        check_bool("allow_above_on_demand", allow_above_on_demand)
+        check_bool("preview", preview)
+        purchase.set_bid(spot_price, allow_above_on_demand)
+        if preview:
+            return purchase.preview()
+        purchase.learn_rate()
+        return purchase.place(find_timeout)
+
+    def cancel_order(
+        self,
+        order_id: int,
+        issue: str | None = None,
+        *,
+        confirm: bool = False,
+        confirm_timeout: float = 60.0,
+        settle_timeout: float | None = None,
+    ) -> bool:
+        """Cancel an order, so that it costs nothing from now on. Safe to repeat.
+
+        If the API refuses, or the response is lost, the client checks the order lists and sends the
+        cancel again. An order that is missing from the lists only for a moment has not ended.
+
+        Parameters:
+            order_id: the number of the order.
+            issue: a report of what was wrong with the server; cut at 2048 characters.
+            confirm: wait until the order is listed as ended, or missing from all lists for
+                ``order_lag`` seconds.
+            confirm_timeout: seconds to wait for that.
+            settle_timeout: seconds to keep trying after a refusal or a lost response (default 30);
+                0 checks the lists once.
+
+        Returns:
+            True, also if the order had already ended.
+
+        Raises:
+            OrderNotFoundError: the account has no such order.
+            CancelUnconfirmedError: the order may still be running; ``order_ids`` has its number.
+            CloreError: the request was not sent, or the API refused the key or the rate. The order
+                may still be running.
+
+        Example:
+            >>> client.cancel_order(1958009)
+            True
+        """
+        wanted = check_id("order_id", order_id)
+        check_bool("confirm", confirm)
+        check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
+        check_optional_number("settle_timeout", settle_timeout, unit="seconds")
+        if issue is not None:
+            check_string("issue", issue)
+        cancellation = limited(
+            lambda: cancel_order(self._orders, wanted, issue, settle_timeout), urgent=True
+        )
+        if confirm:
+            confirm_ended([cancellation], confirm_timeout)
+        return True
+
+    def cancel_all(self, *, confirm: bool = True, confirm_timeout: float = 60.0) -> list[int]:
+        """Cancel every active order of the account, also those of other programs.
+
+        Parameters:
+            confirm: wait until the orders have ended, as in :meth:`cancel_order`.
+            confirm_timeout: seconds to wait for that.
+
+        Returns:
+            The ids of the orders that were active.
+
+        Raises:
+            CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
+
+        Example:
+            >>> client.cancel_all()
+            [1958009, 1958010]
+        """
+        check_bool("confirm", confirm)
+        check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
+        return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
+
+    def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
+        """Cancel several orders, with one API call for each 64 orders.
+
+        Parameters:
+            order_ids: the numbers of the orders; if empty, nothing is sent.
+
+        Returns:
+            The API's response as a dict, with the ids that failed in ``failed_to_cancel``.
+
+        Example:
+            >>> client.cancel_orders([1958009, 1958010])["failed_to_cancel"]
+            []
+        """
+        return cancel_orders(self._orders, check_ids("order_ids", order_ids))
+
+    def wait_for_order(
+        self,
+        order_id: int,
+        timeout: float = 300,
+        poll_interval: float = 5.0,
+        target_status: str = "running",
+        *,
+        on_update: Callable[[Order | None], object] | None = None,
+        on_progress: Report | None = None,
+        progress: bool = False,
+    ) -> Order:
+        """Wait until an order has a status.
+
+        A new order shows up after 2 to 20 seconds and usually runs after 30 to 120 (seen on the
+        live API). A poll that fails is repeated. The order is not cancelled after a timeout: it may
+        still be running, and cost money.
+
+        Parameters:
+            order_id: the number of the order.
+            timeout: seconds to wait; ``float("inf")`` waits forever.
+            poll_interval: seconds between two polls.
+            target_status: ``"running"``, ``"creating"``, ``"cancelled"`` or ``"expired"``; the
+                last two count as the same.
+            on_update: called after each poll with the :class:`Order`, or None while it is in no
+                list. An exception that it raises ends the wait.
+            on_progress: called with a :class:`ProgressEvent` at each step: it has a ``name``, a
+                ``number``, and a ``text`` for people.
+            progress: show these events in a terminal or notebook: with tqdm if it is installed,
+                else as lines on stderr. In a pipe, nothing is shown.
+
+        Returns:
+            The :class:`Order` with that status.
+
+        Raises:
+            OrderEndedError: the order ended before it had the status.
+            WaitTimeoutError: it did not have the status in time; also a ``TimeoutError``.
+                ``reason`` says if it never showed up or is still creating.
+
+        Example:
+            >>> client.wait_for_order(1958009, timeout=120).ssh_command
+            'ssh root@n1.us.clorecloud.net -p 2060'
+        """
+        wanted = check_id("order_id", order_id)
+        check_number("timeout", timeout, infinite=True, unit="seconds")
+        check_interval("poll_interval", poll_interval)
+        check_text("target_status", target_status)
+        check_callback("on_update", on_update, 1)
+        with ProgressOptions(on_progress, progress).reporting() as report:
+            order = wait_for_status(
+                self._orders, wanted, timeout, poll_interval, target_status, on_update, report
+            )
+        learn_order_rates(self._orders, [order])
+        return order
+
+    # --- rentals ---
+
+    def rent(
+        self,
+        gpu_type: str | None = None,
+        max_price_usd: float | None = None,
+        min_reliability: float = 0.0,
+        use_spot: bool = False,
+        *,
+        server_id: int | None = None,
+        image: str = "nvidia/cuda:12.1.0-base-ubuntu22.04",
+        currency: str = "CLORE-Blockchain",
+        ports: dict[str, str] | None = None,
+        env: dict[str, str] | None = None,
+        ssh_password: str | None = None,
+        ssh_key: str | None = None,
+        spot_price: float | None = None,
+        jupyter_token: str | None = None,
+        attempts: int = 5,
+        deploy_timeout: float = 300.0,
+        poll_interval: float = 5.0,
+        find_timeout: float = 30.0,
+        cancel_timeout: float = 300.0,
+        max_hours: float | None = None,
+        max_cost_usd: float | None = None,
+        on_progress: Report | None = None,
+        progress: bool = False,
+        **filters: Unpack[ServerFilters],
+    ) -> Rental:
+        """Rent a server for the length of a ``with`` block, and cancel the order at its end.
+
+        The client orders the cheapest server that fits, and waits until it runs. It tries the next
+        server if one has just been rented, is offline, does not accept the currency, or is refused
+        with code 1. It also tries the next one if an order costs more than the limit or does not
+        run in time; it first confirms that this order has ended.
+
+        The order is cancelled, and its end confirmed, when the block ends in any way: also by
+        Ctrl-C, SIGTERM, SIGHUP or the exit of the interpreter. A second Ctrl-C skips the
+        confirmation. Three within two seconds stop the cancelling too. After a killed process,
+        :meth:`leftovers` finds the orders that still run.
+
+        A worker thread orders, cancels and confirms, because signals do not interrupt it. After
+        code 1, an order may still exist: the worker looks for it, and cancels it.
+
+        The worker also checks ``max_hours`` and ``max_cost_usd``: it cancels the order and closes
+        the rental's SSH connections. It does not interrupt other code in the block, and it can do
+        nothing while the process is dead or the machine is asleep.
+
+        Parameters:
+            gpu_type, min_reliability, use_spot: as for :meth:`find_servers`.
+            max_price_usd: the highest price in USD per hour when paid in ``currency``; without
+                fees, unless ``include_fees=True``.
+            **filters: all other filters of :meth:`find_servers`: ``gpu_count``, ``countries``,
+                ``where``, ... With ``sort``, the servers are tried in that order.
+            server_id: try only this server.
+            image, currency, ports, env, ssh_password, ssh_key, jupyter_token, find_timeout: as for
+                :meth:`create_order`.
+            spot_price: the bid for ``use_spot``, in USD per hour; default the lowest that the host
+                accepts.
+            attempts: how many servers to try at most.
+            deploy_timeout: seconds to wait until an order runs.
+            poll_interval: seconds between two polls.
+            cancel_timeout: seconds to keep sending the cancel, independent of ``max_retries``, and
+                at most as many seconds to confirm the end.
+            max_hours: hours after which the rental ends.
+            max_cost_usd: cost in USD, with fees, at which the rental ends.
+            on_progress, progress: as for :meth:`wait_for_order`.
+
+        Returns:
+            A :class:`Rental`, which orders when its block begins: ``order``, ``server``,
+            ``cost_usd``, ``ssh()``, ``run()``, ``keep()``.
+
+        Raises:
+            RentalError: no server worked; ``tried`` has the reason for each. If no server fits the
+                filters, the text has the filter that left out the last ones, and their lowest
+                price.
+            CancelUnconfirmedError: an order may still be running.
+            OrderOutcomeUnknownError: an order may or may not exist.
+            BudgetExceededError: a limit is reached; raised by calls of the rental and at the end
+                of the block.
+
+        Example:
+            >>> with client.rent("RTX 4090", max_price_usd=0.40, max_hours=2) as rental:
+            ...     print(rental.run("nvidia-smi -L").stdout)
+        """
+        ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
+        env = secret_values(env)
+        order = {
+            "image": image, "currency": currency, "ports": ports, "env": env,
+            "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
+        }  # fmt: skip
+        shown = ProgressOptions(on_progress, progress)
+        settings = RentalSettings(
+            search=Search(
+                gpu_type, max_price_usd, min_reliability, use_spot,
+                {**filters, "currency": currency},
+            ),
+            server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
+            deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
+            cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
+        )  # fmt: skip
+        return Rental(self, self._orders, settings, self._state_folder, shown)
+
+    def leftovers(self, *, wait: float = 30.0) -> Leftovers:
+        """Find the orders that rentals of dead processes left running on this account.
+
+        Parameters:
+            wait: seconds to wait for an order that was just sent and may not be listed yet.
+
+        Returns:
+            :class:`Leftovers`: ``abandoned`` (orders of this machine), ``elsewhere`` (orders of
+            other machines) and ``unnoted`` (active orders that are not in the journal).
+
+        Example:
+            >>> client.leftovers().abandoned
+            [<Leftover order 1958009 of server 99173, by process 4711 on 'desk'>]
+        """
+        check_number("wait", wait, unit="seconds")
+        folder = self._state_folder
+        return limited(lambda: find_leftovers(self._orders, folder, wait), urgent=True)
+
+    def cancel_leftovers(self, *, wait: float = 30.0, cancel_timeout: float = 300.0) -> list[int]:
+        """Cancel the orders that :meth:`leftovers` lists as ``abandoned``, and no others.
+
+        Parameters:
+            wait: as for :meth:`leftovers`.
+            cancel_timeout: seconds to keep sending each cancel.
+
+        Returns:
+            The ids of the orders, which have confirmed ended.
+
+        Raises:
+            CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
+
+        Example:
+            >>> client.cancel_leftovers()
+            [1958009]
+        """
+        check_number("wait", wait, unit="seconds")
+        check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
+        folder = self._state_folder
+        return limited(
+            lambda: end_leftovers(self._orders, folder, wait, cancel_timeout), urgent=True
+        )
+
+    @staticmethod
+    def handle_signals() -> SignalHandling:
+        """Let SIGTERM and SIGHUP end the rentals of all threads. Call it in the main thread.
+
+        The signals then raise :class:`SignalExit`, a ``SystemExit``, in the main thread. The first
+        rental that begins in the main thread does the same, without this call. A signal that
+        already has a handler, or is ignored, stays as it is.
+
+        Returns:
+            A context manager; its end, or ``close()``, restores the former handlers.
+
+        Example:
+            >>> with client.handle_signals():
+            ...     work_with_threads()
+        """
+        return SignalHandling()
+
+    # --- the spot market ---
+
+    def get_spot_market(self, server_id: int) -> SpotMarket:
+        """Return the offers for a server on the spot market.
+
+        Parameters:
+            server_id: the ``id`` of a server.
+
+        Returns:
+            The API's response as a :class:`SpotMarket`, a dict with ``market``. Each of its
+            ``offers`` also has ``usd_per_hour`` (None if there is no exchange rate). Its ``bid`` is
+            per day, in its ``currency`` (seen on the live API). Properties: ``offers``,
+            ``lowest_winning_usd`` and ``minimum_usd``, both in USD per hour.
+
+        Example:
+            >>> market = client.get_spot_market(99173)
+            >>> market.offers[0].usd_per_hour, market.lowest_winning_usd
+            (0.09016, 0.09016)
+        """
+        return to_spot_market(self._market.read_spot(check_id("server_id", server_id)))
+
+    def suggest_spot_price(self, server: Server | int, margin: float = 0.05) -> float | None:
+        """Return a bid that would rent a server now, in USD per hour.
+
+        It is above the highest bid of others, or else above the lowest bid that the host accepts.
+        It is at most the on-demand price, if the other bids are below that and ``server`` has it.
+
+        Parameters:
+            server: a server or its id.
+            margin: how much to add, as a fraction of the bid; 0.05 is 5 %.
+
+        Returns:
+            The bid for ``spot_price`` of :meth:`create_order`; None if the API tells no bid.
+
+        Example:
+            >>> bid = client.suggest_spot_price(server)
+            >>> order = client.create_order(server.id, order_type="spot", spot_price=bid)
+        """
+        number = check_id("server", server.id if isinstance(server, Server) else server)
+        check_number("margin", margin)
+        return suggested_bid(self.get_spot_market(number), server, margin)
+
+    def set_spot_price(
+        self, order_id: int, new_price: float, *, allow_above_on_demand: bool = False
+    ) -> bool:
+        """Change the bid of a spot order.
+
+        The live API lets you lower a bid once in 600 seconds, by a limited step.
+
+        Parameters:
+            order_id: the number of the order.
+            new_price: the new bid, in **USD per hour**.
+            allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
+
+        Returns:
+            True if the response has no ``error``.
+
+        Raises:
+            OrderNotFoundError: the account has no such order; no bid was sent.
+            SpotPriceTooSoonError: the bid was lowered too soon; ``retry_after`` has the seconds to
+                wait.
+            SpotPriceStepError: the bid was lowered by too much; ``max_step`` has the largest step,
+                in the order's currency per day.
+            BidTooLowError: the bid is lower than the host accepts.
+            RateUnknownError: the bid could not be converted; no bid was sent.
+
+        Example:
+            >>> client.set_spot_price(1958009, 0.08)
+            True
+        """
+        wanted = check_id("order_id", order_id)
+        check_number("new_price", new_price, above=True, unit="USD per hour")
+        check_bool("allow_above_on_demand", allow_above_on_demand)
+        return set_spot_price(self._orders, wanted, new_price, allow_above_on_demand)
+
+    def lower_spot_price(
+        self, order: Mapping[str, Any] | int, target: float, wait: bool = True
+    ) -> float:
+        """Lower the bid of a spot order to a target, in as many steps as the API asks for.
+
+        The live API lets you lower a bid once in 600 seconds, by a limited step.
+
+        Parameters:
+            order: the order or its id.
+            target: the bid to reach, in **USD per hour**. A bid that is lower already stays.
+            wait: wait between the steps; if False, take one step.
+
+        Returns:
+            The bid that was reached, in USD per hour.
+
+        Raises:
+            SpotPriceTooSoonError: with ``wait=False``, the bid was lowered too soon before.
+            BidTooLowError: the target is lower than the host accepts.
+            OrderEndedError, OrderNotFoundError: there is no such active order.
+
+        Example:
+            >>> client.lower_spot_price(1958009, 0.05)
+            0.05
+        """
+        wanted = check_id("order", order.get("order_id") if isinstance(order, Mapping) else order)
+        check_number("target", target, above=True, unit="USD per hour")
+        check_bool("wait", wait)
+        return lower_spot_price(self._orders, wanted, target, wait)
+
+    # --- SSH ---
+
+    @property
+    def _ssh(self) -> SSHAccess:
+        if self._ssh_access is None:
+            self._ssh_access = SSHAccess(self, self._orders, self._state_folder)
+        return self._ssh_access
+
+    @staticmethod
+    def parse_ssh_connection(order: Any) -> dict[str, Any]:
+        """Parse the host, port and user from an order's ``connection.ssh``. Never raises.
+
+        Parameters:
+            order: an order in the documented form.
+
+        Returns:
+            ``{"host", "port", "user", "raw"}``; ``raw`` is the unchanged string. Missing parts are
+            ``""``, 22 and ``"root"``. A host or user that is not a plain name or address counts as
+            missing.
+
+        Example:
+            >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
+            {'host': 'h.net', 'port': 2060, 'user': 'root', 'raw': 'ssh root@h.net -p 2060'}
+        """
+        return parse_ssh_command(order)
+
+    def connect_ssh(
+        self,
+        order: Mapping[str, Any],
+        password: str | None = None,
+        key_path: PathArgument | None = None,
+        *,
+        passphrase: str | None = None,
+        wait: float = 120.0,
+        timeout: float = 30.0,
+        host_key: str = "pin",
+        use_ssh_config: bool = False,
+    ) -> paramiko.SSHClient:
+        """Log in to the machine of a running order. Needs paramiko.
+
+        A password takes precedence over ``key_path``. Without both, the client uses the password
+        in the order, or the one that it sent with the order; else the SSH agent and the user's
+        default keys. It never forwards the agent or X11.
+
+        Parameters:
+            order: a running order, as :meth:`wait_for_order` returns it.
+            password: the password of the user in ``connection.ssh``.
+            key_path: the file of a private key: Ed25519, ECDSA or RSA.
+            passphrase: the passphrase of that key, if it is encrypted.
+            wait: seconds to wait until the machine's sshd responds.
+            timeout: seconds for each login attempt.
+            host_key: ``"pin"`` accepts any host key at the first login to this order, and only the
+                same key later; ``state_dir`` keeps it for other processes. A fingerprint
+                (``"SHA256:..."``) accepts and pins only that key. ``"accept"`` accepts any key.
+            use_ssh_config: use ``ProxyJump`` and ``IdentityFile`` for the host from
+                ``~/.ssh/config``. A jump host must be in ``~/.ssh/known_hosts``.
+
+        Returns:
+            A connected ``paramiko.SSHClient``, which the caller closes.
+
+        Raises:
+            SSHError: the order has no address yet, no host responded in time, or the host refused
+                the login.
+            HostKeyChangedError: the host key has changed; no login was sent.
+            ValueError: an argument is not valid, such as a ``key_path`` that can't be read.
+            ImportError: paramiko is not installed.
+
+        Example:
+            >>> with client.connect_ssh(order) as ssh:
+            ...     print(ssh.exec_command("nvidia-smi -L")[1].read().decode())
+        """
+        password, passphrase = Secret.of(password), Secret.of(passphrase)
+        return self._ssh.login(
+            order,
+            password=password,
+            key_path=key_path,
+            passphrase=passphrase,
+            wait=wait,
+            timeout=timeout,
+            host_key=host_key,
+            use_ssh_config=use_ssh_config,
+        ).open()
+
+    def wait_for_ssh(
+        self,
+        order: Mapping[str, Any],
+        password: str | None = None,
+        key_path: PathArgument | None = None,
+        *,
+        passphrase: str | None = None,
+        wait: float = 300.0,
+        timeout: float = 30.0,
+        host_key: str = "pin",
+        use_ssh_config: bool = False,
+        on_progress: Report | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Wait until a login works.
+
+        Parameters:
+            order, password, key_path, passphrase, wait, timeout, host_key, use_ssh_config: as for
+                :meth:`connect_ssh`.
+            on_progress, progress: as for :meth:`wait_for_order`.
+
+        Raises:
+            SSHError, HostKeyChangedError, ValueError, ImportError: as for :meth:`connect_ssh`.
+
+        Example:
+            >>> client.wait_for_ssh(order, wait=600)
+        """
+        password, passphrase = Secret.of(password), Secret.of(passphrase)
+        login = self._ssh.login(
+            order,
+            password=password,
+            key_path=key_path,
+            passphrase=passphrase,
+            wait=wait,
+            timeout=timeout,
+            host_key=host_key,
+            use_ssh_config=use_ssh_config,
+        )
+        with ProgressOptions(on_progress, progress).reporting() as report:
+            login.open(report).close()
+
+    def forget_host_key(self, order: Mapping[str, Any]) -> bool:
+        """Forget the pinned host key of an order, so that the next login accepts a new one.
+
+        Parameters:
+            order: the order, for example after its container was restarted.
+
+        Returns:
+            True if a key was pinned.
+
+        Example:
+            >>> client.forget_host_key(order)
+            True
+        """
+        return self._ssh.forget_host_key(order)
+
+    def ssh_command(self, order: Mapping[str, Any], *, key_path: PathArgument | None = None) -> str:
+        """Return the command that logs in from a terminal, quoted for a shell.
+
+        If the host key is pinned in ``state_dir``, OpenSSH accepts only that key.
+
+        Parameters:
+            order: a running order.
+            key_path: the file of a private key, which the command names.
+
+        Returns:
+            The command, on one line.
+
+        Raises:
+            SSHError: the order has no address yet, or one that is not a plain name or address.
+
+        Example:
+            >>> print(client.ssh_command(order))
+            ssh -p 2060 root@n1.us.clorecloud.net
+        """
+        return self._ssh.terminal_line(order, key_path)
+
+    def ssh_config(
+        self,
+        order: Mapping[str, Any],
+        *,
+        name: str | None = None,
+        key_path: PathArgument | None = None,
+    ) -> str:
+        """Return an entry for ``~/.ssh/config``, for rsync, VS Code and others.
+
+        With this entry, OpenSSH accepts only the pinned host key. If there is none yet, OpenSSH
+        pins the first one, in the same file.
+
+        Parameters:
+            order: a running order.
+            name: the name of the entry, as in ``ssh <name>``; ``clore-<order id>`` by default.
+            key_path: the file of a private key.
+
+        Returns:
+            The lines of the entry.
+
+        Raises:
+            SSHError: the order has no address yet, or one that is not a plain name or address.
+
+        Example:
+            >>> print(client.ssh_config(order), file=open("gpu.conf", "w"))
+        """
+        return self._ssh.config_entry(order, name, key_path)
+
+    def run(
+        self,
+        order: Mapping[str, Any],
+        command: str | Sequence[str],
+        *,
+        check: bool = True,
+        timeout: float | None = None,
+        input: str | bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[OutputLine], object] | None = None,
+        max_output: int = 64 * 1024 * 1024,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> CommandResult:
+        """Run a command on the machine of an order, and wait for its end. Needs paramiko.
+
+        Parameters:
+            order: a running order.
+            command: a command for the machine's shell; a list of arguments is quoted.
+            check: raise an error if the exit code is not 0.
+            timeout: seconds after the login; the command is then stopped. None waits forever. It
+                also limits each login attempt. Ctrl-C stops the command too.
+            input: the standard input of the command.
+            env: environment variables.
+            on_output: called with each line when it arrives, without its line end; the line's
+                ``stream`` is ``"stdout"`` or ``"stderr"``.
+            max_output: bytes of output to keep. Any more output only goes to ``on_output``, and is
+                counted in the result's ``dropped``.
+            ssh: a connection to use, as :meth:`connect_ssh` returns it; it stays open.
+            **login: ``password``, ``key_path``, ``passphrase``, ``wait``, ``host_key``,
+                ``use_ssh_config``, as for :meth:`connect_ssh`.
+
+        Returns:
+            A :class:`CommandResult`: ``command``, ``exit_code``, ``stdout``, ``stderr`` (text, in
+            which bytes that are not UTF-8 are replaced), ``duration`` in seconds, and ``dropped``.
+
+        Raises:
+            CommandError: the exit code was not 0; ``result`` has the output.
+            CommandTimeoutError: the command did not end in time, and was stopped.
+            SSHError: the login failed; the machine did not run the command, because its sshd has a
+                ForceCommand; or the connection broke, and the command may still run.
+
+        Example:
+            >>> print(client.run(order, "nvidia-smi -L").stdout)
+            GPU 0: NVIDIA GeForce RTX 4090
+        """
+        options: dict[str, Any] = {
+            "check": check, "timeout": timeout, "input": input, "env": env, "on_output": on_output,
+            "max_output": max_output,
+        }  # fmt: skip
+        check_run_arguments(command, **options)
+        login_timeout = min(30.0, timeout or 30.0)
+        with self._ssh.connected(order, ssh, login, login_timeout) as pool:
+            return run_command(pool.ssh, command, **options)
+
+    def start(
+        self,
+        order: Mapping[str, Any],
+        command: str | Sequence[str],
+        *,
+        name: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: PathArgument | None = None,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> Job:
+        """Start a job: a command that runs on, without a connection. Needs paramiko.
+
+        It runs in a session of its own, with an empty standard input. Its output and its exit code
+        are files on the machine, in ``~/.clore/jobs/<name>``. So it goes on after the end of this
+        process, and :meth:`job` finds it from any other. It ends with the order.
+
+        Parameters:
+            order: a running order.
+            command: a command for the machine's shell; a list of arguments is quoted.
+            name: letters, digits, ``_``, ``.`` and ``-``; by default a random one.
+            env: environment variables, which no list of processes on the machine shows.
+            cwd: the directory to run in; a relative path and ``~`` start at the home directory.
+            ssh, **login: as for :meth:`run`. With ``ssh``, the job's methods can't reconnect.
+
+        Returns:
+            A :class:`Job`: ``status``, ``exit_code``, ``tail()``, ``follow()``, ``wait()``,
+            ``stop()``, ``remove()``.
+
+        Raises:
+            JobError: there is already a job with this name, or ``cwd`` does not exist. After a
+                broken connection, :meth:`job` tells if it was started.
+            SSHError: the login failed.
+
+        Example:
+            >>> job = client.start(order, "python train.py", name="train", cwd="~/work")
+            >>> job.follow(on_output=print)
+        """
+        checked = JobCommand(command, name=name, env=secret_values(env), cwd=cwd)
+        return self._ssh.jobs(order, ssh, login).start(checked)
+
+    def jobs(
+        self, order: Mapping[str, Any], *, ssh: paramiko.SSHClient | None = None, **login: Any
+    ) -> list[Job]:
+        """Return the jobs of a machine, those that have ended too, by name.
+
+        Parameters:
+            order: a running order.
+            ssh, **login: as for :meth:`start`.
+
+        Returns:
+            A list of :class:`Job`.
+
+        Raises:
+            SSHError: the login failed.
+
+        Example:
+            >>> client.jobs(order)
+            [<Job 'train': running>]
+        """
+        return self._ssh.jobs(order, ssh, login).find()
+
+    def job(
+        self,
+        order: Mapping[str, Any],
+        name: str,
+        *,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> Job:
+        """Return the job with a name, from any process.
+
+        Parameters:
+            order: a running order.
+            name: the name that :meth:`start` was given.
+            ssh, **login: as for :meth:`start`.
+
+        Returns:
+            The :class:`Job`.
+
+        Raises:
+            JobError: the machine has no job of that name.
+            SSHError: the login failed.
+
+        Example:
+            >>> client.job(order, "train").tail(1)
+            'step 100: loss 1.24\\n'
+        """
+        wanted = check_job_name(name)
+        return self._ssh.jobs(order, ssh, login).get(wanted)
+
+    def shell(
+        self, order: Mapping[str, Any], *, ssh: paramiko.SSHClient | None = None, **login: Any
+    ) -> int:
+        """Open the machine's shell in this terminal, until it ends. Needs paramiko.
+
+        Every key goes to the machine, Ctrl-C too. The terminal is as before afterwards, in
+        whichever way the shell ends.
+
+        Parameters:
+            order: a running order.
+            ssh, **login: as for :meth:`run`.
+
+        Returns:
+            The exit code of the shell; -1 if a signal ended it.
+
+        Raises:
+            SSHError: this process has no terminal, the login failed, or the connection broke.
+
+        Example:
+            >>> client.shell(order)
+            root@gpu:~# exit
+            0
+        """
+        check_terminal()
+        with self._ssh.connected(order, ssh, login) as pool:
+            return run_shell(pool.ssh)
+
+    def wait_for_http(
+        self,
+        order: Mapping[str, Any],
+        path: str = "/",
+        port: int | None = None,
+        timeout: float = 600.0,
+        *,
+        on_progress: Report | None = None,
+        progress: bool = False,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> int:
+        """Wait until a web service in an order answers by itself.
+
+        The public address of an order answers 502 until something in the container listens
+        (seconds to minutes after ``running``, seen on the live API). 502, 503, 504 and 520 to 530
+        count as no answer yet; each other status as an answer. Certificates are verified. Neither
+        the API key nor any other credentials are sent.
+
+        Parameters:
+            order: a running order.
+            path: the path to ask for.
+            port: the port in the container. If the order has no public address for it, the request
+                goes over SSH, which needs paramiko. None: the order's public address.
+            timeout: seconds to wait; ``float("inf")`` waits forever.
+            on_progress, progress: as for :meth:`wait_for_order`.
+            ssh, **login: as for :meth:`run`, where the request goes over SSH.
+
+        Returns:
+            The status of the answer, for example 200, 302 or 401.
+
+        Raises:
+            WaitTimeoutError: there was no answer in time; ``reason`` has the last one.
+            CloreConnectionError: the certificate is not valid.
+            SSHError: the login failed, or the connection broke.
+
+        Example:
+            >>> client.wait_for_http(order, "/api/status")
+            200
+        """
+        options = ProgressOptions(on_progress, progress)
+        wait = HTTPWait(order, path, port, timeout, options)
+        if wait.url is not None:
+            return wait.at_public_address(self._user_agent)
+        with self._ssh.connected(order, ssh, login) as pool:
+            return wait.on_machine(pool)
+
+    def forward(
+        self,
+        order: Mapping[str, Any],
+        remote_port: int,
+        local_port: int = 0,
+        *,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> Forward:
+        """Forward a local port, on loopback only, to a port of the machine of an order.
+
+        Parameters:
+            order: a running order.
+            remote_port: the port on the machine of the order.
+            local_port: the port on this machine; 0 chooses a free one.
+            ssh, **login: as for :meth:`run`.
+
+        Returns:
+            A context manager that returns the local port, and forwards it until the block ends.
+
+        Example:
+            >>> with client.forward(order, 8888) as port:
+            ...     print(requests.get(f"http://127.0.0.1:{port}").status_code)
+        """
+        check_forward_arguments(remote_port, local_port)
+        if ssh is None:
+            connection = self._ssh.login(order, **check_login_options(login)).open()
+        else:
+            connection = check_connection(ssh)
+        return Forward(connection, remote_port, local_port, owns=ssh is None)
+
+    def upload(
+        self,
+        order: Mapping[str, Any],
+        local: PathArgument,
+        remote: PathArgument,
+        *,
+        preserve: bool = False,
+        verify: bool = False,
+        resume: bool = False,
+        symlinks: str = "skip",
+        exclude: Sequence[str] = (),
+        skip_unchanged: bool | str = False,
+        preview: bool = False,
+        delete: bool | TransferResult = False,
+        streams: int | None = None,
+        progress: Progress | bool | None = None,
+        on_progress: Report | None = None,
+        timeout: float = 30.0,
+        deadline: float | None = None,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> TransferResult:
+        """Copy a file or a directory to the machine of an order. Needs paramiko.
+
+        As with rsync, a directory goes into ``remote``: ``"data"`` becomes ``remote/data``. With a
+        slash at its end, its content does: ``"data/"`` becomes ``remote``. It makes no difference
+        if ``remote`` exists. A file goes into ``remote`` if that is a directory or ends with a
+        slash, and else gets that name. Missing parents of the target are created.
+
+        Each file gets a temporary name, and is renamed when it is complete. The client always
+        compares sizes. It also compares SHA-256 with ``verify``, after a resumed transfer, and for
+        a file that was sent in several pieces. On a host without a POSIX shell, it uses SFTP, which
+        is slower.
+
+        ==================  ========================================================================
+        in the source       in the copy
+        ==================  ========================================================================
+        file                a file; one that is replaced stays whole until then
+        permissions         those of the source minus the umask of the other side; a replaced file
+                            keeps its own; with ``preserve`` those of the source; never setuid
+        owner, attributes   those of the user who logs in; not copied
+        times               the time of the copy; with ``preserve`` that of the source, in seconds
+        symlink             left out; ``symlinks="copy"``: the same symlink, ``"follow"``: what it
+                            leads to; left out if that is outside of the directory
+        ``local`` itself    a symlink in its place is followed
+        hard link           a file of its own
+        sparse file         a sparse file
+        device, FIFO,       left out, and named in ``skipped``
+        socket
+        ==================  ========================================================================
+
+        A symlink in the place of a file's target is an error, unless ``symlinks="follow"``.
+
+        Parameters:
+            order: a running order.
+            local: a file or directory on this machine.
+            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+                directory.
+            preserve: keep permissions and times.
+            verify: compare the SHA-256 of every file.
+            resume: continue an earlier transfer that failed. If the size or time of the source has
+                changed, start over.
+            symlinks: ``"skip"``, ``"copy"`` or ``"follow"``, as in the table.
+            exclude: patterns as in ``.gitignore``, of what to leave out. Needs pathspec.
+            skip_unchanged: True leaves out the files whose size and time are the same there, and
+                preserves times, so that the next call can compare them. ``"checksum"`` compares
+                sizes and SHA-256.
+            preview: send nothing. The result has what would be sent in ``sent``.
+            delete: remove what only the target has. First pass True with ``preview=True``; the
+                result lists it in ``deleted``. Then pass that result: nothing else is removed.
+                What ``exclude`` matches, or what was left out here, stays.
+            streams: the number of connections, 1 to 16; None chooses it by the size.
+            progress: True shows the progress, as for :meth:`wait_for_order`. A function is called
+                for each file, as ``progress(name, done, total)``, in bytes, in this thread; control
+                characters in the name are escaped.
+            on_progress: called with a :class:`ProgressEvent`, in bytes of all files.
+            timeout: seconds for each login attempt, and the longest time without any progress.
+            deadline: seconds for the whole call with its login; None for no limit.
+            ssh, **login: as for :meth:`run`.
+
+        Returns:
+            A :class:`TransferResult`: ``path``, ``files``, ``size`` in bytes, ``duration`` in
+            seconds, ``skipped``, ``unchanged``, ``sent``, ``deleted``.
+
+        Raises:
+            TransferError: a file was not copied completely, because of a full disk or a lost
+                connection; it has ``name``, ``done`` and ``total``.
+            SSHError: the login failed.
+            FileNotFoundError: ``local`` does not exist.
+            ImportError: ``exclude`` needs pathspec.
+
+        Example:
+            >>> client.upload(order, "data/", "~/work", exclude=["*.pyc"], skip_unchanged=True)
+            >>> would = client.upload(order, "data/", "~/work", preview=True, delete=True)
+            >>> would.deleted
+            ['old.bin']
+            >>> client.upload(order, "data/", "~/work", delete=would)
+        """
+        checked = check_upload(
+            local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
+            exclude=exclude, skip_unchanged=skip_unchanged, preview=preview, delete=delete,
+            streams=streams, progress=progress, on_progress=on_progress, timeout=timeout,
+            deadline=deadline,
+        )  # fmt: skip
+        with self._ssh.connected(order, ssh, login, timeout, upload_connections(*checked)) as pool:
+            return upload_path(pool, checked)
+
+    def download(
+        self,
+        order: Mapping[str, Any],
+        remote: PathArgument,
+        local: PathArgument,
+        *,
+        preserve: bool = False,
+        verify: bool = False,
+        resume: bool = False,
+        symlinks: str = "skip",
+        exclude: Sequence[str] = (),
+        skip_unchanged: bool | str = False,
+        streams: int | None = None,
+        max_bytes: int | None = None,
+        progress: Progress | bool | None = None,
+        on_progress: Report | None = None,
+        timeout: float = 30.0,
+        deadline: float | None = None,
+        ssh: paramiko.SSHClient | None = None,
+        **login: Any,
+    ) -> TransferResult:
+        """Copy a file or a directory from the machine of an order. Needs paramiko.
+
+        It works like :meth:`upload` in the other direction, with the same table and the same
+        meaning of a slash at the end of ``remote``. A hostile machine can't make it write outside
+        of ``local``. If a file grows during the copy, as a log does, the copy has its content from
+        the start; any other change is an error.
+
+        Parameters:
+            order: a running order.
+            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+                directory.
+            local: a path on this machine.
+            max_bytes: refuse to copy more bytes than this.
+            preserve, verify, resume, symlinks, exclude, skip_unchanged, streams, progress,
+                on_progress, timeout, deadline, ssh, **login: as for :meth:`upload`.
+
+        Returns:
+            A :class:`TransferResult`.
+
+        Raises:
+            TransferError: a file was not copied completely, is larger than ``max_bytes``, or the
+                machine sent invalid data.
+            SSHError: the login failed.
+            ImportError: ``exclude`` needs pathspec.
+
+        Example:
+            >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
+            4976698672
+        """
+        options = DownloadOptions(
+            remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
+            exclude=exclude, skip_unchanged=skip_unchanged, streams=streams, max_bytes=max_bytes,
+            progress=progress, on_progress=on_progress, timeout=timeout, deadline=deadline,
+        )  # fmt: skip
+        size = streams or DOWNLOAD_CONNECTIONS
+        with self._ssh.connected(order, ssh, login, timeout, size, streams is not None) as pool:
+            return download_path(pool, options)
+
+    def rsync_command(
+        self,
+        order: Mapping[str, Any],
+        local: PathArgument,
+        remote: PathArgument,
+        *,
+        key_path: PathArgument | None = None,
+    ) -> str:
+        """Return the command that copies to the machine with rsync, quoted for a shell.
+
+        It logs in as the line of :meth:`ssh_command` does, with the pinned host key.
+
+        Parameters:
+            order: a running order.
+            local: a file or directory on this machine; a slash at its end means its content.
+            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+                directory.
+            key_path: the file of a private key, which the command names.
+
+        Returns:
+            The command, on one line.
+
+        Raises:
+            SSHError: the order has no address yet, or one that is not a plain name or address.
+
+        Example:
+            >>> print(client.rsync_command(order, "data/", "~/work"))
+            rsync -az -s -e 'ssh -p 2060' data/ root@n1.us.clorecloud.net:work
+        """
+        return self._ssh.rsync_line(order, local, remote, key_path)
+
+    def scp(
+        self,
+        order: Mapping[str, Any],
+        *,
+        max_bytes: int | None = None,
+        progress: Callable[..., object] | None = None,
+        timeout: float = 30.0,
+        **login: Any,
+    ) -> Any:
+        """Return an ``scp.SCPClient`` that is protected against hostile hosts.
+
+        Parameters:
+            order: a running order.
+            max_bytes: the largest number of bytes that one ``get()`` may receive.
+            progress: as for ``scp.SCPClient``.
+            timeout: seconds for each step of the login, and the longest time without progress.
+            **login: as for :meth:`run`.
+
+        Returns:
+            An ``scp.SCPClient`` with its own connection; ``close()``, or the end of its block,
+            closes it.
+
+        Raises:
+            ImportError: paramiko or scp is not installed.
+
+        Example:
+            >>> with client.scp(order) as copy:
+            ...     copy.put("train.py", "/root/train.py")
+        """
+        connection = self._ssh.login(order, timeout=timeout, **check_login_options(login)).open()
+        try:
+            return guarded_scp(
+                connection,
+                socket_timeout=timeout,
+                max_bytes=max_bytes,
+                progress=progress,
+                owns_ssh=True,
+            )
+        except BaseException:
+            connection.close()
+            raise
+
+
+# ==================================================================================================
+# license
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+# ==================================================================================================

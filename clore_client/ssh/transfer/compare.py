@@ -22,13 +22,13 @@ from clore_client.ssh.transfer.scripts import (
 from clore_client.ssh.transfer.transfer import Transfer
 
 MAX_TARGET_FILES = 2_000_000
-Listing = dict[bytes, FileEntry]
+RemoteListing = dict[bytes, FileEntry]
 
 
 class Target(Protocol):
     """The target of an upload, with the host's shell or over SFTP."""
 
-    def listing(self) -> tuple[bytes, Listing]:
+    def listing(self) -> tuple[bytes, RemoteListing]:
         """Return the path of the target, and what is there."""
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
@@ -120,8 +120,8 @@ class ShellTarget:
         self._tree = tree
         self._values = dict(values, look=1)
 
-    def listing(self) -> tuple[bytes, Listing]:
-        there: Listing = {}
+    def listing(self) -> tuple[bytes, RemoteListing]:
+        there: RemoteListing = {}
 
         def take(mode: int, size: int, seconds: int, name: bytes) -> None:
             kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
@@ -172,8 +172,8 @@ class SftpTarget:
         self._tree = tree
         self._path = path
 
-    def listing(self) -> tuple[bytes, Listing]:
-        there: Listing = {}
+    def listing(self) -> tuple[bytes, RemoteListing]:
+        there: RemoteListing = {}
         if self._remote.kind(self._path) == "d":
             if self._tree.is_folder:
                 self._walk(b"", there)
@@ -197,7 +197,7 @@ class SftpTarget:
             except OSError:  # something is in it by now
                 continue
 
-    def _walk(self, folder: bytes, there: Listing) -> None:
+    def _walk(self, folder: bytes, there: RemoteListing) -> None:
         for found in self._remote.sftp.listdir_attr(self._place(folder)):
             name = os.fsencode(found.filename)
             inner = folder + b"/" + name if folder else name
