@@ -41,7 +41,6 @@ from clore_client.errors import (
 from clore_client.market.cost import CostEstimate
 from clore_client.market.search import SearchReport
 from clore_client.market.summary import ModelSummary
-from clore_client.models.listing import OrderList, ServerList, WalletList
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
@@ -50,6 +49,7 @@ from clore_client.models.wallet import Wallet
 from clore_client.version import __version__
 
 if TYPE_CHECKING:
+    from clore_client.models.listing import OrderList, ServerList, WalletList
     from clore_client.rental.recovery import Leftover, Leftovers
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalExit
@@ -111,10 +111,13 @@ __all__ = [
 ]
 
 _LAZY_NAMES = {
-    "Leftover": "recovery",
-    "Leftovers": "recovery",
-    "Rental": "rental",
-    "SignalExit": "signals",
+    "Leftover": "rental.recovery",
+    "Leftovers": "rental.recovery",
+    "OrderList": "models.listing",
+    "Rental": "rental.rental",
+    "ServerList": "models.listing",
+    "SignalExit": "rental.signals",
+    "WalletList": "models.listing",
 }
 
 
@@ -123,9 +126,9 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # The rental modules are imported on first use, which makes the import faster.
+    # These modules are imported on first use, which makes the import faster.
     if name in _LAZY_NAMES:
         import importlib
 
-        return getattr(importlib.import_module(f"clore_client.rental.{_LAZY_NAMES[name]}"), name)
+        return getattr(importlib.import_module(f"clore_client.{_LAZY_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
