@@ -43,7 +43,6 @@ from clore_client.errors import (
 from clore_client.market.cost import CostEstimate
 from clore_client.market.search import SearchReport
 from clore_client.market.summary import ModelSummary
-from clore_client.models.listing import OrderList, ServerList, WalletList
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
@@ -53,6 +52,7 @@ from clore_client.progress import ProgressEvent
 from clore_client.version import __version__
 
 if TYPE_CHECKING:
+    from clore_client.models.listing import OrderList, ServerList, WalletList
     from clore_client.rental.recovery import Leftover, Leftovers
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalExit
@@ -122,8 +122,11 @@ _LAZY_NAMES = {
     "Job": "ssh.jobs",
     "Leftover": "rental.recovery",
     "Leftovers": "rental.recovery",
+    "OrderList": "models.listing",
     "Rental": "rental.rental",
+    "ServerList": "models.listing",
     "SignalExit": "rental.signals",
+    "WalletList": "models.listing",
 }
 
 

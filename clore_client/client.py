@@ -21,7 +21,6 @@ from clore_client.market.market import Market
 from clore_client.market.search import Search
 from clore_client.market.spot import suggested_bid
 from clore_client.market.summary import ModelSummary, summarize
-from clore_client.models.listing import OrderList, ServerList, WalletList
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server, to_servers
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
 
     from clore_client.api.redis_limit import RedisClient
     from clore_client.market.filters import ServerFilters
+    from clore_client.models.listing import OrderList, ServerList, WalletList
     from clore_client.rental.recovery import Leftovers
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalHandling
@@ -254,6 +254,8 @@ class CloreClient(HTTPClient):
             >>> [wallet["name"] for wallet in client.get_wallets()]
             ['bitcoin', 'CLORE-Blockchain', 'USD-Blockchain']
         """
+        from clore_client.models.listing import WalletList
+
         return WalletList(to_wallets(self._request("GET", "/v1/wallets")))
 
     def get_balance(self, currency: str = "CLORE-Blockchain") -> float:
@@ -289,6 +291,8 @@ class CloreClient(HTTPClient):
             >>> [(wallet.name, wallet.balance_usd) for wallet in client.get_balances()]
             [('bitcoin', 0.0), ('CLORE-Blockchain', 3.25), ('USD-Blockchain', 12.5)]
         """
+        from clore_client.models.listing import WalletList
+
         return WalletList(read_balances(self._orders))
 
     def hours_left(
@@ -334,6 +338,8 @@ class CloreClient(HTTPClient):
             >>> len(client.get_marketplace())
             1873
         """
+        from clore_client.models.listing import ServerList
+
         check_bool("include_rented", include_rented)
         return ServerList(to_servers(self._market.read(), include_rented=include_rented))
 
@@ -398,6 +404,8 @@ class CloreClient(HTTPClient):
             >>> found[0].gpu_name, found[0].usd_per_gpu_hour
             ('RTX 4090', 0.125)
         """
+        from clore_client.models.listing import ServerList
+
         search = Search(gpu_type, max_price_usd, min_reliability, use_spot, filters)
         check_number("cache_seconds", cache_seconds, unit="seconds")
         found, report = self._market.search(search, cache_seconds)
@@ -571,6 +579,8 @@ class CloreClient(HTTPClient):
             >>> [(order.id, order.status) for order in client.get_orders()]
             [(1958009, 'running')]
         """
+        from clore_client.models.listing import OrderList
+
         orders, _ = self._orders.read(check_bool("include_completed", include_completed))
         learn_order_rates(self._orders, orders)
         return OrderList(o for o in orders if include_completed or not o.has_ended)

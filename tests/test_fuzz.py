@@ -58,7 +58,8 @@ DURATIONS = {
 }  # fmt: skip
 SSH_METHODS = {
     "connect_ssh", "wait_for_ssh", "forget_host_key", "ssh_command", "ssh_config", "run",
-    "forward", "upload", "download", "scp",
+    "forward", "upload", "download", "scp", "start", "jobs", "job", "shell", "wait_for_http",
+    "rsync_command",
 }  # fmt: skip
 LOGIN = {"password", "key_path", "passphrase", "wait", "host_key", "timeout"}
 LOCAL_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -123,6 +124,8 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
         "get_wallets": {},
         "gpu_models": {"cache_seconds": 0},
         "handle_signals": {},
+        "job": {**machine, "name": "train"},
+        "jobs": machine,
         "hours_left": {"server_or_order": order_id, "currency": "USD"},
         "leftovers": {"wait": 0},
         "lower_spot_price": {"order": order_id, "target": 0.2, "wait": False},
@@ -132,12 +135,16 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
         "rent": {**search, **rental, "attempts": 1, "deploy_timeout": 0.02, "poll_interval": 0.01,
                  "max_hours": 1},
         "run": {**machine, "command": "true"},
+        "rsync_command": {"order": order, "local": __file__, "remote": "x"},
         "scp": {"order": order, **login},
         "set_spot_price": {"order_id": order_id, "new_price": 0.2},
+        "shell": machine,
         "ssh_command": {"order": order},
         "ssh_config": {"order": order, "name": "gpu"},
+        "start": {**machine, "command": "true", "name": "train", "env": {"A": "b"}, "cwd": "x"},
         "suggest_spot_price": {"server": server_id, "margin": 0.1},
         "upload": {**machine, "local": __file__, "remote": "x"},
+        "wait_for_http": {"order": order, "path": "/", "port": 80, **login},
         "wait_for_order": {"order_id": order_id, "timeout": 0.02, "poll_interval": 0.01},
         "wait_for_ssh": machine,
     }  # fmt: skip
