@@ -921,10 +921,7 @@ class CloreClient(HTTPClient):
         }  # fmt: skip
         shown = ProgressOptions(on_progress, progress)
         settings = RentalSettings(
-            search=Search(
-                gpu_type, max_price_usd, min_reliability, use_spot,
-                {**filters, "currency": currency},
-            ),
+            search=Search(gpu_type, max_price_usd, min_reliability, use_spot, filters, currency),
             server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
             deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
             cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
