@@ -6152,6 +6152,7 @@ class Search:
     Parameters:
         gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
         filters: the other filters of that method.
+        currency: the filter of that name, if it is not among them.
 
     Attributes:
         currency: the API's name of the currency whose price counts; None for the price that the
@@ -6167,6 +6168,7 @@ class Search:
         min_reliability: Any = 0.0,
         use_spot: Any = False,
         filters: Mapping[str, Any] | None = None,
+        currency: Any = None,
     ) -> None:
         self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
         self.max_price_usd = check_optional_number(
@@ -6178,7 +6180,8 @@ class Search:
                 "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
             )
         self.spot = check_bool("use_spot", use_spot)
-        self._given = {k: v for k, v in (filters or {}).items() if v is not None}
+        given = {"currency": currency, **(filters or {})}
+        self._given = {name: value for name, value in given.items() if value is not None}
         self._filters = check_filters(self._given)
         self.currency: str | None = self._filters.get("currency")
         self.server_id: int | None = None
@@ -17796,10 +17799,7 @@ class CloreClient(HTTPClient):
         }  # fmt: skip
         shown = ProgressOptions(on_progress, progress)
         settings = RentalSettings(
-            search=Search(
-                gpu_type, max_price_usd, min_reliability, use_spot,
-                {**filters, "currency": currency},
-            ),
+            search=Search(gpu_type, max_price_usd, min_reliability, use_spot, filters, currency),
             server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
             deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
             cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
