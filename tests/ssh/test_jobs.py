@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, JobError, JobTimeoutError, SSHError
-from clore_client.ssh.jobs import JobState
+from clore_client.ssh.jobs import Job, JobState
 from tests.conftest import until
+from tests.hostile import HostileServer
 from tests.relay import Relay
 from tests.ssh.test_command import sleeping, unique
+from tests.ssh.test_hostile_transfer import says
 from tests.ssh.test_hosts import SHELLS, busybox, host
 from tests.ssh.test_transfer import Far
 from tests.sshd import Dropbear, Sshd, running_sshd
@@ -325,6 +327,23 @@ def test_a_connection_that_breaks_in_the_middle_of_a_line(machine: Machine) -> N
     assert lines == [f"line {number}" for number in range(1, count + 1)]
 
 
+def test_a_link_that_goes_dead(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clore_client.ssh.jobs.JOB_TIMEOUT", 1.0)
+    lines: list[str] = []
+    with Relay(int(machine.order["connection"]["ssh"].split()[-1])) as relay:
+
+        def take(line: str) -> None:
+            lines.append(line)
+            if len(lines) == 3:
+                relay.frozen = True
+                threading.Timer(1.5, setattr, (relay, "frozen", False)).start()
+
+        step = "i=$((i+1)); echo $i; sleep 0.2"
+        job = machine.through(relay).start(f"i=0; while [ $i -lt 20 ]; do {step}; done")
+        assert job.follow(take) == 0
+    assert lines == [str(number) for number in range(1, 21)]
+
+
 def test_much_output(machine: Machine) -> None:
     job = machine.start("seq 1 400000", name="much")
     code, lines = collected(job)
@@ -405,6 +424,27 @@ def test_stop_what_ignores_a_signal(machine: Machine) -> None:
     job.stop()  # again does no harm
 
 
+def test_two_stop_at_once(machine: Machine) -> None:
+    number = unique()
+    job = machine.start(f"sleep {number} & sleep {number}", name="x")
+    failures: list[BaseException] = []
+
+    def stop() -> None:
+        try:
+            machine.job("x").stop()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=stop) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert sleeping(number) == []
+    assert (job.status, job.exit_code) == ("killed", 143)
+
+
 def test_stop_what_left_the_session(machine: Machine) -> None:
     number = unique()
     job = machine.start(f"setsid sleep {number} & sleep {number}", name="x")
@@ -478,6 +518,50 @@ def test_the_number_of_another_process(machine: Machine) -> None:
     finally:
         other.kill()
         other.wait()
+
+
+EVIL = b"\x1b[2J\x1b]0;owned\x07"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"", b"\n" * 9, EVIL + b"\n", b"no " + EVIL + b"\n", b"job ../x running - 5\nx\nend\n",
+        b"job x sleeping - 5\n\nend\n", b"job x running - 5\n", b"0\n", b"99999999\nx",
+        b"-5\nx", b"end " + EVIL + b"\n", b"end running 3 \n", b"started " + EVIL + b"\n", b"tail",
+        b"x" * 10_000_000,
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_a_hostile_machine(
+    client: CloreClient, answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it says is an error of the job, and its text is no danger to a terminal."""
+    monkeypatch.setattr("clore_client.ssh.jobs.JOB_TIMEOUT", 1.0)
+    monkeypatch.setattr("clore_client.ssh.jobs.RECONNECT_PAUSE", 0.01)
+    verbs = ("job", "jobs", "tail", "follow", "stop", "remove")
+    with HostileServer(says(dict.fromkeys(verbs, answer))) as server:
+        order = server.order()
+        login: dict[str, Any] = {"password": "x", "wait": 5}
+        host = client._ssh.jobs(order, None, login)
+        job = Job(host, "x", "true", JobState("running"))
+        calls: list[Any] = [lambda: client.start(order, "true", **login), job.stop, job.remove,
+                            lambda: client.jobs(order, **login),
+                            lambda: job.status, lambda: job.follow(lambda line: None)]  # fmt: skip
+        for call in calls:
+            with pytest.raises(SSHError) as caught:
+                call()
+            assert not set(str(caught.value)) & set("\x1b\x07")
+
+
+def test_a_machine_that_tells_too_much(
+    client: CloreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clore_client.ssh.jobs.MAX_TAIL", 1000)
+    with HostileServer(says({"tail": b"tail\n" + b"x" * 100_000})) as server:
+        host = client._ssh.jobs(server.order(), None, {"password": "x", "wait": 5})
+        with pytest.raises(JobError, match="more than"):
+            Job(host, "x", "true", JobState("running")).tail()
 
 
 def test_dropbear_that_is_cut(client: CloreClient, tmp_path: Path) -> None:
