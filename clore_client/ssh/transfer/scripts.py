@@ -67,7 +67,9 @@ CONTROL = (
 u=$(umask); umask 077
 make() { if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi; }
 wipe() { rm -rf "$p" "$r" || { sleep 1; rm -rf "$p" "$r"; }; }
-gone() { [ "$keep" = 1 ] || wipe; exit 1; }
+# Again a little later: a dd that was just starting may have created the file anew.
+wipe_all() { wipe; sleep 0.2 2>/dev/null || sleep 1; wipe; }
+gone() { [ "$keep" = 1 ] || wipe_all; exit 1; }
 trap gone HUP TERM
 [ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
 make || no "nothing can be created in $d"
