@@ -12393,7 +12393,9 @@ CONTROL = (
 u=$(umask); umask 077
 make() { if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi; }
 wipe() { rm -rf "$p" "$r" || { sleep 1; rm -rf "$p" "$r"; }; }
-gone() { [ "$keep" = 1 ] || wipe; exit 1; }
+# Again a little later: a dd that was just starting may have created the file anew.
+wipe_all() { wipe; sleep 0.2 2>/dev/null || sleep 1; wipe; }
+gone() { [ "$keep" = 1 ] || wipe_all; exit 1; }
 trap gone HUP TERM
 [ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
 make || no "nothing can be created in $d"
@@ -12595,8 +12597,8 @@ JOB_TIMEOUT = 30.0  # seconds without a word of the machine
 MAX_TAIL = 8 * 1024 * 1024  # bytes
 MAX_PORTION = 1048576  # bytes of output that follow one size
 MAX_JOBS = 10_000
-MOST_SILENT_TRIES = 3  # connections that bring no word of a job, one after the other
-SILENT_PAUSE = 1.0  # seconds after such a connection
+MOST_USELESS_TRIES = 3  # connections that bring nothing of a job, one after the other
+RECONNECT_PAUSE = 1.0  # seconds between two connections at least
 _JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 # A name, its state, its exit code or "-", and the time of its start.
 _JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
@@ -12928,21 +12930,26 @@ class Following:
 
     def run(self) -> JobState:
         """Return the state of the job when it has ended."""
-        silent = 0
+        useless = 0
         failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
         while True:
+            began = time.monotonic()
             with self._host.connected(self._deadline) as pool:
                 try:
                     state = self._receive(pool)
                     break
                 except failures as error:
-                    silent = 0 if self._heard else silent + 1
+                    lasted = time.monotonic() - began
+                    # A machine that only ends the script would be asked without end.
+                    transport = pool.ssh.get_transport()
+                    active = transport is not None and transport.is_active()
+                    broke = not active or lasted > JOB_TIMEOUT
+                    useless = 0 if self._heard and broke else useless + 1
                     final = isinstance(error, JobError) or error is self._callback_error
-                    if final or not self._host.reconnects or silent >= MOST_SILENT_TRIES:
+                    if final or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
                         raise
                     logger.warning("job %s: %s; connecting again", self._name, error)
-            if not self._heard:
-                time.sleep(SILENT_PAUSE)
+            time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
         if self._splitter is not None:
             self._splitter.finish()
         return state

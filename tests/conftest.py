@@ -14,10 +14,15 @@ from typing import Any
 
 import paramiko
 import pytest
+from hypothesis import HealthCheck, settings
 
 from clore_client import CloreClient
 from tests.sshd import Sshd, running_sshd
 from tests.variant import ONE_FILE, Simulator
+
+# No test depends on the speed of the machine.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 # These tests use modules of the package; all others also run against the one file.
 INTERNAL = [
