@@ -42,7 +42,6 @@ from clore_client.errors import (
 )
 from clore_client.market.cost import CostEstimate
 from clore_client.market.search import SearchReport
-from clore_client.market.summary import ModelSummary
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server
@@ -52,6 +51,7 @@ from clore_client.progress import ProgressEvent
 from clore_client.version import __version__
 
 if TYPE_CHECKING:
+    from clore_client.market.summary import ModelSummary
     from clore_client.models.listing import OrderList, ServerList, WalletList
     from clore_client.rental.recovery import Leftover, Leftovers
     from clore_client.rental.rental import Rental
@@ -122,6 +122,7 @@ _LAZY_NAMES = {
     "Job": "ssh.jobs",
     "Leftover": "rental.recovery",
     "Leftovers": "rental.recovery",
+    "ModelSummary": "market.summary",
     "OrderList": "models.listing",
     "Rental": "rental.rental",
     "ServerList": "models.listing",

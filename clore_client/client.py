@@ -20,7 +20,6 @@ from clore_client.market.filters import SearchFilters
 from clore_client.market.market import Market
 from clore_client.market.search import Search
 from clore_client.market.spot import suggested_bid
-from clore_client.market.summary import ModelSummary, summarize
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
 from clore_client.models.server import Server, to_servers
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
 
     from clore_client.api.redis_limit import RedisClient
     from clore_client.market.filters import ServerFilters
+    from clore_client.market.summary import ModelSummary
     from clore_client.models.listing import OrderList, ServerList, WalletList
     from clore_client.rental.recovery import Leftovers
     from clore_client.rental.rental import Rental
@@ -480,6 +480,8 @@ class CloreClient(HTTPClient):
             >>> client.gpu_models()[:3]
             ['A100', 'GTX 1080', 'GTX 1080 Ti']
         """
+        from clore_client.market.summary import summarize
+
         check_number("cache_seconds", cache_seconds, unit="seconds")
         summaries = summarize(self._market.listing(cache_seconds))
         return sorted((summary.gpu for summary in summaries), key=str.lower)
@@ -512,6 +514,8 @@ class CloreClient(HTTPClient):
             >>> summary.gpu, summary.gpus_free, summary.median_usd
             ('RTX 4090', 412, 0.219)
         """
+        from clore_client.market.summary import summarize
+
         check_bool("include_rented", include_rented)
         check_bool("include_fees", include_fees)
         check_number("cache_seconds", cache_seconds, unit="seconds")

@@ -168,8 +168,6 @@ import email.utils
 import enum
 import fnmatch
 import functools
-import getpass
-import glob
 import hashlib
 import hmac
 import http.client
@@ -192,7 +190,6 @@ import shutil
 import signal
 import socket
 import stat
-import statistics
 import string
 import struct
 import sys
@@ -3317,6 +3314,8 @@ def _set_up_axes(axes: Any, points: Points) -> None:
 
 def _label_models(axes: Any, models: dict[str, Points], colors: dict[str, str]) -> None:
     """Write each name beside the plot, as near to its median price as there is room."""
+    import statistics  # imported here, because it is slow
+
     bottom, top = (math.log(limit) for limit in axes.get_ylim())
     medians = {name: statistics.median(price for _, price in models[name]) for name in colors}
     height = -math.inf
@@ -10942,6 +10941,8 @@ class Login:
         path = os.path.expanduser("~/.ssh/config")
         if not os.path.isfile(path):
             return
+        import getpass  # imported here, because it is slow
+
         try:
             config = self._paramiko.SSHConfig.from_path(path)
             found = config.lookup(self.address["host"])
@@ -14047,6 +14048,8 @@ def _asked_name(path: bytes, wildcards: bool) -> bytes:
         return b"."
     if path.startswith(b"~") and name == path:
         return b"*"  # a home, whose name only the host knows
+    import glob
+
     return name if wildcards else glob.escape(name)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -115,6 +114,8 @@ def _set_up_axes(axes: Any, points: Points) -> None:
 
 def _label_models(axes: Any, models: dict[str, Points], colors: dict[str, str]) -> None:
     """Write each name beside the plot, as near to its median price as there is room."""
+    import statistics  # imported here, because it is slow
+
     bottom, top = (math.log(limit) for limit in axes.get_ylim())
     medians = {name: statistics.median(price for _, price in models[name]) for name in colors}
     height = -math.inf

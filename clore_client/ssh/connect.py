@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import getpass
 import logging
 import os
 import socket
@@ -110,6 +109,8 @@ class Login:
         path = os.path.expanduser("~/.ssh/config")
         if not os.path.isfile(path):
             return
+        import getpass  # imported here, because it is slow
+
         try:
             config = self._paramiko.SSHConfig.from_path(path)
             found = config.lookup(self.address["host"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import glob
 import importlib
 import math
 import os
@@ -331,4 +330,6 @@ def _asked_name(path: bytes, wildcards: bool) -> bytes:
         return b"."
     if path.startswith(b"~") and name == path:
         return b"*"  # a home, whose name only the host knows
+    import glob
+
     return name if wildcards else glob.escape(name)
