@@ -267,7 +267,7 @@ def in_line(limit: RateLimiter, name: str, order: list[str], **options: Any) -> 
 
 def test_slots_go_in_order_and_cancels_first(limiter: Limiter) -> None:
     order = list[str]()
-    with slot(limiter(), 0.3):
+    with slot(limiter(), 1.5):  # long enough for all of them to get in line
         pass
     threads = [in_line(limiter(), name, order) for name in ("a", "b", "c")]
     threads.append(in_line(limiter(), "cancel", order, urgent=True))
