@@ -28,6 +28,7 @@ from clore_client.orders.account import AccountOrders
 from clore_client.orders.bid import set_spot_price
 from clore_client.orders.cancel import cancel_all, cancel_order, cancel_orders, confirm_ended
 from clore_client.orders.create import Purchase
+from clore_client.orders.credentials import Credentials
 from clore_client.orders.wait import wait_for_status
 from clore_client.pricing import wire_currency
 from clore_client.validation import (
@@ -36,10 +37,11 @@ from clore_client.validation import (
     check_callback,
     check_count,
     check_id,
-    check_ids,
     check_interval,
     check_number,
     check_optional_number,
+    check_order_id,
+    check_order_ids,
     check_string,
     check_text,
 )
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="CloreClient")
 PathArgument = str | os.PathLike[str]
 Progress = Callable[[str, int, int], object]
+OrderArgument = Mapping[str, Any] | int  # a record of an order, or its number
 
 
 class CloreClient(HTTPClient):
@@ -92,11 +95,15 @@ class CloreClient(HTTPClient):
         user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
         max_usd_per_hour: refuse every order and bid above this price, before it is sent.
         max_active_orders: refuse a new order when this many are active.
-        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`; None
-            turns that off.
+        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, and
+            the client the logins, host keys and hosts; None turns that off.
         max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
         order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
             live API). An order that is in no list counts as ended only after that time.
+        remember_credentials: save the password, the Jupyter token and the fingerprint of the key
+            that were sent with an order in ``state_dir``, in a file for this user only, until the
+            order has ended. Each process can then log in with the order's id. False keeps them
+            in memory.
 
     Raises:
         ConfigurationError: a key, a base URL or a settings file can't be used.
@@ -127,6 +134,7 @@ class CloreClient(HTTPClient):
         state_dir: str | os.PathLike[str] | None = DEFAULT_STATE_DIR,
         max_response_mb: float = 64.0,
         order_lag: float = 20.0,
+        remember_credentials: bool = True,
     ) -> None:
         api_key = Secret.of(api_key)  # error reporters show local variables
         super().__init__(
@@ -143,7 +151,12 @@ class CloreClient(HTTPClient):
         self.order_lag = check_interval("order_lag", order_lag)
         self._state_dir = check_state_dir("state_dir", state_dir)
         self._market = Market(self)
-        self._orders = AccountOrders(self, self._market)
+        remembered = check_bool("remember_credentials", remember_credentials)
+        self._orders = AccountOrders(
+            self,
+            self._market,
+            Credentials(lambda: state_folder(self._state_dir) if remembered else None),
+        )
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
     def __copy__(self: C) -> C:
@@ -342,22 +355,24 @@ class CloreClient(HTTPClient):
 
         Returns:
             A list of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
-            ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...
+            ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...; also
+            ``ssh_password`` and ``jupyter_token``, where this client knows them.
 
         Example:
             >>> [(order.id, order.status) for order in client.get_orders()]
             [(1958009, 'running')]
         """
-        orders, _ = self._orders.read(check_bool("include_completed", include_completed))
+        read, _ = self._orders.read(check_bool("include_completed", include_completed))
+        orders = [self._orders.with_login(order) for order in read]
         return orders if include_completed else [o for o in orders if not o.has_ended]
 
-    def get_order(self, order_id: int) -> Order | None:
+    def get_order(self, order_id: OrderArgument) -> Order | None:
         """Return one order, active or ended.
 
         The list of ended orders can be long, so it is read only if the order is not active.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
 
         Returns:
             An :class:`Order`, or None if the lists do not have it. A new order can take up to 20
@@ -367,7 +382,8 @@ class CloreClient(HTTPClient):
             >>> client.get_order(1958009).ssh_command
             'ssh root@n1.us.clorecloud.net -p 2060'
         """
-        return self._orders.find(check_id("order_id", order_id))
+        order = self._orders.find(check_order_id("order_id", order_id))
+        return None if order is None else self._orders.with_login(order)
 
     def create_order(
         self,
@@ -449,7 +465,7 @@ class CloreClient(HTTPClient):
 
     def cancel_order(
         self,
-        order_id: int,
+        order_id: OrderArgument,
         issue: str | None = None,
         *,
         confirm: bool = False,
@@ -462,7 +478,7 @@ class CloreClient(HTTPClient):
         cancel again. An order that is missing from the lists only for a moment has not ended.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
             issue: a report of what was wrong with the server; cut at 2048 characters.
             confirm: wait until the order is listed as ended, or missing from all lists for
                 ``order_lag`` seconds.
@@ -483,7 +499,7 @@ class CloreClient(HTTPClient):
             >>> client.cancel_order(1958009)
             True
         """
-        wanted = check_id("order_id", order_id)
+        wanted = check_order_id("order_id", order_id)
         check_bool("confirm", confirm)
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         check_optional_number("settle_timeout", settle_timeout, unit="seconds")
@@ -517,11 +533,11 @@ class CloreClient(HTTPClient):
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
 
-    def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
+    def cancel_orders(self, order_ids: Iterable[OrderArgument]) -> dict[str, Any]:
         """Cancel several orders, with one API call for each 64 orders.
 
         Parameters:
-            order_ids: the numbers of the orders; if empty, nothing is sent.
+            order_ids: the orders or their numbers; if empty, nothing is sent.
 
         Returns:
             The API's response as a dict, with the ids that failed in ``failed_to_cancel``.
@@ -530,11 +546,11 @@ class CloreClient(HTTPClient):
             >>> client.cancel_orders([1958009, 1958010])["failed_to_cancel"]
             []
         """
-        return cancel_orders(self._orders, check_ids("order_ids", order_ids))
+        return cancel_orders(self._orders, check_order_ids("order_ids", order_ids))
 
     def wait_for_order(
         self,
-        order_id: int,
+        order_id: OrderArgument,
         timeout: float = 300,
         poll_interval: float = 5.0,
         target_status: str = "running",
@@ -548,7 +564,7 @@ class CloreClient(HTTPClient):
         still be running, and cost money.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
             timeout: seconds to wait; ``float("inf")`` waits forever.
             poll_interval: seconds between two polls.
             target_status: ``"running"``, ``"creating"``, ``"cancelled"`` or ``"expired"``; the
@@ -568,15 +584,16 @@ class CloreClient(HTTPClient):
             >>> client.wait_for_order(1958009, timeout=120).ssh_command
             'ssh root@n1.us.clorecloud.net -p 2060'
         """
-        wanted = check_id("order_id", order_id)
+        wanted = check_order_id("order_id", order_id)
         check_number("timeout", timeout, infinite=True, unit="seconds")
         check_interval("poll_interval", poll_interval)
         check_text("target_status", target_status)
         check_callback("on_update", on_update, 1)
 
-        return wait_for_status(
+        order = wait_for_status(
             self._orders, wanted, timeout, poll_interval, target_status, on_update
         )
+        return self._orders.with_login(order)
 
     # --- rentals ---
 
@@ -758,14 +775,14 @@ class CloreClient(HTTPClient):
         return with_hourly_offers(self._market.read_spot(check_id("server_id", server_id)))
 
     def set_spot_price(
-        self, order_id: int, new_price: float, *, allow_above_on_demand: bool = False
+        self, order_id: OrderArgument, new_price: float, *, allow_above_on_demand: bool = False
     ) -> bool:
         """Change the bid of a spot order.
 
         The live API lets you lower a bid once in 600 seconds, by a limited step.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
             new_price: the new bid, in **USD per hour**.
             allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
 
@@ -785,7 +802,7 @@ class CloreClient(HTTPClient):
             >>> client.set_spot_price(1958009, 0.08)
             True
         """
-        wanted = check_id("order_id", order_id)
+        wanted = check_order_id("order_id", order_id)
         check_number("new_price", new_price, above=True, unit="USD per hour")
         check_bool("allow_above_on_demand", allow_above_on_demand)
         return set_spot_price(self._orders, wanted, new_price, allow_above_on_demand)
@@ -822,7 +839,7 @@ class CloreClient(HTTPClient):
 
     def connect_ssh(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         password: str | None = None,
         key_path: PathArgument | None = None,
         *,
@@ -839,7 +856,7 @@ class CloreClient(HTTPClient):
         default keys. It never forwards the agent or X11.
 
         Parameters:
-            order: a running order, as :meth:`wait_for_order` returns it.
+            order: a running order or its number.
             password: the password of the user in ``connection.ssh``.
             key_path: the file of a private key: Ed25519, ECDSA or RSA.
             passphrase: the passphrase of that key, if it is encrypted.
@@ -879,7 +896,7 @@ class CloreClient(HTTPClient):
 
     def wait_for_ssh(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         password: str | None = None,
         key_path: PathArgument | None = None,
         *,
@@ -906,11 +923,11 @@ class CloreClient(HTTPClient):
             use_ssh_config=use_ssh_config,
         ).close()
 
-    def forget_host_key(self, order: Mapping[str, Any]) -> bool:
+    def forget_host_key(self, order: OrderArgument) -> bool:
         """Forget the pinned host key of an order, so that the next login accepts a new one.
 
         Parameters:
-            order: the order, for example after its container was restarted.
+            order: the order or its number, for example after its container was restarted.
 
         Returns:
             True if a key was pinned.
@@ -921,13 +938,13 @@ class CloreClient(HTTPClient):
         """
         return self._ssh.forget_host_key(order)
 
-    def ssh_command(self, order: Mapping[str, Any], *, key_path: PathArgument | None = None) -> str:
+    def ssh_command(self, order: OrderArgument, *, key_path: PathArgument | None = None) -> str:
         """Return the command that logs in from a terminal, quoted for a shell.
 
         If the host key is pinned in ``state_dir``, OpenSSH accepts only that key.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             key_path: the file of a private key, which the command names.
 
         Returns:
@@ -944,7 +961,7 @@ class CloreClient(HTTPClient):
 
     def ssh_config(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         *,
         name: str | None = None,
         key_path: PathArgument | None = None,
@@ -955,7 +972,7 @@ class CloreClient(HTTPClient):
         pins the first one, in the same file.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             name: the name of the entry, as in ``ssh <name>``; ``clore-<order id>`` by default.
             key_path: the file of a private key.
 
@@ -972,7 +989,7 @@ class CloreClient(HTTPClient):
 
     def run(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         command: str | Sequence[str],
         *,
         check: bool = True,
@@ -987,7 +1004,7 @@ class CloreClient(HTTPClient):
         """Run a command on the machine of an order, and wait for its end. Needs paramiko.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             command: a command for the machine's shell; a list of arguments is quoted.
             check: raise an error if the exit code is not 0.
             timeout: seconds after the login; the command is then stopped. None waits forever. It
@@ -1029,7 +1046,7 @@ class CloreClient(HTTPClient):
 
     def forward(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         remote_port: int,
         local_port: int = 0,
         *,
@@ -1039,7 +1056,7 @@ class CloreClient(HTTPClient):
         """Forward a local port, on loopback only, to a port of the machine of an order.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             remote_port: the port on the machine of the order.
             local_port: the port on this machine; 0 chooses a free one.
             ssh, **login: as for :meth:`run`.
@@ -1063,7 +1080,7 @@ class CloreClient(HTTPClient):
 
     def upload(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         local: PathArgument,
         remote: PathArgument,
         *,
@@ -1088,7 +1105,7 @@ class CloreClient(HTTPClient):
         keeps its own. A ``remote`` that is a symlink is an error, unless ``symlinks="follow"``.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             local: a file or directory on this machine.
             remote: a path on the machine of the order; a relative path and ``~`` start at the home
                 directory.
@@ -1130,7 +1147,7 @@ class CloreClient(HTTPClient):
 
     def download(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         remote: PathArgument,
         local: PathArgument,
         *,
@@ -1153,7 +1170,7 @@ class CloreClient(HTTPClient):
         content from the start; any other change is an error.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             remote: a path on the machine of the order; a relative path and ``~`` start at the home
                 directory.
             local: a path on this machine.
@@ -1190,7 +1207,7 @@ class CloreClient(HTTPClient):
 
     def scp(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         *,
         max_bytes: int | None = None,
         progress: Callable[..., object] | None = None,
@@ -1200,7 +1217,7 @@ class CloreClient(HTTPClient):
         """Return an ``scp.SCPClient`` that is protected against hostile hosts.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             max_bytes: the largest number of bytes that one ``get()`` may receive.
             progress: as for ``scp.SCPClient``.
             timeout: seconds for each step of the login, and the longest time without progress.

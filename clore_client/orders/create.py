@@ -23,6 +23,7 @@ from clore_client.models.order import Order, created_id, to_orders
 from clore_client.models.server import on_demand_usd
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.claims import same_purchase
+from clore_client.orders.credentials import SavedLogin
 from clore_client.orders.limits import check_order_limit, check_price_limit
 from clore_client.orders.reconcile import find_order
 from clore_client.validation import (
@@ -135,6 +136,7 @@ class Purchase:
         self.baseline_read = False
         self.response: dict[str, Any] = {}
         self._bid: float | None = None  # USD per hour
+        self._saved: SavedLogin | None = None
         self._sent_at = time.monotonic()
 
     @property
@@ -216,11 +218,12 @@ class Purchase:
         with one, claims.lock(self.server_id):
             self._check_limits()
             self._read_baseline(find_timeout)
-            order, purchase = self._submit(find_timeout)
+            order, purchase = self._submit_and_save(find_timeout)
         if order.id is not None:
-            self._orders.credentials[order.id] = purchase.credentials
             self._orders.made[order.id] = order.copy()
         logger.info("order %s of server %d was made", order.id, self.server_id)
+        with contextlib.suppress(CloreError):
+            self._orders.tidy_credentials({*self.before, order.id or 0})
         order["code"] = 0
         if purchase.generated_password:
             order["ssh_password"] = str(purchase.generated_password)
@@ -242,6 +245,33 @@ class Purchase:
             if isinstance(response, Envelope):  # a fake client in a test may have a fixed list
                 self.before |= {order.id for order in listed if order.id is not None}
                 self.baseline_read = True
+
+    def _submit_and_save(self, find_timeout: float) -> tuple[Order, Purchase]:
+        """Save the credentials, and send the purchase."""
+        orders = self._orders
+        facts = {
+            "server_id": self.server_id,
+            "started": time.time(),
+            "server_clock": orders.client.server_clock,
+            "image": self.image,
+            "currency": self.currency,
+            "spot": self.spot,
+            "before": sorted(self.before),
+        }
+        saved = orders.credentials.save(orders.account, self.credentials, facts)
+        self._saved = saved
+        try:
+            order, purchase = self._submit(find_timeout)
+        except (OrderOutcomeUnknownError, DatabaseError):  # the order may exist
+            raise
+        except Exception:
+            saved.drop()
+            raise
+        if purchase is not self:
+            saved.drop()
+        if order.id is not None and purchase._saved is not None:
+            purchase._saved.assign(order.id)
+        return order, purchase
 
     def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Send the purchase, and return the order and its purchase, which can be an earlier one."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from clore_client.config import account_digest
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import Cancellation
-from clore_client.orders.claims import same_purchase
+from clore_client.orders.claims import can_be_order_of
 from clore_client.rental.budget import Budget, Meter
 from clore_client.rental.journal import JournalEntry, read_entries, write_entry
 from clore_client.rental.selection import RentalSettings
@@ -101,7 +99,7 @@ class RentalOrders:
                 "currency": settings.currency,
                 "spot": settings.spot,
                 "base_url": self._orders.client.base_url,
-                "account": self._account(),
+                "account": self._orders.account,
                 "before": sorted(self.before),
             },
         )
@@ -208,12 +206,9 @@ class RentalOrders:
                 entry.remove()
             entry.close()
 
-    def _account(self) -> str:
-        return account_digest(self._orders.client.base_url, self._orders.client.api_key)
-
     def _entries_for(self, server_id: int) -> list[JournalEntry]:
         """Return the entries for this server and account. The caller closes each."""
-        account, found = self._account(), []
+        account, found = self._orders.account, []
         for entry in read_entries(self._folder):
             data = entry.data
             if data.get("server_id") == server_id and data.get("account") == account:
@@ -221,8 +216,3 @@ class RentalOrders:
             else:
                 entry.close()
         return found
-
-
-def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
-    """Return whether an order still runs and can be the result of a purchase."""
-    return not order.has_ended and same_purchase(order, image, currency, spot)

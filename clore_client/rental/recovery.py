@@ -6,22 +6,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from clore_client.config import account_digest
 from clore_client.errors import CancelUnconfirmedError, CloreError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.record import whole_id
 from clore_client.orders.account import AccountOrders, OrderState
 from clore_client.orders.cancel import Cancellation, confirm_until
+from clore_client.orders.claims import CLOCKS_APART, LATEST_ORDER, matches_entry
 from clore_client.pricing import finite
 from clore_client.rental.journal import JournalEntry, read_entries
-from clore_client.rental.orders import can_be_order_of
 
-# The allowed difference between the creation time of an order, by the server's clock, and the time
-# of its entry, by this machine's clock. All in seconds.
-CLOCKS_APART = 300.0
-CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
-LATEST_ORDER = 180.0  # a proxy can delay a request
 LEFTOVER_READ_INTERVAL = 1.0  # between two reads, while an order may not be listed yet
 
 
@@ -86,7 +80,7 @@ class _Survey:
 
     def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
         self._orders = orders
-        account = account_digest(orders.client.base_url, orders.client.api_key)
+        account = orders.account
         self.entries: list[JournalEntry] = []
         self._read(folder, account)
         try:
@@ -221,23 +215,6 @@ class _Survey:
         elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
         abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
         return Leftovers(abandoned, elsewhere, self.unnoted)
-
-
-def matches_entry(data: dict[str, Any], order: Order) -> bool:
-    """Return whether an order can be the result of an entry without an order id."""
-    before = data.get("before")
-    if order.server_id != whole_id(data.get("server_id")):
-        return False
-    if isinstance(before, list) and order.id in before:
-        return False
-    if not can_be_order_of(order, data.get("image"), data.get("currency"), data.get("spot")):
-        return False
-    started, made = finite(data.get("started")), order.started_at
-    if started is None or made is None:
-        return False
-    ahead = finite(data.get("server_clock"))
-    apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
-    return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
 
 
 def _is_recent(data: dict[str, Any], seconds: float) -> bool:

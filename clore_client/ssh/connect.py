@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import getpass
 import logging
+import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError, printable
@@ -28,6 +30,7 @@ LOGIN_OPTIONS = frozenset(
 )
 PARAMIKO_LOGGER = "clore_client.paramiko"
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
+LOOK_EVERY = 15.0  # seconds between two looks if the order of that machine has ended
 
 
 def import_paramiko() -> Any:
@@ -61,9 +64,11 @@ class Login:
         wait: float,
         keys: KeyCheck,
         use_ssh_config: bool = False,
+        agent_key: Any = None,
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.address = plain_address(order)
-        if passphrase is not None and key_path is None:
+        if passphrase is not None and key_path is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
         if key_path is not None:
             check_local_path("key_path", key_path)
@@ -74,7 +79,10 @@ class Login:
         self.keys = keys
         self._paramiko = import_paramiko()
         # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
-        self.key = None if self.key_path is None else self._read_key(self.key_path, passphrase)
+        self.key = agent_key
+        if self.key_path is not None:
+            self.key = self._read_key(self.key_path, passphrase)
+        self._on_failure = on_failure or (lambda error: None)
         self._hops: list[dict[str, Any]] = []
         self._identities: list[str] = []
         if use_ssh_config:
@@ -162,10 +170,14 @@ class Login:
     def open(self) -> paramiko.SSHClient:
         """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
         deadline = time.monotonic() + self.wait
+        next_look = -math.inf
         while True:
             try:
                 return self.once()
             except NotUpYetError as error:
+                if time.monotonic() >= next_look:
+                    self.explain(error)
+                    next_look = time.monotonic() + LOOK_EVERY
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     raise SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}") from (
@@ -173,6 +185,13 @@ class Login:
                     )
                 logger.debug("no SSH at %s yet: %s", self.where, error)
                 time.sleep(min(SSH_PAUSE, remaining))
+            except SSHError as error:
+                self.explain(error)
+                raise
+
+    def explain(self, error: SSHError) -> None:
+        """Raise a better error than this one if the login failed because the order has ended."""
+        self._on_failure(error)
 
     def once(self) -> paramiko.SSHClient:
         """Try once to log in, within ``timeout`` seconds in all."""
@@ -267,7 +286,8 @@ class Login:
         if self.password is not None:
             what = "password"
         elif self.key is not None:
-            what = f"key {printable(repr(self.key_path), 200)} ({fingerprint_of(self.key)})"
+            where = printable(repr(self.key_path), 200) if self.key_path else "of the SSH agent"
+            what = f"key {where} ({fingerprint_of(self.key)})"
         else:
             what = "keys of the SSH agent and of ~/.ssh"
         if "timeout" in str(error).lower():

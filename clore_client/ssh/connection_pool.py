@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any
 
+from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.ssh.connect import Login, NotUpYetError
 from clore_client.ssh.watchdog import start_thread
@@ -92,6 +93,9 @@ class ConnectionPool:
                 if (ssh := self._opened[number]) is not None:
                     self._opened[number] = None
                     return ssh
+        except SSHError as error:
+            login.explain(error)
+            raise
         return login.open()
 
     def _open(self, login: Login, number: int) -> None:

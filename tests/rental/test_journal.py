@@ -15,8 +15,8 @@ import pytest
 
 from clore_client import CloreClient, Order
 from clore_client.config import DEFAULT_STATE_DIR, account_digest, state_folder
+from clore_client.orders.claims import matches_entry
 from clore_client.rental.journal import read_entries, this_machine, write_entry
-from clore_client.rental.recovery import matches_entry
 from tests.conftest import client_for
 from tests.rental.test_rental import QUICK, active
 from tests.variant import Simulator
@@ -95,7 +95,7 @@ def test_the_content_of_an_entry(folder: Path) -> None:
 def test_an_entry_has_no_secret(sim: Simulator, client: CloreClient, folder: Path) -> None:
     secrets: dict[str, Any] = {"ssh_password": "hush-hush-pw", "jupyter_token": "hush-token"}
     with client.rent(env={"SECRET": "hush-env"}, **secrets, **QUICK) as rental:
-        (path,) = folder.iterdir()
+        (path,) = folder.glob("*.json")
         text = path.read_text()
         facts = json.loads(text)
     assert "hush" not in text
@@ -116,7 +116,7 @@ def test_an_entry_is_written_before_the_request_is_sent(
 
     def request(method: str, endpoint: str, *args: Any, **kwargs: Any) -> Any:
         if endpoint == "/v1/create_order":
-            seen.extend(json.loads(path.read_text()) for path in folder.iterdir())
+            seen.extend(json.loads(path.read_text()) for path in folder.glob("*.json"))
         return real(method, endpoint, *args, **kwargs)
 
     monkeypatch.setattr(client, "_request", request)
@@ -196,8 +196,8 @@ def test_a_full_disk(
     monkeypatch.setattr(os, "fsync", full)
     for _ in range(2):
         with client.rent(**QUICK):
-            assert os.listdir(folder) == []
-    assert caplog.text.count("No space left on device") == 1
+            assert [p for p in folder.rglob("*") if p.is_file()] == []
+    assert caplog.text.count("No space left on device") == 2  # the journal, and the login
     assert active(sim) == []
 
 

@@ -38,7 +38,7 @@ def _state(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
 
 def entries(tmp_path: Any) -> list[str]:
     folder = tmp_path / "state" / "clore-client"
-    return sorted(os.listdir(folder)) if folder.exists() else []
+    return sorted(path.name for path in folder.glob("*.json"))
 
 
 def rent(client: CloreClient, **options: Any) -> Rental:
