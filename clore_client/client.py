@@ -16,8 +16,9 @@ from clore_client.config import (
     require_key,
     state_folder,
 )
-from clore_client.errors import ERROR_CODES, Secret, printable, secret_values
+from clore_client.errors import ERROR_CODES, SECRET_FIELDS, Secret, printable, secret_values
 from clore_client.log import logger
+from clore_client.market.host_history import HostHistory
 from clore_client.market.market import Market
 from clore_client.market.spot import with_hourly_offers
 from clore_client.models.order import Order
@@ -49,6 +50,7 @@ from clore_client.validation import (
 if TYPE_CHECKING:
     import paramiko
 
+    from clore_client.rental.group import RentalGroup
     from clore_client.rental.recovery import Leftovers
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalHandling
@@ -156,6 +158,9 @@ class CloreClient(HTTPClient):
             self,
             self._market,
             Credentials(lambda: state_folder(self._state_dir) if remembered else None),
+        )
+        self._host_history = HostHistory(
+            lambda: state_folder(self._state_dir), lambda: self.base_url
         )
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
@@ -620,6 +625,7 @@ class CloreClient(HTTPClient):
         cancel_timeout: float = 300.0,
         max_hours: float | None = None,
         max_cost_usd: float | None = None,
+        prefer_known: bool = False,
     ) -> Rental:
         """Rent a server for the length of a ``with`` block, and cancel the order at its end.
 
@@ -656,10 +662,14 @@ class CloreClient(HTTPClient):
                 at most as many seconds to confirm the end.
             max_hours: hours after which the rental ends.
             max_cost_usd: cost in USD, with fees, at which the rental ends.
+            prefer_known: try the hosts first that worked in the last day. Those that did not
+                deploy, had no sshd, or refused the login always come last; see
+                :meth:`host_history`.
 
         Returns:
             A :class:`Rental`, which orders when its block begins: ``order``, ``server``,
-            ``cost_usd``, ``ssh()``, ``run()``, ``keep()``.
+            ``status``, ``cost_usd``, ``ssh()``, ``run()``, ``forward()``, ``keep()``, ``cancel()``.
+            Without a block, in a notebook, ``start()`` begins it and ``close()`` ends it.
 
         Raises:
             RentalError: no server worked; ``tried`` has the reason for each.
@@ -686,9 +696,113 @@ class CloreClient(HTTPClient):
             use_spot=use_spot, server_id=server_id, order=order, spot_price=spot_price,
             attempts=attempts, deploy_timeout=deploy_timeout, poll_interval=poll_interval,
             find_timeout=find_timeout, cancel_timeout=cancel_timeout, max_hours=max_hours,
-            max_cost_usd=max_cost_usd,
+            max_cost_usd=max_cost_usd, prefer_known=prefer_known,
         )  # fmt: skip
-        return Rental(self, self._orders, settings, state_folder(self._state_dir))
+        folder = state_folder(self._state_dir)
+        return Rental(self, self._orders, settings, folder, self._host_history)
+
+    def rent_many(
+        self, count: int, *filters: Any, min_count: int | None = None, **options: Any
+    ) -> RentalGroup:
+        """Rent several servers for the length of a ``with`` block, and cancel all at its end.
+
+        They deploy side by side, each on a server of its own; the API allows one order in five
+        seconds. If fewer than ``min_count`` run, all are cancelled. Each rental ends as that of
+        :meth:`rent` does, and all end together, whatever happens.
+
+        Parameters:
+            count: the number of servers.
+            *filters, **options: as for :meth:`rent`; ``attempts``, ``max_hours`` and
+                ``max_cost_usd`` count for each rental.
+            min_count: how many must run; default all.
+
+        Returns:
+            A :class:`RentalGroup`, a sequence of :class:`Rental` with ``run()``, ``map()`` and
+            ``cost_usd``.
+
+        Raises:
+            RentalError: too few servers worked; none is rented.
+
+        Example:
+            >>> with client.rent_many(3, "RTX 4090", max_price_usd=0.40) as rentals:
+            ...     for result in rentals.run("nvidia-smi -L"):
+            ...         print(result.stdout)
+        """
+        from clore_client.rental.group import RentalGroup
+
+        check_count("count", count, minimum=1, maximum=64)
+        least = count if min_count is None else min_count
+        check_count("min_count", least, minimum=1, maximum=count)
+        if options.get("server_id") is not None:
+            raise TypeError("rent_many() takes no server_id, because it rents several servers")
+        options = {k: secret_values(Secret.of(v)) if k in SECRET_FIELDS else v
+                   for k, v in options.items()}  # fmt: skip
+        # All rentals share the rate limit, and the orders should not wait for the polls.
+        options.setdefault("poll_interval", max(5.0, 2.0 * count))
+        rentals = [self.rent(*filters, **options) for _ in range(count)]
+        return RentalGroup(rentals, least)
+
+    def attach(
+        self,
+        order: OrderArgument,
+        *,
+        end: bool = False,
+        max_hours: float | None = None,
+        max_cost_usd: float | None = None,
+        cancel_timeout: float = 300.0,
+    ) -> Rental:
+        """Return a rental of an order that runs already, from any process.
+
+        Without ``end``, it can be used with and without a block, and never ends the order. With
+        ``end``, it begins with its block or ``start()``, and ends the order as :meth:`rent` does.
+
+        Parameters:
+            order: the order or its number.
+            end: whether the end of the block ends the order.
+            max_hours, max_cost_usd, cancel_timeout: as for :meth:`rent`, with ``end`` only. They
+                count from the start of the order.
+
+        Returns:
+            A :class:`Rental`.
+
+        Raises:
+            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+
+        Example:
+            >>> client.attach(1958009).run("nvidia-smi -L").stdout
+            'GPU 0: NVIDIA GeForce RTX 4090'
+        """
+        from clore_client.rental.attach import AttachedRental
+        from clore_client.rental.selection import RentalSettings
+
+        wanted = check_order_id("order", order)
+        if not check_bool("end", end) and (max_hours is not None or max_cost_usd is not None):
+            raise ValueError(
+                "max_hours and max_cost_usd need end=True: add that, or leave them out"
+            )
+        running = self._orders.with_login(self._orders.running(wanted))
+        settings = RentalSettings.of_order(
+            running, max_hours=max_hours, max_cost_usd=max_cost_usd, cancel_timeout=cancel_timeout
+        )
+        folder = state_folder(self._state_dir)
+        return AttachedRental(
+            self, self._orders, settings, folder, self._host_history, running, end
+        )
+
+    def host_history(self) -> list[dict[str, Any]]:
+        """Return what happened on the hosts that :meth:`rent` tried in the last day.
+
+        Returns:
+            A list of dicts, the newest first: ``server_id``, ``outcome`` (``"worked"``, ``"not
+            deployed"``, ``"no sshd"`` or ``"login refused"``) and ``time`` (Unix time).
+
+        Example:
+            >>> client.host_history()
+            [{'server_id': 99173, 'outcome': 'worked', 'time': 1784203200.5}]
+        """
+        seen = self._host_history.outcomes()
+        hosts = [{"server_id": server_id, **host} for server_id, host in seen.items()]
+        return sorted(hosts, key=lambda host: -host["time"])
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
         """Find the orders that rentals of dead processes left running on this account.
@@ -698,7 +812,8 @@ class CloreClient(HTTPClient):
 
         Returns:
             :class:`Leftovers`: ``abandoned`` (orders of this machine), ``elsewhere`` (orders of
-            other machines) and ``unnoted`` (active orders that are not in the journal).
+            other machines), ``kept`` (orders of this machine that stayed with ``keep()``) and
+            ``unnoted`` (active orders that are not in the journal).
 
         Example:
             >>> client.leftovers().abandoned
@@ -735,6 +850,30 @@ class CloreClient(HTTPClient):
         return limited(
             lambda: end_leftovers(self._orders, folder, wait, cancel_timeout), urgent=True
         )
+
+    def cancel_overdue(self, *, cancel_timeout: float = 300.0) -> list[int]:
+        """Cancel the orders of this machine that were kept, and are past their deadline.
+
+        Call it from cron, for orders that ``rental.keep(max_hours=...)`` left running.
+
+        Parameters:
+            cancel_timeout: seconds to keep sending each cancel.
+
+        Returns:
+            The ids of the orders, which have confirmed ended.
+
+        Raises:
+            CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
+
+        Example:
+            >>> client.cancel_overdue()
+            [1958009]
+        """
+        from clore_client.rental.recovery import end_overdue
+
+        check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
+        folder = state_folder(self._state_dir)
+        return limited(lambda: end_overdue(self._orders, folder, cancel_timeout), urgent=True)
 
     @staticmethod
     def handle_signals() -> SignalHandling:

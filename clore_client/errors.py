@@ -266,7 +266,14 @@ class RateUnknownError(CloreError):
 
 
 class SSHError(CloreError):
-    """An SSH login, command or transfer failed."""
+    """An SSH login, command or transfer failed.
+
+    Attributes:
+        reason: ``"unreachable"`` if no sshd responded in time, ``"refused"`` if it refused the
+            login, else ``""``.
+    """
+
+    reason: str = ""
 
 
 class RentalError(CloreError):

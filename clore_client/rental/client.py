@@ -12,6 +12,8 @@ from clore_client.models.server import Server
 if TYPE_CHECKING:
     import paramiko
 
+    from clore_client.ssh.tunnel import Forward
+
 
 class RentalClient(Protocol):
     """The methods of ``CloreClient`` that a rental uses."""
@@ -28,6 +30,13 @@ class RentalClient(Protocol):
 
     def get_orders(self, include_completed: bool = False) -> list[Order]: ...
 
+    def get_order(self, order_id: Any) -> Order | None: ...
+
+    def cancel_order(self, order_id: Any, *, confirm: bool) -> bool: ...
+
+    @property
+    def ssh_command(self) -> Callable[..., str]: ...
+
     def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
 
     def wait_for_order(self, order_id: int, timeout: float, poll_interval: float) -> Order: ...
@@ -37,6 +46,9 @@ class RentalClient(Protocol):
 
     @property
     def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
+
+    @property
+    def forward(self) -> Callable[..., Forward]: ...
 
     @property
     def run(self) -> Callable[..., CommandResult]: ...

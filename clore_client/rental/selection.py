@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from clore_client.errors import printable
+from clore_client.market.host_history import WORKED, HostHistory
+from clore_client.models.order import Order
 from clore_client.models.record import part_of
 from clore_client.models.server import Server, on_demand_usd
 from clore_client.orders.create import check_login, order_env, order_ports
-from clore_client.pricing import HOURS_PER_DAY, finite, positive
+from clore_client.pricing import HOURS_PER_DAY, finite, positive, wire_currency
 from clore_client.rental.client import RentalClient
 from clore_client.validation import (
     check_bool,
@@ -56,7 +59,9 @@ class RentalSettings:
         cancel_timeout: Any,
         max_hours: Any,
         max_cost_usd: Any,
+        prefer_known: Any = False,
     ) -> None:
+        self.prefer_known = check_bool("prefer_known", prefer_known)
         self._set_search(gpu_type, max_price_usd, min_reliability, use_spot, server_id)
         self._set_order(order)
         self.spot_price = self._checked_bid(spot_price)
@@ -73,6 +78,23 @@ class RentalSettings:
         self.max_cost_usd = check_optional_number(
             "max_cost_usd", max_cost_usd, above=True, infinite=True
         )
+
+    @classmethod
+    def of_order(
+        cls, order: Order, *, max_hours: Any, max_cost_usd: Any, cancel_timeout: Any
+    ) -> RentalSettings:
+        """Return the settings for an order that exists."""
+        names = ("ports", "env", "ssh_password", "ssh_key", "jupyter_token")
+        known = {
+            "image": order.get("image") or "unknown",
+            "currency": wire_currency(str(order.get("currency"))) or "CLORE-Blockchain",
+        }
+        return cls(
+            gpu_type=None, max_price_usd=None, min_reliability=0.0, server_id=None, spot_price=None,
+            use_spot=order.is_spot is True, order={**dict.fromkeys(names), **known},
+            attempts=1, deploy_timeout=0.0, poll_interval=1.0, find_timeout=0.0,
+            cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
+        )  # fmt: skip
 
     def _set_search(
         self, gpu_type: Any, max_price_usd: Any, min_reliability: Any, use_spot: Any, server_id: Any
@@ -135,8 +157,13 @@ class RentalSettings:
         bid = lowest * (1 + BID_MARGIN)
         return bid if limit is None or lowest > limit else min(bid, limit)
 
-    def reason_against(self, server: Server) -> str | None:
-        """Return the reason why a server does not fit, or None if it fits."""
+    def reason_against(self, server: Server, limited: bool = True) -> str | None:
+        """Return the reason why a server does not fit, or None if it fits.
+
+        Parameters:
+            server: the server.
+            limited: whether ``max_price_usd`` counts.
+        """
         coins = server.get("allowed_coins")
         if isinstance(coins, list) and coins and self.currency not in coins:
             return f"does not accept {self.currency}"
@@ -147,7 +174,8 @@ class RentalSettings:
             if self.max_price_usd is not None or self.max_cost_usd is not None:
                 return "has no price"
             return None
-        if self.max_price_usd is not None and price > self.max_price_usd * (1 + 1e-12):
+        limit = self.max_price_usd if limited else None
+        if limit is not None and price > limit * (1 + 1e-12):
             return f"costs {price:.4g} USD per hour"
         on_demand = server.usd_per_hour
         if self.spot and on_demand is not None and price > on_demand:
@@ -177,8 +205,13 @@ def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | Non
     return finite(order.usd_per_hour)
 
 
-def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Server], str]:
-    """Return the servers to try, the cheapest first, and an error text if there are none."""
+def candidates(
+    client: RentalClient, settings: RentalSettings, history: HostHistory
+) -> tuple[list[Server], str]:
+    """Return the servers to try, and an error text if there are none.
+
+    The cheapest come first, and hosts that have just disappointed last.
+    """
     if settings.server_id is not None:
         listed = client.get_marketplace(include_rented=True)
         pinned = [s for s in listed if s.id == settings.server_id]
@@ -204,7 +237,33 @@ def candidates(client: RentalClient, settings: RentalSettings) -> tuple[list[Ser
         return [], f"there is no free server{named}{reliable}: try later, or change the filters"
     fitting = [s for s in found if s.id is not None and settings.reason_against(s) is None]
     fitting.sort(key=lambda s: p if (p := settings.price_of(s)) is not None else float("inf"))
+    outcomes = {server_id: seen["outcome"] for server_id, seen in history.outcomes().items()}
+    fitting.sort(key=lambda s: _rank(outcomes.get(s.id or 0), settings.prefer_known))
     return fitting, (
-        f"none of {len(found)} free servers of that kind fits the price and the currency: raise "
-        "max_price_usd, or use another currency"
+        f"none of {len(found)} free servers of that kind fits the price and the currency"
+        f"{_cheapest_beyond(found, settings)}: raise max_price_usd, or use another currency"
+    )
+
+
+def _rank(outcome: str | None, prefer_known: bool) -> int:
+    """Return 0 for the hosts to try first, 2 for those to try last, else 1."""
+    if outcome is None:
+        return 1
+    return (0 if prefer_known else 1) if outcome == WORKED else 2
+
+
+def _cheapest_beyond(servers: list[Server], settings: RentalSettings) -> str:
+    """Return the part of an error that names the cheapest server without the price limit."""
+    prices = [
+        (price, server.id, server.gpu_name)
+        for server in servers
+        if settings.reason_against(server, limited=False) is None
+        and (price := settings.price_of(server)) is not None
+    ]
+    if settings.max_price_usd is None or not prices:
+        return ""
+    price, server_id, gpu = min(prices, key=lambda found: found[0])
+    return (
+        f"; the cheapest without max_price_usd={settings.max_price_usd:g} is server {server_id} "
+        f"({printable(str(gpu), 60)}) for {price:.4g} USD per hour"
     )

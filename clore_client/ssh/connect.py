@@ -180,18 +180,19 @@ class Login:
                     next_look = time.monotonic() + LOOK_EVERY
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}") from (
-                        error.__cause__
-                    )
+                    late = SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}")
+                    late.reason = "unreachable"
+                    raise late from error.__cause__
                 logger.debug("no SSH at %s yet: %s", self.where, error)
                 time.sleep(min(SSH_PAUSE, remaining))
             except SSHError as error:
                 self.explain(error)
                 raise
 
-    def explain(self, error: SSHError) -> None:
+    def explain(self, error: BaseException | None) -> None:
         """Raise a better error than this one if the login failed because the order has ended."""
-        self._on_failure(error)
+        if error is not None:
+            self._on_failure(error)
 
     def once(self) -> paramiko.SSHClient:
         """Try once to log in, within ``timeout`` seconds in all."""
@@ -213,6 +214,7 @@ class Login:
                 failure = self._too_slow(ssh)
             elif self._is_refusal(ssh, error):
                 failure = self._refused(ssh, error)
+                failure.reason = "refused"
             else:
                 failure = _login_error(error, self._paramiko, self.where)
             _give_up(ssh)

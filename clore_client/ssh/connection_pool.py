@@ -49,8 +49,11 @@ class ConnectionPool:
         self._ready[0].set()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        lost = isinstance(error, SSHError) and not _is_active(self.ssh)
         self._close()
+        if lost and self._login is not None:
+            self._login.explain(error)
 
     @property
     def ssh(self) -> Any:
@@ -110,3 +113,8 @@ class ConnectionPool:
             thread.join()
         if self._login is not None:
             self.break_off()
+
+
+def _is_active(ssh: Any) -> bool:
+    transport = ssh.get_transport()
+    return transport is not None and bool(transport.is_active())
