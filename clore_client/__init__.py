@@ -45,6 +45,7 @@ from clore_client.models.wallet import Wallet
 from clore_client.version import __version__
 
 if TYPE_CHECKING:
+    from clore_client.rental.group import RentalGroup
     from clore_client.rental.recovery import Leftover, Leftovers
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalExit
@@ -82,6 +83,7 @@ __all__ = [
     "RateUnknownError",
     "Rental",
     "RentalError",
+    "RentalGroup",
     "SSHError",
     "Server",
     "ServerAlreadyRentedError",
@@ -101,6 +103,7 @@ _LAZY_NAMES = {
     "Leftover": "recovery",
     "Leftovers": "recovery",
     "Rental": "rental",
+    "RentalGroup": "group",
     "SignalExit": "signals",
 }
 

@@ -12,7 +12,6 @@ from clore_client.config import (
     DEFAULT_STATE_DIR,
     KEY_VARIABLE,
     check_state_dir,
-    key_ending,
     require_key,
     state_folder,
 )
@@ -214,13 +213,12 @@ class CloreClient(HTTPClient):
             base URL https://api.clore.ai, from class attribute CloreClient.BASE_URL
         """
         key, url = self.api_key, self.BASE_URL
-        found, source = self._key_source
-        if not key:
+        if key:
+            key_line = self._described_key(key)
+        else:
+            found = self._key_source[0]
             where = f"in {KEY_VARIABLE} or {CONFIG_FILE}" if key == found else "any more"
             key_line = f"no key {where}"
-        else:
-            source = source if key == found else "attribute"
-            key_line = f"a key that ends in {key_ending(key)!r}, from {source}"
         url_found, url_source = self._url_source
         if url != url_found:
             own = "BASE_URL" in self.__dict__
@@ -582,6 +580,8 @@ class CloreClient(HTTPClient):
 
         Raises:
             OrderEndedError: the order ended before it had the status.
+            OrderNotFoundError: the account has no such order. An order that was made elsewhere
+                seconds ago may not be listed yet.
             WaitTimeoutError: it did not have the status in time; also a ``TimeoutError``.
                 ``reason`` says if it never showed up or is still creating.
 

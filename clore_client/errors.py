@@ -339,8 +339,16 @@ class CloreAPIError(CloreError):
             self.retryable = retryable
         text = self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})"
         envelope = without(repr(masked(self.response)), secrets)
-        message = f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
-        super().__init__(f"{message}\nhint: {hint}" if hint else message)
+        super().__init__(
+            f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
+        )
+        if hint:
+            self.add_hint(hint)
+
+    def add_hint(self, hint: str) -> None:
+        """Set the hint, and add it to the text on a line of its own."""
+        self.hint = hint
+        self.args = (f"{self}\nhint: {hint}",)
 
 
 class DatabaseError(CloreAPIError):

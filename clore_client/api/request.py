@@ -24,8 +24,9 @@ from clore_client.api.rate_limit import (
     rate_limit_for,
 )
 from clore_client.api.retry import Failure, classify, classify_error, classify_unusable
-from clore_client.config import URL_VARIABLE, check_base_url, clean_key, find_key
+from clore_client.config import URL_VARIABLE, check_base_url, clean_key, find_key, key_ending
 from clore_client.errors import (
+    AuthenticationError,
     CloreConnectionError,
     CloreError,
     ConfigurationError,
@@ -200,6 +201,13 @@ class HTTPClient:
             rest["auth"] = clean_key(key, "the attribute api_key")
         self._headers = rest
 
+    def _described_key(self, key: str) -> str:
+        """Return a text that names the end of a key, and where it comes from."""
+        found, source = self._key_source
+        if key != found:
+            source = "attribute" if key == self.api_key else "the headers of the call"
+        return f"a key that ends in {key_ending(key)!r}, from {source}"
+
     @property
     def headers(self) -> dict[str, str]:
         """The headers of each request: ``{"auth": api_key}``, or ``{}`` without a key."""
@@ -355,6 +363,11 @@ class HTTPClient:
                 self.server_clock = server_time + 0.5 - time.time()
         else:
             outcome.error.sent_at = sent_at
+            if isinstance(outcome.error, AuthenticationError) and call.key:
+                outcome.error.add_hint(
+                    f"the API refused {self._described_key(call.key)}: correct the key there, or "
+                    "make a new one"
+                )
         return outcome
 
     def _exchange(

@@ -14,6 +14,7 @@ from clore_client.api.request import HTTPClient, limited
 from clore_client.errors import (
     CloreError,
     DatabaseError,
+    InvalidInputError,
     OrderOutcomeUnknownError,
     Secret,
     ServerAlreadyRentedError,
@@ -264,6 +265,9 @@ class Purchase:
             order, purchase = self._submit(find_timeout)
         except (OrderOutcomeUnknownError, DatabaseError):  # the order may exist
             raise
+        except InvalidInputError as error:
+            saved.drop()
+            raise self._no_such_server(error) or error from None
         except Exception:
             saved.drop()
             raise
@@ -272,6 +276,24 @@ class Purchase:
         if order.id is not None and purchase._saved is not None:
             purchase._saved.assign(order.id)
         return order, purchase
+
+    def _no_such_server(self, error: InvalidInputError) -> InvalidInputError | None:
+        """Return a better error if the API refused an order because it has no such server."""
+        try:
+            if self._orders.market.find_server(self.server_id) is not None:
+                return None
+        except CloreError:
+            return None
+        better = InvalidInputError(
+            error.code,
+            f"there is no server {self.server_id} on the marketplace, so nothing was ordered: "
+            "choose one of find_servers()",
+            error.response,
+            http_status=error.http_status,
+            endpoint=error.endpoint,
+        )
+        better.sends, better.sent_at = error.sends, error.sent_at
+        return better
 
     def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Send the purchase, and return the order and its purchase, which can be an earlier one."""

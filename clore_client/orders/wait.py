@@ -6,7 +6,13 @@ import time
 from collections.abc import Callable
 
 from clore_client.api.request import limited
-from clore_client.errors import CloreError, InvalidResponseError, OrderEndedError, WaitTimeoutError
+from clore_client.errors import (
+    CloreError,
+    InvalidResponseError,
+    OrderEndedError,
+    OrderNotFoundError,
+    WaitTimeoutError,
+)
 from clore_client.log import logger
 from clore_client.models.order import ENDED_STATUSES, Order
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
@@ -38,6 +44,12 @@ def wait_for_status(
         seen = order or seen
         if on_update is not None and failure is None:
             on_update(order)
+        if order is None and failure is None and seen is None and not _may_exist(orders, order_id):
+            raise OrderNotFoundError(
+                f"there is no order {order_id} in this account, so it is not awaited: look at "
+                "get_orders()",
+                order_id=order_id,
+            )
         if order is not None and order.status in targets:
             return order
         if order is not None and order.has_ended:
@@ -57,6 +69,11 @@ def wait_for_status(
         # Respect the pause that the API asked for.
         pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
         time.sleep(min(pause, remaining))
+
+
+def _may_exist(orders: AccountOrders, order_id: int) -> bool:
+    """Return whether an order that no list has may be a new one, which is listed later."""
+    return order_id in orders.known or bool(orders.credentials.of(orders.account, order_id))
 
 
 def _poll(
