@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clore_client.api.request import HTTPClient, limited
@@ -153,14 +154,9 @@ class CloreClient(HTTPClient):
         self._state_dir = check_state_dir("state_dir", state_dir)
         self._market = Market(self)
         remembered = check_bool("remember_credentials", remember_credentials)
-        self._orders = AccountOrders(
-            self,
-            self._market,
-            Credentials(lambda: state_folder(self._state_dir) if remembered else None),
-        )
-        self._host_history = HostHistory(
-            lambda: state_folder(self._state_dir), lambda: self.base_url
-        )
+        credentials = Credentials(lambda: self._folder if remembered else None)
+        self._orders = AccountOrders(self, self._market, credentials)
+        self._host_history = HostHistory(lambda: self._folder, lambda: self.base_url)
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
     def __copy__(self: C) -> C:
@@ -224,6 +220,10 @@ class CloreClient(HTTPClient):
             own = "BASE_URL" in self.__dict__
             url_source = "attribute" if own else f"class attribute {type(self).__name__}.BASE_URL"
         return f"{key_line}\nbase URL {printable(str(url), 200)}, from {url_source}"
+
+    @property
+    def _folder(self) -> Path | None:
+        return state_folder(self._state_dir)
 
     # --- wallets ---
 
@@ -698,8 +698,7 @@ class CloreClient(HTTPClient):
             find_timeout=find_timeout, cancel_timeout=cancel_timeout, max_hours=max_hours,
             max_cost_usd=max_cost_usd, prefer_known=prefer_known,
         )  # fmt: skip
-        folder = state_folder(self._state_dir)
-        return Rental(self, self._orders, settings, folder, self._host_history)
+        return Rental(self, self._orders, settings, self._folder, self._host_history)
 
     def rent_many(
         self, count: int, *filters: Any, min_count: int | None = None, **options: Any
@@ -784,9 +783,8 @@ class CloreClient(HTTPClient):
         settings = RentalSettings.of_order(
             running, max_hours=max_hours, max_cost_usd=max_cost_usd, cancel_timeout=cancel_timeout
         )
-        folder = state_folder(self._state_dir)
         return AttachedRental(
-            self, self._orders, settings, folder, self._host_history, running, end
+            self, self._orders, settings, self._folder, self._host_history, running, end
         )
 
     def host_history(self) -> list[dict[str, Any]]:
@@ -822,7 +820,7 @@ class CloreClient(HTTPClient):
         from clore_client.rental.recovery import find_leftovers
 
         check_number("wait", wait, unit="seconds")
-        folder = state_folder(self._state_dir)
+        folder = self._folder
         return limited(lambda: find_leftovers(self._orders, folder, wait), urgent=True)
 
     def cancel_leftovers(self, *, wait: float = 30.0, cancel_timeout: float = 300.0) -> list[int]:
@@ -846,7 +844,7 @@ class CloreClient(HTTPClient):
 
         check_number("wait", wait, unit="seconds")
         check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
-        folder = state_folder(self._state_dir)
+        folder = self._folder
         return limited(
             lambda: end_leftovers(self._orders, folder, wait, cancel_timeout), urgent=True
         )
@@ -872,7 +870,7 @@ class CloreClient(HTTPClient):
         from clore_client.rental.recovery import end_overdue
 
         check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
-        folder = state_folder(self._state_dir)
+        folder = self._folder
         return limited(lambda: end_overdue(self._orders, folder, cancel_timeout), urgent=True)
 
     @staticmethod
@@ -953,7 +951,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.access import SSHAccess
 
         if self._ssh_access is None:
-            self._ssh_access = SSHAccess(self, self._orders, state_folder(self._state_dir))
+            self._ssh_access = SSHAccess(self, self._orders, self._folder)
         return self._ssh_access
 
     @staticmethod

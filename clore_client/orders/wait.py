@@ -44,12 +44,8 @@ def wait_for_status(
         seen = order or seen
         if on_update is not None and failure is None:
             on_update(order)
-        if order is None and failure is None and seen is None and not _may_exist(orders, order_id):
-            raise OrderNotFoundError(
-                f"there is no order {order_id} in this account, so it is not awaited: look at "
-                "get_orders()",
-                order_id=order_id,
-            )
+        if seen is None and failure is None:
+            _check_may_exist(orders, order_id)
         if order is not None and order.status in targets:
             return order
         if order is not None and order.has_ended:
@@ -71,9 +67,14 @@ def wait_for_status(
         time.sleep(min(pause, remaining))
 
 
-def _may_exist(orders: AccountOrders, order_id: int) -> bool:
-    """Return whether an order that no list has may be a new one, which is listed later."""
-    return order_id in orders.known or bool(orders.credentials.of(orders.account, order_id))
+def _check_may_exist(orders: AccountOrders, order_id: int) -> None:
+    """Check that an order that no list has may be a new one, which is listed later."""
+    if order_id not in orders.known and not orders.credentials.of(orders.account, order_id):
+        raise OrderNotFoundError(
+            f"there is no order {order_id} in this account, so it is not awaited: look at "
+            "get_orders()",
+            order_id=order_id,
+        )
 
 
 def _poll(

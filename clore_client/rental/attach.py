@@ -15,7 +15,7 @@ from clore_client.rental.rental import Rental
 from clore_client.rental.selection import RentalSettings, order_usd_per_hour
 from clore_client.rental.worker import RentalWorker
 
-A = TypeVar("A", bound="AttachedRental")
+Attached = TypeVar("Attached", bound="AttachedRental")
 
 
 class AttachedRental(Rental):
@@ -82,7 +82,7 @@ class AttachedRental(Rental):
         if price is not None:
             worker.correct_price(price)
 
-    def __enter__(self: A) -> A:
+    def __enter__(self: Attached) -> Attached:
         return super().__enter__() if self._ends else self
 
     def _acquire(self, worker: RentalWorker) -> None:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from clore_client.errors import CancelUnconfirmedError, RentalError
 from clore_client.log import logger
 from clore_client.models.result import CommandResult
-from clore_client.rental.rental import Rental, add_note, summary
+from clore_client.rental.rental import Rental, add_note
+from clore_client.rental.selection import summary
 from clore_client.rental.signals import SignalHandling, in_main_thread
 
 GroupResult = TypeVar("GroupResult")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import queue
-import re
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -37,7 +36,12 @@ from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
 from clore_client.rental.client import RentalClient
-from clore_client.rental.selection import RentalSettings, candidates, order_usd_per_hour
+from clore_client.rental.selection import (
+    RentalSettings,
+    SharedServers,
+    order_usd_per_hour,
+    summary,
+)
 from clore_client.rental.signals import SignalExit
 from clore_client.rental.worker import RentalWorker
 from clore_client.validation import check_optional_number
@@ -48,7 +52,7 @@ if TYPE_CHECKING:
     from clore_client.ssh.tunnel import Forward
 
 Part = TypeVar("Part")
-R = TypeVar("R", bound="Rental")
+Rented = TypeVar("Rented", bound="Rental")
 
 LONGEST_KEEP = 87_600.0  # hours
 _OWN_LOGIN = {"password", "key_path", "passphrase", "host_key"}
@@ -274,7 +278,7 @@ class Rental:
 
     # --- without a block ---
 
-    def start(self: R) -> R:
+    def start(self: Rented) -> Rented:
         """Begin the rental without a ``with`` block, for a notebook; :meth:`close` ends it.
 
         It also ends when this object is no longer used, by SIGTERM and SIGHUP, and at the exit of
@@ -331,7 +335,7 @@ class Rental:
             self._client, self._orders, self._settings, self._folder, self._inbox, holders, in_block
         )
 
-    def __enter__(self: R) -> R:
+    def __enter__(self: Rented) -> Rented:
         if self._worker is not None:
             raise RentalError("a rental can be entered only once: call rent() again")
         self._worker = self._make_worker()
@@ -444,46 +448,6 @@ class Rental:
         if not self._settings.exceeds_price_limit(price):
             return None
         return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
-
-
-class SharedServers:
-    """The servers to try, each taken by one rental only. They are listed on first use."""
-
-    def __init__(
-        self, client: RentalClient, settings: RentalSettings, history: HostHistory
-    ) -> None:
-        self.no_server = ""  # why there is none, for an error
-        self._arguments = client, settings, history
-        self._left: list[Server] | None = None
-
-    def count(self) -> int:
-        """List the servers, the first time, and return how many are left."""
-        if self._left is None:
-            self._left, self.no_server = candidates(*self._arguments)
-        return len(self._left)
-
-    def take(self) -> Server | None:
-        """Return the next server, or None."""
-        self.count()
-        try:
-            return (self._left or []).pop(0)  # one atomic step
-        except IndexError:
-            return None
-
-
-def summary(tried: list[tuple[int, str]]) -> str:
-    """Return the reason for each server, but a common reason only once."""
-    servers: dict[str, list[str]] = {}
-    for server_id, why in tried:
-        # The text of an error names the order, which differs.
-        alike = re.sub(r"\b([Oo])rder \d+\b", r"\1rder", why)
-        servers.setdefault(alike, []).append(str(server_id))
-    if len(servers) == len(tried):
-        return "; ".join(f"server {server_id}: {why}" for server_id, why in tried)
-    return "; ".join(
-        f"server{'s' if len(ids) > 1 else ''} {', '.join(ids)}: {why}"
-        for why, ids in servers.items()
-    )
 
 
 def _raise_failure(

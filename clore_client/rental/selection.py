@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from clore_client.errors import printable
@@ -266,4 +267,44 @@ def _cheapest_beyond(servers: list[Server], settings: RentalSettings) -> str:
     return (
         f"; the cheapest without max_price_usd={settings.max_price_usd:g} is server {server_id} "
         f"({printable(str(gpu), 60)}) for {price:.4g} USD per hour"
+    )
+
+
+class SharedServers:
+    """The servers to try, each taken by one rental only. They are listed on first use."""
+
+    def __init__(
+        self, client: RentalClient, settings: RentalSettings, history: HostHistory
+    ) -> None:
+        self.no_server = ""  # why there is none, for an error
+        self._arguments = client, settings, history
+        self._left: list[Server] | None = None
+
+    def count(self) -> int:
+        """List the servers, the first time, and return how many are left."""
+        if self._left is None:
+            self._left, self.no_server = candidates(*self._arguments)
+        return len(self._left)
+
+    def take(self) -> Server | None:
+        """Return the next server, or None."""
+        self.count()
+        try:
+            return (self._left or []).pop(0)  # one atomic step
+        except IndexError:
+            return None
+
+
+def summary(tried: list[tuple[int, str]]) -> str:
+    """Return the reason for each server, but a common reason only once."""
+    servers: dict[str, list[str]] = {}
+    for server_id, why in tried:
+        # The text of an error names the order, which differs.
+        alike = re.sub(r"\b([Oo])rder \d+\b", r"\1rder", why)
+        servers.setdefault(alike, []).append(str(server_id))
+    if len(servers) == len(tried):
+        return "; ".join(f"server {server_id}: {why}" for server_id, why in tried)
+    return "; ".join(
+        f"server{'s' if len(ids) > 1 else ''} {', '.join(ids)}: {why}"
+        for why, ids in servers.items()
     )

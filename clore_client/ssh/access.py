@@ -92,6 +92,9 @@ class SSHAccess:
             check_text("name", entry), address, self._host_keys, self._alias(order), key_path
         )
 
+    def _password_of(self, order: Order) -> str | None:
+        return self._orders.login_of(order).get("ssh_password")
+
     def _key_of(self, order: Order) -> tuple[Path | None, Any]:
         """Return the private key of the public key that was sent with an order.
 
@@ -126,8 +129,7 @@ class SSHAccess:
         order = self._with_address(order)
         address, number, agent_key = plain_address(order), order.id, None
         if not password and not key_path:
-            sent = self._orders.login_of(order)
-            password = order.get("ssh_password") or sent.get("ssh_password")
+            password = order.get("ssh_password") or self._password_of(order)
         if not password and not key_path:
             key_path, agent_key = self._key_of(order)
         keys = KeyCheck(self._host_keys, number, "{host}:{port}".format(**address), mode)
