@@ -30,6 +30,7 @@ LOGIN_OPTIONS = frozenset(
 )
 PARAMIKO_LOGGER = "clore_client.paramiko"
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
+FIRST_CONNECT = 5.0  # seconds for the first TCP connection
 LOOK_EVERY = 15.0  # seconds between two looks if the order of that machine has ended
 
 
@@ -82,6 +83,8 @@ class Login:
         self.key = agent_key
         if self.key_path is not None:
             self.key = self._read_key(self.key_path, passphrase)
+        self._next_look = -math.inf
+        self._tried = False
         self._on_failure = on_failure or (lambda error: None)
         self._hops: list[dict[str, Any]] = []
         self._identities: list[str] = []
@@ -170,14 +173,11 @@ class Login:
     def open(self) -> paramiko.SSHClient:
         """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
         deadline = time.monotonic() + self.wait
-        next_look = -math.inf
         while True:
             try:
                 return self.once()
             except NotUpYetError as error:
-                if time.monotonic() >= next_look:
-                    self.explain(error)
-                    next_look = time.monotonic() + LOOK_EVERY
+                self.explain(error)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     late = SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}")
@@ -191,8 +191,11 @@ class Login:
 
     def explain(self, error: BaseException | None) -> None:
         """Raise a better error than this one if the login failed because the order has ended."""
-        if error is not None:
-            self._on_failure(error)
+        now = time.monotonic()
+        if error is None or (isinstance(error, NotUpYetError) and now < self._next_look):
+            return
+        self._next_look = now + LOOK_EVERY
+        self._on_failure(error)
 
     def once(self) -> paramiko.SSHClient:
         """Try once to log in, within ``timeout`` seconds in all."""
@@ -249,7 +252,7 @@ class Login:
             username=self.address["user"],
             password=self.password,
             pkey=self.key,
-            timeout=self.timeout,
+            timeout=self._connect_timeout(),
             banner_timeout=self.timeout,
             auth_timeout=self.timeout,
             channel_timeout=self.timeout,
@@ -259,6 +262,14 @@ class Login:
             sock=sock,
             transport_factory=functools.partial(self._transport, hops),
         )
+
+    def _connect_timeout(self) -> float:
+        """Return the seconds for the TCP connection, few if another try follows.
+
+        The first failure is the moment to look if the order has ended.
+        """
+        first, self._tried = not self._tried, True
+        return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
     def _too_slow(self, ssh: Any) -> SSHError:
         transport = ssh.get_transport()

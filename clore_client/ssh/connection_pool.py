@@ -89,13 +89,14 @@ class ConnectionPool:
     def _first(self, login: Login) -> Any:
         try:
             return login.once()
-        except NotUpYetError:
+        except NotUpYetError as error:
             # Where one connection is all that there is, another may have it.
             for number in range(1, self.size if self._eager else 1):
                 self._ready[number].wait()
                 if (ssh := self._opened[number]) is not None:
                     self._opened[number] = None
                     return ssh
+            login.explain(error)
         except SSHError as error:
             login.explain(error)
             raise

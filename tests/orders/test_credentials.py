@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -321,6 +323,26 @@ def test_a_call_on_an_ended_order_says_so_at_once(
         assert time.monotonic() - started_at < 5
         assert caught.value.order_id == order.id
         assert len(sent_to(hosts, "my_orders")) <= (number == 0 or 1)
+
+
+def test_an_ended_order_whose_host_drops_everything(sim: Simulator, state: Path) -> None:
+    client = client_for(sim, state_dir=state)
+    order = started(client)
+    sim.end_order(order["order_id"])
+    with contextlib.ExitStack() as stack:
+        hole = stack.enter_context(socket.socket())
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(0)
+        for _ in range(8):  # the queue of connections is full, and drops the next one
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(hole.getsockname())
+        time.sleep(0.2)
+        order["connection"]["ssh"] = f"ssh root@127.0.0.1 -p {hole.getsockname()[1]}"
+        started_at = time.monotonic()
+        with pytest.raises(OrderEndedError):
+            client_for(sim, state_dir=state).run(order, "true")
+        assert 4 < time.monotonic() - started_at < 15
 
 
 def test_an_ended_order_is_told_to_a_new_client(hosts: Simulator, state: Path) -> None:
