@@ -437,6 +437,7 @@ class CloreClient(HTTPClient):
                 password, key and token that were sent.
             ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
             BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused the order.
+            InvalidInputError: there is no such server, or the API found an argument invalid.
             SpendingLimitError: a limit of the client does not allow it; no order was sent.
             RateUnknownError: the bid could not be converted; no order was sent.
             ValueError, TypeError: an argument is not valid; no order was sent.
@@ -989,8 +990,9 @@ class CloreClient(HTTPClient):
         """Log in to the machine of a running order. Needs paramiko.
 
         A password takes precedence over ``key_path``. Without both, the client uses the password
-        in the order, or the one that it sent with the order; else the SSH agent and the user's
-        default keys. It never forwards the agent or X11.
+        in the order, or what was sent with the order, in this process or another one: the
+        password, or the private key of the public key, from the SSH agent or ``~/.ssh``. Else it
+        tries the agent and the user's default keys. It never forwards the agent or X11.
 
         Parameters:
             order: a running order or its number.
@@ -1012,6 +1014,8 @@ class CloreClient(HTTPClient):
             SSHError: the order has no address yet, no host responded in time, or the host refused
                 the login.
             HostKeyChangedError: the host key has changed; no login was sent.
+            OrderEndedError: the order has ended. After the first failure, the client looks.
+            OrderNotFoundError: the account has no order with this number.
             ValueError: an argument is not valid, such as a ``key_path`` that can't be read.
             ImportError: paramiko is not installed.
 

@@ -229,7 +229,7 @@ class SpendingLimitError(CloreError):
 
 
 class OrderEndedError(CloreError):
-    """An order ended before it had the status that a call waited for.
+    """An order has ended, before it had the status or for a call that needs its machine.
 
     Attributes:
         order_id, status: the order, and its final status.

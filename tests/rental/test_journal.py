@@ -225,6 +225,14 @@ def test_leftovers(sim: Simulator, client: CloreClient, folder: Path) -> None:
     assert set(active(sim)) == {unnoted.id, foreign.id}
 
 
+def test_an_entry_of_the_next_version_is_read(
+    sim: Simulator, client: CloreClient, folder: Path
+) -> None:
+    order = order_of(client, sim)
+    left(client, folder, order, schema=2, more={"of": ["the next", None]})
+    assert client.cancel_leftovers(wait=0) == [order.id]
+
+
 def test_an_entry_whose_order_has_ended_is_removed(
     sim: Simulator, client: CloreClient, folder: Path
 ) -> None:
