@@ -91,9 +91,11 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
     rental = {"server_id": server_id, "image": "x", "currency": "CLORE", "ports": {"22": "tcp"}}
     return {
         "_request": {"method": "GET", "endpoint": "/v1/wallets", "params": {"a": 1}, "json": None},
+        "attach": {"order": order_id, "end": False, "cancel_timeout": 0.02},
         "cancel_all": {"confirm": True, "confirm_timeout": 0.02},
         "cancel_leftovers": {"wait": 0, "cancel_timeout": 0.02},
         "cancel_order": {"order_id": order_id, "issue": "x", "settle_timeout": 0.02},
+        "cancel_overdue": {"cancel_timeout": 0.02},
         "cancel_orders": {"order_ids": [order_id, 7]},
         "close": {},
         "connect_ssh": machine,
@@ -113,10 +115,13 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
         "get_spot_market": {"server_id": server_id},
         "get_wallets": {},
         "handle_signals": {},
+        "host_history": {},
         "leftovers": {"wait": 0},
         "parse_ssh_connection": {"order": order},
         "rent": {**search, **rental, "attempts": 1, "deploy_timeout": 0.02, "poll_interval": 0.01,
                  "max_hours": 1},
+        "rent_many": {**{k: v for k, v in {**search, **rental}.items() if k != "server_id"},
+                      "count": 2, "attempts": 1, "deploy_timeout": 0.02, "poll_interval": 0.01},
         "run": {**machine, "command": "true"},
         "scp": {"order": order, **login},
         "set_spot_price": {"order_id": order_id, "new_price": 0.2},
@@ -134,7 +139,7 @@ def parameters_of(method: str) -> set[str]:
     if "login" in names:
         names |= LOGIN
     # The tests of SSH pass a connection.
-    return names - {"self", "login", "options", "kwargs", "ssh"}
+    return names - {"self", "login", "options", "filters", "kwargs", "ssh"}
 
 
 @pytest.fixture(scope="module", params=FORMS)
