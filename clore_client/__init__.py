@@ -36,6 +36,7 @@ from clore_client.errors import (
     SpotPriceTooSoonError,
     SSHError,
     TransferError,
+    UnknownOrderError,
     WaitTimeoutError,
 )
 from clore_client.models.order import Order
@@ -94,6 +95,7 @@ __all__ = [
     "SpotPriceTooSoonError",
     "TransferError",
     "TransferResult",
+    "UnknownOrderError",
     "WaitTimeoutError",
     "Wallet",
     "__version__",

@@ -581,7 +581,8 @@ class CloreClient(HTTPClient):
 
         Raises:
             OrderEndedError: the order ended before it had the status.
-            OrderNotFoundError: the account has no such order. An order that was made elsewhere
+            UnknownOrderError: the account has no such order, so the client does not wait; also an
+                ``OrderNotFoundError`` and a ``WaitTimeoutError``. An order that was made elsewhere
                 seconds ago may not be listed yet.
             WaitTimeoutError: it did not have the status in time; also a ``TimeoutError``.
                 ``reason`` says if it never showed up or is still creating.

@@ -259,6 +259,15 @@ class WaitTimeoutError(CloreError, TimeoutError):
         self.reason = "never showed up" if order is None else f"still {order.get('status')}"
 
 
+class UnknownOrderError(OrderNotFoundError, WaitTimeoutError):
+    """``wait_for_order`` did not wait, because the account has no such order."""
+
+    order_id: int
+
+    def __init__(self, message: str, *, order_id: int) -> None:
+        WaitTimeoutError.__init__(self, message, order_id=order_id)
+
+
 class RateUnknownError(CloreError):
     """A bid could not be converted, because the exchange rate is not known; nothing was bid."""
 

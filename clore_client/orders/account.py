@@ -140,6 +140,8 @@ class AccountOrders:
 
     def login_of(self, order: Order) -> dict[str, str]:
         """Return what is known for the login to an order."""
+        if order.id in self.cancelled or order.id in self.ended:
+            return {}  # a list can show it as active for a while, and nothing may be saved again
         return self.credentials.of(self.account, order.id, order)
 
     def with_login(self, order: Order) -> Order:

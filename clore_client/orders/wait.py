@@ -10,7 +10,7 @@ from clore_client.errors import (
     CloreError,
     InvalidResponseError,
     OrderEndedError,
-    OrderNotFoundError,
+    UnknownOrderError,
     WaitTimeoutError,
 )
 from clore_client.log import logger
@@ -37,6 +37,7 @@ def wait_for_status(
     if target_status not in {"running", "creating"} | ENDED_STATUSES:
         logger.warning("target_status=%r is not a known status: check its spelling", target_status)
     targets = _SAME_STATUS if target_status in _SAME_STATUS else {target_status}
+    late = f"Order {order_id} did not reach status '{target_status}' within {timeout}s"
     deadline = time.monotonic() + timeout
     seen: Order | None = None
     while True:
@@ -45,7 +46,7 @@ def wait_for_status(
         if on_update is not None and failure is None:
             on_update(order)
         if seen is None and failure is None:
-            _check_may_exist(orders, order_id)
+            _check_may_exist(orders, order_id, late)
         if order is not None and order.status in targets:
             return order
         if order is not None and order.has_ended:
@@ -57,22 +58,18 @@ def wait_for_status(
             )
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise WaitTimeoutError(
-                f"Order {order_id} did not reach status '{target_status}' within {timeout}s",
-                order_id=order_id,
-                order=seen,
-            ) from failure
+            raise WaitTimeoutError(late, order_id=order_id, order=seen) from failure
         # Respect the pause that the API asked for.
         pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
         time.sleep(min(pause, remaining))
 
 
-def _check_may_exist(orders: AccountOrders, order_id: int) -> None:
+def _check_may_exist(orders: AccountOrders, order_id: int, late: str) -> None:
     """Check that an order that no list has may be a new one, which is listed later."""
     if order_id not in orders.known and not orders.credentials.of(orders.account, order_id):
-        raise OrderNotFoundError(
-            f"there is no order {order_id} in this account, so it is not awaited: look at "
-            "get_orders()",
+        raise UnknownOrderError(
+            f"{late}: there is no order {order_id} in this account, so the client did not wait; "
+            "look at get_orders()",
             order_id=order_id,
         )
 

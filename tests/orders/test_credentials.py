@@ -16,7 +16,14 @@ from typing import Any
 
 import pytest
 
-from clore_client import CloreClient, Order, OrderEndedError, OrderNotFoundError, SSHError
+from clore_client import (
+    CloreClient,
+    Order,
+    OrderEndedError,
+    OrderNotFoundError,
+    OrderOutcomeUnknownError,
+    SSHError,
+)
 from tests.conftest import FORMS, MakeSim, client_for, sent_to, until
 from tests.sshd import generate
 from tests.test_client import plain_server
@@ -188,6 +195,21 @@ def test_a_process_that_is_killed_while_it_orders(
     assert client_for(sim, state_dir=state).run(order["order_id"], "echo hi").stdout == "hi\n"
     client.cancel_order(order)
     assert saved(state) == []
+
+
+def test_an_order_that_lingers_after_its_cancel_is_not_saved_again(
+    make_sim: MakeSim, state: Path
+) -> None:
+    sim = make_sim(cancel_lingers=60.0, visible_after=0.5)
+    client = client_for(sim, state_dir=state)
+    sim.faults.add("create_order", "lose_answer")
+    with pytest.raises(OrderOutcomeUnknownError):
+        client.create_order(plain_server(client), find_timeout=0.05)
+    (path,) = saved(state)  # without an id, as the outcome is not known
+    (order,) = until(client._orders.active)
+    client.cancel_order(order)
+    assert "ssh_password" not in client.get_orders()[0]
+    assert saved(state) == [path]
 
 
 def test_a_refused_order_leaves_nothing(sim: Simulator, state: Path) -> None:
