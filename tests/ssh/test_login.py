@@ -42,6 +42,12 @@ HOST_KEY: Any = server_side.ECDSAKey.generate()
 FINGERPRINT = r"SHA256:[A-Za-z0-9+/]{43}"
 
 
+@pytest.fixture(autouse=True)
+def _no_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no look at the state of an order leave this machine."""
+    monkeypatch.setenv("CLORE_BASE_URL", "http://127.0.0.1:9")
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Sshd]:
     """An sshd of the test's own, which may get new keys."""
@@ -1136,5 +1142,6 @@ for name, call in calls.items():
 def test_an_order_is_needed() -> None:
     client: Any = CloreClient(state_dir=None)
     for call in (client.connect_ssh, client.ssh_command, client.ssh_config, client.forget_host_key):
-        with pytest.raises(TypeError, match="order"):
-            call(1958009)
+        for wrong in (None, 1.5, [1958009], True, "x", -1, 0):
+            with pytest.raises((TypeError, ValueError), match="order"):
+                call(wrong)
