@@ -23,6 +23,7 @@ from clore_client import (
     OrderNotFoundError,
     OrderOutcomeUnknownError,
     SSHError,
+    WaitTimeoutError,
 )
 from tests.conftest import FORMS, MakeSim, client_for, sent_to, until
 from tests.sshd import generate
@@ -88,6 +89,23 @@ def test_a_second_process_logs_in_with_the_id_alone(hosts: Simulator, state: Pat
     assert told[4] == "root@127.0.0.1 True"
     assert saved(state) == []
     assert not hosts.orders[0].active
+
+
+def test_jobs_and_services_with_the_id_alone(hosts: Simulator, state: Path, tmp_path: Path) -> None:
+    order = started(client_for(hosts, state_dir=state))
+    client, number = client_for(hosts, state_dir=state), order.id or 0
+    before = len(sent_to(hosts, "my_orders"))
+    job = client.start(number, "echo done", name="train")
+    assert len(sent_to(hosts, "my_orders")) - before <= 2  # the address is read once
+    assert job.wait(timeout=20) == 0
+    assert client.job(number, "train").tail() == "done\n"
+    assert [found.name for found in client.jobs(number)] == ["train"]
+    assert " root@127.0.0.1:" in client.rsync_command(number, tmp_path, "~/work")
+    with pytest.raises(WaitTimeoutError):
+        client.wait_for_http(number, port=1, timeout=0)
+    for call in (client.jobs, client.wait_for_http):
+        with pytest.raises(OrderNotFoundError):
+            call(number + 1)
 
 
 def test_a_record_without_an_address_is_enough(hosts: Simulator, state: Path) -> None:

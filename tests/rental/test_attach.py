@@ -178,7 +178,7 @@ if sys.argv[2] == "exception":
     assert int(lines[0]) == any_sim.orders[0].id, done.stderr
     assert active(any_sim) == []
     if end == "SIGTERM caught":
-        assert lines[1] == "[]"
+        assert lines[1] == "<OrderList: no orders>"
     assert done.returncode == {"exit": 0, "SIGTERM": 143, "exception": 1}.get(end, 0)
 
 
