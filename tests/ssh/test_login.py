@@ -219,7 +219,7 @@ def test_half_a_login_is_none(tmp_path: Path) -> None:
     with running_sshd(tmp_path / "m", f"{ASK_MORE} publickey,keyboard-interactive") as server:
         with pytest.raises(SSHError, match=r"took the key .*, but wants more than that: keyb"):
             client.connect_ssh(server.order(), key_path=server.key, wait=300)
-    assert not (tmp_path / "state").exists()
+    assert not (tmp_path / "state" / "known_hosts").exists()
 
 
 def test_half_a_login_with_a_password(tmp_path: Path, user: tuple[str, str]) -> None:
@@ -229,7 +229,7 @@ def test_half_a_login_with_a_password(tmp_path: Path, user: tuple[str, str]) -> 
         server.user = user[0]
         with pytest.raises(SSHError, match="took the password, but wants more than that: public"):
             client.connect_ssh(server.order(), user[1], wait=300)
-    assert not (tmp_path / "state").exists()
+    assert not (tmp_path / "state" / "known_hosts").exists()
 
 
 def test_a_host_that_hangs_up_on_a_refused_login(client: CloreClient, tmp_path: Path) -> None:
