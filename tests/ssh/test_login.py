@@ -57,7 +57,7 @@ def machine(tmp_path: Path) -> Iterator[Sshd]:
 
 @pytest.fixture
 def client(tmp_path: Path) -> CloreClient:
-    return CloreClient("key", state_dir=tmp_path / "state folder 100%")
+    return CloreClient("key", state_dir=tmp_path / "state folder 100%", rate_limit=0, backoff=0.01)
 
 
 def started_anew(server: Sshd) -> None:
@@ -376,7 +376,7 @@ def leave(transport: Any, _: Any) -> bool:
 )
 def test_a_refusal_before_the_login_has_arrived(machine: Sshd, instead: Any, said: str) -> None:
     """The two cross on their way: each time, it is a refusal, and final."""
-    client = CloreClient("key", state_dir=None)
+    client = CloreClient("key", state_dir=None, rate_limit=0, backoff=0.01)
     with RawServer(AtRequest(instead, server_side.AUTH_FAILED).talk) as server:
         for login in ({"key_path": machine.key}, {"password": "secret"}) * 20:
             with pytest.raises(SSHError, match=said):
