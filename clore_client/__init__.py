@@ -38,6 +38,7 @@ from clore_client.errors import (
     SpotPriceTooSoonError,
     SSHError,
     TransferError,
+    UnknownOrderError,
     WaitTimeoutError,
 )
 from clore_client.market.cost import CostEstimate
@@ -53,6 +54,7 @@ from clore_client.version import __version__
 if TYPE_CHECKING:
     from clore_client.market.summary import ModelSummary
     from clore_client.models.listing import OrderList, ServerList, WalletList
+    from clore_client.rental.group import RentalGroup
     from clore_client.rental.recovery import Leftover, Leftovers
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalExit
@@ -98,6 +100,7 @@ __all__ = [
     "RateUnknownError",
     "Rental",
     "RentalError",
+    "RentalGroup",
     "SSHError",
     "SearchReport",
     "Server",
@@ -112,6 +115,7 @@ __all__ = [
     "SpotPriceTooSoonError",
     "TransferError",
     "TransferResult",
+    "UnknownOrderError",
     "WaitTimeoutError",
     "Wallet",
     "WalletList",
@@ -125,6 +129,7 @@ _LAZY_NAMES = {
     "ModelSummary": "market.summary",
     "OrderList": "models.listing",
     "Rental": "rental.rental",
+    "RentalGroup": "rental.group",
     "ServerList": "models.listing",
     "SignalExit": "rental.signals",
     "WalletList": "models.listing",

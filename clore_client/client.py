@@ -11,12 +11,19 @@ from clore_client.config import (
     CONFIG_FILE,
     DEFAULT_STATE_DIR,
     KEY_VARIABLE,
-    key_ending,
     require_key,
 )
-from clore_client.errors import ERROR_CODES, ConfigurationError, Secret, printable, secret_values
+from clore_client.errors import (
+    ERROR_CODES,
+    SECRET_FIELDS,
+    ConfigurationError,
+    Secret,
+    printable,
+    secret_values,
+)
 from clore_client.market.cost import CostEstimate
 from clore_client.market.filters import SearchFilters
+from clore_client.market.host_history import HostHistory
 from clore_client.market.market import Market
 from clore_client.market.search import Search
 from clore_client.market.spot import suggested_bid
@@ -29,6 +36,7 @@ from clore_client.orders.account import AccountOrders
 from clore_client.orders.bid import lower_spot_price, set_spot_price
 from clore_client.orders.cancel import cancel_all, cancel_order, cancel_orders, confirm_ended
 from clore_client.orders.create import Purchase
+from clore_client.orders.credentials import Credentials
 from clore_client.orders.funds import balance_of, hours_left, learn_order_rates, read_balances
 from clore_client.orders.wait import wait_for_status
 from clore_client.progress import ProgressOptions, Report
@@ -39,10 +47,11 @@ from clore_client.validation import (
     check_count,
     check_currency,
     check_id,
-    check_ids,
     check_interval,
     check_number,
     check_optional_number,
+    check_order_id,
+    check_order_ids,
     check_string,
     check_text,
 )
@@ -55,6 +64,7 @@ if TYPE_CHECKING:
     from clore_client.market.filters import ServerFilters
     from clore_client.market.summary import ModelSummary
     from clore_client.models.listing import OrderList, ServerList, WalletList
+    from clore_client.rental.group import RentalGroup
     from clore_client.rental.recovery import Leftovers
     from clore_client.rental.rental import Rental
     from clore_client.rental.signals import SignalHandling
@@ -65,6 +75,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="CloreClient")
 PathArgument = str | os.PathLike[str]
 Progress = Callable[[str, int, int], object]
+OrderArgument = Mapping[str, Any] | int  # a record of an order, or its number
 
 
 class CloreClient(HTTPClient):
@@ -104,8 +115,9 @@ class CloreClient(HTTPClient):
         user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
         max_usd_per_hour: refuse every order and bid above this price, before it is sent.
         max_active_orders: refuse a new order when this many are active.
-        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, and
-            in which processes share the rate limit; None turns both off.
+        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, the
+            client the logins, host keys and hosts, and in which processes share the rate limit;
+            None turns all of that off.
         max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
         order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
             live API). An order that is in no list counts as ended only after that time.
@@ -114,6 +126,10 @@ class CloreClient(HTTPClient):
             ``"redis://host:6379/0"``, or a client such as ``redis.Redis``. With None, the client
             takes the environment variable ``CLORE_RATE_LIMITER``. While Redis fails, the rate limit
             is shared on this machine only.
+        remember_credentials: save the password, the Jupyter token and the fingerprint of the key
+            that were sent with an order in ``state_dir``, in a file for this user only, until the
+            order has ended. Each process can then log in with the order's id. False keeps them
+            in memory.
 
     Raises:
         ConfigurationError: a key, a base URL or a settings file can't be used.
@@ -146,6 +162,7 @@ class CloreClient(HTTPClient):
         order_lag: float = 20.0,
         rate_limit_wait: float = 60.0,
         rate_limiter: str | RedisClient | None = None,
+        remember_credentials: bool = True,
     ) -> None:
         # Error reporters show local variables.
         api_key, rate_limiter = Secret.of(api_key), Secret.of(rate_limiter)
@@ -163,7 +180,10 @@ class CloreClient(HTTPClient):
         self.max_active_orders = max_active_orders
         self.order_lag = check_interval("order_lag", order_lag)
         self._market = Market(self)
-        self._orders = AccountOrders(self, self._market)
+        remembered = check_bool("remember_credentials", remember_credentials)
+        credentials = Credentials(lambda: self._state_folder if remembered else None)
+        self._orders = AccountOrders(self, self._market, credentials)
+        self._host_history = HostHistory(lambda: self._state_folder, lambda: self.base_url)
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
     def __copy__(self: C) -> C:
@@ -218,13 +238,12 @@ class CloreClient(HTTPClient):
             rate limit 1.1 s, shared among all processes on this machine, by /home/me/.local/...
         """
         key, url = self.api_key, self.BASE_URL
-        found, source = self._key_source
-        if not key:
+        if key:
+            key_line = self._described_key(key)
+        else:
+            found = self._key_source[0]
             where = f"in {KEY_VARIABLE} or {CONFIG_FILE}" if key == found else "any more"
             key_line = f"no key {where}"
-        else:
-            source = source if key == found else "attribute"
-            key_line = f"a key that ends in {key_ending(key)!r}, from {source}"
         url_found, url_source = self._url_source
         if url != url_found:
             own = "BASE_URL" in self.__dict__
@@ -577,7 +596,8 @@ class CloreClient(HTTPClient):
 
         Returns:
             An :class:`OrderList` of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
-            ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...
+            ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...; also
+            ``ssh_password`` and ``jupyter_token``, where this client knows them.
 
         Example:
             >>> [(order.id, order.status) for order in client.get_orders()]
@@ -587,15 +607,16 @@ class CloreClient(HTTPClient):
 
         orders, _ = self._orders.read(check_bool("include_completed", include_completed))
         learn_order_rates(self._orders, orders)
-        return OrderList(o for o in orders if include_completed or not o.has_ended)
+        listed = (o for o in orders if include_completed or not o.has_ended)
+        return OrderList(self._orders.with_login(order) for order in listed)
 
-    def get_order(self, order_id: int) -> Order | None:
+    def get_order(self, order_id: OrderArgument) -> Order | None:
         """Return one order, active or ended.
 
         The list of ended orders can be long, so it is read only if the order is not active.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
 
         Returns:
             An :class:`Order`, or None if the lists do not have it. A new order can take up to 20
@@ -605,9 +626,11 @@ class CloreClient(HTTPClient):
             >>> client.get_order(1958009).ssh_command
             'ssh root@n1.us.clorecloud.net -p 2060'
         """
-        order = self._orders.find(check_id("order_id", order_id))
-        learn_order_rates(self._orders, [order] if order is not None else [])
-        return order
+        order = self._orders.find(check_order_id("order_id", order_id))
+        if order is None:
+            return None
+        learn_order_rates(self._orders, [order])
+        return self._orders.with_login(order)
 
     def create_order(
         self,
@@ -658,6 +681,7 @@ class CloreClient(HTTPClient):
                 password, key and token that were sent.
             ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
             BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused the order.
+            InvalidInputError: there is no such server, or the API found an argument invalid.
             SpendingLimitError: a limit of the client does not allow it; no order was sent.
             RateUnknownError: the bid could not be converted; no order was sent.
             ValueError, TypeError: an argument is not valid; no order was sent.
@@ -692,7 +716,7 @@ class CloreClient(HTTPClient):
 
     def cancel_order(
         self,
-        order_id: int,
+        order_id: OrderArgument,
         issue: str | None = None,
         *,
         confirm: bool = False,
@@ -705,7 +729,7 @@ class CloreClient(HTTPClient):
         cancel again. An order that is missing from the lists only for a moment has not ended.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
             issue: a report of what was wrong with the server; cut at 2048 characters.
             confirm: wait until the order is listed as ended, or missing from all lists for
                 ``order_lag`` seconds.
@@ -726,7 +750,7 @@ class CloreClient(HTTPClient):
             >>> client.cancel_order(1958009)
             True
         """
-        wanted = check_id("order_id", order_id)
+        wanted = check_order_id("order_id", order_id)
         check_bool("confirm", confirm)
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         check_optional_number("settle_timeout", settle_timeout, unit="seconds")
@@ -760,11 +784,11 @@ class CloreClient(HTTPClient):
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
 
-    def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
+    def cancel_orders(self, order_ids: Iterable[OrderArgument]) -> dict[str, Any]:
         """Cancel several orders, with one API call for each 64 orders.
 
         Parameters:
-            order_ids: the numbers of the orders; if empty, nothing is sent.
+            order_ids: the orders or their numbers; if empty, nothing is sent.
 
         Returns:
             The API's response as a dict, with the ids that failed in ``failed_to_cancel``.
@@ -773,11 +797,11 @@ class CloreClient(HTTPClient):
             >>> client.cancel_orders([1958009, 1958010])["failed_to_cancel"]
             []
         """
-        return cancel_orders(self._orders, check_ids("order_ids", order_ids))
+        return cancel_orders(self._orders, check_order_ids("order_ids", order_ids))
 
     def wait_for_order(
         self,
-        order_id: int,
+        order_id: OrderArgument,
         timeout: float = 300,
         poll_interval: float = 5.0,
         target_status: str = "running",
@@ -793,7 +817,7 @@ class CloreClient(HTTPClient):
         still be running, and cost money.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
             timeout: seconds to wait; ``float("inf")`` waits forever.
             poll_interval: seconds between two polls.
             target_status: ``"running"``, ``"creating"``, ``"cancelled"`` or ``"expired"``; the
@@ -810,6 +834,9 @@ class CloreClient(HTTPClient):
 
         Raises:
             OrderEndedError: the order ended before it had the status.
+            UnknownOrderError: the account has no such order, so the client does not wait; also an
+                ``OrderNotFoundError`` and a ``WaitTimeoutError``. An order that was made elsewhere
+                seconds ago may not be listed yet.
             WaitTimeoutError: it did not have the status in time; also a ``TimeoutError``.
                 ``reason`` says if it never showed up or is still creating.
 
@@ -817,7 +844,7 @@ class CloreClient(HTTPClient):
             >>> client.wait_for_order(1958009, timeout=120).ssh_command
             'ssh root@n1.us.clorecloud.net -p 2060'
         """
-        wanted = check_id("order_id", order_id)
+        wanted = check_order_id("order_id", order_id)
         check_number("timeout", timeout, infinite=True, unit="seconds")
         check_interval("poll_interval", poll_interval)
         check_text("target_status", target_status)
@@ -827,7 +854,7 @@ class CloreClient(HTTPClient):
                 self._orders, wanted, timeout, poll_interval, target_status, on_update, report
             )
         learn_order_rates(self._orders, [order])
-        return order
+        return self._orders.with_login(order)
 
     # --- rentals ---
 
@@ -854,6 +881,7 @@ class CloreClient(HTTPClient):
         cancel_timeout: float = 300.0,
         max_hours: float | None = None,
         max_cost_usd: float | None = None,
+        prefer_known: bool = False,
         on_progress: Report | None = None,
         progress: bool = False,
         **filters: Unpack[ServerFilters],
@@ -895,11 +923,15 @@ class CloreClient(HTTPClient):
                 at most as many seconds to confirm the end.
             max_hours: hours after which the rental ends.
             max_cost_usd: cost in USD, with fees, at which the rental ends.
+            prefer_known: try the hosts first that worked in the last day. Those that did not
+                deploy, had no sshd, or refused the login always come last; see
+                :meth:`host_history`.
             on_progress, progress: as for :meth:`wait_for_order`.
 
         Returns:
             A :class:`Rental`, which orders when its block begins: ``order``, ``server``,
-            ``cost_usd``, ``ssh()``, ``run()``, ``keep()``.
+            ``status``, ``cost_usd``, ``ssh()``, ``run()``, ``forward()``, ``keep()``, ``cancel()``.
+            Without a block, in a notebook, ``start()`` begins it and ``close()`` ends it.
 
         Raises:
             RentalError: no server worked; ``tried`` has the reason for each. If no server fits the
@@ -929,8 +961,111 @@ class CloreClient(HTTPClient):
             server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
             deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
             cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
+            prefer_known=prefer_known,
         )  # fmt: skip
-        return Rental(self, self._orders, settings, self._state_folder, shown)
+        return Rental(self, self._orders, settings, self._state_folder, self._host_history, shown)
+
+    def rent_many(
+        self, count: int, *filters: Any, min_count: int | None = None, **options: Any
+    ) -> RentalGroup:
+        """Rent several servers for the length of a ``with`` block, and cancel all at its end.
+
+        They deploy side by side, each on a server of its own; the API allows one order in five
+        seconds. If fewer than ``min_count`` run, all are cancelled. Each rental ends as that of
+        :meth:`rent` does, and all end together, whatever happens.
+
+        Parameters:
+            count: the number of servers.
+            *filters, **options: as for :meth:`rent`; ``attempts``, ``max_hours`` and
+                ``max_cost_usd`` count for each rental.
+            min_count: how many must run; default all.
+
+        Returns:
+            A :class:`RentalGroup`, a sequence of :class:`Rental` with ``run()``, ``map()`` and
+            ``cost_usd``.
+
+        Raises:
+            RentalError: too few servers worked; none is rented.
+
+        Example:
+            >>> with client.rent_many(3, "RTX 4090", max_price_usd=0.40) as rentals:
+            ...     for result in rentals.run("nvidia-smi -L"):
+            ...         print(result.stdout)
+        """
+        from clore_client.rental.group import RentalGroup
+
+        check_count("count", count, minimum=1, maximum=64)
+        least = count if min_count is None else min_count
+        check_count("min_count", least, minimum=1, maximum=count)
+        if options.get("server_id") is not None:
+            raise TypeError("rent_many() takes no server_id, because it rents several servers")
+        options = {k: secret_values(Secret.of(v)) if k in SECRET_FIELDS else v
+                   for k, v in options.items()}  # fmt: skip
+        # All rentals share the rate limit, and the orders should not wait for the polls.
+        options.setdefault("poll_interval", max(5.0, 2.0 * count))
+        rentals = [self.rent(*filters, **options) for _ in range(count)]
+        return RentalGroup(rentals, least)
+
+    def attach(
+        self,
+        order: OrderArgument,
+        *,
+        end: bool = False,
+        max_hours: float | None = None,
+        max_cost_usd: float | None = None,
+        cancel_timeout: float = 300.0,
+    ) -> Rental:
+        """Return a rental of an order that runs already, from any process.
+
+        Without ``end``, it can be used with and without a block, and never ends the order. With
+        ``end``, it begins with its block or ``start()``, and ends the order as :meth:`rent` does.
+
+        Parameters:
+            order: the order or its number.
+            end: whether the end of the block ends the order.
+            max_hours, max_cost_usd, cancel_timeout: as for :meth:`rent`, with ``end`` only. They
+                count from the start of the order.
+
+        Returns:
+            A :class:`Rental`.
+
+        Raises:
+            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+
+        Example:
+            >>> client.attach(1958009).run("nvidia-smi -L").stdout
+            'GPU 0: NVIDIA GeForce RTX 4090'
+        """
+        from clore_client.rental.attach import AttachedRental
+        from clore_client.rental.selection import RentalSettings
+
+        wanted = check_order_id("order", order)
+        if not check_bool("end", end) and (max_hours is not None or max_cost_usd is not None):
+            raise ValueError(
+                "max_hours and max_cost_usd need end=True: add that, or leave them out"
+            )
+        running = self._orders.with_login(self._orders.running(wanted))
+        settings = RentalSettings.of_order(
+            running, max_hours=max_hours, max_cost_usd=max_cost_usd, cancel_timeout=cancel_timeout
+        )
+        return AttachedRental(
+            self, self._orders, settings, self._state_folder, self._host_history, running, end
+        )
+
+    def host_history(self) -> list[dict[str, Any]]:
+        """Return what happened on the hosts that :meth:`rent` tried in the last day.
+
+        Returns:
+            A list of dicts, the newest first: ``server_id``, ``outcome`` (``"worked"``, ``"not
+            deployed"``, ``"no sshd"`` or ``"login refused"``) and ``time`` (Unix time).
+
+        Example:
+            >>> client.host_history()
+            [{'server_id': 99173, 'outcome': 'worked', 'time': 1784203200.5}]
+        """
+        seen = self._host_history.outcomes()
+        hosts = [{"server_id": server_id, **host} for server_id, host in seen.items()]
+        return sorted(hosts, key=lambda host: -host["time"])
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
         """Find the orders that rentals of dead processes left running on this account.
@@ -940,7 +1075,8 @@ class CloreClient(HTTPClient):
 
         Returns:
             :class:`Leftovers`: ``abandoned`` (orders of this machine), ``elsewhere`` (orders of
-            other machines) and ``unnoted`` (active orders that are not in the journal).
+            other machines), ``kept`` (orders of this machine that stayed with ``keep()``) and
+            ``unnoted`` (active orders that are not in the journal).
 
         Example:
             >>> client.leftovers().abandoned
@@ -977,6 +1113,30 @@ class CloreClient(HTTPClient):
         return limited(
             lambda: end_leftovers(self._orders, folder, wait, cancel_timeout), urgent=True
         )
+
+    def cancel_overdue(self, *, cancel_timeout: float = 300.0) -> list[int]:
+        """Cancel the orders of this machine that were kept, and are past their deadline.
+
+        Call it from cron, for orders that ``rental.keep(max_hours=...)`` left running.
+
+        Parameters:
+            cancel_timeout: seconds to keep sending each cancel.
+
+        Returns:
+            The ids of the orders, which have confirmed ended.
+
+        Raises:
+            CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
+
+        Example:
+            >>> client.cancel_overdue()
+            [1958009]
+        """
+        from clore_client.rental.recovery import end_overdue
+
+        check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
+        folder = self._state_folder
+        return limited(lambda: end_overdue(self._orders, folder, cancel_timeout), urgent=True)
 
     @staticmethod
     def handle_signals() -> SignalHandling:
@@ -1040,14 +1200,14 @@ class CloreClient(HTTPClient):
         return suggested_bid(self.get_spot_market(number), server, margin)
 
     def set_spot_price(
-        self, order_id: int, new_price: float, *, allow_above_on_demand: bool = False
+        self, order_id: OrderArgument, new_price: float, *, allow_above_on_demand: bool = False
     ) -> bool:
         """Change the bid of a spot order.
 
         The live API lets you lower a bid once in 600 seconds, by a limited step.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
             new_price: the new bid, in **USD per hour**.
             allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
 
@@ -1067,14 +1227,12 @@ class CloreClient(HTTPClient):
             >>> client.set_spot_price(1958009, 0.08)
             True
         """
-        wanted = check_id("order_id", order_id)
+        wanted = check_order_id("order_id", order_id)
         check_number("new_price", new_price, above=True, unit="USD per hour")
         check_bool("allow_above_on_demand", allow_above_on_demand)
         return set_spot_price(self._orders, wanted, new_price, allow_above_on_demand)
 
-    def lower_spot_price(
-        self, order: Mapping[str, Any] | int, target: float, wait: bool = True
-    ) -> float:
+    def lower_spot_price(self, order: OrderArgument, target: float, wait: bool = True) -> float:
         """Lower the bid of a spot order to a target, in as many steps as the API asks for.
 
         The live API lets you lower a bid once in 600 seconds, by a limited step.
@@ -1096,7 +1254,7 @@ class CloreClient(HTTPClient):
             >>> client.lower_spot_price(1958009, 0.05)
             0.05
         """
-        wanted = check_id("order", order.get("order_id") if isinstance(order, Mapping) else order)
+        wanted = check_order_id("order", order)
         check_number("target", target, above=True, unit="USD per hour")
         check_bool("wait", wait)
         return lower_spot_price(self._orders, wanted, target, wait)
@@ -1133,7 +1291,7 @@ class CloreClient(HTTPClient):
 
     def connect_ssh(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         password: str | None = None,
         key_path: PathArgument | None = None,
         *,
@@ -1146,11 +1304,12 @@ class CloreClient(HTTPClient):
         """Log in to the machine of a running order. Needs paramiko.
 
         A password takes precedence over ``key_path``. Without both, the client uses the password
-        in the order, or the one that it sent with the order; else the SSH agent and the user's
-        default keys. It never forwards the agent or X11.
+        in the order, or what was sent with the order, in this process or another one: the
+        password, or the private key of the public key, from the SSH agent or ``~/.ssh``. Else it
+        tries the agent and the user's default keys. It never forwards the agent or X11.
 
         Parameters:
-            order: a running order, as :meth:`wait_for_order` returns it.
+            order: a running order or its number.
             password: the password of the user in ``connection.ssh``.
             key_path: the file of a private key: Ed25519, ECDSA or RSA.
             passphrase: the passphrase of that key, if it is encrypted.
@@ -1169,6 +1328,8 @@ class CloreClient(HTTPClient):
             SSHError: the order has no address yet, no host responded in time, or the host refused
                 the login.
             HostKeyChangedError: the host key has changed; no login was sent.
+            OrderEndedError: the order has ended. After the first failure, the client looks.
+            OrderNotFoundError: the account has no order with this number.
             ValueError: an argument is not valid, such as a ``key_path`` that can't be read.
             ImportError: paramiko is not installed.
 
@@ -1190,7 +1351,7 @@ class CloreClient(HTTPClient):
 
     def wait_for_ssh(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         password: str | None = None,
         key_path: PathArgument | None = None,
         *,
@@ -1229,11 +1390,11 @@ class CloreClient(HTTPClient):
         with ProgressOptions(on_progress, progress).reporting() as report:
             login.open(report).close()
 
-    def forget_host_key(self, order: Mapping[str, Any]) -> bool:
+    def forget_host_key(self, order: OrderArgument) -> bool:
         """Forget the pinned host key of an order, so that the next login accepts a new one.
 
         Parameters:
-            order: the order, for example after its container was restarted.
+            order: the order or its number, for example after its container was restarted.
 
         Returns:
             True if a key was pinned.
@@ -1244,13 +1405,13 @@ class CloreClient(HTTPClient):
         """
         return self._ssh.forget_host_key(order)
 
-    def ssh_command(self, order: Mapping[str, Any], *, key_path: PathArgument | None = None) -> str:
+    def ssh_command(self, order: OrderArgument, *, key_path: PathArgument | None = None) -> str:
         """Return the command that logs in from a terminal, quoted for a shell.
 
         If the host key is pinned in ``state_dir``, OpenSSH accepts only that key.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             key_path: the file of a private key, which the command names.
 
         Returns:
@@ -1267,7 +1428,7 @@ class CloreClient(HTTPClient):
 
     def ssh_config(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         *,
         name: str | None = None,
         key_path: PathArgument | None = None,
@@ -1278,7 +1439,7 @@ class CloreClient(HTTPClient):
         pins the first one, in the same file.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             name: the name of the entry, as in ``ssh <name>``; ``clore-<order id>`` by default.
             key_path: the file of a private key.
 
@@ -1295,7 +1456,7 @@ class CloreClient(HTTPClient):
 
     def run(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         command: str | Sequence[str],
         *,
         check: bool = True,
@@ -1310,7 +1471,7 @@ class CloreClient(HTTPClient):
         """Run a command on the machine of an order, and wait for its end. Needs paramiko.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             command: a command for the machine's shell; a list of arguments is quoted.
             check: raise an error if the exit code is not 0.
             timeout: seconds after the login; the command is then stopped. None waits forever. It
@@ -1352,7 +1513,7 @@ class CloreClient(HTTPClient):
 
     def start(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         command: str | Sequence[str],
         *,
         name: str | None = None,
@@ -1368,7 +1529,7 @@ class CloreClient(HTTPClient):
         process, and :meth:`job` finds it from any other. It ends with the order.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             command: a command for the machine's shell; a list of arguments is quoted.
             name: letters, digits, ``_``, ``.`` and ``-``; by default a random one.
             env: environment variables, which no list of processes on the machine shows.
@@ -1394,12 +1555,12 @@ class CloreClient(HTTPClient):
         return self._ssh.jobs(order, ssh, login).start(checked)
 
     def jobs(
-        self, order: Mapping[str, Any], *, ssh: paramiko.SSHClient | None = None, **login: Any
+        self, order: OrderArgument, *, ssh: paramiko.SSHClient | None = None, **login: Any
     ) -> list[Job]:
         """Return the jobs of a machine, those that have ended too, by name.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             ssh, **login: as for :meth:`start`.
 
         Returns:
@@ -1416,7 +1577,7 @@ class CloreClient(HTTPClient):
 
     def job(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         name: str,
         *,
         ssh: paramiko.SSHClient | None = None,
@@ -1425,7 +1586,7 @@ class CloreClient(HTTPClient):
         """Return the job with a name, from any process.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             name: the name that :meth:`start` was given.
             ssh, **login: as for :meth:`start`.
 
@@ -1446,7 +1607,7 @@ class CloreClient(HTTPClient):
         return self._ssh.jobs(order, ssh, login).get(wanted)
 
     def shell(
-        self, order: Mapping[str, Any], *, ssh: paramiko.SSHClient | None = None, **login: Any
+        self, order: OrderArgument, *, ssh: paramiko.SSHClient | None = None, **login: Any
     ) -> int:
         """Open the machine's shell in this terminal, until it ends. Needs paramiko.
 
@@ -1454,7 +1615,7 @@ class CloreClient(HTTPClient):
         whichever way the shell ends.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             ssh, **login: as for :meth:`run`.
 
         Returns:
@@ -1476,7 +1637,7 @@ class CloreClient(HTTPClient):
 
     def wait_for_http(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         path: str = "/",
         port: int | None = None,
         timeout: float = 600.0,
@@ -1494,7 +1655,7 @@ class CloreClient(HTTPClient):
         the API key nor any other credentials are sent.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             path: the path to ask for.
             port: the port in the container. If the order has no public address for it, the request
                 goes over SSH, which needs paramiko. None: the order's public address.
@@ -1517,7 +1678,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.service import HTTPWait
 
         options = ProgressOptions(on_progress, progress)
-        wait = HTTPWait(order, path, port, timeout, options)
+        wait = HTTPWait(order, self._orders.running, path, port, timeout, options)
         if wait.url is not None:
             return wait.at_public_address(self._user_agent)
         with self._ssh.connected(order, ssh, login) as pool:
@@ -1525,7 +1686,7 @@ class CloreClient(HTTPClient):
 
     def forward(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         remote_port: int,
         local_port: int = 0,
         *,
@@ -1535,7 +1696,7 @@ class CloreClient(HTTPClient):
         """Forward a local port, on loopback only, to a port of the machine of an order.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             remote_port: the port on the machine of the order.
             local_port: the port on this machine; 0 chooses a free one.
             ssh, **login: as for :meth:`run`.
@@ -1559,7 +1720,7 @@ class CloreClient(HTTPClient):
 
     def upload(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         local: PathArgument,
         remote: PathArgument,
         *,
@@ -1611,7 +1772,7 @@ class CloreClient(HTTPClient):
         A symlink in the place of a file's target is an error, unless ``symlinks="follow"``.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             local: a file or directory on this machine.
             remote: a path on the machine of the order; a relative path and ``~`` start at the home
                 directory.
@@ -1669,7 +1830,7 @@ class CloreClient(HTTPClient):
 
     def download(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         remote: PathArgument,
         local: PathArgument,
         *,
@@ -1696,7 +1857,7 @@ class CloreClient(HTTPClient):
         the start; any other change is an error.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             remote: a path on the machine of the order; a relative path and ``~`` start at the home
                 directory.
             local: a path on this machine.
@@ -1731,7 +1892,7 @@ class CloreClient(HTTPClient):
 
     def rsync_command(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         local: PathArgument,
         remote: PathArgument,
         *,
@@ -1742,7 +1903,7 @@ class CloreClient(HTTPClient):
         It logs in as the line of :meth:`ssh_command` does, with the pinned host key.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             local: a file or directory on this machine; a slash at its end means its content.
             remote: a path on the machine of the order; a relative path and ``~`` start at the home
                 directory.
@@ -1762,7 +1923,7 @@ class CloreClient(HTTPClient):
 
     def scp(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         *,
         max_bytes: int | None = None,
         progress: Callable[..., object] | None = None,
@@ -1772,7 +1933,7 @@ class CloreClient(HTTPClient):
         """Return an ``scp.SCPClient`` that is protected against hostile hosts.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             max_bytes: the largest number of bytes that one ``get()`` may receive.
             progress: as for ``scp.SCPClient``.
             timeout: seconds for each step of the login, and the longest time without progress.

@@ -237,7 +237,7 @@ class SpendingLimitError(CloreError):
 
 
 class OrderEndedError(CloreError):
-    """An order ended before it had the status that a call waited for.
+    """An order has ended, before it had the status or for a call that needs its machine.
 
     Attributes:
         order_id, status: the order, and its final status.
@@ -267,6 +267,15 @@ class WaitTimeoutError(CloreError, TimeoutError):
         self.reason = "never showed up" if order is None else f"still {order.get('status')}"
 
 
+class UnknownOrderError(OrderNotFoundError, WaitTimeoutError):
+    """``wait_for_order`` did not wait, because the account has no such order."""
+
+    order_id: int
+
+    def __init__(self, message: str, *, order_id: int) -> None:
+        WaitTimeoutError.__init__(self, message, order_id=order_id)
+
+
 class RateUnknownError(CloreError):
     """A bid could not be converted, because the exchange rate is not known; nothing was bid."""
 
@@ -274,7 +283,14 @@ class RateUnknownError(CloreError):
 
 
 class SSHError(CloreError):
-    """An SSH login, command or transfer failed."""
+    """An SSH login, command or transfer failed.
+
+    Attributes:
+        reason: ``"unreachable"`` if no sshd responded in time, ``"refused"`` if it refused the
+            login, else ``""``.
+    """
+
+    reason: str = ""
 
 
 class RentalError(CloreError):

@@ -56,11 +56,23 @@ def check_id(name: str, value: Any) -> int:
     return value
 
 
-def check_ids(name: str, values: Any) -> list[int]:
-    """Check a list of ids; a single id or a string is an error."""
+def check_order_id(name: str, value: Any) -> int:
+    """Return the id of an order, given as the id or as a record of the order."""
+    if not isinstance(value, Mapping):
+        return check_id(name, value)
+    if value.get("order_id") is None:
+        raise TypeError(
+            f"{name} must be an order or its number, and this record has no order_id: "
+            f"{short_repr(value)}"
+        )
+    return check_id(f"{name}['order_id']", value["order_id"])
+
+
+def check_order_ids(name: str, values: Any) -> list[int]:
+    """Check a list of orders or their ids; a single one or a string is an error."""
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of order ids, not {short_repr(values)}")
-    return [check_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
+    return [check_order_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
 def check_number(

@@ -18,7 +18,8 @@ Contents:
     log                         The logger of the package. The application adds the handlers.
     errors                      All errors of the package, and the tables that map an API response
                                 to an error.
-    files                       Lock files, to exclude other processes, and open private ones.
+    files                       Lock files, and read and write small files that only this user may
+                                see.
     pricing                     Convert prices between units and currencies.
     validation                  Check arguments. Each error names the argument, its value and the
                                 allowed values.
@@ -59,6 +60,7 @@ Contents:
     market.filters              The filters that ``find_servers``, ``find_cheapest`` and ``rent``
                                 share, and their checks.
     market.gpu_names            Match GPU names that are written in different ways.
+    market.host_history         Remember for a day which hosts worked, and which disappointed.
     market.search               Search a listing: apply all filters in one pass, sort, and explain
                                 what was left out.
     market.spot                 Check spot bids, and convert them from USD per hour to the unit of
@@ -67,6 +69,8 @@ Contents:
     market.summary              Summarize a listing: servers, GPUs and prices of each GPU model.
     orders.claims               Assign orders to purchases, so that no two purchases get the same
                                 order.
+    orders.credentials          Remember how to log in to the orders of an account, in memory and in
+                                the state folder.
     orders.account              Read the orders of an account, and remember the orders of this
                                 client.
     orders.limits               Check the user's limits: the price per hour, and the number of
@@ -80,25 +84,30 @@ Contents:
     orders.create               Create an order: check the arguments, send them once, and find the
                                 new order.
     orders.wait                 Wait until an order has a status.
+    rental.client               RentalClient, the interface to ``CloreClient`` that rentals use.
     rental.selection            Select the servers that ``rent()`` tries, with their prices.
-    rental.budget               Count the cost of a rental, and check its limits.
     rental.process              Keep the state that all rentals of this process share.
+    rental.signals              Handle SIGTERM and SIGHUP, so that they end rentals.
+    rental.budget               Count the cost of a rental, and check its limits.
     rental.journal              Keep the journal: one small file for each purchase, which survives
                                 the process.
+    rental.kept                 Record the orders that stay after their rental, and end those past
+                                their deadline.
     rental.orders               Keep track of the orders of one rental, in memory and in the
                                 journal.
     rental.cleanup              End the orders of a rental: cancel, confirm, and reconcile purchases
                                 with unknown outcome.
-    rental.client               RentalClient, the interface to ``CloreClient`` that rentals use.
     rental.handoff              Call functions in another thread, and wait for it in a way that
                                 interrupts can't break.
-    rental.recovery             Find and cancel the orders that rentals of dead processes left
-                                running.
-    rental.signals              Handle SIGTERM and SIGHUP, so that they end rentals.
     rental.worker               RentalWorker, the thread that orders, watches and ends the orders of
                                 one rental.
     rental.rental               Rental, the context manager of ``rent()``: find, order, wait, and
                                 cancel at the end.
+    rental.attach               AttachedRental, the rental of an order that exists already.
+    rental.group                RentalGroup, the context manager of ``rent_many()``: several rentals
+                                side by side.
+    rental.recovery             Find and cancel the orders that rentals of dead processes left
+                                running.
     ssh.address                 Read the address of a machine from its order.
     ssh.watchdog                Limit calls that have no timeout of their own, and start threads.
     ssh.transport               Prepare paramiko's transports and channels: bounded memory, fast
@@ -121,6 +130,8 @@ Contents:
                                 their output there.
     ssh.openssh                 Write what OpenSSH needs to log in: a command line, or an entry for
                                 ``~/.ssh/config``.
+    ssh.private_keys            Find the private key of a public key, in ``~/.ssh`` and in the SSH
+                                agent.
     ssh.transfer.options        Check the arguments of a transfer.
     ssh.access                  Log in to the machines of an account; check the host key of each
                                 order.
@@ -161,6 +172,7 @@ import atexit
 import base64
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import contextvars
 import copy
@@ -269,6 +281,7 @@ __all__ = [
     "RateUnknownError",
     "Rental",
     "RentalError",
+    "RentalGroup",
     "SSHError",
     "SearchReport",
     "Server",
@@ -283,6 +296,7 @@ __all__ = [
     "SpotPriceTooSoonError",
     "TransferError",
     "TransferResult",
+    "UnknownOrderError",
     "WaitTimeoutError",
     "Wallet",
     "WalletList",
@@ -552,7 +566,7 @@ class SpendingLimitError(CloreError):
 
 
 class OrderEndedError(CloreError):
-    """An order ended before it had the status that a call waited for.
+    """An order has ended, before it had the status or for a call that needs its machine.
 
     Attributes:
         order_id, status: the order, and its final status.
@@ -582,6 +596,15 @@ class WaitTimeoutError(CloreError, TimeoutError):
         self.reason = "never showed up" if order is None else f"still {order.get('status')}"
 
 
+class UnknownOrderError(OrderNotFoundError, WaitTimeoutError):
+    """``wait_for_order`` did not wait, because the account has no such order."""
+
+    order_id: int
+
+    def __init__(self, message: str, *, order_id: int) -> None:
+        WaitTimeoutError.__init__(self, message, order_id=order_id)
+
+
 class RateUnknownError(CloreError):
     """A bid could not be converted, because the exchange rate is not known; nothing was bid."""
 
@@ -589,7 +612,14 @@ class RateUnknownError(CloreError):
 
 
 class SSHError(CloreError):
-    """An SSH login, command or transfer failed."""
+    """An SSH login, command or transfer failed.
+
+    Attributes:
+        reason: ``"unreachable"`` if no sshd responded in time, ``"refused"`` if it refused the
+            login, else ``""``.
+    """
+
+    reason: str = ""
 
 
 class RentalError(CloreError):
@@ -920,7 +950,7 @@ def _tail(text: str) -> str:
 # ==================================================================================================
 # files
 #
-# Lock files, to exclude other processes, and open private ones.
+# Lock files, and read and write small files that only this user may see.
 # ==================================================================================================
 
 
@@ -929,6 +959,7 @@ LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which sta
 PRIVATE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 PRIVATE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
+LONGEST_STATE_FILE = 1_000_000  # bytes; a longer file is not ours
 
 
 def lock_file(handle: int, patience: float = 0.0) -> bool:
@@ -993,6 +1024,81 @@ def open_private(path: Path) -> tuple[int, bool]:
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return os.open(path, PRIVATE_FLAGS | os.O_CREAT, 0o600), True
+
+
+@contextlib.contextmanager
+def locked_path(path: Path, patience: float) -> Iterator[None]:
+    """Hold the lock file beside ``path``, so that no other process changes it.
+
+    Raises:
+        OSError: another process holds it, or it can't be created.
+    """
+    handle, _ = open_private(Path(f"{path}.lock"))
+    try:
+        if not lock_file(handle, patience):
+            raise OSError(f"{path}.lock is held by another process")
+        yield
+    finally:
+        os.close(handle)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file in one step by one with this text, which only this user may read."""
+    new = path.with_name(f"{path.name}.{random.SystemRandom().getrandbits(48):012x}")
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
+    handle = os.open(new, flags, 0o600)
+    try:
+        with open(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(handle)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+
+
+def make_private_folder(folder: Path) -> None:
+    """Create a folder that only this user may enter, or close an existing one to the others.
+
+    Raises:
+        OSError: it can't be created, is no folder, or belongs to somebody else.
+    """
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = os.lstat(folder)
+    if not stat.S_ISDIR(about.st_mode):
+        raise OSError("it is no folder")
+    if os.name == "nt":
+        return
+    if about.st_uid != os.geteuid():
+        raise OSError("it belongs to another user")
+    if about.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def read_state_file(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a small file of this user.
+
+    Raises:
+        OSError, ValueError, RecursionError: the file can't be read, or is not one of ours.
+    """
+    flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags | os.O_RDONLY)
+    try:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_STATE_FILE:
+            raise ValueError("it is not a small regular file")
+        if os.name != "nt" and about.st_uid != os.geteuid():
+            raise ValueError("it belongs to another user")
+        data = json.loads(os.read(handle, LONGEST_STATE_FILE + 1))
+    finally:
+        os.close(handle)
+    if not isinstance(data, dict):
+        raise ValueError("it is not a JSON object")
+    return data
 
 
 # ==================================================================================================
@@ -1193,11 +1299,23 @@ def check_id(name: str, value: Any) -> int:
     return value
 
 
-def check_ids(name: str, values: Any) -> list[int]:
-    """Check a list of ids; a single id or a string is an error."""
+def check_order_id(name: str, value: Any) -> int:
+    """Return the id of an order, given as the id or as a record of the order."""
+    if not isinstance(value, Mapping):
+        return check_id(name, value)
+    if value.get("order_id") is None:
+        raise TypeError(
+            f"{name} must be an order or its number, and this record has no order_id: "
+            f"{short_repr(value)}"
+        )
+    return check_id(f"{name}['order_id']", value["order_id"])
+
+
+def check_order_ids(name: str, values: Any) -> list[int]:
+    """Check a list of orders or their ids; a single one or a string is an error."""
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of order ids, not {short_repr(values)}")
-    return [check_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
+    return [check_order_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
 def check_number(
@@ -5471,6 +5589,13 @@ class HTTPClient:
             rest["auth"] = clean_key(key, "the attribute api_key")
         self._headers = rest
 
+    def _described_key(self, key: str) -> str:
+        """Return a text that names the end of a key, and where it comes from."""
+        found, source = self._key_source
+        if key != found:
+            source = "attribute" if key == self.api_key else "the headers of the call"
+        return f"a key that ends in {key_ending(key)!r}, from {source}"
+
     @property
     def headers(self) -> dict[str, str]:
         """The headers of each request: ``{"auth": api_key}``, or ``{}`` without a key."""
@@ -5618,6 +5743,11 @@ class HTTPClient:
                 self.server_clock = server_time + 0.5 - time.time()
         else:
             outcome.error.sent_at = sent_at
+            if isinstance(outcome.error, AuthenticationError) and call.key:
+                outcome.error.add_hint(
+                    f"the API refused {self._described_key(call.key)}: correct the key there, or "
+                    "make a new one"
+                )
         return outcome
 
     def _exchange(
@@ -6078,6 +6208,90 @@ def common_spellings(counts: Mapping[str, int]) -> dict[str, str]:
 
 def _shown(name: str) -> str:
     return repr(printable(name, LONGEST_NAME))
+
+
+# ==================================================================================================
+# market.host_history
+#
+# Remember for a day which hosts worked, and which disappointed.
+# ==================================================================================================
+
+
+HOST_HISTORY_FILE = "host_history"  # in the state folder
+HISTORY_SCHEMA = 1
+HISTORY_LASTS = 86_400.0  # seconds
+MOST_HOSTS = 1000
+HISTORY_PATIENCE = 1.0  # seconds to wait for another process that writes the file
+
+WORKED = "worked"
+NOT_DEPLOYED = "not deployed"
+# ``SSHError.reason`` -> the outcome
+LOGIN_OUTCOMES = {"unreachable": "no sshd", "refused": "login refused"}
+
+
+class HostHistory:
+    """What happened on each host, in memory and in the state folder.
+
+    Parameters:
+        folder: returns the state folder, or None if none is used.
+        base_url: returns the base URL, because each API has its own servers.
+    """
+
+    def __init__(self, folder: Callable[[], Path | None], base_url: Callable[[], str]) -> None:
+        self._folder = folder
+        self._base_url = base_url
+        self._here: dict[str, dict[str, Any]] = {}  # what this process has seen
+
+    def record(self, server_id: int | None, outcome: str | None) -> None:
+        """Record what happened on a host; nothing if one of the two is not known."""
+        if not server_id or outcome is None:
+            return
+        name = f"{canonical_url(self._base_url())} {server_id}"
+        self._here[name] = {"outcome": outcome, "time": time.time()}
+        if (folder := self._folder()) is None:
+            return
+        path = folder / HOST_HISTORY_FILE
+        try:
+            with locked_path(path, HISTORY_PATIENCE):
+                hosts = {**self._read(path), name: self._here[name]}
+                newest = sorted(hosts.items(), key=lambda item: -item[1]["time"])[:MOST_HOSTS]
+                text = json.dumps({"schema": HISTORY_SCHEMA, "hosts": dict(newest)})
+                replace_file(path, text)
+        except OSError as error:
+            logger.debug("%s can't be written: %s", path, error)
+
+    def outcomes(self) -> dict[int, dict[str, Any]]:
+        """Return ``outcome`` and ``time`` of each host of the last day, by server id."""
+        hosts = dict(self._here)
+        if (folder := self._folder()) is not None:
+            for name, seen in self._read(folder / HOST_HISTORY_FILE).items():
+                if name not in hosts or seen["time"] > hosts[name]["time"]:
+                    hosts[name] = seen
+        start = f"{canonical_url(self._base_url())} "
+        return {
+            int(name.removeprefix(start)): dict(seen)
+            for name, seen in hosts.items()
+            if name.startswith(start) and name.removeprefix(start).isdecimal() and _is_fresh(seen)
+        }
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, dict[str, Any]]:
+        """Return the valid entries of the file of the last day."""
+        try:
+            hosts = read_state_file(path).get("hosts")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            logger.debug("%s can't be read: %s", path, error)
+            return {}
+        return {n: s for n, s in hosts.items() if _is_fresh(s)} if isinstance(hosts, dict) else {}
+
+
+def _is_fresh(seen: Any) -> bool:
+    if not isinstance(seen, dict) or not isinstance(seen.get("outcome"), str):
+        return False
+    at = finite(seen.get("time"))
+    return at is not None and abs(time.time() - at) < HISTORY_LASTS
 
 
 # ==================================================================================================
@@ -6826,6 +7040,13 @@ def quantile(ordered: list[float], share: float) -> float | None:
 # ==================================================================================================
 
 
+# The allowed difference between the creation time of an order, by the server's clock, and the time
+# of its entry, by this machine's clock. All in seconds.
+CLOCKS_APART = 300.0
+CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
+LATEST_ORDER = 180.0  # a proxy can delay a request
+
+
 def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
     """Return whether an order can be the result of a purchase. Missing fields are ignored."""
     fields = (
@@ -6834,6 +7055,28 @@ def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
         (order.get("spot"), bool, spot),
     )
     return all(not isinstance(value, kind) or value == wanted for value, kind, wanted in fields)
+
+
+def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+    """Return whether an order still runs and can be the result of a purchase."""
+    return not order.has_ended and same_purchase(order, image, currency, spot)
+
+
+def matches_entry(data: dict[str, Any], order: Order) -> bool:
+    """Return whether an order can be the result of an entry without an order id."""
+    before = data.get("before")
+    if order.server_id != whole_id(data.get("server_id")):
+        return False
+    if isinstance(before, list) and order.id in before:
+        return False
+    if not can_be_order_of(order, data.get("image"), data.get("currency"), data.get("spot")):
+        return False
+    started, made = finite(data.get("started")), order.started_at
+    if started is None or made is None:
+        return False
+    ahead = finite(data.get("server_clock"))
+    apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
+    return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
 
 
 class Claims:
@@ -6873,6 +7116,241 @@ def claims_for(base_url: str, api_key: str) -> Claims:
 
 
 # ==================================================================================================
+# orders.credentials
+#
+# Remember how to log in to the orders of an account, in memory and in the state folder.
+# ==================================================================================================
+
+
+CREDENTIALS_FOLDER = "credentials"  # in the state folder
+CREDENTIALS_SCHEMA = 1  # a later version adds fields, and keeps these
+_SAVED_FIELDS = ("ssh_password", "jupyter_token", "key_fingerprint")
+# Seconds: a purchase that has no order after this time has none, and an order that no list has
+# for this time has ended.
+PURCHASE_OVER = 3600.0
+ORDER_OVER = 86_400.0
+
+
+def public_key_fingerprint(public_key: str) -> str | None:
+    """Return the fingerprint of a line of a ``.pub`` file, as ``ssh-keygen -l`` prints it."""
+    try:
+        blob = base64.b64decode(public_key.split()[1], validate=True)
+    except (ValueError, IndexError):
+        return None
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+
+
+def login_fields(sent: dict[str, str]) -> dict[str, str]:
+    """Return what to remember of the password, key and token that were sent with an order."""
+    fields: dict[str, str] = {}
+    for name in ("ssh_password", "jupyter_token"):
+        if name in sent:
+            fields[name] = Secret(sent[name])
+    if found := public_key_fingerprint(sent.get("ssh_key", "")):
+        fields["key_fingerprint"] = found
+    return fields
+
+
+class SavedLogin:
+    """The credentials of one purchase, saved before it is sent, until its order has an id."""
+
+    def __init__(self, store: Credentials, account: str, fields: dict[str, str]) -> None:
+        self.fields = fields
+        self.path: Path | None = None
+        self._store = store
+        self._account = account
+
+    def assign(self, order_id: int) -> None:
+        """Record the order of the purchase."""
+        self._store.assign(self._account, order_id, self)
+
+    def drop(self) -> None:
+        """Forget the purchase, which has no order. Safe to repeat."""
+        if self.path is not None:
+            remove_file(self.path)
+            self.path = None
+
+
+class Credentials:
+    """The credentials of orders, one file for each order.
+
+    The name of a file has the account and the id of the order. Before the id is known, it has the
+    server instead, and the content says by which facts the order can be found. So the credentials
+    survive a process that is killed at any time.
+
+    Parameters:
+        folder: returns the state folder, or None to keep the credentials in memory only.
+    """
+
+    def __init__(self, folder: Callable[[], Path | None]) -> None:
+        self._state_folder = folder
+        self._known: dict[tuple[str, int], dict[str, str]] = {}
+
+    @property
+    def _folder(self) -> Path | None:
+        folder = self._state_folder()
+        return None if folder is None else folder / CREDENTIALS_FOLDER
+
+    def save(self, account: str, sent: dict[str, str], facts: dict[str, Any]) -> SavedLogin:
+        """Save the credentials of a purchase before it is sent.
+
+        Parameters:
+            account: the digest of the account.
+            sent: the password, key and token of the order.
+            facts: the fields by which :func:`matches_entry` finds the order.
+        """
+        saved = SavedLogin(self, account, login_fields(sent))
+        if (folder := self._folder) is None or not saved.fields:
+            return saved
+        name = f"{random.SystemRandom().getrandbits(64):016x}"
+        path = folder / f"{account[:12]}-server-{facts['server_id']}-{name}.json"
+        data = {"schema": CREDENTIALS_SCHEMA, "account": account, **facts, **saved.fields}
+        try:
+            make_private_folder(folder)
+            replace_file(path, json.dumps(data))
+            saved.path = path
+        except OSError as error:
+            _warn(f"the login of an order can't be saved in {folder}", error)
+        return saved
+
+    def assign(self, account: str, order_id: int, saved: SavedLogin) -> None:
+        """Record which order a purchase has made."""
+        self._known[account, order_id] = saved.fields
+        path, saved.path = saved.path, None
+        if path is None:
+            return
+        try:
+            path.replace(self._path(path.parent, account, order_id))
+        except FileNotFoundError:  # another process has found the order, or ended it
+            pass
+        except OSError as error:
+            _warn(f"{path} can't be renamed", error)
+
+    def of(self, account: str, order_id: int | None, order: Order | None = None) -> dict[str, str]:
+        """Return what is known for the login to an order; empty if nothing is.
+
+        Parameters:
+            account: the digest of the account.
+            order_id: the order.
+            order: its record, which can tell the purchase of a process that was killed.
+        """
+        if order_id is None:
+            return {}
+        if (known := self._known.get((account, order_id))) is not None:
+            return known
+        folder = self._folder
+        if folder is None:
+            return {}
+        found = self._read(self._path(folder, account, order_id), account)
+        if found is None and order is not None:
+            found = self._of_lost_purchase(folder, account, order_id, order)
+        if found is None:
+            return {}
+        return self._known.setdefault((account, order_id), _fields_of(found))
+
+    def forget(self, account: str, order_ids: Iterable[int]) -> None:
+        """Forget orders that have ended."""
+        ended = set(order_ids)
+        for order_id in ended:
+            self._known.pop((account, order_id), None)
+        if (folder := self._folder) is not None:
+            for order_id in ended & self._saved_orders(folder, account):
+                remove_file(self._path(folder, account, order_id))
+
+    def stale(self, account: str, active: Collection[int]) -> dict[int, float]:
+        """Return the age in seconds of each saved order that is old and not active.
+
+        Also remove the purchases that never had an order.
+        """
+        ages: dict[int, float] = {}
+        if (folder := self._folder) is None:
+            return ages
+        for path in self._files(folder, f"{account[:12]}-server-"):
+            if _age(path) > PURCHASE_OVER:
+                remove_file(path)
+        for order_id in self._saved_orders(folder, account) - set(active):
+            age = _age(self._path(folder, account, order_id))
+            if age > PURCHASE_OVER:
+                ages[order_id] = age
+        return ages
+
+    # --- the files ---
+
+    @staticmethod
+    def _path(folder: Path, account: str, order_id: int) -> Path:
+        return folder / f"{account[:12]}-{order_id}.json"
+
+    @staticmethod
+    def _files(folder: Path, start: str) -> list[Path]:
+        try:
+            return [folder / name for name in os.listdir(folder) if name.startswith(start)]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            _warn(f"{folder} can't be read", error)
+            return []
+
+    def _saved_orders(self, folder: Path, account: str) -> set[int]:
+        shape = rf"{account[:12]}-([0-9]{{1,18}})\.json"
+        names = (re.fullmatch(shape, p.name) for p in self._files(folder, account[:12]))
+        return {int(name[1]) for name in names if name is not None}
+
+    @staticmethod
+    def _read(path: Path, account: str) -> dict[str, Any] | None:
+        try:
+            data = read_state_file(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            # The text of a JSON error holds nothing of the file.
+            _warn(f"{path} can't be read", error)
+            return None
+        return data if data.get("account") == account else None
+
+    def _of_lost_purchase(
+        self, folder: Path, account: str, order_id: int, order: Order
+    ) -> dict[str, Any] | None:
+        """Return the newest purchase without an order that fits this one, and assign it."""
+        fitting = [
+            (finite(data.get("started")) or 0.0, str(path), data)
+            for path in self._files(folder, f"{account[:12]}-server-{order.server_id}-")
+            if (data := self._read(path, account)) is not None and matches_entry(data, order)
+        ]
+        if not fitting:
+            return None
+        _, path, found = max(fitting, key=lambda purchase: purchase[:2])
+        try:
+            Path(path).replace(self._path(folder, account, order_id))
+        except OSError as error:
+            _warn(f"{path} can't be renamed", error)
+        return found
+
+
+def _fields_of(data: dict[str, Any]) -> dict[str, str]:
+    return {n: Secret(data[n]) for n in _SAVED_FIELDS if isinstance(data.get(n), str)}
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file of the state folder; only warn if that fails."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _warn(f"{path} can't be removed", error)
+
+
+def _warn(what: str, error: object) -> None:
+    reason = getattr(error, "strerror", None) or error
+    warn_once(f"{what}: {reason}; another process can't log in without the password or the key")
+
+
+# ==================================================================================================
 # orders.account
 #
 # Read the orders of an account, and remember the orders of this client.
@@ -6880,6 +7358,7 @@ def claims_for(base_url: str, api_key: str) -> Claims:
 
 
 SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
+LONGEST_CHECK = 10.0  # seconds for the look if an order has ended, after a login failed
 
 
 class OrdersClient(Requester, Protocol):
@@ -6912,17 +7391,17 @@ class AccountOrders:
         client: makes the requests.
         market: has the exchange rates for prices in USD.
         made: order id -> the order, as this client made it.
-        credentials: order id -> the password, key and token that were sent with it.
+        credentials: the passwords, keys and tokens that were sent with orders.
         cancelled: ids of the orders that this client cancelled.
         ended: ids of the orders that have ended.
         bid_listeners: order id -> a function to call with a new bid, in USD per hour.
     """
 
-    def __init__(self, client: OrdersClient, market: Market) -> None:
+    def __init__(self, client: OrdersClient, market: Market, credentials: Credentials) -> None:
         self.client = client
         self.market = market
+        self.credentials = credentials
         self.made: dict[int, Order] = {}
-        self.credentials: dict[int, dict[str, str]] = {}
         self.cancelled: set[int] = set()
         self.ended: set[int] = set()
         self.bid_listeners: dict[int, Callable[[float], None]] = {}
@@ -6934,6 +7413,11 @@ class AccountOrders:
         twin = copy.copy(self)
         twin.client, twin.market = client, market
         return twin
+
+    @property
+    def account(self) -> str:
+        """A digest that identifies the account in the state folder."""
+        return account_digest(self.client.base_url, self.client.api_key)
 
     @property
     def claims(self) -> Claims:
@@ -6964,7 +7448,14 @@ class AccountOrders:
         data.observe(response)
         orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
+        self.forget_ended(o.id for o in orders if o.id is not None and o.has_ended)
         return orders, response
+
+    def forget_ended(self, order_ids: Iterable[int]) -> None:
+        """Record that orders have ended, and forget their credentials."""
+        if ended := set(order_ids):
+            self.ended.update(ended)
+            self.credentials.forget(self.account, ended)
 
     def active(self) -> list[Order]:
         """Read the orders that have not ended."""
@@ -6977,6 +7468,79 @@ class AccountOrders:
                 if order.id == order_id:
                     return order
         return None
+
+    # --- logins ---
+
+    def login_of(self, order: Order) -> dict[str, str]:
+        """Return what is known for the login to an order."""
+        if order.id in self.cancelled or order.id in self.ended:
+            return {}  # a list can show it as active for a while, and nothing may be saved again
+        return self.credentials.of(self.account, order.id, order)
+
+    def with_login(self, order: Order) -> Order:
+        """Return an order with its password and token, if they are known."""
+        if not order.has_ended:
+            for name, text in self.login_of(order).items():
+                if name != "key_fingerprint":
+                    order[name] = str(text)
+        return order
+
+    def check_not_ended(self, order_id: int) -> None:
+        """Raise an error if this client knows that an order has ended. Nothing is sent."""
+        if order_id in self.ended or order_id in self.cancelled:
+            raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
+
+    def running(self, order_id: int) -> Order:
+        """Read an order that has not ended.
+
+        Raises:
+            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+        """
+        self.check_not_ended(order_id)
+        order = self.find(order_id) or self.made.get(order_id)  # a new one may not be listed yet
+        if order is None:
+            raise OrderNotFoundError(
+                f"there is no order {order_id} in this account: look at get_orders()",
+                order_id=order_id,
+            )
+        if order.has_ended:
+            raise ended_error(order_id, order.status or "", order)
+        return order
+
+    def raise_if_ended(self, order_id: int, cause: BaseException) -> None:
+        """Look once if an order has ended, and raise the error for that.
+
+        Parameters:
+            order_id: the order.
+            cause: the error that makes it likely.
+        """
+        self.check_not_ended(order_id)
+        if self.client.api_key is None:
+            return
+        deadline = time.monotonic() + LONGEST_CHECK
+        try:
+            orders, _ = limited(lambda: self.read(completed=True), deadline=deadline)
+        except CloreError as error:
+            logger.debug("the state of order %d is not known: %s", order_id, error)
+            return
+        for order in orders:
+            if order.id == order_id and order.has_ended:
+                raise ended_error(order_id, order.status or "", order) from cause
+
+    def tidy_credentials(self, active: set[int]) -> None:
+        """Forget the saved credentials of orders that have ended elsewhere.
+
+        Parameters:
+            active: ids of the active orders, just read.
+        """
+        ages = self.credentials.stale(self.account, active)
+        if not ages:
+            return
+        listed = {order.id for order in self.read(completed=True)[0]}  # forgets the ended ones
+        over = [i for i, age in ages.items() if i not in listed and age > ORDER_OVER]
+        self.credentials.forget(self.account, over)
+
+    # --- the states of orders ---
 
     def state(self, order_id: int) -> OrderState:
         """Return the state of an order in the two lists.
@@ -7021,6 +7585,17 @@ class AccountOrders:
         """Report the new price of an order to its budget."""
         if (listener := self.bid_listeners.get(order_id)) is not None:
             listener(usd_per_hour)
+
+
+def ended_error(order_id: int, status: str, order: Order | None = None) -> OrderEndedError:
+    """Make the error for a call that needs a running order."""
+    return OrderEndedError(
+        f"Order {order_id} has ended, with status {status}: its machine and its files are gone, so "
+        "rent another one",
+        order_id=order_id,
+        status=status,
+        order=order,
+    )
 
 
 # ==================================================================================================
@@ -7340,6 +7915,7 @@ class Cancellation:
     def _accept(self) -> None:
         self.accepted, self.failure = True, None
         self._orders.cancelled.add(self.order_id)
+        self._orders.credentials.forget(self._orders.account, [self.order_id])
 
     def _next_send(self) -> float:
         """Return the monotonic time at which to send the cancel."""
@@ -7535,6 +8111,7 @@ def _send_batch(orders: AccountOrders, batch: list[int]) -> dict[str, Any]:
     failed = {str(name) for name in names} if isinstance(names, list) else set()
     done = [i for i in batch if str(i) not in failed]
     orders.cancelled.update(done)
+    orders.credentials.forget(orders.account, done)
     logger.info("cancelled orders: %s; not cancelled: %s", done, sorted(failed))
     return response
 
@@ -7597,7 +8174,7 @@ def balance_of(wallets: list[Wallet], currency: str) -> float:
 
 def hours_left(orders: AccountOrders, rented: Any, currency: str) -> float | None:
     """Return how long a wallet lasts; see ``CloreClient.hours_left``."""
-    order_id = None if isinstance(rented, Server) else _order_id(rented)
+    order_id = None if isinstance(rented, Server) else check_order_id("server_or_order", rented)
     active = orders.active()
     burned: float | None = 0.0
     if isinstance(rented, Server):
@@ -7613,11 +8190,6 @@ def hours_left(orders: AccountOrders, rented: Any, currency: str) -> float | Non
     wallet = wallet_of(to_wallets(orders.client._request("GET", "/v1/wallets")), currency)
     balance = (wallet.balance if wallet is not None else None) or 0.0
     return balance / burned if burned else math.inf
-
-
-def _order_id(order: Any) -> int:
-    number = order.get("order_id") if isinstance(order, Mapping) else order
-    return check_id("server_or_order", number)
 
 
 def _paid_with(active: list[Order], order_id: int | None) -> str:
@@ -7935,6 +8507,7 @@ class Purchase:
         self.baseline_read = False
         self.response: dict[str, Any] = {}
         self._bid: float | None = None  # USD per hour
+        self._saved: SavedLogin | None = None
         self._sent_at = time.monotonic()
 
     @property
@@ -8023,16 +8596,17 @@ class Purchase:
             with one, claims.lock(self.server_id):
                 self._check_limits()
                 self._read_baseline(find_timeout)
-                order, purchase = self._submit(find_timeout)
+                order, purchase = self._submit_and_save(find_timeout)
         except InsufficientBalanceError as error:
             with contextlib.suppress(Exception):  # the refusal matters more than its explanation
                 price = self.usd_per_hour()
                 explain_balance(self._orders, error, self.currency, price, self.spot)
             raise
         if order.id is not None:
-            self._orders.credentials[order.id] = purchase.credentials
             self._orders.made[order.id] = order.copy()
         logger.info("order %s of server %d was made", order.id, self.server_id)
+        with contextlib.suppress(CloreError):
+            self._orders.tidy_credentials({*self.before, order.id or 0})
         order["code"] = 0
         if purchase.generated_password:
             order["ssh_password"] = str(purchase.generated_password)
@@ -8054,6 +8628,54 @@ class Purchase:
             if isinstance(response, Envelope):  # a fake client in a test may have a fixed list
                 self.before |= {order.id for order in listed if order.id is not None}
                 self.baseline_read = True
+
+    def _submit_and_save(self, find_timeout: float) -> tuple[Order, Purchase]:
+        """Save the credentials, and send the purchase."""
+        orders = self._orders
+        facts = {
+            "server_id": self.server_id,
+            "started": time.time(),
+            "server_clock": orders.client.server_clock,
+            "image": self.image,
+            "currency": self.currency,
+            "spot": self.spot,
+            "before": sorted(self.before),
+        }
+        saved = orders.credentials.save(orders.account, self.credentials, facts)
+        self._saved = saved
+        try:
+            order, purchase = self._submit(find_timeout)
+        except (OrderOutcomeUnknownError, DatabaseError):  # the order may exist
+            raise
+        except InvalidInputError as error:
+            saved.drop()
+            raise self._no_such_server(error) or error from None
+        except Exception:
+            saved.drop()
+            raise
+        if purchase is not self:
+            saved.drop()
+        if order.id is not None and purchase._saved is not None:
+            purchase._saved.assign(order.id)
+        return order, purchase
+
+    def _no_such_server(self, error: InvalidInputError) -> InvalidInputError | None:
+        """Return a better error if the API refused an order because it has no such server."""
+        try:
+            if self._orders.market.find_server(self.server_id) is not None:
+                return None
+        except CloreError:
+            return None
+        better = InvalidInputError(
+            error.code,
+            f"there is no server {self.server_id} on the marketplace, so nothing was ordered: "
+            "choose one of find_servers()",
+            error.response,
+            http_status=error.http_status,
+            endpoint=error.endpoint,
+        )
+        better.sends, better.sent_at = error.sends, error.sent_at
+        return better
 
     def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Send the purchase, and return the order and its purchase, which can be an earlier one."""
@@ -8122,6 +8744,7 @@ def wait_for_status(
     if target_status not in {"running", "creating"} | ENDED_STATUSES:
         logger.warning("target_status=%r is not a known status: check its spelling", target_status)
     targets = _SAME_STATUS if target_status in _SAME_STATUS else {target_status}
+    late = f"Order {order_id} did not reach status '{target_status}' within {timeout}s"
     started = time.monotonic()
     deadline = started + timeout
     seen: Order | None = None
@@ -8132,6 +8755,8 @@ def wait_for_status(
             on_update(order)
         if report is not None:
             report(_event(order_id, seen, time.monotonic() - started))
+        if seen is None and failure is None:
+            _check_may_exist(orders, order_id, late)
         if order is not None and order.status in targets:
             return order
         if order is not None and order.has_ended:
@@ -8143,11 +8768,7 @@ def wait_for_status(
             )
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise WaitTimeoutError(
-                f"Order {order_id} did not reach status '{target_status}' within {timeout}s",
-                order_id=order_id,
-                order=seen,
-            ) from failure
+            raise WaitTimeoutError(late, order_id=order_id, order=seen) from failure
         # Respect the pause that the API asked for.
         pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
         time.sleep(min(pause, remaining))
@@ -8160,6 +8781,16 @@ def _event(order_id: int, order: Order | None, seconds: float) -> ProgressEvent:
     shown = "deploying" if status == "creating" else status
     text = f"order {order_id}: {shown}, {readable_seconds(seconds)}"
     return ProgressEvent("deploy", seconds, text)
+
+
+def _check_may_exist(orders: AccountOrders, order_id: int, late: str) -> None:
+    """Check that an order that no list has may be a new one, which is listed later."""
+    if order_id not in orders.known and not orders.credentials.of(orders.account, order_id):
+        raise UnknownOrderError(
+            f"{late}: there is no order {order_id} in this account, so the client did not wait; "
+            "look at get_orders()",
+            order_id=order_id,
+        )
 
 
 def _poll(
@@ -8175,6 +8806,50 @@ def _poll(
             raise
         logger.debug("a poll of order %d failed: %s", order_id, error)
         return None, error
+
+
+# ==================================================================================================
+# rental.client
+#
+# RentalClient, the interface to ``CloreClient`` that rentals use.
+# ==================================================================================================
+
+
+class RentalClient(Protocol):
+    """The methods of ``CloreClient`` that a rental uses."""
+
+    def get_orders(self, include_completed: bool = False) -> list[Order]: ...
+
+    def get_order(self, order_id: Any) -> Order | None: ...
+
+    def cancel_order(self, order_id: Any, *, confirm: bool) -> bool: ...
+
+    @property
+    def ssh_command(self) -> Callable[..., str]: ...
+
+    def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
+
+    def wait_for_order(
+        self, order_id: int, timeout: float, poll_interval: float, *, on_progress: Any = None
+    ) -> Order: ...
+
+    @property
+    def create_order(self) -> Callable[..., Order]: ...
+
+    @property
+    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
+
+    @property
+    def forward(self) -> Callable[..., Forward]: ...
+
+    @property
+    def run(self) -> Callable[..., CommandResult]: ...
+
+    @property
+    def upload(self) -> Callable[..., TransferResult]: ...
+
+    @property
+    def download(self) -> Callable[..., TransferResult]: ...
 
 
 # ==================================================================================================
@@ -8213,7 +8888,9 @@ class RentalSettings:
         cancel_timeout: Any,
         max_hours: Any,
         max_cost_usd: Any,
+        prefer_known: Any = False,
     ) -> None:
+        self.prefer_known = check_bool("prefer_known", prefer_known)
         self.search = search
         self.spot = search.spot
         if search.gpu_type is not None:
@@ -8234,6 +8911,23 @@ class RentalSettings:
         self.max_cost_usd = check_optional_number(
             "max_cost_usd", max_cost_usd, above=True, infinite=True
         )
+
+    @classmethod
+    def of_order(
+        cls, order: Order, *, max_hours: Any, max_cost_usd: Any, cancel_timeout: Any
+    ) -> RentalSettings:
+        """Return the settings for an order that exists."""
+        names = ("ports", "env", "ssh_password", "ssh_key", "jupyter_token")
+        known = {
+            "image": order.get("image") or "unknown",
+            "currency": wire_currency(str(order.get("currency"))) or "CLORE-Blockchain",
+        }
+        return cls(
+            search=Search(use_spot=order.is_spot is True, currency=known["currency"]),
+            server_id=None, spot_price=None, order={**dict.fromkeys(names), **known},
+            attempts=1, deploy_timeout=0.0, poll_interval=1.0, find_timeout=0.0,
+            cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
+        )  # fmt: skip
 
     def _set_order(self, order: dict[str, Any]) -> None:
         self.currency = check_currency("currency", order["currency"])
@@ -8313,8 +9007,13 @@ def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | Non
     return amount * rate
 
 
-def candidates(market: Market, settings: RentalSettings) -> tuple[list[Server], str]:
-    """Return the servers to try, the best first, and an error text if there are none."""
+def candidates(
+    market: Market, settings: RentalSettings, history: HostHistory
+) -> tuple[list[Server], str]:
+    """Return the servers to try, and an error text if there are none.
+
+    The best come first, and hosts that have just disappointed last.
+    """
     found, report = market.search(settings.search)
     if not found:
         server_id = settings.search.server_id
@@ -8322,6 +9021,8 @@ def candidates(market: Market, settings: RentalSettings) -> tuple[list[Server], 
         return [], f"{why}: change the filters, or try again later"
     reasons = [settings.reason_against(server) for server in found]
     fitting = [s for s, reason in zip(found, reasons, strict=True) if reason is None]
+    outcomes = {server_id: seen["outcome"] for server_id, seen in history.outcomes().items()}
+    fitting.sort(key=lambda s: _rank(outcomes.get(s.id or 0), settings.prefer_known))
     return fitting, (
         f"none of {len(found)} servers that fit can be rented: server {found[0].id} {reasons[0]}; "
         "change the filters or the limits"
@@ -8337,6 +9038,200 @@ def _missing(server_id: int, report: SearchReport) -> str:
     cost = report.cheapest_usd_per_hour
     costs = "" if cost is None else f"; it costs {cost:.4g} USD per hour"
     return f"server {server_id} does not fit {label}{costs}"
+
+
+def _rank(outcome: str | None, prefer_known: bool) -> int:
+    """Return 0 for the hosts to try first, 2 for those to try last, else 1."""
+    if outcome is None:
+        return 1
+    return (0 if prefer_known else 1) if outcome == WORKED else 2
+
+
+class SharedServers:
+    """The servers to try, each taken by one rental only. They are listed on first use."""
+
+    def __init__(self, market: Market, settings: RentalSettings, history: HostHistory) -> None:
+        self.no_server = ""  # why there is none, for an error
+        self._arguments = market, settings, history
+        self._left: list[Server] | None = None
+
+    def count(self) -> int:
+        """List the servers, the first time, and return how many are left."""
+        if self._left is None:
+            self._left, self.no_server = candidates(*self._arguments)
+        return len(self._left)
+
+    def take(self) -> Server | None:
+        """Return the next server, or None."""
+        self.count()
+        try:
+            return (self._left or []).pop(0)  # one atomic step
+        except IndexError:
+            return None
+
+
+def summary(tried: list[tuple[int, str]]) -> str:
+    """Return the reason for each server, but a common reason only once."""
+    servers: dict[str, list[str]] = {}
+    for server_id, why in tried:
+        # The text of an error names the order, which differs.
+        alike = re.sub(r"\b([Oo])rder \d+\b", r"\1rder", why)
+        servers.setdefault(alike, []).append(str(server_id))
+    if len(servers) == len(tried):
+        return "; ".join(f"server {server_id}: {why}" for server_id, why in tried)
+    return "; ".join(
+        f"server{'s' if len(ids) > 1 else ''} {', '.join(ids)}: {why}"
+        for why, ids in servers.items()
+    )
+
+
+# ==================================================================================================
+# rental.process
+#
+# Keep the state that all rentals of this process share.
+# ==================================================================================================
+
+
+class ProcessState:
+    """The state that all rentals of this process share.
+
+    Each change is one atomic step, because a signal handler must not wait for a lock.
+
+    Attributes:
+        rentals: the workers of the open rentals.
+        exiting: whether the interpreter is exiting.
+        entries: the journal entries that this process wrote and has locked, by path.
+        signal_users: the open users of the signal handler.
+        handled_signals: the signals for which the handler is installed.
+        stopping_signal: the signal that ends this process, or None.
+    """
+
+    def __init__(self) -> None:
+        self.rentals: set[RentalWorker] = set()
+        self.exiting = False
+        self.entries: dict[str, JournalEntry] = {}
+        self.signal_users: set[SignalHandling] = set()
+        self.handled_signals: set[int] = set()
+        self.stopping_signal: int | None = None
+
+
+this_process = ProcessState()
+
+
+def _leave_rentals_to_parent() -> None:
+    this_process.rentals.clear()
+    # The files that a child inherits would keep the parent's locks after the parent's death.
+    for entry in this_process.entries.values():
+        entry.unlock()
+    this_process.entries.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_rentals_to_parent)
+
+
+# ==================================================================================================
+# rental.signals
+#
+# Handle SIGTERM and SIGHUP, so that they end rentals.
+# ==================================================================================================
+
+
+SIGNALS = tuple(s for n in ("SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None)
+
+
+class SignalExit(SystemExit):
+    """A signal that ends the process, raised in the main thread to end its ``with`` blocks.
+
+    It is a ``SystemExit`` and not an ``Exception``. The exit status of the process is 128 plus the
+    number of the signal.
+
+    Attributes:
+        signum: the number of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+
+
+def in_main_thread() -> bool:
+    """Return whether this is the main thread, the only one that signals interrupt."""
+    return threading.get_ident() == threading.main_thread().ident
+
+
+def _on_signal(signum: int, frame: FrameType | None) -> None:
+    # The handler must not take a lock or use the network.
+    if not this_process.signal_users:  # do what the default handler does
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+        return
+    this_process.stopping_signal = signum
+    for rental in list(this_process.rentals):
+        rental.on_signal(signum)
+    raise SignalExit(signum)
+
+
+class SignalHandling:
+    """One user of the signal handler. The last ``close()`` restores the former handlers.
+
+    The first user in the main thread installs it, but only for signals with the default handler.
+    """
+
+    def __init__(self) -> None:
+        this_process.signal_users.add(self)
+        if in_main_thread():
+            this_process.stopping_signal = None
+            for signum in SIGNALS:
+                _install(signum)
+        elif not this_process.handled_signals:
+            warn_once(
+                "SIGTERM and SIGHUP will not end this rental, as it began outside the main thread: "
+                "call handle_signals() in the main thread first"
+            )
+
+    def close(self) -> None:
+        """Stop using the signal handler. Safe to repeat."""
+        this_process.signal_users.discard(self)
+        # Another thread can't restore handlers; without users, ours does what the default does.
+        if not this_process.signal_users and in_main_thread():
+            _restore_handlers()
+
+    def __enter__(self) -> SignalHandling:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _install(signum: int) -> None:
+    current = signal.getsignal(signum)
+    if current is _on_signal:
+        this_process.handled_signals.add(signum)
+    elif current == signal.SIG_DFL:
+        signal.signal(signum, _on_signal)
+        this_process.handled_signals.add(signum)
+    else:
+        name = signal.Signals(signum).name
+        what = "is ignored" if current == signal.SIG_IGN else "already has a handler"
+        warn_once(f"{name} {what}, so it will not end rentals")
+
+
+def _restore_handlers() -> None:
+    for signum in list(this_process.handled_signals):
+        if signal.getsignal(signum) is _on_signal:
+            signal.signal(signum, signal.SIG_DFL)
+        this_process.handled_signals.discard(signum)
+
+
+def _leave_signals_to_parent() -> None:
+    this_process.signal_users.clear()
+    this_process.stopping_signal = None
+    _restore_handlers()  # a child that waits for a lock could miss the signal
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_signals_to_parent)
 
 
 # ==================================================================================================
@@ -8357,8 +9252,8 @@ class Meter:
         counts: whether there is an order to pay for.
     """
 
-    def __init__(self, usd_per_hour: float | None, fee: float) -> None:
-        self._started = time.monotonic(), time.time()
+    def __init__(self, usd_per_hour: float | None, fee: float, age: float = 0.0) -> None:
+        self._started = time.monotonic() - age, time.time() - age
         self.counts = True
         self._fee = fee
         self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
@@ -8426,9 +9321,9 @@ class Budget:
         """The cost of all orders so far, in USD."""
         return sum(meter.usd() for meter in list(self._meters))
 
-    def start(self, usd_per_hour: float | None) -> Meter:
-        """Start to count another order."""
-        meter = Meter(usd_per_hour, self._fee)
+    def start(self, usd_per_hour: float | None, age: float = 0.0) -> Meter:
+        """Start to count another order, which has an age in seconds."""
+        meter = Meter(usd_per_hour, self._fee, age)
         self._meters.append(meter)
         return meter
 
@@ -8466,51 +9361,6 @@ class Budget:
 
 
 # ==================================================================================================
-# rental.process
-#
-# Keep the state that all rentals of this process share.
-# ==================================================================================================
-
-
-class ProcessState:
-    """The state that all rentals of this process share.
-
-    Each change is one atomic step, because a signal handler must not wait for a lock.
-
-    Attributes:
-        rentals: the workers of the open rentals.
-        exiting: whether the interpreter is exiting.
-        entries: the journal entries that this process wrote and has locked, by path.
-        signal_users: the open users of the signal handler.
-        handled_signals: the signals for which the handler is installed.
-        stopping_signal: the signal that ends this process, or None.
-    """
-
-    def __init__(self) -> None:
-        self.rentals: set[RentalWorker] = set()
-        self.exiting = False
-        self.entries: dict[str, JournalEntry] = {}
-        self.signal_users: set[SignalHandling] = set()
-        self.handled_signals: set[int] = set()
-        self.stopping_signal: int | None = None
-
-
-this_process = ProcessState()
-
-
-def _leave_rentals_to_parent() -> None:
-    this_process.rentals.clear()
-    # The files that a child inherits would keep the parent's locks after the parent's death.
-    for entry in this_process.entries.values():
-        entry.unlock()
-    this_process.entries.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_rentals_to_parent)
-
-
-# ==================================================================================================
 # rental.journal
 #
 # Keep the journal: one small file for each purchase, which survives the process.
@@ -8518,6 +9368,7 @@ if hasattr(os, "register_at_fork"):
 
 
 STATE_SUFFIX = ".json"
+JOURNAL_SCHEMA = 1  # a later version adds fields, and keeps these
 LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
 _ID_ROOM = 20  # characters reserved for the order id, which is written later
 _FIRST = '{"order_id": '
@@ -8643,7 +9494,9 @@ def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | Non
         return None
     name = f"{random.SystemRandom().getrandbits(96):024x}{STATE_SUFFIX}"
     machine = this_machine()
-    entry = JournalEntry(folder / name, {**data, **machine, "pid": os.getpid()})
+    entry = JournalEntry(
+        folder / name, {"schema": JOURNAL_SCHEMA, **data, **machine, "pid": os.getpid()}
+    )
     try:
         entry.write()
     except OSError as error:
@@ -8711,6 +9564,87 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
     finally:
         if not keep:
             os.close(handle)
+
+
+# ==================================================================================================
+# rental.kept
+#
+# Record the orders that stay after their rental, and end those past their deadline.
+# ==================================================================================================
+
+
+# In the state folder. Older versions don't read it, so they don't cancel a kept order.
+KEPT_FOLDER = "kept"
+
+
+def record_kept(folder: Path | None, data: dict[str, Any], until: float | None) -> bool:
+    """Record an order that stays, instead of an earlier record. Return whether that worked.
+
+    Parameters:
+        folder: the state folder.
+        data: the fields of its journal entry, with the order id.
+        until: Unix time of its deadline, or None.
+    """
+    if folder is None:
+        return False
+    path = _kept_path(folder, data["account"], data["order_id"])
+    try:
+        make_private_folder(path.parent)
+        record = {"schema": JOURNAL_SCHEMA, **data, **this_machine(), "kept_until": until}
+        replace_file(path, json.dumps(record))
+    except OSError as error:
+        warn_about_state(f"{path} can't be written", error)
+        return False
+    return True
+
+
+def forget_kept(folder: Path | None, account: str, order_id: int) -> None:
+    """Forget that an order is kept, because a rental ends it again."""
+    if folder is None:
+        return
+    path = _kept_path(folder, account, order_id)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        warn_about_state(f"{path} can't be removed", error)
+
+
+def _kept_path(folder: Path, account: str, order_id: int) -> Path:
+    return folder / KEPT_FOLDER / f"{account[:12]}-{order_id}.json"
+
+
+def kept_entries(folder: Path | None, account: str) -> list[JournalEntry]:
+    """Return the records of kept orders, locked where no other process holds them."""
+    found = []
+    for entry in read_entries(None if folder is None else folder / KEPT_FOLDER):
+        if entry.data.get("account") == account and entry.order_id is not None:
+            found.append(entry)
+        else:
+            entry.close()
+    return found
+
+
+def overdue_entries(orders: AccountOrders, folder: Path | None) -> list[JournalEntry]:
+    """Return the records of this machine's kept orders that are past their deadline.
+
+    They are locked, and the caller closes them. Records of orders that have ended are removed.
+    """
+    overdue, now = [], time.time()
+    for entry in kept_entries(folder, orders.account):
+        until = finite(entry.data.get("kept_until"))
+        mine = entry.abandoned and entry.of_this_machine
+        if mine and until is not None and until <= now and not _remove_if_ended(orders, entry):
+            overdue.append(entry)
+        else:
+            entry.close()
+    return overdue
+
+
+def _remove_if_ended(orders: AccountOrders, entry: JournalEntry) -> bool:
+    ended = orders.state(entry.order_id or 0) is OrderState.ENDED
+    if ended:
+        entry.remove()
+    return ended
 
 
 # ==================================================================================================
@@ -8794,24 +9728,60 @@ class RentalOrders:
 
     def record_intent(self, server_id: int, price: float | None) -> RentalOrder:
         """Record a purchase in the journal and in memory, before it is sent."""
-        settings = self._settings
-        entry = write_entry(
-            self._folder,
-            {
-                "server_id": server_id,
-                "started": time.time(),
-                "server_clock": self._orders.client.server_clock,
-                "image": settings.image,
-                "currency": settings.currency,
-                "spot": settings.spot,
-                "base_url": self._orders.client.base_url,
-                "account": self._account(),
-                "before": sorted(self.before),
-            },
-        )
+        entry = write_entry(self._folder, self._facts(server_id))
         purchase = RentalOrder(server_id, entry, self._budget.start(price))
         self._all.append(purchase)
         return purchase
+
+    def _facts(self, server_id: int) -> dict[str, Any]:
+        settings, client = self._settings, self._orders.client
+        return {
+            "server_id": server_id,
+            "started": time.time(),
+            "server_clock": client.server_clock,
+            "image": settings.image,
+            "currency": settings.currency,
+            "spot": settings.spot,
+            "base_url": client.base_url,
+            "account": self._orders.account,
+            "before": sorted(self.before),
+        }
+
+    def adopt(self, order: Order, age: float, ends: bool) -> RentalOrder:
+        """Take over an order that exists.
+
+        Parameters:
+            order: the order.
+            age: its age in seconds.
+            ends: whether the rental ends it, which the journal must then know.
+        """
+        server_id, order_id = order.server_id or 0, order.id or 0
+        entry = write_entry(self._folder, self._facts(server_id)) if ends else None
+        purchase = RentalOrder(server_id, entry, self._budget.start(order.usd_per_hour, age))
+        if ends:
+            self._all.append(purchase)
+        self.set_order_id(purchase, order_id)
+        if ends:
+            forget_kept(self._folder, self._orders.account, order_id)
+        return purchase
+
+    def keep(self, purchase: RentalOrder, until: float | None) -> None:
+        """Hand an order over to the user.
+
+        Parameters:
+            purchase: the order.
+            until: Unix time at which ``cancel_overdue()`` ends it, or None.
+
+        Raises:
+            RentalError: the deadline can't be recorded.
+        """
+        data = {**self._facts(purchase.server_id), "order_id": purchase.order_id}
+        if not record_kept(self._folder, data, until) and until is not None:
+            raise RentalError(
+                f"order {purchase.order_id} is not kept, because its deadline can't be recorded: "
+                "set state_dir to a folder that can be written, or keep it without max_hours"
+            )
+        self.forget(purchase)
 
     def set_order_id(self, purchase: RentalOrder, order_id: int) -> None:
         """Record the order id of a purchase."""
@@ -8912,12 +9882,9 @@ class RentalOrders:
                 entry.remove()
             entry.close()
 
-    def _account(self) -> str:
-        return account_digest(self._orders.client.base_url, self._orders.client.api_key)
-
     def _entries_for(self, server_id: int) -> list[JournalEntry]:
         """Return the entries for this server and account. The caller closes each."""
-        account, found = self._account(), []
+        account, found = self._orders.account, []
         for entry in read_entries(self._folder):
             data = entry.data
             if data.get("server_id") == server_id and data.get("account") == account:
@@ -8925,11 +9892,6 @@ class RentalOrders:
             else:
                 entry.close()
         return found
-
-
-def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
-    """Return whether an order still runs and can be the result of a purchase."""
-    return not order.has_ended and same_purchase(order, image, currency, spot)
 
 
 # ==================================================================================================
@@ -9110,40 +10072,6 @@ class Cleanup:
 
 
 # ==================================================================================================
-# rental.client
-#
-# RentalClient, the interface to ``CloreClient`` that rentals use.
-# ==================================================================================================
-
-
-class RentalClient(Protocol):
-    """The methods of ``CloreClient`` that a rental uses."""
-
-    def get_orders(self, include_completed: bool = False) -> list[Order]: ...
-
-    def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
-
-    def wait_for_order(
-        self, order_id: int, timeout: float, poll_interval: float, *, on_progress: Any = None
-    ) -> Order: ...
-
-    @property
-    def create_order(self) -> Callable[..., Order]: ...
-
-    @property
-    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
-
-    @property
-    def run(self) -> Callable[..., CommandResult]: ...
-
-    @property
-    def upload(self) -> Callable[..., TransferResult]: ...
-
-    @property
-    def download(self) -> Callable[..., TransferResult]: ...
-
-
-# ==================================================================================================
 # rental.handoff
 #
 # Call functions in another thread, and wait for it in a way that interrupts can't break.
@@ -9211,410 +10139,6 @@ def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
 
 
 # ==================================================================================================
-# rental.recovery
-#
-# Find and cancel the orders that rentals of dead processes left running.
-# ==================================================================================================
-
-
-# The allowed difference between the creation time of an order, by the server's clock, and the time
-# of its entry, by this machine's clock. All in seconds.
-CLOCKS_APART = 300.0
-CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
-LATEST_ORDER = 180.0  # a proxy can delay a request
-LEFTOVER_READ_INTERVAL = 1.0  # between two reads, while an order may not be listed yet
-
-
-class Leftover:
-    """An order that a rental left running, with the data of its journal entry.
-
-    Attributes:
-        order: the order as it is listed now. None if it is in no list, which does not mean that it
-            has ended.
-        order_id, server_id: the ids; ``order_id`` can be None if ``order`` is None.
-        started: Unix time of the purchase.
-        host, pid: the machine and the process that ordered it.
-    """
-
-    def __init__(self, entry: JournalEntry, order: Order | None) -> None:
-        data = entry.data
-        self.order = order
-        self.order_id = order.id if order is not None else entry.order_id
-        self.server_id = whole_id(data.get("server_id"))
-        self.started = finite(data.get("started"))
-        host, pid = data.get("host"), data.get("pid")
-        self.host = host if isinstance(host, str) else None
-        self.pid = pid if isinstance(pid, int) else None
-        self.path = entry.path
-
-    def __repr__(self) -> str:
-        return (
-            f"<Leftover order {self.order_id} of server {self.server_id}, by process {self.pid} "
-            f"on {self.host!r}>"
-        )
-
-
-class Leftovers:
-    """The result of ``CloreClient.leftovers``. It is false if all three lists are empty.
-
-    Attributes:
-        abandoned: orders that may still run, of dead processes of this machine.
-        elsewhere: journal entries of other machines; their processes may be alive.
-        unnoted: active orders of the account without a journal entry.
-    """
-
-    def __init__(
-        self, abandoned: list[Leftover], elsewhere: list[Leftover], unnoted: list[Order]
-    ) -> None:
-        self.abandoned = abandoned
-        self.elsewhere = elsewhere
-        self.unnoted = unnoted
-
-    def __bool__(self) -> bool:
-        """Return whether any of the three lists has an item."""
-        return bool(self.abandoned or self.elsewhere or self.unnoted)
-
-    def __repr__(self) -> str:
-        return (
-            f"<Leftovers: {self.abandoned}, {len(self.elsewhere)} of other machines, "
-            f"{len(self.unnoted)} orders without an entry>"
-        )
-
-
-class _Survey:
-    """The journal entries and the active orders, read once and matched."""
-
-    def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
-        self._orders = orders
-        account = account_digest(orders.client.base_url, orders.client.api_key)
-        self.entries: list[JournalEntry] = []
-        self._read(folder, account)
-        try:
-            self.listed = {o.id: o for o in orders.active() if o.id is not None}
-            # Read the entries again, because another process may have ordered between the reads.
-            self._read(folder, account)
-            self._match()
-        except BaseException:
-            self.close()
-            raise
-
-    def _read(self, folder: Path | None, account: str) -> None:
-        known = {entry.path for entry in self.entries}
-        for entry in read_entries(folder):
-            if entry.path in known or entry.data.get("account") != account:
-                entry.close()
-            else:
-                self.entries.append(entry)
-
-    def close(self) -> None:
-        for entry in self.entries:
-            entry.close()
-
-    def _match(self) -> None:
-        named = {entry.order_id for entry in self.entries}
-        self._matched: dict[str, Order] = {}  # path of an entry -> its order
-        held: set[int] = set()
-        living: set[int] = set()  # orders that may belong to living processes
-        for entry in self.entries:
-            order_id = entry.order_id
-            if order_id is not None:
-                fitting = [self.listed[order_id]] if order_id in self.listed else []
-            else:
-                fitting = [
-                    order
-                    for number, order in self.listed.items()
-                    if number not in named and matches_entry(entry.data, order)
-                ]
-            if entry.abandoned or not entry.of_this_machine:
-                if len(fitting) > 1:
-                    logger.warning(
-                        "several orders match %s, so none is assigned to it: look at get_orders()",
-                        entry.path,
-                    )
-                elif fitting:
-                    self._matched[str(entry.path)] = fitting[0]
-                    held.add(fitting[0].id or 0)
-            else:
-                living.update(order.id or 0 for order in fitting)
-        held |= living
-        self._settle_claims(living)
-        self.unnoted = [o for i, o in self.listed.items() if i not in held and not o.has_ended]
-
-    def _settle_claims(self, living: set[int]) -> None:
-        """Assign at most one entry to each order."""
-        claims: dict[int, list[JournalEntry]] = {}
-        for entry in self.entries:
-            if (order := self._matched.get(str(entry.path))) is not None:
-                claims.setdefault(order.id or 0, []).append(entry)
-        for order_id, entries in claims.items():
-            if order_id in living or (
-                len(entries) > 1
-                and not all(entry.abandoned and entry.of_this_machine for entry in entries)
-            ):
-                logger.warning(
-                    "order %d may belong to another process, so it is not touched", order_id
-                )
-                losers = entries
-            else:
-                # All processes are dead, and the last one most likely made the order.
-                entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
-                losers = entries[:-1]
-            for entry in losers:
-                self._matched.pop(str(entry.path))
-
-    def order_of(self, entry: JournalEntry) -> Order | None:
-        order = self._matched.get(str(entry.path))
-        return None if order is None or order.has_ended else order
-
-    def undecided(self, wait: float) -> bool:
-        """Return whether an order of a dead process may not be listed yet."""
-        return any(
-            entry.abandoned and self.order_of(entry) is None and _is_recent(entry.data, wait)
-            for entry in self.entries
-        )
-
-    def tidy(self, wait: float) -> None:
-        """Remove the entries of orders that have ended or do not exist."""
-        self.missing: list[JournalEntry] = []  # entries with an order id that no list has
-        intents: list[JournalEntry] = []
-        for entry in self.entries:
-            if not entry.abandoned or self.order_of(entry) is not None:
-                continue
-            if entry.order_id is None:
-                if not _is_recent(entry.data, LATEST_ORDER + CLOCKS_APART):
-                    intents.append(entry)
-            elif not _is_recent(entry.data, wait):
-                self._tidy_order(entry, entry.order_id)
-        if intents:
-            self._tidy_intents(intents)
-
-    def _tidy_order(self, entry: JournalEntry, order_id: int) -> None:
-        try:
-            state = self._orders.state(order_id)
-        except CloreError:
-            state = OrderState.ABSENT
-        if state is OrderState.ENDED:
-            logger.info("the order of %s has ended: the entry is removed", entry.path)
-            entry.remove()
-        else:
-            self.missing.append(entry)
-
-    def _tidy_intents(self, entries: list[JournalEntry]) -> None:
-        # One list is not enough, because it can be empty for a moment.
-        time.sleep(self._orders.client.order_lag)
-        orders = self._orders.active()
-        for entry in entries:
-            if not any(matches_entry(entry.data, order) for order in orders):
-                logger.info("%s has no order: the entry is removed", entry.path)
-                entry.remove()
-
-    def abandoned(self) -> list[tuple[JournalEntry, Order | None]]:
-        """Return the entries of dead processes of this machine with orders that may run."""
-        dead = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
-        return [
-            (entry, order)
-            for entry in dead
-            if (order := self.order_of(entry)) is not None or entry in self.missing
-        ]
-
-    def result(self) -> Leftovers:
-        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
-        abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
-        return Leftovers(abandoned, elsewhere, self.unnoted)
-
-
-def matches_entry(data: dict[str, Any], order: Order) -> bool:
-    """Return whether an order can be the result of an entry without an order id."""
-    before = data.get("before")
-    if order.server_id != whole_id(data.get("server_id")):
-        return False
-    if isinstance(before, list) and order.id in before:
-        return False
-    if not can_be_order_of(order, data.get("image"), data.get("currency"), data.get("spot")):
-        return False
-    started, made = finite(data.get("started")), order.started_at
-    if started is None or made is None:
-        return False
-    ahead = finite(data.get("server_clock"))
-    apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
-    return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
-
-
-def _is_recent(data: dict[str, Any], seconds: float) -> bool:
-    started = finite(data.get("started"))
-    # A time in the future is recent too, as the clock may have been set back.
-    return started is not None and time.time() - started < seconds
-
-
-def _take_survey(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey:
-    deadline = time.monotonic() + wait
-    while True:
-        survey = _Survey(orders, folder)
-        try:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or not survey.undecided(wait):
-                survey.tidy(wait)
-                return survey
-        except BaseException:
-            survey.close()
-            raise
-        survey.close()
-        time.sleep(min(LEFTOVER_READ_INTERVAL, max(0.01, wait / 10), remaining))
-
-
-def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
-    """Find the orders that rentals left running; see ``CloreClient.leftovers``."""
-    survey = _take_survey(orders, folder, wait)
-    survey.close()
-    return survey.result()
-
-
-def end_leftovers(
-    orders: AccountOrders, folder: Path | None, wait: float, timeout: float
-) -> list[int]:
-    """Cancel the orders that dead processes left; see ``CloreClient.cancel_leftovers``."""
-    survey = _take_survey(orders, folder, wait)
-    ended: list[int] = []
-    failed: dict[int, BaseException] = {}
-    try:
-        # The entries are locked, so no other process cancels the same orders.
-        for entry, order in survey.abandoned():
-            order_id = entry.order_id if order is None else order.id
-            if order_id is None:
-                continue
-            started = time.monotonic()
-            # An order that no list has may have ended, and the API may refuse its cancel forever.
-            until = started + (
-                timeout if order is not None else min(timeout, orders.client.order_lag)
-            )
-            cancellation = Cancellation(orders, order_id)
-            failure = cancellation.run(lambda: until, confirm=False)  # noqa: B023
-            if failure is None:
-                confirmed_by = confirm_until(started, timeout)
-                failure = cancellation.run(lambda: confirmed_by, confirm=True)  # noqa: B023
-            if failure is None:
-                logger.info("order %d of a dead process has ended", order_id)
-                entry.remove()
-                ended.append(order_id)
-            else:
-                failed[order_id] = failure
-    finally:
-        survey.close()
-    if failed:
-        ids = ", ".join(map(str, failed))
-        raise CancelUnconfirmedError(
-            f"orders not confirmed to have ended: {ids} (ended: {ended}); they may still be "
-            "running, and cost money, so call cancel_leftovers() again",
-            order_ids=tuple(failed),
-        ) from next(iter(failed.values()))
-    return ended
-
-
-# ==================================================================================================
-# rental.signals
-#
-# Handle SIGTERM and SIGHUP, so that they end rentals.
-# ==================================================================================================
-
-
-SIGNALS = tuple(s for n in ("SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None)
-
-
-class SignalExit(SystemExit):
-    """A signal that ends the process, raised in the main thread to end its ``with`` blocks.
-
-    It is a ``SystemExit`` and not an ``Exception``. The exit status of the process is 128 plus the
-    number of the signal.
-
-    Attributes:
-        signum: the number of the signal.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
-        self.signum = signum
-
-
-def in_main_thread() -> bool:
-    """Return whether this is the main thread, the only one that signals interrupt."""
-    return threading.get_ident() == threading.main_thread().ident
-
-
-def _on_signal(signum: int, frame: FrameType | None) -> None:
-    # The handler must not take a lock or use the network.
-    if not this_process.signal_users:  # do what the default handler does
-        signal.signal(signum, signal.SIG_DFL)
-        os.kill(os.getpid(), signum)
-        return
-    this_process.stopping_signal = signum
-    for rental in list(this_process.rentals):
-        rental.on_signal(signum)
-    raise SignalExit(signum)
-
-
-class SignalHandling:
-    """One user of the signal handler. The last ``close()`` restores the former handlers.
-
-    The first user in the main thread installs it, but only for signals with the default handler.
-    """
-
-    def __init__(self) -> None:
-        this_process.signal_users.add(self)
-        if in_main_thread():
-            this_process.stopping_signal = None
-            for signum in SIGNALS:
-                _install(signum)
-        elif not this_process.handled_signals:
-            warn_once(
-                "SIGTERM and SIGHUP will not end this rental, as it began outside the main thread: "
-                "call handle_signals() in the main thread first"
-            )
-
-    def close(self) -> None:
-        """Stop using the signal handler. Safe to repeat."""
-        this_process.signal_users.discard(self)
-        # Another thread can't restore handlers; without users, ours does what the default does.
-        if not this_process.signal_users and in_main_thread():
-            _restore_handlers()
-
-    def __enter__(self) -> SignalHandling:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-
-def _install(signum: int) -> None:
-    current = signal.getsignal(signum)
-    if current is _on_signal:
-        this_process.handled_signals.add(signum)
-    elif current == signal.SIG_DFL:
-        signal.signal(signum, _on_signal)
-        this_process.handled_signals.add(signum)
-    else:
-        name = signal.Signals(signum).name
-        what = "is ignored" if current == signal.SIG_IGN else "already has a handler"
-        warn_once(f"{name} {what}, so it will not end rentals")
-
-
-def _restore_handlers() -> None:
-    for signum in list(this_process.handled_signals):
-        if signal.getsignal(signum) is _on_signal:
-            signal.signal(signum, signal.SIG_DFL)
-        this_process.handled_signals.discard(signum)
-
-
-def _leave_signals_to_parent() -> None:
-    this_process.signal_users.clear()
-    this_process.stopping_signal = None
-    _restore_handlers()  # a child that waits for a lock could miss the signal
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_signals_to_parent)
-
-
-# ==================================================================================================
 # rental.worker
 #
 # RentalWorker, the thread that orders, watches and ends the orders of one rental.
@@ -9662,6 +10186,7 @@ class RentalWorker:
         folder: Path | None,
         inbox: queue.SimpleQueue[Any],
         holders: list[weakref.ref[Any]],
+        in_block: bool = True,
     ) -> None:
         self._client = client
         self._orders = orders
@@ -9677,7 +10202,8 @@ class RentalWorker:
         self.kept = False
         self.signalled: int | None = None
         self.exceeded: BudgetExceededError | None = None  # made when a limit was reached
-        self._main = in_main_thread()
+        # A signal ends a ``with`` block of the main thread, and so its rental.
+        self._main = in_block and in_main_thread()
         self._signals: SignalHandling | None = None
         self._rental_orders = RentalOrders(
             orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
@@ -9739,9 +10265,24 @@ class RentalWorker:
         """End the current order. Return None if that is confirmed, else the error."""
         return self.call_in_thread(self._end_current)
 
-    def keep(self) -> None:
-        """Keep the current order running after the rental."""
-        self.call_in_thread(self._keep)
+    def adopt(self, order: Order, ends: bool) -> None:
+        """Take over an order that exists. Without ``ends``, the rental does not end it."""
+        clock = time.time() + (self._orders.client.server_clock or 0.0)
+        age = 0.0 if order.started_at is None else max(0.0, clock - order.started_at)
+        if ends:
+            self._current = self.call_in_thread(
+                lambda: self._rental_orders.adopt(order, age, ends=True)
+            )
+        else:
+            self.kept = True
+            self._current = self._rental_orders.adopt(order, age, ends=False)
+
+    def keep(self, until: float | None) -> None:
+        """Keep the current order running after the rental, until a Unix time or for good."""
+        if self._started:
+            self.call_in_thread(lambda: self._keep(until))
+        else:
+            self._keep(until)
 
     def correct_price(self, usd_per_hour: float) -> None:
         """Set the price of the current order, as the API shows it."""
@@ -9940,15 +10481,21 @@ class RentalWorker:
         self._rental_orders.remove_dead_entries(purchase.server_id)
         return order
 
-    def _keep(self) -> None:
+    def _keep(self, until: float | None) -> None:
         current = self._current
         if current is None or current.order_id is None or current.accepted:
             raise RentalError("the order has ended already, so it can't be kept: rent again")
+        self._rental_orders.keep(current, until)
         self.kept = True
+        end = "it is cancelled"
+        if until is not None:
+            end = f"cancel_overdue() is called after {time.ctime(until)}"
         logger.info(
-            "order %d is kept: it runs and costs money until it is cancelled", current.order_id
+            "order %d is kept: it runs and costs money until %s; max_hours and max_cost_usd of the "
+            "rental don't end it any more",
+            current.order_id,
+            end,
         )
-        self._rental_orders.forget(current)
 
     # --- the end ---
 
@@ -10002,6 +10549,10 @@ atexit.register(_end_all)
 
 
 Part = TypeVar("Part")
+Rented = TypeVar("Rented", bound="Rental")
+
+LONGEST_KEEP = 87_600.0  # hours
+_OWN_LOGIN = {"password", "key_path", "passphrase", "host_key"}
 
 # After these errors, rent() tries the next server.
 TRY_NEXT_ERRORS = (
@@ -10025,8 +10576,7 @@ class _BlockExit:
         if rental is None:
             return owner._end
         leave = functools.partial(owner._end, rental)
-        if rental._worker is None:
-            rental._block = weakref.ref(leave, rental._inbox.put)
+        rental.end_with(leave)
         return leave
 
 
@@ -10041,6 +10591,7 @@ class Rental:
             generated one.
         server: the server as it was listed.
         tried: (server id, reason) for each server that did not work.
+        servers: the servers to try; rentals that share them try no server twice.
     """
 
     def __init__(
@@ -10049,20 +10600,24 @@ class Rental:
         orders: AccountOrders,
         settings: RentalSettings,
         folder: Path | None,
+        history: HostHistory,
         progress: ProgressOptions | None = None,
     ) -> None:
         self._client = client
         self._orders = orders
         self._settings = settings
         self._folder = folder
+        self._history = history
         self._progress = progress or ProgressOptions()
         self._report: Report | None = None  # while servers are tried
+        self.servers = SharedServers(orders.market, settings, history)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests to the worker
         self._block: weakref.ref[Any] | None = None
         self._worker: RentalWorker | None = None
         self._order: Order | None = None
         self._server: Server | None = None
         self._shell: Any = None
+        self._over = False  # set before the worker is looked at, as __enter__ does it vice versa
         self.tried: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
@@ -10100,6 +10655,12 @@ class Rental:
         """
         return self._worker.budget.cost_usd if self._worker else 0.0
 
+    @property
+    def status(self) -> str:
+        """The status of the order now, from one read of the lists."""
+        found = self._client.get_order(self.order)
+        return (self.order if found is None else found).status or ""
+
     def ssh(self, **options: Any) -> paramiko.SSHClient:
         """Open an SSH connection, which the end of the block closes. Needs paramiko.
 
@@ -10112,8 +10673,10 @@ class Rental:
         worker = self._open_worker()
         try:
             connection = self._client.connect_ssh(self.order, **options)
-        except Exception:
+        except Exception as error:
             worker.check()  # the rental may have ended
+            if isinstance(error, SSHError) and not options.keys() & _OWN_LOGIN:
+                self._history.record(self.order.server_id, LOGIN_OUTCOMES.get(error.reason))
             raise
         worker.connections.append(connection)
         try:
@@ -10145,6 +10708,14 @@ class Rental:
         """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
         return self._over_ssh(self._client.download, (remote, local), options)  # type: ignore[no-any-return]
 
+    def forward(self, remote_port: int, local_port: int = 0) -> Forward:
+        """Forward a local port to the machine, as :meth:`CloreClient.forward` does."""
+        return self._over_ssh(self._client.forward, (remote_port, local_port), {})  # type: ignore[no-any-return]
+
+    def ssh_command(self, **options: Any) -> str:
+        """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""
+        return self._client.ssh_command(self.order, **options)
+
     def _over_ssh(
         self, method: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
@@ -10155,24 +10726,78 @@ class Rental:
             self._shell = self.ssh(**login)
         try:
             return method(self.order, *arguments, ssh=self._shell, **options)
+        except SSHError as error:
+            worker.check()
+            if not _is_open(self._shell):
+                self._orders.raise_if_ended(self.order.id or 0, error)
+            raise
         finally:
             worker.check()
 
-    def keep(self) -> Order:
+    def keep(self, *, max_hours: float | None = None) -> Order:
         """Keep the order running after the end of the block, until you cancel it.
 
-        Limits and signals don't end it any more.
+        The budget ends here: ``max_hours`` and ``max_cost_usd`` of the rental, signals and the exit
+        of the interpreter don't end the order any more. :meth:`CloreClient.leftovers` lists it
+        under ``kept``, and :meth:`CloreClient.attach` takes it up again.
+
+        Parameters:
+            max_hours: hours from now after which :meth:`CloreClient.cancel_overdue` ends the order.
+                Nothing ends it by itself: call that from cron.
 
         Returns:
             The :class:`Order`.
+
+        Raises:
+            RentalError: the order has ended, or its deadline can't be recorded; it is not kept.
         """
+        check_optional_number("max_hours", max_hours, above=True, maximum=LONGEST_KEEP)
         worker, order = self._open_worker(), self.order
         if worker.finished.is_open:
             raise RentalError(
                 f"order {order.id} has ended already, so it can't be kept: rent again"
             )
-        worker.keep()
+        worker.keep(None if max_hours is None else time.time() + max_hours * 3600.0)
         return order
+
+    def cancel(self) -> None:
+        """End the order now, and wait until that is confirmed. Safe to repeat.
+
+        Raises:
+            CancelUnconfirmedError: the order may still be running.
+        """
+        worker = _check_open(self._worker)
+        if worker.kept:
+            worker.close_ssh()
+            self._client.cancel_order(self.order, confirm=True)
+        else:
+            self.close()
+
+    # --- without a block ---
+
+    def start(self: Rented) -> Rented:
+        """Begin the rental without a ``with`` block, for a notebook; :meth:`close` ends it.
+
+        It also ends when this object is no longer used, by SIGTERM and SIGHUP, and at the exit of
+        the interpreter, as the rental of a block does.
+
+        Returns:
+            The rental itself.
+
+        Example:
+            >>> rental = client.rent("RTX 4090", max_hours=8).start()
+            >>> rental.run("nvidia-smi -L")
+            >>> rental.close()
+        """
+        return self.__enter__()
+
+    def close(self) -> None:
+        """End the rental as the end of its block does. Safe to repeat."""
+        worker = self._worker
+        if worker is not None and worker.closed:
+            worker.close_ssh()
+        else:
+            self._end()
 
     def _open_worker(self) -> RentalWorker:
         """Return the worker, or raise an error if the rental has ended."""
@@ -10180,21 +10805,47 @@ class Rental:
         worker.check()
         return worker
 
+    def close_ssh(self) -> None:
+        """Close the SSH connections of the rental; the next call opens a new one."""
+        if self._worker is not None:
+            self._worker.close_ssh()
+
+    def request_end(self) -> None:
+        """Begin to end the rental, without waiting for it. If it has not begun, it can't begin."""
+        self._over = True
+        if self._worker is not None:
+            self._worker.request_end()
+
     # --- the block ---
 
-    def __enter__(self) -> Rental:
+    def end_with(self, leave: Callable[..., None]) -> None:
+        """End this rental when ``leave``, the end of a ``with`` statement, no longer exists."""
+        if self._worker is None:
+            self._block = weakref.ref(leave, self._inbox.put)
+
+    def _make_worker(self) -> RentalWorker:
+        holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
+        in_block = self._block is not None and self._block() is not None
+        if self._block is not None and in_block:
+            holders.append(self._block)
+        return RentalWorker(
+            self._client, self._orders, self._settings, self._folder, self._inbox, holders, in_block
+        )
+
+    def share_servers(self, other: Rental) -> None:
+        """Try the servers that another rental does not try, found by the same search."""
+        self.servers, self._settings = other.servers, other._settings
+
+    def __enter__(self: Rented) -> Rented:
         if self._worker is not None:
             raise RentalError("a rental can be entered only once: call rent() again")
-        holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
-        if self._block is not None and self._block() is not None:
-            holders.append(self._block)
-        self._worker = RentalWorker(
-            self._client, self._orders, self._settings, self._folder, self._inbox, holders
-        )
+        self._worker = self._make_worker()
+        if self._over:
+            raise RentalError("the rental has ended before it began: call rent() again")
         try:
             self._worker.start()
             with self._progress.reporting() as self._report:
-                self._try_servers(self._worker)
+                self._acquire(self._worker)
             self._report = None
         except BaseException as error:
             self._end(type(error), error)
@@ -10227,20 +10878,22 @@ class Rental:
 
     # --- servers ---
 
-    def _try_servers(self, worker: RentalWorker) -> None:
-        settings, client = self._settings, self._client
-        worker.record_existing_orders(client.get_orders())
-        servers, no_server = candidates(self._orders.market, settings)
-        for server in servers[: settings.attempts]:
+    def _acquire(self, worker: RentalWorker) -> None:
+        """Try one server after the other until one runs."""
+        worker.record_existing_orders(self._client.get_orders())
+        for _ in range(self._settings.attempts):
             worker.check()
+            if (server := self.servers.take()) is None:
+                break
             reason = self._try(worker, server)
             if reason is None:
                 return
             logger.info("server %s: %s", server.id, reason)
             self.tried.append((server.id or 0, reason))
-        tried = "; ".join(f"server {server_id}: {why}" for server_id, why in self.tried)
         raise RentalError(
-            f"none of {len(self.tried)} servers worked: {tried}" if tried else no_server,
+            f"none of {len(self.tried)} servers worked: {summary(self.tried)}"
+            if self.tried
+            else self.servers.no_server,
             tried=tuple(self.tried),
         )
 
@@ -10289,7 +10942,10 @@ class Rental:
                 poll_interval=settings.poll_interval, **more,
             )  # fmt: skip
         except (WaitTimeoutError, OrderEndedError) as error:
+            worker.check()
+            self._history.record(server.id, NOT_DEPLOYED)
             return str(error)
+        self._history.record(server.id, WORKED)
         if "ssh_password" in order:
             running["ssh_password"] = order["ssh_password"]
         self._order = running
@@ -10352,6 +11008,619 @@ def _is_of(error: BaseException | None, order_id: int | None) -> bool:
 def _is_open(ssh: Any) -> bool:
     transport = ssh.get_transport()
     return transport is not None and transport.is_active()
+
+
+# ==================================================================================================
+# rental.attach
+#
+# AttachedRental, the rental of an order that exists already.
+# ==================================================================================================
+
+
+Attached = TypeVar("Attached", bound="AttachedRental")
+
+
+class AttachedRental(Rental):
+    """A rental of an order that exists; see ``CloreClient.attach``.
+
+    Parameters:
+        order: the order.
+        ends: whether the end of the block ends the order. Without it, the rental can be used at
+            once, with and without a block.
+    """
+
+    def __init__(
+        self,
+        client: RentalClient,
+        orders: AccountOrders,
+        settings: RentalSettings,
+        folder: Path | None,
+        history: HostHistory,
+        order: Order,
+        ends: bool,
+    ) -> None:
+        super().__init__(client, orders, settings, folder, history)
+        self._order = order
+        self._ends = ends
+        self._priced = order.usd_per_hour is not None
+        if not ends:
+            self._worker = self._make_worker()
+            self._worker.adopt(order, ends=False)
+
+    @property
+    def server(self) -> Server:
+        """The server as it is listed now, from one read of the marketplace."""
+        if self._server is None:
+            found = self._orders.market.find_server(self.order.server_id or 0)
+            if found is None:
+                raise RentalError(
+                    f"server {self.order.server_id} is not on the marketplace any more: its order "
+                    "has the price"
+                )
+            self._server = found
+        return self._server
+
+    @property
+    def cost_usd(self) -> float:
+        """The cost so far in USD, with fees; see :attr:`Rental.cost_usd`.
+
+        If the price in USD is not known, the first use reads the marketplace.
+        """
+        self._find_price()
+        return super().cost_usd
+
+    def _find_price(self) -> None:
+        order, worker = self.order, self._worker
+        if self._priced or worker is None:
+            return
+        self._priced = True
+        currency = self._settings.currency
+        price = order_usd_per_hour(order, self.server, currency)
+        if price is None:  # the marketplace may have brought the exchange rate
+            price = self._orders.market.data.rates.usd(order.get("price"), currency)
+        if price is None and not self._settings.spot:
+            price = on_demand_usd(self.server, currency)
+        if price is not None:
+            worker.correct_price(price)
+
+    def __enter__(self: Attached) -> Attached:
+        return super().__enter__() if self._ends else self
+
+    def _acquire(self, worker: RentalWorker) -> None:
+        worker.adopt(self.order, ends=True)
+        if self._settings.max_cost_usd is not None:
+            self._find_price()
+
+
+# ==================================================================================================
+# rental.group
+#
+# RentalGroup, the context manager of ``rent_many()``: several rentals side by side.
+# ==================================================================================================
+
+
+GroupResult = TypeVar("GroupResult")
+
+
+class _GroupExit:
+    """The descriptor for ``RentalGroup.__exit__``, as ``Rental`` has one."""
+
+    def __get__(self, group: RentalGroup | None, owner: type[RentalGroup]) -> Callable[..., None]:
+        if group is None:
+            return owner._end
+        leave = functools.partial(owner._end, group)
+        group._end_with(leave)
+        return leave
+
+
+class RentalGroup:
+    """Several rentals that begin and end together; see ``CloreClient.rent_many``.
+
+    It is a sequence of the rentals that run: ``len(rentals)``, ``rentals[0]``, ``for rental in
+    rentals``.
+
+    Parameters:
+        rentals: the rentals, not begun.
+        min_count: how many must run.
+    """
+
+    def __init__(self, rentals: list[Rental], min_count: int) -> None:
+        self._all = rentals
+        for rental in rentals[1:]:
+            rental.share_servers(rentals[0])
+        self._min_count = min_count
+        self._running: list[Rental] = []
+        self._signals: SignalHandling | None = None
+        self._started = False
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __getitem__(self, number: int) -> Rental:
+        return self._running[number]
+
+    def __iter__(self) -> Iterator[Rental]:
+        return iter(list(self._running))
+
+    def __repr__(self) -> str:
+        return f"<RentalGroup of {len(self._all)}: {self._running}>"
+
+    # --- for users ---
+
+    @property
+    def cost_usd(self) -> float:
+        """The cost so far of all rentals, in USD; see :attr:`Rental.cost_usd`."""
+        return sum(rental.cost_usd for rental in self._all)
+
+    def run(self, command: str | Sequence[str], **options: Any) -> list[CommandResult]:
+        """Run a command on all machines at once; see :meth:`Rental.run`.
+
+        Returns:
+            A list with the result of each rental, in their order.
+
+        Raises:
+            CommandError: it failed on one machine; the others have ended, too.
+        """
+        return self.map(lambda rental: rental.run(command, **options))
+
+    def map(self, function: Callable[[Rental], GroupResult]) -> list[GroupResult]:
+        """Call a function with each rental, each in a thread of its own.
+
+        After Ctrl-C, the SSH connections of the rentals are closed.
+
+        Returns:
+            A list with the result for each rental, in their order.
+
+        Example:
+            >>> rentals.map(lambda rental: rental.upload("train.py", "work/"))
+        """
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(self._running))) as pool:
+            calls = [pool.submit(function, rental) for rental in self._running]
+            try:
+                concurrent.futures.wait(calls)
+            except BaseException:
+                for rental in self._running:
+                    rental.close_ssh()
+                raise
+        return [call.result() for call in calls]
+
+    # --- the block ---
+
+    def _end_with(self, leave: Callable[..., None]) -> None:
+        for rental in self._all:
+            rental.end_with(leave)
+
+    def __enter__(self) -> RentalGroup:
+        # The rentals begin in other threads, for which only the main thread can handle signals.
+        if self._started:
+            raise RentalError("a group of rentals can be entered only once: call rent_many() again")
+        self._started = True
+        self._signals = SignalHandling() if in_main_thread() else None
+        try:
+            self._begin()
+        except BaseException as error:
+            self._end(type(error), error)
+            raise
+        return self
+
+    __exit__ = _GroupExit()
+
+    def _begin(self) -> None:
+        """Begin all rentals at once, and wait until enough of them run."""
+        servers = self._all[0].servers
+        if (found := servers.count()) < self._min_count:
+            raise RentalError(
+                f"at least {self._min_count} servers must run, and {found} fit the filters: ask "
+                "for fewer, or change the filters"
+                if found
+                else servers.no_server
+            )
+        pool = concurrent.futures.ThreadPoolExecutor(len(self._all), "clore-rent-many")
+        calls = [pool.submit(rental.start) for rental in self._all]
+        pool.shutdown(wait=False)
+        allowed = len(self._all) - self._min_count
+        for _ in concurrent.futures.as_completed(calls):
+            failed = [call for call in calls if call.done() and call.exception() is not None]
+            if len(failed) > allowed:
+                raise self._too_few([call.exception() for call in failed])
+        self._running = [
+            rental
+            for rental, call in zip(self._all, calls, strict=True)
+            if call.exception() is None
+        ]
+        for call in calls:
+            if (error := call.exception()) is not None:
+                logger.warning("%d of %d rentals run: %s", len(self._running), len(calls), error)
+
+    def _too_few(self, errors: list[BaseException | None]) -> BaseException:
+        """Return the error for a group of which too few rentals run."""
+        serious = [e for e in errors if e is not None and type(e) is not RentalError]
+        if serious:
+            return serious[0]
+        tried = [pair for rental in self._all for pair in rental.tried]
+        reasons = summary(tried) if tried else str(errors[0])
+        return RentalError(
+            f"{len(self._all)} servers were wanted, at least {self._min_count} must run, and "
+            f"{len(errors)} rentals failed, so none is rented: {reasons}",
+            tried=tuple(tried),
+        )
+
+    def _end(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        """End all rentals at once, and raise one error for those that failed."""
+        self._running = []
+        for rental in self._all:
+            rental.request_end()
+        failures: list[BaseException] = []
+        for rental in self._all:
+            try:
+                rental.__exit__(kind, error, trace)
+            except BaseException as failure:
+                failures.append(failure)
+        if self._signals is not None:
+            self._signals.close()
+        if failures:
+            _raise_first(error, failures)
+
+
+def _raise_first(error: BaseException | None, failures: list[BaseException]) -> None:
+    """Raise the most serious failure, with the others as notes."""
+    plain = [failure for failure in failures if isinstance(failure, Exception)]
+    unconfirmed = [f for f in failures if isinstance(f, CancelUnconfirmedError)]
+    first = next((f for f in failures if f not in plain), None) or failures[0]
+    if len(unconfirmed) > 1 and first in plain:
+        ids = tuple(order_id for failure in unconfirmed for order_id in failure.order_ids)
+        first = CancelUnconfirmedError("; ".join(map(str, unconfirmed)), order_ids=ids)
+    for failure in failures:
+        if failure is not first:
+            add_note(first, str(failure))
+    raise first from error
+
+
+# ==================================================================================================
+# rental.recovery
+#
+# Find and cancel the orders that rentals of dead processes left running.
+# ==================================================================================================
+
+
+LEFTOVER_READ_INTERVAL = 1.0  # between two reads, while an order may not be listed yet
+
+
+class Leftover:
+    """An order that a rental left running, with the data of its journal entry.
+
+    Attributes:
+        order: the order as it is listed now. None if it is in no list, which does not mean that it
+            has ended.
+        order_id, server_id: the ids; ``order_id`` can be None if ``order`` is None.
+        started: Unix time of the purchase.
+        host, pid: the machine and the process that ordered it.
+        kept_until: Unix time of the deadline of a kept order, or None.
+    """
+
+    def __init__(self, entry: JournalEntry, order: Order | None) -> None:
+        data = entry.data
+        self.order = order
+        self.order_id = order.id if order is not None else entry.order_id
+        self.server_id = whole_id(data.get("server_id"))
+        self.started = finite(data.get("started"))
+        host, pid = data.get("host"), data.get("pid")
+        self.host = host if isinstance(host, str) else None
+        self.pid = pid if isinstance(pid, int) else None
+        self.path = entry.path
+        self.kept_until = finite(data.get("kept_until"))
+
+    def __repr__(self) -> str:
+        return (
+            f"<Leftover order {self.order_id} of server {self.server_id}, by process {self.pid} "
+            f"on {self.host!r}>"
+        )
+
+
+class Leftovers:
+    """The result of ``CloreClient.leftovers``. It is false if all lists are empty.
+
+    Attributes:
+        abandoned: orders that may still run, of dead processes of this machine.
+        elsewhere: journal entries of other machines; their processes may be alive.
+        unnoted: active orders of the account without a journal entry.
+        kept: orders that rentals of this machine kept with ``keep()``.
+    """
+
+    def __init__(
+        self,
+        abandoned: list[Leftover],
+        elsewhere: list[Leftover],
+        unnoted: list[Order],
+        kept: list[Leftover] | None = None,
+    ) -> None:
+        self.abandoned = abandoned
+        self.elsewhere = elsewhere
+        self.unnoted = unnoted
+        self.kept = kept or []
+
+    def __bool__(self) -> bool:
+        """Return whether any of the lists has an item."""
+        return bool(self.abandoned or self.elsewhere or self.unnoted or self.kept)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Leftovers: {self.abandoned}, {len(self.elsewhere)} of other machines, "
+            f"{len(self.unnoted)} orders without an entry, kept: {self.kept}>"
+        )
+
+
+class _Survey:
+    """The journal entries and the active orders, read once and matched."""
+
+    def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
+        self._orders = orders
+        account = orders.account
+        self.entries: list[JournalEntry] = []
+        self._kept: list[JournalEntry] = []
+        self._read(folder, account)
+        try:
+            self.listed = {o.id: o for o in orders.active() if o.id is not None}
+            # Read the entries again, because another process may have ordered between the reads.
+            self._read(folder, account)
+            # After the journal, because keep() records an order before it removes the entry.
+            self._kept = kept_entries(folder, account)
+            self._match()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, folder: Path | None, account: str) -> None:
+        known = {entry.path for entry in self.entries}
+        for entry in read_entries(folder):
+            if entry.path in known or entry.data.get("account") != account:
+                entry.close()
+            else:
+                self.entries.append(entry)
+
+    def close(self) -> None:
+        for entry in [*self.entries, *self._kept]:
+            entry.close()
+
+    def _leave_kept_orders(self) -> None:
+        """Remove the entries of orders that a dead process had just recorded as kept."""
+        kept = {entry.order_id for entry in self._kept}
+        for entry in list(self.entries):
+            if entry.order_id in kept and entry.abandoned and entry.of_this_machine:
+                entry.remove()
+                self.entries.remove(entry)
+
+    def _match(self) -> None:
+        self._leave_kept_orders()
+        named = {entry.order_id for entry in self.entries}
+        self._matched: dict[str, Order] = {}  # path of an entry -> its order
+        held: set[int] = set()
+        living: set[int] = set()  # orders that may belong to living processes
+        for entry in self.entries:
+            order_id = entry.order_id
+            if order_id is not None:
+                fitting = [self.listed[order_id]] if order_id in self.listed else []
+            else:
+                fitting = [
+                    order
+                    for number, order in self.listed.items()
+                    if number not in named and matches_entry(entry.data, order)
+                ]
+            if entry.abandoned or not entry.of_this_machine:
+                if len(fitting) > 1:
+                    logger.warning(
+                        "several orders match %s, so none is assigned to it: look at get_orders()",
+                        entry.path,
+                    )
+                elif fitting:
+                    self._matched[str(entry.path)] = fitting[0]
+                    held.add(fitting[0].id or 0)
+            else:
+                living.update(order.id or 0 for order in fitting)
+        held |= living
+        held |= {entry.order_id or 0 for entry in self._kept}
+        self._settle_claims(living)
+        self.unnoted = [o for i, o in self.listed.items() if i not in held and not o.has_ended]
+
+    def _settle_claims(self, living: set[int]) -> None:
+        """Assign at most one entry to each order."""
+        claims: dict[int, list[JournalEntry]] = {}
+        for entry in self.entries:
+            if (order := self._matched.get(str(entry.path))) is not None:
+                claims.setdefault(order.id or 0, []).append(entry)
+        for order_id, entries in claims.items():
+            if order_id in living or (
+                len(entries) > 1
+                and not all(entry.abandoned and entry.of_this_machine for entry in entries)
+            ):
+                logger.warning(
+                    "order %d may belong to another process, so it is not touched", order_id
+                )
+                losers = entries
+            else:
+                # All processes are dead, and the last one most likely made the order.
+                entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
+                losers = entries[:-1]
+            for entry in losers:
+                self._matched.pop(str(entry.path))
+
+    def order_of(self, entry: JournalEntry) -> Order | None:
+        order = self._matched.get(str(entry.path))
+        return None if order is None or order.has_ended else order
+
+    def undecided(self, wait: float) -> bool:
+        """Return whether an order of a dead process may not be listed yet."""
+        return any(
+            entry.abandoned and self.order_of(entry) is None and _is_recent(entry.data, wait)
+            for entry in self.entries
+        )
+
+    def tidy(self, wait: float) -> None:
+        """Remove the entries of orders that have ended or do not exist."""
+        self.missing: list[JournalEntry] = []  # entries with an order id that no list has
+        intents: list[JournalEntry] = []
+        for entry in self.entries:
+            if not entry.abandoned or self.order_of(entry) is not None:
+                continue
+            if entry.order_id is None:
+                if not _is_recent(entry.data, LATEST_ORDER + CLOCKS_APART):
+                    intents.append(entry)
+            elif not _is_recent(entry.data, wait):
+                if self._has_ended(entry):
+                    logger.info("the order of %s has ended: the entry is removed", entry.path)
+                    entry.remove()
+                else:
+                    self.missing.append(entry)
+        if intents:
+            self._tidy_intents(intents)
+        for entry in list(self._kept):
+            if entry.order_id not in self.listed and self._has_ended(entry):
+                entry.remove()
+                self._kept.remove(entry)
+        with contextlib.suppress(CloreError):
+            self._orders.tidy_credentials(set(self.listed))
+
+    def _has_ended(self, entry: JournalEntry) -> bool:
+        try:
+            return self._orders.state(entry.order_id or 0) is OrderState.ENDED
+        except CloreError:
+            return False
+
+    def _tidy_intents(self, entries: list[JournalEntry]) -> None:
+        # One list is not enough, because it can be empty for a moment.
+        time.sleep(self._orders.client.order_lag)
+        orders = self._orders.active()
+        for entry in entries:
+            if not any(matches_entry(entry.data, order) for order in orders):
+                logger.info("%s has no order: the entry is removed", entry.path)
+                entry.remove()
+
+    def abandoned(self) -> list[tuple[JournalEntry, Order | None]]:
+        """Return the entries of dead processes of this machine with orders that may run."""
+        dead = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
+        return [
+            (entry, order)
+            for entry in dead
+            if (order := self.order_of(entry)) is not None or entry in self.missing
+        ]
+
+    def result(self) -> Leftovers:
+        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
+        abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
+        kept = [Leftover(e, self.listed.get(e.order_id or 0)) for e in self._kept]
+        elsewhere += [k for k, e in zip(kept, self._kept, strict=True) if not e.of_this_machine]
+        kept = [k for k, e in zip(kept, self._kept, strict=True) if e.of_this_machine]
+        return Leftovers(abandoned, elsewhere, self.unnoted, kept)
+
+
+def _is_recent(data: dict[str, Any], seconds: float) -> bool:
+    started = finite(data.get("started"))
+    # A time in the future is recent too, as the clock may have been set back.
+    return started is not None and time.time() - started < seconds
+
+
+def _take_survey(orders: AccountOrders, folder: Path | None, wait: float) -> _Survey:
+    deadline = time.monotonic() + wait
+    while True:
+        survey = _Survey(orders, folder)
+        try:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not survey.undecided(wait):
+                survey.tidy(wait)
+                return survey
+        except BaseException:
+            survey.close()
+            raise
+        survey.close()
+        time.sleep(min(LEFTOVER_READ_INTERVAL, max(0.01, wait / 10), remaining))
+
+
+def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
+    """Find the orders that rentals left running; see ``CloreClient.leftovers``."""
+    survey = _take_survey(orders, folder, wait)
+    survey.close()
+    return survey.result()
+
+
+def end_leftovers(
+    orders: AccountOrders, folder: Path | None, wait: float, timeout: float
+) -> list[int]:
+    """Cancel the orders that dead processes left; see ``CloreClient.cancel_leftovers``."""
+    survey = _take_survey(orders, folder, wait)
+    try:
+        # The entries are locked, so no other process cancels the same orders.
+        return _end_entries(orders, survey.abandoned(), timeout, "cancel_leftovers()")
+    finally:
+        survey.close()
+
+
+def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> list[int]:
+    """Cancel the kept orders that are past their deadline; see ``CloreClient.cancel_overdue``."""
+    overdue = overdue_entries(orders, folder)
+    try:
+        listed = {order.id: order for order in orders.active()} if overdue else {}
+        pairs = [(entry, listed.get(entry.order_id)) for entry in overdue]
+        return _end_entries(orders, pairs, timeout, "cancel_overdue()")
+    finally:
+        for entry in overdue:
+            entry.close()
+
+
+def _end_entries(
+    orders: AccountOrders,
+    entries: list[tuple[JournalEntry, Order | None]],
+    timeout: float,
+    again: str,
+) -> list[int]:
+    """Cancel the orders of entries, and remove the entries.
+
+    Parameters:
+        orders: the orders of the account.
+        entries: locked entries, with their order if a list has it.
+        timeout: seconds to keep sending each cancel.
+        again: the method to call again, for the error.
+    """
+    ended: list[int] = []
+    failed: dict[int, BaseException] = {}
+    for entry, order in entries:
+        order_id = entry.order_id if order is None else order.id
+        if order_id is None:
+            continue
+        failure = _end_order(orders, order_id, timeout, listed=order is not None)
+        if failure is None:
+            logger.info("order %d has ended", order_id)
+            entry.remove()
+            ended.append(order_id)
+        else:
+            failed[order_id] = failure
+    if failed:
+        ids = ", ".join(map(str, failed))
+        raise CancelUnconfirmedError(
+            f"orders not confirmed to have ended: {ids} (ended: {ended}); they may still be "
+            f"running, and cost money, so call {again} again",
+            order_ids=tuple(failed),
+        ) from next(iter(failed.values()))
+    return ended
+
+
+def _end_order(
+    orders: AccountOrders, order_id: int, timeout: float, listed: bool
+) -> CloreError | None:
+    """Cancel an order, and confirm that it has ended. Return None, or the error."""
+    started = time.monotonic()
+    # An order that no list has may have ended, and the API may refuse its cancel forever.
+    until = started + (timeout if listed else min(timeout, orders.client.order_lag))
+    cancellation = Cancellation(orders, order_id)
+    failure = cancellation.run(lambda: until, confirm=False)
+    if failure is None:
+        confirmed_by = confirm_until(started, timeout)
+        failure = cancellation.run(lambda: confirmed_by, confirm=True)
+    return failure
 
 
 # ==================================================================================================
@@ -10860,6 +12129,8 @@ LOGIN_OPTIONS = frozenset(
 )
 PARAMIKO_LOGGER = "clore_client.paramiko"
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
+FIRST_CONNECT = 5.0  # seconds for the first TCP connection
+LOOK_EVERY = 15.0  # seconds between two looks if the order of that machine has ended
 
 
 def import_paramiko() -> Any:
@@ -10893,9 +12164,11 @@ class Login:
         wait: float,
         keys: KeyCheck,
         use_ssh_config: bool = False,
+        agent_key: Any = None,
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.address = plain_address(order)
-        if passphrase is not None and key_path is None:
+        if passphrase is not None and key_path is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
         if key_path is not None:
             check_local_path("key_path", key_path)
@@ -10906,7 +12179,12 @@ class Login:
         self.keys = keys
         self._paramiko = import_paramiko()
         # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
-        self.key = None if self.key_path is None else self._read_key(self.key_path, passphrase)
+        self.key = agent_key
+        if self.key_path is not None:
+            self.key = self._read_key(self.key_path, passphrase)
+        self._next_look = -math.inf
+        self._tried = False
+        self._on_failure = on_failure or (lambda error: None)
         self._hops: list[dict[str, Any]] = []
         self._identities: list[str] = []
         if use_ssh_config:
@@ -11004,17 +12282,29 @@ class Login:
                     report(ProgressEvent("ssh", time.monotonic() - started, "sshd up"))
                 return ssh
             except NotUpYetError as error:
+                self.explain(error)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}") from (
-                        error.__cause__
-                    )
+                    late = SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}")
+                    late.reason = "unreachable"
+                    raise late from error.__cause__
                 logger.debug("no SSH at %s yet: %s", self.where, error)
                 if report is not None:
                     seconds = time.monotonic() - started
                     text = f"no sshd yet, {readable_seconds(seconds)}: {error}"
                     report(ProgressEvent("ssh", seconds, text))
                 time.sleep(min(SSH_PAUSE, remaining))
+            except SSHError as error:
+                self.explain(error)
+                raise
+
+    def explain(self, error: BaseException | None) -> None:
+        """Raise a better error than this one if the login failed because the order has ended."""
+        now = time.monotonic()
+        if error is None or (isinstance(error, NotUpYetError) and now < self._next_look):
+            return
+        self._next_look = now + LOOK_EVERY
+        self._on_failure(error)
 
     def once(self) -> paramiko.SSHClient:
         """Try once to log in, within ``timeout`` seconds in all."""
@@ -11036,6 +12326,7 @@ class Login:
                 failure = self._too_slow(ssh)
             elif self._is_refusal(ssh, error):
                 failure = self._refused(ssh, error)
+                failure.reason = "refused"
             else:
                 failure = _login_error(error, self._paramiko, self.where)
             _give_up(ssh)
@@ -11070,7 +12361,7 @@ class Login:
             username=self.address["user"],
             password=self.password,
             pkey=self.key,
-            timeout=self.timeout,
+            timeout=self._connect_timeout(),
             banner_timeout=self.timeout,
             auth_timeout=self.timeout,
             channel_timeout=self.timeout,
@@ -11080,6 +12371,14 @@ class Login:
             sock=sock,
             transport_factory=functools.partial(self._transport, hops),
         )
+
+    def _connect_timeout(self) -> float:
+        """Return the seconds for the TCP connection, few if another try follows.
+
+        The first failure is the moment to look if the order has ended.
+        """
+        first, self._tried = not self._tried, True
+        return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
     def _too_slow(self, ssh: Any) -> SSHError:
         transport = ssh.get_transport()
@@ -11107,7 +12406,8 @@ class Login:
         if self.password is not None:
             what = "password"
         elif self.key is not None:
-            what = f"key {printable(repr(self.key_path), 200)} ({fingerprint_of(self.key)})"
+            where = printable(repr(self.key_path), 200) if self.key_path else "of the SSH agent"
+            what = f"key {where} ({fingerprint_of(self.key)})"
         else:
             what = "keys of the SSH agent and of ~/.ssh"
         if "timeout" in str(error).lower():
@@ -11259,8 +12559,11 @@ class ConnectionPool:
         self._ready[0].set()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        lost = isinstance(error, SSHError) and not _is_active(self.ssh)
         self._close()
+        if lost and self._login is not None:
+            self._login.explain(error)
 
     @property
     def ssh(self) -> Any:
@@ -11296,13 +12599,17 @@ class ConnectionPool:
     def _first(self, login: Login) -> Any:
         try:
             return login.once()
-        except NotUpYetError:
+        except NotUpYetError as error:
             # If the host allows only one connection, another thread may have opened it.
             for number in range(1, self.size if self._eager else 1):
                 self._ready[number].wait()
                 if (ssh := self._opened[number]) is not None:
                     self._opened[number] = None
                     return ssh
+            login.explain(error)
+        except SSHError as error:
+            login.explain(error)
+            raise
         return login.open()
 
     def _open(self, login: Login, number: int) -> None:
@@ -11317,6 +12624,11 @@ class ConnectionPool:
             thread.join()
         if self._login is not None:
             self.break_off()
+
+
+def _is_active(ssh: Any) -> bool:
+    transport = ssh.get_transport()
+    return transport is not None and bool(transport.is_active())
 
 
 # ==================================================================================================
@@ -11435,7 +12747,7 @@ class HostKeys:
         if self.path is None or not alias.startswith("clore-order-"):
             return
         try:
-            with _locked(self.path):
+            with locked_path(self.path, LOCK_PATIENCE):
                 lines = [
                     line
                     for line in self._text().splitlines()
@@ -11443,34 +12755,9 @@ class HostKeys:
                 ]
                 if pin is not None:
                     lines.append(f"{alias} {pin[0]} {pin[1]}")
-                _replace(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
+                replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
         except OSError as error:
             logger.warning("host keys can't be kept for the next process: %s", error)
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        handle = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-        with open(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        os.replace(new, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        if not lock_file(handle, LOCK_PATIENCE):
-            raise OSError(f"{path}.lock is held by another process")
-        yield
-    finally:
-        os.close(handle)
 
 
 def _names(names: str, alias: str) -> bool:
@@ -13116,6 +14403,96 @@ def _config_path(path: str) -> str:
 
 
 # ==================================================================================================
+# ssh.private_keys
+#
+# Find the private key of a public key, in ``~/.ssh`` and in the SSH agent.
+# ==================================================================================================
+
+
+LONGEST_KEY_FILE = 65536  # bytes
+_OPENSSH_MAGIC = b"openssh-key-v1\0"
+
+
+def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
+    """Return the private key with a fingerprint.
+
+    Returns:
+        A file of ``~/.ssh`` and None, or None and a key of the agent; None twice if there is none.
+        The agent comes first, because it needs no passphrase.
+    """
+    for key in _agent_keys():
+        if fingerprint_of(key) == fingerprint:
+            return None, key
+    folder = Path(os.path.expanduser("~/.ssh"))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return None, None
+    for name in names:
+        path = folder / name
+        if _file_fingerprint(path) == fingerprint:
+            return path, None
+    return None, None
+
+
+def _agent_keys() -> tuple[Any, ...]:
+    if not os.environ.get("SSH_AUTH_SOCK") and os.name != "nt":
+        return ()
+    try:
+        return tuple(import_paramiko().Agent().get_keys())
+    except Exception as error:
+        logger.debug("the SSH agent can't be asked: %s", error)
+        return ()
+
+
+def _file_fingerprint(path: Path) -> str | None:
+    """Return the fingerprint of a private key file; None if the file has no private key."""
+    text = _text_of(path)
+    if "PRIVATE KEY-----" not in text[:200]:
+        return None
+    if (blob := _public_part(text)) is not None:  # readable without the passphrase
+        return pin_fingerprint(("", base64.b64encode(blob).decode()))
+    public = _text_of(path.with_name(f"{path.name}.pub"))
+    if public:
+        return public_key_fingerprint(public)
+    try:
+        return fingerprint_of(import_paramiko().PKey.from_path(path))
+    except Exception as error:
+        logger.debug("%s is not a key that can be read: %s", path, error)
+        return None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if not path.is_file():
+            return ""
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read(LONGEST_KEY_FILE)
+    except OSError:
+        return ""
+
+
+def _public_part(text: str) -> bytes | None:
+    """Return the public key of a private key in OpenSSH's own format."""
+    lines = [line for line in text.splitlines() if line and "-----" not in line]
+    try:
+        data = base64.b64decode("".join(lines))
+        if not data.startswith(_OPENSSH_MAGIC):
+            return None
+        rest = data[len(_OPENSSH_MAGIC) :]
+        for _ in range(3):  # the cipher, and how its key is made from the passphrase
+            rest = _field(rest)[1]
+        return _field(rest[4:])[0]  # after the number of keys
+    except (ValueError, struct.error):
+        return None
+
+
+def _field(data: bytes) -> tuple[bytes, bytes]:
+    (length,) = struct.unpack_from(">I", data)
+    return data[4 : 4 + length], data[4 + length :]
+
+
+# ==================================================================================================
 # ssh.transfer.options
 #
 # Check the arguments of a transfer.
@@ -13268,23 +14645,55 @@ class SSHAccess:
         account = account_digest(self._client.base_url, self._client.api_key)
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
-    def forget_host_key(self, order: Mapping[str, Any]) -> bool:
+    def _with_address(self, order: Any) -> Order:
+        """Return an order with its address, which is read if the argument has none.
+
+        Raises:
+            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+        """
+        if isinstance(order, Mapping):
+            record = order if isinstance(order, Order) else Order(order)
+            if record.id is None:
+                return record
+            if record.has_ended:
+                raise ended_error(record.id, record.status or "", record)
+            self._orders.check_not_ended(record.id)
+            if parse_ssh_command(record)["raw"]:
+                return record
+            try:
+                return self._orders.running(record.id)
+            except OrderEndedError:
+                raise
+            except CloreError as error:
+                logger.debug("order %d can't be read: %s", record.id, error)
+                return record
+        return self._orders.running(check_order_id("order", order))
+
+    def forget_host_key(self, order: Any) -> bool:
         """Forget the host key of an order; see ``CloreClient.forget_host_key``."""
+        if not isinstance(order, Mapping):
+            order = {"order_id": check_order_id("order", order)}
         return self._host_keys.forget(self._alias(order))
 
-    def terminal_line(self, order: Mapping[str, Any], key_path: Any) -> str:
+    def terminal_line(self, order: Any, key_path: Any) -> str:
         """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
+        order = self._with_address(order)
+        key_path = key_path or self._key_of(order)[0]
         return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
 
-    def rsync_line(self, order: Mapping[str, Any], local: Any, remote: Any, key_path: Any) -> str:
+    def rsync_line(self, order: Any, local: Any, remote: Any, key_path: Any) -> str:
         """Return a command line for rsync; see ``CloreClient.rsync_command``."""
+        local, remote = check_path("local", local), check_path("remote", remote)
+        order = self._with_address(order)
         return rsync_line(
-            plain_address(order), self._host_keys, self._alias(order), key_path,
-            check_path("local", local), check_path("remote", remote),
+            plain_address(order), self._host_keys, self._alias(order),
+            key_path or self._key_of(order)[0], local, remote,
         )  # fmt: skip
 
-    def config_entry(self, order: Mapping[str, Any], name: str | None, key_path: Any) -> str:
+    def config_entry(self, order: Any, name: str | None, key_path: Any) -> str:
         """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
+        order = self._with_address(order)
+        key_path = key_path or self._key_of(order)[0]
         address = plain_address(order)
         number = self._order_number(order)
         entry = name if name is not None else f"clore-{number}" if number else "clore"
@@ -13292,9 +14701,21 @@ class SSHAccess:
             check_text("name", entry), address, self._host_keys, self._alias(order), key_path
         )
 
+    def _password_of(self, order: Order) -> str | None:
+        return self._orders.login_of(order).get("ssh_password")
+
+    def _key_of(self, order: Order) -> tuple[Path | None, Any]:
+        """Return the private key of the public key that was sent with an order.
+
+        Returns:
+            Its file, or a key of the SSH agent; None for both if there is none.
+        """
+        fingerprint = self._orders.login_of(order).get("key_fingerprint")
+        return (None, None) if fingerprint is None else private_key_of(fingerprint)
+
     def login(
         self,
-        order: Mapping[str, Any],
+        order: Any,
         *,
         password: str | None = None,
         key_path: str | os.PathLike[str] | None = None,
@@ -13305,7 +14726,6 @@ class SSHAccess:
         use_ssh_config: bool = False,
     ) -> Login:
         """Check the arguments of a login, and return it; nothing is sent."""
-        address = plain_address(order)
         check_number("timeout", timeout, above=True, unit="seconds")
         check_number("wait", wait, infinite=True, unit="seconds")
         mode = check_host_key("host_key", host_key)
@@ -13315,16 +14735,19 @@ class SSHAccess:
             check_text("passphrase", passphrase, secret=True)
         if key_path is not None and not isinstance(key_path, os.PathLike):
             check_text("key_path", key_path)
+        order = self._with_address(order)
+        address, number, agent_key = plain_address(order), order.id, None
         if not password and not key_path:
-            sent = self._orders.credentials.get(self._order_number(order) or 0, {})
-            password = order.get("ssh_password") or sent.get("ssh_password")
-        keys = KeyCheck(
-            self._host_keys, self._order_number(order), "{host}:{port}".format(**address), mode
-        )
+            password = order.get("ssh_password") or self._password_of(order)
+        if not password and not key_path:
+            key_path, agent_key = self._key_of(order)
+        keys = KeyCheck(self._host_keys, number, "{host}:{port}".format(**address), mode)
         return Login(
             order,
             password=password,
             key_path=key_path,
+            agent_key=agent_key,
+            on_failure=self._on_failure(number),
             passphrase=passphrase,
             timeout=timeout,
             wait=wait,
@@ -13332,9 +14755,15 @@ class SSHAccess:
             use_ssh_config=check_bool("use_ssh_config", use_ssh_config),
         )
 
+    def _on_failure(self, order_id: int | None) -> Callable[[BaseException], None] | None:
+        """Return a function that raises an error if a login failed because the order has ended."""
+        if order_id is None:
+            return None
+        return lambda error: self._orders.raise_if_ended(order_id, error)
+
     def connected(
         self,
-        order: Mapping[str, Any],
+        order: Any,
         ssh: paramiko.SSHClient | None,
         login: dict[str, Any],
         timeout: float = 30.0,
@@ -13347,11 +14776,12 @@ class SSHAccess:
             return ConnectionPool(None, check_connection(ssh))
         return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
 
-    def jobs(
-        self, order: Mapping[str, Any], ssh: paramiko.SSHClient | None, login: dict[str, Any]
-    ) -> HostJobs:
+    def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the machine of an order."""
-        self.connected(order, ssh, login)  # check the arguments now
+        check_login_options(login)
+        if ssh is None:
+            order = self._with_address(order)  # once, and not for each connection
+            self.login(order, **login)  # check the arguments now
 
         def connect(seconds: float) -> ConnectionPool:
             wait = min(seconds, login.get("wait", LOGIN_WAIT))
@@ -14312,23 +15742,26 @@ MAX_STATUS_LINE = 4096  # bytes
 class HTTPWait:
     """The arguments of ``wait_for_http``, checked.
 
+    Parameters:
+        read: returns the order with an id.
+
     Attributes:
         url: the public address to ask; None to ask ``port`` on the machine.
         port: the port of the service.
     """
 
     def __init__(
-        self, order: Mapping[str, Any], path: str, port: int | None, timeout: float,
-        progress: ProgressOptions,
+        self, order: Mapping[str, Any] | int, read: Callable[[int], Order], path: str,
+        port: int | None, timeout: float, progress: ProgressOptions,
     ) -> None:  # fmt: skip
-        if not isinstance(order, Mapping):
-            raise TypeError(f"order must be a record of an order, not {short_repr(order)}")
-        record = Order(order)
         if not re.fullmatch(r"/[!-~]*", check_string("path", path)):
             raise ValueError(f"path must begin with '/' and be encoded, not {short_repr(path)}")
         self.timeout = check_number("timeout", timeout, infinite=True, unit="seconds")
         if port is not None:
             check_forward_arguments(port)
+        if not isinstance(order, Mapping):
+            order = read(check_order_id("order", order))
+        record = Order(order)
         urls = record.http_urls
         if port is None and not urls:
             raise ValueError(
@@ -16257,7 +17690,8 @@ def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) 
         failure = transfer.failed(error, tree.files)
         if failure is error:
             raise
-        raise failure from error
+        # The text says what the machine refused, and its traceback would say nothing more.
+        raise failure from (None if type(error) is SSHError else error)
     return transfer.result(path, tree.files)
 
 
@@ -16613,7 +18047,8 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
         failure = transfer.failed(error, files)
         if failure is error:
             raise
-        raise failure from error
+        # The text says what the machine refused, and its traceback would say nothing more.
+        raise failure from (None if type(error) is SSHError else error)
     return transfer.result(part.target, files)
 
 
@@ -16968,6 +18403,7 @@ def _compare(line: bytes, digest: str) -> None:
 C = TypeVar("C", bound="CloreClient")
 PathArgument = str | os.PathLike[str]
 Progress = Callable[[str, int, int], object]
+OrderArgument = Mapping[str, Any] | int  # a record of an order, or its number
 
 
 class CloreClient(HTTPClient):
@@ -17007,8 +18443,9 @@ class CloreClient(HTTPClient):
         user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
         max_usd_per_hour: refuse every order and bid above this price, before it is sent.
         max_active_orders: refuse a new order when this many are active.
-        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, and
-            in which processes share the rate limit; None turns both off.
+        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, the
+            client the logins, host keys and hosts, and in which processes share the rate limit;
+            None turns all of that off.
         max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
         order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
             live API). An order that is in no list counts as ended only after that time.
@@ -17017,6 +18454,10 @@ class CloreClient(HTTPClient):
             ``"redis://host:6379/0"``, or a client such as ``redis.Redis``. With None, the client
             takes the environment variable ``CLORE_RATE_LIMITER``. While Redis fails, the rate limit
             is shared on this machine only.
+        remember_credentials: save the password, the Jupyter token and the fingerprint of the key
+            that were sent with an order in ``state_dir``, in a file for this user only, until the
+            order has ended. Each process can then log in with the order's id. False keeps them
+            in memory.
 
     Raises:
         ConfigurationError: a key, a base URL or a settings file can't be used.
@@ -17049,6 +18490,7 @@ class CloreClient(HTTPClient):
         order_lag: float = 20.0,
         rate_limit_wait: float = 60.0,
         rate_limiter: str | RedisClient | None = None,
+        remember_credentials: bool = True,
     ) -> None:
         # Error reporters show local variables.
         api_key, rate_limiter = Secret.of(api_key), Secret.of(rate_limiter)
@@ -17066,7 +18508,10 @@ class CloreClient(HTTPClient):
         self.max_active_orders = max_active_orders
         self.order_lag = check_interval("order_lag", order_lag)
         self._market = Market(self)
-        self._orders = AccountOrders(self, self._market)
+        remembered = check_bool("remember_credentials", remember_credentials)
+        credentials = Credentials(lambda: self._state_folder if remembered else None)
+        self._orders = AccountOrders(self, self._market, credentials)
+        self._host_history = HostHistory(lambda: self._state_folder, lambda: self.base_url)
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
     def __copy__(self: C) -> C:
@@ -17121,13 +18566,12 @@ class CloreClient(HTTPClient):
             rate limit 1.1 s, shared among all processes on this machine, by /home/me/.local/...
         """
         key, url = self.api_key, self.BASE_URL
-        found, source = self._key_source
-        if not key:
+        if key:
+            key_line = self._described_key(key)
+        else:
+            found = self._key_source[0]
             where = f"in {KEY_VARIABLE} or {CONFIG_FILE}" if key == found else "any more"
             key_line = f"no key {where}"
-        else:
-            source = source if key == found else "attribute"
-            key_line = f"a key that ends in {key_ending(key)!r}, from {source}"
         url_found, url_source = self._url_source
         if url != url_found:
             own = "BASE_URL" in self.__dict__
@@ -17466,7 +18910,8 @@ class CloreClient(HTTPClient):
 
         Returns:
             An :class:`OrderList` of :class:`Order`: ``order_id``, ``renting_server``, ``status``,
-            ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...
+            ``connection``, ``price`` (per hour, in the order's currency), ``started``, ...; also
+            ``ssh_password`` and ``jupyter_token``, where this client knows them.
 
         Example:
             >>> [(order.id, order.status) for order in client.get_orders()]
@@ -17474,15 +18919,16 @@ class CloreClient(HTTPClient):
         """
         orders, _ = self._orders.read(check_bool("include_completed", include_completed))
         learn_order_rates(self._orders, orders)
-        return OrderList(o for o in orders if include_completed or not o.has_ended)
+        listed = (o for o in orders if include_completed or not o.has_ended)
+        return OrderList(self._orders.with_login(order) for order in listed)
 
-    def get_order(self, order_id: int) -> Order | None:
+    def get_order(self, order_id: OrderArgument) -> Order | None:
         """Return one order, active or ended.
 
         The list of ended orders can be long, so it is read only if the order is not active.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
 
         Returns:
             An :class:`Order`, or None if the lists do not have it. A new order can take up to 20
@@ -17492,9 +18938,11 @@ class CloreClient(HTTPClient):
             >>> client.get_order(1958009).ssh_command
             'ssh root@n1.us.clorecloud.net -p 2060'
         """
-        order = self._orders.find(check_id("order_id", order_id))
-        learn_order_rates(self._orders, [order] if order is not None else [])
-        return order
+        order = self._orders.find(check_order_id("order_id", order_id))
+        if order is None:
+            return None
+        learn_order_rates(self._orders, [order])
+        return self._orders.with_login(order)
 
     def create_order(
         self,
@@ -17545,6 +18993,7 @@ class CloreClient(HTTPClient):
                 password, key and token that were sent.
             ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
             BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused the order.
+            InvalidInputError: there is no such server, or the API found an argument invalid.
             SpendingLimitError: a limit of the client does not allow it; no order was sent.
             RateUnknownError: the bid could not be converted; no order was sent.
             ValueError, TypeError: an argument is not valid; no order was sent.
@@ -17579,7 +19028,7 @@ class CloreClient(HTTPClient):
 
     def cancel_order(
         self,
-        order_id: int,
+        order_id: OrderArgument,
         issue: str | None = None,
         *,
         confirm: bool = False,
@@ -17592,7 +19041,7 @@ class CloreClient(HTTPClient):
         cancel again. An order that is missing from the lists only for a moment has not ended.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
             issue: a report of what was wrong with the server; cut at 2048 characters.
             confirm: wait until the order is listed as ended, or missing from all lists for
                 ``order_lag`` seconds.
@@ -17613,7 +19062,7 @@ class CloreClient(HTTPClient):
             >>> client.cancel_order(1958009)
             True
         """
-        wanted = check_id("order_id", order_id)
+        wanted = check_order_id("order_id", order_id)
         check_bool("confirm", confirm)
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         check_optional_number("settle_timeout", settle_timeout, unit="seconds")
@@ -17647,11 +19096,11 @@ class CloreClient(HTTPClient):
         check_number("confirm_timeout", confirm_timeout, infinite=True, unit="seconds")
         return limited(lambda: cancel_all(self._orders, confirm, confirm_timeout), urgent=True)
 
-    def cancel_orders(self, order_ids: Iterable[int]) -> dict[str, Any]:
+    def cancel_orders(self, order_ids: Iterable[OrderArgument]) -> dict[str, Any]:
         """Cancel several orders, with one API call for each 64 orders.
 
         Parameters:
-            order_ids: the numbers of the orders; if empty, nothing is sent.
+            order_ids: the orders or their numbers; if empty, nothing is sent.
 
         Returns:
             The API's response as a dict, with the ids that failed in ``failed_to_cancel``.
@@ -17660,11 +19109,11 @@ class CloreClient(HTTPClient):
             >>> client.cancel_orders([1958009, 1958010])["failed_to_cancel"]
             []
         """
-        return cancel_orders(self._orders, check_ids("order_ids", order_ids))
+        return cancel_orders(self._orders, check_order_ids("order_ids", order_ids))
 
     def wait_for_order(
         self,
-        order_id: int,
+        order_id: OrderArgument,
         timeout: float = 300,
         poll_interval: float = 5.0,
         target_status: str = "running",
@@ -17680,7 +19129,7 @@ class CloreClient(HTTPClient):
         still be running, and cost money.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
             timeout: seconds to wait; ``float("inf")`` waits forever.
             poll_interval: seconds between two polls.
             target_status: ``"running"``, ``"creating"``, ``"cancelled"`` or ``"expired"``; the
@@ -17697,6 +19146,9 @@ class CloreClient(HTTPClient):
 
         Raises:
             OrderEndedError: the order ended before it had the status.
+            UnknownOrderError: the account has no such order, so the client does not wait; also an
+                ``OrderNotFoundError`` and a ``WaitTimeoutError``. An order that was made elsewhere
+                seconds ago may not be listed yet.
             WaitTimeoutError: it did not have the status in time; also a ``TimeoutError``.
                 ``reason`` says if it never showed up or is still creating.
 
@@ -17704,7 +19156,7 @@ class CloreClient(HTTPClient):
             >>> client.wait_for_order(1958009, timeout=120).ssh_command
             'ssh root@n1.us.clorecloud.net -p 2060'
         """
-        wanted = check_id("order_id", order_id)
+        wanted = check_order_id("order_id", order_id)
         check_number("timeout", timeout, infinite=True, unit="seconds")
         check_interval("poll_interval", poll_interval)
         check_text("target_status", target_status)
@@ -17714,7 +19166,7 @@ class CloreClient(HTTPClient):
                 self._orders, wanted, timeout, poll_interval, target_status, on_update, report
             )
         learn_order_rates(self._orders, [order])
-        return order
+        return self._orders.with_login(order)
 
     # --- rentals ---
 
@@ -17741,6 +19193,7 @@ class CloreClient(HTTPClient):
         cancel_timeout: float = 300.0,
         max_hours: float | None = None,
         max_cost_usd: float | None = None,
+        prefer_known: bool = False,
         on_progress: Report | None = None,
         progress: bool = False,
         **filters: Unpack[ServerFilters],
@@ -17782,11 +19235,15 @@ class CloreClient(HTTPClient):
                 at most as many seconds to confirm the end.
             max_hours: hours after which the rental ends.
             max_cost_usd: cost in USD, with fees, at which the rental ends.
+            prefer_known: try the hosts first that worked in the last day. Those that did not
+                deploy, had no sshd, or refused the login always come last; see
+                :meth:`host_history`.
             on_progress, progress: as for :meth:`wait_for_order`.
 
         Returns:
             A :class:`Rental`, which orders when its block begins: ``order``, ``server``,
-            ``cost_usd``, ``ssh()``, ``run()``, ``keep()``.
+            ``status``, ``cost_usd``, ``ssh()``, ``run()``, ``forward()``, ``keep()``, ``cancel()``.
+            Without a block, in a notebook, ``start()`` begins it and ``close()`` ends it.
 
         Raises:
             RentalError: no server worked; ``tried`` has the reason for each. If no server fits the
@@ -17813,8 +19270,106 @@ class CloreClient(HTTPClient):
             server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
             deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
             cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
+            prefer_known=prefer_known,
         )  # fmt: skip
-        return Rental(self, self._orders, settings, self._state_folder, shown)
+        return Rental(self, self._orders, settings, self._state_folder, self._host_history, shown)
+
+    def rent_many(
+        self, count: int, *filters: Any, min_count: int | None = None, **options: Any
+    ) -> RentalGroup:
+        """Rent several servers for the length of a ``with`` block, and cancel all at its end.
+
+        They deploy side by side, each on a server of its own; the API allows one order in five
+        seconds. If fewer than ``min_count`` run, all are cancelled. Each rental ends as that of
+        :meth:`rent` does, and all end together, whatever happens.
+
+        Parameters:
+            count: the number of servers.
+            *filters, **options: as for :meth:`rent`; ``attempts``, ``max_hours`` and
+                ``max_cost_usd`` count for each rental.
+            min_count: how many must run; default all.
+
+        Returns:
+            A :class:`RentalGroup`, a sequence of :class:`Rental` with ``run()``, ``map()`` and
+            ``cost_usd``.
+
+        Raises:
+            RentalError: too few servers worked; none is rented.
+
+        Example:
+            >>> with client.rent_many(3, "RTX 4090", max_price_usd=0.40) as rentals:
+            ...     for result in rentals.run("nvidia-smi -L"):
+            ...         print(result.stdout)
+        """
+        check_count("count", count, minimum=1, maximum=64)
+        least = count if min_count is None else min_count
+        check_count("min_count", least, minimum=1, maximum=count)
+        if options.get("server_id") is not None:
+            raise TypeError("rent_many() takes no server_id, because it rents several servers")
+        options = {k: secret_values(Secret.of(v)) if k in SECRET_FIELDS else v
+                   for k, v in options.items()}  # fmt: skip
+        # All rentals share the rate limit, and the orders should not wait for the polls.
+        options.setdefault("poll_interval", max(5.0, 2.0 * count))
+        rentals = [self.rent(*filters, **options) for _ in range(count)]
+        return RentalGroup(rentals, least)
+
+    def attach(
+        self,
+        order: OrderArgument,
+        *,
+        end: bool = False,
+        max_hours: float | None = None,
+        max_cost_usd: float | None = None,
+        cancel_timeout: float = 300.0,
+    ) -> Rental:
+        """Return a rental of an order that runs already, from any process.
+
+        Without ``end``, it can be used with and without a block, and never ends the order. With
+        ``end``, it begins with its block or ``start()``, and ends the order as :meth:`rent` does.
+
+        Parameters:
+            order: the order or its number.
+            end: whether the end of the block ends the order.
+            max_hours, max_cost_usd, cancel_timeout: as for :meth:`rent`, with ``end`` only. They
+                count from the start of the order.
+
+        Returns:
+            A :class:`Rental`.
+
+        Raises:
+            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+
+        Example:
+            >>> client.attach(1958009).run("nvidia-smi -L").stdout
+            'GPU 0: NVIDIA GeForce RTX 4090'
+        """
+        wanted = check_order_id("order", order)
+        if not check_bool("end", end) and (max_hours is not None or max_cost_usd is not None):
+            raise ValueError(
+                "max_hours and max_cost_usd need end=True: add that, or leave them out"
+            )
+        running = self._orders.with_login(self._orders.running(wanted))
+        settings = RentalSettings.of_order(
+            running, max_hours=max_hours, max_cost_usd=max_cost_usd, cancel_timeout=cancel_timeout
+        )
+        return AttachedRental(
+            self, self._orders, settings, self._state_folder, self._host_history, running, end
+        )
+
+    def host_history(self) -> list[dict[str, Any]]:
+        """Return what happened on the hosts that :meth:`rent` tried in the last day.
+
+        Returns:
+            A list of dicts, the newest first: ``server_id``, ``outcome`` (``"worked"``, ``"not
+            deployed"``, ``"no sshd"`` or ``"login refused"``) and ``time`` (Unix time).
+
+        Example:
+            >>> client.host_history()
+            [{'server_id': 99173, 'outcome': 'worked', 'time': 1784203200.5}]
+        """
+        seen = self._host_history.outcomes()
+        hosts = [{"server_id": server_id, **host} for server_id, host in seen.items()]
+        return sorted(hosts, key=lambda host: -host["time"])
 
     def leftovers(self, *, wait: float = 30.0) -> Leftovers:
         """Find the orders that rentals of dead processes left running on this account.
@@ -17824,7 +19379,8 @@ class CloreClient(HTTPClient):
 
         Returns:
             :class:`Leftovers`: ``abandoned`` (orders of this machine), ``elsewhere`` (orders of
-            other machines) and ``unnoted`` (active orders that are not in the journal).
+            other machines), ``kept`` (orders of this machine that stayed with ``keep()``) and
+            ``unnoted`` (active orders that are not in the journal).
 
         Example:
             >>> client.leftovers().abandoned
@@ -17857,6 +19413,28 @@ class CloreClient(HTTPClient):
         return limited(
             lambda: end_leftovers(self._orders, folder, wait, cancel_timeout), urgent=True
         )
+
+    def cancel_overdue(self, *, cancel_timeout: float = 300.0) -> list[int]:
+        """Cancel the orders of this machine that were kept, and are past their deadline.
+
+        Call it from cron, for orders that ``rental.keep(max_hours=...)`` left running.
+
+        Parameters:
+            cancel_timeout: seconds to keep sending each cancel.
+
+        Returns:
+            The ids of the orders, which have confirmed ended.
+
+        Raises:
+            CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
+
+        Example:
+            >>> client.cancel_overdue()
+            [1958009]
+        """
+        check_number("cancel_timeout", cancel_timeout, infinite=True, unit="seconds")
+        folder = self._state_folder
+        return limited(lambda: end_overdue(self._orders, folder, cancel_timeout), urgent=True)
 
     @staticmethod
     def handle_signals() -> SignalHandling:
@@ -17918,14 +19496,14 @@ class CloreClient(HTTPClient):
         return suggested_bid(self.get_spot_market(number), server, margin)
 
     def set_spot_price(
-        self, order_id: int, new_price: float, *, allow_above_on_demand: bool = False
+        self, order_id: OrderArgument, new_price: float, *, allow_above_on_demand: bool = False
     ) -> bool:
         """Change the bid of a spot order.
 
         The live API lets you lower a bid once in 600 seconds, by a limited step.
 
         Parameters:
-            order_id: the number of the order.
+            order_id: the order or its number.
             new_price: the new bid, in **USD per hour**.
             allow_above_on_demand: send a bid of more than ten times the server's on-demand price.
 
@@ -17945,14 +19523,12 @@ class CloreClient(HTTPClient):
             >>> client.set_spot_price(1958009, 0.08)
             True
         """
-        wanted = check_id("order_id", order_id)
+        wanted = check_order_id("order_id", order_id)
         check_number("new_price", new_price, above=True, unit="USD per hour")
         check_bool("allow_above_on_demand", allow_above_on_demand)
         return set_spot_price(self._orders, wanted, new_price, allow_above_on_demand)
 
-    def lower_spot_price(
-        self, order: Mapping[str, Any] | int, target: float, wait: bool = True
-    ) -> float:
+    def lower_spot_price(self, order: OrderArgument, target: float, wait: bool = True) -> float:
         """Lower the bid of a spot order to a target, in as many steps as the API asks for.
 
         The live API lets you lower a bid once in 600 seconds, by a limited step.
@@ -17974,7 +19550,7 @@ class CloreClient(HTTPClient):
             >>> client.lower_spot_price(1958009, 0.05)
             0.05
         """
-        wanted = check_id("order", order.get("order_id") if isinstance(order, Mapping) else order)
+        wanted = check_order_id("order", order)
         check_number("target", target, above=True, unit="USD per hour")
         check_bool("wait", wait)
         return lower_spot_price(self._orders, wanted, target, wait)
@@ -18007,7 +19583,7 @@ class CloreClient(HTTPClient):
 
     def connect_ssh(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         password: str | None = None,
         key_path: PathArgument | None = None,
         *,
@@ -18020,11 +19596,12 @@ class CloreClient(HTTPClient):
         """Log in to the machine of a running order. Needs paramiko.
 
         A password takes precedence over ``key_path``. Without both, the client uses the password
-        in the order, or the one that it sent with the order; else the SSH agent and the user's
-        default keys. It never forwards the agent or X11.
+        in the order, or what was sent with the order, in this process or another one: the
+        password, or the private key of the public key, from the SSH agent or ``~/.ssh``. Else it
+        tries the agent and the user's default keys. It never forwards the agent or X11.
 
         Parameters:
-            order: a running order, as :meth:`wait_for_order` returns it.
+            order: a running order or its number.
             password: the password of the user in ``connection.ssh``.
             key_path: the file of a private key: Ed25519, ECDSA or RSA.
             passphrase: the passphrase of that key, if it is encrypted.
@@ -18043,6 +19620,8 @@ class CloreClient(HTTPClient):
             SSHError: the order has no address yet, no host responded in time, or the host refused
                 the login.
             HostKeyChangedError: the host key has changed; no login was sent.
+            OrderEndedError: the order has ended. After the first failure, the client looks.
+            OrderNotFoundError: the account has no order with this number.
             ValueError: an argument is not valid, such as a ``key_path`` that can't be read.
             ImportError: paramiko is not installed.
 
@@ -18064,7 +19643,7 @@ class CloreClient(HTTPClient):
 
     def wait_for_ssh(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         password: str | None = None,
         key_path: PathArgument | None = None,
         *,
@@ -18103,11 +19682,11 @@ class CloreClient(HTTPClient):
         with ProgressOptions(on_progress, progress).reporting() as report:
             login.open(report).close()
 
-    def forget_host_key(self, order: Mapping[str, Any]) -> bool:
+    def forget_host_key(self, order: OrderArgument) -> bool:
         """Forget the pinned host key of an order, so that the next login accepts a new one.
 
         Parameters:
-            order: the order, for example after its container was restarted.
+            order: the order or its number, for example after its container was restarted.
 
         Returns:
             True if a key was pinned.
@@ -18118,13 +19697,13 @@ class CloreClient(HTTPClient):
         """
         return self._ssh.forget_host_key(order)
 
-    def ssh_command(self, order: Mapping[str, Any], *, key_path: PathArgument | None = None) -> str:
+    def ssh_command(self, order: OrderArgument, *, key_path: PathArgument | None = None) -> str:
         """Return the command that logs in from a terminal, quoted for a shell.
 
         If the host key is pinned in ``state_dir``, OpenSSH accepts only that key.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             key_path: the file of a private key, which the command names.
 
         Returns:
@@ -18141,7 +19720,7 @@ class CloreClient(HTTPClient):
 
     def ssh_config(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         *,
         name: str | None = None,
         key_path: PathArgument | None = None,
@@ -18152,7 +19731,7 @@ class CloreClient(HTTPClient):
         pins the first one, in the same file.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             name: the name of the entry, as in ``ssh <name>``; ``clore-<order id>`` by default.
             key_path: the file of a private key.
 
@@ -18169,7 +19748,7 @@ class CloreClient(HTTPClient):
 
     def run(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         command: str | Sequence[str],
         *,
         check: bool = True,
@@ -18184,7 +19763,7 @@ class CloreClient(HTTPClient):
         """Run a command on the machine of an order, and wait for its end. Needs paramiko.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             command: a command for the machine's shell; a list of arguments is quoted.
             check: raise an error if the exit code is not 0.
             timeout: seconds after the login; the command is then stopped. None waits forever. It
@@ -18224,7 +19803,7 @@ class CloreClient(HTTPClient):
 
     def start(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         command: str | Sequence[str],
         *,
         name: str | None = None,
@@ -18240,7 +19819,7 @@ class CloreClient(HTTPClient):
         process, and :meth:`job` finds it from any other. It ends with the order.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             command: a command for the machine's shell; a list of arguments is quoted.
             name: letters, digits, ``_``, ``.`` and ``-``; by default a random one.
             env: environment variables, which no list of processes on the machine shows.
@@ -18264,12 +19843,12 @@ class CloreClient(HTTPClient):
         return self._ssh.jobs(order, ssh, login).start(checked)
 
     def jobs(
-        self, order: Mapping[str, Any], *, ssh: paramiko.SSHClient | None = None, **login: Any
+        self, order: OrderArgument, *, ssh: paramiko.SSHClient | None = None, **login: Any
     ) -> list[Job]:
         """Return the jobs of a machine, those that have ended too, by name.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             ssh, **login: as for :meth:`start`.
 
         Returns:
@@ -18286,7 +19865,7 @@ class CloreClient(HTTPClient):
 
     def job(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         name: str,
         *,
         ssh: paramiko.SSHClient | None = None,
@@ -18295,7 +19874,7 @@ class CloreClient(HTTPClient):
         """Return the job with a name, from any process.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             name: the name that :meth:`start` was given.
             ssh, **login: as for :meth:`start`.
 
@@ -18314,7 +19893,7 @@ class CloreClient(HTTPClient):
         return self._ssh.jobs(order, ssh, login).get(wanted)
 
     def shell(
-        self, order: Mapping[str, Any], *, ssh: paramiko.SSHClient | None = None, **login: Any
+        self, order: OrderArgument, *, ssh: paramiko.SSHClient | None = None, **login: Any
     ) -> int:
         """Open the machine's shell in this terminal, until it ends. Needs paramiko.
 
@@ -18322,7 +19901,7 @@ class CloreClient(HTTPClient):
         whichever way the shell ends.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             ssh, **login: as for :meth:`run`.
 
         Returns:
@@ -18342,7 +19921,7 @@ class CloreClient(HTTPClient):
 
     def wait_for_http(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         path: str = "/",
         port: int | None = None,
         timeout: float = 600.0,
@@ -18360,7 +19939,7 @@ class CloreClient(HTTPClient):
         the API key nor any other credentials are sent.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             path: the path to ask for.
             port: the port in the container. If the order has no public address for it, the request
                 goes over SSH, which needs paramiko. None: the order's public address.
@@ -18381,7 +19960,7 @@ class CloreClient(HTTPClient):
             200
         """
         options = ProgressOptions(on_progress, progress)
-        wait = HTTPWait(order, path, port, timeout, options)
+        wait = HTTPWait(order, self._orders.running, path, port, timeout, options)
         if wait.url is not None:
             return wait.at_public_address(self._user_agent)
         with self._ssh.connected(order, ssh, login) as pool:
@@ -18389,7 +19968,7 @@ class CloreClient(HTTPClient):
 
     def forward(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         remote_port: int,
         local_port: int = 0,
         *,
@@ -18399,7 +19978,7 @@ class CloreClient(HTTPClient):
         """Forward a local port, on loopback only, to a port of the machine of an order.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             remote_port: the port on the machine of the order.
             local_port: the port on this machine; 0 chooses a free one.
             ssh, **login: as for :meth:`run`.
@@ -18420,7 +19999,7 @@ class CloreClient(HTTPClient):
 
     def upload(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         local: PathArgument,
         remote: PathArgument,
         *,
@@ -18472,7 +20051,7 @@ class CloreClient(HTTPClient):
         A symlink in the place of a file's target is an error, unless ``symlinks="follow"``.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             local: a file or directory on this machine.
             remote: a path on the machine of the order; a relative path and ``~`` start at the home
                 directory.
@@ -18527,7 +20106,7 @@ class CloreClient(HTTPClient):
 
     def download(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         remote: PathArgument,
         local: PathArgument,
         *,
@@ -18554,7 +20133,7 @@ class CloreClient(HTTPClient):
         the start; any other change is an error.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             remote: a path on the machine of the order; a relative path and ``~`` start at the home
                 directory.
             local: a path on this machine.
@@ -18586,7 +20165,7 @@ class CloreClient(HTTPClient):
 
     def rsync_command(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         local: PathArgument,
         remote: PathArgument,
         *,
@@ -18597,7 +20176,7 @@ class CloreClient(HTTPClient):
         It logs in as the line of :meth:`ssh_command` does, with the pinned host key.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             local: a file or directory on this machine; a slash at its end means its content.
             remote: a path on the machine of the order; a relative path and ``~`` start at the home
                 directory.
@@ -18617,7 +20196,7 @@ class CloreClient(HTTPClient):
 
     def scp(
         self,
-        order: Mapping[str, Any],
+        order: OrderArgument,
         *,
         max_bytes: int | None = None,
         progress: Callable[..., object] | None = None,
@@ -18627,7 +20206,7 @@ class CloreClient(HTTPClient):
         """Return an ``scp.SCPClient`` that is protected against hostile hosts.
 
         Parameters:
-            order: a running order.
+            order: a running order or its number.
             max_bytes: the largest number of bytes that one ``get()`` may receive.
             progress: as for ``scp.SCPClient``.
             timeout: seconds for each step of the login, and the longest time without progress.

@@ -215,7 +215,7 @@ def test_an_on_update_that_can_not_take_an_order(
 def test_an_on_update_that_takes_an_order(
     sim: Simulator, client: CloreClient, callback: Any
 ) -> None:
-    with pytest.raises(CloreError, match="did not reach"):
+    with pytest.raises(CloreError, match="no order 5 "):
         client.wait_for_order(5, 0.01, 0.01, on_update=callback)
 
 

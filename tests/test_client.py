@@ -527,8 +527,10 @@ def test_a_fake_overrides_request_and_every_method_goes_through_it() -> None:
     )
     assert fake.get_balance() == 3.0
     assert fake.find_cheapest("4090", max_price_usd=0.2, min_reliability=99) == server
-    assert fake.create_order(5)["order_id"] == 8
-    assert fake.wait_for_order(8, timeout=1) == order
+    made = fake.create_order(5)
+    assert made["order_id"] == 8
+    known = {"ssh_password": made["ssh_password"]}
+    assert fake.wait_for_order(8, timeout=1) == order | known
     assert fake.cancel_order(8) is True
     assert fake.cancel_orders([8])["code"] == 0
     assert fake.set_spot_price(8, 0.15) is False

@@ -99,9 +99,11 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
     rental = {"server_id": server_id, "image": "x", "currency": "CLORE", "ports": {"22": "tcp"}}
     return {
         "_request": {"method": "GET", "endpoint": "/v1/wallets", "params": {"a": 1}, "json": None},
+        "attach": {"order": order_id, "end": False, "cancel_timeout": 0.02},
         "cancel_all": {"confirm": True, "confirm_timeout": 0.02},
         "cancel_leftovers": {"wait": 0, "cancel_timeout": 0.02},
         "cancel_order": {"order_id": order_id, "issue": "x", "settle_timeout": 0.02},
+        "cancel_overdue": {"cancel_timeout": 0.02},
         "cancel_orders": {"order_ids": [order_id, 7]},
         "close": {},
         "connect_ssh": machine,
@@ -124,6 +126,7 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
         "get_wallets": {},
         "gpu_models": {"cache_seconds": 0},
         "handle_signals": {},
+        "host_history": {},
         "job": {**machine, "name": "train"},
         "jobs": machine,
         "hours_left": {"server_or_order": order_id, "currency": "USD"},
@@ -134,6 +137,8 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
         "plot_prices": {"servers": None, "path": "prices.svg"},
         "rent": {**search, **rental, "attempts": 1, "deploy_timeout": 0.02, "poll_interval": 0.01,
                  "max_hours": 1},
+        "rent_many": {**{k: v for k, v in {**search, **rental}.items() if k != "server_id"},
+                      "count": 2, "attempts": 1, "deploy_timeout": 0.02, "poll_interval": 0.01},
         "run": {**machine, "command": "true"},
         "rsync_command": {"order": order, "local": __file__, "remote": "x"},
         "scp": {"order": order, **login},

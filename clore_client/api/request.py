@@ -33,9 +33,10 @@ from clore_client.config import (
     check_state_dir,
     clean_key,
     find_key,
+    key_ending,
     state_folder,
 )
-from clore_client.errors import ConfigurationError, Secret
+from clore_client.errors import AuthenticationError, ConfigurationError, Secret
 from clore_client.log import logger
 from clore_client.validation import (
     Timeout,
@@ -208,6 +209,13 @@ class HTTPClient:
             rest["auth"] = clean_key(key, "the attribute api_key")
         self._headers = rest
 
+    def _described_key(self, key: str) -> str:
+        """Return a text that names the end of a key, and where it comes from."""
+        found, source = self._key_source
+        if key != found:
+            source = "attribute" if key == self.api_key else "the headers of the call"
+        return f"a key that ends in {key_ending(key)!r}, from {source}"
+
     @property
     def headers(self) -> dict[str, str]:
         """The headers of each request: ``{"auth": api_key}``, or ``{}`` without a key."""
@@ -355,6 +363,11 @@ class HTTPClient:
                 self.server_clock = server_time + 0.5 - time.time()
         else:
             outcome.error.sent_at = sent_at
+            if isinstance(outcome.error, AuthenticationError) and call.key:
+                outcome.error.add_hint(
+                    f"the API refused {self._described_key(call.key)}: correct the key there, or "
+                    "make a new one"
+                )
         return outcome
 
     def _exchange(

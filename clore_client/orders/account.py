@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from clore_client.api.call import Envelope
-from clore_client.errors import CloreError, InvalidResponseError, OrderNotFoundError
+from clore_client.api.request import limited
+from clore_client.config import account_digest
+from clore_client.errors import (
+    CloreError,
+    InvalidResponseError,
+    OrderEndedError,
+    OrderNotFoundError,
+)
+from clore_client.log import logger
 from clore_client.market.market import Market, Requester
 from clore_client.models.order import Order, to_orders
 from clore_client.orders.claims import Claims, claims_for
+from clore_client.orders.credentials import ORDER_OVER, Credentials
 from clore_client.validation import Timeout
 
 SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
+LONGEST_CHECK = 10.0  # seconds for the look if an order has ended, after a login failed
 
 
 class OrdersClient(Requester, Protocol):
@@ -47,17 +58,17 @@ class AccountOrders:
         client: makes the requests.
         market: has the exchange rates for prices in USD.
         made: order id -> the order, as this client made it.
-        credentials: order id -> the password, key and token that were sent with it.
+        credentials: the passwords, keys and tokens that were sent with orders.
         cancelled: ids of the orders that this client cancelled.
         ended: ids of the orders that have ended.
         bid_listeners: order id -> a function to call with a new bid, in USD per hour.
     """
 
-    def __init__(self, client: OrdersClient, market: Market) -> None:
+    def __init__(self, client: OrdersClient, market: Market, credentials: Credentials) -> None:
         self.client = client
         self.market = market
+        self.credentials = credentials
         self.made: dict[int, Order] = {}
-        self.credentials: dict[int, dict[str, str]] = {}
         self.cancelled: set[int] = set()
         self.ended: set[int] = set()
         self.bid_listeners: dict[int, Callable[[float], None]] = {}
@@ -69,6 +80,11 @@ class AccountOrders:
         twin = copy.copy(self)
         twin.client, twin.market = client, market
         return twin
+
+    @property
+    def account(self) -> str:
+        """A digest that identifies the account in the state folder."""
+        return account_digest(self.client.base_url, self.client.api_key)
 
     @property
     def claims(self) -> Claims:
@@ -99,7 +115,14 @@ class AccountOrders:
         data.observe(response)
         orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
+        self.forget_ended(o.id for o in orders if o.id is not None and o.has_ended)
         return orders, response
+
+    def forget_ended(self, order_ids: Iterable[int]) -> None:
+        """Record that orders have ended, and forget their credentials."""
+        if ended := set(order_ids):
+            self.ended.update(ended)
+            self.credentials.forget(self.account, ended)
 
     def active(self) -> list[Order]:
         """Read the orders that have not ended."""
@@ -112,6 +135,79 @@ class AccountOrders:
                 if order.id == order_id:
                     return order
         return None
+
+    # --- logins ---
+
+    def login_of(self, order: Order) -> dict[str, str]:
+        """Return what is known for the login to an order."""
+        if order.id in self.cancelled or order.id in self.ended:
+            return {}  # a list can show it as active for a while, and nothing may be saved again
+        return self.credentials.of(self.account, order.id, order)
+
+    def with_login(self, order: Order) -> Order:
+        """Return an order with its password and token, if they are known."""
+        if not order.has_ended:
+            for name, text in self.login_of(order).items():
+                if name != "key_fingerprint":
+                    order[name] = str(text)
+        return order
+
+    def check_not_ended(self, order_id: int) -> None:
+        """Raise an error if this client knows that an order has ended. Nothing is sent."""
+        if order_id in self.ended or order_id in self.cancelled:
+            raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
+
+    def running(self, order_id: int) -> Order:
+        """Read an order that has not ended.
+
+        Raises:
+            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+        """
+        self.check_not_ended(order_id)
+        order = self.find(order_id) or self.made.get(order_id)  # a new one may not be listed yet
+        if order is None:
+            raise OrderNotFoundError(
+                f"there is no order {order_id} in this account: look at get_orders()",
+                order_id=order_id,
+            )
+        if order.has_ended:
+            raise ended_error(order_id, order.status or "", order)
+        return order
+
+    def raise_if_ended(self, order_id: int, cause: BaseException) -> None:
+        """Look once if an order has ended, and raise the error for that.
+
+        Parameters:
+            order_id: the order.
+            cause: the error that makes it likely.
+        """
+        self.check_not_ended(order_id)
+        if self.client.api_key is None:
+            return
+        deadline = time.monotonic() + LONGEST_CHECK
+        try:
+            orders, _ = limited(lambda: self.read(completed=True), deadline=deadline)
+        except CloreError as error:
+            logger.debug("the state of order %d is not known: %s", order_id, error)
+            return
+        for order in orders:
+            if order.id == order_id and order.has_ended:
+                raise ended_error(order_id, order.status or "", order) from cause
+
+    def tidy_credentials(self, active: set[int]) -> None:
+        """Forget the saved credentials of orders that have ended elsewhere.
+
+        Parameters:
+            active: ids of the active orders, just read.
+        """
+        ages = self.credentials.stale(self.account, active)
+        if not ages:
+            return
+        listed = {order.id for order in self.read(completed=True)[0]}  # forgets the ended ones
+        over = [i for i, age in ages.items() if i not in listed and age > ORDER_OVER]
+        self.credentials.forget(self.account, over)
+
+    # --- the states of orders ---
 
     def state(self, order_id: int) -> OrderState:
         """Return the state of an order in the two lists.
@@ -156,3 +252,14 @@ class AccountOrders:
         """Report the new price of an order to its budget."""
         if (listener := self.bid_listeners.get(order_id)) is not None:
             listener(usd_per_hour)
+
+
+def ended_error(order_id: int, status: str, order: Order | None = None) -> OrderEndedError:
+    """Make the error for a call that needs a running order."""
+    return OrderEndedError(
+        f"Order {order_id} has ended, with status {status}: its machine and its files are gone, so "
+        "rent another one",
+        order_id=order_id,
+        status=status,
+        order=order,
+    )

@@ -151,6 +151,7 @@ class Cancellation:
     def _accept(self) -> None:
         self.accepted, self.failure = True, None
         self._orders.cancelled.add(self.order_id)
+        self._orders.credentials.forget(self._orders.account, [self.order_id])
 
     def _next_send(self) -> float:
         """Return the monotonic time at which to send the cancel."""
@@ -346,6 +347,7 @@ def _send_batch(orders: AccountOrders, batch: list[int]) -> dict[str, Any]:
     failed = {str(name) for name in names} if isinstance(names, list) else set()
     done = [i for i in batch if str(i) not in failed]
     orders.cancelled.update(done)
+    orders.credentials.forget(orders.account, done)
     logger.info("cancelled orders: %s; not cancelled: %s", done, sorted(failed))
     return response
 

@@ -7,6 +7,14 @@ from typing import Any
 
 from clore_client.config import PerAccount
 from clore_client.models.order import Order
+from clore_client.models.record import whole_id
+from clore_client.pricing import finite
+
+# The allowed difference between the creation time of an order, by the server's clock, and the time
+# of its entry, by this machine's clock. All in seconds.
+CLOCKS_APART = 300.0
+CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
+LATEST_ORDER = 180.0  # a proxy can delay a request
 
 
 def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
@@ -17,6 +25,28 @@ def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
         (order.get("spot"), bool, spot),
     )
     return all(not isinstance(value, kind) or value == wanted for value, kind, wanted in fields)
+
+
+def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+    """Return whether an order still runs and can be the result of a purchase."""
+    return not order.has_ended and same_purchase(order, image, currency, spot)
+
+
+def matches_entry(data: dict[str, Any], order: Order) -> bool:
+    """Return whether an order can be the result of an entry without an order id."""
+    before = data.get("before")
+    if order.server_id != whole_id(data.get("server_id")):
+        return False
+    if isinstance(before, list) and order.id in before:
+        return False
+    if not can_be_order_of(order, data.get("image"), data.get("currency"), data.get("spot")):
+        return False
+    started, made = finite(data.get("started")), order.started_at
+    if started is None or made is None:
+        return False
+    ahead = finite(data.get("server_clock"))
+    apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
+    return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
 
 
 class Claims:

@@ -15,6 +15,7 @@ from clore_client.errors import (
     CloreError,
     DatabaseError,
     InsufficientBalanceError,
+    InvalidInputError,
     OrderOutcomeUnknownError,
     Secret,
     ServerAlreadyRentedError,
@@ -24,6 +25,7 @@ from clore_client.models.order import Order, created_id, to_orders
 from clore_client.models.server import on_demand_usd
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.claims import same_purchase
+from clore_client.orders.credentials import SavedLogin
 from clore_client.orders.funds import explain_balance
 from clore_client.orders.limits import check_order_limit, check_price_limit
 from clore_client.orders.reconcile import find_order
@@ -137,6 +139,7 @@ class Purchase:
         self.baseline_read = False
         self.response: dict[str, Any] = {}
         self._bid: float | None = None  # USD per hour
+        self._saved: SavedLogin | None = None
         self._sent_at = time.monotonic()
 
     @property
@@ -225,16 +228,17 @@ class Purchase:
             with one, claims.lock(self.server_id):
                 self._check_limits()
                 self._read_baseline(find_timeout)
-                order, purchase = self._submit(find_timeout)
+                order, purchase = self._submit_and_save(find_timeout)
         except InsufficientBalanceError as error:
             with contextlib.suppress(Exception):  # the refusal matters more than its explanation
                 price = self.usd_per_hour()
                 explain_balance(self._orders, error, self.currency, price, self.spot)
             raise
         if order.id is not None:
-            self._orders.credentials[order.id] = purchase.credentials
             self._orders.made[order.id] = order.copy()
         logger.info("order %s of server %d was made", order.id, self.server_id)
+        with contextlib.suppress(CloreError):
+            self._orders.tidy_credentials({*self.before, order.id or 0})
         order["code"] = 0
         if purchase.generated_password:
             order["ssh_password"] = str(purchase.generated_password)
@@ -256,6 +260,54 @@ class Purchase:
             if isinstance(response, Envelope):  # a fake client in a test may have a fixed list
                 self.before |= {order.id for order in listed if order.id is not None}
                 self.baseline_read = True
+
+    def _submit_and_save(self, find_timeout: float) -> tuple[Order, Purchase]:
+        """Save the credentials, and send the purchase."""
+        orders = self._orders
+        facts = {
+            "server_id": self.server_id,
+            "started": time.time(),
+            "server_clock": orders.client.server_clock,
+            "image": self.image,
+            "currency": self.currency,
+            "spot": self.spot,
+            "before": sorted(self.before),
+        }
+        saved = orders.credentials.save(orders.account, self.credentials, facts)
+        self._saved = saved
+        try:
+            order, purchase = self._submit(find_timeout)
+        except (OrderOutcomeUnknownError, DatabaseError):  # the order may exist
+            raise
+        except InvalidInputError as error:
+            saved.drop()
+            raise self._no_such_server(error) or error from None
+        except Exception:
+            saved.drop()
+            raise
+        if purchase is not self:
+            saved.drop()
+        if order.id is not None and purchase._saved is not None:
+            purchase._saved.assign(order.id)
+        return order, purchase
+
+    def _no_such_server(self, error: InvalidInputError) -> InvalidInputError | None:
+        """Return a better error if the API refused an order because it has no such server."""
+        try:
+            if self._orders.market.find_server(self.server_id) is not None:
+                return None
+        except CloreError:
+            return None
+        better = InvalidInputError(
+            error.code,
+            f"there is no server {self.server_id} on the marketplace, so nothing was ordered: "
+            "choose one of find_servers()",
+            error.response,
+            http_status=error.http_status,
+            endpoint=error.endpoint,
+        )
+        better.sends, better.sent_at = error.sends, error.sent_at
+        return better
 
     def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Send the purchase, and return the order and its purchase, which can be an earlier one."""

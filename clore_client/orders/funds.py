@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from clore_client.errors import InsufficientBalanceError, OrderNotFoundError
@@ -12,7 +11,7 @@ from clore_client.models.server import Server, amount_per_hour, on_demand_usd
 from clore_client.models.wallet import Wallet, to_wallets
 from clore_client.orders.account import AccountOrders
 from clore_client.pricing import finite, positive, published_fee, wire_currency, with_fee
-from clore_client.validation import check_id, short_repr
+from clore_client.validation import check_order_id, short_repr
 
 
 def read_balances(orders: AccountOrders) -> list[Wallet]:
@@ -47,7 +46,7 @@ def balance_of(wallets: list[Wallet], currency: str) -> float:
 
 def hours_left(orders: AccountOrders, rented: Any, currency: str) -> float | None:
     """Return how long a wallet lasts; see ``CloreClient.hours_left``."""
-    order_id = None if isinstance(rented, Server) else _order_id(rented)
+    order_id = None if isinstance(rented, Server) else check_order_id("server_or_order", rented)
     active = orders.active()
     burned: float | None = 0.0
     if isinstance(rented, Server):
@@ -63,11 +62,6 @@ def hours_left(orders: AccountOrders, rented: Any, currency: str) -> float | Non
     wallet = wallet_of(to_wallets(orders.client._request("GET", "/v1/wallets")), currency)
     balance = (wallet.balance if wallet is not None else None) or 0.0
     return balance / burned if burned else math.inf
-
-
-def _order_id(order: Any) -> int:
-    number = order.get("order_id") if isinstance(order, Mapping) else order
-    return check_id("server_or_order", number)
 
 
 def _paid_with(active: list[Order], order_id: int | None) -> str:

@@ -6,7 +6,13 @@ import time
 from collections.abc import Callable
 
 from clore_client.api.request import limited
-from clore_client.errors import CloreError, InvalidResponseError, OrderEndedError, WaitTimeoutError
+from clore_client.errors import (
+    CloreError,
+    InvalidResponseError,
+    OrderEndedError,
+    UnknownOrderError,
+    WaitTimeoutError,
+)
 from clore_client.log import logger
 from clore_client.models.order import ENDED_STATUSES, Order
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
@@ -34,6 +40,7 @@ def wait_for_status(
     if target_status not in {"running", "creating"} | ENDED_STATUSES:
         logger.warning("target_status=%r is not a known status: check its spelling", target_status)
     targets = _SAME_STATUS if target_status in _SAME_STATUS else {target_status}
+    late = f"Order {order_id} did not reach status '{target_status}' within {timeout}s"
     started = time.monotonic()
     deadline = started + timeout
     seen: Order | None = None
@@ -44,6 +51,8 @@ def wait_for_status(
             on_update(order)
         if report is not None:
             report(_event(order_id, seen, time.monotonic() - started))
+        if seen is None and failure is None:
+            _check_may_exist(orders, order_id, late)
         if order is not None and order.status in targets:
             return order
         if order is not None and order.has_ended:
@@ -55,11 +64,7 @@ def wait_for_status(
             )
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise WaitTimeoutError(
-                f"Order {order_id} did not reach status '{target_status}' within {timeout}s",
-                order_id=order_id,
-                order=seen,
-            ) from failure
+            raise WaitTimeoutError(late, order_id=order_id, order=seen) from failure
         # Respect the pause that the API asked for.
         pause = max(poll_interval, (failure.retry_after or 0.0) if failure else 0.0)
         time.sleep(min(pause, remaining))
@@ -72,6 +77,16 @@ def _event(order_id: int, order: Order | None, seconds: float) -> ProgressEvent:
     shown = "deploying" if status == "creating" else status
     text = f"order {order_id}: {shown}, {readable_seconds(seconds)}"
     return ProgressEvent("deploy", seconds, text)
+
+
+def _check_may_exist(orders: AccountOrders, order_id: int, late: str) -> None:
+    """Check that an order that no list has may be a new one, which is listed later."""
+    if order_id not in orders.known and not orders.credentials.of(orders.account, order_id):
+        raise UnknownOrderError(
+            f"{late}: there is no order {order_id} in this account, so the client did not wait; "
+            "look at get_orders()",
+            order_id=order_id,
+        )
 
 
 def _poll(

@@ -23,8 +23,8 @@ class Meter:
         counts: whether there is an order to pay for.
     """
 
-    def __init__(self, usd_per_hour: float | None, fee: float) -> None:
-        self._started = time.monotonic(), time.time()
+    def __init__(self, usd_per_hour: float | None, fee: float, age: float = 0.0) -> None:
+        self._started = time.monotonic() - age, time.time() - age
         self.counts = True
         self._fee = fee
         self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
@@ -92,9 +92,9 @@ class Budget:
         """The cost of all orders so far, in USD."""
         return sum(meter.usd() for meter in list(self._meters))
 
-    def start(self, usd_per_hour: float | None) -> Meter:
-        """Start to count another order."""
-        meter = Meter(usd_per_hour, self._fee)
+    def start(self, usd_per_hour: float | None, age: float = 0.0) -> Meter:
+        """Start to count another order, which has an age in seconds."""
+        meter = Meter(usd_per_hour, self._fee, age)
         self._meters.append(meter)
         return meter
 

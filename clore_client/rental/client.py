@@ -11,11 +11,20 @@ from clore_client.models.result import CommandResult, TransferResult
 if TYPE_CHECKING:
     import paramiko
 
+    from clore_client.ssh.tunnel import Forward
+
 
 class RentalClient(Protocol):
     """The methods of ``CloreClient`` that a rental uses."""
 
     def get_orders(self, include_completed: bool = False) -> list[Order]: ...
+
+    def get_order(self, order_id: Any) -> Order | None: ...
+
+    def cancel_order(self, order_id: Any, *, confirm: bool) -> bool: ...
+
+    @property
+    def ssh_command(self) -> Callable[..., str]: ...
 
     def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
 
@@ -28,6 +37,9 @@ class RentalClient(Protocol):
 
     @property
     def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
+
+    @property
+    def forward(self) -> Callable[..., Forward]: ...
 
     @property
     def run(self) -> Callable[..., CommandResult]: ...

@@ -18,6 +18,7 @@ from clore_client.models.record import whole_id
 from clore_client.rental.process import this_process
 
 STATE_SUFFIX = ".json"
+JOURNAL_SCHEMA = 1  # a later version adds fields, and keeps these
 LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
 _ID_ROOM = 20  # characters reserved for the order id, which is written later
 _FIRST = '{"order_id": '
@@ -143,7 +144,9 @@ def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | Non
         return None
     name = f"{random.SystemRandom().getrandbits(96):024x}{STATE_SUFFIX}"
     machine = this_machine()
-    entry = JournalEntry(folder / name, {**data, **machine, "pid": os.getpid()})
+    entry = JournalEntry(
+        folder / name, {"schema": JOURNAL_SCHEMA, **data, **machine, "pid": os.getpid()}
+    )
     try:
         entry.write()
     except OSError as error:

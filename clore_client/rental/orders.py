@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clore_client.config import account_digest
+from clore_client.errors import RentalError
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import Cancellation
-from clore_client.orders.claims import same_purchase
+from clore_client.orders.claims import can_be_order_of
 from clore_client.rental.budget import Budget, Meter
 from clore_client.rental.journal import JournalEntry, read_entries, write_entry
+from clore_client.rental.kept import forget_kept, record_kept
 from clore_client.rental.selection import RentalSettings
 
 MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
@@ -90,24 +91,60 @@ class RentalOrders:
 
     def record_intent(self, server_id: int, price: float | None) -> RentalOrder:
         """Record a purchase in the journal and in memory, before it is sent."""
-        settings = self._settings
-        entry = write_entry(
-            self._folder,
-            {
-                "server_id": server_id,
-                "started": time.time(),
-                "server_clock": self._orders.client.server_clock,
-                "image": settings.image,
-                "currency": settings.currency,
-                "spot": settings.spot,
-                "base_url": self._orders.client.base_url,
-                "account": self._account(),
-                "before": sorted(self.before),
-            },
-        )
+        entry = write_entry(self._folder, self._facts(server_id))
         purchase = RentalOrder(server_id, entry, self._budget.start(price))
         self._all.append(purchase)
         return purchase
+
+    def _facts(self, server_id: int) -> dict[str, Any]:
+        settings, client = self._settings, self._orders.client
+        return {
+            "server_id": server_id,
+            "started": time.time(),
+            "server_clock": client.server_clock,
+            "image": settings.image,
+            "currency": settings.currency,
+            "spot": settings.spot,
+            "base_url": client.base_url,
+            "account": self._orders.account,
+            "before": sorted(self.before),
+        }
+
+    def adopt(self, order: Order, age: float, ends: bool) -> RentalOrder:
+        """Take over an order that exists.
+
+        Parameters:
+            order: the order.
+            age: its age in seconds.
+            ends: whether the rental ends it, which the journal must then know.
+        """
+        server_id, order_id = order.server_id or 0, order.id or 0
+        entry = write_entry(self._folder, self._facts(server_id)) if ends else None
+        purchase = RentalOrder(server_id, entry, self._budget.start(order.usd_per_hour, age))
+        if ends:
+            self._all.append(purchase)
+        self.set_order_id(purchase, order_id)
+        if ends:
+            forget_kept(self._folder, self._orders.account, order_id)
+        return purchase
+
+    def keep(self, purchase: RentalOrder, until: float | None) -> None:
+        """Hand an order over to the user.
+
+        Parameters:
+            purchase: the order.
+            until: Unix time at which ``cancel_overdue()`` ends it, or None.
+
+        Raises:
+            RentalError: the deadline can't be recorded.
+        """
+        data = {**self._facts(purchase.server_id), "order_id": purchase.order_id}
+        if not record_kept(self._folder, data, until) and until is not None:
+            raise RentalError(
+                f"order {purchase.order_id} is not kept, because its deadline can't be recorded: "
+                "set state_dir to a folder that can be written, or keep it without max_hours"
+            )
+        self.forget(purchase)
 
     def set_order_id(self, purchase: RentalOrder, order_id: int) -> None:
         """Record the order id of a purchase."""
@@ -208,12 +245,9 @@ class RentalOrders:
                 entry.remove()
             entry.close()
 
-    def _account(self) -> str:
-        return account_digest(self._orders.client.base_url, self._orders.client.api_key)
-
     def _entries_for(self, server_id: int) -> list[JournalEntry]:
         """Return the entries for this server and account. The caller closes each."""
-        account, found = self._account(), []
+        account, found = self._orders.account, []
         for entry in read_entries(self._folder):
             data = entry.data
             if data.get("server_id") == server_id and data.get("account") == account:
@@ -221,8 +255,3 @@ class RentalOrders:
             else:
                 entry.close()
         return found
-
-
-def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
-    """Return whether an order still runs and can be the result of a purchase."""
-    return not order.has_ended and same_purchase(order, image, currency, spot)

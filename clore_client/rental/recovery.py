@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
-from clore_client.config import account_digest
 from clore_client.errors import CancelUnconfirmedError, CloreError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.record import whole_id
 from clore_client.orders.account import AccountOrders, OrderState
 from clore_client.orders.cancel import Cancellation, confirm_until
+from clore_client.orders.claims import CLOCKS_APART, LATEST_ORDER, matches_entry
 from clore_client.pricing import finite
 from clore_client.rental.journal import JournalEntry, read_entries
-from clore_client.rental.orders import can_be_order_of
+from clore_client.rental.kept import kept_entries, overdue_entries
 
-# The allowed difference between the creation time of an order, by the server's clock, and the time
-# of its entry, by this machine's clock. All in seconds.
-CLOCKS_APART = 300.0
-CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
-LATEST_ORDER = 180.0  # a proxy can delay a request
 LEFTOVER_READ_INTERVAL = 1.0  # between two reads, while an order may not be listed yet
 
 
@@ -34,6 +30,7 @@ class Leftover:
         order_id, server_id: the ids; ``order_id`` can be None if ``order`` is None.
         started: Unix time of the purchase.
         host, pid: the machine and the process that ordered it.
+        kept_until: Unix time of the deadline of a kept order, or None.
     """
 
     def __init__(self, entry: JournalEntry, order: Order | None) -> None:
@@ -46,6 +43,7 @@ class Leftover:
         self.host = host if isinstance(host, str) else None
         self.pid = pid if isinstance(pid, int) else None
         self.path = entry.path
+        self.kept_until = finite(data.get("kept_until"))
 
     def __repr__(self) -> str:
         return (
@@ -55,29 +53,35 @@ class Leftover:
 
 
 class Leftovers:
-    """The result of ``CloreClient.leftovers``. It is false if all three lists are empty.
+    """The result of ``CloreClient.leftovers``. It is false if all lists are empty.
 
     Attributes:
         abandoned: orders that may still run, of dead processes of this machine.
         elsewhere: journal entries of other machines; their processes may be alive.
         unnoted: active orders of the account without a journal entry.
+        kept: orders that rentals of this machine kept with ``keep()``.
     """
 
     def __init__(
-        self, abandoned: list[Leftover], elsewhere: list[Leftover], unnoted: list[Order]
+        self,
+        abandoned: list[Leftover],
+        elsewhere: list[Leftover],
+        unnoted: list[Order],
+        kept: list[Leftover] | None = None,
     ) -> None:
         self.abandoned = abandoned
         self.elsewhere = elsewhere
         self.unnoted = unnoted
+        self.kept = kept or []
 
     def __bool__(self) -> bool:
-        """Return whether any of the three lists has an item."""
-        return bool(self.abandoned or self.elsewhere or self.unnoted)
+        """Return whether any of the lists has an item."""
+        return bool(self.abandoned or self.elsewhere or self.unnoted or self.kept)
 
     def __repr__(self) -> str:
         return (
             f"<Leftovers: {self.abandoned}, {len(self.elsewhere)} of other machines, "
-            f"{len(self.unnoted)} orders without an entry>"
+            f"{len(self.unnoted)} orders without an entry, kept: {self.kept}>"
         )
 
 
@@ -86,13 +90,16 @@ class _Survey:
 
     def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
         self._orders = orders
-        account = account_digest(orders.client.base_url, orders.client.api_key)
+        account = orders.account
         self.entries: list[JournalEntry] = []
+        self._kept: list[JournalEntry] = []
         self._read(folder, account)
         try:
             self.listed = {o.id: o for o in orders.active() if o.id is not None}
             # Read the entries again, because another process may have ordered between the reads.
             self._read(folder, account)
+            # After the journal, because keep() records an order before it removes the entry.
+            self._kept = kept_entries(folder, account)
             self._match()
         except BaseException:
             self.close()
@@ -107,10 +114,19 @@ class _Survey:
                 self.entries.append(entry)
 
     def close(self) -> None:
-        for entry in self.entries:
+        for entry in [*self.entries, *self._kept]:
             entry.close()
 
+    def _leave_kept_orders(self) -> None:
+        """Remove the entries of orders that a dead process had just recorded as kept."""
+        kept = {entry.order_id for entry in self._kept}
+        for entry in list(self.entries):
+            if entry.order_id in kept and entry.abandoned and entry.of_this_machine:
+                entry.remove()
+                self.entries.remove(entry)
+
     def _match(self) -> None:
+        self._leave_kept_orders()
         named = {entry.order_id for entry in self.entries}
         self._matched: dict[str, Order] = {}  # path of an entry -> its order
         held: set[int] = set()
@@ -137,6 +153,7 @@ class _Survey:
             else:
                 living.update(order.id or 0 for order in fitting)
         held |= living
+        held |= {entry.order_id or 0 for entry in self._kept}
         self._settle_claims(living)
         self.unnoted = [o for i, o in self.listed.items() if i not in held and not o.has_ended]
 
@@ -184,20 +201,25 @@ class _Survey:
                 if not _is_recent(entry.data, LATEST_ORDER + CLOCKS_APART):
                     intents.append(entry)
             elif not _is_recent(entry.data, wait):
-                self._tidy_order(entry, entry.order_id)
+                if self._has_ended(entry):
+                    logger.info("the order of %s has ended: the entry is removed", entry.path)
+                    entry.remove()
+                else:
+                    self.missing.append(entry)
         if intents:
             self._tidy_intents(intents)
+        for entry in list(self._kept):
+            if entry.order_id not in self.listed and self._has_ended(entry):
+                entry.remove()
+                self._kept.remove(entry)
+        with contextlib.suppress(CloreError):
+            self._orders.tidy_credentials(set(self.listed))
 
-    def _tidy_order(self, entry: JournalEntry, order_id: int) -> None:
+    def _has_ended(self, entry: JournalEntry) -> bool:
         try:
-            state = self._orders.state(order_id)
+            return self._orders.state(entry.order_id or 0) is OrderState.ENDED
         except CloreError:
-            state = OrderState.ABSENT
-        if state is OrderState.ENDED:
-            logger.info("the order of %s has ended: the entry is removed", entry.path)
-            entry.remove()
-        else:
-            self.missing.append(entry)
+            return False
 
     def _tidy_intents(self, entries: list[JournalEntry]) -> None:
         # One list is not enough, because it can be empty for a moment.
@@ -220,24 +242,10 @@ class _Survey:
     def result(self) -> Leftovers:
         elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
         abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
-        return Leftovers(abandoned, elsewhere, self.unnoted)
-
-
-def matches_entry(data: dict[str, Any], order: Order) -> bool:
-    """Return whether an order can be the result of an entry without an order id."""
-    before = data.get("before")
-    if order.server_id != whole_id(data.get("server_id")):
-        return False
-    if isinstance(before, list) and order.id in before:
-        return False
-    if not can_be_order_of(order, data.get("image"), data.get("currency"), data.get("spot")):
-        return False
-    started, made = finite(data.get("started")), order.started_at
-    if started is None or made is None:
-        return False
-    ahead = finite(data.get("server_clock"))
-    apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
-    return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
+        kept = [Leftover(e, self.listed.get(e.order_id or 0)) for e in self._kept]
+        elsewhere += [k for k, e in zip(kept, self._kept, strict=True) if not e.of_this_machine]
+        kept = [k for k, e in zip(kept, self._kept, strict=True) if e.of_this_machine]
+        return Leftovers(abandoned, elsewhere, self.unnoted, kept)
 
 
 def _is_recent(data: dict[str, Any], seconds: float) -> bool:
@@ -274,37 +282,72 @@ def end_leftovers(
 ) -> list[int]:
     """Cancel the orders that dead processes left; see ``CloreClient.cancel_leftovers``."""
     survey = _take_survey(orders, folder, wait)
-    ended: list[int] = []
-    failed: dict[int, BaseException] = {}
     try:
         # The entries are locked, so no other process cancels the same orders.
-        for entry, order in survey.abandoned():
-            order_id = entry.order_id if order is None else order.id
-            if order_id is None:
-                continue
-            started = time.monotonic()
-            # An order that no list has may have ended, and the API may refuse its cancel forever.
-            until = started + (
-                timeout if order is not None else min(timeout, orders.client.order_lag)
-            )
-            cancellation = Cancellation(orders, order_id)
-            failure = cancellation.run(lambda: until, confirm=False)  # noqa: B023
-            if failure is None:
-                confirmed_by = confirm_until(started, timeout)
-                failure = cancellation.run(lambda: confirmed_by, confirm=True)  # noqa: B023
-            if failure is None:
-                logger.info("order %d of a dead process has ended", order_id)
-                entry.remove()
-                ended.append(order_id)
-            else:
-                failed[order_id] = failure
+        return _end_entries(orders, survey.abandoned(), timeout, "cancel_leftovers()")
     finally:
         survey.close()
+
+
+def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> list[int]:
+    """Cancel the kept orders that are past their deadline; see ``CloreClient.cancel_overdue``."""
+    overdue = overdue_entries(orders, folder)
+    try:
+        listed = {order.id: order for order in orders.active()} if overdue else {}
+        pairs = [(entry, listed.get(entry.order_id)) for entry in overdue]
+        return _end_entries(orders, pairs, timeout, "cancel_overdue()")
+    finally:
+        for entry in overdue:
+            entry.close()
+
+
+def _end_entries(
+    orders: AccountOrders,
+    entries: list[tuple[JournalEntry, Order | None]],
+    timeout: float,
+    again: str,
+) -> list[int]:
+    """Cancel the orders of entries, and remove the entries.
+
+    Parameters:
+        orders: the orders of the account.
+        entries: locked entries, with their order if a list has it.
+        timeout: seconds to keep sending each cancel.
+        again: the method to call again, for the error.
+    """
+    ended: list[int] = []
+    failed: dict[int, BaseException] = {}
+    for entry, order in entries:
+        order_id = entry.order_id if order is None else order.id
+        if order_id is None:
+            continue
+        failure = _end_order(orders, order_id, timeout, listed=order is not None)
+        if failure is None:
+            logger.info("order %d has ended", order_id)
+            entry.remove()
+            ended.append(order_id)
+        else:
+            failed[order_id] = failure
     if failed:
         ids = ", ".join(map(str, failed))
         raise CancelUnconfirmedError(
             f"orders not confirmed to have ended: {ids} (ended: {ended}); they may still be "
-            "running, and cost money, so call cancel_leftovers() again",
+            f"running, and cost money, so call {again} again",
             order_ids=tuple(failed),
         ) from next(iter(failed.values()))
     return ended
+
+
+def _end_order(
+    orders: AccountOrders, order_id: int, timeout: float, listed: bool
+) -> CloreError | None:
+    """Cancel an order, and confirm that it has ended. Return None, or the error."""
+    started = time.monotonic()
+    # An order that no list has may have ended, and the API may refuse its cancel forever.
+    until = started + (timeout if listed else min(timeout, orders.client.order_lag))
+    cancellation = Cancellation(orders, order_id)
+    failure = cancellation.run(lambda: until, confirm=False)
+    if failure is None:
+        confirmed_by = confirm_until(started, timeout)
+        failure = cancellation.run(lambda: confirmed_by, confirm=True)
+    return failure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import queue
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,24 +21,43 @@ from clore_client.errors import (
     RentalError,
     ServerAlreadyRentedError,
     ServerOfflineError,
+    SSHError,
     WaitTimeoutError,
     add_note,
 )
 from clore_client.log import logger
+from clore_client.market.host_history import (
+    LOGIN_OUTCOMES,
+    NOT_DEPLOYED,
+    WORKED,
+    HostHistory,
+)
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
 from clore_client.progress import ProgressEvent, ProgressOptions, Report
 from clore_client.rental.client import RentalClient
-from clore_client.rental.selection import RentalSettings, candidates, order_usd_per_hour
+from clore_client.rental.selection import (
+    RentalSettings,
+    SharedServers,
+    order_usd_per_hour,
+    summary,
+)
 from clore_client.rental.signals import SignalExit
 from clore_client.rental.worker import RentalWorker
+from clore_client.validation import check_optional_number
 
 if TYPE_CHECKING:
     import paramiko
 
+    from clore_client.ssh.tunnel import Forward
+
 Part = TypeVar("Part")
+Rented = TypeVar("Rented", bound="Rental")
+
+LONGEST_KEEP = 87_600.0  # hours
+_OWN_LOGIN = {"password", "key_path", "passphrase", "host_key"}
 
 # After these errors, rent() tries the next server.
 TRY_NEXT_ERRORS = (
@@ -61,8 +81,7 @@ class _BlockExit:
         if rental is None:
             return owner._end
         leave = functools.partial(owner._end, rental)
-        if rental._worker is None:
-            rental._block = weakref.ref(leave, rental._inbox.put)
+        rental.end_with(leave)
         return leave
 
 
@@ -77,6 +96,7 @@ class Rental:
             generated one.
         server: the server as it was listed.
         tried: (server id, reason) for each server that did not work.
+        servers: the servers to try; rentals that share them try no server twice.
     """
 
     def __init__(
@@ -85,20 +105,24 @@ class Rental:
         orders: AccountOrders,
         settings: RentalSettings,
         folder: Path | None,
+        history: HostHistory,
         progress: ProgressOptions | None = None,
     ) -> None:
         self._client = client
         self._orders = orders
         self._settings = settings
         self._folder = folder
+        self._history = history
         self._progress = progress or ProgressOptions()
         self._report: Report | None = None  # while servers are tried
+        self.servers = SharedServers(orders.market, settings, history)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests to the worker
         self._block: weakref.ref[Any] | None = None
         self._worker: RentalWorker | None = None
         self._order: Order | None = None
         self._server: Server | None = None
         self._shell: Any = None
+        self._over = False  # set before the worker is looked at, as __enter__ does it vice versa
         self.tried: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
@@ -136,6 +160,12 @@ class Rental:
         """
         return self._worker.budget.cost_usd if self._worker else 0.0
 
+    @property
+    def status(self) -> str:
+        """The status of the order now, from one read of the lists."""
+        found = self._client.get_order(self.order)
+        return (self.order if found is None else found).status or ""
+
     def ssh(self, **options: Any) -> paramiko.SSHClient:
         """Open an SSH connection, which the end of the block closes. Needs paramiko.
 
@@ -148,8 +178,10 @@ class Rental:
         worker = self._open_worker()
         try:
             connection = self._client.connect_ssh(self.order, **options)
-        except Exception:
+        except Exception as error:
             worker.check()  # the rental may have ended
+            if isinstance(error, SSHError) and not options.keys() & _OWN_LOGIN:
+                self._history.record(self.order.server_id, LOGIN_OUTCOMES.get(error.reason))
             raise
         worker.connections.append(connection)
         try:
@@ -181,6 +213,14 @@ class Rental:
         """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
         return self._over_ssh(self._client.download, (remote, local), options)  # type: ignore[no-any-return]
 
+    def forward(self, remote_port: int, local_port: int = 0) -> Forward:
+        """Forward a local port to the machine, as :meth:`CloreClient.forward` does."""
+        return self._over_ssh(self._client.forward, (remote_port, local_port), {})  # type: ignore[no-any-return]
+
+    def ssh_command(self, **options: Any) -> str:
+        """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""
+        return self._client.ssh_command(self.order, **options)
+
     def _over_ssh(
         self, method: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
@@ -193,24 +233,78 @@ class Rental:
             self._shell = self.ssh(**login)
         try:
             return method(self.order, *arguments, ssh=self._shell, **options)
+        except SSHError as error:
+            worker.check()
+            if not _is_open(self._shell):
+                self._orders.raise_if_ended(self.order.id or 0, error)
+            raise
         finally:
             worker.check()
 
-    def keep(self) -> Order:
+    def keep(self, *, max_hours: float | None = None) -> Order:
         """Keep the order running after the end of the block, until you cancel it.
 
-        Limits and signals don't end it any more.
+        The budget ends here: ``max_hours`` and ``max_cost_usd`` of the rental, signals and the exit
+        of the interpreter don't end the order any more. :meth:`CloreClient.leftovers` lists it
+        under ``kept``, and :meth:`CloreClient.attach` takes it up again.
+
+        Parameters:
+            max_hours: hours from now after which :meth:`CloreClient.cancel_overdue` ends the order.
+                Nothing ends it by itself: call that from cron.
 
         Returns:
             The :class:`Order`.
+
+        Raises:
+            RentalError: the order has ended, or its deadline can't be recorded; it is not kept.
         """
+        check_optional_number("max_hours", max_hours, above=True, maximum=LONGEST_KEEP)
         worker, order = self._open_worker(), self.order
         if worker.finished.is_open:
             raise RentalError(
                 f"order {order.id} has ended already, so it can't be kept: rent again"
             )
-        worker.keep()
+        worker.keep(None if max_hours is None else time.time() + max_hours * 3600.0)
         return order
+
+    def cancel(self) -> None:
+        """End the order now, and wait until that is confirmed. Safe to repeat.
+
+        Raises:
+            CancelUnconfirmedError: the order may still be running.
+        """
+        worker = _check_open(self._worker)
+        if worker.kept:
+            worker.close_ssh()
+            self._client.cancel_order(self.order, confirm=True)
+        else:
+            self.close()
+
+    # --- without a block ---
+
+    def start(self: Rented) -> Rented:
+        """Begin the rental without a ``with`` block, for a notebook; :meth:`close` ends it.
+
+        It also ends when this object is no longer used, by SIGTERM and SIGHUP, and at the exit of
+        the interpreter, as the rental of a block does.
+
+        Returns:
+            The rental itself.
+
+        Example:
+            >>> rental = client.rent("RTX 4090", max_hours=8).start()
+            >>> rental.run("nvidia-smi -L")
+            >>> rental.close()
+        """
+        return self.__enter__()
+
+    def close(self) -> None:
+        """End the rental as the end of its block does. Safe to repeat."""
+        worker = self._worker
+        if worker is not None and worker.closed:
+            worker.close_ssh()
+        else:
+            self._end()
 
     def _open_worker(self) -> RentalWorker:
         """Return the worker, or raise an error if the rental has ended."""
@@ -218,21 +312,47 @@ class Rental:
         worker.check()
         return worker
 
+    def close_ssh(self) -> None:
+        """Close the SSH connections of the rental; the next call opens a new one."""
+        if self._worker is not None:
+            self._worker.close_ssh()
+
+    def request_end(self) -> None:
+        """Begin to end the rental, without waiting for it. If it has not begun, it can't begin."""
+        self._over = True
+        if self._worker is not None:
+            self._worker.request_end()
+
     # --- the block ---
 
-    def __enter__(self) -> Rental:
+    def end_with(self, leave: Callable[..., None]) -> None:
+        """End this rental when ``leave``, the end of a ``with`` statement, no longer exists."""
+        if self._worker is None:
+            self._block = weakref.ref(leave, self._inbox.put)
+
+    def _make_worker(self) -> RentalWorker:
+        holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
+        in_block = self._block is not None and self._block() is not None
+        if self._block is not None and in_block:
+            holders.append(self._block)
+        return RentalWorker(
+            self._client, self._orders, self._settings, self._folder, self._inbox, holders, in_block
+        )
+
+    def share_servers(self, other: Rental) -> None:
+        """Try the servers that another rental does not try, found by the same search."""
+        self.servers, self._settings = other.servers, other._settings
+
+    def __enter__(self: Rented) -> Rented:
         if self._worker is not None:
             raise RentalError("a rental can be entered only once: call rent() again")
-        holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
-        if self._block is not None and self._block() is not None:
-            holders.append(self._block)
-        self._worker = RentalWorker(
-            self._client, self._orders, self._settings, self._folder, self._inbox, holders
-        )
+        self._worker = self._make_worker()
+        if self._over:
+            raise RentalError("the rental has ended before it began: call rent() again")
         try:
             self._worker.start()
             with self._progress.reporting() as self._report:
-                self._try_servers(self._worker)
+                self._acquire(self._worker)
             self._report = None
         except BaseException as error:
             self._end(type(error), error)
@@ -265,20 +385,22 @@ class Rental:
 
     # --- servers ---
 
-    def _try_servers(self, worker: RentalWorker) -> None:
-        settings, client = self._settings, self._client
-        worker.record_existing_orders(client.get_orders())
-        servers, no_server = candidates(self._orders.market, settings)
-        for server in servers[: settings.attempts]:
+    def _acquire(self, worker: RentalWorker) -> None:
+        """Try one server after the other until one runs."""
+        worker.record_existing_orders(self._client.get_orders())
+        for _ in range(self._settings.attempts):
             worker.check()
+            if (server := self.servers.take()) is None:
+                break
             reason = self._try(worker, server)
             if reason is None:
                 return
             logger.info("server %s: %s", server.id, reason)
             self.tried.append((server.id or 0, reason))
-        tried = "; ".join(f"server {server_id}: {why}" for server_id, why in self.tried)
         raise RentalError(
-            f"none of {len(self.tried)} servers worked: {tried}" if tried else no_server,
+            f"none of {len(self.tried)} servers worked: {summary(self.tried)}"
+            if self.tried
+            else self.servers.no_server,
             tried=tuple(self.tried),
         )
 
@@ -327,7 +449,10 @@ class Rental:
                 poll_interval=settings.poll_interval, **more,
             )  # fmt: skip
         except (WaitTimeoutError, OrderEndedError) as error:
+            worker.check()
+            self._history.record(server.id, NOT_DEPLOYED)
             return str(error)
+        self._history.record(server.id, WORKED)
         if "ssh_password" in order:
             running["ssh_password"] = order["ssh_password"]
         self._order = running

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from clore_client.market.host_history import WORKED, HostHistory
 from clore_client.market.market import Market
 from clore_client.market.search import RENTED, ROUNDING_UP, Search, SearchReport
+from clore_client.models.order import Order
 from clore_client.models.server import Server, listed_rate
 from clore_client.orders.create import check_login, order_env, order_ports
-from clore_client.pricing import finite, positive
+from clore_client.pricing import finite, positive, wire_currency
 from clore_client.validation import (
+    check_bool,
     check_count,
     check_currency,
     check_id,
@@ -48,7 +52,9 @@ class RentalSettings:
         cancel_timeout: Any,
         max_hours: Any,
         max_cost_usd: Any,
+        prefer_known: Any = False,
     ) -> None:
+        self.prefer_known = check_bool("prefer_known", prefer_known)
         self.search = search
         self.spot = search.spot
         if search.gpu_type is not None:
@@ -69,6 +75,23 @@ class RentalSettings:
         self.max_cost_usd = check_optional_number(
             "max_cost_usd", max_cost_usd, above=True, infinite=True
         )
+
+    @classmethod
+    def of_order(
+        cls, order: Order, *, max_hours: Any, max_cost_usd: Any, cancel_timeout: Any
+    ) -> RentalSettings:
+        """Return the settings for an order that exists."""
+        names = ("ports", "env", "ssh_password", "ssh_key", "jupyter_token")
+        known = {
+            "image": order.get("image") or "unknown",
+            "currency": wire_currency(str(order.get("currency"))) or "CLORE-Blockchain",
+        }
+        return cls(
+            search=Search(use_spot=order.is_spot is True, currency=known["currency"]),
+            server_id=None, spot_price=None, order={**dict.fromkeys(names), **known},
+            attempts=1, deploy_timeout=0.0, poll_interval=1.0, find_timeout=0.0,
+            cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
+        )  # fmt: skip
 
     def _set_order(self, order: dict[str, Any]) -> None:
         self.currency = check_currency("currency", order["currency"])
@@ -148,8 +171,13 @@ def order_usd_per_hour(order: Any, server: Server, currency: str) -> float | Non
     return amount * rate
 
 
-def candidates(market: Market, settings: RentalSettings) -> tuple[list[Server], str]:
-    """Return the servers to try, the best first, and an error text if there are none."""
+def candidates(
+    market: Market, settings: RentalSettings, history: HostHistory
+) -> tuple[list[Server], str]:
+    """Return the servers to try, and an error text if there are none.
+
+    The best come first, and hosts that have just disappointed last.
+    """
     found, report = market.search(settings.search)
     if not found:
         server_id = settings.search.server_id
@@ -157,6 +185,8 @@ def candidates(market: Market, settings: RentalSettings) -> tuple[list[Server], 
         return [], f"{why}: change the filters, or try again later"
     reasons = [settings.reason_against(server) for server in found]
     fitting = [s for s, reason in zip(found, reasons, strict=True) if reason is None]
+    outcomes = {server_id: seen["outcome"] for server_id, seen in history.outcomes().items()}
+    fitting.sort(key=lambda s: _rank(outcomes.get(s.id or 0), settings.prefer_known))
     return fitting, (
         f"none of {len(found)} servers that fit can be rented: server {found[0].id} {reasons[0]}; "
         "change the filters or the limits"
@@ -172,3 +202,48 @@ def _missing(server_id: int, report: SearchReport) -> str:
     cost = report.cheapest_usd_per_hour
     costs = "" if cost is None else f"; it costs {cost:.4g} USD per hour"
     return f"server {server_id} does not fit {label}{costs}"
+
+
+def _rank(outcome: str | None, prefer_known: bool) -> int:
+    """Return 0 for the hosts to try first, 2 for those to try last, else 1."""
+    if outcome is None:
+        return 1
+    return (0 if prefer_known else 1) if outcome == WORKED else 2
+
+
+class SharedServers:
+    """The servers to try, each taken by one rental only. They are listed on first use."""
+
+    def __init__(self, market: Market, settings: RentalSettings, history: HostHistory) -> None:
+        self.no_server = ""  # why there is none, for an error
+        self._arguments = market, settings, history
+        self._left: list[Server] | None = None
+
+    def count(self) -> int:
+        """List the servers, the first time, and return how many are left."""
+        if self._left is None:
+            self._left, self.no_server = candidates(*self._arguments)
+        return len(self._left)
+
+    def take(self) -> Server | None:
+        """Return the next server, or None."""
+        self.count()
+        try:
+            return (self._left or []).pop(0)  # one atomic step
+        except IndexError:
+            return None
+
+
+def summary(tried: list[tuple[int, str]]) -> str:
+    """Return the reason for each server, but a common reason only once."""
+    servers: dict[str, list[str]] = {}
+    for server_id, why in tried:
+        # The text of an error names the order, which differs.
+        alike = re.sub(r"\b([Oo])rder \d+\b", r"\1rder", why)
+        servers.setdefault(alike, []).append(str(server_id))
+    if len(servers) == len(tried):
+        return "; ".join(f"server {server_id}: {why}" for server_id, why in tried)
+    return "; ".join(
+        f"server{'s' if len(ids) > 1 else ''} {', '.join(ids)}: {why}"
+        for why, ids in servers.items()
+    )

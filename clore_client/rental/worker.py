@@ -82,6 +82,7 @@ class RentalWorker:
         folder: Path | None,
         inbox: queue.SimpleQueue[Any],
         holders: list[weakref.ref[Any]],
+        in_block: bool = True,
     ) -> None:
         self._client = client
         self._orders = orders
@@ -97,7 +98,8 @@ class RentalWorker:
         self.kept = False
         self.signalled: int | None = None
         self.exceeded: BudgetExceededError | None = None  # made when a limit was reached
-        self._main = in_main_thread()
+        # A signal ends a ``with`` block of the main thread, and so its rental.
+        self._main = in_block and in_main_thread()
         self._signals: SignalHandling | None = None
         self._rental_orders = RentalOrders(
             orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
@@ -159,9 +161,24 @@ class RentalWorker:
         """End the current order. Return None if that is confirmed, else the error."""
         return self.call_in_thread(self._end_current)
 
-    def keep(self) -> None:
-        """Keep the current order running after the rental."""
-        self.call_in_thread(self._keep)
+    def adopt(self, order: Order, ends: bool) -> None:
+        """Take over an order that exists. Without ``ends``, the rental does not end it."""
+        clock = time.time() + (self._orders.client.server_clock or 0.0)
+        age = 0.0 if order.started_at is None else max(0.0, clock - order.started_at)
+        if ends:
+            self._current = self.call_in_thread(
+                lambda: self._rental_orders.adopt(order, age, ends=True)
+            )
+        else:
+            self.kept = True
+            self._current = self._rental_orders.adopt(order, age, ends=False)
+
+    def keep(self, until: float | None) -> None:
+        """Keep the current order running after the rental, until a Unix time or for good."""
+        if self._started:
+            self.call_in_thread(lambda: self._keep(until))
+        else:
+            self._keep(until)
 
     def correct_price(self, usd_per_hour: float) -> None:
         """Set the price of the current order, as the API shows it."""
@@ -360,15 +377,21 @@ class RentalWorker:
         self._rental_orders.remove_dead_entries(purchase.server_id)
         return order
 
-    def _keep(self) -> None:
+    def _keep(self, until: float | None) -> None:
         current = self._current
         if current is None or current.order_id is None or current.accepted:
             raise RentalError("the order has ended already, so it can't be kept: rent again")
+        self._rental_orders.keep(current, until)
         self.kept = True
+        end = "it is cancelled"
+        if until is not None:
+            end = f"cancel_overdue() is called after {time.ctime(until)}"
         logger.info(
-            "order %d is kept: it runs and costs money until it is cancelled", current.order_id
+            "order %d is kept: it runs and costs money until %s; max_hours and max_cost_usd of the "
+            "rental don't end it any more",
+            current.order_id,
+            end,
         )
-        self._rental_orders.forget(current)
 
     # --- the end ---
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clore_client.config import account_digest
+from clore_client.errors import CloreError, OrderEndedError
+from clore_client.log import logger
 from clore_client.models.order import Order
-from clore_client.orders.account import AccountOrders, OrdersClient
+from clore_client.orders.account import AccountOrders, OrdersClient, ended_error
 from clore_client.ssh.address import check_order, parse_ssh_command, plain_address
 from clore_client.ssh.connect import Login, check_connection, check_login_options
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.host_keys import HostKeys, KeyCheck, check_host_key
 from clore_client.ssh.jobs import HostJobs
 from clore_client.ssh.openssh import config_entry, rsync_line, terminal_line
+from clore_client.ssh.private_keys import private_key_of
 from clore_client.ssh.transfer.options import check_path
-from clore_client.validation import check_bool, check_number, check_text
+from clore_client.validation import check_bool, check_number, check_order_id, check_text
 
 if TYPE_CHECKING:
     import paramiko
@@ -46,23 +49,55 @@ class SSHAccess:
         account = account_digest(self._client.base_url, self._client.api_key)
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
-    def forget_host_key(self, order: Mapping[str, Any]) -> bool:
+    def _with_address(self, order: Any) -> Order:
+        """Return an order with its address, which is read if the argument has none.
+
+        Raises:
+            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+        """
+        if isinstance(order, Mapping):
+            record = order if isinstance(order, Order) else Order(order)
+            if record.id is None:
+                return record
+            if record.has_ended:
+                raise ended_error(record.id, record.status or "", record)
+            self._orders.check_not_ended(record.id)
+            if parse_ssh_command(record)["raw"]:
+                return record
+            try:
+                return self._orders.running(record.id)
+            except OrderEndedError:
+                raise
+            except CloreError as error:
+                logger.debug("order %d can't be read: %s", record.id, error)
+                return record
+        return self._orders.running(check_order_id("order", order))
+
+    def forget_host_key(self, order: Any) -> bool:
         """Forget the host key of an order; see ``CloreClient.forget_host_key``."""
+        if not isinstance(order, Mapping):
+            order = {"order_id": check_order_id("order", order)}
         return self._host_keys.forget(self._alias(order))
 
-    def terminal_line(self, order: Mapping[str, Any], key_path: Any) -> str:
+    def terminal_line(self, order: Any, key_path: Any) -> str:
         """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
+        order = self._with_address(order)
+        key_path = key_path or self._key_of(order)[0]
         return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
 
-    def rsync_line(self, order: Mapping[str, Any], local: Any, remote: Any, key_path: Any) -> str:
+    def rsync_line(self, order: Any, local: Any, remote: Any, key_path: Any) -> str:
         """Return a command line for rsync; see ``CloreClient.rsync_command``."""
+        local, remote = check_path("local", local), check_path("remote", remote)
+        order = self._with_address(order)
         return rsync_line(
-            plain_address(order), self._host_keys, self._alias(order), key_path,
-            check_path("local", local), check_path("remote", remote),
+            plain_address(order), self._host_keys, self._alias(order),
+            key_path or self._key_of(order)[0], local, remote,
         )  # fmt: skip
 
-    def config_entry(self, order: Mapping[str, Any], name: str | None, key_path: Any) -> str:
+    def config_entry(self, order: Any, name: str | None, key_path: Any) -> str:
         """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
+        order = self._with_address(order)
+        key_path = key_path or self._key_of(order)[0]
         address = plain_address(order)
         number = self._order_number(order)
         entry = name if name is not None else f"clore-{number}" if number else "clore"
@@ -70,9 +105,21 @@ class SSHAccess:
             check_text("name", entry), address, self._host_keys, self._alias(order), key_path
         )
 
+    def _password_of(self, order: Order) -> str | None:
+        return self._orders.login_of(order).get("ssh_password")
+
+    def _key_of(self, order: Order) -> tuple[Path | None, Any]:
+        """Return the private key of the public key that was sent with an order.
+
+        Returns:
+            Its file, or a key of the SSH agent; None for both if there is none.
+        """
+        fingerprint = self._orders.login_of(order).get("key_fingerprint")
+        return (None, None) if fingerprint is None else private_key_of(fingerprint)
+
     def login(
         self,
-        order: Mapping[str, Any],
+        order: Any,
         *,
         password: str | None = None,
         key_path: str | os.PathLike[str] | None = None,
@@ -83,7 +130,6 @@ class SSHAccess:
         use_ssh_config: bool = False,
     ) -> Login:
         """Check the arguments of a login, and return it; nothing is sent."""
-        address = plain_address(order)
         check_number("timeout", timeout, above=True, unit="seconds")
         check_number("wait", wait, infinite=True, unit="seconds")
         mode = check_host_key("host_key", host_key)
@@ -93,16 +139,19 @@ class SSHAccess:
             check_text("passphrase", passphrase, secret=True)
         if key_path is not None and not isinstance(key_path, os.PathLike):
             check_text("key_path", key_path)
+        order = self._with_address(order)
+        address, number, agent_key = plain_address(order), order.id, None
         if not password and not key_path:
-            sent = self._orders.credentials.get(self._order_number(order) or 0, {})
-            password = order.get("ssh_password") or sent.get("ssh_password")
-        keys = KeyCheck(
-            self._host_keys, self._order_number(order), "{host}:{port}".format(**address), mode
-        )
+            password = order.get("ssh_password") or self._password_of(order)
+        if not password and not key_path:
+            key_path, agent_key = self._key_of(order)
+        keys = KeyCheck(self._host_keys, number, "{host}:{port}".format(**address), mode)
         return Login(
             order,
             password=password,
             key_path=key_path,
+            agent_key=agent_key,
+            on_failure=self._on_failure(number),
             passphrase=passphrase,
             timeout=timeout,
             wait=wait,
@@ -110,9 +159,15 @@ class SSHAccess:
             use_ssh_config=check_bool("use_ssh_config", use_ssh_config),
         )
 
+    def _on_failure(self, order_id: int | None) -> Callable[[BaseException], None] | None:
+        """Return a function that raises an error if a login failed because the order has ended."""
+        if order_id is None:
+            return None
+        return lambda error: self._orders.raise_if_ended(order_id, error)
+
     def connected(
         self,
-        order: Mapping[str, Any],
+        order: Any,
         ssh: paramiko.SSHClient | None,
         login: dict[str, Any],
         timeout: float = 30.0,
@@ -125,11 +180,12 @@ class SSHAccess:
             return ConnectionPool(None, check_connection(ssh))
         return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
 
-    def jobs(
-        self, order: Mapping[str, Any], ssh: paramiko.SSHClient | None, login: dict[str, Any]
-    ) -> HostJobs:
+    def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the machine of an order."""
-        self.connected(order, ssh, login)  # check the arguments now
+        check_login_options(login)
+        if ssh is None:
+            order = self._with_address(order)  # once, and not for each connection
+            self.login(order, **login)  # check the arguments now
 
         def connect(seconds: float) -> ConnectionPool:
             wait = min(seconds, login.get("wait", LOGIN_WAIT))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError, printable
@@ -28,6 +30,8 @@ LOGIN_OPTIONS = frozenset(
 )
 PARAMIKO_LOGGER = "clore_client.paramiko"
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
+FIRST_CONNECT = 5.0  # seconds for the first TCP connection
+LOOK_EVERY = 15.0  # seconds between two looks if the order of that machine has ended
 
 
 def import_paramiko() -> Any:
@@ -61,9 +65,11 @@ class Login:
         wait: float,
         keys: KeyCheck,
         use_ssh_config: bool = False,
+        agent_key: Any = None,
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.address = plain_address(order)
-        if passphrase is not None and key_path is None:
+        if passphrase is not None and key_path is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
         if key_path is not None:
             check_local_path("key_path", key_path)
@@ -74,7 +80,12 @@ class Login:
         self.keys = keys
         self._paramiko = import_paramiko()
         # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
-        self.key = None if self.key_path is None else self._read_key(self.key_path, passphrase)
+        self.key = agent_key
+        if self.key_path is not None:
+            self.key = self._read_key(self.key_path, passphrase)
+        self._next_look = -math.inf
+        self._tried = False
+        self._on_failure = on_failure or (lambda error: None)
         self._hops: list[dict[str, Any]] = []
         self._identities: list[str] = []
         if use_ssh_config:
@@ -172,17 +183,29 @@ class Login:
                     report(ProgressEvent("ssh", time.monotonic() - started, "sshd up"))
                 return ssh
             except NotUpYetError as error:
+                self.explain(error)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}") from (
-                        error.__cause__
-                    )
+                    late = SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}")
+                    late.reason = "unreachable"
+                    raise late from error.__cause__
                 logger.debug("no SSH at %s yet: %s", self.where, error)
                 if report is not None:
                     seconds = time.monotonic() - started
                     text = f"no sshd yet, {readable_seconds(seconds)}: {error}"
                     report(ProgressEvent("ssh", seconds, text))
                 time.sleep(min(SSH_PAUSE, remaining))
+            except SSHError as error:
+                self.explain(error)
+                raise
+
+    def explain(self, error: BaseException | None) -> None:
+        """Raise a better error than this one if the login failed because the order has ended."""
+        now = time.monotonic()
+        if error is None or (isinstance(error, NotUpYetError) and now < self._next_look):
+            return
+        self._next_look = now + LOOK_EVERY
+        self._on_failure(error)
 
     def once(self) -> paramiko.SSHClient:
         """Try once to log in, within ``timeout`` seconds in all."""
@@ -204,6 +227,7 @@ class Login:
                 failure = self._too_slow(ssh)
             elif self._is_refusal(ssh, error):
                 failure = self._refused(ssh, error)
+                failure.reason = "refused"
             else:
                 failure = _login_error(error, self._paramiko, self.where)
             _give_up(ssh)
@@ -238,7 +262,7 @@ class Login:
             username=self.address["user"],
             password=self.password,
             pkey=self.key,
-            timeout=self.timeout,
+            timeout=self._connect_timeout(),
             banner_timeout=self.timeout,
             auth_timeout=self.timeout,
             channel_timeout=self.timeout,
@@ -248,6 +272,14 @@ class Login:
             sock=sock,
             transport_factory=functools.partial(self._transport, hops),
         )
+
+    def _connect_timeout(self) -> float:
+        """Return the seconds for the TCP connection, few if another try follows.
+
+        The first failure is the moment to look if the order has ended.
+        """
+        first, self._tried = not self._tried, True
+        return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
     def _too_slow(self, ssh: Any) -> SSHError:
         transport = ssh.get_transport()
@@ -277,7 +309,8 @@ class Login:
         if self.password is not None:
             what = "password"
         elif self.key is not None:
-            what = f"key {printable(repr(self.key_path), 200)} ({fingerprint_of(self.key)})"
+            where = printable(repr(self.key_path), 200) if self.key_path else "of the SSH agent"
+            what = f"key {where} ({fingerprint_of(self.key)})"
         else:
             what = "keys of the SSH agent and of ~/.ssh"
         if "timeout" in str(error).lower():

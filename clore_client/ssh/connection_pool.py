@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Any
 
+from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.ssh.connect import Login, NotUpYetError
 from clore_client.ssh.watchdog import start_thread
@@ -48,8 +49,11 @@ class ConnectionPool:
         self._ready[0].set()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        lost = isinstance(error, SSHError) and not _is_active(self.ssh)
         self._close()
+        if lost and self._login is not None:
+            self._login.explain(error)
 
     @property
     def ssh(self) -> Any:
@@ -85,13 +89,17 @@ class ConnectionPool:
     def _first(self, login: Login) -> Any:
         try:
             return login.once()
-        except NotUpYetError:
+        except NotUpYetError as error:
             # If the host allows only one connection, another thread may have opened it.
             for number in range(1, self.size if self._eager else 1):
                 self._ready[number].wait()
                 if (ssh := self._opened[number]) is not None:
                     self._opened[number] = None
                     return ssh
+            login.explain(error)
+        except SSHError as error:
+            login.explain(error)
+            raise
         return login.open()
 
     def _open(self, login: Login, number: int) -> None:
@@ -106,3 +114,8 @@ class ConnectionPool:
             thread.join()
         if self._login is not None:
             self.break_off()
+
+
+def _is_active(ssh: Any) -> bool:
+    transport = ssh.get_transport()
+    return transport is not None and bool(transport.is_active())

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clore_client.errors import HostKeyChangedError
-from clore_client.files import lock_file
+from clore_client.files import locked_path, replace_file
 from clore_client.log import logger
 from clore_client.validation import short_repr
 
@@ -127,7 +126,7 @@ class HostKeys:
         if self.path is None or not alias.startswith("clore-order-"):
             return
         try:
-            with _locked(self.path):
+            with locked_path(self.path, LOCK_PATIENCE):
                 lines = [
                     line
                     for line in self._text().splitlines()
@@ -135,34 +134,9 @@ class HostKeys:
                 ]
                 if pin is not None:
                     lines.append(f"{alias} {pin[0]} {pin[1]}")
-                _replace(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
+                replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
         except OSError as error:
             logger.warning("host keys can't be kept for the next process: %s", error)
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        handle = os.open(new, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-        with open(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        os.replace(new, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        if not lock_file(handle, LOCK_PATIENCE):
-            raise OSError(f"{path}.lock is held by another process")
-        yield
-    finally:
-        os.close(handle)
 
 
 def _names(names: str, alias: str) -> bool:

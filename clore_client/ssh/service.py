@@ -21,7 +21,7 @@ from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.transport import connection_errors, reason
 from clore_client.ssh.tunnel import FORWARD_OPENING, REMOTE_HOST, check_forward_arguments
 from clore_client.ssh.watchdog import Watchdog
-from clore_client.validation import check_number, check_string, short_repr
+from clore_client.validation import check_number, check_order_id, check_string, short_repr
 
 SERVICE_PAUSE = 2.0  # seconds between two requests
 SERVICE_LIMIT = 10.0  # seconds for one request
@@ -33,23 +33,26 @@ MAX_STATUS_LINE = 4096  # bytes
 class HTTPWait:
     """The arguments of ``wait_for_http``, checked.
 
+    Parameters:
+        read: returns the order with an id.
+
     Attributes:
         url: the public address to ask; None to ask ``port`` on the machine.
         port: the port of the service.
     """
 
     def __init__(
-        self, order: Mapping[str, Any], path: str, port: int | None, timeout: float,
-        progress: ProgressOptions,
+        self, order: Mapping[str, Any] | int, read: Callable[[int], Order], path: str,
+        port: int | None, timeout: float, progress: ProgressOptions,
     ) -> None:  # fmt: skip
-        if not isinstance(order, Mapping):
-            raise TypeError(f"order must be a record of an order, not {short_repr(order)}")
-        record = Order(order)
         if not re.fullmatch(r"/[!-~]*", check_string("path", path)):
             raise ValueError(f"path must begin with '/' and be encoded, not {short_repr(path)}")
         self.timeout = check_number("timeout", timeout, infinite=True, unit="seconds")
         if port is not None:
             check_forward_arguments(port)
+        if not isinstance(order, Mapping):
+            order = read(check_order_id("order", order))
+        record = Order(order)
         urls = record.http_urls
         if port is None and not urls:
             raise ValueError(

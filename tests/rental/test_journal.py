@@ -15,8 +15,8 @@ import pytest
 
 from clore_client import CloreClient, Order
 from clore_client.config import DEFAULT_STATE_DIR, account_digest, state_folder
+from clore_client.orders.claims import matches_entry
 from clore_client.rental.journal import read_entries, this_machine, write_entry
-from clore_client.rental.recovery import matches_entry
 from tests.conftest import client_for
 from tests.rental.test_rental import QUICK, active
 from tests.variant import Simulator
@@ -196,8 +196,8 @@ def test_a_full_disk(
     monkeypatch.setattr(os, "fsync", full)
     for _ in range(2):
         with client.rent(**QUICK):
-            assert list(folder.glob("*.json")) == []
-    assert caplog.text.count("No space left on device") == 1
+            assert list(folder.rglob("*.json")) == []
+    assert caplog.text.count("No space left on device") == 2  # the journal, and the login
     assert active(sim) == []
 
 
@@ -223,6 +223,14 @@ def test_leftovers(sim: Simulator, client: CloreClient, folder: Path) -> None:
         assert client.cancel_leftovers(wait=0) == []
         assert client.leftovers(wait=0).abandoned == []
     assert set(active(sim)) == {unnoted.id, foreign.id}
+
+
+def test_an_entry_of_the_next_version_is_read(
+    sim: Simulator, client: CloreClient, folder: Path
+) -> None:
+    order = order_of(client, sim)
+    left(client, folder, order, schema=2, more={"of": ["the next", None]})
+    assert client.cancel_leftovers(wait=0) == [order.id]
 
 
 def test_an_entry_whose_order_has_ended_is_removed(

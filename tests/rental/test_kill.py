@@ -167,6 +167,55 @@ def test_sigkill_at_random_moments(
     assert active(busy) == set()
 
 
+KEEPS_AND_ATTACHES = """
+import random
+say("off")
+while True:
+    with client.rent(**options) as rental:
+        if random.random() < 0.7:
+            rental.keep(max_hours=1e-9)
+    if random.random() < 0.5:
+        client.attach(rental.order).keep(max_hours=random.choice([1e-9, None]))
+    if random.random() < 0.5:
+        with client.attach(rental.order, end=True, cancel_timeout=20):
+            pass
+"""
+
+
+def test_sigkill_between_any_two_steps(
+    busy: Simulator, start: Start, observer: CloreClient, tmp_path: Path
+) -> None:
+    """Find each order once, and its login, whenever the process was killed."""
+    rng = random.Random(8)
+    kept = left = 0
+    for _ in range(KILLS):
+        child = start(KEEPS_AND_ATTACHES)
+        child.heard("ready")
+        child.go()
+        child.heard("off")
+        time.sleep(rng.uniform(0.0, 3.0))
+        child.end()
+        time.sleep(0.2)
+        running = active(busy)
+        assert {o["order_id"] for o in observer.get_orders() if o.get("ssh_password")} == running
+        found = observer.leftovers(wait=0.3)
+        # Orders that were neither kept nor ended yet are of a dead process; attach() without
+        # end=True has none of its own.
+        seen = [left.order_id for left in [*found.abandoned, *found.kept]]
+        seen += [order.id for order in found.unnoted]
+        assert sorted(seen, key=str) == sorted(running)
+        kept, left = kept + len(found.kept), left + len(running)
+        ended = {*observer.cancel_leftovers(wait=0), *observer.cancel_overdue()}
+        assert ended <= running
+        observer.cancel_all()
+        assert active(busy) == set()
+        assert not observer.leftovers(wait=0)
+        files = (tmp_path / "clore-client" / "credentials").glob("*")
+        assert [path for path in files if "-server-" not in path.name] == []
+    assert kept  # otherwise the test tested nothing
+    assert left > KILLS / 4
+
+
 def test_sigkill_of_a_rental_that_runs(
     busy: Simulator, start: Start, observer: CloreClient
 ) -> None:

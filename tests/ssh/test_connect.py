@@ -85,7 +85,7 @@ def test_what_the_client_sent_is_remembered(make_sim: MakeSim, form: str) -> Non
     for options in ({}, {"ssh_password": "of my own"}):
         client = client_for(sim)
         order = rent(client, **options)
-        assert "ssh_password" not in order
+        assert order.pop("ssh_password") == sim.orders[-1].body["ssh_password"]
         with client.connect_ssh(order) as ssh:
             text = output_of(ssh, "nvidia-smi --query-gpu=name --format=csv,noheader")
             assert text.strip() == "NVIDIA GeForce RTX 4090"

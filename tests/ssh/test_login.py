@@ -42,6 +42,12 @@ HOST_KEY: Any = server_side.ECDSAKey.generate()
 FINGERPRINT = r"SHA256:[A-Za-z0-9+/]{43}"
 
 
+@pytest.fixture(autouse=True)
+def _no_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no look at the state of an order leave this machine."""
+    monkeypatch.setenv("CLORE_BASE_URL", "http://127.0.0.1:9")
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Sshd]:
     """An sshd of the test's own, which may get new keys."""
@@ -51,7 +57,7 @@ def machine(tmp_path: Path) -> Iterator[Sshd]:
 
 @pytest.fixture
 def client(tmp_path: Path) -> CloreClient:
-    return CloreClient("key", state_dir=tmp_path / "state folder 100%")
+    return CloreClient("key", state_dir=tmp_path / "state folder 100%", rate_limit=0, backoff=0.01)
 
 
 def started_anew(server: Sshd) -> None:
@@ -213,7 +219,7 @@ def test_half_a_login_is_none(tmp_path: Path) -> None:
     with running_sshd(tmp_path / "m", f"{ASK_MORE} publickey,keyboard-interactive") as server:
         with pytest.raises(SSHError, match=r"took the key .*, but wants more than that: keyb"):
             client.connect_ssh(server.order(), key_path=server.key, wait=300)
-    assert not (tmp_path / "state").exists()
+    assert not (tmp_path / "state" / "known_hosts").exists()
 
 
 def test_half_a_login_with_a_password(tmp_path: Path, user: tuple[str, str]) -> None:
@@ -223,7 +229,7 @@ def test_half_a_login_with_a_password(tmp_path: Path, user: tuple[str, str]) -> 
         server.user = user[0]
         with pytest.raises(SSHError, match="took the password, but wants more than that: public"):
             client.connect_ssh(server.order(), user[1], wait=300)
-    assert not (tmp_path / "state").exists()
+    assert not (tmp_path / "state" / "known_hosts").exists()
 
 
 def test_a_host_that_hangs_up_on_a_refused_login(client: CloreClient, tmp_path: Path) -> None:
@@ -370,7 +376,7 @@ def leave(transport: Any, _: Any) -> bool:
 )
 def test_a_refusal_before_the_login_has_arrived(machine: Sshd, instead: Any, said: str) -> None:
     """The two cross on their way: each time, it is a refusal, and final."""
-    client = CloreClient("key", state_dir=None)
+    client = CloreClient("key", state_dir=None, rate_limit=0, backoff=0.01)
     with RawServer(AtRequest(instead, server_side.AUTH_FAILED).talk) as server:
         for login in ({"key_path": machine.key}, {"password": "secret"}) * 20:
             with pytest.raises(SSHError, match=said):
@@ -1136,5 +1142,6 @@ for name, call in calls.items():
 def test_an_order_is_needed() -> None:
     client: Any = CloreClient(state_dir=None)
     for call in (client.connect_ssh, client.ssh_command, client.ssh_config, client.forget_host_key):
-        with pytest.raises(TypeError, match="order"):
-            call(1958009)
+        for wrong in (None, 1.5, [1958009], True, "x", -1, 0):
+            with pytest.raises((TypeError, ValueError), match="order"):
+                call(wrong)

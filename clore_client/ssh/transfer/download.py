@@ -67,7 +67,8 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
         failure = transfer.failed(error, files)
         if failure is error:
             raise
-        raise failure from error
+        # The text says what the machine refused, and its traceback would say nothing more.
+        raise failure from (None if type(error) is SSHError else error)
     return transfer.result(part.target, files)
 
 

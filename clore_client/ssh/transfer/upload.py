@@ -77,7 +77,8 @@ def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) 
         failure = transfer.failed(error, tree.files)
         if failure is error:
             raise
-        raise failure from error
+        # The text says what the machine refused, and its traceback would say nothing more.
+        raise failure from (None if type(error) is SSHError else error)
     return transfer.result(path, tree.files)
 
 

@@ -1,0 +1,248 @@
+"""Remember how to log in to the orders of an account, in memory and in the state folder."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from clore_client.errors import Secret
+from clore_client.files import make_private_folder, read_state_file, replace_file
+from clore_client.log import warn_once
+from clore_client.models.order import Order
+from clore_client.orders.claims import matches_entry
+from clore_client.pricing import finite
+
+CREDENTIALS_FOLDER = "credentials"  # in the state folder
+CREDENTIALS_SCHEMA = 1  # a later version adds fields, and keeps these
+_SAVED_FIELDS = ("ssh_password", "jupyter_token", "key_fingerprint")
+# Seconds: a purchase that has no order after this time has none, and an order that no list has
+# for this time has ended.
+PURCHASE_OVER = 3600.0
+ORDER_OVER = 86_400.0
+
+
+def public_key_fingerprint(public_key: str) -> str | None:
+    """Return the fingerprint of a line of a ``.pub`` file, as ``ssh-keygen -l`` prints it."""
+    try:
+        blob = base64.b64decode(public_key.split()[1], validate=True)
+    except (ValueError, IndexError):
+        return None
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+
+
+def login_fields(sent: dict[str, str]) -> dict[str, str]:
+    """Return what to remember of the password, key and token that were sent with an order."""
+    fields: dict[str, str] = {}
+    for name in ("ssh_password", "jupyter_token"):
+        if name in sent:
+            fields[name] = Secret(sent[name])
+    if found := public_key_fingerprint(sent.get("ssh_key", "")):
+        fields["key_fingerprint"] = found
+    return fields
+
+
+class SavedLogin:
+    """The credentials of one purchase, saved before it is sent, until its order has an id."""
+
+    def __init__(self, store: Credentials, account: str, fields: dict[str, str]) -> None:
+        self.fields = fields
+        self.path: Path | None = None
+        self._store = store
+        self._account = account
+
+    def assign(self, order_id: int) -> None:
+        """Record the order of the purchase."""
+        self._store.assign(self._account, order_id, self)
+
+    def drop(self) -> None:
+        """Forget the purchase, which has no order. Safe to repeat."""
+        if self.path is not None:
+            remove_file(self.path)
+            self.path = None
+
+
+class Credentials:
+    """The credentials of orders, one file for each order.
+
+    The name of a file has the account and the id of the order. Before the id is known, it has the
+    server instead, and the content says by which facts the order can be found. So the credentials
+    survive a process that is killed at any time.
+
+    Parameters:
+        folder: returns the state folder, or None to keep the credentials in memory only.
+    """
+
+    def __init__(self, folder: Callable[[], Path | None]) -> None:
+        self._state_folder = folder
+        self._known: dict[tuple[str, int], dict[str, str]] = {}
+
+    @property
+    def _folder(self) -> Path | None:
+        folder = self._state_folder()
+        return None if folder is None else folder / CREDENTIALS_FOLDER
+
+    def save(self, account: str, sent: dict[str, str], facts: dict[str, Any]) -> SavedLogin:
+        """Save the credentials of a purchase before it is sent.
+
+        Parameters:
+            account: the digest of the account.
+            sent: the password, key and token of the order.
+            facts: the fields by which :func:`matches_entry` finds the order.
+        """
+        saved = SavedLogin(self, account, login_fields(sent))
+        if (folder := self._folder) is None or not saved.fields:
+            return saved
+        name = f"{random.SystemRandom().getrandbits(64):016x}"
+        path = folder / f"{account[:12]}-server-{facts['server_id']}-{name}.json"
+        data = {"schema": CREDENTIALS_SCHEMA, "account": account, **facts, **saved.fields}
+        try:
+            make_private_folder(folder)
+            replace_file(path, json.dumps(data))
+            saved.path = path
+        except OSError as error:
+            _warn(f"the login of an order can't be saved in {folder}", error)
+        return saved
+
+    def assign(self, account: str, order_id: int, saved: SavedLogin) -> None:
+        """Record which order a purchase has made."""
+        self._known[account, order_id] = saved.fields
+        path, saved.path = saved.path, None
+        if path is None:
+            return
+        try:
+            path.replace(self._path(path.parent, account, order_id))
+        except FileNotFoundError:  # another process has found the order, or ended it
+            pass
+        except OSError as error:
+            _warn(f"{path} can't be renamed", error)
+
+    def of(self, account: str, order_id: int | None, order: Order | None = None) -> dict[str, str]:
+        """Return what is known for the login to an order; empty if nothing is.
+
+        Parameters:
+            account: the digest of the account.
+            order_id: the order.
+            order: its record, which can tell the purchase of a process that was killed.
+        """
+        if order_id is None:
+            return {}
+        if (known := self._known.get((account, order_id))) is not None:
+            return known
+        folder = self._folder
+        if folder is None:
+            return {}
+        found = self._read(self._path(folder, account, order_id), account)
+        if found is None and order is not None:
+            found = self._of_lost_purchase(folder, account, order_id, order)
+        if found is None:
+            return {}
+        return self._known.setdefault((account, order_id), _fields_of(found))
+
+    def forget(self, account: str, order_ids: Iterable[int]) -> None:
+        """Forget orders that have ended."""
+        ended = set(order_ids)
+        for order_id in ended:
+            self._known.pop((account, order_id), None)
+        if (folder := self._folder) is not None:
+            for order_id in ended & self._saved_orders(folder, account):
+                remove_file(self._path(folder, account, order_id))
+
+    def stale(self, account: str, active: Collection[int]) -> dict[int, float]:
+        """Return the age in seconds of each saved order that is old and not active.
+
+        Also remove the purchases that never had an order.
+        """
+        ages: dict[int, float] = {}
+        if (folder := self._folder) is None:
+            return ages
+        for path in self._files(folder, f"{account[:12]}-server-"):
+            if _age(path) > PURCHASE_OVER:
+                remove_file(path)
+        for order_id in self._saved_orders(folder, account) - set(active):
+            age = _age(self._path(folder, account, order_id))
+            if age > PURCHASE_OVER:
+                ages[order_id] = age
+        return ages
+
+    # --- the files ---
+
+    @staticmethod
+    def _path(folder: Path, account: str, order_id: int) -> Path:
+        return folder / f"{account[:12]}-{order_id}.json"
+
+    @staticmethod
+    def _files(folder: Path, start: str) -> list[Path]:
+        try:
+            return [folder / name for name in os.listdir(folder) if name.startswith(start)]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            _warn(f"{folder} can't be read", error)
+            return []
+
+    def _saved_orders(self, folder: Path, account: str) -> set[int]:
+        shape = rf"{account[:12]}-([0-9]{{1,18}})\.json"
+        names = (re.fullmatch(shape, p.name) for p in self._files(folder, account[:12]))
+        return {int(name[1]) for name in names if name is not None}
+
+    @staticmethod
+    def _read(path: Path, account: str) -> dict[str, Any] | None:
+        try:
+            data = read_state_file(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            # The text of a JSON error holds nothing of the file.
+            _warn(f"{path} can't be read", error)
+            return None
+        return data if data.get("account") == account else None
+
+    def _of_lost_purchase(
+        self, folder: Path, account: str, order_id: int, order: Order
+    ) -> dict[str, Any] | None:
+        """Return the newest purchase without an order that fits this one, and assign it."""
+        fitting = [
+            (finite(data.get("started")) or 0.0, str(path), data)
+            for path in self._files(folder, f"{account[:12]}-server-{order.server_id}-")
+            if (data := self._read(path, account)) is not None and matches_entry(data, order)
+        ]
+        if not fitting:
+            return None
+        _, path, found = max(fitting, key=lambda purchase: purchase[:2])
+        try:
+            Path(path).replace(self._path(folder, account, order_id))
+        except OSError as error:
+            _warn(f"{path} can't be renamed", error)
+        return found
+
+
+def _fields_of(data: dict[str, Any]) -> dict[str, str]:
+    return {n: Secret(data[n]) for n in _SAVED_FIELDS if isinstance(data.get(n), str)}
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file of the state folder; only warn if that fails."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _warn(f"{path} can't be removed", error)
+
+
+def _warn(what: str, error: object) -> None:
+    reason = getattr(error, "strerror", None) or error
+    warn_once(f"{what}: {reason}; another process can't log in without the password or the key")
