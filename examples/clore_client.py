@@ -8843,6 +8843,9 @@ class RentalClient(Protocol):
     def forward(self) -> Callable[..., Forward]: ...
 
     @property
+    def shell(self) -> Callable[..., int]: ...
+
+    @property
     def run(self) -> Callable[..., CommandResult]: ...
 
     @property
@@ -10711,6 +10714,10 @@ class Rental:
     def forward(self, remote_port: int, local_port: int = 0) -> Forward:
         """Forward a local port to the machine, as :meth:`CloreClient.forward` does."""
         return self._over_ssh(self._client.forward, (remote_port, local_port), {})  # type: ignore[no-any-return]
+
+    def shell(self) -> int:
+        """Open the machine's shell in this terminal, as :meth:`CloreClient.shell` does."""
+        return self._over_ssh(self._client.shell, (), {})  # type: ignore[no-any-return]
 
     def ssh_command(self, **options: Any) -> str:
         """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""

@@ -42,6 +42,9 @@ class RentalClient(Protocol):
     def forward(self) -> Callable[..., Forward]: ...
 
     @property
+    def shell(self) -> Callable[..., int]: ...
+
+    @property
     def run(self) -> Callable[..., CommandResult]: ...
 
     @property

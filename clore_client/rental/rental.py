@@ -217,6 +217,10 @@ class Rental:
         """Forward a local port to the machine, as :meth:`CloreClient.forward` does."""
         return self._over_ssh(self._client.forward, (remote_port, local_port), {})  # type: ignore[no-any-return]
 
+    def shell(self) -> int:
+        """Open the machine's shell in this terminal, as :meth:`CloreClient.shell` does."""
+        return self._over_ssh(self._client.shell, (), {})  # type: ignore[no-any-return]
+
     def ssh_command(self, **options: Any) -> str:
         """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""
         return self._client.ssh_command(self.order, **options)

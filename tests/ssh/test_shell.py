@@ -37,15 +37,27 @@ sys.stdin.readline()
 """
 
 
+RENTAL_PROGRAM = """
+import sys
+from clore_client import CloreClient
+url, key = eval(sys.argv[1]), sys.argv[2]
+client = CloreClient(key, base_url=url, rate_limit=0, create_order_interval=0, state_dir=None)
+with client.rent("RTX 4090", poll_interval=0.02) as rental:
+    code = rental.shell()
+print(f"<<{code}>>", flush=True)
+sys.stdin.readline()
+"""
+
+
 class Terminal:
     """A process with a pseudo-terminal."""
 
-    def __init__(self, order: Any, key: Any) -> None:
+    def __init__(self, order: Any, key: Any, program: str = PROGRAM) -> None:
         self.near, self.far = pty.openpty()
         self.resize(80, 24)
         self.before = termios.tcgetattr(self.far)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, repr(order), str(key or "")],
+            [sys.executable, "-c", program, repr(order), str(key or "")],
             stdin=self.far, stdout=self.far, stderr=self.far, start_new_session=True,
         )  # fmt: skip
         self.text = b""
@@ -89,8 +101,8 @@ MakeTerminal = Callable[..., Terminal]
 def open_terminal() -> Iterator[MakeTerminal]:
     with contextlib.ExitStack() as stack:
 
-        def make(order: Any, key: Any = None) -> Terminal:
-            terminal = Terminal(order, key)
+        def make(order: Any, key: Any = None, program: str = PROGRAM) -> Terminal:
+            terminal = Terminal(order, key, program)
             stack.callback(terminal.close)
             return terminal
 
@@ -190,3 +202,13 @@ def test_without_a_terminal(server: Sshd) -> None:
         patch.setattr(sys, "stdin", None)
         with pytest.raises(SSHError, match="not a terminal: use run"):
             client.shell(order, key_path=server.key)
+
+
+def test_the_shell_of_a_rental(make_sim: Any, open_terminal: MakeTerminal) -> None:
+    sim = make_sim(ssh=True, rate_limit=0)
+    terminal = open_terminal(sim.url, sim.api_key, RENTAL_PROGRAM)
+    terminal.type("nvidia-smi -L\r")
+    terminal.expect("RTX 4090")
+    terminal.type("exit 3\r")
+    terminal.expect("<<3>>")
+    assert terminal.is_restored
