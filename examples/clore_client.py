@@ -11404,7 +11404,7 @@ class _Survey:
 
     def _match(self) -> None:
         self._leave_kept_orders()
-        named = {entry.order_id for entry in self.entries}
+        named = {entry.order_id for entry in [*self.entries, *self._kept]}
         self._matched: dict[str, Order] = {}  # path of an entry -> its order
         held: set[int] = set()
         living: set[int] = set()  # orders that may belong to living processes
@@ -13719,7 +13719,7 @@ finish_tree() {
   cd / && rm -rf "$p"
 }
 while read -r word || gone; do case $word in
-restart) wipe; make;;
+restart) wipe; make; echo "$token";;
 wipe) wipe; exit 1;;
 list) (cd "$p" && list); echo "$token";;
 go) if [ "$kind" = f ]; then finish_file; else finish_tree; fi
@@ -17836,6 +17836,7 @@ class Upload:
         keys = {key for source in self._sources for key in source.keys}
         if not done <= keys and self._control is not None:  # the source has changed
             self._control.send(b"restart\n")
+            self._control.until(self._values["token"].encode(), MAX_LINE)
             self._plan(set())
 
     def _plan(self, done: set[str]) -> None:

@@ -127,7 +127,7 @@ class _Survey:
 
     def _match(self) -> None:
         self._leave_kept_orders()
-        named = {entry.order_id for entry in self.entries}
+        named = {entry.order_id for entry in [*self.entries, *self._kept]}
         self._matched: dict[str, Order] = {}  # path of an entry -> its order
         held: set[int] = set()
         living: set[int] = set()  # orders that may belong to living processes

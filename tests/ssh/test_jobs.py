@@ -294,7 +294,9 @@ def test_a_host_without_setsid(client: CloreClient, tmp_path: Path, tools: str) 
     folder.mkdir()
     for tool in (*TOOLS, tools):
         if tool:
-            (folder / tool).symlink_to(os.path.realpath(shutil.which(tool) or ""))
+            # What stands in the PATH as python3 may be a script that needs bash.
+            real = sys.executable if tool == "python3" else shutil.which(tool) or ""
+            (folder / tool).symlink_to(os.path.realpath(real))
     home = f"{tmp_path}/sshd/home PATH={folder}"
     with running_sshd(tmp_path / "sshd", home=home) as server:
         far = Far(client, server.order(), tmp_path, key_path=server.key)

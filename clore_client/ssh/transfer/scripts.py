@@ -98,7 +98,7 @@ finish_tree() {
   cd / && rm -rf "$p"
 }
 while read -r word || gone; do case $word in
-restart) wipe; make;;
+restart) wipe; make; echo "$token";;
 wipe) wipe; exit 1;;
 list) (cd "$p" && list); echo "$token";;
 go) if [ "$kind" = f ]; then finish_file; else finish_tree; fi

@@ -216,6 +216,7 @@ class Upload:
         keys = {key for source in self._sources for key in source.keys}
         if not done <= keys and self._control is not None:  # the source has changed
             self._control.send(b"restart\n")
+            self._control.until(self._values["token"].encode(), MAX_LINE)
             self._plan(set())
 
     def _plan(self, done: set[str]) -> None:
