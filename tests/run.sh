@@ -53,9 +53,9 @@ mkdir -p "$copy"
 cp -R clore_client/simulator "$copy/clore_simulator"
 cp -R tests examples README.md pyproject.toml "$copy"
 status=0
-(cd "$copy" && "$bare/bin/python" -m pytest -n 6 "$@") || status=$?
+(cd "$copy" && "$bare/bin/python" -m pytest -n 6 --dist worksteal "$@") || status=$?
 # 4, 5: of the tests that were asked for, none is for the one file.
 case $#:$status in *:0 | [1-9]*:[45]) ;; *) exit "$status" ;; esac
 
 echo "== tests of the package"
-exec "$venv/bin/python" -m pytest -n 6 "$@"
+exec "$venv/bin/python" -m pytest -n 6 --dist worksteal "$@"
