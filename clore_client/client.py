@@ -1500,16 +1500,15 @@ class CloreClient(HTTPClient):
             >>> print(client.run(order, "nvidia-smi -L").stdout)
             GPU 0: NVIDIA GeForce RTX 4090
         """
-        from clore_client.ssh.command import check_run_arguments, run_command
+        from clore_client.ssh.command import Command
 
-        options: dict[str, Any] = {
-            "check": check, "timeout": timeout, "input": input, "env": env, "on_output": on_output,
-            "max_output": max_output,
-        }  # fmt: skip
-        check_run_arguments(command, **options)
+        wanted = Command(
+            command, check=check, timeout=timeout, input=input, env=env, on_output=on_output,
+            max_output=max_output,
+        )  # fmt: skip
         login_timeout = min(30.0, timeout or 30.0)
         with self._ssh.connected(order, ssh, login, login_timeout) as pool:
-            return run_command(pool.ssh, command, **options)
+            return wanted.run(pool.ssh)
 
     def start(
         self,

@@ -14,8 +14,8 @@ from typing import Any
 
 LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
 # With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
-PRIVATE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-PRIVATE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+SAFE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
 LONGEST_STATE_FILE = 1_000_000  # bytes; a longer file is not ours
 
@@ -78,10 +78,10 @@ def open_private(path: Path) -> tuple[int, bool]:
         OSError: that is not possible, or it is a symlink.
     """
     try:
-        return os.open(path, PRIVATE_FLAGS), False
+        return os.open(path, SAFE_FLAGS | os.O_RDWR), False
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.open(path, PRIVATE_FLAGS | os.O_CREAT, 0o600), True
+        return os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT, 0o600), True
 
 
 @contextlib.contextmanager
@@ -142,9 +142,7 @@ def read_state_file(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError, RecursionError: the file can't be read, or is not one of ours.
     """
-    flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    handle = os.open(path, flags | os.O_RDONLY)
+    handle = os.open(path, SAFE_FLAGS | os.O_RDONLY)
     try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_STATE_FILE:

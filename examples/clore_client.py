@@ -956,8 +956,8 @@ def _tail(text: str) -> str:
 
 LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
 # With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
-PRIVATE_FLAGS = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-PRIVATE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+SAFE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
 LONGEST_STATE_FILE = 1_000_000  # bytes; a longer file is not ours
 
@@ -1020,10 +1020,10 @@ def open_private(path: Path) -> tuple[int, bool]:
         OSError: that is not possible, or it is a symlink.
     """
     try:
-        return os.open(path, PRIVATE_FLAGS), False
+        return os.open(path, SAFE_FLAGS | os.O_RDWR), False
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.open(path, PRIVATE_FLAGS | os.O_CREAT, 0o600), True
+        return os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT, 0o600), True
 
 
 @contextlib.contextmanager
@@ -1084,9 +1084,7 @@ def read_state_file(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError, RecursionError: the file can't be read, or is not one of ours.
     """
-    flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    handle = os.open(path, flags | os.O_RDONLY)
+    handle = os.open(path, SAFE_FLAGS | os.O_RDONLY)
     try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_STATE_FILE:
@@ -2470,7 +2468,28 @@ def nominal_vram(record: dict[str, Any]) -> float | None:
     return size if eleven else size + 1
 
 
-class Server(Record):
+class GPURecord(Record):
+    """A record that tells the GPUs of a machine."""
+
+    __slots__ = ()
+
+    @property
+    def gpu(self) -> str | None:
+        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        return gpu_label(self)
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The name of its (first) GPU, for example ``"RTX 4090"``."""
+        return next(iter(gpu_names(self)), None)
+
+    @property
+    def gpu_count(self) -> int | None:
+        """The number of GPUs."""
+        return count_gpus(self)
+
+
+class Server(GPURecord):
     """One server of the marketplace, in the documented form.
 
     A dict with ``id``, ``gpu_array`` (a flat list of names), ``price`` (under ``usd`` in USD per
@@ -2510,21 +2529,6 @@ class Server(Record):
     def id(self) -> int | None:
         """The number of the server, for :meth:`CloreClient.create_order`."""
         return whole_id(self.get("id"))
-
-    @property
-    def gpu(self) -> str | None:
-        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
-        return gpu_label(self)
-
-    @property
-    def gpu_name(self) -> str | None:
-        """The name of its (first) GPU, for example ``"RTX 4090"``."""
-        return next(iter(gpu_names(self)), None)
-
-    @property
-    def gpu_count(self) -> int | None:
-        """The number of GPUs."""
-        return count_gpus(self)
 
     @property
     def price(self) -> dict[str, Any]:
@@ -2748,7 +2752,7 @@ def _port(text: Any) -> int | None:
     return int(text) if 1 <= int(text) <= 65535 else None
 
 
-class Order(Record):
+class Order(GPURecord):
     """One order, in the documented form.
 
     A dict with ``order_id``, ``renting_server``, ``status``, ``connection`` (``ssh`` and
@@ -2791,21 +2795,6 @@ class Order(Record):
         """``"creating"``, ``"running"``, ``"cancelled"`` or ``"expired"``."""
         status = self.get("status")
         return status if isinstance(status, str) else None
-
-    @property
-    def gpu(self) -> str | None:
-        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
-        return gpu_label(self)
-
-    @property
-    def gpu_name(self) -> str | None:
-        """The name of its (first) GPU, for example ``"RTX 4090"``."""
-        return next(iter(gpu_names(self)), None)
-
-    @property
-    def gpu_count(self) -> int | None:
-        """The number of GPUs."""
-        return count_gpus(self)
 
     @property
     def price(self) -> float | None:
@@ -9538,10 +9527,8 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
 def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
     if (written := this_process.entries.get(str(path))) is not None:
         return written
-    flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     # Some systems can lock only files that are open for writing.
-    handle = os.open(path, flags | os.O_RDWR)
+    handle = os.open(path, SAFE_FLAGS | os.O_RDWR)
     keep = False
     try:
         about = os.fstat(handle)
@@ -10567,18 +10554,19 @@ TRY_NEXT_ERRORS = (
 )
 
 
-class _BlockExit:
-    """A descriptor for ``Rental.__exit__`` that returns a new object to each ``with`` statement.
+class BlockExit:
+    """A descriptor for ``__exit__`` that returns a new object to each ``with`` statement.
 
     The ``with`` statement keeps that object until the block has ended in any way. The worker has a
     weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
     line.
     """
 
-    def __get__(self, rental: Rental | None, owner: type[Rental]) -> Callable[..., None]:
+    def __get__(self, rental: Any, owner: Any) -> Callable[..., None]:
+        end: Callable[..., None] = owner._end
         if rental is None:
-            return owner._end
-        leave = functools.partial(owner._end, rental)
+            return end
+        leave = functools.partial(end, rental)
         rental.end_with(leave)
         return leave
 
@@ -10859,7 +10847,7 @@ class Rental:
             raise
         return self
 
-    __exit__ = _BlockExit()
+    __exit__ = BlockExit()
 
     def _end(
         self,
@@ -11109,17 +11097,6 @@ class AttachedRental(Rental):
 GroupResult = TypeVar("GroupResult")
 
 
-class _GroupExit:
-    """The descriptor for ``RentalGroup.__exit__``, as ``Rental`` has one."""
-
-    def __get__(self, group: RentalGroup | None, owner: type[RentalGroup]) -> Callable[..., None]:
-        if group is None:
-            return owner._end
-        leave = functools.partial(owner._end, group)
-        group._end_with(leave)
-        return leave
-
-
 class RentalGroup:
     """Several rentals that begin and end together; see ``CloreClient.rent_many``.
 
@@ -11193,7 +11170,8 @@ class RentalGroup:
 
     # --- the block ---
 
-    def _end_with(self, leave: Callable[..., None]) -> None:
+    def end_with(self, leave: Callable[..., None]) -> None:
+        """End all rentals when ``leave``, the end of a ``with`` statement, no longer exists."""
         for rental in self._all:
             rental.end_with(leave)
 
@@ -11210,7 +11188,7 @@ class RentalGroup:
             raise
         return self
 
-    __exit__ = _GroupExit()
+    __exit__ = BlockExit()
 
     def _begin(self) -> None:
         """Begin all rentals at once, and wait until enough of them run."""
@@ -13316,6 +13294,17 @@ def checked_name(name: bytes) -> str:
     return text
 
 
+def kind_of(mode: int) -> str:
+    """Return "f", "d" or "l" for the mode of a file; empty for anything else."""
+    kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
+    return kinds.get(stat.S_IFMT(mode), "")
+
+
+def whole_seconds(mtime: int) -> int:
+    """Return a time in nanoseconds as the seconds that a transfer keeps."""
+    return min(max(mtime // 10**9, 0), LAST_TIME)
+
+
 def nanoseconds(seconds: int) -> int:
     """Convert a time of a host to nanoseconds, limited to what file systems know."""
     return min(max(seconds, 0), LAST_TIME) * 10**9
@@ -14552,9 +14541,7 @@ class TransferOptions:
             check_callback("progress", progress, 3)
             self.progress = progress
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
-        self.deadline: float | None = deadline
-        if deadline is not None:
-            check_number("deadline", deadline, above=True, unit="seconds")
+        self.deadline = check_optional_number("deadline", deadline, above=True, unit="seconds")
 
 
 class DownloadOptions(TransferOptions):
@@ -14835,18 +14822,6 @@ _KILL_GROUP = (
     "k() {{ r=1; for p in $t; do s $1 $p && r=0; done; return $r; }}; "
     "k TERM; n=0; while [ $n -lt {polls} ] && k 0; do sleep {pause}; n=$((n+1)); done; k KILL"
 )
-
-
-def check_run_arguments(command: str | Sequence[str], **options: Any) -> Command:
-    """Check the arguments of :class:`Command`, before anything is sent."""
-    return Command(command, **options)
-
-
-def run_command(
-    ssh: paramiko.SSHClient, command: str | Sequence[str], **options: Any
-) -> CommandResult:
-    """Run a command and wait for its end; the options are those of :class:`Command`."""
-    return Command(command, **options).run(ssh)
 
 
 class Command:
@@ -16574,11 +16549,6 @@ class Comparison:
         return excluded(entry.name, entry.kind == "d") or any(excluded(n, True) for n in above)
 
 
-def whole_seconds(mtime: int) -> int:
-    """Return a time in nanoseconds as the seconds that a transfer keeps."""
-    return min(max(mtime // 10**9, 0), LAST_TIME)
-
-
 class ShellTarget:
     """The target of an upload on a host with a shell."""
 
@@ -16591,7 +16561,7 @@ class ShellTarget:
         there: RemoteListing = {}
 
         def take(mode: int, size: int, seconds: int, name: bytes) -> None:
-            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            kind = kind_of(mode) or "l"
             if name or kind == "f":
                 if name:
                     checked_name(name)
@@ -16672,7 +16642,7 @@ class SftpTarget:
             if len(there) >= MAX_TARGET_FILES:
                 raise SSHError(f"the machine lists more than {MAX_TARGET_FILES} files")
             mode = found.st_mode or 0
-            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            kind = kind_of(mode) or "l"
             mtime = int(found.st_mtime or 0) * 10**9
             there[inner] = FileEntry(inner, int(found.st_size or 0), mtime, mode & 0o777, kind)
             if kind == "d":
@@ -17037,7 +17007,7 @@ class RemoteTree:
 
     def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
         """Add an entry of the listing."""
-        kind = {stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFREG: "f"}.get(stat.S_IFMT(mode))
+        kind = kind_of(mode)
         entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
         if not name and kind == "d":
             self.root = entry
@@ -17048,7 +17018,7 @@ class RemoteTree:
         self._names.add(name)
         if kind == "d":
             self._folders.add(name)
-        if kind is None:
+        if not kind:
             self.odd.append(name)
         else:
             self.entries.append(entry)
@@ -17171,8 +17141,7 @@ class RemoteFiles:
     def kind(self, path: bytes, follow: bool = True) -> str:
         """Return "f", "d", "l", "other", or "" if the path does not exist."""
         found = self.look(path, follow)
-        kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
-        return "" if found is None else kinds.get(stat.S_IFMT(found.st_mode), "other")
+        return "" if found is None else kind_of(found.st_mode) or "other"
 
     def pieces(self, file: Any, start: int, end: int) -> Iterator[bytes]:
         """Yield a range of a file, with several requests at a time."""
@@ -17311,16 +17280,18 @@ class SftpDownload:
         return [
             entry
             for entry in files
-            if self._remote.digest(self._place(entry), entry.size)
-            != file_digest(self._part.target_of(entry), 0, entry.size)
+            if self._content_differs(self._part.target_of(entry), entry, self._place(entry))
         ]
+
+    def _content_differs(self, here: str | Path, entry: FileEntry, there: bytes) -> bool:
+        return self._remote.digest(there, entry.size) != file_digest(here, 0, entry.size)
 
     def _place(self, entry: FileEntry) -> bytes:
         return self._source + b"/" + entry.name if entry.name else self._source
 
     def _get_file(self, entry: FileEntry, source: bytes) -> None:
         part, remote = self._part, self._remote
-        here, earlier = hashlib.sha256(), part.earlier(entry)
+        earlier = part.earlier(entry)
         with remote.sftp.open(source, "rb") as file, part.open(entry) as out:
             for start, length in part.missing(entry):
                 out.seek(start)
@@ -17337,13 +17308,10 @@ class SftpDownload:
             self._transfer.moved(entry, 0)
         found = remote.look(source)
         check_unchanged(entry, None if found is None else _entry_of(b"", found))
-        if self._options.verify or earlier:
-            with open(part.place(entry), "rb") as file:
-                while piece := file.read(TRANSFER_PIECE):
-                    here.update(piece)
-            if here.hexdigest() != remote.digest(source, entry.size):
-                part.clear()
-                raise SSHError(DIFFERS)
+        compares = self._options.verify or earlier
+        if compares and self._content_differs(part.place(entry), entry, source):
+            part.clear()
+            raise SSHError(DIFFERS)
         for _, length in earlier:
             self._transfer.count(entry, length)
 
@@ -17989,7 +17957,7 @@ class Upload:
         there: dict[bytes, tuple[str, int]] = {}
 
         def take(mode: int, size: int, mtime: int, name: bytes) -> None:
-            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            kind = kind_of(mode) or "l"
             there[name] = (kind, size if kind == "f" else 0)
 
         text = control.until(self._values["token"].encode(), MAX_ANSWER)
@@ -18024,8 +17992,7 @@ class Upload:
 
 def touch_time(mtime: int) -> str:
     """Convert a time in nanoseconds to UTC for ``touch -t``."""
-    seconds = min(max(mtime // 10**9, 0), LAST_TIME)
-    return time.strftime("%Y%m%d%H%M.%S", time.gmtime(seconds))
+    return time.strftime("%Y%m%d%H%M.%S", time.gmtime(whole_seconds(mtime)))
 
 
 # ==================================================================================================
@@ -19800,14 +19767,13 @@ class CloreClient(HTTPClient):
             >>> print(client.run(order, "nvidia-smi -L").stdout)
             GPU 0: NVIDIA GeForce RTX 4090
         """
-        options: dict[str, Any] = {
-            "check": check, "timeout": timeout, "input": input, "env": env, "on_output": on_output,
-            "max_output": max_output,
-        }  # fmt: skip
-        check_run_arguments(command, **options)
+        wanted = Command(
+            command, check=check, timeout=timeout, input=input, env=env, on_output=on_output,
+            max_output=max_output,
+        )  # fmt: skip
         login_timeout = min(30.0, timeout or 30.0)
         with self._ssh.connected(order, ssh, login, login_timeout) as pool:
-            return run_command(pool.ssh, command, **options)
+            return wanted.run(pool.ssh)
 
     def start(
         self,

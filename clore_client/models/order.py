@@ -9,8 +9,8 @@ from collections.abc import Collection
 from typing import Any
 
 from clore_client.errors import masked
-from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
-from clore_client.models.server import count_gpus, gpu_label, gpu_names
+from clore_client.models.record import dicts, is_live, part_of, whole_id
+from clore_client.models.server import GPURecord
 from clore_client.models.table import utc_time
 from clore_client.pricing import (
     CREATION_FEE,
@@ -55,7 +55,7 @@ def _port(text: Any) -> int | None:
     return int(text) if 1 <= int(text) <= 65535 else None
 
 
-class Order(Record):
+class Order(GPURecord):
     """One order, in the documented form.
 
     A dict with ``order_id``, ``renting_server``, ``status``, ``connection`` (``ssh`` and
@@ -98,21 +98,6 @@ class Order(Record):
         """``"creating"``, ``"running"``, ``"cancelled"`` or ``"expired"``."""
         status = self.get("status")
         return status if isinstance(status, str) else None
-
-    @property
-    def gpu(self) -> str | None:
-        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
-        return gpu_label(self)
-
-    @property
-    def gpu_name(self) -> str | None:
-        """The name of its (first) GPU, for example ``"RTX 4090"``."""
-        return next(iter(gpu_names(self)), None)
-
-    @property
-    def gpu_count(self) -> int | None:
-        """The number of GPUs."""
-        return count_gpus(self)
 
     @property
     def price(self) -> float | None:

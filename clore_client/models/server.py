@@ -220,7 +220,28 @@ def nominal_vram(record: dict[str, Any]) -> float | None:
     return size if eleven else size + 1
 
 
-class Server(Record):
+class GPURecord(Record):
+    """A record that tells the GPUs of a machine."""
+
+    __slots__ = ()
+
+    @property
+    def gpu(self) -> str | None:
+        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        return gpu_label(self)
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The name of its (first) GPU, for example ``"RTX 4090"``."""
+        return next(iter(gpu_names(self)), None)
+
+    @property
+    def gpu_count(self) -> int | None:
+        """The number of GPUs."""
+        return count_gpus(self)
+
+
+class Server(GPURecord):
     """One server of the marketplace, in the documented form.
 
     A dict with ``id``, ``gpu_array`` (a flat list of names), ``price`` (under ``usd`` in USD per
@@ -260,21 +281,6 @@ class Server(Record):
     def id(self) -> int | None:
         """The number of the server, for :meth:`CloreClient.create_order`."""
         return whole_id(self.get("id"))
-
-    @property
-    def gpu(self) -> str | None:
-        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
-        return gpu_label(self)
-
-    @property
-    def gpu_name(self) -> str | None:
-        """The name of its (first) GPU, for example ``"RTX 4090"``."""
-        return next(iter(gpu_names(self)), None)
-
-    @property
-    def gpu_count(self) -> int | None:
-        """The number of GPUs."""
-        return count_gpus(self)
 
     @property
     def price(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -11,22 +10,11 @@ from typing import Any, TypeVar
 from clore_client.errors import CancelUnconfirmedError, RentalError, add_note
 from clore_client.log import logger
 from clore_client.models.result import CommandResult
-from clore_client.rental.rental import Rental
+from clore_client.rental.rental import BlockExit, Rental
 from clore_client.rental.selection import summary
 from clore_client.rental.signals import SignalHandling, in_main_thread
 
 GroupResult = TypeVar("GroupResult")
-
-
-class _GroupExit:
-    """The descriptor for ``RentalGroup.__exit__``, as ``Rental`` has one."""
-
-    def __get__(self, group: RentalGroup | None, owner: type[RentalGroup]) -> Callable[..., None]:
-        if group is None:
-            return owner._end
-        leave = functools.partial(owner._end, group)
-        group._end_with(leave)
-        return leave
 
 
 class RentalGroup:
@@ -102,7 +90,8 @@ class RentalGroup:
 
     # --- the block ---
 
-    def _end_with(self, leave: Callable[..., None]) -> None:
+    def end_with(self, leave: Callable[..., None]) -> None:
+        """End all rentals when ``leave``, the end of a ``with`` statement, no longer exists."""
         for rental in self._all:
             rental.end_with(leave)
 
@@ -119,7 +108,7 @@ class RentalGroup:
             raise
         return self
 
-    __exit__ = _GroupExit()
+    __exit__ = BlockExit()
 
     def _begin(self) -> None:
         """Begin all rentals at once, and wait until enough of them run."""

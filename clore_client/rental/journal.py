@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clore_client.config import read_line, warn_about_state
-from clore_client.files import lock_file
+from clore_client.files import SAFE_FLAGS, lock_file
 from clore_client.models.record import whole_id
 from clore_client.rental.process import this_process
 
@@ -185,10 +185,8 @@ def read_entries(folder: Path | None) -> list[JournalEntry]:
 def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
     if (written := this_process.entries.get(str(path))) is not None:
         return written
-    flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     # Some systems can lock only files that are open for writing.
-    handle = os.open(path, flags | os.O_RDWR)
+    handle = os.open(path, SAFE_FLAGS | os.O_RDWR)
     keep = False
     try:
         about = os.fstat(handle)

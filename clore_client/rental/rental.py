@@ -69,18 +69,19 @@ TRY_NEXT_ERRORS = (
 )
 
 
-class _BlockExit:
-    """A descriptor for ``Rental.__exit__`` that returns a new object to each ``with`` statement.
+class BlockExit:
+    """A descriptor for ``__exit__`` that returns a new object to each ``with`` statement.
 
     The ``with`` statement keeps that object until the block has ended in any way. The worker has a
     weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
     line.
     """
 
-    def __get__(self, rental: Rental | None, owner: type[Rental]) -> Callable[..., None]:
+    def __get__(self, rental: Any, owner: Any) -> Callable[..., None]:
+        end: Callable[..., None] = owner._end
         if rental is None:
-            return owner._end
-        leave = functools.partial(owner._end, rental)
+            return end
+        leave = functools.partial(end, rental)
         rental.end_with(leave)
         return leave
 
@@ -363,7 +364,7 @@ class Rental:
             raise
         return self
 
-    __exit__ = _BlockExit()
+    __exit__ = BlockExit()
 
     def _end(
         self,

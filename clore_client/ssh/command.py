@@ -55,18 +55,6 @@ _KILL_GROUP = (
 )
 
 
-def check_run_arguments(command: str | Sequence[str], **options: Any) -> Command:
-    """Check the arguments of :class:`Command`, before anything is sent."""
-    return Command(command, **options)
-
-
-def run_command(
-    ssh: paramiko.SSHClient, command: str | Sequence[str], **options: Any
-) -> CommandResult:
-    """Run a command and wait for its end; the options are those of :class:`Command`."""
-    return Command(command, **options).run(ssh)
-
-
 class Command:
     """A command with its arguments, all checked.
 

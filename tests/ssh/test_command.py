@@ -30,7 +30,7 @@ from clore_client import CloreClient, SSHError
 from clore_client.errors import CommandError, CommandTimeoutError
 from clore_client.models.result import CommandResult, OutputLine
 from clore_client.ssh import command as remote
-from clore_client.ssh.command import check_run_arguments, run_command
+from clore_client.ssh.command import Command
 from clore_client.ssh.command_line import command_line
 from clore_client.ssh.command_output import (
     LONGEST_PIECE,
@@ -44,6 +44,11 @@ from tests.hostile import HostileServer, RawServer, Run, hang, silence
 from tests.sshd import Dropbear, Sshd, running_sshd
 
 MB10 = 10_000_000
+
+
+def run_command(ssh: paramiko.SSHClient, command: Any, **options: Any) -> CommandResult:
+    """Run a command on a connection."""
+    return Command(command, **options).run(ssh)
 
 
 def unique() -> str:
@@ -365,11 +370,11 @@ def test_a_function_that_takes_longer_than_the_timeout(
 CTRL_C = """
 import sys
 from clore_client import CloreClient
-from clore_client.ssh.command import run_command
+from clore_client.ssh.command import Command
 order = {"connection": {"ssh": sys.argv[1]}, "order_id": 7}
 with CloreClient().connect_ssh(order, key_path=sys.argv[2], wait=20) as ssh:
     try:
-        run_command(ssh, sys.argv[3], on_output=lambda line: print(line, flush=True))
+        Command(sys.argv[3], on_output=lambda line: print(line, flush=True)).run(ssh)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
 """
@@ -651,7 +656,7 @@ def test_bad_commands(command: Any, error: type[Exception]) -> None:
 def test_bad_arguments(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises((TypeError, ValueError), match=name):
-        check_run_arguments("ls", **wrong)
+        Command("ls", **wrong)
     with pytest.raises((TypeError, ValueError), match=name):
         run_command(None, "ls", **wrong)  # type: ignore[arg-type]
 
@@ -667,7 +672,7 @@ def test_a_connection_that_is_none() -> None:
 
 def test_a_bad_value_of_env_is_not_shown() -> None:
     with pytest.raises(ValueError, match=r"env\['A'\]") as caught:
-        check_run_arguments("ls", env={"A": "hunter2\0"})
+        Command("ls", env={"A": "hunter2\0"})
     assert "hunter2" not in str(caught.value)
 
 

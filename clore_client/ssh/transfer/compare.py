@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-import stat
 from typing import Any, Protocol
 
 from clore_client.errors import SSHError
 from clore_client.ssh.transfer.digests import MAX_ANSWER, different_files, same_chunks
-from clore_client.ssh.transfer.entry import LAST_TIME, FileEntry, checked_name, file_digest
+from clore_client.ssh.transfer.entry import (
+    FileEntry,
+    checked_name,
+    file_digest,
+    kind_of,
+    whole_seconds,
+)
 from clore_client.ssh.transfer.local_tree import LocalTree
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
@@ -107,11 +112,6 @@ class Comparison:
         return excluded(entry.name, entry.kind == "d") or any(excluded(n, True) for n in above)
 
 
-def whole_seconds(mtime: int) -> int:
-    """Return a time in nanoseconds as the seconds that a transfer keeps."""
-    return min(max(mtime // 10**9, 0), LAST_TIME)
-
-
 class ShellTarget:
     """The target of an upload on a host with a shell."""
 
@@ -124,7 +124,7 @@ class ShellTarget:
         there: RemoteListing = {}
 
         def take(mode: int, size: int, seconds: int, name: bytes) -> None:
-            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            kind = kind_of(mode) or "l"
             if name or kind == "f":
                 if name:
                     checked_name(name)
@@ -205,7 +205,7 @@ class SftpTarget:
             if len(there) >= MAX_TARGET_FILES:
                 raise SSHError(f"the machine lists more than {MAX_TARGET_FILES} files")
             mode = found.st_mode or 0
-            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            kind = kind_of(mode) or "l"
             mtime = int(found.st_mtime or 0) * 10**9
             there[inner] = FileEntry(inner, int(found.st_size or 0), mtime, mode & 0o777, kind)
             if kind == "d":

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,17 @@ def checked_name(name: bytes) -> str:
     if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
         raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
     return text
+
+
+def kind_of(mode: int) -> str:
+    """Return "f", "d" or "l" for the mode of a file; empty for anything else."""
+    kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
+    return kinds.get(stat.S_IFMT(mode), "")
+
+
+def whole_seconds(mtime: int) -> int:
+    """Return a time in nanoseconds as the seconds that a transfer keeps."""
+    return min(max(mtime // 10**9, 0), LAST_TIME)
 
 
 def nanoseconds(seconds: int) -> int:

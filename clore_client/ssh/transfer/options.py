@@ -16,6 +16,7 @@ from clore_client.validation import (
     check_count,
     check_local_path,
     check_number,
+    check_optional_number,
     check_string,
     short_repr,
 )
@@ -66,9 +67,7 @@ class TransferOptions:
             check_callback("progress", progress, 3)
             self.progress = progress
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
-        self.deadline: float | None = deadline
-        if deadline is not None:
-            check_number("deadline", deadline, above=True, unit="seconds")
+        self.deadline = check_optional_number("deadline", deadline, above=True, unit="seconds")
 
 
 class DownloadOptions(TransferOptions):

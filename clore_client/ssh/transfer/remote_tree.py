@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 from collections.abc import Callable
 
 from clore_client.errors import SSHError, printable
-from clore_client.ssh.transfer.entry import FileEntry, checked_name, link_target, nanoseconds
+from clore_client.ssh.transfer.entry import (
+    FileEntry,
+    checked_name,
+    kind_of,
+    link_target,
+    nanoseconds,
+)
 from clore_client.ssh.transfer.local_part import LocalPart
 from clore_client.ssh.transfer.options import Excludes
 from clore_client.ssh.transfer.transfer import Transfer
@@ -77,7 +82,7 @@ class RemoteTree:
 
     def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
         """Add an entry of the listing."""
-        kind = {stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFREG: "f"}.get(stat.S_IFMT(mode))
+        kind = kind_of(mode)
         entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
         if not name and kind == "d":
             self.root = entry
@@ -88,7 +93,7 @@ class RemoteTree:
         self._names.add(name)
         if kind == "d":
             self._folders.add(name)
-        if kind is None:
+        if not kind:
             self.odd.append(name)
         else:
             self.entries.append(entry)

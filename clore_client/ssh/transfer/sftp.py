@@ -7,13 +7,13 @@ import hashlib
 import logging
 import os
 import posixpath
-import stat
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from clore_client.errors import SSHError
 from clore_client.ssh.connect import PARAMIKO_LOGGER
+from clore_client.ssh.transfer.entry import kind_of
 from clore_client.ssh.transfer.transfer import Transfer
 from clore_client.ssh.transport import (
     LimitedChannel,
@@ -104,8 +104,7 @@ class RemoteFiles:
     def kind(self, path: bytes, follow: bool = True) -> str:
         """Return "f", "d", "l", "other", or "" if the path does not exist."""
         found = self.look(path, follow)
-        kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
-        return "" if found is None else kinds.get(stat.S_IFMT(found.st_mode), "other")
+        return "" if found is None else kind_of(found.st_mode) or "other"
 
     def pieces(self, file: Any, start: int, end: int) -> Iterator[bytes]:
         """Yield a range of a file, with several requests at a time."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import stat
+from pathlib import Path
 from typing import Any
 
 from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.digests import DIFFERS
 from clore_client.ssh.transfer.entry import (
     MAX_LEVELS,
-    TRANSFER_PIECE,
     FileEntry,
     about,
     check_unchanged,
@@ -112,16 +111,18 @@ class SftpDownload:
         return [
             entry
             for entry in files
-            if self._remote.digest(self._place(entry), entry.size)
-            != file_digest(self._part.target_of(entry), 0, entry.size)
+            if self._content_differs(self._part.target_of(entry), entry, self._place(entry))
         ]
+
+    def _content_differs(self, here: str | Path, entry: FileEntry, there: bytes) -> bool:
+        return self._remote.digest(there, entry.size) != file_digest(here, 0, entry.size)
 
     def _place(self, entry: FileEntry) -> bytes:
         return self._source + b"/" + entry.name if entry.name else self._source
 
     def _get_file(self, entry: FileEntry, source: bytes) -> None:
         part, remote = self._part, self._remote
-        here, earlier = hashlib.sha256(), part.earlier(entry)
+        earlier = part.earlier(entry)
         with remote.sftp.open(source, "rb") as file, part.open(entry) as out:
             for start, length in part.missing(entry):
                 out.seek(start)
@@ -138,13 +139,10 @@ class SftpDownload:
             self._transfer.moved(entry, 0)
         found = remote.look(source)
         check_unchanged(entry, None if found is None else _entry_of(b"", found))
-        if self._options.verify or earlier:
-            with open(part.place(entry), "rb") as file:
-                while piece := file.read(TRANSFER_PIECE):
-                    here.update(piece)
-            if here.hexdigest() != remote.digest(source, entry.size):
-                part.clear()
-                raise SSHError(DIFFERS)
+        compares = self._options.verify or earlier
+        if compares and self._content_differs(part.place(entry), entry, source):
+            part.clear()
+            raise SSHError(DIFFERS)
         for _, length in earlier:
             self._transfer.count(entry, length)
 

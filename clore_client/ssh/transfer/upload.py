@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,11 +22,12 @@ from clore_client.ssh.transfer.digests import (
 )
 from clore_client.ssh.transfer.entry import (
     BLOCK,
-    LAST_TIME,
     TRANSFER_PIECE,
     FileEntry,
     about,
+    kind_of,
     record_key,
+    whole_seconds,
 )
 from clore_client.ssh.transfer.local_tree import Bundles, Chunks, LocalTree, Source
 from clore_client.ssh.transfer.options import is_content
@@ -369,7 +369,7 @@ class Upload:
         there: dict[bytes, tuple[str, int]] = {}
 
         def take(mode: int, size: int, mtime: int, name: bytes) -> None:
-            kind = "f" if stat.S_ISREG(mode) else "d" if stat.S_ISDIR(mode) else "l"
+            kind = kind_of(mode) or "l"
             there[name] = (kind, size if kind == "f" else 0)
 
         text = control.until(self._values["token"].encode(), MAX_ANSWER)
@@ -404,5 +404,4 @@ class Upload:
 
 def touch_time(mtime: int) -> str:
     """Convert a time in nanoseconds to UTC for ``touch -t``."""
-    seconds = min(max(mtime // 10**9, 0), LAST_TIME)
-    return time.strftime("%Y%m%d%H%M.%S", time.gmtime(seconds))
+    return time.strftime("%Y%m%d%H%M.%S", time.gmtime(whole_seconds(mtime)))
