@@ -9,15 +9,12 @@ import sys
 
 from clore_client import CloreClient, Rental
 
-START = (
-    "pip install -q dask distributed && "
-    "(nohup dask scheduler --host 127.0.0.1 --port 8786 </dev/null >scheduler.log 2>&1 &) && "
-    "(nohup dask worker tcp://127.0.0.1:8786 </dev/null >worker.log 2>&1 &)"
-)
-
-
-def square(number: int) -> int:
-    return number * number
+START = """
+pip install -q dask distributed || exit
+nohup dask scheduler --host 127.0.0.1 --port 8786 </dev/null >scheduler.log 2>&1 &
+nohup dask worker tcp://127.0.0.1:8786 </dev/null >worker.log 2>&1 &
+python3 -c 'from distributed import Client; Client("127.0.0.1:8786").wait_for_workers(1, 60)'
+"""
 
 
 def main(gpu_type: str, count: int) -> None:
@@ -32,7 +29,7 @@ def main(gpu_type: str, count: int) -> None:
             return stack.enter_context(Client(f"tcp://127.0.0.1:{port}"))
 
         clusters = [cluster(rental) for rental in rentals]
-        futures = [clusters[n % len(clusters)].submit(square, n) for n in range(100)]
+        futures = [clusters[n % len(clusters)].submit(pow, n, 2) for n in range(100)]
         print(sum(future.result() for future in futures))
 
 

@@ -134,6 +134,13 @@ def test_run_over_ssh(make_sim: MakeSim) -> None:
     assert run(sim, "run_over_ssh.py").returncode == 1
 
 
+def test_dask_machines(make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The simulated host is this machine, and its programs are the ones that this PATH finds.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    done = run(make_sim(**EASY), "dask_machines.py", "RTX 4090", "1")
+    assert done.stdout == f"{sum(n * n for n in range(100))}\n", done.stderr
+
+
 def test_move_data(make_sim: MakeSim, tmp_path: Path) -> None:
     sim = make_sim(**EASY)
     script, results = tmp_path / "job.sh", tmp_path / "results"
