@@ -50,9 +50,8 @@ Contents:
     api.limiters                Choose who shares a rate limit: this process, this machine, or many
                                 machines through Redis.
     api.redis_limit             Keep a rate limit in Redis, for many machines.
-    api.retry                   Classify a response or a failure by the retry policy: success,
-                                retry, or error.
-    api.retries                 Count the requests of one call, and decide when to give up.
+    api.retry                   Classify responses and failures by the retry policy, and decide when
+                                a call gives up.
     api.request                 Make API calls: send a request, respect the rate limit, retry,
                                 return a response or an error.
     market.cost                 Estimate what a rental costs, with the fees of the account.
@@ -5132,7 +5131,7 @@ def _numbers(turn: Turn, now: float) -> str:
 # ==================================================================================================
 # api.retry
 #
-# Classify a response or a failure by the retry policy: success, retry, or error.
+# Classify responses and failures by the retry policy, and decide when a call gives up.
 # ==================================================================================================
 
 
@@ -5309,13 +5308,6 @@ def _decode(body: bytes) -> Any:
         except (ValueError, RecursionError):
             continue
     return None
-
-
-# ==================================================================================================
-# api.retries
-#
-# Count the requests of one call, and decide when to give up.
-# ==================================================================================================
 
 
 class Retries:

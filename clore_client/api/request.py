@@ -25,8 +25,13 @@ from clore_client.api.rate_limit import (
     RateLimiter,
     Turn,
 )
-from clore_client.api.retries import Retries
-from clore_client.api.retry import Failure, classify, classify_error, classify_unusable
+from clore_client.api.retry import (
+    Failure,
+    Retries,
+    classify,
+    classify_error,
+    classify_unusable,
+)
 from clore_client.config import (
     URL_VARIABLE,
     check_base_url,
