@@ -977,7 +977,9 @@ class CloreClient(HTTPClient):
         Parameters:
             count: the number of servers.
             *filters, **options: as for :meth:`rent`; ``attempts``, ``max_hours`` and
-                ``max_cost_usd`` count for each rental.
+                ``max_cost_usd`` count for each rental. ``on_progress`` is called in the threads of
+                the rentals, one call at a time; the text of each event names the server or the
+                order. An exception that it raises ends all rentals, and is raised.
             min_count: how many must run; default all.
 
         Returns:

@@ -344,9 +344,10 @@ class Rental:
             self._client, self._orders, self._settings, self._folder, self._inbox, holders, in_block
         )
 
-    def share_servers(self, other: Rental) -> None:
-        """Try the servers that another rental does not try, found by the same search."""
+    def share_with(self, other: Rental) -> None:
+        """Try other servers than another rental, found by one search; report one at a time."""
         self.servers, self._settings = other.servers, other._settings
+        self._progress = other._progress
 
     def __enter__(self: Rented) -> Rented:
         if self._worker is not None:
@@ -418,7 +419,7 @@ class Rental:
             order = self._buy(worker, server)
         except TRY_NEXT_ERRORS as error:
             return str(error)
-        self._tell("order", f"order {order.id}")
+        self._tell("order", f"order {order.id} of server {server.id}")
         self._order, self._server = order, server
         reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
         if reason is None:
