@@ -20,8 +20,9 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.market.market import Market, Requester
 from clore_client.models.order import Order, to_orders
-from clore_client.orders.claims import Claims, claims_for
+from clore_client.orders.claims import Claims
 from clore_client.orders.credentials import ORDER_OVER, Credentials
+from clore_client.process import this_process
 from clore_client.validation import Timeout
 
 SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
@@ -89,8 +90,9 @@ class AccountOrders:
     @property
     def claims(self) -> Claims:
         """The claims of the account, shared by its clients; without a key, this client's own."""
-        key = self.client.api_key
-        return claims_for(self.client.base_url, key) if key else self._own_claims
+        if not self.client.api_key:
+            return self._own_claims
+        return this_process.of_account(Claims, "claims", self.account)
 
     @property
     def known(self) -> set[int]:

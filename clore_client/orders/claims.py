@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from clore_client.config import PerAccount
 from clore_client.models.order import Order
 from clore_client.models.record import whole_id
 from clore_client.pricing import finite
@@ -75,11 +74,3 @@ class Claims:
         """Return the ``orders`` that no other purchase has claimed, the newest last."""
         found = {o.id: o for o in orders if self._taken.get(o.id or 0, purchase) is purchase}
         return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
-
-
-_claims = PerAccount(Claims)
-
-
-def claims_for(base_url: str, api_key: str) -> Claims:
-    """Return the claims of an account, which all clients of this process share."""
-    return _claims.of(base_url, api_key)

@@ -15,7 +15,7 @@ from typing import Any
 from clore_client.config import read_line, warn_about_state
 from clore_client.files import SAFE_FLAGS, lock_file
 from clore_client.models.record import whole_id
-from clore_client.rental.process import this_process
+from clore_client.process import this_process
 
 STATE_SUFFIX = ".json"
 JOURNAL_SCHEMA = 1  # a later version adds fields, and keeps these

@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 
 from clore_client.log import warn_once
-from clore_client.rental.process import this_process
+from clore_client.process import this_process
 
 SIGNALS = tuple(s for n in ("SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None)
 

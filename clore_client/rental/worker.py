@@ -32,12 +32,12 @@ from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
+from clore_client.process import this_process
 from clore_client.rental.budget import Budget
 from clore_client.rental.cleanup import Cleanup
 from clore_client.rental.client import RentalClient
 from clore_client.rental.handoff import Gate, ThreadCall, next_item
 from clore_client.rental.orders import RentalOrder, RentalOrders
-from clore_client.rental.process import this_process
 from clore_client.rental.selection import RentalSettings
 from clore_client.rental.signals import SignalExit, SignalHandling, in_main_thread
 
