@@ -18,7 +18,6 @@ from clore_client.errors import (
 from clore_client.market.spot import in_documented_form
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders
-from clore_client.orders.limits import check_price_limit
 from clore_client.pricing import bid_per_hour, finite, wire_currency
 from clore_client.validation import check_currency
 
@@ -137,8 +136,7 @@ def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_ab
             f"order_id {order.id} is not a spot order, so nothing was bid: only spot orders have a "
             "bid"
         )
-    limit = orders.client.max_usd_per_hour
-    check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
+    orders.check_price(usd_per_hour, f"the bid for order {order.id}")
     if in_documented_form(order):
         orders.market.data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
         return usd_per_hour

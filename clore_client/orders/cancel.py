@@ -146,7 +146,7 @@ class Cancellation:
     @property
     def _refused(self) -> bool:
         """True if the API clearly refused to cancel an order that is active."""
-        return self._state is OrderState.ACTIVE and not (self.accepted or self._outcome_unknown)
+        return self._state == "active" and not (self.accepted or self._outcome_unknown)
 
     def _accept(self) -> None:
         self.accepted, self.failure = True, None
@@ -158,7 +158,7 @@ class Cancellation:
         if not self._done:
             return self._sent_at + self._pause if self.failure else -math.inf
         # The cancel was accepted, but the order still looks active.
-        return self._sent_at + CANCEL_AGAIN_AFTER if self._state is OrderState.ACTIVE else math.inf
+        return self._sent_at + CANCEL_AGAIN_AFTER if self._state == "active" else math.inf
 
     def _send_if_due(self, deadline: float) -> None:
         if time.monotonic() < self._next_send():
@@ -210,11 +210,11 @@ class Cancellation:
         except CloreError as error:
             self._read_error = error
             return False
-        if self._state is OrderState.ENDED:
+        if self._state == "ended":
             self._accept()
             orders.ended.add(self.order_id)
             return True
-        if self._state is OrderState.ACTIVE:
+        if self._state == "active":
             self._absent_since = None
             return False
         self._absent_since = self._absent_since or asked_at

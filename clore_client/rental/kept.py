@@ -9,7 +9,7 @@ from typing import Any
 
 from clore_client.config import warn_about_state
 from clore_client.files import make_private_folder, replace_file
-from clore_client.orders.account import AccountOrders, OrderState
+from clore_client.orders.account import AccountOrders
 from clore_client.pricing import finite
 from clore_client.rental.journal import (
     JOURNAL_SCHEMA,
@@ -86,7 +86,7 @@ def overdue_entries(orders: AccountOrders, folder: Path | None) -> list[JournalE
 
 
 def _remove_if_ended(orders: AccountOrders, entry: JournalEntry) -> bool:
-    ended = orders.state(entry.order_id or 0) is OrderState.ENDED
+    ended = orders.state(entry.order_id or 0) == "ended"
     if ended:
         entry.remove()
     return ended

@@ -11,7 +11,7 @@ from clore_client.errors import RentalError
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import Cancellation
-from clore_client.orders.claims import can_be_order_of
+from clore_client.orders.claims import can_be_order_of, purchase_facts
 from clore_client.rental.budget import Budget, Meter
 from clore_client.rental.journal import JournalEntry, read_entries, write_entry
 from clore_client.rental.kept import forget_kept, record_kept
@@ -97,18 +97,9 @@ class RentalOrders:
         return purchase
 
     def _facts(self, server_id: int) -> dict[str, Any]:
-        settings, client = self._settings, self._orders.client
-        return {
-            "server_id": server_id,
-            "started": time.time(),
-            "server_clock": client.server_clock,
-            "image": settings.image,
-            "currency": settings.currency,
-            "spot": settings.spot,
-            "base_url": client.base_url,
-            "account": self._orders.account,
-            "before": sorted(self.before),
-        }
+        client = self._orders.client
+        facts = purchase_facts(server_id, self._settings, self.before, client.server_clock)
+        return {**facts, "base_url": client.base_url, "account": self._orders.account}
 
     def adopt(self, order: Order, age: float, ends: bool) -> RentalOrder:
         """Take over an order that exists.

@@ -11,7 +11,7 @@ from clore_client.errors import CancelUnconfirmedError, CloreError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.record import whole_id
-from clore_client.orders.account import AccountOrders, OrderState
+from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import Cancellation, confirm_until
 from clore_client.orders.claims import CLOCKS_APART, LATEST_ORDER, matches_entry
 from clore_client.pricing import finite
@@ -217,7 +217,7 @@ class _Survey:
 
     def _has_ended(self, entry: JournalEntry) -> bool:
         try:
-            return self._orders.state(entry.order_id or 0) is OrderState.ENDED
+            return self._orders.state(entry.order_id or 0) == "ended"
         except CloreError:
             return False
 
