@@ -153,16 +153,21 @@ class AccountOrders:
             raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
 
     def running(self, order_id: int) -> Order:
-        """Read an order that has not ended.
+        """Read an order that has not ended, as far as this client knows; see ``find_active``."""
+        self.check_not_ended(order_id)
+        return self.find_active(order_id)
+
+    def find_active(self, order_id: int) -> Order:
+        """Read an order that is not listed as ended.
 
         Raises:
             OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
         """
-        self.check_not_ended(order_id)
         order = self.find(order_id) or self.made.get(order_id)  # a new one may not be listed yet
         if order is None:
             raise OrderNotFoundError(
-                f"there is no order {order_id} in this account: look at get_orders()",
+                f"there is no order {order_id} in this account, so nothing was done: look at "
+                "get_orders()",
                 order_id=order_id,
             )
         if order.has_ended:

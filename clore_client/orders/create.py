@@ -47,6 +47,7 @@ from clore_client.validation import (
 DEFAULT_PORTS = {"22": "tcp"}
 DEFAULT_ENV = {"NVIDIA_VISIBLE_DEVICES": "all"}
 PASSWORD_LENGTH = 24
+LOGIN = ("ssh_password", "ssh_key", "jupyter_token")
 ALL_SERVERS = 0  # no server has this id
 # A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
 FIRST_PAUSE = 0.2
@@ -65,7 +66,7 @@ def _none_if_empty(value: Any) -> Any:
     return None if isinstance(value, Sized) and len(value) == 0 else value
 
 
-def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
+def _login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
     """Check the password, key and token of an order. An empty password or key counts as None."""
     ssh_password, ssh_key = _none_if_empty(ssh_password), _none_if_empty(ssh_key)
     if ssh_password is not None and ssh_key is not None:
@@ -80,14 +81,22 @@ def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str
     return credentials
 
 
-def order_ports(ports: Any) -> dict[str, str]:
-    """Return the ports to send; an empty argument means the default."""
-    return dict(DEFAULT_PORTS) if _none_if_empty(ports) is None else check_ports("ports", ports)
+def order_body(order: dict[str, Any]) -> dict[str, Any]:
+    """Check the arguments of an order, and return the body of its request, without a server.
 
-
-def order_env(env: Any) -> dict[str, str]:
-    """Return the environment to send; an empty argument means the default."""
-    return dict(DEFAULT_ENV) if _none_if_empty(env) is None else check_env("env", env)
+    Parameters:
+        order: the arguments of ``CloreClient.create_order`` that ``rent()`` takes, too, and the
+            ``order_type``. Empty ``ports``, ``env``, password and key mean the default.
+    """
+    ports, env = _none_if_empty(order["ports"]), _none_if_empty(order["env"])
+    return {
+        "type": check_order_type("order_type", order["order_type"]),
+        "currency": check_currency("currency", order["currency"]),
+        "image": check_text("image", order["image"]),
+        "ports": dict(DEFAULT_PORTS) if ports is None else check_ports("ports", ports),
+        "env": dict(DEFAULT_ENV) if env is None else check_env("env", env),
+        **_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"]),
+    }
 
 
 class Purchase:
@@ -95,7 +104,8 @@ class Purchase:
 
     Parameters:
         orders: the orders of the account.
-        server_id, image, order_type, ...: the arguments of ``CloreClient.create_order``.
+        server_id: the server.
+        order: what :func:`order_body` takes.
 
     Attributes:
         server_id, spot, currency, image: the fields by which the new order is found.
@@ -107,38 +117,17 @@ class Purchase:
         response: the response to ``create_order``; empty if none arrived.
     """
 
-    def __init__(
-        self,
-        orders: AccountOrders,
-        *,
-        server_id: Any,
-        image: Any,
-        order_type: Any,
-        currency: Any,
-        ports: Any,
-        env: Any,
-        ssh_password: Any,
-        ssh_key: Any,
-        jupyter_token: Any,
-    ) -> None:
+    def __init__(self, orders: AccountOrders, server_id: Any, order: dict[str, Any]) -> None:
         self._orders = orders
         self.server_id = check_id("server_id", server_id)
-        self.spot = check_order_type("order_type", order_type) == "spot"
-        self.currency = check_currency("currency", currency)
-        self.image = check_text("image", image)
-        self.credentials = check_login(ssh_password, ssh_key, jupyter_token)
+        self.body = {"renting_server": self.server_id, **order_body(order)}
+        self.spot = self.body["type"] == "spot"
+        self.currency: str = self.body["currency"]
+        self.image: str = self.body["image"]
         self.generated_password: str | None = None
-        if not self.credentials.keys() & {"ssh_key", "ssh_password"}:
-            self.credentials["ssh_password"] = self.generated_password = make_password()
-        self.body: dict[str, Any] = {
-            "renting_server": self.server_id,
-            "type": order_type,
-            "currency": self.currency,
-            "image": self.image,
-            "ports": order_ports(ports),
-            "env": order_env(env),
-            **self.credentials,
-        }
+        if not self.body.keys() & {"ssh_key", "ssh_password"}:
+            self.body["ssh_password"] = self.generated_password = make_password()
+        self.credentials = {name: self.body[name] for name in LOGIN if name in self.body}
         self.before: frozenset[int] = frozenset()
         self.baseline_read = False
         self.response: dict[str, Any] = {}
@@ -273,33 +262,25 @@ class Purchase:
             raise
         except InvalidInputError as error:
             saved.drop()
-            raise self._no_such_server(error) or error from None
+            self._explain(error)
+            raise
         except Exception:
             saved.drop()
             raise
         if purchase is not self:
             saved.drop()
         if order.id is not None and purchase._saved is not None:
-            purchase._saved.assign(order.id)
+            orders.credentials.assign(orders.account, order.id, purchase._saved)
         return order, purchase
 
-    def _no_such_server(self, error: InvalidInputError) -> InvalidInputError | None:
-        """Return a better error if the API refused an order because it has no such server."""
-        try:
-            if self._orders.market.find_server(self.server_id) is not None:
-                return None
-        except CloreError:
-            return None
-        better = InvalidInputError(
-            error.code,
-            f"there is no server {self.server_id} on the marketplace, so nothing was ordered: "
-            "choose one of find_servers()",
-            error.response,
-            http_status=error.http_status,
-            endpoint=error.endpoint,
-        )
-        better.sends, better.sent_at = error.sends, error.sent_at
-        return better
+    def _explain(self, error: InvalidInputError) -> None:
+        """Say so if the API refused an order because it has no such server."""
+        with contextlib.suppress(CloreError):
+            if self._orders.market.find_server(self.server_id) is None:
+                error.add_hint(
+                    f"there is no server {self.server_id} on the marketplace, so nothing was "
+                    "ordered: choose one of find_servers()"
+                )
 
     def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Send the purchase, and return the order and its purchase, which can be an earlier one."""

@@ -37,7 +37,6 @@ from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
 from clore_client.progress import ProgressEvent, ProgressOptions, Report
-from clore_client.rental.client import RentalClient
 from clore_client.rental.selection import (
     RentalSettings,
     SharedServers,
@@ -45,7 +44,7 @@ from clore_client.rental.selection import (
     summary,
 )
 from clore_client.rental.signals import SignalExit
-from clore_client.rental.worker import RentalWorker
+from clore_client.rental.worker import RentalClient, RentalWorker
 from clore_client.validation import check_optional_number
 
 if TYPE_CHECKING:
