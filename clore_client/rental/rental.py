@@ -485,25 +485,22 @@ def _raise_failure(
         worker: the worker, which has ended the rental or was interrupted.
         interrupts: the interrupts during the end of the rental.
     """
-    failure = worker.failure
-    note = None if failure is None else str(failure)
-    plain = error is None or isinstance(error, Exception)
-    exceeded = worker.exceeded
-    if exceeded is not None and plain and not _is_of(error, exceeded.order_id):
-        raised: BaseException = worker.budget_error(exceeded)
-        if note:
-            add_note(raised, note)
-        raise raised from error
-    if plain and not interrupts and worker.signalled is not None and not worker.kept:
-        interrupts = [SignalExit(worker.signalled)]
-    if interrupts and plain:
-        if note:
-            add_note(interrupts[-1], note)
-        raise interrupts[-1]
-    if error is None and failure is not None:
+    failure, exceeded = worker.failure, worker.exceeded
+    raised: BaseException | None = None
+    if error is None or isinstance(error, Exception):
+        if exceeded is not None and not _is_of(error, exceeded.order_id):
+            raised = worker.budget_error(exceeded)
+        elif interrupts:
+            raised = interrupts[-1]
+        elif worker.signalled is not None and not worker.kept:
+            raised = SignalExit(worker.signalled)
+    shown = error if raised is None else raised
+    if shown is None and failure is not None:
         raise failure
-    if error is not None and note and error is not failure:
-        add_note(error, note)
+    if shown is not None and failure is not None and shown is not failure:
+        add_note(shown, str(failure))
+    if raised is not None:
+        raise raised from error
 
 
 def _check_open(part: Part | None) -> Part:
