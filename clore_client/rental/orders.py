@@ -31,7 +31,7 @@ from clore_client.rental.journal import (
 from clore_client.rental.selection import RentalSettings
 
 MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
-SEARCH_INTERVAL = 0.5  # seconds between two searches for an order that may exist
+SEARCH_INTERVAL = 2.0  # seconds between two searches for an order that may exist
 
 
 class RentalOrder:
@@ -91,14 +91,12 @@ class RentalOrders:
         settings: RentalSettings,
         folder: Path | None,
         budget: Budget,
-        wake: Callable[[], object],
         taken: Callable[[], set[int | None]],
     ) -> None:
         self._orders = orders
         self._settings = settings
         self._folder = folder
         self._budget = budget
-        self._wake = wake  # called when the price of an order changes
         self._taken = taken  # returns the order ids of all open rentals of this account
         self._all: list[RentalOrder] = []
         self.before: set[int] = set()
@@ -165,12 +163,7 @@ class RentalOrders:
         purchase.meter.counts = True
         if purchase.entry is not None:
             purchase.entry.write_order_id(order_id)
-
-        def new_bid(usd_per_hour: float) -> None:
-            purchase.meter.change(usd_per_hour)
-            self._wake()
-
-        self._orders.bid_listeners[order_id] = new_bid
+        self._orders.bid_listeners[order_id] = purchase.meter.change
 
     def mark_refused(self, purchase: RentalOrder) -> None:
         """Record that the API refused a purchase with code 1; its order may still exist."""
@@ -316,9 +309,10 @@ class RentalOrders:
             elif confirmed_absent:
                 self.forget(purchase)
 
-    def search_interval(self, longest: float) -> float:
-        """Return the seconds between two searches, at most ``longest``."""
-        return min(longest, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
+    @property
+    def search_interval(self) -> float:
+        """The seconds between two searches."""
+        return min(SEARCH_INTERVAL, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
     def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
         """Look for the order of a purchase until it is found and cancelled, or time is out."""
@@ -336,7 +330,7 @@ class RentalOrders:
             if time.monotonic() >= self.deadline():
                 break
             if not confirmed_absent:
-                time.sleep(self.search_interval(SEARCH_INTERVAL))
+                time.sleep(self.search_interval)
         if confirmed_absent and purchase.refused:
             self.forget(purchase)
             return None

@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-SEARCH_INTERVAL_IN_BLOCK = 2.0  # seconds between two searches, while the block runs
 GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
 
 # After these errors, no order exists.
@@ -145,9 +144,7 @@ class RentalWorker:
         # A signal ends a ``with`` block of the main thread, and so its rental.
         self._main = in_block and in_main_thread()
         self._signals: SignalHandling | None = None
-        self._rental_orders = RentalOrders(
-            orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
-        )
+        self._rental_orders = RentalOrders(orders, settings, folder, self.budget, self._taken)
         self._current: RentalOrder | None = None  # the order of the block
         self._started = False
         self._interrupted_at: list[float] = []
@@ -338,9 +335,9 @@ class RentalWorker:
         self.finished.open()
 
     def _next_request(self) -> None:
-        timeout = None if self.exceeded else self.budget.seconds_left()
+        timeout = None if self.exceeded else self.budget.watch_interval
         if self._rental_orders.unresolved():
-            interval = self._rental_orders.search_interval(SEARCH_INTERVAL_IN_BLOCK)
+            interval = self._rental_orders.search_interval
             timeout = interval if timeout is None else min(interval, timeout)
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
