@@ -384,33 +384,13 @@ class RentalOrders:
             and can_be_order_of(order, settings.image, settings.currency, settings.spot)
         )
 
-    # --- the journal ---
-
     def _is_held(self, purchase: RentalOrder) -> bool:
         """Return whether a living rental of another process could own the order."""
+        wanted = {"server_id": purchase.server_id, "account": self._orders.account}
         held = False
-        for entry in self._entries_for(purchase.server_id):
+        for entry in read_entries(self._folder):
             mine = purchase.entry is not None and entry.path == purchase.entry.path
-            held = held or not (mine or entry.abandoned)
+            if not (mine or entry.abandoned) and wanted.items() <= entry.data.items():
+                held = True
             entry.close()
         return held
-
-    def remove_dead_entries(self, server_id: int) -> None:
-        """Remove entries of dead processes that would match an order of this rental."""
-        if self._settings.spot:
-            return  # one server can have several spot orders
-        for entry in self._entries_for(server_id):
-            if entry.abandoned and entry.of_this_machine and entry.order_id is None:
-                entry.remove()
-            entry.close()
-
-    def _entries_for(self, server_id: int) -> list[JournalEntry]:
-        """Return the entries for this server and account. The caller closes each."""
-        account, found = self._orders.account, []
-        for entry in read_entries(self._folder):
-            data = entry.data
-            if data.get("server_id") == server_id and data.get("account") == account:
-                found.append(entry)
-            else:
-                entry.close()
-        return found

@@ -395,7 +395,6 @@ class RentalWorker:
                 self._current = None
             raise
         self._rental_orders.set_order_id(purchase, order.id)
-        self._rental_orders.remove_dead_entries(purchase.server_id)
         return order
 
     def _keep(self, until: float | None) -> None:
