@@ -327,10 +327,10 @@ class RentalOrders:
                 cause = error
             if purchase.order_id is not None:
                 return self._cancel(purchase, self.deadline)
-            if time.monotonic() >= self.deadline():
+            if (left := self.deadline() - time.monotonic()) <= 0:
                 break
             if not confirmed_absent:
-                time.sleep(self.search_interval)
+                time.sleep(min(left, self.search_interval))
         if confirmed_absent and purchase.refused:
             self.forget(purchase)
             return None
