@@ -12,7 +12,7 @@ from clore_client.pricing import (
 )
 from clore_client.rental.selection import RentalSettings
 
-WATCH_INTERVAL = 1.0  # seconds between two checks of the limits
+CHECK_INTERVAL = 1.0  # seconds between two checks of the limits
 FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
@@ -107,6 +107,6 @@ class Budget:
         return CREATION_FEE * len(soon)
 
     @property
-    def watch_interval(self) -> float | None:
-        """The seconds until the next check; None without a limit."""
-        return None if self._max_hours is None and self._max_cost is None else WATCH_INTERVAL
+    def seconds_between_checks(self) -> float | None:
+        """None without a limit."""
+        return None if self._max_hours is None and self._max_cost is None else CHECK_INTERVAL

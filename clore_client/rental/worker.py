@@ -335,7 +335,7 @@ class RentalWorker:
         self.finished.open()
 
     def _next_request(self) -> None:
-        timeout = None if self.exceeded else self.budget.watch_interval
+        timeout = None if self.exceeded else self.budget.seconds_between_checks
         if self._rental_orders.unresolved():
             interval = self._rental_orders.search_interval
             timeout = interval if timeout is None else min(interval, timeout)
