@@ -108,5 +108,5 @@ class Budget:
 
     @property
     def seconds_between_checks(self) -> float | None:
-        """None without a limit."""
+        """The seconds between two checks; None without a limit."""
         return None if self._max_hours is None and self._max_cost is None else CHECK_INTERVAL
