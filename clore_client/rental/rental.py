@@ -203,31 +203,31 @@ class Rental:
             CommandError: the exit code was not 0.
             BudgetExceededError: the rental has reached a limit, and has ended.
         """
-        return self._over_ssh(self._client.run, (command,), options)  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.run, (command,), options)
 
     def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
         """Copy a file or directory to the machine, as :meth:`CloreClient.upload` does."""
-        return self._over_ssh(self._client.upload, (local, remote), options)  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.upload, (local, remote), options)
 
     def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
         """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
-        return self._over_ssh(self._client.download, (remote, local), options)  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.download, (remote, local), options)
 
     def forward(self, remote_port: int, local_port: int = 0) -> Forward:
         """Forward a local port to the machine, as :meth:`CloreClient.forward` does."""
-        return self._over_ssh(self._client.forward, (remote_port, local_port), {})  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.forward, (remote_port, local_port), {})
 
     def shell(self) -> int:
         """Open the machine's shell in this terminal, as :meth:`CloreClient.shell` does."""
-        return self._over_ssh(self._client.shell, (), {})  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.shell, (), {})
 
     def ssh_command(self, **options: Any) -> str:
         """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""
         return self._client.ssh_command(self.order, **options)
 
     def _over_ssh(
-        self, method: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
+        self, method: Callable[..., Part], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Part:
         """Call a method of the client with the rental's own connection."""
         from clore_client.ssh.connect import LOGIN_OPTIONS
 
