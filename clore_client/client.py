@@ -693,18 +693,12 @@ class CloreClient(HTTPClient):
         """
         ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
         env = secret_values(env)
-        purchase = Purchase(
-            self._orders,
-            server_id=server_id,
-            image=image,
-            order_type=order_type,
-            currency=currency,
-            ports=ports,
-            env=env,
-            ssh_password=ssh_password,
-            ssh_key=ssh_key,
-            jupyter_token=jupyter_token,
-        )
+        order = {
+            "image": image, "order_type": order_type, "currency": currency, "ports": ports,
+            "env": env, "ssh_password": ssh_password, "ssh_key": ssh_key,
+            "jupyter_token": jupyter_token,
+        }  # fmt: skip
+        purchase = Purchase(self._orders, server_id, order)
         check_number("find_timeout", find_timeout, unit="seconds")
         check_bool("allow_above_on_demand", allow_above_on_demand)
         check_bool("preview", preview)
@@ -977,7 +971,9 @@ class CloreClient(HTTPClient):
         Parameters:
             count: the number of servers.
             *filters, **options: as for :meth:`rent`; ``attempts``, ``max_hours`` and
-                ``max_cost_usd`` count for each rental.
+                ``max_cost_usd`` count for each rental. ``on_progress`` is called in the threads of
+                the rentals, one call at a time; the text of each event names the server or the
+                order. An exception that it raises ends all rentals, and is raised.
             min_count: how many must run; default all.
 
         Returns:

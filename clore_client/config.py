@@ -8,9 +8,8 @@ import ipaddress
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from clore_client.errors import ConfigurationError, Secret, printable
@@ -164,7 +163,6 @@ def check_key_may_go_to(base_url: str) -> None:
         )
 
 
-V = TypeVar("V")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -195,26 +193,6 @@ def read_line(path: str) -> str:
             return file.readline(200).strip()
     except OSError:
         return ""
-
-
-class PerAccount(Generic[V]):
-    """A table with one object per base URL and key, made on first use.
-
-    It is empty in a forked child, because another thread may have held a lock at the fork.
-    """
-
-    def __init__(self, make: Callable[[], V]) -> None:
-        self._make = make
-        self._of: dict[str, V] = {}
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._of.clear)
-
-    def of(self, base_url: str, api_key: str) -> V:
-        """Return the object of an account."""
-        account = account_digest(base_url, api_key)  # in place of the key
-        found = self._of.get(account)
-        # setdefault() is atomic: if two threads make one, both get the first.
-        return self._of.setdefault(account, self._make()) if found is None else found
 
 
 def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,12 +44,16 @@ Report = Callable[[ProgressEvent], object]
 
 
 class ProgressOptions:
-    """The arguments ``on_progress`` and ``progress``, checked."""
+    """The arguments ``on_progress`` and ``progress``, checked.
+
+    Threads that share this object report one at a time.
+    """
 
     def __init__(self, on_progress: Any = None, progress: Any = False) -> None:
         check_callback("on_progress", on_progress, 1)
         self.on_progress: Report | None = on_progress
         self.shown = check_bool("progress", progress)
+        self._turn = threading.Lock()
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[Report | None]:
@@ -57,11 +62,14 @@ class ProgressOptions:
         reports = [] if self.on_progress is None else [self.on_progress]
         if display is not None:
             reports.append(display.show)
+
+        def report_to_all(event: ProgressEvent) -> None:
+            with self._turn:
+                for report in reports:
+                    report(event)
+
         try:
-            if reports:
-                yield lambda event: [report(event) for report in reports]
-            else:
-                yield None
+            yield report_to_all if reports else None
         finally:
             if display is not None:
                 display.close()

@@ -39,7 +39,7 @@ def test_from_the_order_to_its_status(make_sim: MakeSim) -> None:
         names = list(dict.fromkeys(event.name for event in events))
         assert names == ["rent", "order", "deploy", "running"]
         assert events[0].text.startswith(f"renting server {server_id} (RTX 4090, 0.")
-        assert events[1].text == f"order {order_id}"
+        assert events[1].text == f"order {order_id} of server {server_id}"
         assert events[2].text == f"order {order_id}: deploying, 0 s"
         assert events[-1].text == f"order {order_id}: running"
         assert repr(events[-1]).startswith("<ProgressEvent running ")

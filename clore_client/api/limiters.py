@@ -18,6 +18,7 @@ from clore_client.api.rate_limit import (
 )
 from clore_client.config import account_digest
 from clore_client.log import logger
+from clore_client.process import this_process
 
 if TYPE_CHECKING:
     from clore_client.api.redis_limit import RedisServer
@@ -98,13 +99,6 @@ def redis_server_for(rate_limiter: Any) -> RedisServer | None:
     return redis_server(rate_limiter, source)
 
 
-_limiters: dict[tuple[str, str, str], RateLimiter] = {}
-
-if hasattr(os, "register_at_fork"):
-    # Another thread may have held a lock of theirs at the fork.
-    os.register_at_fork(after_in_child=_limiters.clear)
-
-
 def limiter_for(
     base_url: str, api_key: str, folder: Path | None, server: RedisServer | None = None
 ) -> RateLimiter:
@@ -116,16 +110,16 @@ def limiter_for(
         server: the Redis server; None to share the limit on this machine only.
     """
     account = account_digest(base_url, api_key)  # in place of the key
-    place = (account, str(folder or ""), server.name if server else "")
-    found = _limiters.get(place)
-    if found is not None:
-        return found
-    store: Store = ProcessStore()
-    if folder is not None:
-        store = FallbackStore(FileStore(folder / limit_name(account)), store)
-    if server is not None:
-        from clore_client.api.redis_limit import RedisStore
 
-        store = FallbackStore(RedisStore(server, account), store)
-    # setdefault() is atomic: if two threads make one, both get the first.
-    return _limiters.setdefault(place, RateLimiter(store))
+    def make() -> RateLimiter:
+        store: Store = ProcessStore()
+        if folder is not None:
+            store = FallbackStore(FileStore(folder / limit_name(account)), store)
+        if server is not None:
+            from clore_client.api.redis_limit import RedisStore
+
+            store = FallbackStore(RedisStore(server, account), store)
+        return RateLimiter(store)
+
+    name = server.name if server else ""
+    return this_process.of_account(make, account, str(folder or ""), name)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import enum
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from clore_client.api.call import Envelope
 from clore_client.api.request import limited
@@ -16,15 +15,18 @@ from clore_client.errors import (
     InvalidResponseError,
     OrderEndedError,
     OrderNotFoundError,
+    SpendingLimitError,
 )
 from clore_client.log import logger
 from clore_client.market.market import Market, Requester
 from clore_client.models.order import Order, to_orders
-from clore_client.orders.claims import Claims, claims_for
+from clore_client.orders.claims import Claims
 from clore_client.orders.credentials import ORDER_OVER, Credentials
+from clore_client.process import this_process
 from clore_client.validation import Timeout
 
 SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
+OrderState = Literal["active", "ended", "absent"]  # of an order in the two order lists
 LONGEST_CHECK = 10.0  # seconds for the look if an order has ended, after a login failed
 
 
@@ -41,14 +43,6 @@ class OrdersClient(Requester, Protocol):
 
     @property
     def api_key(self) -> str | None: ...
-
-
-class OrderState(enum.Enum):
-    """The state of an order in the two order lists."""
-
-    ACTIVE = "active"
-    ENDED = "ended"
-    ABSENT = "absent"
 
 
 class AccountOrders:
@@ -89,8 +83,9 @@ class AccountOrders:
     @property
     def claims(self) -> Claims:
         """The claims of the account, shared by its clients; without a key, this client's own."""
-        key = self.client.api_key
-        return claims_for(self.client.base_url, key) if key else self._own_claims
+        if not self.client.api_key:
+            return self._own_claims
+        return this_process.of_account(Claims, "claims", self.account)
 
     @property
     def known(self) -> set[int]:
@@ -158,16 +153,21 @@ class AccountOrders:
             raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
 
     def running(self, order_id: int) -> Order:
-        """Read an order that has not ended.
+        """Read an order that has not ended, as far as this client knows; see ``find_active``."""
+        self.check_not_ended(order_id)
+        return self.find_active(order_id)
+
+    def find_active(self, order_id: int) -> Order:
+        """Read an order that is not listed as ended.
 
         Raises:
             OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
         """
-        self.check_not_ended(order_id)
         order = self.find(order_id) or self.made.get(order_id)  # a new one may not be listed yet
         if order is None:
             raise OrderNotFoundError(
-                f"there is no order {order_id} in this account: look at get_orders()",
+                f"there is no order {order_id} in this account, so nothing was done: look at "
+                "get_orders()",
                 order_id=order_id,
             )
         if order.has_ended:
@@ -220,7 +220,7 @@ class AccountOrders:
             orders, response = self.read(completed)
             for order in orders:
                 if order.id == order_id:
-                    return OrderState.ENDED if order.has_ended else OrderState.ACTIVE
+                    return "ended" if order.has_ended else "active"
                 if order.server_id == order_id and not order.has_ended:
                     raise OrderNotFoundError(
                         f"there is no order {order_id}, which is the server of order {order.id}: "
@@ -236,7 +236,7 @@ class AccountOrders:
                 )
                 incomplete.retryable = True
                 raise incomplete
-        return OrderState.ABSENT
+        return "absent"
 
     def active_ids(self) -> list[int]:
         """Return the ids of active orders, and of known orders that the list does not have now."""
@@ -247,6 +247,34 @@ class AccountOrders:
             completed, _ = self.read(completed=True)
             self.ended.update(o.id for o in completed if o.id is not None and o.has_ended)
         return active + sorted(missing - self.cancelled - self.ended)
+
+    # --- the limits of the user ---
+
+    def check_price(self, usd_per_hour: float | None, what: str) -> None:
+        """Refuse a price that is above ``max_usd_per_hour`` or not known."""
+        limit = self.client.max_usd_per_hour
+        if limit is None:
+            return
+        if usd_per_hour is None:
+            raise SpendingLimitError(
+                f"the price of {what} is not known, and max_usd_per_hour is {limit:g}, so nothing "
+                "was ordered or bid: choose another server, or set no limit"
+            )
+        if usd_per_hour > limit * (1 + 1e-9):
+            raise SpendingLimitError(
+                f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}, "
+                "so nothing was ordered or bid: choose a lower price, or raise the limit"
+            )
+
+    def check_count(self) -> None:
+        """Refuse a new order if ``max_active_orders`` are active."""
+        limit = self.client.max_active_orders
+        if limit is None or len(active := self.active_ids()) < limit:
+            return
+        raise SpendingLimitError(
+            f"{len(active)} orders are active ({', '.join(map(str, sorted(active)))}), and "
+            f"max_active_orders is {limit}, so nothing was ordered: cancel one, or raise the limit"
+        )
 
     def notify_bid(self, order_id: int, usd_per_hour: float) -> None:
         """Report the new price of an order to its budget."""

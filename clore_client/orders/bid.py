@@ -9,7 +9,6 @@ from clore_client.errors import (
     CloreConnectionError,
     DatabaseError,
     InvalidResponseError,
-    OrderEndedError,
     OrderNotFoundError,
     SpotPriceStepError,
     SpotPriceTooSoonError,
@@ -18,7 +17,6 @@ from clore_client.errors import (
 from clore_client.market.spot import in_documented_form
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders
-from clore_client.orders.limits import check_price_limit
 from clore_client.pricing import bid_per_hour, finite, wire_currency
 from clore_client.validation import check_currency
 
@@ -30,15 +28,14 @@ def set_spot_price(
     orders: AccountOrders, order_id: int, usd_per_hour: float, allow_above: bool
 ) -> bool:
     """Change the bid of an order; see ``CloreClient.set_spot_price``."""
-    response = _send_bid(orders, _find(orders, order_id), usd_per_hour, allow_above)
-    return _accepted(response)
+    return _accepted(_send_bid(orders, orders.find_active(order_id), usd_per_hour, allow_above))
 
 
 def lower_spot_price(orders: AccountOrders, order_id: int, target: float, wait: bool) -> float:
     """Lower the bid of an order step by step; see ``CloreClient.lower_spot_price``."""
     bid = target
     while True:
-        order = _find(orders, order_id)
+        order = orders.find_active(order_id)
         current = _current_bid(orders, order)
         if current is not None and bid >= current:
             return current
@@ -61,18 +58,6 @@ def lower_spot_price(orders: AccountOrders, order_id: int, target: float, wait: 
             if bid == target or not wait:
                 return bid
         bid = target  # the exchange rate can have changed, so compute the next step again
-
-
-def _find(orders: AccountOrders, order_id: int) -> Order:
-    # A new order may not be listed yet.
-    order = orders.find(order_id) or orders.made.get(order_id)
-    if order is None:
-        raise OrderNotFoundError(
-            f"there is no order {order_id} in this account, so nothing was bid: look at "
-            "get_orders()",
-            order_id=order_id,
-        )
-    return order
 
 
 def _current_bid(orders: AccountOrders, order: Order) -> float | None:
@@ -125,20 +110,12 @@ def _send_bid(
 
 def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool) -> float:
     """Check a bid, and return it in the unit of the API."""
-    if order.has_ended:
-        raise OrderEndedError(
-            f"Order {order.id} has ended, with status {order.status}, so nothing was bid",
-            order_id=order.id or 0,
-            status=order.status or "",
-            order=order,
-        )
     if order.is_spot is False:
         raise ValueError(
             f"order_id {order.id} is not a spot order, so nothing was bid: only spot orders have a "
             "bid"
         )
-    limit = orders.client.max_usd_per_hour
-    check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
+    orders.check_price(usd_per_hour, f"the bid for order {order.id}")
     if in_documented_form(order):
         orders.market.data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
         return usd_per_hour

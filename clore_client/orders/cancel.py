@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from clore_client.api.call import Envelope
 from clore_client.api.policy import LONGEST_CANCEL_PAUSE
 from clore_client.api.request import limited
 from clore_client.errors import (
@@ -101,7 +100,7 @@ class Cancellation:
             if self._done and not confirm:
                 return None
             if isinstance(self.failure, ConfigurationError):
-                return self.unconfirmed()
+                return self._unconfirmed()
             try:
                 if self._check_lists(deadline()):
                     return None
@@ -109,24 +108,19 @@ class Cancellation:
                 return error
             remaining = deadline() - time.monotonic()
             if remaining <= 0 or stop() or (self._refused and not retry_refused):
-                return self.unconfirmed()
+                return self._unconfirmed()
             waits_for_cancel = retry_refused and not self._done
             pause = max(self._next_send() - time.monotonic(), 0) if waits_for_cancel else read_pause
             until = time.monotonic() + min(pause, remaining)
             _sleep_until(until, lambda: stop() or time.monotonic() >= deadline())
             read_pause = min(read_pause * 2, LONGEST_READ_PAUSE)
 
-    def unconfirmed(self, seconds: float | None = None) -> CancelUnconfirmedError:
-        """Make the error for an order that may still be running.
-
-        Parameters:
-            seconds: the time that was spent on it, for the text.
-        """
+    def _unconfirmed(self) -> CancelUnconfirmedError:
+        """Make the error for an order that may still be running."""
         order_id = self.order_id
         what = "was cancelled, but it is not confirmed that it has ended"
         if not self._done:
-            within = "" if seconds is None else f" within {seconds:g}s"
-            what = f"could not be cancelled{within}"
+            what = "could not be cancelled"
         why = "" if self._done else f" ({self.failure})"
         error = CancelUnconfirmedError(
             f"order {order_id} {what}: it may still be running, and cost money, so call "
@@ -146,7 +140,7 @@ class Cancellation:
     @property
     def _refused(self) -> bool:
         """True if the API clearly refused to cancel an order that is active."""
-        return self._state is OrderState.ACTIVE and not (self.accepted or self._outcome_unknown)
+        return self._state == "active" and not (self.accepted or self._outcome_unknown)
 
     def _accept(self) -> None:
         self.accepted, self.failure = True, None
@@ -158,7 +152,7 @@ class Cancellation:
         if not self._done:
             return self._sent_at + self._pause if self.failure else -math.inf
         # The cancel was accepted, but the order still looks active.
-        return self._sent_at + CANCEL_AGAIN_AFTER if self._state is OrderState.ACTIVE else math.inf
+        return self._sent_at + CANCEL_AGAIN_AFTER if self._state == "active" else math.inf
 
     def _send_if_due(self, deadline: float) -> None:
         if time.monotonic() < self._next_send():
@@ -210,11 +204,11 @@ class Cancellation:
         except CloreError as error:
             self._read_error = error
             return False
-        if self._state is OrderState.ENDED:
+        if self._state == "ended":
             self._accept()
             orders.ended.add(self.order_id)
             return True
-        if self._state is OrderState.ACTIVE:
+        if self._state == "active":
             self._absent_since = None
             return False
         self._absent_since = self._absent_since or asked_at
@@ -260,21 +254,18 @@ def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
     """Cancel several orders; see ``CloreClient.cancel_orders``."""
     if not ids:
         return {"code": 0, "failed_to_cancel": []}
-    response, failed = _send_cancels(orders, ids)
-    if failed and getattr(response, "sends", 1) > 1:
+    response, sends = _send_cancels(orders, ids)
+    if sends > 1 and (failed := _failed(ids, response)):
         # After a lost response, the retry fails for the orders that the first request ended.
-        until = time.monotonic() + SETTLE_TIMEOUT
-        left = _still_running(orders, failed, until)
-        response["failed_to_cancel"] = [
-            i for i in response["failed_to_cancel"] if str(i) in map(str, left)
-        ]
+        left = {str(i) for i in _still_running(orders, failed, time.monotonic() + SETTLE_TIMEOUT)}
+        response["failed_to_cancel"] = [i for i in response["failed_to_cancel"] if str(i) in left]
     return response
 
 
 def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int]:
     """Cancel all active orders of the account; see ``CloreClient.cancel_all``."""
     ids = orders.active_ids()
-    failed = _send_cancels(orders, ids)[1] if ids else []
+    failed = _failed(ids, _send_cancels(orders, ids)[0]) if ids else []
     until = time.monotonic() + min(timeout, SETTLE_TIMEOUT)
     if left := _still_running(orders, failed, until):
         raise CancelUnconfirmedError(
@@ -306,10 +297,11 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
             ) from failure
 
 
-def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
-    """Send ``cancel_orders`` in batches; return the last response, and the ids that failed.
+def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any], int]:
+    """Send ``cancel_orders`` in batches; return the last response, and the most sends of a batch.
 
-    Continues after a batch that failed, because an order that still runs costs money.
+    The response has the failed ids of all batches. A batch that failed does not stop the others,
+    because an order that still runs costs money.
     """
     failure: CloreError | None = None
     listed: list[Any] = []
@@ -319,37 +311,37 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
     for start in range(0, len(ids), MAX_CANCELS):
         batch = ids[start : start + MAX_CANCELS]
         try:
-            response = _send_batch(orders, batch)
+            response = orders.client._request(
+                "POST", "/v1/cancel_orders", json={"order_ids": batch}
+            )
         except CloreError as error:
             failure = failure or error
             unsent += batch
             continue
+        sends = max(sends, getattr(response, "sends", 1))
+        failed = _failed(batch, response)
         names = response.get("failed_to_cancel")
         listed += names if isinstance(names, list) else []
-        sends = max(sends, getattr(response, "sends", 1))
-    failed = [i for i in ids if str(i) in {str(name) for name in listed}]
+        done = [order_id for order_id in batch if order_id not in failed]
+        orders.cancelled.update(done)
+        orders.credentials.forget(orders.account, done)
+        logger.info("cancelled orders: %s; not cancelled: %s", done, failed)
+    response["failed_to_cancel"] = listed
     if failure is not None:
         if len(ids) > MAX_CANCELS:
-            left = ", ".join(map(str, [*unsent, *failed]))
+            left = ", ".join(map(str, [*unsent, *_failed(ids, response)]))
             failure.args = (
                 f"{failure}\norders {left} may still be running, and cost money: cancel them again",
             )
         raise failure
-    response["failed_to_cancel"] = listed
-    if isinstance(response, Envelope):
-        response.sends = sends
-    return response, failed
+    return response, sends
 
 
-def _send_batch(orders: AccountOrders, batch: list[int]) -> dict[str, Any]:
-    response = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
+def _failed(ids: list[int], response: dict[str, Any]) -> list[int]:
+    """Return those of the ids that a response to ``cancel_orders`` names, as strings mostly."""
     names = response.get("failed_to_cancel")
     failed = {str(name) for name in names} if isinstance(names, list) else set()
-    done = [i for i in batch if str(i) not in failed]
-    orders.cancelled.update(done)
-    orders.credentials.forget(orders.account, done)
-    logger.info("cancelled orders: %s; not cancelled: %s", done, sorted(failed))
-    return response
+    return [order_id for order_id in ids if str(order_id) in failed]
 
 
 def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> tuple[int, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Collection
 from typing import Any
 
-from clore_client.config import PerAccount
 from clore_client.models.order import Order
 from clore_client.models.record import whole_id
 from clore_client.pricing import finite
@@ -30,6 +31,28 @@ def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
 def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
     """Return whether an order still runs and can be the result of a purchase."""
     return not order.has_ended and same_purchase(order, image, currency, spot)
+
+
+def purchase_facts(
+    server_id: int, wanted: Any, before: Collection[int], server_clock: float | None
+) -> dict[str, Any]:
+    """Return the facts by which :func:`matches_entry` finds the order of a purchase.
+
+    Parameters:
+        server_id: the server.
+        wanted: has the ``image``, the ``currency``, and whether the order is ``spot``.
+        before: ids of older orders.
+        server_clock: seconds by which the server's clock is ahead, or None.
+    """
+    return {
+        "server_id": server_id,
+        "started": time.time(),
+        "server_clock": server_clock,
+        "image": wanted.image,
+        "currency": wanted.currency,
+        "spot": wanted.spot,
+        "before": sorted(before),
+    }
 
 
 def matches_entry(data: dict[str, Any], order: Order) -> bool:
@@ -75,11 +98,3 @@ class Claims:
         """Return the ``orders`` that no other purchase has claimed, the newest last."""
         found = {o.id: o for o in orders if self._taken.get(o.id or 0, purchase) is purchase}
         return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
-
-
-_claims = PerAccount(Claims)
-
-
-def claims_for(base_url: str, api_key: str) -> Claims:
-    """Return the claims of an account, which all clients of this process share."""
-    return _claims.of(base_url, api_key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import string
 import time
@@ -12,6 +13,7 @@ from typing import Any
 from clore_client.api.call import Envelope
 from clore_client.api.request import HTTPClient, limited
 from clore_client.errors import (
+    CloreAPIError,
     CloreError,
     DatabaseError,
     InsufficientBalanceError,
@@ -24,11 +26,9 @@ from clore_client.log import logger
 from clore_client.models.order import Order, created_id, to_orders
 from clore_client.models.server import on_demand_usd
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
-from clore_client.orders.claims import same_purchase
+from clore_client.orders.claims import Claims, purchase_facts, same_purchase
 from clore_client.orders.credentials import SavedLogin
 from clore_client.orders.funds import explain_balance
-from clore_client.orders.limits import check_order_limit, check_price_limit
-from clore_client.orders.reconcile import find_order
 from clore_client.validation import (
     MAX_PASSWORD,
     MAX_TOKEN,
@@ -41,12 +41,17 @@ from clore_client.validation import (
     check_public_key,
     check_secret,
     check_text,
+    shortened,
 )
 
 DEFAULT_PORTS = {"22": "tcp"}
 DEFAULT_ENV = {"NVIDIA_VISIBLE_DEVICES": "all"}
 PASSWORD_LENGTH = 24
+LOGIN = ("ssh_password", "ssh_key", "jupyter_token")
 ALL_SERVERS = 0  # no server has this id
+# A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
+FIRST_PAUSE = 0.2
+LONGEST_PAUSE = 2.0
 
 
 def make_password() -> str:
@@ -61,7 +66,7 @@ def _none_if_empty(value: Any) -> Any:
     return None if isinstance(value, Sized) and len(value) == 0 else value
 
 
-def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
+def _login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
     """Check the password, key and token of an order. An empty password or key counts as None."""
     ssh_password, ssh_key = _none_if_empty(ssh_password), _none_if_empty(ssh_key)
     if ssh_password is not None and ssh_key is not None:
@@ -76,14 +81,22 @@ def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str
     return credentials
 
 
-def order_ports(ports: Any) -> dict[str, str]:
-    """Return the ports to send; an empty argument means the default."""
-    return dict(DEFAULT_PORTS) if _none_if_empty(ports) is None else check_ports("ports", ports)
+def order_body(order: dict[str, Any]) -> dict[str, Any]:
+    """Check the arguments of an order, and return the body of its request, without a server.
 
-
-def order_env(env: Any) -> dict[str, str]:
-    """Return the environment to send; an empty argument means the default."""
-    return dict(DEFAULT_ENV) if _none_if_empty(env) is None else check_env("env", env)
+    Parameters:
+        order: the arguments of ``CloreClient.create_order`` that ``rent()`` takes, too, and the
+            ``order_type``. Empty ``ports``, ``env``, password and key mean the default.
+    """
+    ports, env = _none_if_empty(order["ports"]), _none_if_empty(order["env"])
+    return {
+        "type": check_order_type("order_type", order["order_type"]),
+        "currency": check_currency("currency", order["currency"]),
+        "image": check_text("image", order["image"]),
+        "ports": dict(DEFAULT_PORTS) if ports is None else check_ports("ports", ports),
+        "env": dict(DEFAULT_ENV) if env is None else check_env("env", env),
+        **_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"]),
+    }
 
 
 class Purchase:
@@ -91,7 +104,8 @@ class Purchase:
 
     Parameters:
         orders: the orders of the account.
-        server_id, image, order_type, ...: the arguments of ``CloreClient.create_order``.
+        server_id: the server.
+        order: what :func:`order_body` takes.
 
     Attributes:
         server_id, spot, currency, image: the fields by which the new order is found.
@@ -103,38 +117,17 @@ class Purchase:
         response: the response to ``create_order``; empty if none arrived.
     """
 
-    def __init__(
-        self,
-        orders: AccountOrders,
-        *,
-        server_id: Any,
-        image: Any,
-        order_type: Any,
-        currency: Any,
-        ports: Any,
-        env: Any,
-        ssh_password: Any,
-        ssh_key: Any,
-        jupyter_token: Any,
-    ) -> None:
+    def __init__(self, orders: AccountOrders, server_id: Any, order: dict[str, Any]) -> None:
         self._orders = orders
         self.server_id = check_id("server_id", server_id)
-        self.spot = check_order_type("order_type", order_type) == "spot"
-        self.currency = check_currency("currency", currency)
-        self.image = check_text("image", image)
-        self.credentials = check_login(ssh_password, ssh_key, jupyter_token)
+        self.body = {"renting_server": self.server_id, **order_body(order)}
+        self.spot = self.body["type"] == "spot"
+        self.currency: str = self.body["currency"]
+        self.image: str = self.body["image"]
         self.generated_password: str | None = None
-        if not self.credentials.keys() & {"ssh_key", "ssh_password"}:
-            self.credentials["ssh_password"] = self.generated_password = make_password()
-        self.body: dict[str, Any] = {
-            "renting_server": self.server_id,
-            "type": order_type,
-            "currency": self.currency,
-            "image": self.image,
-            "ports": order_ports(ports),
-            "env": order_env(env),
-            **self.credentials,
-        }
+        if not self.body.keys() & {"ssh_key", "ssh_password"}:
+            self.body["ssh_password"] = self.generated_password = make_password()
+        self.credentials = {name: self.body[name] for name in LOGIN if name in self.body}
         self.before: frozenset[int] = frozenset()
         self.baseline_read = False
         self.response: dict[str, Any] = {}
@@ -200,13 +193,9 @@ class Purchase:
         return Order(body=self.body, usd_per_hour=self.usd_per_hour())
 
     def _check_limits(self) -> None:
-        client = self._orders.client
-        if client.max_usd_per_hour is not None:
-            check_price_limit(
-                self.usd_per_hour(), client.max_usd_per_hour, f"an order of server {self.server_id}"
-            )
-        if client.max_active_orders is not None:
-            check_order_limit(self._orders.active_ids(), client.max_active_orders)
+        if self._orders.client.max_usd_per_hour is not None:
+            self._orders.check_price(self.usd_per_hour(), f"an order of server {self.server_id}")
+        self._orders.check_count()
 
     # --- send and reconcile ---
 
@@ -264,15 +253,7 @@ class Purchase:
     def _submit_and_save(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Save the credentials, and send the purchase."""
         orders = self._orders
-        facts = {
-            "server_id": self.server_id,
-            "started": time.time(),
-            "server_clock": orders.client.server_clock,
-            "image": self.image,
-            "currency": self.currency,
-            "spot": self.spot,
-            "before": sorted(self.before),
-        }
+        facts = purchase_facts(self.server_id, self, self.before, orders.client.server_clock)
         saved = orders.credentials.save(orders.account, self.credentials, facts)
         self._saved = saved
         try:
@@ -281,33 +262,25 @@ class Purchase:
             raise
         except InvalidInputError as error:
             saved.drop()
-            raise self._no_such_server(error) or error from None
+            self._explain(error)
+            raise
         except Exception:
             saved.drop()
             raise
         if purchase is not self:
             saved.drop()
         if order.id is not None and purchase._saved is not None:
-            purchase._saved.assign(order.id)
+            orders.credentials.assign(orders.account, order.id, purchase._saved)
         return order, purchase
 
-    def _no_such_server(self, error: InvalidInputError) -> InvalidInputError | None:
-        """Return a better error if the API refused an order because it has no such server."""
-        try:
-            if self._orders.market.find_server(self.server_id) is not None:
-                return None
-        except CloreError:
-            return None
-        better = InvalidInputError(
-            error.code,
-            f"there is no server {self.server_id} on the marketplace, so nothing was ordered: "
-            "choose one of find_servers()",
-            error.response,
-            http_status=error.http_status,
-            endpoint=error.endpoint,
-        )
-        better.sends, better.sent_at = error.sends, error.sent_at
-        return better
+    def _explain(self, error: InvalidInputError) -> None:
+        """Say so if the API refused an order because it has no such server."""
+        with contextlib.suppress(CloreError):
+            if self._orders.market.find_server(self.server_id) is None:
+                error.add_hint(
+                    f"there is no server {self.server_id} on the marketplace, so nothing was "
+                    "ordered: choose one of find_servers()"
+                )
 
     def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Send the purchase, and return the order and its purchase, which can be an earlier one."""
@@ -345,3 +318,122 @@ class Purchase:
         made.setdefault("status", "creating")
         made.setdefault("connection", {"ssh": "", "http_ports": {}})
         return made
+
+
+# --- find the order, when the response had no order id or was lost ---
+
+
+def find_order(
+    orders: AccountOrders, purchase: Purchase, timeout: float, send_error: CloreError | None
+) -> Order:
+    """Read the active orders until the order of a purchase shows up, and claim it.
+
+    Parameters:
+        orders: the orders of the account.
+        purchase: the purchase that was sent.
+        timeout: seconds.
+        send_error: the error of the purchase, after which the order may or may not exist; or None.
+
+    Raises:
+        OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
+            error of the last read, if that failed, else ``send_error``.
+        CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have the
+            order.
+    """
+    try:
+        order = _search(orders, purchase, timeout, send_error)
+    except (KeyboardInterrupt, SystemExit):
+        logger.warning(
+            "interrupted before the order of server %d was found; it may exist: look at "
+            "get_orders()",
+            purchase.server_id,
+        )
+        raise
+    orders.claims.unresolved.pop(purchase.server_id, None)
+    return order
+
+
+def _search(
+    orders: AccountOrders, purchase: Purchase, timeout: float, send_error: CloreError | None
+) -> Order:
+    claims, pause = orders.claims, FIRST_PAUSE
+    deadline = time.monotonic() + timeout
+    while True:
+        cause: CloreError | None = None
+        possible: list[Order] = []
+        created_after = None
+        try:
+            listed, created_after = _read_active(orders, purchase, timeout, deadline)
+            possible = claims.free([o for o in listed if purchase.matches(o)], purchase)
+        except CloreError as error:
+            cause = error
+        found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 and not found and purchase.baseline_read:
+            # The clocks may differ, but an order that is not in the baseline must be the new one.
+            found = [order for order in possible if not order.has_ended]
+        if len(found) == 1 and claims.take(found[0].id or 0, purchase):
+            _learn_offset(claims, found[0], created_after)
+            return found[0]
+        if len(found) > 1 or remaining <= 0:
+            if isinstance(send_error, CloreAPIError) and not possible and cause is None:
+                raise send_error  # complete lists without the order confirm the refusal
+            raise _not_found(purchase, found or possible, timeout, send_error) from (
+                cause or send_error
+            )
+        time.sleep(min(pause, remaining))
+        pause = min(pause * 1.5, LONGEST_PAUSE)
+
+
+def _read_active(
+    orders: AccountOrders, purchase: Purchase, timeout: float, deadline: float
+) -> tuple[list[Order], float | None]:
+    """Read the active orders, and compute the send time by the server's clock."""
+    client = orders.client
+    # One slow response must not use all the time.
+    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
+    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
+    listed, listing = limited(
+        lambda: orders.read(completed=False, timeout=patience), deadline=until
+    )
+    # The Date of each response gives a lower bound, and the largest one is the closest.
+    clocks = [
+        clock
+        for response in (purchase.response, listing)
+        if isinstance(response, Envelope)
+        and (clock := response.server_time_at(purchase.sent_at)) is not None
+    ]
+    return listed, max(clocks, default=None)
+
+
+def _is_new(order: Order, created_after: float | None, offset: float) -> bool:
+    """Return whether an order was made after ``created_after``, if that is known."""
+    if created_after is None:
+        return not order.has_ended
+    return order.started_at is not None and order.started_at >= created_after + offset
+
+
+def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> None:
+    """Record how far the creation time of an order is behind the server's clock."""
+    if created_after is not None and order.started_at is not None:
+        behind = math.floor(order.started_at - created_after)
+        claims.clock_offset = min(claims.clock_offset, behind)
+
+
+def _not_found(
+    purchase: Purchase, orders: list[Order], timeout: float, send_error: CloreError | None
+) -> OrderOutcomeUnknownError:
+    server_id = purchase.server_id
+    ids = tuple(order.id for order in orders if order.id is not None)
+    made = "was made" if send_error is None else "may have been made"
+    return OrderOutcomeUnknownError(
+        f"an order for server {server_id} {made}, but it is not clear if it is one of "
+        f"{', '.join(map(str, ids))}: look at get_orders() before you order again"
+        if ids
+        else f"an order for server {server_id} {made}, but did not show up in the order lists "
+        f"within {timeout:g}s. It was not sent again: look at get_orders() now and again in a "
+        "minute, before you order again",
+        server_id=server_id,
+        order_ids=ids,
+        credentials=purchase.credentials,
+    )

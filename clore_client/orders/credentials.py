@@ -52,15 +52,9 @@ def login_fields(sent: dict[str, str]) -> dict[str, str]:
 class SavedLogin:
     """The credentials of one purchase, saved before it is sent, until its order has an id."""
 
-    def __init__(self, store: Credentials, account: str, fields: dict[str, str]) -> None:
+    def __init__(self, fields: dict[str, str]) -> None:
         self.fields = fields
         self.path: Path | None = None
-        self._store = store
-        self._account = account
-
-    def assign(self, order_id: int) -> None:
-        """Record the order of the purchase."""
-        self._store.assign(self._account, order_id, self)
 
     def drop(self) -> None:
         """Forget the purchase, which has no order. Safe to repeat."""
@@ -97,7 +91,7 @@ class Credentials:
             sent: the password, key and token of the order.
             facts: the fields by which :func:`matches_entry` finds the order.
         """
-        saved = SavedLogin(self, account, login_fields(sent))
+        saved = SavedLogin(login_fields(sent))
         if (folder := self._folder) is None or not saved.fields:
             return saved
         name = f"{random.SystemRandom().getrandbits(64):016x}"

@@ -10,10 +10,9 @@ from clore_client.market.host_history import HostHistory
 from clore_client.models.order import Order
 from clore_client.models.server import Server, on_demand_usd
 from clore_client.orders.account import AccountOrders
-from clore_client.rental.client import RentalClient
 from clore_client.rental.rental import Rental
 from clore_client.rental.selection import RentalSettings, order_usd_per_hour
-from clore_client.rental.worker import RentalWorker
+from clore_client.rental.worker import RentalClient, RentalWorker
 
 Attached = TypeVar("Attached", bound="AttachedRental")
 

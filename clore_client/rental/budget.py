@@ -12,7 +12,7 @@ from clore_client.pricing import (
 )
 from clore_client.rental.selection import RentalSettings
 
-LONGEST_WATCH = 30.0  # seconds between two checks, because the wall clock can jump
+CHECK_INTERVAL = 1.0  # seconds between two checks of the limits
 FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
@@ -42,11 +42,6 @@ class Meter:
     def is_running(self) -> bool:
         """True if the cost still grows."""
         return self.counts and self._stopped_at is None
-
-    @property
-    def usd_per_hour(self) -> float:
-        """The current price in USD per hour, without fees."""
-        return self._prices[-1][1]
 
     def correct(self, usd_per_hour: float) -> None:
         """Correct the price from the start, unless a bid has changed it."""
@@ -106,26 +101,12 @@ class Budget:
             return f"max_cost_usd={self._max_cost:g} is reached"
         return None
 
-    def _running(self) -> list[Meter]:
-        return [meter for meter in list(self._meters) if meter.is_running]
-
     def _fee_due(self) -> float:
-        ages = [meter.age() for meter in self._running()]
+        ages = [meter.age() for meter in list(self._meters) if meter.is_running]
         soon = [age for age in ages if CREATION_FEE_AFTER - FEE_LEAD <= age < CREATION_FEE_AFTER]
         return CREATION_FEE * len(soon)
 
-    def seconds_left(self) -> float | None:
-        """Return the seconds until the next check; None without a limit."""
-        if self._max_hours is None and self._max_cost is None:
-            return None
-        left = [LONGEST_WATCH]
-        if self._max_hours is not None:
-            left.append((self._max_hours - self.hours) * 3600.0)
-        if self._max_cost is not None:
-            running = self._running()
-            per_second = sum(m.usd_per_hour for m in running) * (1 + self._fee) / 3600.0
-            if per_second:
-                left.append((self._max_cost - self.cost_usd) / per_second)
-            to_fee = [CREATION_FEE_AFTER - FEE_LEAD - m.age() for m in running]
-            left += [seconds for seconds in to_fee if seconds > 0]
-        return max(0.002, min(left))
+    @property
+    def seconds_between_checks(self) -> float | None:
+        """The seconds between two checks; None without a limit."""
+        return None if self._max_hours is None and self._max_cost is None else CHECK_INTERVAL

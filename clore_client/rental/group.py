@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from clore_client.errors import CancelUnconfirmedError, RentalError, add_note
+from clore_client.errors import CancelUnconfirmedError, CloreError, RentalError, add_note
 from clore_client.log import logger
 from clore_client.models.result import CommandResult
 from clore_client.rental.rental import BlockExit, Rental
@@ -31,7 +31,7 @@ class RentalGroup:
     def __init__(self, rentals: list[Rental], min_count: int) -> None:
         self._all = rentals
         for rental in rentals[1:]:
-            rental.share_servers(rentals[0])
+            rental.share_with(rentals[0])
         self._min_count = min_count
         self._running: list[Rental] = []
         self._signals: SignalHandling | None = None
@@ -125,9 +125,11 @@ class RentalGroup:
         pool.shutdown(wait=False)
         allowed = len(self._all) - self._min_count
         for _ in concurrent.futures.as_completed(calls):
-            failed = [call for call in calls if call.done() and call.exception() is not None]
+            failed = [e for call in calls if call.done() and (e := call.exception()) is not None]
+            if foreign := [error for error in failed if not isinstance(error, CloreError)]:
+                raise foreign[0]  # for example one that on_progress raised
             if len(failed) > allowed:
-                raise self._too_few([call.exception() for call in failed])
+                raise self._too_few(failed)
         self._running = [
             rental
             for rental, call in zip(self._all, calls, strict=True)
@@ -137,9 +139,9 @@ class RentalGroup:
             if (error := call.exception()) is not None:
                 logger.warning("%d of %d rentals run: %s", len(self._running), len(calls), error)
 
-    def _too_few(self, errors: list[BaseException | None]) -> BaseException:
+    def _too_few(self, errors: list[BaseException]) -> BaseException:
         """Return the error for a group of which too few rentals run."""
-        serious = [e for e in errors if e is not None and type(e) is not RentalError]
+        serious = [error for error in errors if type(error) is not RentalError]
         if serious:
             return serious[0]
         tried = [pair for rental in self._all for pair in rental.tried]

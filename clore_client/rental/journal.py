@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from clore_client.config import read_line, warn_about_state
-from clore_client.files import SAFE_FLAGS, lock_file
+from clore_client.files import SAFE_FLAGS, lock_file, make_private_folder, replace_file
 from clore_client.models.record import whole_id
-from clore_client.rental.process import this_process
+from clore_client.process import this_process
 
 STATE_SUFFIX = ".json"
 JOURNAL_SCHEMA = 1  # a later version adds fields, and keeps these
 LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
+# In the state folder. Older versions don't read it, so they don't cancel a kept order.
+KEPT_FOLDER = "kept"
 _ID_ROOM = 20  # characters reserved for the order id, which is written later
 _FIRST = '{"order_id": '
 
@@ -212,3 +214,53 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
     finally:
         if not keep:
             os.close(handle)
+
+
+# --- orders that stay after their rental ---
+
+
+def record_kept(folder: Path | None, data: dict[str, Any], until: float | None) -> bool:
+    """Record an order that stays, instead of an earlier record. Return whether that worked.
+
+    Parameters:
+        folder: the state folder.
+        data: the fields of its journal entry, with the order id.
+        until: Unix time of its deadline, or None.
+    """
+    if folder is None:
+        return False
+    path = _kept_path(folder, data["account"], data["order_id"])
+    try:
+        make_private_folder(path.parent)
+        record = {"schema": JOURNAL_SCHEMA, **data, **this_machine(), "kept_until": until}
+        replace_file(path, json.dumps(record))
+    except OSError as error:
+        warn_about_state(f"{path} can't be written", error)
+        return False
+    return True
+
+
+def forget_kept(folder: Path | None, account: str, order_id: int) -> None:
+    """Forget that an order is kept, because a rental ends it again."""
+    if folder is None:
+        return
+    path = _kept_path(folder, account, order_id)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        warn_about_state(f"{path} can't be removed", error)
+
+
+def _kept_path(folder: Path, account: str, order_id: int) -> Path:
+    return folder / KEPT_FOLDER / f"{account[:12]}-{order_id}.json"
+
+
+def kept_entries(folder: Path | None, account: str) -> list[JournalEntry]:
+    """Return the records of kept orders, locked where no other process holds them."""
+    found = []
+    for entry in read_entries(None if folder is None else folder / KEPT_FOLDER):
+        if entry.data.get("account") == account and entry.order_id is not None:
+            found.append(entry)
+        else:
+            entry.close()
+    return found

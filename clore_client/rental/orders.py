@@ -1,23 +1,37 @@
-"""Keep track of the orders of one rental, in memory and in the journal."""
+"""Keep track of the orders of one rental, in memory and in the journal, and end them."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clore_client.errors import RentalError
+from clore_client.api.request import limited
+from clore_client.errors import (
+    CancelUnconfirmedError,
+    CloreError,
+    OutcomeUnknownError,
+    RentalError,
+)
+from clore_client.log import logger
 from clore_client.models.order import Order
-from clore_client.orders.account import AccountOrders
-from clore_client.orders.cancel import Cancellation
-from clore_client.orders.claims import can_be_order_of
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
+from clore_client.orders.cancel import Cancellation, confirm_until
+from clore_client.orders.claims import can_be_order_of, purchase_facts
 from clore_client.rental.budget import Budget, Meter
-from clore_client.rental.journal import JournalEntry, read_entries, write_entry
-from clore_client.rental.kept import forget_kept, record_kept
+from clore_client.rental.journal import (
+    JournalEntry,
+    forget_kept,
+    read_entries,
+    record_kept,
+    write_entry,
+)
 from clore_client.rental.selection import RentalSettings
 
 MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
+SEARCH_INTERVAL = 2.0  # seconds between two searches for an order that may exist
 
 
 class RentalOrder:
@@ -66,6 +80,9 @@ class RentalOrders:
 
     Attributes:
         before: ids of orders that existed before the rental.
+        block_ended_at: monotonic time at which the block ended; None before that.
+        skip_confirmation: skip the confirmation, after an interrupt during the cleanup.
+        abandoned: stop the cleanup, after three interrupts; ``leftovers()`` finds the orders.
     """
 
     def __init__(
@@ -74,20 +91,23 @@ class RentalOrders:
         settings: RentalSettings,
         folder: Path | None,
         budget: Budget,
-        wake: Callable[[], object],
         taken: Callable[[], set[int | None]],
     ) -> None:
         self._orders = orders
         self._settings = settings
         self._folder = folder
         self._budget = budget
-        self._wake = wake  # called when the price of an order changes
         self._taken = taken  # returns the order ids of all open rentals of this account
         self._all: list[RentalOrder] = []
         self.before: set[int] = set()
+        self.block_ended_at: float | None = None
+        self.skip_confirmation = False
+        self.abandoned = False
 
     def __iter__(self) -> Iterator[RentalOrder]:
         return iter(list(self._all))
+
+    # --- purchases ---
 
     def record_intent(self, server_id: int, price: float | None) -> RentalOrder:
         """Record a purchase in the journal and in memory, before it is sent."""
@@ -97,18 +117,9 @@ class RentalOrders:
         return purchase
 
     def _facts(self, server_id: int) -> dict[str, Any]:
-        settings, client = self._settings, self._orders.client
-        return {
-            "server_id": server_id,
-            "started": time.time(),
-            "server_clock": client.server_clock,
-            "image": settings.image,
-            "currency": settings.currency,
-            "spot": settings.spot,
-            "base_url": client.base_url,
-            "account": self._orders.account,
-            "before": sorted(self.before),
-        }
+        client = self._orders.client
+        facts = purchase_facts(server_id, self._settings, self.before, client.server_clock)
+        return {**facts, "base_url": client.base_url, "account": self._orders.account}
 
     def adopt(self, order: Order, age: float, ends: bool) -> RentalOrder:
         """Take over an order that exists.
@@ -152,12 +163,7 @@ class RentalOrders:
         purchase.meter.counts = True
         if purchase.entry is not None:
             purchase.entry.write_order_id(order_id)
-
-        def new_bid(usd_per_hour: float) -> None:
-            purchase.meter.change(usd_per_hour)
-            self._wake()
-
-        self._orders.bid_listeners[order_id] = new_bid
+        self._orders.bid_listeners[order_id] = purchase.meter.change
 
     def mark_refused(self, purchase: RentalOrder) -> None:
         """Record that the API refused a purchase with code 1; its order may still exist."""
@@ -171,15 +177,11 @@ class RentalOrders:
             purchase.entry.remove()
         self._remove(purchase)
 
-    def give_up(self, purchase: RentalOrder) -> None:
+    def _give_up(self, purchase: RentalOrder) -> None:
         """Leave a purchase to ``leftovers()``."""
         if purchase.entry is not None:
             purchase.entry.abandoned = True
         self._remove(purchase)
-
-    def unresolved(self) -> list[RentalOrder]:
-        """Return the purchases that the API refused with code 1, but that may have an order."""
-        return [p for p in self._all if p.order_id is None and p.refused]
 
     def _remove(self, purchase: RentalOrder) -> None:
         if purchase in self._all:
@@ -187,31 +189,186 @@ class RentalOrders:
         purchase.meter.counts = purchase.order_id is not None
         self._orders.bid_listeners.pop(purchase.order_id or 0, None)
 
-    def search_in(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
-        """Look for the order of a purchase in a list. Return True if it is confirmed absent.
+    # --- the end ---
+
+    def record_block_end(self) -> None:
+        """Record that the block has ended, which sets the deadline for cancels."""
+        self.block_ended_at = self.block_ended_at or time.monotonic()
+
+    def deadline(self) -> float:
+        """Return the deadline for cancels; there is none before the block has ended."""
+        if self.block_ended_at is None:
+            return math.inf
+        return self.block_ended_at + self._settings.cancel_timeout
+
+    def end_all(self) -> BaseException | None:
+        """End all orders, the cancels first. Return None, or the first failure."""
+        started = time.monotonic()
+        failures: list[BaseException | None] = [
+            self._cancel(purchase, self.deadline)
+            for purchase in self
+            if purchase.order_id is not None
+        ]
+        failures += [self._reconcile(purchase) for purchase in self if purchase.order_id is None]
+        failures += [self._confirm(purchase, started) for purchase in self]
+        return next((failure for failure in failures if failure is not None), None)
+
+    def end(self, purchase: RentalOrder) -> BaseException | None:
+        """End one order. Return None if that is confirmed, else the error."""
+        started = time.monotonic()
+        until = started + self._settings.cancel_timeout
+        failure = self._cancel(purchase, lambda: min(until, self.deadline()))
+        return self._confirm(purchase, started) if failure is None else failure
+
+    def abandon(self) -> BaseException | None:
+        """Stop the cleanup, and leave the orders to ``leftovers()``. Return an error if any."""
+        self.abandoned = True
+        left = list(self)
+        for purchase in left:
+            if purchase.entry is not None:
+                purchase.entry.abandoned = True
+        ids = tuple(p.order_id for p in left if p.order_id is not None)
+        text = f"interrupted three times, and {'; '.join(map(str, left))}: call leftovers() later"
+        if ids:
+            return CancelUnconfirmedError(text, order_ids=ids)
+        return OutcomeUnknownError(text) if left else None
+
+    def try_to_cancel(
+        self, purchase: RentalOrder, deadline: Callable[[], float]
+    ) -> CloreError | None:
+        """Cancel an order until that is accepted. Return None, or the error."""
+        if purchase.accepted:
+            return None
+        failure = purchase.cancellation(self._orders).run(
+            deadline, confirm=False, stop=lambda: self.abandoned
+        )
+        if failure is None:  # the order costs nothing from now on
+            purchase.meter.stop()
+        return failure
+
+    def _cancel(self, purchase: RentalOrder, deadline: Callable[[], float]) -> CloreError | None:
+        """Cancel an order until that is accepted, or leave it to ``leftovers()``."""
+        failure = self.try_to_cancel(purchase, deadline)
+        if failure is not None:
+            self._give_up(purchase)
+            logger.error(
+                "order %d could not be cancelled and may still be running: call leftovers() later",
+                purchase.order_id,
+            )
+        return failure
+
+    def _confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
+        """Wait until a cancelled order is listed as ended."""
+        order_id = purchase.order_id or 0
+        deadline = confirm_until(started, self._settings.cancel_timeout)
+        failure: CloreError | None = None
+        if not self.skip_confirmation:
+            failure = purchase.cancellation(self._orders).run(
+                lambda: deadline, confirm=True, stop=lambda: self.skip_confirmation
+            )
+            if failure is None:
+                self.forget(purchase)
+                self.before.add(order_id)
+                return None
+        self._give_up(purchase)
+        if self.skip_confirmation:
+            logger.warning(
+                "order %d was cancelled, but an interrupt skipped the confirmation", order_id
+            )
+            return CloreError(
+                f"order {order_id} was cancelled, but it is not confirmed that it has ended: call "
+                "leftovers() later"
+            )
+        logger.error(
+            "order %d was cancelled, but may still be running: call leftovers() later", order_id
+        )
+        return failure
+
+    # --- purchases with unknown outcome ---
+
+    def unresolved(self) -> list[RentalOrder]:
+        """Return the purchases that the API refused with code 1, but that may have an order."""
+        return [p for p in self._all if p.order_id is None and p.refused]
+
+    def search_unresolved(self) -> None:
+        """Look once for the orders of unresolved purchases, and cancel those that exist."""
+        for purchase in self.unresolved():
+            try:
+                confirmed_absent = self._search(purchase)
+            except CloreError as error:
+                logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
+                continue
+            if purchase.order_id is not None:
+                logger.warning(
+                    "order %d of server %d exists although the API refused it: cancelling it",
+                    purchase.order_id,
+                    purchase.server_id,
+                )
+                until = time.monotonic() + self._settings.cancel_timeout
+                self.try_to_cancel(purchase, lambda: until)  # noqa: B023
+            elif confirmed_absent:
+                self.forget(purchase)
+
+    @property
+    def search_interval(self) -> float:
+        """The seconds between two searches."""
+        return min(SEARCH_INTERVAL, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
+
+    def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
+        """Look for the order of a purchase until it is found and cancelled, or time is out."""
+        logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
+        cause: BaseException | None = None
+        confirmed_absent = False
+        while not (confirmed_absent or self.abandoned):
+            try:
+                confirmed_absent = self._search(purchase)
+                cause = None
+            except CloreError as error:
+                cause = error
+            if purchase.order_id is not None:
+                return self._cancel(purchase, self.deadline)
+            if (left := self.deadline() - time.monotonic()) <= 0:
+                break
+            if not confirmed_absent:
+                time.sleep(min(left, self.search_interval))
+        if confirmed_absent and purchase.refused:
+            self.forget(purchase)
+            return None
+        self._give_up(purchase)
+        logger.warning(
+            "no order of server %d has shown up so far: call leftovers() later",
+            purchase.server_id,
+        )
+        unknown = OutcomeUnknownError(
+            f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
+            endpoint="/v1/create_order",
+        )
+        unknown.__cause__ = cause
+        return unknown
+
+    def _search(self, purchase: RentalOrder) -> bool:
+        """Look once for the order of a purchase. Return True if it is confirmed absent.
 
         A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
         moment. So several lists over ``order_lag`` seconds must not have it.
-
-        Parameters:
-            purchase: a purchase with unknown outcome.
-            orders: the active orders.
-            asked_at: monotonic time at which the list was requested.
         """
+        asked_at = time.monotonic()
+        deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
+        absent = purchase.absent
+        try:
+            orders = limited(self._orders.active, deadline=deadline, urgent=True)
+        except CloreError:
+            absent.clear()  # a read that failed breaks the series
+            raise
         fitting = [order for order in orders if self._fits(order, purchase)]
         if len(fitting) == 1 and not self._is_held(purchase):
             self.set_order_id(purchase, fitting[0].id or 0)
         lag = self._orders.client.order_lag
         if fitting:
-            purchase.absent.clear()
+            absent.clear()
         elif asked_at >= purchase.sent_at + lag and self._is_complete(orders):
-            purchase.absent.append(asked_at)
-        absent = purchase.absent
+            absent.append(asked_at)
         return len(absent) >= MIN_ABSENT_LISTS and absent[-1] - absent[0] >= lag
-
-    def search_interval(self, longest: float) -> float:
-        """Return the seconds between two searches, at most ``longest``."""
-        return min(longest, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
     def _is_complete(self, orders: list[Order]) -> bool:
         """Return whether a list has all orders of this rental that must be active."""
@@ -229,29 +386,11 @@ class RentalOrders:
 
     def _is_held(self, purchase: RentalOrder) -> bool:
         """Return whether a living rental of another process could own the order."""
+        wanted = {"server_id": purchase.server_id, "account": self._orders.account}
         held = False
-        for entry in self._entries_for(purchase.server_id):
+        for entry in read_entries(self._folder):
             mine = purchase.entry is not None and entry.path == purchase.entry.path
-            held = held or not (mine or entry.abandoned)
+            if not (mine or entry.abandoned) and wanted.items() <= entry.data.items():
+                held = True
             entry.close()
         return held
-
-    def remove_dead_entries(self, server_id: int) -> None:
-        """Remove entries of dead processes that would match an order of this rental."""
-        if self._settings.spot:
-            return  # one server can have several spot orders
-        for entry in self._entries_for(server_id):
-            if entry.abandoned and entry.of_this_machine and entry.order_id is None:
-                entry.remove()
-            entry.close()
-
-    def _entries_for(self, server_id: int) -> list[JournalEntry]:
-        """Return the entries for this server and account. The caller closes each."""
-        account, found = self._orders.account, []
-        for entry in read_entries(self._folder):
-            data = entry.data
-            if data.get("server_id") == server_id and data.get("account") == account:
-                found.append(entry)
-            else:
-                entry.close()
-        return found

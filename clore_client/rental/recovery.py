@@ -11,12 +11,11 @@ from clore_client.errors import CancelUnconfirmedError, CloreError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.record import whole_id
-from clore_client.orders.account import AccountOrders, OrderState
+from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import Cancellation, confirm_until
 from clore_client.orders.claims import CLOCKS_APART, LATEST_ORDER, matches_entry
 from clore_client.pricing import finite
-from clore_client.rental.journal import JournalEntry, read_entries
-from clore_client.rental.kept import kept_entries, overdue_entries
+from clore_client.rental.journal import JournalEntry, kept_entries, read_entries
 
 LEFTOVER_READ_INTERVAL = 1.0  # between two reads, while an order may not be listed yet
 
@@ -217,7 +216,7 @@ class _Survey:
 
     def _has_ended(self, entry: JournalEntry) -> bool:
         try:
-            return self._orders.state(entry.order_id or 0) is OrderState.ENDED
+            return self._orders.state(entry.order_id or 0) == "ended"
         except CloreError:
             return False
 
@@ -291,7 +290,7 @@ def end_leftovers(
 
 def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> list[int]:
     """Cancel the kept orders that are past their deadline; see ``CloreClient.cancel_overdue``."""
-    overdue = overdue_entries(orders, folder)
+    overdue = _overdue_entries(orders, folder)
     try:
         listed = {order.id: order for order in orders.active()} if overdue else {}
         pairs = [(entry, listed.get(entry.order_id)) for entry in overdue]
@@ -299,6 +298,29 @@ def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> l
     finally:
         for entry in overdue:
             entry.close()
+
+
+def _overdue_entries(orders: AccountOrders, folder: Path | None) -> list[JournalEntry]:
+    """Return the records of this machine's kept orders that are past their deadline.
+
+    They are locked, and the caller closes them. Records of orders that have ended are removed.
+    """
+    overdue, now = [], time.time()
+    for entry in kept_entries(folder, orders.account):
+        until = finite(entry.data.get("kept_until"))
+        mine = entry.abandoned and entry.of_this_machine
+        if mine and until is not None and until <= now and not _remove_if_ended(orders, entry):
+            overdue.append(entry)
+        else:
+            entry.close()
+    return overdue
+
+
+def _remove_if_ended(orders: AccountOrders, entry: JournalEntry) -> bool:
+    ended = orders.state(entry.order_id or 0) == "ended"
+    if ended:
+        entry.remove()
+    return ended
 
 
 def _end_entries(

@@ -37,7 +37,6 @@ from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
 from clore_client.progress import ProgressEvent, ProgressOptions, Report
-from clore_client.rental.client import RentalClient
 from clore_client.rental.selection import (
     RentalSettings,
     SharedServers,
@@ -45,7 +44,7 @@ from clore_client.rental.selection import (
     summary,
 )
 from clore_client.rental.signals import SignalExit
-from clore_client.rental.worker import RentalWorker
+from clore_client.rental.worker import RentalClient, RentalWorker
 from clore_client.validation import check_optional_number
 
 if TYPE_CHECKING:
@@ -204,31 +203,31 @@ class Rental:
             CommandError: the exit code was not 0.
             BudgetExceededError: the rental has reached a limit, and has ended.
         """
-        return self._over_ssh(self._client.run, (command,), options)  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.run, (command,), options)
 
     def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
         """Copy a file or directory to the machine, as :meth:`CloreClient.upload` does."""
-        return self._over_ssh(self._client.upload, (local, remote), options)  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.upload, (local, remote), options)
 
     def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
         """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
-        return self._over_ssh(self._client.download, (remote, local), options)  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.download, (remote, local), options)
 
     def forward(self, remote_port: int, local_port: int = 0) -> Forward:
         """Forward a local port to the machine, as :meth:`CloreClient.forward` does."""
-        return self._over_ssh(self._client.forward, (remote_port, local_port), {})  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.forward, (remote_port, local_port), {})
 
     def shell(self) -> int:
         """Open the machine's shell in this terminal, as :meth:`CloreClient.shell` does."""
-        return self._over_ssh(self._client.shell, (), {})  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.shell, (), {})
 
     def ssh_command(self, **options: Any) -> str:
         """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""
         return self._client.ssh_command(self.order, **options)
 
     def _over_ssh(
-        self, method: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
+        self, method: Callable[..., Part], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Part:
         """Call a method of the client with the rental's own connection."""
         from clore_client.ssh.connect import LOGIN_OPTIONS
 
@@ -344,9 +343,10 @@ class Rental:
             self._client, self._orders, self._settings, self._folder, self._inbox, holders, in_block
         )
 
-    def share_servers(self, other: Rental) -> None:
-        """Try the servers that another rental does not try, found by the same search."""
+    def share_with(self, other: Rental) -> None:
+        """Try other servers than another rental, found by one search; report one at a time."""
         self.servers, self._settings = other.servers, other._settings
+        self._progress = other._progress
 
     def __enter__(self: Rented) -> Rented:
         if self._worker is not None:
@@ -418,7 +418,7 @@ class Rental:
             order = self._buy(worker, server)
         except TRY_NEXT_ERRORS as error:
             return str(error)
-        self._tell("order", f"order {order.id}")
+        self._tell("order", f"order {order.id} of server {server.id}")
         self._order, self._server = order, server
         reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
         if reason is None:
@@ -485,25 +485,22 @@ def _raise_failure(
         worker: the worker, which has ended the rental or was interrupted.
         interrupts: the interrupts during the end of the rental.
     """
-    failure = worker.failure
-    note = None if failure is None else str(failure)
-    plain = error is None or isinstance(error, Exception)
-    exceeded = worker.exceeded
-    if exceeded is not None and plain and not _is_of(error, exceeded.order_id):
-        raised: BaseException = worker.budget_error(exceeded)
-        if note:
-            add_note(raised, note)
-        raise raised from error
-    if plain and not interrupts and worker.signalled is not None and not worker.kept:
-        interrupts = [SignalExit(worker.signalled)]
-    if interrupts and plain:
-        if note:
-            add_note(interrupts[-1], note)
-        raise interrupts[-1]
-    if error is None and failure is not None:
+    failure, exceeded = worker.failure, worker.exceeded
+    raised: BaseException | None = None
+    if error is None or isinstance(error, Exception):
+        if exceeded is not None and not _is_of(error, exceeded.order_id):
+            raised = worker.budget_error(exceeded)
+        elif interrupts:
+            raised = interrupts[-1]
+        elif worker.signalled is not None and not worker.kept:
+            raised = SignalExit(worker.signalled)
+    shown = error if raised is None else raised
+    if shown is None and failure is not None:
         raise failure
-    if error is not None and note and error is not failure:
-        add_note(error, note)
+    if shown is not None and failure is not None and shown is not failure:
+        add_note(shown, str(failure))
+    if raised is not None:
+        raise raised from error
 
 
 def _check_open(part: Part | None) -> Part:

@@ -10,12 +10,11 @@ from clore_client.market.market import Market
 from clore_client.market.search import RENTED, ROUNDING_UP, Search, SearchReport
 from clore_client.models.order import Order
 from clore_client.models.server import Server, listed_rate
-from clore_client.orders.create import check_login, order_env, order_ports
+from clore_client.orders.create import order_body
 from clore_client.pricing import finite, positive, wire_currency
 from clore_client.validation import (
     check_bool,
     check_count,
-    check_currency,
     check_id,
     check_interval,
     check_number,
@@ -94,13 +93,10 @@ class RentalSettings:
         )  # fmt: skip
 
     def _set_order(self, order: dict[str, Any]) -> None:
-        self.currency = check_currency("currency", order["currency"])
-        self.image = check_text("image", order["image"])
-        check_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"])
-        order_ports(order["ports"])
-        order_env(order["env"])
-        kind = "spot" if self.spot else "on-demand"
-        self.order_arguments = {**order, "order_type": kind, "currency": self.currency}
+        arguments = {**order, "order_type": "spot" if self.spot else "on-demand"}
+        body = order_body(arguments)
+        self.currency, self.image = body["currency"], body["image"]
+        self.order_arguments = {**arguments, "currency": self.currency}
 
     def _checked_bid(self, spot_price: Any) -> float | None:
         if spot_price is None:

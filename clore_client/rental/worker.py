@@ -12,16 +12,13 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from clore_client.errors import (
     ERROR_CODES,
-    AuthenticationError,
     BudgetExceededError,
-    CancelUnconfirmedError,
     CloreAPIError,
     CloreConnectionError,
-    ConfigurationError,
     DatabaseError,
     OutcomeUnknownError,
     RateUnknownError,
@@ -30,34 +27,80 @@ from clore_client.errors import (
 )
 from clore_client.log import logger
 from clore_client.models.order import Order
+from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
+from clore_client.process import this_process
 from clore_client.rental.budget import Budget
-from clore_client.rental.cleanup import Cleanup
-from clore_client.rental.client import RentalClient
-from clore_client.rental.handoff import Gate, ThreadCall, next_item
 from clore_client.rental.orders import RentalOrder, RentalOrders
-from clore_client.rental.process import this_process
 from clore_client.rental.selection import RentalSettings
-from clore_client.rental.signals import SignalExit, SignalHandling, in_main_thread
+from clore_client.rental.signals import (
+    Gate,
+    SignalExit,
+    SignalHandling,
+    ThreadCall,
+    in_main_thread,
+    next_item,
+)
+
+if TYPE_CHECKING:
+    import paramiko
+
+    from clore_client.ssh.tunnel import Forward
 
 Result = TypeVar("Result")
 
-SEARCH_INTERVAL_IN_BLOCK = 2.0  # seconds between two searches, while the block runs
 GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
 
 # After these errors, no order exists.
 NO_ORDER_ERRORS = (
-    AuthenticationError,
     CloreAPIError,
     CloreConnectionError,
-    ConfigurationError,
     RateUnknownError,
     SpendingLimitError,
-    ValueError,
+    ValueError,  # a ConfigurationError is one
     TypeError,
-    ImportError,
 )
+
+
+class RentalClient(Protocol):
+    """The methods of ``CloreClient`` that a rental uses."""
+
+    def get_orders(self, include_completed: bool = False) -> list[Order]: ...
+
+    def get_order(self, order_id: Any) -> Order | None: ...
+
+    def cancel_order(self, order_id: Any, *, confirm: bool) -> bool: ...
+
+    @property
+    def ssh_command(self) -> Callable[..., str]: ...
+
+    def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
+
+    def wait_for_order(
+        self, order_id: int, timeout: float, poll_interval: float, *, on_progress: Any = None
+    ) -> Order: ...
+
+    @property
+    def create_order(self) -> Callable[..., Order]: ...
+
+    @property
+    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
+
+    @property
+    def forward(self) -> Callable[..., Forward]: ...
+
+    @property
+    def shell(self) -> Callable[..., int]: ...
+
+    @property
+    def run(self) -> Callable[..., CommandResult]: ...
+
+    @property
+    def upload(self) -> Callable[..., TransferResult]: ...
+
+    @property
+    def download(self) -> Callable[..., TransferResult]: ...
 
 
 class RentalWorker:
@@ -101,10 +144,7 @@ class RentalWorker:
         # A signal ends a ``with`` block of the main thread, and so its rental.
         self._main = in_block and in_main_thread()
         self._signals: SignalHandling | None = None
-        self._rental_orders = RentalOrders(
-            orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
-        )
-        self._cleanup = Cleanup(orders, self._rental_orders, settings)
+        self._rental_orders = RentalOrders(orders, settings, folder, self.budget, self._taken)
         self._current: RentalOrder | None = None  # the order of the block
         self._started = False
         self._interrupted_at: list[float] = []
@@ -126,11 +166,6 @@ class RentalWorker:
                 f"nothing was rented, because the worker thread could not start: {error}"
             ) from error
         self._started = True
-
-    @property
-    def abandoned(self) -> bool:
-        """True if three interrupts stopped the cleanup; ``leftovers()`` finds the orders."""
-        return self._cleanup.abandoned
 
     def call_in_thread(self, action: Callable[[], Result]) -> Result:
         """Run a function in the worker thread, and return its result or raise its error."""
@@ -224,11 +259,11 @@ class RentalWorker:
                 if self.finished.wait():
                     break
             except (KeyboardInterrupt, SystemExit) as interrupt:
-                self._cleanup.skip_confirmation = True
+                self._rental_orders.skip_confirmation = True
                 caught.append(interrupt)
                 times.append(time.monotonic())
                 if len(times) >= 3 and times[-1] - times[-3] <= GIVE_UP_WITHIN:
-                    self._abandon()
+                    self.failure = self._rental_orders.abandon() or self.failure
                     break
         return caught
 
@@ -265,22 +300,8 @@ class RentalWorker:
 
     def request_end(self) -> None:
         """Let the worker thread end the rental, without waiting for it."""
-        self._cleanup.record_block_end()
+        self._rental_orders.record_block_end()
         self._inbox.put(None)
-
-    def _abandon(self) -> None:
-        """Stop the cleanup, and leave the orders to ``leftovers()``."""
-        self._cleanup.abandoned = True
-        left = list(self._rental_orders)
-        for purchase in left:
-            if purchase.entry is not None:
-                purchase.entry.abandoned = True
-        ids = tuple(p.order_id for p in left if p.order_id is not None)
-        text = f"interrupted three times, and {'; '.join(map(str, left))}: call leftovers() later"
-        if left:
-            self.failure = (
-                CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
-            )
 
     def on_signal(self, signum: int) -> None:
         """End the rental. This runs in a signal handler, so it must not take a lock."""
@@ -296,15 +317,15 @@ class RentalWorker:
                 self._next_request()
                 if self._must_end_order():
                     self._end_early()
-                self._cleanup.search_unresolved()
+                self._rental_orders.search_unresolved()
         except BaseException as error:
             self.failure = error
-        self._cleanup.record_block_end()
+        self._rental_orders.record_block_end()
         try:
-            failure = self._cleanup.end_all()
+            failure = self._rental_orders.end_all()
         except BaseException as error:
             failure = error
-        if not self._cleanup.abandoned:
+        if not self._rental_orders.abandoned:
             self.failure = failure or self.failure
         this_process.rentals.discard(self)
         if self._block_is_gone():  # __exit__ did not run
@@ -314,9 +335,9 @@ class RentalWorker:
         self.finished.open()
 
     def _next_request(self) -> None:
-        timeout = None if self.exceeded else self.budget.seconds_left()
+        timeout = None if self.exceeded else self.budget.seconds_between_checks
         if self._rental_orders.unresolved():
-            interval = self._rental_orders.search_interval(SEARCH_INTERVAL_IN_BLOCK)
+            interval = self._rental_orders.search_interval
             timeout = interval if timeout is None else min(interval, timeout)
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
@@ -329,7 +350,7 @@ class RentalWorker:
         return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
     def _has_ended_block(self) -> bool:
-        return self._cleanup.block_ended_at is not None or self._block_is_gone()
+        return self._rental_orders.block_ended_at is not None or self._block_is_gone()
 
     def _block_is_gone(self) -> bool:
         """Return whether the ``with`` statement or the rental no longer exists."""
@@ -374,7 +395,6 @@ class RentalWorker:
                 self._current = None
             raise
         self._rental_orders.set_order_id(purchase, order.id)
-        self._rental_orders.remove_dead_entries(purchase.server_id)
         return order
 
     def _keep(self, until: float | None) -> None:
@@ -402,21 +422,14 @@ class RentalWorker:
             return
         # In its own thread, because the cancel may have to wait for the API.
         threading.Thread(target=self.close_ssh, name="clore-rental-close", daemon=True).start()
-        failure = self._cleanup.try_to_cancel(current, self._cleanup.deadline)
+        orders = self._rental_orders
+        failure = orders.try_to_cancel(current, orders.deadline)
         if failure is not None:
             logger.error("order %d could not be cancelled: %s", current.order_id, failure)
         self.close_ssh()  # the block may have opened another one
 
     def _end_current(self) -> BaseException | None:
-        current, started = self._current, time.monotonic()
-        if current is None:
-            return None
-        until = started + self._settings.cancel_timeout
-        failure: BaseException | None = self._cleanup.cancel(
-            current, lambda: min(until, self._cleanup.deadline())
-        )
-        if failure is None:
-            failure = self._cleanup.confirm(current, started)
+        failure = None if self._current is None else self._rental_orders.end(self._current)
         self._current = None
         return failure
 
@@ -425,7 +438,7 @@ def _end_all() -> None:
     """End the rentals that are still open when the interpreter exits."""
     this_process.exiting = True
     # After three interrupts, the user does not want to wait.
-    workers = [w for w in list(this_process.rentals) if not w.abandoned]
+    workers = [w for w in list(this_process.rentals) if not w._rental_orders.abandoned]
     for worker in workers:
         worker.request_end()
     for worker in workers:

@@ -38,7 +38,7 @@ from clore_client.api.redis_limit import (
     _numbers,
     redis_server,
 )
-from clore_client.rental.handoff import next_item
+from clore_client.rental.signals import next_item
 from tests.api.redis_server import redis_process
 from tests.conftest import MakeSim, client_for, sent_to
 from tests.variant import Simulator

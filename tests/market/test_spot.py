@@ -208,7 +208,7 @@ def test_refused_bids(make_sim: MakeSim) -> None:
         client.set_spot_price(order["order_id"], usd - 0.05 / 24)
     assert 0 < (soon.value.retry_after or 0) <= 600
     assert soon.value.retryable
-    with pytest.raises(OrderNotFoundError, match="nothing was bid"):
+    with pytest.raises(OrderNotFoundError, match="nothing was done"):
         client.set_spot_price(5, 0.1)
 
 

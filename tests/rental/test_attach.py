@@ -327,18 +327,27 @@ def test_an_older_version_does_not_cancel_a_kept_order(sim: Simulator, state: Pa
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_two_processes_that_attach_and_cancel_at_once(
-    make_sim: MakeSim, state: Path, form: str
+@pytest.mark.parametrize("end", [False, True])
+def test_two_processes_that_attach_stop_and_cancel_at_once(
+    make_sim: MakeSim, state: Path, form: str, end: bool
 ) -> None:
     # Two processes with one key have no rate limit in common.
     sim = make_sim(form=form, ssh=True, rate_limit=0, cancel_ended="refuse")
     order = started(client_for(sim, state_dir=state))
+    job = client_for(sim, state_dir=state).start(order, "sleep 60", name="x")
+    assert job.status == "running"
     code = """
 import os, threading, clore_client
+end = argument[1] == "True"
 def work():
     try:
-        rental = client.attach(argument[0])
+        rental = client.attach(argument[0], end=end)
+        if end:
+            rental.start()
         rental.run("true")
+        job = client.job(rental.order, "x")
+        job.stop()
+        os.write(1, f"{job.status}-{job.exit_code}\\n".encode())
         rental.cancel()
         os.write(1, b"cancelled\\n")
     except clore_client.OrderEndedError:
@@ -352,7 +361,7 @@ for thread in threads: thread.join()
     told: list[list[str]] = []
 
     def process() -> None:
-        told.append(in_a_second_process(sim, state, code, order.id).split())
+        told.append(in_a_second_process(sim, state, code, order.id, end).split())
 
     threads = [threading.Thread(target=process) for _ in range(2)]
     for thread in threads:
@@ -360,10 +369,13 @@ for thread in threads: thread.join()
     for thread in threads:
         thread.join()
     words = [word for lines in told for word in lines]
-    assert len(words) == 4, words
-    assert set(words) <= {"cancelled", "ended", "broken"}
+    results = [word for word in words if "-" not in word]
+    assert len(results) == 4, words
+    assert set(words) <= {"killed-143", "lost-None", "cancelled", "ended", "broken"}
+    assert "killed-143" in words
     assert "cancelled" in words
     assert active(sim) == []
+    assert list(state.glob("*.json")) == []
 
 
 def test_two_processes_that_end_overdue_orders_at_once(make_sim: MakeSim, state: Path) -> None:

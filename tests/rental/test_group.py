@@ -19,6 +19,7 @@ from clore_client import (
     CloreClient,
     CommandError,
     InsufficientBalanceError,
+    ProgressEvent,
     RentalError,
 )
 from tests.conftest import FORMS, MakeSim, client_for, sent_to, until
@@ -141,6 +142,52 @@ def test_orders_that_cannot_be_cancelled_are_all_named(sim: Simulator) -> None:
     assert set(caught.value.order_ids) == ids
     assert all(str(order_id) in str(caught.value) for order_id in ids)
     sim.faults.clear()
+
+
+def test_progress_is_reported_one_event_at_a_time(
+    any_sim: Simulator, any_client: CloreClient
+) -> None:
+    events: list[ProgressEvent] = []
+    threads: set[int] = set()
+    inside = threading.Lock()
+
+    def report(event: ProgressEvent) -> None:
+        assert inside.acquire(blocking=False), "two calls at a time"
+        threads.add(threading.get_ident())
+        time.sleep(0.03)  # long enough for another thread to come
+        events.append(event)
+        inside.release()
+
+    with any_client.rent_many(3, on_progress=report, **QUICK) as rentals:
+        servers = {rental.order.id: rental.server.id for rental in rentals}
+    assert len(threads) == 3
+    for order_id, server_id in servers.items():
+        texts = [event.text for event in events]
+        assert any(text.startswith(f"renting server {server_id} (") for text in texts)
+        assert f"order {order_id} of server {server_id}" in texts
+        assert f"order {order_id}: running" in texts
+    assert all("order" in event.text or "server" in event.text for event in events)
+
+
+@pytest.mark.parametrize("name", ["rent", "order", "deploy", "running"])
+@pytest.mark.parametrize("min_count", [1, 3])
+def test_an_error_of_on_progress_gives_everything_back(
+    make_sim: MakeSim, name: str, min_count: int
+) -> None:
+    sim = make_sim(deploy_after=1.0)
+    seen: list[str] = []
+
+    def report(event: ProgressEvent) -> None:
+        seen.append(event.name)
+        if event.name == name and seen.count(name) == 2:
+            raise ZeroDivisionError("of the callback")
+
+    with pytest.raises(ZeroDivisionError, match="of the callback"):
+        with client_for(sim).rent_many(3, min_count=min_count, on_progress=report, **QUICK):
+            pytest.fail("entered")
+    assert active(sim) == []
+    time.sleep(0.5)
+    assert active(sim) == []
 
 
 @pytest.mark.parametrize("pause", [0.05, 0.3, 0.6, 1.0])

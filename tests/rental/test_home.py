@@ -1,6 +1,7 @@
 """Random programs, after which the home directory holds no secret that is not needed any more.
 
-CLORE_PROGRAMS=1000 runs as many programs.
+``CLORE_PROGRAMS=1000 python -m pytest -n 8 tests/rental/test_home.py`` runs 1,000 programs against
+each form of the API. They are split into parts for several processes, as they mostly wait.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tests.conftest import FORMS
 from tests.variant import Simulator
 
 PROGRAMS = int(os.environ.get("CLORE_PROGRAMS", "60"))
+PARTS = 4
 KINDS = ["lose_answer", "lose_request", "http_500_after_commit", "html_502", "code_1", "no_code"]
 ENDPOINTS = ["create_order", "my_orders", "cancel_order", "cancel_orders"]
 
@@ -97,10 +99,12 @@ def files_with(home: Path, secrets: list[str]) -> dict[Path, list[str]]:
 
 
 @pytest.mark.internal
-def test_the_home_holds_no_secret_that_is_not_needed(quick_sim: Simulator) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_the_home_holds_no_secret_that_is_not_needed(quick_sim: Simulator, part: int) -> None:
     sim, home = quick_sim, Path.home()
     servers = [s.id for s in sim.servers if s.online and not s.rented and len(s.allowed_coins) == 3]
-    for number in range(PROGRAMS):
+    of_all: list[str] = []
+    for number in range(part, PROGRAMS, PARTS):
         key = sim.add_key(1e6)
         program = Program(sim, number, key)
         program.run(servers)
@@ -109,6 +113,7 @@ def test_the_home_holds_no_secret_that_is_not_needed(quick_sim: Simulator) -> No
         time.sleep(0.05)
         # Only files of this order's own login, and only for orders that may still run.
         secrets = [*program.secrets, *program.generated, key]
+        of_all += secrets
         found = files_with(home, secrets)
         running = [order for order in sim.orders_of(key) if order.active]
         for path, seen in found.items():
@@ -130,3 +135,4 @@ def test_the_home_holds_no_secret_that_is_not_needed(quick_sim: Simulator) -> No
         after.leftovers(wait=0)
         after.close()
         assert files_with(home, secrets) == {}
+    assert files_with(home, of_all) == {}

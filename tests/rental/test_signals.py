@@ -12,7 +12,7 @@ import pytest
 
 from clore_client import CloreClient, SignalExit
 from clore_client.log import warn_once
-from clore_client.rental.process import this_process
+from clore_client.process import this_process
 from clore_client.rental.signals import SIGNALS, SignalHandling
 from tests.rental.test_rental import QUICK, active
 from tests.variant import Simulator
