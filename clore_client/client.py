@@ -29,7 +29,7 @@ from clore_client.market.search import Search
 from clore_client.market.spot import suggested_bid
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, OutputLine, TransferResult
-from clore_client.models.server import Server, to_servers
+from clore_client.models.server import Server
 from clore_client.models.spot_market import SpotMarket, to_spot_market
 from clore_client.models.wallet import to_wallets
 from clore_client.orders.account import AccountOrders
@@ -360,7 +360,7 @@ class CloreClient(HTTPClient):
         from clore_client.models.listing import ServerList
 
         check_bool("include_rented", include_rented)
-        return ServerList(to_servers(self._market.read(), include_rented=include_rented))
+        return ServerList(self._market.read().servers(include_rented=include_rented))
 
     def find_servers(
         self,

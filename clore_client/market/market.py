@@ -11,8 +11,7 @@ from clore_client.log import logger
 from clore_client.market.cost import CostEstimate, Fees, estimate
 from clore_client.market.search import Search, SearchReport
 from clore_client.market.spot import MarketData
-from clore_client.models.record import dicts, is_live, whole_id
-from clore_client.models.server import Server, listed_prices, to_server
+from clore_client.models.server import Marketplace, Server, to_server
 from clore_client.pricing import RATE_MAX_AGE
 
 RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
@@ -26,6 +25,8 @@ class Requester(Protocol):
 
     @property
     def api_key(self) -> str | None: ...
+
+    def _read_marketplace(self) -> dict[str, Any]: ...
 
     def _request(
         self,
@@ -50,23 +51,25 @@ class Market:
         """The market data of the current base URL."""
         return self._by_url.setdefault(self._client.base_url, MarketData())
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> Marketplace:
         """Read the list of servers."""
-        response = self._client._request("GET", "/v1/marketplace")
+        marketplace = Marketplace(self._client._read_marketplace())
         data = self.data
-        data.observe(response)
-        data.listed = listed_prices(response, data.rates)
-        return response
+        if marketplace.live:
+            data.observe_live()
+        data.listed = marketplace.prices
+        data.rates.update(marketplace.rates, display_only=True)
+        return marketplace
 
-    def listing(self, max_age: float = 0.0) -> dict[str, Any]:
+    def listing(self, max_age: float = 0.0) -> Marketplace:
         """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
         data = self.data
         if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
             return data.kept[0]
-        response = self.read()
+        marketplace = self.read()
         if max_age > 0:
-            data.kept = (response, time.monotonic())
-        return response
+            data.kept = (marketplace, time.monotonic())
+        return marketplace
 
     def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
         """Return the servers that a search finds, and a report on the others."""
@@ -82,11 +85,10 @@ class Market:
 
     def find_server(self, server_id: int) -> Server | None:
         """Return a server, rented or not, or None if it is not listed."""
-        response = self.read()
-        for record in dicts(response.get("servers")):
-            if whole_id(record.get("id")) == server_id:
-                return to_server(record, is_live(response))
-        return None
+        marketplace = self.read()
+        if server_id not in marketplace.ids:
+            return None
+        return to_server(marketplace[marketplace.ids.index(server_id)], marketplace.live)
 
     def get_server(self, server_id: int) -> Server:
         """Return a server, rented or not.

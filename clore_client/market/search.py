@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from clore_client.errors import add_note, printable
 from clore_client.log import logger
 from clore_client.market.filters import MINIMUMS, check_filters
 from clore_client.market.gpu_names import matching_names, nearest_models
-from clore_client.models.record import dicts, is_live, part_of, whole_id
+from clore_client.models.record import part_of, whole_id
 from clore_client.models.server import (
+    Marketplace,
     Server,
     accepts,
     count_gpus,
@@ -25,7 +26,6 @@ from clore_client.models.server import (
 from clore_client.pricing import published_fee, with_fee, without_fee
 from clore_client.validation import check_bool, check_number, check_optional_number, check_string
 
-Records = list[dict[str, Any]]
 Check = Callable[[dict[str, Any]], bool]
 
 RENTED = "being rented"  # the name of a filter that is always on
@@ -154,16 +154,15 @@ class Search:
 
     # --- the search ---
 
-    def run(self, response: dict[str, Any]) -> tuple[list[Server], SearchReport]:
-        """Return the servers of a response that fit, sorted, and a report on the others."""
-        live, listed = is_live(response), dicts(response.get("servers"))
-        report = SearchReport(len(listed))
-        records = self._with_id(listed, report)
-        records = self._with_gpu(records, listed, report)
+    def run(self, marketplace: Marketplace) -> tuple[list[Server], SearchReport]:
+        """Return the servers that fit, sorted, and a report on the others."""
+        report, live = SearchReport(len(marketplace)), marketplace.live
+        places = self._with_gpu(self._with_id(marketplace, report), marketplace, report)
         checks = self._checks(live)
         left_out = [0] * (len(checks) + 1)
         fitting = []
-        for record in records:
+        for place in places:
+            record = marketplace[place]
             failed = _first_failed(checks, record)
             left_out[failed] += 1
             if failed == len(checks):
@@ -173,33 +172,34 @@ class Search:
         found = self._where(fitting)
         report.add("where", len(fitting) - len(found))
         report.found = len(found)
-        if not found and records:
+        if not found and places:
             last = max(n for n, count in enumerate(left_out) if count)
+            records = (marketplace[place] for place in places)
             dropped = (r for r in records if _first_failed(checks, r) == last)
             report.cheapest_usd_per_hour = self._lowest(dropped, live)
         return self._sorted(found)[: self._filters.get("limit")], report
 
-    def _with_id(self, listed: Records, report: SearchReport) -> Records:
+    def _with_id(self, marketplace: Marketplace, report: SearchReport) -> Sequence[int]:
+        """Return the places of the servers with the wanted id."""
         if self.server_id is None:
-            return listed
-        records = [record for record in listed if whole_id(record.get("id")) == self.server_id]
-        report.add(_label("server_id", self.server_id), len(listed) - len(records))
-        return records
+            return range(len(marketplace))
+        places = [n for n, number in enumerate(marketplace.ids) if number == self.server_id]
+        report.add(_label("server_id", self.server_id), len(marketplace) - len(places))
+        return places
 
-    def _with_gpu(self, records: Records, listed: Records, report: SearchReport) -> Records:
-        """Return the records with a matching GPU; all names of the listing decide which match."""
+    def _with_gpu(
+        self, places: Sequence[int], marketplace: Marketplace, report: SearchReport
+    ) -> Sequence[int]:
+        """Return the places with a matching GPU; all names of the listing decide which match."""
         if not self.gpu_type or not self.gpu_type.strip():
-            return records
-        # The names are read twice: to keep thousands of lists would start the garbage collector.
-        names: set[str] = set()
-        for record in listed:
-            names.update(gpu_names(record))
+            return places
+        names = set().union(*set(marketplace.gpus))
         exact = bool(self._filters.get("exact_gpu"))
-        self.models = matching_names(self.gpu_type, names, exact=exact)
-        if not self.models:
+        models = self.models = matching_names(self.gpu_type, names, exact=exact)
+        if not models:
             report.nearest_models = nearest_models(self.gpu_type, names)
-        fitting = [r for r in records if not self.models.isdisjoint(gpu_names(r))]
-        report.add(_label("gpu_type", self.gpu_type), len(records) - len(fitting))
+        fitting = [place for place in places if not models.isdisjoint(marketplace.gpus[place])]
+        report.add(_label("gpu_type", self.gpu_type), len(places) - len(fitting))
         return fitting
 
     def _checks(self, live: bool) -> list[tuple[str, Check]]:

@@ -10,7 +10,7 @@ from clore_client.errors import RateUnknownError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.models.record import is_live
-from clore_client.models.server import Server
+from clore_client.models.server import Marketplace, Server
 from clore_client.models.spot_market import SpotMarket
 from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, positive
 
@@ -28,7 +28,7 @@ class MarketData:
     """
 
     def __init__(self) -> None:
-        self.kept: tuple[dict[str, Any], float] | None = None
+        self.kept: tuple[Marketplace, float] | None = None
         self.rates = ExchangeRates()
         self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
         self.live = False  # whether a response was certainly in the live form
@@ -43,8 +43,12 @@ class MarketData:
     def observe(self, response: dict[str, Any]) -> None:
         """Record that the API uses the live form, if a response shows it."""
         if is_live(response):
-            self.live = True
-            self._documented_at = -math.inf
+            self.observe_live()
+
+    def observe_live(self) -> None:
+        """Record that the API uses the live form."""
+        self.live = True
+        self._documented_at = -math.inf
 
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""

@@ -6,8 +6,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from clore_client.market.gpu_names import common_spellings, fold_name
-from clore_client.models.record import dicts, is_live
-from clore_client.models.server import count_gpus, gpu_names, server_price
+from clore_client.models.server import Marketplace, count_gpus, gpu_names, server_price
 from clore_client.pricing import published_fee, with_fee
 
 
@@ -42,17 +41,17 @@ class _Model:
 
 
 def summarize(
-    response: dict[str, Any], *, include_rented: bool = False, include_fees: bool = False
+    marketplace: Marketplace, *, include_rented: bool = False, include_fees: bool = False
 ) -> list[ModelSummary]:
     """Return a summary of each GPU model, the one with the most GPUs first.
 
     Parameters:
-        response: the response with the list of servers.
+        marketplace: the list of servers.
         include_rented: include the prices of rented servers; the counts always have them.
         include_fees: add the published fees to the prices.
     """
-    live, models, spellings = is_live(response), dict[str, _Model](), Counter[str]()
-    for record in dicts(response.get("servers")):
+    models, spellings = dict[str, _Model](), Counter[str]()
+    for record in marketplace:
         names = gpu_names(record)
         spellings.update(set(names))
         free = not record.get("rented")
@@ -62,7 +61,7 @@ def summarize(
             if len(folded) == 1:
                 count = count_gpus(record) or count
                 if free or include_rented:
-                    _add_prices(models.setdefault(model, _Model()), record, live, count)
+                    _add_prices(models.setdefault(model, _Model()), record, marketplace.live, count)
             models.setdefault(model, _Model()).add(count, free)
     shown = common_spellings(spellings)
     rows = [_row(shown[model], found, include_fees) for model, found in models.items()]

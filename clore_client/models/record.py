@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from clore_client.errors import masked, printable
@@ -13,9 +13,22 @@ from clore_client.models.table import html_card
 R = TypeVar("R", bound="Record")
 
 # One record with one of these fields means that the whole response is in the live form.
-LIVE_PRICE_MARKERS = ("on_demand", "original_usd")
 LIVE_ORDER_MARKERS = ("si", "ct", "mon_container", "pub_cluster")
 LIVE_MARKET_MARKERS = ("currency_rates_in_usd", "server")
+
+
+class RawRecords:
+    """Records in JSON; each is decoded whenever it is read, and not kept."""
+
+    def __init__(self, raw: list[Any], decode: Callable[[Any], Any]) -> None:
+        self._raw = raw
+        self._decode = decode
+
+    def __getitem__(self, index: int) -> Any:
+        return self._decode(self._raw[index])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._decode, self._raw)
 
 
 def dicts(value: Any) -> list[dict[str, Any]]:
@@ -33,12 +46,7 @@ def part_of(record: Any, *path: str) -> Any:
 
 
 def is_live(response: Mapping[str, Any]) -> bool:
-    """Return whether a response is in the live form."""
-    servers = response.get("servers")
-    for server in servers if isinstance(servers, list) else ():  # no copy of a long list
-        price = server.get("price") if isinstance(server, dict) else None
-        if isinstance(price, dict) and any(marker in price for marker in LIVE_PRICE_MARKERS):
-            return True
+    """Return whether a response with orders or a spot market is in the live form."""
     for order in dicts(response.get("orders")):
         if any(marker in order for marker in LIVE_ORDER_MARKERS):
             return True
