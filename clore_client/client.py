@@ -1248,6 +1248,7 @@ class CloreClient(HTTPClient):
         Raises:
             SpotPriceTooSoonError: with ``wait=False``, the bid was lowered too soon before.
             BidTooLowError: the target is lower than the host accepts.
+            RateUnknownError: the API does not tell the current bid in USD; no bid was sent.
             OrderEndedError, OrderNotFoundError: there is no such active order.
 
         Example:
