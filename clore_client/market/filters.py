@@ -1,11 +1,15 @@
-"""The filters that ``find_servers``, ``find_cheapest`` and ``rent`` share, and their checks."""
+"""The filters of a search: their checks, the groups of countries, the names of GPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypedDict
 
-from clore_client.market.countries import check_countries
+from clore_client.errors import printable
+from clore_client.log import logger
 from clore_client.models.record import part_of, whole_id
 from clore_client.models.server import Server, cpu_cores, disk_size, version_parts
 from clore_client.pricing import finite, positive
@@ -161,6 +165,53 @@ def _where(name: str, value: Any) -> Any:
     return value
 
 
+# --- countries ---
+
+_EU = "AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE"
+# ISO 3166-1 codes by continent, and XK, which is in use for Kosovo.
+_CONTINENTS = {
+    "AFRICA": "AO BF BI BJ BW CD CF CG CI CM CV DJ DZ EG EH ER ET GA GH GM GN GQ GW IO KE KM LR LS "
+    "LY MA MG ML MR MU MW MZ NA NE NG RE RW SC SD SH SL SN SO SS ST SZ TD TG TN TZ UG YT ZA ZM ZW",
+    "ANTARCTICA": "AQ BV GS HM TF",
+    "ASIA": "AE AF AM AZ BD BH BN BT CC CN CX GE HK ID IL IN IQ IR JO JP KG KH KP KR KW KZ LA LB "
+    "LK MM MN MO MV MY NP OM PH PK PS QA SA SG SY TH TJ TL TM TR TW UZ VN YE",
+    "EUROPE": f"{_EU} AD AL AX BA BY CH FO GB GG GI IM IS JE LI MC MD ME MK NO RS RU SJ SM UA VA "
+    "XK",
+    "NORTH AMERICA": "AG AI AW BB BL BM BQ BS BZ CA CR CU CW DM DO GD GL GP GT HN HT JM KN KY LC "
+    "MF MQ MS MX NI PA PM PR SV SX TC TT US VC VG VI",
+    "OCEANIA": "AS AU CK FJ FM GU KI MH MP NC NF NR NU NZ PF PG PN PW SB TK TO TV UM VU WF WS",
+    "SOUTH AMERICA": "AR BO BR CL CO EC FK GF GY PE PY SR UY VE",
+}
+COUNTRY_GROUPS = {
+    **{name: frozenset(codes.split()) for name, codes in _CONTINENTS.items()},
+    "EU": frozenset(_EU.split()),
+    "EEA": frozenset(_EU.split()) | {"IS", "LI", "NO"},
+    "UK": frozenset({"GB"}),
+}
+COUNTRY_CODES = frozenset().union(*COUNTRY_GROUPS.values())
+
+
+def check_countries(name: str, values: Any) -> frozenset[str]:
+    """Return the two-letter codes in a list of codes and groups such as ``"EU"`` or ``"Asia"``."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(
+            f"{name} must be a list of country codes such as ['DE', 'EU'], not {short_repr(values)}"
+        )
+    codes: set[str] = set()
+    for number, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}[{number}] must be a string, not {short_repr(value)}")
+        code = " ".join(value.upper().split())
+        if code not in COUNTRY_GROUPS and code not in COUNTRY_CODES:
+            groups = ", ".join(sorted(COUNTRY_GROUPS))
+            raise ValueError(
+                f"{name}[{number}] must be a two-letter country code or one of {groups} (in any "
+                f"case), not {short_repr(value)}"
+            )
+        codes |= COUNTRY_GROUPS.get(code, {code})
+    return frozenset(codes)
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "gpu_count": _at_least_one,
     "min_gpu_count": check_count,
@@ -189,3 +240,115 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "limit": _at_least_one,
     "where": _where,
 }
+
+
+# --- names of GPUs ---
+
+LONGEST_NAME = 100  # characters that count; the names come from strangers
+NAMED_MODELS = 20  # how many models a warning names at most
+NEAREST_MODELS = 5  # how many similar models a warning names
+SIMILAR = 0.5  # the lowest ``difflib`` ratio of a similar model
+
+# The rules of folding, applied in this order. Compiled on first use, which makes the import faster.
+_FOLDING = (
+    (r"^\s*[0-9]{1,3}\s*x(?:\s+(?=\S)|(?=[a-z]))", ""),  # a leading count: "2x RTX 4090"
+    (r"(nvidia|geforce|tesla)", r" \1 "),
+    (r"[^0-9a-z]+", " "),
+    (r"\b(rtx|gtx|gts|gt|titan|quadro)(?=[0-9a-z]?[0-9])", r"\1 "),
+    (r"(?<=[0-9])(?=(?:sxm|pcie|nvl)[0-9]?)", " "),  # "V100SXM2"
+    (r"\b(sxm[0-9]|pcie)(?=[0-9]+gb)", r"\1 "),  # "SXM232GB" is SXM2 with 32 GB
+    (r"(?<=[0-9])(?=(?:ti|super|tisuper|laptop)\b)", " "),
+    (r"\btisuper\b", "ti super"),
+    (r"([0-9]) gb\b", r"\1gb"),
+)
+# Words that some names have and others do not, for the same model.
+_VENDOR_WORDS = frozenset({"nvidia", "geforce", "tesla", "amd", "radeon"})
+
+
+@functools.lru_cache(maxsize=4096)
+def fold_name(name: str) -> str:
+    """Return a GPU name in lower case, split into words in one way.
+
+    ``"NVIDIA GeForce RTX4090"`` and ``"2x RTX 4090"`` become ``"rtx 4090"``.
+    """
+    text = name[:LONGEST_NAME].lower()
+    for pattern, replacement in _FOLDING:
+        text = re.sub(pattern, replacement, text)
+    words = text.split()
+    return " ".join([word for word in words if word not in _VENDOR_WORDS] or words)
+
+
+def matching_names(query: str, names: Collection[str], *, exact: bool = False) -> frozenset[str]:
+    """Return the names that a query means, and warn if it is not clear or not found.
+
+    Names that contain the query as whole words win. Without one, a part of a word is enough.
+
+    Parameters:
+        query: a GPU name or a part of it, in any spelling.
+        names: all names of the listing.
+        exact: accept only the same name.
+    """
+    wanted = fold_name(query)
+    if exact:
+        same = frozenset(name for name in names if fold_name(name) == wanted)
+        return same or _no_match(query, names)
+    words = f" {wanted} "
+    if wanted and (whole := frozenset(n for n in names if words in f" {fold_name(n)} ")):
+        return whole
+    plain, joined = query.strip().lower(), wanted.replace(" ", "")
+    parts = frozenset(
+        name
+        for name in names
+        if plain in name.lower() or (joined and joined in fold_name(name).replace(" ", ""))
+    )
+    if not parts:
+        return _no_match(query, names)
+    models = model_names(Counter(parts))
+    more = f" and {len(models) - NAMED_MODELS} more" if len(models) > NAMED_MODELS else ""
+    logger.warning(
+        "no GPU is named %s as a whole word; it is a part of %s%s",
+        _shown(query),
+        ", ".join(map(_shown, models[:NAMED_MODELS])),
+        more,
+    )
+    return parts
+
+
+def _no_match(query: str, names: Collection[str]) -> frozenset[str]:
+    nearest = nearest_models(query, names)
+    similar = f"; the nearest are {', '.join(map(_shown, nearest))}" if nearest else ""
+    logger.warning("no GPU on the market is named %s%s", _shown(query), similar)
+    return frozenset()
+
+
+def nearest_models(query: str, names: Iterable[str]) -> list[str]:
+    """Return the models whose names are most similar to a query, the most similar first."""
+    import difflib  # imported here, because it is slow and rarely needed
+
+    models = {fold_name(model): model for model in model_names(Counter(names))}
+    close = difflib.get_close_matches(fold_name(query), models, NEAREST_MODELS, SIMILAR)
+    return [models[folded] for folded in close]
+
+
+def model_names(counts: Mapping[str, int]) -> list[str]:
+    """Return the models among GPU names, each in its most common spelling, sorted.
+
+    Parameters:
+        counts: how often each name is listed.
+    """
+    return sorted(common_spellings(counts).values(), key=str.lower)
+
+
+def common_spellings(counts: Mapping[str, int]) -> dict[str, str]:
+    """Return the most common spelling of each folded name; of equally common ones the shortest."""
+    spellings: dict[str, list[str]] = {}
+    for name in counts:
+        spellings.setdefault(fold_name(name), []).append(name)
+    return {
+        folded: min(same, key=lambda name: (-counts[name], len(name), name))
+        for folded, same in spellings.items()
+    }
+
+
+def _shown(name: str) -> str:
+    return repr(printable(name, LONGEST_NAME))

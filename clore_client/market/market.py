@@ -1,19 +1,25 @@
-"""Read the marketplace, and keep its prices and exchange rates."""
+"""Read the marketplace, keep its prices and exchange rates, and convert bids."""
 
 from __future__ import annotations
 
+import math
 import time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from clore_client.api.request import limited
-from clore_client.errors import CloreError
+from clore_client.errors import CloreError, RateUnknownError
 from clore_client.log import logger
-from clore_client.market.cost import CostEstimate, Fees, estimate
 from clore_client.market.search import Search, SearchReport
-from clore_client.market.spot import MarketData
+from clore_client.models.record import is_live
 from clore_client.models.server import Marketplace, Server, to_server
-from clore_client.pricing import RATE_MAX_AGE
+from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, positive
 
+if TYPE_CHECKING:
+    from clore_client.market.summary import CostEstimate, Fees
+
+# A bid above this is probably a price per day, which is 24 times too high.
+MAX_TIMES_ON_DEMAND = 10.0
+ROUNDING = 1e-9  # the rounding error between prices per day and per hour
 RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
 
 
@@ -36,6 +42,113 @@ class Requester(Protocol):
         json: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]: ...
+
+
+class MarketData:
+    """The form, the exchange rates and the listed prices of one API.
+
+    Attributes:
+        kept: the last list of servers and the monotonic time of its reading, if a search may use
+            it again.
+    """
+
+    def __init__(self) -> None:
+        self.kept: tuple[Marketplace, float] | None = None
+        self.rates = ExchangeRates()
+        self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
+        self.live = False  # whether a response was certainly in the live form
+        self.rates_tried_at = -math.inf  # monotonic time of the last try to read them for display
+        self._documented_at = -math.inf
+
+    @property
+    def documented(self) -> bool:
+        """True if a response of the last minutes was certainly in the documented form."""
+        return time.monotonic() - self._documented_at <= RATE_MAX_AGE
+
+    def observe(self, response: dict[str, Any]) -> None:
+        """Record that the API uses the live form, if a response shows it."""
+        if is_live(response):
+            self.observe_live()
+
+    def observe_live(self) -> None:
+        """Record that the API uses the live form."""
+        self.live = True
+        self._documented_at = -math.inf
+
+    def observe_spot(self, response: dict[str, Any]) -> None:
+        """Record the form and the exchange rates of a response to ``spot_marketplace``."""
+        market = response.get("market")
+        self.observe(response)
+        if is_live(response):
+            if isinstance(market, dict):
+                self.rates.update(market.get("currency_rates_in_usd"))
+        elif isinstance(market, dict) and market:
+            # An empty market shows nothing about the form.
+            self.rates = ExchangeRates()
+            self._documented_at = time.monotonic()
+
+    def check_bid_price(
+        self, name: str, usd_per_hour: float, server_id: int | None, allow_any: bool
+    ) -> None:
+        """Warn about a bid above the server's on-demand price, and refuse one far above it.
+
+        Does nothing if that price is not known.
+
+        Parameters:
+            name: the name of the argument, for the error.
+            usd_per_hour: the bid.
+            server_id: the server.
+            allow_any: whether to allow any bid.
+
+        Raises:
+            ValueError: the bid is more than ten times the on-demand price.
+        """
+        listed = None if server_id is None else self.listed.get(server_id)
+        if listed is None or usd_per_hour <= listed * (1 + ROUNDING):
+            return
+        highest = MAX_TIMES_ON_DEMAND * listed
+        if usd_per_hour > highest * (1 + ROUNDING) and not allow_any:
+            raise ValueError(
+                f"{name} must be at most {highest:g} USD per hour, {MAX_TIMES_ON_DEMAND:g} times "
+                f"the on-demand price of server {server_id} ({listed:g}), not {usd_per_hour!r}: "
+                "give the price per hour and not per day, or pass allow_above_on_demand=True"
+            )
+        logger.warning(
+            "%s=%r USD per hour is above the on-demand price of server %s, %g USD per hour",
+            name,
+            usd_per_hour,
+            server_id,
+            listed,
+        )
+
+    def wire_bid(self, usd_per_hour: float, currency: str, server_id: int) -> float:
+        """Convert a bid to the unit of the API.
+
+        That is ``currency`` per day in the live form, and USD per hour in the documented form.
+
+        Raises:
+            RateUnknownError: the exchange rate is not known.
+        """
+        if self.documented:
+            logger.info("bid for server %d: %g USD per hour", server_id, usd_per_hour)
+            return usd_per_hour
+        rate = positive(self.rates.fresh().get(currency))
+        if rate is None:
+            raise RateUnknownError(
+                f"the spot market of server {server_id} has no exchange rate for {currency}, so "
+                "nothing was bid: try again later, or use another currency"
+            )
+        bid = bid_per_day(usd_per_hour, rate)
+        logger.info(
+            "bid for server %d: %g USD per hour = %.8g %s per day (1 %s = %g USD)",
+            server_id,
+            usd_per_hour,
+            bid,
+            currency,
+            currency,
+            rate,
+        )
+        return bid
 
 
 class Market:
@@ -105,6 +218,8 @@ class Market:
         self, server: Server, hours: float, currency: str, spot: bool, spot_price: float | None
     ) -> CostEstimate:
         """Estimate the cost of a rental with the fees of the account."""
+        from clore_client.market.summary import estimate
+
         return estimate(
             server, hours, currency=currency, spot=spot, spot_price=spot_price, fees=self.fees(),
             rates=self.data.rates,
@@ -130,6 +245,8 @@ class Market:
 
     def fees(self) -> Fees:
         """Return the account's fees, which are read once; without a key, the published ones."""
+        from clore_client.market.summary import Fees
+
         key = self._client.api_key
         if not key:
             return Fees({})

@@ -8,8 +8,7 @@ from typing import Any
 
 from clore_client.errors import add_note, printable
 from clore_client.log import logger
-from clore_client.market.filters import MINIMUMS, check_filters
-from clore_client.market.gpu_names import matching_names, nearest_models
+from clore_client.market.filters import MINIMUMS, check_filters, matching_names, nearest_models
 from clore_client.models.record import part_of, whole_id
 from clore_client.models.server import (
     Marketplace,

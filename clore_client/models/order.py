@@ -11,7 +11,6 @@ from typing import Any
 from clore_client.errors import masked
 from clore_client.models.record import dicts, is_live, part_of, whole_id
 from clore_client.models.server import GPURecord
-from clore_client.models.table import utc_time
 from clore_client.pricing import (
     CREATION_FEE,
     ExchangeRates,
@@ -228,6 +227,8 @@ class Order(GPURecord):
         }
 
     def _facts(self) -> dict[str, Any]:
+        from clore_client.models.listing import utc_time  # only notebooks need it
+
         started = utc_time(self.started_at)
         return {
             **super()._facts(),
@@ -317,6 +318,13 @@ def to_orders(
     """Convert the orders of a response to the documented form."""
     live = is_live(response)
     return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
+
+
+def in_documented_form(order: Order) -> bool:
+    """Return whether an order has a field that only the documented form has."""
+    return order.is_live is False and any(
+        name in order.wire for name in ("status", "connection", "renting_server")
+    )
 
 
 def created_id(response: dict[str, Any]) -> int | None:

@@ -1,4 +1,4 @@
-"""Record, the base class of servers, orders and wallets, and helpers to read API responses."""
+"""Record, the base class of servers and orders; Wallet; and helpers to read API responses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from clore_client.errors import masked, printable
-from clore_client.models.table import html_card
+from clore_client.pricing import ExchangeRates, finite
 
 R = TypeVar("R", bound="Record")
 
@@ -117,6 +117,8 @@ class Record(dict[str, Any]):
         return {name: getattr(self, name) for name in self.FIELDS} or masked(self)
 
     def _repr_html_(self) -> str:
+        from clore_client.models.listing import html_card  # only notebooks need it
+
         facts = list(self._facts().items())
         number = f" {facts.pop(0)[1]}" if self.FIELDS and facts[0][1] is not None else ""
         return html_card(f"{type(self).__name__}{number}", facts)
@@ -134,3 +136,56 @@ class Record(dict[str, Any]):
         return f"<{type(self).__name__} {fields}>"
 
     __str__ = __repr__
+
+
+class Wallet(Record):
+    """One wallet: a dict with ``name``, ``balance`` and ``deposit_address``.
+
+    The live API calls the address ``deposit``; that field is kept too.
+    """
+
+    __slots__ = ("_rates",)
+    _rates: ExchangeRates
+    FIELDS = ("name", "balance", "balance_usd", "deposit_address")
+
+    @property
+    def name(self) -> str | None:
+        """The currency, for example ``"CLORE-Blockchain"``."""
+        name = self.get("name")
+        return name if isinstance(name, str) else None
+
+    @property
+    def balance(self) -> float | None:
+        """The balance, in its currency."""
+        return finite(self.get("balance"))
+
+    @property
+    def balance_usd(self) -> float | None:
+        """The balance in USD; None if the balance or the exchange rate is not known."""
+        rates = getattr(self, "_rates", None) or ExchangeRates()
+        return rates.usd(self.balance, self.name)
+
+    @property
+    def deposit_address(self) -> str | None:
+        """The address for deposits."""
+        address = self.get("deposit_address")
+        return address if isinstance(address, str) else None
+
+
+def to_wallets(response: dict[str, Any], rates: ExchangeRates | None = None) -> list[Wallet]:
+    """Convert the wallets of a response to the documented form.
+
+    Parameters:
+        response: the response with the list of wallets.
+        rates: the exchange rates for ``balance_usd``.
+    """
+    wallets = []
+    for record in dicts(response.get("wallets")):
+        wallet = Wallet(record)
+        wallet._wire = record
+        if rates is not None:
+            wallet._rates = rates
+        if "deposit" in record:
+            wallet.setdefault("deposit_address", record["deposit"])
+        wallets.append(wallet)
+    return wallets

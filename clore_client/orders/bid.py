@@ -16,8 +16,7 @@ from clore_client.errors import (
     SpotPriceTooSoonError,
     api_error,
 )
-from clore_client.market.spot import in_documented_form
-from clore_client.models.order import Order
+from clore_client.models.order import Order, in_documented_form
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.limits import check_price_limit
 from clore_client.pricing import bid_per_hour, finite, wire_currency

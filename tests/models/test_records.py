@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from clore_client import Order, Server, Wallet
 from clore_client.market.search import Search
 from clore_client.models.order import ENDED_STATUSES, plain_host, to_orders
-from clore_client.models.record import is_live
+from clore_client.models.record import is_live, to_wallets
 from clore_client.models.server import Marketplace
-from clore_client.models.wallet import to_wallets
 from clore_client.pricing import ExchangeRates, bid_per_day, wire_currency
 
 LIVE_SERVER: dict[str, Any] = {
