@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache, partial
 from typing import Any, TypedDict
 
 from clore_client.errors import printable
 from clore_client.log import logger
 from clore_client.models.record import part_of, whole_id
-from clore_client.models.server import Server, cpu_cores, disk_size, version_parts
+from clore_client.models.server import Server, cpu_cores, disk_size, nominal_vram, version_parts
 from clore_client.pricing import finite, positive
 from clore_client.validation import (
     check_bool,
@@ -28,34 +28,39 @@ HIGHEST_RATING = 5.0
 MAX_CUDA = "a version such as 12.4 or '12.4'"
 
 
-class ServerFilters(TypedDict, total=False):
-    """The filters of ``rent``; None is no filter. ``help(CloreClient.find_servers)`` has more."""
-
-    gpu_count: int | None
-    min_gpu_count: int | None
-    exact_gpu: bool
-    min_vram_gb: float | None
-    min_total_vram_gb: float | None
-    min_ram_gb: float | None
-    min_cpu_cores: int | None
-    min_disk_gb: float | None
-    min_disk_mbps: float | None
-    min_download_mbps: float | None
-    min_upload_mbps: float | None
-    min_cuda: float | str | None
-    min_pcie_width: int | None
-    countries: Iterable[str] | None
-    exclude_countries: Iterable[str] | None
-    min_rating: float | None
-    min_ratings: int | None
-    min_rental_hours: float | None
-    exclude_servers: Iterable[int | Server] | None
-    exclude_owners: Iterable[int] | None
-    max_price_per_gpu_usd: float | None
-    include_fees: bool
-    sort: str | Callable[[Server], Any]
-    limit: int | None
-    where: Callable[[Server], object] | None
+# The filters of ``rent``; None is no filter. ``help(CloreClient.find_servers)`` has more.
+# As a class, its annotations would be compiled, which makes the import slower.
+ServerFilters = TypedDict(  # noqa: UP013
+    "ServerFilters",
+    {
+        "gpu_count": int | None,
+        "min_gpu_count": int | None,
+        "exact_gpu": bool,
+        "min_vram_gb": float | None,
+        "min_total_vram_gb": float | None,
+        "min_ram_gb": float | None,
+        "min_cpu_cores": int | None,
+        "min_disk_gb": float | None,
+        "min_disk_mbps": float | None,
+        "min_download_mbps": float | None,
+        "min_upload_mbps": float | None,
+        "min_cuda": float | str | None,
+        "min_pcie_width": int | None,
+        "countries": Iterable[str] | None,
+        "exclude_countries": Iterable[str] | None,
+        "min_rating": float | None,
+        "min_ratings": int | None,
+        "min_rental_hours": float | None,
+        "exclude_servers": Iterable[int | Server] | None,
+        "exclude_owners": Iterable[int] | None,
+        "max_price_per_gpu_usd": float | None,
+        "include_fees": bool,
+        "sort": str | Callable[[Server], Any],
+        "limit": int | None,
+        "where": Callable[[Server], object] | None,
+    },
+    total=False,
+)
 
 
 class SearchFilters(ServerFilters, total=False):
@@ -64,8 +69,10 @@ class SearchFilters(ServerFilters, total=False):
     currency: str | None
 
 
-# The filters that compare one number of a server with a minimum.
-MINIMUMS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+# The filters that compare a number (or a version) of a server with a minimum.
+MINIMUMS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "min_vram_gb": nominal_vram,
+    "min_cuda": lambda record: version_parts(record.get("cuda_version")),
     "min_ram_gb": lambda record: positive(part_of(record, "specs", "ram")),
     "min_cpu_cores": cpu_cores,
     "min_disk_gb": disk_size,
@@ -112,22 +119,6 @@ def _suggestion(name: str) -> str:
     return f": did you mean {close[0]}?" if close else f"; there are {', '.join(_CHECKS)}"
 
 
-def _at_least_zero(name: str, value: Any) -> float:
-    return check_number(name, value)
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    return check_count(name, value, minimum=1)
-
-
-def _price(name: str, value: Any) -> float:
-    return check_number(name, value, infinite=True, unit="USD per hour")
-
-
-def _rating(name: str, value: Any) -> float:
-    return check_number(name, value, maximum=HIGHEST_RATING)
-
-
 def _cuda(name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
@@ -146,22 +137,19 @@ def _ids(name: str, values: Any) -> frozenset[int]:
     )
 
 
-def _sort(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        if not callable(value):
-            raise TypeError(
-                f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
-            )
-        check_callback(name, value, 1)
-    elif value not in SORTS:
-        raise ValueError(
-            f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
-        )
+def _function(name: str, value: Any) -> Any:
+    check_callback(name, value, 1)
     return value
 
 
-def _where(name: str, value: Any) -> Any:
-    check_callback(name, value, 1)
+def _sort(name: str, value: Any) -> Any:
+    if callable(value):
+        return _function(name, value)
+    if value not in SORTS:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(
+            f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
+        )
     return value
 
 
@@ -213,32 +201,32 @@ def check_countries(name: str, values: Any) -> frozenset[str]:
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "gpu_count": _at_least_one,
+    "gpu_count": partial(check_count, minimum=1),
     "min_gpu_count": check_count,
     "exact_gpu": check_bool,
-    "min_vram_gb": _at_least_zero,
-    "min_total_vram_gb": _at_least_zero,
-    "min_ram_gb": _at_least_zero,
+    "min_vram_gb": check_number,
+    "min_total_vram_gb": check_number,
+    "min_ram_gb": check_number,
     "min_cpu_cores": check_count,
-    "min_disk_gb": _at_least_zero,
-    "min_disk_mbps": _at_least_zero,
-    "min_download_mbps": _at_least_zero,
-    "min_upload_mbps": _at_least_zero,
+    "min_disk_gb": check_number,
+    "min_disk_mbps": check_number,
+    "min_download_mbps": check_number,
+    "min_upload_mbps": check_number,
     "min_cuda": _cuda,
     "min_pcie_width": check_count,
     "countries": check_countries,
     "exclude_countries": check_countries,
     "currency": check_currency,
-    "min_rating": _rating,
+    "min_rating": partial(check_number, maximum=HIGHEST_RATING),
     "min_ratings": check_count,
-    "min_rental_hours": _at_least_zero,
+    "min_rental_hours": check_number,
     "exclude_servers": _ids,
     "exclude_owners": _ids,
-    "max_price_per_gpu_usd": _price,
+    "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
     "include_fees": check_bool,
     "sort": _sort,
-    "limit": _at_least_one,
-    "where": _where,
+    "limit": partial(check_count, minimum=1),
+    "where": _function,
 }
 
 
@@ -265,7 +253,7 @@ _FOLDING = (
 _VENDOR_WORDS = frozenset({"nvidia", "geforce", "tesla", "amd", "radeon"})
 
 
-@functools.lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)
 def fold_name(name: str) -> str:
     """Return a GPU name in lower case, split into words in one way.
 

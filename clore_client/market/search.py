@@ -20,7 +20,6 @@ from clore_client.models.server import (
     price_in,
     server_reliability,
     to_server,
-    version_parts,
 )
 from clore_client.pricing import published_fee, with_fee, without_fee
 from clore_client.validation import check_bool, check_number, check_optional_number, check_string
@@ -119,6 +118,10 @@ class Search:
         given = {"currency": currency, **(filters or {})}
         self._given = {name: value for name, value in given.items() if value is not None}
         self._filters = check_filters(self._given)
+        numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
+        for name, number in numbers.items():
+            if number is not None:
+                self._filters[name] = self._given[name] = number
         self.currency: str | None = self._filters.get("currency")
         self.server_id: int | None = None
         self.models: frozenset[str] | None = None
@@ -203,29 +206,36 @@ class Search:
 
     def _checks(self, live: bool) -> list[tuple[str, Check]]:
         """Return the filters that are set, cheap ones first and the price limits last."""
-        checks: list[tuple[str, Check]] = []
-        checks.append((RENTED, lambda record: not record.get("rented")))
-        if self.min_reliability > 0:
-            least = self.min_reliability
-            checks.append((
-                _label("min_reliability", least),
-                lambda record: (server_reliability(record, live) or 0.0) >= least,
-            ))  # fmt: skip
-        for name, make in _SPECIAL_CHECKS.items():
+        makers: dict[str, Callable[[str, Any, bool], Check]] = {
+            "min_reliability": self._minimum_check,
+            **dict.fromkeys(("exclude_servers", "exclude_owners"), _excluded_check),
+            "currency": lambda name, coin, live: lambda record: accepts(record, live, coin),
+            **dict.fromkeys(("countries", "exclude_countries"), _country_check),
+            "gpu_count": lambda name, n, live: lambda record: self.gpu_count(record) == n,
+            **dict.fromkeys(("min_gpu_count", "min_total_vram_gb", *MINIMUMS), self._minimum_check),
+            **dict.fromkeys(("max_price_per_gpu_usd", "max_price_usd"), self._price_check),
+        }
+        checks: list[tuple[str, Check]] = [(RENTED, lambda record: not record.get("rented"))]
+        for name, make in makers.items():
             if name in self._filters:
-                check = make(self, self._filters[name], live)
+                check = make(name, self._filters[name], live)
                 checks.append((_label(name, self._given[name]), check))
-        for name, number in MINIMUMS.items():
-            if name in self._filters:
-                check = _minimum(number, self._filters[name])
-                checks.append((_label(name, self._given[name]), check))
-        for name, given in (
-            ("max_price_per_gpu_usd", self._filters.get("max_price_per_gpu_usd")),
-            ("max_price_usd", self.max_price_usd),
-        ):
-            if given is not None:
-                checks.append((_label(name, given), self._price_check(name, given, live)))
         return checks
+
+    def _minimum_check(self, name: str, least: Any, live: bool) -> Check:
+        numbers: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "min_reliability": lambda record: server_reliability(record, live),
+            "min_gpu_count": self.gpu_count,
+            "min_total_vram_gb": lambda r: (nominal_vram(r) or 0.0) * self.gpu_count(r),
+            **MINIMUMS,
+        }
+        number = numbers[name]
+
+        def check(record: dict[str, Any]) -> bool:
+            value = number(record)
+            return value is not None and value >= least
+
+        return check
 
     def _price_check(self, name: str, limit: float, live: bool) -> Check:
         factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
@@ -277,15 +287,9 @@ _HIGHEST_FIRST: dict[str, Callable[[Server], float | None]] = {
 }
 
 
-def _cuda_check(search: Search, least: tuple[int, int], live: bool) -> Check:
-    def check(record: dict[str, Any]) -> bool:
-        version = version_parts(record.get("cuda_version"))
-        return version is not None and version >= least
+def _country_check(name: str, codes: frozenset[str], live: bool) -> Check:
+    allowed = name == "countries"
 
-    return check
-
-
-def _country_check(codes: frozenset[str], allowed: bool) -> Check:
     def check(record: dict[str, Any]) -> bool:
         code = part_of(record, "specs", "net", "cc")
         return isinstance(code, str) and bool(code) and (code.upper() in codes) is allowed
@@ -293,41 +297,12 @@ def _country_check(codes: frozenset[str], allowed: bool) -> Check:
     return check
 
 
-def _excluded_check(field: str, ids: frozenset[int]) -> Check:
+def _excluded_check(name: str, ids: frozenset[int], live: bool) -> Check:
+    field = "id" if name == "exclude_servers" else "owner"
+
     def check(record: dict[str, Any]) -> bool:
         number = whole_id(record.get(field))
         return number is not None and number not in ids
-
-    return check
-
-
-def _vram_check(search: Search, least: float, total: bool) -> Check:
-    def check(record: dict[str, Any]) -> bool:
-        size = nominal_vram(record)
-        return size is not None and size * (search.gpu_count(record) if total else 1) >= least
-
-    return check
-
-
-# The filters that are not a plain minimum: from the search, the value and the form to a check.
-_SPECIAL_CHECKS: dict[str, Callable[[Search, Any, bool], Check]] = {
-    "exclude_servers": lambda search, ids, live: _excluded_check("id", ids),
-    "exclude_owners": lambda search, ids, live: _excluded_check("owner", ids),
-    "currency": lambda search, name, live: lambda record: accepts(record, live, name),
-    "countries": lambda search, codes, live: _country_check(codes, True),
-    "exclude_countries": lambda search, codes, live: _country_check(codes, False),
-    "gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) == n,
-    "min_gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) >= n,
-    "min_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=False),
-    "min_total_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=True),
-    "min_cuda": _cuda_check,
-}
-
-
-def _minimum(number: Callable[[dict[str, Any]], float | None], least: float) -> Check:
-    def check(record: dict[str, Any]) -> bool:
-        value = number(record)
-        return value is not None and value >= least
 
     return check
 
