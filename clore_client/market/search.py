@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from clore_client.errors import add_note, printable
@@ -21,7 +22,7 @@ from clore_client.models.server import (
     server_reliability,
     to_server,
 )
-from clore_client.pricing import published_fee, with_fee, without_fee
+from clore_client.pricing import per_gpu, published_fee, with_fee, without_fee
 from clore_client.validation import check_bool, check_number, check_optional_number, check_string
 
 Check = Callable[[dict[str, Any]], bool]
@@ -109,7 +110,7 @@ class Search:
         self.max_price_usd = check_optional_number(
             "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
         )
-        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
+        check_number("min_reliability", min_reliability, maximum=100.0)
         if 0 < min_reliability <= 1:
             logger.warning(
                 "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
@@ -264,27 +265,16 @@ class Search:
         """Sort servers; equal ones by price, then in the API's order."""
         by_price = sorted(servers, key=lambda s: _last_if_none(self.price(s)))
         sort = self._filters.get("sort", "price")
-        if callable(sort):
-            return sorted(by_price, key=lambda s: _call("sort", sort, s))
-        if sort == "price":
-            return by_price
-        if sort == "price_per_gpu":
-            return sorted(by_price, key=lambda s: _last_if_none(self.price_per_gpu(s)))
-        highest = _HIGHEST_FIRST[sort]
-        return sorted(by_price, key=lambda s: -(highest(s) or 0.0))
-
-    def price_per_gpu(self, server: Server) -> float | None:
-        """Return the price in USD per hour for one of the GPUs that match, without fees."""
-        price, count = self.price(server), self.gpu_count(server)
-        return price / count if price is not None and count else None
-
-
-_HIGHEST_FIRST: dict[str, Callable[[Server], float | None]] = {
-    "reliability": lambda server: server.reliability,
-    "vram": nominal_vram,
-    "download": lambda server: server.download_mbps,
-    "rating": lambda server: server.rating,
-}
+        keys: dict[str, Callable[[Server], float]] = {
+            "price": lambda s: 0.0,
+            "price_per_gpu": lambda s: _last_if_none(per_gpu(self.price(s), self.gpu_count(s))),
+            "reliability": lambda s: -(s.reliability or 0.0),
+            "vram": lambda s: -(nominal_vram(s) or 0.0),
+            "download": lambda s: -(s.download_mbps or 0.0),
+            "rating": lambda s: -(s.rating or 0.0),
+        }
+        key = partial(_call, "sort", sort) if callable(sort) else keys[sort]
+        return sorted(by_price, key=key)
 
 
 def _country_check(name: str, codes: frozenset[str], live: bool) -> Check:

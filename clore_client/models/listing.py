@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, SupportsIndex, TypeVar, overload
+from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, overload
 
 from clore_client.errors import printable
 from clore_client.models.order import Order
@@ -35,7 +35,7 @@ DIMMED_STYLE = "opacity:0.5"
 # --- tables ---
 
 
-class Column:
+class Column(NamedTuple):
     """One column of a table.
 
     Attributes:
@@ -45,17 +45,10 @@ class Column:
         widest: the most characters of a cell; the rest is cut.
     """
 
-    def __init__(
-        self,
-        heading: str,
-        text: Callable[[Any], str | None],
-        right: bool = False,
-        widest: int = MAX_WIDTH,
-    ) -> None:
-        self.heading = heading
-        self.text = text
-        self.right = right
-        self.widest = widest
+    heading: str
+    text: Callable[[Any], str | None]
+    right: bool = False
+    widest: int = MAX_WIDTH
 
 
 def decimal(number: float | None, digits: int) -> str | None:
@@ -161,21 +154,22 @@ def html_table(
 
     shown = cells_of(records[:MAX_ROWS], columns)
     styles = [NUMBER_STYLE if column.right else TEXT_STYLE for column, _ in shown]
-    head = "".join(
-        f'<th style="{style}">{escape(column.heading)}</th>'
-        for style, (column, _) in zip(styles, shown, strict=True)
+
+    def row(tag: str, texts: Iterable[str], style: str = "") -> str:
+        cells = "".join(
+            f'<{tag} style="{cell_style}">{escape(text)}</{tag}>'
+            for cell_style, text in zip(styles, texts, strict=True)
+        )
+        return f'<tr style="{style}">{cells}</tr>'
+
+    head = row("th", (column.heading for column, _ in shown))
+    body = "".join(
+        row("td", texts, DIMMED_STYLE if dimmed(record) else "")
+        for record, *texts in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True)
     )
-    rows = [f"<tr>{head}</tr>"]
-    for record, *cells in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True):
-        row = "".join(
-            f'<td style="{style};white-space:nowrap">{escape(cell)}</td>'
-            for style, cell in zip(styles, cells, strict=True)
-        )
-        rows.append(
-            f'<tr style="{DIMMED_STYLE}">{row}</tr>' if dimmed(record) else f"<tr>{row}</tr>"
-        )
     rest = "".join(f"<p>{line}</p>" for line in _rest(records))
-    return f"<table><thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>{rest}"
+    table = f"<thead>{head}</thead><tbody>{body}</tbody>"
+    return f'<table style="white-space:nowrap">{table}</table>{rest}'
 
 
 def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
@@ -325,16 +319,16 @@ def _csv_cell(value: Any) -> Any:
     return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
 
 
-def _number_column(name: str, digits: int) -> Callable[[Any], str | None]:
-    return lambda record: decimal(getattr(record, name), digits)
+def _number(heading: str, name: str, digits: int) -> Column:
+    return Column(heading, lambda record: decimal(getattr(record, name), digits), right=True)
 
 
-def _text_column(name: str) -> Callable[[Any], str | None]:
+def _text(heading: str, name: str, **options: Any) -> Column:
     def text(record: Any) -> str | None:
         value = getattr(record, name)
         return None if value is None else str(value)
 
-    return text
+    return Column(heading, text, **options)
 
 
 class ServerList(Listing[Server]):
@@ -343,20 +337,20 @@ class ServerList(Listing[Server]):
     _things = "servers"
     _record = Server
     _columns = (
-        Column("id", _text_column("id"), True),
-        Column("gpu", _text_column("gpu")),
-        Column("USD/h", _number_column("usd_per_hour", 4), True),
-        Column("spot USD/h", _number_column("spot_usd_per_hour", 4), True),
-        Column("reliable %", _number_column("reliability", 2), True),
-        Column("country", _text_column("country")),
+        _text("id", "id", right=True),
+        _text("gpu", "gpu"),
+        _number("USD/h", "usd_per_hour", 4),
+        _number("spot USD/h", "spot_usd_per_hour", 4),
+        _number("reliable %", "reliability", 2),
+        _text("country", "country"),
         Column("rented", lambda server: "rented" if server.rented else None),
-        Column("VRAM GB", _number_column("vram_gb", 0), True),
-        Column("RAM GB", _number_column("ram_gb", 0), True),
-        Column("USD/GPU h", _number_column("usd_per_gpu_hour", 4), True),
-        Column("disk GB", _number_column("disk_gb", 0), True),
-        Column("cores", _text_column("cpu_cores"), True),
-        Column("down Mbps", _number_column("download_mbps", 0), True),
-        Column("CUDA", _text_column("cuda_version"), True),
+        _number("VRAM GB", "vram_gb", 0),
+        _number("RAM GB", "ram_gb", 0),
+        _number("USD/GPU h", "usd_per_gpu_hour", 4),
+        _number("disk GB", "disk_gb", 0),
+        _text("cores", "cpu_cores", right=True),
+        _number("down Mbps", "download_mbps", 0),
+        _text("CUDA", "cuda_version", right=True),
     )
 
     @staticmethod
@@ -370,17 +364,17 @@ class OrderList(Listing[Order]):
     _things = "orders"
     _record = Order
     _columns = (
-        Column("id", _text_column("id"), True),
-        Column("status", _text_column("status")),
-        Column("gpu", _text_column("gpu")),
-        Column("USD/h", _number_column("usd_per_hour", 4), True),
-        Column("cost USD", _number_column("cost_usd", 4), True),
-        Column("price/h", _number_column("price", 4), True),
-        Column("currency", _text_column("currency")),
-        Column("server", _text_column("server_id"), True),
+        _text("id", "id", right=True),
+        _text("status", "status"),
+        _text("gpu", "gpu"),
+        _number("USD/h", "usd_per_hour", 4),
+        _number("cost USD", "cost_usd", 4),
+        _number("price/h", "price", 4),
+        _text("currency", "currency"),
+        _text("server", "server_id", right=True),
         Column("started UTC", lambda order: utc_time(order.started_at)),
-        Column("ssh", _text_column("ssh_command"), widest=60),
-        Column("image", _text_column("image"), widest=60),
+        _text("ssh", "ssh_command", widest=60),
+        _text("image", "image", widest=60),
     )
 
     @staticmethod
@@ -394,8 +388,8 @@ class WalletList(Listing[Wallet]):
     _things = "wallets"
     _record = Wallet
     _columns = (
-        Column("name", _text_column("name")),
-        Column("balance", _number_column("balance", 8), True),
-        Column("USD", _number_column("balance_usd", 2), True),
-        Column("deposit address", _text_column("deposit_address"), widest=60),
+        _text("name", "name"),
+        _number("balance", "balance", 8),
+        _number("USD", "balance_usd", 2),
+        _text("deposit address", "deposit_address", widest=60),
     )
