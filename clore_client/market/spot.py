@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
+from clore_client.models.record import Record, dicts, is_live, part_of, text_of, whole_id
 from clore_client.models.server import Server
-from clore_client.pricing import ExchangeRates, bid_per_hour, finite, positive, rounded
+from clore_client.pricing import ExchangeRates, bid_per_hour, finite, positive
 
 
 class SpotOffer(Record):
@@ -27,8 +27,7 @@ class SpotOffer(Record):
     @property
     def currency(self) -> str | None:
         """The currency of the bid."""
-        currency = self.get("currency")
-        return currency if isinstance(currency, str) else None
+        return text_of(self, "currency")
 
     @property
     def is_mine(self) -> bool:
@@ -45,6 +44,7 @@ class SpotMarket(Record):
     """The response to ``spot_marketplace``: a dict with ``market``, and typed properties."""
 
     __slots__ = ()
+    SHOWN = ("minimum_usd", "lowest_winning_usd")
 
     @property
     def offers(self) -> list[SpotOffer]:
@@ -71,11 +71,7 @@ class SpotMarket(Record):
         return max((bid for bid in [*bids, self.minimum_usd] if bid), default=None)
 
     def _summary(self) -> dict[str, Any]:
-        return {
-            "offers": len(self.offers),
-            "minimum_usd": rounded(self.minimum_usd),
-            "lowest_winning_usd": rounded(self.lowest_winning_usd),
-        }
+        return {"offers": len(self.offers), **super()._summary()}
 
 
 def market_rates(response: dict[str, Any]) -> ExchangeRates:

@@ -45,6 +45,12 @@ def part_of(record: Any, *path: str) -> Any:
     return record
 
 
+def text_of(record: Any, *path: str) -> str | None:
+    """Return the text at ``path`` in nested dicts; None if there is none, or it is empty."""
+    text = part_of(record, *path)
+    return text if isinstance(text, str) and text else None
+
+
 def is_live(response: Mapping[str, Any]) -> bool:
     """Return whether a response with orders or a spot market is in the live form."""
     for order in dicts(response.get("orders")):
@@ -79,6 +85,7 @@ class Record(dict[str, Any]):
     _wire: dict[str, Any]
     # The properties in a card and in a row of to_dicts(): numbers, text and bools.
     FIELDS: ClassVar[tuple[str, ...]] = ()
+    SHOWN: ClassVar[tuple[str, ...]] = ()  # the properties in the repr; if empty, the FIELDS
 
     @property
     def wire(self) -> dict[str, Any]:
@@ -110,7 +117,9 @@ class Record(dict[str, Any]):
 
     def _summary(self) -> dict[str, Any]:
         """Return what the repr shows: names of properties, and their values."""
-        return {name: getattr(self, name) for name in self.FIELDS} or self
+        shown = {name: getattr(self, name) for name in self.SHOWN or self.FIELDS}
+        usd = {k: round(v, 6) for k, v in shown.items() if "usd" in k and isinstance(v, float)}
+        return {**shown, **usd} or self
 
     def _facts(self) -> dict[str, Any]:
         """Return what the card shows, by the names of properties; the first is in the heading."""
@@ -151,8 +160,7 @@ class Wallet(Record):
     @property
     def name(self) -> str | None:
         """The currency, for example ``"CLORE-Blockchain"``."""
-        name = self.get("name")
-        return name if isinstance(name, str) else None
+        return text_of(self, "name")
 
     @property
     def balance(self) -> float | None:
@@ -168,8 +176,7 @@ class Wallet(Record):
     @property
     def deposit_address(self) -> str | None:
         """The address for deposits."""
-        address = self.get("deposit_address")
-        return address if isinstance(address, str) else None
+        return text_of(self, "deposit_address")
 
 
 def to_wallets(response: dict[str, Any], rates: ExchangeRates | None = None) -> list[Wallet]:

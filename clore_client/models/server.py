@@ -7,14 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from clore_client.models.record import RawRecords, Record, part_of, whole_id
+from clore_client.models.record import RawRecords, Record, part_of, text_of, whole_id
 from clore_client.pricing import (
     HOURS_PER_DAY,
     finite,
     per_gpu,
     per_hour,
     positive,
-    rounded,
 )
 
 # The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
@@ -250,6 +249,7 @@ class Server(GPURecord):
     """
 
     __slots__ = ()
+    SHOWN = ("id", "gpu", "usd_per_hour", "spot_usd_per_hour", "reliability", "country", "rented")
     FIELDS = (
         "id",
         "gpu_name",
@@ -331,8 +331,7 @@ class Server(GPURecord):
     @property
     def country(self) -> str | None:
         """The two-letter country code of its network."""
-        code = part_of(self, "specs", "net", "cc")
-        return code if isinstance(code, str) and code else None
+        return text_of(self, "specs", "net", "cc")
 
     @property
     def ram_gb(self) -> float | None:
@@ -392,19 +391,7 @@ class Server(GPURecord):
     @property
     def cuda_version(self) -> str | None:
         """The highest CUDA version that its driver supports, for example ``"13.0"``."""
-        version = self.get("cuda_version")
-        return version if isinstance(version, str) and version else None
-
-    def _summary(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "gpu": self.gpu,
-            "usd_per_hour": rounded(self.usd_per_hour),
-            "spot_usd_per_hour": rounded(self.spot_usd_per_hour),
-            "reliability": self.reliability,
-            "country": self.country,
-            "rented": self.rented,
-        }
+        return text_of(self, "cuda_version")
 
 
 def to_server(record: dict[str, Any], live: bool) -> Server:
