@@ -572,6 +572,8 @@ class CloreClient(HTTPClient):
             >>> client.estimate_cost(server, 24).total_usd
             3.25
         """
+        from clore_client.market.summary import estimate
+
         number = None if isinstance(server, Server) else check_id("server", server)
         check_number("hours", hours, unit="hours")
         wanted = check_currency("currency", currency)
@@ -581,7 +583,9 @@ class CloreClient(HTTPClient):
             if not use_spot:
                 raise ValueError(f"spot_price={spot_price!r} needs use_spot=True: add that")
         listed = server if isinstance(server, Server) else self._market.get_server(number or 0)
-        return self._market.estimate(listed, hours, wanted, use_spot, spot_price)
+        return estimate(
+            self._market, listed, hours, currency=wanted, spot=use_spot, spot_price=spot_price
+        )
 
     # --- orders ---
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from clore_client.api.request import limited
 from clore_client.errors import CloreError, RateUnknownError
@@ -13,9 +13,6 @@ from clore_client.market.search import Search, SearchReport
 from clore_client.models.record import is_live
 from clore_client.models.server import Marketplace, Server, to_server
 from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, positive
-
-if TYPE_CHECKING:
-    from clore_client.market.summary import CostEstimate, Fees
 
 # A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
@@ -121,35 +118,6 @@ class MarketData:
             listed,
         )
 
-    def wire_bid(self, usd_per_hour: float, currency: str, server_id: int) -> float:
-        """Convert a bid to the unit of the API.
-
-        That is ``currency`` per day in the live form, and USD per hour in the documented form.
-
-        Raises:
-            RateUnknownError: the exchange rate is not known.
-        """
-        if self.documented:
-            logger.info("bid for server %d: %g USD per hour", server_id, usd_per_hour)
-            return usd_per_hour
-        rate = positive(self.rates.fresh().get(currency))
-        if rate is None:
-            raise RateUnknownError(
-                f"the spot market of server {server_id} has no exchange rate for {currency}, so "
-                "nothing was bid: try again later, or use another currency"
-            )
-        bid = bid_per_day(usd_per_hour, rate)
-        logger.info(
-            "bid for server %d: %g USD per hour = %.8g %s per day (1 %s = %g USD)",
-            server_id,
-            usd_per_hour,
-            bid,
-            currency,
-            currency,
-            rate,
-        )
-        return bid
-
 
 class Market:
     """The marketplace of a client's API."""
@@ -157,7 +125,7 @@ class Market:
     def __init__(self, client: Requester) -> None:
         self._client = client
         self._by_url: dict[str, MarketData] = {}  # by base URL, which can change
-        self._fees: dict[tuple[str, str], Fees] = {}  # by base URL and key
+        self._fees: dict[tuple[str, str], dict[str, Any]] = {}  # by base URL and key
 
     @property
     def data(self) -> MarketData:
@@ -214,17 +182,6 @@ class Market:
             raise CloreError(f"server {server_id} is not on the marketplace: choose another")
         return server
 
-    def estimate(
-        self, server: Server, hours: float, currency: str, spot: bool, spot_price: float | None
-    ) -> CostEstimate:
-        """Estimate the cost of a rental with the fees of the account."""
-        from clore_client.market.summary import estimate
-
-        return estimate(
-            server, hours, currency=currency, spot=spot, spot_price=spot_price, fees=self.fees(),
-            rates=self.data.rates,
-        )  # fmt: skip
-
     def learn_rates(self, server_id: int | None) -> None:
         """Try to read the exchange rates for display, at most once in five minutes.
 
@@ -243,23 +200,20 @@ class Market:
         except Exception as error:  # prices in USD are extra: they must not break another call
             logger.debug("the exchange rates can't be read: %s", error)
 
-    def fees(self) -> Fees:
-        """Return the account's fees, which are read once; without a key, the published ones."""
-        from clore_client.market.summary import Fees
-
+    def fees(self) -> dict[str, Any]:
+        """Return the response with the account's fees, which is read once; empty without a key."""
         key = self._client.api_key
         if not key:
-            return Fees({})
+            return {}
         account = (self._client.base_url, key)
         if account not in self._fees:
             try:
-                response = self._client._request("GET", "/v1/renter_fees")
+                self._fees[account] = self._client._request("GET", "/v1/renter_fees")
             except CloreError as error:
                 logger.debug("the account's fees can't be read: %s", error)
                 if error.retryable:
-                    return Fees({})
-                response = {}
-            self._fees[account] = Fees(response)
+                    return {}
+                self._fees[account] = {}
         return self._fees[account]
 
     def ensure_rates(self, server_id: int, currency: str) -> None:
@@ -273,6 +227,8 @@ class Market:
     ) -> float:
         """Check a bid, and return it in the unit of the API.
 
+        That is ``currency`` per day in the live form, and USD per hour in the documented form.
+
         Parameters:
             name: the name of the argument, for the error.
             usd_per_hour: the bid.
@@ -284,6 +240,26 @@ class Market:
             ValueError: the bid is more than ten times the on-demand price.
             RateUnknownError: the exchange rate is not known.
         """
-        self.data.check_bid_price(name, usd_per_hour, server_id, allow_above)
+        data = self.data
+        data.check_bid_price(name, usd_per_hour, server_id, allow_above)
         self.ensure_rates(server_id, currency)
-        return self.data.wire_bid(usd_per_hour, currency, server_id)
+        if data.documented:
+            logger.info("bid for server %d: %g USD per hour", server_id, usd_per_hour)
+            return usd_per_hour
+        rate = positive(data.rates.fresh().get(currency))
+        if rate is None:
+            raise RateUnknownError(
+                f"the spot market of server {server_id} has no exchange rate for {currency}, so "
+                "nothing was bid: try again later, or use another currency"
+            )
+        bid = bid_per_day(usd_per_hour, rate)
+        logger.info(
+            "bid for server %d: %g USD per hour = %.8g %s per day (1 %s = %g USD)",
+            server_id,
+            usd_per_hour,
+            bid,
+            currency,
+            currency,
+            rate,
+        )
+        return bid

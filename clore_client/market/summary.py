@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clore_client.market.filters import common_spellings, fold_name
 from clore_client.models.record import part_of
@@ -18,12 +18,14 @@ from clore_client.models.server import (
 )
 from clore_client.pricing import (
     CREATION_FEE,
-    ExchangeRates,
     creation_fee_after,
     finite,
     published_fee,
     with_fee,
 )
+
+if TYPE_CHECKING:
+    from clore_client.market.market import Market
 
 HIGHEST_PERCENT = 100.0  # a fee above that is not believed
 
@@ -139,50 +141,22 @@ class CostEstimate(NamedTuple):
     total: float | None
 
 
-class Fees:
-    """The fees of an account, or the published ones.
-
-    Parameters:
-        response: the response to ``renter_fees``; empty for the published fees.
-    """
-
-    def __init__(self, response: dict[str, Any]) -> None:
-        self._response = response
-
-    def fraction(self, spot: bool, currency: str) -> float:
-        """Return the renter's fee as a fraction of the price."""
-        kind = "spot" if spot else "on_demand"
-        percent = finite(part_of(self._response, "renter_fees", kind, "base", currency))
-        if percent is None or not 0 <= percent <= HIGHEST_PERCENT:
-            return published_fee(spot)
-        return percent / 100
-
-    def creation_usd(self, spot: bool, currency: str, rate: float | None) -> float:
-        """Return the creation fee in USD; ``rate`` is USD for one unit of the currency."""
-        kind = "spot" if spot else "on_demand"
-        amount = finite(part_of(self._response, "creation_fees", kind, currency))
-        if amount is None or amount < 0 or rate is None:
-            return CREATION_FEE
-        return amount * rate
-
-
 def estimate(
+    market: Market,
     server: Server,
     hours: float,
     *,
     currency: str,
     spot: bool,
     spot_price: float | None,
-    fees: Fees,
-    rates: ExchangeRates,
 ) -> CostEstimate:
     """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
-    rate = listed_rate(server, currency) or rates.rate(currency)
+    rate = listed_rate(server, currency) or market.data.rates.rate(currency)
     price = spot_price if spot_price is not None else price_in(server, False, spot, currency)
-    fraction = fees.fraction(spot, currency)
+    fraction, creation_usd = _fees(market.fees(), spot, currency, rate)
     base = None if price is None else price * hours
     fee = None if base is None else base * fraction
-    creation = creation_fee_after(hours * 3600.0, fees.creation_usd(spot, currency, rate))
+    creation = creation_fee_after(hours * 3600.0, creation_usd)
     total = None if base is None or fee is None else base + fee + creation
 
     def in_currency(usd: float | None) -> float | None:
@@ -192,3 +166,23 @@ def estimate(
         server.id, hours, currency, price, base, fee, creation, total,
         in_currency(base), in_currency(fee), in_currency(creation), in_currency(total),
     )  # fmt: skip
+
+
+def _fees(
+    response: dict[str, Any], spot: bool, currency: str, rate: float | None
+) -> tuple[float, float]:
+    """Return the renter's fee as a fraction of the price, and the creation fee in USD.
+
+    Parameters:
+        response: the response to ``renter_fees``; the published fees replace what it lacks.
+        spot, currency: the kind of the order.
+        rate: USD for one unit of the currency.
+    """
+    kind = "spot" if spot else "on_demand"
+    percent = finite(part_of(response, "renter_fees", kind, "base", currency))
+    believed = percent is not None and 0 <= percent <= HIGHEST_PERCENT
+    fraction = percent / 100 if believed and percent is not None else published_fee(spot)
+    amount = finite(part_of(response, "creation_fees", kind, currency))
+    if amount is None or amount < 0 or rate is None:
+        return fraction, CREATION_FEE
+    return fraction, amount * rate
