@@ -19,7 +19,10 @@ from clore_client.validation import (
     check_count,
     check_currency,
     check_id,
+    check_list,
     check_number,
+    check_string,
+    check_type,
     short_repr,
 )
 
@@ -120,8 +123,7 @@ def _suggestion(name: str) -> str:
 
 
 def _cuda(name: str, value: Any) -> tuple[int, int]:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
+    check_type(name, value, MAX_CUDA, str, int, float)
     version = version_parts(value)
     if version is None:
         raise ValueError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
@@ -129,8 +131,7 @@ def _cuda(name: str, value: Any) -> tuple[int, int]:
 
 
 def _ids(name: str, values: Any) -> frozenset[int]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list of ids, not {short_repr(values)}")
+    check_list(name, values, "a list of ids")
     return frozenset(
         check_id(f"{name}[{number}]", value.id if isinstance(value, Server) else value)
         for number, value in enumerate(values)
@@ -181,15 +182,10 @@ COUNTRY_CODES = frozenset().union(*COUNTRY_GROUPS.values())
 
 def check_countries(name: str, values: Any) -> frozenset[str]:
     """Return the two-letter codes in a list of codes and groups such as ``"EU"`` or ``"Asia"``."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(
-            f"{name} must be a list of country codes such as ['DE', 'EU'], not {short_repr(values)}"
-        )
+    check_list(name, values, "a list of country codes such as ['DE', 'EU']")
     codes: set[str] = set()
     for number, value in enumerate(values):
-        if not isinstance(value, str):
-            raise TypeError(f"{name}[{number}] must be a string, not {short_repr(value)}")
-        code = " ".join(value.upper().split())
+        code = " ".join(check_string(f"{name}[{number}]", value).upper().split())
         if code not in COUNTRY_GROUPS and code not in COUNTRY_CODES:
             groups = ", ".join(sorted(COUNTRY_GROUPS))
             raise ValueError(
