@@ -54,14 +54,9 @@ class ProgressOptions:
     def reporting(self) -> Iterator[Report | None]:
         """Return a function that reports an event, or None if nobody wants any."""
         display = open_display() if self.shown else None
-        reports = [] if self.on_progress is None else [self.on_progress]
-        if display is not None:
-            reports.append(display.show)
+        reports = [report for report in (self.on_progress, display and display.show) if report]
         try:
-            if reports:
-                yield lambda event: [report(event) for report in reports]
-            else:
-                yield None
+            yield (lambda event: [report(event) for report in reports]) if reports else None
         finally:
             if display is not None:
                 display.close()

@@ -6,7 +6,7 @@ from typing import Any
 
 from clore_client.models.record import Record, dicts, is_live, part_of, text_of, whole_id
 from clore_client.models.server import Server
-from clore_client.pricing import ExchangeRates, bid_per_hour, finite, positive
+from clore_client.pricing import HOURS_PER_DAY, ExchangeRates, finite, positive
 
 
 class SpotOffer(Record):
@@ -59,7 +59,7 @@ class SpotMarket(Record):
             return None
         rates = market_rates(self)
         bids = [rates.usd(positive(amount), currency) for currency, amount in pricing.items()]
-        return min((bid_per_hour(bid, 1.0) for bid in bids if bid), default=None)
+        return min((bid / HOURS_PER_DAY for bid in bids if bid), default=None)
 
     @property
     def lowest_winning_usd(self) -> float | None:
@@ -96,7 +96,7 @@ def to_spot_market(response: dict[str, Any]) -> SpotMarket:
     def hourly(offer: dict[str, Any]) -> float | None:
         if live:
             per_day = rates.usd(positive(offer.get("bid")), offer.get("currency"))
-            return None if per_day is None else bid_per_hour(per_day, 1.0)
+            return None if per_day is None else per_day / HOURS_PER_DAY
         stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
         return next((price for price in stated if price is not None), None)
 

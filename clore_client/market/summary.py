@@ -11,7 +11,6 @@ from clore_client.models.server import (
     Marketplace,
     Server,
     count_gpus,
-    gpu_names,
     listed_rate,
     price_in,
     server_price,
@@ -59,6 +58,12 @@ class _Model:
         self.servers_free += free
         self.gpus_free += count * free
 
+    def add_prices(self, record: dict[str, Any], live: bool, count: int) -> None:
+        for spot in (False, True):
+            price = server_price(record, live, spot)
+            if price is not None:
+                self.prices[spot].append(price / count)
+
 
 def summarize(
     marketplace: Marketplace, *, include_rented: bool = False, include_fees: bool = False
@@ -71,28 +76,21 @@ def summarize(
         include_fees: add the published fees to the prices.
     """
     models, spellings = dict[str, _Model](), Counter[str]()
-    for record in marketplace:
-        names = gpu_names(record)
+    for names, record in zip(marketplace.gpus, marketplace, strict=True):
         spellings.update(set(names))
         free = not record.get("rented")
-        folded = {fold_name(name) for name in names}
-        for model in folded:
-            count = sum(fold_name(name) == model for name in names)
-            if len(folded) == 1:
+        folded = [fold_name(name) for name in names]
+        for name in set(folded):
+            model = models.setdefault(name, _Model())
+            count = folded.count(name)
+            if count == len(folded):  # not a mixed rig
                 count = count_gpus(record) or count
                 if free or include_rented:
-                    _add_prices(models.setdefault(model, _Model()), record, marketplace.live, count)
-            models.setdefault(model, _Model()).add(count, free)
+                    model.add_prices(record, marketplace.live, count)
+            model.add(count, free)
     shown = common_spellings(spellings)
     rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
     return sorted(rows, key=lambda row: (-row.gpus, row.gpu))
-
-
-def _add_prices(model: _Model, record: dict[str, Any], live: bool, count: int) -> None:
-    for spot in (False, True):
-        price = server_price(record, live, spot)
-        if price is not None:
-            model.prices[spot].append(price / count)
 
 
 def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
