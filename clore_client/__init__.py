@@ -41,19 +41,18 @@ from clore_client.errors import (
     UnknownOrderError,
     WaitTimeoutError,
 )
-from clore_client.market.cost import CostEstimate
 from clore_client.market.search import SearchReport
 from clore_client.models.order import Order
-from clore_client.models.result import CommandResult, OutputLine, TransferResult
+from clore_client.models.record import Wallet
 from clore_client.models.server import Server
-from clore_client.models.spot_market import SpotMarket, SpotOffer
-from clore_client.models.wallet import Wallet
 from clore_client.progress import ProgressEvent
 from clore_client.version import __version__
 
 if TYPE_CHECKING:
-    from clore_client.market.summary import ModelSummary
+    from clore_client.market.spot import SpotMarket, SpotOffer
+    from clore_client.market.summary import CostEstimate, ModelSummary
     from clore_client.models.listing import OrderList, ServerList, WalletList
+    from clore_client.models.result import CommandResult, OutputLine, TransferResult
     from clore_client.rental.group import RentalGroup
     from clore_client.rental.recovery import Leftover, Leftovers
     from clore_client.rental.rental import Rental
@@ -123,15 +122,21 @@ __all__ = [
 ]
 
 _LAZY_NAMES = {
+    "CommandResult": "models.result",
+    "CostEstimate": "market.summary",
     "Job": "ssh.jobs",
     "Leftover": "rental.recovery",
     "Leftovers": "rental.recovery",
     "ModelSummary": "market.summary",
     "OrderList": "models.listing",
+    "OutputLine": "models.result",
     "Rental": "rental.rental",
     "RentalGroup": "rental.group",
     "ServerList": "models.listing",
     "SignalExit": "rental.signals",
+    "SpotMarket": "market.spot",
+    "SpotOffer": "market.spot",
+    "TransferResult": "models.result",
     "WalletList": "models.listing",
 }
 

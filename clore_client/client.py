@@ -21,17 +21,12 @@ from clore_client.errors import (
     printable,
     secret_values,
 )
-from clore_client.market.cost import CostEstimate
-from clore_client.market.filters import SearchFilters
 from clore_client.market.host_history import HostHistory
 from clore_client.market.market import Market
 from clore_client.market.search import Search
-from clore_client.market.spot import suggested_bid
 from clore_client.models.order import Order
-from clore_client.models.result import CommandResult, OutputLine, TransferResult
-from clore_client.models.server import Server, to_servers
-from clore_client.models.spot_market import SpotMarket, to_spot_market
-from clore_client.models.wallet import to_wallets
+from clore_client.models.record import to_wallets
+from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.bid import lower_spot_price, set_spot_price
 from clore_client.orders.cancel import cancel_all, cancel_order, cancel_orders, confirm_ended
@@ -61,9 +56,11 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from clore_client.api.redis_limit import RedisClient
-    from clore_client.market.filters import ServerFilters
-    from clore_client.market.summary import ModelSummary
+    from clore_client.market.filters import SearchFilters, ServerFilters
+    from clore_client.market.spot import SpotMarket
+    from clore_client.market.summary import CostEstimate, ModelSummary
     from clore_client.models.listing import OrderList, ServerList, WalletList
+    from clore_client.models.result import CommandResult, OutputLine, TransferResult
     from clore_client.rental.group import RentalGroup
     from clore_client.rental.recovery import Leftovers
     from clore_client.rental.rental import Rental
@@ -360,7 +357,7 @@ class CloreClient(HTTPClient):
         from clore_client.models.listing import ServerList
 
         check_bool("include_rented", include_rented)
-        return ServerList(to_servers(self._market.read(), include_rented=include_rented))
+        return ServerList(self._market.read().servers(include_rented=include_rented))
 
     def find_servers(
         self,
@@ -575,6 +572,8 @@ class CloreClient(HTTPClient):
             >>> client.estimate_cost(server, 24).total_usd
             3.25
         """
+        from clore_client.market.summary import estimate
+
         number = None if isinstance(server, Server) else check_id("server", server)
         check_number("hours", hours, unit="hours")
         wanted = check_currency("currency", currency)
@@ -584,7 +583,9 @@ class CloreClient(HTTPClient):
             if not use_spot:
                 raise ValueError(f"spot_price={spot_price!r} needs use_spot=True: add that")
         listed = server if isinstance(server, Server) else self._market.get_server(number or 0)
-        return self._market.estimate(listed, hours, wanted, use_spot, spot_price)
+        return estimate(
+            self._market, listed, hours, currency=wanted, spot=use_spot, spot_price=spot_price
+        )
 
     # --- orders ---
 
@@ -1172,6 +1173,8 @@ class CloreClient(HTTPClient):
             >>> market.offers[0].usd_per_hour, market.lowest_winning_usd
             (0.09016, 0.09016)
         """
+        from clore_client.market.spot import to_spot_market
+
         return to_spot_market(self._market.read_spot(check_id("server_id", server_id)))
 
     def suggest_spot_price(self, server: Server | int, margin: float = 0.05) -> float | None:
@@ -1191,6 +1194,8 @@ class CloreClient(HTTPClient):
             >>> bid = client.suggest_spot_price(server)
             >>> order = client.create_order(server.id, order_type="spot", spot_price=bid)
         """
+        from clore_client.market.spot import suggested_bid
+
         number = check_id("server", server.id if isinstance(server, Server) else server)
         check_number("margin", margin)
         return suggested_bid(self.get_spot_market(number), server, margin)
@@ -1244,6 +1249,7 @@ class CloreClient(HTTPClient):
         Raises:
             SpotPriceTooSoonError: with ``wait=False``, the bid was lowered too soon before.
             BidTooLowError: the target is lower than the host accepts.
+            RateUnknownError: the API does not tell the current bid in USD; no bid was sent.
             OrderEndedError, OrderNotFoundError: there is no such active order.
 
         Example:

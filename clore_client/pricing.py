@@ -44,11 +44,6 @@ def positive(value: Any) -> float | None:
     return number if number is not None and number > 0 else None
 
 
-def rounded(number: float | None) -> float | None:
-    """Return a number with six decimals, to show it; None stays None."""
-    return None if number is None else round(number, 6)
-
-
 def per_hour(per_day: Any) -> Any:
     """Convert a price per day to a price per hour, and return any other value unchanged."""
     number = finite(per_day)

@@ -14,7 +14,6 @@ from clore_client.pricing import CURRENCIES, wire_currency
 
 Timeout = float | tuple[float | None, float | None] | None
 
-_ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # With these characters in an env value, create_order returns code 1 (seen on the live API).
 _REFUSED_CHARACTERS = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -28,6 +27,7 @@ MAX_PASSWORD = 32
 MAX_TOKEN = 32
 MAX_SSH_KEY = 3072
 MAX_ENV_NAME = 128
+_ENV_NAME = rf"[A-Za-z_][A-Za-z0-9_]{{0,{MAX_ENV_NAME - 1}}}"
 MAX_ENV_VALUE = 1536
 
 
@@ -40,20 +40,33 @@ def short_repr(value: Any) -> str:
     return printable(text, 80)
 
 
+def check_type(name: str, value: Any, allowed: str, *kinds: type) -> Any:
+    """Check the type of a value, and return it; a bool does not count as an int."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{name} must be {allowed}, not {short_repr(value)}")
+    return value
+
+
+def check_list(name: str, values: Any, allowed: str) -> None:
+    """Check that a value is an iterable, and not a string or a dict."""
+    if isinstance(values, (str, bytes, Mapping)):
+        raise TypeError(f"{name} must be {allowed}, not {short_repr(values)}")
+    check_type(name, values, allowed, Iterable)
+
+
 def check_id(name: str, value: Any) -> int:
     """Check an id: a positive integer, or a string of digits."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value.strip()):
         value = int(value)
     if isinstance(value, Mapping):
         raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise TypeError(f"{name} must be a positive integer, not {short_repr(value)}")
+    check_type(name, value, "a positive integer", int, str)
     if isinstance(value, str) or not 1 <= value < 10**MAX_ID_DIGITS:
         raise ValueError(
             f"{name} must be a positive integer of at most {MAX_ID_DIGITS} digits, "
             f"not {short_repr(value)}"
         )
-    return value
+    return int(value)
 
 
 def check_order_id(name: str, value: Any) -> int:
@@ -70,8 +83,7 @@ def check_order_id(name: str, value: Any) -> int:
 
 def check_order_ids(name: str, values: Any) -> list[int]:
     """Check a list of orders or their ids; a single one or a string is an error."""
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list of order ids, not {short_repr(values)}")
+    check_list(name, values, "a list of order ids")
     return [check_order_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
@@ -86,18 +98,17 @@ def check_number(
     unit: str = "",
 ) -> float:
     """Check a number from ``minimum`` (or above it, with ``above``) to ``maximum``; never NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {short_repr(value)}")
-    low = value <= minimum if above else value < minimum
-    huge = isinstance(value, int) and abs(value) > 10**300  # too large for a float
-    if huge or value != value or low or value > maximum or (value == math.inf and not infinite):
+    number: float = check_type(name, value, f"a number{unit and ' of ' + unit}", int, float)
+    low = number <= minimum if above else number < minimum
+    huge = isinstance(number, int) and abs(number) > 10**300  # too large for a float
+    if huge or number != number or low or number > maximum or (number == math.inf and not infinite):
         allowed = f"{'above' if above else 'at least'} {minimum:g}"
         allowed += "" if maximum == math.inf else f" and at most {maximum:g}"
         allowed += "" if infinite or maximum != math.inf else " and finite"
         raise ValueError(
             f"{name} must be {allowed}{unit and ' (' + unit + ')'}, not {short_repr(value)}"
         )
-    return value
+    return number
 
 
 def check_optional_number(name: str, value: Any, **limits: Any) -> float | None:
@@ -107,8 +118,7 @@ def check_optional_number(name: str, value: Any, **limits: Any) -> float | None:
 
 def check_count(name: str, value: Any, *, minimum: int = 0, maximum: float = math.inf) -> int:
     """Check a whole number, at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
+    check_type(name, value, "a whole number", int)
     return int(check_number(name, value, minimum=minimum, maximum=maximum))
 
 
@@ -119,9 +129,8 @@ def check_interval(name: str, value: Any) -> float:
 
 def check_bool(name: str, value: Any) -> bool:
     """Check that a value is True or False; a string such as ``"false"`` would count as true."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {short_repr(value)}")
-    return value
+    checked: bool = check_type(name, value, "True or False", bool)
+    return checked
 
 
 def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
@@ -161,9 +170,8 @@ def check_callback(name: str, value: Any, arguments: int) -> None:
 
 def check_string(name: str, value: Any) -> str:
     """Check a string, which may be empty."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, not {short_repr(value)}")
-    return value
+    text: str = check_type(name, value, "a string", str)
+    return text
 
 
 def check_text(name: str, value: Any, *, secret: bool = False) -> str:
@@ -247,8 +255,7 @@ def check_order_type(name: str, value: Any) -> str:
 
 def check_ports(name: str, value: Any) -> dict[str, str]:
     """Check a dict of container ports with ``"tcp"`` or ``"http"``; return it with string keys."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {short_repr(value)}")
+    check_type(name, value, "a dict like {'22': 'tcp'}", Mapping)
     ports: dict[str, str] = {}
     for port, protocol in value.items():
         digits = port if isinstance(port, str) else ""
@@ -271,13 +278,8 @@ def check_env(name: str, value: Any) -> dict[str, str]:
     for variable, text in value.items():
         if not isinstance(variable, str) or not re.fullmatch(_ENV_NAME, variable):
             raise ValueError(
-                f"{name}: a variable name must have only letters, digits and _, and not begin "
-                f"with a digit, unlike {short_repr(variable)}"
-            )
-        if len(variable) > MAX_ENV_NAME:
-            raise ValueError(
-                f"{name}: a variable name must have at most {MAX_ENV_NAME} characters, unlike "
-                f"{short_repr(variable)}"
+                f"{name}: a variable name must have at most {MAX_ENV_NAME} characters, only "
+                f"letters, digits and _, and not begin with a digit, unlike {short_repr(variable)}"
             )
         if not isinstance(text, str):
             raise TypeError(f"{name}[{variable!r}] must be a string, not {type(text).__name__}")

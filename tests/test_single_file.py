@@ -84,11 +84,16 @@ def test_every_module_is_a_section_of_the_contents_in_the_same_order() -> None:
 
 
 def test_comments_and_formatting_are_kept() -> None:
-    for path in FOLDER.glob("models/[a-z]*.py"):
+    kept = 0
+    for path in FOLDER.glob("m*/[a-z]*.py"):
         source = path.read_text()
+        if re.search(r"^ +from clore_client", source, re.MULTILINE):  # the merged imports go
+            continue
+        kept += 1
         first = next(n for n in ast.parse(source).body if isinstance(n, (ast.ClassDef, ast.Assign)))
         code = source.split("\n")[first.lineno - 1 :]
         assert "\n".join(code).strip("\n") in written(), path
+    assert kept > 5
     assert "simulator" not in re.sub(r"(?s)\"\"\".*?\"\"\"|#.*", "", written().lower())
 
 

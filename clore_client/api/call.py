@@ -59,7 +59,13 @@ def unix_time(date: str | None) -> float | None:
 
 # Not a dataclass: importing dataclasses takes a fifth of the import time.
 class Call:
-    """A request that is ready to be sent, and the rules for its retries."""
+    """A request that is ready to be sent, and the rules for its retries.
+
+    Attributes:
+        lists_servers: whether to leave the servers in the response in JSON, if possible.
+    """
+
+    lists_servers = False
 
     def __init__(
         self,

@@ -7,7 +7,6 @@ import importlib
 import json
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,6 +39,9 @@ from clore_client.errors import (
     printable,
     without,
 )
+from clore_client.models.record import RawRecords
+
+MAX_DIGITS = 4000  # json refuses a response with an integer of 4,300 digits
 
 
 class Failure:
@@ -112,7 +114,8 @@ def classify_unusable(call: Call, response: requests.Response | None, reason: st
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
     """Classify a response: success, retry, or error."""
-    decoded, status = _decode(body), response.status_code
+    decoded = decode_servers(body) if call.lists_servers else decode_json(body)
+    status = response.status_code
     if isinstance(decoded, dict) and type(decoded.get("code")) is int:
         if decoded["code"] == 0:
             return Envelope(decoded)
@@ -196,25 +199,43 @@ def _target(response: requests.Response) -> str:
 
 
 @functools.cache
-def json_decoders() -> tuple[Callable[[bytes], Any], ...]:
-    """Return the decoders to try: that of msgspec, if it is installed, and ``json.loads``.
-
-    Both decode to the same values, but msgspec refuses NaN and lone surrogates.
-    """
+def fast_json() -> Any:
+    """Return the module ``msgspec``, or None if it is not installed."""
     try:
-        return importlib.import_module("msgspec.json").decode, json.loads
+        return importlib.import_module("msgspec")
     except ImportError:
-        return (json.loads,)
+        return None
 
 
-def _decode(body: bytes) -> Any:
-    """Return the decoded JSON of a body, or None."""
-    for decode in json_decoders():
+def decode_json(text: Any) -> Any:
+    """Return the decoded JSON of ``bytes`` or of a ``msgspec.Raw``, or None."""
+    if msgspec := fast_json():
         try:
-            return decode(body)
+            return msgspec.json.decode(text)
         except (ValueError, RecursionError):
-            continue
-    return None
+            pass  # it refuses some numbers and lone surrogates that json accepts
+    try:
+        return json.loads(bytes(text))
+    except (ValueError, RecursionError):
+        return None
+
+
+def decode_servers(body: bytes) -> Any:
+    """Decode a response as :func:`decode_json` does, but leave its servers in JSON if possible."""
+    if msgspec := fast_json():
+        raw: Any = msgspec.Raw
+        try:
+            fields = msgspec.json.decode(body, type=dict[str, raw])
+            servers = msgspec.json.decode(fields.pop("servers"), type=list[raw])
+            decoded = {name: msgspec.json.decode(value) for name, value in fields.items()}
+            for server in servers:  # msgspec has checked them, except for UTF-8 and long numbers
+                if len(str(server, "utf-8")) > MAX_DIGITS:
+                    msgspec.json.decode(server)
+            if decoded["code"] == 0:
+                return {**decoded, "servers": RawRecords(servers, decode_json)}
+        except (ValueError, RecursionError, KeyError):
+            pass
+    return decode_json(body)
 
 
 class Retries:

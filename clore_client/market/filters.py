@@ -1,13 +1,17 @@
-"""The filters that ``find_servers``, ``find_cheapest`` and ``rent`` share, and their checks."""
+"""The filters of a search: their checks, the groups of countries, the names of GPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache, partial
 from typing import Any, TypedDict
 
-from clore_client.market.countries import check_countries
+from clore_client.errors import printable
+from clore_client.log import logger
 from clore_client.models.record import part_of, whole_id
-from clore_client.models.server import Server, cpu_cores, disk_size, version_parts
+from clore_client.models.server import Server, cpu_cores, disk_size, nominal_vram, version_parts
 from clore_client.pricing import finite, positive
 from clore_client.validation import (
     check_bool,
@@ -15,7 +19,10 @@ from clore_client.validation import (
     check_count,
     check_currency,
     check_id,
+    check_list,
     check_number,
+    check_string,
+    check_type,
     short_repr,
 )
 
@@ -24,34 +31,39 @@ HIGHEST_RATING = 5.0
 MAX_CUDA = "a version such as 12.4 or '12.4'"
 
 
-class ServerFilters(TypedDict, total=False):
-    """The filters of ``rent``; None is no filter. ``help(CloreClient.find_servers)`` has more."""
-
-    gpu_count: int | None
-    min_gpu_count: int | None
-    exact_gpu: bool
-    min_vram_gb: float | None
-    min_total_vram_gb: float | None
-    min_ram_gb: float | None
-    min_cpu_cores: int | None
-    min_disk_gb: float | None
-    min_disk_mbps: float | None
-    min_download_mbps: float | None
-    min_upload_mbps: float | None
-    min_cuda: float | str | None
-    min_pcie_width: int | None
-    countries: Iterable[str] | None
-    exclude_countries: Iterable[str] | None
-    min_rating: float | None
-    min_ratings: int | None
-    min_rental_hours: float | None
-    exclude_servers: Iterable[int | Server] | None
-    exclude_owners: Iterable[int] | None
-    max_price_per_gpu_usd: float | None
-    include_fees: bool
-    sort: str | Callable[[Server], Any]
-    limit: int | None
-    where: Callable[[Server], object] | None
+# The filters of ``rent``; None is no filter. ``help(CloreClient.find_servers)`` has more.
+# As a class, its annotations would be compiled, which makes the import slower.
+ServerFilters = TypedDict(  # noqa: UP013
+    "ServerFilters",
+    {
+        "gpu_count": int | None,
+        "min_gpu_count": int | None,
+        "exact_gpu": bool,
+        "min_vram_gb": float | None,
+        "min_total_vram_gb": float | None,
+        "min_ram_gb": float | None,
+        "min_cpu_cores": int | None,
+        "min_disk_gb": float | None,
+        "min_disk_mbps": float | None,
+        "min_download_mbps": float | None,
+        "min_upload_mbps": float | None,
+        "min_cuda": float | str | None,
+        "min_pcie_width": int | None,
+        "countries": Iterable[str] | None,
+        "exclude_countries": Iterable[str] | None,
+        "min_rating": float | None,
+        "min_ratings": int | None,
+        "min_rental_hours": float | None,
+        "exclude_servers": Iterable[int | Server] | None,
+        "exclude_owners": Iterable[int] | None,
+        "max_price_per_gpu_usd": float | None,
+        "include_fees": bool,
+        "sort": str | Callable[[Server], Any],
+        "limit": int | None,
+        "where": Callable[[Server], object] | None,
+    },
+    total=False,
+)
 
 
 class SearchFilters(ServerFilters, total=False):
@@ -60,8 +72,10 @@ class SearchFilters(ServerFilters, total=False):
     currency: str | None
 
 
-# The filters that compare one number of a server with a minimum.
-MINIMUMS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+# The filters that compare a number (or a version) of a server with a minimum.
+MINIMUMS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "min_vram_gb": nominal_vram,
+    "min_cuda": lambda record: version_parts(record.get("cuda_version")),
     "min_ram_gb": lambda record: positive(part_of(record, "specs", "ram")),
     "min_cpu_cores": cpu_cores,
     "min_disk_gb": disk_size,
@@ -108,25 +122,8 @@ def _suggestion(name: str) -> str:
     return f": did you mean {close[0]}?" if close else f"; there are {', '.join(_CHECKS)}"
 
 
-def _at_least_zero(name: str, value: Any) -> float:
-    return check_number(name, value)
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    return check_count(name, value, minimum=1)
-
-
-def _price(name: str, value: Any) -> float:
-    return check_number(name, value, infinite=True, unit="USD per hour")
-
-
-def _rating(name: str, value: Any) -> float:
-    return check_number(name, value, maximum=HIGHEST_RATING)
-
-
 def _cuda(name: str, value: Any) -> tuple[int, int]:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
+    check_type(name, value, MAX_CUDA, str, int, float)
     version = version_parts(value)
     if version is None:
         raise ValueError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
@@ -134,58 +131,208 @@ def _cuda(name: str, value: Any) -> tuple[int, int]:
 
 
 def _ids(name: str, values: Any) -> frozenset[int]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list of ids, not {short_repr(values)}")
+    check_list(name, values, "a list of ids")
     return frozenset(
         check_id(f"{name}[{number}]", value.id if isinstance(value, Server) else value)
         for number, value in enumerate(values)
     )
 
 
+def _function(name: str, value: Any) -> Any:
+    check_callback(name, value, 1)
+    return value
+
+
 def _sort(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        if not callable(value):
-            raise TypeError(
-                f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
-            )
-        check_callback(name, value, 1)
-    elif value not in SORTS:
-        raise ValueError(
+    if callable(value):
+        return _function(name, value)
+    if value not in SORTS:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(
             f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
         )
     return value
 
 
-def _where(name: str, value: Any) -> Any:
-    check_callback(name, value, 1)
-    return value
+# --- countries ---
+
+_EU = "AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE"
+# ISO 3166-1 codes by continent, and XK, which is in use for Kosovo.
+_CONTINENTS = {
+    "AFRICA": "AO BF BI BJ BW CD CF CG CI CM CV DJ DZ EG EH ER ET GA GH GM GN GQ GW IO KE KM LR LS "
+    "LY MA MG ML MR MU MW MZ NA NE NG RE RW SC SD SH SL SN SO SS ST SZ TD TG TN TZ UG YT ZA ZM ZW",
+    "ANTARCTICA": "AQ BV GS HM TF",
+    "ASIA": "AE AF AM AZ BD BH BN BT CC CN CX GE HK ID IL IN IQ IR JO JP KG KH KP KR KW KZ LA LB "
+    "LK MM MN MO MV MY NP OM PH PK PS QA SA SG SY TH TJ TL TM TR TW UZ VN YE",
+    "EUROPE": f"{_EU} AD AL AX BA BY CH FO GB GG GI IM IS JE LI MC MD ME MK NO RS RU SJ SM UA VA "
+    "XK",
+    "NORTH AMERICA": "AG AI AW BB BL BM BQ BS BZ CA CR CU CW DM DO GD GL GP GT HN HT JM KN KY LC "
+    "MF MQ MS MX NI PA PM PR SV SX TC TT US VC VG VI",
+    "OCEANIA": "AS AU CK FJ FM GU KI MH MP NC NF NR NU NZ PF PG PN PW SB TK TO TV UM VU WF WS",
+    "SOUTH AMERICA": "AR BO BR CL CO EC FK GF GY PE PY SR UY VE",
+}
+COUNTRY_GROUPS = {
+    **{name: frozenset(codes.split()) for name, codes in _CONTINENTS.items()},
+    "EU": frozenset(_EU.split()),
+    "EEA": frozenset(_EU.split()) | {"IS", "LI", "NO"},
+    "UK": frozenset({"GB"}),
+}
+COUNTRY_CODES = frozenset().union(*COUNTRY_GROUPS.values())
+
+
+def check_countries(name: str, values: Any) -> frozenset[str]:
+    """Return the two-letter codes in a list of codes and groups such as ``"EU"`` or ``"Asia"``."""
+    check_list(name, values, "a list of country codes such as ['DE', 'EU']")
+    codes: set[str] = set()
+    for number, value in enumerate(values):
+        code = " ".join(check_string(f"{name}[{number}]", value).upper().split())
+        if code not in COUNTRY_GROUPS and code not in COUNTRY_CODES:
+            groups = ", ".join(sorted(COUNTRY_GROUPS))
+            raise ValueError(
+                f"{name}[{number}] must be a two-letter country code or one of {groups} (in any "
+                f"case), not {short_repr(value)}"
+            )
+        codes |= COUNTRY_GROUPS.get(code, {code})
+    return frozenset(codes)
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "gpu_count": _at_least_one,
+    "gpu_count": partial(check_count, minimum=1),
     "min_gpu_count": check_count,
     "exact_gpu": check_bool,
-    "min_vram_gb": _at_least_zero,
-    "min_total_vram_gb": _at_least_zero,
-    "min_ram_gb": _at_least_zero,
+    "min_vram_gb": check_number,
+    "min_total_vram_gb": check_number,
+    "min_ram_gb": check_number,
     "min_cpu_cores": check_count,
-    "min_disk_gb": _at_least_zero,
-    "min_disk_mbps": _at_least_zero,
-    "min_download_mbps": _at_least_zero,
-    "min_upload_mbps": _at_least_zero,
+    "min_disk_gb": check_number,
+    "min_disk_mbps": check_number,
+    "min_download_mbps": check_number,
+    "min_upload_mbps": check_number,
     "min_cuda": _cuda,
     "min_pcie_width": check_count,
     "countries": check_countries,
     "exclude_countries": check_countries,
     "currency": check_currency,
-    "min_rating": _rating,
+    "min_rating": partial(check_number, maximum=HIGHEST_RATING),
     "min_ratings": check_count,
-    "min_rental_hours": _at_least_zero,
+    "min_rental_hours": check_number,
     "exclude_servers": _ids,
     "exclude_owners": _ids,
-    "max_price_per_gpu_usd": _price,
+    "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
     "include_fees": check_bool,
     "sort": _sort,
-    "limit": _at_least_one,
-    "where": _where,
+    "limit": partial(check_count, minimum=1),
+    "where": _function,
 }
+
+
+# --- names of GPUs ---
+
+LONGEST_NAME = 100  # characters that count; the names come from strangers
+NAMED_MODELS = 20  # how many models a warning names at most
+NEAREST_MODELS = 5  # how many similar models a warning names
+SIMILAR = 0.5  # the lowest ``difflib`` ratio of a similar model
+
+# The rules of folding, applied in this order. Compiled on first use, which makes the import faster.
+_FOLDING = (
+    (r"^\s*[0-9]{1,3}\s*x(?:\s+(?=\S)|(?=[a-z]))", ""),  # a leading count: "2x RTX 4090"
+    (r"(nvidia|geforce|tesla)", r" \1 "),
+    (r"[^0-9a-z]+", " "),
+    (r"\b(rtx|gtx|gts|gt|titan|quadro)(?=[0-9a-z]?[0-9])", r"\1 "),
+    (r"(?<=[0-9])(?=(?:sxm|pcie|nvl)[0-9]?)", " "),  # "V100SXM2"
+    (r"\b(sxm[0-9]|pcie)(?=[0-9]+gb)", r"\1 "),  # "SXM232GB" is SXM2 with 32 GB
+    (r"(?<=[0-9])(?=(?:ti|super|tisuper|laptop)\b)", " "),
+    (r"\btisuper\b", "ti super"),
+    (r"([0-9]) gb\b", r"\1gb"),
+)
+# Words that some names have and others do not, for the same model.
+_VENDOR_WORDS = frozenset({"nvidia", "geforce", "tesla", "amd", "radeon"})
+
+
+@lru_cache(maxsize=4096)
+def fold_name(name: str) -> str:
+    """Return a GPU name in lower case, split into words in one way.
+
+    ``"NVIDIA GeForce RTX4090"`` and ``"2x RTX 4090"`` become ``"rtx 4090"``.
+    """
+    text = name[:LONGEST_NAME].lower()
+    for pattern, replacement in _FOLDING:
+        text = re.sub(pattern, replacement, text)
+    words = text.split()
+    return " ".join([word for word in words if word not in _VENDOR_WORDS] or words)
+
+
+def matching_names(query: str, names: Collection[str], *, exact: bool = False) -> frozenset[str]:
+    """Return the names that a query means, and warn if it is not clear or not found.
+
+    Names that contain the query as whole words win. Without one, a part of a word is enough.
+
+    Parameters:
+        query: a GPU name or a part of it, in any spelling.
+        names: all names of the listing.
+        exact: accept only the same name.
+    """
+    wanted = fold_name(query)
+    if exact:
+        same = frozenset(name for name in names if fold_name(name) == wanted)
+        return same or _no_match(query, names)
+    words = f" {wanted} "
+    if wanted and (whole := frozenset(n for n in names if words in f" {fold_name(n)} ")):
+        return whole
+    plain, joined = query.strip().lower(), wanted.replace(" ", "")
+    parts = frozenset(
+        name
+        for name in names
+        if plain in name.lower() or (joined and joined in fold_name(name).replace(" ", ""))
+    )
+    if not parts:
+        return _no_match(query, names)
+    models = model_names(Counter(parts))
+    more = f" and {len(models) - NAMED_MODELS} more" if len(models) > NAMED_MODELS else ""
+    logger.warning(
+        "no GPU is named %s as a whole word; it is a part of %s%s",
+        _shown(query),
+        ", ".join(map(_shown, models[:NAMED_MODELS])),
+        more,
+    )
+    return parts
+
+
+def _no_match(query: str, names: Collection[str]) -> frozenset[str]:
+    nearest = nearest_models(query, names)
+    similar = f"; the nearest are {', '.join(map(_shown, nearest))}" if nearest else ""
+    logger.warning("no GPU on the market is named %s%s", _shown(query), similar)
+    return frozenset()
+
+
+def nearest_models(query: str, names: Iterable[str]) -> list[str]:
+    """Return the models whose names are most similar to a query, the most similar first."""
+    import difflib  # imported here, because it is slow and rarely needed
+
+    models = {fold_name(model): model for model in model_names(Counter(names))}
+    close = difflib.get_close_matches(fold_name(query), models, NEAREST_MODELS, SIMILAR)
+    return [models[folded] for folded in close]
+
+
+def model_names(counts: Mapping[str, int]) -> list[str]:
+    """Return the models among GPU names, each in its most common spelling, sorted.
+
+    Parameters:
+        counts: how often each name is listed.
+    """
+    return sorted(common_spellings(counts).values(), key=str.lower)
+
+
+def common_spellings(counts: Mapping[str, int]) -> dict[str, str]:
+    """Return the most common spelling of each folded name; of equally common ones the shortest."""
+    spellings: dict[str, list[str]] = {}
+    for name in counts:
+        spellings.setdefault(fold_name(name), []).append(name)
+    return {
+        folded: min(same, key=lambda name: (-counts[name], len(name), name))
+        for folded, same in spellings.items()
+    }
+
+
+def _shown(name: str) -> str:
+    return repr(printable(name, LONGEST_NAME))

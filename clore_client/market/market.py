@@ -1,20 +1,22 @@
-"""Read the marketplace, and keep its prices and exchange rates."""
+"""Read the marketplace, keep its prices and exchange rates, and convert bids."""
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Protocol
 
 from clore_client.api.request import limited
-from clore_client.errors import CloreError
+from clore_client.errors import CloreError, RateUnknownError
 from clore_client.log import logger
-from clore_client.market.cost import CostEstimate, Fees, estimate
 from clore_client.market.search import Search, SearchReport
-from clore_client.market.spot import MarketData
-from clore_client.models.record import dicts, is_live, whole_id
-from clore_client.models.server import Server, listed_prices, to_server
-from clore_client.pricing import RATE_MAX_AGE
+from clore_client.models.record import is_live
+from clore_client.models.server import Marketplace, Server, to_server
+from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, positive
 
+# A bid above this is probably a price per day, which is 24 times too high.
+MAX_TIMES_ON_DEMAND = 10.0
+ROUNDING = 1e-9  # the rounding error between prices per day and per hour
 RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
 
 
@@ -27,6 +29,8 @@ class Requester(Protocol):
     @property
     def api_key(self) -> str | None: ...
 
+    def _read_marketplace(self) -> dict[str, Any]: ...
+
     def _request(
         self,
         method: str,
@@ -37,36 +41,116 @@ class Requester(Protocol):
     ) -> dict[str, Any]: ...
 
 
+class MarketData:
+    """The form, the exchange rates and the listed prices of one API.
+
+    Attributes:
+        kept: the last list of servers and the monotonic time of its reading, if a search may use
+            it again.
+    """
+
+    def __init__(self) -> None:
+        self.kept: tuple[Marketplace, float] | None = None
+        self.rates = ExchangeRates()
+        self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
+        self.live = False  # whether a response was certainly in the live form
+        self.rates_tried_at = -math.inf  # monotonic time of the last try to read them for display
+        self._documented_at = -math.inf
+
+    @property
+    def documented(self) -> bool:
+        """True if a response of the last minutes was certainly in the documented form."""
+        return time.monotonic() - self._documented_at <= RATE_MAX_AGE
+
+    def observe(self, response: dict[str, Any]) -> None:
+        """Record that the API uses the live form, if a response shows it."""
+        if is_live(response):
+            self.observe_live()
+
+    def observe_live(self) -> None:
+        """Record that the API uses the live form."""
+        self.live = True
+        self._documented_at = -math.inf
+
+    def observe_spot(self, response: dict[str, Any]) -> None:
+        """Record the form and the exchange rates of a response to ``spot_marketplace``."""
+        market = response.get("market")
+        self.observe(response)
+        if is_live(response):
+            if isinstance(market, dict):
+                self.rates.update(market.get("currency_rates_in_usd"))
+        elif isinstance(market, dict) and market:
+            # An empty market shows nothing about the form.
+            self.rates = ExchangeRates()
+            self._documented_at = time.monotonic()
+
+    def check_bid_price(
+        self, name: str, usd_per_hour: float, server_id: int | None, allow_any: bool
+    ) -> None:
+        """Warn about a bid above the server's on-demand price, and refuse one far above it.
+
+        Does nothing if that price is not known.
+
+        Parameters:
+            name: the name of the argument, for the error.
+            usd_per_hour: the bid.
+            server_id: the server.
+            allow_any: whether to allow any bid.
+
+        Raises:
+            ValueError: the bid is more than ten times the on-demand price.
+        """
+        listed = None if server_id is None else self.listed.get(server_id)
+        if listed is None or usd_per_hour <= listed * (1 + ROUNDING):
+            return
+        highest = MAX_TIMES_ON_DEMAND * listed
+        if usd_per_hour > highest * (1 + ROUNDING) and not allow_any:
+            raise ValueError(
+                f"{name} must be at most {highest:g} USD per hour, {MAX_TIMES_ON_DEMAND:g} times "
+                f"the on-demand price of server {server_id} ({listed:g}), not {usd_per_hour!r}: "
+                "give the price per hour and not per day, or pass allow_above_on_demand=True"
+            )
+        logger.warning(
+            "%s=%r USD per hour is above the on-demand price of server %s, %g USD per hour",
+            name,
+            usd_per_hour,
+            server_id,
+            listed,
+        )
+
+
 class Market:
     """The marketplace of a client's API."""
 
     def __init__(self, client: Requester) -> None:
         self._client = client
         self._by_url: dict[str, MarketData] = {}  # by base URL, which can change
-        self._fees: dict[tuple[str, str], Fees] = {}  # by base URL and key
+        self._fees: dict[tuple[str, str], dict[str, Any]] = {}  # by base URL and key
 
     @property
     def data(self) -> MarketData:
         """The market data of the current base URL."""
         return self._by_url.setdefault(self._client.base_url, MarketData())
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> Marketplace:
         """Read the list of servers."""
-        response = self._client._request("GET", "/v1/marketplace")
+        marketplace = Marketplace(self._client._read_marketplace())
         data = self.data
-        data.observe(response)
-        data.listed = listed_prices(response, data.rates)
-        return response
+        if marketplace.live:
+            data.observe_live()
+        data.listed = marketplace.prices
+        data.rates.update(marketplace.rates, display_only=True)
+        return marketplace
 
-    def listing(self, max_age: float = 0.0) -> dict[str, Any]:
+    def listing(self, max_age: float = 0.0) -> Marketplace:
         """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
         data = self.data
         if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
             return data.kept[0]
-        response = self.read()
+        marketplace = self.read()
         if max_age > 0:
-            data.kept = (response, time.monotonic())
-        return response
+            data.kept = (marketplace, time.monotonic())
+        return marketplace
 
     def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
         """Return the servers that a search finds, and a report on the others."""
@@ -82,11 +166,10 @@ class Market:
 
     def find_server(self, server_id: int) -> Server | None:
         """Return a server, rented or not, or None if it is not listed."""
-        response = self.read()
-        for record in dicts(response.get("servers")):
-            if whole_id(record.get("id")) == server_id:
-                return to_server(record, is_live(response))
-        return None
+        marketplace = self.read()
+        if server_id not in marketplace.ids:
+            return None
+        return to_server(marketplace[marketplace.ids.index(server_id)], marketplace.live)
 
     def get_server(self, server_id: int) -> Server:
         """Return a server, rented or not.
@@ -98,15 +181,6 @@ class Market:
         if server is None:
             raise CloreError(f"server {server_id} is not on the marketplace: choose another")
         return server
-
-    def estimate(
-        self, server: Server, hours: float, currency: str, spot: bool, spot_price: float | None
-    ) -> CostEstimate:
-        """Estimate the cost of a rental with the fees of the account."""
-        return estimate(
-            server, hours, currency=currency, spot=spot, spot_price=spot_price, fees=self.fees(),
-            rates=self.data.rates,
-        )  # fmt: skip
 
     def learn_rates(self, server_id: int | None) -> None:
         """Try to read the exchange rates for display, at most once in five minutes.
@@ -126,21 +200,20 @@ class Market:
         except Exception as error:  # prices in USD are extra: they must not break another call
             logger.debug("the exchange rates can't be read: %s", error)
 
-    def fees(self) -> Fees:
-        """Return the account's fees, which are read once; without a key, the published ones."""
+    def fees(self) -> dict[str, Any]:
+        """Return the response with the account's fees, which is read once; empty without a key."""
         key = self._client.api_key
         if not key:
-            return Fees({})
+            return {}
         account = (self._client.base_url, key)
         if account not in self._fees:
             try:
-                response = self._client._request("GET", "/v1/renter_fees")
+                self._fees[account] = self._client._request("GET", "/v1/renter_fees")
             except CloreError as error:
                 logger.debug("the account's fees can't be read: %s", error)
                 if error.retryable:
-                    return Fees({})
-                response = {}
-            self._fees[account] = Fees(response)
+                    return {}
+                self._fees[account] = {}
         return self._fees[account]
 
     def ensure_rates(self, server_id: int, currency: str) -> None:
@@ -154,6 +227,8 @@ class Market:
     ) -> float:
         """Check a bid, and return it in the unit of the API.
 
+        That is ``currency`` per day in the live form, and USD per hour in the documented form.
+
         Parameters:
             name: the name of the argument, for the error.
             usd_per_hour: the bid.
@@ -165,6 +240,26 @@ class Market:
             ValueError: the bid is more than ten times the on-demand price.
             RateUnknownError: the exchange rate is not known.
         """
-        self.data.check_bid_price(name, usd_per_hour, server_id, allow_above)
+        data = self.data
+        data.check_bid_price(name, usd_per_hour, server_id, allow_above)
         self.ensure_rates(server_id, currency)
-        return self.data.wire_bid(usd_per_hour, currency, server_id)
+        if data.documented:
+            logger.info("bid for server %d: %g USD per hour", server_id, usd_per_hour)
+            return usd_per_hour
+        rate = positive(data.rates.fresh().get(currency))
+        if rate is None:
+            raise RateUnknownError(
+                f"the spot market of server {server_id} has no exchange rate for {currency}, so "
+                "nothing was bid: try again later, or use another currency"
+            )
+        bid = bid_per_day(usd_per_hour, rate)
+        logger.info(
+            "bid for server %d: %g USD per hour = %.8g %s per day (1 %s = %g USD)",
+            server_id,
+            usd_per_hour,
+            bid,
+            currency,
+            currency,
+            rate,
+        )
+        return bid

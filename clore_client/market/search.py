@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from clore_client.errors import add_note, printable
 from clore_client.log import logger
-from clore_client.market.filters import MINIMUMS, check_filters
-from clore_client.market.gpu_names import matching_names, nearest_models
-from clore_client.models.record import dicts, is_live, part_of, whole_id
+from clore_client.market.filters import MINIMUMS, check_filters, matching_names, nearest_models
+from clore_client.models.record import part_of, whole_id
 from clore_client.models.server import (
+    Marketplace,
     Server,
     accepts,
     count_gpus,
@@ -20,12 +21,10 @@ from clore_client.models.server import (
     price_in,
     server_reliability,
     to_server,
-    version_parts,
 )
-from clore_client.pricing import published_fee, with_fee, without_fee
+from clore_client.pricing import per_gpu, published_fee, with_fee, without_fee
 from clore_client.validation import check_bool, check_number, check_optional_number, check_string
 
-Records = list[dict[str, Any]]
 Check = Callable[[dict[str, Any]], bool]
 
 RENTED = "being rented"  # the name of a filter that is always on
@@ -111,7 +110,7 @@ class Search:
         self.max_price_usd = check_optional_number(
             "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
         )
-        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
+        check_number("min_reliability", min_reliability, maximum=100.0)
         if 0 < min_reliability <= 1:
             logger.warning(
                 "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
@@ -120,6 +119,10 @@ class Search:
         given = {"currency": currency, **(filters or {})}
         self._given = {name: value for name, value in given.items() if value is not None}
         self._filters = check_filters(self._given)
+        numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
+        for name, number in numbers.items():
+            if number is not None:
+                self._filters[name] = self._given[name] = number
         self.currency: str | None = self._filters.get("currency")
         self.server_id: int | None = None
         self.models: frozenset[str] | None = None
@@ -154,16 +157,15 @@ class Search:
 
     # --- the search ---
 
-    def run(self, response: dict[str, Any]) -> tuple[list[Server], SearchReport]:
-        """Return the servers of a response that fit, sorted, and a report on the others."""
-        live, listed = is_live(response), dicts(response.get("servers"))
-        report = SearchReport(len(listed))
-        records = self._with_id(listed, report)
-        records = self._with_gpu(records, listed, report)
+    def run(self, marketplace: Marketplace) -> tuple[list[Server], SearchReport]:
+        """Return the servers that fit, sorted, and a report on the others."""
+        report, live = SearchReport(len(marketplace)), marketplace.live
+        places = self._with_gpu(self._with_id(marketplace, report), marketplace, report)
         checks = self._checks(live)
         left_out = [0] * (len(checks) + 1)
         fitting = []
-        for record in records:
+        for place in places:
+            record = marketplace[place]
             failed = _first_failed(checks, record)
             left_out[failed] += 1
             if failed == len(checks):
@@ -173,60 +175,68 @@ class Search:
         found = self._where(fitting)
         report.add("where", len(fitting) - len(found))
         report.found = len(found)
-        if not found and records:
+        if not found and places:
             last = max(n for n, count in enumerate(left_out) if count)
+            records = (marketplace[place] for place in places)
             dropped = (r for r in records if _first_failed(checks, r) == last)
             report.cheapest_usd_per_hour = self._lowest(dropped, live)
         return self._sorted(found)[: self._filters.get("limit")], report
 
-    def _with_id(self, listed: Records, report: SearchReport) -> Records:
+    def _with_id(self, marketplace: Marketplace, report: SearchReport) -> Sequence[int]:
+        """Return the places of the servers with the wanted id."""
         if self.server_id is None:
-            return listed
-        records = [record for record in listed if whole_id(record.get("id")) == self.server_id]
-        report.add(_label("server_id", self.server_id), len(listed) - len(records))
-        return records
+            return range(len(marketplace))
+        places = [n for n, number in enumerate(marketplace.ids) if number == self.server_id]
+        report.add(_label("server_id", self.server_id), len(marketplace) - len(places))
+        return places
 
-    def _with_gpu(self, records: Records, listed: Records, report: SearchReport) -> Records:
-        """Return the records with a matching GPU; all names of the listing decide which match."""
+    def _with_gpu(
+        self, places: Sequence[int], marketplace: Marketplace, report: SearchReport
+    ) -> Sequence[int]:
+        """Return the places with a matching GPU; all names of the listing decide which match."""
         if not self.gpu_type or not self.gpu_type.strip():
-            return records
-        # The names are read twice: to keep thousands of lists would start the garbage collector.
-        names: set[str] = set()
-        for record in listed:
-            names.update(gpu_names(record))
+            return places
+        names = set().union(*set(marketplace.gpus))
         exact = bool(self._filters.get("exact_gpu"))
-        self.models = matching_names(self.gpu_type, names, exact=exact)
-        if not self.models:
+        models = self.models = matching_names(self.gpu_type, names, exact=exact)
+        if not models:
             report.nearest_models = nearest_models(self.gpu_type, names)
-        fitting = [r for r in records if not self.models.isdisjoint(gpu_names(r))]
-        report.add(_label("gpu_type", self.gpu_type), len(records) - len(fitting))
+        fitting = [place for place in places if not models.isdisjoint(marketplace.gpus[place])]
+        report.add(_label("gpu_type", self.gpu_type), len(places) - len(fitting))
         return fitting
 
     def _checks(self, live: bool) -> list[tuple[str, Check]]:
         """Return the filters that are set, cheap ones first and the price limits last."""
-        checks: list[tuple[str, Check]] = []
-        checks.append((RENTED, lambda record: not record.get("rented")))
-        if self.min_reliability > 0:
-            least = self.min_reliability
-            checks.append((
-                _label("min_reliability", least),
-                lambda record: (server_reliability(record, live) or 0.0) >= least,
-            ))  # fmt: skip
-        for name, make in _SPECIAL_CHECKS.items():
+        makers: dict[str, Callable[[str, Any, bool], Check]] = {
+            "min_reliability": self._minimum_check,
+            **dict.fromkeys(("exclude_servers", "exclude_owners"), _excluded_check),
+            "currency": lambda name, coin, live: lambda record: accepts(record, live, coin),
+            **dict.fromkeys(("countries", "exclude_countries"), _country_check),
+            "gpu_count": lambda name, n, live: lambda record: self.gpu_count(record) == n,
+            **dict.fromkeys(("min_gpu_count", "min_total_vram_gb", *MINIMUMS), self._minimum_check),
+            **dict.fromkeys(("max_price_per_gpu_usd", "max_price_usd"), self._price_check),
+        }
+        checks: list[tuple[str, Check]] = [(RENTED, lambda record: not record.get("rented"))]
+        for name, make in makers.items():
             if name in self._filters:
-                check = make(self, self._filters[name], live)
+                check = make(name, self._filters[name], live)
                 checks.append((_label(name, self._given[name]), check))
-        for name, number in MINIMUMS.items():
-            if name in self._filters:
-                check = _minimum(number, self._filters[name])
-                checks.append((_label(name, self._given[name]), check))
-        for name, given in (
-            ("max_price_per_gpu_usd", self._filters.get("max_price_per_gpu_usd")),
-            ("max_price_usd", self.max_price_usd),
-        ):
-            if given is not None:
-                checks.append((_label(name, given), self._price_check(name, given, live)))
         return checks
+
+    def _minimum_check(self, name: str, least: Any, live: bool) -> Check:
+        numbers: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "min_reliability": lambda record: server_reliability(record, live),
+            "min_gpu_count": self.gpu_count,
+            "min_total_vram_gb": lambda r: (nominal_vram(r) or 0.0) * self.gpu_count(r),
+            **MINIMUMS,
+        }
+        number = numbers[name]
+
+        def check(record: dict[str, Any]) -> bool:
+            value = number(record)
+            return value is not None and value >= least
+
+        return check
 
     def _price_check(self, name: str, limit: float, live: bool) -> Check:
         factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
@@ -255,38 +265,21 @@ class Search:
         """Sort servers; equal ones by price, then in the API's order."""
         by_price = sorted(servers, key=lambda s: _last_if_none(self.price(s)))
         sort = self._filters.get("sort", "price")
-        if callable(sort):
-            return sorted(by_price, key=lambda s: _call("sort", sort, s))
-        if sort == "price":
-            return by_price
-        if sort == "price_per_gpu":
-            return sorted(by_price, key=lambda s: _last_if_none(self.price_per_gpu(s)))
-        highest = _HIGHEST_FIRST[sort]
-        return sorted(by_price, key=lambda s: -(highest(s) or 0.0))
-
-    def price_per_gpu(self, server: Server) -> float | None:
-        """Return the price in USD per hour for one of the GPUs that match, without fees."""
-        price, count = self.price(server), self.gpu_count(server)
-        return price / count if price is not None and count else None
+        keys: dict[str, Callable[[Server], float]] = {
+            "price": lambda s: 0.0,
+            "price_per_gpu": lambda s: _last_if_none(per_gpu(self.price(s), self.gpu_count(s))),
+            "reliability": lambda s: -(s.reliability or 0.0),
+            "vram": lambda s: -(nominal_vram(s) or 0.0),
+            "download": lambda s: -(s.download_mbps or 0.0),
+            "rating": lambda s: -(s.rating or 0.0),
+        }
+        key = partial(_call, "sort", sort) if callable(sort) else keys[sort]
+        return sorted(by_price, key=key)
 
 
-_HIGHEST_FIRST: dict[str, Callable[[Server], float | None]] = {
-    "reliability": lambda server: server.reliability,
-    "vram": nominal_vram,
-    "download": lambda server: server.download_mbps,
-    "rating": lambda server: server.rating,
-}
+def _country_check(name: str, codes: frozenset[str], live: bool) -> Check:
+    allowed = name == "countries"
 
-
-def _cuda_check(search: Search, least: tuple[int, int], live: bool) -> Check:
-    def check(record: dict[str, Any]) -> bool:
-        version = version_parts(record.get("cuda_version"))
-        return version is not None and version >= least
-
-    return check
-
-
-def _country_check(codes: frozenset[str], allowed: bool) -> Check:
     def check(record: dict[str, Any]) -> bool:
         code = part_of(record, "specs", "net", "cc")
         return isinstance(code, str) and bool(code) and (code.upper() in codes) is allowed
@@ -294,41 +287,12 @@ def _country_check(codes: frozenset[str], allowed: bool) -> Check:
     return check
 
 
-def _excluded_check(field: str, ids: frozenset[int]) -> Check:
+def _excluded_check(name: str, ids: frozenset[int], live: bool) -> Check:
+    field = "id" if name == "exclude_servers" else "owner"
+
     def check(record: dict[str, Any]) -> bool:
         number = whole_id(record.get(field))
         return number is not None and number not in ids
-
-    return check
-
-
-def _vram_check(search: Search, least: float, total: bool) -> Check:
-    def check(record: dict[str, Any]) -> bool:
-        size = nominal_vram(record)
-        return size is not None and size * (search.gpu_count(record) if total else 1) >= least
-
-    return check
-
-
-# The filters that are not a plain minimum: from the search, the value and the form to a check.
-_SPECIAL_CHECKS: dict[str, Callable[[Search, Any, bool], Check]] = {
-    "exclude_servers": lambda search, ids, live: _excluded_check("id", ids),
-    "exclude_owners": lambda search, ids, live: _excluded_check("owner", ids),
-    "currency": lambda search, name, live: lambda record: accepts(record, live, name),
-    "countries": lambda search, codes, live: _country_check(codes, True),
-    "exclude_countries": lambda search, codes, live: _country_check(codes, False),
-    "gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) == n,
-    "min_gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) >= n,
-    "min_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=False),
-    "min_total_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=True),
-    "min_cuda": _cuda_check,
-}
-
-
-def _minimum(number: Callable[[dict[str, Any]], float | None], least: float) -> Check:
-    def check(record: dict[str, Any]) -> bool:
-        value = number(record)
-        return value is not None and value >= least
 
     return check
 

@@ -1,125 +1,110 @@
-"""Check spot bids, and convert them from USD per hour to the unit of the API."""
+"""The spot market of a server: its offers, and a bid that would win."""
 
 from __future__ import annotations
 
-import math
-import time
 from typing import Any
 
-from clore_client.errors import RateUnknownError
-from clore_client.log import logger
-from clore_client.models.order import Order
-from clore_client.models.record import is_live
+from clore_client.models.record import Record, dicts, is_live, part_of, text_of, whole_id
 from clore_client.models.server import Server
-from clore_client.models.spot_market import SpotMarket
-from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, positive
-
-# A bid above this is probably a price per day, which is 24 times too high.
-MAX_TIMES_ON_DEMAND = 10.0
-ROUNDING = 1e-9  # the rounding error between prices per day and per hour
+from clore_client.pricing import HOURS_PER_DAY, ExchangeRates, finite, positive
 
 
-class MarketData:
-    """The form, the exchange rates and the listed prices of one API.
+class SpotOffer(Record):
+    """One bid for a server: a dict with the fields of the API and ``usd_per_hour``."""
 
-    Attributes:
-        kept: the last list of servers and the monotonic time of its reading, if a search may use
-            it again.
-    """
-
-    def __init__(self) -> None:
-        self.kept: tuple[dict[str, Any], float] | None = None
-        self.rates = ExchangeRates()
-        self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
-        self.live = False  # whether a response was certainly in the live form
-        self.rates_tried_at = -math.inf  # monotonic time of the last try to read them for display
-        self._documented_at = -math.inf
+    __slots__ = ()
 
     @property
-    def documented(self) -> bool:
-        """True if a response of the last minutes was certainly in the documented form."""
-        return time.monotonic() - self._documented_at <= RATE_MAX_AGE
+    def id(self) -> int | None:
+        """The number of the offer."""
+        return whole_id(self.get("offer_id"))
 
-    def observe(self, response: dict[str, Any]) -> None:
-        """Record that the API uses the live form, if a response shows it."""
-        if is_live(response):
-            self.live = True
-            self._documented_at = -math.inf
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The bid in USD per hour; None if there is no exchange rate."""
+        return finite(self.get("usd_per_hour"))
 
-    def observe_spot(self, response: dict[str, Any]) -> None:
-        """Record the form and the exchange rates of a response to ``spot_marketplace``."""
-        market = response.get("market")
-        self.observe(response)
-        if is_live(response):
-            if isinstance(market, dict):
-                self.rates.update(market.get("currency_rates_in_usd"))
-        elif isinstance(market, dict) and market:
-            # An empty market shows nothing about the form.
-            self.rates = ExchangeRates()
-            self._documented_at = time.monotonic()
+    @property
+    def currency(self) -> str | None:
+        """The currency of the bid."""
+        return text_of(self, "currency")
 
-    def check_bid_price(
-        self, name: str, usd_per_hour: float, server_id: int | None, allow_any: bool
-    ) -> None:
-        """Warn about a bid above the server's on-demand price, and refuse one far above it.
+    @property
+    def is_mine(self) -> bool:
+        """True if the bid is of this account."""
+        return self.get("my") is True
 
-        Does nothing if that price is not known.
+    @property
+    def is_active(self) -> bool:
+        """True if the bid rents the server now."""
+        return self.get("active") is True
 
-        Parameters:
-            name: the name of the argument, for the error.
-            usd_per_hour: the bid.
-            server_id: the server.
-            allow_any: whether to allow any bid.
 
-        Raises:
-            ValueError: the bid is more than ten times the on-demand price.
+class SpotMarket(Record):
+    """The response to ``spot_marketplace``: a dict with ``market``, and typed properties."""
+
+    __slots__ = ()
+    SHOWN = ("minimum_usd", "lowest_winning_usd")
+
+    @property
+    def offers(self) -> list[SpotOffer]:
+        """The bids for the server, in the API's order."""
+        return [SpotOffer(offer) for offer in dicts(part_of(self, "market", "offers"))]
+
+    @property
+    def minimum_usd(self) -> float | None:
+        """The lowest bid that the host accepts in any currency, in USD per hour, or None."""
+        pricing = part_of(self, "market", "server", "min_pricing")
+        if not isinstance(pricing, dict):
+            return None
+        rates = market_rates(self)
+        bids = [rates.usd(positive(amount), currency) for currency, amount in pricing.items()]
+        return min((bid / HOURS_PER_DAY for bid in bids if bid), default=None)
+
+    @property
+    def lowest_winning_usd(self) -> float | None:
+        """The bid, in USD per hour, that a new bid must exceed to rent the server, or None.
+
+        It is the highest bid of other accounts; without one, the lowest that the host accepts.
         """
-        listed = None if server_id is None else self.listed.get(server_id)
-        if listed is None or usd_per_hour <= listed * (1 + ROUNDING):
-            return
-        highest = MAX_TIMES_ON_DEMAND * listed
-        if usd_per_hour > highest * (1 + ROUNDING) and not allow_any:
-            raise ValueError(
-                f"{name} must be at most {highest:g} USD per hour, {MAX_TIMES_ON_DEMAND:g} times "
-                f"the on-demand price of server {server_id} ({listed:g}), not {usd_per_hour!r}: "
-                "give the price per hour and not per day, or pass allow_above_on_demand=True"
-            )
-        logger.warning(
-            "%s=%r USD per hour is above the on-demand price of server %s, %g USD per hour",
-            name,
-            usd_per_hour,
-            server_id,
-            listed,
-        )
+        bids = [offer.usd_per_hour for offer in self.offers if not offer.is_mine]
+        return max((bid for bid in [*bids, self.minimum_usd] if bid), default=None)
 
-    def wire_bid(self, usd_per_hour: float, currency: str, server_id: int) -> float:
-        """Convert a bid to the unit of the API.
+    def _summary(self) -> dict[str, Any]:
+        return {"offers": len(self.offers), **super()._summary()}
 
-        That is ``currency`` per day in the live form, and USD per hour in the documented form.
 
-        Raises:
-            RateUnknownError: the exchange rate is not known.
-        """
-        if self.documented:
-            logger.info("bid for server %d: %g USD per hour", server_id, usd_per_hour)
-            return usd_per_hour
-        rate = positive(self.rates.fresh().get(currency))
-        if rate is None:
-            raise RateUnknownError(
-                f"the spot market of server {server_id} has no exchange rate for {currency}, so "
-                "nothing was bid: try again later, or use another currency"
-            )
-        bid = bid_per_day(usd_per_hour, rate)
-        logger.info(
-            "bid for server %d: %g USD per hour = %.8g %s per day (1 %s = %g USD)",
-            server_id,
-            usd_per_hour,
-            bid,
-            currency,
-            currency,
-            rate,
-        )
-        return bid
+def market_rates(response: dict[str, Any]) -> ExchangeRates:
+    """Return the exchange rates in a response to ``spot_marketplace``."""
+    rates = ExchangeRates()
+    rates.update(part_of(response, "market", "currency_rates_in_usd"))
+    return rates
+
+
+def to_spot_market(response: dict[str, Any]) -> SpotMarket:
+    """Convert a response to ``spot_marketplace``, and add ``usd_per_hour`` to its offers.
+
+    A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
+    """
+    spot_market = SpotMarket(response)
+    spot_market._wire = response
+    market = response.get("market")
+    if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
+        return spot_market
+    live, rates = is_live(response), market_rates(response)
+
+    def hourly(offer: dict[str, Any]) -> float | None:
+        if live:
+            per_day = rates.usd(positive(offer.get("bid")), offer.get("currency"))
+            return None if per_day is None else per_day / HOURS_PER_DAY
+        stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
+        return next((price for price in stated if price is not None), None)
+
+    spot_market["market"] = {
+        **market,
+        "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
+    }
+    return spot_market
 
 
 def suggested_bid(market: SpotMarket, server: Any, margin: float) -> float | None:
@@ -138,10 +123,3 @@ def suggested_bid(market: SpotMarket, server: Any, margin: float) -> float | Non
         return None
     on_demand, bid = listed.usd_per_hour, lowest * (1 + margin)
     return min(bid, on_demand) if on_demand is not None and on_demand > lowest else bid
-
-
-def in_documented_form(order: Order) -> bool:
-    """Return whether an order has a field that only the documented form has."""
-    return order.is_live is False and any(
-        name in order.wire for name in ("status", "connection", "renting_server")
-    )

@@ -1,14 +1,32 @@
-"""Summarize a listing: servers, GPUs and prices of each GPU model."""
+"""Summarize the marketplace by GPU model, and estimate what a rental costs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clore_client.market.gpu_names import common_spellings, fold_name
-from clore_client.models.record import dicts, is_live
-from clore_client.models.server import count_gpus, gpu_names, server_price
-from clore_client.pricing import published_fee, with_fee
+from clore_client.market.filters import common_spellings, fold_name
+from clore_client.models.record import part_of
+from clore_client.models.server import (
+    Marketplace,
+    Server,
+    count_gpus,
+    listed_rate,
+    price_in,
+    server_price,
+)
+from clore_client.pricing import (
+    CREATION_FEE,
+    creation_fee_after,
+    finite,
+    published_fee,
+    with_fee,
+)
+
+if TYPE_CHECKING:
+    from clore_client.market.market import Market
+
+HIGHEST_PERCENT = 100.0  # a fee above that is not believed
 
 
 class ModelSummary(NamedTuple):
@@ -40,40 +58,39 @@ class _Model:
         self.servers_free += free
         self.gpus_free += count * free
 
+    def add_prices(self, record: dict[str, Any], live: bool, count: int) -> None:
+        for spot in (False, True):
+            price = server_price(record, live, spot)
+            if price is not None:
+                self.prices[spot].append(price / count)
+
 
 def summarize(
-    response: dict[str, Any], *, include_rented: bool = False, include_fees: bool = False
+    marketplace: Marketplace, *, include_rented: bool = False, include_fees: bool = False
 ) -> list[ModelSummary]:
     """Return a summary of each GPU model, the one with the most GPUs first.
 
     Parameters:
-        response: the response with the list of servers.
+        marketplace: the list of servers.
         include_rented: include the prices of rented servers; the counts always have them.
         include_fees: add the published fees to the prices.
     """
-    live, models, spellings = is_live(response), dict[str, _Model](), Counter[str]()
-    for record in dicts(response.get("servers")):
-        names = gpu_names(record)
+    models, spellings = dict[str, _Model](), Counter[str]()
+    for names, record in zip(marketplace.gpus, marketplace, strict=True):
         spellings.update(set(names))
         free = not record.get("rented")
-        folded = {fold_name(name) for name in names}
-        for model in folded:
-            count = sum(fold_name(name) == model for name in names)
-            if len(folded) == 1:
+        folded = [fold_name(name) for name in names]
+        for name in set(folded):
+            model = models.setdefault(name, _Model())
+            count = folded.count(name)
+            if count == len(folded):  # not a mixed rig
                 count = count_gpus(record) or count
                 if free or include_rented:
-                    _add_prices(models.setdefault(model, _Model()), record, live, count)
-            models.setdefault(model, _Model()).add(count, free)
+                    model.add_prices(record, marketplace.live, count)
+            model.add(count, free)
     shown = common_spellings(spellings)
     rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
     return sorted(rows, key=lambda row: (-row.gpus, row.gpu))
-
-
-def _add_prices(model: _Model, record: dict[str, Any], live: bool, count: int) -> None:
-    for spot in (False, True):
-        price = server_price(record, live, spot)
-        if price is not None:
-            model.prices[spot].append(price / count)
 
 
 def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
@@ -96,3 +113,74 @@ def quantile(ordered: list[float], share: float) -> float | None:
     below = int(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+class CostEstimate(NamedTuple):
+    """The cost of a rental. An amount is None if a price or an exchange rate is not known.
+
+    Attributes:
+        server_id, hours, currency: as for ``CloreClient.estimate_cost``.
+        usd_per_hour: the price or bid in USD per hour, without fees.
+        base_usd, renter_fee_usd, creation_fee_usd, total_usd: the amounts in USD.
+        base, renter_fee, creation_fee, total: the same amounts in ``currency``.
+    """
+
+    server_id: int | None
+    hours: float
+    currency: str
+    usd_per_hour: float | None
+    base_usd: float | None
+    renter_fee_usd: float | None
+    creation_fee_usd: float
+    total_usd: float | None
+    base: float | None
+    renter_fee: float | None
+    creation_fee: float | None
+    total: float | None
+
+
+def estimate(
+    market: Market,
+    server: Server,
+    hours: float,
+    *,
+    currency: str,
+    spot: bool,
+    spot_price: float | None,
+) -> CostEstimate:
+    """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
+    rate = listed_rate(server, currency) or market.data.rates.rate(currency)
+    price = spot_price if spot_price is not None else price_in(server, False, spot, currency)
+    fraction, creation_usd = _fees(market.fees(), spot, currency, rate)
+    base = None if price is None else price * hours
+    fee = None if base is None else base * fraction
+    creation = creation_fee_after(hours * 3600.0, creation_usd)
+    total = None if base is None or fee is None else base + fee + creation
+
+    def in_currency(usd: float | None) -> float | None:
+        return usd / rate if usd is not None and rate else None
+
+    return CostEstimate(
+        server.id, hours, currency, price, base, fee, creation, total,
+        in_currency(base), in_currency(fee), in_currency(creation), in_currency(total),
+    )  # fmt: skip
+
+
+def _fees(
+    response: dict[str, Any], spot: bool, currency: str, rate: float | None
+) -> tuple[float, float]:
+    """Return the renter's fee as a fraction of the price, and the creation fee in USD.
+
+    Parameters:
+        response: the response to ``renter_fees``; the published fees replace what it lacks.
+        spot, currency: the kind of the order.
+        rate: USD for one unit of the currency.
+    """
+    kind = "spot" if spot else "on_demand"
+    percent = finite(part_of(response, "renter_fees", kind, "base", currency))
+    believed = percent is not None and 0 <= percent <= HIGHEST_PERCENT
+    fraction = percent / 100 if believed and percent is not None else published_fee(spot)
+    amount = finite(part_of(response, "creation_fees", kind, currency))
+    if amount is None or amount < 0 or rate is None:
+        return fraction, CREATION_FEE
+    return fraction, amount * rate

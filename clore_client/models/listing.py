@@ -1,17 +1,15 @@
-"""Lists of servers, orders and wallets that show as tables."""
+"""Lists of servers, orders and wallets that show as tables, in a terminal and in a notebook."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, SupportsIndex, TypeVar, overload
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, overload
 
 from clore_client.errors import printable
 from clore_client.models.order import Order
-from clore_client.models.record import Record
+from clore_client.models.record import Record, Wallet
 from clore_client.models.server import Server
-from clore_client.models.table import Column, decimal, html_table, text_table, utc_time
-from clore_client.models.wallet import Wallet
 
 Item = TypeVar("Item", bound=Record)
 AnyListing = TypeVar("AnyListing", bound="Listing[Any]")
@@ -26,6 +24,174 @@ UNIT_NAMES = {
 # A spreadsheet takes a text that starts with one of these as a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}",
                   "\N{FULLWIDTH HYPHEN-MINUS}", "\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
+MAX_ROWS = 20
+MAX_WIDTH = 28  # characters of a cell, if its column does not say otherwise
+GAP = "  "
+NUMBER_STYLE = "text-align:right;padding:0.2em 0.6em;font-variant-numeric:tabular-nums"
+TEXT_STYLE = "text-align:left;padding:0.2em 0.6em"
+DIMMED_STYLE = "opacity:0.5"
+
+
+# --- tables ---
+
+
+class Column(NamedTuple):
+    """One column of a table.
+
+    Attributes:
+        heading: its heading, with the unit.
+        text: returns the text of a record, or None.
+        right: whether to align the column on the right, as numbers are.
+        widest: the most characters of a cell; the rest is cut.
+    """
+
+    heading: str
+    text: Callable[[Any], str | None]
+    right: bool = False
+    widest: int = MAX_WIDTH
+
+
+def decimal(number: float | None, digits: int) -> str | None:
+    """Return a number with a fixed number of digits, so that the numbers of a column align.
+
+    A number that is too small or too large for that has an exponent.
+    """
+    if number is None:
+        return None
+    if number and not 0.5 * 10**-digits <= abs(number) < 1e9:
+        return f"{number:.2g}"
+    return f"{number:.{digits}f}"
+
+
+def utc_time(seconds: float | None) -> str | None:
+    """Return a Unix time as ``"2026-07-16 12:00"``, in UTC, or None."""
+    import time
+
+    if seconds is None:
+        return None
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
+    except (ValueError, OverflowError, OSError):  # not a time at all
+        return None
+
+
+def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
+    """Return the text of a cell on one line, without characters that a terminal obeys."""
+    if text is None or (len(text) <= widest and text.isascii() and text.isprintable()):
+        return text or ""
+    import unicodedata
+
+    # Many combining marks on one letter would run over the lines above and below.
+    composed = unicodedata.normalize("NFC", text[: 4 * widest])
+    plain = printable("".join(c for c in composed if not unicodedata.combining(c)))
+    return plain if len(plain) <= widest else f"{plain[: widest - 3]}..."
+
+
+def text_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
+    """Return each column with its cells, without the columns that have no text at all."""
+    filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
+    return [(column, cells) for column, cells in filled if any(cells)]
+
+
+def text_table(records: Sequence[Any], columns: Sequence[Column], width: int) -> str:
+    """Return a table as lines of text.
+
+    The last columns are left out where the table would be wider than ``width``.
+
+    Parameters:
+        records: the rows; after ``MAX_ROWS`` of them, a last line says how many more there are.
+        columns: the columns, the most important first.
+        width: columns of the terminal.
+    """
+    lines: list[str] = []
+    for column, cells in cells_of(records[:MAX_ROWS], columns):
+        texts = [column.heading, *cells]
+        widest = max(map(text_width, texts))
+        if lines and text_width(lines[0]) + len(GAP) + widest > width:
+            break
+        padded = [_padded(text, widest, column.right) for text in texts]
+        lines = [f"{a}{GAP}{b}" for a, b in zip(lines, padded, strict=True)] if lines else padded
+    shown = [_cut(line.rstrip(), width) for line in lines]
+    return "\n".join(shown + _rest(records))
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    blanks = " " * (width - text_width(text))
+    return blanks + text if right else text + blanks
+
+
+def _cut(line: str, width: int) -> str:
+    """Cut a line at the width of a very narrow terminal."""
+    while text_width(line) > max(width, 1):
+        line = line[:-1]
+    return line
+
+
+def _rest(records: Sequence[Any]) -> list[str]:
+    more = len(records) - MAX_ROWS
+    return [f"... and {more} more"] if more > 0 else []
+
+
+def html_table(
+    records: Sequence[Any], columns: Sequence[Column], dimmed: Callable[[Any], bool]
+) -> str:
+    """Return a table as HTML.
+
+    Parameters:
+        records, columns: as for :func:`text_table`.
+        dimmed: returns whether to show a record in a paler color.
+    """
+    from html import escape  # slow to import, and only notebooks need it
+
+    shown = cells_of(records[:MAX_ROWS], columns)
+    styles = [NUMBER_STYLE if column.right else TEXT_STYLE for column, _ in shown]
+
+    def row(tag: str, texts: Iterable[str], style: str = "") -> str:
+        cells = "".join(
+            f'<{tag} style="{cell_style}">{escape(text)}</{tag}>'
+            for cell_style, text in zip(styles, texts, strict=True)
+        )
+        return f'<tr style="{style}">{cells}</tr>'
+
+    head = row("th", (column.heading for column, _ in shown))
+    body = "".join(
+        row("td", texts, DIMMED_STYLE if dimmed(record) else "")
+        for record, *texts in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True)
+    )
+    rest = "".join(f"<p>{line}</p>" for line in _rest(records))
+    table = f"<thead>{head}</thead><tbody>{body}</tbody>"
+    return f'<table style="white-space:nowrap">{table}</table>{rest}'
+
+
+def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
+    """Return a table with one row for each fact that is not None, as HTML."""
+    from html import escape
+
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            value = f"{value:.6g}"
+        return escape(cell_text(str(value), 120))
+
+    rows = "".join(
+        f'<tr><th style="{TEXT_STYLE}">{shown(name)}</th>'
+        f'<td style="{TEXT_STYLE}">{shown(value)}</td></tr>'
+        for name, value in facts
+        if value is not None
+    )
+    head = f'<th colspan="2" style="{TEXT_STYLE}">{shown(title)}</th>'
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+# --- lists ---
 
 
 class Listing(list[Item]):
@@ -153,16 +319,16 @@ def _csv_cell(value: Any) -> Any:
     return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
 
 
-def _number_column(name: str, digits: int) -> Callable[[Any], str | None]:
-    return lambda record: decimal(getattr(record, name), digits)
+def _number(heading: str, name: str, digits: int) -> Column:
+    return Column(heading, lambda record: decimal(getattr(record, name), digits), right=True)
 
 
-def _text_column(name: str) -> Callable[[Any], str | None]:
+def _text(heading: str, name: str, **options: Any) -> Column:
     def text(record: Any) -> str | None:
         value = getattr(record, name)
         return None if value is None else str(value)
 
-    return text
+    return Column(heading, text, **options)
 
 
 class ServerList(Listing[Server]):
@@ -171,20 +337,20 @@ class ServerList(Listing[Server]):
     _things = "servers"
     _record = Server
     _columns = (
-        Column("id", _text_column("id"), True),
-        Column("gpu", _text_column("gpu")),
-        Column("USD/h", _number_column("usd_per_hour", 4), True),
-        Column("spot USD/h", _number_column("spot_usd_per_hour", 4), True),
-        Column("reliable %", _number_column("reliability", 2), True),
-        Column("country", _text_column("country")),
+        _text("id", "id", right=True),
+        _text("gpu", "gpu"),
+        _number("USD/h", "usd_per_hour", 4),
+        _number("spot USD/h", "spot_usd_per_hour", 4),
+        _number("reliable %", "reliability", 2),
+        _text("country", "country"),
         Column("rented", lambda server: "rented" if server.rented else None),
-        Column("VRAM GB", _number_column("vram_gb", 0), True),
-        Column("RAM GB", _number_column("ram_gb", 0), True),
-        Column("USD/GPU h", _number_column("usd_per_gpu_hour", 4), True),
-        Column("disk GB", _number_column("disk_gb", 0), True),
-        Column("cores", _text_column("cpu_cores"), True),
-        Column("down Mbps", _number_column("download_mbps", 0), True),
-        Column("CUDA", _text_column("cuda_version"), True),
+        _number("VRAM GB", "vram_gb", 0),
+        _number("RAM GB", "ram_gb", 0),
+        _number("USD/GPU h", "usd_per_gpu_hour", 4),
+        _number("disk GB", "disk_gb", 0),
+        _text("cores", "cpu_cores", right=True),
+        _number("down Mbps", "download_mbps", 0),
+        _text("CUDA", "cuda_version", right=True),
     )
 
     @staticmethod
@@ -198,17 +364,17 @@ class OrderList(Listing[Order]):
     _things = "orders"
     _record = Order
     _columns = (
-        Column("id", _text_column("id"), True),
-        Column("status", _text_column("status")),
-        Column("gpu", _text_column("gpu")),
-        Column("USD/h", _number_column("usd_per_hour", 4), True),
-        Column("cost USD", _number_column("cost_usd", 4), True),
-        Column("price/h", _number_column("price", 4), True),
-        Column("currency", _text_column("currency")),
-        Column("server", _text_column("server_id"), True),
+        _text("id", "id", right=True),
+        _text("status", "status"),
+        _text("gpu", "gpu"),
+        _number("USD/h", "usd_per_hour", 4),
+        _number("cost USD", "cost_usd", 4),
+        _number("price/h", "price", 4),
+        _text("currency", "currency"),
+        _text("server", "server_id", right=True),
         Column("started UTC", lambda order: utc_time(order.started_at)),
-        Column("ssh", _text_column("ssh_command"), widest=60),
-        Column("image", _text_column("image"), widest=60),
+        _text("ssh", "ssh_command", widest=60),
+        _text("image", "image", widest=60),
     )
 
     @staticmethod
@@ -222,8 +388,8 @@ class WalletList(Listing[Wallet]):
     _things = "wallets"
     _record = Wallet
     _columns = (
-        Column("name", _text_column("name")),
-        Column("balance", _number_column("balance", 8), True),
-        Column("USD", _number_column("balance_usd", 2), True),
-        Column("deposit address", _text_column("deposit_address"), widest=60),
+        _text("name", "name"),
+        _number("balance", "balance", 8),
+        _number("USD", "balance_usd", 2),
+        _text("deposit address", "deposit_address", widest=60),
     )

@@ -9,9 +9,8 @@ from collections.abc import Collection
 from typing import Any
 
 from clore_client.errors import masked
-from clore_client.models.record import dicts, is_live, part_of, whole_id
+from clore_client.models.record import dicts, is_live, part_of, text_of, whole_id
 from clore_client.models.server import GPURecord
-from clore_client.models.table import utc_time
 from clore_client.pricing import (
     CREATION_FEE,
     ExchangeRates,
@@ -19,7 +18,6 @@ from clore_client.pricing import (
     finite,
     per_hour,
     published_fee,
-    rounded,
     with_fee,
 )
 
@@ -82,6 +80,19 @@ class Order(GPURecord):
         "image",
         "ssh_command",
     )
+    SHOWN = (
+        "id",
+        "server_id",
+        "status",
+        "gpu",
+        "price",
+        "currency",
+        "usd_per_hour",
+        "image",
+        "started_at",
+        "ssh_command",
+        "ssh_password",
+    )
 
     @property
     def id(self) -> int | None:
@@ -96,8 +107,7 @@ class Order(GPURecord):
     @property
     def status(self) -> str | None:
         """``"creating"``, ``"running"``, ``"cancelled"`` or ``"expired"``."""
-        status = self.get("status")
-        return status if isinstance(status, str) else None
+        return text_of(self, "status")
 
     @property
     def price(self) -> float | None:
@@ -107,14 +117,12 @@ class Order(GPURecord):
     @property
     def currency(self) -> str | None:
         """The currency that it is paid in, as the API names it."""
-        currency = self.get("currency")
-        return currency if isinstance(currency, str) else None
+        return text_of(self, "currency")
 
     @property
     def image(self) -> str | None:
         """The Docker image."""
-        image = self.get("image")
-        return image if isinstance(image, str) else None
+        return text_of(self, "image")
 
     @property
     def is_running(self) -> bool:
@@ -137,14 +145,12 @@ class Order(GPURecord):
     @property
     def ssh_command(self) -> str | None:
         """``"ssh root@<host> -p <port>"``, or None before the order runs."""
-        command = part_of(self, "connection", "ssh")
-        return command if isinstance(command, str) and command else None
+        return text_of(self, "connection", "ssh")
 
     @property
     def ssh_password(self) -> str | None:
         """The password that this client sent with the order, or None if it does not have it."""
-        password = self.get("ssh_password")
-        return password if isinstance(password, str) else None
+        return text_of(self, "ssh_password")
 
     @property
     def http_urls(self) -> dict[str, str]:
@@ -211,23 +217,13 @@ class Order(GPURecord):
         return getattr(self, "_live", None)
 
     def _summary(self) -> dict[str, Any]:
-        if self.body is not None:
-            return {"usd_per_hour": self.usd_per_hour, "body": self.body}
-        return {
-            "id": self.id,
-            "server_id": self.server_id,
-            "status": self.status,
-            "gpu": self.gpu,
-            "price": self.price,
-            "currency": self.currency,
-            "usd_per_hour": rounded(self.usd_per_hour),
-            "image": self.image,
-            "started_at": self.started_at,
-            "ssh_command": self.ssh_command,
-            "ssh_password": self.ssh_password,
-        }
+        if self.body is None:
+            return super()._summary()
+        return {"usd_per_hour": self.usd_per_hour, "body": self.body}
 
     def _facts(self) -> dict[str, Any]:
+        from clore_client.models.listing import utc_time  # only notebooks need it
+
         started = utc_time(self.started_at)
         return {
             **super()._facts(),
@@ -317,6 +313,13 @@ def to_orders(
     """Convert the orders of a response to the documented form."""
     live = is_live(response)
     return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
+
+
+def in_documented_form(order: Order) -> bool:
+    """Return whether an order has a field that only the documented form has."""
+    return order.is_live is False and any(
+        name in order.wire for name in ("status", "connection", "renting_server")
+    )
 
 
 def created_id(response: dict[str, Any]) -> int | None:

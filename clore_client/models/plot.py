@@ -10,7 +10,7 @@ from typing import Any
 
 from clore_client.errors import printable
 from clore_client.models.server import Server
-from clore_client.validation import check_local_path, short_repr
+from clore_client.validation import check_local_path, check_type, short_repr
 
 # One for each of the most frequent models; all others have the last color.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#9467bd",
@@ -45,8 +45,7 @@ def check_plot(servers: Any, path: Any) -> None:
         raise TypeError(f"servers must be a list of servers, as of find_servers(), not {shown}")
     if path is None:
         return
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a path, not {short_repr(path)}")
+    check_type("path", path, "a path", str, os.PathLike)
     check_local_path("path", path)
     if os.path.splitext(os.fsdecode(path))[1] not in PICTURES:
         raise ValueError(f"path must end with one of {PICTURES}, not {short_repr(path)}")

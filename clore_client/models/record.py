@@ -1,21 +1,34 @@
-"""Record, the base class of servers, orders and wallets, and helpers to read API responses."""
+"""Record, the base class of servers and orders; Wallet; and helpers to read API responses."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from clore_client.errors import masked, printable
-from clore_client.models.table import html_card
+from clore_client.pricing import ExchangeRates, finite
 
 R = TypeVar("R", bound="Record")
 
 # One record with one of these fields means that the whole response is in the live form.
-LIVE_PRICE_MARKERS = ("on_demand", "original_usd")
 LIVE_ORDER_MARKERS = ("si", "ct", "mon_container", "pub_cluster")
 LIVE_MARKET_MARKERS = ("currency_rates_in_usd", "server")
+
+
+class RawRecords:
+    """Records in JSON; each is decoded whenever it is read, and not kept."""
+
+    def __init__(self, raw: list[Any], decode: Callable[[Any], Any]) -> None:
+        self._raw = raw
+        self._decode = decode
+
+    def __getitem__(self, index: int) -> Any:
+        return self._decode(self._raw[index])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._decode, self._raw)
 
 
 def dicts(value: Any) -> list[dict[str, Any]]:
@@ -32,13 +45,14 @@ def part_of(record: Any, *path: str) -> Any:
     return record
 
 
+def text_of(record: Any, *path: str) -> str | None:
+    """Return the text at ``path`` in nested dicts; None if there is none, or it is empty."""
+    text = part_of(record, *path)
+    return text if isinstance(text, str) and text else None
+
+
 def is_live(response: Mapping[str, Any]) -> bool:
-    """Return whether a response is in the live form."""
-    servers = response.get("servers")
-    for server in servers if isinstance(servers, list) else ():  # no copy of a long list
-        price = server.get("price") if isinstance(server, dict) else None
-        if isinstance(price, dict) and any(marker in price for marker in LIVE_PRICE_MARKERS):
-            return True
+    """Return whether a response with orders or a spot market is in the live form."""
     for order in dicts(response.get("orders")):
         if any(marker in order for marker in LIVE_ORDER_MARKERS):
             return True
@@ -71,6 +85,7 @@ class Record(dict[str, Any]):
     _wire: dict[str, Any]
     # The properties in a card and in a row of to_dicts(): numbers, text and bools.
     FIELDS: ClassVar[tuple[str, ...]] = ()
+    SHOWN: ClassVar[tuple[str, ...]] = ()  # the properties in the repr; if empty, the FIELDS
 
     @property
     def wire(self) -> dict[str, Any]:
@@ -102,13 +117,17 @@ class Record(dict[str, Any]):
 
     def _summary(self) -> dict[str, Any]:
         """Return what the repr shows: names of properties, and their values."""
-        return {name: getattr(self, name) for name in self.FIELDS} or self
+        shown = {name: getattr(self, name) for name in self.SHOWN or self.FIELDS}
+        usd = {k: round(v, 6) for k, v in shown.items() if "usd" in k and isinstance(v, float)}
+        return {**shown, **usd} or self
 
     def _facts(self) -> dict[str, Any]:
         """Return what the card shows, by the names of properties; the first is in the heading."""
         return {name: getattr(self, name) for name in self.FIELDS} or masked(self)
 
     def _repr_html_(self) -> str:
+        from clore_client.models.listing import html_card  # only notebooks need it
+
         facts = list(self._facts().items())
         number = f" {facts.pop(0)[1]}" if self.FIELDS and facts[0][1] is not None else ""
         return html_card(f"{type(self).__name__}{number}", facts)
@@ -126,3 +145,54 @@ class Record(dict[str, Any]):
         return f"<{type(self).__name__} {fields}>"
 
     __str__ = __repr__
+
+
+class Wallet(Record):
+    """One wallet: a dict with ``name``, ``balance`` and ``deposit_address``.
+
+    The live API calls the address ``deposit``; that field is kept too.
+    """
+
+    __slots__ = ("_rates",)
+    _rates: ExchangeRates
+    FIELDS = ("name", "balance", "balance_usd", "deposit_address")
+
+    @property
+    def name(self) -> str | None:
+        """The currency, for example ``"CLORE-Blockchain"``."""
+        return text_of(self, "name")
+
+    @property
+    def balance(self) -> float | None:
+        """The balance, in its currency."""
+        return finite(self.get("balance"))
+
+    @property
+    def balance_usd(self) -> float | None:
+        """The balance in USD; None if the balance or the exchange rate is not known."""
+        rates = getattr(self, "_rates", None) or ExchangeRates()
+        return rates.usd(self.balance, self.name)
+
+    @property
+    def deposit_address(self) -> str | None:
+        """The address for deposits."""
+        return text_of(self, "deposit_address")
+
+
+def to_wallets(response: dict[str, Any], rates: ExchangeRates | None = None) -> list[Wallet]:
+    """Convert the wallets of a response to the documented form.
+
+    Parameters:
+        response: the response with the list of wallets.
+        rates: the exchange rates for ``balance_usd``.
+    """
+    wallets = []
+    for record in dicts(response.get("wallets")):
+        wallet = Wallet(record)
+        wallet._wire = record
+        if rates is not None:
+            wallet._rates = rates
+        if "deposit" in record:
+            wallet.setdefault("deposit_address", record["deposit"])
+        wallets.append(wallet)
+    return wallets

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from clore_client.models.record import Record, dicts, is_live, part_of, whole_id
+from clore_client.models.record import RawRecords, Record, part_of, text_of, whole_id
 from clore_client.pricing import (
     HOURS_PER_DAY,
-    ExchangeRates,
     finite,
     per_gpu,
     per_hour,
     positive,
-    rounded,
 )
 
 # The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
@@ -250,6 +249,7 @@ class Server(GPURecord):
     """
 
     __slots__ = ()
+    SHOWN = ("id", "gpu", "usd_per_hour", "spot_usd_per_hour", "reliability", "country", "rented")
     FIELDS = (
         "id",
         "gpu_name",
@@ -331,8 +331,7 @@ class Server(GPURecord):
     @property
     def country(self) -> str | None:
         """The two-letter country code of its network."""
-        code = part_of(self, "specs", "net", "cc")
-        return code if isinstance(code, str) and code else None
+        return text_of(self, "specs", "net", "cc")
 
     @property
     def ram_gb(self) -> float | None:
@@ -392,19 +391,7 @@ class Server(GPURecord):
     @property
     def cuda_version(self) -> str | None:
         """The highest CUDA version that its driver supports, for example ``"13.0"``."""
-        version = self.get("cuda_version")
-        return version if isinstance(version, str) and version else None
-
-    def _summary(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "gpu": self.gpu,
-            "usd_per_hour": rounded(self.usd_per_hour),
-            "spot_usd_per_hour": rounded(self.spot_usd_per_hour),
-            "reliability": self.reliability,
-            "country": self.country,
-            "rented": self.rented,
-        }
+        return text_of(self, "cuda_version")
 
 
 def to_server(record: dict[str, Any], live: bool) -> Server:
@@ -430,36 +417,70 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
     return server
 
 
-def to_servers(response: dict[str, Any], *, include_rented: bool = False) -> list[Server]:
-    """Return the servers of a response, in the API's order."""
-    live = is_live(response)
-    return [
-        to_server(record, live)
-        for record in dicts(response.get("servers"))
-        if include_rented or not record.get("rented")
-    ]
+class Marketplace:
+    """The list of servers of one response.
 
+    With the extra ``fast``, a server is decoded when it is read: to keep thousands of them takes
+    longer than to decode them twice.
 
-def listed_prices(response: dict[str, Any], rates: ExchangeRates) -> dict[int, float]:
-    """Return the on-demand price in USD per hour by server id.
-
-    Stores the exchange rates that follow from the prices in ``rates``, for display.
+    Attributes:
+        live: whether the response is in the live form.
+        ids: the id of each server, or None.
+        gpus: the GPU names of each server.
+        prices: the on-demand price in USD per hour by server id.
+        rates: USD for one unit of each currency, as the prices of a server imply.
     """
-    live = is_live(response)
-    prices: dict[int, float] = {}
-    implied: dict[str, float] = {}
-    for record in dicts(response.get("servers")):
-        usd, server_id = server_price(record, live, spot=False), record.get("id")
-        if type(server_id) is not int:  # the usual case is an int, kept fast
-            server_id = whole_id(server_id)
+
+    def __init__(self, response: Mapping[str, Any]) -> None:
+        servers = response.get("servers")
+        self._servers = servers if isinstance(servers, (list, RawRecords)) else []
+        self.live = any(_is_live_server(record) for record in self._servers)
+        self._places: list[int] = []  # of the servers among other things in the list
+        self.ids: list[int | None] = []
+        self.gpus: list[tuple[str, ...]] = []
+        self.prices: dict[int, float] = {}
+        self.rates: dict[str, float] = {}
+        same: dict[tuple[str, ...], tuple[str, ...]] = {}  # so that equal names are kept once
+        for place, record in enumerate(self._servers):
+            if isinstance(record, dict):
+                self._places.append(place)
+                self.ids.append(whole_id(record.get("id")))
+                names = tuple(gpu_names(record))
+                self.gpus.append(same.setdefault(names, names))
+                self._add_price(record)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record: dict[str, Any] = self._servers[self._places[index]]
+        return record
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield each server as the API sent it."""
+        return (record for record in self._servers if isinstance(record, dict))
+
+    def _add_price(self, record: dict[str, Any]) -> None:
+        usd, server_id = server_price(record, self.live, spot=False), self.ids[-1]
         if usd is None or server_id is None:
-            continue
-        prices[server_id] = usd
-        if live and len(implied) < len(_USD_FIELDS):
+            return
+        self.prices[server_id] = usd
+        if self.live and len(self.rates) < len(_USD_FIELDS):
             for currency, usd_field in _USD_FIELDS.items():
                 amount = positive(part_of(record, "price", "on_demand", currency))
                 in_usd = positive(part_of(record, "price", "usd", usd_field))
                 if amount and in_usd:
-                    implied[currency] = in_usd / amount
-    rates.update(implied, display_only=True)
-    return prices
+                    self.rates[currency] = in_usd / amount
+
+    def servers(self, *, include_rented: bool = False) -> list[Server]:
+        """Return the servers in the documented form, in the API's order."""
+        return [
+            to_server(record, self.live)
+            for record in self
+            if include_rented or not record.get("rented")
+        ]
+
+
+def _is_live_server(record: Any) -> bool:
+    price = record.get("price") if isinstance(record, dict) else None
+    return isinstance(price, dict) and ("on_demand" in price or "original_usd" in price)

@@ -10,12 +10,12 @@ from clore_client.errors import (
     DatabaseError,
     InvalidResponseError,
     OrderNotFoundError,
+    RateUnknownError,
     SpotPriceStepError,
     SpotPriceTooSoonError,
     api_error,
 )
-from clore_client.market.spot import in_documented_form
-from clore_client.models.order import Order
+from clore_client.models.order import Order, in_documented_form
 from clore_client.orders.account import AccountOrders
 from clore_client.pricing import bid_per_hour, finite, wire_currency
 from clore_client.validation import check_currency
@@ -39,6 +39,8 @@ def lower_spot_price(orders: AccountOrders, order_id: int, target: float, wait: 
         current = _current_bid(orders, order)
         if current is not None and bid >= current:
             return current
+        if current is None and in_documented_form(order) and not order.has_ended:
+            raise _unknown_bid(order)  # the target could be above it
         try:
             response = _send_bid(orders, order, bid, allow_above=False)
             if not _accepted(response):  # the documented form refuses with code 0
@@ -66,6 +68,16 @@ def _current_bid(orders: AccountOrders, order: Order) -> float | None:
     if order.server_id is not None and currency is not None and not in_documented_form(order):
         orders.market.ensure_rates(order.server_id, currency)
     return order.usd_per_hour
+
+
+def _unknown_bid(order: Order) -> RateUnknownError:
+    error = RateUnknownError(
+        f"the bid of order {order.id} in USD is not known, because the API shows it in "
+        f"{order.currency} and tells no exchange rate, so nothing was bid: call set_spot_price() "
+        "with a price below your bid, which has no need of a rate, or pay spot orders in USD"
+    )
+    error.retryable = False
+    return error
 
 
 def _step_below(

@@ -7,8 +7,8 @@ from typing import Any
 
 from clore_client.errors import InsufficientBalanceError, OrderNotFoundError
 from clore_client.models.order import Order
+from clore_client.models.record import Wallet, to_wallets
 from clore_client.models.server import Server, amount_per_hour, on_demand_usd
-from clore_client.models.wallet import Wallet, to_wallets
 from clore_client.orders.account import AccountOrders
 from clore_client.pricing import finite, positive, published_fee, wire_currency, with_fee
 from clore_client.validation import check_order_id, short_repr

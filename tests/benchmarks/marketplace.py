@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import statistics
 import time
 import tracemalloc
@@ -49,7 +48,7 @@ def rows(url: str, key: str) -> Iterator[Row]:
         def peer() -> Any:
             return session.get(url + "/v1/marketplace", timeout=30).json()
 
-        with _decoder(json.loads):
+        with _without_msgspec():
             found, listed = len(find()), len(client.get_marketplace())
             yield _cpu(f"find_servers(), {found} of {SERVERS}", find, peer, 1.25)
             mine, other = _peak(find), _peak(peer)
@@ -64,9 +63,8 @@ def rows(url: str, key: str) -> Iterator[Row]:
             all_of = f"get_marketplace(), {listed} of {SERVERS}"
             yield _cpu(all_of, client.get_marketplace, peer, 2.0)
             yield from _against_sdk(url, find)
-        with _decoder(importlib.import_module("msgspec.json").decode):
-            yield _cpu("find_servers() with the extra fast", find, peer, 0.6)
-            yield _cpu("the same with all filters", find_all, peer, 0.6)
+        yield _cpu("find_servers() with the extra fast", find, peer, 0.6)
+        yield _cpu("the same with all filters", find_all, peer, 0.6)
         yield _table(client.get_marketplace(include_rented=True))
 
 
@@ -107,14 +105,14 @@ def _table(listed: Any) -> Row:
 
 
 @contextmanager
-def _decoder(decode: Callable[[bytes], Any]) -> Iterator[None]:
-    """Make the client decode JSON with ``decode``, as it does without or with the extra fast."""
-    usual = retry.json_decoders
-    retry.json_decoders = lambda: (decode,)  # type: ignore[assignment]
+def _without_msgspec() -> Iterator[None]:
+    """Make the client decode JSON as it does without the extra fast."""
+    usual = retry.fast_json
+    retry.fast_json = lambda: None  # type: ignore[assignment]
     try:
         yield
     finally:
-        retry.json_decoders = usual
+        retry.fast_json = usual
 
 
 def _peak(call: Callable[[], Any]) -> int:

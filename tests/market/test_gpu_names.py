@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clore_client.market.gpu_names import fold_name, matching_names, model_names, nearest_models
+from clore_client.market.filters import fold_name, matching_names, model_names, nearest_models
 
 NAMES = (
     "RTX 4090", "RTX 4080", "RTX 4070", "RTX 4070 Ti", "RTX 4070 Ti SUPER", "RTX 4070 SUPER",

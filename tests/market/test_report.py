@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import random
 from typing import Any
@@ -10,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clore_client.api import retry
 from clore_client.market.search import Search
 from clore_client.market.summary import quantile, summarize
-from clore_client.models.record import dicts
+from clore_client.models.record import RawRecords, dicts
+from clore_client.models.server import Marketplace
 from tests.market.test_search import listing, server
 from tests.models.test_records import LIVE_SERVER, damaged, properties_of, values
 
@@ -28,7 +32,9 @@ ALL: dict[str, Any] = {
 
 def report(servers: list[Any], *args: Any, **filters: Any) -> Any:
     price = args[1] if len(args) > 1 else None
-    return Search(args[0] if args else None, price, filters=filters).run(listing(*servers))[1]
+    return Search(args[0] if args else None, price, filters=filters).run(
+        Marketplace(listing(*servers))
+    )[1]
 
 
 def test_the_last_filter_and_the_cheapest_of_its_servers() -> None:
@@ -88,7 +94,7 @@ def test_no_listing_raises(records: list[Any], spot: bool) -> None:
         Search(None, None, 0, spot, {"sort": "vram"}),
         Search("A10", math.inf, 0, spot, {"exact_gpu": True, "sort": "price_per_gpu"}),
     ):
-        found, got = search.run({"servers": records})
+        found, got = search.run(Marketplace({"servers": records}))
         assert got.explain()
         assert got.found == len(found)
         assert got.listed == len(dicts(records))
@@ -96,7 +102,7 @@ def test_no_listing_raises(records: list[Any], spot: bool) -> None:
         for one in found:
             properties_of(one)
             assert search.price(one) is None or search.price(one) > 0  # type: ignore[operator]
-    summarize({"servers": records})
+    summarize(Marketplace({"servers": records}))
     assert repr(records) == before
 
 
@@ -111,9 +117,108 @@ def test_more_filters_never_find_more(data: st.DataObject) -> None:
     ]
     chosen = data.draw(st.sets(st.sampled_from(sorted(ALL))))
     one = data.draw(st.sampled_from(sorted(ALL)))
-    fewer, _ = Search("rtx", filters={k: ALL[k] for k in chosen}).run(listing(*servers))
-    more, _ = Search("rtx", filters={k: ALL[k] for k in {*chosen, one}}).run(listing(*servers))
+    fewer, _ = Search("rtx", filters={k: ALL[k] for k in chosen}).run(
+        Marketplace(listing(*servers))
+    )
+    more, _ = Search("rtx", filters={k: ALL[k] for k in {*chosen, one}}).run(
+        Marketplace(listing(*servers))
+    )
     assert {found.id for found in more} <= {found.id for found in fewer}
+
+
+# --- with and without msgspec ---
+
+# JSON values that decoders treat differently.
+ODD = [
+    b"NaN", b"-Infinity", b"1e400", b"-0", b"1" * 30, b"1" * 4400, b"1" * 5000 + b".5", b"01",
+    b'"\\ud800"', b'"\xed\xa0\x80"', b'"\xff"', b'"\x00"', '"é€"'.encode(), b"[[[" * 50, b"{}",
+    b'{"on_demand": 1, "usd": {"on_demand_clore": 5}, "usd": null}', b'"' + b"x" * 5000 + b'"',
+]  # fmt: skip
+DOCUMENTED_SERVER = {
+    "id": 7, "gpu_array": ["RTX 4090"], "reliability": 99.0, "rented": False, "specs": {"gpu": ""},
+    "price": {"usd": {"on_demand_clore": 0.5, "spot": 0.2}},
+}  # fmt: skip
+
+
+@st.composite
+def server_bytes(draw: st.DrawFn) -> bytes:
+    """Return one server in JSON, at times with a key twice or an odd value."""
+    record = draw(damaged(LIVE_SERVER) | damaged(DOCUMENTED_SERVER) | values)
+    text = json.dumps(record, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    if not isinstance(record, dict) or not record or draw(st.booleans()):
+        return text
+    key = draw(
+        st.sampled_from([b"id", b"price", b"specs", b"rented", b"x", b"rent\\u0065d", b"\xff"])
+    )
+    pair = b'"%s": %s' % (key, draw(st.sampled_from(ODD)))
+    return (
+        b"{" + pair + b", " + text[1:] if draw(st.booleans()) else text[:-1] + b", " + pair + b"}"
+    )
+
+
+def outcomes(body: bytes, decode: Any) -> list[Any]:
+    """Return all that a user sees of a marketplace."""
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("clore_client").addHandler(handler)
+    try:
+        response = decode(body)
+        if not isinstance(response, dict):
+            return ["not readable"]
+        market = Marketplace(response)
+        seen: list[Any] = [market.live, market.prices, market.rates, summarize(market)]
+        seen.append([(dict(s), s.wire) for s in market.servers(include_rented=True)])
+        for search in (
+            Search("rtx", 1.0, 50, False, {"gpu_count": 1, "min_ram_gb": 1}),
+            Search("A10", use_spot=True),
+            Search(filters={"sort": "vram"}),
+            Search("4090", filters=ALL),
+        ):
+            found, report = search.run(market)
+            seen.append(([dict(s) for s in found], report.explain()))
+    finally:
+        logging.getLogger("clore_client").removeHandler(handler)
+    return [*map(repr, seen), *warnings]
+
+
+@settings(max_examples=300)
+@given(st.lists(server_bytes(), max_size=5), st.sampled_from([b"0", b"0", b"0", b"5", b"0.0"]))
+def test_msgspec_changes_no_result(servers: list[bytes], code: bytes) -> None:
+    pytest.importorskip("msgspec")
+    body = b'{"servers": [' + b",".join(servers) + b'], "my_servers": [1], "code": ' + code + b"}"
+    expected = outcomes(body, lambda text: without_msgspec(retry.decode_json, text))
+    assert outcomes(body, retry.decode_servers) == expected
+    assert outcomes(body, retry.decode_json) == expected
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_msgspec_changes_no_result_of_an_odd_value(odd: bytes) -> None:
+    pytest.importorskip("msgspec")
+    good = json.dumps(LIVE_SERVER).encode()
+    body = b'{"code": 0, "servers": [' + good + b',{"id": 1, "x": ' + odd + b"}," + good + b"]}"
+    expected = outcomes(body, lambda text: without_msgspec(retry.decode_json, text))
+    assert outcomes(body, retry.decode_servers) == expected
+
+
+def without_msgspec(decode: Any, body: bytes) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retry, "fast_json", lambda: None)
+        return decode(body)
+
+
+def test_servers_stay_in_json_only_in_a_listing_that_is_fine() -> None:
+    pytest.importorskip("msgspec")
+    good = b'{"code": 0, "servers": [{"id": 1}, null], "my_servers": [5]}'
+    response = retry.decode_servers(good)
+    assert isinstance(response["servers"], RawRecords)
+    assert [*response["servers"]] == [{"id": 1}, None]
+    assert response["my_servers"] == [5]
+    long = good.replace(b"null", b'{"x": "' + b"x" * 9000 + b'"}')
+    assert isinstance(retry.decode_servers(long)["servers"], RawRecords)
+    for body in (good.replace(b"0", b"5"), good.replace(b"[{", b"{").replace(b"l]", b"l"), b"[]",
+                 good.replace(b"null", b"1" * 5000), b'{"code": 0}'):  # fmt: skip
+        assert retry.decode_servers(body) == retry.decode_json(body)
 
 
 # --- market_summary() ---
@@ -125,19 +230,19 @@ def test_a_summary_of_the_market() -> None:
         server(4, ["NVIDIA GeForce RTX 4090", "GTX 1080"], usd=0.24), server(5, [], usd=1),
         server(6, ["GTX 1080"], price=None),
     ]  # fmt: skip
-    top, other = summarize(listing(*servers))
+    top, other = summarize(Marketplace(listing(*servers)))
     assert top[:5] == ("RTX 4090", 4, 3, 5, 4)
     assert (top.lowest_usd, top.median_usd) == (0.125, 0.1875)
     assert top.p90_usd == pytest.approx(0.2375)
     assert (top.spot_lowest_usd, top.spot_median_usd) == (0.0625, 0.09375)
     assert other == ("GTX 1080", 2, 2, 2, 2, None, None, None, None, None, None)
-    with_fees = summarize(listing(*servers), include_fees=True)[0]
+    with_fees = summarize(Marketplace(listing(*servers)), include_fees=True)[0]
     assert with_fees.lowest_usd == pytest.approx(0.13125)
     assert with_fees.spot_lowest_usd == pytest.approx(0.0625 * 1.0125)
-    rented_too = summarize(listing(*servers), include_rented=True)[0]
+    rented_too = summarize(Marketplace(listing(*servers)), include_rented=True)[0]
     assert (rented_too.lowest_usd, rented_too.median_usd) == (0.125, 0.25)
     assert rented_too[:5] == top[:5]
-    assert summarize(listing()) == []
+    assert summarize(Marketplace(listing())) == []
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))

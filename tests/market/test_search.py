@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -326,6 +327,45 @@ def test_a_kept_listing_sends_nothing(sim: Simulator, client: CloreClient) -> No
     assert reads() == 2
     client.find_servers(cache_seconds=1e-9)
     assert reads() == 3
+
+
+# --- _request of a subclass or a fake ---
+
+
+def check_request_override(client: CloreClient) -> None:
+    """Check a client whose ``_request`` renames the GPUs."""
+    assert client.find_servers("My GPU") == client.find_servers()
+    assert client.gpu_models() == ["My GPU"]
+    assert {server.gpu_name for server in client.get_marketplace()} == {"My GPU"}
+    found = client.find_cheapest("My GPU", cache_seconds=60)
+    assert found is not None
+    assert client.find_cheapest(cache_seconds=60) == found
+
+
+def renamed(response: dict[str, Any]) -> dict[str, Any]:
+    for record in response["servers"]:
+        record["gpu_array"] = ["My GPU"]
+    return json.loads(json.dumps(response))  # type: ignore[no-any-return]
+
+
+def test_a_subclass_may_change_the_servers(sim: Simulator) -> None:
+    class Renaming(CloreClient):
+        def _request(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            return renamed(super()._request(*args, **kwargs))
+
+    check_request_override(Renaming(base_url=sim.url, rate_limit=0, state_dir=None))
+
+
+def test_an_attribute_may_change_the_servers(sim: Simulator, client: CloreClient) -> None:
+    usual = client._request
+    client._request = lambda *args, **kwargs: renamed(usual(*args, **kwargs))  # type: ignore[method-assign]
+    check_request_override(client)
+
+
+def test_request_returns_plain_records(client: CloreClient) -> None:
+    servers = client._request("GET", "/v1/marketplace")["servers"]
+    assert json.loads(json.dumps(servers)) == servers
+    assert {server.id for server in client.get_marketplace(True)} == {s["id"] for s in servers}
 
 
 # --- bad input ---

@@ -351,6 +351,22 @@ def test_one_step_without_waiting(make_sim: MakeSim) -> None:
             client.lower_spot_price(5, 0.1)
 
 
+@pytest.mark.parametrize("currency", ["CLORE", "BTC"])
+def test_a_bid_that_is_not_known_in_usd_is_not_changed(make_sim: MakeSim, currency: str) -> None:
+    sim = make_sim(form="documented", visible_after=0)
+    with client_for(sim) as client:
+        server_id, minimum = spot_server(client)
+        order = client.create_order(
+            server_id, order_type="spot", spot_price=minimum * 1.1, currency=currency
+        )
+        for target in (minimum * 1.05, minimum * 1.2):
+            with pytest.raises(RateUnknownError, match=r"nothing was bid.* set_spot_price") as info:
+                client.lower_spot_price(order, target)
+            assert not info.value.retryable
+        assert sent_to(sim, "set_spot_price") == []
+        assert client.set_spot_price(order, minimum * 1.05)  # what the error says works
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [((0, 0.1), "order"), ((5, 0), "target"), ((5, float("nan")), "target"), ((5, 1, 1), "wait")],

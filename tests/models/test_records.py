@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from clore_client import Order, Server, Wallet
 from clore_client.market.search import Search
 from clore_client.models.order import ENDED_STATUSES, plain_host, to_orders
-from clore_client.models.record import is_live
-from clore_client.models.server import listed_prices, to_servers
-from clore_client.models.wallet import to_wallets
+from clore_client.models.record import is_live, to_wallets
+from clore_client.models.server import Marketplace
 from clore_client.pricing import ExchangeRates, bid_per_day, wire_currency
 
 LIVE_SERVER: dict[str, Any] = {
@@ -67,7 +66,7 @@ LIVE_ORDER: dict[str, Any] = {
 
 
 def servers_of(*records: Any) -> list[Server]:
-    return to_servers({"servers": list(records), "code": 0}, include_rented=True)
+    return Marketplace({"servers": list(records), "code": 0}).servers(include_rented=True)
 
 
 def orders_of(*records: Any, cancelled: tuple[int, ...] = ()) -> list[Order]:
@@ -126,9 +125,6 @@ def test_one_marker_decides_for_the_whole_response() -> None:
     ("answer", "live"),
     [
         ({}, False),
-        ({"servers": [{"price": {"on_demand": None}}]}, True),
-        ({"servers": [{"price": {"original_usd": {}}}]}, True),
-        ({"servers": [{"price": {"usd": {}}}]}, False),
         *[({"orders": [{"order_id": 1, m: None}]}, True)
           for m in ("si", "ct", "mon_container", "pub_cluster")],
         ({"orders": [{"order_id": 1, "status": "running"}]}, False),
@@ -141,6 +137,14 @@ def test_one_marker_decides_for_the_whole_response() -> None:
 )  # fmt: skip
 def test_the_markers_of_the_live_form(answer: dict[str, Any], live: bool) -> None:
     assert is_live(answer) is live
+
+
+@pytest.mark.parametrize(
+    ("price", "live"),
+    [({"on_demand": None}, True), ({"original_usd": {}}, True), ({"usd": {}}, False), (5, False)],
+)
+def test_the_markers_of_a_live_marketplace(price: Any, live: bool) -> None:
+    assert Marketplace({"servers": [None, {}, {"price": price}]}).live is live
 
 
 @pytest.mark.parametrize(
@@ -335,14 +339,13 @@ def properties_of(record: Any) -> None:
 
 @given(st.lists(damaged(LIVE_SERVER) | values, max_size=4), st.booleans())
 def test_no_marketplace_raises(records: list[Any], spot: bool) -> None:
-    answer = {"servers": records}
     before = repr(records)
-    for server in to_servers(answer, include_rented=True):
+    marketplace = Marketplace({"servers": records})
+    for server in marketplace.servers(include_rented=True):
         properties_of(server)
         assert server.usd_per_hour is None or 0 < server.usd_per_hour < math.inf
-    Search(use_spot=spot).run(answer)
-    Search("rtx", 1.0, 50, spot).run(answer)
-    listed_prices(answer, ExchangeRates())
+    Search(use_spot=spot).run(marketplace)
+    Search("rtx", 1.0, 50, spot).run(marketplace)
     assert repr(records) == before
 
 
@@ -357,7 +360,7 @@ def test_no_order_list_raises(records: list[Any]) -> None:
 
 @given(values, values)
 def test_no_envelope_raises(servers: Any, orders: Any) -> None:
-    assert to_servers({"servers": servers}) is not None
+    assert Marketplace({"servers": servers}).servers() is not None
     assert to_orders({"orders": orders}, (), ExchangeRates()) is not None
     assert to_wallets({"wallets": servers}) is not None
     is_live({"market": orders})
@@ -369,7 +372,7 @@ def test_sorting_is_stable_and_puts_servers_without_a_price_last(prices: list[An
         {"id": n, "price": {"on_demand": {}, "usd": {"on_demand_clore": p}}}
         for n, p in enumerate(prices)
     ]
-    found, _ = Search().run({"servers": records, "code": 0})
+    found, _ = Search().run(Marketplace({"servers": records, "code": 0}))
     keys = [(s.usd_per_hour is None, s.usd_per_hour or 0, s["id"]) for s in found]
     assert keys == sorted(keys)
 
