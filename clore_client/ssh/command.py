@@ -19,6 +19,7 @@ from clore_client.ssh.command_output import CommandOutput, PidLine
 from clore_client.ssh.transport import (
     NoChannelError,
     connection_errors,
+    open_next_session,
     open_session,
     reason,
     request_exec,
@@ -34,6 +35,7 @@ MAX_OUTPUT = 64 * 1024 * 1024  # bytes
 READ_CHUNK = 4 << 20  # bytes; more than a window, so that one read empties a buffer
 INPUT_CHUNK = 32768  # bytes
 START_TIMEOUT = 30.0  # seconds for a host to start a command
+SESSION_PATIENCE = 1.0  # seconds for a host with few sessions to end that of the command before
 POLL = 0.25  # seconds between two checks of what sets no event
 QUIET = 0.5  # seconds without output before an ended command's output may be complete
 OVERTIME = 5.0  # seconds after the deadline for the output of a command that ended in time
@@ -176,7 +178,9 @@ class RunningCommand:
         seconds = min(START_TIMEOUT, self._time_left())
         start_by = time.monotonic() + seconds
         with self._limited(seconds + PATIENCE):
-            self._channel = open_session(self._transport, seconds)
+            self._channel = open_session(
+                self._transport, seconds, patience=min(seconds, SESSION_PATIENCE)
+            )
             self._channel.settimeout(None)  # a command may read its input late
             # paramiko clears an event when one stream is empty, though the other may have data.
             event = SimpleNamespace(set=self._wake.set, clear=lambda: None)
@@ -184,6 +188,7 @@ class RunningCommand:
             self._channel.in_stderr_buffer.set_event(event)
             self._watch_for_exit_signal()
             request_exec(self._channel, self._pid_line.prefix.encode() + self._command.encoded_line)
+            open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
                 raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
 
@@ -270,7 +275,7 @@ class RunningCommand:
         first time arrives before the second answer.
         """
         channel = self._channel
-        for _ in range(2):
+        for _ in range(3):  # the first may have been opened before
             try:
                 with self._limited(2 * PATIENCE):
                     open_session(self._transport, PATIENCE).close()
