@@ -177,7 +177,10 @@ class SSHAccess:
         """Return the caller's connection, or logins to make when the pool is entered."""
         options = check_login_options(login)
         if ssh is not None:
-            return ConnectionPool(None, check_connection(ssh))
+            ssh = check_connection(ssh)
+            record = isinstance(order, Mapping)
+            number = self._order_number(order) if record else check_order_id("order", order)
+            return ConnectionPool(None, ssh, on_failure=self._on_failure(number))
         return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:

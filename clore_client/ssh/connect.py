@@ -199,10 +199,10 @@ class Login:
                 self.explain(error)
                 raise
 
-    def explain(self, error: BaseException | None) -> None:
+    def explain(self, error: BaseException) -> None:
         """Raise a better error than this one if the login failed because the order has ended."""
         now = time.monotonic()
-        if error is None or (isinstance(error, NotUpYetError) and now < self._next_look):
+        if isinstance(error, NotUpYetError) and now < self._next_look:
             return
         self._next_look = now + LOOK_EVERY
         self._on_failure(error)
