@@ -18,14 +18,15 @@ from clore_client.ssh.command_line import command_line, encoded, exports, input_
 from clore_client.ssh.command_output import CommandOutput, PidLine
 from clore_client.ssh.transport import (
     NoChannelError,
+    Watchdog,
     connection_errors,
     open_next_session,
     open_session,
     reason,
     request_exec,
     request_signal,
+    start_thread,
 )
-from clore_client.ssh.watchdog import Watchdog, start_thread
 from clore_client.validation import check_bool, check_callback, check_count, check_number
 
 if TYPE_CHECKING:

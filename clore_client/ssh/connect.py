@@ -15,8 +15,7 @@ from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.progress import ProgressEvent, Report, readable_seconds
 from clore_client.ssh.address import DEFAULT_PORT, parse_address, plain_address
-from clore_client.ssh.transport import close_after, keep_alive, prepared_transport
-from clore_client.ssh.watchdog import Watchdog
+from clore_client.ssh.transport import Watchdog, close_after, keep_alive, prepared_transport
 from clore_client.validation import check_local_path, short_repr
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.ssh.connect import Login, NotUpYetError
-from clore_client.ssh.watchdog import start_thread
+from clore_client.ssh.transport import start_thread
 
 
 class ConnectionPool:

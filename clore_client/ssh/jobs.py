@@ -37,8 +37,7 @@ from clore_client.ssh.job_scripts import (
 )
 from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
-from clore_client.ssh.transport import connection_errors, takes_turns
-from clore_client.ssh.watchdog import Watchdog
+from clore_client.ssh.transport import Watchdog, connection_errors, takes_turns
 from clore_client.validation import check_callback, check_count, check_number, short_repr
 
 JOB_TIMEOUT = 30.0  # seconds without a word of the machine

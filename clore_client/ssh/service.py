@@ -18,9 +18,8 @@ from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.progress import ProgressEvent, ProgressOptions, readable_seconds
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.transport import connection_errors, reason
+from clore_client.ssh.transport import Watchdog, connection_errors, reason
 from clore_client.ssh.tunnel import FORWARD_OPENING, REMOTE_HOST, check_forward_arguments
-from clore_client.ssh.watchdog import Watchdog
 from clore_client.validation import check_number, check_order_id, check_string, short_repr
 
 SERVICE_PAUSE = 2.0  # seconds between two requests

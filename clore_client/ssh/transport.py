@@ -11,11 +11,11 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from clore_client.errors import SSHError, printable
-from clore_client.ssh.watchdog import Watchdog, start_thread
+from clore_client.log import logger
 
 REKEY_BYTES = 2**36
 MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
@@ -26,6 +26,7 @@ CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
 SPARE_PATIENCE = 1.0  # seconds for a thread to take what has arrived
 KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
 DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
+WATCH_INTERVAL = 0.1  # seconds between two checks of the limits
 KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
@@ -364,6 +365,66 @@ def reason(error: BaseException) -> str:
     """Describe an error whose text may be the host's."""
     text = str(getattr(error, "text", "")) or str(error)
     return printable(text.rstrip(".") or type(error).__name__, 200)
+
+
+def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
+    """Start a daemon thread."""
+    thread = threading.Thread(target=target, args=args, name=f"clore-{name}", daemon=True)
+    thread.start()
+    return thread
+
+
+class Limit:
+    """The time limit of a block.
+
+    Attributes:
+        expired: True if the block took longer.
+    """
+
+    def __init__(self, seconds: float, action: Callable[[], object]) -> None:
+        self.deadline = time.monotonic() + seconds
+        self.action = action
+        self.expired = False
+
+
+class Watchdog:
+    """Runs an action when a block takes too long; a context manager with one thread.
+
+    paramiko writes to a socket without a timeout: only closing the connection ends that.
+    """
+
+    def __init__(self) -> None:
+        self._limits: dict[int, Limit] = {}
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        self._thread = start_thread("watchdog", self._watch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float, action: Callable[[], object]) -> Iterator[Limit]:
+        """Run ``action`` in a new thread if the block takes longer than ``seconds``."""
+        limit = Limit(seconds, action)
+        self._limits[id(limit)] = limit
+        try:
+            yield limit
+        finally:
+            self._limits.pop(id(limit), None)
+
+    def _watch(self) -> None:
+        while not self._done.wait(WATCH_INTERVAL):
+            now = time.monotonic()
+            for key, limit in list(self._limits.items()):
+                if now >= limit.deadline and self._limits.pop(key, None) is not None:
+                    limit.expired = True
+                    logger.debug("the watchdog stops a call that takes too long")
+                    start_thread("watchdog-action", limit.action)
 
 
 class LimitedChannel:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
 from clore_client.log import logger
-from clore_client.ssh.transport import connection_errors, reason
-from clore_client.ssh.watchdog import Watchdog, start_thread
+from clore_client.ssh.transport import Watchdog, connection_errors, reason, start_thread
 from clore_client.validation import short_repr
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from clore_client.ssh.transport import (
     COMMAND_WINDOW,
     LimitedChannel,
     NoChannelError,
+    Watchdog,
     connection_errors,
 )
-from clore_client.ssh.watchdog import Watchdog
 
 DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
 MAX_NOISE = 65536  # bytes that start-up files may print
