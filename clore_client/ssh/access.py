@@ -12,13 +12,18 @@ from clore_client.errors import CloreError, OrderEndedError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient, ended_error
-from clore_client.ssh.address import check_order, parse_ssh_command, plain_address
+from clore_client.ssh.address import (
+    check_order,
+    config_entry,
+    parse_ssh_command,
+    plain_address,
+    rsync_line,
+    terminal_line,
+)
 from clore_client.ssh.connect import Login, check_connection, check_login_options
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.host_keys import HostKeys, KeyCheck, check_host_key
 from clore_client.ssh.jobs import HostJobs
-from clore_client.ssh.openssh import config_entry, rsync_line, terminal_line
-from clore_client.ssh.private_keys import private_key_of
+from clore_client.ssh.keys import HostKeys, KeyCheck, check_host_key, private_key_of
 from clore_client.ssh.transfer.options import check_path
 from clore_client.validation import check_bool, check_number, check_order_id, check_text
 

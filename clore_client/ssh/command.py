@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import CommandError, CommandTimeoutError, SSHError, printable
 from clore_client.log import logger
 from clore_client.models.result import STDERR, STDOUT, CommandResult, OutputLine
-from clore_client.ssh.command_line import command_line, encoded, exports, input_bytes
-from clore_client.ssh.command_output import CommandOutput, PidLine
+from clore_client.ssh.command_text import (
+    CommandOutput,
+    PidLine,
+    command_line,
+    encoded,
+    exports,
+    input_bytes,
+)
 from clore_client.ssh.transport import (
     NoChannelError,
     Watchdog,

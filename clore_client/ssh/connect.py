@@ -21,7 +21,7 @@ from clore_client.validation import check_local_path, short_repr
 if TYPE_CHECKING:
     import paramiko
 
-    from clore_client.ssh.host_keys import KeyCheck
+    from clore_client.ssh.keys import KeyCheck
 
 # What may be given for a login to methods that do more than log in.
 LOGIN_OPTIONS = frozenset(
@@ -303,7 +303,7 @@ class Login:
 
     def _refused(self, ssh: Any, error: BaseException) -> SSHError:
         """Describe what was refused, and what the host accepts."""
-        from clore_client.ssh.host_keys import fingerprint_of
+        from clore_client.ssh.keys import fingerprint_of
 
         if self.password is not None:
             what = "password"

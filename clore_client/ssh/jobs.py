@@ -22,8 +22,7 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.result import STDOUT, OutputLine
 from clore_client.progress import ProgressEvent, ProgressOptions, Report, readable_size
-from clore_client.ssh.command_line import command_line, encoded, exports
-from clore_client.ssh.command_output import LineSplitter
+from clore_client.ssh.command_text import LineSplitter, command_line, encoded, exports
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.job_scripts import (
     FOLLOW_JOB,

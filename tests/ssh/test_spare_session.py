@@ -13,6 +13,7 @@ import paramiko
 import pytest
 
 from clore_client import CloreClient, CommandTimeoutError, SSHError
+from clore_client.ssh.transport import SpareSession
 from tests import hostile
 from tests.conftest import until
 from tests.hostile import HostileServer
@@ -37,7 +38,8 @@ def client() -> CloreClient:
 def spare_of(ssh: paramiko.SSHClient) -> Any:
     """Return the spare session of a connection."""
     transport: Any = ssh.get_transport()
-    return transport.spare._channel
+    spare: SpareSession = transport.spare
+    return spare._channel
 
 
 def session_of(ssh: paramiko.SSHClient) -> Any:
