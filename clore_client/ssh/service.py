@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import math
 import re
 import time
@@ -26,7 +27,6 @@ SERVICE_PAUSE = 2.0  # seconds between two requests
 SERVICE_LIMIT = 10.0  # seconds for one request
 # Statuses of a proxy, or of a service that loads, before it answers itself.
 NOT_YET_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
-MAX_STATUS_LINE = 4096  # bytes
 
 
 class HTTPWait:
@@ -149,16 +149,12 @@ class HTTPWait:
 
     def _ask(self, channel: Any) -> int | str:
         channel.settimeout(SERVICE_LIMIT)
-        request = (
-            f"GET {self.path} HTTP/1.1\r\nHost: localhost:{self.port}\r\nAccept: */*\r\n"
-            "User-Agent: clore-client\r\nConnection: close\r\n\r\n"
+        connection = http.client.HTTPConnection("localhost", self.port)
+        connection.sock = channel
+        connection.request(
+            "GET", self.path, headers={"User-Agent": "clore-client", "Connection": "close"}
         )
-        channel.sendall(request.encode())
-        line = b""
-        while b"\n" not in line and len(line) < MAX_STATUS_LINE:
-            piece = channel.recv(MAX_STATUS_LINE)
-            if not piece:
-                break
-            line += piece
-        found = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", line)
-        return int(found[1]) if found else "it does not answer with HTTP"
+        try:
+            return connection.getresponse().status
+        except http.client.HTTPException:
+            return "it does not answer with HTTP"
