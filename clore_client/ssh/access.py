@@ -13,12 +13,11 @@ from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient, ended_error
 from clore_client.ssh.address import (
+    OpenSSH,
+    check_entry_name,
     check_order,
-    config_entry,
     parse_ssh_command,
     plain_address,
-    rsync_line,
-    terminal_line,
 )
 from clore_client.ssh.connect import Login, check_connection, check_login_options
 from clore_client.ssh.connection_pool import ConnectionPool
@@ -86,32 +85,25 @@ class SSHAccess:
 
     def terminal_line(self, order: Any, key_path: Any) -> str:
         """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
-        order = self._with_address(order)
-        key_path = key_path or self._key_of(order)[0]
-        return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
+        return self._openssh(order, key_path).terminal_line()
 
     def rsync_line(self, order: Any, local: Any, remote: Any, key_path: Any) -> str:
         """Return a command line for rsync; see ``CloreClient.rsync_command``."""
         local, remote = check_path("local", local), check_path("remote", remote)
-        order = self._with_address(order)
-        return rsync_line(
-            plain_address(order), self._host_keys, self._alias(order),
-            key_path or self._key_of(order)[0], local, remote,
-        )  # fmt: skip
+        return self._openssh(order, key_path).rsync_line(local, remote)
 
     def config_entry(self, order: Any, name: str | None, key_path: Any) -> str:
         """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
+        if name is not None:
+            check_entry_name(name)
+        order = self._with_address(order)
+        default = f"clore-{order.id}" if order.id else "clore"
+        return self._openssh(order, key_path).config_entry(name or default)
+
+    def _openssh(self, order: Any, key_path: Any) -> OpenSSH:
         order = self._with_address(order)
         key_path = key_path or self._key_of(order)[0]
-        address = plain_address(order)
-        number = self._order_number(order)
-        entry = name if name is not None else f"clore-{number}" if number else "clore"
-        return config_entry(
-            check_text("name", entry), address, self._host_keys, self._alias(order), key_path
-        )
-
-    def _password_of(self, order: Order) -> str | None:
-        return self._orders.login_of(order).get("ssh_password")
+        return OpenSSH(plain_address(order), self._host_keys, self._alias(order), key_path)
 
     def _key_of(self, order: Order) -> tuple[Path | None, Any]:
         """Return the private key of the public key that was sent with an order.
@@ -137,7 +129,7 @@ class SSHAccess:
         """Check the arguments of a login, and return it; nothing is sent."""
         check_number("timeout", timeout, above=True, unit="seconds")
         check_number("wait", wait, infinite=True, unit="seconds")
-        mode = check_host_key("host_key", host_key)
+        mode = check_host_key(host_key)
         if password is not None:
             check_text("password", password, secret=True)
         if passphrase is not None:
@@ -147,7 +139,7 @@ class SSHAccess:
         order = self._with_address(order)
         address, number, agent_key = plain_address(order), order.id, None
         if not password and not key_path:
-            password = order.get("ssh_password") or self._password_of(order)
+            password = order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
         if not password and not key_path:
             key_path, agent_key = self._key_of(order)
         keys = KeyCheck(self._host_keys, number, "{host}:{port}".format(**address), mode)
@@ -184,7 +176,7 @@ class SSHAccess:
         if ssh is not None:
             ssh = check_connection(ssh)
             record = isinstance(order, Mapping)
-            number = self._order_number(order) if record else check_order_id("order", order)
+            number = Order(order).id if record else check_order_id("order", order)
             return ConnectionPool(None, ssh, on_failure=self._on_failure(number))
         return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
 
@@ -201,10 +193,6 @@ class SSHAccess:
 
         return HostJobs(connect, reconnects=ssh is None)
 
-    @staticmethod
-    def _order_number(order: Mapping[str, Any]) -> int | None:
-        return Order(order).id
-
     def _alias(self, order: Mapping[str, Any]) -> str:
         address = parse_ssh_command(check_order(order))
-        return self._host_keys.alias(self._order_number(order), "{host}:{port}".format(**address))
+        return self._host_keys.alias(Order(order).id, "{host}:{port}".format(**address))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import SSHError
 from clore_client.models.order import plain_host, plain_user
 from clore_client.ssh.transfer.scripts import remote_path
-from clore_client.validation import check_local_path, short_repr
+from clore_client.validation import check_local_path, check_text, short_repr
 
 if TYPE_CHECKING:
     from clore_client.ssh.keys import HostKeys
@@ -94,25 +94,91 @@ def _port_number(text: str) -> int:
     return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
 
 
-def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> str:
-    """Return a command line; see ``CloreClient.ssh_command``."""
-    words = _ssh_words(address, pins, alias, key_path)
-    return shlex.join([*words, f"{address['user']}@{address['host']}"])
+class OpenSSH:
+    """Writes what OpenSSH needs to log in to a machine.
+
+    Parameters:
+        address: as :func:`plain_address` returns it.
+        pins: the pinned host keys; ``alias`` is the name of the machine there.
+        key_path: the file of a private key, or None.
+    """
+
+    def __init__(self, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> None:
+        self._address = address
+        self._pins = pins
+        self._alias = alias
+        self._key = None if key_path is None else _whole_path(key_path)
+        self._in_file = pins.path is not None and alias.startswith("clore-order-")
+
+    def terminal_line(self) -> str:
+        """Return a command line; see ``CloreClient.ssh_command``."""
+        return shlex.join([*self._words(), "{user}@{host}".format(**self._address)])
+
+    def rsync_line(self, local: bytes, remote: bytes) -> str:
+        """Return a command line for rsync; see ``CloreClient.rsync_command``."""
+        ssh = " ".join(map(_rsync_word, self._words()))
+        source = os.path.expanduser(os.fsdecode(local))
+        if source.startswith("-") or ":" in source.partition("/")[0]:
+            source = f"./{source}"  # or rsync takes it for an option, or for a host
+        # No shell of the machine expands a path that rsync keeps from it, so "~" is not sent.
+        target = os.fsdecode(remote_path(remote)).removeprefix("./")
+        user, host = self._address["user"], self._address["host"]
+        host = f"[{host}]" if ":" in host else host
+        return shlex.join(["rsync", "-az", "-s", "-e", ssh, source, f"{user}@{host}:{target}"])
+
+    def config_entry(self, name: str) -> str:
+        """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
+        address = self._address
+        lines = [
+            ("HostName", address["host"]),
+            ("Port", address["port"]),
+            ("User", address["user"]),
+        ]
+        if self._key is not None:
+            lines += [("IdentityFile", _config_path(self._key)), ("IdentitiesOnly", "yes")]
+        lines += self._host_key()
+        lines += [("ServerAliveInterval", "15"), ("ForwardAgent", "no"), ("ForwardX11", "no")]
+        return f"Host {name}\n" + "".join(f"    {key} {value}\n" for key, value in lines)
+
+    def _words(self) -> list[str]:
+        words = ["ssh", "-p", str(self._address["port"])]
+        if self._key is not None:
+            # With -i, OpenSSH looks for the file both with and without expanding % signs.
+            plain = _unexpanded(self._key) == self._key
+            words += ["-i", self._key] if plain else [
+                "-o", f"IdentityFile={_config_path(self._key)}"
+            ]  # fmt: skip
+        if self._in_file and self._pins.of(self._alias):
+            for name, value in self._host_key():
+                words += ["-o", f"{name}={value}"]
+        return words
+
+    def _host_key(self) -> list[tuple[str, str]]:
+        """Return options to accept only the pinned key, or else to pin the first one seen."""
+        known = self._pins.of(self._alias)
+        strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
+        if self._in_file:
+            if not known:
+                self._pins.make_folder()
+            file = _config_path(str(self._pins.path))
+            return [("HostKeyAlias", self._alias), ("UserKnownHostsFile", file),
+                    ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
+        if not known:  # without a state folder, nothing is kept between two logins
+            return [("UserKnownHostsFile", os.devnull), strict]
+        kind, key = known[0]
+        # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
+        return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
+                ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
 
 
-def rsync_line(
-    address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any, local: bytes, remote: bytes
-) -> str:
-    """Return a command line for rsync; see ``CloreClient.rsync_command``."""
-    ssh = " ".join(map(_rsync_word, _ssh_words(address, pins, alias, key_path)))
-    source = os.path.expanduser(os.fsdecode(local))
-    if source.startswith("-") or ":" in source.partition("/")[0]:
-        source = f"./{source}"  # or rsync takes it for an option, or for a host
-    # No shell of the machine expands a path that rsync keeps from it, so "~" is not sent.
-    target = os.fsdecode(remote_path(remote)).removeprefix("./")
-    host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
-    words = ["rsync", "-az", "-s", "-e", ssh, source]
-    return shlex.join([*words, f"{address['user']}@{host}:{target}"])
+def check_entry_name(name: Any) -> str:
+    """Check the name of an entry of ``~/.ssh/config``."""
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", check_text("name", name)):
+        return str(name)
+    raise ValueError(
+        "name must consist of letters, digits, '_', '.' and '-', and begin with none of the "
+        f"last two, not {short_repr(name)}"
+    )
 
 
 def _rsync_word(word: str) -> str:
@@ -120,57 +186,6 @@ def _rsync_word(word: str) -> str:
     if re.fullmatch(r"[\w@%+=:,./~-]+", word):
         return word
     return '"' + word.replace('"', '""') + '"'
-
-
-def _ssh_words(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> list[str]:
-    words = ["ssh", "-p", str(address["port"])]
-    if key_path is not None:
-        path = _whole_path(key_path)
-        # With -i, OpenSSH looks for the file both with and without expanding % signs.
-        plain = _unexpanded(path) == path
-        words += ["-i", path] if plain else ["-o", f"IdentityFile={_config_path(path)}"]
-    if pins.path is not None and pins.of(alias) and alias.startswith("clore-order-"):
-        for name, value in _pinned(pins, alias):
-            words += ["-o", f"{name}={value}"]
-    return words
-
-
-def config_entry(
-    name: str, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any
-) -> str:
-    """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(
-            "name must consist of letters, digits, '_', '.' and '-', and begin with none of the "
-            f"last two, not {short_repr(name)}"
-        )
-    lines = [
-        ("HostName", address["host"]),
-        ("Port", str(address["port"])),
-        ("User", address["user"]),
-    ]
-    if key_path is not None:
-        lines += [("IdentityFile", _config_path(_whole_path(key_path))), ("IdentitiesOnly", "yes")]
-    lines += _pinned(pins, alias)
-    lines += [("ServerAliveInterval", "15"), ("ForwardAgent", "no"), ("ForwardX11", "no")]
-    return f"Host {name}\n" + "".join(f"    {key} {value}\n" for key, value in lines)
-
-
-def _pinned(pins: HostKeys, alias: str) -> list[tuple[str, str]]:
-    """Return options to accept only the pinned key, or else to pin the first one seen."""
-    known = pins.of(alias)
-    strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
-    if pins.path is not None and alias.startswith("clore-order-"):
-        if not known:
-            pins.make_folder()
-        return [("HostKeyAlias", alias), ("UserKnownHostsFile", _config_path(str(pins.path))),
-                ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
-    if not known:  # without a state folder, nothing is kept between two logins
-        return [("UserKnownHostsFile", os.devnull), ("StrictHostKeyChecking", "accept-new")]
-    kind, key = known[0]
-    # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
-    return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
-            ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
 
 
 def _whole_path(path: Any) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import hmac
 import os
 import re
-import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +22,7 @@ from clore_client.validation import short_repr
 PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
 MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
 MAX_PINS = 1000
+LONGEST_KEY_FILE = 65536  # bytes
 LOCK_PATIENCE = 2.0  # seconds
 # A host key is negotiated by its signature algorithm: RSA keys have several.
 _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
@@ -43,18 +42,16 @@ def fingerprint_of(key: Any) -> str:
 
 def pin_fingerprint(pin: Pin) -> str:
     """Return the fingerprint of a pinned key."""
-    digest = hashlib.sha256(base64.b64decode(pin[1])).digest()
-    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+    return public_key_fingerprint(" ".join(pin)) or ""
 
 
-def check_host_key(name: str, value: Any) -> str:
+def check_host_key(value: Any) -> str:
     """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {short_repr(value)}")
-    if value in ("pin", "accept") or re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", value):
-        return value.rstrip("=")
-    raise ValueError(
-        f"{name} must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
+    text = isinstance(value, str)
+    if text and re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", value):
+        return str(value).rstrip("=")
+    raise (ValueError if text else TypeError)(
+        "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
         f"`ssh-keygen -l` prints it, not {short_repr(value)}"
     )
 
@@ -151,7 +148,7 @@ def _names(names: str, alias: str) -> bool:
         salt, digest = (base64.b64decode(part) for part in names[3:].split("|"))
     except ValueError:
         return False
-    return hmac.compare_digest(hmac.new(salt, alias.encode(), hashlib.sha1).digest(), digest)
+    return hmac.compare_digest(hmac.new(salt, alias.encode(), "sha1").digest(), digest)
 
 
 class KeyCheck:
@@ -215,10 +212,6 @@ class KeyCheck:
         )
 
 
-LONGEST_KEY_FILE = 65536  # bytes
-_OPENSSH_MAGIC = b"openssh-key-v1\0"
-
-
 def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
     """Return the private key with a fingerprint.
 
@@ -256,10 +249,7 @@ def _file_fingerprint(path: Path) -> str | None:
     text = _text_of(path)
     if "PRIVATE KEY-----" not in text[:200]:
         return None
-    if (blob := _public_part(text)) is not None:  # readable without the passphrase
-        return pin_fingerprint(("", base64.b64encode(blob).decode()))
-    public = _text_of(path.with_name(f"{path.name}.pub"))
-    if public:
+    if public := _text_of(path.with_name(f"{path.name}.pub")):  # as the key may be encrypted
         return public_key_fingerprint(public)
     try:
         return fingerprint_of(import_paramiko().PKey.from_path(path))
@@ -276,23 +266,3 @@ def _text_of(path: Path) -> str:
             return file.read(LONGEST_KEY_FILE)
     except OSError:
         return ""
-
-
-def _public_part(text: str) -> bytes | None:
-    """Return the public key of a private key in OpenSSH's own format."""
-    lines = [line for line in text.splitlines() if line and "-----" not in line]
-    try:
-        data = base64.b64decode("".join(lines))
-        if not data.startswith(_OPENSSH_MAGIC):
-            return None
-        rest = data[len(_OPENSSH_MAGIC) :]
-        for _ in range(3):  # the cipher, and how its key is made from the passphrase
-            rest = _field(rest)[1]
-        return _field(rest[4:])[0]  # after the number of keys
-    except (ValueError, struct.error):
-        return None
-
-
-def _field(data: bytes) -> tuple[bytes, bytes]:
-    (length,) = struct.unpack_from(">I", data)
-    return data[4 : 4 + length], data[4 + length :]
