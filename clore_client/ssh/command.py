@@ -25,12 +25,11 @@ from clore_client.ssh.command_text import (
 from clore_client.ssh.transport import (
     NoChannelError,
     Watchdog,
+    channel_request,
     connection_errors,
     open_next_session,
     open_session,
     reason,
-    request_exec,
-    request_signal,
     start_thread,
 )
 from clore_client.validation import check_bool, check_callback, check_count, check_number
@@ -194,7 +193,8 @@ class RunningCommand:
             self._channel.in_buffer.set_event(event)
             self._channel.in_stderr_buffer.set_event(event)
             self._watch_for_exit_signal()
-            request_exec(self._channel, self._pid_line.prefix.encode() + self._command.encoded_line)
+            line = self._pid_line.prefix.encode() + self._command.encoded_line
+            channel_request(self._channel, "exec", line)
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
                 raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
@@ -335,7 +335,7 @@ class RunningCommand:
         try:
             with self._limited(GRACE + 3 * PATIENCE):
                 channel = open_session(self._transport, PATIENCE)
-                request_exec(channel, f"sh -c {shlex.quote(script)}")
+                channel_request(channel, "exec", f"sh -c {shlex.quote(script)}")
                 channel.status_event.wait(GRACE + PATIENCE)
                 channel.close()
         except (SSHError, OSError, EOFError) as error:
@@ -346,7 +346,7 @@ class RunningCommand:
             return
         with self._limited(), contextlib.suppress(SSHError, *connection_errors()):
             if not self._ended():  # the host refused a second channel, or has told no pid
-                request_signal(self._channel, "KILL")
+                channel_request(self._channel, "signal", "KILL", answered=False)
             self._channel.close()
 
     def _exit_code(self) -> int:

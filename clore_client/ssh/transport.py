@@ -319,26 +319,11 @@ def _limit_buffer(pipe: Any, most: int) -> None:
     pipe.feed = limited
 
 
-def request_exec(channel: Any, command: bytes | str) -> None:
-    """Ask for a command without waiting for the answer; a refusal closes the channel.
+def channel_request(channel: Any, kind: str, value: bytes | str, answered: bool = True) -> None:
+    """Ask for an exec or a subsystem, or send a signal, without waiting for the answer.
 
-    paramiko's own ``exec_command`` waits for it, without a time limit.
+    A refusal closes the channel. paramiko's own methods wait for it, without a time limit.
     """
-    _request(channel, "exec", True, command)
-
-
-def request_subsystem(channel: Any, name: str) -> None:
-    """Ask for a subsystem, in the same way."""
-    _request(channel, "subsystem", True, name)
-
-
-def request_signal(channel: Any, name: str) -> None:
-    """Ask the host to signal the process group of a channel, unless the channel is closed."""
-    if not channel.closed:
-        _request(channel, "signal", False, name)
-
-
-def _request(channel: Any, kind: str, answered: bool, value: bytes | str) -> None:
     import paramiko
     from paramiko.common import cMSG_CHANNEL_REQUEST
 
@@ -449,10 +434,10 @@ class LimitedChannel:
         return getattr(self._channel, name)
 
     def exec_command(self, command: bytes | str) -> None:
-        self._limited("took no command", request_exec, self._channel, command)
+        self._limited("took no command", channel_request, self._channel, "exec", command)
 
     def invoke_subsystem(self, name: str) -> None:
-        self._limited("took no command", request_subsystem, self._channel, name)
+        self._limited("took no command", channel_request, self._channel, "subsystem", name)
 
     def send(self, data: Any) -> int:
         return int(self._limited("took nothing", self._channel.send, data))
