@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +21,12 @@ from clore_client.ssh.address import (
 from clore_client.ssh.connect import Login, check_connection, check_login_options
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.jobs import HostJobs
-from clore_client.ssh.keys import HostKeys, KeyCheck, check_host_key, private_key_of
+from clore_client.ssh.keys import HostKeys, KeyCheck, private_key_of
 from clore_client.ssh.transfer.options import check_path
-from clore_client.validation import check_bool, check_number, check_order_id, check_text
+from clore_client.validation import check_number, check_order_id
 
 if TYPE_CHECKING:
     import paramiko
-
-LOGIN_WAIT = 120.0  # seconds for an sshd to respond
 
 
 class SSHAccess:
@@ -114,47 +111,20 @@ class SSHAccess:
         fingerprint = self._orders.login_of(order).get("key_fingerprint")
         return (None, None) if fingerprint is None else private_key_of(fingerprint)
 
-    def login(
-        self,
-        order: Any,
-        *,
-        password: str | None = None,
-        key_path: str | os.PathLike[str] | None = None,
-        passphrase: str | None = None,
-        wait: float = LOGIN_WAIT,
-        timeout: float = 30.0,
-        host_key: str = "pin",
-        use_ssh_config: bool = False,
-    ) -> Login:
-        """Check the arguments of a login, and return it; nothing is sent."""
+    def login(self, order: Any, *, timeout: float = 30.0, **given: Any) -> Login:
+        """Check the arguments of a login, and return it."""
         check_number("timeout", timeout, above=True, unit="seconds")
-        check_number("wait", wait, infinite=True, unit="seconds")
-        mode = check_host_key(host_key)
-        if password is not None:
-            check_text("password", password, secret=True)
-        if passphrase is not None:
-            check_text("passphrase", passphrase, secret=True)
-        if key_path is not None and not isinstance(key_path, os.PathLike):
-            check_text("key_path", key_path)
+        options = check_login_options(given)
         order = self._with_address(order)
-        address, number, agent_key = plain_address(order), order.id, None
-        if not password and not key_path:
-            password = order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
-        if not password and not key_path:
-            key_path, agent_key = self._key_of(order)
-        keys = KeyCheck(self._host_keys, number, "{host}:{port}".format(**address), mode)
-        return Login(
-            order,
-            password=password,
-            key_path=key_path,
-            agent_key=agent_key,
-            on_failure=self._on_failure(number),
-            passphrase=passphrase,
-            timeout=timeout,
-            wait=wait,
-            keys=keys,
-            use_ssh_config=check_bool("use_ssh_config", use_ssh_config),
-        )
+        agent_key = None
+        if not options["password"] and not options["key_path"]:
+            saved = order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
+            options["password"] = saved
+            if not saved:
+                options["key_path"], agent_key = self._key_of(order)
+        where = "{host}:{port}".format(**plain_address(order))
+        keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
+        return Login(order, keys, timeout, agent_key, self._on_failure(order.id), **options)
 
     def _on_failure(self, order_id: int | None) -> Callable[[BaseException], None] | None:
         """Return a function that raises an error if a login failed because the order has ended."""
@@ -172,24 +142,24 @@ class SSHAccess:
         eager: bool = True,
     ) -> ConnectionPool:
         """Return the caller's connection, or logins to make when the pool is entered."""
-        options = check_login_options(login)
+        check_login_options(login)
         if ssh is not None:
             ssh = check_connection(ssh)
             record = isinstance(order, Mapping)
             number = Order(order).id if record else check_order_id("order", order)
             return ConnectionPool(None, ssh, on_failure=self._on_failure(number))
-        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
+        return ConnectionPool(self.login(order, timeout=timeout, **login), None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the machine of an order."""
-        check_login_options(login)
+        options = check_login_options(login)
         if ssh is None:
             order = self._with_address(order)  # once, and not for each connection
             self.login(order, **login)  # check the arguments now
 
         def connect(seconds: float) -> ConnectionPool:
-            wait = min(seconds, login.get("wait", LOGIN_WAIT))
-            return self.connected(order, ssh, {**login, "wait": wait})
+            wait = min(seconds, options["wait"])
+            return self.connected(order, ssh, {**options, "wait": wait})
 
         return HostJobs(connect, reconnects=ssh is None)
 

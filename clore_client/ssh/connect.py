@@ -16,7 +16,13 @@ from clore_client.log import logger
 from clore_client.progress import ProgressEvent, Report, readable_seconds
 from clore_client.ssh.address import DEFAULT_PORT, parse_address, plain_address
 from clore_client.ssh.transport import Watchdog, close_after, keep_alive, prepared_transport
-from clore_client.validation import check_local_path, short_repr
+from clore_client.validation import (
+    check_bool,
+    check_local_path,
+    check_number,
+    check_text,
+    short_repr,
+)
 
 if TYPE_CHECKING:
     import paramiko
@@ -24,9 +30,15 @@ if TYPE_CHECKING:
     from clore_client.ssh.keys import KeyCheck
 
 # What may be given for a login to methods that do more than log in.
-LOGIN_OPTIONS = frozenset(
-    {"password", "key_path", "passphrase", "wait", "host_key", "use_ssh_config"}
-)
+LOGIN_DEFAULTS: dict[str, Any] = {
+    "password": None,
+    "key_path": None,
+    "passphrase": None,
+    "wait": 120.0,  # seconds for an sshd to respond
+    "host_key": "pin",
+    "use_ssh_config": False,
+}
+LOGIN_OPTIONS = frozenset(LOGIN_DEFAULTS)
 PARAMIKO_LOGGER = "clore_client.paramiko"
 TOO_SLOW = "it did not finish the SSH handshake in time"
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
@@ -57,22 +69,20 @@ class Login:
     def __init__(
         self,
         order: Any,
+        keys: KeyCheck,
+        timeout: float,
+        agent_key: Any,
+        on_failure: Callable[[BaseException], None] | None,
         *,
         password: str | None,
         key_path: str | os.PathLike[str] | None,
         passphrase: str | None,
-        timeout: float,
         wait: float,
-        keys: KeyCheck,
-        use_ssh_config: bool = False,
-        agent_key: Any = None,
-        on_failure: Callable[[BaseException], None] | None = None,
+        use_ssh_config: bool,
     ) -> None:
         self.address = plain_address(order)
         if passphrase is not None and key_path is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
-        if key_path is not None:
-            check_local_path("key_path", key_path)
         self.password = password
         self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
         self.timeout = timeout
@@ -340,14 +350,27 @@ def check_connection(ssh: Any) -> Any:
 
 
 def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Check the names of the arguments of a login."""
+    """Check the arguments of a login, and return all of them."""
+    from clore_client.ssh.keys import check_host_key
+
     for name in given:
         if name not in LOGIN_OPTIONS:
             raise TypeError(
                 f"there is no argument {name!r}, neither here nor among those of a login: "
                 f"{', '.join(sorted(LOGIN_OPTIONS))}"
             )
-    return given
+    options = {**LOGIN_DEFAULTS, **given}
+    check_number("wait", options["wait"], infinite=True, unit="seconds")
+    for name in ("password", "passphrase"):
+        if options[name] is not None:
+            check_text(name, options[name], secret=True)
+    if options["key_path"] is not None:
+        if not isinstance(options["key_path"], os.PathLike):
+            check_text("key_path", options["key_path"])
+        check_local_path("key_path", options["key_path"])
+    check_bool("use_ssh_config", options["use_ssh_config"])
+    options["host_key"] = check_host_key(options["host_key"])
+    return options
 
 
 def identity_files(config: Any) -> list[str]:
