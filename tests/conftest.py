@@ -47,6 +47,7 @@ INTERNAL = [
     "ssh/test_hosts.py",
     "ssh/test_jobs.py",
     "ssh/test_service.py",
+    "ssh/test_spare_session.py",
     "ssh/test_transfer.py",
     "ssh/test_tunnel.py",
     "test_fuzz.py",

@@ -68,28 +68,37 @@ class Limits:
     Attributes:
         deadline: monotonic time by which every request must have ended.
         urgent: whether requests ignore the pause that the server asks for.
+        once: whether a request that fails is not sent again.
     """
 
-    def __init__(self, deadline: float = math.inf, urgent: bool = False) -> None:
+    def __init__(
+        self, deadline: float = math.inf, urgent: bool = False, once: bool = False
+    ) -> None:
         self.deadline = deadline
         self.urgent = urgent
+        self.once = once
 
 
 _limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=Limits())  # noqa: B039
 
 
 def limited(
-    call: Callable[[], Returned], *, deadline: float = math.inf, urgent: bool = False
+    call: Callable[[], Returned],
+    *,
+    deadline: float = math.inf,
+    urgent: bool = False,
+    once: bool = False,
 ) -> Returned:
-    """Run a function whose requests have a deadline, or ignore the server's pauses.
+    """Run a function whose requests have other limits than the client's.
 
     Parameters:
         call: the function that makes the requests.
         deadline: monotonic time; an earlier deadline of an outer call stays.
         urgent: whether requests ignore the server's pauses, because they stop costs.
+        once: whether a request that fails is not sent again.
     """
     outer = _limits.get()
-    limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent)
+    limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent, once or outer.once)
 
     def run() -> Returned:
         _limits.set(limits)
@@ -282,7 +291,10 @@ class HTTPClient:
             urgent=call.urgent,
             spacing=(call.name, interval) if call.rules.spaced else None,
         )
-        retries = Retries(call, self.max_retries, self.rate_limit_wait)
+        once = _limits.get().once
+        retries = Retries(
+            call, 1 if once else self.max_retries, 0.0 if once else self.rate_limit_wait
+        )
         while True:
             turn.patience = retries.patience_left
             try:

@@ -27,7 +27,7 @@ from clore_client.validation import Timeout
 
 SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
 OrderState = Literal["active", "ended", "absent"]  # of an order in the two order lists
-LONGEST_CHECK = 10.0  # seconds for the look if an order has ended, after a login failed
+LONGEST_CHECK = 3.0  # seconds for the look if an order has ended, after a login failed
 
 
 class OrdersClient(Requester, Protocol):
@@ -175,7 +175,7 @@ class AccountOrders:
         return order
 
     def raise_if_ended(self, order_id: int, cause: BaseException) -> None:
-        """Look once if an order has ended, and raise the error for that.
+        """Look once if an order has ended, with one request, and raise the error for that.
 
         Parameters:
             order_id: the order.
@@ -186,7 +186,7 @@ class AccountOrders:
             return
         deadline = time.monotonic() + LONGEST_CHECK
         try:
-            orders, _ = limited(lambda: self.read(completed=True), deadline=deadline)
+            orders, _ = limited(lambda: self.read(completed=True), deadline=deadline, once=True)
         except CloreError as error:
             logger.debug("the state of order %d is not known: %s", order_id, error)
             return

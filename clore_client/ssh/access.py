@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,20 +11,22 @@ from clore_client.errors import CloreError, OrderEndedError
 from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient, ended_error
-from clore_client.ssh.address import check_order, parse_ssh_command, plain_address
+from clore_client.ssh.address import (
+    OpenSSH,
+    check_entry_name,
+    check_order,
+    parse_ssh_command,
+    plain_address,
+)
 from clore_client.ssh.connect import Login, check_connection, check_login_options
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.host_keys import HostKeys, KeyCheck, check_host_key
 from clore_client.ssh.jobs import HostJobs
-from clore_client.ssh.openssh import config_entry, rsync_line, terminal_line
-from clore_client.ssh.private_keys import private_key_of
+from clore_client.ssh.keys import HostKeys, KeyCheck, private_key_of
 from clore_client.ssh.transfer.options import check_path
-from clore_client.validation import check_bool, check_number, check_order_id, check_text
+from clore_client.validation import check_number, check_order_id
 
 if TYPE_CHECKING:
     import paramiko
-
-LOGIN_WAIT = 120.0  # seconds for an sshd to respond
 
 
 class SSHAccess:
@@ -81,32 +82,25 @@ class SSHAccess:
 
     def terminal_line(self, order: Any, key_path: Any) -> str:
         """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
-        order = self._with_address(order)
-        key_path = key_path or self._key_of(order)[0]
-        return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
+        return self._openssh(order, key_path).terminal_line()
 
     def rsync_line(self, order: Any, local: Any, remote: Any, key_path: Any) -> str:
         """Return a command line for rsync; see ``CloreClient.rsync_command``."""
         local, remote = check_path("local", local), check_path("remote", remote)
-        order = self._with_address(order)
-        return rsync_line(
-            plain_address(order), self._host_keys, self._alias(order),
-            key_path or self._key_of(order)[0], local, remote,
-        )  # fmt: skip
+        return self._openssh(order, key_path).rsync_line(local, remote)
 
     def config_entry(self, order: Any, name: str | None, key_path: Any) -> str:
         """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
+        if name is not None:
+            check_entry_name(name)
+        order = self._with_address(order)
+        default = f"clore-{order.id}" if order.id else "clore"
+        return self._openssh(order, key_path).config_entry(name or default)
+
+    def _openssh(self, order: Any, key_path: Any) -> OpenSSH:
         order = self._with_address(order)
         key_path = key_path or self._key_of(order)[0]
-        address = plain_address(order)
-        number = self._order_number(order)
-        entry = name if name is not None else f"clore-{number}" if number else "clore"
-        return config_entry(
-            check_text("name", entry), address, self._host_keys, self._alias(order), key_path
-        )
-
-    def _password_of(self, order: Order) -> str | None:
-        return self._orders.login_of(order).get("ssh_password")
+        return OpenSSH(plain_address(order), self._host_keys, self._alias(order), key_path)
 
     def _key_of(self, order: Order) -> tuple[Path | None, Any]:
         """Return the private key of the public key that was sent with an order.
@@ -117,47 +111,20 @@ class SSHAccess:
         fingerprint = self._orders.login_of(order).get("key_fingerprint")
         return (None, None) if fingerprint is None else private_key_of(fingerprint)
 
-    def login(
-        self,
-        order: Any,
-        *,
-        password: str | None = None,
-        key_path: str | os.PathLike[str] | None = None,
-        passphrase: str | None = None,
-        wait: float = LOGIN_WAIT,
-        timeout: float = 30.0,
-        host_key: str = "pin",
-        use_ssh_config: bool = False,
-    ) -> Login:
-        """Check the arguments of a login, and return it; nothing is sent."""
+    def login(self, order: Any, *, timeout: float = 30.0, **given: Any) -> Login:
+        """Check the arguments of a login, and return it."""
         check_number("timeout", timeout, above=True, unit="seconds")
-        check_number("wait", wait, infinite=True, unit="seconds")
-        mode = check_host_key("host_key", host_key)
-        if password is not None:
-            check_text("password", password, secret=True)
-        if passphrase is not None:
-            check_text("passphrase", passphrase, secret=True)
-        if key_path is not None and not isinstance(key_path, os.PathLike):
-            check_text("key_path", key_path)
+        options = check_login_options(given)
         order = self._with_address(order)
-        address, number, agent_key = plain_address(order), order.id, None
-        if not password and not key_path:
-            password = order.get("ssh_password") or self._password_of(order)
-        if not password and not key_path:
-            key_path, agent_key = self._key_of(order)
-        keys = KeyCheck(self._host_keys, number, "{host}:{port}".format(**address), mode)
-        return Login(
-            order,
-            password=password,
-            key_path=key_path,
-            agent_key=agent_key,
-            on_failure=self._on_failure(number),
-            passphrase=passphrase,
-            timeout=timeout,
-            wait=wait,
-            keys=keys,
-            use_ssh_config=check_bool("use_ssh_config", use_ssh_config),
-        )
+        agent_key = None
+        if not options["password"] and not options["key_path"]:
+            saved = order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
+            options["password"] = saved
+            if not saved:
+                options["key_path"], agent_key = self._key_of(order)
+        where = "{host}:{port}".format(**plain_address(order))
+        keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
+        return Login(order, keys, timeout, agent_key, self._on_failure(order.id), **options)
 
     def _on_failure(self, order_id: int | None) -> Callable[[BaseException], None] | None:
         """Return a function that raises an error if a login failed because the order has ended."""
@@ -175,28 +142,27 @@ class SSHAccess:
         eager: bool = True,
     ) -> ConnectionPool:
         """Return the caller's connection, or logins to make when the pool is entered."""
-        options = check_login_options(login)
+        check_login_options(login)
         if ssh is not None:
-            return ConnectionPool(None, check_connection(ssh))
-        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
+            ssh = check_connection(ssh)
+            record = isinstance(order, Mapping)
+            number = Order(order).id if record else check_order_id("order", order)
+            return ConnectionPool(None, ssh, on_failure=self._on_failure(number))
+        return ConnectionPool(self.login(order, timeout=timeout, **login), None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the machine of an order."""
-        check_login_options(login)
+        options = check_login_options(login)
         if ssh is None:
             order = self._with_address(order)  # once, and not for each connection
             self.login(order, **login)  # check the arguments now
 
         def connect(seconds: float) -> ConnectionPool:
-            wait = min(seconds, login.get("wait", LOGIN_WAIT))
-            return self.connected(order, ssh, {**login, "wait": wait})
+            wait = min(seconds, options["wait"])
+            return self.connected(order, ssh, {**options, "wait": wait})
 
         return HostJobs(connect, reconnects=ssh is None)
 
-    @staticmethod
-    def _order_number(order: Mapping[str, Any]) -> int | None:
-        return Order(order).id
-
     def _alias(self, order: Mapping[str, Any]) -> str:
         address = parse_ssh_command(check_order(order))
-        return self._host_keys.alias(self._order_number(order), "{host}:{port}".format(**address))
+        return self._host_keys.alias(Order(order).id, "{host}:{port}".format(**address))

@@ -1,13 +1,20 @@
-"""Read the address of a machine from its order."""
+"""Read the address of a machine, and write what OpenSSH needs to log in there."""
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
 from clore_client.models.order import plain_host, plain_user
-from clore_client.validation import short_repr
+from clore_client.ssh.transfer.scripts import remote_path
+from clore_client.validation import check_local_path, check_text, short_repr
+
+if TYPE_CHECKING:
+    from clore_client.ssh.keys import HostKeys
 
 DEFAULT_USER = "root"
 DEFAULT_PORT = 22
@@ -85,3 +92,124 @@ def parse_address(raw: str) -> tuple[str, int, str]:
 def _port_number(text: str) -> int:
     digits = text.isascii() and text.isdigit() and len(text) <= 5
     return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
+
+
+class OpenSSH:
+    """Writes what OpenSSH needs to log in to a machine.
+
+    Parameters:
+        address: as :func:`plain_address` returns it.
+        pins: the pinned host keys; ``alias`` is the name of the machine there.
+        key_path: the file of a private key, or None.
+    """
+
+    def __init__(self, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> None:
+        self._address = address
+        self._pins = pins
+        self._alias = alias
+        self._key = None if key_path is None else _whole_path(key_path)
+        self._in_file = pins.path is not None and alias.startswith("clore-order-")
+
+    def terminal_line(self) -> str:
+        """Return a command line; see ``CloreClient.ssh_command``."""
+        return shlex.join([*self._words(), "{user}@{host}".format(**self._address)])
+
+    def rsync_line(self, local: bytes, remote: bytes) -> str:
+        """Return a command line for rsync; see ``CloreClient.rsync_command``."""
+        ssh = " ".join(map(_rsync_word, self._words()))
+        source = os.path.expanduser(os.fsdecode(local))
+        if source.startswith("-") or ":" in source.partition("/")[0]:
+            source = f"./{source}"  # or rsync takes it for an option, or for a host
+        # No shell of the machine expands a path that rsync keeps from it, so "~" is not sent.
+        target = os.fsdecode(remote_path(remote)).removeprefix("./")
+        user, host = self._address["user"], self._address["host"]
+        host = f"[{host}]" if ":" in host else host
+        return shlex.join(["rsync", "-az", "-s", "-e", ssh, source, f"{user}@{host}:{target}"])
+
+    def config_entry(self, name: str) -> str:
+        """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
+        address = self._address
+        lines = [
+            ("HostName", address["host"]),
+            ("Port", address["port"]),
+            ("User", address["user"]),
+        ]
+        if self._key is not None:
+            lines += [("IdentityFile", _config_path(self._key)), ("IdentitiesOnly", "yes")]
+        lines += self._host_key()
+        lines += [("ServerAliveInterval", "15"), ("ForwardAgent", "no"), ("ForwardX11", "no")]
+        return f"Host {name}\n" + "".join(f"    {key} {value}\n" for key, value in lines)
+
+    def _words(self) -> list[str]:
+        words = ["ssh", "-p", str(self._address["port"])]
+        if self._key is not None:
+            # With -i, OpenSSH looks for the file both with and without expanding % signs.
+            plain = _unexpanded(self._key) == self._key
+            words += ["-i", self._key] if plain else [
+                "-o", f"IdentityFile={_config_path(self._key)}"
+            ]  # fmt: skip
+        if self._in_file and self._pins.of(self._alias):
+            for name, value in self._host_key():
+                words += ["-o", f"{name}={value}"]
+        return words
+
+    def _host_key(self) -> list[tuple[str, str]]:
+        """Return options to accept only the pinned key, or else to pin the first one seen."""
+        known = self._pins.of(self._alias)
+        strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
+        if self._in_file:
+            if not known:
+                self._pins.make_folder()
+            file = _config_path(str(self._pins.path))
+            return [("HostKeyAlias", self._alias), ("UserKnownHostsFile", file),
+                    ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
+        if not known:  # without a state folder, nothing is kept between two logins
+            return [("UserKnownHostsFile", os.devnull), strict]
+        kind, key = known[0]
+        # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
+        return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
+                ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
+
+
+def check_entry_name(name: Any) -> str:
+    """Check the name of an entry of ``~/.ssh/config``."""
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", check_text("name", name)):
+        return str(name)
+    raise ValueError(
+        "name must consist of letters, digits, '_', '.' and '-', and begin with none of the "
+        f"last two, not {short_repr(name)}"
+    )
+
+
+def _rsync_word(word: str) -> str:
+    """Quote a word for the option -e of rsync, which knows quotes, but no backslashes."""
+    if re.fullmatch(r"[\w@%+=:,./~-]+", word):
+        return word
+    return '"' + word.replace('"', '""') + '"'
+
+
+def _whole_path(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"key_path must be a path, not {short_repr(path)}")
+    check_local_path("key_path", path)
+    return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
+
+
+def _unexpanded(path: str) -> str:
+    """Escape % signs, which OpenSSH would expand in a path."""
+    if "\n" in path or "${" in path:
+        raise ValueError(
+            "key_path or state_dir: OpenSSH can't be told a path with a newline or '${': "
+            f"{short_repr(path)}"
+        )
+    return path.replace("%", "%%")
+
+
+def _config_path(path: str) -> str:
+    """Escape and quote a path for a configuration file."""
+    if '"' in path:
+        raise ValueError(
+            f"key_path or state_dir: OpenSSH can't be told a path with '\"': {short_repr(path)}"
+        )
+    escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
+    return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped

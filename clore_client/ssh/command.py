@@ -14,17 +14,24 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import CommandError, CommandTimeoutError, SSHError, printable
 from clore_client.log import logger
 from clore_client.models.result import STDERR, STDOUT, CommandResult, OutputLine
-from clore_client.ssh.command_line import command_line, encoded, exports, input_bytes
-from clore_client.ssh.command_output import CommandOutput, PidLine
+from clore_client.ssh.command_text import (
+    CommandOutput,
+    PidLine,
+    command_line,
+    encoded,
+    exports,
+    input_bytes,
+)
 from clore_client.ssh.transport import (
     NoChannelError,
+    Watchdog,
+    channel_request,
     connection_errors,
+    open_next_session,
     open_session,
     reason,
-    request_exec,
-    request_signal,
+    start_thread,
 )
-from clore_client.ssh.watchdog import Watchdog, start_thread
 from clore_client.validation import check_bool, check_callback, check_count, check_number
 
 if TYPE_CHECKING:
@@ -34,6 +41,7 @@ MAX_OUTPUT = 64 * 1024 * 1024  # bytes
 READ_CHUNK = 4 << 20  # bytes; more than a window, so that one read empties a buffer
 INPUT_CHUNK = 32768  # bytes
 START_TIMEOUT = 30.0  # seconds for a host to start a command
+SESSION_PATIENCE = 1.0  # seconds for a host with few sessions to end that of the command before
 POLL = 0.25  # seconds between two checks of what sets no event
 QUIET = 0.5  # seconds without output before an ended command's output may be complete
 OVERTIME = 5.0  # seconds after the deadline for the output of a command that ended in time
@@ -176,14 +184,18 @@ class RunningCommand:
         seconds = min(START_TIMEOUT, self._time_left())
         start_by = time.monotonic() + seconds
         with self._limited(seconds + PATIENCE):
-            self._channel = open_session(self._transport, seconds)
+            self._channel = open_session(
+                self._transport, seconds, patience=min(seconds, SESSION_PATIENCE)
+            )
             self._channel.settimeout(None)  # a command may read its input late
             # paramiko clears an event when one stream is empty, though the other may have data.
             event = SimpleNamespace(set=self._wake.set, clear=lambda: None)
             self._channel.in_buffer.set_event(event)
             self._channel.in_stderr_buffer.set_event(event)
             self._watch_for_exit_signal()
-            request_exec(self._channel, self._pid_line.prefix.encode() + self._command.encoded_line)
+            line = self._pid_line.prefix.encode() + self._command.encoded_line
+            channel_request(self._channel, "exec", line)
+            open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
                 raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
 
@@ -270,7 +282,7 @@ class RunningCommand:
         first time arrives before the second answer.
         """
         channel = self._channel
-        for _ in range(2):
+        for _ in range(3):  # the first may have been opened before
             try:
                 with self._limited(2 * PATIENCE):
                     open_session(self._transport, PATIENCE).close()
@@ -323,7 +335,7 @@ class RunningCommand:
         try:
             with self._limited(GRACE + 3 * PATIENCE):
                 channel = open_session(self._transport, PATIENCE)
-                request_exec(channel, f"sh -c {shlex.quote(script)}")
+                channel_request(channel, "exec", f"sh -c {shlex.quote(script)}")
                 channel.status_event.wait(GRACE + PATIENCE)
                 channel.close()
         except (SSHError, OSError, EOFError) as error:
@@ -334,7 +346,7 @@ class RunningCommand:
             return
         with self._limited(), contextlib.suppress(SSHError, *connection_errors()):
             if not self._ended():  # the host refused a second channel, or has told no pid
-                request_signal(self._channel, "KILL")
+                channel_request(self._channel, "signal", "KILL", answered=False)
             self._channel.close()
 
     def _exit_code(self) -> int:

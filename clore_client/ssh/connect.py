@@ -15,20 +15,32 @@ from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.progress import ProgressEvent, Report, readable_seconds
 from clore_client.ssh.address import DEFAULT_PORT, parse_address, plain_address
-from clore_client.ssh.transport import close_after, keep_alive, prepared_transport
-from clore_client.ssh.watchdog import Watchdog
-from clore_client.validation import check_local_path, short_repr
+from clore_client.ssh.transport import Watchdog, close_after, keep_alive, prepared_transport
+from clore_client.validation import (
+    check_bool,
+    check_local_path,
+    check_number,
+    check_text,
+    short_repr,
+)
 
 if TYPE_CHECKING:
     import paramiko
 
-    from clore_client.ssh.host_keys import KeyCheck
+    from clore_client.ssh.keys import KeyCheck
 
 # What may be given for a login to methods that do more than log in.
-LOGIN_OPTIONS = frozenset(
-    {"password", "key_path", "passphrase", "wait", "host_key", "use_ssh_config"}
-)
+LOGIN_DEFAULTS: dict[str, Any] = {
+    "password": None,
+    "key_path": None,
+    "passphrase": None,
+    "wait": 120.0,  # seconds for an sshd to respond
+    "host_key": "pin",
+    "use_ssh_config": False,
+}
+LOGIN_OPTIONS = frozenset(LOGIN_DEFAULTS)
 PARAMIKO_LOGGER = "clore_client.paramiko"
+TOO_SLOW = "it did not finish the SSH handshake in time"
 SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
 FIRST_CONNECT = 5.0  # seconds for the first TCP connection
 LOOK_EVERY = 15.0  # seconds between two looks if the order of that machine has ended
@@ -57,22 +69,20 @@ class Login:
     def __init__(
         self,
         order: Any,
+        keys: KeyCheck,
+        timeout: float,
+        agent_key: Any,
+        on_failure: Callable[[BaseException], None] | None,
         *,
         password: str | None,
         key_path: str | os.PathLike[str] | None,
         passphrase: str | None,
-        timeout: float,
         wait: float,
-        keys: KeyCheck,
-        use_ssh_config: bool = False,
-        agent_key: Any = None,
-        on_failure: Callable[[BaseException], None] | None = None,
+        use_ssh_config: bool,
     ) -> None:
         self.address = plain_address(order)
         if passphrase is not None and key_path is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
-        if key_path is not None:
-            check_local_path("key_path", key_path)
         self.password = password
         self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
         self.timeout = timeout
@@ -108,12 +118,10 @@ class Login:
                 raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
             raise ValueError(f"passphrase: {shown} is not encrypted") from error
         except Exception as error:
-            if isinstance(error, ValueError) and passphrase and self._is_encrypted(path):
-                raise ValueError(f"passphrase is not the one of {shown}") from error
-            raise ValueError(
-                f"key_path: {shown} is no private key that can be used: "
-                f"{printable(str(error) or type(error).__name__, 200)}"
-            ) from error
+            text = f"key_path: {shown} is no private key that can be used: {_short_text(error)}"
+            if passphrase is not None:
+                text = f"passphrase is not the one of {shown}, or {text}"
+            raise ValueError(text) from error
 
     def _read_ssh_config(self) -> None:
         """Take ProxyJump and IdentityFile from the user's configuration of OpenSSH."""
@@ -159,18 +167,9 @@ class Login:
                     timeout=self.timeout,
                 )  # fmt: skip
             except Exception as error:
-                text = printable(str(error) or type(error).__name__, 200)
-                raise SSHError(f"jump host {hop['host']}:{hop['port']}: {text}") from error
+                where = f"jump host {hop['host']}:{hop['port']}"
+                raise SSHError(f"{where}: {_short_text(error)}") from error
         return sock
-
-    def _is_encrypted(self, path: str) -> bool:
-        try:
-            self._paramiko.PKey.from_path(path)
-        except TypeError:
-            return True
-        except Exception:
-            return False
-        return False
 
     def open(self, report: Report | None = None) -> paramiko.SSHClient:
         """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
@@ -199,10 +198,10 @@ class Login:
                 self.explain(error)
                 raise
 
-    def explain(self, error: BaseException | None) -> None:
+    def explain(self, error: BaseException) -> None:
         """Raise a better error than this one if the login failed because the order has ended."""
         now = time.monotonic()
-        if error is None or (isinstance(error, NotUpYetError) and now < self._next_look):
+        if isinstance(error, NotUpYetError) and now < self._next_look:
             return
         self._next_look = now + LOOK_EVERY
         self._on_failure(error)
@@ -210,7 +209,6 @@ class Login:
     def once(self) -> paramiko.SSHClient:
         """Try once to log in, within ``timeout`` seconds in all."""
         limit = None
-        failure: BaseException
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)
@@ -223,20 +221,12 @@ class Login:
             if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
                 raise self._paramiko.ssh_exception.PartialAuthentication([])
         except BaseException as error:
-            if limit is not None and limit.expired and isinstance(error, Exception):
-                failure = self._too_slow(ssh)
-            elif self._is_refusal(ssh, error):
-                failure = self._refused(ssh, error)
-                failure.reason = "refused"
-            else:
-                failure = _login_error(error, self._paramiko, self.where)
+            failure = self._failure(ssh, error, limit is not None and limit.expired)
             _give_up(ssh)
             if failure is error:
                 raise
             raise failure from error
-        transport = ssh.get_transport()
-        if transport is not None:
-            keep_alive(transport)
+        keep_alive(ssh.get_transport())
         try:
             self.keys.remember()
         except BaseException:
@@ -248,30 +238,26 @@ class Login:
         plain = self.password is None and self.key is None
         hops: list[Any] = []
         try:
-            sock = self._jump(hops)
-            self._connect_over(ssh, sock, plain, hops)
+            ssh.connect(
+                self.address["host"],
+                port=self.address["port"],
+                username=self.address["user"],
+                password=self.password,
+                pkey=self.key,
+                timeout=self._connect_timeout(),
+                banner_timeout=self.timeout,
+                auth_timeout=self.timeout,
+                channel_timeout=self.timeout,
+                key_filename=self._identities or None if plain else None,
+                allow_agent=plain,
+                look_for_keys=plain,
+                sock=self._jump(hops),
+                transport_factory=functools.partial(self._transport, hops),
+            )
         except BaseException:
             for hop in hops:
                 hop.close()
             raise
-
-    def _connect_over(self, ssh: Any, sock: Any, plain: bool, hops: list[Any]) -> None:
-        ssh.connect(
-            self.address["host"],
-            port=self.address["port"],
-            username=self.address["user"],
-            password=self.password,
-            pkey=self.key,
-            timeout=self._connect_timeout(),
-            banner_timeout=self.timeout,
-            auth_timeout=self.timeout,
-            channel_timeout=self.timeout,
-            key_filename=self._identities or None if plain else None,
-            allow_agent=plain,
-            look_for_keys=plain,
-            sock=sock,
-            transport_factory=functools.partial(self._transport, hops),
-        )
 
     def _connect_timeout(self) -> float:
         """Return the seconds for the TCP connection, few if another try follows.
@@ -281,12 +267,6 @@ class Login:
         first, self._tried = not self._tried, True
         return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
-    def _too_slow(self, ssh: Any) -> SSHError:
-        transport = ssh.get_transport()
-        if transport is not None and transport.initial_kex_done:
-            return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
-        return NotUpYetError("it did not finish the SSH handshake in time")
-
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
         transport.auth_interactive_dumb = self._no_questions
@@ -294,17 +274,29 @@ class Login:
             close_after(transport, hops)
         return transport
 
-    def _is_refusal(self, ssh: Any, error: BaseException) -> bool:
-        if isinstance(error, self._paramiko.AuthenticationException):
-            return True
+    def _failure(self, ssh: Any, error: BaseException, expired: bool) -> BaseException:
+        """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
+        transport = ssh.get_transport()
+        keys_exchanged = transport is not None and bool(transport.initial_kex_done)
+        refused = isinstance(error, self._paramiko.AuthenticationException)
         # With more keys than the machine has patience for, paramiko misses the connection.
-        missed = "existing session" in str(error).lower()
-        transport = ssh.get_transport() if missed else None
-        return transport is not None and bool(transport.initial_kex_done)
+        refused = refused or (keys_exchanged and "existing session" in str(error).lower())
+        late = expired and isinstance(error, Exception)
+        if late and not keys_exchanged:
+            return NotUpYetError(TOO_SLOW)
+        if late or (refused and "timeout" in str(error).lower()):
+            failure = SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
+        elif refused:
+            failure = self._refused(ssh, error)
+        else:
+            return _login_error(error, self._paramiko, self.where)
+        if not late:
+            failure.reason = "refused"
+        return failure
 
     def _refused(self, ssh: Any, error: BaseException) -> SSHError:
         """Describe what was refused, and what the host accepts."""
-        from clore_client.ssh.host_keys import fingerprint_of
+        from clore_client.ssh.keys import fingerprint_of
 
         if self.password is not None:
             what = "password"
@@ -313,8 +305,6 @@ class Login:
             what = f"key {where} ({fingerprint_of(self.key)})"
         else:
             what = "keys of the SSH agent and of ~/.ssh"
-        if "timeout" in str(error).lower():
-            return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
         accepted = getattr(error, "allowed_types", None)
         if not accepted and not ssh.get_transport().is_active():
             return SSHError(
@@ -322,10 +312,9 @@ class Login:
                 "refused, after too many tries perhaps"
             )
         accepted = accepted or self._accepted(ssh)
-        if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
-            more = ", ".join(printable(str(name), 40) for name in accepted[:8])
-            return SSHError(f"{self.where} took the {what}, but wants more than that: {more}")
         takes = ", ".join(printable(str(name), 40) for name in accepted[:8])
+        if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
+            return SSHError(f"{self.where} took the {what}, but wants more than that: {takes}")
         accepts = f"; it accepts: {takes}" if takes else ""
         return SSHError(
             f"{self.where} refused the login with the {what}{accepts}. "
@@ -361,20 +350,37 @@ def check_connection(ssh: Any) -> Any:
 
 
 def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Check the names of the arguments of a login."""
+    """Check the arguments of a login, and return all of them."""
+    from clore_client.ssh.keys import check_host_key
+
     for name in given:
         if name not in LOGIN_OPTIONS:
             raise TypeError(
                 f"there is no argument {name!r}, neither here nor among those of a login: "
                 f"{', '.join(sorted(LOGIN_OPTIONS))}"
             )
-    return given
+    options = {**LOGIN_DEFAULTS, **given}
+    check_number("wait", options["wait"], infinite=True, unit="seconds")
+    for name in ("password", "passphrase"):
+        if options[name] is not None:
+            check_text(name, options[name], secret=True)
+    if options["key_path"] is not None:
+        if not isinstance(options["key_path"], os.PathLike):
+            check_text("key_path", options["key_path"])
+        check_local_path("key_path", options["key_path"])
+    check_bool("use_ssh_config", options["use_ssh_config"])
+    options["host_key"] = check_host_key(options["host_key"])
+    return options
 
 
 def identity_files(config: Any) -> list[str]:
     """Return the keys of an entry of a configuration that are there."""
     paths = map(os.path.expanduser, config.get("identityfile", ()))
     return [path for path in paths if os.path.isfile(path)]
+
+
+def _short_text(error: BaseException) -> str:
+    return printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
 
 
 def _break_off(ssh: Any) -> None:
@@ -391,28 +397,21 @@ def _give_up(ssh: Any) -> None:
 
 
 def _login_error(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
-    """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
-    text = printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
-    if isinstance(error, EOFError):
-        text = "it closed the connection"
-    elif "existing session" in text.lower():  # paramiko's word for a handshake that took too long
-        text = "it did not finish the SSH handshake in time"
-    failure: BaseException = error
-    if isinstance(error, SSHError):
-        failure = error
-    elif isinstance(error, socket.gaierror):
-        failure = NotUpYetError(f"the host name is not known ({text})")
-    elif isinstance(error, (OSError, EOFError)):
-        failure = NotUpYetError(text)
-    elif isinstance(error, paramiko_module.SSHException):
-        if "no authentication methods" in text.lower():
-            failure = SSHError(
-                f"there is nothing to log in to {where} with: pass password= or key_path="
-            )
-        elif any(part in text.lower() for part in ("banner", "reset", "eof", "handshake in time")):
-            failure = NotUpYetError(text)
-        else:
-            failure = SSHError(f"SSH to {where} failed: {text}")
-    elif isinstance(error, Exception):  # of paramiko, which takes every answer for a sensible one
-        failure = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
-    return failure
+    """Return the error for a login that was not refused."""
+    text = _short_text(error)
+    if isinstance(error, SSHError) or not isinstance(error, Exception):
+        return error
+    if isinstance(error, socket.gaierror):
+        return NotUpYetError(f"the host name is not known ({text})")
+    if isinstance(error, (OSError, EOFError)):
+        return NotUpYetError("it closed the connection" if isinstance(error, EOFError) else text)
+    if not isinstance(error, paramiko_module.SSHException):
+        # paramiko takes every answer for a sensible one.
+        return SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
+    if "existing session" in text.lower():  # its word for a handshake that took too long
+        return NotUpYetError(TOO_SLOW)
+    if any(part in text.lower() for part in ("banner", "reset", "eof")):
+        return NotUpYetError(text)
+    if "no authentication methods" in text.lower():
+        return SSHError(f"there is nothing to log in to {where} with: pass password= or key_path=")
+    return SSHError(f"SSH to {where} failed: {text}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.ssh.connect import Login, NotUpYetError
-from clore_client.ssh.watchdog import start_thread
+from clore_client.ssh.transport import start_thread
 
 
 class ConnectionPool:
@@ -20,14 +21,21 @@ class ConnectionPool:
         ssh: the caller's connection.
         size: the highest number of connections.
         eager: open all of them now, at the same time; else each one when it is needed.
+        on_failure: raises a better error where ``ssh`` broke because the order has ended.
     """
 
     def __init__(
-        self, login: Login | None, ssh: Any = None, size: int = 1, eager: bool = True
+        self,
+        login: Login | None,
+        ssh: Any = None,
+        size: int = 1,
+        eager: bool = True,
+        on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.size = size if login is not None else 1
         self._eager = eager
         self._login = login
+        self._on_failure = login.explain if login is not None else on_failure
         self._ssh = ssh
         self._opened: list[Any] = [None] * self.size
         self._ready = [threading.Event() for _ in range(self.size)]
@@ -52,8 +60,8 @@ class ConnectionPool:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         lost = isinstance(error, SSHError) and not _is_active(self.ssh)
         self._close()
-        if lost and self._login is not None:
-            self._login.explain(error)
+        if lost and error is not None and self._on_failure is not None:
+            self._on_failure(error)
 
     @property
     def ssh(self) -> Any:

@@ -28,6 +28,7 @@ _JOBS = (
     _BORN
     + r"""
 jobs=$PWD/.clore/jobs
+nap() { sleep "$1" 2>/dev/null || sleep 1; }
 boot() { # prints what changes when the machine or its container starts anew
   r=; { read -r r </proc/sys/kernel/random/boot_id; } 2>/dev/null
   echo "$r/$(born 1)"
@@ -39,7 +40,7 @@ about() { # reads the state of the job $1 into $st, $code, $pid and $began
   w=0; until { read -r pid born boot began <"$j/pid"; } 2>/dev/null; do
     pid=- born= boot= began=0 # it is just being started, or its start was cut off
     w=$((w+1)); [ $w -lt 20 ] || break
-    sleep 0.1 2>/dev/null || sleep 1
+    nap 0.1
   done
   b=$(born "$pid")
   st=killed; [ "$boot" = "$(boot)" ] || st=lost
@@ -54,7 +55,7 @@ about() { # reads the state of the job $1 into $st, $code, $pid and $began
 START_JOB = (
     _JOBS
     + r"""
-detach=$(command -v setsid) || detach=$(command -v python3)
+detach=$(command -v setsid) # without it, the job stays in this session
 shell=${SHELL:-/bin/sh}; [ -x "$shell" ] || shell=/bin/sh
 u=$(umask); umask 077
 [ -d "$cwd" ] || no "there is no directory $cwd"
@@ -70,12 +71,7 @@ now=$(date +%s) boot=$(boot)
 (
   if [ -n "$a" ]; then LC_ALL=$a; else unset LC_ALL; fi
   cd "$cwd" || exit 1
-  set -- /bin/sh -c "$runner" "job-$name" "$d" "$shell" "$command" "$u" "$boot $now"
-  case $detach in
-  "") ;;
-  *python3) set -- "$detach" -c "$session" "$@";;
-  *) set -- "$detach" "$@";;
-  esac
+  set -- $detach /bin/sh -c "$runner" "job-$name" "$d" "$shell" "$command" "$u" "$boot $now"
   eval "$exports"
   exec "$@"
 ) </dev/null >>"$d/output" 2>&1 &
@@ -84,8 +80,6 @@ about "$name"
 echo "started $began"
 """
 )
-# What $session is there: for a host without setsid.
-NEW_SESSION = "import os,sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
 # Prints a line for each job, or for the job $name: its state, and the start of its command.
 LIST_JOBS = (
     _JOBS
@@ -127,7 +121,7 @@ while :; do
     at=$((at+k))
   elif [ "$st" = running ]; then
     echo 0 || exit 1
-    sleep 0.3 2>/dev/null || sleep 1
+    nap 0.3
   else
     echo "end $st $code $began"; exit 0
   fi
@@ -161,16 +155,16 @@ if [ "$st" = lost ] || [ "$pid" = - ] || { [ -n "$b" ] && [ "$b" != "$born" ]; }
 fi
 known=; [ -z "$b" ] || known=$(tree "$pid")
 sig TERM "$(members)"
-w=0; while m=$(members); [ -n "$m" ] && [ $w -lt "$grace" ]; do
-  w=$((w+1)); sleep 0.1 2>/dev/null || { sleep 1; w=$((w+9)); }
-done
-if [ -n "$m" ]; then
+gone() { # waits up to $1 tenths of a second for the end of all members
+  w=0; while m=$(members); [ -n "$m" ]; do
+    [ $w -lt "$1" ] || return 1
+    w=$((w+1)); sleep 0.1 2>/dev/null || { sleep 1; w=$((w+9)); }
+  done
+}
+if ! gone "$grace"; then
   # The shell that records the exit code goes last.
   for q in $m; do [ "$q" = "$pid" ] || sig KILL "$q"; done
-  w=0; while m=$(members); [ -n "$m" ] && [ $w -lt 10 ]; do
-    w=$((w+1)); sleep 0.1 2>/dev/null || sleep 1
-  done
-  [ -z "$m" ] || sig KILL "$m"
+  gone 10 || sig KILL "$m"
 fi
 echo stopped
 """

@@ -22,14 +22,12 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.result import STDOUT, OutputLine
 from clore_client.progress import ProgressEvent, ProgressOptions, Report, readable_size
-from clore_client.ssh.command_line import command_line, encoded, exports
-from clore_client.ssh.command_output import LineSplitter
+from clore_client.ssh.command_text import LineSplitter, command_line, encoded, exports
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.job_scripts import (
     FOLLOW_JOB,
     JOB_RUNNER,
     LIST_JOBS,
-    NEW_SESSION,
     REMOVE_JOB,
     START_JOB,
     STOP_JOB,
@@ -37,8 +35,7 @@ from clore_client.ssh.job_scripts import (
 )
 from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
-from clore_client.ssh.transport import connection_errors, takes_turns
-from clore_client.ssh.watchdog import Watchdog
+from clore_client.ssh.transport import Watchdog, connection_errors, takes_turns
 from clore_client.validation import check_callback, check_count, check_number, short_repr
 
 JOB_TIMEOUT = 30.0  # seconds without a word of the machine
@@ -143,26 +140,32 @@ class HostJobs:
             except NoShellError as error:
                 raise JobError(f"a job needs a POSIX shell: {error}") from error
 
+    @contextlib.contextmanager
+    def named_script(
+        self, verb: str, body: str, *, name: str, **values: bytes | str | int
+    ) -> Iterator[RemoteScript]:
+        """Run a script for one job on a connection of its own; what goes wrong is a JobError."""
+        with self.connected() as pool:
+            try:
+                with self.script(pool, verb, body, name=name, **values) as script:
+                    yield script
+            except JobError:
+                raise
+            except SSHError as error:
+                raise JobError(f"job {name!r}: {error}", name=name) from error
+
     def connected(self, deadline: float = math.inf) -> ConnectionPool:
         """Return connections to the machine, to be entered."""
         return self._connect(max(0.0, deadline - time.monotonic()))
 
     def start(self, job: JobCommand) -> Job:
         """Start a job, and return it once it runs."""
-        values: dict[str, bytes | str | int] = {
+        values: dict[str, Any] = {
             "name": job.name, "command": job.encoded_line, "exports": job.exports, "cwd": job.cwd,
-            "runner": JOB_RUNNER, "session": NEW_SESSION,
+            "runner": JOB_RUNNER,
         }  # fmt: skip
-        with self.connected() as pool:
-            try:
-                with self.script(pool, "job", START_JOB, **values) as script:
-                    started = script.answer(b"started").decode("ascii", "replace")
-            except JobError:
-                raise
-            except SSHError as error:
-                raise JobError(f"job {job.name!r} was not started: {error}", name=job.name) from (
-                    error
-                )
+        with self.named_script("job", START_JOB, **values) as script:
+            started = script.answer(b"started").decode("ascii", "replace")
         logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
         return Job(self, job.name, job.line, JobState.parse(f"running - {started}"))
 
@@ -247,7 +250,9 @@ class Job:
             step 100: loss 1.24
         """
         check_count("lines", lines)
-        with self._script("tail", TAIL_JOB, lines=lines, most=MAX_TAIL) as script:
+        with self._host.named_script(
+            "tail", TAIL_JOB, name=self.name, lines=lines, most=MAX_TAIL
+        ) as script:
             script.answer(b"tail")
             return script.rest(MAX_TAIL + 1024).decode("utf-8", "replace")
 
@@ -308,7 +313,9 @@ class Job:
             >>> job.stop()
         """
         check_number("grace", grace, maximum=20.0, unit="seconds")
-        with self._script("stop", STOP_JOB, grace=math.ceil(10 * grace)) as script:
+        with self._host.named_script(
+            "stop", STOP_JOB, name=self.name, grace=math.ceil(10 * grace)
+        ) as script:
             script.answer(b"stopped")
 
     def remove(self) -> None:
@@ -325,16 +332,10 @@ class Job:
         if self._state.status == "running":
             self._state = JobState("lost")
 
-    @contextlib.contextmanager
-    def _script(self, verb: str, body: str, **values: bytes | str | int) -> Iterator[RemoteScript]:
-        with self._host.connected() as pool:
-            try:
-                with self._host.script(pool, verb, body, name=self.name, **values) as script:
-                    yield script
-            except JobError:
-                raise
-            except SSHError as error:
-                raise JobError(f"job {self.name!r}: {error}", name=self.name) from error
+    def _script(
+        self, verb: str, body: str, **values: bytes | str | int
+    ) -> contextlib.AbstractContextManager[RemoteScript]:
+        return self._host.named_script(verb, body, name=self.name, **values)
 
     def _look(self) -> JobState:
         if self._state.status == "running":
@@ -411,28 +412,18 @@ class Following:
                 if line.startswith(b"end "):
                     return JobState.parse(line[4:].decode("ascii", "replace"))
                 if not re.fullmatch(rb"[0-9]{1,7}", line) or int(line) > MAX_PORTION:
-                    self._refuse(script.refused(line), line)
+                    error = script.refused(line)
+                    raise JobError(str(error), name=self._name) if line[:3] == b"no " else error
                 self._heard = True
                 self._pass_on(script, int(line))
-                self._tell()
+                if self._report is not None:
+                    at = max(0, self._at)
+                    text = f"job {self._name}: {readable_size(at)} of output"
+                    self._call(self._report, ProgressEvent("job", at, text))
                 if time.monotonic() >= self._deadline:
                     raise JobTimeoutError(
                         f"job {self._name!r} did not end in time; it still runs", name=self._name
                     )
-
-    def _tell(self) -> None:
-        if self._report is not None:
-            text = f"job {self._name}: {readable_size(max(0, self._at))} of output"
-            try:
-                self._report(ProgressEvent("job", max(0, self._at), text))
-            except Exception as error:
-                self._callback_error = error
-                raise
-
-    def _refuse(self, error: SSHError, line: bytes) -> None:
-        if line.startswith(b"no "):
-            raise JobError(str(error), name=self._name) from error
-        raise error
 
     def _pass_on(self, script: RemoteScript, size: int) -> None:
         while size:
@@ -442,8 +433,12 @@ class Following:
             size -= len(piece)
             if self._splitter is not None:
                 self._at += len(piece)
-                try:
-                    self._splitter.feed(piece)
-                except Exception as error:
-                    self._callback_error = error
-                    raise
+                self._call(self._splitter.feed, piece)
+
+    def _call(self, callback: Callable[[Any], object], argument: Any) -> None:
+        """Call what the user gave; its errors are no errors of the connection."""
+        try:
+            callback(argument)
+        except Exception as error:
+            self._callback_error = error
+            raise

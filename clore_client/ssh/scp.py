@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from clore_client.errors import SSHError, TransferError, printable
-from clore_client.ssh.transport import LimitedChannel, connection_errors, reason
-from clore_client.ssh.watchdog import Watchdog
+from clore_client.ssh.transport import LimitedChannel, Watchdog, connection_errors, reason
 from clore_client.validation import check_number, short_repr
 
 SCP_BUFFER = 131072  # bytes of one read or write

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import math
 import re
 import time
@@ -18,16 +19,14 @@ from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.progress import ProgressEvent, ProgressOptions, readable_seconds
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.transport import connection_errors, reason
+from clore_client.ssh.transport import Watchdog, connection_errors, reason
 from clore_client.ssh.tunnel import FORWARD_OPENING, REMOTE_HOST, check_forward_arguments
-from clore_client.ssh.watchdog import Watchdog
 from clore_client.validation import check_number, check_order_id, check_string, short_repr
 
 SERVICE_PAUSE = 2.0  # seconds between two requests
 SERVICE_LIMIT = 10.0  # seconds for one request
 # Statuses of a proxy, or of a service that loads, before it answers itself.
 NOT_YET_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
-MAX_STATUS_LINE = 4096  # bytes
 
 
 class HTTPWait:
@@ -150,16 +149,12 @@ class HTTPWait:
 
     def _ask(self, channel: Any) -> int | str:
         channel.settimeout(SERVICE_LIMIT)
-        request = (
-            f"GET {self.path} HTTP/1.1\r\nHost: localhost:{self.port}\r\nAccept: */*\r\n"
-            "User-Agent: clore-client\r\nConnection: close\r\n\r\n"
+        connection = http.client.HTTPConnection("localhost", self.port)
+        connection.sock = channel
+        connection.request(
+            "GET", self.path, headers={"User-Agent": "clore-client", "Connection": "close"}
         )
-        channel.sendall(request.encode())
-        line = b""
-        while b"\n" not in line and len(line) < MAX_STATUS_LINE:
-            piece = channel.recv(MAX_STATUS_LINE)
-            if not piece:
-                break
-            line += piece
-        found = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", line)
-        return int(found[1]) if found else "it does not answer with HTTP"
+        try:
+            return connection.getresponse().status
+        except http.client.HTTPException:
+            return "it does not answer with HTTP"

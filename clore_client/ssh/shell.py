@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
-from clore_client.ssh.transport import connection_errors, open_session, reason
-from clore_client.ssh.watchdog import Watchdog
+from clore_client.ssh.transport import Watchdog, connection_errors, open_session, reason
 
 if TYPE_CHECKING:
     import paramiko

@@ -11,19 +11,22 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from clore_client.errors import SSHError, printable
-from clore_client.ssh.watchdog import Watchdog, start_thread
+from clore_client.log import logger
 
 REKEY_BYTES = 2**36
 MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
 MAX_PACKET = 2**22  # bytes, far more than anybody asks for
 CHANNEL_PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
 COMMAND_WINDOW = 2**21  # bytes
+CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
+SPARE_PATIENCE = 1.0  # seconds for a thread to take what has arrived
 KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
 DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
+WATCH_INTERVAL = 0.1  # seconds between two checks of the limits
 KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
@@ -57,6 +60,7 @@ def prepared_transport(
     import paramiko
 
     transport: Any = paramiko.Transport(sock, **options)
+    transport.spare = SpareSession(transport)
     # paramiko deadlocks in a new key exchange while several threads send, and the connection dies
     # of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
     transport.packetizer.REKEY_BYTES = REKEY_BYTES
@@ -164,33 +168,121 @@ def keep_alive(transport: Any) -> None:
     packetizer.set_keepalive(KEEPALIVE_LOOK, check)
 
 
-def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -> Any:
+def open_session(
+    transport: Any, timeout: float, window: int = COMMAND_WINDOW, patience: float = 0.0
+) -> Any:
     """Open a channel that keeps no more than its window in memory.
 
+    Parameters:
+        patience: seconds to retry while the host refuses a further one.
+
     Raises:
-        NoChannelError: the host refuses a further one.
+        NoChannelError: the host refuses it.
         SSHError: it does not answer, or the connection is closed.
     """
+    give_up_at = time.monotonic() + patience
+    while True:
+        if transport is None or not transport.is_active():
+            raise SSHError("the connection to the machine is closed")
+        try:
+            channel = transport.open_session(
+                window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
+            )
+            break
+        except connection_errors() as error:
+            if not transport.is_active():
+                raise SSHError("the connection broke") from error
+            refused = _is_refusal(error)
+            if not refused or time.monotonic() >= give_up_at:
+                kind = NoChannelError if refused else SSHError
+                raise kind(f"the machine opened no channel: {reason(error)}") from error
+            time.sleep(CHANNEL_PAUSE)
+    channel.settimeout(timeout)
+    _guard_channel(channel)
+    return channel
+
+
+def open_next_session(transport: Any) -> None:
+    """Ask for a session that the next command can use, without waiting for it.
+
+    It is opened on transports of :func:`prepared_transport` only.
+    """
+    spare = getattr(transport, "spare", None)
+    if spare is not None:
+        spare.ask()
+
+
+class SpareSession:
+    """A session of a transport that is opened in advance, which saves a round trip later.
+
+    Whoever opens a session next gets it, so that it takes no place from anybody on a host that
+    limits their number.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._open_channel = transport.open_channel
+        self._lock = threading.Lock()
+        self._opener: threading.Thread | None = None
+        self._channel: Any = None
+        transport.open_channel = self._take_or_open
+
+    def ask(self) -> None:
+        """Ask for the session, unless there is one."""
+        with self._lock:
+            opening = self._opener is not None and self._opener.is_alive()
+            if not opening and not _usable(self._channel) and not takes_turns(self._transport):
+                self._opener = start_thread("spare-session", self._open)
+
+    def _open(self) -> None:
+        with contextlib.suppress(*connection_errors()):
+            channel = self._open_channel(
+                "session", window_size=COMMAND_WINDOW, max_packet_size=CHANNEL_PACKET
+            )
+            _guard_channel(channel)
+            with self._lock:
+                self._channel = channel
+
+    def _take(self) -> Any:
+        with self._lock:
+            channel, self._channel = self._channel, None
+        return channel if _usable(channel) else None
+
+    def _take_or_open(self, kind: str, *arguments: Any, **options: Any) -> Any:
+        """Replace ``Transport.open_channel``."""
+        if kind != "session":
+            return self._open_channel(kind, *arguments, **options)
+        wide = (options.get("window_size") or 0) > COMMAND_WINDOW
+        if not wide and (spare := self._take()):
+            return spare
+        try:
+            return self._open_channel(kind, *arguments, **options)
+        except connection_errors() as error:
+            if self._opener is not None and _is_refusal(error):
+                self._opener.join(SPARE_PATIENCE)  # its answer has come before this one
+            if spare := self._take():
+                return spare
+            raise
+
+
+def _is_refusal(error: Exception) -> bool:
     import paramiko
 
-    if transport is None or not transport.is_active():
-        raise SSHError("the connection to the machine is closed")
-    try:
-        channel = transport.open_session(
-            window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
-        )
-    except connection_errors() as error:
-        if not transport.is_active():
-            raise SSHError("the connection broke") from error
-        # A refusal comes as another error where another thread has taken paramiko's own.
-        refused = isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
-        kind = NoChannelError if refused else SSHError
-        raise kind(f"the machine opened no channel: {reason(error)}") from error
-    channel.settimeout(timeout)
-    channel.transport = ChannelOrder(transport)
+    # It comes as another error where another thread has taken paramiko's own.
+    return isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
+
+
+def _usable(channel: Any) -> bool:
+    return channel is not None and not channel.closed and not channel.eof_received
+
+
+def _guard_channel(channel: Any) -> None:
+    """Limit what a channel keeps in memory, and let nothing follow its close."""
+    if isinstance(channel.transport, ChannelOrder):
+        return
+    channel.transport = ChannelOrder(channel.transport)
     for pipe in (channel.in_buffer, channel.in_stderr_buffer):
-        _limit_buffer(pipe, window + CHANNEL_PACKET)
-    return channel
+        _limit_buffer(pipe, channel.in_window_size + CHANNEL_PACKET)
 
 
 class ChannelOrder:
@@ -227,26 +319,11 @@ def _limit_buffer(pipe: Any, most: int) -> None:
     pipe.feed = limited
 
 
-def request_exec(channel: Any, command: bytes | str) -> None:
-    """Ask for a command without waiting for the answer; a refusal closes the channel.
+def channel_request(channel: Any, kind: str, value: bytes | str, answered: bool = True) -> None:
+    """Ask for an exec or a subsystem, or send a signal, without waiting for the answer.
 
-    paramiko's own ``exec_command`` waits for it, without a time limit.
+    A refusal closes the channel. paramiko's own methods wait for it, without a time limit.
     """
-    _request(channel, "exec", True, command)
-
-
-def request_subsystem(channel: Any, name: str) -> None:
-    """Ask for a subsystem, in the same way."""
-    _request(channel, "subsystem", True, name)
-
-
-def request_signal(channel: Any, name: str) -> None:
-    """Ask the host to signal the process group of a channel, unless the channel is closed."""
-    if not channel.closed:
-        _request(channel, "signal", False, name)
-
-
-def _request(channel: Any, kind: str, answered: bool, value: bytes | str) -> None:
     import paramiko
     from paramiko.common import cMSG_CHANNEL_REQUEST
 
@@ -275,6 +352,66 @@ def reason(error: BaseException) -> str:
     return printable(text.rstrip(".") or type(error).__name__, 200)
 
 
+def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
+    """Start a daemon thread."""
+    thread = threading.Thread(target=target, args=args, name=f"clore-{name}", daemon=True)
+    thread.start()
+    return thread
+
+
+class Limit:
+    """The time limit of a block.
+
+    Attributes:
+        expired: True if the block took longer.
+    """
+
+    def __init__(self, seconds: float, action: Callable[[], object]) -> None:
+        self.deadline = time.monotonic() + seconds
+        self.action = action
+        self.expired = False
+
+
+class Watchdog:
+    """Runs an action when a block takes too long; a context manager with one thread.
+
+    paramiko writes to a socket without a timeout: only closing the connection ends that.
+    """
+
+    def __init__(self) -> None:
+        self._limits: dict[int, Limit] = {}
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        self._thread = start_thread("watchdog", self._watch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float, action: Callable[[], object]) -> Iterator[Limit]:
+        """Run ``action`` in a new thread if the block takes longer than ``seconds``."""
+        limit = Limit(seconds, action)
+        self._limits[id(limit)] = limit
+        try:
+            yield limit
+        finally:
+            self._limits.pop(id(limit), None)
+
+    def _watch(self) -> None:
+        while not self._done.wait(WATCH_INTERVAL):
+            now = time.monotonic()
+            for key, limit in list(self._limits.items()):
+                if now >= limit.deadline and self._limits.pop(key, None) is not None:
+                    limit.expired = True
+                    logger.debug("the watchdog stops a call that takes too long")
+                    start_thread("watchdog-action", limit.action)
+
+
 class LimitedChannel:
     """A channel on which no call takes much longer than ``timeout`` seconds.
 
@@ -297,10 +434,10 @@ class LimitedChannel:
         return getattr(self._channel, name)
 
     def exec_command(self, command: bytes | str) -> None:
-        self._limited("took no command", request_exec, self._channel, command)
+        self._limited("took no command", channel_request, self._channel, "exec", command)
 
     def invoke_subsystem(self, name: str) -> None:
-        self._limited("took no command", request_subsystem, self._channel, name)
+        self._limited("took no command", channel_request, self._channel, "subsystem", name)
 
     def send(self, data: Any) -> int:
         return int(self._limited("took nothing", self._channel.send, data))

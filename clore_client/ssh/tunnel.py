@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
 from clore_client.log import logger
-from clore_client.ssh.transport import connection_errors, reason
-from clore_client.ssh.watchdog import Watchdog, start_thread
+from clore_client.ssh.transport import Watchdog, connection_errors, reason, start_thread
 from clore_client.validation import short_repr
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class Forward:
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
         self._closing = threading.Event()
-        self._links: set[_Link] = set()
+        self._links: list[_Link] = []
 
     def __repr__(self) -> str:
         state = "closed" if self._listener is None else "open"
@@ -114,18 +113,17 @@ class Forward:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        links = list(self._links)
-        for link in links:
+        for link in self._links:
             link.close_socket()
-        if links:
+        if self._links:
             # Closing a channel hangs if the host accepts no data; no thread would end.
             with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
-                for link in links:
+                for link in self._links:
                     link.close_channel()
         if self._owns:
             self._ssh.close()
         deadline = time.monotonic() + FORWARD_LEAVING
-        for link in links:
+        for link in self._links:
             link.join(max(0.0, deadline - time.monotonic()))
 
     def _accept_all(self, listener: socket.socket) -> None:
@@ -138,44 +136,37 @@ class Forward:
                 logger.warning("port %d can't accept a connection: %s", self._local_port, error)
                 self._closing.wait(FORWARD_POLL)
                 continue
-            link = _Link(self._transport, self._remote_port, sock, peer, self._links)
+            self._links = [link for link in self._links if link.is_alive]
             try:
-                link.start()
+                self._links.append(_Link(self._transport, self._remote_port, sock, peer))
             except RuntimeError as error:  # too many threads
                 logger.warning("port %d dropped a connection: %s", self._local_port, error)
-                link.finish()
+                sock.close()
 
 
 class _Link:
     """One forwarded connection: a local socket, a channel, and a thread for each direction."""
 
     def __init__(
-        self,
-        transport: Any,
-        remote_port: int,
-        sock: socket.socket,
-        peer: tuple[str, int],
-        links: set[_Link],
+        self, transport: Any, remote_port: int, sock: socket.socket, peer: tuple[str, int]
     ) -> None:
         self._transport = transport
         self._remote_port = remote_port
         self._sock = sock
         self._peer = peer
-        self._links = links
         self._channel: Any = None
-        self._thread: threading.Thread | None = None
         self._closing = False
         self._complete = False  # all data from the host was passed on
-
-    def start(self) -> None:
-        """Begin to copy data in both directions, in new threads."""
-        self._links.add(self)
         self._thread = start_thread("forwarded", self._run)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether data may still be copied."""
+        return self._thread.is_alive()
 
     def join(self, seconds: float) -> None:
         """Wait until both threads have ended, at most so many seconds."""
-        if self._thread is not None:
-            self._thread.join(seconds)
+        self._thread.join(seconds)
 
     def close_socket(self) -> None:
         """End the local side, which ends the thread that reads from it."""
@@ -189,15 +180,6 @@ class _Link:
             with contextlib.suppress(*connection_errors()):
                 self._channel.close()
 
-    def finish(self) -> None:
-        """Close both sides, with a reset if data is missing, so that nobody takes it for whole."""
-        if not self._complete:
-            with contextlib.suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        self._sock.close()
-        self.close_channel()
-        self._links.discard(self)
-
     def _run(self) -> None:
         try:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -208,7 +190,11 @@ class _Link:
         except (OSError, RuntimeError) as error:
             logger.debug("a forwarded connection ended: %s", error)
         finally:
-            self.finish()
+            if not self._complete:  # a reset, so that nobody takes it for whole
+                with contextlib.suppress(OSError):
+                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            self._sock.close()
+            self.close_channel()
 
     def _open_channel(self) -> bool:
         try:
@@ -218,11 +204,8 @@ class _Link:
             )  # fmt: skip
         except connection_errors() as error:
             if not self._closing:
-                logger.warning(
-                    "port %d of the machine accepted no connection: %s",
-                    self._remote_port,
-                    reason(error),
-                )
+                text = "port %d of the machine accepted no connection: %s"
+                logger.warning(text, self._remote_port, reason(error))
             return False
         return not self._closing
 

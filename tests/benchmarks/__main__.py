@@ -1,6 +1,7 @@
 """Print what the client costs, with the limits; exit status 1 where one is missed.
 
-Arguments name groups, as imports, calls, marketplace, pace, transfers; without any, all run.
+Arguments name groups, as imports, calls, marketplace, pace, attach, transfers; without any, all
+run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import requests
 
 from clore_client.simulator import Simulator
 
-from . import calls, imports, marketplace, pace, transfers
+from . import attach, calls, imports, marketplace, pace, transfers
 from .children import child
 from .rows import Row
 
@@ -47,6 +48,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "calls": partial(_answered, calls.rows),
     "marketplace": partial(_answered, lambda urls, key: marketplace.rows(urls["http"], key)),
     "pace": pace.rows,
+    "attach": attach.rows,
     "transfers": transfers.rows,
 }
 

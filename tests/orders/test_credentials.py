@@ -385,6 +385,17 @@ def test_an_ended_order_whose_host_drops_everything(sim: Simulator, state: Path)
         assert 4 < time.monotonic() - started_at < 15
 
 
+@pytest.mark.parametrize("fault", ["lose_request", "http_500_before_commit", "rate_limit"])
+def test_a_failed_login_asks_the_api_once(hosts: Simulator, state: Path, fault: str) -> None:
+    client = client_for(hosts, state_dir=state, timeout=30, backoff=5, rate_limit_wait=60)
+    order = started(client)
+    hosts.clear_requests()
+    hosts.faults.add("my_orders", fault, times=100)
+    with pytest.raises(SSHError, match="refused the login"):
+        client.connect_ssh(order, password="wrong", wait=60)
+    assert len(sent_to(hosts, "my_orders")) == 1
+
+
 def test_an_ended_order_is_told_to_a_new_client(hosts: Simulator, state: Path) -> None:
     order = started(client_for(hosts, state_dir=state))
     hosts.end_order(order["order_id"])

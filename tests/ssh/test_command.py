@@ -31,12 +31,12 @@ from clore_client.errors import CommandError, CommandTimeoutError
 from clore_client.models.result import CommandResult, OutputLine
 from clore_client.ssh import command as remote
 from clore_client.ssh.command import Command
-from clore_client.ssh.command_line import command_line
-from clore_client.ssh.command_output import (
+from clore_client.ssh.command_text import (
     LONGEST_PIECE,
     MAX_STDERR_BEFORE_PID,
     LineSplitter,
     PidLine,
+    command_line,
 )
 from tests import hostile
 from tests.conftest import until

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from clore_client import CloreClient, JobError, JobTimeoutError, SSHError
+from clore_client import CloreClient, JobError, JobTimeoutError, OrderEndedError, SSHError
 from clore_client.ssh.jobs import Job, JobState
-from tests.conftest import until
+from tests.conftest import FORMS, MakeSim, client_for, until
 from tests.hostile import HostileServer
 from tests.relay import Relay
 from tests.ssh.test_command import sleeping, unique
@@ -26,6 +26,7 @@ from tests.ssh.test_hostile_transfer import says
 from tests.ssh.test_hosts import SHELLS, busybox, host
 from tests.ssh.test_transfer import Far
 from tests.sshd import Dropbear, Sshd, running_sshd
+from tests.test_client import plain_server
 
 pytestmark = pytest.mark.internal
 
@@ -287,16 +288,12 @@ def check_host(far: Far) -> None:
     assert sorted(j.status for j in machine.jobs()) == ["exited", "killed"]
 
 
-@pytest.mark.parametrize("tools", ["python3", ""])
-def test_a_host_without_setsid(client: CloreClient, tmp_path: Path, tools: str) -> None:
-    """Without Python too, the job has no session of its own; it is stopped all the same."""
+def test_a_host_without_setsid(client: CloreClient, tmp_path: Path) -> None:
+    """The job has no session of its own; it is stopped all the same."""
     folder = tmp_path / "tools"
     folder.mkdir()
-    for tool in (*TOOLS, tools):
-        if tool:
-            # What stands in the PATH as python3 may be a script that needs bash.
-            real = sys.executable if tool == "python3" else shutil.which(tool) or ""
-            (folder / tool).symlink_to(os.path.realpath(real))
+    for tool in TOOLS:
+        (folder / tool).symlink_to(os.path.realpath(shutil.which(tool) or ""))
     home = f"{tmp_path}/sshd/home PATH={folder}"
     with running_sshd(tmp_path / "sshd", home=home) as server:
         far = Far(client, server.order(), tmp_path, key_path=server.key)
@@ -493,6 +490,45 @@ def test_a_job_that_is_gone_with_its_machine(machine: Machine) -> None:
     job = machine.start("sleep 3", name="x")
     shutil.rmtree(machine.home / ".clore")
     assert (job.status, job.exit_code) == ("lost", None)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("how", ["cancelled here", "cancelled elsewhere", "ended by the host"])
+@pytest.mark.parametrize("own", [False, True])
+def test_jobs_of_an_order_that_has_ended_are_lost(
+    make_sim: MakeSim, form: str, how: str, own: bool
+) -> None:
+    """Over the client's connections, and over one of the user's own."""
+    sim = make_sim(form=form, ssh=True, rate_limit=0)
+    client = client_for(sim)
+    order = client.create_order(plain_server(client))
+    order = client.wait_for_order(order, timeout=20, poll_interval=0.02)
+    login: dict[str, Any] = {"ssh": client.connect_ssh(order)} if own else {}
+    followed, waited, asked, other = [
+        client.start(order, "echo in; sleep 60", **login) for _ in range(4)
+    ]
+
+    def end() -> None:
+        if how == "ended by the host":
+            sim.end_order(order["order_id"])
+        else:
+            (client if how == "cancelled here" else client_for(sim)).cancel_order(order)
+
+    def end_soon(line: str) -> None:
+        threading.Thread(target=end).start()
+
+    with contextlib.suppress(SSHError) if own else contextlib.nullcontext():
+        # One's own connection may break before the API lists the end; others are opened again.
+        assert followed.follow(end_soon) is None
+    until(lambda: order.id not in [active.id for active in client_for(sim).get_orders()])
+    assert followed.status == "lost"
+    assert (waited.wait(), waited.status) == (None, "lost")
+    assert (asked.status, asked.exit_code) == ("lost", None)
+    assert (other.follow(), other.status) == (None, "lost")
+    for call in (followed.tail, lambda: client.job(order, "x", **login),
+                 lambda: client.jobs(order["order_id"], **login)):  # fmt: skip
+        with pytest.raises(OrderEndedError):
+            call()
 
 
 def test_a_start_that_was_cut_off(machine: Machine) -> None:

@@ -109,7 +109,7 @@ def test_both_ways(ssh: paramiko.SSHClient) -> None:
             assert isinstance(local, int)
             assert answer(local, data) == data
             assert answer(local, b"") == b""
-            until(lambda: not forward._links)
+            until(lambda: not any(link.is_alive for link in forward._links))
 
 
 def test_fifty_at_once(ssh: paramiko.SSHClient) -> None:

@@ -18,17 +18,17 @@ from typing import Any
 from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import BLOCK
 from clore_client.ssh.transport import (
+    CHANNEL_PAUSE,
     COMMAND_WINDOW,
     LimitedChannel,
     NoChannelError,
+    Watchdog,
     connection_errors,
 )
-from clore_client.ssh.watchdog import Watchdog
 
 DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
 MAX_NOISE = 65536  # bytes that start-up files may print
 MAX_LINE = 65536  # bytes
-CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
 LAST_PATIENCE = 3.0  # seconds for each step of cleaning up, after an error or Ctrl-C
 PADDING = b"\n" * 64  # lines for start-up files that read some
 

@@ -23,10 +23,11 @@ from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, RemoteScript
 from clore_client.ssh.transport import (
     COMMAND_WINDOW,
     NoChannelError,
+    Watchdog,
     connection_errors,
+    start_thread,
     takes_turns,
 )
-from clore_client.ssh.watchdog import Watchdog, start_thread
 
 CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several

@@ -1,11 +1,11 @@
-"""Pin the host key of each order: later orders get the same host and port with another key."""
+"""Pin the host key of each order, and find the private key of a public one."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import hashlib
 import hmac
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -15,11 +15,14 @@ from typing import Any
 from clore_client.errors import HostKeyChangedError
 from clore_client.files import locked_path, replace_file
 from clore_client.log import logger
+from clore_client.orders.credentials import public_key_fingerprint
+from clore_client.ssh.connect import import_paramiko
 from clore_client.validation import short_repr
 
 PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
 MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
 MAX_PINS = 1000
+LONGEST_KEY_FILE = 65536  # bytes
 LOCK_PATIENCE = 2.0  # seconds
 # A host key is negotiated by its signature algorithm: RSA keys have several.
 _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
@@ -39,18 +42,16 @@ def fingerprint_of(key: Any) -> str:
 
 def pin_fingerprint(pin: Pin) -> str:
     """Return the fingerprint of a pinned key."""
-    digest = hashlib.sha256(base64.b64decode(pin[1])).digest()
-    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+    return public_key_fingerprint(" ".join(pin)) or ""
 
 
-def check_host_key(name: str, value: Any) -> str:
+def check_host_key(value: Any) -> str:
     """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {short_repr(value)}")
-    if value in ("pin", "accept") or re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", value):
-        return value.rstrip("=")
-    raise ValueError(
-        f"{name} must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
+    text = isinstance(value, str)
+    if text and re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", value):
+        return str(value).rstrip("=")
+    raise (ValueError if text else TypeError)(
+        "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
         f"`ssh-keygen -l` prints it, not {short_repr(value)}"
     )
 
@@ -147,7 +148,7 @@ def _names(names: str, alias: str) -> bool:
         salt, digest = (base64.b64decode(part) for part in names[3:].split("|"))
     except ValueError:
         return False
-    return hmac.compare_digest(hmac.new(salt, alias.encode(), hashlib.sha1).digest(), digest)
+    return hmac.compare_digest(hmac.new(salt, alias.encode(), "sha1").digest(), digest)
 
 
 class KeyCheck:
@@ -209,3 +210,59 @@ class KeyCheck:
             expected=expected,
             found=found,
         )
+
+
+def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
+    """Return the private key with a fingerprint.
+
+    Returns:
+        A file of ``~/.ssh`` and None, or None and a key of the agent; None twice if there is none.
+        The agent comes first, because it needs no passphrase.
+    """
+    for key in _agent_keys():
+        if fingerprint_of(key) == fingerprint:
+            return None, key
+    folder = Path(os.path.expanduser("~/.ssh"))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return None, None
+    for name in names:
+        path = folder / name
+        if _file_fingerprint(path) == fingerprint:
+            return path, None
+    return None, None
+
+
+def _agent_keys() -> tuple[Any, ...]:
+    if not os.environ.get("SSH_AUTH_SOCK") and os.name != "nt":
+        return ()
+    try:
+        return tuple(import_paramiko().Agent().get_keys())
+    except Exception as error:
+        logger.debug("the SSH agent can't be asked: %s", error)
+        return ()
+
+
+def _file_fingerprint(path: Path) -> str | None:
+    """Return the fingerprint of a private key file; None if the file has no private key."""
+    text = _text_of(path)
+    if "PRIVATE KEY-----" not in text[:200]:
+        return None
+    if public := _text_of(path.with_name(f"{path.name}.pub")):  # as the key may be encrypted
+        return public_key_fingerprint(public)
+    try:
+        return fingerprint_of(import_paramiko().PKey.from_path(path))
+    except Exception as error:
+        logger.debug("%s is not a key that can be read: %s", path, error)
+        return None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if not path.is_file():
+            return ""
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read(LONGEST_KEY_FILE)
+    except OSError:
+        return ""
