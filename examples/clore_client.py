@@ -26,18 +26,15 @@ Contents:
     progress                    Report the progress of what takes long, and show it in a terminal or
                                 a notebook.
     config                      Find and check the API key, the base URL and the state folder.
-    models.table                Tables and cards of records, as text for a terminal and as HTML for
-                                a notebook.
-    models.record               Record, the base class of servers, orders and wallets, and helpers
-                                to read API responses.
+    models.record               Record, the base class of servers and orders; Wallet; and helpers to
+                                read API responses.
     models.server               Server, and its conversion from the live form to the documented
                                 form.
     models.order                Order, and its conversion from the live form to the documented form.
-    models.wallet               Wallet, the balance of one currency.
-    models.listing              Lists of servers, orders and wallets that show as tables.
+    models.listing              Lists of servers, orders and wallets that show as tables, in a
+                                terminal and in a notebook.
     models.plot                 Plot prices of servers with matplotlib.
     models.result               Results of commands and transfers over SSH.
-    models.spot_market          SpotMarket, the offers for one server.
     api.policy                  The retry policy. The README has the same table under "Retries".
     api.call                    Prepare an API call: check its arguments, and decide how it may be
                                 retried.
@@ -47,6 +44,7 @@ Contents:
                                 share the key.
     api.file_limit              Keep a rate limit in a file, for all processes of this user on this
                                 machine.
+    process                     Keep the state that all clients and rentals of this process share.
     api.limiters                Choose who shares a rate limit: this process, this machine, or many
                                 machines through Redis.
     api.redis_limit             Keep a rate limit in Redis, for many machines.
@@ -54,50 +52,37 @@ Contents:
                                 a call gives up.
     api.request                 Make API calls: send a request, respect the rate limit, retry,
                                 return a response or an error.
-    market.cost                 Estimate what a rental costs, with the fees of the account.
-    market.countries            Country codes, and the groups of countries that a search can name.
-    market.filters              The filters that ``find_servers``, ``find_cheapest`` and ``rent``
-                                share, and their checks.
-    market.gpu_names            Match GPU names that are written in different ways.
+    market.filters              The filters of a search: their checks, the groups of countries, the
+                                names of GPUs.
     market.host_history         Remember for a day which hosts worked, and which disappointed.
     market.search               Search a listing: apply all filters in one pass, sort, and explain
                                 what was left out.
-    market.spot                 Check spot bids, and convert them from USD per hour to the unit of
-                                the API.
-    market.market               Read the marketplace, and keep its prices and exchange rates.
-    market.summary              Summarize a listing: servers, GPUs and prices of each GPU model.
+    market.market               Read the marketplace, keep its prices and exchange rates, and
+                                convert bids.
+    market.spot                 The spot market of a server: its offers, and a bid that would win.
+    market.summary              Summarize the marketplace by GPU model, and estimate what a rental
+                                costs.
     orders.claims               Assign orders to purchases, so that no two purchases get the same
                                 order.
     orders.credentials          Remember how to log in to the orders of an account, in memory and in
                                 the state folder.
     orders.account              Read the orders of an account, and remember the orders of this
                                 client.
-    orders.limits               Check the user's limits: the price per hour, and the number of
-                                active orders.
     orders.bid                  Change the bid of a spot order.
     orders.cancel               Cancel orders until the API accepts it, and confirm that they have
                                 ended.
     orders.funds                Compare the wallets of an account with what its orders cost.
-    orders.reconcile            Reconcile a purchase with the order lists, when the response had no
-                                order id or was lost.
     orders.create               Create an order: check the arguments, send them once, and find the
                                 new order.
     orders.wait                 Wait until an order has a status.
-    rental.client               RentalClient, the interface to ``CloreClient`` that rentals use.
     rental.selection            Select the servers that ``rent()`` tries, with their prices.
-    rental.process              Keep the state that all rentals of this process share.
-    rental.signals              Handle SIGTERM and SIGHUP, so that they end rentals.
+    rental.signals              Handle SIGTERM and SIGHUP, and wait for another thread in a way that
+                                interrupts can't break.
     rental.budget               Count the cost of a rental, and check its limits.
     rental.journal              Keep the journal: one small file for each purchase, which survives
                                 the process.
-    rental.kept                 Record the orders that stay after their rental, and end those past
-                                their deadline.
     rental.orders               Keep track of the orders of one rental, in memory and in the
-                                journal.
-    rental.cleanup              End the orders of a rental: cancel, confirm, and reconcile purchases
-                                with unknown outcome.
-    rental.handoff              Call functions in another thread, and wait for it in a way that
-                                interrupts can't break.
+                                journal, and end them.
     rental.worker               RentalWorker, the thread that orders, watches and ends the orders of
                                 one rental.
     rental.rental               Rental, the context manager of ``rent()``: find, order, wait, and
@@ -107,30 +92,25 @@ Contents:
                                 side by side.
     rental.recovery             Find and cancel the orders that rentals of dead processes left
                                 running.
-    ssh.address                 Read the address of a machine from its order.
-    ssh.watchdog                Limit calls that have no timeout of their own, and start threads.
+    ssh.transfer.scripts        Shell scripts that a transfer runs on a host, with POSIX tools and
+                                those of GNU and busybox.
+    ssh.address                 Read the address of a machine, and write what OpenSSH needs to log
+                                in there.
     ssh.transport               Prepare paramiko's transports and channels: bounded memory, fast
                                 ciphers, dead links noticed.
     ssh.connect                 Log in to a rented machine. paramiko is imported when it is used,
                                 not with the package.
     ssh.connection_pool         Keep the connections of one call.
-    ssh.host_keys               Pin the host key of each order: later orders get the same host and
-                                port with another key.
-    ssh.command_line            Build the line that a host's shell runs: the command, its arguments,
-                                and its variables.
-    ssh.command_output          Collect the output of a command, and pass it on line by line.
+    ssh.command_text            Build the line that a host's shell runs, and read what the command
+                                prints.
     ssh.job_scripts             Shell scripts that start, watch and stop a job on a host, with POSIX
                                 tools and /proc.
     ssh.transfer.entry          Describe the files, directories and symlinks of a transfer.
     ssh.transfer.remote_script  Run a script on a host with ``sh``, whatever the login shell is.
-    ssh.transfer.scripts        Shell scripts that a transfer runs on a host, with POSIX tools and
-                                those of GNU and busybox.
     ssh.jobs                    Jobs: commands that run on a machine without a connection, and keep
                                 their output there.
-    ssh.openssh                 Write what OpenSSH needs to log in: a command line, or an entry for
-                                ``~/.ssh/config``.
-    ssh.private_keys            Find the private key of a public key, in ``~/.ssh`` and in the SSH
-                                agent.
+    ssh.keys                    Pin the host key of each order, and find the private key of a public
+                                one.
     ssh.transfer.options        Check the arguments of a transfer.
     ssh.access                  Log in to the machines of an account; check the host key of each
                                 order.
@@ -176,7 +156,6 @@ import contextlib
 import contextvars
 import copy
 import email.utils
-import enum
 import fnmatch
 import functools
 import hashlib
@@ -209,6 +188,7 @@ import time
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import lru_cache, partial
 from pathlib import Path
 from ssl import SSLCertVerificationError
 from types import FrameType, SimpleNamespace, TracebackType
@@ -217,7 +197,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
-    Generic,
+    Literal,
     NamedTuple,
     Protocol,
     SupportsIndex,
@@ -1143,11 +1123,6 @@ def positive(value: Any) -> float | None:
     return number if number is not None and number > 0 else None
 
 
-def rounded(number: float | None) -> float | None:
-    """Return a number with six decimals, to show it; None stays None."""
-    return None if number is None else round(number, 6)
-
-
 def per_hour(per_day: Any) -> Any:
     """Convert a price per day to a price per hour, and return any other value unchanged."""
     number = finite(per_day)
@@ -1254,7 +1229,6 @@ class ExchangeRates:
 
 Timeout = float | tuple[float | None, float | None] | None
 
-_ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # With these characters in an env value, create_order returns code 1 (seen on the live API).
 _REFUSED_CHARACTERS = "[&\u2018-\u201f\u2039\u203a\u00ab\u00bb\U0001f000-\U0001faff\u2600-\u27bf]"
 _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -1268,6 +1242,7 @@ MAX_PASSWORD = 32
 MAX_TOKEN = 32
 MAX_SSH_KEY = 3072
 MAX_ENV_NAME = 128
+_ENV_NAME = rf"[A-Za-z_][A-Za-z0-9_]{{0,{MAX_ENV_NAME - 1}}}"
 MAX_ENV_VALUE = 1536
 
 
@@ -1280,20 +1255,33 @@ def short_repr(value: Any) -> str:
     return printable(text, 80)
 
 
+def check_type(name: str, value: Any, allowed: str, *kinds: type) -> Any:
+    """Check the type of a value, and return it; a bool does not count as an int."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{name} must be {allowed}, not {short_repr(value)}")
+    return value
+
+
+def check_list(name: str, values: Any, allowed: str) -> None:
+    """Check that a value is an iterable, and not a string or a dict."""
+    if isinstance(values, (str, bytes, Mapping)):
+        raise TypeError(f"{name} must be {allowed}, not {short_repr(values)}")
+    check_type(name, values, allowed, Iterable)
+
+
 def check_id(name: str, value: Any) -> int:
     """Check an id: a positive integer, or a string of digits."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value.strip()):
         value = int(value)
     if isinstance(value, Mapping):
         raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise TypeError(f"{name} must be a positive integer, not {short_repr(value)}")
+    check_type(name, value, "a positive integer", int, str)
     if isinstance(value, str) or not 1 <= value < 10**MAX_ID_DIGITS:
         raise ValueError(
             f"{name} must be a positive integer of at most {MAX_ID_DIGITS} digits, "
             f"not {short_repr(value)}"
         )
-    return value
+    return int(value)
 
 
 def check_order_id(name: str, value: Any) -> int:
@@ -1310,8 +1298,7 @@ def check_order_id(name: str, value: Any) -> int:
 
 def check_order_ids(name: str, values: Any) -> list[int]:
     """Check a list of orders or their ids; a single one or a string is an error."""
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list of order ids, not {short_repr(values)}")
+    check_list(name, values, "a list of order ids")
     return [check_order_id(f"{name}[{i}]", value) for i, value in enumerate(values)]
 
 
@@ -1326,18 +1313,17 @@ def check_number(
     unit: str = "",
 ) -> float:
     """Check a number from ``minimum`` (or above it, with ``above``) to ``maximum``; never NaN."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number{unit and ' of ' + unit}, not {short_repr(value)}")
-    low = value <= minimum if above else value < minimum
-    huge = isinstance(value, int) and abs(value) > 10**300  # too large for a float
-    if huge or value != value or low or value > maximum or (value == math.inf and not infinite):
+    number: float = check_type(name, value, f"a number{unit and ' of ' + unit}", int, float)
+    low = number <= minimum if above else number < minimum
+    huge = isinstance(number, int) and abs(number) > 10**300  # too large for a float
+    if huge or number != number or low or number > maximum or (number == math.inf and not infinite):
         allowed = f"{'above' if above else 'at least'} {minimum:g}"
         allowed += "" if maximum == math.inf else f" and at most {maximum:g}"
         allowed += "" if infinite or maximum != math.inf else " and finite"
         raise ValueError(
             f"{name} must be {allowed}{unit and ' (' + unit + ')'}, not {short_repr(value)}"
         )
-    return value
+    return number
 
 
 def check_optional_number(name: str, value: Any, **limits: Any) -> float | None:
@@ -1347,8 +1333,7 @@ def check_optional_number(name: str, value: Any, **limits: Any) -> float | None:
 
 def check_count(name: str, value: Any, *, minimum: int = 0, maximum: float = math.inf) -> int:
     """Check a whole number, at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {short_repr(value)}")
+    check_type(name, value, "a whole number", int)
     return int(check_number(name, value, minimum=minimum, maximum=maximum))
 
 
@@ -1359,9 +1344,8 @@ def check_interval(name: str, value: Any) -> float:
 
 def check_bool(name: str, value: Any) -> bool:
     """Check that a value is True or False; a string such as ``"false"`` would count as true."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {short_repr(value)}")
-    return value
+    checked: bool = check_type(name, value, "True or False", bool)
+    return checked
 
 
 def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
@@ -1401,9 +1385,8 @@ def check_callback(name: str, value: Any, arguments: int) -> None:
 
 def check_string(name: str, value: Any) -> str:
     """Check a string, which may be empty."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, not {short_repr(value)}")
-    return value
+    text: str = check_type(name, value, "a string", str)
+    return text
 
 
 def check_text(name: str, value: Any, *, secret: bool = False) -> str:
@@ -1487,8 +1470,7 @@ def check_order_type(name: str, value: Any) -> str:
 
 def check_ports(name: str, value: Any) -> dict[str, str]:
     """Check a dict of container ports with ``"tcp"`` or ``"http"``; return it with string keys."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict like {{'22': 'tcp'}}, not {short_repr(value)}")
+    check_type(name, value, "a dict like {'22': 'tcp'}", Mapping)
     ports: dict[str, str] = {}
     for port, protocol in value.items():
         digits = port if isinstance(port, str) else ""
@@ -1511,13 +1493,8 @@ def check_env(name: str, value: Any) -> dict[str, str]:
     for variable, text in value.items():
         if not isinstance(variable, str) or not re.fullmatch(_ENV_NAME, variable):
             raise ValueError(
-                f"{name}: a variable name must have only letters, digits and _, and not begin "
-                f"with a digit, unlike {short_repr(variable)}"
-            )
-        if len(variable) > MAX_ENV_NAME:
-            raise ValueError(
-                f"{name}: a variable name must have at most {MAX_ENV_NAME} characters, unlike "
-                f"{short_repr(variable)}"
+                f"{name}: a variable name must have at most {MAX_ENV_NAME} characters, only "
+                f"letters, digits and _, and not begin with a digit, unlike {short_repr(variable)}"
             )
         if not isinstance(text, str):
             raise TypeError(f"{name}[{variable!r}] must be a string, not {type(text).__name__}")
@@ -1606,12 +1583,16 @@ Report = Callable[[ProgressEvent], object]
 
 
 class ProgressOptions:
-    """The arguments ``on_progress`` and ``progress``, checked."""
+    """The arguments ``on_progress`` and ``progress``, checked.
+
+    Threads that share this object report one at a time.
+    """
 
     def __init__(self, on_progress: Any = None, progress: Any = False) -> None:
         check_callback("on_progress", on_progress, 1)
         self.on_progress: Report | None = on_progress
         self.shown = check_bool("progress", progress)
+        self._turn = threading.Lock()
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[Report | None]:
@@ -1620,11 +1601,14 @@ class ProgressOptions:
         reports = [] if self.on_progress is None else [self.on_progress]
         if display is not None:
             reports.append(display.show)
+
+        def report_to_all(event: ProgressEvent) -> None:
+            with self._turn:
+                for report in reports:
+                    report(event)
+
         try:
-            if reports:
-                yield lambda event: [report(event) for report in reports]
-            else:
-                yield None
+            yield report_to_all if reports else None
         finally:
             if display is not None:
                 display.close()
@@ -1862,7 +1846,6 @@ def check_key_may_go_to(base_url: str) -> None:
         )
 
 
-V = TypeVar("V")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -1893,26 +1876,6 @@ def read_line(path: str) -> str:
             return file.readline(200).strip()
     except OSError:
         return ""
-
-
-class PerAccount(Generic[V]):
-    """A table with one object per base URL and key, made on first use.
-
-    It is empty in a forked child, because another thread may have held a lock at the fork.
-    """
-
-    def __init__(self, make: Callable[[], V]) -> None:
-        self._make = make
-        self._of: dict[str, V] = {}
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._of.clear)
-
-    def of(self, base_url: str, api_key: str) -> V:
-        """Return the object of an account."""
-        account = account_digest(base_url, api_key)  # in place of the key
-        found = self._of.get(account)
-        # setdefault() is atomic: if two threads make one, both get the first.
-        return self._of.setdefault(account, self._make()) if found is None else found
 
 
 def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
@@ -1956,195 +1919,31 @@ def warn_about_state(what: str, error: object) -> None:
 
 
 # ==================================================================================================
-# models.table
-#
-# Tables and cards of records, as text for a terminal and as HTML for a notebook.
-# ==================================================================================================
-
-
-MAX_ROWS = 20
-MAX_WIDTH = 28  # characters of a cell, if its column does not say otherwise
-GAP = "  "
-NUMBER_STYLE = "text-align:right;padding:0.2em 0.6em;font-variant-numeric:tabular-nums"
-TEXT_STYLE = "text-align:left;padding:0.2em 0.6em"
-DIMMED_STYLE = "opacity:0.5"
-
-
-class Column:
-    """One column of a table.
-
-    Attributes:
-        heading: its heading, with the unit.
-        text: returns the text of a record, or None.
-        right: whether to align the column on the right, as numbers are.
-        widest: the most characters of a cell; the rest is cut.
-    """
-
-    def __init__(
-        self,
-        heading: str,
-        text: Callable[[Any], str | None],
-        right: bool = False,
-        widest: int = MAX_WIDTH,
-    ) -> None:
-        self.heading = heading
-        self.text = text
-        self.right = right
-        self.widest = widest
-
-
-def decimal(number: float | None, digits: int) -> str | None:
-    """Return a number with a fixed number of digits, so that the numbers of a column align.
-
-    A number that is too small or too large for that has an exponent.
-    """
-    if number is None:
-        return None
-    if number and not 0.5 * 10**-digits <= abs(number) < 1e9:
-        return f"{number:.2g}"
-    return f"{number:.{digits}f}"
-
-
-def utc_time(seconds: float | None) -> str | None:
-    """Return a Unix time as ``"2026-07-16 12:00"``, in UTC, or None."""
-    import time
-
-    if seconds is None:
-        return None
-    try:
-        return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
-    except (ValueError, OverflowError, OSError):  # not a time at all
-        return None
-
-
-def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
-    """Return the text of a cell on one line, without characters that a terminal obeys."""
-    if text is None or (len(text) <= widest and text.isascii() and text.isprintable()):
-        return text or ""
-    import unicodedata
-
-    # Many combining marks on one letter would run over the lines above and below.
-    composed = unicodedata.normalize("NFC", text[: 4 * widest])
-    plain = printable("".join(c for c in composed if not unicodedata.combining(c)))
-    return plain if len(plain) <= widest else f"{plain[: widest - 3]}..."
-
-
-def text_width(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
-    """Return each column with its cells, without the columns that have no text at all."""
-    filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
-    return [(column, cells) for column, cells in filled if any(cells)]
-
-
-def text_table(records: Sequence[Any], columns: Sequence[Column], width: int) -> str:
-    """Return a table as lines of text.
-
-    The last columns are left out where the table would be wider than ``width``.
-
-    Parameters:
-        records: the rows; after ``MAX_ROWS`` of them, a last line says how many more there are.
-        columns: the columns, the most important first.
-        width: columns of the terminal.
-    """
-    lines: list[str] = []
-    for column, cells in cells_of(records[:MAX_ROWS], columns):
-        texts = [column.heading, *cells]
-        widest = max(map(text_width, texts))
-        if lines and text_width(lines[0]) + len(GAP) + widest > width:
-            break
-        padded = [_padded(text, widest, column.right) for text in texts]
-        lines = [f"{a}{GAP}{b}" for a, b in zip(lines, padded, strict=True)] if lines else padded
-    shown = [_cut(line.rstrip(), width) for line in lines]
-    return "\n".join(shown + _rest(records))
-
-
-def _padded(text: str, width: int, right: bool) -> str:
-    blanks = " " * (width - text_width(text))
-    return blanks + text if right else text + blanks
-
-
-def _cut(line: str, width: int) -> str:
-    """Cut a line at the width of a very narrow terminal."""
-    while text_width(line) > max(width, 1):
-        line = line[:-1]
-    return line
-
-
-def _rest(records: Sequence[Any]) -> list[str]:
-    more = len(records) - MAX_ROWS
-    return [f"... and {more} more"] if more > 0 else []
-
-
-def html_table(
-    records: Sequence[Any], columns: Sequence[Column], dimmed: Callable[[Any], bool]
-) -> str:
-    """Return a table as HTML.
-
-    Parameters:
-        records, columns: as for :func:`text_table`.
-        dimmed: returns whether to show a record in a paler color.
-    """
-    from html import escape  # slow to import, and only notebooks need it
-
-    shown = cells_of(records[:MAX_ROWS], columns)
-    styles = [NUMBER_STYLE if column.right else TEXT_STYLE for column, _ in shown]
-    head = "".join(
-        f'<th style="{style}">{escape(column.heading)}</th>'
-        for style, (column, _) in zip(styles, shown, strict=True)
-    )
-    rows = [f"<tr>{head}</tr>"]
-    for record, *cells in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True):
-        row = "".join(
-            f'<td style="{style};white-space:nowrap">{escape(cell)}</td>'
-            for style, cell in zip(styles, cells, strict=True)
-        )
-        rows.append(
-            f'<tr style="{DIMMED_STYLE}">{row}</tr>' if dimmed(record) else f"<tr>{row}</tr>"
-        )
-    rest = "".join(f"<p>{line}</p>" for line in _rest(records))
-    return f"<table><thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>{rest}"
-
-
-def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
-    """Return a table with one row for each fact that is not None, as HTML."""
-    from html import escape
-
-    def shown(value: Any) -> str:
-        if isinstance(value, float):
-            value = f"{value:.6g}"
-        return escape(cell_text(str(value), 120))
-
-    rows = "".join(
-        f'<tr><th style="{TEXT_STYLE}">{shown(name)}</th>'
-        f'<td style="{TEXT_STYLE}">{shown(value)}</td></tr>'
-        for name, value in facts
-        if value is not None
-    )
-    head = f'<th colspan="2" style="{TEXT_STYLE}">{shown(title)}</th>'
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-# ==================================================================================================
 # models.record
 #
-# Record, the base class of servers, orders and wallets, and helpers to read API responses.
+# Record, the base class of servers and orders; Wallet; and helpers to read API responses.
 # ==================================================================================================
 
 
 R = TypeVar("R", bound="Record")
 
 # One record with one of these fields means that the whole response is in the live form.
-LIVE_PRICE_MARKERS = ("on_demand", "original_usd")
 LIVE_ORDER_MARKERS = ("si", "ct", "mon_container", "pub_cluster")
 LIVE_MARKET_MARKERS = ("currency_rates_in_usd", "server")
+
+
+class RawRecords:
+    """Records in JSON; each is decoded whenever it is read, and not kept."""
+
+    def __init__(self, raw: list[Any], decode: Callable[[Any], Any]) -> None:
+        self._raw = raw
+        self._decode = decode
+
+    def __getitem__(self, index: int) -> Any:
+        return self._decode(self._raw[index])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._decode, self._raw)
 
 
 def dicts(value: Any) -> list[dict[str, Any]]:
@@ -2161,13 +1960,14 @@ def part_of(record: Any, *path: str) -> Any:
     return record
 
 
+def text_of(record: Any, *path: str) -> str | None:
+    """Return the text at ``path`` in nested dicts; None if there is none, or it is empty."""
+    text = part_of(record, *path)
+    return text if isinstance(text, str) and text else None
+
+
 def is_live(response: Mapping[str, Any]) -> bool:
-    """Return whether a response is in the live form."""
-    servers = response.get("servers")
-    for server in servers if isinstance(servers, list) else ():  # no copy of a long list
-        price = server.get("price") if isinstance(server, dict) else None
-        if isinstance(price, dict) and any(marker in price for marker in LIVE_PRICE_MARKERS):
-            return True
+    """Return whether a response with orders or a spot market is in the live form."""
     for order in dicts(response.get("orders")):
         if any(marker in order for marker in LIVE_ORDER_MARKERS):
             return True
@@ -2200,6 +2000,7 @@ class Record(dict[str, Any]):
     _wire: dict[str, Any]
     # The properties in a card and in a row of to_dicts(): numbers, text and bools.
     FIELDS: ClassVar[tuple[str, ...]] = ()
+    SHOWN: ClassVar[tuple[str, ...]] = ()  # the properties in the repr; if empty, the FIELDS
 
     @property
     def wire(self) -> dict[str, Any]:
@@ -2231,7 +2032,9 @@ class Record(dict[str, Any]):
 
     def _summary(self) -> dict[str, Any]:
         """Return what the repr shows: names of properties, and their values."""
-        return {name: getattr(self, name) for name in self.FIELDS} or self
+        shown = {name: getattr(self, name) for name in self.SHOWN or self.FIELDS}
+        usd = {k: round(v, 6) for k, v in shown.items() if "usd" in k and isinstance(v, float)}
+        return {**shown, **usd} or self
 
     def _facts(self) -> dict[str, Any]:
         """Return what the card shows, by the names of properties; the first is in the heading."""
@@ -2255,6 +2058,57 @@ class Record(dict[str, Any]):
         return f"<{type(self).__name__} {fields}>"
 
     __str__ = __repr__
+
+
+class Wallet(Record):
+    """One wallet: a dict with ``name``, ``balance`` and ``deposit_address``.
+
+    The live API calls the address ``deposit``; that field is kept too.
+    """
+
+    __slots__ = ("_rates",)
+    _rates: ExchangeRates
+    FIELDS = ("name", "balance", "balance_usd", "deposit_address")
+
+    @property
+    def name(self) -> str | None:
+        """The currency, for example ``"CLORE-Blockchain"``."""
+        return text_of(self, "name")
+
+    @property
+    def balance(self) -> float | None:
+        """The balance, in its currency."""
+        return finite(self.get("balance"))
+
+    @property
+    def balance_usd(self) -> float | None:
+        """The balance in USD; None if the balance or the exchange rate is not known."""
+        rates = getattr(self, "_rates", None) or ExchangeRates()
+        return rates.usd(self.balance, self.name)
+
+    @property
+    def deposit_address(self) -> str | None:
+        """The address for deposits."""
+        return text_of(self, "deposit_address")
+
+
+def to_wallets(response: dict[str, Any], rates: ExchangeRates | None = None) -> list[Wallet]:
+    """Convert the wallets of a response to the documented form.
+
+    Parameters:
+        response: the response with the list of wallets.
+        rates: the exchange rates for ``balance_usd``.
+    """
+    wallets = []
+    for record in dicts(response.get("wallets")):
+        wallet = Wallet(record)
+        wallet._wire = record
+        if rates is not None:
+            wallet._rates = rates
+        if "deposit" in record:
+            wallet.setdefault("deposit_address", record["deposit"])
+        wallets.append(wallet)
+    return wallets
 
 
 # ==================================================================================================
@@ -2497,6 +2351,7 @@ class Server(GPURecord):
     """
 
     __slots__ = ()
+    SHOWN = ("id", "gpu", "usd_per_hour", "spot_usd_per_hour", "reliability", "country", "rented")
     FIELDS = (
         "id",
         "gpu_name",
@@ -2578,8 +2433,7 @@ class Server(GPURecord):
     @property
     def country(self) -> str | None:
         """The two-letter country code of its network."""
-        code = part_of(self, "specs", "net", "cc")
-        return code if isinstance(code, str) and code else None
+        return text_of(self, "specs", "net", "cc")
 
     @property
     def ram_gb(self) -> float | None:
@@ -2639,19 +2493,7 @@ class Server(GPURecord):
     @property
     def cuda_version(self) -> str | None:
         """The highest CUDA version that its driver supports, for example ``"13.0"``."""
-        version = self.get("cuda_version")
-        return version if isinstance(version, str) and version else None
-
-    def _summary(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "gpu": self.gpu,
-            "usd_per_hour": rounded(self.usd_per_hour),
-            "spot_usd_per_hour": rounded(self.spot_usd_per_hour),
-            "reliability": self.reliability,
-            "country": self.country,
-            "rented": self.rented,
-        }
+        return text_of(self, "cuda_version")
 
 
 def to_server(record: dict[str, Any], live: bool) -> Server:
@@ -2677,39 +2519,73 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
     return server
 
 
-def to_servers(response: dict[str, Any], *, include_rented: bool = False) -> list[Server]:
-    """Return the servers of a response, in the API's order."""
-    live = is_live(response)
-    return [
-        to_server(record, live)
-        for record in dicts(response.get("servers"))
-        if include_rented or not record.get("rented")
-    ]
+class Marketplace:
+    """The list of servers of one response.
 
+    With the extra ``fast``, a server is decoded when it is read: to keep thousands of them takes
+    longer than to decode them twice.
 
-def listed_prices(response: dict[str, Any], rates: ExchangeRates) -> dict[int, float]:
-    """Return the on-demand price in USD per hour by server id.
-
-    Stores the exchange rates that follow from the prices in ``rates``, for display.
+    Attributes:
+        live: whether the response is in the live form.
+        ids: the id of each server, or None.
+        gpus: the GPU names of each server.
+        prices: the on-demand price in USD per hour by server id.
+        rates: USD for one unit of each currency, as the prices of a server imply.
     """
-    live = is_live(response)
-    prices: dict[int, float] = {}
-    implied: dict[str, float] = {}
-    for record in dicts(response.get("servers")):
-        usd, server_id = server_price(record, live, spot=False), record.get("id")
-        if type(server_id) is not int:  # the usual case is an int, kept fast
-            server_id = whole_id(server_id)
+
+    def __init__(self, response: Mapping[str, Any]) -> None:
+        servers = response.get("servers")
+        self._servers = servers if isinstance(servers, (list, RawRecords)) else []
+        self.live = any(_is_live_server(record) for record in self._servers)
+        self._places: list[int] = []  # of the servers among other things in the list
+        self.ids: list[int | None] = []
+        self.gpus: list[tuple[str, ...]] = []
+        self.prices: dict[int, float] = {}
+        self.rates: dict[str, float] = {}
+        same: dict[tuple[str, ...], tuple[str, ...]] = {}  # so that equal names are kept once
+        for place, record in enumerate(self._servers):
+            if isinstance(record, dict):
+                self._places.append(place)
+                self.ids.append(whole_id(record.get("id")))
+                names = tuple(gpu_names(record))
+                self.gpus.append(same.setdefault(names, names))
+                self._add_price(record)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record: dict[str, Any] = self._servers[self._places[index]]
+        return record
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield each server as the API sent it."""
+        return (record for record in self._servers if isinstance(record, dict))
+
+    def _add_price(self, record: dict[str, Any]) -> None:
+        usd, server_id = server_price(record, self.live, spot=False), self.ids[-1]
         if usd is None or server_id is None:
-            continue
-        prices[server_id] = usd
-        if live and len(implied) < len(_USD_FIELDS):
+            return
+        self.prices[server_id] = usd
+        if self.live and len(self.rates) < len(_USD_FIELDS):
             for currency, usd_field in _USD_FIELDS.items():
                 amount = positive(part_of(record, "price", "on_demand", currency))
                 in_usd = positive(part_of(record, "price", "usd", usd_field))
                 if amount and in_usd:
-                    implied[currency] = in_usd / amount
-    rates.update(implied, display_only=True)
-    return prices
+                    self.rates[currency] = in_usd / amount
+
+    def servers(self, *, include_rented: bool = False) -> list[Server]:
+        """Return the servers in the documented form, in the API's order."""
+        return [
+            to_server(record, self.live)
+            for record in self
+            if include_rented or not record.get("rented")
+        ]
+
+
+def _is_live_server(record: Any) -> bool:
+    price = record.get("price") if isinstance(record, dict) else None
+    return isinstance(price, dict) and ("on_demand" in price or "original_usd" in price)
 
 
 # ==================================================================================================
@@ -2778,6 +2654,19 @@ class Order(GPURecord):
         "image",
         "ssh_command",
     )
+    SHOWN = (
+        "id",
+        "server_id",
+        "status",
+        "gpu",
+        "price",
+        "currency",
+        "usd_per_hour",
+        "image",
+        "started_at",
+        "ssh_command",
+        "ssh_password",
+    )
 
     @property
     def id(self) -> int | None:
@@ -2792,8 +2681,7 @@ class Order(GPURecord):
     @property
     def status(self) -> str | None:
         """``"creating"``, ``"running"``, ``"cancelled"`` or ``"expired"``."""
-        status = self.get("status")
-        return status if isinstance(status, str) else None
+        return text_of(self, "status")
 
     @property
     def price(self) -> float | None:
@@ -2803,14 +2691,12 @@ class Order(GPURecord):
     @property
     def currency(self) -> str | None:
         """The currency that it is paid in, as the API names it."""
-        currency = self.get("currency")
-        return currency if isinstance(currency, str) else None
+        return text_of(self, "currency")
 
     @property
     def image(self) -> str | None:
         """The Docker image."""
-        image = self.get("image")
-        return image if isinstance(image, str) else None
+        return text_of(self, "image")
 
     @property
     def is_running(self) -> bool:
@@ -2833,14 +2719,12 @@ class Order(GPURecord):
     @property
     def ssh_command(self) -> str | None:
         """``"ssh root@<host> -p <port>"``, or None before the order runs."""
-        command = part_of(self, "connection", "ssh")
-        return command if isinstance(command, str) and command else None
+        return text_of(self, "connection", "ssh")
 
     @property
     def ssh_password(self) -> str | None:
         """The password that this client sent with the order, or None if it does not have it."""
-        password = self.get("ssh_password")
-        return password if isinstance(password, str) else None
+        return text_of(self, "ssh_password")
 
     @property
     def http_urls(self) -> dict[str, str]:
@@ -2907,21 +2791,9 @@ class Order(GPURecord):
         return getattr(self, "_live", None)
 
     def _summary(self) -> dict[str, Any]:
-        if self.body is not None:
-            return {"usd_per_hour": self.usd_per_hour, "body": self.body}
-        return {
-            "id": self.id,
-            "server_id": self.server_id,
-            "status": self.status,
-            "gpu": self.gpu,
-            "price": self.price,
-            "currency": self.currency,
-            "usd_per_hour": rounded(self.usd_per_hour),
-            "image": self.image,
-            "started_at": self.started_at,
-            "ssh_command": self.ssh_command,
-            "ssh_password": self.ssh_password,
-        }
+        if self.body is None:
+            return super()._summary()
+        return {"usd_per_hour": self.usd_per_hour, "body": self.body}
 
     def _facts(self) -> dict[str, Any]:
         started = utc_time(self.started_at)
@@ -3015,6 +2887,13 @@ def to_orders(
     return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
 
 
+def in_documented_form(order: Order) -> bool:
+    """Return whether an order has a field that only the documented form has."""
+    return order.is_live is False and any(
+        name in order.wire for name in ("status", "connection", "renting_server")
+    )
+
+
 def created_id(response: dict[str, Any]) -> int | None:
     """Return the order id in a response to ``create_order``.
 
@@ -3029,69 +2908,9 @@ def created_id(response: dict[str, Any]) -> int | None:
 
 
 # ==================================================================================================
-# models.wallet
-#
-# Wallet, the balance of one currency.
-# ==================================================================================================
-
-
-class Wallet(Record):
-    """One wallet: a dict with ``name``, ``balance`` and ``deposit_address``.
-
-    The live API calls the address ``deposit``; that field is kept too.
-    """
-
-    __slots__ = ("_rates",)
-    _rates: ExchangeRates
-    FIELDS = ("name", "balance", "balance_usd", "deposit_address")
-
-    @property
-    def name(self) -> str | None:
-        """The currency, for example ``"CLORE-Blockchain"``."""
-        name = self.get("name")
-        return name if isinstance(name, str) else None
-
-    @property
-    def balance(self) -> float | None:
-        """The balance, in its currency."""
-        return finite(self.get("balance"))
-
-    @property
-    def balance_usd(self) -> float | None:
-        """The balance in USD; None if the balance or the exchange rate is not known."""
-        rates = getattr(self, "_rates", None) or ExchangeRates()
-        return rates.usd(self.balance, self.name)
-
-    @property
-    def deposit_address(self) -> str | None:
-        """The address for deposits."""
-        address = self.get("deposit_address")
-        return address if isinstance(address, str) else None
-
-
-def to_wallets(response: dict[str, Any], rates: ExchangeRates | None = None) -> list[Wallet]:
-    """Convert the wallets of a response to the documented form.
-
-    Parameters:
-        response: the response with the list of wallets.
-        rates: the exchange rates for ``balance_usd``.
-    """
-    wallets = []
-    for record in dicts(response.get("wallets")):
-        wallet = Wallet(record)
-        wallet._wire = record
-        if rates is not None:
-            wallet._rates = rates
-        if "deposit" in record:
-            wallet.setdefault("deposit_address", record["deposit"])
-        wallets.append(wallet)
-    return wallets
-
-
-# ==================================================================================================
 # models.listing
 #
-# Lists of servers, orders and wallets that show as tables.
+# Lists of servers, orders and wallets that show as tables, in a terminal and in a notebook.
 # ==================================================================================================
 
 
@@ -3108,6 +2927,174 @@ UNIT_NAMES = {
 # A spreadsheet takes a text that starts with one of these as a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}",
                   "\N{FULLWIDTH HYPHEN-MINUS}", "\N{FULLWIDTH COMMERCIAL AT}")  # fmt: skip
+MAX_ROWS = 20
+MAX_WIDTH = 28  # characters of a cell, if its column does not say otherwise
+GAP = "  "
+NUMBER_STYLE = "text-align:right;padding:0.2em 0.6em;font-variant-numeric:tabular-nums"
+TEXT_STYLE = "text-align:left;padding:0.2em 0.6em"
+DIMMED_STYLE = "opacity:0.5"
+
+
+# --- tables ---
+
+
+class Column(NamedTuple):
+    """One column of a table.
+
+    Attributes:
+        heading: its heading, with the unit.
+        text: returns the text of a record, or None.
+        right: whether to align the column on the right, as numbers are.
+        widest: the most characters of a cell; the rest is cut.
+    """
+
+    heading: str
+    text: Callable[[Any], str | None]
+    right: bool = False
+    widest: int = MAX_WIDTH
+
+
+def decimal(number: float | None, digits: int) -> str | None:
+    """Return a number with a fixed number of digits, so that the numbers of a column align.
+
+    A number that is too small or too large for that has an exponent.
+    """
+    if number is None:
+        return None
+    if number and not 0.5 * 10**-digits <= abs(number) < 1e9:
+        return f"{number:.2g}"
+    return f"{number:.{digits}f}"
+
+
+def utc_time(seconds: float | None) -> str | None:
+    """Return a Unix time as ``"2026-07-16 12:00"``, in UTC, or None."""
+    import time
+
+    if seconds is None:
+        return None
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
+    except (ValueError, OverflowError, OSError):  # not a time at all
+        return None
+
+
+def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
+    """Return the text of a cell on one line, without characters that a terminal obeys."""
+    if text is None or (len(text) <= widest and text.isascii() and text.isprintable()):
+        return text or ""
+    import unicodedata
+
+    # Many combining marks on one letter would run over the lines above and below.
+    composed = unicodedata.normalize("NFC", text[: 4 * widest])
+    plain = printable("".join(c for c in composed if not unicodedata.combining(c)))
+    return plain if len(plain) <= widest else f"{plain[: widest - 3]}..."
+
+
+def text_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
+    """Return each column with its cells, without the columns that have no text at all."""
+    filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
+    return [(column, cells) for column, cells in filled if any(cells)]
+
+
+def text_table(records: Sequence[Any], columns: Sequence[Column], width: int) -> str:
+    """Return a table as lines of text.
+
+    The last columns are left out where the table would be wider than ``width``.
+
+    Parameters:
+        records: the rows; after ``MAX_ROWS`` of them, a last line says how many more there are.
+        columns: the columns, the most important first.
+        width: columns of the terminal.
+    """
+    lines: list[str] = []
+    for column, cells in cells_of(records[:MAX_ROWS], columns):
+        texts = [column.heading, *cells]
+        widest = max(map(text_width, texts))
+        if lines and text_width(lines[0]) + len(GAP) + widest > width:
+            break
+        padded = [_padded(text, widest, column.right) for text in texts]
+        lines = [f"{a}{GAP}{b}" for a, b in zip(lines, padded, strict=True)] if lines else padded
+    shown = [_cut(line.rstrip(), width) for line in lines]
+    return "\n".join(shown + _rest(records))
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    blanks = " " * (width - text_width(text))
+    return blanks + text if right else text + blanks
+
+
+def _cut(line: str, width: int) -> str:
+    """Cut a line at the width of a very narrow terminal."""
+    while text_width(line) > max(width, 1):
+        line = line[:-1]
+    return line
+
+
+def _rest(records: Sequence[Any]) -> list[str]:
+    more = len(records) - MAX_ROWS
+    return [f"... and {more} more"] if more > 0 else []
+
+
+def html_table(
+    records: Sequence[Any], columns: Sequence[Column], dimmed: Callable[[Any], bool]
+) -> str:
+    """Return a table as HTML.
+
+    Parameters:
+        records, columns: as for :func:`text_table`.
+        dimmed: returns whether to show a record in a paler color.
+    """
+    from html import escape  # slow to import, and only notebooks need it
+
+    shown = cells_of(records[:MAX_ROWS], columns)
+    styles = [NUMBER_STYLE if column.right else TEXT_STYLE for column, _ in shown]
+
+    def row(tag: str, texts: Iterable[str], style: str = "") -> str:
+        cells = "".join(
+            f'<{tag} style="{cell_style}">{escape(text)}</{tag}>'
+            for cell_style, text in zip(styles, texts, strict=True)
+        )
+        return f'<tr style="{style}">{cells}</tr>'
+
+    head = row("th", (column.heading for column, _ in shown))
+    body = "".join(
+        row("td", texts, DIMMED_STYLE if dimmed(record) else "")
+        for record, *texts in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True)
+    )
+    rest = "".join(f"<p>{line}</p>" for line in _rest(records))
+    table = f"<thead>{head}</thead><tbody>{body}</tbody>"
+    return f'<table style="white-space:nowrap">{table}</table>{rest}'
+
+
+def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
+    """Return a table with one row for each fact that is not None, as HTML."""
+    from html import escape
+
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            value = f"{value:.6g}"
+        return escape(cell_text(str(value), 120))
+
+    rows = "".join(
+        f'<tr><th style="{TEXT_STYLE}">{shown(name)}</th>'
+        f'<td style="{TEXT_STYLE}">{shown(value)}</td></tr>'
+        for name, value in facts
+        if value is not None
+    )
+    head = f'<th colspan="2" style="{TEXT_STYLE}">{shown(title)}</th>'
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+# --- lists ---
 
 
 class Listing(list[Item]):
@@ -3235,16 +3222,16 @@ def _csv_cell(value: Any) -> Any:
     return f"'{text}" if text.lstrip().startswith(FORMULA_STARTS) else text
 
 
-def _number_column(name: str, digits: int) -> Callable[[Any], str | None]:
-    return lambda record: decimal(getattr(record, name), digits)
+def _number(heading: str, name: str, digits: int) -> Column:
+    return Column(heading, lambda record: decimal(getattr(record, name), digits), right=True)
 
 
-def _text_column(name: str) -> Callable[[Any], str | None]:
+def _text(heading: str, name: str, **options: Any) -> Column:
     def text(record: Any) -> str | None:
         value = getattr(record, name)
         return None if value is None else str(value)
 
-    return text
+    return Column(heading, text, **options)
 
 
 class ServerList(Listing[Server]):
@@ -3253,20 +3240,20 @@ class ServerList(Listing[Server]):
     _things = "servers"
     _record = Server
     _columns = (
-        Column("id", _text_column("id"), True),
-        Column("gpu", _text_column("gpu")),
-        Column("USD/h", _number_column("usd_per_hour", 4), True),
-        Column("spot USD/h", _number_column("spot_usd_per_hour", 4), True),
-        Column("reliable %", _number_column("reliability", 2), True),
-        Column("country", _text_column("country")),
+        _text("id", "id", right=True),
+        _text("gpu", "gpu"),
+        _number("USD/h", "usd_per_hour", 4),
+        _number("spot USD/h", "spot_usd_per_hour", 4),
+        _number("reliable %", "reliability", 2),
+        _text("country", "country"),
         Column("rented", lambda server: "rented" if server.rented else None),
-        Column("VRAM GB", _number_column("vram_gb", 0), True),
-        Column("RAM GB", _number_column("ram_gb", 0), True),
-        Column("USD/GPU h", _number_column("usd_per_gpu_hour", 4), True),
-        Column("disk GB", _number_column("disk_gb", 0), True),
-        Column("cores", _text_column("cpu_cores"), True),
-        Column("down Mbps", _number_column("download_mbps", 0), True),
-        Column("CUDA", _text_column("cuda_version"), True),
+        _number("VRAM GB", "vram_gb", 0),
+        _number("RAM GB", "ram_gb", 0),
+        _number("USD/GPU h", "usd_per_gpu_hour", 4),
+        _number("disk GB", "disk_gb", 0),
+        _text("cores", "cpu_cores", right=True),
+        _number("down Mbps", "download_mbps", 0),
+        _text("CUDA", "cuda_version", right=True),
     )
 
     @staticmethod
@@ -3280,17 +3267,17 @@ class OrderList(Listing[Order]):
     _things = "orders"
     _record = Order
     _columns = (
-        Column("id", _text_column("id"), True),
-        Column("status", _text_column("status")),
-        Column("gpu", _text_column("gpu")),
-        Column("USD/h", _number_column("usd_per_hour", 4), True),
-        Column("cost USD", _number_column("cost_usd", 4), True),
-        Column("price/h", _number_column("price", 4), True),
-        Column("currency", _text_column("currency")),
-        Column("server", _text_column("server_id"), True),
+        _text("id", "id", right=True),
+        _text("status", "status"),
+        _text("gpu", "gpu"),
+        _number("USD/h", "usd_per_hour", 4),
+        _number("cost USD", "cost_usd", 4),
+        _number("price/h", "price", 4),
+        _text("currency", "currency"),
+        _text("server", "server_id", right=True),
         Column("started UTC", lambda order: utc_time(order.started_at)),
-        Column("ssh", _text_column("ssh_command"), widest=60),
-        Column("image", _text_column("image"), widest=60),
+        _text("ssh", "ssh_command", widest=60),
+        _text("image", "image", widest=60),
     )
 
     @staticmethod
@@ -3304,10 +3291,10 @@ class WalletList(Listing[Wallet]):
     _things = "wallets"
     _record = Wallet
     _columns = (
-        Column("name", _text_column("name")),
-        Column("balance", _number_column("balance", 8), True),
-        Column("USD", _number_column("balance_usd", 2), True),
-        Column("deposit address", _text_column("deposit_address"), widest=60),
+        _text("name", "name"),
+        _number("balance", "balance", 8),
+        _number("USD", "balance_usd", 2),
+        _text("deposit address", "deposit_address", widest=60),
     )
 
 
@@ -3351,8 +3338,7 @@ def check_plot(servers: Any, path: Any) -> None:
         raise TypeError(f"servers must be a list of servers, as of find_servers(), not {shown}")
     if path is None:
         return
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a path, not {short_repr(path)}")
+    check_type("path", path, "a path", str, os.PathLike)
     check_local_path("path", path)
     if os.path.splitext(os.fsdecode(path))[1] not in PICTURES:
         raise ValueError(f"path must end with one of {PICTURES}, not {short_repr(path)}")
@@ -3591,115 +3577,6 @@ class TransferResult:
 
 
 # ==================================================================================================
-# models.spot_market
-#
-# SpotMarket, the offers for one server.
-# ==================================================================================================
-
-
-class SpotOffer(Record):
-    """One bid for a server: a dict with the fields of the API and ``usd_per_hour``."""
-
-    __slots__ = ()
-
-    @property
-    def id(self) -> int | None:
-        """The number of the offer."""
-        return whole_id(self.get("offer_id"))
-
-    @property
-    def usd_per_hour(self) -> float | None:
-        """The bid in USD per hour; None if there is no exchange rate."""
-        return finite(self.get("usd_per_hour"))
-
-    @property
-    def currency(self) -> str | None:
-        """The currency of the bid."""
-        currency = self.get("currency")
-        return currency if isinstance(currency, str) else None
-
-    @property
-    def is_mine(self) -> bool:
-        """True if the bid is of this account."""
-        return self.get("my") is True
-
-    @property
-    def is_active(self) -> bool:
-        """True if the bid rents the server now."""
-        return self.get("active") is True
-
-
-class SpotMarket(Record):
-    """The response to ``spot_marketplace``: a dict with ``market``, and typed properties."""
-
-    __slots__ = ()
-
-    @property
-    def offers(self) -> list[SpotOffer]:
-        """The bids for the server, in the API's order."""
-        return [SpotOffer(offer) for offer in dicts(part_of(self, "market", "offers"))]
-
-    @property
-    def minimum_usd(self) -> float | None:
-        """The lowest bid that the host accepts in any currency, in USD per hour, or None."""
-        pricing = part_of(self, "market", "server", "min_pricing")
-        if not isinstance(pricing, dict):
-            return None
-        rates = market_rates(self)
-        bids = [rates.usd(positive(amount), currency) for currency, amount in pricing.items()]
-        return min((bid_per_hour(bid, 1.0) for bid in bids if bid), default=None)
-
-    @property
-    def lowest_winning_usd(self) -> float | None:
-        """The bid, in USD per hour, that a new bid must exceed to rent the server, or None.
-
-        It is the highest bid of other accounts; without one, the lowest that the host accepts.
-        """
-        bids = [offer.usd_per_hour for offer in self.offers if not offer.is_mine]
-        return max((bid for bid in [*bids, self.minimum_usd] if bid), default=None)
-
-    def _summary(self) -> dict[str, Any]:
-        return {
-            "offers": len(self.offers),
-            "minimum_usd": rounded(self.minimum_usd),
-            "lowest_winning_usd": rounded(self.lowest_winning_usd),
-        }
-
-
-def market_rates(response: dict[str, Any]) -> ExchangeRates:
-    """Return the exchange rates in a response to ``spot_marketplace``."""
-    rates = ExchangeRates()
-    rates.update(part_of(response, "market", "currency_rates_in_usd"))
-    return rates
-
-
-def to_spot_market(response: dict[str, Any]) -> SpotMarket:
-    """Convert a response to ``spot_marketplace``, and add ``usd_per_hour`` to its offers.
-
-    A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
-    """
-    spot_market = SpotMarket(response)
-    spot_market._wire = response
-    market = response.get("market")
-    if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
-        return spot_market
-    live, rates = is_live(response), market_rates(response)
-
-    def hourly(offer: dict[str, Any]) -> float | None:
-        if live:
-            per_day = rates.usd(positive(offer.get("bid")), offer.get("currency"))
-            return None if per_day is None else bid_per_hour(per_day, 1.0)
-        stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
-        return next((price for price in stated if price is not None), None)
-
-    spot_market["market"] = {
-        **market,
-        "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
-    }
-    return spot_market
-
-
-# ==================================================================================================
 # api.policy
 #
 # The retry policy. The README has the same table under "Retries".
@@ -3872,7 +3749,13 @@ def unix_time(date: str | None) -> float | None:
 
 # Not a dataclass: importing dataclasses takes a fifth of the import time.
 class Call:
-    """A request that is ready to be sent, and the rules for its retries."""
+    """A request that is ready to be sent, and the rules for its retries.
+
+    Attributes:
+        lists_servers: whether to leave the servers in the response in JSON, if possible.
+    """
+
+    lists_servers = False
 
     def __init__(
         self,
@@ -4782,6 +4665,68 @@ def remove_unused(folder: Path) -> None:
 
 
 # ==================================================================================================
+# process
+#
+# Keep the state that all clients and rentals of this process share.
+# ==================================================================================================
+
+
+Shared = TypeVar("Shared")
+
+
+class ProcessState:
+    """The state that all clients and rentals of this process share.
+
+    Each change is one atomic step, because a signal handler must not wait for a lock.
+
+    Attributes:
+        rentals: the workers of the open rentals.
+        exiting: whether the interpreter is exiting.
+        entries: the journal entries that this process wrote and has locked, by path.
+        signal_users: the open users of the signal handler.
+        handled_signals: the signals for which the handler is installed.
+        stopping_signal: the signal that ends this process, or None.
+    """
+
+    def __init__(self) -> None:
+        self._of_accounts: dict[tuple[object, ...], Any] = {}
+        self.rentals: set[RentalWorker] = set()
+        self.exiting = False
+        self.entries: dict[str, JournalEntry] = {}
+        self.signal_users: set[SignalHandling] = set()
+        self.handled_signals: set[int] = set()
+        self.stopping_signal: int | None = None
+
+    def of_account(self, make: Callable[[], Shared], *key: object) -> Shared:
+        """Return the object that the clients of an account share, made on first use.
+
+        Parameters:
+            make: the class of the object, or a function that makes it.
+            *key: what it belongs to, with the digest of the account.
+        """
+        if key not in self._of_accounts:
+            # setdefault() is atomic: if two threads make one, both get the first.
+            self._of_accounts.setdefault(key, make())
+        shared: Shared = self._of_accounts[key]
+        return shared
+
+    def forget_parent(self) -> None:
+        """Leave the rentals to the parent, after a fork."""
+        self.rentals.clear()
+        # The files that a child inherits would keep the parent's locks after the parent's death.
+        for entry in self.entries.values():
+            entry.unlock()
+        self.entries.clear()
+        self._of_accounts.clear()  # another thread may have held a lock of these at the fork
+
+
+this_process = ProcessState()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=this_process.forget_parent)
+
+
+# ==================================================================================================
 # api.limiters
 #
 # Choose who shares a rate limit: this process, this machine, or many machines through Redis.
@@ -4862,13 +4807,6 @@ def redis_server_for(rate_limiter: Any) -> RedisServer | None:
     return redis_server(rate_limiter, source)
 
 
-_limiters: dict[tuple[str, str, str], RateLimiter] = {}
-
-if hasattr(os, "register_at_fork"):
-    # Another thread may have held a lock of theirs at the fork.
-    os.register_at_fork(after_in_child=_limiters.clear)
-
-
 def limiter_for(
     base_url: str, api_key: str, folder: Path | None, server: RedisServer | None = None
 ) -> RateLimiter:
@@ -4880,17 +4818,17 @@ def limiter_for(
         server: the Redis server; None to share the limit on this machine only.
     """
     account = account_digest(base_url, api_key)  # in place of the key
-    place = (account, str(folder or ""), server.name if server else "")
-    found = _limiters.get(place)
-    if found is not None:
-        return found
-    store: Store = ProcessStore()
-    if folder is not None:
-        store = FallbackStore(FileStore(folder / limit_name(account)), store)
-    if server is not None:
-        store = FallbackStore(RedisStore(server, account), store)
-    # setdefault() is atomic: if two threads make one, both get the first.
-    return _limiters.setdefault(place, RateLimiter(store))
+
+    def make() -> RateLimiter:
+        store: Store = ProcessStore()
+        if folder is not None:
+            store = FallbackStore(FileStore(folder / limit_name(account)), store)
+        if server is not None:
+            store = FallbackStore(RedisStore(server, account), store)
+        return RateLimiter(store)
+
+    name = server.name if server else ""
+    return this_process.of_account(make, account, str(folder or ""), name)
 
 
 # ==================================================================================================
@@ -5135,6 +5073,9 @@ def _numbers(turn: Turn, now: float) -> str:
 # ==================================================================================================
 
 
+MAX_DIGITS = 4000  # json refuses a response with an integer of 4,300 digits
+
+
 class Failure:
     """One request that failed."""
 
@@ -5205,7 +5146,8 @@ def classify_unusable(call: Call, response: requests.Response | None, reason: st
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
     """Classify a response: success, retry, or error."""
-    decoded, status = _decode(body), response.status_code
+    decoded = decode_servers(body) if call.lists_servers else decode_json(body)
+    status = response.status_code
     if isinstance(decoded, dict) and type(decoded.get("code")) is int:
         if decoded["code"] == 0:
             return Envelope(decoded)
@@ -5289,25 +5231,43 @@ def _target(response: requests.Response) -> str:
 
 
 @functools.cache
-def json_decoders() -> tuple[Callable[[bytes], Any], ...]:
-    """Return the decoders to try: that of msgspec, if it is installed, and ``json.loads``.
-
-    Both decode to the same values, but msgspec refuses NaN and lone surrogates.
-    """
+def fast_json() -> Any:
+    """Return the module ``msgspec``, or None if it is not installed."""
     try:
-        return importlib.import_module("msgspec.json").decode, json.loads
+        return importlib.import_module("msgspec")
     except ImportError:
-        return (json.loads,)
+        return None
 
 
-def _decode(body: bytes) -> Any:
-    """Return the decoded JSON of a body, or None."""
-    for decode in json_decoders():
+def decode_json(text: Any) -> Any:
+    """Return the decoded JSON of ``bytes`` or of a ``msgspec.Raw``, or None."""
+    if msgspec := fast_json():
         try:
-            return decode(body)
+            return msgspec.json.decode(text)
         except (ValueError, RecursionError):
-            continue
-    return None
+            pass  # it refuses some numbers and lone surrogates that json accepts
+    try:
+        return json.loads(bytes(text))
+    except (ValueError, RecursionError):
+        return None
+
+
+def decode_servers(body: bytes) -> Any:
+    """Decode a response as :func:`decode_json` does, but leave its servers in JSON if possible."""
+    if msgspec := fast_json():
+        raw: Any = msgspec.Raw
+        try:
+            fields = msgspec.json.decode(body, type=dict[str, raw])
+            servers = msgspec.json.decode(fields.pop("servers"), type=list[raw])
+            decoded = {name: msgspec.json.decode(value) for name, value in fields.items()}
+            for server in servers:  # msgspec has checked them, except for UTF-8 and long numbers
+                if len(str(server, "utf-8")) > MAX_DIGITS:
+                    msgspec.json.decode(server)
+            if decoded["code"] == 0:
+                return {**decoded, "servers": RawRecords(servers, decode_json)}
+        except (ValueError, RecursionError, KeyError):
+            pass
+    return decode_json(body)
 
 
 class Retries:
@@ -5424,28 +5384,37 @@ class Limits:
     Attributes:
         deadline: monotonic time by which every request must have ended.
         urgent: whether requests ignore the pause that the server asks for.
+        once: whether a request that fails is not sent again.
     """
 
-    def __init__(self, deadline: float = math.inf, urgent: bool = False) -> None:
+    def __init__(
+        self, deadline: float = math.inf, urgent: bool = False, once: bool = False
+    ) -> None:
         self.deadline = deadline
         self.urgent = urgent
+        self.once = once
 
 
 _limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=Limits())  # noqa: B039
 
 
 def limited(
-    call: Callable[[], Returned], *, deadline: float = math.inf, urgent: bool = False
+    call: Callable[[], Returned],
+    *,
+    deadline: float = math.inf,
+    urgent: bool = False,
+    once: bool = False,
 ) -> Returned:
-    """Run a function whose requests have a deadline, or ignore the server's pauses.
+    """Run a function whose requests have other limits than the client's.
 
     Parameters:
         call: the function that makes the requests.
         deadline: monotonic time; an earlier deadline of an outer call stays.
         urgent: whether requests ignore the server's pauses, because they stop costs.
+        once: whether a request that fails is not sent again.
     """
     outer = _limits.get()
-    limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent)
+    limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent, once or outer.once)
 
     def run() -> Returned:
         _limits.set(limits)
@@ -5619,7 +5588,18 @@ class HTTPClient:
         Example:
             >>> client._request("GET", "/v1/wallets")["wallets"]
         """
-        call = self._prepare(method, endpoint, params, json, kwargs)
+        return self._make(self._prepare(method, endpoint, params, json, kwargs))
+
+    def _read_marketplace(self) -> dict[str, Any]:
+        """Make the call for the list of servers, for :class:`Marketplace`."""
+        if getattr(self._request, "__func__", None) is not HTTPClient._request:
+            return self._request("GET", "/v1/marketplace")  # a subclass or a fake expects dicts
+        call = self._prepare("GET", "/v1/marketplace", None, None, {})
+        call.lists_servers = True
+        return self._make(call)
+
+    def _make(self, call: Call) -> Envelope:
+        """Make an API call, with rate limit and retries."""
         limiter = self._limiter(call.base_url, call.key)
         interval = self.create_order_interval
         turn = Turn(
@@ -5627,7 +5607,10 @@ class HTTPClient:
             urgent=call.urgent,
             spacing=(call.name, interval) if call.rules.spaced else None,
         )
-        retries = Retries(call, self.max_retries, self.rate_limit_wait)
+        once = _limits.get().once
+        retries = Retries(
+            call, 1 if once else self.max_retries, 0.0 if once else self.rate_limit_wait
+        )
         while True:
             turn.patience = retries.patience_left
             try:
@@ -5755,150 +5738,9 @@ class HTTPClient:
 
 
 # ==================================================================================================
-# market.cost
-#
-# Estimate what a rental costs, with the fees of the account.
-# ==================================================================================================
-
-
-HIGHEST_PERCENT = 100.0  # a fee above that is not believed
-
-
-class CostEstimate(NamedTuple):
-    """The cost of a rental. An amount is None if a price or an exchange rate is not known.
-
-    Attributes:
-        server_id, hours, currency: as for ``CloreClient.estimate_cost``.
-        usd_per_hour: the price or bid in USD per hour, without fees.
-        base_usd, renter_fee_usd, creation_fee_usd, total_usd: the amounts in USD.
-        base, renter_fee, creation_fee, total: the same amounts in ``currency``.
-    """
-
-    server_id: int | None
-    hours: float
-    currency: str
-    usd_per_hour: float | None
-    base_usd: float | None
-    renter_fee_usd: float | None
-    creation_fee_usd: float
-    total_usd: float | None
-    base: float | None
-    renter_fee: float | None
-    creation_fee: float | None
-    total: float | None
-
-
-class Fees:
-    """The fees of an account, or the published ones.
-
-    Parameters:
-        response: the response to ``renter_fees``; empty for the published fees.
-    """
-
-    def __init__(self, response: dict[str, Any]) -> None:
-        self._response = response
-
-    def fraction(self, spot: bool, currency: str) -> float:
-        """Return the renter's fee as a fraction of the price."""
-        kind = "spot" if spot else "on_demand"
-        percent = finite(part_of(self._response, "renter_fees", kind, "base", currency))
-        if percent is None or not 0 <= percent <= HIGHEST_PERCENT:
-            return published_fee(spot)
-        return percent / 100
-
-    def creation_usd(self, spot: bool, currency: str, rate: float | None) -> float:
-        """Return the creation fee in USD; ``rate`` is USD for one unit of the currency."""
-        kind = "spot" if spot else "on_demand"
-        amount = finite(part_of(self._response, "creation_fees", kind, currency))
-        if amount is None or amount < 0 or rate is None:
-            return CREATION_FEE
-        return amount * rate
-
-
-def estimate(
-    server: Server,
-    hours: float,
-    *,
-    currency: str,
-    spot: bool,
-    spot_price: float | None,
-    fees: Fees,
-    rates: ExchangeRates,
-) -> CostEstimate:
-    """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
-    rate = listed_rate(server, currency) or rates.rate(currency)
-    price = spot_price if spot_price is not None else price_in(server, False, spot, currency)
-    fraction = fees.fraction(spot, currency)
-    base = None if price is None else price * hours
-    fee = None if base is None else base * fraction
-    creation = creation_fee_after(hours * 3600.0, fees.creation_usd(spot, currency, rate))
-    total = None if base is None or fee is None else base + fee + creation
-
-    def in_currency(usd: float | None) -> float | None:
-        return usd / rate if usd is not None and rate else None
-
-    return CostEstimate(
-        server.id, hours, currency, price, base, fee, creation, total,
-        in_currency(base), in_currency(fee), in_currency(creation), in_currency(total),
-    )  # fmt: skip
-
-
-# ==================================================================================================
-# market.countries
-#
-# Country codes, and the groups of countries that a search can name.
-# ==================================================================================================
-
-
-_EU = "AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE"
-# ISO 3166-1 codes by continent, and XK, which is in use for Kosovo.
-_CONTINENTS = {
-    "AFRICA": "AO BF BI BJ BW CD CF CG CI CM CV DJ DZ EG EH ER ET GA GH GM GN GQ GW IO KE KM LR LS "
-    "LY MA MG ML MR MU MW MZ NA NE NG RE RW SC SD SH SL SN SO SS ST SZ TD TG TN TZ UG YT ZA ZM ZW",
-    "ANTARCTICA": "AQ BV GS HM TF",
-    "ASIA": "AE AF AM AZ BD BH BN BT CC CN CX GE HK ID IL IN IQ IR JO JP KG KH KP KR KW KZ LA LB "
-    "LK MM MN MO MV MY NP OM PH PK PS QA SA SG SY TH TJ TL TM TR TW UZ VN YE",
-    "EUROPE": f"{_EU} AD AL AX BA BY CH FO GB GG GI IM IS JE LI MC MD ME MK NO RS RU SJ SM UA VA "
-    "XK",
-    "NORTH AMERICA": "AG AI AW BB BL BM BQ BS BZ CA CR CU CW DM DO GD GL GP GT HN HT JM KN KY LC "
-    "MF MQ MS MX NI PA PM PR SV SX TC TT US VC VG VI",
-    "OCEANIA": "AS AU CK FJ FM GU KI MH MP NC NF NR NU NZ PF PG PN PW SB TK TO TV UM VU WF WS",
-    "SOUTH AMERICA": "AR BO BR CL CO EC FK GF GY PE PY SR UY VE",
-}
-COUNTRY_GROUPS = {
-    **{name: frozenset(codes.split()) for name, codes in _CONTINENTS.items()},
-    "EU": frozenset(_EU.split()),
-    "EEA": frozenset(_EU.split()) | {"IS", "LI", "NO"},
-    "UK": frozenset({"GB"}),
-}
-COUNTRY_CODES = frozenset().union(*COUNTRY_GROUPS.values())
-
-
-def check_countries(name: str, values: Any) -> frozenset[str]:
-    """Return the two-letter codes in a list of codes and groups such as ``"EU"`` or ``"Asia"``."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(
-            f"{name} must be a list of country codes such as ['DE', 'EU'], not {short_repr(values)}"
-        )
-    codes: set[str] = set()
-    for number, value in enumerate(values):
-        if not isinstance(value, str):
-            raise TypeError(f"{name}[{number}] must be a string, not {short_repr(value)}")
-        code = " ".join(value.upper().split())
-        if code not in COUNTRY_GROUPS and code not in COUNTRY_CODES:
-            groups = ", ".join(sorted(COUNTRY_GROUPS))
-            raise ValueError(
-                f"{name}[{number}] must be a two-letter country code or one of {groups} (in any "
-                f"case), not {short_repr(value)}"
-            )
-        codes |= COUNTRY_GROUPS.get(code, {code})
-    return frozenset(codes)
-
-
-# ==================================================================================================
 # market.filters
 #
-# The filters that ``find_servers``, ``find_cheapest`` and ``rent`` share, and their checks.
+# The filters of a search: their checks, the groups of countries, the names of GPUs.
 # ==================================================================================================
 
 
@@ -5907,34 +5749,39 @@ HIGHEST_RATING = 5.0
 MAX_CUDA = "a version such as 12.4 or '12.4'"
 
 
-class ServerFilters(TypedDict, total=False):
-    """The filters of ``rent``; None is no filter. ``help(CloreClient.find_servers)`` has more."""
-
-    gpu_count: int | None
-    min_gpu_count: int | None
-    exact_gpu: bool
-    min_vram_gb: float | None
-    min_total_vram_gb: float | None
-    min_ram_gb: float | None
-    min_cpu_cores: int | None
-    min_disk_gb: float | None
-    min_disk_mbps: float | None
-    min_download_mbps: float | None
-    min_upload_mbps: float | None
-    min_cuda: float | str | None
-    min_pcie_width: int | None
-    countries: Iterable[str] | None
-    exclude_countries: Iterable[str] | None
-    min_rating: float | None
-    min_ratings: int | None
-    min_rental_hours: float | None
-    exclude_servers: Iterable[int | Server] | None
-    exclude_owners: Iterable[int] | None
-    max_price_per_gpu_usd: float | None
-    include_fees: bool
-    sort: str | Callable[[Server], Any]
-    limit: int | None
-    where: Callable[[Server], object] | None
+# The filters of ``rent``; None is no filter. ``help(CloreClient.find_servers)`` has more.
+# As a class, its annotations would be compiled, which makes the import slower.
+ServerFilters = TypedDict(  # noqa: UP013
+    "ServerFilters",
+    {
+        "gpu_count": int | None,
+        "min_gpu_count": int | None,
+        "exact_gpu": bool,
+        "min_vram_gb": float | None,
+        "min_total_vram_gb": float | None,
+        "min_ram_gb": float | None,
+        "min_cpu_cores": int | None,
+        "min_disk_gb": float | None,
+        "min_disk_mbps": float | None,
+        "min_download_mbps": float | None,
+        "min_upload_mbps": float | None,
+        "min_cuda": float | str | None,
+        "min_pcie_width": int | None,
+        "countries": Iterable[str] | None,
+        "exclude_countries": Iterable[str] | None,
+        "min_rating": float | None,
+        "min_ratings": int | None,
+        "min_rental_hours": float | None,
+        "exclude_servers": Iterable[int | Server] | None,
+        "exclude_owners": Iterable[int] | None,
+        "max_price_per_gpu_usd": float | None,
+        "include_fees": bool,
+        "sort": str | Callable[[Server], Any],
+        "limit": int | None,
+        "where": Callable[[Server], object] | None,
+    },
+    total=False,
+)
 
 
 class SearchFilters(ServerFilters, total=False):
@@ -5943,8 +5790,10 @@ class SearchFilters(ServerFilters, total=False):
     currency: str | None
 
 
-# The filters that compare one number of a server with a minimum.
-MINIMUMS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+# The filters that compare a number (or a version) of a server with a minimum.
+MINIMUMS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "min_vram_gb": nominal_vram,
+    "min_cuda": lambda record: version_parts(record.get("cuda_version")),
     "min_ram_gb": lambda record: positive(part_of(record, "specs", "ram")),
     "min_cpu_cores": cpu_cores,
     "min_disk_gb": disk_size,
@@ -5991,25 +5840,8 @@ def _suggestion(name: str) -> str:
     return f": did you mean {close[0]}?" if close else f"; there are {', '.join(_CHECKS)}"
 
 
-def _at_least_zero(name: str, value: Any) -> float:
-    return check_number(name, value)
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    return check_count(name, value, minimum=1)
-
-
-def _price(name: str, value: Any) -> float:
-    return check_number(name, value, infinite=True, unit="USD per hour")
-
-
-def _rating(name: str, value: Any) -> float:
-    return check_number(name, value, maximum=HIGHEST_RATING)
-
-
 def _cuda(name: str, value: Any) -> tuple[int, int]:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
+    check_type(name, value, MAX_CUDA, str, int, float)
     version = version_parts(value)
     if version is None:
         raise ValueError(f"{name} must be {MAX_CUDA}, not {short_repr(value)}")
@@ -6017,69 +5849,102 @@ def _cuda(name: str, value: Any) -> tuple[int, int]:
 
 
 def _ids(name: str, values: Any) -> frozenset[int]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list of ids, not {short_repr(values)}")
+    check_list(name, values, "a list of ids")
     return frozenset(
         check_id(f"{name}[{number}]", value.id if isinstance(value, Server) else value)
         for number, value in enumerate(values)
     )
 
 
+def _function(name: str, value: Any) -> Any:
+    check_callback(name, value, 1)
+    return value
+
+
 def _sort(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        if not callable(value):
-            raise TypeError(
-                f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
-            )
-        check_callback(name, value, 1)
-    elif value not in SORTS:
-        raise ValueError(
+    if callable(value):
+        return _function(name, value)
+    if value not in SORTS:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(
             f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
         )
     return value
 
 
-def _where(name: str, value: Any) -> Any:
-    check_callback(name, value, 1)
-    return value
+# --- countries ---
+
+_EU = "AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE"
+# ISO 3166-1 codes by continent, and XK, which is in use for Kosovo.
+_CONTINENTS = {
+    "AFRICA": "AO BF BI BJ BW CD CF CG CI CM CV DJ DZ EG EH ER ET GA GH GM GN GQ GW IO KE KM LR LS "
+    "LY MA MG ML MR MU MW MZ NA NE NG RE RW SC SD SH SL SN SO SS ST SZ TD TG TN TZ UG YT ZA ZM ZW",
+    "ANTARCTICA": "AQ BV GS HM TF",
+    "ASIA": "AE AF AM AZ BD BH BN BT CC CN CX GE HK ID IL IN IQ IR JO JP KG KH KP KR KW KZ LA LB "
+    "LK MM MN MO MV MY NP OM PH PK PS QA SA SG SY TH TJ TL TM TR TW UZ VN YE",
+    "EUROPE": f"{_EU} AD AL AX BA BY CH FO GB GG GI IM IS JE LI MC MD ME MK NO RS RU SJ SM UA VA "
+    "XK",
+    "NORTH AMERICA": "AG AI AW BB BL BM BQ BS BZ CA CR CU CW DM DO GD GL GP GT HN HT JM KN KY LC "
+    "MF MQ MS MX NI PA PM PR SV SX TC TT US VC VG VI",
+    "OCEANIA": "AS AU CK FJ FM GU KI MH MP NC NF NR NU NZ PF PG PN PW SB TK TO TV UM VU WF WS",
+    "SOUTH AMERICA": "AR BO BR CL CO EC FK GF GY PE PY SR UY VE",
+}
+COUNTRY_GROUPS = {
+    **{name: frozenset(codes.split()) for name, codes in _CONTINENTS.items()},
+    "EU": frozenset(_EU.split()),
+    "EEA": frozenset(_EU.split()) | {"IS", "LI", "NO"},
+    "UK": frozenset({"GB"}),
+}
+COUNTRY_CODES = frozenset().union(*COUNTRY_GROUPS.values())
+
+
+def check_countries(name: str, values: Any) -> frozenset[str]:
+    """Return the two-letter codes in a list of codes and groups such as ``"EU"`` or ``"Asia"``."""
+    check_list(name, values, "a list of country codes such as ['DE', 'EU']")
+    codes: set[str] = set()
+    for number, value in enumerate(values):
+        code = " ".join(check_string(f"{name}[{number}]", value).upper().split())
+        if code not in COUNTRY_GROUPS and code not in COUNTRY_CODES:
+            groups = ", ".join(sorted(COUNTRY_GROUPS))
+            raise ValueError(
+                f"{name}[{number}] must be a two-letter country code or one of {groups} (in any "
+                f"case), not {short_repr(value)}"
+            )
+        codes |= COUNTRY_GROUPS.get(code, {code})
+    return frozenset(codes)
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "gpu_count": _at_least_one,
+    "gpu_count": partial(check_count, minimum=1),
     "min_gpu_count": check_count,
     "exact_gpu": check_bool,
-    "min_vram_gb": _at_least_zero,
-    "min_total_vram_gb": _at_least_zero,
-    "min_ram_gb": _at_least_zero,
+    "min_vram_gb": check_number,
+    "min_total_vram_gb": check_number,
+    "min_ram_gb": check_number,
     "min_cpu_cores": check_count,
-    "min_disk_gb": _at_least_zero,
-    "min_disk_mbps": _at_least_zero,
-    "min_download_mbps": _at_least_zero,
-    "min_upload_mbps": _at_least_zero,
+    "min_disk_gb": check_number,
+    "min_disk_mbps": check_number,
+    "min_download_mbps": check_number,
+    "min_upload_mbps": check_number,
     "min_cuda": _cuda,
     "min_pcie_width": check_count,
     "countries": check_countries,
     "exclude_countries": check_countries,
     "currency": check_currency,
-    "min_rating": _rating,
+    "min_rating": partial(check_number, maximum=HIGHEST_RATING),
     "min_ratings": check_count,
-    "min_rental_hours": _at_least_zero,
+    "min_rental_hours": check_number,
     "exclude_servers": _ids,
     "exclude_owners": _ids,
-    "max_price_per_gpu_usd": _price,
+    "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
     "include_fees": check_bool,
     "sort": _sort,
-    "limit": _at_least_one,
-    "where": _where,
+    "limit": partial(check_count, minimum=1),
+    "where": _function,
 }
 
 
-# ==================================================================================================
-# market.gpu_names
-#
-# Match GPU names that are written in different ways.
-# ==================================================================================================
-
+# --- names of GPUs ---
 
 LONGEST_NAME = 100  # characters that count; the names come from strangers
 NAMED_MODELS = 20  # how many models a warning names at most
@@ -6102,7 +5967,7 @@ _FOLDING = (
 _VENDOR_WORDS = frozenset({"nvidia", "geforce", "tesla", "amd", "radeon"})
 
 
-@functools.lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096)
 def fold_name(name: str) -> str:
     """Return a GPU name in lower case, split into words in one way.
 
@@ -6282,7 +6147,6 @@ def _is_fresh(seen: Any) -> bool:
 # ==================================================================================================
 
 
-Records = list[dict[str, Any]]
 Check = Callable[[dict[str, Any]], bool]
 
 RENTED = "being rented"  # the name of a filter that is always on
@@ -6368,7 +6232,7 @@ class Search:
         self.max_price_usd = check_optional_number(
             "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
         )
-        self.min_reliability = check_number("min_reliability", min_reliability, maximum=100.0)
+        check_number("min_reliability", min_reliability, maximum=100.0)
         if 0 < min_reliability <= 1:
             logger.warning(
                 "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
@@ -6377,6 +6241,10 @@ class Search:
         given = {"currency": currency, **(filters or {})}
         self._given = {name: value for name, value in given.items() if value is not None}
         self._filters = check_filters(self._given)
+        numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
+        for name, number in numbers.items():
+            if number is not None:
+                self._filters[name] = self._given[name] = number
         self.currency: str | None = self._filters.get("currency")
         self.server_id: int | None = None
         self.models: frozenset[str] | None = None
@@ -6411,16 +6279,15 @@ class Search:
 
     # --- the search ---
 
-    def run(self, response: dict[str, Any]) -> tuple[list[Server], SearchReport]:
-        """Return the servers of a response that fit, sorted, and a report on the others."""
-        live, listed = is_live(response), dicts(response.get("servers"))
-        report = SearchReport(len(listed))
-        records = self._with_id(listed, report)
-        records = self._with_gpu(records, listed, report)
+    def run(self, marketplace: Marketplace) -> tuple[list[Server], SearchReport]:
+        """Return the servers that fit, sorted, and a report on the others."""
+        report, live = SearchReport(len(marketplace)), marketplace.live
+        places = self._with_gpu(self._with_id(marketplace, report), marketplace, report)
         checks = self._checks(live)
         left_out = [0] * (len(checks) + 1)
         fitting = []
-        for record in records:
+        for place in places:
+            record = marketplace[place]
             failed = _first_failed(checks, record)
             left_out[failed] += 1
             if failed == len(checks):
@@ -6430,60 +6297,68 @@ class Search:
         found = self._where(fitting)
         report.add("where", len(fitting) - len(found))
         report.found = len(found)
-        if not found and records:
+        if not found and places:
             last = max(n for n, count in enumerate(left_out) if count)
+            records = (marketplace[place] for place in places)
             dropped = (r for r in records if _first_failed(checks, r) == last)
             report.cheapest_usd_per_hour = self._lowest(dropped, live)
         return self._sorted(found)[: self._filters.get("limit")], report
 
-    def _with_id(self, listed: Records, report: SearchReport) -> Records:
+    def _with_id(self, marketplace: Marketplace, report: SearchReport) -> Sequence[int]:
+        """Return the places of the servers with the wanted id."""
         if self.server_id is None:
-            return listed
-        records = [record for record in listed if whole_id(record.get("id")) == self.server_id]
-        report.add(_label("server_id", self.server_id), len(listed) - len(records))
-        return records
+            return range(len(marketplace))
+        places = [n for n, number in enumerate(marketplace.ids) if number == self.server_id]
+        report.add(_label("server_id", self.server_id), len(marketplace) - len(places))
+        return places
 
-    def _with_gpu(self, records: Records, listed: Records, report: SearchReport) -> Records:
-        """Return the records with a matching GPU; all names of the listing decide which match."""
+    def _with_gpu(
+        self, places: Sequence[int], marketplace: Marketplace, report: SearchReport
+    ) -> Sequence[int]:
+        """Return the places with a matching GPU; all names of the listing decide which match."""
         if not self.gpu_type or not self.gpu_type.strip():
-            return records
-        # The names are read twice: to keep thousands of lists would start the garbage collector.
-        names: set[str] = set()
-        for record in listed:
-            names.update(gpu_names(record))
+            return places
+        names = set().union(*set(marketplace.gpus))
         exact = bool(self._filters.get("exact_gpu"))
-        self.models = matching_names(self.gpu_type, names, exact=exact)
-        if not self.models:
+        models = self.models = matching_names(self.gpu_type, names, exact=exact)
+        if not models:
             report.nearest_models = nearest_models(self.gpu_type, names)
-        fitting = [r for r in records if not self.models.isdisjoint(gpu_names(r))]
-        report.add(_label("gpu_type", self.gpu_type), len(records) - len(fitting))
+        fitting = [place for place in places if not models.isdisjoint(marketplace.gpus[place])]
+        report.add(_label("gpu_type", self.gpu_type), len(places) - len(fitting))
         return fitting
 
     def _checks(self, live: bool) -> list[tuple[str, Check]]:
         """Return the filters that are set, cheap ones first and the price limits last."""
-        checks: list[tuple[str, Check]] = []
-        checks.append((RENTED, lambda record: not record.get("rented")))
-        if self.min_reliability > 0:
-            least = self.min_reliability
-            checks.append((
-                _label("min_reliability", least),
-                lambda record: (server_reliability(record, live) or 0.0) >= least,
-            ))  # fmt: skip
-        for name, make in _SPECIAL_CHECKS.items():
+        makers: dict[str, Callable[[str, Any, bool], Check]] = {
+            "min_reliability": self._minimum_check,
+            **dict.fromkeys(("exclude_servers", "exclude_owners"), _excluded_check),
+            "currency": lambda name, coin, live: lambda record: accepts(record, live, coin),
+            **dict.fromkeys(("countries", "exclude_countries"), _country_check),
+            "gpu_count": lambda name, n, live: lambda record: self.gpu_count(record) == n,
+            **dict.fromkeys(("min_gpu_count", "min_total_vram_gb", *MINIMUMS), self._minimum_check),
+            **dict.fromkeys(("max_price_per_gpu_usd", "max_price_usd"), self._price_check),
+        }
+        checks: list[tuple[str, Check]] = [(RENTED, lambda record: not record.get("rented"))]
+        for name, make in makers.items():
             if name in self._filters:
-                check = make(self, self._filters[name], live)
+                check = make(name, self._filters[name], live)
                 checks.append((_label(name, self._given[name]), check))
-        for name, number in MINIMUMS.items():
-            if name in self._filters:
-                check = _minimum(number, self._filters[name])
-                checks.append((_label(name, self._given[name]), check))
-        for name, given in (
-            ("max_price_per_gpu_usd", self._filters.get("max_price_per_gpu_usd")),
-            ("max_price_usd", self.max_price_usd),
-        ):
-            if given is not None:
-                checks.append((_label(name, given), self._price_check(name, given, live)))
         return checks
+
+    def _minimum_check(self, name: str, least: Any, live: bool) -> Check:
+        numbers: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "min_reliability": lambda record: server_reliability(record, live),
+            "min_gpu_count": self.gpu_count,
+            "min_total_vram_gb": lambda r: (nominal_vram(r) or 0.0) * self.gpu_count(r),
+            **MINIMUMS,
+        }
+        number = numbers[name]
+
+        def check(record: dict[str, Any]) -> bool:
+            value = number(record)
+            return value is not None and value >= least
+
+        return check
 
     def _price_check(self, name: str, limit: float, live: bool) -> Check:
         factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
@@ -6512,38 +6387,21 @@ class Search:
         """Sort servers; equal ones by price, then in the API's order."""
         by_price = sorted(servers, key=lambda s: _last_if_none(self.price(s)))
         sort = self._filters.get("sort", "price")
-        if callable(sort):
-            return sorted(by_price, key=lambda s: _call("sort", sort, s))
-        if sort == "price":
-            return by_price
-        if sort == "price_per_gpu":
-            return sorted(by_price, key=lambda s: _last_if_none(self.price_per_gpu(s)))
-        highest = _HIGHEST_FIRST[sort]
-        return sorted(by_price, key=lambda s: -(highest(s) or 0.0))
-
-    def price_per_gpu(self, server: Server) -> float | None:
-        """Return the price in USD per hour for one of the GPUs that match, without fees."""
-        price, count = self.price(server), self.gpu_count(server)
-        return price / count if price is not None and count else None
+        keys: dict[str, Callable[[Server], float]] = {
+            "price": lambda s: 0.0,
+            "price_per_gpu": lambda s: _last_if_none(per_gpu(self.price(s), self.gpu_count(s))),
+            "reliability": lambda s: -(s.reliability or 0.0),
+            "vram": lambda s: -(nominal_vram(s) or 0.0),
+            "download": lambda s: -(s.download_mbps or 0.0),
+            "rating": lambda s: -(s.rating or 0.0),
+        }
+        key = partial(_call, "sort", sort) if callable(sort) else keys[sort]
+        return sorted(by_price, key=key)
 
 
-_HIGHEST_FIRST: dict[str, Callable[[Server], float | None]] = {
-    "reliability": lambda server: server.reliability,
-    "vram": nominal_vram,
-    "download": lambda server: server.download_mbps,
-    "rating": lambda server: server.rating,
-}
+def _country_check(name: str, codes: frozenset[str], live: bool) -> Check:
+    allowed = name == "countries"
 
-
-def _cuda_check(search: Search, least: tuple[int, int], live: bool) -> Check:
-    def check(record: dict[str, Any]) -> bool:
-        version = version_parts(record.get("cuda_version"))
-        return version is not None and version >= least
-
-    return check
-
-
-def _country_check(codes: frozenset[str], allowed: bool) -> Check:
     def check(record: dict[str, Any]) -> bool:
         code = part_of(record, "specs", "net", "cc")
         return isinstance(code, str) and bool(code) and (code.upper() in codes) is allowed
@@ -6551,41 +6409,12 @@ def _country_check(codes: frozenset[str], allowed: bool) -> Check:
     return check
 
 
-def _excluded_check(field: str, ids: frozenset[int]) -> Check:
+def _excluded_check(name: str, ids: frozenset[int], live: bool) -> Check:
+    field = "id" if name == "exclude_servers" else "owner"
+
     def check(record: dict[str, Any]) -> bool:
         number = whole_id(record.get(field))
         return number is not None and number not in ids
-
-    return check
-
-
-def _vram_check(search: Search, least: float, total: bool) -> Check:
-    def check(record: dict[str, Any]) -> bool:
-        size = nominal_vram(record)
-        return size is not None and size * (search.gpu_count(record) if total else 1) >= least
-
-    return check
-
-
-# The filters that are not a plain minimum: from the search, the value and the form to a check.
-_SPECIAL_CHECKS: dict[str, Callable[[Search, Any, bool], Check]] = {
-    "exclude_servers": lambda search, ids, live: _excluded_check("id", ids),
-    "exclude_owners": lambda search, ids, live: _excluded_check("owner", ids),
-    "currency": lambda search, name, live: lambda record: accepts(record, live, name),
-    "countries": lambda search, codes, live: _country_check(codes, True),
-    "exclude_countries": lambda search, codes, live: _country_check(codes, False),
-    "gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) == n,
-    "min_gpu_count": lambda search, n, live: lambda record: search.gpu_count(record) >= n,
-    "min_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=False),
-    "min_total_vram_gb": lambda search, gb, live: _vram_check(search, gb, total=True),
-    "min_cuda": _cuda_check,
-}
-
-
-def _minimum(number: Callable[[dict[str, Any]], float | None], least: float) -> Check:
-    def check(record: dict[str, Any]) -> bool:
-        value = number(record)
-        return value is not None and value >= least
 
     return check
 
@@ -6619,15 +6448,37 @@ def _last_if_none(number: float | None) -> float:
 
 
 # ==================================================================================================
-# market.spot
+# market.market
 #
-# Check spot bids, and convert them from USD per hour to the unit of the API.
+# Read the marketplace, keep its prices and exchange rates, and convert bids.
 # ==================================================================================================
 
 
 # A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
 ROUNDING = 1e-9  # the rounding error between prices per day and per hour
+RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
+
+
+class Requester(Protocol):
+    """The parts of ``CloreClient`` that the marketplace uses."""
+
+    @property
+    def base_url(self) -> str: ...
+
+    @property
+    def api_key(self) -> str | None: ...
+
+    def _read_marketplace(self) -> dict[str, Any]: ...
+
+    def _request(
+        self,
+        method: str,
+        endpoint: str,
+        params: dict[str, Any] | None = None,
+        json: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]: ...
 
 
 class MarketData:
@@ -6639,7 +6490,7 @@ class MarketData:
     """
 
     def __init__(self) -> None:
-        self.kept: tuple[dict[str, Any], float] | None = None
+        self.kept: tuple[Marketplace, float] | None = None
         self.rates = ExchangeRates()
         self.listed: dict[int, float] = {}  # server id -> on-demand USD per hour
         self.live = False  # whether a response was certainly in the live form
@@ -6654,8 +6505,12 @@ class MarketData:
     def observe(self, response: dict[str, Any]) -> None:
         """Record that the API uses the live form, if a response shows it."""
         if is_live(response):
-            self.live = True
-            self._documented_at = -math.inf
+            self.observe_live()
+
+    def observe_live(self) -> None:
+        """Record that the API uses the live form."""
+        self.live = True
+        self._documented_at = -math.inf
 
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
@@ -6703,18 +6558,135 @@ class MarketData:
             listed,
         )
 
-    def wire_bid(self, usd_per_hour: float, currency: str, server_id: int) -> float:
-        """Convert a bid to the unit of the API.
+
+class Market:
+    """The marketplace of a client's API."""
+
+    def __init__(self, client: Requester) -> None:
+        self._client = client
+        self._by_url: dict[str, MarketData] = {}  # by base URL, which can change
+        self._fees: dict[tuple[str, str], dict[str, Any]] = {}  # by base URL and key
+
+    @property
+    def data(self) -> MarketData:
+        """The market data of the current base URL."""
+        return self._by_url.setdefault(self._client.base_url, MarketData())
+
+    def read(self) -> Marketplace:
+        """Read the list of servers."""
+        marketplace = Marketplace(self._client._read_marketplace())
+        data = self.data
+        if marketplace.live:
+            data.observe_live()
+        data.listed = marketplace.prices
+        data.rates.update(marketplace.rates, display_only=True)
+        return marketplace
+
+    def listing(self, max_age: float = 0.0) -> Marketplace:
+        """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
+        data = self.data
+        if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
+            return data.kept[0]
+        marketplace = self.read()
+        if max_age > 0:
+            data.kept = (marketplace, time.monotonic())
+        return marketplace
+
+    def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
+        """Return the servers that a search finds, and a report on the others."""
+        return search.run(self.listing(max_age))
+
+    def read_spot(self, server_id: int) -> dict[str, Any]:
+        """Read the spot market of a server."""
+        response = self._client._request(
+            "GET", "/v1/spot_marketplace", params={"market": server_id}
+        )
+        self.data.observe_spot(response)
+        return response
+
+    def find_server(self, server_id: int) -> Server | None:
+        """Return a server, rented or not, or None if it is not listed."""
+        marketplace = self.read()
+        if server_id not in marketplace.ids:
+            return None
+        return to_server(marketplace[marketplace.ids.index(server_id)], marketplace.live)
+
+    def get_server(self, server_id: int) -> Server:
+        """Return a server, rented or not.
+
+        Raises:
+            CloreError: the marketplace does not list it.
+        """
+        server = self.find_server(server_id)
+        if server is None:
+            raise CloreError(f"server {server_id} is not on the marketplace: choose another")
+        return server
+
+    def learn_rates(self, server_id: int | None) -> None:
+        """Try to read the exchange rates for display, at most once in five minutes.
+
+        Parameters:
+            server_id: a server whose spot market has them; None reads the list of servers.
+        """
+        data = self.data
+        if time.monotonic() - data.rates_tried_at <= RATE_MAX_AGE:
+            return
+        now = data.rates_tried_at = time.monotonic()
+        try:
+            limited(
+                lambda: self.read() if server_id is None else self.read_spot(server_id),
+                deadline=now + RATES_PATIENCE,
+            )
+        except Exception as error:  # prices in USD are extra: they must not break another call
+            logger.debug("the exchange rates can't be read: %s", error)
+
+    def fees(self) -> dict[str, Any]:
+        """Return the response with the account's fees, which is read once; empty without a key."""
+        key = self._client.api_key
+        if not key:
+            return {}
+        account = (self._client.base_url, key)
+        if account not in self._fees:
+            try:
+                self._fees[account] = self._client._request("GET", "/v1/renter_fees")
+            except CloreError as error:
+                logger.debug("the account's fees can't be read: %s", error)
+                if error.retryable:
+                    return {}
+                self._fees[account] = {}
+        return self._fees[account]
+
+    def ensure_rates(self, server_id: int, currency: str) -> None:
+        """Read the exchange rate for a bid, if it is not known or too old."""
+        data = self.data
+        if not data.documented and currency not in data.rates.fresh():
+            self.read_spot(server_id)
+
+    def wire_bid(
+        self, name: str, usd_per_hour: float, server_id: int, currency: str, allow_above: bool
+    ) -> float:
+        """Check a bid, and return it in the unit of the API.
 
         That is ``currency`` per day in the live form, and USD per hour in the documented form.
 
+        Parameters:
+            name: the name of the argument, for the error.
+            usd_per_hour: the bid.
+            server_id: the server.
+            currency: the currency to pay with.
+            allow_above: whether to allow a bid far above the on-demand price.
+
         Raises:
+            ValueError: the bid is more than ten times the on-demand price.
             RateUnknownError: the exchange rate is not known.
         """
-        if self.documented:
+        data = self.data
+        data.check_bid_price(name, usd_per_hour, server_id, allow_above)
+        self.ensure_rates(server_id, currency)
+        if data.documented:
             logger.info("bid for server %d: %g USD per hour", server_id, usd_per_hour)
             return usd_per_hour
-        rate = positive(self.rates.fresh().get(currency))
+        rate = positive(data.rates.fresh().get(currency))
         if rate is None:
             raise RateUnknownError(
                 f"the spot market of server {server_id} has no exchange rate for {currency}, so "
@@ -6731,6 +6703,111 @@ class MarketData:
             rate,
         )
         return bid
+
+
+# ==================================================================================================
+# market.spot
+#
+# The spot market of a server: its offers, and a bid that would win.
+# ==================================================================================================
+
+
+class SpotOffer(Record):
+    """One bid for a server: a dict with the fields of the API and ``usd_per_hour``."""
+
+    __slots__ = ()
+
+    @property
+    def id(self) -> int | None:
+        """The number of the offer."""
+        return whole_id(self.get("offer_id"))
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The bid in USD per hour; None if there is no exchange rate."""
+        return finite(self.get("usd_per_hour"))
+
+    @property
+    def currency(self) -> str | None:
+        """The currency of the bid."""
+        return text_of(self, "currency")
+
+    @property
+    def is_mine(self) -> bool:
+        """True if the bid is of this account."""
+        return self.get("my") is True
+
+    @property
+    def is_active(self) -> bool:
+        """True if the bid rents the server now."""
+        return self.get("active") is True
+
+
+class SpotMarket(Record):
+    """The response to ``spot_marketplace``: a dict with ``market``, and typed properties."""
+
+    __slots__ = ()
+    SHOWN = ("minimum_usd", "lowest_winning_usd")
+
+    @property
+    def offers(self) -> list[SpotOffer]:
+        """The bids for the server, in the API's order."""
+        return [SpotOffer(offer) for offer in dicts(part_of(self, "market", "offers"))]
+
+    @property
+    def minimum_usd(self) -> float | None:
+        """The lowest bid that the host accepts in any currency, in USD per hour, or None."""
+        pricing = part_of(self, "market", "server", "min_pricing")
+        if not isinstance(pricing, dict):
+            return None
+        rates = market_rates(self)
+        bids = [rates.usd(positive(amount), currency) for currency, amount in pricing.items()]
+        return min((bid / HOURS_PER_DAY for bid in bids if bid), default=None)
+
+    @property
+    def lowest_winning_usd(self) -> float | None:
+        """The bid, in USD per hour, that a new bid must exceed to rent the server, or None.
+
+        It is the highest bid of other accounts; without one, the lowest that the host accepts.
+        """
+        bids = [offer.usd_per_hour for offer in self.offers if not offer.is_mine]
+        return max((bid for bid in [*bids, self.minimum_usd] if bid), default=None)
+
+    def _summary(self) -> dict[str, Any]:
+        return {"offers": len(self.offers), **super()._summary()}
+
+
+def market_rates(response: dict[str, Any]) -> ExchangeRates:
+    """Return the exchange rates in a response to ``spot_marketplace``."""
+    rates = ExchangeRates()
+    rates.update(part_of(response, "market", "currency_rates_in_usd"))
+    return rates
+
+
+def to_spot_market(response: dict[str, Any]) -> SpotMarket:
+    """Convert a response to ``spot_marketplace``, and add ``usd_per_hour`` to its offers.
+
+    A ``bid`` is per day in the offer's currency. The exchange rates are in the same response.
+    """
+    spot_market = SpotMarket(response)
+    spot_market._wire = response
+    market = response.get("market")
+    if not isinstance(market, dict) or not isinstance(market.get("offers"), list):
+        return spot_market
+    live, rates = is_live(response), market_rates(response)
+
+    def hourly(offer: dict[str, Any]) -> float | None:
+        if live:
+            per_day = rates.usd(positive(offer.get("bid")), offer.get("currency"))
+            return None if per_day is None else per_day / HOURS_PER_DAY
+        stated = (positive(offer.get(k)) for k in ("usd_per_hour", "spot_price", "price"))
+        return next((price for price in stated if price is not None), None)
+
+    spot_market["market"] = {
+        **market,
+        "offers": [{**offer, "usd_per_hour": hourly(offer)} for offer in dicts(market["offers"])],
+    }
+    return spot_market
 
 
 def suggested_bid(market: SpotMarket, server: Any, margin: float) -> float | None:
@@ -6751,180 +6828,14 @@ def suggested_bid(market: SpotMarket, server: Any, margin: float) -> float | Non
     return min(bid, on_demand) if on_demand is not None and on_demand > lowest else bid
 
 
-def in_documented_form(order: Order) -> bool:
-    """Return whether an order has a field that only the documented form has."""
-    return order.is_live is False and any(
-        name in order.wire for name in ("status", "connection", "renting_server")
-    )
-
-
-# ==================================================================================================
-# market.market
-#
-# Read the marketplace, and keep its prices and exchange rates.
-# ==================================================================================================
-
-
-RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
-
-
-class Requester(Protocol):
-    """The parts of ``CloreClient`` that the marketplace uses."""
-
-    @property
-    def base_url(self) -> str: ...
-
-    @property
-    def api_key(self) -> str | None: ...
-
-    def _request(
-        self,
-        method: str,
-        endpoint: str,
-        params: dict[str, Any] | None = None,
-        json: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]: ...
-
-
-class Market:
-    """The marketplace of a client's API."""
-
-    def __init__(self, client: Requester) -> None:
-        self._client = client
-        self._by_url: dict[str, MarketData] = {}  # by base URL, which can change
-        self._fees: dict[tuple[str, str], Fees] = {}  # by base URL and key
-
-    @property
-    def data(self) -> MarketData:
-        """The market data of the current base URL."""
-        return self._by_url.setdefault(self._client.base_url, MarketData())
-
-    def read(self) -> dict[str, Any]:
-        """Read the list of servers."""
-        response = self._client._request("GET", "/v1/marketplace")
-        data = self.data
-        data.observe(response)
-        data.listed = listed_prices(response, data.rates)
-        return response
-
-    def listing(self, max_age: float = 0.0) -> dict[str, Any]:
-        """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
-        data = self.data
-        if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
-            return data.kept[0]
-        response = self.read()
-        if max_age > 0:
-            data.kept = (response, time.monotonic())
-        return response
-
-    def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
-        """Return the servers that a search finds, and a report on the others."""
-        return search.run(self.listing(max_age))
-
-    def read_spot(self, server_id: int) -> dict[str, Any]:
-        """Read the spot market of a server."""
-        response = self._client._request(
-            "GET", "/v1/spot_marketplace", params={"market": server_id}
-        )
-        self.data.observe_spot(response)
-        return response
-
-    def find_server(self, server_id: int) -> Server | None:
-        """Return a server, rented or not, or None if it is not listed."""
-        response = self.read()
-        for record in dicts(response.get("servers")):
-            if whole_id(record.get("id")) == server_id:
-                return to_server(record, is_live(response))
-        return None
-
-    def get_server(self, server_id: int) -> Server:
-        """Return a server, rented or not.
-
-        Raises:
-            CloreError: the marketplace does not list it.
-        """
-        server = self.find_server(server_id)
-        if server is None:
-            raise CloreError(f"server {server_id} is not on the marketplace: choose another")
-        return server
-
-    def estimate(
-        self, server: Server, hours: float, currency: str, spot: bool, spot_price: float | None
-    ) -> CostEstimate:
-        """Estimate the cost of a rental with the fees of the account."""
-        return estimate(
-            server, hours, currency=currency, spot=spot, spot_price=spot_price, fees=self.fees(),
-            rates=self.data.rates,
-        )  # fmt: skip
-
-    def learn_rates(self, server_id: int | None) -> None:
-        """Try to read the exchange rates for display, at most once in five minutes.
-
-        Parameters:
-            server_id: a server whose spot market has them; None reads the list of servers.
-        """
-        data = self.data
-        if time.monotonic() - data.rates_tried_at <= RATE_MAX_AGE:
-            return
-        now = data.rates_tried_at = time.monotonic()
-        try:
-            limited(
-                lambda: self.read() if server_id is None else self.read_spot(server_id),
-                deadline=now + RATES_PATIENCE,
-            )
-        except Exception as error:  # prices in USD are extra: they must not break another call
-            logger.debug("the exchange rates can't be read: %s", error)
-
-    def fees(self) -> Fees:
-        """Return the account's fees, which are read once; without a key, the published ones."""
-        key = self._client.api_key
-        if not key:
-            return Fees({})
-        account = (self._client.base_url, key)
-        if account not in self._fees:
-            try:
-                response = self._client._request("GET", "/v1/renter_fees")
-            except CloreError as error:
-                logger.debug("the account's fees can't be read: %s", error)
-                if error.retryable:
-                    return Fees({})
-                response = {}
-            self._fees[account] = Fees(response)
-        return self._fees[account]
-
-    def ensure_rates(self, server_id: int, currency: str) -> None:
-        """Read the exchange rate for a bid, if it is not known or too old."""
-        data = self.data
-        if not data.documented and currency not in data.rates.fresh():
-            self.read_spot(server_id)
-
-    def wire_bid(
-        self, name: str, usd_per_hour: float, server_id: int, currency: str, allow_above: bool
-    ) -> float:
-        """Check a bid, and return it in the unit of the API.
-
-        Parameters:
-            name: the name of the argument, for the error.
-            usd_per_hour: the bid.
-            server_id: the server.
-            currency: the currency to pay with.
-            allow_above: whether to allow a bid far above the on-demand price.
-
-        Raises:
-            ValueError: the bid is more than ten times the on-demand price.
-            RateUnknownError: the exchange rate is not known.
-        """
-        self.data.check_bid_price(name, usd_per_hour, server_id, allow_above)
-        self.ensure_rates(server_id, currency)
-        return self.data.wire_bid(usd_per_hour, currency, server_id)
-
-
 # ==================================================================================================
 # market.summary
 #
-# Summarize a listing: servers, GPUs and prices of each GPU model.
+# Summarize the marketplace by GPU model, and estimate what a rental costs.
 # ==================================================================================================
+
+
+HIGHEST_PERCENT = 100.0  # a fee above that is not believed
 
 
 class ModelSummary(NamedTuple):
@@ -6956,40 +6867,39 @@ class _Model:
         self.servers_free += free
         self.gpus_free += count * free
 
+    def add_prices(self, record: dict[str, Any], live: bool, count: int) -> None:
+        for spot in (False, True):
+            price = server_price(record, live, spot)
+            if price is not None:
+                self.prices[spot].append(price / count)
+
 
 def summarize(
-    response: dict[str, Any], *, include_rented: bool = False, include_fees: bool = False
+    marketplace: Marketplace, *, include_rented: bool = False, include_fees: bool = False
 ) -> list[ModelSummary]:
     """Return a summary of each GPU model, the one with the most GPUs first.
 
     Parameters:
-        response: the response with the list of servers.
+        marketplace: the list of servers.
         include_rented: include the prices of rented servers; the counts always have them.
         include_fees: add the published fees to the prices.
     """
-    live, models, spellings = is_live(response), dict[str, _Model](), Counter[str]()
-    for record in dicts(response.get("servers")):
-        names = gpu_names(record)
+    models, spellings = dict[str, _Model](), Counter[str]()
+    for names, record in zip(marketplace.gpus, marketplace, strict=True):
         spellings.update(set(names))
         free = not record.get("rented")
-        folded = {fold_name(name) for name in names}
-        for model in folded:
-            count = sum(fold_name(name) == model for name in names)
-            if len(folded) == 1:
+        folded = [fold_name(name) for name in names]
+        for name in set(folded):
+            model = models.setdefault(name, _Model())
+            count = folded.count(name)
+            if count == len(folded):  # not a mixed rig
                 count = count_gpus(record) or count
                 if free or include_rented:
-                    _add_prices(models.setdefault(model, _Model()), record, live, count)
-            models.setdefault(model, _Model()).add(count, free)
+                    model.add_prices(record, marketplace.live, count)
+            model.add(count, free)
     shown = common_spellings(spellings)
     rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
     return sorted(rows, key=lambda row: (-row.gpus, row.gpu))
-
-
-def _add_prices(model: _Model, record: dict[str, Any], live: bool, count: int) -> None:
-    for spot in (False, True):
-        price = server_price(record, live, spot)
-        if price is not None:
-            model.prices[spot].append(price / count)
 
 
 def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
@@ -7012,6 +6922,77 @@ def quantile(ordered: list[float], share: float) -> float | None:
     below = int(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+class CostEstimate(NamedTuple):
+    """The cost of a rental. An amount is None if a price or an exchange rate is not known.
+
+    Attributes:
+        server_id, hours, currency: as for ``CloreClient.estimate_cost``.
+        usd_per_hour: the price or bid in USD per hour, without fees.
+        base_usd, renter_fee_usd, creation_fee_usd, total_usd: the amounts in USD.
+        base, renter_fee, creation_fee, total: the same amounts in ``currency``.
+    """
+
+    server_id: int | None
+    hours: float
+    currency: str
+    usd_per_hour: float | None
+    base_usd: float | None
+    renter_fee_usd: float | None
+    creation_fee_usd: float
+    total_usd: float | None
+    base: float | None
+    renter_fee: float | None
+    creation_fee: float | None
+    total: float | None
+
+
+def estimate(
+    market: Market,
+    server: Server,
+    hours: float,
+    *,
+    currency: str,
+    spot: bool,
+    spot_price: float | None,
+) -> CostEstimate:
+    """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
+    rate = listed_rate(server, currency) or market.data.rates.rate(currency)
+    price = spot_price if spot_price is not None else price_in(server, False, spot, currency)
+    fraction, creation_usd = _fees(market.fees(), spot, currency, rate)
+    base = None if price is None else price * hours
+    fee = None if base is None else base * fraction
+    creation = creation_fee_after(hours * 3600.0, creation_usd)
+    total = None if base is None or fee is None else base + fee + creation
+
+    def in_currency(usd: float | None) -> float | None:
+        return usd / rate if usd is not None and rate else None
+
+    return CostEstimate(
+        server.id, hours, currency, price, base, fee, creation, total,
+        in_currency(base), in_currency(fee), in_currency(creation), in_currency(total),
+    )  # fmt: skip
+
+
+def _fees(
+    response: dict[str, Any], spot: bool, currency: str, rate: float | None
+) -> tuple[float, float]:
+    """Return the renter's fee as a fraction of the price, and the creation fee in USD.
+
+    Parameters:
+        response: the response to ``renter_fees``; the published fees replace what it lacks.
+        spot, currency: the kind of the order.
+        rate: USD for one unit of the currency.
+    """
+    kind = "spot" if spot else "on_demand"
+    percent = finite(part_of(response, "renter_fees", kind, "base", currency))
+    believed = percent is not None and 0 <= percent <= HIGHEST_PERCENT
+    fraction = percent / 100 if believed and percent is not None else published_fee(spot)
+    amount = finite(part_of(response, "creation_fees", kind, currency))
+    if amount is None or amount < 0 or rate is None:
+        return fraction, CREATION_FEE
+    return fraction, amount * rate
 
 
 # ==================================================================================================
@@ -7041,6 +7022,28 @@ def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
 def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
     """Return whether an order still runs and can be the result of a purchase."""
     return not order.has_ended and same_purchase(order, image, currency, spot)
+
+
+def purchase_facts(
+    server_id: int, wanted: Any, before: Collection[int], server_clock: float | None
+) -> dict[str, Any]:
+    """Return the facts by which :func:`matches_entry` finds the order of a purchase.
+
+    Parameters:
+        server_id: the server.
+        wanted: has the ``image``, the ``currency``, and whether the order is ``spot``.
+        before: ids of older orders.
+        server_clock: seconds by which the server's clock is ahead, or None.
+    """
+    return {
+        "server_id": server_id,
+        "started": time.time(),
+        "server_clock": server_clock,
+        "image": wanted.image,
+        "currency": wanted.currency,
+        "spot": wanted.spot,
+        "before": sorted(before),
+    }
 
 
 def matches_entry(data: dict[str, Any], order: Order) -> bool:
@@ -7088,14 +7091,6 @@ class Claims:
         return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
 
 
-_claims = PerAccount(Claims)
-
-
-def claims_for(base_url: str, api_key: str) -> Claims:
-    """Return the claims of an account, which all clients of this process share."""
-    return _claims.of(base_url, api_key)
-
-
 # ==================================================================================================
 # orders.credentials
 #
@@ -7135,15 +7130,9 @@ def login_fields(sent: dict[str, str]) -> dict[str, str]:
 class SavedLogin:
     """The credentials of one purchase, saved before it is sent, until its order has an id."""
 
-    def __init__(self, store: Credentials, account: str, fields: dict[str, str]) -> None:
+    def __init__(self, fields: dict[str, str]) -> None:
         self.fields = fields
         self.path: Path | None = None
-        self._store = store
-        self._account = account
-
-    def assign(self, order_id: int) -> None:
-        """Record the order of the purchase."""
-        self._store.assign(self._account, order_id, self)
 
     def drop(self) -> None:
         """Forget the purchase, which has no order. Safe to repeat."""
@@ -7180,7 +7169,7 @@ class Credentials:
             sent: the password, key and token of the order.
             facts: the fields by which :func:`matches_entry` finds the order.
         """
-        saved = SavedLogin(self, account, login_fields(sent))
+        saved = SavedLogin(login_fields(sent))
         if (folder := self._folder) is None or not saved.fields:
             return saved
         name = f"{random.SystemRandom().getrandbits(64):016x}"
@@ -7339,7 +7328,8 @@ def _warn(what: str, error: object) -> None:
 
 
 SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
-LONGEST_CHECK = 10.0  # seconds for the look if an order has ended, after a login failed
+OrderState = Literal["active", "ended", "absent"]  # of an order in the two order lists
+LONGEST_CHECK = 3.0  # seconds for the look if an order has ended, after a login failed
 
 
 class OrdersClient(Requester, Protocol):
@@ -7355,14 +7345,6 @@ class OrdersClient(Requester, Protocol):
 
     @property
     def api_key(self) -> str | None: ...
-
-
-class OrderState(enum.Enum):
-    """The state of an order in the two order lists."""
-
-    ACTIVE = "active"
-    ENDED = "ended"
-    ABSENT = "absent"
 
 
 class AccountOrders:
@@ -7403,8 +7385,9 @@ class AccountOrders:
     @property
     def claims(self) -> Claims:
         """The claims of the account, shared by its clients; without a key, this client's own."""
-        key = self.client.api_key
-        return claims_for(self.client.base_url, key) if key else self._own_claims
+        if not self.client.api_key:
+            return self._own_claims
+        return this_process.of_account(Claims, "claims", self.account)
 
     @property
     def known(self) -> set[int]:
@@ -7472,16 +7455,21 @@ class AccountOrders:
             raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
 
     def running(self, order_id: int) -> Order:
-        """Read an order that has not ended.
+        """Read an order that has not ended, as far as this client knows; see ``find_active``."""
+        self.check_not_ended(order_id)
+        return self.find_active(order_id)
+
+    def find_active(self, order_id: int) -> Order:
+        """Read an order that is not listed as ended.
 
         Raises:
             OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
         """
-        self.check_not_ended(order_id)
         order = self.find(order_id) or self.made.get(order_id)  # a new one may not be listed yet
         if order is None:
             raise OrderNotFoundError(
-                f"there is no order {order_id} in this account: look at get_orders()",
+                f"there is no order {order_id} in this account, so nothing was done: look at "
+                "get_orders()",
                 order_id=order_id,
             )
         if order.has_ended:
@@ -7489,7 +7477,7 @@ class AccountOrders:
         return order
 
     def raise_if_ended(self, order_id: int, cause: BaseException) -> None:
-        """Look once if an order has ended, and raise the error for that.
+        """Look once if an order has ended, with one request, and raise the error for that.
 
         Parameters:
             order_id: the order.
@@ -7500,7 +7488,7 @@ class AccountOrders:
             return
         deadline = time.monotonic() + LONGEST_CHECK
         try:
-            orders, _ = limited(lambda: self.read(completed=True), deadline=deadline)
+            orders, _ = limited(lambda: self.read(completed=True), deadline=deadline, once=True)
         except CloreError as error:
             logger.debug("the state of order %d is not known: %s", order_id, error)
             return
@@ -7534,7 +7522,7 @@ class AccountOrders:
             orders, response = self.read(completed)
             for order in orders:
                 if order.id == order_id:
-                    return OrderState.ENDED if order.has_ended else OrderState.ACTIVE
+                    return "ended" if order.has_ended else "active"
                 if order.server_id == order_id and not order.has_ended:
                     raise OrderNotFoundError(
                         f"there is no order {order_id}, which is the server of order {order.id}: "
@@ -7550,7 +7538,7 @@ class AccountOrders:
                 )
                 incomplete.retryable = True
                 raise incomplete
-        return OrderState.ABSENT
+        return "absent"
 
     def active_ids(self) -> list[int]:
         """Return the ids of active orders, and of known orders that the list does not have now."""
@@ -7561,6 +7549,34 @@ class AccountOrders:
             completed, _ = self.read(completed=True)
             self.ended.update(o.id for o in completed if o.id is not None and o.has_ended)
         return active + sorted(missing - self.cancelled - self.ended)
+
+    # --- the limits of the user ---
+
+    def check_price(self, usd_per_hour: float | None, what: str) -> None:
+        """Refuse a price that is above ``max_usd_per_hour`` or not known."""
+        limit = self.client.max_usd_per_hour
+        if limit is None:
+            return
+        if usd_per_hour is None:
+            raise SpendingLimitError(
+                f"the price of {what} is not known, and max_usd_per_hour is {limit:g}, so nothing "
+                "was ordered or bid: choose another server, or set no limit"
+            )
+        if usd_per_hour > limit * (1 + 1e-9):
+            raise SpendingLimitError(
+                f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}, "
+                "so nothing was ordered or bid: choose a lower price, or raise the limit"
+            )
+
+    def check_count(self) -> None:
+        """Refuse a new order if ``max_active_orders`` are active."""
+        limit = self.client.max_active_orders
+        if limit is None or len(active := self.active_ids()) < limit:
+            return
+        raise SpendingLimitError(
+            f"{len(active)} orders are active ({', '.join(map(str, sorted(active)))}), and "
+            f"max_active_orders is {limit}, so nothing was ordered: cancel one, or raise the limit"
+        )
 
     def notify_bid(self, order_id: int, usd_per_hour: float) -> None:
         """Report the new price of an order to its budget."""
@@ -7580,38 +7596,6 @@ def ended_error(order_id: int, status: str, order: Order | None = None) -> Order
 
 
 # ==================================================================================================
-# orders.limits
-#
-# Check the user's limits: the price per hour, and the number of active orders.
-# ==================================================================================================
-
-
-def check_price_limit(usd_per_hour: float | None, limit: float | None, what: str) -> None:
-    """Refuse a price that is above ``max_usd_per_hour`` or not known."""
-    if limit is None:
-        return
-    if usd_per_hour is None:
-        raise SpendingLimitError(
-            f"the price of {what} is not known, and max_usd_per_hour is {limit:g}, so nothing was "
-            "ordered or bid: choose another server, or set no limit"
-        )
-    if usd_per_hour > limit * (1 + 1e-9):
-        raise SpendingLimitError(
-            f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}, so "
-            "nothing was ordered or bid: choose a lower price, or raise the limit"
-        )
-
-
-def check_order_limit(active: Collection[int], limit: int | None) -> None:
-    """Refuse a new order if ``max_active_orders`` are active."""
-    if limit is not None and len(active) >= limit:
-        raise SpendingLimitError(
-            f"{len(active)} orders are active ({', '.join(map(str, sorted(active)))}), and "
-            f"max_active_orders is {limit}, so nothing was ordered: cancel one, or raise the limit"
-        )
-
-
-# ==================================================================================================
 # orders.bid
 #
 # Change the bid of a spot order.
@@ -7626,18 +7610,19 @@ def set_spot_price(
     orders: AccountOrders, order_id: int, usd_per_hour: float, allow_above: bool
 ) -> bool:
     """Change the bid of an order; see ``CloreClient.set_spot_price``."""
-    response = _send_bid(orders, _find(orders, order_id), usd_per_hour, allow_above)
-    return _accepted(response)
+    return _accepted(_send_bid(orders, orders.find_active(order_id), usd_per_hour, allow_above))
 
 
 def lower_spot_price(orders: AccountOrders, order_id: int, target: float, wait: bool) -> float:
     """Lower the bid of an order step by step; see ``CloreClient.lower_spot_price``."""
     bid = target
     while True:
-        order = _find(orders, order_id)
+        order = orders.find_active(order_id)
         current = _current_bid(orders, order)
         if current is not None and bid >= current:
             return current
+        if current is None and in_documented_form(order) and not order.has_ended:
+            raise _unknown_bid(order)  # the target could be above it
         try:
             response = _send_bid(orders, order, bid, allow_above=False)
             if not _accepted(response):  # the documented form refuses with code 0
@@ -7659,24 +7644,22 @@ def lower_spot_price(orders: AccountOrders, order_id: int, target: float, wait: 
         bid = target  # the exchange rate can have changed, so compute the next step again
 
 
-def _find(orders: AccountOrders, order_id: int) -> Order:
-    # A new order may not be listed yet.
-    order = orders.find(order_id) or orders.made.get(order_id)
-    if order is None:
-        raise OrderNotFoundError(
-            f"there is no order {order_id} in this account, so nothing was bid: look at "
-            "get_orders()",
-            order_id=order_id,
-        )
-    return order
-
-
 def _current_bid(orders: AccountOrders, order: Order) -> float | None:
     """Return the bid of an order in USD per hour, by a rate that may convert bids."""
     currency = wire_currency(str(order.get("currency")))
     if order.server_id is not None and currency is not None and not in_documented_form(order):
         orders.market.ensure_rates(order.server_id, currency)
     return order.usd_per_hour
+
+
+def _unknown_bid(order: Order) -> RateUnknownError:
+    error = RateUnknownError(
+        f"the bid of order {order.id} in USD is not known, because the API shows it in "
+        f"{order.currency} and tells no exchange rate, so nothing was bid: call set_spot_price() "
+        "with a price below your bid, which has no need of a rate, or pay spot orders in USD"
+    )
+    error.retryable = False
+    return error
 
 
 def _step_below(
@@ -7721,20 +7704,12 @@ def _send_bid(
 
 def _wire_bid(orders: AccountOrders, order: Order, usd_per_hour: float, allow_above: bool) -> float:
     """Check a bid, and return it in the unit of the API."""
-    if order.has_ended:
-        raise OrderEndedError(
-            f"Order {order.id} has ended, with status {order.status}, so nothing was bid",
-            order_id=order.id or 0,
-            status=order.status or "",
-            order=order,
-        )
     if order.is_spot is False:
         raise ValueError(
             f"order_id {order.id} is not a spot order, so nothing was bid: only spot orders have a "
             "bid"
         )
-    limit = orders.client.max_usd_per_hour
-    check_price_limit(usd_per_hour, limit, f"the bid for order {order.id}")
+    orders.check_price(usd_per_hour, f"the bid for order {order.id}")
     if in_documented_form(order):
         orders.market.data.check_bid_price("new_price", usd_per_hour, order.server_id, allow_above)
         return usd_per_hour
@@ -7846,7 +7821,7 @@ class Cancellation:
             if self._done and not confirm:
                 return None
             if isinstance(self.failure, ConfigurationError):
-                return self.unconfirmed()
+                return self._unconfirmed()
             try:
                 if self._check_lists(deadline()):
                     return None
@@ -7854,24 +7829,19 @@ class Cancellation:
                 return error
             remaining = deadline() - time.monotonic()
             if remaining <= 0 or stop() or (self._refused and not retry_refused):
-                return self.unconfirmed()
+                return self._unconfirmed()
             waits_for_cancel = retry_refused and not self._done
             pause = max(self._next_send() - time.monotonic(), 0) if waits_for_cancel else read_pause
             until = time.monotonic() + min(pause, remaining)
             _sleep_until(until, lambda: stop() or time.monotonic() >= deadline())
             read_pause = min(read_pause * 2, LONGEST_READ_PAUSE)
 
-    def unconfirmed(self, seconds: float | None = None) -> CancelUnconfirmedError:
-        """Make the error for an order that may still be running.
-
-        Parameters:
-            seconds: the time that was spent on it, for the text.
-        """
+    def _unconfirmed(self) -> CancelUnconfirmedError:
+        """Make the error for an order that may still be running."""
         order_id = self.order_id
         what = "was cancelled, but it is not confirmed that it has ended"
         if not self._done:
-            within = "" if seconds is None else f" within {seconds:g}s"
-            what = f"could not be cancelled{within}"
+            what = "could not be cancelled"
         why = "" if self._done else f" ({self.failure})"
         error = CancelUnconfirmedError(
             f"order {order_id} {what}: it may still be running, and cost money, so call "
@@ -7891,7 +7861,7 @@ class Cancellation:
     @property
     def _refused(self) -> bool:
         """True if the API clearly refused to cancel an order that is active."""
-        return self._state is OrderState.ACTIVE and not (self.accepted or self._outcome_unknown)
+        return self._state == "active" and not (self.accepted or self._outcome_unknown)
 
     def _accept(self) -> None:
         self.accepted, self.failure = True, None
@@ -7903,7 +7873,7 @@ class Cancellation:
         if not self._done:
             return self._sent_at + self._pause if self.failure else -math.inf
         # The cancel was accepted, but the order still looks active.
-        return self._sent_at + CANCEL_AGAIN_AFTER if self._state is OrderState.ACTIVE else math.inf
+        return self._sent_at + CANCEL_AGAIN_AFTER if self._state == "active" else math.inf
 
     def _send_if_due(self, deadline: float) -> None:
         if time.monotonic() < self._next_send():
@@ -7955,11 +7925,11 @@ class Cancellation:
         except CloreError as error:
             self._read_error = error
             return False
-        if self._state is OrderState.ENDED:
+        if self._state == "ended":
             self._accept()
             orders.ended.add(self.order_id)
             return True
-        if self._state is OrderState.ACTIVE:
+        if self._state == "active":
             self._absent_since = None
             return False
         self._absent_since = self._absent_since or asked_at
@@ -8005,21 +7975,18 @@ def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
     """Cancel several orders; see ``CloreClient.cancel_orders``."""
     if not ids:
         return {"code": 0, "failed_to_cancel": []}
-    response, failed = _send_cancels(orders, ids)
-    if failed and getattr(response, "sends", 1) > 1:
+    response, sends = _send_cancels(orders, ids)
+    if sends > 1 and (failed := _failed(ids, response)):
         # After a lost response, the retry fails for the orders that the first request ended.
-        until = time.monotonic() + SETTLE_TIMEOUT
-        left = _still_running(orders, failed, until)
-        response["failed_to_cancel"] = [
-            i for i in response["failed_to_cancel"] if str(i) in map(str, left)
-        ]
+        left = {str(i) for i in _still_running(orders, failed, time.monotonic() + SETTLE_TIMEOUT)}
+        response["failed_to_cancel"] = [i for i in response["failed_to_cancel"] if str(i) in left]
     return response
 
 
 def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int]:
     """Cancel all active orders of the account; see ``CloreClient.cancel_all``."""
     ids = orders.active_ids()
-    failed = _send_cancels(orders, ids)[1] if ids else []
+    failed = _failed(ids, _send_cancels(orders, ids)[0]) if ids else []
     until = time.monotonic() + min(timeout, SETTLE_TIMEOUT)
     if left := _still_running(orders, failed, until):
         raise CancelUnconfirmedError(
@@ -8051,10 +8018,11 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
             ) from failure
 
 
-def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any], list[int]]:
-    """Send ``cancel_orders`` in batches; return the last response, and the ids that failed.
+def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any], int]:
+    """Send ``cancel_orders`` in batches; return the last response, and the most sends of a batch.
 
-    Continues after a batch that failed, because an order that still runs costs money.
+    The response has the failed ids of all batches. A batch that failed does not stop the others,
+    because an order that still runs costs money.
     """
     failure: CloreError | None = None
     listed: list[Any] = []
@@ -8064,37 +8032,37 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
     for start in range(0, len(ids), MAX_CANCELS):
         batch = ids[start : start + MAX_CANCELS]
         try:
-            response = _send_batch(orders, batch)
+            response = orders.client._request(
+                "POST", "/v1/cancel_orders", json={"order_ids": batch}
+            )
         except CloreError as error:
             failure = failure or error
             unsent += batch
             continue
+        sends = max(sends, getattr(response, "sends", 1))
+        failed = _failed(batch, response)
         names = response.get("failed_to_cancel")
         listed += names if isinstance(names, list) else []
-        sends = max(sends, getattr(response, "sends", 1))
-    failed = [i for i in ids if str(i) in {str(name) for name in listed}]
+        done = [order_id for order_id in batch if order_id not in failed]
+        orders.cancelled.update(done)
+        orders.credentials.forget(orders.account, done)
+        logger.info("cancelled orders: %s; not cancelled: %s", done, failed)
+    response["failed_to_cancel"] = listed
     if failure is not None:
         if len(ids) > MAX_CANCELS:
-            left = ", ".join(map(str, [*unsent, *failed]))
+            left = ", ".join(map(str, [*unsent, *_failed(ids, response)]))
             failure.args = (
                 f"{failure}\norders {left} may still be running, and cost money: cancel them again",
             )
         raise failure
-    response["failed_to_cancel"] = listed
-    if isinstance(response, Envelope):
-        response.sends = sends
-    return response, failed
+    return response, sends
 
 
-def _send_batch(orders: AccountOrders, batch: list[int]) -> dict[str, Any]:
-    response = orders.client._request("POST", "/v1/cancel_orders", json={"order_ids": batch})
+def _failed(ids: list[int], response: dict[str, Any]) -> list[int]:
+    """Return those of the ids that a response to ``cancel_orders`` names, as strings mostly."""
     names = response.get("failed_to_cancel")
     failed = {str(name) for name in names} if isinstance(names, list) else set()
-    done = [i for i in batch if str(i) not in failed]
-    orders.cancelled.update(done)
-    orders.credentials.forget(orders.account, done)
-    logger.info("cancelled orders: %s; not cancelled: %s", done, sorted(failed))
-    return response
+    return [order_id for order_id in ids if str(order_id) in failed]
 
 
 def _still_running(orders: AccountOrders, ids: Iterable[int], until: float) -> tuple[int, ...]:
@@ -8244,148 +8212,6 @@ def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
 
 
 # ==================================================================================================
-# orders.reconcile
-#
-# Reconcile a purchase with the order lists, when the response had no order id or was lost.
-# ==================================================================================================
-
-
-# A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
-FIRST_PAUSE = 0.2
-LONGEST_PAUSE = 2.0
-
-
-class SentPurchase(Protocol):
-    """The parts of a purchase by which its order is found."""
-
-    server_id: int
-    credentials: dict[str, str]
-    baseline_read: bool
-    response: dict[str, object]
-
-    @property
-    def sent_at(self) -> float: ...
-
-    def matches(self, order: Order) -> bool: ...
-
-
-def find_order(
-    orders: AccountOrders, purchase: SentPurchase, timeout: float, send_error: CloreError | None
-) -> Order:
-    """Read the active orders until the order of a purchase shows up, and claim it.
-
-    Parameters:
-        orders: the orders of the account.
-        purchase: the purchase that was sent.
-        timeout: seconds.
-        send_error: the error of the purchase, after which the order may or may not exist; or None.
-
-    Raises:
-        OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
-            error of the last read, if that failed, else ``send_error``.
-        CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have the
-            order.
-    """
-    try:
-        order = _search(orders, purchase, timeout, send_error)
-    except (KeyboardInterrupt, SystemExit):
-        logger.warning(
-            "interrupted before the order of server %d was found; it may exist: look at "
-            "get_orders()",
-            purchase.server_id,
-        )
-        raise
-    orders.claims.unresolved.pop(purchase.server_id, None)
-    return order
-
-
-def _search(
-    orders: AccountOrders, purchase: SentPurchase, timeout: float, send_error: CloreError | None
-) -> Order:
-    claims, pause = orders.claims, FIRST_PAUSE
-    deadline = time.monotonic() + timeout
-    while True:
-        cause: CloreError | None = None
-        possible: list[Order] = []
-        created_after = None
-        try:
-            listed, created_after = _read_active(orders, purchase, timeout, deadline)
-            possible = claims.free([o for o in listed if purchase.matches(o)], purchase)
-        except CloreError as error:
-            cause = error
-        found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
-        remaining = deadline - time.monotonic()
-        if remaining <= 0 and not found and purchase.baseline_read:
-            # The clocks may differ, but an order that is not in the baseline must be the new one.
-            found = [order for order in possible if not order.has_ended]
-        if len(found) == 1 and claims.take(found[0].id or 0, purchase):
-            _learn_offset(claims, found[0], created_after)
-            return found[0]
-        if len(found) > 1 or remaining <= 0:
-            if isinstance(send_error, CloreAPIError) and not possible and cause is None:
-                raise send_error  # complete lists without the order confirm the refusal
-            raise _not_found(purchase, found or possible, timeout, send_error) from (
-                cause or send_error
-            )
-        time.sleep(min(pause, remaining))
-        pause = min(pause * 1.5, LONGEST_PAUSE)
-
-
-def _read_active(
-    orders: AccountOrders, purchase: SentPurchase, timeout: float, deadline: float
-) -> tuple[list[Order], float | None]:
-    """Read the active orders, and compute the send time by the server's clock."""
-    client = orders.client
-    # One slow response must not use all the time.
-    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
-    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
-    listed, listing = limited(
-        lambda: orders.read(completed=False, timeout=patience), deadline=until
-    )
-    # The Date of each response gives a lower bound, and the largest one is the closest.
-    clocks = [
-        clock
-        for response in (purchase.response, listing)
-        if isinstance(response, Envelope)
-        and (clock := response.server_time_at(purchase.sent_at)) is not None
-    ]
-    return listed, max(clocks, default=None)
-
-
-def _is_new(order: Order, created_after: float | None, offset: float) -> bool:
-    """Return whether an order was made after ``created_after``, if that is known."""
-    if created_after is None:
-        return not order.has_ended
-    return order.started_at is not None and order.started_at >= created_after + offset
-
-
-def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> None:
-    """Record how far the creation time of an order is behind the server's clock."""
-    if created_after is not None and order.started_at is not None:
-        behind = math.floor(order.started_at - created_after)
-        claims.clock_offset = min(claims.clock_offset, behind)
-
-
-def _not_found(
-    purchase: SentPurchase, orders: list[Order], timeout: float, send_error: CloreError | None
-) -> OrderOutcomeUnknownError:
-    server_id = purchase.server_id
-    ids = tuple(order.id for order in orders if order.id is not None)
-    made = "was made" if send_error is None else "may have been made"
-    return OrderOutcomeUnknownError(
-        f"an order for server {server_id} {made}, but it is not clear if it is one of "
-        f"{', '.join(map(str, ids))}: look at get_orders() before you order again"
-        if ids
-        else f"an order for server {server_id} {made}, but did not show up in the order lists "
-        f"within {timeout:g}s. It was not sent again: look at get_orders() now and again in a "
-        "minute, before you order again",
-        server_id=server_id,
-        order_ids=ids,
-        credentials=purchase.credentials,
-    )
-
-
-# ==================================================================================================
 # orders.create
 #
 # Create an order: check the arguments, send them once, and find the new order.
@@ -8395,7 +8221,11 @@ def _not_found(
 DEFAULT_PORTS = {"22": "tcp"}
 DEFAULT_ENV = {"NVIDIA_VISIBLE_DEVICES": "all"}
 PASSWORD_LENGTH = 24
+LOGIN = ("ssh_password", "ssh_key", "jupyter_token")
 ALL_SERVERS = 0  # no server has this id
+# A new order shows up after 2 to 20 seconds (seen on the live API). All in seconds.
+FIRST_PAUSE = 0.2
+LONGEST_PAUSE = 2.0
 
 
 def make_password() -> str:
@@ -8410,7 +8240,7 @@ def _none_if_empty(value: Any) -> Any:
     return None if isinstance(value, Sized) and len(value) == 0 else value
 
 
-def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
+def _login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str, str]:
     """Check the password, key and token of an order. An empty password or key counts as None."""
     ssh_password, ssh_key = _none_if_empty(ssh_password), _none_if_empty(ssh_key)
     if ssh_password is not None and ssh_key is not None:
@@ -8425,14 +8255,22 @@ def check_login(ssh_password: Any, ssh_key: Any, jupyter_token: Any) -> dict[str
     return credentials
 
 
-def order_ports(ports: Any) -> dict[str, str]:
-    """Return the ports to send; an empty argument means the default."""
-    return dict(DEFAULT_PORTS) if _none_if_empty(ports) is None else check_ports("ports", ports)
+def order_body(order: dict[str, Any]) -> dict[str, Any]:
+    """Check the arguments of an order, and return the body of its request, without a server.
 
-
-def order_env(env: Any) -> dict[str, str]:
-    """Return the environment to send; an empty argument means the default."""
-    return dict(DEFAULT_ENV) if _none_if_empty(env) is None else check_env("env", env)
+    Parameters:
+        order: the arguments of ``CloreClient.create_order`` that ``rent()`` takes, too, and the
+            ``order_type``. Empty ``ports``, ``env``, password and key mean the default.
+    """
+    ports, env = _none_if_empty(order["ports"]), _none_if_empty(order["env"])
+    return {
+        "type": check_order_type("order_type", order["order_type"]),
+        "currency": check_currency("currency", order["currency"]),
+        "image": check_text("image", order["image"]),
+        "ports": dict(DEFAULT_PORTS) if ports is None else check_ports("ports", ports),
+        "env": dict(DEFAULT_ENV) if env is None else check_env("env", env),
+        **_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"]),
+    }
 
 
 class Purchase:
@@ -8440,7 +8278,8 @@ class Purchase:
 
     Parameters:
         orders: the orders of the account.
-        server_id, image, order_type, ...: the arguments of ``CloreClient.create_order``.
+        server_id: the server.
+        order: what :func:`order_body` takes.
 
     Attributes:
         server_id, spot, currency, image: the fields by which the new order is found.
@@ -8452,38 +8291,17 @@ class Purchase:
         response: the response to ``create_order``; empty if none arrived.
     """
 
-    def __init__(
-        self,
-        orders: AccountOrders,
-        *,
-        server_id: Any,
-        image: Any,
-        order_type: Any,
-        currency: Any,
-        ports: Any,
-        env: Any,
-        ssh_password: Any,
-        ssh_key: Any,
-        jupyter_token: Any,
-    ) -> None:
+    def __init__(self, orders: AccountOrders, server_id: Any, order: dict[str, Any]) -> None:
         self._orders = orders
         self.server_id = check_id("server_id", server_id)
-        self.spot = check_order_type("order_type", order_type) == "spot"
-        self.currency = check_currency("currency", currency)
-        self.image = check_text("image", image)
-        self.credentials = check_login(ssh_password, ssh_key, jupyter_token)
+        self.body = {"renting_server": self.server_id, **order_body(order)}
+        self.spot = self.body["type"] == "spot"
+        self.currency: str = self.body["currency"]
+        self.image: str = self.body["image"]
         self.generated_password: str | None = None
-        if not self.credentials.keys() & {"ssh_key", "ssh_password"}:
-            self.credentials["ssh_password"] = self.generated_password = make_password()
-        self.body: dict[str, Any] = {
-            "renting_server": self.server_id,
-            "type": order_type,
-            "currency": self.currency,
-            "image": self.image,
-            "ports": order_ports(ports),
-            "env": order_env(env),
-            **self.credentials,
-        }
+        if not self.body.keys() & {"ssh_key", "ssh_password"}:
+            self.body["ssh_password"] = self.generated_password = make_password()
+        self.credentials = {name: self.body[name] for name in LOGIN if name in self.body}
         self.before: frozenset[int] = frozenset()
         self.baseline_read = False
         self.response: dict[str, Any] = {}
@@ -8549,13 +8367,9 @@ class Purchase:
         return Order(body=self.body, usd_per_hour=self.usd_per_hour())
 
     def _check_limits(self) -> None:
-        client = self._orders.client
-        if client.max_usd_per_hour is not None:
-            check_price_limit(
-                self.usd_per_hour(), client.max_usd_per_hour, f"an order of server {self.server_id}"
-            )
-        if client.max_active_orders is not None:
-            check_order_limit(self._orders.active_ids(), client.max_active_orders)
+        if self._orders.client.max_usd_per_hour is not None:
+            self._orders.check_price(self.usd_per_hour(), f"an order of server {self.server_id}")
+        self._orders.check_count()
 
     # --- send and reconcile ---
 
@@ -8613,15 +8427,7 @@ class Purchase:
     def _submit_and_save(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Save the credentials, and send the purchase."""
         orders = self._orders
-        facts = {
-            "server_id": self.server_id,
-            "started": time.time(),
-            "server_clock": orders.client.server_clock,
-            "image": self.image,
-            "currency": self.currency,
-            "spot": self.spot,
-            "before": sorted(self.before),
-        }
+        facts = purchase_facts(self.server_id, self, self.before, orders.client.server_clock)
         saved = orders.credentials.save(orders.account, self.credentials, facts)
         self._saved = saved
         try:
@@ -8630,33 +8436,25 @@ class Purchase:
             raise
         except InvalidInputError as error:
             saved.drop()
-            raise self._no_such_server(error) or error from None
+            self._explain(error)
+            raise
         except Exception:
             saved.drop()
             raise
         if purchase is not self:
             saved.drop()
         if order.id is not None and purchase._saved is not None:
-            purchase._saved.assign(order.id)
+            orders.credentials.assign(orders.account, order.id, purchase._saved)
         return order, purchase
 
-    def _no_such_server(self, error: InvalidInputError) -> InvalidInputError | None:
-        """Return a better error if the API refused an order because it has no such server."""
-        try:
-            if self._orders.market.find_server(self.server_id) is not None:
-                return None
-        except CloreError:
-            return None
-        better = InvalidInputError(
-            error.code,
-            f"there is no server {self.server_id} on the marketplace, so nothing was ordered: "
-            "choose one of find_servers()",
-            error.response,
-            http_status=error.http_status,
-            endpoint=error.endpoint,
-        )
-        better.sends, better.sent_at = error.sends, error.sent_at
-        return better
+    def _explain(self, error: InvalidInputError) -> None:
+        """Say so if the API refused an order because it has no such server."""
+        with contextlib.suppress(CloreError):
+            if self._orders.market.find_server(self.server_id) is None:
+                error.add_hint(
+                    f"there is no server {self.server_id} on the marketplace, so nothing was "
+                    "ordered: choose one of find_servers()"
+                )
 
     def _submit(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Send the purchase, and return the order and its purchase, which can be an earlier one."""
@@ -8694,6 +8492,125 @@ class Purchase:
         made.setdefault("status", "creating")
         made.setdefault("connection", {"ssh": "", "http_ports": {}})
         return made
+
+
+# --- find the order, when the response had no order id or was lost ---
+
+
+def find_order(
+    orders: AccountOrders, purchase: Purchase, timeout: float, send_error: CloreError | None
+) -> Order:
+    """Read the active orders until the order of a purchase shows up, and claim it.
+
+    Parameters:
+        orders: the orders of the account.
+        purchase: the purchase that was sent.
+        timeout: seconds.
+        send_error: the error of the purchase, after which the order may or may not exist; or None.
+
+    Raises:
+        OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
+            error of the last read, if that failed, else ``send_error``.
+        CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have the
+            order.
+    """
+    try:
+        order = _search(orders, purchase, timeout, send_error)
+    except (KeyboardInterrupt, SystemExit):
+        logger.warning(
+            "interrupted before the order of server %d was found; it may exist: look at "
+            "get_orders()",
+            purchase.server_id,
+        )
+        raise
+    orders.claims.unresolved.pop(purchase.server_id, None)
+    return order
+
+
+def _search(
+    orders: AccountOrders, purchase: Purchase, timeout: float, send_error: CloreError | None
+) -> Order:
+    claims, pause = orders.claims, FIRST_PAUSE
+    deadline = time.monotonic() + timeout
+    while True:
+        cause: CloreError | None = None
+        possible: list[Order] = []
+        created_after = None
+        try:
+            listed, created_after = _read_active(orders, purchase, timeout, deadline)
+            possible = claims.free([o for o in listed if purchase.matches(o)], purchase)
+        except CloreError as error:
+            cause = error
+        found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 and not found and purchase.baseline_read:
+            # The clocks may differ, but an order that is not in the baseline must be the new one.
+            found = [order for order in possible if not order.has_ended]
+        if len(found) == 1 and claims.take(found[0].id or 0, purchase):
+            _learn_offset(claims, found[0], created_after)
+            return found[0]
+        if len(found) > 1 or remaining <= 0:
+            if isinstance(send_error, CloreAPIError) and not possible and cause is None:
+                raise send_error  # complete lists without the order confirm the refusal
+            raise _not_found(purchase, found or possible, timeout, send_error) from (
+                cause or send_error
+            )
+        time.sleep(min(pause, remaining))
+        pause = min(pause * 1.5, LONGEST_PAUSE)
+
+
+def _read_active(
+    orders: AccountOrders, purchase: Purchase, timeout: float, deadline: float
+) -> tuple[list[Order], float | None]:
+    """Read the active orders, and compute the send time by the server's clock."""
+    client = orders.client
+    # One slow response must not use all the time.
+    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
+    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
+    listed, listing = limited(
+        lambda: orders.read(completed=False, timeout=patience), deadline=until
+    )
+    # The Date of each response gives a lower bound, and the largest one is the closest.
+    clocks = [
+        clock
+        for response in (purchase.response, listing)
+        if isinstance(response, Envelope)
+        and (clock := response.server_time_at(purchase.sent_at)) is not None
+    ]
+    return listed, max(clocks, default=None)
+
+
+def _is_new(order: Order, created_after: float | None, offset: float) -> bool:
+    """Return whether an order was made after ``created_after``, if that is known."""
+    if created_after is None:
+        return not order.has_ended
+    return order.started_at is not None and order.started_at >= created_after + offset
+
+
+def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> None:
+    """Record how far the creation time of an order is behind the server's clock."""
+    if created_after is not None and order.started_at is not None:
+        behind = math.floor(order.started_at - created_after)
+        claims.clock_offset = min(claims.clock_offset, behind)
+
+
+def _not_found(
+    purchase: Purchase, orders: list[Order], timeout: float, send_error: CloreError | None
+) -> OrderOutcomeUnknownError:
+    server_id = purchase.server_id
+    ids = tuple(order.id for order in orders if order.id is not None)
+    made = "was made" if send_error is None else "may have been made"
+    return OrderOutcomeUnknownError(
+        f"an order for server {server_id} {made}, but it is not clear if it is one of "
+        f"{', '.join(map(str, ids))}: look at get_orders() before you order again"
+        if ids
+        else f"an order for server {server_id} {made}, but did not show up in the order lists "
+        f"within {timeout:g}s. It was not sent again: look at get_orders() now and again in a "
+        "minute, before you order again",
+        server_id=server_id,
+        order_ids=ids,
+        credentials=purchase.credentials,
+    )
 
 
 # ==================================================================================================
@@ -8790,53 +8707,6 @@ def _poll(
 
 
 # ==================================================================================================
-# rental.client
-#
-# RentalClient, the interface to ``CloreClient`` that rentals use.
-# ==================================================================================================
-
-
-class RentalClient(Protocol):
-    """The methods of ``CloreClient`` that a rental uses."""
-
-    def get_orders(self, include_completed: bool = False) -> list[Order]: ...
-
-    def get_order(self, order_id: Any) -> Order | None: ...
-
-    def cancel_order(self, order_id: Any, *, confirm: bool) -> bool: ...
-
-    @property
-    def ssh_command(self) -> Callable[..., str]: ...
-
-    def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
-
-    def wait_for_order(
-        self, order_id: int, timeout: float, poll_interval: float, *, on_progress: Any = None
-    ) -> Order: ...
-
-    @property
-    def create_order(self) -> Callable[..., Order]: ...
-
-    @property
-    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
-
-    @property
-    def forward(self) -> Callable[..., Forward]: ...
-
-    @property
-    def shell(self) -> Callable[..., int]: ...
-
-    @property
-    def run(self) -> Callable[..., CommandResult]: ...
-
-    @property
-    def upload(self) -> Callable[..., TransferResult]: ...
-
-    @property
-    def download(self) -> Callable[..., TransferResult]: ...
-
-
-# ==================================================================================================
 # rental.selection
 #
 # Select the servers that ``rent()`` tries, with their prices.
@@ -8914,13 +8784,10 @@ class RentalSettings:
         )  # fmt: skip
 
     def _set_order(self, order: dict[str, Any]) -> None:
-        self.currency = check_currency("currency", order["currency"])
-        self.image = check_text("image", order["image"])
-        check_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"])
-        order_ports(order["ports"])
-        order_env(order["env"])
-        kind = "spot" if self.spot else "on-demand"
-        self.order_arguments = {**order, "order_type": kind, "currency": self.currency}
+        arguments = {**order, "order_type": "spot" if self.spot else "on-demand"}
+        body = order_body(arguments)
+        self.currency, self.image = body["currency"], body["image"]
+        self.order_arguments = {**arguments, "currency": self.currency}
 
     def _checked_bid(self, spot_price: Any) -> float | None:
         if spot_price is None:
@@ -9070,57 +8937,13 @@ def summary(tried: list[tuple[int, str]]) -> str:
 
 
 # ==================================================================================================
-# rental.process
-#
-# Keep the state that all rentals of this process share.
-# ==================================================================================================
-
-
-class ProcessState:
-    """The state that all rentals of this process share.
-
-    Each change is one atomic step, because a signal handler must not wait for a lock.
-
-    Attributes:
-        rentals: the workers of the open rentals.
-        exiting: whether the interpreter is exiting.
-        entries: the journal entries that this process wrote and has locked, by path.
-        signal_users: the open users of the signal handler.
-        handled_signals: the signals for which the handler is installed.
-        stopping_signal: the signal that ends this process, or None.
-    """
-
-    def __init__(self) -> None:
-        self.rentals: set[RentalWorker] = set()
-        self.exiting = False
-        self.entries: dict[str, JournalEntry] = {}
-        self.signal_users: set[SignalHandling] = set()
-        self.handled_signals: set[int] = set()
-        self.stopping_signal: int | None = None
-
-
-this_process = ProcessState()
-
-
-def _leave_rentals_to_parent() -> None:
-    this_process.rentals.clear()
-    # The files that a child inherits would keep the parent's locks after the parent's death.
-    for entry in this_process.entries.values():
-        entry.unlock()
-    this_process.entries.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_rentals_to_parent)
-
-
-# ==================================================================================================
 # rental.signals
 #
-# Handle SIGTERM and SIGHUP, so that they end rentals.
+# Handle SIGTERM and SIGHUP, and wait for another thread in a way that interrupts can't break.
 # ==================================================================================================
 
 
+WAKE_EVERY = 0.5  # seconds; a waiting thread checks again, even if no other thread wakes it
 SIGNALS = tuple(s for n in ("SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None)
 
 
@@ -9218,6 +9041,66 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_signals_to_parent)
 
 
+# --- waiting for another thread ---
+
+
+class Gate:
+    """An event that happens once, and for which threads can wait.
+
+    A ``threading.Event`` is not used, because an interrupt can leave its lock locked.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._closed = threading.Lock()
+        self._closed.acquire()
+
+    def open(self) -> None:
+        """Wake all threads that wait."""
+        self.is_open = True
+        self._closed.release()
+
+    def wait(self) -> bool:
+        """Wait up to ``WAKE_EVERY``, and return whether it is open."""
+        if not self.is_open and self._closed.acquire(timeout=WAKE_EVERY):
+            self._closed.release()  # wake the next thread
+        return self.is_open
+
+
+class ThreadCall:
+    """A function call for another thread to run."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self._action = action
+        self.done = Gate()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Run the call, and store its result or its error."""
+        try:
+            self.result = self._action()
+        except BaseException as error:
+            self.error = error
+        self.done.open()
+
+
+def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
+    """Return the next item of a queue that only this thread reads; None after the timeout.
+
+    ``SimpleQueue.get(timeout=...)`` can wait forever if its lock is free, the queue is empty and
+    the timeout has passed. A ``get_nowait()`` that finds no item takes that lock first.
+    """
+    try:
+        return inbox.get_nowait()
+    except queue.Empty:
+        pass
+    try:
+        return inbox.get(timeout=timeout)
+    except queue.Empty:
+        return None
+
+
 # ==================================================================================================
 # rental.budget
 #
@@ -9225,7 +9108,7 @@ if hasattr(os, "register_at_fork"):
 # ==================================================================================================
 
 
-LONGEST_WATCH = 30.0  # seconds between two checks, because the wall clock can jump
+CHECK_INTERVAL = 1.0  # seconds between two checks of the limits
 FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
@@ -9255,11 +9138,6 @@ class Meter:
     def is_running(self) -> bool:
         """True if the cost still grows."""
         return self.counts and self._stopped_at is None
-
-    @property
-    def usd_per_hour(self) -> float:
-        """The current price in USD per hour, without fees."""
-        return self._prices[-1][1]
 
     def correct(self, usd_per_hour: float) -> None:
         """Correct the price from the start, unless a bid has changed it."""
@@ -9319,29 +9197,15 @@ class Budget:
             return f"max_cost_usd={self._max_cost:g} is reached"
         return None
 
-    def _running(self) -> list[Meter]:
-        return [meter for meter in list(self._meters) if meter.is_running]
-
     def _fee_due(self) -> float:
-        ages = [meter.age() for meter in self._running()]
+        ages = [meter.age() for meter in list(self._meters) if meter.is_running]
         soon = [age for age in ages if CREATION_FEE_AFTER - FEE_LEAD <= age < CREATION_FEE_AFTER]
         return CREATION_FEE * len(soon)
 
-    def seconds_left(self) -> float | None:
-        """Return the seconds until the next check; None without a limit."""
-        if self._max_hours is None and self._max_cost is None:
-            return None
-        left = [LONGEST_WATCH]
-        if self._max_hours is not None:
-            left.append((self._max_hours - self.hours) * 3600.0)
-        if self._max_cost is not None:
-            running = self._running()
-            per_second = sum(m.usd_per_hour for m in running) * (1 + self._fee) / 3600.0
-            if per_second:
-                left.append((self._max_cost - self.cost_usd) / per_second)
-            to_fee = [CREATION_FEE_AFTER - FEE_LEAD - m.age() for m in running]
-            left += [seconds for seconds in to_fee if seconds > 0]
-        return max(0.002, min(left))
+    @property
+    def seconds_between_checks(self) -> float | None:
+        """The seconds between two checks; None without a limit."""
+        return None if self._max_hours is None and self._max_cost is None else CHECK_INTERVAL
 
 
 # ==================================================================================================
@@ -9354,6 +9218,8 @@ class Budget:
 STATE_SUFFIX = ".json"
 JOURNAL_SCHEMA = 1  # a later version adds fields, and keeps these
 LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
+# In the state folder. Older versions don't read it, so they don't cancel a kept order.
+KEPT_FOLDER = "kept"
 _ID_ROOM = 20  # characters reserved for the order id, which is written later
 _FIRST = '{"order_id": '
 
@@ -9548,15 +9414,7 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
             os.close(handle)
 
 
-# ==================================================================================================
-# rental.kept
-#
-# Record the orders that stay after their rental, and end those past their deadline.
-# ==================================================================================================
-
-
-# In the state folder. Older versions don't read it, so they don't cancel a kept order.
-KEPT_FOLDER = "kept"
+# --- orders that stay after their rental ---
 
 
 def record_kept(folder: Path | None, data: dict[str, Any], until: float | None) -> bool:
@@ -9606,37 +9464,15 @@ def kept_entries(folder: Path | None, account: str) -> list[JournalEntry]:
     return found
 
 
-def overdue_entries(orders: AccountOrders, folder: Path | None) -> list[JournalEntry]:
-    """Return the records of this machine's kept orders that are past their deadline.
-
-    They are locked, and the caller closes them. Records of orders that have ended are removed.
-    """
-    overdue, now = [], time.time()
-    for entry in kept_entries(folder, orders.account):
-        until = finite(entry.data.get("kept_until"))
-        mine = entry.abandoned and entry.of_this_machine
-        if mine and until is not None and until <= now and not _remove_if_ended(orders, entry):
-            overdue.append(entry)
-        else:
-            entry.close()
-    return overdue
-
-
-def _remove_if_ended(orders: AccountOrders, entry: JournalEntry) -> bool:
-    ended = orders.state(entry.order_id or 0) is OrderState.ENDED
-    if ended:
-        entry.remove()
-    return ended
-
-
 # ==================================================================================================
 # rental.orders
 #
-# Keep track of the orders of one rental, in memory and in the journal.
+# Keep track of the orders of one rental, in memory and in the journal, and end them.
 # ==================================================================================================
 
 
 MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
+SEARCH_INTERVAL = 2.0  # seconds between two searches for an order that may exist
 
 
 class RentalOrder:
@@ -9685,6 +9521,9 @@ class RentalOrders:
 
     Attributes:
         before: ids of orders that existed before the rental.
+        block_ended_at: monotonic time at which the block ended; None before that.
+        skip_confirmation: skip the confirmation, after an interrupt during the cleanup.
+        abandoned: stop the cleanup, after three interrupts; ``leftovers()`` finds the orders.
     """
 
     def __init__(
@@ -9693,20 +9532,23 @@ class RentalOrders:
         settings: RentalSettings,
         folder: Path | None,
         budget: Budget,
-        wake: Callable[[], object],
         taken: Callable[[], set[int | None]],
     ) -> None:
         self._orders = orders
         self._settings = settings
         self._folder = folder
         self._budget = budget
-        self._wake = wake  # called when the price of an order changes
         self._taken = taken  # returns the order ids of all open rentals of this account
         self._all: list[RentalOrder] = []
         self.before: set[int] = set()
+        self.block_ended_at: float | None = None
+        self.skip_confirmation = False
+        self.abandoned = False
 
     def __iter__(self) -> Iterator[RentalOrder]:
         return iter(list(self._all))
+
+    # --- purchases ---
 
     def record_intent(self, server_id: int, price: float | None) -> RentalOrder:
         """Record a purchase in the journal and in memory, before it is sent."""
@@ -9716,18 +9558,9 @@ class RentalOrders:
         return purchase
 
     def _facts(self, server_id: int) -> dict[str, Any]:
-        settings, client = self._settings, self._orders.client
-        return {
-            "server_id": server_id,
-            "started": time.time(),
-            "server_clock": client.server_clock,
-            "image": settings.image,
-            "currency": settings.currency,
-            "spot": settings.spot,
-            "base_url": client.base_url,
-            "account": self._orders.account,
-            "before": sorted(self.before),
-        }
+        client = self._orders.client
+        facts = purchase_facts(server_id, self._settings, self.before, client.server_clock)
+        return {**facts, "base_url": client.base_url, "account": self._orders.account}
 
     def adopt(self, order: Order, age: float, ends: bool) -> RentalOrder:
         """Take over an order that exists.
@@ -9771,12 +9604,7 @@ class RentalOrders:
         purchase.meter.counts = True
         if purchase.entry is not None:
             purchase.entry.write_order_id(order_id)
-
-        def new_bid(usd_per_hour: float) -> None:
-            purchase.meter.change(usd_per_hour)
-            self._wake()
-
-        self._orders.bid_listeners[order_id] = new_bid
+        self._orders.bid_listeners[order_id] = purchase.meter.change
 
     def mark_refused(self, purchase: RentalOrder) -> None:
         """Record that the API refused a purchase with code 1; its order may still exist."""
@@ -9790,15 +9618,11 @@ class RentalOrders:
             purchase.entry.remove()
         self._remove(purchase)
 
-    def give_up(self, purchase: RentalOrder) -> None:
+    def _give_up(self, purchase: RentalOrder) -> None:
         """Leave a purchase to ``leftovers()``."""
         if purchase.entry is not None:
             purchase.entry.abandoned = True
         self._remove(purchase)
-
-    def unresolved(self) -> list[RentalOrder]:
-        """Return the purchases that the API refused with code 1, but that may have an order."""
-        return [p for p in self._all if p.order_id is None and p.refused]
 
     def _remove(self, purchase: RentalOrder) -> None:
         if purchase in self._all:
@@ -9806,31 +9630,186 @@ class RentalOrders:
         purchase.meter.counts = purchase.order_id is not None
         self._orders.bid_listeners.pop(purchase.order_id or 0, None)
 
-    def search_in(self, purchase: RentalOrder, orders: list[Order], asked_at: float) -> bool:
-        """Look for the order of a purchase in a list. Return True if it is confirmed absent.
+    # --- the end ---
+
+    def record_block_end(self) -> None:
+        """Record that the block has ended, which sets the deadline for cancels."""
+        self.block_ended_at = self.block_ended_at or time.monotonic()
+
+    def deadline(self) -> float:
+        """Return the deadline for cancels; there is none before the block has ended."""
+        if self.block_ended_at is None:
+            return math.inf
+        return self.block_ended_at + self._settings.cancel_timeout
+
+    def end_all(self) -> BaseException | None:
+        """End all orders, the cancels first. Return None, or the first failure."""
+        started = time.monotonic()
+        failures: list[BaseException | None] = [
+            self._cancel(purchase, self.deadline)
+            for purchase in self
+            if purchase.order_id is not None
+        ]
+        failures += [self._reconcile(purchase) for purchase in self if purchase.order_id is None]
+        failures += [self._confirm(purchase, started) for purchase in self]
+        return next((failure for failure in failures if failure is not None), None)
+
+    def end(self, purchase: RentalOrder) -> BaseException | None:
+        """End one order. Return None if that is confirmed, else the error."""
+        started = time.monotonic()
+        until = started + self._settings.cancel_timeout
+        failure = self._cancel(purchase, lambda: min(until, self.deadline()))
+        return self._confirm(purchase, started) if failure is None else failure
+
+    def abandon(self) -> BaseException | None:
+        """Stop the cleanup, and leave the orders to ``leftovers()``. Return an error if any."""
+        self.abandoned = True
+        left = list(self)
+        for purchase in left:
+            if purchase.entry is not None:
+                purchase.entry.abandoned = True
+        ids = tuple(p.order_id for p in left if p.order_id is not None)
+        text = f"interrupted three times, and {'; '.join(map(str, left))}: call leftovers() later"
+        if ids:
+            return CancelUnconfirmedError(text, order_ids=ids)
+        return OutcomeUnknownError(text) if left else None
+
+    def try_to_cancel(
+        self, purchase: RentalOrder, deadline: Callable[[], float]
+    ) -> CloreError | None:
+        """Cancel an order until that is accepted. Return None, or the error."""
+        if purchase.accepted:
+            return None
+        failure = purchase.cancellation(self._orders).run(
+            deadline, confirm=False, stop=lambda: self.abandoned
+        )
+        if failure is None:  # the order costs nothing from now on
+            purchase.meter.stop()
+        return failure
+
+    def _cancel(self, purchase: RentalOrder, deadline: Callable[[], float]) -> CloreError | None:
+        """Cancel an order until that is accepted, or leave it to ``leftovers()``."""
+        failure = self.try_to_cancel(purchase, deadline)
+        if failure is not None:
+            self._give_up(purchase)
+            logger.error(
+                "order %d could not be cancelled and may still be running: call leftovers() later",
+                purchase.order_id,
+            )
+        return failure
+
+    def _confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
+        """Wait until a cancelled order is listed as ended."""
+        order_id = purchase.order_id or 0
+        deadline = confirm_until(started, self._settings.cancel_timeout)
+        failure: CloreError | None = None
+        if not self.skip_confirmation:
+            failure = purchase.cancellation(self._orders).run(
+                lambda: deadline, confirm=True, stop=lambda: self.skip_confirmation
+            )
+            if failure is None:
+                self.forget(purchase)
+                self.before.add(order_id)
+                return None
+        self._give_up(purchase)
+        if self.skip_confirmation:
+            logger.warning(
+                "order %d was cancelled, but an interrupt skipped the confirmation", order_id
+            )
+            return CloreError(
+                f"order {order_id} was cancelled, but it is not confirmed that it has ended: call "
+                "leftovers() later"
+            )
+        logger.error(
+            "order %d was cancelled, but may still be running: call leftovers() later", order_id
+        )
+        return failure
+
+    # --- purchases with unknown outcome ---
+
+    def unresolved(self) -> list[RentalOrder]:
+        """Return the purchases that the API refused with code 1, but that may have an order."""
+        return [p for p in self._all if p.order_id is None and p.refused]
+
+    def search_unresolved(self) -> None:
+        """Look once for the orders of unresolved purchases, and cancel those that exist."""
+        for purchase in self.unresolved():
+            try:
+                confirmed_absent = self._search(purchase)
+            except CloreError as error:
+                logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
+                continue
+            if purchase.order_id is not None:
+                logger.warning(
+                    "order %d of server %d exists although the API refused it: cancelling it",
+                    purchase.order_id,
+                    purchase.server_id,
+                )
+                until = time.monotonic() + self._settings.cancel_timeout
+                self.try_to_cancel(purchase, lambda: until)  # noqa: B023
+            elif confirmed_absent:
+                self.forget(purchase)
+
+    @property
+    def search_interval(self) -> float:
+        """The seconds between two searches."""
+        return min(SEARCH_INTERVAL, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
+
+    def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
+        """Look for the order of a purchase until it is found and cancelled, or time is out."""
+        logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
+        cause: BaseException | None = None
+        confirmed_absent = False
+        while not (confirmed_absent or self.abandoned):
+            try:
+                confirmed_absent = self._search(purchase)
+                cause = None
+            except CloreError as error:
+                cause = error
+            if purchase.order_id is not None:
+                return self._cancel(purchase, self.deadline)
+            if (left := self.deadline() - time.monotonic()) <= 0:
+                break
+            if not confirmed_absent:
+                time.sleep(min(left, self.search_interval))
+        if confirmed_absent and purchase.refused:
+            self.forget(purchase)
+            return None
+        self._give_up(purchase)
+        logger.warning(
+            "no order of server %d has shown up so far: call leftovers() later",
+            purchase.server_id,
+        )
+        unknown = OutcomeUnknownError(
+            f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
+            endpoint="/v1/create_order",
+        )
+        unknown.__cause__ = cause
+        return unknown
+
+    def _search(self, purchase: RentalOrder) -> bool:
+        """Look once for the order of a purchase. Return True if it is confirmed absent.
 
         A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
         moment. So several lists over ``order_lag`` seconds must not have it.
-
-        Parameters:
-            purchase: a purchase with unknown outcome.
-            orders: the active orders.
-            asked_at: monotonic time at which the list was requested.
         """
+        asked_at = time.monotonic()
+        deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
+        absent = purchase.absent
+        try:
+            orders = limited(self._orders.active, deadline=deadline, urgent=True)
+        except CloreError:
+            absent.clear()  # a read that failed breaks the series
+            raise
         fitting = [order for order in orders if self._fits(order, purchase)]
         if len(fitting) == 1 and not self._is_held(purchase):
             self.set_order_id(purchase, fitting[0].id or 0)
         lag = self._orders.client.order_lag
         if fitting:
-            purchase.absent.clear()
+            absent.clear()
         elif asked_at >= purchase.sent_at + lag and self._is_complete(orders):
-            purchase.absent.append(asked_at)
-        absent = purchase.absent
+            absent.append(asked_at)
         return len(absent) >= MIN_ABSENT_LISTS and absent[-1] - absent[0] >= lag
-
-    def search_interval(self, longest: float) -> float:
-        """Return the seconds between two searches, at most ``longest``."""
-        return min(longest, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
     def _is_complete(self, orders: list[Order]) -> bool:
         """Return whether a list has all orders of this rental that must be active."""
@@ -9848,276 +9827,14 @@ class RentalOrders:
 
     def _is_held(self, purchase: RentalOrder) -> bool:
         """Return whether a living rental of another process could own the order."""
+        wanted = {"server_id": purchase.server_id, "account": self._orders.account}
         held = False
-        for entry in self._entries_for(purchase.server_id):
+        for entry in read_entries(self._folder):
             mine = purchase.entry is not None and entry.path == purchase.entry.path
-            held = held or not (mine or entry.abandoned)
+            if not (mine or entry.abandoned) and wanted.items() <= entry.data.items():
+                held = True
             entry.close()
         return held
-
-    def remove_dead_entries(self, server_id: int) -> None:
-        """Remove entries of dead processes that would match an order of this rental."""
-        if self._settings.spot:
-            return  # one server can have several spot orders
-        for entry in self._entries_for(server_id):
-            if entry.abandoned and entry.of_this_machine and entry.order_id is None:
-                entry.remove()
-            entry.close()
-
-    def _entries_for(self, server_id: int) -> list[JournalEntry]:
-        """Return the entries for this server and account. The caller closes each."""
-        account, found = self._orders.account, []
-        for entry in read_entries(self._folder):
-            data = entry.data
-            if data.get("server_id") == server_id and data.get("account") == account:
-                found.append(entry)
-            else:
-                entry.close()
-        return found
-
-
-# ==================================================================================================
-# rental.cleanup
-#
-# End the orders of a rental: cancel, confirm, and reconcile purchases with unknown outcome.
-# ==================================================================================================
-
-
-SEARCH_INTERVAL = 0.5  # seconds between two searches for an order that may exist
-
-
-class Cleanup:
-    """The cleanup of one rental, which ends its orders.
-
-    Attributes:
-        block_ended_at: monotonic time at which the block ended; None before that.
-        skip_confirmation: skip the confirmation, after an interrupt during the cleanup.
-        abandoned: stop the cleanup, after three interrupts; ``leftovers()`` finds the orders.
-    """
-
-    def __init__(
-        self,
-        orders: AccountOrders,
-        rental_orders: RentalOrders,
-        settings: RentalSettings,
-    ) -> None:
-        self._orders = orders
-        self._rental_orders = rental_orders
-        self._settings = settings
-        self.block_ended_at: float | None = None
-        self.skip_confirmation = False
-        self.abandoned = False
-
-    def record_block_end(self) -> None:
-        """Record that the block has ended, which sets the deadline for cancels."""
-        self.block_ended_at = self.block_ended_at or time.monotonic()
-
-    def deadline(self) -> float:
-        """Return the deadline for cancels; there is none before the block has ended."""
-        if self.block_ended_at is None:
-            return math.inf
-        return self.block_ended_at + self._settings.cancel_timeout
-
-    def end_all(self) -> BaseException | None:
-        """End all orders, the cancels first. Return None, or the first failure."""
-        started = time.monotonic()
-        failures: list[BaseException | None] = [
-            self.cancel(purchase, self.deadline)
-            for purchase in self._rental_orders
-            if purchase.order_id is not None
-        ]
-        for purchase in self._rental_orders:
-            if purchase.order_id is None:
-                failures.append(self._reconcile(purchase))
-        for purchase in self._rental_orders:
-            failures.append(self.confirm(purchase, started))
-        return next((failure for failure in failures if failure is not None), None)
-
-    def cancel(
-        self, purchase: RentalOrder, deadline: Callable[[], float]
-    ) -> CancelUnconfirmedError | None:
-        """Cancel an order until that is accepted, or leave it to ``leftovers()``."""
-        failure = self.try_to_cancel(purchase, deadline)
-        if failure is None:
-            return None
-        order_id = purchase.order_id or 0
-        self._rental_orders.give_up(purchase)
-        logger.error(
-            "order %d could not be cancelled and may still be running: call leftovers() later",
-            order_id,
-        )
-        return purchase.cancellation(self._orders).unconfirmed(self._settings.cancel_timeout)
-
-    def try_to_cancel(
-        self, purchase: RentalOrder, deadline: Callable[[], float]
-    ) -> CloreError | None:
-        """Cancel an order until that is accepted. Return None, or the error."""
-        if purchase.accepted:
-            return None
-        failure = purchase.cancellation(self._orders).run(
-            deadline, confirm=False, stop=lambda: self.abandoned
-        )
-        if failure is None:  # the order costs nothing from now on
-            purchase.meter.stop()
-        return failure
-
-    def confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
-        """Wait until a cancelled order is listed as ended."""
-        order_id = purchase.order_id or 0
-        deadline = confirm_until(started, self._settings.cancel_timeout)
-        failure: CloreError | None = None
-        if not self.skip_confirmation:
-            failure = purchase.cancellation(self._orders).run(
-                lambda: deadline, confirm=True, stop=lambda: self.skip_confirmation
-            )
-            if failure is None:
-                self._rental_orders.forget(purchase)
-                self._rental_orders.before.add(order_id)
-                return None
-        self._rental_orders.give_up(purchase)
-        if self.skip_confirmation:
-            logger.warning(
-                "order %d was cancelled, but an interrupt skipped the confirmation", order_id
-            )
-            return CloreError(
-                f"order {order_id} was cancelled, but it is not confirmed that it has ended: call "
-                "leftovers() later"
-            )
-        logger.error(
-            "order %d was cancelled, but may still be running: call leftovers() later", order_id
-        )
-        return failure
-
-    # --- purchases with unknown outcome ---
-
-    def search_unresolved(self) -> None:
-        """Look once for the orders of unresolved purchases, and cancel those that exist."""
-        for purchase in self._rental_orders.unresolved():
-            try:
-                confirmed_absent = self._search(purchase)
-            except CloreError as error:
-                logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
-                continue
-            if purchase.order_id is not None:
-                logger.warning(
-                    "order %d of server %d exists although the API refused it: cancelling it",
-                    purchase.order_id,
-                    purchase.server_id,
-                )
-                until = time.monotonic() + self._settings.cancel_timeout
-                self.try_to_cancel(purchase, lambda: until)  # noqa: B023
-            elif confirmed_absent:
-                self._rental_orders.forget(purchase)
-
-    def _search(self, purchase: RentalOrder) -> bool:
-        """Look once for the order of a purchase. Return True if it is confirmed absent."""
-        asked_at = time.monotonic()
-        deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
-        try:
-            orders = limited(self._orders.active, deadline=deadline, urgent=True)
-        except CloreError:
-            purchase.absent.clear()  # a read that failed breaks the series
-            raise
-        return self._rental_orders.search_in(purchase, orders, asked_at)
-
-    def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
-        """Look for the order of a purchase until it is found and cancelled, or time is out."""
-        logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
-        cause: BaseException | None = None
-        confirmed_absent = False
-        while not (confirmed_absent or self.abandoned):
-            try:
-                confirmed_absent = self._search(purchase)
-                cause = None
-            except CloreError as error:
-                cause = error
-            if purchase.order_id is not None:
-                return self.cancel(purchase, self.deadline)
-            if time.monotonic() >= self.deadline():
-                break
-            if not confirmed_absent:
-                time.sleep(self._rental_orders.search_interval(SEARCH_INTERVAL))
-        if confirmed_absent and purchase.refused:
-            self._rental_orders.forget(purchase)
-            return None
-        self._rental_orders.give_up(purchase)
-        logger.warning(
-            "no order of server %d has shown up so far: call leftovers() later",
-            purchase.server_id,
-        )
-        unknown = OutcomeUnknownError(
-            f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
-            endpoint="/v1/create_order",
-        )
-        unknown.__cause__ = cause
-        return unknown
-
-
-# ==================================================================================================
-# rental.handoff
-#
-# Call functions in another thread, and wait for it in a way that interrupts can't break.
-# ==================================================================================================
-
-
-WAKE_EVERY = 0.5  # seconds; a waiting thread checks again, even if no other thread wakes it
-
-
-class Gate:
-    """An event that happens once, and for which threads can wait.
-
-    A ``threading.Event`` is not used, because an interrupt can leave its lock locked.
-    """
-
-    def __init__(self) -> None:
-        self.is_open = False
-        self._closed = threading.Lock()
-        self._closed.acquire()
-
-    def open(self) -> None:
-        """Wake all threads that wait."""
-        self.is_open = True
-        self._closed.release()
-
-    def wait(self) -> bool:
-        """Wait up to ``WAKE_EVERY``, and return whether it is open."""
-        if not self.is_open and self._closed.acquire(timeout=WAKE_EVERY):
-            self._closed.release()  # wake the next thread
-        return self.is_open
-
-
-class ThreadCall:
-    """A function call for another thread to run."""
-
-    def __init__(self, action: Callable[[], Any]) -> None:
-        self._action = action
-        self.done = Gate()
-        self.result: Any = None
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        """Run the call, and store its result or its error."""
-        try:
-            self.result = self._action()
-        except BaseException as error:
-            self.error = error
-        self.done.open()
-
-
-def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
-    """Return the next item of a queue that only this thread reads; None after the timeout.
-
-    ``SimpleQueue.get(timeout=...)`` can wait forever if its lock is free, the queue is empty and
-    the timeout has passed. A ``get_nowait()`` that finds no item takes that lock first.
-    """
-    try:
-        return inbox.get_nowait()
-    except queue.Empty:
-        pass
-    try:
-        return inbox.get(timeout=timeout)
-    except queue.Empty:
-        return None
 
 
 # ==================================================================================================
@@ -10129,21 +9846,57 @@ def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
 
 Result = TypeVar("Result")
 
-SEARCH_INTERVAL_IN_BLOCK = 2.0  # seconds between two searches, while the block runs
 GIVE_UP_WITHIN = 2.0  # three interrupts within these seconds stop the cancelling
 
 # After these errors, no order exists.
 NO_ORDER_ERRORS = (
-    AuthenticationError,
     CloreAPIError,
     CloreConnectionError,
-    ConfigurationError,
     RateUnknownError,
     SpendingLimitError,
-    ValueError,
+    ValueError,  # a ConfigurationError is one
     TypeError,
-    ImportError,
 )
+
+
+class RentalClient(Protocol):
+    """The methods of ``CloreClient`` that a rental uses."""
+
+    def get_orders(self, include_completed: bool = False) -> list[Order]: ...
+
+    def get_order(self, order_id: Any) -> Order | None: ...
+
+    def cancel_order(self, order_id: Any, *, confirm: bool) -> bool: ...
+
+    @property
+    def ssh_command(self) -> Callable[..., str]: ...
+
+    def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
+
+    def wait_for_order(
+        self, order_id: int, timeout: float, poll_interval: float, *, on_progress: Any = None
+    ) -> Order: ...
+
+    @property
+    def create_order(self) -> Callable[..., Order]: ...
+
+    @property
+    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
+
+    @property
+    def forward(self) -> Callable[..., Forward]: ...
+
+    @property
+    def shell(self) -> Callable[..., int]: ...
+
+    @property
+    def run(self) -> Callable[..., CommandResult]: ...
+
+    @property
+    def upload(self) -> Callable[..., TransferResult]: ...
+
+    @property
+    def download(self) -> Callable[..., TransferResult]: ...
 
 
 class RentalWorker:
@@ -10187,10 +9940,7 @@ class RentalWorker:
         # A signal ends a ``with`` block of the main thread, and so its rental.
         self._main = in_block and in_main_thread()
         self._signals: SignalHandling | None = None
-        self._rental_orders = RentalOrders(
-            orders, settings, folder, self.budget, wake=lambda: inbox.put(None), taken=self._taken
-        )
-        self._cleanup = Cleanup(orders, self._rental_orders, settings)
+        self._rental_orders = RentalOrders(orders, settings, folder, self.budget, self._taken)
         self._current: RentalOrder | None = None  # the order of the block
         self._started = False
         self._interrupted_at: list[float] = []
@@ -10212,11 +9962,6 @@ class RentalWorker:
                 f"nothing was rented, because the worker thread could not start: {error}"
             ) from error
         self._started = True
-
-    @property
-    def abandoned(self) -> bool:
-        """True if three interrupts stopped the cleanup; ``leftovers()`` finds the orders."""
-        return self._cleanup.abandoned
 
     def call_in_thread(self, action: Callable[[], Result]) -> Result:
         """Run a function in the worker thread, and return its result or raise its error."""
@@ -10310,11 +10055,11 @@ class RentalWorker:
                 if self.finished.wait():
                     break
             except (KeyboardInterrupt, SystemExit) as interrupt:
-                self._cleanup.skip_confirmation = True
+                self._rental_orders.skip_confirmation = True
                 caught.append(interrupt)
                 times.append(time.monotonic())
                 if len(times) >= 3 and times[-1] - times[-3] <= GIVE_UP_WITHIN:
-                    self._abandon()
+                    self.failure = self._rental_orders.abandon() or self.failure
                     break
         return caught
 
@@ -10351,22 +10096,8 @@ class RentalWorker:
 
     def request_end(self) -> None:
         """Let the worker thread end the rental, without waiting for it."""
-        self._cleanup.record_block_end()
+        self._rental_orders.record_block_end()
         self._inbox.put(None)
-
-    def _abandon(self) -> None:
-        """Stop the cleanup, and leave the orders to ``leftovers()``."""
-        self._cleanup.abandoned = True
-        left = list(self._rental_orders)
-        for purchase in left:
-            if purchase.entry is not None:
-                purchase.entry.abandoned = True
-        ids = tuple(p.order_id for p in left if p.order_id is not None)
-        text = f"interrupted three times, and {'; '.join(map(str, left))}: call leftovers() later"
-        if left:
-            self.failure = (
-                CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
-            )
 
     def on_signal(self, signum: int) -> None:
         """End the rental. This runs in a signal handler, so it must not take a lock."""
@@ -10382,15 +10113,15 @@ class RentalWorker:
                 self._next_request()
                 if self._must_end_order():
                     self._end_early()
-                self._cleanup.search_unresolved()
+                self._rental_orders.search_unresolved()
         except BaseException as error:
             self.failure = error
-        self._cleanup.record_block_end()
+        self._rental_orders.record_block_end()
         try:
-            failure = self._cleanup.end_all()
+            failure = self._rental_orders.end_all()
         except BaseException as error:
             failure = error
-        if not self._cleanup.abandoned:
+        if not self._rental_orders.abandoned:
             self.failure = failure or self.failure
         this_process.rentals.discard(self)
         if self._block_is_gone():  # __exit__ did not run
@@ -10400,9 +10131,9 @@ class RentalWorker:
         self.finished.open()
 
     def _next_request(self) -> None:
-        timeout = None if self.exceeded else self.budget.seconds_left()
+        timeout = None if self.exceeded else self.budget.seconds_between_checks
         if self._rental_orders.unresolved():
-            interval = self._rental_orders.search_interval(SEARCH_INTERVAL_IN_BLOCK)
+            interval = self._rental_orders.search_interval
             timeout = interval if timeout is None else min(interval, timeout)
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
@@ -10415,7 +10146,7 @@ class RentalWorker:
         return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
     def _has_ended_block(self) -> bool:
-        return self._cleanup.block_ended_at is not None or self._block_is_gone()
+        return self._rental_orders.block_ended_at is not None or self._block_is_gone()
 
     def _block_is_gone(self) -> bool:
         """Return whether the ``with`` statement or the rental no longer exists."""
@@ -10460,7 +10191,6 @@ class RentalWorker:
                 self._current = None
             raise
         self._rental_orders.set_order_id(purchase, order.id)
-        self._rental_orders.remove_dead_entries(purchase.server_id)
         return order
 
     def _keep(self, until: float | None) -> None:
@@ -10488,21 +10218,14 @@ class RentalWorker:
             return
         # In its own thread, because the cancel may have to wait for the API.
         threading.Thread(target=self.close_ssh, name="clore-rental-close", daemon=True).start()
-        failure = self._cleanup.try_to_cancel(current, self._cleanup.deadline)
+        orders = self._rental_orders
+        failure = orders.try_to_cancel(current, orders.deadline)
         if failure is not None:
             logger.error("order %d could not be cancelled: %s", current.order_id, failure)
         self.close_ssh()  # the block may have opened another one
 
     def _end_current(self) -> BaseException | None:
-        current, started = self._current, time.monotonic()
-        if current is None:
-            return None
-        until = started + self._settings.cancel_timeout
-        failure: BaseException | None = self._cleanup.cancel(
-            current, lambda: min(until, self._cleanup.deadline())
-        )
-        if failure is None:
-            failure = self._cleanup.confirm(current, started)
+        failure = None if self._current is None else self._rental_orders.end(self._current)
         self._current = None
         return failure
 
@@ -10511,7 +10234,7 @@ def _end_all() -> None:
     """End the rentals that are still open when the interpreter exits."""
     this_process.exiting = True
     # After three interrupts, the user does not want to wait.
-    workers = [w for w in list(this_process.rentals) if not w.abandoned]
+    workers = [w for w in list(this_process.rentals) if not w._rental_orders.abandoned]
     for worker in workers:
         worker.request_end()
     for worker in workers:
@@ -10681,31 +10404,31 @@ class Rental:
             CommandError: the exit code was not 0.
             BudgetExceededError: the rental has reached a limit, and has ended.
         """
-        return self._over_ssh(self._client.run, (command,), options)  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.run, (command,), options)
 
     def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
         """Copy a file or directory to the machine, as :meth:`CloreClient.upload` does."""
-        return self._over_ssh(self._client.upload, (local, remote), options)  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.upload, (local, remote), options)
 
     def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
         """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
-        return self._over_ssh(self._client.download, (remote, local), options)  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.download, (remote, local), options)
 
     def forward(self, remote_port: int, local_port: int = 0) -> Forward:
         """Forward a local port to the machine, as :meth:`CloreClient.forward` does."""
-        return self._over_ssh(self._client.forward, (remote_port, local_port), {})  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.forward, (remote_port, local_port), {})
 
     def shell(self) -> int:
         """Open the machine's shell in this terminal, as :meth:`CloreClient.shell` does."""
-        return self._over_ssh(self._client.shell, (), {})  # type: ignore[no-any-return]
+        return self._over_ssh(self._client.shell, (), {})
 
     def ssh_command(self, **options: Any) -> str:
         """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""
         return self._client.ssh_command(self.order, **options)
 
     def _over_ssh(
-        self, method: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
+        self, method: Callable[..., Part], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Part:
         """Call a method of the client with the rental's own connection."""
         worker = self._open_worker()
         login = {name: options.pop(name) for name in LOGIN_OPTIONS & options.keys()}
@@ -10819,9 +10542,10 @@ class Rental:
             self._client, self._orders, self._settings, self._folder, self._inbox, holders, in_block
         )
 
-    def share_servers(self, other: Rental) -> None:
-        """Try the servers that another rental does not try, found by the same search."""
+    def share_with(self, other: Rental) -> None:
+        """Try other servers than another rental, found by one search; report one at a time."""
         self.servers, self._settings = other.servers, other._settings
+        self._progress = other._progress
 
     def __enter__(self: Rented) -> Rented:
         if self._worker is not None:
@@ -10893,7 +10617,7 @@ class Rental:
             order = self._buy(worker, server)
         except TRY_NEXT_ERRORS as error:
             return str(error)
-        self._tell("order", f"order {order.id}")
+        self._tell("order", f"order {order.id} of server {server.id}")
         self._order, self._server = order, server
         reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
         if reason is None:
@@ -10960,25 +10684,22 @@ def _raise_failure(
         worker: the worker, which has ended the rental or was interrupted.
         interrupts: the interrupts during the end of the rental.
     """
-    failure = worker.failure
-    note = None if failure is None else str(failure)
-    plain = error is None or isinstance(error, Exception)
-    exceeded = worker.exceeded
-    if exceeded is not None and plain and not _is_of(error, exceeded.order_id):
-        raised: BaseException = worker.budget_error(exceeded)
-        if note:
-            add_note(raised, note)
-        raise raised from error
-    if plain and not interrupts and worker.signalled is not None and not worker.kept:
-        interrupts = [SignalExit(worker.signalled)]
-    if interrupts and plain:
-        if note:
-            add_note(interrupts[-1], note)
-        raise interrupts[-1]
-    if error is None and failure is not None:
+    failure, exceeded = worker.failure, worker.exceeded
+    raised: BaseException | None = None
+    if error is None or isinstance(error, Exception):
+        if exceeded is not None and not _is_of(error, exceeded.order_id):
+            raised = worker.budget_error(exceeded)
+        elif interrupts:
+            raised = interrupts[-1]
+        elif worker.signalled is not None and not worker.kept:
+            raised = SignalExit(worker.signalled)
+    shown = error if raised is None else raised
+    if shown is None and failure is not None:
         raise failure
-    if error is not None and note and error is not failure:
-        add_note(error, note)
+    if shown is not None and failure is not None and shown is not failure:
+        add_note(shown, str(failure))
+    if raised is not None:
+        raise raised from error
 
 
 def _check_open(part: Part | None) -> Part:
@@ -11103,7 +10824,7 @@ class RentalGroup:
     def __init__(self, rentals: list[Rental], min_count: int) -> None:
         self._all = rentals
         for rental in rentals[1:]:
-            rental.share_servers(rentals[0])
+            rental.share_with(rentals[0])
         self._min_count = min_count
         self._running: list[Rental] = []
         self._signals: SignalHandling | None = None
@@ -11197,9 +10918,11 @@ class RentalGroup:
         pool.shutdown(wait=False)
         allowed = len(self._all) - self._min_count
         for _ in concurrent.futures.as_completed(calls):
-            failed = [call for call in calls if call.done() and call.exception() is not None]
+            failed = [e for call in calls if call.done() and (e := call.exception()) is not None]
+            if foreign := [error for error in failed if not isinstance(error, CloreError)]:
+                raise foreign[0]  # for example one that on_progress raised
             if len(failed) > allowed:
-                raise self._too_few([call.exception() for call in failed])
+                raise self._too_few(failed)
         self._running = [
             rental
             for rental, call in zip(self._all, calls, strict=True)
@@ -11209,9 +10932,9 @@ class RentalGroup:
             if (error := call.exception()) is not None:
                 logger.warning("%d of %d rentals run: %s", len(self._running), len(calls), error)
 
-    def _too_few(self, errors: list[BaseException | None]) -> BaseException:
+    def _too_few(self, errors: list[BaseException]) -> BaseException:
         """Return the error for a group of which too few rentals run."""
-        serious = [e for e in errors if e is not None and type(e) is not RentalError]
+        serious = [error for error in errors if type(error) is not RentalError]
         if serious:
             return serious[0]
         tried = [pair for rental in self._all for pair in rental.tried]
@@ -11464,7 +11187,7 @@ class _Survey:
 
     def _has_ended(self, entry: JournalEntry) -> bool:
         try:
-            return self._orders.state(entry.order_id or 0) is OrderState.ENDED
+            return self._orders.state(entry.order_id or 0) == "ended"
         except CloreError:
             return False
 
@@ -11538,7 +11261,7 @@ def end_leftovers(
 
 def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> list[int]:
     """Cancel the kept orders that are past their deadline; see ``CloreClient.cancel_overdue``."""
-    overdue = overdue_entries(orders, folder)
+    overdue = _overdue_entries(orders, folder)
     try:
         listed = {order.id: order for order in orders.active()} if overdue else {}
         pairs = [(entry, listed.get(entry.order_id)) for entry in overdue]
@@ -11546,6 +11269,29 @@ def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> l
     finally:
         for entry in overdue:
             entry.close()
+
+
+def _overdue_entries(orders: AccountOrders, folder: Path | None) -> list[JournalEntry]:
+    """Return the records of this machine's kept orders that are past their deadline.
+
+    They are locked, and the caller closes them. Records of orders that have ended are removed.
+    """
+    overdue, now = [], time.time()
+    for entry in kept_entries(folder, orders.account):
+        until = finite(entry.data.get("kept_until"))
+        mine = entry.abandoned and entry.of_this_machine
+        if mine and until is not None and until <= now and not _remove_if_ended(orders, entry):
+            overdue.append(entry)
+        else:
+            entry.close()
+    return overdue
+
+
+def _remove_if_ended(orders: AccountOrders, entry: JournalEntry) -> bool:
+    ended = orders.state(entry.order_id or 0) == "ended"
+    if ended:
+        entry.remove()
+    return ended
 
 
 def _end_entries(
@@ -11598,2009 +11344,6 @@ def _end_order(
         confirmed_by = confirm_until(started, timeout)
         failure = cancellation.run(lambda: confirmed_by, confirm=True)
     return failure
-
-
-# ==================================================================================================
-# ssh.address
-#
-# Read the address of a machine from its order.
-# ==================================================================================================
-
-
-DEFAULT_USER = "root"
-DEFAULT_PORT = 22
-
-
-def parse_ssh_command(order: Any) -> dict[str, Any]:
-    """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
-    raw = _ssh_line(order)
-    host, port, user = parse_address(raw)
-    return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
-            "raw": raw}  # fmt: skip
-
-
-def check_order(order: Any) -> Mapping[str, Any]:
-    """Check that an argument is an order, and return it."""
-    if not isinstance(order, Mapping):
-        raise TypeError(
-            f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
-        )
-    return order
-
-
-def plain_address(order: Any) -> dict[str, Any]:
-    """Read the same from an order; raise unless host and user are plain names or addresses."""
-    address = parse_ssh_command(check_order(order))
-    user = parse_address(address["raw"])[2]
-    if address["host"] and (not user or plain_user(user)):
-        return address
-    status = order.get("status")
-    raise SSHError(
-        f"the order has no address for SSH, or no plain one: connection.ssh is "
-        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
-        "wait_for_order() returns an order that has one"
-    )
-
-
-def _ssh_line(order: Any) -> str:
-    connection = order.get("connection") if isinstance(order, Mapping) else None
-    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
-    return raw if isinstance(raw, str) else ""
-
-
-def parse_address(raw: str) -> tuple[str, int, str]:
-    """Return the host, if it is a plain one, the port, and the user as it stands there."""
-    words = raw.split()
-    if words[:1] == ["ssh"]:
-        words = words[1:]
-    target, port, user = "", DEFAULT_PORT, ""
-    while words:
-        word = words.pop(0)
-        if word in ("-p", "-l") and words:
-            value = words.pop(0)
-            if word == "-l":
-                user = value
-            else:
-                port = _port_number(value)
-        elif word.startswith("-p"):
-            port = _port_number(word[2:])
-        elif word.startswith("-") or target:
-            # An option that could run something here, or a command: not an address to trust.
-            return "", DEFAULT_PORT, ""
-        else:
-            target = word
-    named, at, host = target.rpartition("@")
-    user = named if at else user
-    if host.startswith("[") and "]" in host:
-        host, _, rest = host[1:].partition("]")
-        port = _port_number(rest[1:]) if rest[:1] == ":" else port
-    elif host.count(":") == 1:
-        host, _, rest = host.partition(":")
-        port = _port_number(rest)
-    return host if plain_host(host) else "", port, user
-
-
-def _port_number(text: str) -> int:
-    digits = text.isascii() and text.isdigit() and len(text) <= 5
-    return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
-
-
-# ==================================================================================================
-# ssh.watchdog
-#
-# Limit calls that have no timeout of their own, and start threads.
-# ==================================================================================================
-
-
-WATCH_INTERVAL = 0.1  # seconds between two checks of the limits
-
-
-def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
-    """Start a daemon thread."""
-    thread = threading.Thread(target=target, args=args, name=f"clore-{name}", daemon=True)
-    thread.start()
-    return thread
-
-
-class Limit:
-    """The time limit of a block.
-
-    Attributes:
-        expired: True if the block took longer.
-    """
-
-    def __init__(self, seconds: float, action: Callable[[], object]) -> None:
-        self.deadline = time.monotonic() + seconds
-        self.action = action
-        self.expired = False
-
-
-class Watchdog:
-    """Runs an action when a block takes too long; a context manager with one thread.
-
-    paramiko writes to a socket without a timeout: only closing the connection ends that.
-    """
-
-    def __init__(self) -> None:
-        self._limits: dict[int, Limit] = {}
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> Watchdog:
-        self._thread = start_thread("watchdog", self._watch)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    @contextlib.contextmanager
-    def limit(self, seconds: float, action: Callable[[], object]) -> Iterator[Limit]:
-        """Run ``action`` in a new thread if the block takes longer than ``seconds``."""
-        limit = Limit(seconds, action)
-        self._limits[id(limit)] = limit
-        try:
-            yield limit
-        finally:
-            self._limits.pop(id(limit), None)
-
-    def _watch(self) -> None:
-        while not self._done.wait(WATCH_INTERVAL):
-            now = time.monotonic()
-            for key, limit in list(self._limits.items()):
-                if now >= limit.deadline and self._limits.pop(key, None) is not None:
-                    limit.expired = True
-                    logger.debug("the watchdog stops a call that takes too long")
-                    start_thread("watchdog-action", limit.action)
-
-
-# ==================================================================================================
-# ssh.transport
-#
-# Prepare paramiko's transports and channels: bounded memory, fast ciphers, dead links noticed.
-#
-# paramiko has no settings for most of this: these are attributes of its objects. Two of them are
-# private, ``Packetizer._read_timeout`` and ``Transport._send_user_message``; a test names the
-# versions of paramiko with which that was checked.
-# ==================================================================================================
-
-
-REKEY_BYTES = 2**36
-MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
-MAX_PACKET = 2**22  # bytes, far more than anybody asks for
-CHANNEL_PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
-COMMAND_WINDOW = 2**21  # bytes
-KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
-DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
-KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
-# Messages that begin with a count, for as many things as paramiko would then read from nothing.
-_EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
-_CHANNEL_CLOSE = b"\x61"
-# Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
-FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
-
-
-class NoChannelError(SSHError):
-    """A host opens no further channel on a connection; sshd's MaxSessions is ten by default."""
-
-
-def takes_turns(transport: Any) -> bool:
-    """Return whether a command may not start while another one of the connection ends.
-
-    When one ends, dropbear (2022.83) closes every channel whose command has not started yet.
-    """
-    return "dropbear" in str(getattr(transport, "remote_version", ""))
-
-
-def prepared_transport(
-    sock: Any, options: dict[str, Any], timeout: float, key_types: Iterable[str]
-) -> Any:
-    """Make a transport for ``SSHClient.connect``.
-
-    Parameters:
-        options: what paramiko gives to the transport that it would make.
-        timeout: seconds for the handshake.
-        key_types: of the host's keys, the preferred ones first.
-    """
-    import paramiko
-
-    transport: Any = paramiko.Transport(sock, **options)
-    # paramiko deadlocks in a new key exchange while several threads send, and the connection dies
-    # of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
-    transport.packetizer.REKEY_BYTES = REKEY_BYTES
-    transport.handshake_timeout = timeout
-    _limit_packets(transport.packetizer, paramiko.SSHException)
-    _name_errors(transport, paramiko.SSHException)
-    with contextlib.suppress(OSError, AttributeError):
-        # Or each small packet waits up to 40 ms for the answer to the one before.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    security = transport.get_security_options()
-    security.ciphers = _preferred(security.ciphers, FAST_CIPHERS)
-    security.key_types = _preferred(security.key_types, key_types)
-    return transport
-
-
-def _preferred(names: Any, first: Any) -> list[str]:
-    """Return ``names`` with those of ``first`` that are among them in front."""
-    return [n for n in first if n in names] + [n for n in names if n not in first]
-
-
-def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
-    """Limit what a host may send: paramiko takes lines, packets and counts of any size."""
-    read_timeout: Any = getattr(packetizer, "_read_timeout", None)
-    read_all, read_message = packetizer.read_all, packetizer.read_message
-    greeting = 0
-    packetizer.last_received = time.monotonic()
-
-    def limited_greeting(timeout: float) -> Any:
-        nonlocal greeting
-        piece = read_timeout(timeout)
-        greeting += len(piece)
-        if greeting > MAX_GREETING:
-            raise error(": it has no end")
-        return piece
-
-    def limited_packet(size: int, check_rekey: bool = False) -> Any:
-        if size > MAX_PACKET:
-            raise error(f"it sends a packet of {size} bytes")
-        return read_all(size, check_rekey)
-
-    def limited_message() -> Any:
-        kind, message = read_message()
-        then, packetizer.last_received = packetizer.last_received, time.monotonic()
-        if kind == _SERVICE_ACCEPT:  # its request followed the message before
-            packetizer.round_trip = packetizer.last_received - then
-        if kind in (_EXT_INFO, _INFO_REQUEST):
-            if kind == _INFO_REQUEST:
-                for _ in range(3):
-                    message.get_binary()
-            if message.get_int() > len(message.asbytes()):
-                raise error("it sends a list longer than its message")
-            message.rewind()
-        return kind, message
-
-    packetizer._read_timeout = limited_greeting
-    packetizer.read_all = limited_packet
-    packetizer.read_message = limited_message
-
-
-def _name_errors(transport: Any, error: type[Exception]) -> None:
-    """Raise as paramiko's own error what its thread died of: odd bytes can make it anything."""
-    get_exception = transport.get_exception
-
-    def named() -> Any:
-        failure = get_exception()
-        if failure is None or isinstance(failure, (error, OSError, EOFError)):
-            return failure
-        told = error(f"it broke off ({type(failure).__name__})")
-        told.__cause__ = failure
-        return told
-
-    transport.get_exception = named
-
-
-def close_after(transport: Any, clients: list[Any]) -> None:
-    """Close the jump hosts' connections with the transport that goes through them."""
-    close = transport.close
-
-    def close_all() -> None:
-        close()
-        for client in clients[::-1]:
-            client.close()
-
-    transport.close = close_all
-
-
-def keep_alive(transport: Any) -> None:
-    """Ask a silent host whether it is still there, and end the connection without an answer.
-
-    paramiko's own keepalives ask for no answer, so they never notice a dead link.
-    """
-    packetizer = transport.packetizer
-
-    def ask() -> None:
-        with contextlib.suppress(*connection_errors()):
-            transport.global_request("keepalive@openssh.com", wait=True)
-
-    def check() -> None:
-        silent = time.monotonic() - packetizer.last_received
-        if silent > DEAD_AFTER:
-            raise EOFError  # in paramiko's own thread, which then closes everything
-        if silent > KEEPALIVE - KEEPALIVE_LOOK:
-            start_thread("keepalive", ask)  # a send may hang
-
-    packetizer.set_keepalive(KEEPALIVE_LOOK, check)
-
-
-def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -> Any:
-    """Open a channel that keeps no more than its window in memory.
-
-    Raises:
-        NoChannelError: the host refuses a further one.
-        SSHError: it does not answer, or the connection is closed.
-    """
-    import paramiko
-
-    if transport is None or not transport.is_active():
-        raise SSHError("the connection to the machine is closed")
-    try:
-        channel = transport.open_session(
-            window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
-        )
-    except connection_errors() as error:
-        if not transport.is_active():
-            raise SSHError("the connection broke") from error
-        # A refusal comes as another error where another thread has taken paramiko's own.
-        refused = isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
-        kind = NoChannelError if refused else SSHError
-        raise kind(f"the machine opened no channel: {reason(error)}") from error
-    channel.settimeout(timeout)
-    channel.transport = ChannelOrder(transport)
-    for pipe in (channel.in_buffer, channel.in_stderr_buffer):
-        _limit_buffer(pipe, window + CHANNEL_PACKET)
-    return channel
-
-
-class ChannelOrder:
-    """Stands between a channel and its transport: nothing follows the channel's close.
-
-    paramiko's own thread may answer the host's close while another one sends, and a server ends
-    the whole connection for what comes after that.
-    """
-
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-        self._lock = threading.Lock()
-        self._close_sent = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def _send_user_message(self, message: Any) -> None:
-        with self._lock:
-            if not self._close_sent:
-                self._close_sent = message.asbytes()[:1] == _CHANNEL_CLOSE
-                self._transport._send_user_message(message)
-
-
-def _limit_buffer(pipe: Any, most: int) -> None:
-    """End the connection of a host that sends more than the window allows: paramiko keeps it."""
-    feed = pipe.feed
-
-    def limited(data: Any) -> None:
-        if len(pipe) + len(data) > most:
-            raise EOFError  # in paramiko's own thread, which then closes everything
-        feed(data)
-
-    pipe.feed = limited
-
-
-def request_exec(channel: Any, command: bytes | str) -> None:
-    """Ask for a command without waiting for the answer; a refusal closes the channel.
-
-    paramiko's own ``exec_command`` waits for it, without a time limit.
-    """
-    _request(channel, "exec", True, command)
-
-
-def request_subsystem(channel: Any, name: str) -> None:
-    """Ask for a subsystem, in the same way."""
-    _request(channel, "subsystem", True, name)
-
-
-def request_signal(channel: Any, name: str) -> None:
-    """Ask the host to signal the process group of a channel, unless the channel is closed."""
-    if not channel.closed:
-        _request(channel, "signal", False, name)
-
-
-def _request(channel: Any, kind: str, answered: bool, value: bytes | str) -> None:
-    import paramiko
-    from paramiko.common import cMSG_CHANNEL_REQUEST
-
-    message = paramiko.Message()
-    message.add_byte(cMSG_CHANNEL_REQUEST)
-    message.add_int(channel.remote_chanid)
-    message.add_string(kind)
-    message.add_boolean(answered)
-    message.add_string(value)
-    try:
-        channel.transport._send_user_message(message)
-    except connection_errors() as error:
-        raise SSHError("the connection broke") from error
-
-
-def connection_errors() -> tuple[type[Exception], ...]:
-    """Return what paramiko raises where a connection or a channel ends."""
-    import paramiko
-
-    return (paramiko.SSHException, OSError, EOFError)
-
-
-def reason(error: BaseException) -> str:
-    """Describe an error whose text may be the host's."""
-    text = str(getattr(error, "text", "")) or str(error)
-    return printable(text.rstrip(".") or type(error).__name__, 200)
-
-
-class LimitedChannel:
-    """A channel on which no call takes much longer than ``timeout`` seconds.
-
-    paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
-    Calls that wait for nothing go to paramiko's channel as they are.
-
-    Raises:
-        SSHError: a call takes too long. Other errors are paramiko's own.
-    """
-
-    def __init__(
-        self, transport: Any, timeout: float, watchdog: Watchdog, window: int = COMMAND_WINDOW
-    ) -> None:
-        self._transport = transport
-        self.timeout = timeout
-        self._watchdog = watchdog
-        self._channel = self._limited("opened no channel", open_session, transport, timeout, window)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._channel, name)
-
-    def exec_command(self, command: bytes | str) -> None:
-        self._limited("took no command", request_exec, self._channel, command)
-
-    def invoke_subsystem(self, name: str) -> None:
-        self._limited("took no command", request_subsystem, self._channel, name)
-
-    def send(self, data: Any) -> int:
-        return int(self._limited("took nothing", self._channel.send, data))
-
-    def sendall(self, data: Any) -> None:
-        view = memoryview(data.encode() if isinstance(data, str) else data)
-        while view:
-            view = view[self.send(view) :]
-
-    def recv(self, size: int) -> bytes:
-        return bytes(self._limited("sent nothing", self._channel.recv, size))
-
-    def recv_stderr(self, size: int) -> bytes:
-        return bytes(self._limited("sent nothing", self._channel.recv_stderr, size))
-
-    def recv_exit_status(self) -> int:
-        """Return the exit status; -1 where the channel ended without one."""
-        if not self._channel.status_event.wait(self.timeout):
-            raise SSHError(f"the machine did not end the command within {self.timeout:g}s")
-        return int(self._channel.exit_status)
-
-    def shutdown_write(self) -> None:
-        self._limited("took nothing", self._channel.shutdown_write)
-
-    def close(self) -> None:
-        with contextlib.suppress(SSHError, *connection_errors()):
-            self._limited("took nothing", self._channel.close)
-
-    def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        # By itself the call ends within the timeout, unless it hangs while it writes.
-        with self._watchdog.limit(1.25 * self.timeout + 0.25, self._break_off) as limit:
-            try:
-                return call(*arguments)
-            except Exception as error:
-                if isinstance(error, TimeoutError) or limit.expired:
-                    late = f"the machine {failing} for {self.timeout:g}s"
-                    raise SSHError(late) from error
-                raise
-
-    def _break_off(self) -> None:
-        self._transport.close()
-
-
-# ==================================================================================================
-# ssh.connect
-#
-# Log in to a rented machine. paramiko is imported when it is used, not with the package.
-# ==================================================================================================
-
-
-# What may be given for a login to methods that do more than log in.
-LOGIN_OPTIONS = frozenset(
-    {"password", "key_path", "passphrase", "wait", "host_key", "use_ssh_config"}
-)
-PARAMIKO_LOGGER = "clore_client.paramiko"
-SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
-FIRST_CONNECT = 5.0  # seconds for the first TCP connection
-LOOK_EVERY = 15.0  # seconds between two looks if the order of that machine has ended
-
-
-def import_paramiko() -> Any:
-    """Import paramiko, or raise an ImportError that says what to install."""
-    try:
-        import paramiko
-    except ImportError as error:
-        raise ImportError(
-            "SSH needs paramiko: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
-        ) from error
-    # It logs each failure with a traceback and the host's own words, which would be printed.
-    # A handler of one's own still gets them.
-    quiet = logging.getLogger(PARAMIKO_LOGGER)
-    if not quiet.handlers:
-        quiet.addHandler(logging.NullHandler())
-        quiet.propagate = False
-    return paramiko
-
-
-class Login:
-    """How to get into the machine of an order: everything that ``connect_ssh`` was given."""
-
-    def __init__(
-        self,
-        order: Any,
-        *,
-        password: str | None,
-        key_path: str | os.PathLike[str] | None,
-        passphrase: str | None,
-        timeout: float,
-        wait: float,
-        keys: KeyCheck,
-        use_ssh_config: bool = False,
-        agent_key: Any = None,
-        on_failure: Callable[[BaseException], None] | None = None,
-    ) -> None:
-        self.address = plain_address(order)
-        if passphrase is not None and key_path is None and agent_key is None:
-            raise ValueError("passphrase is for the key of key_path, and there is none")
-        if key_path is not None:
-            check_local_path("key_path", key_path)
-        self.password = password
-        self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
-        self.timeout = timeout
-        self.wait = wait
-        self.keys = keys
-        self._paramiko = import_paramiko()
-        # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
-        self.key = agent_key
-        if self.key_path is not None:
-            self.key = self._read_key(self.key_path, passphrase)
-        self._next_look = -math.inf
-        self._tried = False
-        self._on_failure = on_failure or (lambda error: None)
-        self._hops: list[dict[str, Any]] = []
-        self._identities: list[str] = []
-        if use_ssh_config:
-            self._read_ssh_config()
-
-    @property
-    def where(self) -> str:
-        """The address, for an error."""
-        return "{user}@{host}:{port}".format(**self.address)
-
-    def _read_key(self, path: str, passphrase: str | None) -> Any:
-        shown = printable(repr(path), 200)
-        if not os.path.isfile(path):
-            raise ValueError(f"key_path: there is no file {shown}")
-        secret = None if passphrase is None else passphrase.encode()
-        try:
-            return self._paramiko.PKey.from_path(path, secret)
-        except TypeError as error:  # it is encrypted and there is none, or the other way round
-            if passphrase is None:
-                raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
-            raise ValueError(f"passphrase: {shown} is not encrypted") from error
-        except Exception as error:
-            if isinstance(error, ValueError) and passphrase and self._is_encrypted(path):
-                raise ValueError(f"passphrase is not the one of {shown}") from error
-            raise ValueError(
-                f"key_path: {shown} is no private key that can be used: "
-                f"{printable(str(error) or type(error).__name__, 200)}"
-            ) from error
-
-    def _read_ssh_config(self) -> None:
-        """Take ProxyJump and IdentityFile from the user's configuration of OpenSSH."""
-        path = os.path.expanduser("~/.ssh/config")
-        if not os.path.isfile(path):
-            return
-        import getpass  # imported here, because it is slow
-
-        try:
-            config = self._paramiko.SSHConfig.from_path(path)
-            found = config.lookup(self.address["host"])
-            jumps = found.get("proxyjump", "none")
-            if "proxycommand" in found and jumps == "none":
-                raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
-            self._identities = identity_files(found)
-            for jump in jumps.split(",") if jumps != "none" else ():
-                name, port, user = parse_address(jump.strip().removeprefix("ssh://"))
-                hop = config.lookup(name)
-                self._hops.append(
-                    {"host": hop.get("hostname", name), "identities": identity_files(hop),
-                     "port": int(hop.get("port", port)) if port == DEFAULT_PORT else port,
-                     "user": user or hop.get("user", getpass.getuser())}
-                )  # fmt: skip
-        except Exception as error:
-            raise ValueError(f"use_ssh_config: {path} can't be used: {error}") from error
-
-    def _jump(self, hops: list[Any]) -> Any:
-        """Log in to each jump host; a channel to the machine through the last one."""
-        sock = None
-        for hop in self._hops:
-            ssh = self._paramiko.SSHClient()
-            ssh.set_log_channel(PARAMIKO_LOGGER)
-            ssh.load_system_host_keys()  # a jump host is the user's own, and known
-            hops.append(ssh)
-            try:
-                ssh.connect(
-                    hop["host"], hop["port"], hop["user"], key_filename=hop["identities"] or None,
-                    timeout=self.timeout, sock=sock,
-                )  # fmt: skip
-                follower = self._hops[len(hops)] if len(hops) < len(self._hops) else self.address
-                sock = ssh.get_transport().open_channel(
-                    "direct-tcpip", (follower["host"], follower["port"]), ("127.0.0.1", 0),
-                    timeout=self.timeout,
-                )  # fmt: skip
-            except Exception as error:
-                text = printable(str(error) or type(error).__name__, 200)
-                raise SSHError(f"jump host {hop['host']}:{hop['port']}: {text}") from error
-        return sock
-
-    def _is_encrypted(self, path: str) -> bool:
-        try:
-            self._paramiko.PKey.from_path(path)
-        except TypeError:
-            return True
-        except Exception:
-            return False
-        return False
-
-    def open(self, report: Report | None = None) -> paramiko.SSHClient:
-        """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
-        started = time.monotonic()
-        deadline = started + self.wait
-        while True:
-            try:
-                ssh = self.once()
-                if report is not None:
-                    report(ProgressEvent("ssh", time.monotonic() - started, "sshd up"))
-                return ssh
-            except NotUpYetError as error:
-                self.explain(error)
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    late = SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}")
-                    late.reason = "unreachable"
-                    raise late from error.__cause__
-                logger.debug("no SSH at %s yet: %s", self.where, error)
-                if report is not None:
-                    seconds = time.monotonic() - started
-                    text = f"no sshd yet, {readable_seconds(seconds)}: {error}"
-                    report(ProgressEvent("ssh", seconds, text))
-                time.sleep(min(SSH_PAUSE, remaining))
-            except SSHError as error:
-                self.explain(error)
-                raise
-
-    def explain(self, error: BaseException | None) -> None:
-        """Raise a better error than this one if the login failed because the order has ended."""
-        now = time.monotonic()
-        if error is None or (isinstance(error, NotUpYetError) and now < self._next_look):
-            return
-        self._next_look = now + LOOK_EVERY
-        self._on_failure(error)
-
-    def once(self) -> paramiko.SSHClient:
-        """Try once to log in, within ``timeout`` seconds in all."""
-        limit = None
-        failure: BaseException
-        ssh = self._paramiko.SSHClient()
-        ssh.set_log_channel(PARAMIKO_LOGGER)
-        ssh.set_missing_host_key_policy(self.keys)
-        try:
-            with (
-                Watchdog() as watchdog,
-                watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit,
-            ):
-                self._connect(ssh)
-            if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
-                raise self._paramiko.ssh_exception.PartialAuthentication([])
-        except BaseException as error:
-            if limit is not None and limit.expired and isinstance(error, Exception):
-                failure = self._too_slow(ssh)
-            elif self._is_refusal(ssh, error):
-                failure = self._refused(ssh, error)
-                failure.reason = "refused"
-            else:
-                failure = _login_error(error, self._paramiko, self.where)
-            _give_up(ssh)
-            if failure is error:
-                raise
-            raise failure from error
-        transport = ssh.get_transport()
-        if transport is not None:
-            keep_alive(transport)
-        try:
-            self.keys.remember()
-        except BaseException:
-            ssh.close()
-            raise
-        return ssh  # type: ignore[no-any-return]
-
-    def _connect(self, ssh: Any) -> None:
-        plain = self.password is None and self.key is None
-        hops: list[Any] = []
-        try:
-            sock = self._jump(hops)
-            self._connect_over(ssh, sock, plain, hops)
-        except BaseException:
-            for hop in hops:
-                hop.close()
-            raise
-
-    def _connect_over(self, ssh: Any, sock: Any, plain: bool, hops: list[Any]) -> None:
-        ssh.connect(
-            self.address["host"],
-            port=self.address["port"],
-            username=self.address["user"],
-            password=self.password,
-            pkey=self.key,
-            timeout=self._connect_timeout(),
-            banner_timeout=self.timeout,
-            auth_timeout=self.timeout,
-            channel_timeout=self.timeout,
-            key_filename=self._identities or None if plain else None,
-            allow_agent=plain,
-            look_for_keys=plain,
-            sock=sock,
-            transport_factory=functools.partial(self._transport, hops),
-        )
-
-    def _connect_timeout(self) -> float:
-        """Return the seconds for the TCP connection, few if another try follows.
-
-        The first failure is the moment to look if the order has ended.
-        """
-        first, self._tried = not self._tried, True
-        return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
-
-    def _too_slow(self, ssh: Any) -> SSHError:
-        transport = ssh.get_transport()
-        if transport is not None and transport.initial_kex_done:
-            return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
-        return NotUpYetError("it did not finish the SSH handshake in time")
-
-    def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
-        transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
-        transport.auth_interactive_dumb = self._no_questions
-        if hops:
-            close_after(transport, hops)
-        return transport
-
-    def _is_refusal(self, ssh: Any, error: BaseException) -> bool:
-        if isinstance(error, self._paramiko.AuthenticationException):
-            return True
-        # With more keys than the machine has patience for, paramiko misses the connection.
-        missed = "existing session" in str(error).lower()
-        transport = ssh.get_transport() if missed else None
-        return transport is not None and bool(transport.initial_kex_done)
-
-    def _refused(self, ssh: Any, error: BaseException) -> SSHError:
-        """Describe what was refused, and what the host accepts."""
-        if self.password is not None:
-            what = "password"
-        elif self.key is not None:
-            where = printable(repr(self.key_path), 200) if self.key_path else "of the SSH agent"
-            what = f"key {where} ({fingerprint_of(self.key)})"
-        else:
-            what = "keys of the SSH agent and of ~/.ssh"
-        if "timeout" in str(error).lower():
-            return SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
-        accepted = getattr(error, "allowed_types", None)
-        if not accepted and not ssh.get_transport().is_active():
-            return SSHError(
-                f"{self.where} closed the connection during the login with the {what}: "
-                "refused, after too many tries perhaps"
-            )
-        accepted = accepted or self._accepted(ssh)
-        if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
-            more = ", ".join(printable(str(name), 40) for name in accepted[:8])
-            return SSHError(f"{self.where} took the {what}, but wants more than that: {more}")
-        takes = ", ".join(printable(str(name), 40) for name in accepted[:8])
-        accepts = f"; it accepts: {takes}" if takes else ""
-        return SSHError(
-            f"{self.where} refused the login with the {what}{accepts}. "
-            "Was the order made with another password or key?"
-        )
-
-    def _no_questions(self, *_: Any) -> None:
-        # paramiko would print what the host says, and ask whoever sits at the terminal.
-        raise self._paramiko.ssh_exception.PartialAuthentication(
-            ["keyboard-interactive or password"]
-        )
-
-    def _accepted(self, ssh: Any) -> list[str]:
-        # The answer to a login without anything lists the ways that there are.
-        try:
-            ssh.get_transport().auth_none(self.address["user"])
-        except self._paramiko.BadAuthenticationType as error:
-            return list(error.allowed_types)
-        except Exception as error:
-            logger.debug("%s does not say what it accepts: %s", self.where, error)
-        return []
-
-
-class NotUpYetError(SSHError):
-    """An sshd may answer later; used only within this module."""
-
-
-def check_connection(ssh: Any) -> Any:
-    """Check a connection that the caller gave."""
-    if not callable(getattr(ssh, "get_transport", None)):
-        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
-    return ssh
-
-
-def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Check the names of the arguments of a login."""
-    for name in given:
-        if name not in LOGIN_OPTIONS:
-            raise TypeError(
-                f"there is no argument {name!r}, neither here nor among those of a login: "
-                f"{', '.join(sorted(LOGIN_OPTIONS))}"
-            )
-    return given
-
-
-def identity_files(config: Any) -> list[str]:
-    """Return the keys of an entry of a configuration that are there."""
-    paths = map(os.path.expanduser, config.get("identityfile", ()))
-    return [path for path in paths if os.path.isfile(path)]
-
-
-def _break_off(ssh: Any) -> None:
-    transport = ssh.get_transport()
-    if transport is not None:
-        transport.close()
-
-
-def _give_up(ssh: Any) -> None:
-    transport = ssh.get_transport()
-    ssh.close()
-    if transport is not None:  # or paramiko's timer would live on with it
-        transport.packetizer.complete_handshake()
-
-
-def _login_error(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
-    """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
-    text = printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
-    if isinstance(error, EOFError):
-        text = "it closed the connection"
-    elif "existing session" in text.lower():  # paramiko's word for a handshake that took too long
-        text = "it did not finish the SSH handshake in time"
-    failure: BaseException = error
-    if isinstance(error, SSHError):
-        failure = error
-    elif isinstance(error, socket.gaierror):
-        failure = NotUpYetError(f"the host name is not known ({text})")
-    elif isinstance(error, (OSError, EOFError)):
-        failure = NotUpYetError(text)
-    elif isinstance(error, paramiko_module.SSHException):
-        if "no authentication methods" in text.lower():
-            failure = SSHError(
-                f"there is nothing to log in to {where} with: pass password= or key_path="
-            )
-        elif any(part in text.lower() for part in ("banner", "reset", "eof", "handshake in time")):
-            failure = NotUpYetError(text)
-        else:
-            failure = SSHError(f"SSH to {where} failed: {text}")
-    elif isinstance(error, Exception):  # of paramiko, which takes every answer for a sensible one
-        failure = SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
-    return failure
-
-
-# ==================================================================================================
-# ssh.connection_pool
-#
-# Keep the connections of one call.
-# ==================================================================================================
-
-
-class ConnectionPool:
-    """The connections of one call: the caller's own, or up to ``size`` new ones.
-
-    Parameters:
-        login: for new connections; None if ``ssh`` is used.
-        ssh: the caller's connection.
-        size: the highest number of connections.
-        eager: open all of them now, at the same time; else each one when it is needed.
-    """
-
-    def __init__(
-        self, login: Login | None, ssh: Any = None, size: int = 1, eager: bool = True
-    ) -> None:
-        self.size = size if login is not None else 1
-        self._eager = eager
-        self._login = login
-        self._ssh = ssh
-        self._opened: list[Any] = [None] * self.size
-        self._ready = [threading.Event() for _ in range(self.size)]
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
-        self._started = time.monotonic()
-
-    def __enter__(self) -> ConnectionPool:
-        if self._login is None:
-            self._opened[0] = self._ssh
-        else:
-            for number in range(1, self.size if self._eager else 1):
-                self._threads.append(start_thread("login", self._open, self._login, number))
-            try:
-                self._opened[0] = self._first(self._login)
-            except BaseException:
-                self._close()
-                raise
-        self._ready[0].set()
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        lost = isinstance(error, SSHError) and not _is_active(self.ssh)
-        self._close()
-        if lost and self._login is not None:
-            self._login.explain(error)
-
-    @property
-    def ssh(self) -> Any:
-        """The first connection."""
-        return self._opened[0]
-
-    @property
-    def age(self) -> float:
-        """Seconds since the call began."""
-        return time.monotonic() - self._started
-
-    @property
-    def round_trip(self) -> float:
-        """Seconds, measured during the login; 1.0 if they are not known."""
-        transport = self.ssh.get_transport()
-        return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
-
-    def get(self, number: int) -> Any:
-        """Wait for a connection and return it, or None if the host refuses so many."""
-        if number and not self._eager and self._login is not None:
-            with self._lock:
-                if not self._ready[number].is_set():
-                    self._open(self._login, number)
-        self._ready[number].wait()
-        return self._opened[number]
-
-    def break_off(self) -> None:
-        """Close every connection, which also ends calls that hang."""
-        for ssh in self._opened:
-            if ssh is not None:
-                ssh.close()
-
-    def _first(self, login: Login) -> Any:
-        try:
-            return login.once()
-        except NotUpYetError as error:
-            # If the host allows only one connection, another thread may have opened it.
-            for number in range(1, self.size if self._eager else 1):
-                self._ready[number].wait()
-                if (ssh := self._opened[number]) is not None:
-                    self._opened[number] = None
-                    return ssh
-            login.explain(error)
-        except SSHError as error:
-            login.explain(error)
-            raise
-        return login.open()
-
-    def _open(self, login: Login, number: int) -> None:
-        try:
-            self._opened[number] = login.once()
-        except Exception as error:
-            logger.debug("a further connection was refused: %s", error)
-        self._ready[number].set()
-
-    def _close(self) -> None:
-        for thread in self._threads:
-            thread.join()
-        if self._login is not None:
-            self.break_off()
-
-
-def _is_active(ssh: Any) -> bool:
-    transport = ssh.get_transport()
-    return transport is not None and bool(transport.is_active())
-
-
-# ==================================================================================================
-# ssh.host_keys
-#
-# Pin the host key of each order: later orders get the same host and port with another key.
-# ==================================================================================================
-
-
-PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
-MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
-MAX_PINS = 1000
-LOCK_PATIENCE = 2.0  # seconds
-# A host key is negotiated by its signature algorithm: RSA keys have several.
-_ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
-
-Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
-
-
-def pin_of(key: Any) -> Pin:
-    """Return a paramiko key as two words of a ``known_hosts`` line."""
-    return key.get_name(), key.get_base64()
-
-
-def fingerprint_of(key: Any) -> str:
-    """Return the fingerprint of a paramiko key, as ``ssh-keygen -l`` prints it."""
-    return pin_fingerprint(pin_of(key))
-
-
-def pin_fingerprint(pin: Pin) -> str:
-    """Return the fingerprint of a pinned key."""
-    digest = hashlib.sha256(base64.b64decode(pin[1])).digest()
-    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
-
-
-def check_host_key(name: str, value: Any) -> str:
-    """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be 'pin', 'accept' or a fingerprint, not {short_repr(value)}")
-    if value in ("pin", "accept") or re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", value):
-        return value.rstrip("=")
-    raise ValueError(
-        f"{name} must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
-        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
-    )
-
-
-class HostKeys:
-    """The pinned host keys of an account, in memory and in the state folder.
-
-    Parameters:
-        folder: the state folder, or None if none is used.
-        account: a digest of the account, for the names of its hosts.
-    """
-
-    def __init__(self, folder: Path | None, account: str) -> None:
-        self.path = None if folder is None else folder / PINS_FILE
-        self._account = account[:12]
-        self._seen: dict[str, list[Pin]] = {}
-
-    def alias(self, order_id: int | None, address: str) -> str:
-        """Return the name for the key of an order; the address if the order has no id."""
-        return f"clore-order-{order_id}-{self._account}" if order_id else address
-
-    def of(self, alias: str) -> list[Pin]:
-        """Return the pinned keys of a host."""
-        if alias in self._seen:
-            return self._seen[alias]
-        return [pin for names, pin in self._lines() if _names(names, alias)]
-
-    def keep(self, alias: str, pin: Pin) -> None:
-        """Pin a key instead of all others of the host."""
-        if self.of(alias) != [pin]:
-            self._rewrite(alias, pin)
-        self._seen[alias] = [pin]
-
-    def forget(self, alias: str) -> bool:
-        """Forget the keys of a host; return True if there were any."""
-        known = bool(self.of(alias))
-        self._seen.pop(alias, None)
-        if known:
-            self._rewrite(alias, None)
-        return known
-
-    def make_folder(self) -> None:
-        """Make the state folder, so that OpenSSH can pin a key there."""
-        if self.path is not None:
-            try:
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                logger.warning("host keys can't be kept for the next process: %s", error)
-
-    def _lines(self) -> Iterator[tuple[str, Pin]]:
-        try:
-            text = self._text()
-        except OSError:
-            return
-        for line in text.splitlines():
-            words = line.split()
-            if len(words) >= 3 and not words[0].startswith(("#", "@")):
-                with contextlib.suppress(ValueError):
-                    base64.b64decode(words[2], validate=True)
-                    yield words[0], (words[1], words[2])
-
-    def _text(self) -> str:
-        if self.path is None:
-            return ""
-        try:
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                return file.read(MAX_PINS_SIZE)
-        except FileNotFoundError:
-            return ""
-
-    def _rewrite(self, alias: str, pin: Pin | None) -> None:
-        """Replace the lines of a host in the file; only warn if that fails."""
-        if self.path is None or not alias.startswith("clore-order-"):
-            return
-        try:
-            with locked_path(self.path, LOCK_PATIENCE):
-                lines = [
-                    line
-                    for line in self._text().splitlines()
-                    if line.strip() and not _names(line.split()[0], alias)
-                ]
-                if pin is not None:
-                    lines.append(f"{alias} {pin[0]} {pin[1]}")
-                replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
-        except OSError as error:
-            logger.warning("host keys can't be kept for the next process: %s", error)
-
-
-def _names(names: str, alias: str) -> bool:
-    """Check whether the first word of a line names a host; OpenSSH may have hashed it."""
-    if not names.startswith("|1|"):
-        return alias in names.split(",")
-    try:
-        salt, digest = (base64.b64decode(part) for part in names[3:].split("|"))
-    except ValueError:
-        return False
-    return hmac.compare_digest(hmac.new(salt, alias.encode(), hashlib.sha1).digest(), digest)
-
-
-class KeyCheck:
-    """Checks the host key of one order; also paramiko's policy for unknown hosts.
-
-    Parameters:
-        pins: the pinned keys.
-        order_id: the id of the order, or None.
-        address: its host and port.
-        mode: ``"pin"``, ``"accept"`` or a fingerprint.
-    """
-
-    def __init__(self, pins: HostKeys, order_id: int | None, address: str, mode: str) -> None:
-        self._pins = pins
-        self._order_id = order_id
-        self._alias = pins.alias(order_id, address)
-        self._mode = mode
-        self._shown = threading.local()  # several threads may log in at once
-
-    @property
-    def wanted_types(self) -> list[str]:
-        """The algorithms of the pinned keys, to prefer in the key exchange."""
-        if self._mode == "accept":
-            return []
-        kinds = [kind for kind, _ in self._pins.of(self._alias)]
-        return [name for kind in kinds for name in _ALGORITHMS.get(kind, (kind,))]
-
-    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
-        """Check a host's key; paramiko calls this before it sends anything secret."""
-        shown = pin_of(key)
-        self._check(shown)
-        self._shown.pin = shown
-
-    def remember(self) -> None:
-        """Pin the host's key, after a successful login."""
-        shown: Pin | None = getattr(self._shown, "pin", None)
-        if self._mode == "accept" or shown is None:
-            return
-        self._check(shown)  # again: another thread may have pinned another key
-        if self._mode != "pin" or shown not in self._pins.of(self._alias):
-            self._pins.keep(self._alias, shown)
-
-    def _check(self, shown: Pin) -> None:
-        if self._mode == "accept":
-            return
-        pinned = [pin_fingerprint(pin) for pin in self._pins.of(self._alias)]
-        allowed = pinned if self._mode == "pin" else [self._mode]
-        found = pin_fingerprint(shown)
-        if not allowed or found in allowed:
-            return
-        expected = " or ".join(allowed)
-        name = f"order {self._order_id}" if self._order_id else self._alias
-        raise HostKeyChangedError(
-            f"the machine of {name} has the host key {found} instead of {expected}: its container "
-            "was created again, or another machine answers at its address. No password or key "
-            "was sent. To accept the new host key, call forget_host_key(order) or pass "
-            f"host_key={found!r}",
-            order_id=self._order_id,
-            expected=expected,
-            found=found,
-        )
-
-
-# ==================================================================================================
-# ssh.command_line
-#
-# Build the line that a host's shell runs: the command, its arguments, and its variables.
-# ==================================================================================================
-
-
-def command_line(command: str | Sequence[str]) -> str:
-    """Return a command as a line for a shell: a string unchanged, a list of arguments quoted."""
-    if isinstance(command, str):
-        line = command
-    elif isinstance(command, (list, tuple)):
-        for number, word in enumerate(command):
-            if not isinstance(word, str):
-                raise TypeError(f"command[{number}] must be a string, not {short_repr(word)}")
-        line = " ".join(map(quoted_word, command))
-    else:
-        raise TypeError(f"command must be a string or a list of strings, not {short_repr(command)}")
-    if not line.strip():
-        raise ValueError("command must not be empty")
-    encoded("command", line)
-    return line
-
-
-def quoted_word(word: str) -> str:
-    """Quote a word for any login shell."""
-    # In fish, a backslash is special even in single quotes.
-    return "\\\\".join(shlex.quote(part) if part else "" for part in word.split("\\")) or "''"
-
-
-def input_bytes(value: Any) -> bytes:
-    """Check the input of a command, and return it as bytes."""
-    if value is None:
-        return b""
-    if isinstance(value, str):
-        return encoded("input", value, nul=True)
-    if not isinstance(value, (bytes, bytearray, memoryview)):
-        raise TypeError(f"input must be a string or bytes, not {type(value).__name__}")
-    return bytes(value)
-
-
-def exports(env: Any) -> str:
-    """Return lines that set variables: by default, sshd accepts none from a client."""
-    if env is None:
-        return ""
-    if not isinstance(env, Mapping):
-        raise TypeError(f"env must be a dict of strings, not {type(env).__name__}")
-    lines = []
-    for name, value in env.items():
-        if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
-            raise ValueError(f"env: {short_repr(name)} is not a valid name of a variable")
-        if not isinstance(value, str):
-            raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
-        encoded(f"env[{name!r}]", value)
-        # csh has no export: the command must not run there without its variables.
-        lines.append(f"export {name}={quoted_word(value)} || exit 121\n")
-    return "".join(lines)
-
-
-def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
-    """Encode text as UTF-8; file names that are not UTF-8 become their original bytes."""
-    if not nul and "\0" in text:
-        raise ValueError(f"{name} must not contain a NUL character")
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} contains a character that UTF-8 cannot encode") from None
-
-
-# ==================================================================================================
-# ssh.command_output
-#
-# Collect the output of a command, and pass it on line by line.
-# ==================================================================================================
-
-
-LONGEST_PIECE = 65536  # characters of one call of on_output
-MAX_STDERR_BEFORE_PID = 65536  # bytes, for what start-up files print
-
-
-class CommandOutput:
-    """Collects the output of a command, and calls ``on_output`` with each of its lines.
-
-    Parameters:
-        max_output: the bytes of both streams to keep.
-        on_output: called by :meth:`report`, or None.
-
-    Attributes:
-        dropped: the bytes that were not kept.
-    """
-
-    def __init__(self, max_output: int, on_output: Callable[[OutputLine], object] | None) -> None:
-        self.dropped = 0
-        self._room = max_output
-        self._kept = {STDOUT: bytearray(), STDERR: bytearray()}
-        self._splitters: dict[str, LineSplitter] = {}
-        if on_output is not None:
-            self._splitters = {name: LineSplitter(name, on_output) for name in self._kept}
-        self._unreported: list[tuple[LineSplitter, bytes]] = []
-
-    def add(self, stream: str, data: bytes) -> None:
-        """Keep data as far as there is room, and queue it for ``on_output``."""
-        kept = data[: self._room]
-        self._room -= len(kept)
-        self.dropped += len(data) - len(kept)
-        self._kept[stream] += kept
-        if stream in self._splitters:
-            self._unreported.append((self._splitters[stream], data))
-
-    def report(self) -> None:
-        """Call ``on_output`` with the lines that are complete."""
-        pieces, self._unreported = self._unreported, []
-        for splitter, data in pieces:
-            splitter.feed(data)
-
-    def finish(self) -> None:
-        """Call ``on_output`` with all that is left."""
-        self.report()
-        for splitter in self._splitters.values():
-            splitter.finish()
-
-    def text(self, stream: str) -> str:
-        """Return what was kept of a stream."""
-        return self._kept[stream].decode("utf-8", "replace")
-
-
-class LineSplitter:
-    """Splits a stream into lines, and passes each of them to ``on_output``."""
-
-    def __init__(self, stream: str, on_output: Callable[[OutputLine], object]) -> None:
-        self._stream = stream
-        self._on_output = on_output
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._rest = ""
-
-    def feed(self, data: bytes) -> None:
-        """Pass on each line that is complete now."""
-        *lines, self._rest = (self._rest + self._decoder.decode(data)).split("\n")
-        for line in lines:
-            self._pass_on(self._last_piece(line).removesuffix("\r"))
-        self._rest = self._last_piece(self._rest)
-
-    def finish(self) -> None:
-        """Pass on a last line that has no line end."""
-        rest = self._last_piece(self._rest + self._decoder.decode(b"", True))
-        self._rest = ""
-        if rest:
-            self._pass_on(rest)
-
-    def _last_piece(self, text: str) -> str:
-        """Pass on a long line in pieces, and return the last one."""
-        # One more character may stay, so that a "\r" before the line end is never a piece.
-        while len(text) > LONGEST_PIECE + 1:
-            self._pass_on(text[:LONGEST_PIECE])
-            text = text[LONGEST_PIECE:]
-        return text
-
-    def _pass_on(self, text: str) -> None:
-        self._on_output(OutputLine(text, self._stream))
-
-
-class PidLine:
-    """The first line that a command's shell prints on stderr, with a random mark and its pid.
-
-    It proves that the host runs the command, and gives the process group to end. All of stderr is
-    held back until it has come.
-
-    Attributes:
-        pid: the process id of the shell, once it is known.
-        prefix: the line to put before the command. It is a line of its own, so that a shell that
-            complains about the syntax of the command quotes neither it nor the variables.
-    """
-
-    def __init__(self) -> None:
-        mark = f"clore-{secrets.token_hex(8)} "
-        self.pid: int | None = None
-        self.prefix = f"sh -c 'echo {mark}$PPID >&2'\n"
-        self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
-        self._held = b""
-        self._done = False
-
-    def remove_from(self, data: bytes) -> bytes:
-        """Return the next part of stderr without the line."""
-        if self._done:
-            return data
-        self._held += data
-        found = self._line.search(self._held)
-        if found is None and len(self._held) <= MAX_STDERR_BEFORE_PID:
-            return b""
-        self._done = True
-        if found is not None:
-            self.pid = int(found[1])
-            self._held = self._held[: found.start()] + self._held[found.end() :]
-        return self.rest()
-
-    def rest(self) -> bytes:
-        """Return what was held back, at the end of stderr."""
-        rest, self._held = self._held, b""
-        return rest
-
-
-# ==================================================================================================
-# ssh.job_scripts
-#
-# Shell scripts that start, watch and stop a job on a host, with POSIX tools and /proc.
-# ==================================================================================================
-
-
-# Prints when the process $1 was started; nothing if it has ended, even if nobody collected it yet.
-_BORN = r"""
-born() {
-  [ -e /proc/self ] || { kill -s 0 "$1" 2>/dev/null && echo 0; return; }
-  { read -r s <"/proc/$1/stat"; } 2>/dev/null || return 1
-  s=${s##*) }; set -- $s; [ "$1" != Z ] && echo "${20}"
-}
-"""
-# Runs in a session of its own. $1 is the folder of the job, $2 a shell, $3 the command, $4 the
-# umask, and $5 the boot and the time. SIGTERM goes to the whole group: this shell ignores it, so
-# that it can record the exit code. It needs no other program and no free space on the disk.
-JOB_RUNNER = (
-    _BORN
-    + r"""
-trap "" HUP; trap : TERM INT QUIT
-echo "$$ $(born $$ || echo -) $5" >"$1/pid"
-umask "$4"
-"$2" -c "$3"
-printf "%-4s\n" $? 1<>"$1/exit"
-"""
-)
-# Precedes the scripts that follow.
-_JOBS = (
-    _BORN
-    + r"""
-jobs=$PWD/.clore/jobs
-boot() { # prints what changes when the machine or its container starts anew
-  r=; { read -r r </proc/sys/kernel/random/boot_id; } 2>/dev/null
-  echo "$r/$(born 1)"
-}
-about() { # reads the state of the job $1 into $st, $code, $pid and $began
-  st=gone code=- pid=- began=0
-  j=$jobs/$1
-  [ -d "$j" ] || return 1
-  w=0; until { read -r pid born boot began <"$j/pid"; } 2>/dev/null; do
-    pid=- born= boot= began=0 # it is just being started, or its start was cut off
-    w=$((w+1)); [ $w -lt 20 ] || break
-    sleep 0.1 2>/dev/null || sleep 1
-  done
-  b=$(born "$pid")
-  st=killed; [ "$boot" = "$(boot)" ] || st=lost
-  if [ -n "$born" ] && [ "$b" = "$born" ] && [ $st != lost ]; then st=running; fi
-  # Read last: a job may end meanwhile.
-  { read -r code <"$j/exit"; } 2>/dev/null || code=-
-  [ "$code" = - ] || st=exited
-}
-"""
-)
-# Its input is read as a script, so that no variable of ``env`` shows in the list of processes.
-START_JOB = (
-    _JOBS
-    + r"""
-detach=$(command -v setsid) || detach=$(command -v python3)
-shell=${SHELL:-/bin/sh}; [ -x "$shell" ] || shell=/bin/sh
-u=$(umask); umask 077
-[ -d "$cwd" ] || no "there is no directory $cwd"
-mkdir -p "$jobs" && chmod 700 .clore "$jobs" || exit 1
-d=$jobs/$name
-if ! e=$(mkdir "$d" 2>&1); then
-  [ ! -d "$d" ] || no "there is already a job $name: wait for it, remove() it, or pass another name"
-  no "$e"
-fi
-echo - >"$d/exit" && printf "%s\n" "$command" >"$d/command" && : >"$d/output" ||
-  no "nothing can be written to $d"
-now=$(date +%s) boot=$(boot)
-(
-  if [ -n "$a" ]; then LC_ALL=$a; else unset LC_ALL; fi
-  cd "$cwd" || exit 1
-  set -- /bin/sh -c "$runner" "job-$name" "$d" "$shell" "$command" "$u" "$boot $now"
-  case $detach in
-  "") ;;
-  *python3) set -- "$detach" -c "$session" "$@";;
-  *) set -- "$detach" "$@";;
-  esac
-  eval "$exports"
-  exec "$@"
-) </dev/null >>"$d/output" 2>&1 &
-about "$name"
-[ "$began" != 0 ] || no "the job did not start: $(head -c 300 "$d/output")"
-echo "started $began"
-"""
-)
-# What $session is there: for a host without setsid.
-NEW_SESSION = "import os,sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])"
-# Prints a line for each job, or for the job $name: its state, and the start of its command.
-LIST_JOBS = (
-    _JOBS
-    + r"""
-for j in "$jobs"/${name:-*}; do
-  k=${j##*/}
-  about "$k" || continue
-  echo "job $k $st $code $began"
-  head -n 1 "$j/command" 2>/dev/null | head -c 1000 | tr -d "$n"; echo
-done
-echo end
-"""
-)
-# Prints the last $lines lines of the output.
-TAIL_JOB = (
-    _JOBS
-    + r"""
-about "$name" || no "there is no job $name"
-echo tail
-tail -n "$lines" "$j/output" | tail -c "$most"
-"""
-)
-# Prints the output from byte $at on, in portions that a line with their size precedes, until the
-# job has ended. If $at is -1, it prints no output. The size is 0 while there is nothing new.
-FOLLOW_JOB = (
-    _JOBS
-    + r"""
-about "$name" || no "there is no job $name"
-o=$j/output
-span() { # prints $2 bytes from byte $1 on
-  dd if="$o" bs=65536 skip=$(($1/65536)) 2>/dev/null | tail -c +$(($1%65536+1)) | head -c "$2"
-}
-while :; do
-  about "$name"
-  s=$(stat -c %s "$o" 2>/dev/null || wc -c <"$o"); s=$((s))
-  if [ "$at" -ge 0 ] && [ "$s" -gt "$at" ]; then
-    k=$((s-at)); [ $k -le 1048576 ] || k=1048576
-    echo "$k" && span "$at" $k || exit 1
-    at=$((at+k))
-  elif [ "$st" = running ]; then
-    echo 0 || exit 1
-    sleep 0.3 2>/dev/null || sleep 1
-  else
-    echo "end $st $code $began"; exit 0
-  fi
-done
-"""
-)
-# Ends all processes of the job: those of its session and group, and descendants elsewhere.
-STOP_JOB = (
-    _JOBS
-    + r"""
-about "$name" || no "there is no job $name"
-sig() { # with a group's number, dash needs "--", and busybox accepts none
-  for p in $2; do kill -s "$1" -- "$p" 2>/dev/null || kill -s "$1" "$p" 2>/dev/null; done
-}
-tree() {
-  for c in $(cat /proc/"$1"/task/*/children 2>/dev/null); do tree "$c"; done; echo "$1"
-}
-members() { # prints the processes that have not ended
-  [ -e /proc/self ] || { sig 0 "-$pid" && echo "-$pid"; return; }
-  for f in /proc/[0-9]*/stat; do
-    { read -r s <"$f"; } 2>/dev/null || continue
-    f=${f%/stat}; s=${s##*) }; set -- $s
-    [ "$1" != Z ] || continue
-    if [ "$3" = "$pid" ] || [ "$4" = "$pid" ]; then echo "${f#/proc/}"; continue; fi
-    for p in $known; do [ "${f#/proc/}" != "$p" ] || echo "$p"; done
-  done
-}
-# The number may belong to another process by now.
-if [ "$st" = lost ] || [ "$pid" = - ] || { [ -n "$b" ] && [ "$b" != "$born" ]; }; then
-  echo "stopped"; exit 0
-fi
-known=; [ -z "$b" ] || known=$(tree "$pid")
-sig TERM "$(members)"
-w=0; while m=$(members); [ -n "$m" ] && [ $w -lt "$grace" ]; do
-  w=$((w+1)); sleep 0.1 2>/dev/null || { sleep 1; w=$((w+9)); }
-done
-if [ -n "$m" ]; then
-  # The shell that records the exit code goes last.
-  for q in $m; do [ "$q" = "$pid" ] || sig KILL "$q"; done
-  w=0; while m=$(members); [ -n "$m" ] && [ $w -lt 10 ]; do
-    w=$((w+1)); sleep 0.1 2>/dev/null || sleep 1
-  done
-  [ -z "$m" ] || sig KILL "$m"
-fi
-echo stopped
-"""
-)
-# Removes a job that has ended, with its output.
-REMOVE_JOB = (
-    _JOBS
-    + r"""
-about "$name" || no "there is no job $name"
-[ "$st" != running ] || no "the job $name still runs: stop() it first"
-rm -rf "$j" || exit 1
-echo removed
-"""
-)
-
-
-# ==================================================================================================
-# ssh.transfer.entry
-#
-# Describe the files, directories and symlinks of a transfer.
-# ==================================================================================================
-
-
-BLOCK = 65536  # bytes; chunks begin at multiples of it
-TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
-LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
-MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
-CHANGED = "it changed during the transfer"
-
-
-class FileEntry:
-    """A file, directory or symlink of a transfer.
-
-    Attributes:
-        name: relative to the directory that is transferred; empty for a single file.
-        kind: ``"f"``, ``"d"`` or ``"l"``.
-        size: in bytes; 0 unless it is a file.
-        mtime: in nanoseconds.
-        mode: permissions.
-        link: the target of a symlink.
-    """
-
-    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
-
-    def __init__(
-        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
-    ) -> None:
-        self.name = name
-        self.kind = kind
-        self.size = size if kind == "f" else 0
-        self.mtime = mtime
-        self.mode = mode
-        self.link = link
-
-    @property
-    def version(self) -> tuple[bytes, int, int]:
-        """Values that differ when the source has changed."""
-        return (self.name, self.size, self.mtime)
-
-
-def record_key(version: object) -> str:
-    """Return the key under which a resumable transfer records a version of a source."""
-    return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
-
-
-def chunk_size(size: int, resume: bool) -> int:
-    """Return how many bytes of a file are recorded at a time; few where it may be resumed."""
-    if not resume:
-        return 64 * BLOCK
-    return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
-
-
-def link_target(name: bytes, link: bytes) -> bytes | None:
-    """Return the name in the same tree that a symlink leads to, or None outside the tree."""
-    if link.startswith(b"/") or not link:
-        return None
-    parts = name.split(b"/")[:-1]
-    for part in link.split(b"/"):
-        if part == b"..":
-            if not parts:
-                return None
-            parts.pop()
-        elif part not in (b"", b"."):
-            parts.append(part)
-    return b"/".join(parts)
-
-
-def checked_name(name: bytes) -> str:
-    """Check a name that a host sent, and return it as a path on this system."""
-    parts = name.split(b"/")
-    if b"\0" in name or not {b"", b".", b".."}.isdisjoint(parts):
-        raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
-    if len(parts) > MAX_LEVELS:
-        raise SSHError(f"the machine names a file below {len(parts)} directories")
-    text = os.fsdecode(name)
-    if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
-        raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
-    return text
-
-
-def kind_of(mode: int) -> str:
-    """Return "f", "d" or "l" for the mode of a file; empty for anything else."""
-    kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
-    return kinds.get(stat.S_IFMT(mode), "")
-
-
-def whole_seconds(mtime: int) -> int:
-    """Return a time in nanoseconds as the seconds that a transfer keeps."""
-    return min(max(mtime // 10**9, 0), LAST_TIME)
-
-
-def nanoseconds(seconds: int) -> int:
-    """Convert a time of a host to nanoseconds, limited to what file systems know."""
-    return min(max(seconds, 0), LAST_TIME) * 10**9
-
-
-def parse_stat(line: bytes) -> FileEntry:
-    """Read size, seconds and permissions of a file."""
-    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
-    if found is None:
-        raise SSHError("the machine sent a file status that can't be read")
-    size, seconds, mode = found.groups()
-    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
-
-
-def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
-    """Check that a file is the same as before, or has grown: its start has arrived then."""
-    if now is None or now.kind != "f" or now.size < entry.size:
-        raise SSHError(CHANGED)
-    if now.size == entry.size and now.mtime != entry.mtime:
-        raise SSHError(CHANGED)
-
-
-def file_digest(path: str | Path, start: int, length: int) -> str:
-    """Return the SHA-256 of a part of a local file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        file.seek(start)
-        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
-            digest.update(piece)
-            length -= len(piece)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def about(entry: FileEntry) -> Iterator[None]:
-    """Note in an error which file it is about."""
-    try:
-        yield
-    except Exception as error:
-        if not hasattr(error, "entry"):
-            with contextlib.suppress(AttributeError):
-                error.entry = entry  # type: ignore[attr-defined]
-        raise
-
-
-# ==================================================================================================
-# ssh.transfer.remote_script
-#
-# Run a script on a host with ``sh``, whatever the login shell is.
-#
-# The login shell runs one fixed line without special characters. That line starts ``sh``, which
-# reads
-# the script from standard input, between two lines with a random mark. So the kind of the login
-# shell
-# does not matter, nor what its start-up files print, read or change. The output is not trusted:
-# lengths are limited, numbers are parsed, and names are checked.
-# ==================================================================================================
-
-
-DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
-MAX_NOISE = 65536  # bytes that start-up files may print
-MAX_LINE = 65536  # bytes
-CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
-LAST_PATIENCE = 3.0  # seconds for each step of cleaning up, after an error or Ctrl-C
-PADDING = b"\n" * 64  # lines for start-up files that read some
-
-# In single quotes, without what csh or fish would change there: a backslash, a quote, "!".
-# $a keeps the locale of the user, for scripts that start something of theirs.
-BOOTSTRAP = (
-    "/bin/sh -c 'a=$LC_ALL; export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
-    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 9; done; s=; l=; '
-    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 9; done; '
-    'echo {mark}; eval "$s"\''
-)
-# For a script that reads nothing: sent as an argument, which saves a round trip; "@" ends a line.
-INLINE = (
-    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
-    "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
-)
-MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
-
-
-class NoShellError(SSHError):
-    """A host has no POSIX shell with the usual tools; SFTP may work."""
-
-
-class RemoteScript:
-    """A script that runs on a host; a context manager that closes its channel.
-
-    Parameters:
-        timeout: seconds without anything sent or received.
-        patience: seconds to retry while the host opens no further channel.
-        reads: whether the script reads its input.
-        turn: a lock to hold while a script starts, and while it ends; for a host on which none may
-            start while another one ends.
-    """
-
-    def __init__(
-        self,
-        transport: Any,
-        script: bytes,
-        watchdog: Watchdog,
-        timeout: float,
-        *,
-        patience: float = 1.0,
-        window: int = COMMAND_WINDOW,
-        reads: bool = True,
-        turn: threading.Lock | None = None,
-    ) -> None:
-        self._transport = transport
-        self._turn = turn
-        self._ending = False
-        self._mark = secrets.token_hex(8)
-        self._buffer = memoryview(b"")  # received, and not read yet
-        self._begun = False
-        inline = None if reads else inlined(script)
-        line = BOOTSTRAP if inline is None else INLINE
-        command = line.format(mark=self._mark, script=inline)
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                with turn or contextlib.nullcontext():
-                    self.channel = LimitedChannel(transport, timeout, watchdog, window)
-                    self.channel.exec_command(command)
-                break
-            except NoChannelError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(CHANNEL_PAUSE)
-        mark = self._mark.encode() + b"\n"
-        # An inline script gets lines, too, for start-up files that read some. (Without any input,
-        # dropbear loses what a short script prints.)
-        self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
-
-    def __enter__(self) -> RemoteScript:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self.close()
-
-    def finish(self) -> None:
-        """Close the channel; if scripts take turns, wait for the end of the script first."""
-        if self._turn is not None:
-            self.end()
-            self.channel.status_event.wait(LAST_PATIENCE)
-        self.close()
-
-    def close(self) -> None:
-        """Close the channel, which ends a script that still runs."""
-        self.channel.close()
-        if self._turn is not None and self._ending:
-            self._ending = False
-            self._turn.release()
-
-    def hurry(self) -> None:
-        """Wait less from now on: the transfer stops."""
-        self.channel.timeout = min(self.channel.timeout, LAST_PATIENCE)
-
-    # --- sending ---
-
-    def send(self, data: bytes | memoryview) -> bool:
-        """Send all of ``data``; return False if the script reads no more: its answer says why."""
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[self.channel.send(view[:BLOCK]) :]
-        except connection_errors():
-            return False
-        return True
-
-    def end(self) -> None:
-        """End the input of the script."""
-        if self._turn is not None and not self._ending:
-            self._turn.acquire()
-            self._ending = True
-        with contextlib.suppress(SSHError, *connection_errors()):
-            self.channel.shutdown_write()
-
-    # --- receiving ---
-
-    def read(self, most: int) -> bytes:
-        """Return up to ``most`` bytes of output; none at its end."""
-        if not self._begun:
-            self._skip_noise()
-        return self._receive(most)
-
-    def line(self) -> bytes:
-        """Return the next line without its end, or the rest of the output."""
-        line = b""
-        deadline = time.monotonic() + self.channel.timeout
-        while not (end := line.find(b"\n") + 1):
-            piece = self.read(MAX_LINE)
-            if not piece:
-                return line
-            line += piece
-            if len(line) > 4 * MAX_LINE:
-                raise SSHError("the machine sends an endless line")
-            if time.monotonic() > deadline and b"\n" not in line:
-                raise SSHError(f"the machine sent no whole line within {self.channel.timeout:g}s")
-        self._push_back(line[end:])
-        return line[: end - 1]
-
-    def until(self, mark: bytes, most: int) -> bytes:
-        """Return the output before a line with only the mark, up to ``most`` bytes."""
-        text, ending, start = bytearray(b"\n"), b"\n" + mark + b"\n", 0
-        while (end := text.find(ending, start)) < 0:
-            start = max(0, len(text) - len(ending))
-            piece = self.read(MAX_LINE)
-            if not piece:
-                raise self.refused(bytes(text[1 : 1 + MAX_LINE]))
-            text += piece
-            if len(text) > most:
-                raise SSHError(f"the machine answers with more than {most} bytes")
-        self._push_back(bytes(text[end + len(ending) :]))
-        return bytes(text[1 : end + 1])
-
-    def rest(self, most: int) -> bytes:
-        """Return the rest of the output, up to ``most`` bytes."""
-        text = bytearray()
-        while piece := self.read(BLOCK):
-            text += piece
-            if len(text) > most:
-                raise SSHError(f"the machine answers with more than {most} bytes")
-        return bytes(text)
-
-    def answer(self, word: bytes) -> bytes:
-        """Read a line that must begin with ``word``, and return what follows it."""
-        line = self.line()
-        if line == word or line.startswith(word + b" "):
-            return line[len(word) + 1 :]
-        raise self.refused(line)
-
-    def expect_end(self) -> None:
-        """Check that there is no more output, and that the script succeeded."""
-        if self.read(1):
-            raise SSHError("the machine sends more than it announced")
-        if self.channel.recv_exit_status() != 0:
-            raise self.refused()
-
-    def refused(self, line: bytes = b"") -> SSHError:
-        """Return an error with the reason that the host gives."""
-        if line.startswith(b"no lacks "):
-            return NoShellError(f"the machine {printable(os.fsdecode(line[3:]), 80)}")
-        said = line[3:] if line.startswith(b"no ") else b""
-        said = said or self._errors() or line
-        if not said.strip() and not self._transport.is_active():
-            return SSHError("the connection broke")
-        text = said.decode("utf-8", "replace").strip() or "it gives no reason"
-        return SSHError(f"the machine refuses: {printable(text, 500)}")
-
-    def _errors(self) -> bytes:
-        text = b""
-        while self.channel.recv_stderr_ready() and len(text) < MAX_LINE:
-            text += self.channel.recv_stderr(MAX_LINE)
-        return text
-
-    def _receive(self, most: int) -> bytes:
-        if not self._buffer:
-            try:
-                # All that there is: paramiko copies the rest of its buffer with every read.
-                self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
-            except connection_errors():
-                raise SSHError("the connection broke") from None
-        piece, self._buffer = self._buffer[:most], self._buffer[most:]
-        return bytes(piece)
-
-    def _push_back(self, data: bytes) -> None:
-        if data:
-            self._buffer = memoryview(data + bytes(self._buffer))
-
-    def _skip_noise(self) -> None:
-        """Skip what start-up files print before the mark."""
-        self._begun = True
-        mark, seen = self._mark.encode() + b"\n", b""
-        deadline = time.monotonic() + self.channel.timeout
-        while mark not in seen:
-            piece = self._receive(BLOCK)
-            if not piece:
-                raise self._no_shell(seen)
-            seen += piece
-            late = len(seen) > MAX_NOISE + BLOCK or time.monotonic() > deadline
-            if late and mark not in seen:
-                raise SSHError("the machine prints without end before it starts a shell")
-        self._push_back(seen.partition(mark)[2])
-
-    def _no_shell(self, seen: bytes) -> SSHError:
-        if not self._transport.is_active():
-            return SSHError("the connection broke")
-        said = (self._errors().strip() or seen.strip()).decode("utf-8", "replace")
-        text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
-        return NoShellError(f"the machine runs no shell, and says: {text}")
-
-
-def inlined(script: bytes) -> str | None:
-    """Return a script as an argument that every login shell passes on unchanged, or None."""
-    special = set(script) & set(b"\\!@") or any(
-        (byte < 32 and byte != 10) or byte > 126 for byte in script
-    )
-    if special or len(script) > MAX_INLINE:
-        return None
-    return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
 
 
 # ==================================================================================================
@@ -13863,6 +11606,1981 @@ def parse_digests(text: bytes, count: int) -> list[str]:
 
 
 # ==================================================================================================
+# ssh.address
+#
+# Read the address of a machine, and write what OpenSSH needs to log in there.
+# ==================================================================================================
+
+
+DEFAULT_USER = "root"
+DEFAULT_PORT = 22
+
+
+def parse_ssh_command(order: Any) -> dict[str, Any]:
+    """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
+    raw = _ssh_line(order)
+    host, port, user = parse_address(raw)
+    return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
+            "raw": raw}  # fmt: skip
+
+
+def check_order(order: Any) -> Mapping[str, Any]:
+    """Check that an argument is an order, and return it."""
+    if not isinstance(order, Mapping):
+        raise TypeError(
+            f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
+        )
+    return order
+
+
+def plain_address(order: Any) -> dict[str, Any]:
+    """Read the same from an order; raise unless host and user are plain names or addresses."""
+    address = parse_ssh_command(check_order(order))
+    user = parse_address(address["raw"])[2]
+    if address["host"] and (not user or plain_user(user)):
+        return address
+    status = order.get("status")
+    raise SSHError(
+        f"the order has no address for SSH, or no plain one: connection.ssh is "
+        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
+        "wait_for_order() returns an order that has one"
+    )
+
+
+def _ssh_line(order: Any) -> str:
+    connection = order.get("connection") if isinstance(order, Mapping) else None
+    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
+    return raw if isinstance(raw, str) else ""
+
+
+def parse_address(raw: str) -> tuple[str, int, str]:
+    """Return the host, if it is a plain one, the port, and the user as it stands there."""
+    words = raw.split()
+    if words[:1] == ["ssh"]:
+        words = words[1:]
+    target, port, user = "", DEFAULT_PORT, ""
+    while words:
+        word = words.pop(0)
+        if word in ("-p", "-l") and words:
+            value = words.pop(0)
+            if word == "-l":
+                user = value
+            else:
+                port = _port_number(value)
+        elif word.startswith("-p"):
+            port = _port_number(word[2:])
+        elif word.startswith("-") or target:
+            # An option that could run something here, or a command: not an address to trust.
+            return "", DEFAULT_PORT, ""
+        else:
+            target = word
+    named, at, host = target.rpartition("@")
+    user = named if at else user
+    if host.startswith("[") and "]" in host:
+        host, _, rest = host[1:].partition("]")
+        port = _port_number(rest[1:]) if rest[:1] == ":" else port
+    elif host.count(":") == 1:
+        host, _, rest = host.partition(":")
+        port = _port_number(rest)
+    return host if plain_host(host) else "", port, user
+
+
+def _port_number(text: str) -> int:
+    digits = text.isascii() and text.isdigit() and len(text) <= 5
+    return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
+
+
+class OpenSSH:
+    """Writes what OpenSSH needs to log in to a machine.
+
+    Parameters:
+        address: as :func:`plain_address` returns it.
+        pins: the pinned host keys; ``alias`` is the name of the machine there.
+        key_path: the file of a private key, or None.
+    """
+
+    def __init__(self, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> None:
+        self._address = address
+        self._pins = pins
+        self._alias = alias
+        self._key = None if key_path is None else _whole_path(key_path)
+        self._in_file = pins.path is not None and alias.startswith("clore-order-")
+
+    def terminal_line(self) -> str:
+        """Return a command line; see ``CloreClient.ssh_command``."""
+        return shlex.join([*self._words(), "{user}@{host}".format(**self._address)])
+
+    def rsync_line(self, local: bytes, remote: bytes) -> str:
+        """Return a command line for rsync; see ``CloreClient.rsync_command``."""
+        ssh = " ".join(map(_rsync_word, self._words()))
+        source = os.path.expanduser(os.fsdecode(local))
+        if source.startswith("-") or ":" in source.partition("/")[0]:
+            source = f"./{source}"  # or rsync takes it for an option, or for a host
+        # No shell of the machine expands a path that rsync keeps from it, so "~" is not sent.
+        target = os.fsdecode(remote_path(remote)).removeprefix("./")
+        user, host = self._address["user"], self._address["host"]
+        host = f"[{host}]" if ":" in host else host
+        return shlex.join(["rsync", "-az", "-s", "-e", ssh, source, f"{user}@{host}:{target}"])
+
+    def config_entry(self, name: str) -> str:
+        """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
+        address = self._address
+        lines = [
+            ("HostName", address["host"]),
+            ("Port", address["port"]),
+            ("User", address["user"]),
+        ]
+        if self._key is not None:
+            lines += [("IdentityFile", _config_path(self._key)), ("IdentitiesOnly", "yes")]
+        lines += self._host_key()
+        lines += [("ServerAliveInterval", "15"), ("ForwardAgent", "no"), ("ForwardX11", "no")]
+        return f"Host {name}\n" + "".join(f"    {key} {value}\n" for key, value in lines)
+
+    def _words(self) -> list[str]:
+        words = ["ssh", "-p", str(self._address["port"])]
+        if self._key is not None:
+            # With -i, OpenSSH looks for the file both with and without expanding % signs.
+            plain = _unexpanded(self._key) == self._key
+            words += ["-i", self._key] if plain else [
+                "-o", f"IdentityFile={_config_path(self._key)}"
+            ]  # fmt: skip
+        if self._in_file and self._pins.of(self._alias):
+            for name, value in self._host_key():
+                words += ["-o", f"{name}={value}"]
+        return words
+
+    def _host_key(self) -> list[tuple[str, str]]:
+        """Return options to accept only the pinned key, or else to pin the first one seen."""
+        known = self._pins.of(self._alias)
+        strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
+        if self._in_file:
+            if not known:
+                self._pins.make_folder()
+            file = _config_path(str(self._pins.path))
+            return [("HostKeyAlias", self._alias), ("UserKnownHostsFile", file),
+                    ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
+        if not known:  # without a state folder, nothing is kept between two logins
+            return [("UserKnownHostsFile", os.devnull), strict]
+        kind, key = known[0]
+        # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
+        return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
+                ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
+
+
+def check_entry_name(name: Any) -> str:
+    """Check the name of an entry of ``~/.ssh/config``."""
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", check_text("name", name)):
+        return str(name)
+    raise ValueError(
+        "name must consist of letters, digits, '_', '.' and '-', and begin with none of the "
+        f"last two, not {short_repr(name)}"
+    )
+
+
+def _rsync_word(word: str) -> str:
+    """Quote a word for the option -e of rsync, which knows quotes, but no backslashes."""
+    if re.fullmatch(r"[\w@%+=:,./~-]+", word):
+        return word
+    return '"' + word.replace('"', '""') + '"'
+
+
+def _whole_path(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"key_path must be a path, not {short_repr(path)}")
+    check_local_path("key_path", path)
+    return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
+
+
+def _unexpanded(path: str) -> str:
+    """Escape % signs, which OpenSSH would expand in a path."""
+    if "\n" in path or "${" in path:
+        raise ValueError(
+            "key_path or state_dir: OpenSSH can't be told a path with a newline or '${': "
+            f"{short_repr(path)}"
+        )
+    return path.replace("%", "%%")
+
+
+def _config_path(path: str) -> str:
+    """Escape and quote a path for a configuration file."""
+    if '"' in path:
+        raise ValueError(
+            f"key_path or state_dir: OpenSSH can't be told a path with '\"': {short_repr(path)}"
+        )
+    escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
+    return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped
+
+
+# ==================================================================================================
+# ssh.transport
+#
+# Prepare paramiko's transports and channels: bounded memory, fast ciphers, dead links noticed.
+#
+# paramiko has no settings for most of this: these are attributes of its objects. Two of them are
+# private, ``Packetizer._read_timeout`` and ``Transport._send_user_message``; a test names the
+# versions of paramiko with which that was checked.
+# ==================================================================================================
+
+
+REKEY_BYTES = 2**36
+MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
+MAX_PACKET = 2**22  # bytes, far more than anybody asks for
+CHANNEL_PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
+COMMAND_WINDOW = 2**21  # bytes
+CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
+SPARE_PATIENCE = 1.0  # seconds for a thread to take what has arrived
+KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
+DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
+WATCH_INTERVAL = 0.1  # seconds between two checks of the limits
+KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
+# Messages that begin with a count, for as many things as paramiko would then read from nothing.
+_EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
+_CHANNEL_CLOSE = b"\x61"
+# Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
+FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+
+
+class NoChannelError(SSHError):
+    """A host opens no further channel on a connection; sshd's MaxSessions is ten by default."""
+
+
+def takes_turns(transport: Any) -> bool:
+    """Return whether a command may not start while another one of the connection ends.
+
+    When one ends, dropbear (2022.83) closes every channel whose command has not started yet.
+    """
+    return "dropbear" in str(getattr(transport, "remote_version", ""))
+
+
+def prepared_transport(
+    sock: Any, options: dict[str, Any], timeout: float, key_types: Iterable[str]
+) -> Any:
+    """Make a transport for ``SSHClient.connect``.
+
+    Parameters:
+        options: what paramiko gives to the transport that it would make.
+        timeout: seconds for the handshake.
+        key_types: of the host's keys, the preferred ones first.
+    """
+    import paramiko
+
+    transport: Any = paramiko.Transport(sock, **options)
+    transport.spare = SpareSession(transport)
+    # paramiko deadlocks in a new key exchange while several threads send, and the connection dies
+    # of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
+    transport.packetizer.REKEY_BYTES = REKEY_BYTES
+    transport.handshake_timeout = timeout
+    _limit_packets(transport.packetizer, paramiko.SSHException)
+    _name_errors(transport, paramiko.SSHException)
+    with contextlib.suppress(OSError, AttributeError):
+        # Or each small packet waits up to 40 ms for the answer to the one before.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    security = transport.get_security_options()
+    security.ciphers = _preferred(security.ciphers, FAST_CIPHERS)
+    security.key_types = _preferred(security.key_types, key_types)
+    return transport
+
+
+def _preferred(names: Any, first: Any) -> list[str]:
+    """Return ``names`` with those of ``first`` that are among them in front."""
+    return [n for n in first if n in names] + [n for n in names if n not in first]
+
+
+def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
+    """Limit what a host may send: paramiko takes lines, packets and counts of any size."""
+    read_timeout: Any = getattr(packetizer, "_read_timeout", None)
+    read_all, read_message = packetizer.read_all, packetizer.read_message
+    greeting = 0
+    packetizer.last_received = time.monotonic()
+
+    def limited_greeting(timeout: float) -> Any:
+        nonlocal greeting
+        piece = read_timeout(timeout)
+        greeting += len(piece)
+        if greeting > MAX_GREETING:
+            raise error(": it has no end")
+        return piece
+
+    def limited_packet(size: int, check_rekey: bool = False) -> Any:
+        if size > MAX_PACKET:
+            raise error(f"it sends a packet of {size} bytes")
+        return read_all(size, check_rekey)
+
+    def limited_message() -> Any:
+        kind, message = read_message()
+        then, packetizer.last_received = packetizer.last_received, time.monotonic()
+        if kind == _SERVICE_ACCEPT:  # its request followed the message before
+            packetizer.round_trip = packetizer.last_received - then
+        if kind in (_EXT_INFO, _INFO_REQUEST):
+            if kind == _INFO_REQUEST:
+                for _ in range(3):
+                    message.get_binary()
+            if message.get_int() > len(message.asbytes()):
+                raise error("it sends a list longer than its message")
+            message.rewind()
+        return kind, message
+
+    packetizer._read_timeout = limited_greeting
+    packetizer.read_all = limited_packet
+    packetizer.read_message = limited_message
+
+
+def _name_errors(transport: Any, error: type[Exception]) -> None:
+    """Raise as paramiko's own error what its thread died of: odd bytes can make it anything."""
+    get_exception = transport.get_exception
+
+    def named() -> Any:
+        failure = get_exception()
+        if failure is None or isinstance(failure, (error, OSError, EOFError)):
+            return failure
+        told = error(f"it broke off ({type(failure).__name__})")
+        told.__cause__ = failure
+        return told
+
+    transport.get_exception = named
+
+
+def close_after(transport: Any, clients: list[Any]) -> None:
+    """Close the jump hosts' connections with the transport that goes through them."""
+    close = transport.close
+
+    def close_all() -> None:
+        close()
+        for client in clients[::-1]:
+            client.close()
+
+    transport.close = close_all
+
+
+def keep_alive(transport: Any) -> None:
+    """Ask a silent host whether it is still there, and end the connection without an answer.
+
+    paramiko's own keepalives ask for no answer, so they never notice a dead link.
+    """
+    packetizer = transport.packetizer
+
+    def ask() -> None:
+        with contextlib.suppress(*connection_errors()):
+            transport.global_request("keepalive@openssh.com", wait=True)
+
+    def check() -> None:
+        silent = time.monotonic() - packetizer.last_received
+        if silent > DEAD_AFTER:
+            raise EOFError  # in paramiko's own thread, which then closes everything
+        if silent > KEEPALIVE - KEEPALIVE_LOOK:
+            start_thread("keepalive", ask)  # a send may hang
+
+    packetizer.set_keepalive(KEEPALIVE_LOOK, check)
+
+
+def open_session(
+    transport: Any, timeout: float, window: int = COMMAND_WINDOW, patience: float = 0.0
+) -> Any:
+    """Open a channel that keeps no more than its window in memory.
+
+    Parameters:
+        patience: seconds to retry while the host refuses a further one.
+
+    Raises:
+        NoChannelError: the host refuses it.
+        SSHError: it does not answer, or the connection is closed.
+    """
+    give_up_at = time.monotonic() + patience
+    while True:
+        if transport is None or not transport.is_active():
+            raise SSHError("the connection to the machine is closed")
+        try:
+            channel = transport.open_session(
+                window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
+            )
+            break
+        except connection_errors() as error:
+            if not transport.is_active():
+                raise SSHError("the connection broke") from error
+            refused = _is_refusal(error)
+            if not refused or time.monotonic() >= give_up_at:
+                kind = NoChannelError if refused else SSHError
+                raise kind(f"the machine opened no channel: {reason(error)}") from error
+            time.sleep(CHANNEL_PAUSE)
+    channel.settimeout(timeout)
+    _guard_channel(channel)
+    return channel
+
+
+def open_next_session(transport: Any) -> None:
+    """Ask for a session that the next command can use, without waiting for it.
+
+    It is opened on transports of :func:`prepared_transport` only.
+    """
+    spare = getattr(transport, "spare", None)
+    if spare is not None:
+        spare.ask()
+
+
+class SpareSession:
+    """A session of a transport that is opened in advance, which saves a round trip later.
+
+    Whoever opens a session next gets it, so that it takes no place from anybody on a host that
+    limits their number.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._open_channel = transport.open_channel
+        self._lock = threading.Lock()
+        self._opener: threading.Thread | None = None
+        self._channel: Any = None
+        transport.open_channel = self._take_or_open
+
+    def ask(self) -> None:
+        """Ask for the session, unless there is one."""
+        with self._lock:
+            opening = self._opener is not None and self._opener.is_alive()
+            if not opening and not _usable(self._channel) and not takes_turns(self._transport):
+                self._opener = start_thread("spare-session", self._open)
+
+    def _open(self) -> None:
+        with contextlib.suppress(*connection_errors()):
+            channel = self._open_channel(
+                "session", window_size=COMMAND_WINDOW, max_packet_size=CHANNEL_PACKET
+            )
+            _guard_channel(channel)
+            with self._lock:
+                self._channel = channel
+
+    def _take(self) -> Any:
+        with self._lock:
+            channel, self._channel = self._channel, None
+        return channel if _usable(channel) else None
+
+    def _take_or_open(self, kind: str, *arguments: Any, **options: Any) -> Any:
+        """Replace ``Transport.open_channel``."""
+        if kind != "session":
+            return self._open_channel(kind, *arguments, **options)
+        wide = (options.get("window_size") or 0) > COMMAND_WINDOW
+        if not wide and (spare := self._take()):
+            return spare
+        try:
+            return self._open_channel(kind, *arguments, **options)
+        except connection_errors() as error:
+            if self._opener is not None and _is_refusal(error):
+                self._opener.join(SPARE_PATIENCE)  # its answer has come before this one
+            if spare := self._take():
+                return spare
+            raise
+
+
+def _is_refusal(error: Exception) -> bool:
+    import paramiko
+
+    # It comes as another error where another thread has taken paramiko's own.
+    return isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
+
+
+def _usable(channel: Any) -> bool:
+    return channel is not None and not channel.closed and not channel.eof_received
+
+
+def _guard_channel(channel: Any) -> None:
+    """Limit what a channel keeps in memory, and let nothing follow its close."""
+    if isinstance(channel.transport, ChannelOrder):
+        return
+    channel.transport = ChannelOrder(channel.transport)
+    for pipe in (channel.in_buffer, channel.in_stderr_buffer):
+        _limit_buffer(pipe, channel.in_window_size + CHANNEL_PACKET)
+
+
+class ChannelOrder:
+    """Stands between a channel and its transport: nothing follows the channel's close.
+
+    paramiko's own thread may answer the host's close while another one sends, and a server ends
+    the whole connection for what comes after that.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._lock = threading.Lock()
+        self._close_sent = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _send_user_message(self, message: Any) -> None:
+        with self._lock:
+            if not self._close_sent:
+                self._close_sent = message.asbytes()[:1] == _CHANNEL_CLOSE
+                self._transport._send_user_message(message)
+
+
+def _limit_buffer(pipe: Any, most: int) -> None:
+    """End the connection of a host that sends more than the window allows: paramiko keeps it."""
+    feed = pipe.feed
+
+    def limited(data: Any) -> None:
+        if len(pipe) + len(data) > most:
+            raise EOFError  # in paramiko's own thread, which then closes everything
+        feed(data)
+
+    pipe.feed = limited
+
+
+def channel_request(channel: Any, kind: str, value: bytes | str, answered: bool = True) -> None:
+    """Ask for an exec or a subsystem, or send a signal, without waiting for the answer.
+
+    A refusal closes the channel. paramiko's own methods wait for it, without a time limit.
+    """
+    import paramiko
+    from paramiko.common import cMSG_CHANNEL_REQUEST
+
+    message = paramiko.Message()
+    message.add_byte(cMSG_CHANNEL_REQUEST)
+    message.add_int(channel.remote_chanid)
+    message.add_string(kind)
+    message.add_boolean(answered)
+    message.add_string(value)
+    try:
+        channel.transport._send_user_message(message)
+    except connection_errors() as error:
+        raise SSHError("the connection broke") from error
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Return what paramiko raises where a connection or a channel ends."""
+    import paramiko
+
+    return (paramiko.SSHException, OSError, EOFError)
+
+
+def reason(error: BaseException) -> str:
+    """Describe an error whose text may be the host's."""
+    text = str(getattr(error, "text", "")) or str(error)
+    return printable(text.rstrip(".") or type(error).__name__, 200)
+
+
+def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
+    """Start a daemon thread."""
+    thread = threading.Thread(target=target, args=args, name=f"clore-{name}", daemon=True)
+    thread.start()
+    return thread
+
+
+class Limit:
+    """The time limit of a block.
+
+    Attributes:
+        expired: True if the block took longer.
+    """
+
+    def __init__(self, seconds: float, action: Callable[[], object]) -> None:
+        self.deadline = time.monotonic() + seconds
+        self.action = action
+        self.expired = False
+
+
+class Watchdog:
+    """Runs an action when a block takes too long; a context manager with one thread.
+
+    paramiko writes to a socket without a timeout: only closing the connection ends that.
+    """
+
+    def __init__(self) -> None:
+        self._limits: dict[int, Limit] = {}
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        self._thread = start_thread("watchdog", self._watch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float, action: Callable[[], object]) -> Iterator[Limit]:
+        """Run ``action`` in a new thread if the block takes longer than ``seconds``."""
+        limit = Limit(seconds, action)
+        self._limits[id(limit)] = limit
+        try:
+            yield limit
+        finally:
+            self._limits.pop(id(limit), None)
+
+    def _watch(self) -> None:
+        while not self._done.wait(WATCH_INTERVAL):
+            now = time.monotonic()
+            for key, limit in list(self._limits.items()):
+                if now >= limit.deadline and self._limits.pop(key, None) is not None:
+                    limit.expired = True
+                    logger.debug("the watchdog stops a call that takes too long")
+                    start_thread("watchdog-action", limit.action)
+
+
+class LimitedChannel:
+    """A channel on which no call takes much longer than ``timeout`` seconds.
+
+    paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
+    Calls that wait for nothing go to paramiko's channel as they are.
+
+    Raises:
+        SSHError: a call takes too long. Other errors are paramiko's own.
+    """
+
+    def __init__(
+        self, transport: Any, timeout: float, watchdog: Watchdog, window: int = COMMAND_WINDOW
+    ) -> None:
+        self._transport = transport
+        self.timeout = timeout
+        self._watchdog = watchdog
+        self._channel = self._limited("opened no channel", open_session, transport, timeout, window)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    def exec_command(self, command: bytes | str) -> None:
+        self._limited("took no command", channel_request, self._channel, "exec", command)
+
+    def invoke_subsystem(self, name: str) -> None:
+        self._limited("took no command", channel_request, self._channel, "subsystem", name)
+
+    def send(self, data: Any) -> int:
+        return int(self._limited("took nothing", self._channel.send, data))
+
+    def sendall(self, data: Any) -> None:
+        view = memoryview(data.encode() if isinstance(data, str) else data)
+        while view:
+            view = view[self.send(view) :]
+
+    def recv(self, size: int) -> bytes:
+        return bytes(self._limited("sent nothing", self._channel.recv, size))
+
+    def recv_stderr(self, size: int) -> bytes:
+        return bytes(self._limited("sent nothing", self._channel.recv_stderr, size))
+
+    def recv_exit_status(self) -> int:
+        """Return the exit status; -1 where the channel ended without one."""
+        if not self._channel.status_event.wait(self.timeout):
+            raise SSHError(f"the machine did not end the command within {self.timeout:g}s")
+        return int(self._channel.exit_status)
+
+    def shutdown_write(self) -> None:
+        self._limited("took nothing", self._channel.shutdown_write)
+
+    def close(self) -> None:
+        with contextlib.suppress(SSHError, *connection_errors()):
+            self._limited("took nothing", self._channel.close)
+
+    def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        # By itself the call ends within the timeout, unless it hangs while it writes.
+        with self._watchdog.limit(1.25 * self.timeout + 0.25, self._break_off) as limit:
+            try:
+                return call(*arguments)
+            except Exception as error:
+                if isinstance(error, TimeoutError) or limit.expired:
+                    late = f"the machine {failing} for {self.timeout:g}s"
+                    raise SSHError(late) from error
+                raise
+
+    def _break_off(self) -> None:
+        self._transport.close()
+
+
+# ==================================================================================================
+# ssh.connect
+#
+# Log in to a rented machine. paramiko is imported when it is used, not with the package.
+# ==================================================================================================
+
+
+# What may be given for a login to methods that do more than log in.
+LOGIN_DEFAULTS: dict[str, Any] = {
+    "password": None,
+    "key_path": None,
+    "passphrase": None,
+    "wait": 120.0,  # seconds for an sshd to respond
+    "host_key": "pin",
+    "use_ssh_config": False,
+}
+LOGIN_OPTIONS = frozenset(LOGIN_DEFAULTS)
+PARAMIKO_LOGGER = "clore_client.paramiko"
+TOO_SLOW = "it did not finish the SSH handshake in time"
+SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
+FIRST_CONNECT = 5.0  # seconds for the first TCP connection
+LOOK_EVERY = 15.0  # seconds between two looks if the order of that machine has ended
+
+
+def import_paramiko() -> Any:
+    """Import paramiko, or raise an ImportError that says what to install."""
+    try:
+        import paramiko
+    except ImportError as error:
+        raise ImportError(
+            "SSH needs paramiko: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
+        ) from error
+    # It logs each failure with a traceback and the host's own words, which would be printed.
+    # A handler of one's own still gets them.
+    quiet = logging.getLogger(PARAMIKO_LOGGER)
+    if not quiet.handlers:
+        quiet.addHandler(logging.NullHandler())
+        quiet.propagate = False
+    return paramiko
+
+
+class Login:
+    """How to get into the machine of an order: everything that ``connect_ssh`` was given."""
+
+    def __init__(
+        self,
+        order: Any,
+        keys: KeyCheck,
+        timeout: float,
+        agent_key: Any,
+        on_failure: Callable[[BaseException], None] | None,
+        *,
+        password: str | None,
+        key_path: str | os.PathLike[str] | None,
+        passphrase: str | None,
+        wait: float,
+        use_ssh_config: bool,
+    ) -> None:
+        self.address = plain_address(order)
+        if passphrase is not None and key_path is None and agent_key is None:
+            raise ValueError("passphrase is for the key of key_path, and there is none")
+        self.password = password
+        self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
+        self.timeout = timeout
+        self.wait = wait
+        self.keys = keys
+        self._paramiko = import_paramiko()
+        # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
+        self.key = agent_key
+        if self.key_path is not None:
+            self.key = self._read_key(self.key_path, passphrase)
+        self._next_look = -math.inf
+        self._tried = False
+        self._on_failure = on_failure or (lambda error: None)
+        self._hops: list[dict[str, Any]] = []
+        self._identities: list[str] = []
+        if use_ssh_config:
+            self._read_ssh_config()
+
+    @property
+    def where(self) -> str:
+        """The address, for an error."""
+        return "{user}@{host}:{port}".format(**self.address)
+
+    def _read_key(self, path: str, passphrase: str | None) -> Any:
+        shown = printable(repr(path), 200)
+        if not os.path.isfile(path):
+            raise ValueError(f"key_path: there is no file {shown}")
+        secret = None if passphrase is None else passphrase.encode()
+        try:
+            return self._paramiko.PKey.from_path(path, secret)
+        except TypeError as error:  # it is encrypted and there is none, or the other way round
+            if passphrase is None:
+                raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
+            raise ValueError(f"passphrase: {shown} is not encrypted") from error
+        except Exception as error:
+            text = f"key_path: {shown} is no private key that can be used: {_short_text(error)}"
+            if passphrase is not None:
+                text = f"passphrase is not the one of {shown}, or {text}"
+            raise ValueError(text) from error
+
+    def _read_ssh_config(self) -> None:
+        """Take ProxyJump and IdentityFile from the user's configuration of OpenSSH."""
+        path = os.path.expanduser("~/.ssh/config")
+        if not os.path.isfile(path):
+            return
+        import getpass  # imported here, because it is slow
+
+        try:
+            config = self._paramiko.SSHConfig.from_path(path)
+            found = config.lookup(self.address["host"])
+            jumps = found.get("proxyjump", "none")
+            if "proxycommand" in found and jumps == "none":
+                raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
+            self._identities = identity_files(found)
+            for jump in jumps.split(",") if jumps != "none" else ():
+                name, port, user = parse_address(jump.strip().removeprefix("ssh://"))
+                hop = config.lookup(name)
+                self._hops.append(
+                    {"host": hop.get("hostname", name), "identities": identity_files(hop),
+                     "port": int(hop.get("port", port)) if port == DEFAULT_PORT else port,
+                     "user": user or hop.get("user", getpass.getuser())}
+                )  # fmt: skip
+        except Exception as error:
+            raise ValueError(f"use_ssh_config: {path} can't be used: {error}") from error
+
+    def _jump(self, hops: list[Any]) -> Any:
+        """Log in to each jump host; a channel to the machine through the last one."""
+        sock = None
+        for hop in self._hops:
+            ssh = self._paramiko.SSHClient()
+            ssh.set_log_channel(PARAMIKO_LOGGER)
+            ssh.load_system_host_keys()  # a jump host is the user's own, and known
+            hops.append(ssh)
+            try:
+                ssh.connect(
+                    hop["host"], hop["port"], hop["user"], key_filename=hop["identities"] or None,
+                    timeout=self.timeout, sock=sock,
+                )  # fmt: skip
+                follower = self._hops[len(hops)] if len(hops) < len(self._hops) else self.address
+                sock = ssh.get_transport().open_channel(
+                    "direct-tcpip", (follower["host"], follower["port"]), ("127.0.0.1", 0),
+                    timeout=self.timeout,
+                )  # fmt: skip
+            except Exception as error:
+                where = f"jump host {hop['host']}:{hop['port']}"
+                raise SSHError(f"{where}: {_short_text(error)}") from error
+        return sock
+
+    def open(self, report: Report | None = None) -> paramiko.SSHClient:
+        """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
+        started = time.monotonic()
+        deadline = started + self.wait
+        while True:
+            try:
+                ssh = self.once()
+                if report is not None:
+                    report(ProgressEvent("ssh", time.monotonic() - started, "sshd up"))
+                return ssh
+            except NotUpYetError as error:
+                self.explain(error)
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    late = SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}")
+                    late.reason = "unreachable"
+                    raise late from error.__cause__
+                logger.debug("no SSH at %s yet: %s", self.where, error)
+                if report is not None:
+                    seconds = time.monotonic() - started
+                    text = f"no sshd yet, {readable_seconds(seconds)}: {error}"
+                    report(ProgressEvent("ssh", seconds, text))
+                time.sleep(min(SSH_PAUSE, remaining))
+            except SSHError as error:
+                self.explain(error)
+                raise
+
+    def explain(self, error: BaseException) -> None:
+        """Raise a better error than this one if the login failed because the order has ended."""
+        now = time.monotonic()
+        if isinstance(error, NotUpYetError) and now < self._next_look:
+            return
+        self._next_look = now + LOOK_EVERY
+        self._on_failure(error)
+
+    def once(self) -> paramiko.SSHClient:
+        """Try once to log in, within ``timeout`` seconds in all."""
+        limit = None
+        ssh = self._paramiko.SSHClient()
+        ssh.set_log_channel(PARAMIKO_LOGGER)
+        ssh.set_missing_host_key_policy(self.keys)
+        try:
+            with (
+                Watchdog() as watchdog,
+                watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit,
+            ):
+                self._connect(ssh)
+            if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
+                raise self._paramiko.ssh_exception.PartialAuthentication([])
+        except BaseException as error:
+            failure = self._failure(ssh, error, limit is not None and limit.expired)
+            _give_up(ssh)
+            if failure is error:
+                raise
+            raise failure from error
+        keep_alive(ssh.get_transport())
+        try:
+            self.keys.remember()
+        except BaseException:
+            ssh.close()
+            raise
+        return ssh  # type: ignore[no-any-return]
+
+    def _connect(self, ssh: Any) -> None:
+        plain = self.password is None and self.key is None
+        hops: list[Any] = []
+        try:
+            ssh.connect(
+                self.address["host"],
+                port=self.address["port"],
+                username=self.address["user"],
+                password=self.password,
+                pkey=self.key,
+                timeout=self._connect_timeout(),
+                banner_timeout=self.timeout,
+                auth_timeout=self.timeout,
+                channel_timeout=self.timeout,
+                key_filename=self._identities or None if plain else None,
+                allow_agent=plain,
+                look_for_keys=plain,
+                sock=self._jump(hops),
+                transport_factory=functools.partial(self._transport, hops),
+            )
+        except BaseException:
+            for hop in hops:
+                hop.close()
+            raise
+
+    def _connect_timeout(self) -> float:
+        """Return the seconds for the TCP connection, few if another try follows.
+
+        The first failure is the moment to look if the order has ended.
+        """
+        first, self._tried = not self._tried, True
+        return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
+
+    def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
+        transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
+        transport.auth_interactive_dumb = self._no_questions
+        if hops:
+            close_after(transport, hops)
+        return transport
+
+    def _failure(self, ssh: Any, error: BaseException, expired: bool) -> BaseException:
+        """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
+        transport = ssh.get_transport()
+        keys_exchanged = transport is not None and bool(transport.initial_kex_done)
+        refused = isinstance(error, self._paramiko.AuthenticationException)
+        # With more keys than the machine has patience for, paramiko misses the connection.
+        refused = refused or (keys_exchanged and "existing session" in str(error).lower())
+        late = expired and isinstance(error, Exception)
+        if late and not keys_exchanged:
+            return NotUpYetError(TOO_SLOW)
+        if late or (refused and "timeout" in str(error).lower()):
+            failure = SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
+        elif refused:
+            failure = self._refused(ssh, error)
+        else:
+            return _login_error(error, self._paramiko, self.where)
+        if not late:
+            failure.reason = "refused"
+        return failure
+
+    def _refused(self, ssh: Any, error: BaseException) -> SSHError:
+        """Describe what was refused, and what the host accepts."""
+        if self.password is not None:
+            what = "password"
+        elif self.key is not None:
+            where = printable(repr(self.key_path), 200) if self.key_path else "of the SSH agent"
+            what = f"key {where} ({fingerprint_of(self.key)})"
+        else:
+            what = "keys of the SSH agent and of ~/.ssh"
+        accepted = getattr(error, "allowed_types", None)
+        if not accepted and not ssh.get_transport().is_active():
+            return SSHError(
+                f"{self.where} closed the connection during the login with the {what}: "
+                "refused, after too many tries perhaps"
+            )
+        accepted = accepted or self._accepted(ssh)
+        takes = ", ".join(printable(str(name), 40) for name in accepted[:8])
+        if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
+            return SSHError(f"{self.where} took the {what}, but wants more than that: {takes}")
+        accepts = f"; it accepts: {takes}" if takes else ""
+        return SSHError(
+            f"{self.where} refused the login with the {what}{accepts}. "
+            "Was the order made with another password or key?"
+        )
+
+    def _no_questions(self, *_: Any) -> None:
+        # paramiko would print what the host says, and ask whoever sits at the terminal.
+        raise self._paramiko.ssh_exception.PartialAuthentication(
+            ["keyboard-interactive or password"]
+        )
+
+    def _accepted(self, ssh: Any) -> list[str]:
+        # The answer to a login without anything lists the ways that there are.
+        try:
+            ssh.get_transport().auth_none(self.address["user"])
+        except self._paramiko.BadAuthenticationType as error:
+            return list(error.allowed_types)
+        except Exception as error:
+            logger.debug("%s does not say what it accepts: %s", self.where, error)
+        return []
+
+
+class NotUpYetError(SSHError):
+    """An sshd may answer later; used only within this module."""
+
+
+def check_connection(ssh: Any) -> Any:
+    """Check a connection that the caller gave."""
+    if not callable(getattr(ssh, "get_transport", None)):
+        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
+    return ssh
+
+
+def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Check the arguments of a login, and return all of them."""
+    for name in given:
+        if name not in LOGIN_OPTIONS:
+            raise TypeError(
+                f"there is no argument {name!r}, neither here nor among those of a login: "
+                f"{', '.join(sorted(LOGIN_OPTIONS))}"
+            )
+    options = {**LOGIN_DEFAULTS, **given}
+    check_number("wait", options["wait"], infinite=True, unit="seconds")
+    for name in ("password", "passphrase"):
+        if options[name] is not None:
+            check_text(name, options[name], secret=True)
+    if options["key_path"] is not None:
+        if not isinstance(options["key_path"], os.PathLike):
+            check_text("key_path", options["key_path"])
+        check_local_path("key_path", options["key_path"])
+    check_bool("use_ssh_config", options["use_ssh_config"])
+    options["host_key"] = check_host_key(options["host_key"])
+    return options
+
+
+def identity_files(config: Any) -> list[str]:
+    """Return the keys of an entry of a configuration that are there."""
+    paths = map(os.path.expanduser, config.get("identityfile", ()))
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def _short_text(error: BaseException) -> str:
+    return printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
+
+
+def _break_off(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    if transport is not None:
+        transport.close()
+
+
+def _give_up(ssh: Any) -> None:
+    transport = ssh.get_transport()
+    ssh.close()
+    if transport is not None:  # or paramiko's timer would live on with it
+        transport.packetizer.complete_handshake()
+
+
+def _login_error(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
+    """Return the error for a login that was not refused."""
+    text = _short_text(error)
+    if isinstance(error, SSHError) or not isinstance(error, Exception):
+        return error
+    if isinstance(error, socket.gaierror):
+        return NotUpYetError(f"the host name is not known ({text})")
+    if isinstance(error, (OSError, EOFError)):
+        return NotUpYetError("it closed the connection" if isinstance(error, EOFError) else text)
+    if not isinstance(error, paramiko_module.SSHException):
+        # paramiko takes every answer for a sensible one.
+        return SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
+    if "existing session" in text.lower():  # its word for a handshake that took too long
+        return NotUpYetError(TOO_SLOW)
+    if any(part in text.lower() for part in ("banner", "reset", "eof")):
+        return NotUpYetError(text)
+    if "no authentication methods" in text.lower():
+        return SSHError(f"there is nothing to log in to {where} with: pass password= or key_path=")
+    return SSHError(f"SSH to {where} failed: {text}")
+
+
+# ==================================================================================================
+# ssh.connection_pool
+#
+# Keep the connections of one call.
+# ==================================================================================================
+
+
+class ConnectionPool:
+    """The connections of one call: the caller's own, or up to ``size`` new ones.
+
+    Parameters:
+        login: for new connections; None if ``ssh`` is used.
+        ssh: the caller's connection.
+        size: the highest number of connections.
+        eager: open all of them now, at the same time; else each one when it is needed.
+        on_failure: raises a better error where ``ssh`` broke because the order has ended.
+    """
+
+    def __init__(
+        self,
+        login: Login | None,
+        ssh: Any = None,
+        size: int = 1,
+        eager: bool = True,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.size = size if login is not None else 1
+        self._eager = eager
+        self._login = login
+        self._on_failure = login.explain if login is not None else on_failure
+        self._ssh = ssh
+        self._opened: list[Any] = [None] * self.size
+        self._ready = [threading.Event() for _ in range(self.size)]
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> ConnectionPool:
+        if self._login is None:
+            self._opened[0] = self._ssh
+        else:
+            for number in range(1, self.size if self._eager else 1):
+                self._threads.append(start_thread("login", self._open, self._login, number))
+            try:
+                self._opened[0] = self._first(self._login)
+            except BaseException:
+                self._close()
+                raise
+        self._ready[0].set()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        lost = isinstance(error, SSHError) and not _is_active(self.ssh)
+        self._close()
+        if lost and error is not None and self._on_failure is not None:
+            self._on_failure(error)
+
+    @property
+    def ssh(self) -> Any:
+        """The first connection."""
+        return self._opened[0]
+
+    @property
+    def age(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self._started
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds, measured during the login; 1.0 if they are not known."""
+        transport = self.ssh.get_transport()
+        return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
+
+    def get(self, number: int) -> Any:
+        """Wait for a connection and return it, or None if the host refuses so many."""
+        if number and not self._eager and self._login is not None:
+            with self._lock:
+                if not self._ready[number].is_set():
+                    self._open(self._login, number)
+        self._ready[number].wait()
+        return self._opened[number]
+
+    def break_off(self) -> None:
+        """Close every connection, which also ends calls that hang."""
+        for ssh in self._opened:
+            if ssh is not None:
+                ssh.close()
+
+    def _first(self, login: Login) -> Any:
+        try:
+            return login.once()
+        except NotUpYetError as error:
+            # If the host allows only one connection, another thread may have opened it.
+            for number in range(1, self.size if self._eager else 1):
+                self._ready[number].wait()
+                if (ssh := self._opened[number]) is not None:
+                    self._opened[number] = None
+                    return ssh
+            login.explain(error)
+        except SSHError as error:
+            login.explain(error)
+            raise
+        return login.open()
+
+    def _open(self, login: Login, number: int) -> None:
+        try:
+            self._opened[number] = login.once()
+        except Exception as error:
+            logger.debug("a further connection was refused: %s", error)
+        self._ready[number].set()
+
+    def _close(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        if self._login is not None:
+            self.break_off()
+
+
+def _is_active(ssh: Any) -> bool:
+    transport = ssh.get_transport()
+    return transport is not None and bool(transport.is_active())
+
+
+# ==================================================================================================
+# ssh.command_text
+#
+# Build the line that a host's shell runs, and read what the command prints.
+# ==================================================================================================
+
+
+def command_line(command: str | Sequence[str]) -> str:
+    """Return a command as a line for a shell: a string unchanged, a list of arguments quoted."""
+    if isinstance(command, str):
+        line = command
+    elif isinstance(command, (list, tuple)):
+        for number, word in enumerate(command):
+            if not isinstance(word, str):
+                raise TypeError(f"command[{number}] must be a string, not {short_repr(word)}")
+        line = " ".join(map(quoted_word, command))
+    else:
+        raise TypeError(f"command must be a string or a list of strings, not {short_repr(command)}")
+    if not line.strip():
+        raise ValueError("command must not be empty")
+    encoded("command", line)
+    return line
+
+
+def quoted_word(word: str) -> str:
+    """Quote a word for any login shell."""
+    # In fish, a backslash is special even in single quotes.
+    return "\\\\".join(shlex.quote(part) if part else "" for part in word.split("\\")) or "''"
+
+
+def input_bytes(value: Any) -> bytes:
+    """Check the input of a command, and return it as bytes."""
+    if value is None:
+        return b""
+    if isinstance(value, str):
+        return encoded("input", value, nul=True)
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"input must be a string or bytes, not {type(value).__name__}")
+    return bytes(value)
+
+
+def exports(env: Any) -> str:
+    """Return lines that set variables: by default, sshd accepts none from a client."""
+    if env is None:
+        return ""
+    if not isinstance(env, Mapping):
+        raise TypeError(f"env must be a dict of strings, not {type(env).__name__}")
+    lines = []
+    for name, value in env.items():
+        if not isinstance(name, str) or not name.isascii() or not name.isidentifier():
+            raise ValueError(f"env: {short_repr(name)} is not a valid name of a variable")
+        if not isinstance(value, str):
+            raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
+        encoded(f"env[{name!r}]", value)
+        # csh has no export: the command must not run there without its variables.
+        lines.append(f"export {name}={quoted_word(value)} || exit 121\n")
+    return "".join(lines)
+
+
+def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
+    """Encode text as UTF-8; file names that are not UTF-8 become their original bytes."""
+    if not nul and "\0" in text:
+        raise ValueError(f"{name} must not contain a NUL character")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} contains a character that UTF-8 cannot encode") from None
+
+
+LONGEST_PIECE = 65536  # characters of one call of on_output
+MAX_STDERR_BEFORE_PID = 65536  # bytes, for what start-up files print
+
+
+class CommandOutput:
+    """Collects the output of a command, and calls ``on_output`` with each of its lines.
+
+    Parameters:
+        max_output: the bytes of both streams to keep.
+        on_output: called by :meth:`report`, or None.
+
+    Attributes:
+        dropped: the bytes that were not kept.
+    """
+
+    def __init__(self, max_output: int, on_output: Callable[[OutputLine], object] | None) -> None:
+        self.dropped = 0
+        self._room = max_output
+        self._kept = {STDOUT: bytearray(), STDERR: bytearray()}
+        self._splitters: dict[str, LineSplitter] = {}
+        if on_output is not None:
+            self._splitters = {name: LineSplitter(name, on_output) for name in self._kept}
+        self._unreported: list[tuple[LineSplitter, bytes]] = []
+
+    def add(self, stream: str, data: bytes) -> None:
+        """Keep data as far as there is room, and queue it for ``on_output``."""
+        kept = data[: self._room]
+        self._room -= len(kept)
+        self.dropped += len(data) - len(kept)
+        self._kept[stream] += kept
+        if stream in self._splitters:
+            self._unreported.append((self._splitters[stream], data))
+
+    def report(self) -> None:
+        """Call ``on_output`` with the lines that are complete."""
+        pieces, self._unreported = self._unreported, []
+        for splitter, data in pieces:
+            splitter.feed(data)
+
+    def finish(self) -> None:
+        """Call ``on_output`` with all that is left."""
+        self.report()
+        for splitter in self._splitters.values():
+            splitter.finish()
+
+    def text(self, stream: str) -> str:
+        """Return what was kept of a stream."""
+        return self._kept[stream].decode("utf-8", "replace")
+
+
+class LineSplitter:
+    """Splits a stream into lines, and passes each of them to ``on_output``."""
+
+    def __init__(self, stream: str, on_output: Callable[[OutputLine], object]) -> None:
+        self._stream = stream
+        self._on_output = on_output
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+
+    def feed(self, data: bytes) -> None:
+        """Pass on each line that is complete now."""
+        *lines, self._rest = (self._rest + self._decoder.decode(data)).split("\n")
+        for line in lines:
+            self._pass_on(self._last_piece(line).removesuffix("\r"))
+        self._rest = self._last_piece(self._rest)
+
+    def finish(self) -> None:
+        """Pass on a last line that has no line end."""
+        rest = self._last_piece(self._rest + self._decoder.decode(b"", True))
+        self._rest = ""
+        if rest:
+            self._pass_on(rest)
+
+    def _last_piece(self, text: str) -> str:
+        """Pass on a long line in pieces, and return the last one."""
+        # One more character may stay, so that a "\r" before the line end is never a piece.
+        while len(text) > LONGEST_PIECE + 1:
+            self._pass_on(text[:LONGEST_PIECE])
+            text = text[LONGEST_PIECE:]
+        return text
+
+    def _pass_on(self, text: str) -> None:
+        self._on_output(OutputLine(text, self._stream))
+
+
+class PidLine:
+    """The first line that a command's shell prints on stderr, with a random mark and its pid.
+
+    It proves that the host runs the command, and gives the process group to end. All of stderr is
+    held back until it has come.
+
+    Attributes:
+        pid: the process id of the shell, once it is known.
+        prefix: the line to put before the command. It is a line of its own, so that a shell that
+            complains about the syntax of the command quotes neither it nor the variables.
+    """
+
+    def __init__(self) -> None:
+        mark = f"clore-{secrets.token_hex(8)} "
+        self.pid: int | None = None
+        self.prefix = f"sh -c 'echo {mark}$PPID >&2'\n"
+        self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
+        self._held = b""
+        self._done = False
+
+    def remove_from(self, data: bytes) -> bytes:
+        """Return the next part of stderr without the line."""
+        if self._done:
+            return data
+        self._held += data
+        found = self._line.search(self._held)
+        if found is None and len(self._held) <= MAX_STDERR_BEFORE_PID:
+            return b""
+        self._done = True
+        if found is not None:
+            self.pid = int(found[1])
+            self._held = self._held[: found.start()] + self._held[found.end() :]
+        return self.rest()
+
+    def rest(self) -> bytes:
+        """Return what was held back, at the end of stderr."""
+        rest, self._held = self._held, b""
+        return rest
+
+
+# ==================================================================================================
+# ssh.job_scripts
+#
+# Shell scripts that start, watch and stop a job on a host, with POSIX tools and /proc.
+# ==================================================================================================
+
+
+# Prints when the process $1 was started; nothing if it has ended, even if nobody collected it yet.
+_BORN = r"""
+born() {
+  [ -e /proc/self ] || { kill -s 0 "$1" 2>/dev/null && echo 0; return; }
+  { read -r s <"/proc/$1/stat"; } 2>/dev/null || return 1
+  s=${s##*) }; set -- $s; [ "$1" != Z ] && echo "${20}"
+}
+"""
+# Runs in a session of its own. $1 is the folder of the job, $2 a shell, $3 the command, $4 the
+# umask, and $5 the boot and the time. SIGTERM goes to the whole group: this shell ignores it, so
+# that it can record the exit code. It needs no other program and no free space on the disk.
+JOB_RUNNER = (
+    _BORN
+    + r"""
+trap "" HUP; trap : TERM INT QUIT
+echo "$$ $(born $$ || echo -) $5" >"$1/pid"
+umask "$4"
+"$2" -c "$3"
+printf "%-4s\n" $? 1<>"$1/exit"
+"""
+)
+# Precedes the scripts that follow.
+_JOBS = (
+    _BORN
+    + r"""
+jobs=$PWD/.clore/jobs
+nap() { sleep "$1" 2>/dev/null || sleep 1; }
+boot() { # prints what changes when the machine or its container starts anew
+  r=; { read -r r </proc/sys/kernel/random/boot_id; } 2>/dev/null
+  echo "$r/$(born 1)"
+}
+about() { # reads the state of the job $1 into $st, $code, $pid and $began
+  st=gone code=- pid=- began=0
+  j=$jobs/$1
+  [ -d "$j" ] || return 1
+  w=0; until { read -r pid born boot began <"$j/pid"; } 2>/dev/null; do
+    pid=- born= boot= began=0 # it is just being started, or its start was cut off
+    w=$((w+1)); [ $w -lt 20 ] || break
+    nap 0.1
+  done
+  b=$(born "$pid")
+  st=killed; [ "$boot" = "$(boot)" ] || st=lost
+  if [ -n "$born" ] && [ "$b" = "$born" ] && [ $st != lost ]; then st=running; fi
+  # Read last: a job may end meanwhile.
+  { read -r code <"$j/exit"; } 2>/dev/null || code=-
+  [ "$code" = - ] || st=exited
+}
+"""
+)
+# Its input is read as a script, so that no variable of ``env`` shows in the list of processes.
+START_JOB = (
+    _JOBS
+    + r"""
+detach=$(command -v setsid) # without it, the job stays in this session
+shell=${SHELL:-/bin/sh}; [ -x "$shell" ] || shell=/bin/sh
+u=$(umask); umask 077
+[ -d "$cwd" ] || no "there is no directory $cwd"
+mkdir -p "$jobs" && chmod 700 .clore "$jobs" || exit 1
+d=$jobs/$name
+if ! e=$(mkdir "$d" 2>&1); then
+  [ ! -d "$d" ] || no "there is already a job $name: wait for it, remove() it, or pass another name"
+  no "$e"
+fi
+echo - >"$d/exit" && printf "%s\n" "$command" >"$d/command" && : >"$d/output" ||
+  no "nothing can be written to $d"
+now=$(date +%s) boot=$(boot)
+(
+  if [ -n "$a" ]; then LC_ALL=$a; else unset LC_ALL; fi
+  cd "$cwd" || exit 1
+  set -- $detach /bin/sh -c "$runner" "job-$name" "$d" "$shell" "$command" "$u" "$boot $now"
+  eval "$exports"
+  exec "$@"
+) </dev/null >>"$d/output" 2>&1 &
+about "$name"
+[ "$began" != 0 ] || no "the job did not start: $(head -c 300 "$d/output")"
+echo "started $began"
+"""
+)
+# Prints a line for each job, or for the job $name: its state, and the start of its command.
+LIST_JOBS = (
+    _JOBS
+    + r"""
+for j in "$jobs"/${name:-*}; do
+  k=${j##*/}
+  about "$k" || continue
+  echo "job $k $st $code $began"
+  head -n 1 "$j/command" 2>/dev/null | head -c 1000 | tr -d "$n"; echo
+done
+echo end
+"""
+)
+# Prints the last $lines lines of the output.
+TAIL_JOB = (
+    _JOBS
+    + r"""
+about "$name" || no "there is no job $name"
+echo tail
+tail -n "$lines" "$j/output" | tail -c "$most"
+"""
+)
+# Prints the output from byte $at on, in portions that a line with their size precedes, until the
+# job has ended. If $at is -1, it prints no output. The size is 0 while there is nothing new.
+FOLLOW_JOB = (
+    _JOBS
+    + r"""
+about "$name" || no "there is no job $name"
+o=$j/output
+span() { # prints $2 bytes from byte $1 on
+  dd if="$o" bs=65536 skip=$(($1/65536)) 2>/dev/null | tail -c +$(($1%65536+1)) | head -c "$2"
+}
+while :; do
+  about "$name"
+  s=$(stat -c %s "$o" 2>/dev/null || wc -c <"$o"); s=$((s))
+  if [ "$at" -ge 0 ] && [ "$s" -gt "$at" ]; then
+    k=$((s-at)); [ $k -le 1048576 ] || k=1048576
+    echo "$k" && span "$at" $k || exit 1
+    at=$((at+k))
+  elif [ "$st" = running ]; then
+    echo 0 || exit 1
+    nap 0.3
+  else
+    echo "end $st $code $began"; exit 0
+  fi
+done
+"""
+)
+# Ends all processes of the job: those of its session and group, and descendants elsewhere.
+STOP_JOB = (
+    _JOBS
+    + r"""
+about "$name" || no "there is no job $name"
+sig() { # with a group's number, dash needs "--", and busybox accepts none
+  for p in $2; do kill -s "$1" -- "$p" 2>/dev/null || kill -s "$1" "$p" 2>/dev/null; done
+}
+tree() {
+  for c in $(cat /proc/"$1"/task/*/children 2>/dev/null); do tree "$c"; done; echo "$1"
+}
+members() { # prints the processes that have not ended
+  [ -e /proc/self ] || { sig 0 "-$pid" && echo "-$pid"; return; }
+  for f in /proc/[0-9]*/stat; do
+    { read -r s <"$f"; } 2>/dev/null || continue
+    f=${f%/stat}; s=${s##*) }; set -- $s
+    [ "$1" != Z ] || continue
+    if [ "$3" = "$pid" ] || [ "$4" = "$pid" ]; then echo "${f#/proc/}"; continue; fi
+    for p in $known; do [ "${f#/proc/}" != "$p" ] || echo "$p"; done
+  done
+}
+# The number may belong to another process by now.
+if [ "$st" = lost ] || [ "$pid" = - ] || { [ -n "$b" ] && [ "$b" != "$born" ]; }; then
+  echo "stopped"; exit 0
+fi
+known=; [ -z "$b" ] || known=$(tree "$pid")
+sig TERM "$(members)"
+gone() { # waits up to $1 tenths of a second for the end of all members
+  w=0; while m=$(members); [ -n "$m" ]; do
+    [ $w -lt "$1" ] || return 1
+    w=$((w+1)); sleep 0.1 2>/dev/null || { sleep 1; w=$((w+9)); }
+  done
+}
+if ! gone "$grace"; then
+  # The shell that records the exit code goes last.
+  for q in $m; do [ "$q" = "$pid" ] || sig KILL "$q"; done
+  gone 10 || sig KILL "$m"
+fi
+echo stopped
+"""
+)
+# Removes a job that has ended, with its output.
+REMOVE_JOB = (
+    _JOBS
+    + r"""
+about "$name" || no "there is no job $name"
+[ "$st" != running ] || no "the job $name still runs: stop() it first"
+rm -rf "$j" || exit 1
+echo removed
+"""
+)
+
+
+# ==================================================================================================
+# ssh.transfer.entry
+#
+# Describe the files, directories and symlinks of a transfer.
+# ==================================================================================================
+
+
+BLOCK = 65536  # bytes; chunks begin at multiples of it
+TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
+LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
+MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
+CHANGED = "it changed during the transfer"
+
+
+class FileEntry:
+    """A file, directory or symlink of a transfer.
+
+    Attributes:
+        name: relative to the directory that is transferred; empty for a single file.
+        kind: ``"f"``, ``"d"`` or ``"l"``.
+        size: in bytes; 0 unless it is a file.
+        mtime: in nanoseconds.
+        mode: permissions.
+        link: the target of a symlink.
+    """
+
+    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
+
+    def __init__(
+        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.size = size if kind == "f" else 0
+        self.mtime = mtime
+        self.mode = mode
+        self.link = link
+
+    @property
+    def version(self) -> tuple[bytes, int, int]:
+        """Values that differ when the source has changed."""
+        return (self.name, self.size, self.mtime)
+
+
+def record_key(version: object) -> str:
+    """Return the key under which a resumable transfer records a version of a source."""
+    return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
+
+
+def chunk_size(size: int, resume: bool) -> int:
+    """Return how many bytes of a file are recorded at a time; few where it may be resumed."""
+    if not resume:
+        return 64 * BLOCK
+    return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
+
+
+def link_target(name: bytes, link: bytes) -> bytes | None:
+    """Return the name in the same tree that a symlink leads to, or None outside the tree."""
+    if link.startswith(b"/") or not link:
+        return None
+    parts = name.split(b"/")[:-1]
+    for part in link.split(b"/"):
+        if part == b"..":
+            if not parts:
+                return None
+            parts.pop()
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return b"/".join(parts)
+
+
+def checked_name(name: bytes) -> str:
+    """Check a name that a host sent, and return it as a path on this system."""
+    parts = name.split(b"/")
+    if b"\0" in name or not {b"", b".", b".."}.isdisjoint(parts):
+        raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
+    if len(parts) > MAX_LEVELS:
+        raise SSHError(f"the machine names a file below {len(parts)} directories")
+    text = os.fsdecode(name)
+    if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
+        raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
+    return text
+
+
+def kind_of(mode: int) -> str:
+    """Return "f", "d" or "l" for the mode of a file; empty for anything else."""
+    kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
+    return kinds.get(stat.S_IFMT(mode), "")
+
+
+def whole_seconds(mtime: int) -> int:
+    """Return a time in nanoseconds as the seconds that a transfer keeps."""
+    return min(max(mtime // 10**9, 0), LAST_TIME)
+
+
+def nanoseconds(seconds: int) -> int:
+    """Convert a time of a host to nanoseconds, limited to what file systems know."""
+    return min(max(seconds, 0), LAST_TIME) * 10**9
+
+
+def parse_stat(line: bytes) -> FileEntry:
+    """Read size, seconds and permissions of a file."""
+    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
+    if found is None:
+        raise SSHError("the machine sent a file status that can't be read")
+    size, seconds, mode = found.groups()
+    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
+
+
+def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
+    """Check that a file is the same as before, or has grown: its start has arrived then."""
+    if now is None or now.kind != "f" or now.size < entry.size:
+        raise SSHError(CHANGED)
+    if now.size == entry.size and now.mtime != entry.mtime:
+        raise SSHError(CHANGED)
+
+
+def file_digest(path: str | Path, start: int, length: int) -> str:
+    """Return the SHA-256 of a part of a local file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
+            digest.update(piece)
+            length -= len(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def about(entry: FileEntry) -> Iterator[None]:
+    """Note in an error which file it is about."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "entry"):
+            with contextlib.suppress(AttributeError):
+                error.entry = entry  # type: ignore[attr-defined]
+        raise
+
+
+# ==================================================================================================
+# ssh.transfer.remote_script
+#
+# Run a script on a host with ``sh``, whatever the login shell is.
+#
+# The login shell runs one fixed line without special characters. That line starts ``sh``, which
+# reads
+# the script from standard input, between two lines with a random mark. So the kind of the login
+# shell
+# does not matter, nor what its start-up files print, read or change. The output is not trusted:
+# lengths are limited, numbers are parsed, and names are checked.
+# ==================================================================================================
+
+
+DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
+MAX_NOISE = 65536  # bytes that start-up files may print
+MAX_LINE = 65536  # bytes
+LAST_PATIENCE = 3.0  # seconds for each step of cleaning up, after an error or Ctrl-C
+PADDING = b"\n" * 64  # lines for start-up files that read some
+
+# In single quotes, without what csh or fish would change there: a backslash, a quote, "!".
+# $a keeps the locale of the user, for scripts that start something of theirs.
+BOOTSTRAP = (
+    "/bin/sh -c 'a=$LC_ALL; export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
+    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 9; done; s=; l=; '
+    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 9; done; '
+    'echo {mark}; eval "$s"\''
+)
+# For a script that reads nothing: sent as an argument, which saves a round trip; "@" ends a line.
+INLINE = (
+    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
+    "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
+)
+MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
+
+
+class NoShellError(SSHError):
+    """A host has no POSIX shell with the usual tools; SFTP may work."""
+
+
+class RemoteScript:
+    """A script that runs on a host; a context manager that closes its channel.
+
+    Parameters:
+        timeout: seconds without anything sent or received.
+        patience: seconds to retry while the host opens no further channel.
+        reads: whether the script reads its input.
+        turn: a lock to hold while a script starts, and while it ends; for a host on which none may
+            start while another one ends.
+    """
+
+    def __init__(
+        self,
+        transport: Any,
+        script: bytes,
+        watchdog: Watchdog,
+        timeout: float,
+        *,
+        patience: float = 1.0,
+        window: int = COMMAND_WINDOW,
+        reads: bool = True,
+        turn: threading.Lock | None = None,
+    ) -> None:
+        self._transport = transport
+        self._turn = turn
+        self._ending = False
+        self._mark = secrets.token_hex(8)
+        self._buffer = memoryview(b"")  # received, and not read yet
+        self._begun = False
+        inline = None if reads else inlined(script)
+        line = BOOTSTRAP if inline is None else INLINE
+        command = line.format(mark=self._mark, script=inline)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                with turn or contextlib.nullcontext():
+                    self.channel = LimitedChannel(transport, timeout, watchdog, window)
+                    self.channel.exec_command(command)
+                break
+            except NoChannelError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(CHANNEL_PAUSE)
+        mark = self._mark.encode() + b"\n"
+        # An inline script gets lines, too, for start-up files that read some. (Without any input,
+        # dropbear loses what a short script prints.)
+        self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
+
+    def __enter__(self) -> RemoteScript:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.close()
+
+    def finish(self) -> None:
+        """Close the channel; if scripts take turns, wait for the end of the script first."""
+        if self._turn is not None:
+            self.end()
+            self.channel.status_event.wait(LAST_PATIENCE)
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel, which ends a script that still runs."""
+        self.channel.close()
+        if self._turn is not None and self._ending:
+            self._ending = False
+            self._turn.release()
+
+    def hurry(self) -> None:
+        """Wait less from now on: the transfer stops."""
+        self.channel.timeout = min(self.channel.timeout, LAST_PATIENCE)
+
+    # --- sending ---
+
+    def send(self, data: bytes | memoryview) -> bool:
+        """Send all of ``data``; return False if the script reads no more: its answer says why."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self.channel.send(view[:BLOCK]) :]
+        except connection_errors():
+            return False
+        return True
+
+    def end(self) -> None:
+        """End the input of the script."""
+        if self._turn is not None and not self._ending:
+            self._turn.acquire()
+            self._ending = True
+        with contextlib.suppress(SSHError, *connection_errors()):
+            self.channel.shutdown_write()
+
+    # --- receiving ---
+
+    def read(self, most: int) -> bytes:
+        """Return up to ``most`` bytes of output; none at its end."""
+        if not self._begun:
+            self._skip_noise()
+        return self._receive(most)
+
+    def line(self) -> bytes:
+        """Return the next line without its end, or the rest of the output."""
+        line = b""
+        deadline = time.monotonic() + self.channel.timeout
+        while not (end := line.find(b"\n") + 1):
+            piece = self.read(MAX_LINE)
+            if not piece:
+                return line
+            line += piece
+            if len(line) > 4 * MAX_LINE:
+                raise SSHError("the machine sends an endless line")
+            if time.monotonic() > deadline and b"\n" not in line:
+                raise SSHError(f"the machine sent no whole line within {self.channel.timeout:g}s")
+        self._push_back(line[end:])
+        return line[: end - 1]
+
+    def until(self, mark: bytes, most: int) -> bytes:
+        """Return the output before a line with only the mark, up to ``most`` bytes."""
+        text, ending, start = bytearray(b"\n"), b"\n" + mark + b"\n", 0
+        while (end := text.find(ending, start)) < 0:
+            start = max(0, len(text) - len(ending))
+            piece = self.read(MAX_LINE)
+            if not piece:
+                raise self.refused(bytes(text[1 : 1 + MAX_LINE]))
+            text += piece
+            if len(text) > most:
+                raise SSHError(f"the machine answers with more than {most} bytes")
+        self._push_back(bytes(text[end + len(ending) :]))
+        return bytes(text[1 : end + 1])
+
+    def rest(self, most: int) -> bytes:
+        """Return the rest of the output, up to ``most`` bytes."""
+        text = bytearray()
+        while piece := self.read(BLOCK):
+            text += piece
+            if len(text) > most:
+                raise SSHError(f"the machine answers with more than {most} bytes")
+        return bytes(text)
+
+    def answer(self, word: bytes) -> bytes:
+        """Read a line that must begin with ``word``, and return what follows it."""
+        line = self.line()
+        if line == word or line.startswith(word + b" "):
+            return line[len(word) + 1 :]
+        raise self.refused(line)
+
+    def expect_end(self) -> None:
+        """Check that there is no more output, and that the script succeeded."""
+        if self.read(1):
+            raise SSHError("the machine sends more than it announced")
+        if self.channel.recv_exit_status() != 0:
+            raise self.refused()
+
+    def refused(self, line: bytes = b"") -> SSHError:
+        """Return an error with the reason that the host gives."""
+        if line.startswith(b"no lacks "):
+            return NoShellError(f"the machine {printable(os.fsdecode(line[3:]), 80)}")
+        said = line[3:] if line.startswith(b"no ") else b""
+        said = said or self._errors() or line
+        if not said.strip() and not self._transport.is_active():
+            return SSHError("the connection broke")
+        text = said.decode("utf-8", "replace").strip() or "it gives no reason"
+        return SSHError(f"the machine refuses: {printable(text, 500)}")
+
+    def _errors(self) -> bytes:
+        text = b""
+        while self.channel.recv_stderr_ready() and len(text) < MAX_LINE:
+            text += self.channel.recv_stderr(MAX_LINE)
+        return text
+
+    def _receive(self, most: int) -> bytes:
+        if not self._buffer:
+            try:
+                # All that there is: paramiko copies the rest of its buffer with every read.
+                self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
+            except connection_errors():
+                raise SSHError("the connection broke") from None
+        piece, self._buffer = self._buffer[:most], self._buffer[most:]
+        return bytes(piece)
+
+    def _push_back(self, data: bytes) -> None:
+        if data:
+            self._buffer = memoryview(data + bytes(self._buffer))
+
+    def _skip_noise(self) -> None:
+        """Skip what start-up files print before the mark."""
+        self._begun = True
+        mark, seen = self._mark.encode() + b"\n", b""
+        deadline = time.monotonic() + self.channel.timeout
+        while mark not in seen:
+            piece = self._receive(BLOCK)
+            if not piece:
+                raise self._no_shell(seen)
+            seen += piece
+            late = len(seen) > MAX_NOISE + BLOCK or time.monotonic() > deadline
+            if late and mark not in seen:
+                raise SSHError("the machine prints without end before it starts a shell")
+        self._push_back(seen.partition(mark)[2])
+
+    def _no_shell(self, seen: bytes) -> SSHError:
+        if not self._transport.is_active():
+            return SSHError("the connection broke")
+        said = (self._errors().strip() or seen.strip()).decode("utf-8", "replace")
+        text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
+        return NoShellError(f"the machine runs no shell, and says: {text}")
+
+
+def inlined(script: bytes) -> str | None:
+    """Return a script as an argument that every login shell passes on unchanged, or None."""
+    special = set(script) & set(b"\\!@") or any(
+        (byte < 32 and byte != 10) or byte > 126 for byte in script
+    )
+    if special or len(script) > MAX_INLINE:
+        return None
+    return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
+
+
+# ==================================================================================================
 # ssh.jobs
 #
 # Jobs: commands that run on a machine without a connection, and keep their output there.
@@ -13971,26 +13689,32 @@ class HostJobs:
             except NoShellError as error:
                 raise JobError(f"a job needs a POSIX shell: {error}") from error
 
+    @contextlib.contextmanager
+    def named_script(
+        self, verb: str, body: str, *, name: str, **values: bytes | str | int
+    ) -> Iterator[RemoteScript]:
+        """Run a script for one job on a connection of its own; what goes wrong is a JobError."""
+        with self.connected() as pool:
+            try:
+                with self.script(pool, verb, body, name=name, **values) as script:
+                    yield script
+            except JobError:
+                raise
+            except SSHError as error:
+                raise JobError(f"job {name!r}: {error}", name=name) from error
+
     def connected(self, deadline: float = math.inf) -> ConnectionPool:
         """Return connections to the machine, to be entered."""
         return self._connect(max(0.0, deadline - time.monotonic()))
 
     def start(self, job: JobCommand) -> Job:
         """Start a job, and return it once it runs."""
-        values: dict[str, bytes | str | int] = {
+        values: dict[str, Any] = {
             "name": job.name, "command": job.encoded_line, "exports": job.exports, "cwd": job.cwd,
-            "runner": JOB_RUNNER, "session": NEW_SESSION,
+            "runner": JOB_RUNNER,
         }  # fmt: skip
-        with self.connected() as pool:
-            try:
-                with self.script(pool, "job", START_JOB, **values) as script:
-                    started = script.answer(b"started").decode("ascii", "replace")
-            except JobError:
-                raise
-            except SSHError as error:
-                raise JobError(f"job {job.name!r} was not started: {error}", name=job.name) from (
-                    error
-                )
+        with self.named_script("job", START_JOB, **values) as script:
+            started = script.answer(b"started").decode("ascii", "replace")
         logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
         return Job(self, job.name, job.line, JobState.parse(f"running - {started}"))
 
@@ -14075,7 +13799,9 @@ class Job:
             step 100: loss 1.24
         """
         check_count("lines", lines)
-        with self._script("tail", TAIL_JOB, lines=lines, most=MAX_TAIL) as script:
+        with self._host.named_script(
+            "tail", TAIL_JOB, name=self.name, lines=lines, most=MAX_TAIL
+        ) as script:
             script.answer(b"tail")
             return script.rest(MAX_TAIL + 1024).decode("utf-8", "replace")
 
@@ -14136,7 +13862,9 @@ class Job:
             >>> job.stop()
         """
         check_number("grace", grace, maximum=20.0, unit="seconds")
-        with self._script("stop", STOP_JOB, grace=math.ceil(10 * grace)) as script:
+        with self._host.named_script(
+            "stop", STOP_JOB, name=self.name, grace=math.ceil(10 * grace)
+        ) as script:
             script.answer(b"stopped")
 
     def remove(self) -> None:
@@ -14153,16 +13881,10 @@ class Job:
         if self._state.status == "running":
             self._state = JobState("lost")
 
-    @contextlib.contextmanager
-    def _script(self, verb: str, body: str, **values: bytes | str | int) -> Iterator[RemoteScript]:
-        with self._host.connected() as pool:
-            try:
-                with self._host.script(pool, verb, body, name=self.name, **values) as script:
-                    yield script
-            except JobError:
-                raise
-            except SSHError as error:
-                raise JobError(f"job {self.name!r}: {error}", name=self.name) from error
+    def _script(
+        self, verb: str, body: str, **values: bytes | str | int
+    ) -> contextlib.AbstractContextManager[RemoteScript]:
+        return self._host.named_script(verb, body, name=self.name, **values)
 
     def _look(self) -> JobState:
         if self._state.status == "running":
@@ -14239,28 +13961,18 @@ class Following:
                 if line.startswith(b"end "):
                     return JobState.parse(line[4:].decode("ascii", "replace"))
                 if not re.fullmatch(rb"[0-9]{1,7}", line) or int(line) > MAX_PORTION:
-                    self._refuse(script.refused(line), line)
+                    error = script.refused(line)
+                    raise JobError(str(error), name=self._name) if line[:3] == b"no " else error
                 self._heard = True
                 self._pass_on(script, int(line))
-                self._tell()
+                if self._report is not None:
+                    at = max(0, self._at)
+                    text = f"job {self._name}: {readable_size(at)} of output"
+                    self._call(self._report, ProgressEvent("job", at, text))
                 if time.monotonic() >= self._deadline:
                     raise JobTimeoutError(
                         f"job {self._name!r} did not end in time; it still runs", name=self._name
                     )
-
-    def _tell(self) -> None:
-        if self._report is not None:
-            text = f"job {self._name}: {readable_size(max(0, self._at))} of output"
-            try:
-                self._report(ProgressEvent("job", max(0, self._at), text))
-            except Exception as error:
-                self._callback_error = error
-                raise
-
-    def _refuse(self, error: SSHError, line: bytes) -> None:
-        if line.startswith(b"no "):
-            raise JobError(str(error), name=self._name) from error
-        raise error
 
     def _pass_on(self, script: RemoteScript, size: int) -> None:
         while size:
@@ -14270,135 +13982,215 @@ class Following:
             size -= len(piece)
             if self._splitter is not None:
                 self._at += len(piece)
-                try:
-                    self._splitter.feed(piece)
-                except Exception as error:
-                    self._callback_error = error
-                    raise
+                self._call(self._splitter.feed, piece)
+
+    def _call(self, callback: Callable[[Any], object], argument: Any) -> None:
+        """Call what the user gave; its errors are no errors of the connection."""
+        try:
+            callback(argument)
+        except Exception as error:
+            self._callback_error = error
+            raise
 
 
 # ==================================================================================================
-# ssh.openssh
+# ssh.keys
 #
-# Write what OpenSSH needs to log in: a command line, or an entry for ``~/.ssh/config``.
+# Pin the host key of each order, and find the private key of a public one.
 # ==================================================================================================
 
 
-def terminal_line(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> str:
-    """Return a command line; see ``CloreClient.ssh_command``."""
-    words = _ssh_words(address, pins, alias, key_path)
-    return shlex.join([*words, f"{address['user']}@{address['host']}"])
-
-
-def rsync_line(
-    address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any, local: bytes, remote: bytes
-) -> str:
-    """Return a command line for rsync; see ``CloreClient.rsync_command``."""
-    ssh = " ".join(map(_rsync_word, _ssh_words(address, pins, alias, key_path)))
-    source = os.path.expanduser(os.fsdecode(local))
-    if source.startswith("-") or ":" in source.partition("/")[0]:
-        source = f"./{source}"  # or rsync takes it for an option, or for a host
-    # No shell of the machine expands a path that rsync keeps from it, so "~" is not sent.
-    target = os.fsdecode(remote_path(remote)).removeprefix("./")
-    host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
-    words = ["rsync", "-az", "-s", "-e", ssh, source]
-    return shlex.join([*words, f"{address['user']}@{host}:{target}"])
-
-
-def _rsync_word(word: str) -> str:
-    """Quote a word for the option -e of rsync, which knows quotes, but no backslashes."""
-    if re.fullmatch(r"[\w@%+=:,./~-]+", word):
-        return word
-    return '"' + word.replace('"', '""') + '"'
-
-
-def _ssh_words(address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> list[str]:
-    words = ["ssh", "-p", str(address["port"])]
-    if key_path is not None:
-        path = _whole_path(key_path)
-        # With -i, OpenSSH looks for the file both with and without expanding % signs.
-        plain = _unexpanded(path) == path
-        words += ["-i", path] if plain else ["-o", f"IdentityFile={_config_path(path)}"]
-    if pins.path is not None and pins.of(alias) and alias.startswith("clore-order-"):
-        for name, value in _pinned(pins, alias):
-            words += ["-o", f"{name}={value}"]
-    return words
-
-
-def config_entry(
-    name: str, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any
-) -> str:
-    """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise ValueError(
-            "name must consist of letters, digits, '_', '.' and '-', and begin with none of the "
-            f"last two, not {short_repr(name)}"
-        )
-    lines = [
-        ("HostName", address["host"]),
-        ("Port", str(address["port"])),
-        ("User", address["user"]),
-    ]
-    if key_path is not None:
-        lines += [("IdentityFile", _config_path(_whole_path(key_path))), ("IdentitiesOnly", "yes")]
-    lines += _pinned(pins, alias)
-    lines += [("ServerAliveInterval", "15"), ("ForwardAgent", "no"), ("ForwardX11", "no")]
-    return f"Host {name}\n" + "".join(f"    {key} {value}\n" for key, value in lines)
-
-
-def _pinned(pins: HostKeys, alias: str) -> list[tuple[str, str]]:
-    """Return options to accept only the pinned key, or else to pin the first one seen."""
-    known = pins.of(alias)
-    strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
-    if pins.path is not None and alias.startswith("clore-order-"):
-        if not known:
-            pins.make_folder()
-        return [("HostKeyAlias", alias), ("UserKnownHostsFile", _config_path(str(pins.path))),
-                ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
-    if not known:  # without a state folder, nothing is kept between two logins
-        return [("UserKnownHostsFile", os.devnull), ("StrictHostKeyChecking", "accept-new")]
-    kind, key = known[0]
-    # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
-    return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
-            ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
-
-
-def _whole_path(path: Any) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"key_path must be a path, not {short_repr(path)}")
-    check_local_path("key_path", path)
-    return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
-
-
-def _unexpanded(path: str) -> str:
-    """Escape % signs, which OpenSSH would expand in a path."""
-    if "\n" in path or "${" in path:
-        raise ValueError(
-            "key_path or state_dir: OpenSSH can't be told a path with a newline or '${': "
-            f"{short_repr(path)}"
-        )
-    return path.replace("%", "%%")
-
-
-def _config_path(path: str) -> str:
-    """Escape and quote a path for a configuration file."""
-    if '"' in path:
-        raise ValueError(
-            f"key_path or state_dir: OpenSSH can't be told a path with '\"': {short_repr(path)}"
-        )
-    escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
-    return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped
-
-
-# ==================================================================================================
-# ssh.private_keys
-#
-# Find the private key of a public key, in ``~/.ssh`` and in the SSH agent.
-# ==================================================================================================
-
-
+PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
+MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
+MAX_PINS = 1000
 LONGEST_KEY_FILE = 65536  # bytes
-_OPENSSH_MAGIC = b"openssh-key-v1\0"
+LOCK_PATIENCE = 2.0  # seconds
+# A host key is negotiated by its signature algorithm: RSA keys have several.
+_ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
+
+Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
+
+
+def pin_of(key: Any) -> Pin:
+    """Return a paramiko key as two words of a ``known_hosts`` line."""
+    return key.get_name(), key.get_base64()
+
+
+def fingerprint_of(key: Any) -> str:
+    """Return the fingerprint of a paramiko key, as ``ssh-keygen -l`` prints it."""
+    return pin_fingerprint(pin_of(key))
+
+
+def pin_fingerprint(pin: Pin) -> str:
+    """Return the fingerprint of a pinned key."""
+    return public_key_fingerprint(" ".join(pin)) or ""
+
+
+def check_host_key(value: Any) -> str:
+    """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
+    text = isinstance(value, str)
+    if text and re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", value):
+        return str(value).rstrip("=")
+    raise (ValueError if text else TypeError)(
+        "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
+        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
+    )
+
+
+class HostKeys:
+    """The pinned host keys of an account, in memory and in the state folder.
+
+    Parameters:
+        folder: the state folder, or None if none is used.
+        account: a digest of the account, for the names of its hosts.
+    """
+
+    def __init__(self, folder: Path | None, account: str) -> None:
+        self.path = None if folder is None else folder / PINS_FILE
+        self._account = account[:12]
+        self._seen: dict[str, list[Pin]] = {}
+
+    def alias(self, order_id: int | None, address: str) -> str:
+        """Return the name for the key of an order; the address if the order has no id."""
+        return f"clore-order-{order_id}-{self._account}" if order_id else address
+
+    def of(self, alias: str) -> list[Pin]:
+        """Return the pinned keys of a host."""
+        if alias in self._seen:
+            return self._seen[alias]
+        return [pin for names, pin in self._lines() if _names(names, alias)]
+
+    def keep(self, alias: str, pin: Pin) -> None:
+        """Pin a key instead of all others of the host."""
+        if self.of(alias) != [pin]:
+            self._rewrite(alias, pin)
+        self._seen[alias] = [pin]
+
+    def forget(self, alias: str) -> bool:
+        """Forget the keys of a host; return True if there were any."""
+        known = bool(self.of(alias))
+        self._seen.pop(alias, None)
+        if known:
+            self._rewrite(alias, None)
+        return known
+
+    def make_folder(self) -> None:
+        """Make the state folder, so that OpenSSH can pin a key there."""
+        if self.path is not None:
+            try:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                logger.warning("host keys can't be kept for the next process: %s", error)
+
+    def _lines(self) -> Iterator[tuple[str, Pin]]:
+        try:
+            text = self._text()
+        except OSError:
+            return
+        for line in text.splitlines():
+            words = line.split()
+            if len(words) >= 3 and not words[0].startswith(("#", "@")):
+                with contextlib.suppress(ValueError):
+                    base64.b64decode(words[2], validate=True)
+                    yield words[0], (words[1], words[2])
+
+    def _text(self) -> str:
+        if self.path is None:
+            return ""
+        try:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                return file.read(MAX_PINS_SIZE)
+        except FileNotFoundError:
+            return ""
+
+    def _rewrite(self, alias: str, pin: Pin | None) -> None:
+        """Replace the lines of a host in the file; only warn if that fails."""
+        if self.path is None or not alias.startswith("clore-order-"):
+            return
+        try:
+            with locked_path(self.path, LOCK_PATIENCE):
+                lines = [
+                    line
+                    for line in self._text().splitlines()
+                    if line.strip() and not _names(line.split()[0], alias)
+                ]
+                if pin is not None:
+                    lines.append(f"{alias} {pin[0]} {pin[1]}")
+                replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
+        except OSError as error:
+            logger.warning("host keys can't be kept for the next process: %s", error)
+
+
+def _names(names: str, alias: str) -> bool:
+    """Check whether the first word of a line names a host; OpenSSH may have hashed it."""
+    if not names.startswith("|1|"):
+        return alias in names.split(",")
+    try:
+        salt, digest = (base64.b64decode(part) for part in names[3:].split("|"))
+    except ValueError:
+        return False
+    return hmac.compare_digest(hmac.new(salt, alias.encode(), "sha1").digest(), digest)
+
+
+class KeyCheck:
+    """Checks the host key of one order; also paramiko's policy for unknown hosts.
+
+    Parameters:
+        pins: the pinned keys.
+        order_id: the id of the order, or None.
+        address: its host and port.
+        mode: ``"pin"``, ``"accept"`` or a fingerprint.
+    """
+
+    def __init__(self, pins: HostKeys, order_id: int | None, address: str, mode: str) -> None:
+        self._pins = pins
+        self._order_id = order_id
+        self._alias = pins.alias(order_id, address)
+        self._mode = mode
+        self._shown = threading.local()  # several threads may log in at once
+
+    @property
+    def wanted_types(self) -> list[str]:
+        """The algorithms of the pinned keys, to prefer in the key exchange."""
+        if self._mode == "accept":
+            return []
+        kinds = [kind for kind, _ in self._pins.of(self._alias)]
+        return [name for kind in kinds for name in _ALGORITHMS.get(kind, (kind,))]
+
+    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
+        """Check a host's key; paramiko calls this before it sends anything secret."""
+        shown = pin_of(key)
+        self._check(shown)
+        self._shown.pin = shown
+
+    def remember(self) -> None:
+        """Pin the host's key, after a successful login."""
+        shown: Pin | None = getattr(self._shown, "pin", None)
+        if self._mode == "accept" or shown is None:
+            return
+        self._check(shown)  # again: another thread may have pinned another key
+        if self._mode != "pin" or shown not in self._pins.of(self._alias):
+            self._pins.keep(self._alias, shown)
+
+    def _check(self, shown: Pin) -> None:
+        if self._mode == "accept":
+            return
+        pinned = [pin_fingerprint(pin) for pin in self._pins.of(self._alias)]
+        allowed = pinned if self._mode == "pin" else [self._mode]
+        found = pin_fingerprint(shown)
+        if not allowed or found in allowed:
+            return
+        expected = " or ".join(allowed)
+        name = f"order {self._order_id}" if self._order_id else self._alias
+        raise HostKeyChangedError(
+            f"the machine of {name} has the host key {found} instead of {expected}: its container "
+            "was created again, or another machine answers at its address. No password or key "
+            "was sent. To accept the new host key, call forget_host_key(order) or pass "
+            f"host_key={found!r}",
+            order_id=self._order_id,
+            expected=expected,
+            found=found,
+        )
 
 
 def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
@@ -14438,10 +14230,7 @@ def _file_fingerprint(path: Path) -> str | None:
     text = _text_of(path)
     if "PRIVATE KEY-----" not in text[:200]:
         return None
-    if (blob := _public_part(text)) is not None:  # readable without the passphrase
-        return pin_fingerprint(("", base64.b64encode(blob).decode()))
-    public = _text_of(path.with_name(f"{path.name}.pub"))
-    if public:
+    if public := _text_of(path.with_name(f"{path.name}.pub")):  # as the key may be encrypted
         return public_key_fingerprint(public)
     try:
         return fingerprint_of(import_paramiko().PKey.from_path(path))
@@ -14458,26 +14247,6 @@ def _text_of(path: Path) -> str:
             return file.read(LONGEST_KEY_FILE)
     except OSError:
         return ""
-
-
-def _public_part(text: str) -> bytes | None:
-    """Return the public key of a private key in OpenSSH's own format."""
-    lines = [line for line in text.splitlines() if line and "-----" not in line]
-    try:
-        data = base64.b64decode("".join(lines))
-        if not data.startswith(_OPENSSH_MAGIC):
-            return None
-        rest = data[len(_OPENSSH_MAGIC) :]
-        for _ in range(3):  # the cipher, and how its key is made from the passphrase
-            rest = _field(rest)[1]
-        return _field(rest[4:])[0]  # after the number of keys
-    except (ValueError, struct.error):
-        return None
-
-
-def _field(data: bytes) -> tuple[bytes, bytes]:
-    (length,) = struct.unpack_from(">I", data)
-    return data[4 : 4 + length], data[4 + length :]
 
 
 # ==================================================================================================
@@ -14607,9 +14376,6 @@ def check_path(name: str, value: Any) -> bytes:
 # ==================================================================================================
 
 
-LOGIN_WAIT = 120.0  # seconds for an sshd to respond
-
-
 class SSHAccess:
     """SSH access to the machines of an account.
 
@@ -14663,32 +14429,25 @@ class SSHAccess:
 
     def terminal_line(self, order: Any, key_path: Any) -> str:
         """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
-        order = self._with_address(order)
-        key_path = key_path or self._key_of(order)[0]
-        return terminal_line(plain_address(order), self._host_keys, self._alias(order), key_path)
+        return self._openssh(order, key_path).terminal_line()
 
     def rsync_line(self, order: Any, local: Any, remote: Any, key_path: Any) -> str:
         """Return a command line for rsync; see ``CloreClient.rsync_command``."""
         local, remote = check_path("local", local), check_path("remote", remote)
-        order = self._with_address(order)
-        return rsync_line(
-            plain_address(order), self._host_keys, self._alias(order),
-            key_path or self._key_of(order)[0], local, remote,
-        )  # fmt: skip
+        return self._openssh(order, key_path).rsync_line(local, remote)
 
     def config_entry(self, order: Any, name: str | None, key_path: Any) -> str:
         """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
+        if name is not None:
+            check_entry_name(name)
+        order = self._with_address(order)
+        default = f"clore-{order.id}" if order.id else "clore"
+        return self._openssh(order, key_path).config_entry(name or default)
+
+    def _openssh(self, order: Any, key_path: Any) -> OpenSSH:
         order = self._with_address(order)
         key_path = key_path or self._key_of(order)[0]
-        address = plain_address(order)
-        number = self._order_number(order)
-        entry = name if name is not None else f"clore-{number}" if number else "clore"
-        return config_entry(
-            check_text("name", entry), address, self._host_keys, self._alias(order), key_path
-        )
-
-    def _password_of(self, order: Order) -> str | None:
-        return self._orders.login_of(order).get("ssh_password")
+        return OpenSSH(plain_address(order), self._host_keys, self._alias(order), key_path)
 
     def _key_of(self, order: Order) -> tuple[Path | None, Any]:
         """Return the private key of the public key that was sent with an order.
@@ -14699,47 +14458,20 @@ class SSHAccess:
         fingerprint = self._orders.login_of(order).get("key_fingerprint")
         return (None, None) if fingerprint is None else private_key_of(fingerprint)
 
-    def login(
-        self,
-        order: Any,
-        *,
-        password: str | None = None,
-        key_path: str | os.PathLike[str] | None = None,
-        passphrase: str | None = None,
-        wait: float = LOGIN_WAIT,
-        timeout: float = 30.0,
-        host_key: str = "pin",
-        use_ssh_config: bool = False,
-    ) -> Login:
-        """Check the arguments of a login, and return it; nothing is sent."""
+    def login(self, order: Any, *, timeout: float = 30.0, **given: Any) -> Login:
+        """Check the arguments of a login, and return it."""
         check_number("timeout", timeout, above=True, unit="seconds")
-        check_number("wait", wait, infinite=True, unit="seconds")
-        mode = check_host_key("host_key", host_key)
-        if password is not None:
-            check_text("password", password, secret=True)
-        if passphrase is not None:
-            check_text("passphrase", passphrase, secret=True)
-        if key_path is not None and not isinstance(key_path, os.PathLike):
-            check_text("key_path", key_path)
+        options = check_login_options(given)
         order = self._with_address(order)
-        address, number, agent_key = plain_address(order), order.id, None
-        if not password and not key_path:
-            password = order.get("ssh_password") or self._password_of(order)
-        if not password and not key_path:
-            key_path, agent_key = self._key_of(order)
-        keys = KeyCheck(self._host_keys, number, "{host}:{port}".format(**address), mode)
-        return Login(
-            order,
-            password=password,
-            key_path=key_path,
-            agent_key=agent_key,
-            on_failure=self._on_failure(number),
-            passphrase=passphrase,
-            timeout=timeout,
-            wait=wait,
-            keys=keys,
-            use_ssh_config=check_bool("use_ssh_config", use_ssh_config),
-        )
+        agent_key = None
+        if not options["password"] and not options["key_path"]:
+            saved = order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
+            options["password"] = saved
+            if not saved:
+                options["key_path"], agent_key = self._key_of(order)
+        where = "{host}:{port}".format(**plain_address(order))
+        keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
+        return Login(order, keys, timeout, agent_key, self._on_failure(order.id), **options)
 
     def _on_failure(self, order_id: int | None) -> Callable[[BaseException], None] | None:
         """Return a function that raises an error if a login failed because the order has ended."""
@@ -14757,31 +14489,30 @@ class SSHAccess:
         eager: bool = True,
     ) -> ConnectionPool:
         """Return the caller's connection, or logins to make when the pool is entered."""
-        options = check_login_options(login)
+        check_login_options(login)
         if ssh is not None:
-            return ConnectionPool(None, check_connection(ssh))
-        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
+            ssh = check_connection(ssh)
+            record = isinstance(order, Mapping)
+            number = Order(order).id if record else check_order_id("order", order)
+            return ConnectionPool(None, ssh, on_failure=self._on_failure(number))
+        return ConnectionPool(self.login(order, timeout=timeout, **login), None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the machine of an order."""
-        check_login_options(login)
+        options = check_login_options(login)
         if ssh is None:
             order = self._with_address(order)  # once, and not for each connection
             self.login(order, **login)  # check the arguments now
 
         def connect(seconds: float) -> ConnectionPool:
-            wait = min(seconds, login.get("wait", LOGIN_WAIT))
-            return self.connected(order, ssh, {**login, "wait": wait})
+            wait = min(seconds, options["wait"])
+            return self.connected(order, ssh, {**options, "wait": wait})
 
         return HostJobs(connect, reconnects=ssh is None)
 
-    @staticmethod
-    def _order_number(order: Mapping[str, Any]) -> int | None:
-        return Order(order).id
-
     def _alias(self, order: Mapping[str, Any]) -> str:
         address = parse_ssh_command(check_order(order))
-        return self._host_keys.alias(self._order_number(order), "{host}:{port}".format(**address))
+        return self._host_keys.alias(Order(order).id, "{host}:{port}".format(**address))
 
 
 # ==================================================================================================
@@ -14795,6 +14526,7 @@ MAX_OUTPUT = 64 * 1024 * 1024  # bytes
 READ_CHUNK = 4 << 20  # bytes; more than a window, so that one read empties a buffer
 INPUT_CHUNK = 32768  # bytes
 START_TIMEOUT = 30.0  # seconds for a host to start a command
+SESSION_PATIENCE = 1.0  # seconds for a host with few sessions to end that of the command before
 POLL = 0.25  # seconds between two checks of what sets no event
 QUIET = 0.5  # seconds without output before an ended command's output may be complete
 OVERTIME = 5.0  # seconds after the deadline for the output of a command that ended in time
@@ -14937,14 +14669,18 @@ class RunningCommand:
         seconds = min(START_TIMEOUT, self._time_left())
         start_by = time.monotonic() + seconds
         with self._limited(seconds + PATIENCE):
-            self._channel = open_session(self._transport, seconds)
+            self._channel = open_session(
+                self._transport, seconds, patience=min(seconds, SESSION_PATIENCE)
+            )
             self._channel.settimeout(None)  # a command may read its input late
             # paramiko clears an event when one stream is empty, though the other may have data.
             event = SimpleNamespace(set=self._wake.set, clear=lambda: None)
             self._channel.in_buffer.set_event(event)
             self._channel.in_stderr_buffer.set_event(event)
             self._watch_for_exit_signal()
-            request_exec(self._channel, self._pid_line.prefix.encode() + self._command.encoded_line)
+            line = self._pid_line.prefix.encode() + self._command.encoded_line
+            channel_request(self._channel, "exec", line)
+            open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
                 raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
 
@@ -15031,7 +14767,7 @@ class RunningCommand:
         first time arrives before the second answer.
         """
         channel = self._channel
-        for _ in range(2):
+        for _ in range(3):  # the first may have been opened before
             try:
                 with self._limited(2 * PATIENCE):
                     open_session(self._transport, PATIENCE).close()
@@ -15084,7 +14820,7 @@ class RunningCommand:
         try:
             with self._limited(GRACE + 3 * PATIENCE):
                 channel = open_session(self._transport, PATIENCE)
-                request_exec(channel, f"sh -c {shlex.quote(script)}")
+                channel_request(channel, "exec", f"sh -c {shlex.quote(script)}")
                 channel.status_event.wait(GRACE + PATIENCE)
                 channel.close()
         except (SSHError, OSError, EOFError) as error:
@@ -15095,7 +14831,7 @@ class RunningCommand:
             return
         with self._limited(), contextlib.suppress(SSHError, *connection_errors()):
             if not self._ended():  # the host refused a second channel, or has told no pid
-                request_signal(self._channel, "KILL")
+                channel_request(self._channel, "signal", "KILL", answered=False)
             self._channel.close()
 
     def _exit_code(self) -> int:
@@ -15515,7 +15251,7 @@ class Forward:
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
         self._closing = threading.Event()
-        self._links: set[_Link] = set()
+        self._links: list[_Link] = []
 
     def __repr__(self) -> str:
         state = "closed" if self._listener is None else "open"
@@ -15560,18 +15296,17 @@ class Forward:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        links = list(self._links)
-        for link in links:
+        for link in self._links:
             link.close_socket()
-        if links:
+        if self._links:
             # Closing a channel hangs if the host accepts no data; no thread would end.
             with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
-                for link in links:
+                for link in self._links:
                     link.close_channel()
         if self._owns:
             self._ssh.close()
         deadline = time.monotonic() + FORWARD_LEAVING
-        for link in links:
+        for link in self._links:
             link.join(max(0.0, deadline - time.monotonic()))
 
     def _accept_all(self, listener: socket.socket) -> None:
@@ -15584,44 +15319,37 @@ class Forward:
                 logger.warning("port %d can't accept a connection: %s", self._local_port, error)
                 self._closing.wait(FORWARD_POLL)
                 continue
-            link = _Link(self._transport, self._remote_port, sock, peer, self._links)
+            self._links = [link for link in self._links if link.is_alive]
             try:
-                link.start()
+                self._links.append(_Link(self._transport, self._remote_port, sock, peer))
             except RuntimeError as error:  # too many threads
                 logger.warning("port %d dropped a connection: %s", self._local_port, error)
-                link.finish()
+                sock.close()
 
 
 class _Link:
     """One forwarded connection: a local socket, a channel, and a thread for each direction."""
 
     def __init__(
-        self,
-        transport: Any,
-        remote_port: int,
-        sock: socket.socket,
-        peer: tuple[str, int],
-        links: set[_Link],
+        self, transport: Any, remote_port: int, sock: socket.socket, peer: tuple[str, int]
     ) -> None:
         self._transport = transport
         self._remote_port = remote_port
         self._sock = sock
         self._peer = peer
-        self._links = links
         self._channel: Any = None
-        self._thread: threading.Thread | None = None
         self._closing = False
         self._complete = False  # all data from the host was passed on
-
-    def start(self) -> None:
-        """Begin to copy data in both directions, in new threads."""
-        self._links.add(self)
         self._thread = start_thread("forwarded", self._run)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether data may still be copied."""
+        return self._thread.is_alive()
 
     def join(self, seconds: float) -> None:
         """Wait until both threads have ended, at most so many seconds."""
-        if self._thread is not None:
-            self._thread.join(seconds)
+        self._thread.join(seconds)
 
     def close_socket(self) -> None:
         """End the local side, which ends the thread that reads from it."""
@@ -15635,15 +15363,6 @@ class _Link:
             with contextlib.suppress(*connection_errors()):
                 self._channel.close()
 
-    def finish(self) -> None:
-        """Close both sides, with a reset if data is missing, so that nobody takes it for whole."""
-        if not self._complete:
-            with contextlib.suppress(OSError):
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        self._sock.close()
-        self.close_channel()
-        self._links.discard(self)
-
     def _run(self) -> None:
         try:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -15654,7 +15373,11 @@ class _Link:
         except (OSError, RuntimeError) as error:
             logger.debug("a forwarded connection ended: %s", error)
         finally:
-            self.finish()
+            if not self._complete:  # a reset, so that nobody takes it for whole
+                with contextlib.suppress(OSError):
+                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            self._sock.close()
+            self.close_channel()
 
     def _open_channel(self) -> bool:
         try:
@@ -15664,11 +15387,8 @@ class _Link:
             )  # fmt: skip
         except connection_errors() as error:
             if not self._closing:
-                logger.warning(
-                    "port %d of the machine accepted no connection: %s",
-                    self._remote_port,
-                    reason(error),
-                )
+                text = "port %d of the machine accepted no connection: %s"
+                logger.warning(text, self._remote_port, reason(error))
             return False
         return not self._closing
 
@@ -15710,7 +15430,6 @@ SERVICE_PAUSE = 2.0  # seconds between two requests
 SERVICE_LIMIT = 10.0  # seconds for one request
 # Statuses of a proxy, or of a service that loads, before it answers itself.
 NOT_YET_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
-MAX_STATUS_LINE = 4096  # bytes
 
 
 class HTTPWait:
@@ -15833,19 +15552,15 @@ class HTTPWait:
 
     def _ask(self, channel: Any) -> int | str:
         channel.settimeout(SERVICE_LIMIT)
-        request = (
-            f"GET {self.path} HTTP/1.1\r\nHost: localhost:{self.port}\r\nAccept: */*\r\n"
-            "User-Agent: clore-client\r\nConnection: close\r\n\r\n"
+        connection = http.client.HTTPConnection("localhost", self.port)
+        connection.sock = channel
+        connection.request(
+            "GET", self.path, headers={"User-Agent": "clore-client", "Connection": "close"}
         )
-        channel.sendall(request.encode())
-        line = b""
-        while b"\n" not in line and len(line) < MAX_STATUS_LINE:
-            piece = channel.recv(MAX_STATUS_LINE)
-            if not piece:
-                break
-            line += piece
-        found = re.match(rb"HTTP/1\.[01] ([1-9][0-9]{2})\b", line)
-        return int(found[1]) if found else "it does not answer with HTTP"
+        try:
+            return connection.getresponse().status
+        except http.client.HTTPException:
+            return "it does not answer with HTTP"
 
 
 # ==================================================================================================
@@ -18649,7 +18364,7 @@ class CloreClient(HTTPClient):
             1873
         """
         check_bool("include_rented", include_rented)
-        return ServerList(to_servers(self._market.read(), include_rented=include_rented))
+        return ServerList(self._market.read().servers(include_rented=include_rented))
 
     def find_servers(
         self,
@@ -18865,7 +18580,9 @@ class CloreClient(HTTPClient):
             if not use_spot:
                 raise ValueError(f"spot_price={spot_price!r} needs use_spot=True: add that")
         listed = server if isinstance(server, Server) else self._market.get_server(number or 0)
-        return self._market.estimate(listed, hours, wanted, use_spot, spot_price)
+        return estimate(
+            self._market, listed, hours, currency=wanted, spot=use_spot, spot_price=spot_price
+        )
 
     # --- orders ---
 
@@ -18972,18 +18689,12 @@ class CloreClient(HTTPClient):
         """
         ssh_password, jupyter_token = Secret.of(ssh_password), Secret.of(jupyter_token)
         env = secret_values(env)
-        purchase = Purchase(
-            self._orders,
-            server_id=server_id,
-            image=image,
-            order_type=order_type,
-            currency=currency,
-            ports=ports,
-            env=env,
-            ssh_password=ssh_password,
-            ssh_key=ssh_key,
-            jupyter_token=jupyter_token,
-        )
+        order = {
+            "image": image, "order_type": order_type, "currency": currency, "ports": ports,
+            "env": env, "ssh_password": ssh_password, "ssh_key": ssh_key,
+            "jupyter_token": jupyter_token,
+        }  # fmt: skip
+        purchase = Purchase(self._orders, server_id, order)
         check_number("find_timeout", find_timeout, unit="seconds")
         check_bool("allow_above_on_demand", allow_above_on_demand)
         check_bool("preview", preview)
@@ -19253,7 +18964,9 @@ class CloreClient(HTTPClient):
         Parameters:
             count: the number of servers.
             *filters, **options: as for :meth:`rent`; ``attempts``, ``max_hours`` and
-                ``max_cost_usd`` count for each rental.
+                ``max_cost_usd`` count for each rental. ``on_progress`` is called in the threads of
+                the rentals, one call at a time; the text of each event names the server or the
+                order. An exception that it raises ends all rentals, and is raised.
             min_count: how many must run; default all.
 
         Returns:
@@ -19511,6 +19224,7 @@ class CloreClient(HTTPClient):
         Raises:
             SpotPriceTooSoonError: with ``wait=False``, the bid was lowered too soon before.
             BidTooLowError: the target is lower than the host accepts.
+            RateUnknownError: the API does not tell the current bid in USD; no bid was sent.
             OrderEndedError, OrderNotFoundError: there is no such active order.
 
         Example:
