@@ -150,7 +150,7 @@ def estimate(
 ) -> CostEstimate:
     """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
     rate = listed_rate(server, currency) or market.data.rates.rate(currency)
-    price = spot_price if spot_price is not None else price_in(server, False, spot, currency)
+    price = spot_price if spot_price is not None else price_in(server, spot, currency)
     fraction, creation_usd = _fees(market.fees(), spot, currency, rate)
     base = None if price is None else price * hours
     fee = None if base is None else base * fraction

@@ -52,6 +52,10 @@ def test_the_last_filter_and_the_cheapest_of_its_servers() -> None:
     )
     got = report(servers, "RTX 4090", 0.1, include_fees=True)
     assert got.cheapest_usd_per_hour == pytest.approx(0.2625)
+    got = report([server(1, ["RTX 3090"], usd=2.4), server(2, rented=True, usd=6)], "RTX 4090")
+    assert got.left_out == [("gpu_type='RTX 4090'", 1), ("being rented", 1)]
+    assert got.cheapest_usd_per_hour == 0.25
+    assert report([server(1, ["RTX 3090"])], "RTX 4090").cheapest_usd_per_hour is None
     got = report([server(1, usd=3), server(2, usd=2.4)], where=lambda found: False)
     assert (got.left_out, got.cheapest_usd_per_hour) == ([("where", 2)], pytest.approx(0.1))
 
