@@ -19,7 +19,6 @@ from clore_client.models.server import (
     gpu_names,
     nominal_vram,
     price_in,
-    to_server,
     version_parts,
 )
 from clore_client.pricing import per_gpu, published_fee, with_fee, without_fee
@@ -159,15 +158,15 @@ class Search:
 
     def run(self, marketplace: Marketplace) -> tuple[list[Server], SearchReport]:
         """Return the servers that fit, sorted, and a report on the others."""
-        report, live = SearchReport(len(marketplace)), marketplace.live
+        report = SearchReport(len(marketplace))
         places = self._with_gpu(self._with_id(marketplace, report), marketplace, report)
         free = [place for place in places if not marketplace.rented[place]]
         report.add(RENTED, len(places) - len(free))
-        checks = self._checks(live)
+        checks = self._checks(marketplace.live)
         left_out = [0] * (len(checks) + 1)
         fitting = []
         for place in free:
-            server = to_server(marketplace[place], live)
+            server = marketplace[place]
             failed = _first_failed(checks, server)
             left_out[failed] += 1
             if failed == len(checks):
@@ -179,7 +178,7 @@ class Search:
         report.found = len(found)
         if not found and places:
             last = max((n for n, count in enumerate(left_out) if count), default=None)
-            servers = (to_server(marketplace[place], live) for place in free or places)
+            servers = (marketplace[place] for place in free or places)
             dropped = (s for s in servers if last is None or _first_failed(checks, s) == last)
             report.cheapest_usd_per_hour = self._lowest(dropped)
         return self._sorted(found)[: self._filters.get("limit")], report

@@ -99,21 +99,6 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
     return None
 
 
-def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None:
-    """Return the price of a server in USD per hour, or None if it has no price above 0."""
-    price = record.get("price")
-    if not isinstance(price, dict):
-        return None
-    if spot:
-        given = _live_spot_per_day(price) if live else part_of(price, "usd", "spot")
-    else:
-        usd = price.get("usd")
-        given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
-    amount = positive(given)
-    # A very small number becomes 0, which does not count as a price.
-    return amount / HOURS_PER_DAY or None if live and amount else amount
-
-
 def price_in(server: Server, spot: bool, currency: str | None) -> float | None:
     """Return the price in USD per hour when paid in ``currency``, or None if there is none.
 
@@ -130,7 +115,7 @@ def price_in(server: Server, spot: bool, currency: str | None) -> float | None:
     elif currency is not None:
         price = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
     # The documented form has one price for all currencies.
-    return price or server_price(server, live=False, spot=spot)
+    return price or (server.spot_usd_per_hour if spot else server.usd_per_hour)
 
 
 def on_demand_usd(server: Server, currency: str) -> float | None:
@@ -277,12 +262,12 @@ class Server(GPURecord):
     @property
     def usd_per_hour(self) -> float | None:
         """The on-demand price in USD per hour, without fees."""
-        return server_price(self, live=False, spot=False)
+        return positive(part_of(self, "price", "usd", "on_demand_clore"))
 
     @property
     def spot_usd_per_hour(self) -> float | None:
         """The lowest spot bid that the host accepts, in USD per hour, without fees."""
-        return server_price(self, live=False, spot=True)
+        return positive(part_of(self, "price", "usd", "spot"))
 
     @property
     def usd_per_gpu_hour(self) -> float | None:
@@ -390,7 +375,7 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
     if isinstance(price, dict):
         usd = price.get("usd")
         hourly = {k: per_hour(v) for k, v in usd.items()} if isinstance(usd, dict) else {}
-        hourly["spot"] = server_price(record, live, spot=True)
+        hourly["spot"] = positive(per_hour(_live_spot_per_day(price)))
         server["price"] = {**price, "usd": hourly}
     return server
 
@@ -433,16 +418,15 @@ class Marketplace:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record: dict[str, Any] = self._servers[self._places[index]]
-        return record
+    def __getitem__(self, index: int) -> Server:
+        return to_server(self._servers[self._places[index]], self.live)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield each server as the API sent it."""
-        return (record for record in self._servers if isinstance(record, dict))
+    def __iter__(self) -> Iterator[Server]:
+        return map(self.__getitem__, range(len(self)))
 
     def _add_price(self, record: dict[str, Any]) -> None:
-        usd, server_id = server_price(record, self.live, spot=False), self.ids[-1]
+        given, server_id = part_of(record, "price", "usd", "on_demand_clore"), self.ids[-1]
+        usd = positive(per_hour(given) if self.live else given)
         if usd is None or server_id is None:
             return
         self.prices[server_id] = usd
@@ -455,11 +439,7 @@ class Marketplace:
 
     def servers(self, *, include_rented: bool = False) -> list[Server]:
         """Return the servers in the documented form, in the API's order."""
-        return [
-            to_server(record, self.live)
-            for record in self
-            if include_rented or not record.get("rented")
-        ]
+        return [self[n] for n, rented in enumerate(self.rented) if include_rented or not rented]
 
 
 def _is_live_server(record: Any) -> bool:
