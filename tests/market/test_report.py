@@ -220,8 +220,9 @@ def test_servers_stay_in_json_only_in_a_listing_that_is_fine() -> None:
     assert response["my_servers"] == [5]
     long = good.replace(b"null", b'{"x": "' + b"x" * 9000 + b'"}')
     assert isinstance(retry.decode_servers(long)["servers"], RawRecords)
-    for body in (good.replace(b"0", b"5"), good.replace(b"[{", b"{").replace(b"l]", b"l"), b"[]",
-                 good.replace(b"null", b"1" * 5000), b'{"code": 0}'):  # fmt: skip
+    others = [good.replace(b"0", code) for code in (b"5", b"0.0", b"false", b"null")]
+    others += [good.replace(b"[{", b"{").replace(b"l]", b"l"), good.replace(b"null", b"1" * 5000)]
+    for body in (*others, b'{"code": 0}', b"[]"):
         assert retry.decode_servers(body) == retry.decode_json(body)
 
 
