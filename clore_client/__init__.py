@@ -41,7 +41,6 @@ from clore_client.errors import (
     UnknownOrderError,
     WaitTimeoutError,
 )
-from clore_client.market.search import SearchReport
 from clore_client.models.order import Order
 from clore_client.models.record import Wallet
 from clore_client.models.server import Server
@@ -49,6 +48,7 @@ from clore_client.progress import ProgressEvent
 from clore_client.version import __version__
 
 if TYPE_CHECKING:
+    from clore_client.market.search import SearchReport
     from clore_client.market.spot import SpotMarket, SpotOffer
     from clore_client.market.summary import CostEstimate, ModelSummary
     from clore_client.models.listing import OrderList, ServerList, WalletList
@@ -132,6 +132,7 @@ _LAZY_NAMES = {
     "OutputLine": "models.result",
     "Rental": "rental.rental",
     "RentalGroup": "rental.group",
+    "SearchReport": "market.search",
     "ServerList": "models.listing",
     "SignalExit": "rental.signals",
     "SpotMarket": "market.spot",

@@ -23,7 +23,6 @@ from clore_client.errors import (
 )
 from clore_client.market.host_history import HostHistory
 from clore_client.market.market import Market
-from clore_client.market.search import Search
 from clore_client.models.order import Order
 from clore_client.models.record import to_wallets
 from clore_client.models.server import Server
@@ -420,6 +419,7 @@ class CloreClient(HTTPClient):
             >>> found[0].gpu_name, found[0].usd_per_gpu_hour
             ('RTX 4090', 0.125)
         """
+        from clore_client.market.search import Search
         from clore_client.models.listing import ServerList
 
         search = Search(gpu_type, max_price_usd, min_reliability, use_spot, filters)
@@ -941,6 +941,7 @@ class CloreClient(HTTPClient):
             >>> with client.rent("RTX 4090", max_price_usd=0.40, max_hours=2) as rental:
             ...     print(rental.run("nvidia-smi -L").stdout)
         """
+        from clore_client.market.search import Search
         from clore_client.rental.rental import Rental
         from clore_client.rental.selection import RentalSettings
 

@@ -212,7 +212,7 @@ def decode_json(text: Any) -> Any:
     if msgspec := fast_json():
         try:
             return msgspec.json.decode(text)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, msgspec.MsgspecError):
             pass  # it refuses some numbers and lone surrogates that json accepts
     try:
         return json.loads(bytes(text))
@@ -231,9 +231,9 @@ def decode_servers(body: bytes) -> Any:
             for server in servers:  # msgspec has checked them, except for UTF-8 and long numbers
                 if len(str(server, "utf-8")) > MAX_DIGITS:
                     msgspec.json.decode(server)
-            if decoded["code"] == 0:
+            if bytes(fields["code"]) == b"0":
                 return {**decoded, "servers": RawRecords(servers, decode_json)}
-        except (ValueError, RecursionError, KeyError):
+        except (ValueError, RecursionError, KeyError, msgspec.MsgspecError):
             pass
     return decode_json(body)
 

@@ -10,9 +10,7 @@ from typing import Any, TypedDict
 
 from clore_client.errors import printable
 from clore_client.log import logger
-from clore_client.models.record import part_of, whole_id
-from clore_client.models.server import Server, cpu_cores, disk_size, nominal_vram, version_parts
-from clore_client.pricing import finite, positive
+from clore_client.models.server import Server, version_parts
 from clore_client.validation import (
     check_bool,
     check_callback,
@@ -72,20 +70,19 @@ class SearchFilters(ServerFilters, total=False):
     currency: str | None
 
 
-# The filters that compare a number (or a version) of a server with a minimum.
-MINIMUMS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "min_vram_gb": nominal_vram,
-    "min_cuda": lambda record: version_parts(record.get("cuda_version")),
-    "min_ram_gb": lambda record: positive(part_of(record, "specs", "ram")),
-    "min_cpu_cores": cpu_cores,
-    "min_disk_gb": disk_size,
-    "min_disk_mbps": lambda record: positive(part_of(record, "specs", "disk_speed")),
-    "min_download_mbps": lambda record: positive(part_of(record, "specs", "net", "down")),
-    "min_upload_mbps": lambda record: positive(part_of(record, "specs", "net", "up")),
-    "min_pcie_width": lambda record: positive(part_of(record, "specs", "pcie_width")),
-    "min_rating": lambda record: finite(part_of(record, "rating", "avg")),
-    "min_ratings": lambda record: whole_id(part_of(record, "rating", "cnt")),
-    "min_rental_hours": lambda record: positive(record.get("mrl")),
+# The filters that compare a property of a server with a minimum.
+MINIMUMS = {
+    "min_reliability": "reliability",
+    "min_ram_gb": "ram_gb",
+    "min_cpu_cores": "cpu_cores",
+    "min_disk_gb": "disk_gb",
+    "min_disk_mbps": "disk_mbps",
+    "min_download_mbps": "download_mbps",
+    "min_upload_mbps": "upload_mbps",
+    "min_pcie_width": "pcie_width",
+    "min_rating": "rating",
+    "min_ratings": "rating_count",
+    "min_rental_hours": "max_rental_hours",
 }
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from clore_client.api.request import limited
 from clore_client.errors import CloreError, RateUnknownError
 from clore_client.log import logger
-from clore_client.market.search import Search, SearchReport
 from clore_client.models.record import is_live
-from clore_client.models.server import Marketplace, Server, to_server
+from clore_client.models.server import Marketplace, Server
 from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, positive
+
+if TYPE_CHECKING:
+    from clore_client.market.search import Search, SearchReport
 
 # A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
@@ -169,7 +171,7 @@ class Market:
         marketplace = self.read()
         if server_id not in marketplace.ids:
             return None
-        return to_server(marketplace[marketplace.ids.index(server_id)], marketplace.live)
+        return marketplace[marketplace.ids.index(server_id)]
 
     def get_server(self, server_id: int) -> Server:
         """Return a server, rented or not.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from clore_client.errors import add_note, printable
 from clore_client.log import logger
 from clore_client.market.filters import MINIMUMS, check_filters, matching_names, nearest_models
-from clore_client.models.record import part_of, whole_id
 from clore_client.models.server import (
     Marketplace,
     Server,
@@ -19,13 +19,12 @@ from clore_client.models.server import (
     gpu_names,
     nominal_vram,
     price_in,
-    server_reliability,
-    to_server,
+    version_parts,
 )
 from clore_client.pricing import per_gpu, published_fee, with_fee, without_fee
 from clore_client.validation import check_bool, check_number, check_optional_number, check_string
 
-Check = Callable[[dict[str, Any]], bool]
+Check = Callable[[Server], bool]
 
 RENTED = "being rented"  # the name of a filter that is always on
 LONGEST_LABEL = 200  # characters of a filter in a report
@@ -136,9 +135,9 @@ class Search:
 
     def price(self, server: Server) -> float | None:
         """Return the price of a server in USD per hour, without fees; None if it has none."""
-        return price_in(server, live=False, spot=self.spot, currency=self.currency)
+        return price_in(server, self.spot, self.currency)
 
-    def price_limit(self, server: dict[str, Any]) -> float | None:
+    def price_limit(self, server: Server) -> float | None:
         """Return the highest price of a server in USD per hour, without fees; None for no limit."""
         limit, each = self.max_price_usd, self._filters.get("max_price_per_gpu_usd")
         if each is not None:
@@ -147,7 +146,7 @@ class Search:
             limit = without_fee(limit, self.fee)
         return limit
 
-    def gpu_count(self, server: dict[str, Any]) -> int:
+    def gpu_count(self, server: Server) -> int:
         """Return the number of GPUs that match; in a mixed rig, others do not count."""
         if self.models is None:
             return count_gpus(server) or 0
@@ -159,27 +158,29 @@ class Search:
 
     def run(self, marketplace: Marketplace) -> tuple[list[Server], SearchReport]:
         """Return the servers that fit, sorted, and a report on the others."""
-        report, live = SearchReport(len(marketplace)), marketplace.live
+        report = SearchReport(len(marketplace))
         places = self._with_gpu(self._with_id(marketplace, report), marketplace, report)
-        checks = self._checks(live)
+        free = [place for place in places if not marketplace.rented[place]]
+        report.add(RENTED, len(places) - len(free))
+        checks = self._checks(marketplace.live)
         left_out = [0] * (len(checks) + 1)
         fitting = []
-        for place in places:
-            record = marketplace[place]
-            failed = _first_failed(checks, record)
+        for place in free:
+            server = marketplace[place]
+            failed = _first_failed(checks, server)
             left_out[failed] += 1
             if failed == len(checks):
-                fitting.append(to_server(record, live))
+                fitting.append(server)
         for (label, _), count in zip(checks, left_out, strict=False):
             report.add(label, count)
         found = self._where(fitting)
         report.add("where", len(fitting) - len(found))
         report.found = len(found)
         if not found and places:
-            last = max(n for n, count in enumerate(left_out) if count)
-            records = (marketplace[place] for place in places)
-            dropped = (r for r in records if _first_failed(checks, r) == last)
-            report.cheapest_usd_per_hour = self._lowest(dropped, live)
+            last = max((n for n, count in enumerate(left_out) if count), default=None)
+            servers = (marketplace[place] for place in free or places)
+            dropped = (s for s in servers if last is None or _first_failed(checks, s) == last)
+            report.cheapest_usd_per_hour = self._lowest(dropped)
         return self._sorted(found)[: self._filters.get("limit")], report
 
     def _with_id(self, marketplace: Marketplace, report: SearchReport) -> Sequence[int]:
@@ -207,47 +208,49 @@ class Search:
 
     def _checks(self, live: bool) -> list[tuple[str, Check]]:
         """Return the filters that are set, cheap ones first and the price limits last."""
-        makers: dict[str, Callable[[str, Any, bool], Check]] = {
-            "min_reliability": self._minimum_check,
+        makers: dict[str, Callable[[str, Any], Check]] = {
             **dict.fromkeys(("exclude_servers", "exclude_owners"), _excluded_check),
-            "currency": lambda name, coin, live: lambda record: accepts(record, live, coin),
+            "currency": lambda name, coin: lambda server: accepts(server, live, coin),
             **dict.fromkeys(("countries", "exclude_countries"), _country_check),
-            "gpu_count": lambda name, n, live: lambda record: self.gpu_count(record) == n,
-            **dict.fromkeys(("min_gpu_count", "min_total_vram_gb", *MINIMUMS), self._minimum_check),
+            "gpu_count": lambda name, count: lambda server: self.gpu_count(server) == count,
+            **dict.fromkeys(self._numbers(), self._minimum_check),
             **dict.fromkeys(("max_price_per_gpu_usd", "max_price_usd"), self._price_check),
         }
-        checks: list[tuple[str, Check]] = [(RENTED, lambda record: not record.get("rented"))]
+        checks: list[tuple[str, Check]] = []
         for name, make in makers.items():
             if name in self._filters:
-                check = make(name, self._filters[name], live)
+                check = make(name, self._filters[name])
                 checks.append((_label(name, self._given[name]), check))
         return checks
 
-    def _minimum_check(self, name: str, least: Any, live: bool) -> Check:
-        numbers: dict[str, Callable[[dict[str, Any]], Any]] = {
-            "min_reliability": lambda record: server_reliability(record, live),
+    def _numbers(self) -> dict[str, Callable[[Server], Any]]:
+        """Return what each filter for a minimum compares; None is less than any minimum."""
+        return {
+            **{name: attrgetter(field) for name, field in MINIMUMS.items()},
             "min_gpu_count": self.gpu_count,
-            "min_total_vram_gb": lambda r: (nominal_vram(r) or 0.0) * self.gpu_count(r),
-            **MINIMUMS,
+            "min_vram_gb": nominal_vram,
+            "min_total_vram_gb": lambda s: (nominal_vram(s) or 0.0) * self.gpu_count(s),
+            "min_cuda": lambda s: version_parts(s.get("cuda_version")),
         }
-        number = numbers[name]
 
-        def check(record: dict[str, Any]) -> bool:
-            value = number(record)
+    def _minimum_check(self, name: str, least: Any) -> Check:
+        number = self._numbers()[name]
+
+        def check(server: Server) -> bool:
+            value = number(server)
             return value is not None and value >= least
 
         return check
 
-    def _price_check(self, name: str, limit: float, live: bool) -> Check:
+    def _price_check(self, name: str, limit: float) -> Check:
         factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
-        highest, spot, currency = limit * ROUNDING_UP, self.spot, self.currency
-        each = name == "max_price_per_gpu_usd"
+        highest, each = limit * ROUNDING_UP, name == "max_price_per_gpu_usd"
 
-        def check(record: dict[str, Any]) -> bool:
-            price = price_in(record, live, spot, currency)
+        def check(server: Server) -> bool:
+            price = self.price(server)
             if price is None:
                 return False
-            return price * factor <= highest * (self.gpu_count(record) if each else 1)
+            return price * factor <= highest * (self.gpu_count(server) if each else 1)
 
         return check
 
@@ -255,8 +258,8 @@ class Search:
         where = self._filters.get("where")
         return servers if where is None else [s for s in servers if _call("where", where, s)]
 
-    def _lowest(self, records: Any, live: bool) -> float | None:
-        prices = (price_in(record, live, self.spot, self.currency) for record in records)
+    def _lowest(self, servers: Iterable[Server]) -> float | None:
+        prices = (self.price(server) for server in servers)
         lowest = min((price for price in prices if price is not None), default=None)
         fees = lowest is not None and self._filters.get("include_fees")
         return with_fee(lowest, self.fee) if fees and lowest is not None else lowest
@@ -277,30 +280,27 @@ class Search:
         return sorted(by_price, key=key)
 
 
-def _country_check(name: str, codes: frozenset[str], live: bool) -> Check:
+def _country_check(name: str, codes: frozenset[str]) -> Check:
     allowed = name == "countries"
 
-    def check(record: dict[str, Any]) -> bool:
-        code = part_of(record, "specs", "net", "cc")
-        return isinstance(code, str) and bool(code) and (code.upper() in codes) is allowed
+    def check(server: Server) -> bool:
+        return server.country is not None and (server.country.upper() in codes) is allowed
 
     return check
 
 
-def _excluded_check(name: str, ids: frozenset[int], live: bool) -> Check:
-    field = "id" if name == "exclude_servers" else "owner"
-
-    def check(record: dict[str, Any]) -> bool:
-        number = whole_id(record.get(field))
+def _excluded_check(name: str, ids: frozenset[int]) -> Check:
+    def check(server: Server) -> bool:
+        number = server.id if name == "exclude_servers" else server.owner_id
         return number is not None and number not in ids
 
     return check
 
 
-def _first_failed(checks: list[tuple[str, Check]], record: dict[str, Any]) -> int:
+def _first_failed(checks: list[tuple[str, Check]], server: Server) -> int:
     """Return the index of the first check that a server does not pass, or their number."""
     for index, (_, check) in enumerate(checks):
-        if not check(record):
+        if not check(server):
             return index
     return len(checks)
 

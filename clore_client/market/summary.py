@@ -10,10 +10,8 @@ from clore_client.models.record import part_of
 from clore_client.models.server import (
     Marketplace,
     Server,
-    count_gpus,
     listed_rate,
     price_in,
-    server_price,
 )
 from clore_client.pricing import (
     CREATION_FEE,
@@ -58,11 +56,12 @@ class _Model:
         self.servers_free += free
         self.gpus_free += count * free
 
-    def add_prices(self, record: dict[str, Any], live: bool, count: int) -> None:
-        for spot in (False, True):
-            price = server_price(record, live, spot)
-            if price is not None:
-                self.prices[spot].append(price / count)
+    def add_prices(self, server: Server, count: int) -> None:
+        for prices, usd in zip(
+            self.prices, (server.usd_per_hour, server.spot_usd_per_hour), strict=True
+        ):
+            if usd is not None:
+                prices.append(usd / count)
 
 
 def summarize(
@@ -76,17 +75,17 @@ def summarize(
         include_fees: add the published fees to the prices.
     """
     models, spellings = dict[str, _Model](), Counter[str]()
-    for names, record in zip(marketplace.gpus, marketplace, strict=True):
+    for names, server in zip(marketplace.gpus, marketplace, strict=True):
         spellings.update(set(names))
-        free = not record.get("rented")
+        free = not server.rented
         folded = [fold_name(name) for name in names]
         for name in set(folded):
             model = models.setdefault(name, _Model())
             count = folded.count(name)
             if count == len(folded):  # not a mixed rig
-                count = count_gpus(record) or count
+                count = server.gpu_count or count
                 if free or include_rented:
-                    model.add_prices(record, marketplace.live, count)
+                    model.add_prices(server, count)
             model.add(count, free)
     shown = common_spellings(spellings)
     rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
@@ -150,7 +149,7 @@ def estimate(
 ) -> CostEstimate:
     """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
     rate = listed_rate(server, currency) or market.data.rates.rate(currency)
-    price = spot_price if spot_price is not None else price_in(server, False, spot, currency)
+    price = spot_price if spot_price is not None else price_in(server, spot, currency)
     fraction, creation_usd = _fees(market.fees(), spot, currency, rate)
     base = None if price is None else price * hours
     fee = None if base is None else base * fraction

@@ -29,9 +29,9 @@ def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
     """
     models: dict[str, Points] = {}
     for server in servers:
-        price, count, reliability = server.usd_per_hour, server.gpu_count, server.reliability
-        if server.gpu_name and price and count and reliability is not None:
-            models.setdefault(server.gpu_name, []).append((reliability, price / count))
+        price, reliability = server.usd_per_gpu_hour, server.reliability
+        if server.gpu_name and price and reliability is not None:
+            models.setdefault(server.gpu_name, []).append((reliability, price))
     return dict(sorted(models.items(), key=lambda item: -len(item[1])))
 
 

@@ -99,45 +99,28 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
     return None
 
 
-def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None:
-    """Return the price of a server in USD per hour, or None if it has no price above 0."""
-    price = record.get("price")
-    if not isinstance(price, dict):
-        return None
-    if spot:
-        given = _live_spot_per_day(price) if live else part_of(price, "usd", "spot")
-    else:
-        usd = price.get("usd")
-        given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
-    amount = positive(given)
-    # A very small number becomes 0, which does not count as a price.
-    return amount / HOURS_PER_DAY or None if live and amount else amount
-
-
-def price_in(record: dict[str, Any], live: bool, spot: bool, currency: str | None) -> float | None:
+def price_in(server: Server, spot: bool, currency: str | None) -> float | None:
     """Return the price in USD per hour when paid in ``currency``, or None if there is none.
 
     Parameters:
-        record: the server, in either form.
-        live: whether it is in the live form.
+        server: the server.
         spot: return the lowest spot bid that the host accepts.
         currency: the API's name; None takes the price that the reference page names.
     """
-    if currency is None:
-        return server_price(record, live, spot)
-    if spot:
+    price = None
+    if currency is not None and spot:
         # Always per day: only the live form has this field.
-        stated = positive(part_of(record, "price", "original_usd", currency, "spot"))
-        return stated / HOURS_PER_DAY if stated else server_price(record, live, spot=True)
-    own = positive(part_of(record, "price", "usd", _USD_FIELDS.get(currency, "")))
-    if own is None:  # the documented form has one price for all currencies
-        return server_price(record, live, spot=False)
-    return own / HOURS_PER_DAY if live else own
+        per_day = positive(part_of(server, "price", "original_usd", currency, "spot"))
+        price = per_day and per_day / HOURS_PER_DAY
+    elif currency is not None:
+        price = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
+    # The documented form has one price for all currencies.
+    return price or (server.spot_usd_per_hour if spot else server.usd_per_hour)
 
 
 def on_demand_usd(server: Server, currency: str) -> float | None:
     """Return the on-demand price in USD per hour when paid in ``currency`` (the API's name)."""
-    return price_in(server, live=False, spot=False, currency=currency)
+    return price_in(server, spot=False, currency=currency)
 
 
 def amount_per_hour(server: Server, spot: bool, currency: str) -> float | None:
@@ -167,32 +150,10 @@ def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
     return not live or positive(part_of(record, "price", "on_demand", currency)) is not None
 
 
-def server_reliability(record: dict[str, Any], live: bool) -> float | None:
-    """Return the reliability of a server, 0 to 100; the live form has 0 to 1."""
-    number = finite(record.get("reliability"))
-    if number is None:
-        return None
-    # Without rounding, 0.9731 * 100 is not 97.31.
-    return round(number * 100.0, 9) if live else number
-
-
-def cpu_cores(record: dict[str, Any]) -> int | None:
-    """Return the number of CPU cores, from ``"16/32"`` (cores and threads), or None."""
-    text = part_of(record, "specs", "cpus")
-    return _parse_cores(text[:LONGEST_TEXT]) if isinstance(text, str) else None
-
-
 @functools.lru_cache(maxsize=1024)
 def _parse_cores(text: str) -> int | None:
     match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text)
     return int(match[1]) or None if match else None
-
-
-def disk_size(record: dict[str, Any]) -> float | None:
-    """Return the size of the disk in GB, from the last number of its description, or None."""
-    text = part_of(record, "specs", "disk")
-    sizes = re.findall(_DISK_SIZE, text) if isinstance(text, str) else []
-    return positive(float(sizes[-1])) if sizes else None
 
 
 def version_parts(version: Any) -> tuple[int, int] | None:
@@ -301,12 +262,12 @@ class Server(GPURecord):
     @property
     def usd_per_hour(self) -> float | None:
         """The on-demand price in USD per hour, without fees."""
-        return server_price(self, live=False, spot=False)
+        return positive(part_of(self, "price", "usd", "on_demand_clore"))
 
     @property
     def spot_usd_per_hour(self) -> float | None:
         """The lowest spot bid that the host accepts, in USD per hour, without fees."""
-        return server_price(self, live=False, spot=True)
+        return positive(part_of(self, "price", "usd", "spot"))
 
     @property
     def usd_per_gpu_hour(self) -> float | None:
@@ -341,7 +302,8 @@ class Server(GPURecord):
     @property
     def disk_gb(self) -> float | None:
         """The size of the disk in GB, from the last number of its description."""
-        return disk_size(self)
+        sizes = re.findall(_DISK_SIZE, text_of(self, "specs", "disk") or "")
+        return positive(float(sizes[-1])) if sizes else None
 
     @property
     def disk_mbps(self) -> float | None:
@@ -361,7 +323,8 @@ class Server(GPURecord):
     @property
     def cpu_cores(self) -> int | None:
         """The number of CPU cores; the number of threads is usually twice as high."""
-        return cpu_cores(self)
+        text = text_of(self, "specs", "cpus")
+        return None if text is None else _parse_cores(text[:LONGEST_TEXT])
 
     @property
     def pcie_width(self) -> float | None:
@@ -406,13 +369,13 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
     server["gpu_array"] = gpu_names(record)
     if not live:
         return server
-    if (reliability := server_reliability(record, live)) is not None:
-        server["reliability"] = reliability
+    if (fraction := finite(record.get("reliability"))) is not None:
+        server["reliability"] = round(fraction * 100.0, 9)  # 0.9731 * 100 is not 97.31
     price = record.get("price")
     if isinstance(price, dict):
         usd = price.get("usd")
         hourly = {k: per_hour(v) for k, v in usd.items()} if isinstance(usd, dict) else {}
-        hourly["spot"] = server_price(record, live, spot=True)
+        hourly["spot"] = positive(per_hour(_live_spot_per_day(price)))
         server["price"] = {**price, "usd": hourly}
     return server
 
@@ -427,6 +390,7 @@ class Marketplace:
         live: whether the response is in the live form.
         ids: the id of each server, or None.
         gpus: the GPU names of each server.
+        rented: whether each server is rented.
         prices: the on-demand price in USD per hour by server id.
         rates: USD for one unit of each currency, as the prices of a server imply.
     """
@@ -438,6 +402,7 @@ class Marketplace:
         self._places: list[int] = []  # of the servers among other things in the list
         self.ids: list[int | None] = []
         self.gpus: list[tuple[str, ...]] = []
+        self.rented: list[bool] = []
         self.prices: dict[int, float] = {}
         self.rates: dict[str, float] = {}
         same: dict[tuple[str, ...], tuple[str, ...]] = {}  # so that equal names are kept once
@@ -447,21 +412,21 @@ class Marketplace:
                 self.ids.append(whole_id(record.get("id")))
                 names = tuple(gpu_names(record))
                 self.gpus.append(same.setdefault(names, names))
+                self.rented.append(bool(record.get("rented")))
                 self._add_price(record)
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record: dict[str, Any] = self._servers[self._places[index]]
-        return record
+    def __getitem__(self, index: int) -> Server:
+        return to_server(self._servers[self._places[index]], self.live)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield each server as the API sent it."""
-        return (record for record in self._servers if isinstance(record, dict))
+    def __iter__(self) -> Iterator[Server]:
+        return map(self.__getitem__, range(len(self)))
 
     def _add_price(self, record: dict[str, Any]) -> None:
-        usd, server_id = server_price(record, self.live, spot=False), self.ids[-1]
+        given, server_id = part_of(record, "price", "usd", "on_demand_clore"), self.ids[-1]
+        usd = positive(per_hour(given) if self.live else given)
         if usd is None or server_id is None:
             return
         self.prices[server_id] = usd
@@ -474,11 +439,7 @@ class Marketplace:
 
     def servers(self, *, include_rented: bool = False) -> list[Server]:
         """Return the servers in the documented form, in the API's order."""
-        return [
-            to_server(record, self.live)
-            for record in self
-            if include_rented or not record.get("rented")
-        ]
+        return [self[n] for n, rented in enumerate(self.rented) if include_rented or not rented]
 
 
 def _is_live_server(record: Any) -> bool:

@@ -52,6 +52,10 @@ def test_the_last_filter_and_the_cheapest_of_its_servers() -> None:
     )
     got = report(servers, "RTX 4090", 0.1, include_fees=True)
     assert got.cheapest_usd_per_hour == pytest.approx(0.2625)
+    got = report([server(1, ["RTX 3090"], usd=2.4), server(2, rented=True, usd=6)], "RTX 4090")
+    assert got.left_out == [("gpu_type='RTX 4090'", 1), ("being rented", 1)]
+    assert got.cheapest_usd_per_hour == 0.25
+    assert report([server(1, ["RTX 3090"])], "RTX 4090").cheapest_usd_per_hour is None
     got = report([server(1, usd=3), server(2, usd=2.4)], where=lambda found: False)
     assert (got.left_out, got.cheapest_usd_per_hour) == ([("where", 2)], pytest.approx(0.1))
 
@@ -216,8 +220,9 @@ def test_servers_stay_in_json_only_in_a_listing_that_is_fine() -> None:
     assert response["my_servers"] == [5]
     long = good.replace(b"null", b'{"x": "' + b"x" * 9000 + b'"}')
     assert isinstance(retry.decode_servers(long)["servers"], RawRecords)
-    for body in (good.replace(b"0", b"5"), good.replace(b"[{", b"{").replace(b"l]", b"l"), b"[]",
-                 good.replace(b"null", b"1" * 5000), b'{"code": 0}'):  # fmt: skip
+    others = [good.replace(b"0", code) for code in (b"5", b"0.0", b"false", b"null")]
+    others += [good.replace(b"[{", b"{").replace(b"l]", b"l"), good.replace(b"null", b"1" * 5000)]
+    for body in (*others, b'{"code": 0}', b"[]"):
         assert retry.decode_servers(body) == retry.decode_json(body)
 
 

@@ -337,6 +337,15 @@ def properties_of(record: Any) -> None:
     record.copy()
 
 
+def test_a_price_that_is_too_small_is_no_price() -> None:
+    tiny = changed(LIVE_SERVER, price={"usd": {"on_demand_clore": 5e-324}, "on_demand": {},
+                                       "original_usd": {"bitcoin": {"spot": 5e-324}}})  # fmt: skip
+    marketplace = Marketplace({"servers": [tiny]})
+    assert marketplace.prices == {}
+    assert marketplace[0]["price"]["usd"]["spot"] is None
+    assert marketplace[0].usd_per_hour is None
+
+
 @given(st.lists(damaged(LIVE_SERVER) | values, max_size=4), st.booleans())
 def test_no_marketplace_raises(records: list[Any], spot: bool) -> None:
     before = repr(records)
