@@ -55,10 +55,10 @@ Contents:
     market.filters              The filters of a search: their checks, the groups of countries, the
                                 names of GPUs.
     market.host_history         Remember for a day which hosts worked, and which disappointed.
-    market.search               Search a listing: apply all filters in one pass, sort, and explain
-                                what was left out.
     market.market               Read the marketplace, keep its prices and exchange rates, and
                                 convert bids.
+    market.search               Search a listing: apply all filters in one pass, sort, and explain
+                                what was left out.
     market.spot                 The spot market of a server: its offers, and a bid that would win.
     market.summary              Summarize the marketplace by GPU model, and estimate what a rental
                                 costs.
@@ -189,6 +189,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import lru_cache, partial
+from operator import attrgetter
 from pathlib import Path
 from ssl import SSLCertVerificationError
 from types import FrameType, SimpleNamespace, TracebackType
@@ -2201,45 +2202,28 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
     return None
 
 
-def server_price(record: dict[str, Any], live: bool, spot: bool) -> float | None:
-    """Return the price of a server in USD per hour, or None if it has no price above 0."""
-    price = record.get("price")
-    if not isinstance(price, dict):
-        return None
-    if spot:
-        given = _live_spot_per_day(price) if live else part_of(price, "usd", "spot")
-    else:
-        usd = price.get("usd")
-        given = usd.get("on_demand_clore") if isinstance(usd, dict) else None
-    amount = positive(given)
-    # A very small number becomes 0, which does not count as a price.
-    return amount / HOURS_PER_DAY or None if live and amount else amount
-
-
-def price_in(record: dict[str, Any], live: bool, spot: bool, currency: str | None) -> float | None:
+def price_in(server: Server, spot: bool, currency: str | None) -> float | None:
     """Return the price in USD per hour when paid in ``currency``, or None if there is none.
 
     Parameters:
-        record: the server, in either form.
-        live: whether it is in the live form.
+        server: the server.
         spot: return the lowest spot bid that the host accepts.
         currency: the API's name; None takes the price that the reference page names.
     """
-    if currency is None:
-        return server_price(record, live, spot)
-    if spot:
+    price = None
+    if currency is not None and spot:
         # Always per day: only the live form has this field.
-        stated = positive(part_of(record, "price", "original_usd", currency, "spot"))
-        return stated / HOURS_PER_DAY if stated else server_price(record, live, spot=True)
-    own = positive(part_of(record, "price", "usd", _USD_FIELDS.get(currency, "")))
-    if own is None:  # the documented form has one price for all currencies
-        return server_price(record, live, spot=False)
-    return own / HOURS_PER_DAY if live else own
+        per_day = positive(part_of(server, "price", "original_usd", currency, "spot"))
+        price = per_day and per_day / HOURS_PER_DAY
+    elif currency is not None:
+        price = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
+    # The documented form has one price for all currencies.
+    return price or (server.spot_usd_per_hour if spot else server.usd_per_hour)
 
 
 def on_demand_usd(server: Server, currency: str) -> float | None:
     """Return the on-demand price in USD per hour when paid in ``currency`` (the API's name)."""
-    return price_in(server, live=False, spot=False, currency=currency)
+    return price_in(server, spot=False, currency=currency)
 
 
 def amount_per_hour(server: Server, spot: bool, currency: str) -> float | None:
@@ -2269,32 +2253,10 @@ def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
     return not live or positive(part_of(record, "price", "on_demand", currency)) is not None
 
 
-def server_reliability(record: dict[str, Any], live: bool) -> float | None:
-    """Return the reliability of a server, 0 to 100; the live form has 0 to 1."""
-    number = finite(record.get("reliability"))
-    if number is None:
-        return None
-    # Without rounding, 0.9731 * 100 is not 97.31.
-    return round(number * 100.0, 9) if live else number
-
-
-def cpu_cores(record: dict[str, Any]) -> int | None:
-    """Return the number of CPU cores, from ``"16/32"`` (cores and threads), or None."""
-    text = part_of(record, "specs", "cpus")
-    return _parse_cores(text[:LONGEST_TEXT]) if isinstance(text, str) else None
-
-
 @functools.lru_cache(maxsize=1024)
 def _parse_cores(text: str) -> int | None:
     match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text)
     return int(match[1]) or None if match else None
-
-
-def disk_size(record: dict[str, Any]) -> float | None:
-    """Return the size of the disk in GB, from the last number of its description, or None."""
-    text = part_of(record, "specs", "disk")
-    sizes = re.findall(_DISK_SIZE, text) if isinstance(text, str) else []
-    return positive(float(sizes[-1])) if sizes else None
 
 
 def version_parts(version: Any) -> tuple[int, int] | None:
@@ -2403,12 +2365,12 @@ class Server(GPURecord):
     @property
     def usd_per_hour(self) -> float | None:
         """The on-demand price in USD per hour, without fees."""
-        return server_price(self, live=False, spot=False)
+        return positive(part_of(self, "price", "usd", "on_demand_clore"))
 
     @property
     def spot_usd_per_hour(self) -> float | None:
         """The lowest spot bid that the host accepts, in USD per hour, without fees."""
-        return server_price(self, live=False, spot=True)
+        return positive(part_of(self, "price", "usd", "spot"))
 
     @property
     def usd_per_gpu_hour(self) -> float | None:
@@ -2443,7 +2405,8 @@ class Server(GPURecord):
     @property
     def disk_gb(self) -> float | None:
         """The size of the disk in GB, from the last number of its description."""
-        return disk_size(self)
+        sizes = re.findall(_DISK_SIZE, text_of(self, "specs", "disk") or "")
+        return positive(float(sizes[-1])) if sizes else None
 
     @property
     def disk_mbps(self) -> float | None:
@@ -2463,7 +2426,8 @@ class Server(GPURecord):
     @property
     def cpu_cores(self) -> int | None:
         """The number of CPU cores; the number of threads is usually twice as high."""
-        return cpu_cores(self)
+        text = text_of(self, "specs", "cpus")
+        return None if text is None else _parse_cores(text[:LONGEST_TEXT])
 
     @property
     def pcie_width(self) -> float | None:
@@ -2508,13 +2472,13 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
     server["gpu_array"] = gpu_names(record)
     if not live:
         return server
-    if (reliability := server_reliability(record, live)) is not None:
-        server["reliability"] = reliability
+    if (fraction := finite(record.get("reliability"))) is not None:
+        server["reliability"] = round(fraction * 100.0, 9)  # 0.9731 * 100 is not 97.31
     price = record.get("price")
     if isinstance(price, dict):
         usd = price.get("usd")
         hourly = {k: per_hour(v) for k, v in usd.items()} if isinstance(usd, dict) else {}
-        hourly["spot"] = server_price(record, live, spot=True)
+        hourly["spot"] = positive(per_hour(_live_spot_per_day(price)))
         server["price"] = {**price, "usd": hourly}
     return server
 
@@ -2529,6 +2493,7 @@ class Marketplace:
         live: whether the response is in the live form.
         ids: the id of each server, or None.
         gpus: the GPU names of each server.
+        rented: whether each server is rented.
         prices: the on-demand price in USD per hour by server id.
         rates: USD for one unit of each currency, as the prices of a server imply.
     """
@@ -2540,6 +2505,7 @@ class Marketplace:
         self._places: list[int] = []  # of the servers among other things in the list
         self.ids: list[int | None] = []
         self.gpus: list[tuple[str, ...]] = []
+        self.rented: list[bool] = []
         self.prices: dict[int, float] = {}
         self.rates: dict[str, float] = {}
         same: dict[tuple[str, ...], tuple[str, ...]] = {}  # so that equal names are kept once
@@ -2549,21 +2515,21 @@ class Marketplace:
                 self.ids.append(whole_id(record.get("id")))
                 names = tuple(gpu_names(record))
                 self.gpus.append(same.setdefault(names, names))
+                self.rented.append(bool(record.get("rented")))
                 self._add_price(record)
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record: dict[str, Any] = self._servers[self._places[index]]
-        return record
+    def __getitem__(self, index: int) -> Server:
+        return to_server(self._servers[self._places[index]], self.live)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield each server as the API sent it."""
-        return (record for record in self._servers if isinstance(record, dict))
+    def __iter__(self) -> Iterator[Server]:
+        return map(self.__getitem__, range(len(self)))
 
     def _add_price(self, record: dict[str, Any]) -> None:
-        usd, server_id = server_price(record, self.live, spot=False), self.ids[-1]
+        given, server_id = part_of(record, "price", "usd", "on_demand_clore"), self.ids[-1]
+        usd = positive(per_hour(given) if self.live else given)
         if usd is None or server_id is None:
             return
         self.prices[server_id] = usd
@@ -2576,11 +2542,7 @@ class Marketplace:
 
     def servers(self, *, include_rented: bool = False) -> list[Server]:
         """Return the servers in the documented form, in the API's order."""
-        return [
-            to_server(record, self.live)
-            for record in self
-            if include_rented or not record.get("rented")
-        ]
+        return [self[n] for n, rented in enumerate(self.rented) if include_rented or not rented]
 
 
 def _is_live_server(record: Any) -> bool:
@@ -3322,9 +3284,9 @@ def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
     """
     models: dict[str, Points] = {}
     for server in servers:
-        price, count, reliability = server.usd_per_hour, server.gpu_count, server.reliability
-        if server.gpu_name and price and count and reliability is not None:
-            models.setdefault(server.gpu_name, []).append((reliability, price / count))
+        price, reliability = server.usd_per_gpu_hour, server.reliability
+        if server.gpu_name and price and reliability is not None:
+            models.setdefault(server.gpu_name, []).append((reliability, price))
     return dict(sorted(models.items(), key=lambda item: -len(item[1])))
 
 
@@ -5244,7 +5206,7 @@ def decode_json(text: Any) -> Any:
     if msgspec := fast_json():
         try:
             return msgspec.json.decode(text)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, msgspec.MsgspecError):
             pass  # it refuses some numbers and lone surrogates that json accepts
     try:
         return json.loads(bytes(text))
@@ -5263,9 +5225,9 @@ def decode_servers(body: bytes) -> Any:
             for server in servers:  # msgspec has checked them, except for UTF-8 and long numbers
                 if len(str(server, "utf-8")) > MAX_DIGITS:
                     msgspec.json.decode(server)
-            if decoded["code"] == 0:
+            if bytes(fields["code"]) == b"0":
                 return {**decoded, "servers": RawRecords(servers, decode_json)}
-        except (ValueError, RecursionError, KeyError):
+        except (ValueError, RecursionError, KeyError, msgspec.MsgspecError):
             pass
     return decode_json(body)
 
@@ -5790,20 +5752,19 @@ class SearchFilters(ServerFilters, total=False):
     currency: str | None
 
 
-# The filters that compare a number (or a version) of a server with a minimum.
-MINIMUMS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "min_vram_gb": nominal_vram,
-    "min_cuda": lambda record: version_parts(record.get("cuda_version")),
-    "min_ram_gb": lambda record: positive(part_of(record, "specs", "ram")),
-    "min_cpu_cores": cpu_cores,
-    "min_disk_gb": disk_size,
-    "min_disk_mbps": lambda record: positive(part_of(record, "specs", "disk_speed")),
-    "min_download_mbps": lambda record: positive(part_of(record, "specs", "net", "down")),
-    "min_upload_mbps": lambda record: positive(part_of(record, "specs", "net", "up")),
-    "min_pcie_width": lambda record: positive(part_of(record, "specs", "pcie_width")),
-    "min_rating": lambda record: finite(part_of(record, "rating", "avg")),
-    "min_ratings": lambda record: whole_id(part_of(record, "rating", "cnt")),
-    "min_rental_hours": lambda record: positive(record.get("mrl")),
+# The filters that compare a property of a server with a minimum.
+MINIMUMS = {
+    "min_reliability": "reliability",
+    "min_ram_gb": "ram_gb",
+    "min_cpu_cores": "cpu_cores",
+    "min_disk_gb": "disk_gb",
+    "min_disk_mbps": "disk_mbps",
+    "min_download_mbps": "download_mbps",
+    "min_upload_mbps": "upload_mbps",
+    "min_pcie_width": "pcie_width",
+    "min_rating": "rating",
+    "min_ratings": "rating_count",
+    "min_rental_hours": "max_rental_hours",
 }
 
 
@@ -6141,313 +6102,6 @@ def _is_fresh(seen: Any) -> bool:
 
 
 # ==================================================================================================
-# market.search
-#
-# Search a listing: apply all filters in one pass, sort, and explain what was left out.
-# ==================================================================================================
-
-
-Check = Callable[[dict[str, Any]], bool]
-
-RENTED = "being rented"  # the name of a filter that is always on
-LONGEST_LABEL = 200  # characters of a filter in a report
-ROUNDING_UP = 1 + 1e-12  # 8.4 / 24 is slightly above 0.35
-
-
-class SearchReport:
-    """What a search left out, and why.
-
-    Attributes:
-        listed: the number of servers on the marketplace, rented ones included.
-        found: the number of servers that fit, before ``limit``.
-        left_out: (filter, number of servers) in the order in which the filters are applied; each
-            server counts for the first filter that it does not pass.
-        cheapest_usd_per_hour: if nothing was found, the lowest price among the servers that the
-            last of these filters left out; None if it is not known.
-        nearest_models: if no GPU has the name, the most similar names on the market.
-    """
-
-    def __init__(self, listed: int) -> None:
-        self.listed = listed
-        self.found = 0
-        self.left_out: list[tuple[str, int]] = []
-        self.cheapest_usd_per_hour: float | None = None
-        self.nearest_models: list[str] = []
-
-    def __repr__(self) -> str:
-        return f"<SearchReport {self.explain()!r}>"
-
-    def __str__(self) -> str:
-        return self.explain()
-
-    def add(self, label: str, count: int) -> None:
-        """Add the number of servers that a filter left out."""
-        if count:
-            self.left_out.append((label, count))
-
-    def explain(self) -> str:
-        """Return a text that names the filters, and the cheapest of the servers left out last."""
-        if not self.listed:
-            return "the marketplace lists no server"
-        if self.found:
-            return f"{self.found} of {self.listed} servers fit" + "".join(
-                f"; {label} left out {count}" for label, count in self.left_out
-            )
-        *earlier, (label, count) = self.left_out
-        text = "".join(f"{other} left out {number}, " for other, number in earlier)
-        text = f"none of {self.listed} servers fits: {text}{label} left out the last {count}"
-        if self.nearest_models:
-            shown = ", ".join(repr(printable(name, 100)) for name in self.nearest_models)
-            return f"{text}; the nearest GPU names are {shown}"
-        if self.cheapest_usd_per_hour is None:
-            return text
-        return f"{text}, of which the cheapest costs {self.cheapest_usd_per_hour:.4g} USD per hour"
-
-
-class Search:
-    """One search, with its arguments checked.
-
-    Parameters:
-        gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
-        filters: the other filters of that method.
-        currency: the filter of that name, if it is not among them.
-
-    Attributes:
-        currency: the API's name of the currency whose price counts; None for the price that the
-            reference page names.
-        server_id: if set, no other server fits.
-        models: after :meth:`run`, the GPU names that count; None for all.
-    """
-
-    def __init__(
-        self,
-        gpu_type: Any = None,
-        max_price_usd: Any = None,
-        min_reliability: Any = 0.0,
-        use_spot: Any = False,
-        filters: Mapping[str, Any] | None = None,
-        currency: Any = None,
-    ) -> None:
-        self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
-        self.max_price_usd = check_optional_number(
-            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
-        )
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        if 0 < min_reliability <= 1:
-            logger.warning(
-                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
-            )
-        self.spot = check_bool("use_spot", use_spot)
-        given = {"currency": currency, **(filters or {})}
-        self._given = {name: value for name, value in given.items() if value is not None}
-        self._filters = check_filters(self._given)
-        numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
-        for name, number in numbers.items():
-            if number is not None:
-                self._filters[name] = self._given[name] = number
-        self.currency: str | None = self._filters.get("currency")
-        self.server_id: int | None = None
-        self.models: frozenset[str] | None = None
-
-    # --- prices ---
-
-    @property
-    def fee(self) -> float:
-        """The published fee as a fraction of the price."""
-        return published_fee(self.spot)
-
-    def price(self, server: Server) -> float | None:
-        """Return the price of a server in USD per hour, without fees; None if it has none."""
-        return price_in(server, live=False, spot=self.spot, currency=self.currency)
-
-    def price_limit(self, server: dict[str, Any]) -> float | None:
-        """Return the highest price of a server in USD per hour, without fees; None for no limit."""
-        limit, each = self.max_price_usd, self._filters.get("max_price_per_gpu_usd")
-        if each is not None:
-            limit = min(math.inf if limit is None else limit, each * self.gpu_count(server))
-        if limit is not None and self._filters.get("include_fees"):
-            limit = without_fee(limit, self.fee)
-        return limit
-
-    def gpu_count(self, server: dict[str, Any]) -> int:
-        """Return the number of GPUs that match; in a mixed rig, others do not count."""
-        if self.models is None:
-            return count_gpus(server) or 0
-        names = gpu_names(server)
-        matching = sum(name in self.models for name in names)
-        return matching if matching < len(names) else count_gpus(server) or 0
-
-    # --- the search ---
-
-    def run(self, marketplace: Marketplace) -> tuple[list[Server], SearchReport]:
-        """Return the servers that fit, sorted, and a report on the others."""
-        report, live = SearchReport(len(marketplace)), marketplace.live
-        places = self._with_gpu(self._with_id(marketplace, report), marketplace, report)
-        checks = self._checks(live)
-        left_out = [0] * (len(checks) + 1)
-        fitting = []
-        for place in places:
-            record = marketplace[place]
-            failed = _first_failed(checks, record)
-            left_out[failed] += 1
-            if failed == len(checks):
-                fitting.append(to_server(record, live))
-        for (label, _), count in zip(checks, left_out, strict=False):
-            report.add(label, count)
-        found = self._where(fitting)
-        report.add("where", len(fitting) - len(found))
-        report.found = len(found)
-        if not found and places:
-            last = max(n for n, count in enumerate(left_out) if count)
-            records = (marketplace[place] for place in places)
-            dropped = (r for r in records if _first_failed(checks, r) == last)
-            report.cheapest_usd_per_hour = self._lowest(dropped, live)
-        return self._sorted(found)[: self._filters.get("limit")], report
-
-    def _with_id(self, marketplace: Marketplace, report: SearchReport) -> Sequence[int]:
-        """Return the places of the servers with the wanted id."""
-        if self.server_id is None:
-            return range(len(marketplace))
-        places = [n for n, number in enumerate(marketplace.ids) if number == self.server_id]
-        report.add(_label("server_id", self.server_id), len(marketplace) - len(places))
-        return places
-
-    def _with_gpu(
-        self, places: Sequence[int], marketplace: Marketplace, report: SearchReport
-    ) -> Sequence[int]:
-        """Return the places with a matching GPU; all names of the listing decide which match."""
-        if not self.gpu_type or not self.gpu_type.strip():
-            return places
-        names = set().union(*set(marketplace.gpus))
-        exact = bool(self._filters.get("exact_gpu"))
-        models = self.models = matching_names(self.gpu_type, names, exact=exact)
-        if not models:
-            report.nearest_models = nearest_models(self.gpu_type, names)
-        fitting = [place for place in places if not models.isdisjoint(marketplace.gpus[place])]
-        report.add(_label("gpu_type", self.gpu_type), len(places) - len(fitting))
-        return fitting
-
-    def _checks(self, live: bool) -> list[tuple[str, Check]]:
-        """Return the filters that are set, cheap ones first and the price limits last."""
-        makers: dict[str, Callable[[str, Any, bool], Check]] = {
-            "min_reliability": self._minimum_check,
-            **dict.fromkeys(("exclude_servers", "exclude_owners"), _excluded_check),
-            "currency": lambda name, coin, live: lambda record: accepts(record, live, coin),
-            **dict.fromkeys(("countries", "exclude_countries"), _country_check),
-            "gpu_count": lambda name, n, live: lambda record: self.gpu_count(record) == n,
-            **dict.fromkeys(("min_gpu_count", "min_total_vram_gb", *MINIMUMS), self._minimum_check),
-            **dict.fromkeys(("max_price_per_gpu_usd", "max_price_usd"), self._price_check),
-        }
-        checks: list[tuple[str, Check]] = [(RENTED, lambda record: not record.get("rented"))]
-        for name, make in makers.items():
-            if name in self._filters:
-                check = make(name, self._filters[name], live)
-                checks.append((_label(name, self._given[name]), check))
-        return checks
-
-    def _minimum_check(self, name: str, least: Any, live: bool) -> Check:
-        numbers: dict[str, Callable[[dict[str, Any]], Any]] = {
-            "min_reliability": lambda record: server_reliability(record, live),
-            "min_gpu_count": self.gpu_count,
-            "min_total_vram_gb": lambda r: (nominal_vram(r) or 0.0) * self.gpu_count(r),
-            **MINIMUMS,
-        }
-        number = numbers[name]
-
-        def check(record: dict[str, Any]) -> bool:
-            value = number(record)
-            return value is not None and value >= least
-
-        return check
-
-    def _price_check(self, name: str, limit: float, live: bool) -> Check:
-        factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
-        highest, spot, currency = limit * ROUNDING_UP, self.spot, self.currency
-        each = name == "max_price_per_gpu_usd"
-
-        def check(record: dict[str, Any]) -> bool:
-            price = price_in(record, live, spot, currency)
-            if price is None:
-                return False
-            return price * factor <= highest * (self.gpu_count(record) if each else 1)
-
-        return check
-
-    def _where(self, servers: list[Server]) -> list[Server]:
-        where = self._filters.get("where")
-        return servers if where is None else [s for s in servers if _call("where", where, s)]
-
-    def _lowest(self, records: Any, live: bool) -> float | None:
-        prices = (price_in(record, live, self.spot, self.currency) for record in records)
-        lowest = min((price for price in prices if price is not None), default=None)
-        fees = lowest is not None and self._filters.get("include_fees")
-        return with_fee(lowest, self.fee) if fees and lowest is not None else lowest
-
-    def _sorted(self, servers: list[Server]) -> list[Server]:
-        """Sort servers; equal ones by price, then in the API's order."""
-        by_price = sorted(servers, key=lambda s: _last_if_none(self.price(s)))
-        sort = self._filters.get("sort", "price")
-        keys: dict[str, Callable[[Server], float]] = {
-            "price": lambda s: 0.0,
-            "price_per_gpu": lambda s: _last_if_none(per_gpu(self.price(s), self.gpu_count(s))),
-            "reliability": lambda s: -(s.reliability or 0.0),
-            "vram": lambda s: -(nominal_vram(s) or 0.0),
-            "download": lambda s: -(s.download_mbps or 0.0),
-            "rating": lambda s: -(s.rating or 0.0),
-        }
-        key = partial(_call, "sort", sort) if callable(sort) else keys[sort]
-        return sorted(by_price, key=key)
-
-
-def _country_check(name: str, codes: frozenset[str], live: bool) -> Check:
-    allowed = name == "countries"
-
-    def check(record: dict[str, Any]) -> bool:
-        code = part_of(record, "specs", "net", "cc")
-        return isinstance(code, str) and bool(code) and (code.upper() in codes) is allowed
-
-    return check
-
-
-def _excluded_check(name: str, ids: frozenset[int], live: bool) -> Check:
-    field = "id" if name == "exclude_servers" else "owner"
-
-    def check(record: dict[str, Any]) -> bool:
-        number = whole_id(record.get(field))
-        return number is not None and number not in ids
-
-    return check
-
-
-def _first_failed(checks: list[tuple[str, Check]], record: dict[str, Any]) -> int:
-    """Return the index of the first check that a server does not pass, or their number."""
-    for index, (_, check) in enumerate(checks):
-        if not check(record):
-            return index
-    return len(checks)
-
-
-def _label(name: str, value: Any) -> str:
-    try:
-        return printable(f"{name}={value!r}", LONGEST_LABEL)
-    except Exception:  # a class of the caller with a broken __repr__
-        return name
-
-
-def _call(name: str, function: Callable[[Server], Any], server: Server) -> Any:
-    """Call a function of the user. Its exception names the server in a note."""
-    try:
-        return function(server)
-    except Exception as error:
-        add_note(error, f"{name}= was called with server {server.id}")
-        raise
-
-
-def _last_if_none(number: float | None) -> float:
-    return math.inf if number is None else number
-
-
-# ==================================================================================================
 # market.market
 #
 # Read the marketplace, keep its prices and exchange rates, and convert bids.
@@ -6609,7 +6263,7 @@ class Market:
         marketplace = self.read()
         if server_id not in marketplace.ids:
             return None
-        return to_server(marketplace[marketplace.ids.index(server_id)], marketplace.live)
+        return marketplace[marketplace.ids.index(server_id)]
 
     def get_server(self, server_id: int) -> Server:
         """Return a server, rented or not.
@@ -6703,6 +6357,314 @@ class Market:
             rate,
         )
         return bid
+
+
+# ==================================================================================================
+# market.search
+#
+# Search a listing: apply all filters in one pass, sort, and explain what was left out.
+# ==================================================================================================
+
+
+Check = Callable[[Server], bool]
+
+RENTED = "being rented"  # the name of a filter that is always on
+LONGEST_LABEL = 200  # characters of a filter in a report
+ROUNDING_UP = 1 + 1e-12  # 8.4 / 24 is slightly above 0.35
+
+
+class SearchReport:
+    """What a search left out, and why.
+
+    Attributes:
+        listed: the number of servers on the marketplace, rented ones included.
+        found: the number of servers that fit, before ``limit``.
+        left_out: (filter, number of servers) in the order in which the filters are applied; each
+            server counts for the first filter that it does not pass.
+        cheapest_usd_per_hour: if nothing was found, the lowest price among the servers that the
+            last of these filters left out; None if it is not known.
+        nearest_models: if no GPU has the name, the most similar names on the market.
+    """
+
+    def __init__(self, listed: int) -> None:
+        self.listed = listed
+        self.found = 0
+        self.left_out: list[tuple[str, int]] = []
+        self.cheapest_usd_per_hour: float | None = None
+        self.nearest_models: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"<SearchReport {self.explain()!r}>"
+
+    def __str__(self) -> str:
+        return self.explain()
+
+    def add(self, label: str, count: int) -> None:
+        """Add the number of servers that a filter left out."""
+        if count:
+            self.left_out.append((label, count))
+
+    def explain(self) -> str:
+        """Return a text that names the filters, and the cheapest of the servers left out last."""
+        if not self.listed:
+            return "the marketplace lists no server"
+        if self.found:
+            return f"{self.found} of {self.listed} servers fit" + "".join(
+                f"; {label} left out {count}" for label, count in self.left_out
+            )
+        *earlier, (label, count) = self.left_out
+        text = "".join(f"{other} left out {number}, " for other, number in earlier)
+        text = f"none of {self.listed} servers fits: {text}{label} left out the last {count}"
+        if self.nearest_models:
+            shown = ", ".join(repr(printable(name, 100)) for name in self.nearest_models)
+            return f"{text}; the nearest GPU names are {shown}"
+        if self.cheapest_usd_per_hour is None:
+            return text
+        return f"{text}, of which the cheapest costs {self.cheapest_usd_per_hour:.4g} USD per hour"
+
+
+class Search:
+    """One search, with its arguments checked.
+
+    Parameters:
+        gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
+        filters: the other filters of that method.
+        currency: the filter of that name, if it is not among them.
+
+    Attributes:
+        currency: the API's name of the currency whose price counts; None for the price that the
+            reference page names.
+        server_id: if set, no other server fits.
+        models: after :meth:`run`, the GPU names that count; None for all.
+    """
+
+    def __init__(
+        self,
+        gpu_type: Any = None,
+        max_price_usd: Any = None,
+        min_reliability: Any = 0.0,
+        use_spot: Any = False,
+        filters: Mapping[str, Any] | None = None,
+        currency: Any = None,
+    ) -> None:
+        self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
+        self.max_price_usd = check_optional_number(
+            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
+        )
+        check_number("min_reliability", min_reliability, maximum=100.0)
+        if 0 < min_reliability <= 1:
+            logger.warning(
+                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
+            )
+        self.spot = check_bool("use_spot", use_spot)
+        given = {"currency": currency, **(filters or {})}
+        self._given = {name: value for name, value in given.items() if value is not None}
+        self._filters = check_filters(self._given)
+        numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
+        for name, number in numbers.items():
+            if number is not None:
+                self._filters[name] = self._given[name] = number
+        self.currency: str | None = self._filters.get("currency")
+        self.server_id: int | None = None
+        self.models: frozenset[str] | None = None
+
+    # --- prices ---
+
+    @property
+    def fee(self) -> float:
+        """The published fee as a fraction of the price."""
+        return published_fee(self.spot)
+
+    def price(self, server: Server) -> float | None:
+        """Return the price of a server in USD per hour, without fees; None if it has none."""
+        return price_in(server, self.spot, self.currency)
+
+    def price_limit(self, server: Server) -> float | None:
+        """Return the highest price of a server in USD per hour, without fees; None for no limit."""
+        limit, each = self.max_price_usd, self._filters.get("max_price_per_gpu_usd")
+        if each is not None:
+            limit = min(math.inf if limit is None else limit, each * self.gpu_count(server))
+        if limit is not None and self._filters.get("include_fees"):
+            limit = without_fee(limit, self.fee)
+        return limit
+
+    def gpu_count(self, server: Server) -> int:
+        """Return the number of GPUs that match; in a mixed rig, others do not count."""
+        if self.models is None:
+            return count_gpus(server) or 0
+        names = gpu_names(server)
+        matching = sum(name in self.models for name in names)
+        return matching if matching < len(names) else count_gpus(server) or 0
+
+    # --- the search ---
+
+    def run(self, marketplace: Marketplace) -> tuple[list[Server], SearchReport]:
+        """Return the servers that fit, sorted, and a report on the others."""
+        report = SearchReport(len(marketplace))
+        places = self._with_gpu(self._with_id(marketplace, report), marketplace, report)
+        free = [place for place in places if not marketplace.rented[place]]
+        report.add(RENTED, len(places) - len(free))
+        checks = self._checks(marketplace.live)
+        left_out = [0] * (len(checks) + 1)
+        fitting = []
+        for place in free:
+            server = marketplace[place]
+            failed = _first_failed(checks, server)
+            left_out[failed] += 1
+            if failed == len(checks):
+                fitting.append(server)
+        for (label, _), count in zip(checks, left_out, strict=False):
+            report.add(label, count)
+        found = self._where(fitting)
+        report.add("where", len(fitting) - len(found))
+        report.found = len(found)
+        if not found and places:
+            last = max((n for n, count in enumerate(left_out) if count), default=None)
+            servers = (marketplace[place] for place in free or places)
+            dropped = (s for s in servers if last is None or _first_failed(checks, s) == last)
+            report.cheapest_usd_per_hour = self._lowest(dropped)
+        return self._sorted(found)[: self._filters.get("limit")], report
+
+    def _with_id(self, marketplace: Marketplace, report: SearchReport) -> Sequence[int]:
+        """Return the places of the servers with the wanted id."""
+        if self.server_id is None:
+            return range(len(marketplace))
+        places = [n for n, number in enumerate(marketplace.ids) if number == self.server_id]
+        report.add(_label("server_id", self.server_id), len(marketplace) - len(places))
+        return places
+
+    def _with_gpu(
+        self, places: Sequence[int], marketplace: Marketplace, report: SearchReport
+    ) -> Sequence[int]:
+        """Return the places with a matching GPU; all names of the listing decide which match."""
+        if not self.gpu_type or not self.gpu_type.strip():
+            return places
+        names = set().union(*set(marketplace.gpus))
+        exact = bool(self._filters.get("exact_gpu"))
+        models = self.models = matching_names(self.gpu_type, names, exact=exact)
+        if not models:
+            report.nearest_models = nearest_models(self.gpu_type, names)
+        fitting = [place for place in places if not models.isdisjoint(marketplace.gpus[place])]
+        report.add(_label("gpu_type", self.gpu_type), len(places) - len(fitting))
+        return fitting
+
+    def _checks(self, live: bool) -> list[tuple[str, Check]]:
+        """Return the filters that are set, cheap ones first and the price limits last."""
+        makers: dict[str, Callable[[str, Any], Check]] = {
+            **dict.fromkeys(("exclude_servers", "exclude_owners"), _excluded_check),
+            "currency": lambda name, coin: lambda server: accepts(server, live, coin),
+            **dict.fromkeys(("countries", "exclude_countries"), _country_check),
+            "gpu_count": lambda name, count: lambda server: self.gpu_count(server) == count,
+            **dict.fromkeys(self._numbers(), self._minimum_check),
+            **dict.fromkeys(("max_price_per_gpu_usd", "max_price_usd"), self._price_check),
+        }
+        checks: list[tuple[str, Check]] = []
+        for name, make in makers.items():
+            if name in self._filters:
+                check = make(name, self._filters[name])
+                checks.append((_label(name, self._given[name]), check))
+        return checks
+
+    def _numbers(self) -> dict[str, Callable[[Server], Any]]:
+        """Return what each filter for a minimum compares; None is less than any minimum."""
+        return {
+            **{name: attrgetter(field) for name, field in MINIMUMS.items()},
+            "min_gpu_count": self.gpu_count,
+            "min_vram_gb": nominal_vram,
+            "min_total_vram_gb": lambda s: (nominal_vram(s) or 0.0) * self.gpu_count(s),
+            "min_cuda": lambda s: version_parts(s.get("cuda_version")),
+        }
+
+    def _minimum_check(self, name: str, least: Any) -> Check:
+        number = self._numbers()[name]
+
+        def check(server: Server) -> bool:
+            value = number(server)
+            return value is not None and value >= least
+
+        return check
+
+    def _price_check(self, name: str, limit: float) -> Check:
+        factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
+        highest, each = limit * ROUNDING_UP, name == "max_price_per_gpu_usd"
+
+        def check(server: Server) -> bool:
+            price = self.price(server)
+            if price is None:
+                return False
+            return price * factor <= highest * (self.gpu_count(server) if each else 1)
+
+        return check
+
+    def _where(self, servers: list[Server]) -> list[Server]:
+        where = self._filters.get("where")
+        return servers if where is None else [s for s in servers if _call("where", where, s)]
+
+    def _lowest(self, servers: Iterable[Server]) -> float | None:
+        prices = (self.price(server) for server in servers)
+        lowest = min((price for price in prices if price is not None), default=None)
+        fees = lowest is not None and self._filters.get("include_fees")
+        return with_fee(lowest, self.fee) if fees and lowest is not None else lowest
+
+    def _sorted(self, servers: list[Server]) -> list[Server]:
+        """Sort servers; equal ones by price, then in the API's order."""
+        by_price = sorted(servers, key=lambda s: _last_if_none(self.price(s)))
+        sort = self._filters.get("sort", "price")
+        keys: dict[str, Callable[[Server], float]] = {
+            "price": lambda s: 0.0,
+            "price_per_gpu": lambda s: _last_if_none(per_gpu(self.price(s), self.gpu_count(s))),
+            "reliability": lambda s: -(s.reliability or 0.0),
+            "vram": lambda s: -(nominal_vram(s) or 0.0),
+            "download": lambda s: -(s.download_mbps or 0.0),
+            "rating": lambda s: -(s.rating or 0.0),
+        }
+        key = partial(_call, "sort", sort) if callable(sort) else keys[sort]
+        return sorted(by_price, key=key)
+
+
+def _country_check(name: str, codes: frozenset[str]) -> Check:
+    allowed = name == "countries"
+
+    def check(server: Server) -> bool:
+        return server.country is not None and (server.country.upper() in codes) is allowed
+
+    return check
+
+
+def _excluded_check(name: str, ids: frozenset[int]) -> Check:
+    def check(server: Server) -> bool:
+        number = server.id if name == "exclude_servers" else server.owner_id
+        return number is not None and number not in ids
+
+    return check
+
+
+def _first_failed(checks: list[tuple[str, Check]], server: Server) -> int:
+    """Return the index of the first check that a server does not pass, or their number."""
+    for index, (_, check) in enumerate(checks):
+        if not check(server):
+            return index
+    return len(checks)
+
+
+def _label(name: str, value: Any) -> str:
+    try:
+        return printable(f"{name}={value!r}", LONGEST_LABEL)
+    except Exception:  # a class of the caller with a broken __repr__
+        return name
+
+
+def _call(name: str, function: Callable[[Server], Any], server: Server) -> Any:
+    """Call a function of the user. Its exception names the server in a note."""
+    try:
+        return function(server)
+    except Exception as error:
+        add_note(error, f"{name}= was called with server {server.id}")
+        raise
+
+
+def _last_if_none(number: float | None) -> float:
+    return math.inf if number is None else number
 
 
 # ==================================================================================================
@@ -6867,11 +6829,12 @@ class _Model:
         self.servers_free += free
         self.gpus_free += count * free
 
-    def add_prices(self, record: dict[str, Any], live: bool, count: int) -> None:
-        for spot in (False, True):
-            price = server_price(record, live, spot)
-            if price is not None:
-                self.prices[spot].append(price / count)
+    def add_prices(self, server: Server, count: int) -> None:
+        for prices, usd in zip(
+            self.prices, (server.usd_per_hour, server.spot_usd_per_hour), strict=True
+        ):
+            if usd is not None:
+                prices.append(usd / count)
 
 
 def summarize(
@@ -6885,17 +6848,17 @@ def summarize(
         include_fees: add the published fees to the prices.
     """
     models, spellings = dict[str, _Model](), Counter[str]()
-    for names, record in zip(marketplace.gpus, marketplace, strict=True):
+    for names, server in zip(marketplace.gpus, marketplace, strict=True):
         spellings.update(set(names))
-        free = not record.get("rented")
+        free = not server.rented
         folded = [fold_name(name) for name in names]
         for name in set(folded):
             model = models.setdefault(name, _Model())
             count = folded.count(name)
             if count == len(folded):  # not a mixed rig
-                count = count_gpus(record) or count
+                count = server.gpu_count or count
                 if free or include_rented:
-                    model.add_prices(record, marketplace.live, count)
+                    model.add_prices(server, count)
             model.add(count, free)
     shown = common_spellings(spellings)
     rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
@@ -6959,7 +6922,7 @@ def estimate(
 ) -> CostEstimate:
     """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
     rate = listed_rate(server, currency) or market.data.rates.rate(currency)
-    price = spot_price if spot_price is not None else price_in(server, False, spot, currency)
+    price = spot_price if spot_price is not None else price_in(server, spot, currency)
     fraction, creation_usd = _fees(market.fees(), spot, currency, rate)
     base = None if price is None else price * hours
     fee = None if base is None else base * fraction
