@@ -35,7 +35,7 @@ from clore_client.ssh.job_scripts import (
 )
 from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
-from clore_client.ssh.transport import Watchdog, connection_errors, takes_turns
+from clore_client.ssh.transport import Watchdog, connection_errors, is_connected, takes_turns
 from clore_client.validation import check_callback, check_count, check_number, short_repr
 
 JOB_TIMEOUT = 30.0  # seconds without a word of the machine
@@ -390,9 +390,7 @@ class Following:
                 except failures as error:
                     lasted = time.monotonic() - began
                     # A machine that only ends the script would be asked without end.
-                    transport = pool.ssh.get_transport()
-                    active = transport is not None and transport.is_active()
-                    broke = not active or lasted > JOB_TIMEOUT
+                    broke = not is_connected(pool.ssh) or lasted > JOB_TIMEOUT
                     useless = 0 if self._heard and broke else useless + 1
                     final = isinstance(error, JobError) or error is self._callback_error
                     if final or not self._host.reconnects or useless >= MOST_USELESS_TRIES:

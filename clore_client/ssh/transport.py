@@ -352,6 +352,12 @@ def reason(error: BaseException) -> str:
     return printable(text.rstrip(".") or type(error).__name__, 200)
 
 
+def is_connected(ssh: Any) -> bool:
+    """Check whether a connection is open."""
+    transport = ssh.get_transport()
+    return transport is not None and bool(transport.is_active())
+
+
 def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:
     """Start a daemon thread."""
     thread = threading.Thread(target=target, args=args, name=f"clore-{name}", daemon=True)
