@@ -22,6 +22,7 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.result import STDOUT, OutputLine
 from clore_client.progress import ProgressEvent, ProgressOptions, Report, readable_size
+from clore_client.ssh.address import PLAIN_NAME, check_plain_name
 from clore_client.ssh.command_text import LineSplitter, command_line, encoded, exports
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.job_scripts import (
@@ -44,24 +45,11 @@ MAX_PORTION = 1048576  # bytes of output that follow one size
 MAX_JOBS = 10_000
 MOST_USELESS_TRIES = 3  # connections that bring nothing of a job, one after the other
 RECONNECT_PAUSE = 1.0  # seconds between two connections at least
-_JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 # A name, its state, its exit code or "-", and the time of its start.
 _JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
 _SIGNAL_CODES = range(129, 193)
 
 Connect = Callable[[float], ConnectionPool]
-
-
-def check_job_name(value: Any) -> str:
-    """Check the name of a job."""
-    if not isinstance(value, str):
-        raise TypeError(f"name must be a string, not {short_repr(value)}")
-    if not re.fullmatch(_JOB_NAME, value):
-        raise ValueError(
-            "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
-            f"none of the last two, not {short_repr(value)}"
-        )
-    return value
 
 
 class JobCommand:
@@ -77,7 +65,7 @@ class JobCommand:
     ) -> None:
         self.line = command_line(command)
         self.encoded_line = encoded("command", self.line)
-        self.name = f"job-{secrets.token_hex(4)}" if name is None else check_job_name(name)
+        self.name = f"job-{secrets.token_hex(4)}" if name is None else check_plain_name(name)
         self.exports = encoded("env", exports(env))
         if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
             raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")
@@ -174,7 +162,7 @@ class HostJobs:
         jobs: list[Job] = []
         with self.connected() as pool, self.script(pool, "jobs", LIST_JOBS, name=name) as script:
             while (line := script.line()) != b"end":
-                found = re.fullmatch(rf"job ({_JOB_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
+                found = re.fullmatch(rf"job ({PLAIN_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
                 if found is None or len(jobs) == MAX_JOBS:
                     raise script.refused(line)
                 command = script.line().decode("utf-8", "replace")
