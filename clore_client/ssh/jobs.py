@@ -25,15 +25,7 @@ from clore_client.progress import ProgressEvent, ProgressOptions, Report, readab
 from clore_client.ssh.address import PLAIN_NAME, check_plain_name
 from clore_client.ssh.command_text import LineSplitter, command_line, encoded, exports
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.job_scripts import (
-    FOLLOW_JOB,
-    JOB_RUNNER,
-    LIST_JOBS,
-    REMOVE_JOB,
-    START_JOB,
-    STOP_JOB,
-    TAIL_JOB,
-)
+from clore_client.ssh.job_scripts import JOB_RUNNER, job_script
 from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
 from clore_client.ssh.transport import Watchdog, connection_errors, is_connected, takes_turns
@@ -114,13 +106,13 @@ class HostJobs:
 
     @contextlib.contextmanager
     def script(
-        self, pool: ConnectionPool, verb: str, body: str, **values: bytes | str | int
+        self, pool: ConnectionPool, verb: str, **values: bytes | str | int
     ) -> Iterator[RemoteScript]:
         """Run a script on a connection, for the length of a block."""
         transport = pool.ssh.get_transport()
         turn = threading.Lock() if takes_turns(transport) else None
         with Watchdog() as watchdog:
-            text = script_text(verb, body, **values)
+            text = script_text(verb, job_script(verb), **values)
             running = RemoteScript(transport, text, watchdog, JOB_TIMEOUT, turn=turn)
             try:
                 with running:
@@ -130,12 +122,12 @@ class HostJobs:
 
     @contextlib.contextmanager
     def named_script(
-        self, verb: str, body: str, *, name: str, **values: bytes | str | int
+        self, verb: str, *, name: str, **values: bytes | str | int
     ) -> Iterator[RemoteScript]:
         """Run a script for one job on a connection of its own; what goes wrong is a JobError."""
         with self.connected() as pool:
             try:
-                with self.script(pool, verb, body, name=name, **values) as script:
+                with self.script(pool, verb, name=name, **values) as script:
                     yield script
             except JobError:
                 raise
@@ -152,7 +144,7 @@ class HostJobs:
             "name": job.name, "command": job.encoded_line, "exports": job.exports, "cwd": job.cwd,
             "runner": JOB_RUNNER,
         }  # fmt: skip
-        with self.named_script("job", START_JOB, **values) as script:
+        with self.named_script("job", **values) as script:
             started = script.answer(b"started").decode("ascii", "replace")
         logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
         return Job(self, job.name, job.line, JobState.parse(f"running - {started}"))
@@ -160,7 +152,7 @@ class HostJobs:
     def find(self, name: str = "") -> list[Job]:
         """Return the jobs of the machine, or the one with this name."""
         jobs: list[Job] = []
-        with self.connected() as pool, self.script(pool, "jobs", LIST_JOBS, name=name) as script:
+        with self.connected() as pool, self.script(pool, "jobs", name=name) as script:
             while (line := script.line()) != b"end":
                 found = re.fullmatch(rf"job ({PLAIN_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
                 if found is None or len(jobs) == MAX_JOBS:
@@ -238,9 +230,7 @@ class Job:
             step 100: loss 1.24
         """
         check_count("lines", lines)
-        with self._host.named_script(
-            "tail", TAIL_JOB, name=self.name, lines=lines, most=MAX_TAIL
-        ) as script:
+        with self._host.named_script("tail", name=self.name, lines=lines, most=MAX_TAIL) as script:
             script.answer(b"tail")
             return script.rest(MAX_TAIL + 1024).decode("utf-8", "replace")
 
@@ -301,9 +291,7 @@ class Job:
             >>> job.stop()
         """
         check_number("grace", grace, maximum=20.0, unit="seconds")
-        with self._host.named_script(
-            "stop", STOP_JOB, name=self.name, grace=math.ceil(10 * grace)
-        ) as script:
+        with self._host.named_script("stop", name=self.name, grace=math.ceil(10 * grace)) as script:
             script.answer(b"stopped")
 
     def remove(self) -> None:
@@ -315,15 +303,10 @@ class Job:
         Example:
             >>> job.remove()
         """
-        with self._script("remove", REMOVE_JOB) as script:
+        with self._host.named_script("remove", name=self.name) as script:
             script.answer(b"removed")
         if self._state.status == "running":
             self._state = JobState("lost")
-
-    def _script(
-        self, verb: str, body: str, **values: bytes | str | int
-    ) -> contextlib.AbstractContextManager[RemoteScript]:
-        return self._host.named_script(verb, body, name=self.name, **values)
 
     def _look(self) -> JobState:
         if self._state.status == "running":
@@ -392,7 +375,7 @@ class Following:
     def _receive(self, pool: ConnectionPool) -> JobState:
         self._heard = False
         values: dict[str, str | int] = {"name": self._name, "at": self._at}
-        with self._host.script(pool, "follow", FOLLOW_JOB, **values) as script:
+        with self._host.script(pool, "follow", **values) as script:
             while True:
                 line = script.line()
                 if line.startswith(b"end "):
