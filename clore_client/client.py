@@ -1603,9 +1603,9 @@ class CloreClient(HTTPClient):
             >>> client.job(order, "train").tail(1)
             'step 100: loss 1.24\\n'
         """
-        from clore_client.ssh.jobs import check_job_name
+        from clore_client.ssh.address import check_plain_name
 
-        wanted = check_job_name(name)
+        wanted = check_plain_name(name)
         return self._ssh.jobs(order, ssh, login).get(wanted)
 
     def shell(

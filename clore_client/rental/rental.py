@@ -230,18 +230,14 @@ class Rental:
     ) -> Part:
         """Call a method of the client with the rental's own connection."""
         from clore_client.ssh.connect import LOGIN_OPTIONS
+        from clore_client.ssh.transport import is_connected
 
         worker = self._open_worker()
         login = {name: options.pop(name) for name in LOGIN_OPTIONS & options.keys()}
-        if self._shell is None or not _is_open(self._shell):
+        if self._shell is None or not is_connected(self._shell):
             self._shell = self.ssh(**login)
         try:
             return method(self.order, *arguments, ssh=self._shell, **options)
-        except SSHError as error:
-            worker.check()
-            if not _is_open(self._shell):
-                self._orders.raise_if_ended(self.order.id or 0, error)
-            raise
         finally:
             worker.check()
 
@@ -512,8 +508,3 @@ def _check_open(part: Part | None) -> Part:
 
 def _is_of(error: BaseException | None, order_id: int | None) -> bool:
     return isinstance(error, BudgetExceededError) and error.order_id == order_id
-
-
-def _is_open(ssh: Any) -> bool:
-    transport = ssh.get_transport()
-    return transport is not None and transport.is_active()

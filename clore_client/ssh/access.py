@@ -13,8 +13,8 @@ from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient, ended_error
 from clore_client.ssh.address import (
     OpenSSH,
-    check_entry_name,
     check_order,
+    check_plain_name,
     parse_ssh_command,
     plain_address,
 )
@@ -92,7 +92,7 @@ class SSHAccess:
     def config_entry(self, order: Any, name: str | None, key_path: Any) -> str:
         """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
         if name is not None:
-            check_entry_name(name)
+            check_plain_name(name)
         order = self._with_address(order)
         default = f"clore-{order.id}" if order.id else "clore"
         return self._openssh(order, key_path).config_entry(name or default)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import SSHError
 from clore_client.models.order import plain_host, plain_user
 from clore_client.ssh.transfer.scripts import remote_path
-from clore_client.validation import check_local_path, check_text, short_repr
+from clore_client.validation import check_local_path, short_repr
 
 if TYPE_CHECKING:
     from clore_client.ssh.keys import HostKeys
 
 DEFAULT_USER = "root"
 DEFAULT_PORT = 22
+PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 
 
 def parse_ssh_command(order: Any) -> dict[str, Any]:
@@ -171,14 +172,16 @@ class OpenSSH:
                 ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
 
 
-def check_entry_name(name: Any) -> str:
-    """Check the name of an entry of ``~/.ssh/config``."""
-    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", check_text("name", name)):
-        return str(name)
-    raise ValueError(
-        "name must consist of letters, digits, '_', '.' and '-', and begin with none of the "
-        f"last two, not {short_repr(name)}"
-    )
+def check_plain_name(value: Any) -> str:
+    """Check the name of a job, or of an entry of ``~/.ssh/config``."""
+    if not isinstance(value, str):
+        raise TypeError(f"name must be a string, not {short_repr(value)}")
+    if not re.fullmatch(PLAIN_NAME, value):
+        raise ValueError(
+            "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
+            f"none of the last two, not {short_repr(value)}"
+        )
+    return value
 
 
 def _rsync_word(word: str) -> str:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 MAX_OUTPUT = 64 * 1024 * 1024  # bytes
 READ_CHUNK = 4 << 20  # bytes; more than a window, so that one read empties a buffer
-INPUT_CHUNK = 32768  # bytes
 START_TIMEOUT = 30.0  # seconds for a host to start a command
 SESSION_PATIENCE = 1.0  # seconds for a host with few sessions to end that of the command before
 POLL = 0.25  # seconds between two checks of what sets no event
@@ -370,13 +369,8 @@ class RunningCommand:
 
 def _feed(channel: Any, data: bytes) -> None:
     """Send a command's input, as much of it as the command takes."""
-    view = memoryview(data)
     try:
-        while view:
-            sent = channel.send(bytes(view[:INPUT_CHUNK]))
-            if not sent:
-                return
-            view = view[sent:]
+        channel.sendall(memoryview(data))  # of bytes, paramiko would copy the rest each time
         channel.shutdown_write()
     except Exception as error:
         # The command may end without reading all of its input; that is not an error.

@@ -10,7 +10,7 @@ from typing import Any
 from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.ssh.connect import Login, NotUpYetError
-from clore_client.ssh.transport import start_thread
+from clore_client.ssh.transport import is_connected, start_thread
 
 
 class ConnectionPool:
@@ -38,8 +38,7 @@ class ConnectionPool:
         self._on_failure = login.explain if login is not None else on_failure
         self._ssh = ssh
         self._opened: list[Any] = [None] * self.size
-        self._ready = [threading.Event() for _ in range(self.size)]
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[int, threading.Thread] = {}
         self._lock = threading.Lock()
         self._started = time.monotonic()
 
@@ -48,17 +47,16 @@ class ConnectionPool:
             self._opened[0] = self._ssh
         else:
             for number in range(1, self.size if self._eager else 1):
-                self._threads.append(start_thread("login", self._open, self._login, number))
+                self._begin(self._login, number)
             try:
                 self._opened[0] = self._first(self._login)
             except BaseException:
                 self._close()
                 raise
-        self._ready[0].set()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        lost = isinstance(error, SSHError) and not _is_active(self.ssh)
+        lost = isinstance(error, SSHError) and not is_connected(self.ssh)
         self._close()
         if lost and error is not None and self._on_failure is not None:
             self._on_failure(error)
@@ -81,11 +79,11 @@ class ConnectionPool:
 
     def get(self, number: int) -> Any:
         """Wait for a connection and return it, or None if the host refuses so many."""
-        if number and not self._eager and self._login is not None:
+        if number and self._login is not None:
             with self._lock:
-                if not self._ready[number].is_set():
-                    self._open(self._login, number)
-        self._ready[number].wait()
+                if number not in self._threads:
+                    self._begin(self._login, number)
+            self._threads[number].join()
         return self._opened[number]
 
     def break_off(self) -> None:
@@ -99,8 +97,8 @@ class ConnectionPool:
             return login.once()
         except NotUpYetError as error:
             # If the host allows only one connection, another thread may have opened it.
-            for number in range(1, self.size if self._eager else 1):
-                self._ready[number].wait()
+            for number, thread in self._threads.items():
+                thread.join()
                 if (ssh := self._opened[number]) is not None:
                     self._opened[number] = None
                     return ssh
@@ -110,20 +108,17 @@ class ConnectionPool:
             raise
         return login.open()
 
+    def _begin(self, login: Login, number: int) -> None:
+        self._threads[number] = start_thread("login", self._open, login, number)
+
     def _open(self, login: Login, number: int) -> None:
         try:
             self._opened[number] = login.once()
         except Exception as error:
             logger.debug("a further connection was refused: %s", error)
-        self._ready[number].set()
 
     def _close(self) -> None:
-        for thread in self._threads:
+        for thread in self._threads.values():
             thread.join()
         if self._login is not None:
             self.break_off()
-
-
-def _is_active(ssh: Any) -> bool:
-    transport = ssh.get_transport()
-    return transport is not None and bool(transport.is_active())

@@ -23,7 +23,7 @@ umask "$4"
 printf "%-4s\n" $? 1<>"$1/exit"
 """
 )
-# Precedes the scripts that follow.
+# Precedes each of the scripts that follow.
 _JOBS = (
     _BORN
     + r"""
@@ -51,10 +51,9 @@ about() { # reads the state of the job $1 into $st, $code, $pid and $began
 }
 """
 )
-# Its input is read as a script, so that no variable of ``env`` shows in the list of processes.
-START_JOB = (
-    _JOBS
-    + r"""
+_JOB_SCRIPTS = {
+    # Its input is read as a script, so that no variable of ``env`` shows in the list of processes.
+    "job": r"""
 detach=$(command -v setsid) # without it, the job stays in this session
 shell=${SHELL:-/bin/sh}; [ -x "$shell" ] || shell=/bin/sh
 u=$(umask); umask 077
@@ -78,12 +77,9 @@ now=$(date +%s) boot=$(boot)
 about "$name"
 [ "$began" != 0 ] || no "the job did not start: $(head -c 300 "$d/output")"
 echo "started $began"
-"""
-)
-# Prints a line for each job, or for the job $name: its state, and the start of its command.
-LIST_JOBS = (
-    _JOBS
-    + r"""
+""",
+    # Prints a line for each job, or for the job $name: its state, and the start of its command.
+    "jobs": r"""
 for j in "$jobs"/${name:-*}; do
   k=${j##*/}
   about "$k" || continue
@@ -91,22 +87,16 @@ for j in "$jobs"/${name:-*}; do
   head -n 1 "$j/command" 2>/dev/null | head -c 1000 | tr -d "$n"; echo
 done
 echo end
-"""
-)
-# Prints the last $lines lines of the output.
-TAIL_JOB = (
-    _JOBS
-    + r"""
+""",
+    # Prints the last $lines lines of the output.
+    "tail": r"""
 about "$name" || no "there is no job $name"
 echo tail
 tail -n "$lines" "$j/output" | tail -c "$most"
-"""
-)
-# Prints the output from byte $at on, in portions that a line with their size precedes, until the
-# job has ended. If $at is -1, it prints no output. The size is 0 while there is nothing new.
-FOLLOW_JOB = (
-    _JOBS
-    + r"""
+""",
+    # Prints the output from byte $at on, in portions that a line with their size precedes, until
+    # the job has ended. If $at is -1, it prints no output. The size is 0 if there is nothing new.
+    "follow": r"""
 about "$name" || no "there is no job $name"
 o=$j/output
 span() { # prints $2 bytes from byte $1 on
@@ -126,12 +116,9 @@ while :; do
     echo "end $st $code $began"; exit 0
   fi
 done
-"""
-)
-# Ends all processes of the job: those of its session and group, and descendants elsewhere.
-STOP_JOB = (
-    _JOBS
-    + r"""
+""",
+    # Ends all processes of the job: those of its session and group, and descendants elsewhere.
+    "stop": r"""
 about "$name" || no "there is no job $name"
 sig() { # with a group's number, dash needs "--", and busybox accepts none
   for p in $2; do kill -s "$1" -- "$p" 2>/dev/null || kill -s "$1" "$p" 2>/dev/null; done
@@ -167,15 +154,17 @@ if ! gone "$grace"; then
   gone 10 || sig KILL "$m"
 fi
 echo stopped
-"""
-)
-# Removes a job that has ended, with its output.
-REMOVE_JOB = (
-    _JOBS
-    + r"""
+""",
+    # Removes a job that has ended, with its output.
+    "remove": r"""
 about "$name" || no "there is no job $name"
 [ "$st" != running ] || no "the job $name still runs: stop() it first"
 rm -rf "$j" || exit 1
 echo removed
-"""
-)
+""",
+}
+
+
+def job_script(verb: str) -> str:
+    """Return the script for a verb."""
+    return _JOBS + _JOB_SCRIPTS[verb]

@@ -22,20 +22,13 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.result import STDOUT, OutputLine
 from clore_client.progress import ProgressEvent, ProgressOptions, Report, readable_size
+from clore_client.ssh.address import PLAIN_NAME, check_plain_name
 from clore_client.ssh.command_text import LineSplitter, command_line, encoded, exports
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.job_scripts import (
-    FOLLOW_JOB,
-    JOB_RUNNER,
-    LIST_JOBS,
-    REMOVE_JOB,
-    START_JOB,
-    STOP_JOB,
-    TAIL_JOB,
-)
+from clore_client.ssh.job_scripts import JOB_RUNNER, job_script
 from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
-from clore_client.ssh.transport import Watchdog, connection_errors, takes_turns
+from clore_client.ssh.transport import Watchdog, connection_errors, is_connected, takes_turns
 from clore_client.validation import check_callback, check_count, check_number, short_repr
 
 JOB_TIMEOUT = 30.0  # seconds without a word of the machine
@@ -44,24 +37,11 @@ MAX_PORTION = 1048576  # bytes of output that follow one size
 MAX_JOBS = 10_000
 MOST_USELESS_TRIES = 3  # connections that bring nothing of a job, one after the other
 RECONNECT_PAUSE = 1.0  # seconds between two connections at least
-_JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 # A name, its state, its exit code or "-", and the time of its start.
 _JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
 _SIGNAL_CODES = range(129, 193)
 
 Connect = Callable[[float], ConnectionPool]
-
-
-def check_job_name(value: Any) -> str:
-    """Check the name of a job."""
-    if not isinstance(value, str):
-        raise TypeError(f"name must be a string, not {short_repr(value)}")
-    if not re.fullmatch(_JOB_NAME, value):
-        raise ValueError(
-            "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
-            f"none of the last two, not {short_repr(value)}"
-        )
-    return value
 
 
 class JobCommand:
@@ -77,7 +57,7 @@ class JobCommand:
     ) -> None:
         self.line = command_line(command)
         self.encoded_line = encoded("command", self.line)
-        self.name = f"job-{secrets.token_hex(4)}" if name is None else check_job_name(name)
+        self.name = f"job-{secrets.token_hex(4)}" if name is None else check_plain_name(name)
         self.exports = encoded("env", exports(env))
         if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
             raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")
@@ -126,13 +106,13 @@ class HostJobs:
 
     @contextlib.contextmanager
     def script(
-        self, pool: ConnectionPool, verb: str, body: str, **values: bytes | str | int
+        self, pool: ConnectionPool, verb: str, **values: bytes | str | int
     ) -> Iterator[RemoteScript]:
         """Run a script on a connection, for the length of a block."""
         transport = pool.ssh.get_transport()
         turn = threading.Lock() if takes_turns(transport) else None
         with Watchdog() as watchdog:
-            text = script_text(verb, body, **values)
+            text = script_text(verb, job_script(verb), **values)
             running = RemoteScript(transport, text, watchdog, JOB_TIMEOUT, turn=turn)
             try:
                 with running:
@@ -142,12 +122,12 @@ class HostJobs:
 
     @contextlib.contextmanager
     def named_script(
-        self, verb: str, body: str, *, name: str, **values: bytes | str | int
+        self, verb: str, *, name: str, **values: bytes | str | int
     ) -> Iterator[RemoteScript]:
         """Run a script for one job on a connection of its own; what goes wrong is a JobError."""
         with self.connected() as pool:
             try:
-                with self.script(pool, verb, body, name=name, **values) as script:
+                with self.script(pool, verb, name=name, **values) as script:
                     yield script
             except JobError:
                 raise
@@ -164,7 +144,7 @@ class HostJobs:
             "name": job.name, "command": job.encoded_line, "exports": job.exports, "cwd": job.cwd,
             "runner": JOB_RUNNER,
         }  # fmt: skip
-        with self.named_script("job", START_JOB, **values) as script:
+        with self.named_script("job", **values) as script:
             started = script.answer(b"started").decode("ascii", "replace")
         logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
         return Job(self, job.name, job.line, JobState.parse(f"running - {started}"))
@@ -172,9 +152,9 @@ class HostJobs:
     def find(self, name: str = "") -> list[Job]:
         """Return the jobs of the machine, or the one with this name."""
         jobs: list[Job] = []
-        with self.connected() as pool, self.script(pool, "jobs", LIST_JOBS, name=name) as script:
+        with self.connected() as pool, self.script(pool, "jobs", name=name) as script:
             while (line := script.line()) != b"end":
-                found = re.fullmatch(rf"job ({_JOB_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
+                found = re.fullmatch(rf"job ({PLAIN_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
                 if found is None or len(jobs) == MAX_JOBS:
                     raise script.refused(line)
                 command = script.line().decode("utf-8", "replace")
@@ -250,9 +230,7 @@ class Job:
             step 100: loss 1.24
         """
         check_count("lines", lines)
-        with self._host.named_script(
-            "tail", TAIL_JOB, name=self.name, lines=lines, most=MAX_TAIL
-        ) as script:
+        with self._host.named_script("tail", name=self.name, lines=lines, most=MAX_TAIL) as script:
             script.answer(b"tail")
             return script.rest(MAX_TAIL + 1024).decode("utf-8", "replace")
 
@@ -313,9 +291,7 @@ class Job:
             >>> job.stop()
         """
         check_number("grace", grace, maximum=20.0, unit="seconds")
-        with self._host.named_script(
-            "stop", STOP_JOB, name=self.name, grace=math.ceil(10 * grace)
-        ) as script:
+        with self._host.named_script("stop", name=self.name, grace=math.ceil(10 * grace)) as script:
             script.answer(b"stopped")
 
     def remove(self) -> None:
@@ -327,15 +303,10 @@ class Job:
         Example:
             >>> job.remove()
         """
-        with self._script("remove", REMOVE_JOB) as script:
+        with self._host.named_script("remove", name=self.name) as script:
             script.answer(b"removed")
         if self._state.status == "running":
             self._state = JobState("lost")
-
-    def _script(
-        self, verb: str, body: str, **values: bytes | str | int
-    ) -> contextlib.AbstractContextManager[RemoteScript]:
-        return self._host.named_script(verb, body, name=self.name, **values)
 
     def _look(self) -> JobState:
         if self._state.status == "running":
@@ -390,9 +361,7 @@ class Following:
                 except failures as error:
                     lasted = time.monotonic() - began
                     # A machine that only ends the script would be asked without end.
-                    transport = pool.ssh.get_transport()
-                    active = transport is not None and transport.is_active()
-                    broke = not active or lasted > JOB_TIMEOUT
+                    broke = not is_connected(pool.ssh) or lasted > JOB_TIMEOUT
                     useless = 0 if self._heard and broke else useless + 1
                     final = isinstance(error, JobError) or error is self._callback_error
                     if final or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
@@ -406,7 +375,7 @@ class Following:
     def _receive(self, pool: ConnectionPool) -> JobState:
         self._heard = False
         values: dict[str, str | int] = {"name": self._name, "at": self._at}
-        with self._host.script(pool, "follow", FOLLOW_JOB, **values) as script:
+        with self._host.script(pool, "follow", **values) as script:
             while True:
                 line = script.line()
                 if line.startswith(b"end "):

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 SHELL_TIMEOUT = 30.0  # seconds for a machine to open a terminal
 SHELL_LOOK = 0.25  # seconds between two looks at the size of the window
 SHELL_PIECE = 65536  # bytes
-FATAL_SIGNALS = ("SIGTERM", "SIGHUP")
 
 
 def check_terminal() -> tuple[int, int]:
@@ -153,29 +152,19 @@ def _raw_mode(source: int) -> Iterator[None]:
     import tty
 
     before = termios.tcgetattr(source)
-    with _signals_that_raise():
-        try:
-            tty.setraw(source, termios.TCSADRAIN)  # keeps what was typed ahead
-            yield
-        finally:
-            termios.tcsetattr(source, termios.TCSADRAIN, before)
-
-
-@contextlib.contextmanager
-def _signals_that_raise() -> Iterator[None]:
-    """Let signals that would end the process raise SystemExit, so that ``finally`` runs."""
     former: dict[int, Any] = {}
 
     def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+        raise SystemExit(128 + number)  # so that ``finally`` runs
 
     if threading.current_thread() is threading.main_thread():
-        for name in FATAL_SIGNALS:
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                former[number] = signal.signal(number, leave)
+        for fatal in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(fatal) is signal.SIG_DFL:
+                former[fatal] = signal.signal(fatal, leave)
     try:
+        tty.setraw(source, termios.TCSADRAIN)  # keeps what was typed ahead
         yield
     finally:
+        termios.tcsetattr(source, termios.TCSADRAIN, before)
         for number, handler in former.items():
             signal.signal(number, handler)

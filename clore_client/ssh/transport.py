@@ -1,5 +1,7 @@
 """Prepare paramiko's transports and channels: bounded memory, fast ciphers, dead links noticed.
 
+A call that has no timeout of its own is limited by a watchdog.
+
 paramiko has no settings for most of this: these are attributes of its objects. Two of them are
 private, ``Packetizer._read_timeout`` and ``Transport._send_user_message``; a test names the
 versions of paramiko with which that was checked.
@@ -26,8 +28,8 @@ CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
 SPARE_PATIENCE = 1.0  # seconds for a thread to take what has arrived
 KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
 DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
-WATCH_INTERVAL = 0.1  # seconds between two checks of the limits
 KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
+WATCH_INTERVAL = 0.1  # seconds between two checks of the watchdog's limits
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
 _CHANNEL_CLOSE = b"\x61"
@@ -350,6 +352,12 @@ def reason(error: BaseException) -> str:
     """Describe an error whose text may be the host's."""
     text = str(getattr(error, "text", "")) or str(error)
     return printable(text.rstrip(".") or type(error).__name__, 200)
+
+
+def is_connected(ssh: Any) -> bool:
+    """Check whether a connection is open."""
+    transport = ssh.get_transport()
+    return transport is not None and bool(transport.is_active())
 
 
 def start_thread(name: str, target: Callable[..., object], *args: Any) -> threading.Thread:

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
 from clore_client.log import logger
-from clore_client.ssh.transport import Watchdog, connection_errors, reason, start_thread
+from clore_client.ssh.transport import (
+    Watchdog,
+    connection_errors,
+    is_connected,
+    reason,
+    start_thread,
+)
 from clore_client.validation import short_repr
 
 if TYPE_CHECKING:
@@ -87,9 +93,9 @@ class Forward:
     def _open(self) -> int:
         if self._acceptor is not None:
             raise SSHError("a Forward can be entered only once: make another one")
-        self._transport = self._ssh.get_transport()
-        if self._transport is None or not self._transport.is_active():
+        if not is_connected(self._ssh):
             raise SSHError("the connection to the machine is closed: open another one")
+        self._transport = self._ssh.get_transport()
         try:
             self._listener = socket.create_server(
                 (LOOPBACK, self._local_port), backlog=FORWARD_BACKLOG
