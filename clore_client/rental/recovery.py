@@ -66,12 +66,12 @@ class Leftovers:
         abandoned: list[Leftover],
         elsewhere: list[Leftover],
         unnoted: list[Order],
-        kept: list[Leftover] | None = None,
+        kept: list[Leftover],
     ) -> None:
         self.abandoned = abandoned
         self.elsewhere = elsewhere
         self.unnoted = unnoted
-        self.kept = kept or []
+        self.kept = kept
 
     def __bool__(self) -> bool:
         """Return whether any of the lists has an item."""
