@@ -150,6 +150,10 @@ class Purchase:
             and order.id not in self.before
             and order.server_id == self.server_id
             and same_purchase(order, self.image, self.currency, self.spot)
+            # Another process can have ordered the same server a moment before.
+            and not self._orders.credentials.contradict(
+                self._orders.account, order.id, self.credentials
+            )
         )
 
     # --- price and limits ---

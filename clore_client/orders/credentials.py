@@ -140,6 +140,11 @@ class Credentials:
             return {}
         return self._known.setdefault((account, order_id), _fields_of(found))
 
+    def contradict(self, account: str, order_id: int, sent: dict[str, str]) -> bool:
+        """Return whether an order is known to have another login than the one that was sent."""
+        known = self.of(account, order_id)
+        return bool(known) and known != login_fields(sent)
+
     def forget(self, account: str, order_ids: Iterable[int]) -> None:
         """Forget orders that have ended."""
         ended = set(order_ids)

@@ -43,6 +43,7 @@ class RentalOrder:
         meter: its cost.
         order_id: the order id; None while the outcome of the purchase is not known.
         refused: whether the API refused the order with code 1, after which it may still exist.
+        lost: the purchase of ``create_order``, if its outcome is not known.
         absent: monotonic times of the lists in a row that did not have the order.
     """
 
@@ -53,6 +54,7 @@ class RentalOrder:
         self.sent_at = time.monotonic()
         self.order_id: int | None = None
         self.refused = False
+        self.lost: Any = None
         self._cancellation: Cancellation | None = None
         self.absent: list[float] = []
 
@@ -159,6 +161,7 @@ class RentalOrders:
 
     def set_order_id(self, purchase: RentalOrder, order_id: int) -> None:
         """Record the order id of a purchase."""
+        self._orders.claims.take(order_id, purchase)  # unless create_order() has claimed it
         purchase.order_id = order_id
         purchase.meter.counts = True
         if purchase.entry is not None:
@@ -360,7 +363,7 @@ class RentalOrders:
         except CloreError:
             absent.clear()  # a read that failed breaks the series
             raise
-        fitting = [order for order in orders if self._fits(order, purchase)]
+        fitting = self._fitting(orders, purchase)
         if len(fitting) == 1 and not self._is_held(purchase):
             self.set_order_id(purchase, fitting[0].id or 0)
         lag = self._orders.client.order_lag
@@ -375,14 +378,22 @@ class RentalOrders:
         running = {p.order_id for p in self._all if p.order_id is not None and not p.accepted}
         return running <= {order.id for order in orders}
 
-    def _fits(self, order: Order, purchase: RentalOrder) -> bool:
-        settings = self._settings
-        return (
-            order.server_id == purchase.server_id
+    def _fitting(self, orders: list[Order], purchase: RentalOrder) -> list[Order]:
+        """Return the orders that can be the result of a purchase, and belong to no other one."""
+        settings, claims = self._settings, self._orders.claims
+        if purchase.lost is None:
+            purchase.lost = claims.unresolved.get(purchase.server_id)
+        fitting = [
+            order
+            for order in orders
+            if order.server_id == purchase.server_id
             and order.id not in self.before
             and order.id not in self._taken()
             and can_be_order_of(order, settings.image, settings.currency, settings.spot)
-        )
+        ]
+        if (lost := purchase.lost) is None:  # create_order() had claimed its order
+            return fitting
+        return claims.free([order for order in fitting if lost.matches(order)], lost)
 
     def _is_held(self, purchase: RentalOrder) -> bool:
         """Return whether a living rental of another process could own the order."""

@@ -66,12 +66,12 @@ class Leftovers:
         abandoned: list[Leftover],
         elsewhere: list[Leftover],
         unnoted: list[Order],
-        kept: list[Leftover] | None = None,
+        kept: list[Leftover],
     ) -> None:
         self.abandoned = abandoned
         self.elsewhere = elsewhere
         self.unnoted = unnoted
-        self.kept = kept or []
+        self.kept = kept
 
     def __bool__(self) -> bool:
         """Return whether any of the lists has an item."""
@@ -290,37 +290,26 @@ def end_leftovers(
 
 def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> list[int]:
     """Cancel the kept orders that are past their deadline; see ``CloreClient.cancel_overdue``."""
-    overdue = _overdue_entries(orders, folder)
+    overdue: list[JournalEntry] = []
+    for entry in kept_entries(folder, orders.account):
+        until = finite(entry.data.get("kept_until"))
+        mine = entry.abandoned and entry.of_this_machine
+        if mine and until is not None and until <= time.time():
+            overdue.append(entry)
+        else:
+            entry.close()
     try:
         listed = {order.id: order for order in orders.active()} if overdue else {}
-        pairs = [(entry, listed.get(entry.order_id)) for entry in overdue]
+        pairs = []
+        for entry in overdue:
+            if entry.order_id in listed or orders.state(entry.order_id or 0) != "ended":
+                pairs.append((entry, listed.get(entry.order_id)))
+            else:
+                entry.remove()
         return _end_entries(orders, pairs, timeout, "cancel_overdue()")
     finally:
         for entry in overdue:
             entry.close()
-
-
-def _overdue_entries(orders: AccountOrders, folder: Path | None) -> list[JournalEntry]:
-    """Return the records of this machine's kept orders that are past their deadline.
-
-    They are locked, and the caller closes them. Records of orders that have ended are removed.
-    """
-    overdue, now = [], time.time()
-    for entry in kept_entries(folder, orders.account):
-        until = finite(entry.data.get("kept_until"))
-        mine = entry.abandoned and entry.of_this_machine
-        if mine and until is not None and until <= now and not _remove_if_ended(orders, entry):
-            overdue.append(entry)
-        else:
-            entry.close()
-    return overdue
-
-
-def _remove_if_ended(orders: AccountOrders, entry: JournalEntry) -> bool:
-    ended = orders.state(entry.order_id or 0) == "ended"
-    if ended:
-        entry.remove()
-    return ended
 
 
 def _end_entries(

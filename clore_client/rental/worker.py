@@ -129,7 +129,6 @@ class RentalWorker:
     ) -> None:
         self._client = client
         self._orders = orders
-        self._settings = settings
         self._inbox = inbox
         self._holders = holders  # weak references to the rental and its with statement
         self.pid = os.getpid()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from clore_client import (
     ServerAlreadyRentedError,
     SpendingLimitError,
 )
-from tests.conftest import MakeSim, client_for, sent_to
+from tests.conftest import FORMS, MakeSim, client_for, sent_to, until
+from tests.orders.test_credentials import in_a_second_process
 from tests.test_client import plain_server
 from tests.variant import Simulator
 
@@ -247,6 +249,27 @@ def test_a_limit_of_the_number_of_orders(make_sim: MakeSim) -> None:
     assert client.create_order(plain_server(client)).id
     with pytest.raises(SpendingLimitError):
         client_for(sim, max_active_orders=0).create_order(plain_server(client))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_after_code_1_the_order_of_another_process_is_not_taken(
+    make_sim: MakeSim, tmp_path: Path, form: str
+) -> None:
+    """The other order is not listed yet when this one is sent, and the API answers code 1."""
+    sim = make_sim(form=form, visible_after=5.0)
+    client = client_for(sim, state_dir=tmp_path)
+    client.get_orders()
+    server_id = plain_server(client)
+    code = "print(client.create_order(int(argument[0]))['order_id'])"
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(in_a_second_process, sim, tmp_path, code, server_id)
+        until(lambda: sim.orders)
+        time.sleep(2.5)  # the Date of a response has no fractions of a second
+        sim.faults.add("create_order", "code_1")
+        with pytest.raises(DatabaseError):
+            client.create_order(server_id, find_timeout=5.0)
+        assert int(other.result()) == sim.orders[0].id
+    assert len(sim.orders) == 1
 
 
 def test_invalid_limits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import pytest
 from clore_client import (
     BudgetExceededError,
     CloreClient,
+    CloreConnectionError,
     Order,
     OrderEndedError,
     OrderNotFoundError,
@@ -237,6 +239,29 @@ def test_an_overdue_order_that_has_ended(sim: Simulator, state: Path) -> None:
     time.sleep(0.2)
     assert client_for(sim, state_dir=state).cancel_overdue() == []
     assert list((state / "kept").iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", range(3))
+def test_cancel_overdue_again_after_it_failed(
+    sim: Simulator, state: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Keep no record locked after an error, so that the same process can try again."""
+    orders = [kept_order(client_for(sim, state_dir=state), max_hours=0.01 / 3600) for _ in "12"]
+    sim.end_order(orders[0].id or 0)
+    time.sleep(0.2)
+    client = client_for(sim, state_dir=state)
+    real, reads = client._request, itertools.count()
+
+    def request(method: str, endpoint: str, *args: Any, **kwargs: Any) -> Any:
+        if endpoint == "/v1/my_orders" and next(reads) == failing:
+            raise CloreConnectionError("broken")
+        return real(method, endpoint, *args, **kwargs)
+
+    monkeypatch.setattr(client, "_request", request)
+    with pytest.raises(CloreConnectionError, match="broken"):
+        client.cancel_overdue()
+    assert client.cancel_overdue() == [orders[1].id]
+    assert active(sim) == []
 
 
 def test_a_deadline_that_cannot_be_recorded(
