@@ -6,7 +6,7 @@ import os
 from typing import Any, Protocol
 
 from clore_client.errors import SSHError
-from clore_client.ssh.transfer.digests import MAX_ANSWER, different_files, same_chunks
+from clore_client.ssh.transfer.digests import MAX_ANSWER, different_chunks, different_files
 from clore_client.ssh.transfer.entry import (
     FileEntry,
     checked_name,
@@ -141,8 +141,7 @@ class ShellTarget:
         if not self._tree.is_folder:
             (entry,) = files
             with self._script("digests", body + CHUNK_DIGESTS) as script:
-                chunks = [(0, entry.size)]
-                return [] if same_chunks(script, self._tree.place(entry), chunks) else files
+                return list(different_chunks(script, [(entry, 0, entry.size)], self._tree.place))
         with self._script("digests", body + FILE_DIGESTS) as script:
             return list(different_files(script, files, self._tree.place))
 

@@ -7,22 +7,28 @@ from pathlib import Path
 
 from clore_client.ssh.transfer.entry import BLOCK, FileEntry, file_digest
 from clore_client.ssh.transfer.remote_script import RemoteScript
-from clore_client.ssh.transfer.scripts import parse_digests
+from clore_client.ssh.transfer.scripts import encoded_name, parse_digests
 
 DIFFERS = "SHA-256 differs: what had arrived is removed"
 MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
 
 
-def same_chunks(script: RemoteScript, path: str | Path, chunks: list[tuple[int, int]]) -> bool:
-    """Compare chunks (start, size) of a file; ``script`` runs CHUNK_DIGESTS."""
-    for start, size in chunks:
-        script.send(b"%d %d\n" % (start // BLOCK, size))
+def different_chunks(
+    script: RemoteScript,
+    chunks: list[tuple[FileEntry, int, int]],
+    place: Callable[[FileEntry], str | Path],
+) -> Iterator[FileEntry]:
+    """Yield the files of which a chunk (file, start, size) differs.
+
+    ``script`` runs CHUNK_DIGESTS, ``place`` returns local paths.
+    """
+    asked = [b"%d %d " % (start // BLOCK, size) + encoded_name(e.name) for e, start, size in chunks]
+    script.send(b"\n".join([*asked, b""]))
     script.end()
-    for start, size in chunks:
+    for entry, start, size in chunks:
         (digest,) = parse_digests(script.line() + b"\n", 1)
-        if digest != file_digest(path, start, size):
-            return False
-    return True
+        if digest != file_digest(place(entry), start, size):
+            yield entry
 
 
 def different_files(

@@ -54,13 +54,6 @@ def record_key(version: object) -> str:
     return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
 
 
-def chunk_size(size: int, resume: bool) -> int:
-    """Return how many bytes of a file are recorded at a time; few where it may be resumed."""
-    if not resume:
-        return 64 * BLOCK
-    return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
-
-
 def link_target(name: bytes, link: bytes) -> bytes | None:
     """Return the name in the same tree that a symlink leads to, or None outside the tree."""
     if link.startswith(b"/") or not link:
