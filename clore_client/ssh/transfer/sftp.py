@@ -8,6 +8,7 @@ import logging
 import os
 import posixpath
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,15 @@ def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
         channel.close()
 
 
+class ReadAnswers(dict[int, bytes]):
+    """The answers to requests for data, by the numbers of the requests."""
+
+    def _async_response(self, kind: int, message: Any, number: int) -> None:  # paramiko's name
+        from paramiko.sftp import CMD_DATA
+
+        self[number] = message.get_string() if kind == CMD_DATA else b""
+
+
 class RemoteFiles:
     """The files of a host, over SFTP."""
 
@@ -107,17 +117,32 @@ class RemoteFiles:
         return "" if found is None else kind_of(found.st_mode) or "other"
 
     def pieces(self, file: Any, start: int, end: int) -> Iterator[bytes]:
-        """Yield a range of a file, with several requests at a time."""
-        while start < end:
-            wanted = [
-                (at, min(SFTP_PACKET, end - at))
-                for at in range(start, min(end, start + SFTP_AHEAD * SFTP_PACKET), SFTP_PACKET)
-            ]
-            for (at, size), piece in zip(wanted, file.readv(wanted), strict=True):
-                if len(piece) != size:
-                    raise SSHError(f"{end - at} bytes are missing")
-                yield piece
-            start = sum(wanted[-1])
+        """Yield a range of a file, with several requests at a time.
+
+        paramiko's ``readv`` may request data twice, and its thread prints what it dies of.
+        """
+        from paramiko.sftp import CMD_READ, int64
+
+        answers = ReadAnswers()
+        waiting: deque[tuple[int, int]] = deque()
+        while start < end or waiting:
+            while start < end and len(waiting) < SFTP_AHEAD:
+                size = min(SFTP_PACKET, end - start)
+                request = (CMD_READ, file.handle, int64(start), size)
+                try:
+                    waiting.append((self.sftp._async_request(answers, *request), size))
+                except connection_errors():
+                    if not waiting:
+                        raise
+                    break  # first read what has arrived
+                start += size
+            number, size = waiting.popleft()
+            while number not in answers:
+                self.sftp._read_response()
+            piece = answers.pop(number)
+            if len(piece) != size:
+                raise SSHError(f"a part of {size} bytes is missing")
+            yield piece
 
     def digest(self, path: bytes, size: int) -> str:
         """Return the SHA-256 of a file."""

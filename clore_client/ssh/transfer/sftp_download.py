@@ -139,8 +139,8 @@ class SftpDownload:
             self._transfer.moved(entry, 0)
         found = remote.look(source)
         check_unchanged(entry, None if found is None else _entry_of(b"", found))
-        compares = self._options.verify or earlier
-        if compares and self._content_differs(part.place(entry), entry, source):
+        # After a resumed download too only with verify: it costs as much as to receive it again.
+        if self._options.verify and self._content_differs(part.place(entry), entry, source):
             part.clear()
             raise SSHError(DIFFERS)
         for _, length in earlier:

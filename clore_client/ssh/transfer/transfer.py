@@ -29,6 +29,9 @@ from clore_client.ssh.transport import (
 from clore_client.ssh.watchdog import Watchdog, start_thread
 
 CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
+# Bytes that a resumable upload sends before the host has confirmed anything: on a far one, as many
+# as one channel takes, since fewer would cost throughput.
+NEAR_AHEAD, FAR_AHEAD = 256 * 1024, COMMAND_WINDOW
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 
 
@@ -106,6 +109,15 @@ class Transfer:
     def near(self) -> bool:
         """Whether the host is so near that one channel is as fast as several."""
         return self.pool.round_trip < NEAR
+
+    def ahead(self, confirmed: int) -> float:
+        """Return how many bytes an upload may send beyond those that the host has confirmed.
+
+        They are what a cut of the connection can lose.
+        """
+        if not self.options.resume:
+            return float("inf")
+        return max(NEAR_AHEAD if self.near else FAR_AHEAD, confirmed // 25)
 
     def script(
         self, ssh: Any, text: bytes, window: int = COMMAND_WINDOW, *,

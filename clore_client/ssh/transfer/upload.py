@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import re
 import threading
@@ -61,10 +60,6 @@ from clore_client.ssh.transport import NoChannelError, connection_errors
 # host, more channels make an upload faster.
 UPLOAD_CHANNELS = 8
 RESUMABLE_CHANNELS = 2
-# An upload that may be resumed sends at most a twenty-fifth of what the host has confirmed ahead of
-# that, so that a cut loses little: or so many bytes near the host, and far from it, where fewer
-# would cost throughput.
-NEAR_AHEAD, FAR_AHEAD = 256 * 1024, 2 * 1024 * 1024
 META_LINES = 500
 
 
@@ -238,13 +233,6 @@ class Upload:
         self._hashes = options.verify or options.resume or self._workers > 1
         transfer.start_workers(connections, self._workers, self._work)
 
-    def _ahead(self) -> float:
-        """Return how many bytes a worker may send before the host confirms them."""
-        if not self._options.resume:
-            return math.inf
-        least = NEAR_AHEAD if self._transfer.near else FAR_AHEAD
-        return max(least, self._confirmed // 25) / self._workers
-
     def _work(self, ssh: Any) -> None:
         """Send portions until none is left."""
         how = "op" if self._options.preserve else "opm"
@@ -252,7 +240,10 @@ class Upload:
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
-                while sent and portion.size + sum(p.size for p, _ in sent) > self._ahead():
+                while sent and (
+                    portion.size + sum(earlier.size for earlier, _ in sent)
+                    > self._transfer.ahead(self._confirmed) / self._workers
+                ):
                     self._confirm(put, *sent.pop(0))
                 sent.append((portion, self._send(put, portion)))
                 if not put.send(b".\n"):
