@@ -132,7 +132,7 @@ class RunningCommand:
         self._command = command
         self._output = output
         self._deadline = time.monotonic() + command.timeout
-        self._pid_line = PidLine()
+        self._pid_line = PidLine(waits=bool(command.input))
         self._channel: Any = None
         self._feeder: threading.Thread | None = None
         self._wake = threading.Event()  # set when one of the streams has data or has ended
@@ -157,7 +157,12 @@ class RunningCommand:
             if self._time_left():
                 raise
             return False
-        self._feeder = start_thread("stdin", _feed, self._channel, self._command.input)
+        given = self._command.input
+        if given:
+            if not self._wait_for_shell():
+                return False
+            given = b"\n" + given  # the first line starts the command
+        self._feeder = start_thread("stdin", _feed, self._channel, given)
         # on_output may take longer than the timeout: the command is stopped all the same.
         with self._watchdog.limit(self._time_left() + GRACE + PATIENCE, self._stop_early):
             return self._wait() and not self._stopped_early
@@ -186,6 +191,23 @@ class RunningCommand:
             request_exec(self._channel, self._pid_line.prefix.encode() + self._command.encoded_line)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
                 raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
+
+    def _wait_for_shell(self) -> bool:
+        """Wait for the shell, as its start-up files would read the command's input.
+
+        Returns False if time ran out.
+        """
+        deadline = time.monotonic() + min(START_TIMEOUT, self._time_left())
+        while self._pid_line.pid is None and not self._complete():
+            if time.monotonic() >= deadline:
+                if not self._time_left():
+                    return False
+                raise SSHError(
+                    f"the machine did not start the command within {START_TIMEOUT:g}s: a start-up "
+                    "file there, such as ~/.bashrc, may wait, or read the command's input"
+                )
+            self._read_or_wait(deadline - time.monotonic())
+        return True
 
     def _watch_for_exit_signal(self) -> None:
         """Read paramiko's log messages: only there it says that a signal ended the command."""

@@ -100,16 +100,21 @@ class PidLine:
     It proves that the host runs the command, and gives the process group to end. All of stderr is
     held back until it has come.
 
+    Parameters:
+        waits: let the command wait for a line of input, so that it can't start without the rest.
+
     Attributes:
         pid: the process id of the shell, once it is known.
         prefix: the line to put before the command. It is a line of its own, so that a shell that
             complains about the syntax of the command quotes neither it nor the variables.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waits: bool = False) -> None:
         mark = f"clore-{secrets.token_hex(8)} "
         self.pid: int | None = None
         self.prefix = f"sh -c 'echo {mark}$PPID >&2'\n"
+        if waits:
+            self.prefix = f"sh -c 'echo {mark}$PPID >&2; read -r line' || exit 121\n"
         self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
         self._held = b""
         self._done = False
