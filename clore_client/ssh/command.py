@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import CommandError, CommandTimeoutError, SSHError, printable
 from clore_client.log import logger
 from clore_client.models.result import STDERR, STDOUT, CommandResult, OutputLine
-from clore_client.ssh.command_line import command_line, encoded, exports, input_bytes
+from clore_client.ssh.command_line import command_line, csh_line, encoded, exports, input_bytes
 from clore_client.ssh.command_output import CommandOutput, PidLine
 from clore_client.ssh.transport import (
     NoChannelError,
@@ -63,7 +63,8 @@ class Command:
         check: raise CommandError unless the exit code is 0.
         timeout: seconds that the command may take; None has no limit.
         input: its standard input, text as UTF-8; None is empty.
-        env: environment variables. They are visible in the host's process list.
+        env: environment variables. They are visible in the host's process list. Where the login
+            shell is csh, the command then runs without the aliases of its start-up files.
         on_output: called with each :class:`OutputLine` as it comes. The order of lines is kept
             within a stream, not between the two. A very long line comes in pieces.
         max_output: bytes of both streams to keep; the rest goes to ``on_output`` only, and is
@@ -82,7 +83,9 @@ class Command:
         max_output: int = MAX_OUTPUT,
     ) -> None:
         self.line = command_line(command)
-        self.encoded_line = encoded("command", exports(env) + self.line)
+        variables = exports(env)
+        first = csh_line(variables, command, self.line)
+        self.encoded_line = encoded("command", first + variables + self.line)
         self.input = input_bytes(input)
         self.timeout = math.inf
         if timeout is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clore_client.validation import short_repr
+
+MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
 
 
 def command_line(command: str | Sequence[str]) -> str:
@@ -28,8 +31,10 @@ def command_line(command: str | Sequence[str]) -> str:
 
 def quoted_word(word: str) -> str:
     """Quote a word for any login shell."""
-    # In fish, a backslash is special even in single quotes.
-    return "\\\\".join(shlex.quote(part) if part else "" for part in word.split("\\")) or "''"
+    # Even in single quotes, a backslash is special in fish, and "!" in csh.
+    parts = re.split(r"([\\!])", word)
+    quoted = [f"\\{part}" if part in ("\\", "!") else shlex.quote(part) for part in parts if part]
+    return "".join(quoted) or "''"
 
 
 def input_bytes(value: Any) -> bytes:
@@ -56,9 +61,26 @@ def exports(env: Any) -> str:
         if not isinstance(value, str):
             raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)
-        # csh has no export: the command must not run there without its variables.
         lines.append(f"export {name}={quoted_word(value)} || exit 121\n")
     return "".join(lines)
+
+
+def csh_line(exports: str, command: str | Sequence[str], line: str) -> str:
+    """Return a line that runs a command with variables in csh, which has no ``export``.
+
+    Other shells go on with the next line. csh does not: sh takes its place, sets the variables, and
+    runs csh again, without its start-up files, which could set other values.
+    """
+    if not exports and (isinstance(command, str) or "\n" not in line):
+        return ""
+    run = f'exec "$0" -f -c {shlex.quote(line)}' if isinstance(command, str) else f"exec {line}"
+    script = (exports + run).encode("utf-8", "surrogateescape")
+    # csh can't quote a line end, nor "!".
+    plain = re.sub(rb"[^ -~]|[\\!']", lambda sign: b"\\0%03o" % ord(sign[0]), script).decode()
+    if len(plain) > MAX_CSH_LINE:
+        return ""
+    decode = 'sh -c \'eval "$(printf %b "$1")"\''
+    return f"expr \"$shell\" : '.*csh$' >/dev/null && exec {decode} \"$shell\" '{plain}'\n"
 
 
 def encoded(name: str, text: str, *, nul: bool = False) -> bytes:

@@ -554,7 +554,7 @@ def test_a_start_up_file_that_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_login_shells(tmp_path: Path, kind: str) -> None:
     program = shutil.which(kind)
     options = f'ForceCommand {program} -c "$SSH_ORIGINAL_COMMAND"'
-    words = ["a b", "it's", "back\\slash", "\\'", "$HOME", "*"]
+    words = ["a b", "it's", "back\\slash", "\\'", "$HOME", "*", "bang!", "two\nlines", "é"]
     with running_sshd(tmp_path / "sshd", options) as server:
         client = CloreClient(state_dir=None)
         login: dict[str, Any] = {"key_path": server.key, "wait": 10}
@@ -564,13 +564,13 @@ def test_login_shells(tmp_path: Path, kind: str) -> None:
 
         assert run("echo in").stdout == "in\n"
         assert run(["printf", "<%s>", *words]).stdout == "".join(f"<{word}>" for word in words)
-        result = run("printenv NAME", env={"NAME": "va'lue"})
-        if kind == "tcsh":  # which has no export: the command must not run
-            assert result.exit_code != 0
-            assert result.stdout == ""
-            assert "export" in result.stderr
-        else:
-            assert result.stdout == "va'lue\n"
+        for value in ("va'lue", '\\ ! \\! "$HOME" `x` é\nnew\tline%s\n', "", "!"):
+            env = {"NAME": value, "OTHER": "other"}
+            result = run("printenv NAME; printenv OTHER", env=env)
+            assert (result.stdout, result.stderr) == (f"{value}\nother\n", "")
+            assert run(["printenv", "NAME"], env=env).stdout == f"{value}\n"
+            assert run("cat; exit 3", env=env, input="in").exit_code == 3
+        assert run("setenv X 1 && printenv X", env={"Y": "2"}).stdout == "1\n" * (kind == "tcsh")
         with pytest.raises(CommandTimeoutError):
             run("sleep 60", timeout=1)
 
