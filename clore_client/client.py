@@ -1816,8 +1816,8 @@ class CloreClient(HTTPClient):
             ['old.bin']
             >>> client.upload(order, "data/", "~/work", delete=would)
         """
+        from clore_client.ssh.transfer.options import check_upload, upload_connections
         from clore_client.ssh.transfer.upload import upload_path
-        from clore_client.ssh.transfer.upload_check import check_upload, upload_connections
 
         checked = check_upload(
             local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,

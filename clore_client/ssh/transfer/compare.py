@@ -6,7 +6,6 @@ import os
 from typing import Any, Protocol
 
 from clore_client.errors import SSHError
-from clore_client.ssh.transfer.digests import MAX_ANSWER, different_chunks, different_files
 from clore_client.ssh.transfer.entry import (
     FileEntry,
     checked_name,
@@ -19,8 +18,11 @@ from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
     FILE_DIGESTS,
     LIST_TARGET,
+    MAX_ANSWER,
     REMOVE,
     TARGET,
+    different_chunks,
+    different_files,
     parse_listing,
     script_text,
 )

@@ -14,17 +14,12 @@ from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.transfer.digests import (
-    DIFFERS,
-    MAX_ANSWER,
-    different_chunks,
-    different_files,
-)
 from clore_client.ssh.transfer.entry import (
     BLOCK,
     CHANGED,
     TRANSFER_PIECE,
     FileEntry,
+    TarReader,
     about,
     check_unchanged,
     parse_stat,
@@ -36,15 +31,18 @@ from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, R
 from clore_client.ssh.transfer.remote_tree import RemoteTree, make_links
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
+    DIFFERS,
     FILE_DIGESTS,
     GET,
     GET_TREE,
     LOOK,
+    MAX_ANSWER,
+    different_chunks,
+    different_files,
     parse_listing,
     script_text,
 )
-from clore_client.ssh.transfer.sftp_download import SftpDownload
-from clore_client.ssh.transfer.tar import TarReader
+from clore_client.ssh.transfer.sftp import SftpDownload
 from clore_client.ssh.transfer.transfer import Transfer
 from clore_client.ssh.transport import NoChannelError
 

@@ -10,13 +10,13 @@ from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import (
     BLOCK,
     CHANGED,
+    TAR_BLOCK,
     TRANSFER_PIECE,
+    Excludes,
     FileEntry,
     link_target,
     record_key,
 )
-from clore_client.ssh.transfer.options import Excludes
-from clore_client.ssh.transfer.tar import TAR_BLOCK
 
 CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
 BUNDLE_BYTES = 8 * 1024 * 1024

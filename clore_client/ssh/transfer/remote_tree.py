@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import (
+    Excludes,
     FileEntry,
     checked_name,
     kind_of,
@@ -15,7 +16,6 @@ from clore_client.ssh.transfer.entry import (
     nanoseconds,
 )
 from clore_client.ssh.transfer.local_part import LocalPart
-from clore_client.ssh.transfer.options import Excludes
 from clore_client.ssh.transfer.transfer import Transfer
 
 

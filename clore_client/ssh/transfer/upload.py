@@ -16,23 +16,19 @@ from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.transfer.compare import Comparison, ShellTarget
-from clore_client.ssh.transfer.digests import (
-    DIFFERS,
-    MAX_ANSWER,
-    different_chunks,
-    different_files,
-)
 from clore_client.ssh.transfer.entry import (
     BLOCK,
+    TAR_BLOCK,
     TRANSFER_PIECE,
     FileEntry,
     about,
     kind_of,
     record_key,
+    tar_header,
     whole_seconds,
 )
 from clore_client.ssh.transfer.local_tree import LocalTree, Portion, plan_portions
-from clore_client.ssh.transfer.options import is_content
+from clore_client.ssh.transfer.options import UploadOptions, is_content, upload_connections
 from clore_client.ssh.transfer.remote_script import (
     LAST_PATIENCE,
     MAX_LINE,
@@ -42,18 +38,20 @@ from clore_client.ssh.transfer.remote_script import (
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
     CONTROL,
+    DIFFERS,
     FILE_DIGESTS,
+    MAX_ANSWER,
     PUT,
     TARGET,
+    different_chunks,
+    different_files,
     encoded_name,
     parse_listing,
     script_text,
     sh_quoted,
 )
 from clore_client.ssh.transfer.sftp_upload import SftpUpload
-from clore_client.ssh.transfer.tar import TAR_BLOCK, tar_header
 from clore_client.ssh.transfer.transfer import Transfer
-from clore_client.ssh.transfer.upload_check import UploadOptions, upload_connections
 from clore_client.ssh.transport import NoChannelError, connection_errors
 
 # sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
