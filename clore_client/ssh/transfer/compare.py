@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Protocol
 
-from clore_client.errors import SSHError
 from clore_client.ssh.transfer.entry import (
     FileEntry,
-    checked_name,
     file_digest,
-    kind_of,
     whole_seconds,
 )
 from clore_client.ssh.transfer.local_tree import LocalTree
+from clore_client.ssh.transfer.remote_tree import RemoteTree
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
     FILE_DIGESTS,
@@ -29,13 +26,12 @@ from clore_client.ssh.transfer.scripts import (
 from clore_client.ssh.transfer.transfer import Transfer
 
 MAX_TARGET_FILES = 2_000_000
-RemoteListing = dict[bytes, FileEntry]
 
 
 class Target(Protocol):
     """The target of an upload, with the host's shell or over SFTP."""
 
-    def listing(self) -> tuple[bytes, RemoteListing]:
+    def listing(self) -> tuple[bytes, RemoteTree]:
         """Return the path of the target, and what is there."""
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
@@ -56,7 +52,8 @@ class Comparison:
     def __init__(self, transfer: Transfer, tree: LocalTree, target: Target) -> None:
         self._options: Any = transfer.options
         self._target = target
-        self.path, self._there = target.listing()
+        self.path, found = target.listing()
+        self._there = found.by_name
         self.deletes: list[bytes] | None = None
         if self._options.delete is not False:
             self.deletes = self._only_there(tree)
@@ -122,21 +119,13 @@ class ShellTarget:
         self._tree = tree
         self._values = dict(values, look=1)
 
-    def listing(self) -> tuple[bytes, RemoteListing]:
-        there: RemoteListing = {}
-
-        def take(mode: int, size: int, seconds: int, name: bytes) -> None:
-            kind = kind_of(mode) or "l"
-            if name or kind == "f":
-                if name:
-                    checked_name(name)
-                there[name] = FileEntry(name, size, seconds * 10**9, mode & 0o777, kind)
-
+    def listing(self) -> tuple[bytes, RemoteTree]:
+        tree = RemoteTree()
         with self._script("look", LIST_TARGET) as script:
             path = script.answer(b"target")
             text = script.until(self._values["token"].encode(), MAX_ANSWER)
-            parse_listing(text, MAX_TARGET_FILES, take)
-        return path, there
+            parse_listing(text, MAX_TARGET_FILES, tree.take)
+        return path, tree
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         body = TARGET + "path=$f\n"
@@ -173,14 +162,8 @@ class SftpTarget:
         self._tree = tree
         self._path = path
 
-    def listing(self) -> tuple[bytes, RemoteListing]:
-        there: RemoteListing = {}
-        if self._remote.kind(self._path) == "d":
-            if self._tree.is_folder:
-                self._walk(b"", there)
-        elif (found := self._remote.look(self._path)) is not None:
-            there[b""] = FileEntry(b"", found.st_size, int(found.st_mtime) * 10**9, 0)
-        return self._path, there
+    def listing(self) -> tuple[bytes, RemoteTree]:
+        return self._path, self._remote.tree(self._path, self._tree.is_folder)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         return [
@@ -197,20 +180,6 @@ class SftpTarget:
                 self._remote.sftp.rmdir(self._place(name))
             except OSError:  # something is in it by now
                 continue
-
-    def _walk(self, folder: bytes, there: RemoteListing) -> None:
-        for found in self._remote.sftp.listdir_attr(self._place(folder)):
-            name = os.fsencode(found.filename)
-            inner = folder + b"/" + name if folder else name
-            checked_name(inner)
-            if len(there) >= MAX_TARGET_FILES:
-                raise SSHError(f"the machine lists more than {MAX_TARGET_FILES} files")
-            mode = found.st_mode or 0
-            kind = kind_of(mode) or "l"
-            mtime = int(found.st_mtime or 0) * 10**9
-            there[inner] = FileEntry(inner, int(found.st_size or 0), mtime, mode & 0o777, kind)
-            if kind == "d":
-                self._walk(inner, there)
 
     def _place(self, name: bytes) -> bytes:
         return self._path.rstrip(b"/") + b"/" + name if name else self._path

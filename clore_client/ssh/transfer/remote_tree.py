@@ -33,6 +33,12 @@ class RemoteTree:
     def files(self) -> list[FileEntry]:
         return [entry for entry in self.entries if entry.kind == "f"]
 
+    @property
+    def by_name(self) -> dict[bytes, FileEntry]:
+        """All that is there, and the root as the empty name."""
+        odd = [FileEntry(name, 0, 0, 0, "l") for name in self.odd]
+        return {entry.name: entry for entry in [self.root, *self.entries, *odd]}
+
     def exclude(self, excludes: Excludes | None) -> None:
         """Drop what patterns exclude, and all that is below an excluded directory."""
         if excludes is None:
@@ -84,7 +90,7 @@ class RemoteTree:
         """Add an entry of the listing."""
         kind = kind_of(mode)
         entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
-        if not name and kind == "d":
+        if not name:
             self.root = entry
             return
         checked_name(name)

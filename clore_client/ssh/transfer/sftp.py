@@ -130,6 +130,34 @@ class RemoteFiles:
         found = self.look(path, follow)
         return "" if found is None else kind_of(found.st_mode) or "other"
 
+    def tree(self, path: bytes, is_folder: bool = True) -> RemoteTree:
+        """Return what a path is, and with ``is_folder`` what is below it."""
+        tree, found = RemoteTree(), self.look(path)
+        if found is not None:
+            tree.take(found.st_mode, found.st_size, int(found.st_mtime), b"")
+            if is_folder and stat.S_ISDIR(found.st_mode):
+                self._walk(path, b"", tree, 0)
+        return tree
+
+    def _walk(self, top: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
+        if level > MAX_LEVELS:
+            raise SSHError(f"the machine names more than {MAX_LEVELS} nested directories")
+        place = top + b"/" + folder if folder else top
+        # Read the whole listing before the next request: paramiko requests some of it ahead.
+        listed = list(itertools.islice(self.sftp.listdir_iter(place), MAX_LISTED + 1))
+        if len(listed) > MAX_LISTED:
+            raise SSHError(f"the machine lists more than {MAX_LISTED} files in a directory")
+        for found in listed:
+            name = os.fsencode(found.filename)
+            if b"/" in name:
+                raise SSHError(f"the machine names a file {printable(repr(name), 120)}")
+            inner = folder + b"/" + name if folder else name
+            if None in (found.st_mode, found.st_size, found.st_mtime):
+                raise SSHError("the machine sends no size, time or mode of a file")
+            tree.take(found.st_mode, found.st_size, int(found.st_mtime), inner)
+            if stat.S_ISDIR(found.st_mode):
+                self._walk(top, inner, tree, level + 1)
+
     def pieces(self, file: Any, start: int, end: int) -> Iterator[bytes]:
         """Yield a range of a file, with several requests at a time.
 
@@ -208,7 +236,7 @@ class SftpDownload:
             if found is None:
                 raise SSHError("there is no such file")
             if stat.S_ISDIR(found.st_mode):
-                self._get_tree(source, found, files)
+                self._get_tree(source, files)
             elif stat.S_ISREG(found.st_mode):
                 entry = _entry_of(b"", found)
                 files.append(entry)
@@ -224,10 +252,8 @@ class SftpDownload:
             else:
                 raise SSHError("it is neither a file nor a directory")
 
-    def _get_tree(self, source: bytes, found: Any, files: list[FileEntry]) -> None:
-        tree = RemoteTree()
-        tree.take(found.st_mode, 0, int(found.st_mtime), b"")
-        self._walk(source, b"", tree, 0)
+    def _get_tree(self, source: bytes, files: list[FileEntry]) -> None:
+        tree = self._remote.tree(source)
         tree.exclude(self._options.excluded)
         files += tree.files
         links = tree.links(self._transfer)
@@ -243,25 +269,6 @@ class SftpDownload:
                 self._get_file(entry, source + b"/" + entry.name)
         make_links(self._part, self._transfer, links, tree)
         self._part.install_tree(tree.root, tree.entries)
-
-    def _walk(self, source: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
-        if level > MAX_LEVELS:
-            raise SSHError(f"the machine names more than {MAX_LEVELS} nested directories")
-        place = source + b"/" + folder if folder else source
-        # Read the whole listing before the next request: paramiko requests some of it ahead.
-        listed = list(itertools.islice(self._remote.sftp.listdir_iter(place), MAX_LISTED + 1))
-        if len(listed) > MAX_LISTED:
-            raise SSHError(f"the machine lists more than {MAX_LISTED} files in a directory")
-        for found in listed:
-            name = os.fsencode(found.filename)
-            if b"/" in name:
-                raise SSHError(f"the machine names a file {printable(repr(name), 120)}")
-            inner = folder + b"/" + name if folder else name
-            if None in (found.st_mode, found.st_size, found.st_mtime):
-                raise SSHError("the machine sends no size, time or mode of a file")
-            tree.take(found.st_mode, found.st_size, int(found.st_mtime), inner)
-            if stat.S_ISDIR(found.st_mode):
-                self._walk(source, inner, tree, level + 1)
 
     def _is_unchanged(self, entry: FileEntry) -> bool:
         """Compare a single file with its target, if that was asked for."""
