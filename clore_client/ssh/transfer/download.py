@@ -28,7 +28,7 @@ from clore_client.ssh.transfer.local_part import LocalPart, write_piece
 from clore_client.ssh.transfer.local_tree import SMALL_FILE
 from clore_client.ssh.transfer.options import DownloadOptions
 from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, RemoteScript
-from clore_client.ssh.transfer.remote_tree import RemoteTree, make_links
+from clore_client.ssh.transfer.remote_tree import RemoteTree, begin_file, make_links
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
     DIFFERS,
@@ -59,15 +59,8 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
     transfer = Transfer(pool, options, os.fsdecode(options.remote), "download")
     part = LocalPart(options.target, options.remote, options)
     files: list[FileEntry] = []
-    try:
-        with transfer.watched(), part:
-            _download(transfer, part, files)
-    except BaseException as error:
-        failure = transfer.failed(error, files)
-        if failure is error:
-            raise
-        # The text says what the machine refused, and its traceback would say nothing more.
-        raise failure from (None if type(error) is SSHError else error)
+    with transfer.watched(), part:
+        _download(transfer, part, files)
     return transfer.result(part.target, files)
 
 
@@ -133,21 +126,14 @@ class Download:
     # --- one file ---
 
     def _get_file(self, look: RemoteScript, entry: FileEntry, files: list[FileEntry]) -> None:
-        files.append(entry)
-        self._part.accept(files, folder=False)
-        self._transfer.total = entry.size
-        if self._options.skip_unchanged and self._is_unchanged(entry):
+        if not begin_file(self._transfer, self._part, entry, files, self._different):
             look.finish()
-            files.clear()
-            self._transfer.unchanged = 1
             return
         if entry.size > self._most:
             look.finish()
-            self._part.begin([entry])
             self._add_ranges(entry)
             self._get_ranges()
         else:
-            self._part.begin([entry])
             digest = hashlib.sha256() if self._options.verify else None
             self._receive(look, entry, 0, entry.size, digest)
             if digest is not None:
@@ -253,14 +239,7 @@ class Download:
     def _get_tree(self, look: RemoteScript, files: list[FileEntry]) -> None:
         tree = RemoteTree()
         parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES, tree.take)
-        tree.exclude(self._options.excluded)
-        files += tree.files
-        links = tree.links(self._transfer)
-        self._part.accept(files, folder=True)
-        tree.drop_unchanged(self._transfer, self._part, self._different)
-        files[:] = tree.files
-        self._transfer.total = sum(entry.size for entry in files)
-        self._part.begin(tree.entries)
+        links = tree.begin(self._transfer, self._part, files, self._different)
         missing = [entry for entry in files if not self._part.is_done(entry)]
         # GNU tar reads a backslash in a name as an escape.
         alone = {
@@ -349,15 +328,12 @@ class Download:
 
     # --- unchanged files ---
 
-    def _is_unchanged(self, entry: FileEntry) -> bool:
-        """Compare a single file with its target."""
-        by_time = self._options.skip_unchanged is True
-        if by_time or not self._part.has_same(entry, by_time):
-            return self._part.has_same(entry, by_time)
-        return not list(self._different_chunks([(entry, 0, entry.size)], self._part.target_of))
-
     def _different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""
+        if not files[0].name:
+            return list(
+                self._different_chunks([(files[0], 0, files[0].size)], self._part.target_of)
+            )
         text = script_text("digests", FILE_DIGESTS, path=self._options.source)
         with self._transfer.script(self._transfer.pool.ssh, text) as script:
             return list(different_files(script, files, self._part.target_of))

@@ -18,6 +18,9 @@ from clore_client.ssh.transfer.entry import (
 from clore_client.ssh.transfer.local_part import LocalPart
 from clore_client.ssh.transfer.transfer import Transfer
 
+# Returns those of the files whose content differs from that of their targets.
+Different = Callable[[list[FileEntry]], list[FileEntry]]
+
 
 class RemoteTree:
     """The entries of a directory on a host, checked."""
@@ -54,12 +57,25 @@ class RemoteTree:
             n for n in self.odd if n.rpartition(b"/")[0] not in gone and not excludes(n, False)
         ]
 
-    def drop_unchanged(
-        self,
-        transfer: Transfer,
-        part: LocalPart,
-        different: Callable[[list[FileEntry]], list[FileEntry]],
-    ) -> None:
+    def begin(
+        self, transfer: Transfer, part: LocalPart, files: list[FileEntry], different: Different
+    ) -> list[FileEntry]:
+        """Check and begin the download of a directory; return its symlinks.
+
+        ``files`` becomes the list of those to receive.
+        """
+        self.exclude(transfer.options.excluded)
+        files[:] = self.files
+        transfer.total = sum(entry.size for entry in files)
+        links = self.links(transfer)
+        part.accept(files, folder=True)
+        self._drop_unchanged(transfer, part, different)
+        files[:] = self.files
+        transfer.total = sum(entry.size for entry in files)
+        part.begin(self.entries)
+        return links
+
+    def _drop_unchanged(self, transfer: Transfer, part: LocalPart, different: Different) -> None:
         """Drop the files that the target has already, if ``skip_unchanged`` asks for that."""
         how = transfer.options.skip_unchanged
         has_links = any(entry.kind == "l" for entry in self.entries)
@@ -103,6 +119,23 @@ class RemoteTree:
             self.odd.append(name)
         else:
             self.entries.append(entry)
+
+
+def begin_file(
+    transfer: Transfer, part: LocalPart, entry: FileEntry, files: list[FileEntry],
+    different: Different,
+) -> bool:  # fmt: skip
+    """Check and begin the download of a single file; return False if the target is the same."""
+    files[:] = [entry]
+    transfer.total = entry.size
+    part.accept(files, folder=False)
+    how = transfer.options.skip_unchanged
+    if how and part.has_same(entry, how is True) and (how is True or not different(files)):
+        files.clear()
+        transfer.unchanged = 1
+        return False
+    part.begin([entry])
+    return True
 
 
 def make_links(

@@ -27,7 +27,7 @@ from clore_client.ssh.transfer.entry import (
     nanoseconds,
 )
 from clore_client.ssh.transfer.local_part import LocalPart, write_piece
-from clore_client.ssh.transfer.remote_tree import RemoteTree, make_links
+from clore_client.ssh.transfer.remote_tree import RemoteTree, begin_file, make_links
 from clore_client.ssh.transfer.scripts import DIFFERS
 from clore_client.ssh.transfer.transfer import Transfer
 from clore_client.ssh.transport import (
@@ -228,7 +228,6 @@ class SftpDownload:
 
     def run(self, files: list[FileEntry]) -> None:
         """Download, and add to ``files`` what there is."""
-        files.clear()
         with sftp_session(self._transfer) as self._remote:
             source = self._remote.absolute(self._options.source).rstrip(b"/") or b"/"
             self._source = source
@@ -239,43 +238,22 @@ class SftpDownload:
                 self._get_tree(source, files)
             elif stat.S_ISREG(found.st_mode):
                 entry = _entry_of(b"", found)
-                files.append(entry)
-                self._part.accept(files, folder=False)
-                self._transfer.total = entry.size
-                if self._is_unchanged(entry):
-                    files.clear()
-                    self._transfer.unchanged = 1
-                    return
-                self._part.begin([entry])
-                self._get_file(entry, source)
-                self._part.install_file(entry)
+                if begin_file(self._transfer, self._part, entry, files, self._different):
+                    self._get_file(entry, source)
+                    self._part.install_file(entry)
             else:
                 raise SSHError("it is neither a file nor a directory")
 
     def _get_tree(self, source: bytes, files: list[FileEntry]) -> None:
         tree = self._remote.tree(source)
-        tree.exclude(self._options.excluded)
-        files += tree.files
-        links = tree.links(self._transfer)
+        links = tree.begin(self._transfer, self._part, files, self._different)
         for link in links:
             link.link = os.fsencode(self._remote.sftp.readlink(source + b"/" + link.name) or "")
-        self._part.accept(files, folder=True)
-        tree.drop_unchanged(self._transfer, self._part, self._different)
-        files[:] = tree.files
-        self._transfer.total = sum(entry.size for entry in files)
-        self._part.begin(tree.entries)
         for entry in files:
             with about(entry):
                 self._get_file(entry, source + b"/" + entry.name)
         make_links(self._part, self._transfer, links, tree)
         self._part.install_tree(tree.root, tree.entries)
-
-    def _is_unchanged(self, entry: FileEntry) -> bool:
-        """Compare a single file with its target, if that was asked for."""
-        how = self._options.skip_unchanged
-        if not how or not self._part.has_same(entry, how is True):
-            return False
-        return how is True or not self._different([entry])
 
     def _different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""

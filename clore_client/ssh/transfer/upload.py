@@ -69,15 +69,8 @@ def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) 
     transfer.total = sum(entry.size for entry in tree.files)
     for left_out, why in tree.left_out:
         transfer.leave_out(left_out, why)
-    try:
-        with transfer.watched():
-            path = _upload(transfer, tree)
-    except BaseException as error:
-        failure = transfer.failed(error, tree.files)
-        if failure is error:
-            raise
-        # The text says what the machine refused, and its traceback would say nothing more.
-        raise failure from (None if type(error) is SSHError else error)
+    with transfer.watched():
+        path = _upload(transfer, tree)
     return transfer.result(path, tree.files)
 
 
