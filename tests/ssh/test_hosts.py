@@ -47,13 +47,6 @@ def client() -> CloreClient:
     return CloreClient(state_dir=None)
 
 
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    folder = tmp_path / "here"
-    folder.mkdir()
-    return folder
-
-
 @contextlib.contextmanager
 def host(client: CloreClient, folder: Path, kind: str) -> Iterator[Far]:
     """A host of that kind, and a folder of it that is also one here; ``root`` is its name there."""

@@ -65,13 +65,6 @@ def far(client: CloreClient, sshd: Sshd, tmp_path: Path) -> Far:
     return Far(client, sshd.order(), folder, key_path=sshd.key)
 
 
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    folder = tmp_path / "here"
-    folder.mkdir()
-    return folder
-
-
 def inside(path: Path) -> str:
     """Return the path that means the content of a directory."""
     return f"{path}/"

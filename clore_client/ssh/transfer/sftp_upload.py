@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from clore_client.errors import SSHError
-from clore_client.ssh.transfer.compare import Comparison, SftpTarget
 from clore_client.ssh.transfer.entry import BLOCK, FileEntry, about, file_digest, record_key
 from clore_client.ssh.transfer.local_part import PART
 from clore_client.ssh.transfer.local_tree import LocalTree
 from clore_client.ssh.transfer.options import is_content
+from clore_client.ssh.transfer.remote_tree import Comparison, SftpTarget
 from clore_client.ssh.transfer.scripts import DIFFERS, MAX_ANSWER
 from clore_client.ssh.transfer.sftp import SFTP_PACKET, sftp_session
 from clore_client.ssh.transfer.transfer import Transfer
@@ -113,7 +113,6 @@ class SftpUpload:
         if not self._begun:
             self._remote.remove(part)
         with sftp.open(record, "ab" if self._begun else "wb") as self._record:
-            self._record.set_pipelined(True)
             yield
 
     def _send_all(self, part: bytes) -> None:

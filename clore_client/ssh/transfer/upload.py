@@ -15,7 +15,6 @@ from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.transfer.compare import Comparison, ShellTarget
 from clore_client.ssh.transfer.entry import (
     BLOCK,
     TAR_BLOCK,
@@ -35,6 +34,7 @@ from clore_client.ssh.transfer.remote_script import (
     NoShellError,
     RemoteScript,
 )
+from clore_client.ssh.transfer.remote_tree import Comparison, ShellTarget
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
     CONTROL,
