@@ -91,17 +91,7 @@ class RemoteScript:
         self._inline = inline is not None
         line = BOOTSTRAP if inline is None else INLINE
         command = line.format(mark=self._mark, script=inline)
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                with turn or contextlib.nullcontext():
-                    self.channel = LimitedChannel(transport, timeout, watchdog, window)
-                    self.channel.exec_command(command)
-                break
-            except NoChannelError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(CHANNEL_PAUSE)
+        self.channel = self._open(command, timeout, patience, window)
         mark = self._mark.encode() + b"\n"
         # An inline script gets lines, too, for start-up files that read some. (Without any input,
         # dropbear loses what a short script prints.)
@@ -110,6 +100,20 @@ class RemoteScript:
         self.channel.in_buffer.set_event(self._arrived)
         if inline is not None and turn is None:
             self.end()  # a start-up file that reads all input ends then
+
+    def _open(self, command: str, timeout: float, patience: float, window: int) -> LimitedChannel:
+        """Run a command on a new channel."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                with self._turn or contextlib.nullcontext():
+                    channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
+                    channel.exec_command(command)
+                return channel
+            except NoChannelError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(CHANNEL_PAUSE)
 
     def __enter__(self) -> RemoteScript:
         return self
