@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import socket
 import struct
+import sys
+import termios
 import threading
 import time
 from queue import SimpleQueue
@@ -21,14 +24,16 @@ class Relay:
 
     Attributes:
         port: where it listens.
-        carried: bytes that went through, both ways.
+        carried: bytes that arrived, both ways.
         most: how many connections it takes at once.
         frozen: whether it drops what comes, as a dead link does.
+        cut_at: it breaks every connection once it has carried so many bytes.
     """
 
     def __init__(self, target: int, delay: float = 0.0) -> None:
         self.port = 0
         self.carried = 0
+        self.cut_at = 2**62
         self.most = 1000
         self._target = target
         self._delay = delay  # seconds, each way
@@ -60,9 +65,14 @@ class Relay:
     def cut(self) -> None:
         """Break every connection, and refuse new ones."""
         with self._lock:
+            if self._broken:
+                return
             self._broken = True
             for end in (*self._pairs, *self._pairs.values()):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError):  # or it is closed
+                    # What is still in the buffer here will not arrive.
+                    unsent = fcntl.ioctl(end, termios.TIOCOUTQ, bytes(4))
+                    self.carried -= int.from_bytes(unsent, sys.byteorder)
                     end.shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
@@ -124,7 +134,6 @@ class Relay:
                 data = b""
             if self.frozen and data:
                 continue
-            self.carried += len(data)
             waiting.put((time.monotonic() + self._delay, data))
 
     def _send(self, target: socket.socket, waiting: SimpleQueue[tuple[float, bytes]]) -> None:
@@ -137,3 +146,8 @@ class Relay:
                     target.shutdown(socket.SHUT_WR)
                     return
                 target.sendall(data)
+                with self._lock:
+                    self.carried += len(data)
+                    full = self.carried >= self.cut_at
+                if full:
+                    self.cut()

@@ -18,6 +18,7 @@ from clore_client.ssh.command_text import (
     CommandOutput,
     PidLine,
     command_line,
+    csh_line,
     encoded,
     exports,
     input_bytes,
@@ -70,7 +71,8 @@ class Command:
         check: raise CommandError unless the exit code is 0.
         timeout: seconds that the command may take; None has no limit.
         input: its standard input, text as UTF-8; None is empty.
-        env: environment variables. They are visible in the host's process list.
+        env: environment variables. They are visible in the host's process list. Where the login
+            shell is csh, the command then runs without the aliases of its start-up files.
         on_output: called with each :class:`OutputLine` as it comes. The order of lines is kept
             within a stream, not between the two. A very long line comes in pieces.
         max_output: bytes of both streams to keep; the rest goes to ``on_output`` only, and is
@@ -89,7 +91,9 @@ class Command:
         max_output: int = MAX_OUTPUT,
     ) -> None:
         self.line = command_line(command)
-        self.encoded_line = encoded("command", exports(env) + self.line)
+        variables = exports(env)
+        first = csh_line(variables, command, self.line)
+        self.encoded_line = encoded("command", first + variables + self.line)
         self.input = input_bytes(input)
         self.timeout = math.inf
         if timeout is not None:
@@ -139,7 +143,7 @@ class RunningCommand:
         self._command = command
         self._output = output
         self._deadline = time.monotonic() + command.timeout
-        self._pid_line = PidLine()
+        self._pid_line = PidLine(waits=bool(command.input))
         self._channel: Any = None
         self._feeder: threading.Thread | None = None
         self._wake = threading.Event()  # set when one of the streams has data or has ended
@@ -164,7 +168,12 @@ class RunningCommand:
             if self._time_left():
                 raise
             return False
-        self._feeder = start_thread("stdin", _feed, self._channel, self._command.input)
+        given = self._command.input
+        if given:
+            if not self._wait_for_shell():
+                return False
+            given = b"\n" + given  # the first line starts the command
+        self._feeder = start_thread("stdin", _feed, self._channel, given)
         # on_output may take longer than the timeout: the command is stopped all the same.
         with self._watchdog.limit(self._time_left() + GRACE + PATIENCE, self._stop_early):
             return self._wait() and not self._stopped_early
@@ -197,6 +206,23 @@ class RunningCommand:
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
                 raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
+
+    def _wait_for_shell(self) -> bool:
+        """Wait for the shell, as its start-up files would read the command's input.
+
+        Returns False if time ran out.
+        """
+        deadline = time.monotonic() + min(START_TIMEOUT, self._time_left())
+        while self._pid_line.pid is None and not self._complete():
+            if time.monotonic() >= deadline:
+                if not self._time_left():
+                    return False
+                raise SSHError(
+                    f"the machine did not start the command within {START_TIMEOUT:g}s: a start-up "
+                    "file there, such as ~/.bashrc, may wait, or read the command's input"
+                )
+            self._read_or_wait(deadline - time.monotonic())
+        return True
 
     def _watch_for_exit_signal(self) -> None:
         """Read paramiko's log messages: only there it says that a signal ended the command."""

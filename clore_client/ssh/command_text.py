@@ -32,8 +32,10 @@ def command_line(command: str | Sequence[str]) -> str:
 
 def quoted_word(word: str) -> str:
     """Quote a word for any login shell."""
-    # In fish, a backslash is special even in single quotes.
-    return "\\\\".join(shlex.quote(part) if part else "" for part in word.split("\\")) or "''"
+    # Even in single quotes, a backslash is special in fish, and "!" in csh.
+    parts = re.split(r"([\\!])", word)
+    quoted = [f"\\{part}" if part in ("\\", "!") else shlex.quote(part) for part in parts if part]
+    return "".join(quoted) or "''"
 
 
 def input_bytes(value: Any) -> bytes:
@@ -60,9 +62,26 @@ def exports(env: Any) -> str:
         if not isinstance(value, str):
             raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)
-        # csh has no export: the command must not run there without its variables.
         lines.append(f"export {name}={quoted_word(value)} || exit 121\n")
     return "".join(lines)
+
+
+def csh_line(exports: str, command: str | Sequence[str], line: str) -> str:
+    """Return a line that runs a command with variables in csh, which has no ``export``.
+
+    Other shells go on with the next line. csh does not: sh takes its place, sets the variables, and
+    runs csh again, without its start-up files, which could set other values.
+    """
+    if not exports and (isinstance(command, str) or "\n" not in line):
+        return ""
+    run = f'exec "$0" -f -c {shlex.quote(line)}' if isinstance(command, str) else f"exec {line}"
+    script = (exports + run).encode("utf-8", "surrogateescape")
+    # csh can't quote a line end, nor "!".
+    plain = re.sub(rb"[^ -~]|[\\!']", lambda sign: b"\\0%03o" % ord(sign[0]), script).decode()
+    if len(plain) > MAX_CSH_LINE:
+        return ""
+    decode = 'sh -c \'eval "$(printf %b "$1")"\''
+    return f"expr \"$shell\" : '.*csh$' >/dev/null && exec {decode} \"$shell\" '{plain}'\n"
 
 
 def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
@@ -75,6 +94,7 @@ def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
         raise ValueError(f"{name} contains a character that UTF-8 cannot encode") from None
 
 
+MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
 LONGEST_PIECE = 65536  # characters of one call of on_output
 MAX_STDERR_BEFORE_PID = 65536  # bytes, for what start-up files print
 
@@ -166,16 +186,21 @@ class PidLine:
     It proves that the host runs the command, and gives the process group to end. All of stderr is
     held back until it has come.
 
+    Parameters:
+        waits: let the command wait for a line of input, so that it can't start without the rest.
+
     Attributes:
         pid: the process id of the shell, once it is known.
         prefix: the line to put before the command. It is a line of its own, so that a shell that
             complains about the syntax of the command quotes neither it nor the variables.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waits: bool = False) -> None:
         mark = f"clore-{secrets.token_hex(8)} "
         self.pid: int | None = None
         self.prefix = f"sh -c 'echo {mark}$PPID >&2'\n"
+        if waits:
+            self.prefix = f"sh -c 'echo {mark}$PPID >&2; read -r line' || exit 121\n"
         self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
         self._held = b""
         self._done = False

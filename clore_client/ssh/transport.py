@@ -32,7 +32,7 @@ KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
 WATCH_INTERVAL = 0.1  # seconds between two checks of the watchdog's limits
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
-_CHANNEL_CLOSE = b"\x61"
+_WINDOW_ADJUST, _CHANNEL_CLOSE = b"\x5d", b"\x61"
 # Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
@@ -291,7 +291,8 @@ class ChannelOrder:
     """Stands between a channel and its transport: nothing follows the channel's close.
 
     paramiko's own thread may answer the host's close while another one sends, and a server ends
-    the whole connection for what comes after that.
+    the whole connection for what comes after that. Where a broken connection takes no request for
+    more data, paramiko would lose what it was about to return.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -305,8 +306,13 @@ class ChannelOrder:
     def _send_user_message(self, message: Any) -> None:
         with self._lock:
             if not self._close_sent:
-                self._close_sent = message.asbytes()[:1] == _CHANNEL_CLOSE
-                self._transport._send_user_message(message)
+                kind = message.asbytes()[:1]
+                self._close_sent = kind == _CHANNEL_CLOSE
+                try:
+                    self._transport._send_user_message(message)
+                except connection_errors():
+                    if kind != _WINDOW_ADJUST:
+                        raise
 
 
 def _limit_buffer(pipe: Any, most: int) -> None:

@@ -529,11 +529,32 @@ def test_a_login_shell_that_exits(tmp_path: Path) -> None:
             CloreClient(state_dir=None).run(server.order(), "ls", key_path=server.key, wait=10)
 
 
+def test_a_start_up_file_that_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets nothing of the command's input; where it never ends, the command does not run."""
+    with running_sshd(tmp_path / "sshd") as server:
+        client = CloreClient(state_dir=None)
+        login: dict[str, Any] = {"key_path": server.key, "wait": 10}
+        start_up = server.folder / "home" / ".bashrc"
+        start_up.write_text("read -t 0.5 line\n")
+        given = "first\nsecond\n"
+        assert client.run(server.order(), "cat", input=given, **login).stdout == given
+        start_up.write_text("cat >/dev/null\n")
+        assert client.run(server.order(), "echo in", **login).stdout == "in\n"
+        monkeypatch.setattr(remote, "START_TIMEOUT", 1.0)
+        ran = tmp_path / "ran"
+        with pytest.raises(SSHError, match=r"a start-up file there, such as ~/\.bashrc"):
+            client.run(server.order(), f"touch {ran}", input=given, **login)
+        with pytest.raises(CommandTimeoutError):
+            client.run(server.order(), f"touch {ran}", input=given, timeout=0.5, **login)
+        assert client.run(server.order(), "echo in", **login).stdout == "in\n"
+        assert not ran.exists()
+
+
 @pytest.mark.parametrize("kind", ["bash", "dash", "zsh", "fish", "tcsh"])
 def test_login_shells(tmp_path: Path, kind: str) -> None:
     program = shutil.which(kind)
     options = f'ForceCommand {program} -c "$SSH_ORIGINAL_COMMAND"'
-    words = ["a b", "it's", "back\\slash", "\\'", "$HOME", "*"]
+    words = ["a b", "it's", "back\\slash", "\\'", "$HOME", "*", "bang!", "two\nlines", "é"]
     with running_sshd(tmp_path / "sshd", options) as server:
         client = CloreClient(state_dir=None)
         login: dict[str, Any] = {"key_path": server.key, "wait": 10}
@@ -543,13 +564,13 @@ def test_login_shells(tmp_path: Path, kind: str) -> None:
 
         assert run("echo in").stdout == "in\n"
         assert run(["printf", "<%s>", *words]).stdout == "".join(f"<{word}>" for word in words)
-        result = run("printenv NAME", env={"NAME": "va'lue"})
-        if kind == "tcsh":  # which has no export: the command must not run
-            assert result.exit_code != 0
-            assert result.stdout == ""
-            assert "export" in result.stderr
-        else:
-            assert result.stdout == "va'lue\n"
+        for value in ("va'lue", '\\ ! \\! "$HOME" `x` é\nnew\tline%s\n', "", "!"):
+            env = {"NAME": value, "OTHER": "other"}
+            result = run("printenv NAME; printenv OTHER", env=env)
+            assert (result.stdout, result.stderr) == (f"{value}\nother\n", "")
+            assert run(["printenv", "NAME"], env=env).stdout == f"{value}\n"
+            assert run("cat; exit 3", env=env, input="in").exit_code == 3
+        assert run("setenv X 1 && printenv X", env={"Y": "2"}).stdout == "1\n" * (kind == "tcsh")
         with pytest.raises(CommandTimeoutError):
             run("sleep 60", timeout=1)
 
@@ -770,7 +791,9 @@ def test_a_slow_network_loses_no_output() -> None:
 
 
 async def deaf(command: str, process: Any) -> None:
-    """Stop reading from the connection."""
+    """Start the command, and stop reading from the connection."""
+    process.stderr.write(command.split("echo ")[1].split("$")[0].encode() + b"4711\n")
+    await process.stderr.drain()
     connection = process.channel.get_connection()
     sock = connection.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -28,13 +28,6 @@ def client() -> CloreClient:
     return CloreClient(state_dir=None)
 
 
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    folder = tmp_path / "here"
-    folder.mkdir()
-    return folder
-
-
 @pytest.fixture(params=["shell", "sftp"])
 def far(
     request: pytest.FixtureRequest, client: CloreClient, sshd: Sshd, tmp_path: Path
@@ -396,6 +389,13 @@ def test_a_userland_of_busybox(client: CloreClient, here: Path) -> None:
         assert sorted(would.deleted) == ["old", "old/z"]
         far.up(inside(source), "/far/deep/b", delete=would)
         assert snapshot(target) == snapshot(source)
+
+
+def test_a_resumed_tree_of_many_files(far: Far, here: Path) -> None:
+    source = tree(here / "a", *map(str, range(250)))
+    assert far.up(inside(source), far.folder / "b", resume=True, timeout=20).files == 250
+    assert far.down(inside(far.folder / "b"), here / "c", resume=True, timeout=20).files == 250
+    assert snapshot(far.folder / "b") == snapshot(here / "c") == snapshot(source)
 
 
 # --- the table of the docstring ---

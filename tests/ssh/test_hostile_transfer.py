@@ -36,14 +36,6 @@ TOKEN = b"{the token}"  # stands for what a script asks to be echoed
 Says = Callable[[str, Any], Any]
 
 
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    """An empty folder."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    return folder
-
-
 class Asked:
     """What a client's script is, as it is read from its channel."""
 

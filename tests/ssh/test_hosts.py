@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from clore_client import CloreClient, CommandTimeoutError, TransferError
+from clore_client import CloreClient, CommandTimeoutError, JobError, TransferError
 from clore_client.ssh.transfer.remote_script import BOOTSTRAP, INLINE, inlined
 from tests.conftest import until
 from tests.relay import Relay
@@ -45,13 +45,6 @@ def forced(command: str) -> str:
 @pytest.fixture
 def client() -> CloreClient:
     return CloreClient(state_dir=None)
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    folder = tmp_path / "here"
-    folder.mkdir()
-    return folder
 
 
 @contextlib.contextmanager
@@ -230,16 +223,51 @@ def test_start_up_files_make_no_difference(
     assert "SFTP" not in caplog.text
 
 
+@pytest.mark.parametrize("reads", ["cat >/dev/null", "head -c 200 >/dev/null"])
 def test_a_start_up_file_that_reads_everything(
+    client: CloreClient, tmp_path: Path, here: Path, reads: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing can be sent to a shell then: that is noticed, and SFTP needs none."""
+    (here / "one").write_bytes(content(5 * MB))
+    make_tree(here / "tree")
+    for path in [*(here / "tree" / "sub").iterdir()]:  # what SFTP can't list, and what takes long
+        path.unlink() if path.is_file() and not path.name.isalnum() else None
+    shutil.rmtree(os.fsencode(here / "tree") + b"/dir \xff\n'x'")
+    place = tmp_path / "far"
+    place.mkdir()
+    with running_sshd(tmp_path / "sshd") as server:
+        (server.folder / "home" / ".bashrc").write_text(f"echo hi\n{reads}\n")
+        far = Far(client, server.order(), place, key_path=server.key)
+        # Nothing has to be sent for a file to come.
+        (place / "two").write_bytes(content(3 * MB))
+        far.down(place / "two", here / "two")
+        assert (here / "two").read_bytes() == content(3 * MB)
+        assert "SFTP" not in caplog.text
+        far.up(here / "one", place / "one", timeout=4)
+        assert (place / "one").read_bytes() == content(5 * MB)
+        assert caplog.text.count("go over SFTP, which is slower: a start-up file") == 1
+        for resume in (False, True):
+            far.up(inside(here / "tree"), place / "tree", resume=resume, timeout=4)
+            far.down(inside(place / "tree"), here / "back", resume=resume, timeout=4)
+            assert snapshot(here / "back") == snapshot(here / "tree") == snapshot(place / "tree")
+        assert sorted(os.listdir(place)) == ["one", "tree", "two"]
+        with pytest.raises(JobError, match="start-up file"):
+            client.start(server.order(), "true", name="x", key_path=server.key)
+    assert sorted(os.listdir(here)) == ["back", "one", "tree", "two"]
+
+
+def test_a_slow_start_up_file(
     client: CloreClient, tmp_path: Path, here: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing can be sent to a shell then."""
+    """It takes longer than the time after which another script tests whether any can start."""
+    (here / "one").write_bytes(content(MB))
     with host(client, tmp_path / "host", "bash") as far:
-        (far.home / ".bashrc").write_text("cat >/dev/null\n")
-        (here / "one").write_bytes(content(5 * MB))
-        with pytest.raises(TransferError, match="sent nothing for 1s"):
-            far.up(here / "one", far.folder / "one", timeout=1)
-    assert os.listdir(far.folder) == []
+        (far.home / ".bashrc").write_text(
+            "sleep 2; read x\n"
+        )  # and a forced command starts two shells
+        far.up(here / "one", far.folder / "one", timeout=20)
+        assert (far.folder / "one").read_bytes() == content(MB)
+    assert "SFTP" not in caplog.text
 
 
 def test_nothing_in_what_a_shell_is_sent_can_be_read_otherwise() -> None:

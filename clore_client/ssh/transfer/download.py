@@ -6,45 +6,44 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.transfer.digests import (
-    DIFFERS,
-    MAX_ANSWER,
-    different_files,
-    same_chunks,
-)
 from clore_client.ssh.transfer.entry import (
     BLOCK,
     CHANGED,
     TRANSFER_PIECE,
     FileEntry,
+    TarReader,
     about,
     check_unchanged,
     parse_stat,
 )
 from clore_client.ssh.transfer.local_part import LocalPart, write_piece
+from clore_client.ssh.transfer.local_tree import SMALL_FILE
 from clore_client.ssh.transfer.options import DownloadOptions
 from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, RemoteScript
-from clore_client.ssh.transfer.remote_tree import RemoteTree, make_links
+from clore_client.ssh.transfer.remote_tree import RemoteTree, begin_file, make_links
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
+    DIFFERS,
     FILE_DIGESTS,
     GET,
     GET_TREE,
     LOOK,
+    MAX_ANSWER,
+    different_chunks,
+    different_files,
     parse_listing,
     script_text,
 )
-from clore_client.ssh.transfer.sftp_download import SftpDownload
-from clore_client.ssh.transfer.tar import TarReader
+from clore_client.ssh.transfer.sftp import SftpDownload
 from clore_client.ssh.transfer.transfer import Transfer
-from clore_client.ssh.transfer.upload import SMALL_FILE
 from clore_client.ssh.transport import NoChannelError
 
 DOWNLOAD_CONNECTIONS = 4
@@ -60,15 +59,8 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
     transfer = Transfer(pool, options, os.fsdecode(options.remote), "download")
     part = LocalPart(options.target, options.remote, options)
     files: list[FileEntry] = []
-    try:
-        with transfer.watched(), part:
-            _download(transfer, part, files)
-    except BaseException as error:
-        failure = transfer.failed(error, files)
-        if failure is error:
-            raise
-        # The text says what the machine refused, and its traceback would say nothing more.
-        raise failure from (None if type(error) is SSHError else error)
+    with transfer.watched(), part:
+        _download(transfer, part, files)
     return transfer.result(part.target, files)
 
 
@@ -134,21 +126,14 @@ class Download:
     # --- one file ---
 
     def _get_file(self, look: RemoteScript, entry: FileEntry, files: list[FileEntry]) -> None:
-        files.append(entry)
-        self._part.accept(files, folder=False)
-        self._transfer.total = entry.size
-        if self._options.skip_unchanged and self._is_unchanged(entry):
+        if not begin_file(self._transfer, self._part, entry, files, self._different):
             look.finish()
-            files.clear()
-            self._transfer.unchanged = 1
             return
         if entry.size > self._most:
             look.finish()
-            self._part.begin([entry])
             self._add_ranges(entry)
             self._get_ranges()
         else:
-            self._part.begin([entry])
             digest = hashlib.sha256() if self._options.verify else None
             self._receive(look, entry, 0, entry.size, digest)
             if digest is not None:
@@ -176,7 +161,7 @@ class Download:
                         digest.update(piece)
                     at += len(piece)
                     self._transfer.moved(entry, len(piece))
-                    if at - noted >= 4 * TRANSFER_PIECE:
+                    if at - noted >= TRANSFER_PIECE:
                         noted = self._part.note(entry, noted, at)
             finally:
                 self._part.note(entry, noted, at)
@@ -254,17 +239,14 @@ class Download:
     def _get_tree(self, look: RemoteScript, files: list[FileEntry]) -> None:
         tree = RemoteTree()
         parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES, tree.take)
-        tree.exclude(self._options.excluded)
-        files += tree.files
-        links = tree.links(self._transfer)
-        self._part.accept(files, folder=True)
-        tree.drop_unchanged(self._transfer, self._part, self._different)
-        files[:] = tree.files
-        self._transfer.total = sum(entry.size for entry in files)
-        self._part.begin(tree.entries)
+        links = tree.begin(self._transfer, self._part, files, self._different)
         missing = [entry for entry in files if not self._part.is_done(entry)]
         # GNU tar reads a backslash in a name as an escape.
-        alone = {e.name: e for e in missing if e.size >= SMALL_FILE or (b"\\" in e.name and e.size)}
+        alone = {
+            e.name: e
+            for e in missing
+            if e.size >= SMALL_FILE or (b"\\" in e.name and e.size) or self._part.earlier(e)
+        }
         small = [entry for entry in missing if entry.name not in alone]
         for entry in alone.values():
             self._add_ranges(entry)
@@ -303,7 +285,7 @@ class Download:
             if entry is None:
                 raise SSHError(f"the machine sends {printable(repr(name), 120)}, not asked for")
             with about(entry):
-                self._take_member(reader, entry, info, received)
+                self._take_member(get, entry, info, received)
             received.add(name)
         if wanted:
             entry = next(iter(wanted.values()))
@@ -312,7 +294,7 @@ class Download:
         self._check_unchanged(get, entries)
 
     def _take_member(
-        self, reader: TarReader, entry: FileEntry, info: Any, received: set[bytes]
+        self, get: RemoteScript, entry: FileEntry, info: Any, received: set[bytes]
     ) -> None:
         if info.issym() and entry.kind == "l":
             entry.link = os.fsencode(info.linkname)
@@ -327,11 +309,7 @@ class Download:
                 raise SSHError(CHANGED)
             self._part.grow(info.size - entry.size)
             entry.size = info.size  # it has grown since it was listed
-            with self._part.open(entry) as file:
-                for piece in reader.content(info.size):
-                    write_piece(file, piece)
-                file.truncate(info.size)
-            self._took(entry)
+            self._receive(get, entry, 0, entry.size)
         else:
             raise SSHError(CHANGED)
 
@@ -350,17 +328,12 @@ class Download:
 
     # --- unchanged files ---
 
-    def _is_unchanged(self, entry: FileEntry) -> bool:
-        """Compare a single file with its target."""
-        by_time = self._options.skip_unchanged is True
-        if by_time or not self._part.has_same(entry, by_time):
-            return self._part.has_same(entry, by_time)
-        text = script_text("digests", CHUNK_DIGESTS, path=self._place(entry))
-        with self._transfer.script(self._transfer.pool.ssh, text) as script:
-            return same_chunks(script, self._part.target, [(0, entry.size)])
-
     def _different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""
+        if not files[0].name:
+            return list(
+                self._different_chunks([(files[0], 0, files[0].size)], self._part.target_of)
+            )
         text = script_text("digests", FILE_DIGESTS, path=self._options.source)
         with self._transfer.script(self._transfer.pool.ssh, text) as script:
             return list(different_files(script, files, self._part.target_of))
@@ -370,29 +343,31 @@ class Download:
     def _check_earlier(self, files: list[FileEntry]) -> None:
         """Compare what an earlier download received."""
         small: list[FileEntry] = []
+        chunks: list[tuple[FileEntry, int, int]] = []
         for entry in files:
             earlier = self._part.earlier(entry)
-            if not earlier:
-                continue
-            if entry.size < SMALL_FILE and entry.name:
+            if earlier and entry.size < SMALL_FILE and entry.name:
                 small.append(entry)
             else:
-                with about(entry):
-                    self._compare_ranges(entry, earlier)
+                chunks += [
+                    (entry, at, min(RANGE, start + length - at))
+                    for start, length in earlier
+                    for at in range(start, start + length, RANGE)
+                ]
             for _, length in earlier:
                 self._transfer.count(entry, length)
+        for entry in self._different_chunks(chunks, self._part.place):
+            with about(entry):
+                self._refuse()
         self._compare_files(small)
 
-    def _compare_ranges(self, entry: FileEntry, ranges: list[tuple[int, int]]) -> None:
-        chunks = [
-            (at, min(RANGE, start + length - at))
-            for start, length in ranges
-            for at in range(start, start + length, RANGE)
-        ]
-        text = script_text("digests", CHUNK_DIGESTS, path=self._place(entry))
-        with self._transfer.script(self._transfer.pool.ssh, text) as script:
-            if not same_chunks(script, self._part.place(entry), chunks):
-                self._refuse()
+    def _different_chunks(
+        self, chunks: list[tuple[FileEntry, int, int]], place: Callable[[FileEntry], str | Path]
+    ) -> Iterator[FileEntry]:
+        if chunks:
+            text = script_text("digests", CHUNK_DIGESTS, path=self._options.source.rstrip(b"/"))
+            with self._transfer.script(self._transfer.pool.ssh, text) as script:
+                yield from different_chunks(script, chunks, place)
 
     def _compare_files(self, files: list[FileEntry]) -> None:
         if not files:

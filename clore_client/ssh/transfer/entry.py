@@ -1,4 +1,4 @@
-"""Describe the files, directories and symlinks of a transfer."""
+"""Describe the files, directories and symlinks of a transfer, and pack them in tar streams."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from clore_client.errors import SSHError, printable
 
@@ -16,6 +17,7 @@ BLOCK = 65536  # bytes; chunks begin at multiples of it
 TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
 LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
 MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
+Excludes = Callable[[bytes, bool], bool]  # of a name, and whether it is a directory
 CHANGED = "it changed during the transfer"
 
 
@@ -52,13 +54,6 @@ class FileEntry:
 def record_key(version: object) -> str:
     """Return the key under which a resumable transfer records a version of a source."""
     return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
-
-
-def chunk_size(size: int, resume: bool) -> int:
-    """Return how many bytes of a file are recorded at a time; few where it may be resumed."""
-    if not resume:
-        return 64 * BLOCK
-    return min(max(-(-size // (512 * BLOCK)), 1), 16) * BLOCK
 
 
 def link_target(name: bytes, link: bytes) -> bytes | None:
@@ -143,3 +138,88 @@ def about(entry: FileEntry) -> Iterator[None]:
             with contextlib.suppress(AttributeError):
                 error.entry = entry  # type: ignore[attr-defined]
         raise
+
+
+TAR_BLOCK = 512  # bytes
+MAX_TAR_EXTRA = 65536  # bytes of a name
+
+
+def tar_header(entry: FileEntry) -> bytes:
+    """Return the header of an entry in a tar stream, without a user's name or number."""
+    import tarfile  # imported here, because it is slow
+
+    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
+    # A directory must be writable until its files have arrived.
+    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
+    info.size, info.mtime = entry.size, entry.mtime // 10**9
+    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
+    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+class TarReader:
+    """Read the members of consecutive tar archives, up to a block with a mark.
+
+    Parameters:
+        running: the :class:`RemoteScript` that sends them.
+    """
+
+    def __init__(self, running: Any, mark: bytes) -> None:
+        self._running = running
+        self._mark = mark
+        self._padding = 0
+
+    def next(self) -> Any:
+        """Return the next member, or None at the mark."""
+        import tarfile
+
+        self._exactly(self._padding)
+        self._padding = 0
+        name = link = ""
+        while True:
+            header = self._exactly(TAR_BLOCK)
+            if header.rstrip(b" \n") == self._mark:
+                return None
+            if not header.strip(b"\0"):
+                continue
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError) as error:
+                raise SSHError("the machine sends no valid tar archive") from error
+            if info.size < 0:
+                raise SSHError("the machine sends a negative size")
+            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+                if info.size > MAX_TAR_EXTRA:
+                    raise SSHError("the machine sends a name that is too long")
+                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
+                name, link = _extended(info.type, extra, name, link)
+                continue
+            info.name, info.linkname = name or info.name, link or info.linkname
+            if not info.isreg():
+                info.size = 0
+            self._padding = -info.size % TAR_BLOCK
+            return info
+
+    def content(self, size: int) -> Iterator[bytes]:
+        """Yield the bytes of a member."""
+        while size:
+            piece = self._running.read(min(TRANSFER_PIECE, size))
+            if not piece:
+                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
+            size -= len(piece)
+            yield piece
+
+    def _exactly(self, size: int) -> bytes:
+        piece = self._running.read(size) if size else b""
+        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
+
+
+def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
+    """Read a name or a link target that does not fit in a header."""
+    if kind == b"x":  # POSIX: records of a length, a keyword and a value
+        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
+            found.get(b"linkpath", b"")
+        ) or link
+    text = os.fsdecode(extra.rstrip(b"\0"))
+    return (text, link) if kind == b"L" else (name, text)

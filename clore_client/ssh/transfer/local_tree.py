@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from typing import Any
 
 from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import (
+    BLOCK,
     CHANGED,
+    TAR_BLOCK,
     TRANSFER_PIECE,
+    Excludes,
     FileEntry,
-    chunk_size,
     link_target,
     record_key,
 )
-from clore_client.ssh.transfer.options import Excludes
 
+CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
 BUNDLE_BYTES = 8 * 1024 * 1024
 BUNDLE_FILES = 1000
+SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
 
 
 class LocalTree:
@@ -108,63 +110,57 @@ class LocalTree:
         self.entries.append(FileEntry(name, facts.st_size, facts.st_mtime_ns, mode, kind))
 
 
-class Source:
-    """Portions to send, each with its record key, for several workers.
+class Portion:
+    """A part of an upload that the host confirms: a chunk of a file, or a tar archive.
 
     Attributes:
-        keys: of all portions.
-        earlier: portions that an earlier upload sent.
-        left: portions that no worker has taken, in reverse order.
+        entries: the file, or the small files, directories and symlinks of the archive.
+        start: of the chunk, in bytes; None for an archive.
+        size: bytes to send.
     """
 
-    def __init__(self, portions: list[tuple[str, Any]], done: set[str]) -> None:
-        self.keys = {key for key, _ in portions}
-        self.earlier = [portion for key, portion in portions if key in done]
-        self.left = [portion for portion in portions if portion[0] not in done][::-1]
+    __slots__ = ("entries", "size", "start")
 
-    def take(self) -> tuple[str, Any] | None:
-        try:
-            return self.left.pop()
-        except IndexError:
-            return None
+    def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
+        self.entries = entries
+        self.start = start
+        self.size = size
 
-    def rest(self, first: tuple[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yield ``first``, and then what is left."""
-        portion: tuple[str, Any] | None = first
-        while portion is not None:
-            yield portion
-            portion = self.take()
-
-
-class Chunks(Source):
-    """The chunks of one file: (start, size).
-
-    Attributes:
-        unconfirmed: how many chunks a worker sends ahead; few if the upload may be resumed.
-    """
-
-    def __init__(self, entry: FileEntry, resume: bool, done: set[str]) -> None:
-        self.entry = entry
-        step = chunk_size(entry.size, resume)
-        self.unconfirmed = max(2, entry.size // (200 * step)) if resume else entry.size
-        chunks = [(start, min(step, entry.size - start)) for start in range(0, entry.size, step)]
-        super().__init__([(record_key((*entry.version, step, c)), c) for c in chunks], done)
-
-
-class Bundles(Source):
-    """Lists of small files, directories and symlinks; each list is sent as one tar archive."""
-
-    def __init__(self, entries: list[FileEntry], resume: bool, done: set[str]) -> None:
-        most = chunk_size(sum(e.size for e in entries), True) if resume else BUNDLE_BYTES
-        self.every: list[list[FileEntry]] = []
-        size = most
-        for entry in entries:
-            if size >= most or len(self.every[-1]) >= BUNDLE_FILES:
-                self.every.append([])
-                size = 0
-            self.every[-1].append(entry)
-            size += entry.size
+    @property
+    def key(self) -> str:
+        """The key under which the host records it."""
         # The time of a directory changes with every file that is created in it.
-        facts = [[e.version if e.kind == "f" else (e.name, e.link) for e in b] for b in self.every]
-        keys = [record_key(what) for what in facts]
-        super().__init__(list(zip(keys, self.every, strict=True)), done)
+        facts = [e.version if e.kind == "f" else (e.name, e.link) for e in self.entries]
+        return record_key((facts, self.start, self.size))
+
+
+def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
+    """Divide an upload into portions; if it may be resumed, they grow with what precedes them."""
+    portions: list[Portion] = []
+    bundle: Portion | None = None
+    others = [entry for entry in tree.entries if entry.kind != "f"]
+    files = sorted(tree.files, key=lambda entry: entry.size) if resume else tree.files
+    before = 0
+    for entry in [*others, *files]:
+        if tree.is_folder and entry.size < (_portion_size(before) if resume else SMALL_FILE):
+            most = _portion_size(before) if resume else BUNDLE_BYTES
+            if bundle is None or bundle.size >= most or len(bundle.entries) >= BUNDLE_FILES:
+                bundle = Portion([])
+                portions.append(bundle)
+            size = TAR_BLOCK + entry.size + -entry.size % TAR_BLOCK
+            bundle.entries.append(entry)
+            bundle.size += size
+            before += size
+            continue
+        start = 0
+        while start < entry.size:
+            size = min(_portion_size(before) if resume else CHUNK, entry.size - start)
+            portions.append(Portion([entry], start, size))
+            start += size
+            before += size
+    return portions
+
+
+def _portion_size(before: int) -> int:
+    """Return the bytes of a portion of a resumable upload: a hundredth of what precedes it."""
+    return min(max(before // (100 * BLOCK), 2) * BLOCK, CHUNK)

@@ -29,6 +29,8 @@ from clore_client.ssh.transport import (
 DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
 MAX_NOISE = 65536  # bytes that start-up files may print
 MAX_LINE = 65536  # bytes
+PROBE_AFTER = 3.0  # seconds without a word until another script tests whether any can start
+PROBE_PATIENCE = 1.0  # seconds that a script may start later than that one, which began after it
 LAST_PATIENCE = 3.0  # seconds for each step of cleaning up, after an error or Ctrl-C
 PADDING = b"\n" * 64  # lines for start-up files that read some
 
@@ -36,8 +38,8 @@ PADDING = b"\n" * 64  # lines for start-up files that read some
 # $a keeps the locale of the user, for scripts that start something of theirs.
 BOOTSTRAP = (
     "/bin/sh -c 'a=$LC_ALL; export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
-    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 9; done; s=; l=; '
-    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 9; done; '
+    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 119; done; s=; l=; '
+    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 119; done; '
     'echo {mark}; eval "$s"\''
 )
 # For a script that reads nothing: sent as an argument, which saves a round trip; "@" ends a line.
@@ -45,6 +47,8 @@ INLINE = (
     "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
     "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
 )
+NO_INPUT = 119  # the exit code where the script did not come
+READS_ALL = "a start-up file of the machine, such as ~/.bashrc, reads the input of all commands"
 MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
 
 
@@ -76,29 +80,40 @@ class RemoteScript:
         turn: threading.Lock | None = None,
     ) -> None:
         self._transport = transport
+        self._watchdog = watchdog
         self._turn = turn
         self._ending = False
         self._mark = secrets.token_hex(8)
         self._buffer = memoryview(b"")  # received, and not read yet
         self._begun = False
+        self._probe: RemoteScript | None = None
         inline = None if reads else inlined(script)
+        self._inline = inline is not None
         line = BOOTSTRAP if inline is None else INLINE
         command = line.format(mark=self._mark, script=inline)
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                with turn or contextlib.nullcontext():
-                    self.channel = LimitedChannel(transport, timeout, watchdog, window)
-                    self.channel.exec_command(command)
-                break
-            except NoChannelError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(CHANNEL_PAUSE)
+        self.channel = self._open(command, timeout, patience, window)
         mark = self._mark.encode() + b"\n"
         # An inline script gets lines, too, for start-up files that read some. (Without any input,
         # dropbear loses what a short script prints.)
         self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
+        self._arrived = threading.Event()  # set while there is output, and at its end
+        self.channel.in_buffer.set_event(self._arrived)
+        if inline is not None and turn is None:
+            self.end()  # a start-up file that reads all input ends then
+
+    def _open(self, command: str, timeout: float, patience: float, window: int) -> LimitedChannel:
+        """Run a command on a new channel."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                with self._turn or contextlib.nullcontext():
+                    channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
+                    channel.exec_command(command)
+                return channel
+            except NoChannelError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(CHANNEL_PAUSE)
 
     def __enter__(self) -> RemoteScript:
         return self
@@ -119,6 +134,8 @@ class RemoteScript:
     def close(self) -> None:
         """Close the channel, which ends a script that still runs."""
         self.channel.close()
+        if self._probe is not None:
+            self._probe.close()
         if self._turn is not None and self._ending:
             self._ending = False
             self._turn.release()
@@ -243,8 +260,14 @@ class RemoteScript:
         """Skip what start-up files print before the mark."""
         self._begun = True
         mark, seen = self._mark.encode() + b"\n", b""
-        deadline = time.monotonic() + self.channel.timeout
+        begun = time.monotonic()
+        deadline = begun + self.channel.timeout
+        probed = self._inline or self._ending  # or nothing of it can get lost
         while mark not in seen:
+            pause = begun + min(PROBE_AFTER, self.channel.timeout / 2) - time.monotonic()
+            if not (probed or self._buffer) and not self._arrived.wait(max(0.0, pause)):
+                self._check_input()
+                probed = True
             piece = self._receive(BLOCK)
             if not piece:
                 raise self._no_shell(seen)
@@ -254,9 +277,29 @@ class RemoteScript:
                 raise SSHError("the machine prints without end before it starts a shell")
         self._push_back(seen.partition(mark)[2])
 
+    def _check_input(self) -> None:
+        """Raise NoShellError if a start-up file reads all input, so that this script never starts.
+
+        A script whose input has ended starts then, and proves it.
+        """
+        try:
+            with RemoteScript(
+                self._transport, b"echo ok", self._watchdog, self.channel.timeout,
+                reads=False, turn=self._turn,
+            ) as self._probe:  # fmt: skip
+                self._probe.end()
+                self._probe.answer(b"ok")
+        except NoChannelError:
+            return
+        if not self._arrived.wait(PROBE_PATIENCE):
+            raise NoShellError(READS_ALL)
+
     def _no_shell(self, seen: bytes) -> SSHError:
         if not self._transport.is_active():
             return SSHError("the connection broke")
+        self.channel.status_event.wait(LAST_PATIENCE)
+        if self.channel.exit_status == NO_INPUT:
+            return NoShellError(READS_ALL)
         said = (self._errors().strip() or seen.strip()).decode("utf-8", "replace")
         text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
         return NoShellError(f"the machine runs no shell, and says: {text}")

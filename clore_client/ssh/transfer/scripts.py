@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from clore_client.errors import SSHError, printable
+from clore_client.ssh.transfer.entry import BLOCK, FileEntry, file_digest
+from clore_client.ssh.transfer.remote_script import RemoteScript
 from clore_client.validation import short_repr
 
 # Precedes each script. Relative paths count from the home directory, even if a start-up file
 # changes the directory. $n is a line end, set before.
 PRELUDE = r"""
 unset CDPATH
+g=; last=
 no() { printf "no %s%s" "$*" "$n"; exit 1; }
 cd "${HOME:-/}" || no "there is no home directory ${HOME}"
 if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
@@ -23,6 +27,9 @@ part() { # prints $3 bytes of the file $1 from its block $2 on
   else blocks "$1" "$2" $(($3 / block + 1)) | head -c "$3"; fi
 }
 blocks() { dd if="$1" bs=$block skip="$2" count="$3" iflag=fullblock 2>/dev/null; }
+inner() { # sets $g to the name that $q encodes, see encoded_name()
+  [ "$q" = "$last" ] || { g=$(printf %bx "$q"); g=${g%x}; last=$q; }
+}
 list() { find . -exec stat -c "%f %s %Y %n" {} +; }
 """
 # Ends with the name of a tool that is missing.
@@ -138,41 +145,33 @@ done
 umask 077
 """
 )
-# Writes the chunks of one file: before each comes a line (block, size, key), after it a dot.
+# Writes portions: before each comes a line (block, size, key, name), after it a dot. A portion is
+# a chunk of a file, or a tar archive where the block is "tar".
 PUT = (
     WAIT
     + r"""
-if [ "$kind" = d ]; then p=$p/$inner; mkdir -p "${p%/*}" && : >>"$p" || exit 1; fi
 c=notrunc,sparse
-put() { dd of="$p" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
-while read -r k s key && [ -e "$p" ]; do
-  # A dd without conv=sparse fails before it reads anything.
-  e=$(put) || { case $e in *sparse*) c=notrunc; e=$(put);; *) false;; esac; } || no "${e%%$n*}"
+put() { dd of="$p$g" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
+archive() { dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null; }
+untar() { cd "$p" && archive | tar -x"$how"f - 2>&1; }
+while read -r k s key q && [ -e "$p" ]; do
+  if [ "$k" = tar ]; then e=$(untar) || no "${e%%$n*}"
+  else
+    [ "$q" = "$last" ] || { inner; mkdir -p "$p${g%/*}" && : >>"$p$g" || exit 1; }
+    # A dd without conv=sparse fails before it reads anything.
+    e=$(put) || { case $e in *sparse*) c=notrunc; e=$(put);; *) false;; esac; } || no "${e%%$n*}"
+  fi
   read -r t && [ "$t" = . ] || exit 1
-  h=-; [ "$hash" = 0 ] || h=$(part "$p" "$k" "$s" | $sha)
+  h=-; [ "$k" = tar ] || [ "$hash" = 0 ] || h=$(part "$p$g" "$k" "$s" | $sha)
   [ "$keep" = 0 ] || echo "$key" >>"$r"
   echo "done ${h%% *}"
 done
 echo end
 """
 )
-# Unpacks tar archives: before each comes a line (size, key), after it a dot.
-UNTAR = (
-    WAIT
-    + r"""
-cd "$p" || exit 1
-while read -r s key; do
-  e=$(dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null | tar -x"$how"f - 2>&1) ||
-    no "${e%%$n*}"
-  read -r t && [ "$t" = . ] || exit 1
-  [ "$keep" = 0 ] || echo "$key" >>"$r"
-  echo "done -"
-done
-echo end
-"""
-)
-# Print SHA-256: of each chunk for which a line (block, size) comes; of each file that is named.
-CHUNK_DIGESTS = r"""while read -r k s; do part "$path" "$k" "$s" | $sha; done"""
+# Print SHA-256: of each chunk for which a line (block, size, name) comes, and of each file that is
+# named.
+CHUNK_DIGESTS = r"""while read -r k s q; do inner; part "$path$g" "$k" "$s" | $sha; done"""
 FILE_DIGESTS = r"""cd "$path" && xargs -0 $sha"""
 # Prints the type of the source, then a listing, or the content of a file that is not too large.
 LOOK = (
@@ -223,6 +222,12 @@ def sh_quoted(value: bytes | str | int) -> bytes:
     return b"'" + raw.replace(b"'", b"'\"'\"'") + b"'"
 
 
+def encoded_name(name: bytes) -> bytes:
+    """Return a slash and the name of a file, as ``printf %b`` reads them; nothing for no name."""
+    plain = re.sub(rb"[^\w./-]", lambda sign: b"\\0%03o" % ord(sign[0]), name)
+    return b"/" + plain if name else b""
+
+
 def remote_path(path: bytes) -> bytes:
     """Return a remote path for a script; one that is relative or begins with ~/ is below home."""
     if path == b"~" or path.startswith(b"~/"):
@@ -258,3 +263,37 @@ def parse_digests(text: bytes, count: int) -> list[str]:
     if len(digests) != count:
         raise SSHError(f"the machine sent {len(digests)} SHA-256 instead of {count}")
     return digests
+
+
+DIFFERS = "SHA-256 differs: what had arrived is removed"
+MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
+
+
+def different_chunks(
+    script: RemoteScript,
+    chunks: list[tuple[FileEntry, int, int]],
+    place: Callable[[FileEntry], str | Path],
+) -> Iterator[FileEntry]:
+    """Yield the files of which a chunk (file, start, size) differs.
+
+    ``script`` runs CHUNK_DIGESTS, ``place`` returns local paths.
+    """
+    asked = [b"%d %d " % (start // BLOCK, size) + encoded_name(e.name) for e, start, size in chunks]
+    script.send(b"\n".join([*asked, b""]))
+    script.end()
+    for entry, start, size in chunks:
+        (digest,) = parse_digests(script.line() + b"\n", 1)
+        if digest != file_digest(place(entry), start, size):
+            yield entry
+
+
+def different_files(
+    script: RemoteScript, files: list[FileEntry], place: Callable[[FileEntry], str | Path]
+) -> Iterator[FileEntry]:
+    """Yield the files that differ; ``script`` runs FILE_DIGESTS, ``place`` returns local paths."""
+    script.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
+    script.end()
+    digests = parse_digests(script.rest(MAX_ANSWER), len(files))
+    for entry, digest in zip(files, digests, strict=True):
+        if digest != file_digest(place(entry), 0, entry.size):
+            yield entry

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import posixpath
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 from clore_client.errors import SSHError
-from clore_client.ssh.transfer.compare import Comparison, SftpTarget
-from clore_client.ssh.transfer.digests import DIFFERS
-from clore_client.ssh.transfer.entry import BLOCK, FileEntry, about, record_key
+from clore_client.ssh.transfer.entry import BLOCK, FileEntry, about, file_digest, record_key
 from clore_client.ssh.transfer.local_part import PART
 from clore_client.ssh.transfer.local_tree import LocalTree
 from clore_client.ssh.transfer.options import is_content
+from clore_client.ssh.transfer.remote_tree import Comparison, SftpTarget
+from clore_client.ssh.transfer.scripts import DIFFERS, MAX_ANSWER
 from clore_client.ssh.transfer.sftp import SFTP_PACKET, sftp_session
 from clore_client.ssh.transfer.transfer import Transfer
 from clore_client.ssh.transport import connection_errors
@@ -28,6 +28,7 @@ class SftpUpload:
         self._transfer = transfer
         self._options: Any = transfer.options
         self._tree = tree
+        self._confirmed = self._unconfirmed = 0  # bytes
 
     def run(self) -> bytes:
         """Upload, and return the path on the host."""
@@ -45,8 +46,11 @@ class SftpUpload:
             token = same if self._options.resume else os.urandom(10).hex()
             part = posixpath.dirname(target).rstrip(b"/") + b"/" + PART.encode() + token.encode()
             try:
-                self._send_all(part)
+                with self._recording(part):
+                    self._send_all(part)
                 self._install(part, target)
+                if self._options.resume:
+                    self._remote.remove(part + b".done")
             except BaseException:
                 if not self._options.resume:
                     with contextlib.suppress(SSHError, *connection_errors()):
@@ -92,6 +96,25 @@ class SftpUpload:
         for folder in missing[::-1]:
             self._remote.sftp.mkdir(folder)
 
+    @contextlib.contextmanager
+    def _recording(self, part: bytes) -> Iterator[None]:
+        """With ``resume``, keep a record of which files were begun; start over if others were."""
+        self._begun: set[bytes] = set()
+        self._record: Any = None
+        if not self._options.resume:
+            yield
+            return
+        record, sftp = part + b".done", self._remote.sftp
+        if self._remote.look(record) is not None:
+            with sftp.open(record, "rb") as file:
+                self._begun = set(file.read(MAX_ANSWER).split())
+        if not self._begun <= {record_key(e.version).encode() for e in self._tree.files}:
+            self._begun.clear()
+        if not self._begun:
+            self._remote.remove(part)
+        with sftp.open(record, "ab" if self._begun else "wb") as self._record:
+            yield
+
     def _send_all(self, part: bytes) -> None:
         sftp = self._remote.sftp
         if self._tree.is_folder:
@@ -110,52 +133,47 @@ class SftpUpload:
 
     def _send_file(self, entry: FileEntry, place: bytes) -> None:
         remote, start = self._remote, 0
-        record, key = place + b".clore-done", record_key(entry.version).encode()
-        if self._options.resume:
-            start = self._earlier(place, record, key)
+        key = record_key(entry.version).encode()
+        if key in self._begun and (found := remote.look(place, follow=False)) is not None:
+            start = int(found.st_size) - int(found.st_size) % BLOCK
+            if found.st_size == entry.size:
+                start = entry.size
+        elif self._record is not None:
+            self._record.write(key + b"\n")
         with remote.sftp.open(place, "r+b" if start else "wb") as file:
-            created = stat.S_IMODE(file.stat().st_mode or 0)
+            created = stat.S_IMODE((self._record or file).stat().st_mode or 0)
             file.chmod(0o600)
-            if self._options.resume and not start:
-                with remote.sftp.open(record, "wb") as note:
-                    note.write(key)
-            file.set_pipelined(True)
             file.seek(start)
             for piece in self._tree.pieces(entry, start, entry.size - start):
                 for at in range(0, len(piece), SFTP_PACKET):
-                    file.write(bytes(piece[at : at + SFTP_PACKET]))
+                    self._write(file, bytes(piece[at : at + SFTP_PACKET]))
                 self._transfer.moved(entry, len(piece))
-        if not entry.size:
-            self._transfer.moved(entry, 0)
-        self._check(entry, place, start)
+        if start or not entry.size:
+            self._transfer.moved(entry, start)
+        self._confirmed += start
+        self._check(entry, place)
         if not self._options.preserve:  # apply the host's umask
-            entry.mode &= created | (created & 0o444) >> 2 if not start else 0o700
-        if self._options.resume:
-            remote.remove(record)
+            entry.mode &= created | (created & 0o444) >> 2
 
-    def _earlier(self, place: bytes, record: bytes, key: bytes) -> int:
-        """Return how many bytes an earlier upload has sent."""
-        found = self._remote.look(place, follow=False)
-        if found is None or self._remote.look(record) is None:
-            return 0
-        with self._remote.sftp.open(record, "rb") as note:
-            if note.read(100) != key:
-                return 0
-        return int(found.st_size) - int(found.st_size) % BLOCK
+    def _write(self, file: Any, packet: bytes) -> None:
+        """Write; wait for the answers to all earlier writes where too much is unconfirmed."""
+        self._unconfirmed += len(packet)
+        waits = self._unconfirmed >= self._transfer.ahead(self._confirmed)
+        file.set_pipelined(not waits)
+        file.write(packet)
+        if waits:
+            self._confirmed += self._unconfirmed
+            self._unconfirmed = 0
 
-    def _check(self, entry: FileEntry, place: bytes, start: int) -> None:
+    def _check(self, entry: FileEntry, place: bytes) -> None:
         size = self._remote.look(place).st_size
         if size != entry.size:
             raise SSHError(f"{size} of {entry.size} bytes arrived")
-        if self._options.verify or start:
-            here = hashlib.sha256()
-            for piece in self._tree.pieces(entry, 0, entry.size):
-                here.update(piece)
-            if self._remote.digest(place, entry.size) != here.hexdigest():
+        if self._options.verify:
+            here = file_digest(self._tree.place(entry), 0, entry.size)
+            if self._remote.digest(place, entry.size) != here:
                 self._remote.remove(place)
                 raise SSHError(DIFFERS)
-        if start:
-            self._transfer.count(entry, start)
 
     def _install(self, part: bytes, target: bytes) -> None:
         remote, tree = self._remote, self._tree

@@ -30,6 +30,9 @@ from clore_client.ssh.transport import (
 )
 
 CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
+# Bytes that a resumable upload sends before the host has confirmed anything: on a far one, as many
+# as one channel takes, since fewer would cost throughput.
+NEAR_AHEAD, FAR_AHEAD = 256 * 1024, COMMAND_WINDOW
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 
 
@@ -78,12 +81,19 @@ class Transfer:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Enforce the deadline and report the progress during a block."""
+        """Enforce the deadline, report the progress, and name the file in an error of a block."""
         deadline = self.options.deadline
         left = float("inf") if deadline is None else deadline - self.pool.age
         with self.watchdog, self.watchdog.limit(left, self._expire):
             with self.options.events.reporting() as self._report:
-                yield
+                try:
+                    yield
+                except BaseException as error:
+                    failure = self._failed(error)
+                    if failure is error:
+                        raise
+                    # The text says what the machine refused, its traceback nothing more.
+                    raise failure from (None if type(error) is SSHError else error)
 
     def _expire(self) -> None:
         self._expired = True
@@ -107,6 +117,15 @@ class Transfer:
     def near(self) -> bool:
         """Whether the host is so near that one channel is as fast as several."""
         return self.pool.round_trip < NEAR
+
+    def ahead(self, confirmed: int) -> float:
+        """Return how many bytes an upload may send beyond those that the host has confirmed.
+
+        They are what a cut of the connection can lose.
+        """
+        if not self.options.resume:
+            return float("inf")
+        return max(NEAR_AHEAD if self.near else FAR_AHEAD, confirmed // 25)
 
     def script(
         self, ssh: Any, text: bytes, window: int = COMMAND_WINDOW, *,
@@ -224,7 +243,7 @@ class Transfer:
 
     # --- the end ---
 
-    def failed(self, error: BaseException, files: list[FileEntry]) -> BaseException:
+    def _failed(self, error: BaseException) -> BaseException:
         """Return a TransferError for an error of the host or the connection; others unchanged."""
         if isinstance(error, TransferError) or not isinstance(
             error, (SSHError, *connection_errors())
@@ -233,7 +252,7 @@ class Transfer:
         entry = getattr(error, "entry", None)
         if entry is None:
             name, done = printable(self.name), sum(self._done.values())
-            total = sum(file.size for file in files)
+            total = self.total
         else:
             name, done, total = self._shown(entry), self._done.get(entry.name, 0), entry.size
         why = printable(str(error) or type(error).__name__, 500)
@@ -242,9 +261,7 @@ class Transfer:
         if self.options.resume and done:
             why += "; what has arrived is kept for resume=True"
         text = f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: {why}"
-        failure = TransferError(text, name=name, done=done, total=total)
-        failure.__cause__ = error
-        return failure
+        return TransferError(text, name=name, done=done, total=total)
 
     def result(self, path: bytes | str, files: list[FileEntry]) -> TransferResult:
         size, duration = sum(file.size for file in files), time.monotonic() - self._started

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,52 +15,49 @@ from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.transfer.compare import Comparison, ShellTarget
-from clore_client.ssh.transfer.digests import (
-    DIFFERS,
-    MAX_ANSWER,
-    different_files,
-    same_chunks,
-)
 from clore_client.ssh.transfer.entry import (
     BLOCK,
+    TAR_BLOCK,
     TRANSFER_PIECE,
     FileEntry,
     about,
     kind_of,
     record_key,
+    tar_header,
     whole_seconds,
 )
-from clore_client.ssh.transfer.local_tree import Bundles, Chunks, LocalTree, Source
-from clore_client.ssh.transfer.options import is_content
+from clore_client.ssh.transfer.local_tree import LocalTree, Portion, plan_portions
+from clore_client.ssh.transfer.options import UploadOptions, is_content, upload_connections
 from clore_client.ssh.transfer.remote_script import (
     LAST_PATIENCE,
     MAX_LINE,
     NoShellError,
     RemoteScript,
 )
+from clore_client.ssh.transfer.remote_tree import Comparison, ShellTarget
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
     CONTROL,
+    DIFFERS,
     FILE_DIGESTS,
+    MAX_ANSWER,
     PUT,
     TARGET,
-    UNTAR,
+    different_chunks,
+    different_files,
+    encoded_name,
     parse_listing,
     script_text,
     sh_quoted,
 )
 from clore_client.ssh.transfer.sftp_upload import SftpUpload
-from clore_client.ssh.transfer.tar import TAR_BLOCK, tar_header
 from clore_client.ssh.transfer.transfer import Transfer
-from clore_client.ssh.transfer.upload_check import UploadOptions, upload_connections
 from clore_client.ssh.transport import NoChannelError, connection_errors
 
 # sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
 # host, more channels make an upload faster.
 UPLOAD_CHANNELS = 8
-RESUMABLE_CHANNELS = 2  # fewer chunks are lost when the connection breaks
-SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
+RESUMABLE_CHANNELS = 2
 META_LINES = 500
 
 
@@ -70,15 +69,8 @@ def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) 
     transfer.total = sum(entry.size for entry in tree.files)
     for left_out, why in tree.left_out:
         transfer.leave_out(left_out, why)
-    try:
-        with transfer.watched():
-            path = _upload(transfer, tree)
-    except BaseException as error:
-        failure = transfer.failed(error, tree.files)
-        if failure is error:
-            raise
-        # The text says what the machine refused, and its traceback would say nothing more.
-        raise failure from (None if type(error) is SSHError else error)
+    with transfer.watched():
+        path = _upload(transfer, tree)
     return transfer.result(path, tree.files)
 
 
@@ -128,8 +120,7 @@ class Upload:
             "follow": int(options.symlinks == "follow"),
         }
         self._control: RemoteScript | None = None
-        self._files: list[Chunks] = []
-        self._bundles = Bundles([], False, set())
+        self._lock = threading.Lock()
 
     def run(self) -> bytes:
         """Compare if that was asked for, upload, and return the path on the host."""
@@ -176,10 +167,6 @@ class Upload:
             if self._control is not None:
                 self._control.close()
 
-    @property
-    def _sources(self) -> list[Source]:
-        return [self._bundles, *self._files]
-
     def _control_script(self) -> bytes:
         values = dict(self._values, preserve=int(self._options.preserve))
         if not self._tree.is_folder:
@@ -213,149 +200,139 @@ class Upload:
             for entry in self._tree.entries:
                 entry.mode &= ~umask
         self._plan(done)
-        keys = {key for source in self._sources for key in source.keys}
-        if not done <= keys and self._control is not None:  # the source has changed
+        if len(self._earlier) < len(done) and self._control is not None:  # the source has changed
             self._control.send(b"restart\n")
             self._control.until(self._values["token"].encode(), MAX_LINE)
             self._plan(set())
 
     def _plan(self, done: set[str]) -> None:
-        resume, tree = self._options.resume, self._tree
-        large = [e for e in tree.files if not tree.is_folder or e.size >= SMALL_FILE]
-        small = [e for e in tree.entries if tree.is_folder and e not in large]
-        self._files = [Chunks(entry, resume, done) for entry in large]
-        self._bundles = Bundles(small, resume, done)
+        self._portions = plan_portions(self._tree, self._options.resume)
+        self._earlier = [portion for portion in self._portions if portion.key in done]
+        self._left = [portion for portion in self._portions if portion.key not in done][::-1]
+        self._confirmed = sum(portion.size for portion in self._earlier)
 
     def _start(self) -> None:
         transfer, options = self._transfer, self._options
-        count = sum(len(source.left) for source in self._sources)
         channels = RESUMABLE_CHANNELS if options.resume else UPLOAD_CHANNELS
         if transfer.near:
             channels = 1
         connections = upload_connections(options, self._tree)
         if (transfer.near and options.streams is None) or options.resume:
             connections = 1
-        workers = min(count, connections * channels)
+        self._workers = min(len(self._left), connections * channels)
         # What several workers write is read back there, and compared.
-        self._hashes = options.verify or options.resume or workers > 1
-        transfer.start_workers(connections, workers, self._work)
+        self._hashes = options.verify or options.resume or self._workers > 1
+        transfer.start_workers(connections, self._workers, self._work)
 
     def _work(self, ssh: Any) -> None:
         """Send portions until none is left."""
-        for source in self._sources:
-            while (portion := source.take()) is not None:
-                try:
-                    if isinstance(source, Chunks):
-                        self._send_chunks(ssh, source, portion)
-                    else:
-                        self._send_bundles(ssh, source, portion)
-                except NoChannelError:
-                    source.left.append(portion)
-                    raise
-
-    def _send_chunks(self, ssh: Any, source: Chunks, first: tuple[str, Any]) -> None:
-        entry = source.entry
-        script = script_text("put", PUT, **self._values, inner=entry.name, hash=int(self._hashes))
-        with about(entry), self._transfer.script(ssh, script) as put:
-            sent: list[str] = []  # digests that the host has not confirmed yet
-            for key, (start, size) in source.rest(first):
-                if len(sent) >= source.unconfirmed:
-                    self._confirm(put, sent.pop(0))
-                digest = hashlib.sha256()
-                put.send(b"%d %d %s\n" % (start // BLOCK, size, key.encode()))
-                for piece in self._tree.pieces(entry, start, size):
-                    if self._hashes:
-                        digest.update(piece)
-                    if not put.send(piece):
-                        break  # the answer says why it takes no more
-                    self._transfer.moved(entry, len(piece))
-                sent.append(digest.hexdigest())
+        how = "op" if self._options.preserve else "opm"
+        script = script_text("put", PUT, **self._values, how=how, hash=int(self._hashes))
+        with self._transfer.script(ssh, script) as put:
+            sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
+            while (portion := self._take()) is not None:
+                while sent and (
+                    portion.size + sum(earlier.size for earlier, _ in sent)
+                    > self._transfer.ahead(self._confirmed) / self._workers
+                ):
+                    self._confirm(put, *sent.pop(0))
+                sent.append((portion, self._send(put, portion)))
                 if not put.send(b".\n"):
-                    break
+                    break  # the answer says why it takes no more
             put.end()
-            for expected in sent:
-                self._confirm(put, expected)
+            for portion, digest in sent:
+                self._confirm(put, portion, digest)
             put.answer(b"end")
 
-    def _confirm(self, put: RemoteScript, digest: str) -> None:
-        if put.answer(b"done") != (digest.encode() if self._hashes else b"-"):
-            raise SSHError("SHA-256 differs")
+    def _take(self) -> Portion | None:
+        with self._lock:
+            return self._left.pop() if self._left else None
 
-    def _send_bundles(self, ssh: Any, source: Source, first: tuple[str, Any]) -> None:
-        how = "op" if self._options.preserve else "opm"
-        script = script_text("untar", UNTAR, **self._values, how=how)
-        with self._transfer.script(ssh, script) as untar:
-            count = 0
-            for key, entries in source.rest(first):
-                headers = [tar_header(entry) for entry in entries]
-                padded = sum(e.size + -e.size % TAR_BLOCK for e in entries)
-                size = sum(map(len, headers)) + padded + 2 * TAR_BLOCK
-                untar.send(b"%d %s\n" % (size, key.encode()))
-                for portion in self._tar_portions(headers, entries):
-                    if not untar.send(portion):
-                        break  # the answer says why it takes no more
-                count += 1
-                if not untar.send(b".\n"):
+    def _confirm(self, put: RemoteScript, portion: Portion, digest: bytes) -> None:
+        with about(portion.entries[0]) if portion.start is not None else contextlib.nullcontext():
+            if put.answer(b"done") != digest:
+                raise SSHError("SHA-256 differs")
+        with self._lock:
+            self._confirmed += portion.size
+
+    def _send(self, put: RemoteScript, portion: Portion) -> bytes:
+        """Send a portion, and return how the host has to confirm it."""
+        if portion.start is None:
+            self._send_archive(put, portion)
+            return b"-"
+        (entry,) = portion.entries
+        digest = hashlib.sha256()
+        with about(entry):
+            first = (portion.start // BLOCK, portion.size, portion.key.encode())
+            put.send(b"%d %d %s " % first + encoded_name(entry.name) + b"\n")
+            for piece in self._tree.pieces(entry, portion.start, portion.size):
+                if self._hashes:
+                    digest.update(piece)
+                if not put.send(piece):
                     break
-            untar.end()
-            for _ in range(count):
-                untar.answer(b"done")
-            untar.answer(b"end")
+                self._transfer.moved(entry, len(piece))
+        return digest.hexdigest().encode() if self._hashes else b"-"
 
-    def _tar_portions(self, headers: list[bytes], entries: list[FileEntry]) -> Iterator[bytes]:
+    def _send_archive(self, put: RemoteScript, portion: Portion) -> None:
+        headers = [tar_header(entry) for entry in portion.entries]
+        padded = sum(e.size + -e.size % TAR_BLOCK for e in portion.entries)
+        size = sum(map(len, headers)) + padded + 2 * TAR_BLOCK
+        put.send(b"tar %d %s\n" % (size, portion.key.encode()))
+        for piece in self._tar_pieces(headers, portion.entries):
+            if not put.send(piece):
+                break
+
+    def _tar_pieces(self, headers: list[bytes], entries: list[FileEntry]) -> Iterator[bytes]:
         """Yield a tar archive in large pieces."""
-        portion = bytearray()
+        made = bytearray()
         for header, entry in zip(headers, entries, strict=True):
             with about(entry):
-                portion += header
+                made += header
                 for piece in self._tree.pieces(entry, 0, entry.size) if entry.kind == "f" else ():
-                    portion += piece
-                    if len(portion) >= TRANSFER_PIECE:
-                        yield bytes(portion)
-                        portion.clear()
-                portion += bytes(-entry.size % TAR_BLOCK)
+                    made += piece
+                    if len(made) >= TRANSFER_PIECE:
+                        yield bytes(made)
+                        made.clear()
+                made += bytes(-entry.size % TAR_BLOCK)
                 if entry.kind == "f":
                     self._transfer.moved(entry, entry.size)
-        yield bytes(portion + bytes(2 * TAR_BLOCK))
+        yield bytes(made + bytes(2 * TAR_BLOCK))
 
     # --- checks ---
 
     def _check_sent(self) -> None:
         """Compare what an earlier upload sent, and with ``verify`` all small files."""
-        if any(source.left for source in self._sources):
+        if self._left:
             raise NoChannelError("the machine opened no further channel")
-        for source in self._files:
-            self._check_chunks(source)
-        bundles = self._bundles.every if self._options.verify else self._bundles.earlier
-        files = [entry for entries in bundles for entry in entries if entry.kind == "f"]
+        if not self._tree.is_folder and self._tree.files and not self._tree.files[0].size:
+            self._transfer.count(self._tree.files[0], 0)
+        self._check_chunks([portion for portion in self._earlier if portion.start is not None])
+        earlier = _archived(self._earlier)
+        files = _archived(self._portions) if self._options.verify else earlier
         if files:
             self._check_files(files)
-        for entries in self._bundles.earlier:
-            for entry in entries:
-                if entry.kind == "f":
-                    self._transfer.count(entry, entry.size)
+        for entry in earlier:
+            self._transfer.count(entry, entry.size)
 
-    def _check_chunks(self, source: Chunks) -> None:
-        entry = source.entry
-        if not entry.size:
-            self._transfer.count(entry, 0)
-        if not source.earlier:
+    def _check_chunks(self, chunks: list[Portion]) -> None:
+        if not chunks:
             return
-        with about(entry), self._digests(CHUNK_DIGESTS, entry.name) as script:
-            if not same_chunks(script, self._tree.place(entry), source.earlier):
-                self._refuse()
-            for _, size in source.earlier:
-                self._transfer.count(entry, size)
+        with self._digests(CHUNK_DIGESTS) as script:
+            asked = [(p.entries[0], p.start or 0, p.size) for p in chunks]
+            for entry in different_chunks(script, asked, self._tree.place):
+                with about(entry):
+                    self._refuse()
+        for entry, _, size in asked:
+            self._transfer.count(entry, size)
 
     def _check_files(self, files: list[FileEntry]) -> None:
-        with self._digests(FILE_DIGESTS, b"") as script:
+        with self._digests(FILE_DIGESTS) as script:
             for entry in different_files(script, files, self._tree.place):
                 with about(entry):
                     self._refuse()
 
-    def _digests(self, body: str, inner: bytes) -> RemoteScript:
-        where = TARGET + 'path=$p; [ "$kind" = f ] || path=$p/$inner\n'
-        text = script_text("digests", where + body, **self._values, inner=inner)
+    def _digests(self, body: str) -> RemoteScript:
+        text = script_text("digests", TARGET + "path=$p\n" + body, **self._values)
         return self._transfer.script(self._transfer.pool.ssh, text)
 
     def _refuse(self) -> None:
@@ -385,7 +362,8 @@ class Upload:
         preserve = self._options.preserve
         folders = [entry for entry in self._tree.entries if entry.kind == "d"]
         odd = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
-        entries = [source.entry for source in self._files] + odd[::-1]
+        large = {p.entries[0].name: p.entries[0] for p in self._portions if p.start is not None}
+        entries = [*large.values(), *odd[::-1]]
         for first in range(0, len(entries), META_LINES):
             script = self._mode_script(entries[first : first + META_LINES])
             with self._transfer.script(self._transfer.pool.ssh, script) as running:
@@ -400,6 +378,12 @@ class Upload:
             if self._options.preserve:
                 lines.append(b'TZ=UTC0 touch -t %s "$g"' % touch_time(entry.mtime).encode())
         return b"\n".join([*lines, b"echo ok"])
+
+
+def _archived(portions: list[Portion]) -> list[FileEntry]:
+    """Return the files that go in archives."""
+    archives = [portion.entries for portion in portions if portion.start is None]
+    return [entry for entries in archives for entry in entries if entry.kind == "f"]
 
 
 def touch_time(mtime: int) -> str:
