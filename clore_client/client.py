@@ -300,7 +300,7 @@ class CloreClient(HTTPClient):
 
         Returns:
             A :class:`WalletList`, as from :meth:`get_wallets`; ``balance_usd`` is None if the API
-            tells no exchange rate.
+            has no exchange rate.
 
         Example:
             >>> [(wallet.name, wallet.balance_usd) for wallet in client.get_balances()]
@@ -370,7 +370,7 @@ class CloreClient(HTTPClient):
     ) -> ServerList:
         """Return the servers that can be rented now and fit all filters, the cheapest first.
 
-        A server that does not tell what a filter needs is left out. Servers with the same price
+        A server without the field that a filter needs is left out. Servers with the same price
         keep the API's order. A server without a price, or with one that is not above 0, comes last
         and never passes a price limit. The API adds fees to the prices: 5 % on demand, 1.25 % spot
         (seen on the live API).
@@ -562,7 +562,7 @@ class CloreClient(HTTPClient):
         Returns:
             A :class:`CostEstimate`: ``usd_per_hour``, ``base_usd``, ``renter_fee_usd``,
             ``creation_fee_usd``, ``total_usd``, and the same in ``currency`` as ``base``,
-            ``renter_fee``, ``creation_fee``, ``total``. An amount is None if the API tells no
+            ``renter_fee``, ``creation_fee``, ``total``. An amount is None if the API has no
             price or exchange rate.
 
         Raises:
@@ -951,7 +951,6 @@ class CloreClient(HTTPClient):
             "image": image, "currency": currency, "ports": ports, "env": env,
             "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
         }  # fmt: skip
-        shown = ProgressOptions(on_progress, progress)
         settings = RentalSettings(
             search=Search(gpu_type, max_price_usd, min_reliability, use_spot, filters, currency),
             server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
@@ -959,6 +958,7 @@ class CloreClient(HTTPClient):
             cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
             prefer_known=prefer_known,
         )  # fmt: skip
+        shown = ProgressOptions(on_progress, progress)
         return Rental(self, self._orders, settings, self._state_folder, self._host_history, shown)
 
     def rent_many(
@@ -1189,7 +1189,7 @@ class CloreClient(HTTPClient):
             margin: how much to add, as a fraction of the bid; 0.05 is 5 %.
 
         Returns:
-            The bid for ``spot_price`` of :meth:`create_order`; None if the API tells no bid.
+            The bid for ``spot_price`` of :meth:`create_order`; None if the API lists no bid.
 
         Example:
             >>> bid = client.suggest_spot_price(server)
@@ -1250,7 +1250,7 @@ class CloreClient(HTTPClient):
         Raises:
             SpotPriceTooSoonError: with ``wait=False``, the bid was lowered too soon before.
             BidTooLowError: the target is lower than the host accepts.
-            RateUnknownError: the API does not tell the current bid in USD; no bid was sent.
+            RateUnknownError: the current bid is not known in USD; no bid was sent.
             OrderEndedError, OrderNotFoundError: there is no such active order.
 
         Example:
@@ -1544,7 +1544,7 @@ class CloreClient(HTTPClient):
 
         Raises:
             JobError: there is already a job with this name, or ``cwd`` does not exist. After a
-                broken connection, :meth:`job` tells if it was started.
+                broken connection, :meth:`job` shows if it was started.
             SSHError: the login failed.
 
         Example:

@@ -2280,7 +2280,7 @@ def nominal_vram(record: dict[str, Any]) -> float | None:
 
 
 class GPURecord(Record):
-    """A record that tells the GPUs of a machine."""
+    """A record that names the GPUs of a machine."""
 
     __slots__ = ()
 
@@ -7161,7 +7161,7 @@ class Credentials:
         Parameters:
             account: the digest of the account.
             order_id: the order.
-            order: its record, which can tell the purchase of a process that was killed.
+            order: its record, which can identify the purchase of a killed process.
         """
         if order_id is None:
             return {}
@@ -7619,7 +7619,7 @@ def _current_bid(orders: AccountOrders, order: Order) -> float | None:
 def _unknown_bid(order: Order) -> RateUnknownError:
     error = RateUnknownError(
         f"the bid of order {order.id} in USD is not known, because the API shows it in "
-        f"{order.currency} and tells no exchange rate, so nothing was bid: call set_spot_price() "
+        f"{order.currency} and lists no exchange rate, so nothing was bid: call set_spot_price() "
         "with a price below your bid, which has no need of a rate, or pay spot orders in USD"
     )
     error.retryable = False
@@ -11646,9 +11646,9 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
         failure = get_exception()
         if failure is None or isinstance(failure, (error, OSError, EOFError)):
             return failure
-        told = error(f"it broke off ({type(failure).__name__})")
-        told.__cause__ = failure
-        return told
+        named_error = error(f"it broke off ({type(failure).__name__})")
+        named_error.__cause__ = failure
+        return named_error
 
     transport.get_exception = named
 
@@ -12802,7 +12802,7 @@ def _unexpanded(path: str) -> str:
     """Escape % signs, which OpenSSH would expand in a path."""
     if "\n" in path or "${" in path:
         raise ValueError(
-            "key_path or state_dir: OpenSSH can't be told a path with a newline or '${': "
+            "key_path or state_dir: OpenSSH can't use a path with a newline or '${': "
             f"{short_repr(path)}"
         )
     return path.replace("%", "%%")
@@ -12812,7 +12812,7 @@ def _config_path(path: str) -> str:
     """Escape and quote a path for a configuration file."""
     if '"' in path:
         raise ValueError(
-            f"key_path or state_dir: OpenSSH can't be told a path with '\"': {short_repr(path)}"
+            f"key_path or state_dir: OpenSSH can't use a path with '\"': {short_repr(path)}"
         )
     escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
     return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped
@@ -13765,7 +13765,7 @@ class JobCommand:
 
 
 class JobState:
-    """The state of a job, as the machine told it.
+    """The state of a job, as the machine reports it.
 
     Attributes:
         status: ``"running"``, ``"exited"``, ``"killed"`` or ``"lost"``.
@@ -14602,7 +14602,7 @@ def is_content(path: bytes) -> bool:
 
 
 def excluder(patterns: Any) -> Excludes | None:
-    """Return a function that tells if a name and its kind match patterns as of .gitignore."""
+    """Return a function that checks a name and its kind against patterns as in .gitignore."""
     if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
         raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
     lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
@@ -15169,7 +15169,7 @@ class RunningCommand:
         if self._channel.closed:
             return
         with self._limited(), contextlib.suppress(SSHError, *connection_errors()):
-            if not self._ended():  # the host refused a second channel, or has told no pid
+            if not self._ended():  # the host refused a second channel, or has sent no pid
                 channel_request(self._channel, "signal", "KILL", answered=False)
             self._channel.close()
 
@@ -17219,7 +17219,7 @@ def _download(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> No
 class Download:
     """One download with the host's shell.
 
-    The script LOOK tells what there is, and sends a file that is not large. Workers receive large
+    The script LOOK lists what there is, and sends a file that is not large. Workers receive large
     files in ranges; small ones come in a tar stream.
     """
 
@@ -18302,7 +18302,7 @@ class CloreClient(HTTPClient):
 
         Returns:
             A :class:`WalletList`, as from :meth:`get_wallets`; ``balance_usd`` is None if the API
-            tells no exchange rate.
+            has no exchange rate.
 
         Example:
             >>> [(wallet.name, wallet.balance_usd) for wallet in client.get_balances()]
@@ -18368,7 +18368,7 @@ class CloreClient(HTTPClient):
     ) -> ServerList:
         """Return the servers that can be rented now and fit all filters, the cheapest first.
 
-        A server that does not tell what a filter needs is left out. Servers with the same price
+        A server without the field that a filter needs is left out. Servers with the same price
         keep the API's order. A server without a price, or with one that is not above 0, comes last
         and never passes a price limit. The API adds fees to the prices: 5 % on demand, 1.25 % spot
         (seen on the live API).
@@ -18551,7 +18551,7 @@ class CloreClient(HTTPClient):
         Returns:
             A :class:`CostEstimate`: ``usd_per_hour``, ``base_usd``, ``renter_fee_usd``,
             ``creation_fee_usd``, ``total_usd``, and the same in ``currency`` as ``base``,
-            ``renter_fee``, ``creation_fee``, ``total``. An amount is None if the API tells no
+            ``renter_fee``, ``creation_fee``, ``total``. An amount is None if the API has no
             price or exchange rate.
 
         Raises:
@@ -18932,7 +18932,6 @@ class CloreClient(HTTPClient):
             "image": image, "currency": currency, "ports": ports, "env": env,
             "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
         }  # fmt: skip
-        shown = ProgressOptions(on_progress, progress)
         settings = RentalSettings(
             search=Search(gpu_type, max_price_usd, min_reliability, use_spot, filters, currency),
             server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
@@ -18940,6 +18939,7 @@ class CloreClient(HTTPClient):
             cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
             prefer_known=prefer_known,
         )  # fmt: skip
+        shown = ProgressOptions(on_progress, progress)
         return Rental(self, self._orders, settings, self._state_folder, self._host_history, shown)
 
     def rent_many(
@@ -19155,7 +19155,7 @@ class CloreClient(HTTPClient):
             margin: how much to add, as a fraction of the bid; 0.05 is 5 %.
 
         Returns:
-            The bid for ``spot_price`` of :meth:`create_order`; None if the API tells no bid.
+            The bid for ``spot_price`` of :meth:`create_order`; None if the API lists no bid.
 
         Example:
             >>> bid = client.suggest_spot_price(server)
@@ -19214,7 +19214,7 @@ class CloreClient(HTTPClient):
         Raises:
             SpotPriceTooSoonError: with ``wait=False``, the bid was lowered too soon before.
             BidTooLowError: the target is lower than the host accepts.
-            RateUnknownError: the API does not tell the current bid in USD; no bid was sent.
+            RateUnknownError: the current bid is not known in USD; no bid was sent.
             OrderEndedError, OrderNotFoundError: there is no such active order.
 
         Example:
@@ -19502,7 +19502,7 @@ class CloreClient(HTTPClient):
 
         Raises:
             JobError: there is already a job with this name, or ``cwd`` does not exist. After a
-                broken connection, :meth:`job` tells if it was started.
+                broken connection, :meth:`job` shows if it was started.
             SSHError: the login failed.
 
         Example:

@@ -181,7 +181,7 @@ def nominal_vram(record: dict[str, Any]) -> float | None:
 
 
 class GPURecord(Record):
-    """A record that tells the GPUs of a machine."""
+    """A record that names the GPUs of a machine."""
 
     __slots__ = ()
 

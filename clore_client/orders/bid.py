@@ -73,7 +73,7 @@ def _current_bid(orders: AccountOrders, order: Order) -> float | None:
 def _unknown_bid(order: Order) -> RateUnknownError:
     error = RateUnknownError(
         f"the bid of order {order.id} in USD is not known, because the API shows it in "
-        f"{order.currency} and tells no exchange rate, so nothing was bid: call set_spot_price() "
+        f"{order.currency} and lists no exchange rate, so nothing was bid: call set_spot_price() "
         "with a price below your bid, which has no need of a rate, or pay spot orders in USD"
     )
     error.retryable = False

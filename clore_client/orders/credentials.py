@@ -124,7 +124,7 @@ class Credentials:
         Parameters:
             account: the digest of the account.
             order_id: the order.
-            order: its record, which can tell the purchase of a process that was killed.
+            order: its record, which can identify the purchase of a killed process.
         """
         if order_id is None:
             return {}

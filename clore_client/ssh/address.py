@@ -202,7 +202,7 @@ def _unexpanded(path: str) -> str:
     """Escape % signs, which OpenSSH would expand in a path."""
     if "\n" in path or "${" in path:
         raise ValueError(
-            "key_path or state_dir: OpenSSH can't be told a path with a newline or '${': "
+            "key_path or state_dir: OpenSSH can't use a path with a newline or '${': "
             f"{short_repr(path)}"
         )
     return path.replace("%", "%%")
@@ -212,7 +212,7 @@ def _config_path(path: str) -> str:
     """Escape and quote a path for a configuration file."""
     if '"' in path:
         raise ValueError(
-            f"key_path or state_dir: OpenSSH can't be told a path with '\"': {short_repr(path)}"
+            f"key_path or state_dir: OpenSSH can't use a path with '\"': {short_repr(path)}"
         )
     escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
     return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped

@@ -370,7 +370,7 @@ class RunningCommand:
         if self._channel.closed:
             return
         with self._limited(), contextlib.suppress(SSHError, *connection_errors()):
-            if not self._ended():  # the host refused a second channel, or has told no pid
+            if not self._ended():  # the host refused a second channel, or has sent no pid
                 channel_request(self._channel, "signal", "KILL", answered=False)
             self._channel.close()
 

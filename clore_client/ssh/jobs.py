@@ -68,7 +68,7 @@ class JobCommand:
 
 
 class JobState:
-    """The state of a job, as the machine told it.
+    """The state of a job, as the machine reports it.
 
     Attributes:
         status: ``"running"``, ``"exited"``, ``"killed"`` or ``"lost"``.

@@ -130,9 +130,9 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
         failure = get_exception()
         if failure is None or isinstance(failure, (error, OSError, EOFError)):
             return failure
-        told = error(f"it broke off ({type(failure).__name__})")
-        told.__cause__ = failure
-        return told
+        named_error = error(f"it broke off ({type(failure).__name__})")
+        named_error.__cause__ = failure
+        return named_error
 
     transport.get_exception = named
 

@@ -990,10 +990,10 @@ def test_paths_that_openssh_would_read_otherwise(machine: Sshd, tmp_path: Path, 
 @pytest.mark.parametrize("name", ['a"b', "a\nb", "a${HOME}b"])
 def test_paths_that_openssh_cannot_be_told(machine: Sshd, tmp_path: Path, name: str) -> None:
     client = CloreClient("key", state_dir=None)
-    with pytest.raises(ValueError, match="OpenSSH can't be told"):
+    with pytest.raises(ValueError, match="OpenSSH can't use a path"):
         client.ssh_config(machine.order(), key_path=tmp_path / name)
     kept = CloreClient("key", state_dir=tmp_path / name)
-    with pytest.raises(ValueError, match="OpenSSH can't be told"):
+    with pytest.raises(ValueError, match="OpenSSH can't use a path"):
         kept.ssh_config(machine.order())
 
 

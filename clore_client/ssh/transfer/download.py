@@ -77,7 +77,7 @@ def _download(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> No
 class Download:
     """One download with the host's shell.
 
-    The script LOOK tells what there is, and sends a file that is not large. Workers receive large
+    The script LOOK lists what there is, and sends a file that is not large. Workers receive large
     files in ranges; small ones come in a tar stream.
     """
 

@@ -99,7 +99,7 @@ def is_content(path: bytes) -> bool:
 
 
 def excluder(patterns: Any) -> Excludes | None:
-    """Return a function that tells if a name and its kind match patterns as of .gitignore."""
+    """Return a function that checks a name and its kind against patterns as in .gitignore."""
     if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
         raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
     lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
