@@ -268,9 +268,9 @@ def in_line(limit: RateLimiter, name: str, order: list[str], **options: Any) -> 
 def test_slots_go_in_order_and_cancels_first(limiter: Limiter) -> None:
     late = True
     while late:  # on a busy machine, until all of them get in line before the next slot
-        order, began = list[str](), time.monotonic()
+        order = list[str]()
         with slot(limiter(), 1.5):
-            pass
+            began = time.monotonic()
         threads = [in_line(limiter(), name, order) for name in ("a", "b", "c")]
         threads.append(in_line(limiter(), "cancel", order, urgent=True))
         late = time.monotonic() - began > 1.2
