@@ -147,7 +147,6 @@ import atexit
 import base64
 import codecs
 import collections
-import concurrent.futures
 import contextlib
 import contextvars
 import copy
@@ -169,7 +168,6 @@ import posixpath
 import queue
 import random
 import re
-import secrets
 import select
 import shlex
 import shutil
@@ -10839,10 +10837,12 @@ class RentalGroup:
         Example:
             >>> rentals.map(lambda rental: rental.upload("train.py", "work/"))
         """
-        with concurrent.futures.ThreadPoolExecutor(max(1, len(self._running))) as pool:
+        from concurrent.futures import ThreadPoolExecutor, wait  # slow to import
+
+        with ThreadPoolExecutor(max(1, len(self._running))) as pool:
             calls = [pool.submit(function, rental) for rental in self._running]
             try:
-                concurrent.futures.wait(calls)
+                wait(calls)
             except BaseException:
                 for rental in self._running:
                     rental.close_ssh()
@@ -10873,6 +10873,8 @@ class RentalGroup:
 
     def _begin(self) -> None:
         """Begin all rentals at once, and wait until enough of them run."""
+        from concurrent.futures import ThreadPoolExecutor, as_completed
+
         servers = self._all[0].servers
         if (found := servers.count()) < self._min_count:
             raise RentalError(
@@ -10881,11 +10883,11 @@ class RentalGroup:
                 if found
                 else servers.no_server
             )
-        pool = concurrent.futures.ThreadPoolExecutor(len(self._all), "clore-rent-many")
+        pool = ThreadPoolExecutor(len(self._all), "clore-rent-many")
         calls = [pool.submit(rental.start) for rental in self._all]
         pool.shutdown(wait=False)
         allowed = len(self._all) - self._min_count
-        for _ in concurrent.futures.as_completed(calls):
+        for _ in as_completed(calls):
             failed = [e for call in calls if call.done() and (e := call.exception()) is not None]
             if foreign := [error for error in failed if not isinstance(error, CloreError)]:
                 raise foreign[0]  # for example one that on_progress raised
@@ -12082,7 +12084,7 @@ class RemoteScript:
         self._watchdog = watchdog
         self._turn = turn
         self._ending = False
-        self._mark = secrets.token_hex(8)
+        self._mark = os.urandom(8).hex()
         self._buffer = memoryview(b"")  # received, and not read yet
         self._begun = False
         self._probe: RemoteScript | None = None
@@ -13517,7 +13519,7 @@ class PidLine:
     """
 
     def __init__(self, waits: bool = False) -> None:
-        mark = f"clore-{secrets.token_hex(8)} "
+        mark = f"clore-{os.urandom(8).hex()} "
         self.pid: int | None = None
         self.prefix = f"sh -c 'echo {mark}$PPID >&2'\n"
         if waits:
@@ -13754,7 +13756,7 @@ class JobCommand:
     ) -> None:
         self.line = command_line(command)
         self.encoded_line = encoded("command", self.line)
-        self.name = f"job-{secrets.token_hex(4)}" if name is None else check_plain_name(name)
+        self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
         self.exports = encoded("env", exports(env))
         if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
             raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")

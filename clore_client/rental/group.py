@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -78,10 +77,12 @@ class RentalGroup:
         Example:
             >>> rentals.map(lambda rental: rental.upload("train.py", "work/"))
         """
-        with concurrent.futures.ThreadPoolExecutor(max(1, len(self._running))) as pool:
+        from concurrent.futures import ThreadPoolExecutor, wait  # slow to import
+
+        with ThreadPoolExecutor(max(1, len(self._running))) as pool:
             calls = [pool.submit(function, rental) for rental in self._running]
             try:
-                concurrent.futures.wait(calls)
+                wait(calls)
             except BaseException:
                 for rental in self._running:
                     rental.close_ssh()
@@ -112,6 +113,8 @@ class RentalGroup:
 
     def _begin(self) -> None:
         """Begin all rentals at once, and wait until enough of them run."""
+        from concurrent.futures import ThreadPoolExecutor, as_completed
+
         servers = self._all[0].servers
         if (found := servers.count()) < self._min_count:
             raise RentalError(
@@ -120,11 +123,11 @@ class RentalGroup:
                 if found
                 else servers.no_server
             )
-        pool = concurrent.futures.ThreadPoolExecutor(len(self._all), "clore-rent-many")
+        pool = ThreadPoolExecutor(len(self._all), "clore-rent-many")
         calls = [pool.submit(rental.start) for rental in self._all]
         pool.shutdown(wait=False)
         allowed = len(self._all) - self._min_count
-        for _ in concurrent.futures.as_completed(calls):
+        for _ in as_completed(calls):
             failed = [e for call in calls if call.done() and (e := call.exception()) is not None]
             if foreign := [error for error in failed if not isinstance(error, CloreError)]:
                 raise foreign[0]  # for example one that on_progress raised

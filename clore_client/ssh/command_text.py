@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
-import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -196,7 +196,7 @@ class PidLine:
     """
 
     def __init__(self, waits: bool = False) -> None:
-        mark = f"clore-{secrets.token_hex(8)} "
+        mark = f"clore-{os.urandom(8).hex()} "
         self.pid: int | None = None
         self.prefix = f"sh -c 'echo {mark}$PPID >&2'\n"
         if waits:

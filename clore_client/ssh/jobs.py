@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,7 +56,7 @@ class JobCommand:
     ) -> None:
         self.line = command_line(command)
         self.encoded_line = encoded("command", self.line)
-        self.name = f"job-{secrets.token_hex(4)}" if name is None else check_plain_name(name)
+        self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
         self.exports = encoded("env", exports(env))
         if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
             raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")

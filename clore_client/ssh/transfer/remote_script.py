@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import threading
 import time
 from typing import Any
@@ -83,7 +82,7 @@ class RemoteScript:
         self._watchdog = watchdog
         self._turn = turn
         self._ending = False
-        self._mark = secrets.token_hex(8)
+        self._mark = os.urandom(8).hex()
         self._buffer = memoryview(b"")  # received, and not read yet
         self._begun = False
         self._probe: RemoteScript | None = None
