@@ -38,7 +38,7 @@ def clean_key(key: object, source: str) -> str:
         raise ConfigurationError(
             f"the API key from {source} starts with {key.split()[0]!r}: give only the key"
         )
-    if any(c.isspace() for c in key):
+    if "".join(key.split()) != key:
         raise ConfigurationError(
             f"the API key from {source} has a blank or a newline in it: give only the key"
         )
