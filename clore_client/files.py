@@ -47,6 +47,7 @@ def _try_to_lock(handle: int) -> bool:
 
             os.lseek(handle, LOCK_AT, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+            os.lseek(handle, 0, os.SEEK_SET)
         else:
             import fcntl
 

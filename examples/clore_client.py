@@ -963,6 +963,7 @@ def _try_to_lock(handle: int) -> bool:
 
             os.lseek(handle, LOCK_AT, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+            os.lseek(handle, 0, os.SEEK_SET)
         else:
             import fcntl
 
@@ -4536,7 +4537,6 @@ class FileStore:
             if not lock_file(handle, LIMIT_LOCK_PATIENCE):
                 raise OSError("another process keeps it locked")
             try:
-                os.lseek(handle, 0, os.SEEK_SET)
                 now = time.monotonic()
                 text = os.read(handle, USUAL_LENGTH)
                 if len(text) == USUAL_LENGTH:

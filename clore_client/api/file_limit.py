@@ -54,7 +54,6 @@ class FileStore:
             if not lock_file(handle, LIMIT_LOCK_PATIENCE):
                 raise OSError("another process keeps it locked")
             try:
-                os.lseek(handle, 0, os.SEEK_SET)
                 now = time.monotonic()
                 text = os.read(handle, USUAL_LENGTH)
                 if len(text) == USUAL_LENGTH:
