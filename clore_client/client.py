@@ -1199,7 +1199,10 @@ class CloreClient(HTTPClient):
 
         number = check_id("server", server.id if isinstance(server, Server) else server)
         check_number("margin", margin)
-        return suggested_bid(self.get_spot_market(number), server, margin)
+        market = self.get_spot_market(number)
+        if market.minimum_usd is None and not isinstance(server, Server):
+            server = self._market.find_server(number) or server
+        return suggested_bid(market, server, margin)
 
     def set_spot_price(
         self, order_id: OrderArgument, new_price: float, *, allow_above_on_demand: bool = False
@@ -1269,7 +1272,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.access import SSHAccess
 
         if self._ssh_access is None:
-            self._ssh_access = SSHAccess(self, self._orders, self._state_folder)
+            self._ssh_access = SSHAccess(self, self._orders, self._state_folder, self._host_history)
         return self._ssh_access
 
     @staticmethod
@@ -1785,9 +1788,10 @@ class CloreClient(HTTPClient):
                 source has changed, start over.
             symlinks: ``"skip"``, ``"copy"`` or ``"follow"``, as in the table.
             exclude: patterns as in ``.gitignore``, of what to leave out. Needs pathspec.
-            skip_unchanged: True leaves out the files whose size and time are the same there, and
-                preserves times, so that the next call can compare them. ``"checksum"`` compares
-                sizes and SHA-256.
+            skip_unchanged: True leaves out the files whose size and time, in whole seconds, are the
+                same there, and preserves times, so that the next call can compare them.
+                ``"checksum"`` compares sizes and SHA-256; it also finds a change that keeps the
+                size within the same second.
             preview: send nothing. The result has what would be sent in ``sent``.
             delete: remove what only the target has. First pass True with ``preview=True``; the
                 result lists it in ``deleted``. Then pass that result: nothing else is removed.

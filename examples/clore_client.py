@@ -2165,9 +2165,16 @@ def count_gpus(record: dict[str, Any]) -> int | None:
     return counted[0] if counted else len(gpu_names(record)) or None
 
 
+def is_mixed(record: dict[str, Any]) -> bool:
+    """Return whether a server has GPUs of several models."""
+    return len(set(gpu_names(record))) > 1
+
+
 def gpu_label(record: dict[str, Any]) -> str | None:
     """Return the count and name of the GPUs of a server or an order, or None."""
     names = gpu_names(record)
+    if is_mixed(record):
+        return " + ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
     return f"{count_gpus(record)}x {names[0]}" if names else None
 
 
@@ -2285,7 +2292,7 @@ class GPURecord(Record):
 
     @property
     def gpu(self) -> str | None:
-        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        """The count and name of its GPUs, such as ``"2x RTX 4090"``; of a mixed rig, all."""
         return gpu_label(self)
 
     @property
@@ -2354,8 +2361,10 @@ class Server(GPURecord):
 
     @property
     def total_vram_gb(self) -> float | None:
-        """The memory of all GPUs in GB; ``vram_gb`` times ``gpu_count``."""
-        return None if self.vram_gb is None else self.vram_gb * (self.gpu_count or 1)
+        """The memory of all GPUs in GB; ``vram_gb`` times ``gpu_count``; None for a mixed rig."""
+        if self.vram_gb is None or is_mixed(self):  # the API lists the memory of one model
+            return None
+        return self.vram_gb * (self.gpu_count or 1)
 
     @property
     def usd_per_hour(self) -> float | None:
@@ -3275,12 +3284,13 @@ Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
 def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
     """Return the points of the plot by model, the most frequent model first.
 
-    Servers without a name, a price or a reliability are left out.
+    Servers without a name, a price or a reliability are left out, and mixed rigs, whose price is of
+    several models.
     """
     models: dict[str, Points] = {}
     for server in servers:
         price, reliability = server.usd_per_gpu_hour, server.reliability
-        if server.gpu_name and price and reliability is not None:
+        if server.gpu_name and price and reliability is not None and not is_mixed(server):
             models.setdefault(server.gpu_name, []).append((reliability, price))
     return dict(sorted(models.items(), key=lambda item: -len(item[1])))
 
@@ -6515,7 +6525,9 @@ class Search:
         if not found and places:
             last = max((n for n, count in enumerate(left_out) if count), default=None)
             servers = (marketplace[place] for place in free or places)
-            dropped = (s for s in servers if last is None or _first_failed(checks, s) == last)
+            dropped = [s for s in servers if last is None or _first_failed(checks, s) == last]
+            if last != len(checks):
+                dropped = self._where(dropped)
             report.cheapest_usd_per_hour = self._lowest(dropped)
         return self._sorted(found)[: self._filters.get("limit")], report
 
@@ -6530,7 +6542,7 @@ class Search:
     def _with_gpu(
         self, places: Sequence[int], marketplace: Marketplace, report: SearchReport
     ) -> Sequence[int]:
-        """Return the places with a matching GPU; all names of the listing decide which match."""
+        """Return the places of the servers with a matching GPU."""
         if not self.gpu_type or not self.gpu_type.strip():
             return places
         names = set().union(*set(marketplace.gpus))
@@ -6917,7 +6929,7 @@ def estimate(
     """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
     rate = listed_rate(server, currency) or market.data.rates.rate(currency)
     price = spot_price if spot_price is not None else price_in(server, spot, currency)
-    fraction, creation_usd = _fees(market.fees(), spot, currency, rate)
+    fraction, creation_usd = account_fees(market.fees(), spot, currency, rate)
     base = None if price is None else price * hours
     fee = None if base is None else base * fraction
     creation = creation_fee_after(hours * 3600.0, creation_usd)
@@ -6932,7 +6944,7 @@ def estimate(
     )  # fmt: skip
 
 
-def _fees(
+def account_fees(
     response: dict[str, Any], spot: bool, currency: str, rate: float | None
 ) -> tuple[float, float]:
     """Return the renter's fee as a fraction of the price, and the creation fee in USD.
@@ -7274,7 +7286,8 @@ def remove_file(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        _warn(f"{path} can't be removed", error)
+        reason = error.strerror or error
+        warn_once(f"{path} can't be removed: {reason}; it holds the login of an order: remove it")
 
 
 def _warn(what: str, error: object) -> None:
@@ -8116,7 +8129,7 @@ def _paid_with(active: list[Order], order_id: int | None) -> str:
 
 
 def _hourly_cost(orders: AccountOrders, server: Server, currency: str) -> float | None:
-    """Return the on-demand price with fees, in ``currency`` per hour."""
+    """Return the on-demand price with the account's fees, in ``currency`` per hour."""
     amount = amount_per_hour(server, spot=False, currency=currency)
     if amount is None:
         usd = on_demand_usd(server, currency)
@@ -8125,7 +8138,8 @@ def _hourly_cost(orders: AccountOrders, server: Server, currency: str) -> float 
             orders.market.learn_rates(None)
             rate = orders.market.data.rates.rate(currency)
         amount = usd / rate if usd is not None and rate else None
-    return None if amount is None else with_fee(amount, published_fee(spot=False))
+    fraction, _ = account_fees(orders.market.fees(), False, currency, None)
+    return None if amount is None else with_fee(amount, fraction)
 
 
 def explain_balance(
@@ -10233,7 +10247,6 @@ Part = TypeVar("Part")
 Rented = TypeVar("Rented", bound="Rental")
 
 LONGEST_KEEP = 87_600.0  # hours
-_OWN_LOGIN = {"password", "key_path", "passphrase", "host_key"}
 
 # After these errors, rent() tries the next server.
 TRY_NEXT_ERRORS = (
@@ -10355,10 +10368,8 @@ class Rental:
         worker = self._open_worker()
         try:
             connection = self._client.connect_ssh(self.order, **options)
-        except Exception as error:
+        except Exception:
             worker.check()  # the rental may have ended
-            if isinstance(error, SSHError) and not options.keys() & _OWN_LOGIN:
-                self._history.record(self.order.server_id, LOGIN_OUTCOMES.get(error.reason))
             raise
         worker.connections.append(connection)
         try:
@@ -10583,7 +10594,8 @@ class Rental:
         """Rent a server. Return None if it runs, else the reason why it does not work."""
         price = self._settings.price_of(server)
         shown = "price unknown" if price is None else f"{price:.3g} USD/h"
-        self._tell("rent", f"renting server {server.id} ({server.gpu_name}, {shown})")
+        gpu = server.gpu if is_mixed(server) else server.gpu_name
+        self._tell("rent", f"renting server {server.id} ({gpu}, {shown})")
         try:
             order = self._buy(worker, server)
         except TRY_NEXT_ERRORS as error:
@@ -10986,10 +10998,12 @@ class Leftover:
         self.kept_until = finite(data.get("kept_until"))
 
     def __repr__(self) -> str:
-        return (
-            f"<Leftover order {self.order_id} of server {self.server_id}, by process {self.pid} "
-            f"on {self.host!r}>"
-        )
+        until = ""
+        if self.kept_until is not None:
+            moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.kept_until))
+            until = f", kept until {moment}"
+        by = "" if self.pid is None else f", by process {self.pid} on {self.host!r}"
+        return f"<Leftover order {self.order_id} of server {self.server_id}{by}{until}>"
 
 
 class Leftovers:
@@ -12396,17 +12410,20 @@ no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
 printf "ready %s\n" "$u"
 [ ! -s "$r" ] || cat "$r"
 echo "$token"
-finish_file() {
-  s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
+set_mode() {
   m=$(printf %o $((0$mode & ~0$u)))
   [ ! -e "$f" ] || m=$(stat -c %a "$f")
   [ "$preserve" = 0 ] || m=$mode
   chmod "$m" "$p" || exit 1
   [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || exit 1
+}
+finish_file() {
+  s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
+  set_mode
   mv -f "$p" "$f" || exit 1
 }
 finish_tree() {
-  if [ ! -e "$f" ]; then mv "$p" "$f" || exit 1; return; fi
+  if [ ! -e "$f" ]; then set_mode; mv "$p" "$f" || exit 1; return; fi
   cd "$p" || exit 1
   export preserve
   # A directory that is new there is moved as a whole, with its modes and times.
@@ -12871,6 +12888,7 @@ class Login:
         timeout: float,
         agent_key: Any,
         on_failure: Callable[[BaseException], None] | None,
+        record: Callable[[str], None],
         *,
         password: str | None,
         key_path: str | os.PathLike[str] | None,
@@ -12894,6 +12912,7 @@ class Login:
         self._next_look = -math.inf
         self._tried = False
         self._on_failure = on_failure or (lambda error: None)
+        self._record = record
         self._hops: list[dict[str, Any]] = []
         self._identities: list[str] = []
         if use_ssh_config:
@@ -12969,13 +12988,21 @@ class Login:
                 raise SSHError(f"{where}: {_short_text(error)}") from error
         return sock
 
-    def open(self, report: Report | None = None) -> paramiko.SSHClient:
-        """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
+    def open(
+        self, report: Report | None = None, first: Callable[[], Any] | None = None
+    ) -> paramiko.SSHClient:
+        """Log in, and try again while the sshd is not up yet, until ``wait`` is over.
+
+        Parameters:
+            report: gets the progress.
+            first: the first try, in place of :meth:`once`.
+        """
         started = time.monotonic()
         deadline = started + self.wait
         while True:
             try:
-                ssh = self.once()
+                attempt, first = first or self.once, None
+                ssh = attempt()
                 if report is not None:
                     report(ProgressEvent("ssh", time.monotonic() - started, "sshd up"))
                 return ssh
@@ -12985,6 +13012,7 @@ class Login:
                 if remaining <= 0:
                     late = SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}")
                     late.reason = "unreachable"
+                    self._record(late.reason)
                     raise late from error.__cause__
                 logger.debug("no SSH at %s yet: %s", self.where, error)
                 if report is not None:
@@ -13003,6 +13031,7 @@ class Login:
             return
         self._next_look = now + LOOK_EVERY
         self._on_failure(error)
+        self._record(getattr(error, "reason", ""))
 
     def once(self) -> paramiko.SSHClient:
         """Try once to log in, within ``timeout`` seconds in all."""
@@ -13298,20 +13327,19 @@ class ConnectionPool:
                 ssh.close()
 
     def _first(self, login: Login) -> Any:
-        try:
-            return login.once()
-        except NotUpYetError as error:
-            # If the host allows only one connection, another thread may have opened it.
-            for number, thread in self._threads.items():
-                thread.join()
-                if (ssh := self._opened[number]) is not None:
-                    self._opened[number] = None
-                    return ssh
-            login.explain(error)
-        except SSHError as error:
-            login.explain(error)
-            raise
-        return login.open()
+        def once() -> Any:
+            try:
+                return login.once()
+            except NotUpYetError:
+                # If the host allows only one connection, another thread may have opened it.
+                for number, thread in self._threads.items():
+                    thread.join()
+                    if (ssh := self._opened[number]) is not None:
+                        self._opened[number] = None
+                        return ssh
+                raise
+
+        return login.open(first=once)
 
     def _begin(self, login: Login, number: int) -> None:
         self._threads[number] = start_thread("login", self._open, login, number)
@@ -13572,7 +13600,8 @@ JOB_RUNNER = (
 trap "" HUP; trap : TERM INT QUIT
 echo "$$ $(born $$ || echo -) $5" >"$1/pid"
 umask "$4"
-"$2" -c "$3"
+# Start-up files may change the directory.
+CLORE_JOB_CWD=$PWD "$2" -c 'cd "$CLORE_JOB_CWD"; '"$3"
 printf "%-4s\n" $? 1<>"$1/exit"
 """
 )
@@ -14382,7 +14411,11 @@ SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as 
 
 
 class LocalTree:
-    """The files, directories and symlinks to upload, and what is left out."""
+    """The files, directories and symlinks to upload, and what is left out.
+
+    Attributes:
+        mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.
+    """
 
     def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
         self.path = path
@@ -14396,6 +14429,7 @@ class LocalTree:
             shown = printable(repr(os.fsdecode(path)), 300)
             raise FileNotFoundError(f"local: there is nothing at {shown}") from None
         self.is_folder = stat.S_ISDIR(facts.st_mode)
+        self.mode, self.mtime = facts.st_mode & 0o777, facts.st_mtime_ns
         if self.is_folder:
             self._scan(b"", (os.path.realpath(path),))
         elif stat.S_ISREG(facts.st_mode):
@@ -14700,12 +14734,20 @@ class SSHAccess:
         client: the client, for its API key and base URL.
         orders: the orders, for the passwords that were sent with them.
         folder: the state folder, or None if none is used.
+        history: records hosts without sshd, and those that refuse the saved login.
     """
 
-    def __init__(self, client: OrdersClient, orders: AccountOrders, folder: Path | None) -> None:
+    def __init__(
+        self,
+        client: OrdersClient,
+        orders: AccountOrders,
+        folder: Path | None,
+        history: HostHistory,
+    ) -> None:
         self._client = client
         self._orders = orders
         self._folder = folder
+        self._history = history
         self._by_account: dict[str, HostKeys] = {}
 
     @property
@@ -14780,7 +14822,7 @@ class SSHAccess:
         check_number("timeout", timeout, above=True, unit="seconds")
         options = check_login_options(given)
         order = self._with_address(order)
-        agent_key = None
+        agent_key, own = None, bool(options["password"] or options["key_path"])
         if not options["password"] and not options["key_path"]:
             saved = order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
             options["password"] = saved
@@ -14788,7 +14830,13 @@ class SSHAccess:
                 options["key_path"], agent_key = self._key_of(order)
         where = "{host}:{port}".format(**plain_address(order))
         keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
-        return Login(order, keys, timeout, agent_key, self._on_failure(order.id), **options)
+
+        def record(reason: str) -> None:
+            if not own:  # else it may be the user's mistake
+                self._history.record(order.server_id, LOGIN_OUTCOMES.get(reason))
+
+        on_failure = self._on_failure(order.id)
+        return Login(order, keys, timeout, agent_key, on_failure, record, **options)
 
     def _on_failure(self, order_id: int | None) -> Callable[[BaseException], None] | None:
         """Return a function that raises an error if a login failed because the order has ended."""
@@ -17636,6 +17684,8 @@ class SftpUpload:
     def _send_all(self, part: bytes) -> None:
         sftp = self._remote.sftp
         if self._tree.is_folder:
+            if not self._options.preserve:
+                self._apply_umask(part)
             if not self._remote.kind(part):
                 sftp.mkdir(part, 0o700)
             for entry in self._tree.entries:
@@ -17648,6 +17698,17 @@ class SftpUpload:
         for entry in self._tree.files:
             with about(entry):
                 self._send_file(entry, part + b"/" + entry.name if entry.name else part)
+
+    def _apply_umask(self, part: bytes) -> None:
+        """Apply the host's umask to the modes of directories; it shows in that of a new one."""
+        probe = part + b"." + os.urandom(4).hex().encode()
+        self._remote.sftp.mkdir(probe)
+        mask = stat.S_IMODE(self._remote.look(probe).st_mode)
+        self._remote.sftp.rmdir(probe)
+        self._tree.mode &= mask
+        for entry in self._tree.entries:
+            if entry.kind == "d":
+                entry.mode &= mask
 
     def _send_file(self, entry: FileEntry, place: bytes) -> None:
         remote, start = self._remote, 0
@@ -17701,6 +17762,8 @@ class SftpUpload:
             instead = target + b"/" + entry.name if entry.name else target
             if entry.kind != "l" and not (entry.kind == "d" and exists):
                 self._finish(entry, place, instead if exists else b"")
+        if tree.is_folder and not exists:
+            self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
         if not tree.is_folder or not exists:
             remote.replace(part, target)
             return
@@ -17844,11 +17907,12 @@ class Upload:
                 self._control.close()
 
     def _control_script(self) -> bytes:
-        values = dict(self._values, preserve=int(self._options.preserve))
-        if not self._tree.is_folder:
-            (entry,) = self._tree.files
-            values.update(size=entry.size, mode=f"{entry.mode:o}", time=touch_time(entry.mtime))
-        return script_text("upload", CONTROL, **values)
+        tree = self._tree
+        size = 0 if tree.is_folder else tree.files[0].size
+        return script_text(
+            "upload", CONTROL, **self._values, preserve=int(self._options.preserve), size=size,
+            mode=f"{tree.mode:o}", time=touch_time(tree.mtime),
+        )  # fmt: skip
 
     def _tidy(self) -> None:
         """Let the host remove what has arrived, and wait until it has done so."""
@@ -19165,7 +19229,10 @@ class CloreClient(HTTPClient):
         """
         number = check_id("server", server.id if isinstance(server, Server) else server)
         check_number("margin", margin)
-        return suggested_bid(self.get_spot_market(number), server, margin)
+        market = self.get_spot_market(number)
+        if market.minimum_usd is None and not isinstance(server, Server):
+            server = self._market.find_server(number) or server
+        return suggested_bid(market, server, margin)
 
     def set_spot_price(
         self, order_id: OrderArgument, new_price: float, *, allow_above_on_demand: bool = False
@@ -19233,7 +19300,7 @@ class CloreClient(HTTPClient):
     @property
     def _ssh(self) -> SSHAccess:
         if self._ssh_access is None:
-            self._ssh_access = SSHAccess(self, self._orders, self._state_folder)
+            self._ssh_access = SSHAccess(self, self._orders, self._state_folder, self._host_history)
         return self._ssh_access
 
     @staticmethod
@@ -19734,9 +19801,10 @@ class CloreClient(HTTPClient):
                 source has changed, start over.
             symlinks: ``"skip"``, ``"copy"`` or ``"follow"``, as in the table.
             exclude: patterns as in ``.gitignore``, of what to leave out. Needs pathspec.
-            skip_unchanged: True leaves out the files whose size and time are the same there, and
-                preserves times, so that the next call can compare them. ``"checksum"`` compares
-                sizes and SHA-256.
+            skip_unchanged: True leaves out the files whose size and time, in whole seconds, are the
+                same there, and preserves times, so that the next call can compare them.
+                ``"checksum"`` compares sizes and SHA-256; it also finds a change that keeps the
+                size within the same second.
             preview: send nothing. The result has what would be sent in ``sent``.
             delete: remove what only the target has. First pass True with ``preview=True``; the
                 result lists it in ``deleted``. Then pass that result: nothing else is removed.

@@ -95,6 +95,7 @@ def test_it_is_shown_in_a_terminal(sshd: Sshd, how: str) -> None:
     os.close(near)
     assert done.stdout == b""
     assert b"sshd up" in text
+    assert (b"it/s" in text or b"\r" in text.replace(b"\r\n", b"")) == (how == "tqdm")
 
 
 def test_it_is_silent_in_a_pipe(sshd: Sshd) -> None:

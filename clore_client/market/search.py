@@ -179,7 +179,9 @@ class Search:
         if not found and places:
             last = max((n for n, count in enumerate(left_out) if count), default=None)
             servers = (marketplace[place] for place in free or places)
-            dropped = (s for s in servers if last is None or _first_failed(checks, s) == last)
+            dropped = [s for s in servers if last is None or _first_failed(checks, s) == last]
+            if last != len(checks):
+                dropped = self._where(dropped)
             report.cheapest_usd_per_hour = self._lowest(dropped)
         return self._sorted(found)[: self._filters.get("limit")], report
 
@@ -194,7 +196,7 @@ class Search:
     def _with_gpu(
         self, places: Sequence[int], marketplace: Marketplace, report: SearchReport
     ) -> Sequence[int]:
-        """Return the places with a matching GPU; all names of the listing decide which match."""
+        """Return the places of the servers with a matching GPU."""
         if not self.gpu_type or not self.gpu_type.strip():
             return places
         names = set().union(*set(marketplace.gpus))

@@ -150,7 +150,7 @@ def estimate(
     """Estimate the cost of a rental; see ``CloreClient.estimate_cost``."""
     rate = listed_rate(server, currency) or market.data.rates.rate(currency)
     price = spot_price if spot_price is not None else price_in(server, spot, currency)
-    fraction, creation_usd = _fees(market.fees(), spot, currency, rate)
+    fraction, creation_usd = account_fees(market.fees(), spot, currency, rate)
     base = None if price is None else price * hours
     fee = None if base is None else base * fraction
     creation = creation_fee_after(hours * 3600.0, creation_usd)
@@ -165,7 +165,7 @@ def estimate(
     )  # fmt: skip
 
 
-def _fees(
+def account_fees(
     response: dict[str, Any], spot: bool, currency: str, rate: float | None
 ) -> tuple[float, float]:
     """Return the renter's fee as a fraction of the price, and the creation fee in USD.

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from clore_client.errors import printable
-from clore_client.models.server import Server
+from clore_client.models.server import Server, is_mixed
 from clore_client.validation import check_local_path, check_type, short_repr
 
 # One for each of the most frequent models; all others have the last color.
@@ -25,12 +25,13 @@ Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
 def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
     """Return the points of the plot by model, the most frequent model first.
 
-    Servers without a name, a price or a reliability are left out.
+    Servers without a name, a price or a reliability are left out, and mixed rigs, whose price is of
+    several models.
     """
     models: dict[str, Points] = {}
     for server in servers:
         price, reliability = server.usd_per_gpu_hour, server.reliability
-        if server.gpu_name and price and reliability is not None:
+        if server.gpu_name and price and reliability is not None and not is_mixed(server):
             models.setdefault(server.gpu_name, []).append((reliability, price))
     return dict(sorted(models.items(), key=lambda item: -len(item[1])))
 

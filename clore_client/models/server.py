@@ -67,9 +67,16 @@ def count_gpus(record: dict[str, Any]) -> int | None:
     return counted[0] if counted else len(gpu_names(record)) or None
 
 
+def is_mixed(record: dict[str, Any]) -> bool:
+    """Return whether a server has GPUs of several models."""
+    return len(set(gpu_names(record))) > 1
+
+
 def gpu_label(record: dict[str, Any]) -> str | None:
     """Return the count and name of the GPUs of a server or an order, or None."""
     names = gpu_names(record)
+    if is_mixed(record):
+        return " + ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
     return f"{count_gpus(record)}x {names[0]}" if names else None
 
 
@@ -187,7 +194,7 @@ class GPURecord(Record):
 
     @property
     def gpu(self) -> str | None:
-        """The count and name of its GPUs, for example ``"2x RTX 4090"``."""
+        """The count and name of its GPUs, such as ``"2x RTX 4090"``; of a mixed rig, all."""
         return gpu_label(self)
 
     @property
@@ -256,8 +263,10 @@ class Server(GPURecord):
 
     @property
     def total_vram_gb(self) -> float | None:
-        """The memory of all GPUs in GB; ``vram_gb`` times ``gpu_count``."""
-        return None if self.vram_gb is None else self.vram_gb * (self.gpu_count or 1)
+        """The memory of all GPUs in GB; ``vram_gb`` times ``gpu_count``; None for a mixed rig."""
+        if self.vram_gb is None or is_mixed(self):  # the API lists the memory of one model
+            return None
+        return self.vram_gb * (self.gpu_count or 1)
 
     @property
     def usd_per_hour(self) -> float | None:

@@ -239,7 +239,8 @@ def remove_file(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        _warn(f"{path} can't be removed", error)
+        reason = error.strerror or error
+        warn_once(f"{path} can't be removed: {reason}; it holds the login of an order: remove it")
 
 
 def _warn(what: str, error: object) -> None:

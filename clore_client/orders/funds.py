@@ -77,7 +77,9 @@ def _paid_with(active: list[Order], order_id: int | None) -> str:
 
 
 def _hourly_cost(orders: AccountOrders, server: Server, currency: str) -> float | None:
-    """Return the on-demand price with fees, in ``currency`` per hour."""
+    """Return the on-demand price with the account's fees, in ``currency`` per hour."""
+    from clore_client.market.summary import account_fees
+
     amount = amount_per_hour(server, spot=False, currency=currency)
     if amount is None:
         usd = on_demand_usd(server, currency)
@@ -86,7 +88,8 @@ def _hourly_cost(orders: AccountOrders, server: Server, currency: str) -> float 
             orders.market.learn_rates(None)
             rate = orders.market.data.rates.rate(currency)
         amount = usd / rate if usd is not None and rate else None
-    return None if amount is None else with_fee(amount, published_fee(spot=False))
+    fraction, _ = account_fees(orders.market.fees(), False, currency, None)
+    return None if amount is None else with_fee(amount, fraction)
 
 
 def explain_balance(

@@ -45,10 +45,12 @@ class Leftover:
         self.kept_until = finite(data.get("kept_until"))
 
     def __repr__(self) -> str:
-        return (
-            f"<Leftover order {self.order_id} of server {self.server_id}, by process {self.pid} "
-            f"on {self.host!r}>"
-        )
+        until = ""
+        if self.kept_until is not None:
+            moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.kept_until))
+            until = f", kept until {moment}"
+        by = "" if self.pid is None else f", by process {self.pid} on {self.host!r}"
+        return f"<Leftover order {self.order_id} of server {self.server_id}{by}{until}>"
 
 
 class Leftovers:

@@ -21,20 +21,18 @@ from clore_client.errors import (
     RentalError,
     ServerAlreadyRentedError,
     ServerOfflineError,
-    SSHError,
     WaitTimeoutError,
     add_note,
 )
 from clore_client.log import logger
 from clore_client.market.host_history import (
-    LOGIN_OUTCOMES,
     NOT_DEPLOYED,
     WORKED,
     HostHistory,
 )
 from clore_client.models.order import Order
 from clore_client.models.result import CommandResult, TransferResult
-from clore_client.models.server import Server
+from clore_client.models.server import Server, is_mixed
 from clore_client.orders.account import AccountOrders
 from clore_client.progress import ProgressEvent, ProgressOptions, Report
 from clore_client.rental.selection import (
@@ -56,7 +54,6 @@ Part = TypeVar("Part")
 Rented = TypeVar("Rented", bound="Rental")
 
 LONGEST_KEEP = 87_600.0  # hours
-_OWN_LOGIN = {"password", "key_path", "passphrase", "host_key"}
 
 # After these errors, rent() tries the next server.
 TRY_NEXT_ERRORS = (
@@ -178,10 +175,8 @@ class Rental:
         worker = self._open_worker()
         try:
             connection = self._client.connect_ssh(self.order, **options)
-        except Exception as error:
+        except Exception:
             worker.check()  # the rental may have ended
-            if isinstance(error, SSHError) and not options.keys() & _OWN_LOGIN:
-                self._history.record(self.order.server_id, LOGIN_OUTCOMES.get(error.reason))
             raise
         worker.connections.append(connection)
         try:
@@ -409,7 +404,8 @@ class Rental:
         """Rent a server. Return None if it runs, else the reason why it does not work."""
         price = self._settings.price_of(server)
         shown = "price unknown" if price is None else f"{price:.3g} USD/h"
-        self._tell("rent", f"renting server {server.id} ({server.gpu_name}, {shown})")
+        gpu = server.gpu if is_mixed(server) else server.gpu_name
+        self._tell("rent", f"renting server {server.id} ({gpu}, {shown})")
         try:
             order = self._buy(worker, server)
         except TRY_NEXT_ERRORS as error:

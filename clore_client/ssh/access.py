@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clore_client.config import account_digest
 from clore_client.errors import CloreError, OrderEndedError
 from clore_client.log import logger
+from clore_client.market.host_history import LOGIN_OUTCOMES, HostHistory
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient, ended_error
 from clore_client.ssh.address import (
@@ -36,12 +37,20 @@ class SSHAccess:
         client: the client, for its API key and base URL.
         orders: the orders, for the passwords that were sent with them.
         folder: the state folder, or None if none is used.
+        history: records hosts without sshd, and those that refuse the saved login.
     """
 
-    def __init__(self, client: OrdersClient, orders: AccountOrders, folder: Path | None) -> None:
+    def __init__(
+        self,
+        client: OrdersClient,
+        orders: AccountOrders,
+        folder: Path | None,
+        history: HostHistory,
+    ) -> None:
         self._client = client
         self._orders = orders
         self._folder = folder
+        self._history = history
         self._by_account: dict[str, HostKeys] = {}
 
     @property
@@ -116,7 +125,7 @@ class SSHAccess:
         check_number("timeout", timeout, above=True, unit="seconds")
         options = check_login_options(given)
         order = self._with_address(order)
-        agent_key = None
+        agent_key, own = None, bool(options["password"] or options["key_path"])
         if not options["password"] and not options["key_path"]:
             saved = order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
             options["password"] = saved
@@ -124,7 +133,13 @@ class SSHAccess:
                 options["key_path"], agent_key = self._key_of(order)
         where = "{host}:{port}".format(**plain_address(order))
         keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
-        return Login(order, keys, timeout, agent_key, self._on_failure(order.id), **options)
+
+        def record(reason: str) -> None:
+            if not own:  # else it may be the user's mistake
+                self._history.record(order.server_id, LOGIN_OUTCOMES.get(reason))
+
+        on_failure = self._on_failure(order.id)
+        return Login(order, keys, timeout, agent_key, on_failure, record, **options)
 
     def _on_failure(self, order_id: int | None) -> Callable[[BaseException], None] | None:
         """Return a function that raises an error if a login failed because the order has ended."""

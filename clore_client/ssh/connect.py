@@ -73,6 +73,7 @@ class Login:
         timeout: float,
         agent_key: Any,
         on_failure: Callable[[BaseException], None] | None,
+        record: Callable[[str], None],
         *,
         password: str | None,
         key_path: str | os.PathLike[str] | None,
@@ -96,6 +97,7 @@ class Login:
         self._next_look = -math.inf
         self._tried = False
         self._on_failure = on_failure or (lambda error: None)
+        self._record = record
         self._hops: list[dict[str, Any]] = []
         self._identities: list[str] = []
         if use_ssh_config:
@@ -171,13 +173,21 @@ class Login:
                 raise SSHError(f"{where}: {_short_text(error)}") from error
         return sock
 
-    def open(self, report: Report | None = None) -> paramiko.SSHClient:
-        """Log in, and try again while the sshd is not up yet, until ``wait`` is over."""
+    def open(
+        self, report: Report | None = None, first: Callable[[], Any] | None = None
+    ) -> paramiko.SSHClient:
+        """Log in, and try again while the sshd is not up yet, until ``wait`` is over.
+
+        Parameters:
+            report: gets the progress.
+            first: the first try, in place of :meth:`once`.
+        """
         started = time.monotonic()
         deadline = started + self.wait
         while True:
             try:
-                ssh = self.once()
+                attempt, first = first or self.once, None
+                ssh = attempt()
                 if report is not None:
                     report(ProgressEvent("ssh", time.monotonic() - started, "sshd up"))
                 return ssh
@@ -187,6 +197,7 @@ class Login:
                 if remaining <= 0:
                     late = SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}")
                     late.reason = "unreachable"
+                    self._record(late.reason)
                     raise late from error.__cause__
                 logger.debug("no SSH at %s yet: %s", self.where, error)
                 if report is not None:
@@ -205,6 +216,7 @@ class Login:
             return
         self._next_look = now + LOOK_EVERY
         self._on_failure(error)
+        self._record(getattr(error, "reason", ""))
 
     def once(self) -> paramiko.SSHClient:
         """Try once to log in, within ``timeout`` seconds in all."""

@@ -93,20 +93,19 @@ class ConnectionPool:
                 ssh.close()
 
     def _first(self, login: Login) -> Any:
-        try:
-            return login.once()
-        except NotUpYetError as error:
-            # If the host allows only one connection, another thread may have opened it.
-            for number, thread in self._threads.items():
-                thread.join()
-                if (ssh := self._opened[number]) is not None:
-                    self._opened[number] = None
-                    return ssh
-            login.explain(error)
-        except SSHError as error:
-            login.explain(error)
-            raise
-        return login.open()
+        def once() -> Any:
+            try:
+                return login.once()
+            except NotUpYetError:
+                # If the host allows only one connection, another thread may have opened it.
+                for number, thread in self._threads.items():
+                    thread.join()
+                    if (ssh := self._opened[number]) is not None:
+                        self._opened[number] = None
+                        return ssh
+                raise
+
+        return login.open(first=once)
 
     def _begin(self, login: Login, number: int) -> None:
         self._threads[number] = start_thread("login", self._open, login, number)

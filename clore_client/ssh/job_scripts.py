@@ -19,7 +19,8 @@ JOB_RUNNER = (
 trap "" HUP; trap : TERM INT QUIT
 echo "$$ $(born $$ || echo -) $5" >"$1/pid"
 umask "$4"
-"$2" -c "$3"
+# Start-up files may change the directory.
+CLORE_JOB_CWD=$PWD "$2" -c 'cd "$CLORE_JOB_CWD"; '"$3"
 printf "%-4s\n" $? 1<>"$1/exit"
 """
 )

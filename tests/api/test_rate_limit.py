@@ -261,7 +261,7 @@ def in_line(limit: RateLimiter, name: str, order: list[str], **options: Any) -> 
 
     thread = threading.Thread(target=wait)
     thread.start()
-    time.sleep(0.02)
+    time.sleep(0.15)  # until it is in the queue
     return thread
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -191,13 +192,44 @@ def test_an_unknown_gpu_warns_with_the_nearest_names(
     assert client.find_cheapest("RTX 4900") is None
 
 
+@pytest.mark.parametrize("form", ["live", "documented"])
+def test_a_mixed_rig_names_all_its_gpus(make_sim: MakeSim, form: str) -> None:
+    any_client = client_for(make_sim(form=form, servers=400))
+    rigs = [s for s in any_client.get_marketplace(True) if len(set(s["gpu_array"])) > 1]
+    assert rigs
+    for rig in rigs:
+        first = rig["gpu_array"][0]
+        assert rig.gpu is not None
+        assert rig.gpu.startswith(f"{rig['gpu_array'].count(first)}x {first} + ")
+        assert all(name in rig.gpu for name in rig["gpu_array"])
+        assert rig.total_vram_gb is None
+
+
+def test_the_cheapest_without_the_price_limit_passes_the_predicate(any_client: CloreClient) -> None:
+    def odd(server: Server) -> bool:
+        return (server.id or 0) % 2 == 1
+
+    fitting = any_client.find_cheapest("RTX 4090", where=odd)
+    assert fitting is not None
+    nothing = any_client.find_servers("RTX 4090", 0.0001, where=odd)
+    price = fitting.usd_per_hour or 0.0
+    assert nothing == []
+    assert nothing.explain().endswith(f"the cheapest costs {price:.4g} USD per hour")
+    assert (
+        "cheapest" not in any_client.find_servers("4090", 0.0001, where=lambda s: False).explain()
+    )
+
+
 def test_gpu_models(any_client: CloreClient) -> None:
     models = any_client.gpu_models()
     assert "RTX 4090" in models
     assert models == sorted(models, key=str.lower)
-    names = {s.gpu_name for s in any_client.get_marketplace(include_rented=True) if s.gpu_name}
-    assert len(names) >= len(models) > 5
-    assert all(any_client.find_servers(m, exact_gpu=True) is not None for m in models)
+    servers = any_client.get_marketplace(include_rented=True)
+
+    def folded(name: Any) -> Any:
+        return re.sub("nvidia|geforce| ", "", name.lower())
+
+    assert {folded(m) for m in models} == {folded(n) for s in servers for n in s["gpu_array"]}
 
 
 # --- prices, currencies, sorting ---

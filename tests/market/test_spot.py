@@ -282,6 +282,7 @@ def test_a_suggested_bid_wins(any_sim: Simulator, any_client: CloreClient) -> No
     server = any_client.find_cheapest("RTX 4090", min_reliability=96, use_spot=True)
     assert server is not None
     bid = any_client.suggest_spot_price(server)
+    assert any_client.suggest_spot_price(server["id"]) == bid
     assert bid is not None
     assert (server.spot_usd_per_hour or 0) < bid <= (server.usd_per_hour or 0)
     order = any_client.create_order(server["id"], order_type="spot", spot_price=bid)

@@ -68,6 +68,11 @@ def test_a_host_without_sshd_and_one_that_refuses(make_sim: MakeSim, state: Path
             rental.run("true", wait=0.1)
         server_id = rental.server.id or 0
     assert outcomes(client) == {server_id: "no sshd"}
+    other = client_for(sim, state_dir=state.with_name("other"))
+    with other.rent(**QUICK) as rental:  # the client's own methods record it, too
+        with pytest.raises(SSHError, match="no SSH at"):
+            other.wait_for_ssh(rental.order["order_id"], wait=0.1)
+        assert outcomes(other) == {rental.server.id or 0: "no sshd"}
     sim = make_sim(ssh=True)
     client = client_for(sim, state_dir=state)
     with client.rent(**QUICK) as rental:

@@ -89,10 +89,11 @@ class Child:
 Start = Callable[[str], Child]
 
 
-@pytest.fixture
-def busy(make_sim: MakeSim) -> Simulator:
+@pytest.fixture(params=["live", "documented"])
+def busy(request: pytest.FixtureRequest, make_sim: MakeSim) -> Simulator:
     # Several processes share a key here, without a common rate limit.
-    return make_sim(rate_limit=0, create_order_interval=0, deploy_after=0.15, visible_after=0.08)
+    limits = {"rate_limit": 0, "create_order_interval": 0}
+    return make_sim(form=request.param, deploy_after=0.15, visible_after=0.08, **limits)
 
 
 @pytest.fixture

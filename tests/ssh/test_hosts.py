@@ -314,6 +314,15 @@ def test_permissions_are_never_widened(
             modes = [mode(folder / name) for name in ("private", "group", "program")]
             assert modes == [0o600, 0o644, 0o755], folder
         assert mode(far.folder / "tree") == mode(here / "back") == 0o700
+        for number, bits in enumerate((0o777, 0o750, 0o555)):
+            (here / "tree").chmod(bits)
+            far.up(here / "tree", far.folder / f"new{number}")
+            assert mode(far.folder / f"new{number}" / "tree") == bits & ~0o022
+        os.utime(here / "tree", (1_500_000_000, 1_500_000_000))
+        far.up(inside(here / "tree"), far.folder / "preserved", preserve=True)
+        assert mode(far.folder / "preserved") == 0o555
+        assert (far.folder / "preserved").stat().st_mtime == 1_500_000_000
+        (here / "tree").chmod(0o700)
         for folder in (far.folder, here):  # what is replaced stays as private as it was
             (folder / "group").chmod(0o600)
         far.up(here / "tree" / "group", far.folder / "group")

@@ -25,7 +25,11 @@ SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as 
 
 
 class LocalTree:
-    """The files, directories and symlinks to upload, and what is left out."""
+    """The files, directories and symlinks to upload, and what is left out.
+
+    Attributes:
+        mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.
+    """
 
     def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
         self.path = path
@@ -39,6 +43,7 @@ class LocalTree:
             shown = printable(repr(os.fsdecode(path)), 300)
             raise FileNotFoundError(f"local: there is nothing at {shown}") from None
         self.is_folder = stat.S_ISDIR(facts.st_mode)
+        self.mode, self.mtime = facts.st_mode & 0o777, facts.st_mtime_ns
         if self.is_folder:
             self._scan(b"", (os.path.realpath(path),))
         elif stat.S_ISREG(facts.st_mode):

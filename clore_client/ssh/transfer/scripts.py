@@ -84,17 +84,20 @@ no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
 printf "ready %s\n" "$u"
 [ ! -s "$r" ] || cat "$r"
 echo "$token"
-finish_file() {
-  s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
+set_mode() {
   m=$(printf %o $((0$mode & ~0$u)))
   [ ! -e "$f" ] || m=$(stat -c %a "$f")
   [ "$preserve" = 0 ] || m=$mode
   chmod "$m" "$p" || exit 1
   [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || exit 1
+}
+finish_file() {
+  s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
+  set_mode
   mv -f "$p" "$f" || exit 1
 }
 finish_tree() {
-  if [ ! -e "$f" ]; then mv "$p" "$f" || exit 1; return; fi
+  if [ ! -e "$f" ]; then set_mode; mv "$p" "$f" || exit 1; return; fi
   cd "$p" || exit 1
   export preserve
   # A directory that is new there is moved as a whole, with its modes and times.

@@ -118,6 +118,8 @@ class SftpUpload:
     def _send_all(self, part: bytes) -> None:
         sftp = self._remote.sftp
         if self._tree.is_folder:
+            if not self._options.preserve:
+                self._apply_umask(part)
             if not self._remote.kind(part):
                 sftp.mkdir(part, 0o700)
             for entry in self._tree.entries:
@@ -130,6 +132,17 @@ class SftpUpload:
         for entry in self._tree.files:
             with about(entry):
                 self._send_file(entry, part + b"/" + entry.name if entry.name else part)
+
+    def _apply_umask(self, part: bytes) -> None:
+        """Apply the host's umask to the modes of directories; it shows in that of a new one."""
+        probe = part + b"." + os.urandom(4).hex().encode()
+        self._remote.sftp.mkdir(probe)
+        mask = stat.S_IMODE(self._remote.look(probe).st_mode)
+        self._remote.sftp.rmdir(probe)
+        self._tree.mode &= mask
+        for entry in self._tree.entries:
+            if entry.kind == "d":
+                entry.mode &= mask
 
     def _send_file(self, entry: FileEntry, place: bytes) -> None:
         remote, start = self._remote, 0
@@ -183,6 +196,8 @@ class SftpUpload:
             instead = target + b"/" + entry.name if entry.name else target
             if entry.kind != "l" and not (entry.kind == "d" and exists):
                 self._finish(entry, place, instead if exists else b"")
+        if tree.is_folder and not exists:
+            self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
         if not tree.is_folder or not exists:
             remote.replace(part, target)
             return

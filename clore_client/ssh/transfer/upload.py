@@ -168,11 +168,12 @@ class Upload:
                 self._control.close()
 
     def _control_script(self) -> bytes:
-        values = dict(self._values, preserve=int(self._options.preserve))
-        if not self._tree.is_folder:
-            (entry,) = self._tree.files
-            values.update(size=entry.size, mode=f"{entry.mode:o}", time=touch_time(entry.mtime))
-        return script_text("upload", CONTROL, **values)
+        tree = self._tree
+        size = 0 if tree.is_folder else tree.files[0].size
+        return script_text(
+            "upload", CONTROL, **self._values, preserve=int(self._options.preserve), size=size,
+            mode=f"{tree.mode:o}", time=touch_time(tree.mtime),
+        )  # fmt: skip
 
     def _tidy(self) -> None:
         """Let the host remove what has arrived, and wait until it has done so."""
