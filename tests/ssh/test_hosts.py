@@ -8,6 +8,7 @@ import secrets
 import shutil
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -328,6 +329,68 @@ def test_permissions_are_never_widened(
         far.up(here / "tree" / "group", far.folder / "group")
         far.down(far.folder / "tree" / "group", here / "group")
         assert mode(far.folder / "group") == mode(here / "group") == 0o600
+
+
+@pytest.mark.parametrize("wrong", ["link to a folder", "link to a file", "folder", "file"])
+@pytest.mark.parametrize("lane", ["shell", "sftp"])
+def test_a_tree_stays_in_its_place(
+    client: CloreClient, tmp_path: Path, here: Path, sshd: Any, lane: str, wrong: str
+) -> None:
+    """What stands in the way is an error before anything is moved, and nothing goes elsewhere."""
+    with contextlib.ExitStack() as stack:
+        if lane == "sftp":
+            far = stack.enter_context(host(client, tmp_path / "host", "sftp"))
+        else:
+            (tmp_path / "far").mkdir()
+            far = Far(client, sshd.order(), tmp_path / "far", key_path=sshd.key)
+        (here / "tree" / "sub").mkdir(parents=True)
+        for name in ("first", "name", "sub/inner"):
+            (here / "tree" / name).write_text("new")
+        target, other = far.folder / "tree", far.folder / "other"
+        target.mkdir()
+        other.mkdir()
+        (other / "kept").write_text("old")
+        if wrong == "link to a folder":
+            (target / "sub").symlink_to(other)
+        elif wrong == "link to a file":
+            (target / "name").symlink_to(other / "kept")
+        elif wrong == "folder":
+            (target / "name").mkdir()
+        else:
+            (target / "sub").write_text("old")
+        with pytest.raises(TransferError, match=r"a symlink|a directory"):
+            far.up(inside(here / "tree"), target)
+        assert os.listdir(other) == ["kept"]
+        assert (other / "kept").read_text() == "old"
+        assert not (target / "first").exists()
+        assert sorted(os.listdir(far.folder)) == ["other", "tree"]
+        if wrong.startswith("link"):
+            far.up(inside(here / "tree"), target, symlinks="follow")
+            assert (target / "name").read_text() == (target / "sub" / "inner").read_text() == "new"
+
+
+def test_two_resumed_uploads_of_one_file_never_mix(far: Far, here: Path) -> None:
+    data = content(9 * MB)
+    (here / "one").write_bytes(data)
+    for _ in range(5):
+        (far.folder / "copy").unlink(missing_ok=True)
+        results: list[object] = []
+
+        def upload(results: list[object] = results) -> None:
+            try:
+                results.append(far.up(here / "one", far.folder / "copy", resume=True))
+            except TransferError as error:
+                results.append(error)
+
+        threads = [threading.Thread(target=upload) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+        far.up(here / "one", far.folder / "copy", resume=True)
+        assert (far.folder / "copy").read_bytes() == data
+        assert os.listdir(far.folder) == ["copy"]
 
 
 @pytest.mark.parametrize("lane", ["shell", "sftp"])

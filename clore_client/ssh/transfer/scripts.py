@@ -73,46 +73,60 @@ CONTROL = (
     + r"""
 u=$(umask); umask 077
 make() { if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi; }
-wipe() { rm -rf "$p" "$r" || { sleep 1; rm -rf "$p" "$r"; }; }
+o=$p.owner
+wipe() { rm -rf "$p" "$r" "$o" || { sleep 1; rm -rf "$p" "$r" "$o"; }; }
 # Again a little later: a dd that was just starting may have created the file anew.
 wipe_all() { wipe; sleep 0.2 2>/dev/null || sleep 1; wipe; }
 gone() { [ "$keep" = 1 ] || wipe_all; exit 1; }
 trap gone HUP TERM
 [ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
 make || no "nothing can be created in $d"
+# With resume, two uploads may share the temporary name: only the one that began last may go on.
+[ "$keep" = 0 ] || echo "$owner" >"$o"
 no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
 printf "ready %s\n" "$u"
-[ ! -s "$r" ] || cat "$r"
+[ ! -s "$r" ] || { cat "$r"; echo; }
 echo "$token"
 set_mode() {
   m=$(printf %o $((0$mode & ~0$u)))
   [ ! -e "$f" ] || m=$(stat -c %a "$f")
   [ "$preserve" = 0 ] || m=$mode
-  chmod "$m" "$p" || exit 1
-  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || exit 1
+  chmod "$m" "$p" || gone
+  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || gone
 }
 finish_file() {
   s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
   set_mode
-  mv -f "$p" "$f" || exit 1
+  mv -f "$p" "$f" || gone
 }
 finish_tree() {
-  if [ ! -e "$f" ]; then set_mode; mv "$p" "$f" || exit 1; return; fi
-  cd "$p" || exit 1
-  export preserve
+  if [ ! -e "$f" ]; then set_mode; mv "$p" "$f" || gone; return; fi
+  cd "$p" || gone
+  export preserve follow
+  wrong=$(find . ! -name . -exec sh -c 'for g; do
+    t=$0/${g#./} folder=0
+    [ -L "$g" ] || [ ! -d "$g" ] || folder=1
+    if [ "$follow" = 0 ] && [ -L "$t" ] && [ ! -L "$g" ]; then echo "$t is a symlink"
+    elif [ $folder = 0 ] && [ -d "$t" ] && [ ! -L "$t" ]; then echo "$t is a directory"
+    elif [ $folder = 1 ] && [ -e "$t" ] && [ ! -d "$t" ]; then echo "$t is not a directory"
+    fi; done' "$f" {} +)
+  [ -z "$wrong" ] || no "${wrong%%$n*}"
   # A directory that is new there is moved as a whole, with its modes and times.
   find . -type d -exec sh -c '[ ! -e "$0/$1" ] && mv "$1" "$0/$1"' "$f" {} \; -prune
   find . ! -type d -exec sh -c 'for g; do
     [ "$preserve" = 1 ] || [ ! -f "$0/$g" ] || [ ! -f "$g" ] || chmod "$(stat -c %a "$0/$g")" "$g"
-    mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || exit 1
+    [ ! -L "$0/$g" ] || rm -f "$0/$g"  # mv would move into the directory that it leads to
+    mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || gone
   cd / && rm -rf "$p"
 }
 while read -r word || gone; do case $word in
 restart) wipe; make; echo "$token";;
 wipe) wipe; exit 1;;
 list) (cd "$p" && list); echo "$token";;
-go) if [ "$kind" = f ]; then finish_file; else finish_tree; fi
-  rm -f "$r"; printf "ok %s\n" "$f"; exit 0;;
+go) [ "$keep" = 0 ] || [ "$(cat "$o" 2>/dev/null)" = "$owner" ] || {
+  printf "no another upload of the same has begun%s" "$n"; exit 1; }
+  if [ "$kind" = f ]; then finish_file; else finish_tree; fi
+  rm -f "$r" "$o"; printf "ok %s\n" "$f"; exit 0;;
 *) gone;;
 esac; done
 """

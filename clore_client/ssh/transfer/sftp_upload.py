@@ -149,6 +149,8 @@ class SftpUpload:
         key = record_key(entry.version).encode()
         if key in self._begun and (found := remote.look(place, follow=False)) is not None:
             start = int(found.st_size) - int(found.st_size) % BLOCK
+            if found.st_size > entry.size:
+                start = 0
             if found.st_size == entry.size:
                 start = entry.size
         elif self._record is not None:
@@ -191,6 +193,9 @@ class SftpUpload:
     def _install(self, part: bytes, target: bytes) -> None:
         remote, tree = self._remote, self._tree
         exists = bool(remote.kind(target))
+        if exists and tree.is_folder:
+            for entry in tree.entries:
+                self._check_place(entry, target + b"/" + entry.name)
         for entry in tree.entries[::-1]:
             place = part + b"/" + entry.name if entry.name else part
             instead = target + b"/" + entry.name if entry.name else target
@@ -210,6 +215,16 @@ class SftpUpload:
             else:
                 remote.replace(place, instead)
         remote.remove(part)
+
+    def _check_place(self, entry: FileEntry, place: bytes) -> None:
+        """Check what stands in the place of an entry before anything is installed."""
+        kind = self._remote.kind(place, follow=False)
+        if kind == "l" and entry.kind != "l":
+            if self._options.symlinks != "follow":
+                raise SSHError(f"{os.fsdecode(place)} is a symlink")
+            kind = self._remote.kind(place)
+        if kind and (kind == "d") != (entry.kind == "d"):
+            raise SSHError(f"{os.fsdecode(place)} is {'' if kind == 'd' else 'not '}a directory")
 
     def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
         mode, found = entry.mode, self._remote.look(instead) if instead else None

@@ -32,7 +32,7 @@ from clore_client.ssh.transport import (
 CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
 # Bytes that a resumable upload sends before the host has confirmed anything: on a far one, as many
 # as one channel takes, since fewer would cost throughput.
-NEAR_AHEAD, FAR_AHEAD = 256 * 1024, COMMAND_WINDOW
+LEAST_AHEAD = 256 * 1024
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 
 
@@ -125,7 +125,7 @@ class Transfer:
         """
         if not self.options.resume:
             return float("inf")
-        return max(NEAR_AHEAD if self.near else FAR_AHEAD, confirmed // 25)
+        return max(LEAST_AHEAD, confirmed // 25)
 
     def script(
         self, ssh: Any, text: bytes, window: int = COMMAND_WINDOW, *,

@@ -172,7 +172,7 @@ class Upload:
         size = 0 if tree.is_folder else tree.files[0].size
         return script_text(
             "upload", CONTROL, **self._values, preserve=int(self._options.preserve), size=size,
-            mode=f"{tree.mode:o}", time=touch_time(tree.mtime),
+            mode=f"{tree.mode:o}", time=touch_time(tree.mtime), owner=os.urandom(8).hex(),
         )  # fmt: skip
 
     def _tidy(self) -> None:
