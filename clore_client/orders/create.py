@@ -11,7 +11,7 @@ from collections.abc import Sized
 from typing import Any
 
 from clore_client.api.call import Envelope
-from clore_client.api.request import HTTPClient, limited
+from clore_client.api.request import is_request_replaced, limited
 from clore_client.errors import (
     CloreAPIError,
     CloreError,
@@ -241,8 +241,7 @@ class Purchase:
         """Record the existing orders before the purchase is sent."""
         orders, data = self._orders, self._orders.market.data
         self.before = frozenset(orders.known)
-        replaced = getattr(orders.client._request, "__func__", None) is not HTTPClient._request
-        if not data.live and (replaced or data.documented):
+        if not data.live and (is_request_replaced(orders.client) or data.documented):
             return  # the response will have the order id
         # The live API returns no order id, so record which orders can't be the new one.
         patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LIMIT)

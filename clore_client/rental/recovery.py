@@ -304,14 +304,23 @@ def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> l
         listed = {order.id: order for order in orders.active()} if overdue else {}
         pairs = []
         for entry in overdue:
-            if entry.order_id in listed or orders.state(entry.order_id or 0) != "ended":
-                pairs.append((entry, listed.get(entry.order_id)))
-            else:
+            if entry.order_id not in listed and _has_ended(orders, entry.order_id or 0):
                 entry.remove()
+            else:
+                pairs.append((entry, listed.get(entry.order_id)))
         return _end_entries(orders, pairs, timeout, "cancel_overdue()")
     finally:
         for entry in overdue:
             entry.close()
+
+
+def _has_ended(orders: AccountOrders, order_id: int) -> bool:
+    """Return whether an order is known to have ended."""
+    try:
+        return orders.state(order_id) == "ended"
+    except CloreError as error:  # the other orders must not wait for this one
+        logger.debug("the state of order %d can't be read: %s", order_id, error)
+        return False
 
 
 def _end_entries(
