@@ -31,6 +31,7 @@ from clore_client.rental.journal import (
 from clore_client.rental.selection import RentalSettings
 
 MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
+LIST_PATIENCE = 10.0  # seconds for a list of orders while another order runs
 SEARCH_INTERVAL = 2.0  # seconds between two searches for an order that may exist
 
 
@@ -237,13 +238,16 @@ class RentalOrders:
         return OutcomeUnknownError(text) if left else None
 
     def try_to_cancel(
-        self, purchase: RentalOrder, deadline: Callable[[], float]
+        self,
+        purchase: RentalOrder,
+        deadline: Callable[[], float],
+        stop: Callable[[], bool] = lambda: False,
     ) -> CloreError | None:
         """Cancel an order until that is accepted. Return None, or the error."""
         if purchase.accepted:
             return None
         failure = purchase.cancellation(self._orders).run(
-            deadline, confirm=False, stop=lambda: self.abandoned
+            deadline, confirm=False, stop=lambda: self.abandoned or stop()
         )
         if failure is None:  # the order costs nothing from now on
             purchase.meter.stop()
@@ -291,26 +295,34 @@ class RentalOrders:
 
     def unresolved(self) -> list[RentalOrder]:
         """Return the purchases that the API refused with code 1, but that may have an order."""
-        return [p for p in self._all if p.order_id is None and p.refused]
+        return [p for p in self._all if p.refused and not p.accepted]
 
-    def search_unresolved(self) -> None:
-        """Look once for the orders of unresolved purchases, and cancel those that exist."""
+    def search_unresolved(self, stop: Callable[[], bool]) -> None:
+        """Look once for the orders of unresolved purchases, and cancel those that exist.
+
+        Parameters:
+            stop: returns whether something else is more urgent; a cancel then goes on later.
+        """
         for purchase in self.unresolved():
-            try:
-                confirmed_absent = self._search(purchase)
-            except CloreError as error:
-                logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
-                continue
+            if purchase.order_id is None:
+                self._search_or_forget(purchase)
             if purchase.order_id is not None:
-                logger.warning(
-                    "order %d of server %d exists although the API refused it: cancelling it",
-                    purchase.order_id,
-                    purchase.server_id,
-                )
                 until = time.monotonic() + self._settings.cancel_timeout
-                self.try_to_cancel(purchase, lambda: until)  # noqa: B023
-            elif confirmed_absent:
+                self.try_to_cancel(purchase, lambda: until, stop)  # noqa: B023
+
+    def _search_or_forget(self, purchase: RentalOrder) -> None:
+        """Look once for the order of a purchase; forget the purchase if it has none."""
+        try:
+            if self._search(purchase):
                 self.forget(purchase)
+        except CloreError as error:
+            logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
+        if purchase.order_id is not None:
+            logger.warning(
+                "order %d of server %d exists although the API refused it: cancelling it",
+                purchase.order_id,
+                purchase.server_id,
+            )
 
     @property
     def search_interval(self) -> float:
@@ -357,6 +369,8 @@ class RentalOrders:
         """
         asked_at = time.monotonic()
         deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
+        if self.block_ended_at is None:  # the limits of the rental must be checked meanwhile
+            deadline = asked_at + LIST_PATIENCE
         absent = purchase.absent
         try:
             orders = limited(self._orders.active, deadline=deadline, urgent=True)

@@ -316,7 +316,7 @@ class RentalWorker:
                 self._next_request()
                 if self._must_end_order():
                     self._end_early()
-                self._rental_orders.search_unresolved()
+                self._rental_orders.search_unresolved(self._has_urgent_work)
         except BaseException as error:
             self.failure = error
         self._rental_orders.record_block_end()
@@ -354,6 +354,9 @@ class RentalWorker:
     def _block_is_gone(self) -> bool:
         """Return whether the ``with`` statement or the rental no longer exists."""
         return any(holder() is None for holder in self._holders)
+
+    def _has_urgent_work(self) -> bool:
+        return not self._inbox.empty() or self._has_ended_block() or self._must_end_order()
 
     def _must_end_order(self) -> bool:
         current = self._current

@@ -20,6 +20,7 @@ from clore_client import (
     CloreError,
     CommandError,
     InsufficientBalanceError,
+    Order,
     OrderOutcomeUnknownError,
     Rental,
     RentalError,
@@ -693,6 +694,36 @@ def test_a_budget_repeats_the_cancel_until_it_is_accepted(
                 time.sleep(0.02)
             assert active(sim) == []
     assert getattr(caught.value, "__notes__", []) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_refused_order_that_stays_does_not_delay_a_budget(make_sim: MakeSim, form: str) -> None:
+    sim = make_sim(form=form, visible_after=0.5, rate_limit=0, create_order_interval=0)
+    sim.faults.add("create_order", "http_500_after_commit")
+    patience = [5.0, 0.1]  # for the first order, it is too short
+
+    class Client(CloreClient):
+        def create_order(self, *args: Any, **options: Any) -> Order:
+            options["find_timeout"] = patience.pop()
+            return super().create_order(*args, **options)
+
+        def _request(self, method: str, endpoint: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            cancels = endpoint.endswith("/cancel_order")
+            if cancels and kwargs["json"]["id"] == sim.orders[0].id:
+                refused = {"code": 6, "error": "no"}
+                sim.faults.add("cancel_order", "envelope", envelope=refused, after_commit=False)
+            return super()._request(method, endpoint, *args, **kwargs)
+
+    client = Client(sim.api_key, base_url=sim.url, rate_limit=0, create_order_interval=0)
+    with pytest.raises(BudgetExceededError, match="was ended"):  # noqa: PT012
+        with client.rent(poll_interval=0.05, max_hours=3 / 3600, cancel_timeout=15) as rental:
+            order_id = rental.order.id
+            until(lambda: order_id not in [o.id for o in active(sim)], 60)
+            assert len(active(sim)) == 1
+    first, order = sim.orders
+    assert order.ended is not None
+    assert order.ended - order.created < 10  # and not after the 15 seconds for the other one
+    assert first.active
 
 
 def test_a_budget_error_says_if_the_order_may_still_run(
