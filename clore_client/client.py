@@ -422,7 +422,9 @@ class CloreClient(HTTPClient):
         from clore_client.market.search import Search
         from clore_client.models.listing import ServerList
 
-        search = Search(gpu_type, max_price_usd, min_reliability, use_spot, filters)
+        search = Search(
+            gpu_type, max_price_usd, min_reliability, use_spot, filters, method=self.find_servers
+        )
         check_number("cache_seconds", cache_seconds, unit="seconds")
         found, report = self._market.search(search, cache_seconds)
         servers = ServerList(found)
@@ -952,7 +954,9 @@ class CloreClient(HTTPClient):
             "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
         }  # fmt: skip
         settings = RentalSettings(
-            search=Search(gpu_type, max_price_usd, min_reliability, use_spot, filters, currency),
+            search=Search(
+                gpu_type, max_price_usd, min_reliability, use_spot, filters, currency, self.rent
+            ),
             server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
             deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
             cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
