@@ -111,9 +111,8 @@ class CloreClient(HTTPClient):
         user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
         max_usd_per_hour: refuse every order and bid above this price, before it is sent.
         max_active_orders: refuse a new order when this many are active.
-        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, the
-            client the logins, host keys and hosts, and in which processes share the rate limit;
-            None turns all of that off.
+        state_dir: the folder for the journal of :meth:`rent`, logins, host keys, the history of
+            hosts, and the shared rate limit; None saves nothing.
         max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
         order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
             live API). An order that is in no list counts as ended only after that time.
