@@ -44,3 +44,8 @@ def test_nothing_is_installed_by_a_name_that_is_not_on_pypi(pattern: str) -> Non
             r"pip install[^\n]*\bclore-client[^\n]*", file.read_text(encoding="utf-8")
         )
         assert found == [], file
+
+
+def test_a_sentence_of_the_readme_fits_the_width_of_an_editor() -> None:
+    prose = [line for line in README.splitlines() if not line.startswith("|")]
+    assert [line for line in prose if len(line) > 120] == []
