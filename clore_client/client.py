@@ -131,7 +131,7 @@ class CloreClient(HTTPClient):
 
     Example:
         >>> with CloreClient() as client:
-        ...     server = client.find_cheapest("RTX 4090", max_price_usd=0.5)
+        ...     server = client.find_cheapest("RTX 4090", 0.5, currency="CLORE")
         ...     order = client.create_order(server["id"])
         ...     order = client.wait_for_order(order["order_id"])
     """

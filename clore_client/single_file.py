@@ -28,7 +28,8 @@ HEADER = '''\
 
 It needs requests; connect_ssh and other SSH methods also need paramiko.
 
-This file is generated from the package clore-client {version}. Do not edit it. To update it, in a checkout:
+This file is generated from the package clore-client {version}. Do not edit it. To update it,
+in a checkout:
     pip install .
     python -I -m clore_client.single_file > clore_client.py
 To check if it is current, run

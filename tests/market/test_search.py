@@ -472,9 +472,10 @@ def test_bad_filters(
 def test_a_misspelled_parameter_suggests_the_right_one(
     sim: Simulator, client: CloreClient, wrong: str, meant: str
 ) -> None:
+    filters: Any = {wrong: 0.5}
     for call in (client.find_servers, client.find_cheapest, client.rent):
         with pytest.raises(TypeError, match=rf"'{wrong}': did you mean {meant}\?"):
-            call(**{wrong: 0.5})
+            call(**filters)
     assert sim.requests == []
 
 
