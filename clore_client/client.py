@@ -111,9 +111,8 @@ class CloreClient(HTTPClient):
         user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
         max_usd_per_hour: refuse every order and bid above this price, before it is sent.
         max_active_orders: refuse a new order when this many are active.
-        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, the
-            client the logins, host keys and hosts, and in which processes share the rate limit;
-            None turns all of that off.
+        state_dir: the folder for the journal of :meth:`rent`, logins, host keys, the history of
+            hosts, and the shared rate limit; None saves nothing.
         max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
         order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
             live API). An order that is in no list counts as ended only after that time.
@@ -132,7 +131,7 @@ class CloreClient(HTTPClient):
 
     Example:
         >>> with CloreClient() as client:
-        ...     server = client.find_cheapest("RTX 4090", max_price_usd=0.5)
+        ...     server = client.find_cheapest("RTX 4090", 0.5, currency="CLORE")
         ...     order = client.create_order(server["id"])
         ...     order = client.wait_for_order(order["order_id"])
     """
@@ -422,7 +421,9 @@ class CloreClient(HTTPClient):
         from clore_client.market.search import Search
         from clore_client.models.listing import ServerList
 
-        search = Search(gpu_type, max_price_usd, min_reliability, use_spot, filters)
+        search = Search(
+            gpu_type, max_price_usd, min_reliability, use_spot, filters, method=self.find_servers
+        )
         check_number("cache_seconds", cache_seconds, unit="seconds")
         found, report = self._market.search(search, cache_seconds)
         servers = ServerList(found)
@@ -952,7 +953,9 @@ class CloreClient(HTTPClient):
             "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
         }  # fmt: skip
         settings = RentalSettings(
-            search=Search(gpu_type, max_price_usd, min_reliability, use_spot, filters, currency),
+            search=Search(
+                gpu_type, max_price_usd, min_reliability, use_spot, filters, currency, self.rent
+            ),
             server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
             deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
             cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,

@@ -28,8 +28,9 @@ HEADER = '''\
 
 It needs requests; connect_ssh and other SSH methods also need paramiko.
 
-This file is generated from the package clore-client {version}. Do not edit it. To update it, run
-    pip install -U clore-client
+This file is generated from the package clore-client {version}. Do not edit it. To update it,
+in a checkout:
+    pip install .
     python -I -m clore_client.single_file > clore_client.py
 To check if it is current, run
     python -I -m clore_client.single_file --check clore_client.py

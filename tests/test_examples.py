@@ -195,7 +195,8 @@ def test_every_block_of_the_readme_runs(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     if heading == "SSH and files":
-        assert (tmp_path / "model.bin").read_text() == "trained"
+        if "model.bin" in code:
+            assert (tmp_path / "model.bin").read_text() == "trained"
     else:
         assert not any(order.active for order in sim.orders)
     if heading in ("First example", "Rent"):

@@ -64,7 +64,7 @@ def test_the_header_tells_what_it_is_and_how_to_update_it() -> None:
     made = "-m clore_client.single_file > clore_client.py"
     for part in (f"clore-client {clore_client.__version__} in one file", "MIT License", made):
         assert part in header()
-    for part in ("--check clore_client.py", "pip install -U clore-client"):
+    for part in ("--check clore_client.py", "To update it,\nin a checkout:\n    pip install .\n"):
         assert part in header()
     licence = (ROOT / "LICENSE").read_text().split()
     told = written().rsplit("# license\n", 1)[1].replace("# ", " ").replace("#\n", "").split()

@@ -162,9 +162,7 @@ def _server_at(url: str, source: str) -> RedisServer:
     try:
         import redis  # noqa: F401
     except ImportError:
-        raise ConfigurationError(
-            f"{source} needs redis-py: install it with pip install 'clore-client[redis]'"
-        ) from None
+        raise ConfigurationError(f"{source} needs redis-py: pip install redis") from None
     server = _connected(url)
     if server is None:
         # The URL is not shown, as it may contain a password.
@@ -218,7 +216,7 @@ class RedisStore:
         return f"among all machines, by Redis at {self._server.name}"
 
     def apply(self, step: str, turn: Turn) -> Look:
-        """Make one step. Each one returns a look, of which only the one of ``look`` counts."""
+        """Run one step in Redis. Only the result of ``look`` is used."""
         numbers = _numbers(turn, time.monotonic())
         try:
             reply = self._server.client.eval(REDIS_SCRIPT, 1, self._key, step, numbers, REDIS_RULES)

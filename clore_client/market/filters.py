@@ -86,8 +86,14 @@ MINIMUMS = {
 }
 
 
-def check_filters(given: Mapping[str, Any]) -> dict[str, Any]:
+def check_filters(
+    given: Mapping[str, Any], method: Callable[..., Any] | None = None
+) -> dict[str, Any]:
     """Check the filters, and return those that are set, in the form that a search uses.
+
+    Parameters:
+        given: the filters by name.
+        method: the method that got them; an error about an unknown name suggests its parameters.
 
     Raises:
         TypeError, ValueError: a filter is unknown, has an invalid value, or contradicts another.
@@ -95,7 +101,7 @@ def check_filters(given: Mapping[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for name, value in given.items():
         if name not in _CHECKS:
-            raise TypeError(f"there is no filter {short_repr(name)}{_suggestion(name)}")
+            raise TypeError(f"there is no parameter {short_repr(name)}{_suggestion(name, method)}")
         if value is None:
             continue
         checked[name] = _CHECKS[name](name, value)
@@ -112,11 +118,18 @@ def check_filters(given: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _suggestion(name: str) -> str:
-    import difflib  # imported here, because it is slow and rarely needed
+def _suggestion(name: str, method: Callable[..., Any] | None) -> str:
+    import difflib  # imported here, because both are slow and rarely needed
+    import inspect
 
-    close = difflib.get_close_matches(name, _CHECKS, 1)
-    return f": did you mean {close[0]}?" if close else f"; there are {', '.join(_CHECKS)}"
+    own = () if method is None else inspect.signature(method).parameters
+    names = list(dict.fromkeys([*own, *_CHECKS]))
+    names = [known for known in names if known != "filters"]
+    close = difflib.get_close_matches(name, names, 1)
+    # A limit for one GPU is looser, so it must not be what a plain max_price becomes.
+    if name.startswith("max_price") and "gpu" not in name and "max_price_usd" in names:
+        close = ["max_price_usd"]
+    return f": did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
 
 
 def _cuda(name: str, value: Any) -> tuple[int, int]:

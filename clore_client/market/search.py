@@ -88,6 +88,7 @@ class Search:
         gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
         filters: the other filters of that method.
         currency: the filter of that name, if it is not among them.
+        method: the method of the client that searches.
 
     Attributes:
         currency: the API's name of the currency whose price counts; None for the price that the
@@ -104,6 +105,7 @@ class Search:
         use_spot: Any = False,
         filters: Mapping[str, Any] | None = None,
         currency: Any = None,
+        method: Callable[..., Any] | None = None,
     ) -> None:
         self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
         self.max_price_usd = check_optional_number(
@@ -117,7 +119,7 @@ class Search:
         self.spot = check_bool("use_spot", use_spot)
         given = {"currency": currency, **(filters or {})}
         self._given = {name: value for name, value in given.items() if value is not None}
-        self._filters = check_filters(self._given)
+        self._filters = check_filters(self._given, method)
         numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
         for name, number in numbers.items():
             if number is not None:

@@ -75,9 +75,7 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
             else importlib.import_module("matplotlib.pyplot").figure
         )
     except ImportError as error:
-        raise ImportError(
-            "plot_prices() needs matplotlib: pip install 'clore-client[plot]'"
-        ) from error
+        raise ImportError("plot_prices() needs matplotlib: pip install matplotlib") from error
     if not models:
         raise ValueError("servers must have a price and a reliability, but none of them has both")
     figure = new_figure(figsize=(9, 5.5), layout="constrained")

@@ -112,8 +112,8 @@ class TransferResult:
         deleted: the names that ``delete`` removed, or would remove with ``preview``; escaped, too.
     """
 
-    __slots__ = ("_deletes", "deleted", "duration", "files", "path", "sent", "size", "skipped",
-                 "unchanged")  # fmt: skip
+    __slots__ = ("_deletes", "_is_preview", "deleted", "duration", "files", "path", "sent", "size",
+                 "skipped", "unchanged")  # fmt: skip
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class TransferResult:
         skipped: list[tuple[str, str]],
         *,
         unchanged: int = 0,
-        sent: Sequence[str] = (),
+        sent: Sequence[str] | None = None,
         deletes: Sequence[bytes] | None = None,
     ) -> None:
         self.path = path
@@ -133,20 +133,24 @@ class TransferResult:
         self.duration = duration
         self.skipped = skipped
         self.unchanged = unchanged
-        self.sent = list(sent)
+        self._is_preview = sent is not None
+        self.sent = list(sent or ())
         self.deleted = [printable(os.fsdecode(name)) for name in deletes or ()]
         self._deletes = deletes
 
     @property
     def deletes(self) -> Sequence[bytes] | None:
-        """The names in ``deleted`` as they are; None if ``delete`` was not asked for."""
+        """The unescaped names in ``deleted``; None without ``delete``."""
         return self._deletes
 
     def __repr__(self) -> str:
+        preview, count = self._is_preview, len(self.deleted)
+        deleted = f", would delete {count}" if preview else f", {count} deleted"
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         skipped += f", {self.unchanged} unchanged" if self.unchanged else ""
-        skipped += f", {len(self.deleted)} deleted" if self.deleted else ""
+        skipped += deleted if count else ""
         return (
-            f"<TransferResult {printable(self.path, 200)!r}: {self.files} files, "
+            f"<TransferResult {printable(self.path, 200)!r}: {'would send ' if preview else ''}"
+            f"{self.files} files, "
             f"{self.size} bytes, {self.duration:.2f} s{skipped}>"
         )

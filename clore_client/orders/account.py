@@ -135,7 +135,7 @@ class AccountOrders:
 
     def login_of(self, order: Order) -> dict[str, str]:
         """Return what is known for the login to an order."""
-        if order.id in self.cancelled or order.id in self.ended:
+        if self.has_ended(order.id):
             return {}  # a list can show it as active for a while, and nothing may be saved again
         return self.credentials.of(self.account, order.id, order)
 
@@ -147,9 +147,13 @@ class AccountOrders:
                     order[name] = str(text)
         return order
 
+    def has_ended(self, order_id: int | None) -> bool:
+        """Return whether this client knows that an order has ended. Nothing is sent."""
+        return order_id in self.ended or order_id in self.cancelled
+
     def check_not_ended(self, order_id: int) -> None:
         """Raise an error if this client knows that an order has ended. Nothing is sent."""
-        if order_id in self.ended or order_id in self.cancelled:
+        if self.has_ended(order_id):
             raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
 
     def running(self, order_id: int) -> Order:

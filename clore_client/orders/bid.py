@@ -74,7 +74,7 @@ def _unknown_bid(order: Order) -> RateUnknownError:
     error = RateUnknownError(
         f"the bid of order {order.id} in USD is not known, because the API shows it in "
         f"{order.currency} and lists no exchange rate, so nothing was bid: call set_spot_price() "
-        "with a price below your bid, which has no need of a rate, or pay spot orders in USD"
+        "with a price below your bid, which needs no exchange rate, or pay spot orders in USD"
     )
     error.retryable = False
     return error

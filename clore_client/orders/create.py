@@ -15,6 +15,7 @@ from clore_client.api.request import is_request_replaced, limited
 from clore_client.errors import (
     CloreAPIError,
     CloreError,
+    CurrencyNotAllowedError,
     DatabaseError,
     InsufficientBalanceError,
     InvalidInputError,
@@ -222,6 +223,12 @@ class Purchase:
                 self._check_limits()
                 self._read_baseline(find_timeout)
                 order, purchase = self._submit_and_save(find_timeout)
+        except CurrencyNotAllowedError as error:
+            error.add_hint(
+                f"the host does not accept {self.currency}: choose a server found with "
+                f"currency={self.currency!r}, or pay with another currency="
+            )
+            raise
         except InsufficientBalanceError as error:
             with contextlib.suppress(Exception):  # the refusal matters more than its explanation
                 price = self.usd_per_hour()

@@ -41,6 +41,7 @@ class AttachedRental(Rental):
         self._ends = ends
         self._priced = order.usd_per_hour is not None
         if not ends:
+            self._kept_as = "attached"
             self._worker = self._make_worker()
             self._worker.adopt(order, ends=False)
 

@@ -119,15 +119,20 @@ class Rental:
         self._order: Order | None = None
         self._server: Server | None = None
         self._shell: Any = None
+        self._kept_as = "kept"  # what the repr of an order says that this rental does not end
         self._over = False  # set before the worker is looked at, as __enter__ does it vice versa
         self.tried: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
+        return f"<Rental of order {self._order.id if self._order else None}, {self._state()}>"
+
+    def _state(self) -> str:
         worker = self._worker
-        state = "not open" if worker is None or worker.finished.is_open else "open"
+        if self._order is not None and self._orders.has_ended(self._order.id):
+            return "ended"
         if worker is not None and worker.kept:
-            state = "kept"
-        return f"<Rental of order {self._order.id if self._order else None}, {state}>"
+            return self._kept_as
+        return "not open" if worker is None or worker.finished.is_open else "open"
 
     # --- for users ---
 
@@ -243,6 +248,9 @@ class Rental:
         of the interpreter don't end the order any more. :meth:`CloreClient.leftovers` lists it
         under ``kept``, and :meth:`CloreClient.attach` takes it up again.
 
+        On the rental of :meth:`CloreClient.attach`, it does not bind the process that rented the
+        order: that process still ends it at the end of its own block, or at its limits.
+
         Parameters:
             max_hours: hours from now after which :meth:`CloreClient.cancel_overdue` ends the order.
                 Nothing ends it by itself: call that from cron.
@@ -260,6 +268,7 @@ class Rental:
                 f"order {order.id} has ended already, so it can't be kept: rent again"
             )
         worker.keep(None if max_hours is None else time.time() + max_hours * 3600.0)
+        self._kept_as = "kept"
         return order
 
     def cancel(self) -> None:

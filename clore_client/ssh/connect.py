@@ -51,9 +51,7 @@ def import_paramiko() -> Any:
     try:
         import paramiko
     except ImportError as error:
-        raise ImportError(
-            "SSH needs paramiko: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
-        ) from error
+        raise ImportError("SSH needs paramiko: pip install paramiko scp") from error
     # It logs each failure with a traceback and the host's own words, which would be printed.
     # A handler of one's own still gets them.
     quiet = logging.getLogger(PARAMIKO_LOGGER)

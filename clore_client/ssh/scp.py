@@ -43,9 +43,7 @@ def guarded_scp(
     try:
         scp = importlib.import_module("scp")
     except ImportError as error:
-        raise ImportError(
-            "scp() needs scp: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
-        ) from error
+        raise ImportError("scp() needs scp: pip install paramiko scp") from error
     limit = math.inf if max_bytes is None else check_number("max_bytes", max_bytes, unit="bytes")
     check_number("socket_timeout", socket_timeout, above=True, maximum=1e6, unit="seconds")
     transport = ssh.get_transport()

@@ -457,6 +457,39 @@ def test_bad_filters(
     assert sim.requests == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("max_price", "max_price_usd"),
+        ("max_price_us", "max_price_usd"),
+        ("max_price_per_hour", "max_price_usd"),
+        ("max_price_per_gpu", "max_price_per_gpu_usd"),
+        ("gpu_typ", "gpu_type"),
+        ("min_reliabilty", "min_reliability"),
+        ("use_spott", "use_spot"),
+    ],
+)
+def test_a_misspelled_parameter_suggests_the_right_one(
+    sim: Simulator, client: CloreClient, wrong: str, meant: str
+) -> None:
+    filters: Any = {wrong: 0.5}
+    for call in (client.find_servers, client.find_cheapest, client.rent):
+        with pytest.raises(TypeError, match=rf"'{wrong}': did you mean {meant}\?"):
+            call(**filters)
+    assert sim.requests == []
+
+
+def test_an_unknown_parameter_names_those_of_the_method(client: CloreClient) -> None:
+    with pytest.raises(TypeError, match=r"mean max_hours\?"):
+        client.rent("RTX 4090", max_hour=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"mean max_cost_usd\?"):
+        client.rent("RTX 4090", max_cost=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"gpu_type, max_price_usd, .*cache_seconds.*, min_vram_gb"):
+        client.find_servers(xyzzy=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"gpu_type, max_price_usd, .*max_hours.*, min_vram_gb"):
+        client.rent(xyzzy=2)  # type: ignore[call-arg]
+
+
 def test_cache_seconds_is_checked(sim: Simulator, client: CloreClient) -> None:
     calls: list[Any] = [client.find_servers, client.find_cheapest, client.gpu_models]
     bad_values: list[Any] = [-1, NAN, "60"]

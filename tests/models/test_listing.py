@@ -198,6 +198,12 @@ def test_orders_and_wallets(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("running", "1x A40", "0.2500", "2026-07-16 12:00", "ssh root@h -p 1"):
         assert part in lines[1]
     assert "geheim" not in "".join(lines)
+    order = Order(order_id=1958009, status="running", renting_server=7, currency="CLORE-Blockchain",
+                  price=46.5188, gpu_array=["RTX 4090"], price_usd_per_hour=0.1)  # fmt: skip
+    for width in range(1, 200):  # a price without its currency would be taken for USD
+        heading = lines_of(OrderList([order]), monkeypatch, width)[0]
+        assert "price/h" not in heading or "currency" in heading
+    assert "price/h" in heading
     wallet = Wallet(name="bitcoin", balance=0.0419, deposit_address="bc1")
     assert lines_of(WalletList([wallet]), monkeypatch) == [
         "name        balance  deposit address",

@@ -13,6 +13,7 @@ import pytest
 from clore_client import (
     AuthenticationError,
     CloreClient,
+    CurrencyNotAllowedError,
     DatabaseError,
     OrderOutcomeUnknownError,
     ServerAlreadyRentedError,
@@ -298,3 +299,15 @@ def test_a_preview_sends_nothing(make_sim: MakeSim, form: str) -> None:
     assert not sent_to(sim, "create_order")
     client.create_order(server["id"], "img", ssh_password="x")
     assert sent_to(sim, "create_order")[0].body == shown["body"]
+
+
+def test_a_refused_currency_says_how_to_find_a_server(sim: Simulator, client: CloreClient) -> None:
+    sim.faults.add(
+        "create_order", "envelope", envelope={"code": 6, "error": "currency-not-allowed"}
+    )
+    text = (
+        "does not accept CLORE-Blockchain: choose a server found with currency='CLORE-Blockchain'"
+    )
+    with pytest.raises(CurrencyNotAllowedError, match=text):
+        client.create_order(plain_server(client))
+    assert sim.orders == []

@@ -118,6 +118,40 @@ def test_the_budget_of_an_attached_order_counts_from_its_start(any_sim: Simulato
             until(lambda: not active(any_sim))
 
 
+# --- what a rental shows ---
+
+
+def test_a_rental_shows_its_state(any_sim: Simulator) -> None:
+    client = client_for(any_sim)
+    rental = client.rent(**QUICK)
+    assert repr(rental) == "<Rental of order None, not open>"
+    with rental:
+        shown = f"<Rental of order {rental.order.id}, "
+        assert repr(rental) == f"{shown}open>"
+    assert repr(rental) == f"{shown}ended>"
+    with client.rent(**QUICK) as kept:
+        kept.keep()
+    assert repr(kept).endswith(", kept>")
+    attached = client.attach(kept.order)
+    assert repr(attached).endswith(", attached>")
+    attached.keep()
+    assert repr(attached).endswith(", kept>")
+    client.cancel_order(kept.order)
+    assert repr(kept).endswith(", ended>")
+    assert repr(attached).endswith(", ended>")
+
+
+def test_a_rental_shows_that_its_client_or_a_budget_ended_it(any_sim: Simulator) -> None:
+    client = client_for(any_sim)
+    with client.rent(**QUICK) as rental:
+        client.cancel_order(rental.order)
+        assert repr(rental).endswith(", ended>")
+    with pytest.raises(BudgetExceededError):  # noqa: PT012
+        with client.rent(max_hours=0.8 / 3600, **QUICK) as limited:
+            until(lambda: not active(any_sim))
+            until(lambda: repr(limited).endswith(", ended>"))
+
+
 # --- start() and close() ---
 
 

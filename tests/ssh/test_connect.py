@@ -181,7 +181,7 @@ def test_without_paramiko_the_rest_works() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert "pip install 'clore-client[ssh]'" in done.stdout
+    assert "pip install paramiko scp" in done.stdout
 
 
 def test_importing_the_package_imports_no_ssh() -> None:

@@ -308,7 +308,7 @@ def test_patterns_that_can_not_be_right(client: CloreClient, here: Path, value: 
 def test_without_pathspec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pathspec", None)
     assert excluder([]) is None
-    with pytest.raises(ImportError, match=r"pip install 'clore-client\[files\]'"):
+    with pytest.raises(ImportError, match="pip install pathspec"):
         excluder(["*.pyc"])
     monkeypatch.undo()
     with pytest.raises(ValueError, match="exclude"):
@@ -327,7 +327,8 @@ def test_a_preview_changes_nothing(far: Far, here: Path) -> None:
     assert would.files == 3
     assert sorted(would.deleted) == ["gone", "gone/deep", "gone/deep/w", "old"]
     assert would.path == str(target)
-    assert "4 deleted" in repr(would)
+    assert "would send " in repr(would)
+    assert "would delete 4" in repr(would)
     assert far.up(source, far.folder / "n" / "m", preview=True).path == f"{far.folder}/n/m/a"
     assert far.up(source / "x", far.folder / "n", preview=True).sent == ["x"]
     assert snapshot(far.folder, times=True) == before
@@ -345,6 +346,8 @@ def test_what_was_listed_is_deleted_and_nothing_else(far: Far, here: Path) -> No
     done = far.up(inside(source), target, delete=would)
     assert names(target) == ["came-back", "gone2/", "gone2/later", "later", "sub/", "sub/y", "x"]
     assert "came-back" not in done.deleted
+    assert f"{len(done.deleted)} deleted" in repr(done)
+    assert "would" not in repr(done)
     assert sorted(done.deleted)[:2] == ["gone", "gone/deep"]
     assert names(source) == ["came-back", "sub/", "sub/y", "x"]
     again = far.up(inside(source), target, preview=True, delete=True, skip_unchanged="checksum")

@@ -1127,7 +1127,7 @@ for name, call in calls.items():
         call()
         print(name, "works")
     except ImportError as error:
-        print(name, "pip install 'clore-client[ssh]'" in str(error))
+        print(name, "pip install paramiko scp" in str(error))
     except Exception as error:
         print(name, type(error).__name__)
 """

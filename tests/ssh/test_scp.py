@@ -741,4 +741,4 @@ def test_without_scp() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=True
     )
-    assert "pip install 'clore-client[ssh]'" in done.stdout
+    assert "pip install paramiko scp" in done.stdout

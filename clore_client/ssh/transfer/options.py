@@ -108,9 +108,7 @@ def excluder(patterns: Any) -> Excludes | None:
     try:
         pathspec: Any = importlib.import_module("pathspec")
     except ImportError as error:
-        raise ImportError(
-            "exclude needs pathspec: pip install 'clore-client[files]' (or: pip install pathspec)"
-        ) from error
+        raise ImportError("exclude needs pathspec: pip install pathspec") from error
     try:
         spec = pathspec.GitIgnoreSpec.from_lines(lines)
     except ValueError as error:

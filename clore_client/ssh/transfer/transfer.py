@@ -270,5 +270,5 @@ class Transfer:
         preview = getattr(self.options, "preview", False)
         return TransferResult(
             shown, len(files), size, duration, self.skipped, unchanged=self.unchanged,
-            sent=[self._shown(entry) for entry in files] if preview else (), deletes=self.deletes,
+            sent=[self._shown(entry) for entry in files] if preview else None, deletes=self.deletes,
         )  # fmt: skip
