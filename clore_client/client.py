@@ -1508,6 +1508,7 @@ class CloreClient(HTTPClient):
         """
         from clore_client.ssh.command import Command
 
+        env, login = secret_values(env), secret_values(login)
         wanted = Command(
             command, check=check, timeout=timeout, input=input, env=env, on_output=on_output,
             max_output=max_output,
@@ -1556,7 +1557,8 @@ class CloreClient(HTTPClient):
         """
         from clore_client.ssh.jobs import JobCommand
 
-        checked = JobCommand(command, name=name, env=secret_values(env), cwd=cwd)
+        env, login = secret_values(env), secret_values(login)
+        checked = JobCommand(command, name=name, env=env, cwd=cwd)
         return self._ssh.jobs(order, ssh, login).start(checked)
 
     def jobs(
@@ -1578,6 +1580,7 @@ class CloreClient(HTTPClient):
             >>> client.jobs(order)
             [<Job 'train': running>]
         """
+        login = secret_values(login)
         return self._ssh.jobs(order, ssh, login).find()
 
     def job(
@@ -1608,6 +1611,7 @@ class CloreClient(HTTPClient):
         """
         from clore_client.ssh.address import check_plain_name
 
+        login = secret_values(login)
         wanted = check_plain_name(name)
         return self._ssh.jobs(order, ssh, login).get(wanted)
 
@@ -1636,6 +1640,7 @@ class CloreClient(HTTPClient):
         """
         from clore_client.ssh.shell import check_terminal, run_shell
 
+        login = secret_values(login)
         check_terminal()
         with self._ssh.connected(order, ssh, login) as pool:
             return run_shell(pool.ssh)
@@ -1682,6 +1687,7 @@ class CloreClient(HTTPClient):
         """
         from clore_client.ssh.service import HTTPWait
 
+        login = secret_values(login)
         options = ProgressOptions(on_progress, progress)
         wait = HTTPWait(order, self._orders.running, path, port, timeout, options)
         if wait.url is not None:
@@ -1716,6 +1722,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.connect import check_connection, check_login_options
         from clore_client.ssh.tunnel import Forward, check_forward_arguments
 
+        login = secret_values(login)
         check_forward_arguments(remote_port, local_port)
         if ssh is None:
             connection = self._ssh.login(order, **check_login_options(login)).open()
@@ -1826,6 +1833,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.transfer.options import check_upload, upload_connections
         from clore_client.ssh.transfer.upload import upload_path
 
+        login = secret_values(login)
         checked = check_upload(
             local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
             exclude=exclude, skip_unchanged=skip_unchanged, preview=preview, delete=delete,
@@ -1888,6 +1896,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.transfer.download import DOWNLOAD_CONNECTIONS, download_path
         from clore_client.ssh.transfer.options import DownloadOptions
 
+        login = secret_values(login)
         options = DownloadOptions(
             remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
             exclude=exclude, skip_unchanged=skip_unchanged, streams=streams, max_bytes=max_bytes,
@@ -1960,6 +1969,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.connect import check_login_options
         from clore_client.ssh.scp import guarded_scp
 
+        login = secret_values(login)
         connection = self._ssh.login(order, timeout=timeout, **check_login_options(login)).open()
         try:
             return guarded_scp(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clore_client.config import account_digest
-from clore_client.errors import CloreError, OrderEndedError
+from clore_client.errors import CloreError, OrderEndedError, Secret
 from clore_client.log import logger
 from clore_client.market.host_history import LOGIN_OUTCOMES, HostHistory
 from clore_client.models.order import Order
@@ -127,9 +127,10 @@ class SSHAccess:
         order = self._with_address(order)
         agent_key, own = None, bool(options["password"] or options["key_path"])
         if not options["password"] and not options["key_path"]:
-            saved = order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
-            options["password"] = saved
-            if not saved:
+            options["password"] = Secret.of(
+                order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
+            )
+            if not options["password"]:
                 options["key_path"], agent_key = self._key_of(order)
         where = "{host}:{port}".format(**plain_address(order))
         keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))

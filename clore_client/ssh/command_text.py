@@ -9,8 +9,18 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from clore_client.errors import Secret
 from clore_client.models.result import STDERR, STDOUT, OutputLine
 from clore_client.validation import short_repr
+
+
+class SecretBytes(bytes):
+    """Bytes with a masked repr, because error reporters print local variables."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "b'***'"
 
 
 def command_line(command: str | Sequence[str]) -> str:
@@ -62,8 +72,8 @@ def exports(env: Any) -> str:
         if not isinstance(value, str):
             raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)
-        lines.append(f"export {name}={quoted_word(value)} || exit 121\n")
-    return "".join(lines)
+        lines.append(Secret(f"export {name}={quoted_word(value)} || exit 121\n"))
+    return Secret("".join(lines))
 
 
 def csh_line(exports: str, command: str | Sequence[str], line: str) -> str:
@@ -81,7 +91,7 @@ def csh_line(exports: str, command: str | Sequence[str], line: str) -> str:
     if len(plain) > MAX_CSH_LINE:
         return ""
     decode = 'sh -c \'eval "$(printf %b "$1")"\''
-    return f"expr \"$shell\" : '.*csh$' >/dev/null && exec {decode} \"$shell\" '{plain}'\n"
+    return Secret(f"expr \"$shell\" : '.*csh$' >/dev/null && exec {decode} \"$shell\" '{plain}'\n")
 
 
 def encoded(name: str, text: str, *, nul: bool = False) -> bytes:

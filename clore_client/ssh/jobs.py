@@ -22,7 +22,7 @@ from clore_client.log import logger
 from clore_client.models.result import STDOUT, OutputLine
 from clore_client.progress import ProgressEvent, ProgressOptions, Report, readable_size
 from clore_client.ssh.address import PLAIN_NAME, check_plain_name
-from clore_client.ssh.command_text import LineSplitter, command_line, encoded, exports
+from clore_client.ssh.command_text import LineSplitter, SecretBytes, command_line, encoded, exports
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.job_scripts import JOB_RUNNER, job_script
 from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
@@ -57,7 +57,7 @@ class JobCommand:
         self.line = command_line(command)
         self.encoded_line = encoded("command", self.line)
         self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
-        self.exports = encoded("env", exports(env))
+        self.exports = SecretBytes(encoded("env", exports(env)))
         if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
             raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")
         path = "~" if cwd is None else os.fspath(cwd)
@@ -111,7 +111,7 @@ class HostJobs:
         transport = pool.ssh.get_transport()
         turn = threading.Lock() if takes_turns(transport) else None
         with Watchdog() as watchdog:
-            text = script_text(verb, job_script(verb), **values)
+            text = SecretBytes(script_text(verb, job_script(verb), **values))
             running = RemoteScript(transport, text, watchdog, JOB_TIMEOUT, turn=turn)
             try:
                 with running:
