@@ -1840,7 +1840,8 @@ class CloreClient(HTTPClient):
             streams=streams, progress=progress, on_progress=on_progress, timeout=timeout,
             deadline=deadline,
         )  # fmt: skip
-        with self._ssh.connected(order, ssh, login, timeout, upload_connections(*checked)) as pool:
+        size = upload_connections(*checked)
+        with self._ssh.connected(order, ssh, login, timeout, size, deadline=deadline) as pool:
             return upload_path(pool, checked)
 
     def download(
@@ -1903,7 +1904,9 @@ class CloreClient(HTTPClient):
             progress=progress, on_progress=on_progress, timeout=timeout, deadline=deadline,
         )  # fmt: skip
         size = streams or DOWNLOAD_CONNECTIONS
-        with self._ssh.connected(order, ssh, login, timeout, size, streams is not None) as pool:
+        with self._ssh.connected(
+            order, ssh, login, timeout, size, streams is not None, deadline
+        ) as pool:
             return download_path(pool, options)
 
     def rsync_command(

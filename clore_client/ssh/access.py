@@ -156,15 +156,22 @@ class SSHAccess:
         timeout: float = 30.0,
         size: int = 1,
         eager: bool = True,
+        deadline: float | None = None,
     ) -> ConnectionPool:
-        """Return the caller's connection, or logins to make when the pool is entered."""
-        check_login_options(login)
+        """Return the caller's connection, or logins to make when the pool is entered.
+
+        Parameters:
+            deadline: seconds that limit the login too.
+        """
+        options = check_login_options(login)
         if ssh is not None:
             ssh = check_connection(ssh)
             record = isinstance(order, Mapping)
             number = Order(order).id if record else check_order_id("order", order)
             return ConnectionPool(None, ssh, on_failure=self._on_failure(number))
-        return ConnectionPool(self.login(order, timeout=timeout, **login), None, size, eager)
+        if deadline is not None:
+            timeout, options["wait"] = min(timeout, deadline), min(options["wait"], deadline)
+        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the machine of an order."""
