@@ -45,7 +45,9 @@ def quoted_word(word: str) -> str:
     # Even in single quotes, a backslash is special in fish, and "!" in csh.
     parts = re.split(r"([\\!])", word)
     quoted = [f"\\{part}" if part in ("\\", "!") else shlex.quote(part) for part in parts if part]
-    return "".join(quoted) or "''"
+    text = "".join(quoted) or "''"
+    # At the start of a word, zsh expands "=", and fish "%".
+    return f"'{text[0]}'{text[1:]}" if text[0] in "=%" else text
 
 
 def input_bytes(value: Any) -> bytes:

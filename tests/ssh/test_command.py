@@ -554,7 +554,8 @@ def test_a_start_up_file_that_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_login_shells(tmp_path: Path, kind: str) -> None:
     program = shutil.which(kind)
     options = f'ForceCommand {program} -c "$SSH_ORIGINAL_COMMAND"'
-    words = ["a b", "it's", "back\\slash", "\\'", "$HOME", "*", "bang!", "two\nlines", "é"]
+    words = ["a b", "it's", "back\\slash", "\\'", "$HOME", "*", "bang!", "two\nlines", "é",
+             "=ls", "%self", "%1", "==", "=a!b", "a=%b"]  # fmt: skip
     with running_sshd(tmp_path / "sshd", options) as server:
         client = CloreClient(state_dir=None)
         login: dict[str, Any] = {"key_path": server.key, "wait": 10}
@@ -564,7 +565,15 @@ def test_login_shells(tmp_path: Path, kind: str) -> None:
 
         assert run("echo in").stdout == "in\n"
         assert run(["printf", "<%s>", *words]).stdout == "".join(f"<{word}>" for word in words)
-        for value in ("va'lue", '\\ ! \\! "$HOME" `x` é\nnew\tline%s\n', "", "!"):
+        for value in (
+            "va'lue",
+            '\\ ! \\! "$HOME" `x` é\nnew\tline%s\n',
+            "",
+            "!",
+            "=ls",
+            "%self",
+            "%1",
+        ):
             env = {"NAME": value, "OTHER": "other"}
             result = run("printenv NAME; printenv OTHER", env=env)
             assert (result.stdout, result.stderr) == (f"{value}\nother\n", "")
