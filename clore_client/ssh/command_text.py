@@ -108,7 +108,7 @@ def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
 
 MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
 LONGEST_PIECE = 65536  # characters of one call of on_output
-MAX_STDERR_BEFORE_PID = 65536  # bytes, for what start-up files print
+MAX_STDERR_BEFORE_PID = 65536  # bytes to hold back of what start-up files print
 
 
 class CommandOutput:
@@ -195,8 +195,8 @@ class LineSplitter:
 class PidLine:
     """The first line that a command's shell prints on stderr, with a random mark and its pid.
 
-    It proves that the host runs the command, and gives the process group to end. All of stderr is
-    held back until it has come.
+    It proves that the host runs the command, and gives the process group to end. Until it has come,
+    the last 64 KB of stderr are held back.
 
     Parameters:
         waits: let the command wait for a line of input, so that it can't start without the rest.
@@ -223,12 +223,13 @@ class PidLine:
             return data
         self._held += data
         found = self._line.search(self._held)
-        if found is None and len(self._held) <= MAX_STDERR_BEFORE_PID:
-            return b""
+        if found is None:  # it may have begun in what is kept
+            surplus = self._held[:-MAX_STDERR_BEFORE_PID]
+            self._held = self._held[-MAX_STDERR_BEFORE_PID:]
+            return surplus
         self._done = True
-        if found is not None:
-            self.pid = int(found[1])
-            self._held = self._held[: found.start()] + self._held[found.end() :]
+        self.pid = int(found[1])
+        self._held = self._held[: found.start()] + self._held[found.end() :]
         return self.rest()
 
     def rest(self) -> bytes:

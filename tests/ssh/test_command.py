@@ -628,9 +628,24 @@ def test_a_process_id_that_cannot_be(number: bytes) -> None:
 
 def test_stderr_before_the_process_id_is_limited() -> None:
     line = PidLine()
-    noise = b"x" * (MAX_STDERR_BEFORE_PID + 1)
-    assert line.remove_from(noise) == noise
-    assert line.remove_from(b"more") == b"more"
+    noise = b"x" * (3 * MAX_STDERR_BEFORE_PID)
+    passed = line.remove_from(noise)
+    assert len(noise) - len(passed) <= MAX_STDERR_BEFORE_PID
+    told = line.prefix.split("'")[1].removeprefix("echo ").removesuffix("$PPID >&2").encode()
+    for piece in (told[:7], told[7:] + b"47", b"11\n", b"more"):
+        passed += line.remove_from(piece)
+    assert passed + line.rest() == noise + b"more"
+    assert line.pid == 4711
+
+
+def test_start_up_files_that_print_much_on_stderr(tmp_path: Path) -> None:
+    with running_sshd(tmp_path / "sshd") as server:
+        noise = "head -c 300000 /dev/zero | tr '\\0' x >&2\n"
+        (server.folder / "home" / ".bashrc").write_text(noise)
+        result = CloreClient(state_dir=None).run(
+            server.order(), "cat; echo err >&2", input="in\n", key_path=server.key, wait=10
+        )
+        assert (result.stdout, result.stderr) == ("in\n", "x" * 300000 + "err\n")
 
 
 # --- arguments ---
