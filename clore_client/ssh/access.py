@@ -21,7 +21,7 @@ from clore_client.ssh.address import (
 )
 from clore_client.ssh.connect import Login, check_connection, check_login_options
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.jobs import HostJobs
+from clore_client.ssh.jobs import LEAST_PATIENCE, HostJobs
 from clore_client.ssh.keys import HostKeys, KeyCheck, private_key_of
 from clore_client.ssh.transfer.options import check_path
 from clore_client.validation import check_number, check_order_id
@@ -182,7 +182,8 @@ class SSHAccess:
 
         def connect(seconds: float) -> ConnectionPool:
             wait = min(seconds, options["wait"])
-            return self.connected(order, ssh, {**options, "wait": wait})
+            limit = max(seconds, LEAST_PATIENCE)
+            return self.connected(order, ssh, {**options, "wait": wait}, deadline=limit)
 
         return HostJobs(connect, reconnects=ssh is None)
 
