@@ -2,9 +2,10 @@
 
 A call that has no timeout of its own is limited by a watchdog.
 
-paramiko has no settings for most of this: these are attributes of its objects. Two of them are
-private, ``Packetizer._read_timeout`` and ``Transport._send_user_message``; a test names the
-versions of paramiko with which that was checked.
+paramiko has no settings for most of this: these are attributes of its objects. The package uses
+four private ones: ``Packetizer._read_timeout`` and ``Transport._send_user_message`` here,
+``SFTPClient._async_request`` and ``SFTPClient._read_response`` in ``transfer/sftp.py``. A test
+names the versions of paramiko with which that was checked.
 """
 
 from __future__ import annotations
