@@ -273,7 +273,7 @@ class Login:
             raise
 
     def _connect_timeout(self) -> float:
-        """Return the seconds for the TCP connection, few if another try follows.
+        """Return the TCP timeout; shorter for the first of several tries.
 
         The first failure is the moment to look if the order has ended.
         """

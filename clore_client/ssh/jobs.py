@@ -431,7 +431,7 @@ class Following:
                 self._call(self._splitter.feed, piece)
 
     def _call(self, callback: Callable[[Any], object], argument: Any) -> None:
-        """Call what the user gave; its errors are no errors of the connection."""
+        """Call the user's function, and keep its errors apart from those of the connection."""
         try:
             callback(argument)
         except Exception as error:
