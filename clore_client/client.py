@@ -1511,6 +1511,7 @@ class CloreClient(HTTPClient):
         """
         from clore_client.ssh.command import Command
 
+        env, login = secret_values(env), secret_values(login)
         wanted = Command(
             command, check=check, timeout=timeout, input=input, env=env, on_output=on_output,
             max_output=max_output,
@@ -1559,7 +1560,8 @@ class CloreClient(HTTPClient):
         """
         from clore_client.ssh.jobs import JobCommand
 
-        checked = JobCommand(command, name=name, env=secret_values(env), cwd=cwd)
+        env, login = secret_values(env), secret_values(login)
+        checked = JobCommand(command, name=name, env=env, cwd=cwd)
         return self._ssh.jobs(order, ssh, login).start(checked)
 
     def jobs(
@@ -1581,6 +1583,7 @@ class CloreClient(HTTPClient):
             >>> client.jobs(order)
             [<Job 'train': running>]
         """
+        login = secret_values(login)
         return self._ssh.jobs(order, ssh, login).find()
 
     def job(
@@ -1611,6 +1614,7 @@ class CloreClient(HTTPClient):
         """
         from clore_client.ssh.address import check_plain_name
 
+        login = secret_values(login)
         wanted = check_plain_name(name)
         return self._ssh.jobs(order, ssh, login).get(wanted)
 
@@ -1639,6 +1643,7 @@ class CloreClient(HTTPClient):
         """
         from clore_client.ssh.shell import check_terminal, run_shell
 
+        login = secret_values(login)
         check_terminal()
         with self._ssh.connected(order, ssh, login) as pool:
             return run_shell(pool.ssh)
@@ -1685,6 +1690,7 @@ class CloreClient(HTTPClient):
         """
         from clore_client.ssh.service import HTTPWait
 
+        login = secret_values(login)
         options = ProgressOptions(on_progress, progress)
         wait = HTTPWait(order, self._orders.running, path, port, timeout, options)
         if wait.url is not None:
@@ -1719,6 +1725,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.connect import check_connection, check_login_options
         from clore_client.ssh.tunnel import Forward, check_forward_arguments
 
+        login = secret_values(login)
         check_forward_arguments(remote_port, local_port)
         if ssh is None:
             connection = self._ssh.login(order, **check_login_options(login)).open()
@@ -1829,13 +1836,15 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.transfer.options import check_upload, upload_connections
         from clore_client.ssh.transfer.upload import upload_path
 
+        login = secret_values(login)
         checked = check_upload(
             local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
             exclude=exclude, skip_unchanged=skip_unchanged, preview=preview, delete=delete,
             streams=streams, progress=progress, on_progress=on_progress, timeout=timeout,
             deadline=deadline,
         )  # fmt: skip
-        with self._ssh.connected(order, ssh, login, timeout, upload_connections(*checked)) as pool:
+        size = upload_connections(*checked)
+        with self._ssh.connected(order, ssh, login, timeout, size, deadline=deadline) as pool:
             return upload_path(pool, checked)
 
     def download(
@@ -1891,13 +1900,16 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.transfer.download import DOWNLOAD_CONNECTIONS, download_path
         from clore_client.ssh.transfer.options import DownloadOptions
 
+        login = secret_values(login)
         options = DownloadOptions(
             remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
             exclude=exclude, skip_unchanged=skip_unchanged, streams=streams, max_bytes=max_bytes,
             progress=progress, on_progress=on_progress, timeout=timeout, deadline=deadline,
         )  # fmt: skip
         size = streams or DOWNLOAD_CONNECTIONS
-        with self._ssh.connected(order, ssh, login, timeout, size, streams is not None) as pool:
+        with self._ssh.connected(
+            order, ssh, login, timeout, size, streams is not None, deadline
+        ) as pool:
             return download_path(pool, options)
 
     def rsync_command(
@@ -1963,6 +1975,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.connect import check_login_options
         from clore_client.ssh.scp import guarded_scp
 
+        login = secret_values(login)
         connection = self._ssh.login(order, timeout=timeout, **check_login_options(login)).open()
         try:
             return guarded_scp(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -72,3 +73,43 @@ def test_returned_values_are_plain_strings(make_sim: MakeSim) -> None:
     assert order["ssh_password"] in repr({"password": order["ssh_password"]})
     assert f"{client.api_key}" == sim.api_key
     assert client.api_key == sim.api_key
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda client, order, login, env: client.connect_ssh(order, **login),
+        lambda client, order, login, env: client.wait_for_ssh(order, **login),
+        lambda client, order, login, env: client.run(order, "true", env=env, **login),
+        lambda client, order, login, env: client.start(order, "true", env=env, **login),
+        lambda client, order, login, env: client.jobs(order, **login),
+        lambda client, order, login, env: client.job(order, "train", **login),
+        lambda client, order, login, env: client.shell(order, **login),
+        lambda client, order, login, env: client.wait_for_http(order, port=8888, **login),
+        lambda client, order, login, env: client.forward(order, 8888, **login),
+        lambda client, order, login, env: client.upload(order, __file__, "x", **login),
+        lambda client, order, login, env: client.download(order, "x", "x", **login),
+        lambda client, order, login, env: client.scp(order, **login),
+    ],
+    ids=["connect_ssh", "wait_for_ssh", "run", "start", "jobs", "job", "shell", "wait_for_http",
+         "forward", "upload", "download", "scp"],
+)  # fmt: skip
+def test_no_frame_shows_what_a_login_was_given(
+    make_sim: MakeSim, act: Callable[..., object]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]  # nothing listens there after this block
+    order = {"connection": {"ssh": f"ssh root@127.0.0.1 -p {port}"}}
+    login = {"password": PASSWORD, "wait": 0.0}
+    with pytest.raises(clore_client.SSHError) as caught:
+        act(client_for(make_sim()), order, login, {"HF_TOKEN": VALUE})
+    text = shown(caught.value)
+    assert "order=" in text, "no frame of the package was looked at"
+    for secret in (PASSWORD, VALUE):
+        assert secret not in text, next(line for line in text.splitlines() if secret in line)
+
+
+def test_an_error_names_a_key_that_is_no_secret(make_sim: MakeSim) -> None:
+    order = {"connection": {"ssh": "ssh root@127.0.0.1 -p 9"}}
+    with pytest.raises(ValueError, match="there is no file '/no/such/key'"):
+        client_for(make_sim()).run(order, "true", key_path="/no/such/key")

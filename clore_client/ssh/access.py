@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clore_client.config import account_digest
-from clore_client.errors import CloreError, OrderEndedError
+from clore_client.errors import CloreError, OrderEndedError, Secret
 from clore_client.log import logger
 from clore_client.market.host_history import LOGIN_OUTCOMES, HostHistory
 from clore_client.models.order import Order
@@ -21,7 +21,7 @@ from clore_client.ssh.address import (
 )
 from clore_client.ssh.connect import Login, check_connection, check_login_options
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.jobs import HostJobs
+from clore_client.ssh.jobs import LEAST_PATIENCE, HostJobs
 from clore_client.ssh.keys import HostKeys, KeyCheck, private_key_of
 from clore_client.ssh.transfer.options import check_path
 from clore_client.validation import check_number, check_order_id
@@ -127,9 +127,10 @@ class SSHAccess:
         order = self._with_address(order)
         agent_key, own = None, bool(options["password"] or options["key_path"])
         if not options["password"] and not options["key_path"]:
-            saved = order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
-            options["password"] = saved
-            if not saved:
+            options["password"] = Secret.of(
+                order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
+            )
+            if not options["password"]:
                 options["key_path"], agent_key = self._key_of(order)
         where = "{host}:{port}".format(**plain_address(order))
         keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
@@ -155,15 +156,22 @@ class SSHAccess:
         timeout: float = 30.0,
         size: int = 1,
         eager: bool = True,
+        deadline: float | None = None,
     ) -> ConnectionPool:
-        """Return the caller's connection, or logins to make when the pool is entered."""
-        check_login_options(login)
+        """Return the caller's connection, or logins to make when the pool is entered.
+
+        Parameters:
+            deadline: seconds that limit the login too.
+        """
+        options = check_login_options(login)
         if ssh is not None:
             ssh = check_connection(ssh)
             record = isinstance(order, Mapping)
             number = Order(order).id if record else check_order_id("order", order)
             return ConnectionPool(None, ssh, on_failure=self._on_failure(number))
-        return ConnectionPool(self.login(order, timeout=timeout, **login), None, size, eager)
+        if deadline is not None:
+            timeout, options["wait"] = min(timeout, deadline), min(options["wait"], deadline)
+        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the machine of an order."""
@@ -174,7 +182,8 @@ class SSHAccess:
 
         def connect(seconds: float) -> ConnectionPool:
             wait = min(seconds, options["wait"])
-            return self.connected(order, ssh, {**options, "wait": wait})
+            limit = max(seconds, LEAST_PATIENCE)
+            return self.connected(order, ssh, {**options, "wait": wait}, deadline=limit)
 
         return HostJobs(connect, reconnects=ssh is None)
 

@@ -17,6 +17,7 @@ from clore_client.models.result import STDERR, STDOUT, CommandResult, OutputLine
 from clore_client.ssh.command_text import (
     CommandOutput,
     PidLine,
+    SecretBytes,
     command_line,
     csh_line,
     encoded,
@@ -201,7 +202,7 @@ class RunningCommand:
             self._channel.in_buffer.set_event(event)
             self._channel.in_stderr_buffer.set_event(event)
             self._watch_for_exit_signal()
-            line = self._pid_line.prefix.encode() + self._command.encoded_line
+            line = SecretBytes(self._pid_line.prefix.encode() + self._command.encoded_line)
             channel_request(self._channel, "exec", line)
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):

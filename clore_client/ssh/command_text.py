@@ -9,8 +9,18 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from clore_client.errors import Secret
 from clore_client.models.result import STDERR, STDOUT, OutputLine
 from clore_client.validation import short_repr
+
+
+class SecretBytes(bytes):
+    """Bytes with a masked repr, because error reporters print local variables."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "b'***'"
 
 
 def command_line(command: str | Sequence[str]) -> str:
@@ -35,7 +45,9 @@ def quoted_word(word: str) -> str:
     # Even in single quotes, a backslash is special in fish, and "!" in csh.
     parts = re.split(r"([\\!])", word)
     quoted = [f"\\{part}" if part in ("\\", "!") else shlex.quote(part) for part in parts if part]
-    return "".join(quoted) or "''"
+    text = "".join(quoted) or "''"
+    # At the start of a word, zsh expands "=", and fish "%".
+    return f"'{text[0]}'{text[1:]}" if text[0] in "=%" else text
 
 
 def input_bytes(value: Any) -> bytes:
@@ -62,8 +74,8 @@ def exports(env: Any) -> str:
         if not isinstance(value, str):
             raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)
-        lines.append(f"export {name}={quoted_word(value)} || exit 121\n")
-    return "".join(lines)
+        lines.append(Secret(f"export {name}={quoted_word(value)} || exit 121\n"))
+    return Secret("".join(lines))
 
 
 def csh_line(exports: str, command: str | Sequence[str], line: str) -> str:
@@ -81,7 +93,7 @@ def csh_line(exports: str, command: str | Sequence[str], line: str) -> str:
     if len(plain) > MAX_CSH_LINE:
         return ""
     decode = 'sh -c \'eval "$(printf %b "$1")"\''
-    return f"expr \"$shell\" : '.*csh$' >/dev/null && exec {decode} \"$shell\" '{plain}'\n"
+    return Secret(f"expr \"$shell\" : '.*csh$' >/dev/null && exec {decode} \"$shell\" '{plain}'\n")
 
 
 def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
@@ -96,7 +108,7 @@ def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
 
 MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
 LONGEST_PIECE = 65536  # characters of one call of on_output
-MAX_STDERR_BEFORE_PID = 65536  # bytes, for what start-up files print
+MAX_STDERR_BEFORE_PID = 65536  # bytes to hold back of what start-up files print
 
 
 class CommandOutput:
@@ -183,8 +195,8 @@ class LineSplitter:
 class PidLine:
     """The first line that a command's shell prints on stderr, with a random mark and its pid.
 
-    It proves that the host runs the command, and gives the process group to end. All of stderr is
-    held back until it has come.
+    It proves that the host runs the command, and gives the process group to end. Until it has come,
+    the last 64 KB of stderr are held back.
 
     Parameters:
         waits: let the command wait for a line of input, so that it can't start without the rest.
@@ -211,12 +223,13 @@ class PidLine:
             return data
         self._held += data
         found = self._line.search(self._held)
-        if found is None and len(self._held) <= MAX_STDERR_BEFORE_PID:
-            return b""
+        if found is None:  # it may have begun in what is kept
+            surplus = self._held[:-MAX_STDERR_BEFORE_PID]
+            self._held = self._held[-MAX_STDERR_BEFORE_PID:]
+            return surplus
         self._done = True
-        if found is not None:
-            self.pid = int(found[1])
-            self._held = self._held[: found.start()] + self._held[found.end() :]
+        self.pid = int(found[1])
+        self._held = self._held[: found.start()] + self._held[found.end() :]
         return self.rest()
 
     def rest(self) -> bytes:

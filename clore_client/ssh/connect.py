@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from clore_client.errors import SSHError, printable
+from clore_client.errors import Secret, SSHError, printable
 from clore_client.log import logger
 from clore_client.progress import ProgressEvent, Report, readable_seconds
 from clore_client.ssh.address import DEFAULT_PORT, parse_address, plain_address
@@ -110,9 +110,10 @@ class Login:
         shown = printable(repr(path), 200)
         if not os.path.isfile(path):
             raise ValueError(f"key_path: there is no file {shown}")
-        secret = None if passphrase is None else passphrase.encode()
         try:
-            return self._paramiko.PKey.from_path(path, secret)
+            return self._paramiko.PKey.from_path(
+                path, None if passphrase is None else passphrase.encode()
+            )
         except TypeError as error:  # it is encrypted and there is none, or the other way round
             if passphrase is None:
                 raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
@@ -270,7 +271,7 @@ class Login:
             raise
 
     def _connect_timeout(self) -> float:
-        """Return the seconds for the TCP connection, few if another try follows.
+        """Return the TCP timeout; shorter for the first of several tries.
 
         The first failure is the moment to look if the order has ended.
         """
@@ -370,6 +371,9 @@ def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
                 f"{', '.join(sorted(LOGIN_OPTIONS))}"
             )
     options = {**LOGIN_DEFAULTS, **given}
+    for name in ("key_path", "host_key"):  # not secret, and errors name them
+        if isinstance(options[name], Secret):
+            options[name] = str(options[name])
     check_number("wait", options["wait"], infinite=True, unit="seconds")
     for name in ("password", "passphrase"):
         if options[name] is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from clore_client.errors import (
+    HostKeyChangedError,
     JobError,
     JobTimeoutError,
     OrderEndedError,
@@ -22,15 +23,22 @@ from clore_client.log import logger
 from clore_client.models.result import STDOUT, OutputLine
 from clore_client.progress import ProgressEvent, ProgressOptions, Report, readable_size
 from clore_client.ssh.address import PLAIN_NAME, check_plain_name
-from clore_client.ssh.command_text import LineSplitter, command_line, encoded, exports
+from clore_client.ssh.command_text import LineSplitter, SecretBytes, command_line, encoded, exports
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.job_scripts import JOB_RUNNER, job_script
 from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
-from clore_client.ssh.transport import Watchdog, connection_errors, is_connected, takes_turns
+from clore_client.ssh.transport import (
+    Watchdog,
+    connection_errors,
+    is_connected,
+    reason,
+    takes_turns,
+)
 from clore_client.validation import check_callback, check_count, check_number, short_repr
 
 JOB_TIMEOUT = 30.0  # seconds without a word of the machine
+LEAST_PATIENCE = 5.0  # seconds for a login or a word of the machine, even if less time is left
 MAX_TAIL = 8 * 1024 * 1024  # bytes
 MAX_PORTION = 1048576  # bytes of output that follow one size
 MAX_JOBS = 10_000
@@ -57,7 +65,7 @@ class JobCommand:
         self.line = command_line(command)
         self.encoded_line = encoded("command", self.line)
         self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
-        self.exports = encoded("env", exports(env))
+        self.exports = SecretBytes(encoded("env", exports(env)))
         if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
             raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")
         path = "~" if cwd is None else os.fspath(cwd)
@@ -105,14 +113,15 @@ class HostJobs:
 
     @contextlib.contextmanager
     def script(
-        self, pool: ConnectionPool, verb: str, **values: bytes | str | int
-    ) -> Iterator[RemoteScript]:
+        self, pool: ConnectionPool, verb: str, timeout: float = math.inf, /,
+        **values: bytes | str | int,
+    ) -> Iterator[RemoteScript]:  # fmt: skip
         """Run a script on a connection, for the length of a block."""
         transport = pool.ssh.get_transport()
         turn = threading.Lock() if takes_turns(transport) else None
         with Watchdog() as watchdog:
-            text = script_text(verb, job_script(verb), **values)
-            running = RemoteScript(transport, text, watchdog, JOB_TIMEOUT, turn=turn)
+            text = SecretBytes(script_text(verb, job_script(verb), **values))
+            running = RemoteScript(transport, text, watchdog, min(timeout, JOB_TIMEOUT), turn=turn)
             try:
                 with running:
                     yield running
@@ -349,33 +358,53 @@ class Following:
 
     def run(self) -> JobState:
         """Return the state of the job when it has ended."""
-        useless = 0
         failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        try:
+            state = self._until_end(failures)
+        except failures as error:
+            final = isinstance(error, (JobError, HostKeyChangedError))
+            final = final or error is self._callback_error
+            if final or getattr(error, "reason", "") == "refused" or self._time_left() > 0:
+                raise
+            raise self._too_late(f"it may still run ({reason(error)})") from error
+        if self._splitter is not None:
+            self._splitter.finish()
+        return state
+
+    def _time_left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _too_late(self, state: str = "it still runs") -> JobTimeoutError:
+        return JobTimeoutError(f"job {self._name!r} did not end in time; {state}", name=self._name)
+
+    def _until_end(self, failures: tuple[type[Exception], ...]) -> JobState:
+        useless = 0
         while True:
             began = time.monotonic()
             with self._host.connected(self._deadline) as pool:
                 try:
-                    state = self._receive(pool)
-                    break
+                    return self._receive(pool)
                 except failures as error:
                     lasted = time.monotonic() - began
                     # A machine that only ends the script would be asked without end.
                     broke = not is_connected(pool.ssh) or lasted > JOB_TIMEOUT
                     useless = 0 if self._heard and broke else useless + 1
                     final = isinstance(error, JobError) or error is self._callback_error
-                    if final or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
+                    final = final or useless >= MOST_USELESS_TRIES or self._time_left() <= 0
+                    if final or not self._host.reconnects:
                         raise
                     logger.warning("job %s: %s; connecting again", self._name, error)
             time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
-        if self._splitter is not None:
-            self._splitter.finish()
-        return state
 
     def _receive(self, pool: ConnectionPool) -> JobState:
         self._heard = False
         values: dict[str, str | int] = {"name": self._name, "at": self._at}
-        with self._host.script(pool, "follow", **values) as script:
+        limit = max(self._time_left(), LEAST_PATIENCE)
+        with self._host.script(pool, "follow", limit, **values) as script:
             while True:
+                limit = min(JOB_TIMEOUT, max(self._time_left(), LEAST_PATIENCE))
+                script.channel.timeout = limit
+                script.channel.settimeout(limit)
                 line = script.line()
                 if line.startswith(b"end "):
                     return JobState.parse(line[4:].decode("ascii", "replace"))
@@ -388,10 +417,8 @@ class Following:
                     at = max(0, self._at)
                     text = f"job {self._name}: {readable_size(at)} of output"
                     self._call(self._report, ProgressEvent("job", at, text))
-                if time.monotonic() >= self._deadline:
-                    raise JobTimeoutError(
-                        f"job {self._name!r} did not end in time; it still runs", name=self._name
-                    )
+                if self._time_left() <= 0:
+                    raise self._too_late()
 
     def _pass_on(self, script: RemoteScript, size: int) -> None:
         while size:
@@ -404,7 +431,7 @@ class Following:
                 self._call(self._splitter.feed, piece)
 
     def _call(self, callback: Callable[[Any], object], argument: Any) -> None:
-        """Call what the user gave; its errors are no errors of the connection."""
+        """Call the user's function, and keep its errors apart from those of the connection."""
         try:
             callback(argument)
         except Exception as error:

@@ -94,7 +94,9 @@ class _Terminal:
         except connection_errors() as error:
             if not self._transport.is_active():
                 raise
-            raise SSHError(f"the machine opens no terminal ({reason(error)}): use run()") from error
+            raise SSHError(
+                f"the machine did not open a terminal ({reason(error)}): use run()"
+            ) from error
 
     def _ended(self) -> bool:
         channel = self._channel

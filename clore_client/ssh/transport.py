@@ -2,9 +2,10 @@
 
 A call that has no timeout of its own is limited by a watchdog.
 
-paramiko has no settings for most of this: these are attributes of its objects. Two of them are
-private, ``Packetizer._read_timeout`` and ``Transport._send_user_message``; a test names the
-versions of paramiko with which that was checked.
+paramiko has no settings for most of this: these are attributes of its objects. The package uses
+four private ones: ``Packetizer._read_timeout`` and ``Transport._send_user_message`` here,
+``SFTPClient._async_request`` and ``SFTPClient._read_response`` in ``transfer/sftp.py``. A test
+names the versions of paramiko with which that was checked.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
 SPARE_PATIENCE = 1.0  # seconds for a thread to take what has arrived
 KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
 DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
-KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
+KEEPALIVE_LOOK = 5.0  # seconds between two checks for silence
 WATCH_INTERVAL = 0.1  # seconds between two checks of the watchdog's limits
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
@@ -79,7 +80,7 @@ def prepared_transport(
 
 
 def _preferred(names: Any, first: Any) -> list[str]:
-    """Return ``names`` with those of ``first`` that are among them in front."""
+    """Return ``names``, with those that are also in ``first`` at the front."""
     return [n for n in first if n in names] + [n for n in names if n not in first]
 
 
@@ -123,7 +124,7 @@ def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
 
 
 def _name_errors(transport: Any, error: type[Exception]) -> None:
-    """Raise as paramiko's own error what its thread died of: odd bytes can make it anything."""
+    """Convert any exception of paramiko's thread to an SSHException."""
     get_exception = transport.get_exception
 
     def named() -> Any:
@@ -217,8 +218,7 @@ def open_next_session(transport: Any) -> None:
 class SpareSession:
     """A session of a transport that is opened in advance, which saves a round trip later.
 
-    Whoever opens a session next gets it, so that it takes no place from anybody on a host that
-    limits their number.
+    The next caller gets this session, so it does not count against the host's limit.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -270,7 +270,7 @@ class SpareSession:
 def _is_refusal(error: Exception) -> bool:
     import paramiko
 
-    # It comes as another error where another thread has taken paramiko's own.
+    # If another thread already took paramiko's error, this one has a different type.
     return isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
 
 
@@ -279,7 +279,7 @@ def _usable(channel: Any) -> bool:
 
 
 def _guard_channel(channel: Any) -> None:
-    """Limit what a channel keeps in memory, and let nothing follow its close."""
+    """Limit a channel's memory, and send nothing after its close message."""
     if isinstance(channel.transport, ChannelOrder):
         return
     channel.transport = ChannelOrder(channel.transport)

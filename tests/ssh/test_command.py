@@ -554,7 +554,8 @@ def test_a_start_up_file_that_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_login_shells(tmp_path: Path, kind: str) -> None:
     program = shutil.which(kind)
     options = f'ForceCommand {program} -c "$SSH_ORIGINAL_COMMAND"'
-    words = ["a b", "it's", "back\\slash", "\\'", "$HOME", "*", "bang!", "two\nlines", "é"]
+    words = ["a b", "it's", "back\\slash", "\\'", "$HOME", "*", "bang!", "two\nlines", "é",
+             "=ls", "%self", "%1", "==", "=a!b", "a=%b"]  # fmt: skip
     with running_sshd(tmp_path / "sshd", options) as server:
         client = CloreClient(state_dir=None)
         login: dict[str, Any] = {"key_path": server.key, "wait": 10}
@@ -564,7 +565,15 @@ def test_login_shells(tmp_path: Path, kind: str) -> None:
 
         assert run("echo in").stdout == "in\n"
         assert run(["printf", "<%s>", *words]).stdout == "".join(f"<{word}>" for word in words)
-        for value in ("va'lue", '\\ ! \\! "$HOME" `x` é\nnew\tline%s\n', "", "!"):
+        for value in (
+            "va'lue",
+            '\\ ! \\! "$HOME" `x` é\nnew\tline%s\n',
+            "",
+            "!",
+            "=ls",
+            "%self",
+            "%1",
+        ):
             env = {"NAME": value, "OTHER": "other"}
             result = run("printenv NAME; printenv OTHER", env=env)
             assert (result.stdout, result.stderr) == (f"{value}\nother\n", "")
@@ -619,9 +628,24 @@ def test_a_process_id_that_cannot_be(number: bytes) -> None:
 
 def test_stderr_before_the_process_id_is_limited() -> None:
     line = PidLine()
-    noise = b"x" * (MAX_STDERR_BEFORE_PID + 1)
-    assert line.remove_from(noise) == noise
-    assert line.remove_from(b"more") == b"more"
+    noise = b"x" * (3 * MAX_STDERR_BEFORE_PID)
+    passed = line.remove_from(noise)
+    assert len(noise) - len(passed) <= MAX_STDERR_BEFORE_PID
+    told = line.prefix.split("'")[1].removeprefix("echo ").removesuffix("$PPID >&2").encode()
+    for piece in (told[:7], told[7:] + b"47", b"11\n", b"more"):
+        passed += line.remove_from(piece)
+    assert passed + line.rest() == noise + b"more"
+    assert line.pid == 4711
+
+
+def test_start_up_files_that_print_much_on_stderr(tmp_path: Path) -> None:
+    with running_sshd(tmp_path / "sshd") as server:
+        noise = "head -c 300000 /dev/zero | tr '\\0' x >&2\n"
+        (server.folder / "home" / ".bashrc").write_text(noise)
+        result = CloreClient(state_dir=None).run(
+            server.order(), "cat; echo err >&2", input="in\n", key_path=server.key, wait=10
+        )
+        assert (result.stdout, result.stderr) == ("in\n", "x" * 300000 + "err\n")
 
 
 # --- arguments ---

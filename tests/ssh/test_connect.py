@@ -204,3 +204,16 @@ def test_logging_in_to_openssh(sshd: Sshd) -> None:
         assert transport.is_active()
     with pytest.raises(SSHError, match="refused the login"):
         client.connect_ssh(sshd.order(), password="wrong", wait=20)
+
+
+@pytest.mark.parametrize("verb", ["upload", "download"])
+def test_the_deadline_of_a_transfer_limits_its_login(verb: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # it never accepts or answers
+        port = listener.getsockname()[1]
+        order = {"connection": {"ssh": f"ssh root@127.0.0.1 -p {port}"}}
+        copy = getattr(CloreClient(state_dir=None), verb)
+        paths = (__file__, "copy") if verb == "upload" else ("copy", tmp_path)
+        started = time.monotonic()
+        with pytest.raises(SSHError, match="within 1s"):
+            copy(order, *paths, deadline=1, timeout=30, wait=30, password="x")
+        assert time.monotonic() - started < 10

@@ -343,6 +343,39 @@ def test_a_link_that_goes_dead(machine: Machine, monkeypatch: pytest.MonkeyPatch
     assert lines == [str(number) for number in range(1, 21)]
 
 
+@pytest.mark.parametrize("broken", ["frozen", "cut", "own"])
+def test_the_timeout_on_a_dead_link(machine: Machine, broken: str) -> None:
+    with Relay(int(machine.order["connection"]["ssh"].split()[-1])) as relay:
+        far = machine.through(relay)
+        job = far.start("echo x; sleep 60", name="x")
+        if broken == "own":
+            far.login = {"ssh": machine.client.connect_ssh(far.order, **far.login)}
+        followed = far.job("x")
+
+        def stop(_: str) -> None:
+            if broken == "cut":
+                relay.cut()
+            relay.frozen = True
+
+        started = time.monotonic()
+        with pytest.raises(JobTimeoutError, match="may still run"):
+            followed.follow(stop, timeout=3)
+        assert 2 < time.monotonic() - started < 25
+        if broken == "own":
+            far.login["ssh"].close()
+        relay.frozen = False
+        relay.mend()
+        machine.job(job.name).stop()
+
+
+def test_no_time_is_enough_for_a_job_that_has_ended(machine: Machine) -> None:
+    job = machine.start("exit 3", name="x")
+    job.wait(timeout=60)
+    fresh = machine.job("x")
+    fresh._state = JobState("running")  # as if it had ended since then
+    assert fresh.wait(timeout=0) == 3
+
+
 def test_much_output(machine: Machine) -> None:
     job = machine.start("seq 1 400000", name="much")
     code, lines = collected(job)
