@@ -159,10 +159,11 @@ def make_links(
 ) -> None:
     """Create the symlinks that lead to something in the tree, or copies of it."""
     entries = {entry.name: entry for entry in tree.entries}
+    folders = {entry.name for entry in tree.entries if entry.kind == "d"}
     for link in links:
         target, hops = link, 0
         while target.kind == "l" and hops < 40:
-            within, hops = link_target(target.name, target.link), hops + 1
+            within, hops = link_target(target.name, target.link, folders), hops + 1
             found = entries.get(within) if within else None
             if found is None:
                 break
