@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from clore_client import CloreClient
+from clore_client import CloreClient, TransferError
 from tests.ssh.test_transfer import Far
 from tests.sshd import running_sshd
 
 pytestmark = pytest.mark.internal
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client() -> CloreClient:
     return CloreClient(state_dir=None)
 
@@ -51,3 +51,32 @@ def test_links_that_lead_out_by_way_of_another_link(far: Far, here: Path) -> Non
     assert sorted(name for name, _ in got.skipped) == [
         f"d1/d2/d3/{name}" for name in ("none", "out", "out2")
     ]
+
+
+def test_max_bytes_counts_the_copies_of_links(far: Far, here: Path) -> None:
+    source = far.folder / "source"
+    (source / "a0").mkdir(parents=True)
+    (source / "a0" / "file").write_bytes(b"x" * 1000)
+    for level in range(1, 5):
+        (source / f"a{level}").mkdir()
+        for number in range(5):
+            (source / f"a{level}" / f"{number}").symlink_to(f"../a{level - 1}")
+    (source / "file").symlink_to("a0/file")
+    with pytest.raises(TransferError, match="max_bytes is 1999"):
+        far.down(source, here, symlinks="follow", max_bytes=1999)
+    assert os.listdir(here) == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_copies_of_linked_directories(far: Far, here: Path, exists: bool) -> None:
+    source = far.folder / "source"
+    (source / "a" / "b").mkdir(parents=True)
+    (source / "a" / "b" / "script").write_text("hello")
+    (source / "a" / "b" / "script").chmod(0o755)
+    (source / "link").symlink_to("a")
+    if exists:
+        (here / "source").mkdir()
+    far.down(source, here, symlinks="follow")
+    copied = here / "source" / "link" / "b" / "script"
+    assert copied.read_text() == "hello"
+    assert copied.stat().st_mode & 0o700 == 0o700
