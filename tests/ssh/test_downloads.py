@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from clore_client import CloreClient, TransferError
-from tests.ssh.test_transfer import Far
+from tests.relay import Relay
+from tests.ssh.test_transfer import MB, Far, content, cut_after, through
 from tests.sshd import running_sshd
 
 pytestmark = pytest.mark.internal
@@ -80,3 +81,25 @@ def test_copies_of_linked_directories(far: Far, here: Path, exists: bool) -> Non
     copied = here / "source" / "link" / "b" / "script"
     assert copied.read_text() == "hello"
     assert copied.stat().st_mode & 0o700 == 0o700
+
+
+# --- resumed ---
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_zeros_over_what_lies_there(far: Far, here: Path, verify: bool) -> None:
+    data = content(20 * MB) + bytes(20 * MB)
+    (far.folder / "a").write_bytes(data)
+    port = int(far.order["connection"]["ssh"].rsplit(" ", 1)[1])
+    with Relay(port) as relay:
+        slow = through(relay, far)
+        with pytest.raises(TransferError):
+            slow.down(far.folder / "a", here / "b", resume=True, progress=cut_after(relay, 5 * MB))
+        relay.mend()
+        (part,) = (path for path in here.glob(".clore-part-*") if path.suffix != ".done")
+        with open(part, "r+b") as file:
+            file.seek(38 * MB)
+            file.write(b"tampered")
+        slow.down(far.folder / "a", here / "b", resume=True, verify=verify)
+    assert (here / "b").read_bytes() == data
+    assert (here / "b").stat().st_blocks * 512 < 25 * MB
