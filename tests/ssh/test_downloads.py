@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clore_client import CloreClient, TransferError
+from clore_client.ssh.transfer import download, scripts
 from tests.relay import Relay
 from tests.ssh.test_transfer import MB, Far, content, cut_after, through
-from tests.sshd import running_sshd
+from tests.sshd import Sshd, running_sshd
 
 pytestmark = pytest.mark.internal
 
@@ -103,3 +105,36 @@ def test_zeros_over_what_lies_there(far: Far, here: Path, verify: bool) -> None:
         slow.down(far.folder / "a", here / "b", resume=True, verify=verify)
     assert (here / "b").read_bytes() == data
     assert (here / "b").stat().st_blocks * 512 < 25 * MB
+
+
+# --- unchanged ---
+
+
+@pytest.mark.parametrize("in_a_tree", [False, True])
+def test_a_checksum_is_asked_for_in_pieces(
+    client: CloreClient, sshd: Sshd, tmp_path: Path, here: Path,
+    monkeypatch: pytest.MonkeyPatch, in_a_tree: bool,
+) -> None:  # fmt: skip
+    far = Far(client, sshd.order(), tmp_path / "far", key_path=sshd.key)
+    monkeypatch.setattr(download, "RANGE", MB)
+    asked: list[int] = []
+
+    def different_chunks(script: Any, chunks: Any, place: Any) -> Any:
+        asked.extend(size for _, _, size in chunks)
+        return scripts.different_chunks(script, chunks, place)
+
+    monkeypatch.setattr(download, "different_chunks", different_chunks)
+    source = far.folder / "source"
+    source.mkdir(parents=True)
+    (source / "a").write_bytes(content(20 * MB + 1))
+    (source / "small").write_bytes(b"x")
+    remote = source if in_a_tree else source / "a"
+    far.down(remote, here)
+    got = far.down(remote, here, skip_unchanged="checksum")
+    assert (got.files, got.unchanged) == (0, 1 + in_a_tree)
+    assert asked == [MB] * 20 + [1]
+    with open(source / "a", "r+b") as file:
+        file.seek(19 * MB)
+        file.write(b"other")
+    got = far.down(remote, here, skip_unchanged="checksum")
+    assert (got.files, got.unchanged) == (1, in_a_tree)
