@@ -138,3 +138,9 @@ def test_a_checksum_is_asked_for_in_pieces(
         file.write(b"other")
     got = far.down(remote, here, skip_unchanged="checksum")
     assert (got.files, got.unchanged) == (1, in_a_tree)
+
+
+def test_a_path_with_an_odd_character(client: CloreClient, here: Path) -> None:
+    for remote, local in (("x", "a\ud800b"), ("a\ud800b", here)):
+        with pytest.raises(ValueError, match="has a character that is not allowed in a path"):
+            client.download({}, remote, local)
