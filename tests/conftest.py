@@ -42,6 +42,7 @@ INTERNAL = [
     "simulator/test_faults.py",
     "simulator/test_ssh.py",
     "ssh/test_command.py",
+    "ssh/test_downloads.py",
     "ssh/test_hostile_transfer.py",
     "ssh/test_files.py",
     "ssh/test_hosts.py",

@@ -330,13 +330,15 @@ class Download:
 
     def _different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""
-        if not files[0].name:
-            return list(
-                self._different_chunks([(files[0], 0, files[0].size)], self._part.target_of)
-            )
+        small = [entry for entry in files if entry.name and entry.size < SMALL_FILE]
+        names = {entry.name for entry in small}
+        chunks = [c for e in files if e.name not in names for c in _chunks(e, 0, e.size)]
+        found = list(self._different_chunks(chunks, self._part.target_of))
+        if not small:
+            return found
         text = script_text("digests", FILE_DIGESTS, path=self._options.source)
         with self._transfer.script(self._transfer.pool.ssh, text) as script:
-            return list(different_files(script, files, self._part.target_of))
+            return found + list(different_files(script, small, self._part.target_of))
 
     # --- checks ---
 
@@ -349,11 +351,7 @@ class Download:
             if earlier and entry.size < SMALL_FILE and entry.name:
                 small.append(entry)
             else:
-                chunks += [
-                    (entry, at, min(RANGE, start + length - at))
-                    for start, length in earlier
-                    for at in range(start, start + length, RANGE)
-                ]
+                chunks += [c for start, length in earlier for c in _chunks(entry, start, length)]
             for _, length in earlier:
                 self._transfer.count(entry, length)
         for entry in self._different_chunks(chunks, self._part.place):
@@ -381,6 +379,12 @@ class Download:
     def _refuse(self) -> None:
         self._part.clear()
         raise SSHError(DIFFERS)
+
+
+def _chunks(entry: FileEntry, start: int, length: int) -> list[tuple[FileEntry, int, int]]:
+    """Divide a range into chunks that a host hashes within the timeout."""
+    end = start + length
+    return [(entry, at, min(RANGE, end - at)) for at in range(start, end, RANGE)]
 
 
 def _compare(line: bytes, digest: str) -> None:

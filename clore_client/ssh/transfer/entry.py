@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,18 @@ def record_key(version: object) -> str:
     return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
 
 
-def link_target(name: bytes, link: bytes) -> bytes | None:
-    """Return the name in the same tree that a symlink leads to, or None outside the tree."""
+def link_target(name: bytes, link: bytes, folders: Container[bytes] | None = None) -> bytes | None:
+    """Return the name in the same tree that a symlink leads to, or None outside the tree.
+
+    With ``folders``, the names of all directories, ``..`` after anything else counts as outside:
+    after another symlink it leads elsewhere than the text says.
+    """
     if link.startswith(b"/") or not link:
         return None
     parts = name.split(b"/")[:-1]
     for part in link.split(b"/"):
         if part == b"..":
-            if not parts:
+            if not parts or (folders is not None and b"/".join(parts) not in folders):
                 return None
             parts.pop()
         elif part not in (b"", b"."):

@@ -287,10 +287,14 @@ def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool
 
 
 def write_piece(file: Any, piece: bytes) -> None:
-    """Write a piece, or leave a hole where it is all zeros, so that sparse files stay sparse."""
+    """Write a piece, unless it is all zeros and nothing else is there: sparse files stay sparse."""
     if piece[0] == 0 == piece[-1] and piece == ZEROS[: len(piece)]:
-        file.seek(len(piece), os.SEEK_CUR)
-        return
+        start = file.tell()
+        there = file.read(len(piece))  # shorter at the end of the file
+        hole = there == ZEROS[: len(there)]
+        file.seek(start + len(piece) if hole else start)
+        if hole:
+            return
     view = memoryview(piece)
     while view:
         view = view[file.write(view) :]

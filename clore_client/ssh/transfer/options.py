@@ -127,7 +127,7 @@ def check_path(name: str, value: Any) -> bytes:
     try:
         path = os.fsencode(value)
     except UnicodeEncodeError:
-        raise ValueError(f"{name} has a character that no path may have") from None
+        raise ValueError(f"{name} has a character that is not allowed in a path") from None
     if not path or b"\0" in path:
         raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
     check_local_path(name, path)  # no host allows longer ones

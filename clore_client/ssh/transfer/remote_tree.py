@@ -11,6 +11,7 @@ from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import (
     Excludes,
     FileEntry,
+    about,
     checked_name,
     file_digest,
     kind_of,
@@ -159,10 +160,11 @@ def make_links(
 ) -> None:
     """Create the symlinks that lead to something in the tree, or copies of it."""
     entries = {entry.name: entry for entry in tree.entries}
+    folders = {entry.name for entry in tree.entries if entry.kind == "d"}
     for link in links:
         target, hops = link, 0
         while target.kind == "l" and hops < 40:
-            within, hops = link_target(target.name, target.link), hops + 1
+            within, hops = link_target(target.name, target.link, folders), hops + 1
             found = entries.get(within) if within else None
             if found is None:
                 break
@@ -174,12 +176,31 @@ def make_links(
             tree.entries.remove(link)
         elif not follow:
             os.symlink(os.fsdecode(link.link), part.place(link))
-        elif target.kind == "f":
-            link.kind, link.mode, link.mtime = "f", target.mode, target.mtime
-            shutil.copyfile(part.place(target), part.place(link))
         else:
-            link.kind, link.mode, link.mtime = "d", target.mode, target.mtime
-            shutil.copytree(part.place(target), part.place(link))
+            with about(link):
+                _copy(part, tree, link, target)
+
+
+def _copy(part: LocalPart, tree: RemoteTree, link: FileEntry, target: FileEntry) -> None:
+    """Copy what a symlink leads to, within ``max_bytes``."""
+    link.kind, link.mode, link.mtime, link.size = (
+        target.kind, target.mode, target.mtime, target.size,
+    )  # fmt: skip
+    if target.kind == "f":
+        part.grow(target.size)
+        shutil.copyfile(part.place(target), part.place(link))
+        return
+    below = target.name + b"/"
+    copies = [
+        FileEntry(link.name + b"/" + e.name[len(below) :], e.size, e.mtime, e.mode, e.kind)
+        for e in tree.entries
+        if e.kind != "l" and e.name.startswith(below)
+    ]
+    part.grow(sum(entry.size for entry in copies))
+    if len(tree.entries) + len(copies) > MAX_TARGET_FILES:
+        raise SSHError(f"its copies are more than {MAX_TARGET_FILES} files")
+    tree.entries += copies
+    shutil.copytree(part.place(target), part.place(link))
 
 
 MAX_TARGET_FILES = 2_000_000
