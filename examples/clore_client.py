@@ -4,8 +4,9 @@
 
 It needs requests; connect_ssh and other SSH methods also need paramiko.
 
-This file is generated from the package clore-client 0.1.0. Do not edit it. To update it, run
-    pip install -U clore-client
+This file is generated from the package clore-client 0.1.0. Do not edit it. To update it,
+in a checkout:
+    pip install .
     python -I -m clore_client.single_file > clore_client.py
 To check if it is current, run
     python -I -m clore_client.single_file --check clore_client.py
@@ -181,7 +182,16 @@ import threading
 import time
 import weakref
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Sized,
+)
 from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
@@ -3238,8 +3248,8 @@ class OrderList(Listing[Order]):
         _text("gpu", "gpu"),
         _number("USD/h", "usd_per_hour", 4),
         _number("cost USD", "cost_usd", 4),
-        _number("price/h", "price", 4),
         _text("currency", "currency"),
+        _number("price/h", "price", 4),
         _text("server", "server_id", right=True),
         Column("started UTC", lambda order: utc_time(order.started_at)),
         _text("ssh", "ssh_command", widest=60),
@@ -3334,9 +3344,7 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
             else importlib.import_module("matplotlib.pyplot").figure
         )
     except ImportError as error:
-        raise ImportError(
-            "plot_prices() needs matplotlib: pip install 'clore-client[plot]'"
-        ) from error
+        raise ImportError("plot_prices() needs matplotlib: pip install matplotlib") from error
     if not models:
         raise ValueError("servers must have a price and a reliability, but none of them has both")
     figure = new_figure(figsize=(9, 5.5), layout="constrained")
@@ -3503,8 +3511,8 @@ class TransferResult:
         deleted: the names that ``delete`` removed, or would remove with ``preview``; escaped, too.
     """
 
-    __slots__ = ("_deletes", "deleted", "duration", "files", "path", "sent", "size", "skipped",
-                 "unchanged")  # fmt: skip
+    __slots__ = ("_deletes", "_is_preview", "deleted", "duration", "files", "path", "sent", "size",
+                 "skipped", "unchanged")  # fmt: skip
 
     def __init__(
         self,
@@ -3515,7 +3523,7 @@ class TransferResult:
         skipped: list[tuple[str, str]],
         *,
         unchanged: int = 0,
-        sent: Sequence[str] = (),
+        sent: Sequence[str] | None = None,
         deletes: Sequence[bytes] | None = None,
     ) -> None:
         self.path = path
@@ -3524,21 +3532,25 @@ class TransferResult:
         self.duration = duration
         self.skipped = skipped
         self.unchanged = unchanged
-        self.sent = list(sent)
+        self._is_preview = sent is not None
+        self.sent = list(sent or ())
         self.deleted = [printable(os.fsdecode(name)) for name in deletes or ()]
         self._deletes = deletes
 
     @property
     def deletes(self) -> Sequence[bytes] | None:
-        """The names in ``deleted`` as they are; None if ``delete`` was not asked for."""
+        """The unescaped names in ``deleted``; None without ``delete``."""
         return self._deletes
 
     def __repr__(self) -> str:
+        preview, count = self._is_preview, len(self.deleted)
+        deleted = f", would delete {count}" if preview else f", {count} deleted"
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         skipped += f", {self.unchanged} unchanged" if self.unchanged else ""
-        skipped += f", {len(self.deleted)} deleted" if self.deleted else ""
+        skipped += deleted if count else ""
         return (
-            f"<TransferResult {printable(self.path, 200)!r}: {self.files} files, "
+            f"<TransferResult {printable(self.path, 200)!r}: {'would send ' if preview else ''}"
+            f"{self.files} files, "
             f"{self.size} bytes, {self.duration:.2f} s{skipped}>"
         )
 
@@ -4939,9 +4951,7 @@ def _server_at(url: str, source: str) -> RedisServer:
     try:
         import redis  # noqa: F401
     except ImportError:
-        raise ConfigurationError(
-            f"{source} needs redis-py: install it with pip install 'clore-client[redis]'"
-        ) from None
+        raise ConfigurationError(f"{source} needs redis-py: pip install redis") from None
     server = _connected(url)
     if server is None:
         # The URL is not shown, as it may contain a password.
@@ -4995,7 +5005,7 @@ class RedisStore:
         return f"among all machines, by Redis at {self._server.name}"
 
     def apply(self, step: str, turn: Turn) -> Look:
-        """Make one step. Each one returns a look, of which only the one of ``look`` counts."""
+        """Run one step in Redis. Only the result of ``look`` is used."""
         numbers = _numbers(turn, time.monotonic())
         try:
             reply = self._server.client.eval(REDIS_SCRIPT, 1, self._key, step, numbers, REDIS_RULES)
@@ -5558,7 +5568,7 @@ class HTTPClient:
 
     def _read_marketplace(self) -> dict[str, Any]:
         """Make the call for the list of servers, for :class:`Marketplace`."""
-        if getattr(self._request, "__func__", None) is not HTTPClient._request:
+        if is_request_replaced(self):
             return self._request("GET", "/v1/marketplace")  # a subclass or a fake expects dicts
         call = self._prepare("GET", "/v1/marketplace", None, None, {})
         call.lists_servers = True
@@ -5703,6 +5713,14 @@ class HTTPClient:
         return result
 
 
+ORIGINAL_REQUEST = HTTPClient._request
+
+
+def is_request_replaced(client: Any) -> bool:
+    """Return whether a subclass or a test has replaced ``_request``."""
+    return getattr(client._request, "__func__", None) is not ORIGINAL_REQUEST
+
+
 # ==================================================================================================
 # market.filters
 #
@@ -5772,8 +5790,14 @@ MINIMUMS = {
 }
 
 
-def check_filters(given: Mapping[str, Any]) -> dict[str, Any]:
+def check_filters(
+    given: Mapping[str, Any], method: Callable[..., Any] | None = None
+) -> dict[str, Any]:
     """Check the filters, and return those that are set, in the form that a search uses.
+
+    Parameters:
+        given: the filters by name.
+        method: the method that got them; an error about an unknown name suggests its parameters.
 
     Raises:
         TypeError, ValueError: a filter is unknown, has an invalid value, or contradicts another.
@@ -5781,7 +5805,7 @@ def check_filters(given: Mapping[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for name, value in given.items():
         if name not in _CHECKS:
-            raise TypeError(f"there is no filter {short_repr(name)}{_suggestion(name)}")
+            raise TypeError(f"there is no parameter {short_repr(name)}{_suggestion(name, method)}")
         if value is None:
             continue
         checked[name] = _CHECKS[name](name, value)
@@ -5798,11 +5822,18 @@ def check_filters(given: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def _suggestion(name: str) -> str:
-    import difflib  # imported here, because it is slow and rarely needed
+def _suggestion(name: str, method: Callable[..., Any] | None) -> str:
+    import difflib  # imported here, because both are slow and rarely needed
+    import inspect
 
-    close = difflib.get_close_matches(name, _CHECKS, 1)
-    return f": did you mean {close[0]}?" if close else f"; there are {', '.join(_CHECKS)}"
+    own = () if method is None else inspect.signature(method).parameters
+    names = list(dict.fromkeys([*own, *_CHECKS]))
+    names = [known for known in names if known != "filters"]
+    close = difflib.get_close_matches(name, names, 1)
+    # A limit for one GPU is looser, so it must not be what a plain max_price becomes.
+    if name.startswith("max_price") and "gpu" not in name and "max_price_usd" in names:
+        close = ["max_price_usd"]
+    return f": did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
 
 
 def _cuda(name: str, value: Any) -> tuple[int, int]:
@@ -6434,6 +6465,7 @@ class Search:
         gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
         filters: the other filters of that method.
         currency: the filter of that name, if it is not among them.
+        method: the method of the client that searches.
 
     Attributes:
         currency: the API's name of the currency whose price counts; None for the price that the
@@ -6450,6 +6482,7 @@ class Search:
         use_spot: Any = False,
         filters: Mapping[str, Any] | None = None,
         currency: Any = None,
+        method: Callable[..., Any] | None = None,
     ) -> None:
         self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
         self.max_price_usd = check_optional_number(
@@ -6463,7 +6496,7 @@ class Search:
         self.spot = check_bool("use_spot", use_spot)
         given = {"currency": currency, **(filters or {})}
         self._given = {name: value for name, value in given.items() if value is not None}
-        self._filters = check_filters(self._given)
+        self._filters = check_filters(self._given, method)
         numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
         for name, number in numbers.items():
             if number is not None:
@@ -7412,7 +7445,7 @@ class AccountOrders:
 
     def login_of(self, order: Order) -> dict[str, str]:
         """Return what is known for the login to an order."""
-        if order.id in self.cancelled or order.id in self.ended:
+        if self.has_ended(order.id):
             return {}  # a list can show it as active for a while, and nothing may be saved again
         return self.credentials.of(self.account, order.id, order)
 
@@ -7424,9 +7457,13 @@ class AccountOrders:
                     order[name] = str(text)
         return order
 
+    def has_ended(self, order_id: int | None) -> bool:
+        """Return whether this client knows that an order has ended. Nothing is sent."""
+        return order_id in self.ended or order_id in self.cancelled
+
     def check_not_ended(self, order_id: int) -> None:
         """Raise an error if this client knows that an order has ended. Nothing is sent."""
-        if order_id in self.ended or order_id in self.cancelled:
+        if self.has_ended(order_id):
             raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
 
     def running(self, order_id: int) -> Order:
@@ -7631,7 +7668,7 @@ def _unknown_bid(order: Order) -> RateUnknownError:
     error = RateUnknownError(
         f"the bid of order {order.id} in USD is not known, because the API shows it in "
         f"{order.currency} and lists no exchange rate, so nothing was bid: call set_spot_price() "
-        "with a price below your bid, which has no need of a rate, or pay spot orders in USD"
+        "with a price below your bid, which needs no exchange rate, or pay spot orders in USD"
     )
     error.retryable = False
     return error
@@ -8372,6 +8409,12 @@ class Purchase:
                 self._check_limits()
                 self._read_baseline(find_timeout)
                 order, purchase = self._submit_and_save(find_timeout)
+        except CurrencyNotAllowedError as error:
+            error.add_hint(
+                f"the host does not accept {self.currency}: choose a server found with "
+                f"currency={self.currency!r}, or pay with another currency="
+            )
+            raise
         except InsufficientBalanceError as error:
             with contextlib.suppress(Exception):  # the refusal matters more than its explanation
                 price = self.usd_per_hour()
@@ -8391,8 +8434,7 @@ class Purchase:
         """Record the existing orders before the purchase is sent."""
         orders, data = self._orders, self._orders.market.data
         self.before = frozenset(orders.known)
-        replaced = getattr(orders.client._request, "__func__", None) is not HTTPClient._request
-        if not data.live and (replaced or data.documented):
+        if not data.live and (is_request_replaced(orders.client) or data.documented):
             return  # the response will have the order id
         # The live API returns no order id, so record which orders can't be the new one.
         patience = orders.client.rate_limit + max(find_timeout / 2, SHORTEST_LIMIT)
@@ -9452,6 +9494,7 @@ def kept_entries(folder: Path | None, account: str) -> list[JournalEntry]:
 
 
 MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
+LIST_PATIENCE = 10.0  # seconds for a list of orders while another order runs
 SEARCH_INTERVAL = 2.0  # seconds between two searches for an order that may exist
 
 
@@ -9658,13 +9701,16 @@ class RentalOrders:
         return OutcomeUnknownError(text) if left else None
 
     def try_to_cancel(
-        self, purchase: RentalOrder, deadline: Callable[[], float]
+        self,
+        purchase: RentalOrder,
+        deadline: Callable[[], float],
+        stop: Callable[[], bool] = lambda: False,
     ) -> CloreError | None:
         """Cancel an order until that is accepted. Return None, or the error."""
         if purchase.accepted:
             return None
         failure = purchase.cancellation(self._orders).run(
-            deadline, confirm=False, stop=lambda: self.abandoned
+            deadline, confirm=False, stop=lambda: self.abandoned or stop()
         )
         if failure is None:  # the order costs nothing from now on
             purchase.meter.stop()
@@ -9712,26 +9758,34 @@ class RentalOrders:
 
     def unresolved(self) -> list[RentalOrder]:
         """Return the purchases that the API refused with code 1, but that may have an order."""
-        return [p for p in self._all if p.order_id is None and p.refused]
+        return [p for p in self._all if p.refused and not p.accepted]
 
-    def search_unresolved(self) -> None:
-        """Look once for the orders of unresolved purchases, and cancel those that exist."""
+    def search_unresolved(self, stop: Callable[[], bool]) -> None:
+        """Look once for the orders of unresolved purchases, and cancel those that exist.
+
+        Parameters:
+            stop: returns whether something else is more urgent; a cancel then goes on later.
+        """
         for purchase in self.unresolved():
-            try:
-                confirmed_absent = self._search(purchase)
-            except CloreError as error:
-                logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
-                continue
+            if purchase.order_id is None:
+                self._search_or_forget(purchase)
             if purchase.order_id is not None:
-                logger.warning(
-                    "order %d of server %d exists although the API refused it: cancelling it",
-                    purchase.order_id,
-                    purchase.server_id,
-                )
                 until = time.monotonic() + self._settings.cancel_timeout
-                self.try_to_cancel(purchase, lambda: until)  # noqa: B023
-            elif confirmed_absent:
+                self.try_to_cancel(purchase, lambda: until, stop)  # noqa: B023
+
+    def _search_or_forget(self, purchase: RentalOrder) -> None:
+        """Look once for the order of a purchase; forget the purchase if it has none."""
+        try:
+            if self._search(purchase):
                 self.forget(purchase)
+        except CloreError as error:
+            logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
+        if purchase.order_id is not None:
+            logger.warning(
+                "order %d of server %d exists although the API refused it: cancelling it",
+                purchase.order_id,
+                purchase.server_id,
+            )
 
     @property
     def search_interval(self) -> float:
@@ -9778,6 +9832,8 @@ class RentalOrders:
         """
         asked_at = time.monotonic()
         deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
+        if self.block_ended_at is None:  # the limits of the rental must be checked meanwhile
+            deadline = asked_at + LIST_PATIENCE
         absent = purchase.absent
         try:
             orders = limited(self._orders.active, deadline=deadline, urgent=True)
@@ -10103,7 +10159,7 @@ class RentalWorker:
                 self._next_request()
                 if self._must_end_order():
                     self._end_early()
-                self._rental_orders.search_unresolved()
+                self._rental_orders.search_unresolved(self._has_urgent_work)
         except BaseException as error:
             self.failure = error
         self._rental_orders.record_block_end()
@@ -10141,6 +10197,9 @@ class RentalWorker:
     def _block_is_gone(self) -> bool:
         """Return whether the ``with`` statement or the rental no longer exists."""
         return any(holder() is None for holder in self._holders)
+
+    def _has_urgent_work(self) -> bool:
+        return not self._inbox.empty() or self._has_ended_block() or self._must_end_order()
 
     def _must_end_order(self) -> bool:
         current = self._current
@@ -10312,15 +10371,20 @@ class Rental:
         self._order: Order | None = None
         self._server: Server | None = None
         self._shell: Any = None
+        self._kept_as = "kept"  # what the repr of an order says that this rental does not end
         self._over = False  # set before the worker is looked at, as __enter__ does it vice versa
         self.tried: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
+        return f"<Rental of order {self._order.id if self._order else None}, {self._state()}>"
+
+    def _state(self) -> str:
         worker = self._worker
-        state = "not open" if worker is None or worker.finished.is_open else "open"
+        if self._order is not None and self._orders.has_ended(self._order.id):
+            return "ended"
         if worker is not None and worker.kept:
-            state = "kept"
-        return f"<Rental of order {self._order.id if self._order else None}, {state}>"
+            return self._kept_as
+        return "not open" if worker is None or worker.finished.is_open else "open"
 
     # --- for users ---
 
@@ -10433,6 +10497,9 @@ class Rental:
         of the interpreter don't end the order any more. :meth:`CloreClient.leftovers` lists it
         under ``kept``, and :meth:`CloreClient.attach` takes it up again.
 
+        On the rental of :meth:`CloreClient.attach`, it does not bind the process that rented the
+        order: that process still ends it at the end of its own block, or at its limits.
+
         Parameters:
             max_hours: hours from now after which :meth:`CloreClient.cancel_overdue` ends the order.
                 Nothing ends it by itself: call that from cron.
@@ -10450,6 +10517,7 @@ class Rental:
                 f"order {order.id} has ended already, so it can't be kept: rent again"
             )
         worker.keep(None if max_hours is None else time.time() + max_hours * 3600.0)
+        self._kept_as = "kept"
         return order
 
     def cancel(self) -> None:
@@ -10730,6 +10798,7 @@ class AttachedRental(Rental):
         self._ends = ends
         self._priced = order.usd_per_hour is not None
         if not ends:
+            self._kept_as = "attached"
             self._worker = self._make_worker()
             self._worker.adopt(order, ends=False)
 
@@ -11257,14 +11326,23 @@ def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> l
         listed = {order.id: order for order in orders.active()} if overdue else {}
         pairs = []
         for entry in overdue:
-            if entry.order_id in listed or orders.state(entry.order_id or 0) != "ended":
-                pairs.append((entry, listed.get(entry.order_id)))
-            else:
+            if entry.order_id not in listed and _has_ended(orders, entry.order_id or 0):
                 entry.remove()
+            else:
+                pairs.append((entry, listed.get(entry.order_id)))
         return _end_entries(orders, pairs, timeout, "cancel_overdue()")
     finally:
         for entry in overdue:
             entry.close()
+
+
+def _has_ended(orders: AccountOrders, order_id: int) -> bool:
+    """Return whether an order is known to have ended."""
+    try:
+        return orders.state(order_id) == "ended"
+    except CloreError as error:  # the other orders must not wait for this one
+        logger.debug("the state of order %d can't be read: %s", order_id, error)
+        return False
 
 
 def _end_entries(
@@ -11369,14 +11447,18 @@ def record_key(version: object) -> str:
     return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
 
 
-def link_target(name: bytes, link: bytes) -> bytes | None:
-    """Return the name in the same tree that a symlink leads to, or None outside the tree."""
+def link_target(name: bytes, link: bytes, folders: Container[bytes] | None = None) -> bytes | None:
+    """Return the name in the same tree that a symlink leads to, or None outside the tree.
+
+    With ``folders``, the names of all directories, ``..`` after anything else counts as outside:
+    after another symlink it leads elsewhere than the text says.
+    """
     if link.startswith(b"/") or not link:
         return None
     parts = name.split(b"/")[:-1]
     for part in link.split(b"/"):
         if part == b"..":
-            if not parts:
+            if not parts or (folders is not None and b"/".join(parts) not in folders):
                 return None
             parts.pop()
         elif part not in (b"", b"."):
@@ -11545,9 +11627,10 @@ def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str
 #
 # A call that has no timeout of its own is limited by a watchdog.
 #
-# paramiko has no settings for most of this: these are attributes of its objects. Two of them are
-# private, ``Packetizer._read_timeout`` and ``Transport._send_user_message``; a test names the
-# versions of paramiko with which that was checked.
+# paramiko has no settings for most of this: these are attributes of its objects. The package uses
+# four private ones: ``Packetizer._read_timeout`` and ``Transport._send_user_message`` here,
+# ``SFTPClient._async_request`` and ``SFTPClient._read_response`` in ``transfer/sftp.py``. A test
+# names the versions of paramiko with which that was checked.
 # ==================================================================================================
 
 
@@ -11560,7 +11643,7 @@ CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
 SPARE_PATIENCE = 1.0  # seconds for a thread to take what has arrived
 KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
 DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
-KEEPALIVE_LOOK = 5.0  # seconds between two looks at that
+KEEPALIVE_LOOK = 5.0  # seconds between two checks for silence
 WATCH_INTERVAL = 0.1  # seconds between two checks of the watchdog's limits
 # Messages that begin with a count, for as many things as paramiko would then read from nothing.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
@@ -11611,7 +11694,7 @@ def prepared_transport(
 
 
 def _preferred(names: Any, first: Any) -> list[str]:
-    """Return ``names`` with those of ``first`` that are among them in front."""
+    """Return ``names``, with those that are also in ``first`` at the front."""
     return [n for n in first if n in names] + [n for n in names if n not in first]
 
 
@@ -11655,7 +11738,7 @@ def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
 
 
 def _name_errors(transport: Any, error: type[Exception]) -> None:
-    """Raise as paramiko's own error what its thread died of: odd bytes can make it anything."""
+    """Convert any exception of paramiko's thread to an SSHException."""
     get_exception = transport.get_exception
 
     def named() -> Any:
@@ -11749,8 +11832,7 @@ def open_next_session(transport: Any) -> None:
 class SpareSession:
     """A session of a transport that is opened in advance, which saves a round trip later.
 
-    Whoever opens a session next gets it, so that it takes no place from anybody on a host that
-    limits their number.
+    The next caller gets this session, so it does not count against the host's limit.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -11802,7 +11884,7 @@ class SpareSession:
 def _is_refusal(error: Exception) -> bool:
     import paramiko
 
-    # It comes as another error where another thread has taken paramiko's own.
+    # If another thread already took paramiko's error, this one has a different type.
     return isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
 
 
@@ -11811,7 +11893,7 @@ def _usable(channel: Any) -> bool:
 
 
 def _guard_channel(channel: Any) -> None:
-    """Limit what a channel keeps in memory, and let nothing follow its close."""
+    """Limit a channel's memory, and send nothing after its close message."""
     if isinstance(channel.transport, ChannelOrder):
         return
     channel.transport = ChannelOrder(channel.transport)
@@ -12399,46 +12481,60 @@ CONTROL = (
     + r"""
 u=$(umask); umask 077
 make() { if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi; }
-wipe() { rm -rf "$p" "$r" || { sleep 1; rm -rf "$p" "$r"; }; }
+o=$p.owner
+wipe() { rm -rf "$p" "$r" "$o" || { sleep 1; rm -rf "$p" "$r" "$o"; }; }
 # Again a little later: a dd that was just starting may have created the file anew.
 wipe_all() { wipe; sleep 0.2 2>/dev/null || sleep 1; wipe; }
 gone() { [ "$keep" = 1 ] || wipe_all; exit 1; }
 trap gone HUP TERM
 [ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
 make || no "nothing can be created in $d"
+# With resume, two uploads may share the temporary name: only the one that began last may go on.
+[ "$keep" = 0 ] || echo "$owner" >"$o"
 no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
 printf "ready %s\n" "$u"
-[ ! -s "$r" ] || cat "$r"
+[ ! -s "$r" ] || { cat "$r"; echo; }
 echo "$token"
 set_mode() {
   m=$(printf %o $((0$mode & ~0$u)))
   [ ! -e "$f" ] || m=$(stat -c %a "$f")
   [ "$preserve" = 0 ] || m=$mode
-  chmod "$m" "$p" || exit 1
-  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || exit 1
+  chmod "$m" "$p" || gone
+  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$time" "$p" || gone
 }
 finish_file() {
   s=$(stat -c %s "$p"); [ "$s" = "$size" ] || no "$s of $size bytes arrived"
   set_mode
-  mv -f "$p" "$f" || exit 1
+  mv -f "$p" "$f" || gone
 }
 finish_tree() {
-  if [ ! -e "$f" ]; then set_mode; mv "$p" "$f" || exit 1; return; fi
-  cd "$p" || exit 1
-  export preserve
+  if [ ! -e "$f" ]; then set_mode; mv "$p" "$f" || gone; return; fi
+  cd "$p" || gone
+  export preserve follow
+  wrong=$(find . ! -name . -exec sh -c 'for g; do
+    t=$0/${g#./} folder=0
+    [ -L "$g" ] || [ ! -d "$g" ] || folder=1
+    if [ "$follow" = 0 ] && [ -L "$t" ] && [ ! -L "$g" ]; then echo "$t is a symlink"
+    elif [ $folder = 0 ] && [ -d "$t" ] && [ ! -L "$t" ]; then echo "$t is a directory"
+    elif [ $folder = 1 ] && [ -e "$t" ] && [ ! -d "$t" ]; then echo "$t is not a directory"
+    fi; done' "$f" {} +)
+  [ -z "$wrong" ] || no "${wrong%%$n*}"
   # A directory that is new there is moved as a whole, with its modes and times.
   find . -type d -exec sh -c '[ ! -e "$0/$1" ] && mv "$1" "$0/$1"' "$f" {} \; -prune
   find . ! -type d -exec sh -c 'for g; do
     [ "$preserve" = 1 ] || [ ! -f "$0/$g" ] || [ ! -f "$g" ] || chmod "$(stat -c %a "$0/$g")" "$g"
-    mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || exit 1
+    [ ! -L "$0/$g" ] || rm -f "$0/$g"  # mv would move into the directory that it leads to
+    mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || gone
   cd / && rm -rf "$p"
 }
 while read -r word || gone; do case $word in
 restart) wipe; make; echo "$token";;
 wipe) wipe; exit 1;;
 list) (cd "$p" && list); echo "$token";;
-go) if [ "$kind" = f ]; then finish_file; else finish_tree; fi
-  rm -f "$r"; printf "ok %s\n" "$f"; exit 0;;
+go) [ "$keep" = 0 ] || [ "$(cat "$o" 2>/dev/null)" = "$owner" ] || {
+  printf "no another upload of the same has begun%s" "$n"; exit 1; }
+  if [ "$kind" = f ]; then finish_file; else finish_tree; fi
+  rm -f "$r" "$o"; printf "ok %s\n" "$f"; exit 0;;
 *) gone;;
 esac; done
 """
@@ -12866,9 +12962,7 @@ def import_paramiko() -> Any:
     try:
         import paramiko
     except ImportError as error:
-        raise ImportError(
-            "SSH needs paramiko: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
-        ) from error
+        raise ImportError("SSH needs paramiko: pip install paramiko scp") from error
     # It logs each failure with a traceback and the host's own words, which would be printed.
     # A handler of one's own still gets them.
     quiet = logging.getLogger(PARAMIKO_LOGGER)
@@ -12927,9 +13021,10 @@ class Login:
         shown = printable(repr(path), 200)
         if not os.path.isfile(path):
             raise ValueError(f"key_path: there is no file {shown}")
-        secret = None if passphrase is None else passphrase.encode()
         try:
-            return self._paramiko.PKey.from_path(path, secret)
+            return self._paramiko.PKey.from_path(
+                path, None if passphrase is None else passphrase.encode()
+            )
         except TypeError as error:  # it is encrypted and there is none, or the other way round
             if passphrase is None:
                 raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
@@ -13087,7 +13182,7 @@ class Login:
             raise
 
     def _connect_timeout(self) -> float:
-        """Return the seconds for the TCP connection, few if another try follows.
+        """Return the TCP timeout; shorter for the first of several tries.
 
         The first failure is the moment to look if the order has ended.
         """
@@ -13183,6 +13278,9 @@ def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
                 f"{', '.join(sorted(LOGIN_OPTIONS))}"
             )
     options = {**LOGIN_DEFAULTS, **given}
+    for name in ("key_path", "host_key"):  # not secret, and errors name them
+        if isinstance(options[name], Secret):
+            options[name] = str(options[name])
     check_number("wait", options["wait"], infinite=True, unit="seconds")
     for name in ("password", "passphrase"):
         if options[name] is not None:
@@ -13364,6 +13462,15 @@ class ConnectionPool:
 # ==================================================================================================
 
 
+class SecretBytes(bytes):
+    """Bytes with a masked repr, because error reporters print local variables."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "b'***'"
+
+
 def command_line(command: str | Sequence[str]) -> str:
     """Return a command as a line for a shell: a string unchanged, a list of arguments quoted."""
     if isinstance(command, str):
@@ -13386,7 +13493,9 @@ def quoted_word(word: str) -> str:
     # Even in single quotes, a backslash is special in fish, and "!" in csh.
     parts = re.split(r"([\\!])", word)
     quoted = [f"\\{part}" if part in ("\\", "!") else shlex.quote(part) for part in parts if part]
-    return "".join(quoted) or "''"
+    text = "".join(quoted) or "''"
+    # At the start of a word, zsh expands "=", and fish "%".
+    return f"'{text[0]}'{text[1:]}" if text[0] in "=%" else text
 
 
 def input_bytes(value: Any) -> bytes:
@@ -13413,8 +13522,8 @@ def exports(env: Any) -> str:
         if not isinstance(value, str):
             raise TypeError(f"env[{short_repr(name)}] must be a string, not {type(value).__name__}")
         encoded(f"env[{name!r}]", value)
-        lines.append(f"export {name}={quoted_word(value)} || exit 121\n")
-    return "".join(lines)
+        lines.append(Secret(f"export {name}={quoted_word(value)} || exit 121\n"))
+    return Secret("".join(lines))
 
 
 def csh_line(exports: str, command: str | Sequence[str], line: str) -> str:
@@ -13432,7 +13541,7 @@ def csh_line(exports: str, command: str | Sequence[str], line: str) -> str:
     if len(plain) > MAX_CSH_LINE:
         return ""
     decode = 'sh -c \'eval "$(printf %b "$1")"\''
-    return f"expr \"$shell\" : '.*csh$' >/dev/null && exec {decode} \"$shell\" '{plain}'\n"
+    return Secret(f"expr \"$shell\" : '.*csh$' >/dev/null && exec {decode} \"$shell\" '{plain}'\n")
 
 
 def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
@@ -13447,7 +13556,7 @@ def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
 
 MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
 LONGEST_PIECE = 65536  # characters of one call of on_output
-MAX_STDERR_BEFORE_PID = 65536  # bytes, for what start-up files print
+MAX_STDERR_BEFORE_PID = 65536  # bytes to hold back of what start-up files print
 
 
 class CommandOutput:
@@ -13534,8 +13643,8 @@ class LineSplitter:
 class PidLine:
     """The first line that a command's shell prints on stderr, with a random mark and its pid.
 
-    It proves that the host runs the command, and gives the process group to end. All of stderr is
-    held back until it has come.
+    It proves that the host runs the command, and gives the process group to end. Until it has come,
+    the last 64 KB of stderr are held back.
 
     Parameters:
         waits: let the command wait for a line of input, so that it can't start without the rest.
@@ -13562,12 +13671,13 @@ class PidLine:
             return data
         self._held += data
         found = self._line.search(self._held)
-        if found is None and len(self._held) <= MAX_STDERR_BEFORE_PID:
-            return b""
+        if found is None:  # it may have begun in what is kept
+            surplus = self._held[:-MAX_STDERR_BEFORE_PID]
+            self._held = self._held[-MAX_STDERR_BEFORE_PID:]
+            return surplus
         self._done = True
-        if found is not None:
-            self.pid = int(found[1])
-            self._held = self._held[: found.start()] + self._held[found.end() :]
+        self.pid = int(found[1])
+        self._held = self._held[: found.start()] + self._held[found.end() :]
         return self.rest()
 
     def rest(self) -> bytes:
@@ -13760,6 +13870,7 @@ def job_script(verb: str) -> str:
 
 
 JOB_TIMEOUT = 30.0  # seconds without a word of the machine
+LEAST_PATIENCE = 5.0  # seconds for a login or a word of the machine, even if less time is left
 MAX_TAIL = 8 * 1024 * 1024  # bytes
 MAX_PORTION = 1048576  # bytes of output that follow one size
 MAX_JOBS = 10_000
@@ -13786,7 +13897,7 @@ class JobCommand:
         self.line = command_line(command)
         self.encoded_line = encoded("command", self.line)
         self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
-        self.exports = encoded("env", exports(env))
+        self.exports = SecretBytes(encoded("env", exports(env)))
         if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
             raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")
         path = "~" if cwd is None else os.fspath(cwd)
@@ -13834,14 +13945,15 @@ class HostJobs:
 
     @contextlib.contextmanager
     def script(
-        self, pool: ConnectionPool, verb: str, **values: bytes | str | int
-    ) -> Iterator[RemoteScript]:
+        self, pool: ConnectionPool, verb: str, timeout: float = math.inf, /,
+        **values: bytes | str | int,
+    ) -> Iterator[RemoteScript]:  # fmt: skip
         """Run a script on a connection, for the length of a block."""
         transport = pool.ssh.get_transport()
         turn = threading.Lock() if takes_turns(transport) else None
         with Watchdog() as watchdog:
-            text = script_text(verb, job_script(verb), **values)
-            running = RemoteScript(transport, text, watchdog, JOB_TIMEOUT, turn=turn)
+            text = SecretBytes(script_text(verb, job_script(verb), **values))
+            running = RemoteScript(transport, text, watchdog, min(timeout, JOB_TIMEOUT), turn=turn)
             try:
                 with running:
                     yield running
@@ -14078,33 +14190,53 @@ class Following:
 
     def run(self) -> JobState:
         """Return the state of the job when it has ended."""
-        useless = 0
         failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        try:
+            state = self._until_end(failures)
+        except failures as error:
+            final = isinstance(error, (JobError, HostKeyChangedError))
+            final = final or error is self._callback_error
+            if final or getattr(error, "reason", "") == "refused" or self._time_left() > 0:
+                raise
+            raise self._too_late(f"it may still run ({reason(error)})") from error
+        if self._splitter is not None:
+            self._splitter.finish()
+        return state
+
+    def _time_left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _too_late(self, state: str = "it still runs") -> JobTimeoutError:
+        return JobTimeoutError(f"job {self._name!r} did not end in time; {state}", name=self._name)
+
+    def _until_end(self, failures: tuple[type[Exception], ...]) -> JobState:
+        useless = 0
         while True:
             began = time.monotonic()
             with self._host.connected(self._deadline) as pool:
                 try:
-                    state = self._receive(pool)
-                    break
+                    return self._receive(pool)
                 except failures as error:
                     lasted = time.monotonic() - began
                     # A machine that only ends the script would be asked without end.
                     broke = not is_connected(pool.ssh) or lasted > JOB_TIMEOUT
                     useless = 0 if self._heard and broke else useless + 1
                     final = isinstance(error, JobError) or error is self._callback_error
-                    if final or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
+                    final = final or useless >= MOST_USELESS_TRIES or self._time_left() <= 0
+                    if final or not self._host.reconnects:
                         raise
                     logger.warning("job %s: %s; connecting again", self._name, error)
             time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
-        if self._splitter is not None:
-            self._splitter.finish()
-        return state
 
     def _receive(self, pool: ConnectionPool) -> JobState:
         self._heard = False
         values: dict[str, str | int] = {"name": self._name, "at": self._at}
-        with self._host.script(pool, "follow", **values) as script:
+        limit = max(self._time_left(), LEAST_PATIENCE)
+        with self._host.script(pool, "follow", limit, **values) as script:
             while True:
+                limit = min(JOB_TIMEOUT, max(self._time_left(), LEAST_PATIENCE))
+                script.channel.timeout = limit
+                script.channel.settimeout(limit)
                 line = script.line()
                 if line.startswith(b"end "):
                     return JobState.parse(line[4:].decode("ascii", "replace"))
@@ -14117,10 +14249,8 @@ class Following:
                     at = max(0, self._at)
                     text = f"job {self._name}: {readable_size(at)} of output"
                     self._call(self._report, ProgressEvent("job", at, text))
-                if time.monotonic() >= self._deadline:
-                    raise JobTimeoutError(
-                        f"job {self._name!r} did not end in time; it still runs", name=self._name
-                    )
+                if self._time_left() <= 0:
+                    raise self._too_late()
 
     def _pass_on(self, script: RemoteScript, size: int) -> None:
         while size:
@@ -14133,7 +14263,7 @@ class Following:
                 self._call(self._splitter.feed, piece)
 
     def _call(self, callback: Callable[[Any], object], argument: Any) -> None:
-        """Call what the user gave; its errors are no errors of the connection."""
+        """Call the user's function, and keep its errors apart from those of the connection."""
         try:
             callback(argument)
         except Exception as error:
@@ -14647,9 +14777,7 @@ def excluder(patterns: Any) -> Excludes | None:
     try:
         pathspec: Any = importlib.import_module("pathspec")
     except ImportError as error:
-        raise ImportError(
-            "exclude needs pathspec: pip install 'clore-client[files]' (or: pip install pathspec)"
-        ) from error
+        raise ImportError("exclude needs pathspec: pip install pathspec") from error
     try:
         spec = pathspec.GitIgnoreSpec.from_lines(lines)
     except ValueError as error:
@@ -14668,7 +14796,7 @@ def check_path(name: str, value: Any) -> bytes:
     try:
         path = os.fsencode(value)
     except UnicodeEncodeError:
-        raise ValueError(f"{name} has a character that no path may have") from None
+        raise ValueError(f"{name} has a character that is not allowed in a path") from None
     if not path or b"\0" in path:
         raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
     check_local_path(name, path)  # no host allows longer ones
@@ -14824,9 +14952,10 @@ class SSHAccess:
         order = self._with_address(order)
         agent_key, own = None, bool(options["password"] or options["key_path"])
         if not options["password"] and not options["key_path"]:
-            saved = order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
-            options["password"] = saved
-            if not saved:
+            options["password"] = Secret.of(
+                order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
+            )
+            if not options["password"]:
                 options["key_path"], agent_key = self._key_of(order)
         where = "{host}:{port}".format(**plain_address(order))
         keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
@@ -14852,15 +14981,22 @@ class SSHAccess:
         timeout: float = 30.0,
         size: int = 1,
         eager: bool = True,
+        deadline: float | None = None,
     ) -> ConnectionPool:
-        """Return the caller's connection, or logins to make when the pool is entered."""
-        check_login_options(login)
+        """Return the caller's connection, or logins to make when the pool is entered.
+
+        Parameters:
+            deadline: seconds that limit the login too.
+        """
+        options = check_login_options(login)
         if ssh is not None:
             ssh = check_connection(ssh)
             record = isinstance(order, Mapping)
             number = Order(order).id if record else check_order_id("order", order)
             return ConnectionPool(None, ssh, on_failure=self._on_failure(number))
-        return ConnectionPool(self.login(order, timeout=timeout, **login), None, size, eager)
+        if deadline is not None:
+            timeout, options["wait"] = min(timeout, deadline), min(options["wait"], deadline)
+        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the machine of an order."""
@@ -14871,7 +15007,8 @@ class SSHAccess:
 
         def connect(seconds: float) -> ConnectionPool:
             wait = min(seconds, options["wait"])
-            return self.connected(order, ssh, {**options, "wait": wait})
+            limit = max(seconds, LEAST_PATIENCE)
+            return self.connected(order, ssh, {**options, "wait": wait}, deadline=limit)
 
         return HostJobs(connect, reconnects=ssh is None)
 
@@ -15050,7 +15187,7 @@ class RunningCommand:
             self._channel.in_buffer.set_event(event)
             self._channel.in_stderr_buffer.set_event(event)
             self._watch_for_exit_signal()
-            line = self._pid_line.prefix.encode() + self._command.encoded_line
+            line = SecretBytes(self._pid_line.prefix.encode() + self._command.encoded_line)
             channel_request(self._channel, "exec", line)
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
@@ -15286,9 +15423,7 @@ def guarded_scp(
     try:
         scp = importlib.import_module("scp")
     except ImportError as error:
-        raise ImportError(
-            "scp() needs scp: pip install 'clore-client[ssh]' (or: pip install paramiko scp)"
-        ) from error
+        raise ImportError("scp() needs scp: pip install paramiko scp") from error
     limit = math.inf if max_bytes is None else check_number("max_bytes", max_bytes, unit="bytes")
     check_number("socket_timeout", socket_timeout, above=True, maximum=1e6, unit="seconds")
     transport = ssh.get_transport()
@@ -16031,7 +16166,9 @@ class _Terminal:
         except connection_errors() as error:
             if not self._transport.is_active():
                 raise
-            raise SSHError(f"the machine opens no terminal ({reason(error)}): use run()") from error
+            raise SSHError(
+                f"the machine did not open a terminal ({reason(error)}): use run()"
+            ) from error
 
     def _ended(self) -> bool:
         channel = self._channel
@@ -16380,10 +16517,14 @@ def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool
 
 
 def write_piece(file: Any, piece: bytes) -> None:
-    """Write a piece, or leave a hole where it is all zeros, so that sparse files stay sparse."""
+    """Write a piece, unless it is all zeros and nothing else is there: sparse files stay sparse."""
     if piece[0] == 0 == piece[-1] and piece == ZEROS[: len(piece)]:
-        file.seek(len(piece), os.SEEK_CUR)
-        return
+        start = file.tell()
+        there = file.read(len(piece))  # shorter at the end of the file
+        hole = there == ZEROS[: len(there)]
+        file.seek(start + len(piece) if hole else start)
+        if hole:
+            return
     view = memoryview(piece)
     while view:
         view = view[file.write(view) :]
@@ -16399,7 +16540,7 @@ def write_piece(file: Any, piece: bytes) -> None:
 CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
 # Bytes that a resumable upload sends before the host has confirmed anything: on a far one, as many
 # as one channel takes, since fewer would cost throughput.
-NEAR_AHEAD, FAR_AHEAD = 256 * 1024, COMMAND_WINDOW
+LEAST_AHEAD = 256 * 1024
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 
 
@@ -16492,7 +16633,7 @@ class Transfer:
         """
         if not self.options.resume:
             return float("inf")
-        return max(NEAR_AHEAD if self.near else FAR_AHEAD, confirmed // 25)
+        return max(LEAST_AHEAD, confirmed // 25)
 
     def script(
         self, ssh: Any, text: bytes, window: int = COMMAND_WINDOW, *,
@@ -16637,7 +16778,7 @@ class Transfer:
         preview = getattr(self.options, "preview", False)
         return TransferResult(
             shown, len(files), size, duration, self.skipped, unchanged=self.unchanged,
-            sent=[self._shown(entry) for entry in files] if preview else (), deletes=self.deletes,
+            sent=[self._shown(entry) for entry in files] if preview else None, deletes=self.deletes,
         )  # fmt: skip
 
 
@@ -16773,10 +16914,11 @@ def make_links(
 ) -> None:
     """Create the symlinks that lead to something in the tree, or copies of it."""
     entries = {entry.name: entry for entry in tree.entries}
+    folders = {entry.name for entry in tree.entries if entry.kind == "d"}
     for link in links:
         target, hops = link, 0
         while target.kind == "l" and hops < 40:
-            within, hops = link_target(target.name, target.link), hops + 1
+            within, hops = link_target(target.name, target.link, folders), hops + 1
             found = entries.get(within) if within else None
             if found is None:
                 break
@@ -16788,12 +16930,31 @@ def make_links(
             tree.entries.remove(link)
         elif not follow:
             os.symlink(os.fsdecode(link.link), part.place(link))
-        elif target.kind == "f":
-            link.kind, link.mode, link.mtime = "f", target.mode, target.mtime
-            shutil.copyfile(part.place(target), part.place(link))
         else:
-            link.kind, link.mode, link.mtime = "d", target.mode, target.mtime
-            shutil.copytree(part.place(target), part.place(link))
+            with about(link):
+                _copy(part, tree, link, target)
+
+
+def _copy(part: LocalPart, tree: RemoteTree, link: FileEntry, target: FileEntry) -> None:
+    """Copy what a symlink leads to, within ``max_bytes``."""
+    link.kind, link.mode, link.mtime, link.size = (
+        target.kind, target.mode, target.mtime, target.size,
+    )  # fmt: skip
+    if target.kind == "f":
+        part.grow(target.size)
+        shutil.copyfile(part.place(target), part.place(link))
+        return
+    below = target.name + b"/"
+    copies = [
+        FileEntry(link.name + b"/" + e.name[len(below) :], e.size, e.mtime, e.mode, e.kind)
+        for e in tree.entries
+        if e.kind != "l" and e.name.startswith(below)
+    ]
+    part.grow(sum(entry.size for entry in copies))
+    if len(tree.entries) + len(copies) > MAX_TARGET_FILES:
+        raise SSHError(f"its copies are more than {MAX_TARGET_FILES} files")
+    tree.entries += copies
+    shutil.copytree(part.place(target), part.place(link))
 
 
 MAX_TARGET_FILES = 2_000_000
@@ -17522,13 +17683,15 @@ class Download:
 
     def _different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""
-        if not files[0].name:
-            return list(
-                self._different_chunks([(files[0], 0, files[0].size)], self._part.target_of)
-            )
+        small = [entry for entry in files if entry.name and entry.size < SMALL_FILE]
+        names = {entry.name for entry in small}
+        chunks = [c for e in files if e.name not in names for c in _chunks(e, 0, e.size)]
+        found = list(self._different_chunks(chunks, self._part.target_of))
+        if not small:
+            return found
         text = script_text("digests", FILE_DIGESTS, path=self._options.source)
         with self._transfer.script(self._transfer.pool.ssh, text) as script:
-            return list(different_files(script, files, self._part.target_of))
+            return found + list(different_files(script, small, self._part.target_of))
 
     # --- checks ---
 
@@ -17541,11 +17704,7 @@ class Download:
             if earlier and entry.size < SMALL_FILE and entry.name:
                 small.append(entry)
             else:
-                chunks += [
-                    (entry, at, min(RANGE, start + length - at))
-                    for start, length in earlier
-                    for at in range(start, start + length, RANGE)
-                ]
+                chunks += [c for start, length in earlier for c in _chunks(entry, start, length)]
             for _, length in earlier:
                 self._transfer.count(entry, length)
         for entry in self._different_chunks(chunks, self._part.place):
@@ -17573,6 +17732,12 @@ class Download:
     def _refuse(self) -> None:
         self._part.clear()
         raise SSHError(DIFFERS)
+
+
+def _chunks(entry: FileEntry, start: int, length: int) -> list[tuple[FileEntry, int, int]]:
+    """Divide a range into chunks that a host hashes within the timeout."""
+    end = start + length
+    return [(entry, at, min(RANGE, end - at)) for at in range(start, end, RANGE)]
 
 
 def _compare(line: bytes, digest: str) -> None:
@@ -17715,6 +17880,8 @@ class SftpUpload:
         key = record_key(entry.version).encode()
         if key in self._begun and (found := remote.look(place, follow=False)) is not None:
             start = int(found.st_size) - int(found.st_size) % BLOCK
+            if found.st_size > entry.size:
+                start = 0
             if found.st_size == entry.size:
                 start = entry.size
         elif self._record is not None:
@@ -17757,6 +17924,9 @@ class SftpUpload:
     def _install(self, part: bytes, target: bytes) -> None:
         remote, tree = self._remote, self._tree
         exists = bool(remote.kind(target))
+        if exists and tree.is_folder:
+            for entry in tree.entries:
+                self._check_place(entry, target + b"/" + entry.name)
         for entry in tree.entries[::-1]:
             place = part + b"/" + entry.name if entry.name else part
             instead = target + b"/" + entry.name if entry.name else target
@@ -17776,6 +17946,16 @@ class SftpUpload:
             else:
                 remote.replace(place, instead)
         remote.remove(part)
+
+    def _check_place(self, entry: FileEntry, place: bytes) -> None:
+        """Check what stands in the place of an entry before anything is installed."""
+        kind = self._remote.kind(place, follow=False)
+        if kind == "l" and entry.kind != "l":
+            if self._options.symlinks != "follow":
+                raise SSHError(f"{os.fsdecode(place)} is a symlink")
+            kind = self._remote.kind(place)
+        if kind and (kind == "d") != (entry.kind == "d"):
+            raise SSHError(f"{os.fsdecode(place)} is {'' if kind == 'd' else 'not '}a directory")
 
     def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
         mode, found = entry.mode, self._remote.look(instead) if instead else None
@@ -17911,7 +18091,7 @@ class Upload:
         size = 0 if tree.is_folder else tree.files[0].size
         return script_text(
             "upload", CONTROL, **self._values, preserve=int(self._options.preserve), size=size,
-            mode=f"{tree.mode:o}", time=touch_time(tree.mtime),
+            mode=f"{tree.mode:o}", time=touch_time(tree.mtime), owner=os.urandom(8).hex(),
         )  # fmt: skip
 
     def _tidy(self) -> None:
@@ -18181,9 +18361,8 @@ class CloreClient(HTTPClient):
         user_agent: added to the User-Agent, for example ``"my-tool/1.0"``.
         max_usd_per_hour: refuse every order and bid above this price, before it is sent.
         max_active_orders: refuse a new order when this many are active.
-        state_dir: the folder in which :meth:`rent` records its orders, for :meth:`leftovers`, the
-            client the logins, host keys and hosts, and in which processes share the rate limit;
-            None turns all of that off.
+        state_dir: the folder for the journal of :meth:`rent`, logins, host keys, the history of
+            hosts, and the shared rate limit; None saves nothing.
         max_response_mb: the largest response in megabytes, decompressed; a larger one is an error.
         order_lag: seconds by which the order lists may lag behind a change (up to 20, seen on the
             live API). An order that is in no list counts as ended only after that time.
@@ -18202,7 +18381,7 @@ class CloreClient(HTTPClient):
 
     Example:
         >>> with CloreClient() as client:
-        ...     server = client.find_cheapest("RTX 4090", max_price_usd=0.5)
+        ...     server = client.find_cheapest("RTX 4090", 0.5, currency="CLORE")
         ...     order = client.create_order(server["id"])
         ...     order = client.wait_for_order(order["order_id"])
     """
@@ -18483,7 +18662,9 @@ class CloreClient(HTTPClient):
             >>> found[0].gpu_name, found[0].usd_per_gpu_hour
             ('RTX 4090', 0.125)
         """
-        search = Search(gpu_type, max_price_usd, min_reliability, use_spot, filters)
+        search = Search(
+            gpu_type, max_price_usd, min_reliability, use_spot, filters, method=self.find_servers
+        )
         check_number("cache_seconds", cache_seconds, unit="seconds")
         found, report = self._market.search(search, cache_seconds)
         servers = ServerList(found)
@@ -18999,7 +19180,9 @@ class CloreClient(HTTPClient):
             "ssh_password": ssh_password, "ssh_key": ssh_key, "jupyter_token": jupyter_token,
         }  # fmt: skip
         settings = RentalSettings(
-            search=Search(gpu_type, max_price_usd, min_reliability, use_spot, filters, currency),
+            search=Search(
+                gpu_type, max_price_usd, min_reliability, use_spot, filters, currency, self.rent
+            ),
             server_id=server_id, order=order, spot_price=spot_price, attempts=attempts,
             deploy_timeout=deploy_timeout, poll_interval=poll_interval, find_timeout=find_timeout,
             cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
@@ -19532,6 +19715,7 @@ class CloreClient(HTTPClient):
             >>> print(client.run(order, "nvidia-smi -L").stdout)
             GPU 0: NVIDIA GeForce RTX 4090
         """
+        env, login = secret_values(env), secret_values(login)
         wanted = Command(
             command, check=check, timeout=timeout, input=input, env=env, on_output=on_output,
             max_output=max_output,
@@ -19578,7 +19762,8 @@ class CloreClient(HTTPClient):
             >>> job = client.start(order, "python train.py", name="train", cwd="~/work")
             >>> job.follow(on_output=print)
         """
-        checked = JobCommand(command, name=name, env=secret_values(env), cwd=cwd)
+        env, login = secret_values(env), secret_values(login)
+        checked = JobCommand(command, name=name, env=env, cwd=cwd)
         return self._ssh.jobs(order, ssh, login).start(checked)
 
     def jobs(
@@ -19600,6 +19785,7 @@ class CloreClient(HTTPClient):
             >>> client.jobs(order)
             [<Job 'train': running>]
         """
+        login = secret_values(login)
         return self._ssh.jobs(order, ssh, login).find()
 
     def job(
@@ -19628,6 +19814,7 @@ class CloreClient(HTTPClient):
             >>> client.job(order, "train").tail(1)
             'step 100: loss 1.24\\n'
         """
+        login = secret_values(login)
         wanted = check_plain_name(name)
         return self._ssh.jobs(order, ssh, login).get(wanted)
 
@@ -19654,6 +19841,7 @@ class CloreClient(HTTPClient):
             root@gpu:~# exit
             0
         """
+        login = secret_values(login)
         check_terminal()
         with self._ssh.connected(order, ssh, login) as pool:
             return run_shell(pool.ssh)
@@ -19698,6 +19886,7 @@ class CloreClient(HTTPClient):
             >>> client.wait_for_http(order, "/api/status")
             200
         """
+        login = secret_values(login)
         options = ProgressOptions(on_progress, progress)
         wait = HTTPWait(order, self._orders.running, path, port, timeout, options)
         if wait.url is not None:
@@ -19729,6 +19918,7 @@ class CloreClient(HTTPClient):
             >>> with client.forward(order, 8888) as port:
             ...     print(requests.get(f"http://127.0.0.1:{port}").status_code)
         """
+        login = secret_values(login)
         check_forward_arguments(remote_port, local_port)
         if ssh is None:
             connection = self._ssh.login(order, **check_login_options(login)).open()
@@ -19836,13 +20026,15 @@ class CloreClient(HTTPClient):
             ['old.bin']
             >>> client.upload(order, "data/", "~/work", delete=would)
         """
+        login = secret_values(login)
         checked = check_upload(
             local, remote, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
             exclude=exclude, skip_unchanged=skip_unchanged, preview=preview, delete=delete,
             streams=streams, progress=progress, on_progress=on_progress, timeout=timeout,
             deadline=deadline,
         )  # fmt: skip
-        with self._ssh.connected(order, ssh, login, timeout, upload_connections(*checked)) as pool:
+        size = upload_connections(*checked)
+        with self._ssh.connected(order, ssh, login, timeout, size, deadline=deadline) as pool:
             return upload_path(pool, checked)
 
     def download(
@@ -19895,13 +20087,16 @@ class CloreClient(HTTPClient):
             >>> client.download(order, "~/work/model.safetensors", ".", resume=True).size
             4976698672
         """
+        login = secret_values(login)
         options = DownloadOptions(
             remote, local, preserve=preserve, verify=verify, resume=resume, symlinks=symlinks,
             exclude=exclude, skip_unchanged=skip_unchanged, streams=streams, max_bytes=max_bytes,
             progress=progress, on_progress=on_progress, timeout=timeout, deadline=deadline,
         )  # fmt: skip
         size = streams or DOWNLOAD_CONNECTIONS
-        with self._ssh.connected(order, ssh, login, timeout, size, streams is not None) as pool:
+        with self._ssh.connected(
+            order, ssh, login, timeout, size, streams is not None, deadline
+        ) as pool:
             return download_path(pool, options)
 
     def rsync_command(
@@ -19964,6 +20159,7 @@ class CloreClient(HTTPClient):
             >>> with client.scp(order) as copy:
             ...     copy.put("train.py", "/root/train.py")
         """
+        login = secret_values(login)
         connection = self._ssh.login(order, timeout=timeout, **check_login_options(login)).open()
         try:
             return guarded_scp(

@@ -718,7 +718,7 @@ def test_a_refused_order_that_stays_does_not_delay_a_budget(make_sim: MakeSim, f
     with pytest.raises(BudgetExceededError, match="was ended"):  # noqa: PT012
         with client.rent(poll_interval=0.05, max_hours=3 / 3600, cancel_timeout=15) as rental:
             order_id = rental.order.id
-            until(lambda: order_id not in [o.id for o in active(sim)], 60)
+            until(lambda: order_id not in active(sim), 60)
             assert len(active(sim)) == 1
     first, order = sim.orders
     assert order.ended is not None
