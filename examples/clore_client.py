@@ -19987,8 +19987,7 @@ class CloreClient(HTTPClient):
             preserve: keep permissions and times.
             verify: compare the SHA-256 of every file.
             resume: continue an earlier transfer that failed. At most 5 % of what had arrived is
-                sent again (or 256 KB near the host, 2 MB far from it). If the size or time of the
-                source has changed, start over.
+                sent again (or 256 KB). If the size or time of the source has changed, start over.
             symlinks: ``"skip"``, ``"copy"`` or ``"follow"``, as in the table.
             exclude: patterns as in ``.gitignore``, of what to leave out. Needs pathspec.
             skip_unchanged: True leaves out the files whose size and time, in whole seconds, are the

@@ -21,7 +21,9 @@ SECRETS: dict[str, Any] = {
     "jupyter_token": TOKEN,
     "env": {"HF_TOKEN": VALUE},
 }
-HERE = os.path.dirname(os.path.abspath(clore_client.__file__))
+HERE = os.path.abspath(clore_client.__file__)  # the one file, which stands beside the tests
+if os.path.basename(HERE) == "__init__.py":
+    HERE = os.path.dirname(HERE) + os.sep
 
 
 def shown(error: BaseException | None) -> str:
