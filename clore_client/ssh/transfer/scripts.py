@@ -72,7 +72,11 @@ CONTROL = (
     + TARGET
     + r"""
 u=$(umask); umask 077
-make() { if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi; }
+# With resume, two uploads may share the temporary name: only the one that began last may go on.
+make() {
+  if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi || return 1
+  [ "$keep" = 0 ] || echo "$owner" >"$o"
+}
 o=$p.owner
 wipe() { rm -rf "$p" "$r" "$o" || { sleep 1; rm -rf "$p" "$r" "$o"; }; }
 # Again a little later: a dd that was just starting may have created the file anew.
@@ -81,8 +85,6 @@ gone() { [ "$keep" = 1 ] || wipe_all; exit 1; }
 trap gone HUP TERM
 [ "$keep" = 1 ] && [ -s "$r" ] && [ -e "$p" ] || wipe
 make || no "nothing can be created in $d"
-# With resume, two uploads may share the temporary name: only the one that began last may go on.
-[ "$keep" = 0 ] || echo "$owner" >"$o"
 no() { [ "$keep" = 1 ] || wipe; printf "no %s%s" "$*" "$n"; exit 1; }
 printf "ready %s\n" "$u"
 [ ! -s "$r" ] || { cat "$r"; echo; }
