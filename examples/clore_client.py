@@ -9757,7 +9757,7 @@ class RentalOrders:
     # --- purchases with unknown outcome ---
 
     def unresolved(self) -> list[RentalOrder]:
-        """Return the purchases that the API refused with code 1, but that may have an order."""
+        """Return the purchases refused with code 1 whose order may exist, and is not cancelled."""
         return [p for p in self._all if p.refused and not p.accepted]
 
     def search_unresolved(self, stop: Callable[[], bool]) -> None:
@@ -13122,7 +13122,7 @@ class Login:
                 raise
 
     def explain(self, error: BaseException) -> None:
-        """Raise a better error than this one if the login failed because the order has ended."""
+        """Raise a better error if the login failed because the order has ended; record others."""
         now = time.monotonic()
         if isinstance(error, NotUpYetError) and now < self._next_look:
             return
@@ -16540,9 +16540,7 @@ def write_piece(file: Any, piece: bytes) -> None:
 
 
 CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
-# Bytes that a resumable upload sends before the host has confirmed anything: on a far one, as many
-# as one channel takes, since fewer would cost throughput.
-LEAST_AHEAD = 256 * 1024
+LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 
 
@@ -17881,11 +17879,9 @@ class SftpUpload:
         remote, start = self._remote, 0
         key = record_key(entry.version).encode()
         if key in self._begun and (found := remote.look(place, follow=False)) is not None:
-            start = int(found.st_size) - int(found.st_size) % BLOCK
-            if found.st_size > entry.size:
-                start = 0
-            if found.st_size == entry.size:
-                start = entry.size
+            size = int(found.st_size)
+            if size <= entry.size:  # else it is not what an earlier upload has sent
+                start = size if size == entry.size else size - size % BLOCK
         elif self._record is not None:
             self._record.write(key + b"\n")
         with remote.sftp.open(place, "r+b" if start else "wb") as file:

@@ -294,7 +294,7 @@ class RentalOrders:
     # --- purchases with unknown outcome ---
 
     def unresolved(self) -> list[RentalOrder]:
-        """Return the purchases that the API refused with code 1, but that may have an order."""
+        """Return the purchases refused with code 1 whose order may exist, and is not cancelled."""
         return [p for p in self._all if p.refused and not p.accepted]
 
     def search_unresolved(self, stop: Callable[[], bool]) -> None:

@@ -209,7 +209,7 @@ class Login:
                 raise
 
     def explain(self, error: BaseException) -> None:
-        """Raise a better error than this one if the login failed because the order has ended."""
+        """Raise a better error if the login failed because the order has ended; record others."""
         now = time.monotonic()
         if isinstance(error, NotUpYetError) and now < self._next_look:
             return

@@ -283,90 +283,84 @@ def test_nothing_in_what_a_shell_is_sent_can_be_read_otherwise() -> None:
 
 
 @pytest.fixture
-def far(client: CloreClient, sshd: Any, tmp_path: Path) -> Far:
+def far(
+    client: CloreClient, sshd: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Far]:
+    """Return a machine with a shell, or with the parameter "sftp" one without."""
+    if getattr(request, "param", "shell") == "sftp":
+        with host(client, tmp_path / "host", "sftp") as found:
+            yield found
+        return
     folder = tmp_path / "far"
     folder.mkdir()
-    return Far(client, sshd.order(), folder, key_path=sshd.key)
+    yield Far(client, sshd.order(), folder, key_path=sshd.key)
+
+
+both_lanes = pytest.mark.parametrize("far", ["shell", "sftp"], indirect=True)
 
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.parametrize("lane", ["shell", "sftp"])
-def test_permissions_are_never_widened(
-    client: CloreClient, tmp_path: Path, here: Path, sshd: Any, lane: str
-) -> None:
-    with contextlib.ExitStack() as stack:
-        if lane == "sftp":
-            far = stack.enter_context(host(client, tmp_path / "host", "sftp"))
-        else:
-            (tmp_path / "far").mkdir()
-            far = Far(client, sshd.order(), tmp_path / "far", key_path=sshd.key)
-        (here / "tree").mkdir(mode=0o700)
-        for name, bits in (("private", 0o600), ("group", 0o666), ("program", 0o777)):
-            (here / "tree" / name).write_text(name)
-            (here / "tree" / name).chmod(bits)
-            far.up(here / "tree" / name, far.folder / name)
-            far.down(far.folder / name, here / name)
-        far.up(inside(here / "tree"), far.folder / "tree")
-        far.down(inside(far.folder / "tree"), here / "back")
-        for folder in (far.folder, here, far.folder / "tree", here / "back"):
-            modes = [mode(folder / name) for name in ("private", "group", "program")]
-            assert modes == [0o600, 0o644, 0o755], folder
-        assert mode(far.folder / "tree") == mode(here / "back") == 0o700
-        for number, bits in enumerate((0o777, 0o750, 0o555)):
-            (here / "tree").chmod(bits)
-            far.up(here / "tree", far.folder / f"new{number}")
-            assert mode(far.folder / f"new{number}" / "tree") == bits & ~0o022
-        os.utime(here / "tree", (1_500_000_000, 1_500_000_000))
-        far.up(inside(here / "tree"), far.folder / "preserved", preserve=True)
-        assert mode(far.folder / "preserved") == 0o555
-        assert (far.folder / "preserved").stat().st_mtime == 1_500_000_000
-        (here / "tree").chmod(0o700)
-        for folder in (far.folder, here):  # what is replaced stays as private as it was
-            (folder / "group").chmod(0o600)
-        far.up(here / "tree" / "group", far.folder / "group")
-        far.down(far.folder / "tree" / "group", here / "group")
-        assert mode(far.folder / "group") == mode(here / "group") == 0o600
+@both_lanes
+def test_permissions_are_never_widened(far: Far, here: Path) -> None:
+    (here / "tree").mkdir(mode=0o700)
+    for name, bits in (("private", 0o600), ("group", 0o666), ("program", 0o777)):
+        (here / "tree" / name).write_text(name)
+        (here / "tree" / name).chmod(bits)
+        far.up(here / "tree" / name, far.folder / name)
+        far.down(far.folder / name, here / name)
+    far.up(inside(here / "tree"), far.folder / "tree")
+    far.down(inside(far.folder / "tree"), here / "back")
+    for folder in (far.folder, here, far.folder / "tree", here / "back"):
+        modes = [mode(folder / name) for name in ("private", "group", "program")]
+        assert modes == [0o600, 0o644, 0o755], folder
+    assert mode(far.folder / "tree") == mode(here / "back") == 0o700
+    for number, bits in enumerate((0o777, 0o750, 0o555)):
+        (here / "tree").chmod(bits)
+        far.up(here / "tree", far.folder / f"new{number}")
+        assert mode(far.folder / f"new{number}" / "tree") == bits & ~0o022
+    os.utime(here / "tree", (1_500_000_000, 1_500_000_000))
+    far.up(inside(here / "tree"), far.folder / "preserved", preserve=True)
+    assert mode(far.folder / "preserved") == 0o555
+    assert (far.folder / "preserved").stat().st_mtime == 1_500_000_000
+    (here / "tree").chmod(0o700)
+    for folder in (far.folder, here):  # what is replaced stays as private as it was
+        (folder / "group").chmod(0o600)
+    far.up(here / "tree" / "group", far.folder / "group")
+    far.down(far.folder / "tree" / "group", here / "group")
+    assert mode(far.folder / "group") == mode(here / "group") == 0o600
 
 
 @pytest.mark.parametrize("wrong", ["link to a folder", "link to a file", "folder", "file"])
-@pytest.mark.parametrize("lane", ["shell", "sftp"])
-def test_a_tree_stays_in_its_place(
-    client: CloreClient, tmp_path: Path, here: Path, sshd: Any, lane: str, wrong: str
-) -> None:
+@both_lanes
+def test_a_tree_stays_in_its_place(far: Far, here: Path, wrong: str) -> None:
     """What stands in the way is an error before anything is moved, and nothing goes elsewhere."""
-    with contextlib.ExitStack() as stack:
-        if lane == "sftp":
-            far = stack.enter_context(host(client, tmp_path / "host", "sftp"))
-        else:
-            (tmp_path / "far").mkdir()
-            far = Far(client, sshd.order(), tmp_path / "far", key_path=sshd.key)
-        (here / "tree" / "sub").mkdir(parents=True)
-        for name in ("first", "name", "sub/inner"):
-            (here / "tree" / name).write_text("new")
-        target, other = far.folder / "tree", far.folder / "other"
-        target.mkdir()
-        other.mkdir()
-        (other / "kept").write_text("old")
-        if wrong == "link to a folder":
-            (target / "sub").symlink_to(other)
-        elif wrong == "link to a file":
-            (target / "name").symlink_to(other / "kept")
-        elif wrong == "folder":
-            (target / "name").mkdir()
-        else:
-            (target / "sub").write_text("old")
-        with pytest.raises(TransferError, match=r"a symlink|a directory"):
-            far.up(inside(here / "tree"), target)
-        assert os.listdir(other) == ["kept"]
-        assert (other / "kept").read_text() == "old"
-        assert not (target / "first").exists()
-        assert sorted(os.listdir(far.folder)) == ["other", "tree"]
-        if wrong.startswith("link"):
-            far.up(inside(here / "tree"), target, symlinks="follow")
-            assert (target / "name").read_text() == (target / "sub" / "inner").read_text() == "new"
+    (here / "tree" / "sub").mkdir(parents=True)
+    for name in ("first", "name", "sub/inner"):
+        (here / "tree" / name).write_text("new")
+    target, other = far.folder / "tree", far.folder / "other"
+    target.mkdir()
+    other.mkdir()
+    (other / "kept").write_text("old")
+    if wrong == "link to a folder":
+        (target / "sub").symlink_to(other)
+    elif wrong == "link to a file":
+        (target / "name").symlink_to(other / "kept")
+    elif wrong == "folder":
+        (target / "name").mkdir()
+    else:
+        (target / "sub").write_text("old")
+    with pytest.raises(TransferError, match=r"a symlink|a directory"):
+        far.up(inside(here / "tree"), target)
+    assert os.listdir(other) == ["kept"]
+    assert (other / "kept").read_text() == "old"
+    assert not (target / "first").exists()
+    assert sorted(os.listdir(far.folder)) == ["other", "tree"]
+    if wrong.startswith("link"):
+        far.up(inside(here / "tree"), target, symlinks="follow")
+        assert (target / "name").read_text() == (target / "sub" / "inner").read_text() == "new"
 
 
 def test_two_resumed_uploads_of_one_file_never_mix(far: Far, here: Path) -> None:
@@ -393,74 +387,58 @@ def test_two_resumed_uploads_of_one_file_never_mix(far: Far, here: Path) -> None
         assert os.listdir(far.folder) == ["copy"]
 
 
-@pytest.mark.parametrize("lane", ["shell", "sftp"])
-def test_what_is_no_place_for_a_file(
-    client: CloreClient, tmp_path: Path, here: Path, sshd: Any, lane: str
-) -> None:
-    with contextlib.ExitStack() as stack:
-        if lane == "sftp":
-            far = stack.enter_context(host(client, tmp_path / "host", "sftp"))
-        else:
-            (tmp_path / "far").mkdir()
-            far = Far(client, sshd.order(), tmp_path / "far", key_path=sshd.key)
-        (here / "x").write_text("new")
-        for folder in (far.folder, here):
-            (folder / "target").write_text("old")
-            (folder / "link").symlink_to("target")
-            os.mkfifo(folder / "pipe")
-        for name, said in (("link", "symlink"), ("pipe", "neither a file nor a directory")):
-            with pytest.raises(TransferError, match=said):
-                far.up(here / "x", far.folder / name)
-            with pytest.raises(TransferError, match=said):
-                far.down(far.folder / "target", here / name)
-        assert (far.folder / "target").read_text() == (here / "target").read_text() == "old"
-        far.up(here / "x", far.folder / "link", symlinks="follow")
-        far.down(far.folder / "target", here / "link", symlinks="follow")
-        for folder in (far.folder, here):
-            assert (folder / "link").is_symlink()
-            assert (folder / "target").read_text() == "new"
+@both_lanes
+def test_what_is_no_place_for_a_file(far: Far, here: Path) -> None:
+    (here / "x").write_text("new")
+    for folder in (far.folder, here):
+        (folder / "target").write_text("old")
+        (folder / "link").symlink_to("target")
+        os.mkfifo(folder / "pipe")
+    for name, said in (("link", "symlink"), ("pipe", "neither a file nor a directory")):
+        with pytest.raises(TransferError, match=said):
+            far.up(here / "x", far.folder / name)
+        with pytest.raises(TransferError, match=said):
+            far.down(far.folder / "target", here / name)
+    assert (far.folder / "target").read_text() == (here / "target").read_text() == "old"
+    far.up(here / "x", far.folder / "link", symlinks="follow")
+    far.down(far.folder / "target", here / "link", symlinks="follow")
+    for folder in (far.folder, here):
+        assert (folder / "link").is_symlink()
+        assert (folder / "target").read_text() == "new"
 
 
-@pytest.mark.parametrize("lane", ["shell", "sftp"])
+@both_lanes
 @pytest.mark.parametrize("how", ["skip", "copy", "follow"])
-def test_symlinks_in_a_tree(
-    client: CloreClient, tmp_path: Path, here: Path, sshd: Any, lane: str, how: str
-) -> None:
+def test_symlinks_in_a_tree(far: Far, here: Path, how: str) -> None:
     """As in a virtual environment, or a cache; those that lead out of it stay behind."""
-    with contextlib.ExitStack() as stack:
-        if lane == "sftp":
-            far = stack.enter_context(host(client, tmp_path / "host", "sftp"))
-        else:
-            (tmp_path / "far").mkdir()
-            far = Far(client, sshd.order(), tmp_path / "far", key_path=sshd.key)
-        source = here / "source"
-        (source / "lib" / "inner").mkdir(parents=True)
-        (source / "lib" / "inner" / "file").write_text("text")
-        (here / "secret").write_text("secret")
-        links = {"lib64": "lib", "bin": "lib/inner/file", "lib/inner/up": "../../bin"}
-        out = {"out": "../secret", "root": "/etc/passwd", "lib/loop": "..", "none": "nothing"}
-        for name, leads in {**links, **out}.items():
-            (source / name).symlink_to(leads)
-        sent = far.up(inside(source), far.folder / "copy", symlinks=how)
-        got = far.down(inside(far.folder / "copy"), here / "back", symlinks=how)
-        left_out = set(out) if how != "skip" else {*out, *links}
-        if how == "follow":
-            left_out.add("lib64/loop")
-        assert {name for name, _ in sent.skipped} == left_out
-        assert got.skipped == ([] if how != "skip" else got.skipped)
-        for copy in (far.folder / "copy", here / "back"):
-            assert (copy / "lib" / "inner" / "file").read_text() == "text"
-            for name, leads in links.items():
-                path = copy / name
-                assert path.is_symlink() == (how == "copy")
-                assert os.path.lexists(path) == (how != "skip")
-                if how == "copy":
-                    assert os.readlink(path) == leads
-                elif how == "follow" and name != "lib64":
-                    assert path.read_text() == "text"
-                elif how == "follow":
-                    assert (path / "inner" / "up").read_text() == "text"
-            assert not (copy / "out").exists()
+    source = here / "source"
+    (source / "lib" / "inner").mkdir(parents=True)
+    (source / "lib" / "inner" / "file").write_text("text")
+    (here / "secret").write_text("secret")
+    links = {"lib64": "lib", "bin": "lib/inner/file", "lib/inner/up": "../../bin"}
+    out = {"out": "../secret", "root": "/etc/passwd", "lib/loop": "..", "none": "nothing"}
+    for name, leads in {**links, **out}.items():
+        (source / name).symlink_to(leads)
+    sent = far.up(inside(source), far.folder / "copy", symlinks=how)
+    got = far.down(inside(far.folder / "copy"), here / "back", symlinks=how)
+    left_out = set(out) if how != "skip" else {*out, *links}
+    if how == "follow":
+        left_out.add("lib64/loop")
+    assert {name for name, _ in sent.skipped} == left_out
+    assert got.skipped == ([] if how != "skip" else got.skipped)
+    for copy in (far.folder / "copy", here / "back"):
+        assert (copy / "lib" / "inner" / "file").read_text() == "text"
+        for name, leads in links.items():
+            path = copy / name
+            assert path.is_symlink() == (how == "copy")
+            assert os.path.lexists(path) == (how != "skip")
+            if how == "copy":
+                assert os.readlink(path) == leads
+            elif how == "follow" and name != "lib64":
+                assert path.read_text() == "text"
+            elif how == "follow":
+                assert (path / "inner" / "up").read_text() == "text"
+        assert not (copy / "out").exists()
 
 
 def test_a_growing_log_and_files_of_proc(far: Far, here: Path) -> None:

@@ -148,11 +148,9 @@ class SftpUpload:
         remote, start = self._remote, 0
         key = record_key(entry.version).encode()
         if key in self._begun and (found := remote.look(place, follow=False)) is not None:
-            start = int(found.st_size) - int(found.st_size) % BLOCK
-            if found.st_size > entry.size:
-                start = 0
-            if found.st_size == entry.size:
-                start = entry.size
+            size = int(found.st_size)
+            if size <= entry.size:  # else it is not what an earlier upload has sent
+                start = size if size == entry.size else size - size % BLOCK
         elif self._record is not None:
             self._record.write(key + b"\n")
         with remote.sftp.open(place, "r+b" if start else "wb") as file:

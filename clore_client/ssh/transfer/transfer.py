@@ -30,9 +30,7 @@ from clore_client.ssh.transport import (
 )
 
 CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
-# Bytes that a resumable upload sends before the host has confirmed anything: on a far one, as many
-# as one channel takes, since fewer would cost throughput.
-LEAST_AHEAD = 256 * 1024
+LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 
 
