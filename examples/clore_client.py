@@ -2855,6 +2855,14 @@ def to_order(
     return order
 
 
+def take_listed_price(order: Order, usd_per_hour: float) -> None:
+    """Take the exchange rate of an order from the listed on-demand price of its server."""
+    if (price := positive(order.get("price"))) is not None:
+        rates = ExchangeRates()
+        rates.update({wire_currency(order["currency"]): usd_per_hour / price}, display_only=True)
+        order._rates = rates
+
+
 def to_orders(
     response: dict[str, Any], cancelled: Collection[int], rates: ExchangeRates
 ) -> list[Order]:
@@ -8216,12 +8224,20 @@ def explain_balance(
 
 
 def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
-    """Read the exchange rates if an order of the live form can't be priced without them."""
+    """Read the exchange rates if an order of the live form can't be priced without them.
+
+    The documented form has none: there, the listed price of the server gives the rate of its order.
+    """
     for order in read:
         known = wire_currency(str(order.get("currency"))) and finite(order.get("price")) is not None
-        if order.is_live and order.usd_per_hour is None and known and order.server_id is not None:
+        if order.usd_per_hour is not None or not known or order.server_id is None:
+            continue
+        if order.is_live:
             orders.market.learn_rates(order.server_id)
             return
+        listed = orders.market.data.listed.get(order.server_id)
+        if listed is not None and not order.is_spot:
+            take_listed_price(order, listed)
 
 
 # ==================================================================================================

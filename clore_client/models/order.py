@@ -17,7 +17,9 @@ from clore_client.pricing import (
     creation_fee_after,
     finite,
     per_hour,
+    positive,
     published_fee,
+    wire_currency,
     with_fee,
 )
 
@@ -305,6 +307,14 @@ def to_order(
     order._wire, order._live = record, live
     order._rates = rates
     return order
+
+
+def take_listed_price(order: Order, usd_per_hour: float) -> None:
+    """Take the exchange rate of an order from the listed on-demand price of its server."""
+    if (price := positive(order.get("price"))) is not None:
+        rates = ExchangeRates()
+        rates.update({wire_currency(order["currency"]): usd_per_hour / price}, display_only=True)
+        order._rates = rates
 
 
 def to_orders(

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from clore_client.errors import InsufficientBalanceError, OrderNotFoundError
-from clore_client.models.order import Order
+from clore_client.models.order import Order, take_listed_price
 from clore_client.models.record import Wallet, to_wallets
 from clore_client.models.server import Server, amount_per_hour, on_demand_usd
 from clore_client.orders.account import AccountOrders
@@ -129,9 +129,17 @@ def explain_balance(
 
 
 def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
-    """Read the exchange rates if an order of the live form can't be priced without them."""
+    """Read the exchange rates if an order of the live form can't be priced without them.
+
+    The documented form has none: there, the listed price of the server gives the rate of its order.
+    """
     for order in read:
         known = wire_currency(str(order.get("currency"))) and finite(order.get("price")) is not None
-        if order.is_live and order.usd_per_hour is None and known and order.server_id is not None:
+        if order.usd_per_hour is not None or not known or order.server_id is None:
+            continue
+        if order.is_live:
             orders.market.learn_rates(order.server_id)
             return
+        listed = orders.market.data.listed.get(order.server_id)
+        if listed is not None and not order.is_spot:
+            take_listed_price(order, listed)

@@ -50,6 +50,21 @@ def test_an_order_has_its_price_without_an_earlier_search(
 
 
 @pytest.mark.parametrize("currency", list(RATES))
+def test_a_documented_order_has_the_price_of_the_listing(make_sim: MakeSim, currency: str) -> None:
+    sim = make_sim(visible_after=0, form="documented")
+    with client_for(sim) as client:
+        made = client.create_order(cheapest(client)["id"], currency=currency)
+        for order in (client.get_order(made["order_id"]), *client.get_orders()):
+            assert order is not None
+            assert order.usd_per_hour == pytest.approx(sim.orders[0].usd_per_hour, rel=1e-4)
+            assert order.cost_usd is not None
+        with client_for(sim) as fresh:  # no rate and no listing, and none is read for it
+            sim.clear_requests()
+            fresh.get_orders()
+            assert len(sim.requests) == 1
+
+
+@pytest.mark.parametrize("currency", list(RATES))
 def test_a_new_order_has_its_price_without_an_earlier_search(
     sim: Simulator, client: CloreClient, currency: str
 ) -> None:
