@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clore_client import CloreClient, RateLimitError
-from clore_client.api.file_limit import FileStore, dump, load
-from clore_client.api.limiters import limiter_for
+from clore_client.api.limiters import FileStore, dump, limiter_for, load
 from clore_client.api.rate_limit import (
     LONGEST_SLEEP,
     DeadlinePassedError,
