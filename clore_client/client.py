@@ -479,7 +479,7 @@ class CloreClient(HTTPClient):
         Example:
             >>> client.plot_prices(client.find_servers("RTX"), "prices.png")
         """
-        from clore_client.models.plot import check_plot, plot_server_prices
+        from clore_client.models.listing import check_plot, plot_server_prices
 
         check_plot(servers, path)
         return plot_server_prices(self.get_marketplace() if servers is None else servers, path)
