@@ -21,8 +21,7 @@ from clore_client.errors import (
     printable,
     secret_values,
 )
-from clore_client.market.host_history import HostHistory
-from clore_client.market.market import Market
+from clore_client.market.market import HostHistory, Market
 from clore_client.models.order import Order
 from clore_client.models.record import to_wallets
 from clore_client.models.server import Server
