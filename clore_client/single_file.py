@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = "clore_client"
 FOLDER = Path(__file__).parent
 # The order of the sections; a module comes after those that it imports.
-SECTIONS = ("version", "log", "errors", "files", "pricing", "validation", "progress", "config",
+SECTIONS = ("version", "log", "errors", "pricing", "validation", "progress", "config",
           "models", "api", "market", "orders", "rental", "ssh", "client")  # fmt: skip
 LEFT_OUT = frozenset({"__init__", "__main__", "single_file", "simulator"})
 THIRD_PARTY = frozenset({"paramiko", "requests", "scp", "typing_extensions", "urllib3"})

@@ -21,8 +21,7 @@ from clore_client.api.rate_limit import (
     StoreUnavailableError,
     Turn,
 )
-from clore_client.config import account_digest, read_line
-from clore_client.files import lock_file, open_private, unlock_file
+from clore_client.config import account_digest, lock_file, open_private, read_line, unlock_file
 from clore_client.log import logger
 from clore_client.process import this_process
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clore_client.api.request import limited
-from clore_client.config import canonical_url
+from clore_client.config import canonical_url, locked_path, read_state_file, replace_file
 from clore_client.errors import CloreError, RateUnknownError
-from clore_client.files import locked_path, read_state_file, replace_file
 from clore_client.log import logger
 from clore_client.models.record import is_live
 from clore_client.models.server import Marketplace, Server
