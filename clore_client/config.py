@@ -20,6 +20,8 @@ from clore_client.errors import ConfigurationError, Secret, printable
 from clore_client.log import warn_once
 from clore_client.validation import check_local_path
 
+__version__ = "0.1.0"
+
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
 CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; never written

@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = "clore_client"
 FOLDER = Path(__file__).parent
 # The order of the sections; a module comes after those that it imports.
-SECTIONS = ("version", "log", "errors", "pricing", "validation", "progress", "config",
+SECTIONS = ("log", "errors", "pricing", "validation", "progress", "config",
           "models", "api", "market", "orders", "rental", "ssh", "client")  # fmt: skip
 LEFT_OUT = frozenset({"__init__", "__main__", "single_file", "simulator"})
 THIRD_PARTY = frozenset({"paramiko", "requests", "scp", "typing_extensions", "urllib3"})
@@ -88,9 +88,9 @@ def write(folder: Path = FOLDER) -> str:
     """
     modules = _in_order([_parse(folder, path) for path in _files(folder)])
     exported = _exported(folder, modules)
-    version = re.search(r'__version__ = "(.+)"', (folder / "version.py").read_text("utf-8"))
+    version = re.search(r'__version__ = "(.+)"', (folder / "config.py").read_text("utf-8"))
     if version is None:
-        raise MergeError("version.py has no __version__")
+        raise MergeError("config.py has no __version__")
     contents = "\n".join(
         textwrap.fill(
             module.about.split("\n")[0],

@@ -35,6 +35,7 @@ from clore_client.api.retry import (
 )
 from clore_client.config import (
     URL_VARIABLE,
+    __version__,
     check_base_url,
     check_state_dir,
     clean_key,
@@ -55,7 +56,6 @@ from clore_client.validation import (
     longest_part,
     shortened,
 )
-from clore_client.version import __version__
 
 RESPONSE_TIMEOUTS = 3.0  # the longest time for one request, as a multiple of ``timeout``
 
