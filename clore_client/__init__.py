@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from clore_client.client import CloreClient
+from clore_client.config import __version__
 from clore_client.errors import (
     ApplicationError,
     AuthenticationError,
@@ -45,7 +46,6 @@ from clore_client.models.order import Order
 from clore_client.models.record import Wallet
 from clore_client.models.server import Server
 from clore_client.progress import ProgressEvent
-from clore_client.version import __version__
 
 if TYPE_CHECKING:
     from clore_client.market.search import SearchReport

@@ -21,8 +21,7 @@ from clore_client.errors import (
     printable,
     secret_values,
 )
-from clore_client.market.host_history import HostHistory
-from clore_client.market.market import Market
+from clore_client.market.market import HostHistory, Market
 from clore_client.models.order import Order
 from clore_client.models.record import to_wallets
 from clore_client.models.server import Server
@@ -479,7 +478,7 @@ class CloreClient(HTTPClient):
         Example:
             >>> client.plot_prices(client.find_servers("RTX"), "prices.png")
         """
-        from clore_client.models.plot import check_plot, plot_server_prices
+        from clore_client.models.listing import check_plot, plot_server_prices
 
         check_plot(servers, path)
         return plot_server_prices(self.get_marketplace() if servers is None else servers, path)

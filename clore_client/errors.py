@@ -1,4 +1,4 @@
-"""All errors of the package, and the tables that map an API response to an error."""
+"""Define every error of the package, and map API responses to errors."""
 
 from __future__ import annotations
 
@@ -20,20 +20,9 @@ ERROR_CODES: dict[int, str] = {
 
 # Fields whose values are never shown. Compared in lower case.
 SECRET_FIELDS = frozenset(
-    {
-        "api_key",
-        "auth",
-        "auto_login",
-        "dockerhub_auth",
-        "env",
-        "init_token",
-        "jupyter_token",
-        "password",
-        "ssh_key",
-        "ssh_password",
-        "token",
-    }
-)
+    ("api_key", "auth", "auto_login", "dockerhub_auth", "env", "init_token", "jupyter_token",
+     "password", "ssh_key", "ssh_password", "token")
+)  # fmt: skip
 
 CREATE_ORDER_CODE_1 = (
     "on create_order, code 1 has been seen for an empty wallet, for a server that was just rented, "
@@ -111,6 +100,10 @@ def _redacted(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
 class CloreError(Exception):
     """The base class of all errors of this package.
 
+    Parameters:
+        message: the text.
+        **details: attributes of the subclass.
+
     Attributes:
         retryable: True if the same call may succeed later, and can be repeated safely.
         retry_after: seconds to wait before that, or None if not known.
@@ -123,8 +116,9 @@ class CloreError(Exception):
     # time.monotonic() of the last send; None if nothing was sent.
     sent_at: float | None = None
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, message: str = "", **details: Any) -> None:
         super().__init__(message)
+        self.__dict__.update(details)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_restored, (type(self), self.args, self.__dict__))
@@ -165,9 +159,7 @@ class OutcomeUnknownError(CloreError):
         endpoint: the path that was called.
     """
 
-    def __init__(self, message: str, *, endpoint: str = "") -> None:
-        super().__init__(message)
-        self.endpoint = endpoint
+    endpoint: str = ""
 
 
 class OrderOutcomeUnknownError(OutcomeUnknownError):
@@ -180,19 +172,13 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
             ``jupyter_token``. It is in no text and no pickle of this error.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        endpoint: str = "/v1/create_order",
-        server_id: int | None = None,
-        order_ids: tuple[int, ...] = (),
-        credentials: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message, endpoint=endpoint)
-        self.server_id = server_id
-        self.order_ids = order_ids
-        self.credentials = credentials or {}
+    endpoint = "/v1/create_order"
+    server_id: int | None = None
+    order_ids: tuple[int, ...] = ()
+    credentials: dict[str, str]
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **{"credentials": {}, **details})
 
     def __reduce__(self) -> tuple[Any, ...]:
         restore, (cls, args, state) = super().__reduce__()
@@ -206,9 +192,7 @@ class OrderNotFoundError(CloreError):
         order_id: the id.
     """
 
-    def __init__(self, message: str, *, order_id: int | None = None) -> None:
-        super().__init__(message)
-        self.order_id = order_id
+    order_id: int | None = None
 
 
 class CancelUnconfirmedError(CloreError):
@@ -222,11 +206,11 @@ class CancelUnconfirmedError(CloreError):
     """
 
     retryable = True
+    order_ids: tuple[int, ...]
 
-    def __init__(self, message: str, *, order_ids: tuple[int, ...]) -> None:
-        super().__init__(message)
-        self.order_ids = order_ids
-        self.order_id = order_ids[0]
+    @property
+    def order_id(self) -> int:
+        return self.order_ids[0]
 
 
 class SpendingLimitError(CloreError):
@@ -244,11 +228,9 @@ class OrderEndedError(CloreError):
         order: the order as it was last seen.
     """
 
-    def __init__(self, message: str, *, order_id: int, status: str, order: Any = None) -> None:
-        super().__init__(message)
-        self.order_id = order_id
-        self.status = status
-        self.order = order
+    order_id: int
+    status: str
+    order: Any = None
 
 
 class WaitTimeoutError(CloreError, TimeoutError):
@@ -260,20 +242,20 @@ class WaitTimeoutError(CloreError, TimeoutError):
         reason: ``"never showed up"`` or ``"still creating"`` (or another status).
     """
 
-    def __init__(self, message: str, *, order_id: int, order: Any = None) -> None:
-        super().__init__(message)
-        self.order_id = order_id
-        self.order = order
-        self.reason = "never showed up" if order is None else f"still {order.get('status')}"
+    order_id: int
+    order: Any = None
+    reason: str = "never showed up"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+        if self.order is not None:
+            self.reason = f"still {self.order.get('status')}"
 
 
 class UnknownOrderError(OrderNotFoundError, WaitTimeoutError):
     """``wait_for_order`` did not wait, because the account has no such order."""
 
     order_id: int
-
-    def __init__(self, message: str, *, order_id: int) -> None:
-        WaitTimeoutError.__init__(self, message, order_id=order_id)
 
 
 class RateUnknownError(CloreError):
@@ -300,9 +282,7 @@ class RentalError(CloreError):
         tried: (server id, reason) for each server that was tried.
     """
 
-    def __init__(self, message: str, *, tried: tuple[tuple[int, str], ...] = ()) -> None:
-        super().__init__(message)
-        self.tried = tried
+    tried: tuple[tuple[int, str], ...] = ()
 
 
 class BudgetExceededError(CloreError):
@@ -313,13 +293,9 @@ class BudgetExceededError(CloreError):
         hours, cost_usd: the time and the cost of the rental until then.
     """
 
-    def __init__(
-        self, message: str, *, order_id: int | None, hours: float, cost_usd: float
-    ) -> None:
-        super().__init__(message)
-        self.order_id = order_id
-        self.hours = hours
-        self.cost_usd = cost_usd
+    order_id: int | None
+    hours: float
+    cost_usd: float
 
 
 class CloreAPIError(CloreError):
@@ -532,13 +508,9 @@ class HostKeyChangedError(SSHError):
         expected, found: fingerprints such as ``"SHA256:..."``.
     """
 
-    def __init__(
-        self, message: str, *, order_id: int | None = None, expected: str = "", found: str = ""
-    ) -> None:
-        super().__init__(message)
-        self.order_id = order_id
-        self.expected = expected
-        self.found = found
+    order_id: int | None = None
+    expected: str = ""
+    found: str = ""
 
 
 class CommandError(SSHError):
@@ -552,9 +524,6 @@ class CommandError(SSHError):
         how = f"exit code {result.exit_code}" if result.exit_code >= 0 else "a signal"
         super().__init__(f"{printable(result.command, 200)} ended with {how}{_tail(result.stderr)}")
         self.result = result
-
-    def __reduce__(self) -> tuple[type[CommandError], tuple[CommandResult]]:
-        return (type(self), (self.result,))
 
 
 class CommandTimeoutError(SSHError, TimeoutError):
@@ -576,9 +545,6 @@ class CommandTimeoutError(SSHError, TimeoutError):
         self.stdout = stdout
         self.stderr = stderr
 
-    def __reduce__(self) -> tuple[type[CommandTimeoutError], tuple[str, float, str, str]]:
-        return (type(self), (self.command, self.timeout, self.stdout, self.stderr))
-
 
 class JobError(SSHError):
     """A job can't be started, found or removed.
@@ -587,9 +553,7 @@ class JobError(SSHError):
         name: the name of the job.
     """
 
-    def __init__(self, message: str, *, name: str = "") -> None:
-        super().__init__(message)
-        self.name = name
+    name: str = ""
 
 
 class JobTimeoutError(JobError, TimeoutError):
@@ -604,13 +568,9 @@ class TransferError(SSHError):
         done, total: bytes; ``total`` is None if not known.
     """
 
-    def __init__(
-        self, message: str, *, name: str = "", done: int = 0, total: int | None = None
-    ) -> None:
-        super().__init__(message)
-        self.name = name
-        self.done = done
-        self.total = total
+    name: str = ""
+    done: int = 0
+    total: int | None = None
 
 
 def _tail(text: str) -> str:

@@ -27,8 +27,8 @@ settings.load_profile("any speed")
 # These tests use modules of the package; all others also run against the one file.
 INTERNAL = [
     "api/test_connection.py",
-    "api/test_file_limit.py",
     "api/test_json.py",
+    "api/test_limiters.py",
     "api/test_rate_limit.py",
     "api/test_retry.py",
     "market/test_gpu_names.py",

@@ -16,7 +16,7 @@ import pytest
 
 import clore_client
 from clore_client import single_file
-from clore_client.single_file import FOLDER, MergeError, main, write
+from clore_client.single_file import FOLDER, main, write
 from tests.conftest import INTERNAL, TESTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +77,7 @@ def test_every_module_is_a_section_of_the_contents_in_the_same_order() -> None:
     sections = re.findall(r"^# =+\n# ([a-z_.]+)\n#\n# ", written(), re.MULTILINE)
     listed = re.findall(r"^    ([a-z_.]+) {2,}\S", header().split("Contents:")[1], re.MULTILINE)
     assert sections == [*listed, "license"]
-    assert [listed[0], listed[-1]] == ["version", "client"]
+    assert [listed[0], listed[-1]] == ["log", "client"]
     files = {path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.rglob("*.py")}
     modules = {n.replace("/", ".") for n in files if not n.startswith("simulator/")}
     assert set(listed) == {n for n in modules if not n.endswith(("__init__", "single_file"))}
@@ -173,22 +173,15 @@ def test_every_python_writes_the_same_bytes() -> None:
 
 
 def test_check(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    version = clore_client.__version__
     assert main(["--check", str(copy)]) == 0
-    assert f"current, version {version}" in capsys.readouterr().out
     copy.write_bytes(written().replace("\n", "\r\n").encode())  # as a checkout may have it
     assert main(["--check", str(copy)]) == 0
-    capsys.readouterr()
+    assert capsys.readouterr().out == f"{copy}: current\n" * 2
     copy.write_text(written().replace("max_retries: int = 3", "max_retries: int = 4"))
     assert main(["--check", str(copy)]) == 1
-    assert f"it has the package's version {version}, but other content" in capsys.readouterr().out
-    copy.write_text(written().replace(f"clore-client {version} in", "clore-client 0.0.1 in"))
-    assert main(["--check", str(copy)]) == 1
-    assert f"its version is 0.0.1, the package's {version}" in capsys.readouterr().out
-    copy.write_text("print()")
-    assert main(["--check", str(copy)]) == 1
-    assert "its version is unknown" in capsys.readouterr().out
-    assert main(["--check", str(copy.parent / "none.py")]) == 2
+    assert capsys.readouterr().out == f"{copy}: not current\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["--check", str(copy.parent / "none.py")])
     assert "No such file" in capsys.readouterr().err
 
 
@@ -212,7 +205,7 @@ def _is_installed() -> bool:
 
 PACKAGE = {
     "__init__": '"""x"""\n\nfrom clore_client.one import A\n\n__all__ = ["A"]\n',
-    "version": '"""The version."""\n\n__version__ = "1.2"\n',
+    "config": '"""The version."""\n\n__version__ = "1.2"\n',
     "one": '"""One.\n\nMore of it.\n"""\n\nimport os\n\nfrom clore_client.two import B\n\n\n'
     "class A(B):\n    x = os.sep\n",
     "two": '"""Two."""\n\nimport os\n\n\nclass B:\n    pass\n',
@@ -221,7 +214,9 @@ Package = Callable[..., str]
 
 
 @pytest.fixture
-def package(tmp_path: Path) -> Package:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
+    monkeypatch.setattr(single_file, "SECTIONS", ("config", "one", "two", "models"))
+
     def made(**changed: str) -> str:
         for name, source in {**PACKAGE, **changed}.items():
             (tmp_path / f"{name}.py").write_text(source)
@@ -242,49 +237,19 @@ def test_what_is_needed_comes_first(package: Package) -> None:
 
 TWO = '"""Two."""\n'
 B = "\n\nclass B:\n    pass\n"
-BY_NAME = "line 3: import names of the package as `from clore_client.module import name`"
 
 
 @pytest.mark.parametrize(
     ("two", "says"),
     [
-        (TWO + B + "\n\nclass A:\n    pass\n", "A is defined in one and in two"),
-        (TWO + B + "\n\nif 1:\n    A = 1\n", "A is defined in one and in two"),
-        (TWO + B + "\n\nos = 1\n", "os is an import of one, and defined in two"),
-        (TWO + "\nimport clore_client.version" + B, BY_NAME),
-        (TWO + "\nimport clore_client" + B, BY_NAME),
-        (TWO + "\nfrom clore_client import version" + B, BY_NAME),
-        (TWO + "\nfrom .version import __version__" + B, BY_NAME),
-        (TWO + "\nfrom clore_client.version import *" + B, BY_NAME),
-        (TWO + "\nfrom clore_client.version import __version__ as v" + B, BY_NAME),
-        (TWO + "\nfrom clore_client.version import x" + B, "version does not define"),
-        (TWO + "\nfrom clore_client.simulator import Simulator" + B, "does not define"),
-        (TWO + B + "\n\ndef f():\n    from . import one\n    one\n", "import names of"),
-        (
-            TWO + "\nfrom clore_client.one import A\n\n\nclass B(A):\n    pass\n",
-            "import each other",
-        ),
-        (B, "two has no docstring"),
+        (B + "\n\nclass A:\n    pass\n", "A is defined in one and in two"),
+        (B + "\n\nif 1:\n    A = 1\n", "A is defined in one and in two"),
+        (B + "\n\nos = 1\n", "os is defined in two and in an import"),
     ],
 )
-def test_what_cannot_be_merged_is_refused(package: Package, two: str, says: str) -> None:
-    with pytest.raises(MergeError, match=re.escape(says)):
-        package(two=two)
-
-
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
-        ({"__init__": '"""x"""\n'}, "no __all__"),
-        ({"__init__": '"""x"""\n__all__ = ["C"]\n'}, "exports ['C'], which no module defines"),
-        ({"version": '"""Nothing."""\n'}, "version.py has no __version__"),
-    ],
-)
-def test_a_package_that_lacks_something_is_refused(
-    package: Package, changed: dict[str, str], says: str
-) -> None:
-    with pytest.raises(MergeError, match=re.escape(says)):
-        package(**changed)
+def test_a_name_in_two_modules_is_refused(package: Package, two: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        package(two=TWO + two)
 
 
 def test_folders_become_sections(package: Package, tmp_path: Path) -> None:
@@ -303,19 +268,6 @@ def test_an_import_for_type_checkers_only(package: Package) -> None:
     text = package(two=two)
     assert "if TYPE_CHECKING:\n    import paramiko\n" in text
     assert "clore_client.one" not in text
-
-
-def test_a_failure_is_told_and_writes_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail() -> str:
-        raise MergeError("no way")
-
-    monkeypatch.setattr(single_file, "write", fail)
-    assert main([]) == main(["--check", "x"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "single_file: no way\n" * 2
 
 
 # --- the tests themselves ---

@@ -1,4 +1,4 @@
-"""Prepare an API call: check its arguments, and decide how it may be retried."""
+"""Prepare an API call: check its arguments, and look up the rules of its endpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from urllib.parse import unquote, urlsplit
 import requests
 from requests.structures import CaseInsensitiveDict
 
-from clore_client.api.policy import Rules, rules_for
 from clore_client.config import (
     CONFIG_FILE,
     KEY_VARIABLE,
@@ -55,6 +54,56 @@ def unix_time(date: str | None) -> float | None:
         return email.utils.parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
+
+
+# Not a named tuple, and no enums: to create those takes time at the import.
+class Rules:
+    """How requests to one endpoint are handled.
+
+    Attributes:
+        needs_key: whether it needs an API key.
+        repeatable: whether sending it twice does no harm.
+        urgent: whether it goes first, as it costs money while it waits.
+        spaced: whether it has a longer interval, ``create_order_interval``.
+        logged: whether it starts or stops costs.
+    """
+
+    def __init__(
+        self,
+        *,
+        needs_key: bool = True,
+        repeatable: bool = False,
+        urgent: bool = False,
+        spaced: bool = False,
+        logged: bool = False,
+    ) -> None:
+        self.needs_key = needs_key
+        self.repeatable = repeatable
+        self.urgent = urgent
+        self.spaced = spaced
+        self.logged = logged
+
+
+POST_RULES = {
+    "create_order": Rules(spaced=True, logged=True),
+    "cancel_order": Rules(repeatable=True, urgent=True, logged=True),
+    "cancel_orders": Rules(repeatable=True, urgent=True, logged=True),
+    "set_spot_price": Rules(repeatable=True, logged=True),
+}
+GET_RULES = {"marketplace": Rules(needs_key=False, repeatable=True)}
+OTHER_POST, OTHER_GET = Rules(), Rules(repeatable=True)
+
+
+def rules_for(method: str, name: str) -> Rules:
+    """Return the rules for a request.
+
+    Parameters:
+        method: the HTTP method.
+        name: the last part of the endpoint.
+    """
+    if method in ("GET", "HEAD"):
+        return GET_RULES.get(name, OTHER_GET)
+    return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
 
 
 # Not a dataclass: importing dataclasses takes a fifth of the import time.

@@ -18,7 +18,6 @@ import urllib3
 from clore_client.api.call import Call, Envelope, prepare_call
 from clore_client.api.connection import Sessions, UnusableResponseError, exchange, read_body
 from clore_client.api.limiters import limiter_for, redis_server_for
-from clore_client.api.policy import backoff_delay, cancel_delay
 from clore_client.api.rate_limit import (
     DeadlinePassedError,
     PauseTooLongError,
@@ -28,12 +27,15 @@ from clore_client.api.rate_limit import (
 from clore_client.api.retry import (
     Failure,
     Retries,
+    backoff_delay,
+    cancel_delay,
     classify,
     classify_error,
     classify_unusable,
 )
 from clore_client.config import (
     URL_VARIABLE,
+    __version__,
     check_base_url,
     check_state_dir,
     clean_key,
@@ -54,7 +56,6 @@ from clore_client.validation import (
     longest_part,
     shortened,
 )
-from clore_client.version import __version__
 
 RESPONSE_TIMEOUTS = 3.0  # the longest time for one request, as a multiple of ``timeout``
 

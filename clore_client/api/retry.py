@@ -1,10 +1,14 @@
-"""Classify responses and failures by the retry policy, and decide when a call gives up."""
+"""Classify responses and failures by the retry policy, and decide when a call gives up.
+
+The README has the policy under "Retries".
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import json
+import random
 import re
 import time
 from typing import Any
@@ -14,18 +18,6 @@ import requests
 
 from clore_client.api.call import Call, Envelope, unix_time
 from clore_client.api.connection import never_left, reason_of
-from clore_client.api.policy import (
-    DATABASE_ERROR,
-    NO_RESPONSE,
-    NOT_SENT,
-    RATE_LIMITED,
-    RETRY,
-    UNKNOWN,
-    UNREADABLE_BODY,
-    action_for,
-    problem_with_code,
-    problem_without_code,
-)
 from clore_client.api.rate_limit import DeadlinePassedError, PauseTooLongError
 from clore_client.errors import (
     CREATE_ORDER_CODE_1,
@@ -42,6 +34,86 @@ from clore_client.errors import (
 from clore_client.models.record import RawRecords
 
 MAX_DIGITS = 4000  # json refuses a response with an integer of 4,300 digits
+
+# What to do after a failed request.
+RETRY = "retry"
+RAISE = "raise"
+UNKNOWN = "unknown"  # raise an OutcomeUnknownError; create_order looks for its order
+
+# Why it failed.
+NOT_SENT = "not sent"
+RATE_LIMITED = "rate limited"
+NO_RESPONSE = "no response"
+BROKEN_BODY = "broken body"
+UNREADABLE_BODY = "unreadable body"
+UNAVAILABLE = "unavailable"
+UNCLEAR = "unclear"
+DATABASE_ERROR = "database error"
+REFUSED = "refused"
+
+# The first action is for reads and for repeatable POSTs, the second one for any other POST.
+POLICY = {
+    NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
+    RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
+    NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
+    BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
+    UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
+    UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
+    UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
+    DATABASE_ERROR: (RETRY, RAISE),  # code 1
+    REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
+}
+UNAVAILABLE_STATUSES = frozenset({500, 502, 503, 504, 520, 522})
+REFUSAL_CODES = frozenset({3, 4})  # with these, the API did nothing, even with HTTP 5xx
+LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
+
+
+def action_for(problem: str, repeatable: bool) -> str:
+    """Return what to do about a problem."""
+    return POLICY[problem][0 if repeatable else 1]
+
+
+def problem_with_code(status: int, code: int, has_reason: bool) -> str:
+    """Return the problem of a response with an error code.
+
+    Parameters:
+        status: the HTTP status.
+        code: the code in the body.
+        has_reason: whether the body has an error text.
+    """
+    if code == 5:
+        return RATE_LIMITED
+    if code == 1:
+        return DATABASE_ERROR
+    if code in REFUSAL_CODES or (code == 6 and has_reason):
+        return REFUSED
+    return UNCLEAR if status >= 500 else REFUSED
+
+
+def problem_without_code(status: int, is_json: bool) -> str:
+    """Return the problem of a response without a code.
+
+    Parameters:
+        status: the HTTP status.
+        is_json: whether the body is JSON.
+    """
+    if status == 429:
+        return RATE_LIMITED
+    if status in UNAVAILABLE_STATUSES:
+        return UNAVAILABLE
+    if status < 300 and not is_json:
+        return BROKEN_BODY
+    return UNCLEAR if status >= 500 or status < 300 else REFUSED
+
+
+def backoff_delay(failures: int, first: float, longest: float) -> float:
+    """Return the seconds before the next retry: exponential backoff with full jitter, capped."""
+    return random.uniform(0.0, min(longest, first * 2.0 ** min(failures - 1, 32)))
+
+
+def cancel_delay(refusals: int, first: float) -> float:
+    """Return the seconds to wait after a cancel hit the rate limit: 1, 2, 4 ... 30."""
+    return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(refusals, 32)))
 
 
 class Failure:

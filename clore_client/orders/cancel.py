@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from clore_client.api.policy import LONGEST_CANCEL_PAUSE
 from clore_client.api.request import limited
+from clore_client.api.retry import LONGEST_CANCEL_PAUSE
 from clore_client.errors import (
     AuthenticationError,
     CancelUnconfirmedError,

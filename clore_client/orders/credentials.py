@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from clore_client.config import make_private_folder, read_state_file, replace_file
 from clore_client.errors import Secret
-from clore_client.files import make_private_folder, read_state_file, replace_file
 from clore_client.log import warn_once
 from clore_client.models.order import Order
 from clore_client.orders.claims import matches_entry

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from clore_client.errors import RentalError
-from clore_client.market.host_history import HostHistory
+from clore_client.market.market import HostHistory
 from clore_client.models.order import Order
 from clore_client.models.server import Server, on_demand_usd
 from clore_client.orders.account import AccountOrders

@@ -12,8 +12,14 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from clore_client.config import read_line, warn_about_state
-from clore_client.files import SAFE_FLAGS, lock_file, make_private_folder, replace_file
+from clore_client.config import (
+    SAFE_FLAGS,
+    lock_file,
+    make_private_folder,
+    read_line,
+    replace_file,
+    warn_about_state,
+)
 from clore_client.models.record import whole_id
 from clore_client.process import this_process
 

@@ -25,7 +25,7 @@ from clore_client.errors import (
     add_note,
 )
 from clore_client.log import logger
-from clore_client.market.host_history import (
+from clore_client.market.market import (
     NOT_DEPLOYED,
     WORKED,
     HostHistory,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from clore_client.market.host_history import WORKED, HostHistory
-from clore_client.market.market import Market
+from clore_client.market.market import WORKED, HostHistory, Market
 from clore_client.market.search import RENTED, ROUNDING_UP, Search, SearchReport
 from clore_client.models.order import Order
 from clore_client.models.server import Server, listed_rate

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clore_client.config import account_digest
 from clore_client.errors import CloreError, OrderEndedError, Secret
 from clore_client.log import logger
-from clore_client.market.host_history import LOGIN_OUTCOMES, HostHistory
+from clore_client.market.market import LOGIN_OUTCOMES, HostHistory
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient, ended_error
 from clore_client.ssh.address import (

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from clore_client.config import locked_path, replace_file
 from clore_client.errors import HostKeyChangedError
-from clore_client.files import locked_path, replace_file
 from clore_client.log import logger
 from clore_client.orders.credentials import public_key_fingerprint
 from clore_client.ssh.connect import import_paramiko

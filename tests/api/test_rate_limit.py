@@ -18,9 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clore_client import CloreClient, RateLimitError
-from clore_client.api.file_limit import FileStore, dump, load
-from clore_client.api.limiters import limiter_for
-from clore_client.api.policy import backoff_delay
+from clore_client.api.limiters import FileStore, dump, limiter_for, load
 from clore_client.api.rate_limit import (
     LONGEST_SLEEP,
     DeadlinePassedError,
@@ -38,6 +36,7 @@ from clore_client.api.redis_limit import (
     _numbers,
     redis_server,
 )
+from clore_client.api.retry import backoff_delay
 from clore_client.rental.signals import next_item
 from tests.api.redis_server import redis_process
 from tests.conftest import MakeSim, client_for, sent_to

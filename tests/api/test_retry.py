@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clore_client import CloreAPIError, CloreClient, CloreError, Wallet
-from clore_client.api import policy
+from clore_client.api import retry
 from clore_client.api.retry import excerpt
 from tests.conftest import client_for
 from tests.variant import Simulator
@@ -90,16 +90,16 @@ def test_deep_nesting_is_no_recursion_error(
 
 
 README_ROWS = [
-    policy.NOT_SENT,
-    policy.RATE_LIMITED,
-    policy.NO_RESPONSE,
-    policy.BROKEN_BODY,
-    policy.NO_RESPONSE,
-    policy.UNREADABLE_BODY,
-    policy.UNAVAILABLE,
-    policy.UNCLEAR,
-    policy.DATABASE_ERROR,
-    policy.REFUSED,
+    retry.NOT_SENT,
+    retry.RATE_LIMITED,
+    retry.NO_RESPONSE,
+    retry.BROKEN_BODY,
+    retry.NO_RESPONSE,
+    retry.UNREADABLE_BODY,
+    retry.UNAVAILABLE,
+    retry.UNCLEAR,
+    retry.DATABASE_ERROR,
+    retry.REFUSED,
 ]
 
 
@@ -107,12 +107,12 @@ def test_the_readme_has_the_same_policy() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     table = readme.split("\n## Retries\n")[1].split("| --- | --- | --- |\n")[1].split("\n\n")[0]
     rows = [row.strip("| ").split(" | ") for row in table.splitlines()]
-    assert set(README_ROWS) == set(policy.POLICY)
+    assert set(README_ROWS) == set(retry.POLICY)
     for (_, *actions), problem in zip(rows, README_ROWS, strict=True):
-        for text, action in zip(actions, policy.POLICY[problem], strict=True):
-            expected = {"sent again": policy.RETRY, "raised": policy.RAISE}.get(text)
+        for text, action in zip(actions, retry.POLICY[problem], strict=True):
+            expected = {"sent again": retry.RETRY, "raised": retry.RAISE}.get(text)
             unknown = "OutcomeUnknownError" in text
-            assert action == (expected or (policy.UNKNOWN if unknown else policy.RAISE))
+            assert action == (expected or (retry.UNKNOWN if unknown else retry.RAISE))
     statuses = next(event for event, *_ in rows if "no usable envelope" in event)
-    for status in policy.UNAVAILABLE_STATUSES:
+    for status in retry.UNAVAILABLE_STATUSES:
         assert str(status) in statuses

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from clore_client.api.file_limit import FileStore
+from clore_client.api.limiters import FileStore
 from clore_client.api.rate_limit import RateLimiter, Turn
 
 from .rows import Row

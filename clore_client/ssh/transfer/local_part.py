@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from clore_client.config import lock_file
 from clore_client.errors import SSHError, printable
-from clore_client.files import lock_file
 from clore_client.log import logger
 from clore_client.ssh.transfer.entry import (
     BLOCK,

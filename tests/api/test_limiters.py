@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 
-from clore_client.api.file_limit import LIMIT_PREFIX, FileStore, dump, limit_name, load
-from clore_client.api.limiters import limiter_for
+from clore_client.api.limiters import LIMIT_PREFIX, FileStore, dump, limit_name, limiter_for, load
 from clore_client.api.rate_limit import RateLimiter, Schedule, Turn
 from tests.benchmarks.pace_kills import kill_processes
 from tests.conftest import MakeSim, client_for
