@@ -26,9 +26,8 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.order import Order, created_id, to_orders
 from clore_client.models.server import on_demand_usd
-from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
-from clore_client.orders.claims import Claims, purchase_facts, same_purchase
-from clore_client.orders.credentials import SavedLogin
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders, Claims
+from clore_client.orders.credentials import SavedLogin, purchase_facts, same_purchase
 from clore_client.orders.funds import explain_balance
 from clore_client.validation import (
     MAX_PASSWORD,

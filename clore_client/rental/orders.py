@@ -19,7 +19,7 @@ from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.cancel import Cancellation, confirm_until
-from clore_client.orders.claims import can_be_order_of, purchase_facts
+from clore_client.orders.credentials import can_be_order_of, purchase_facts
 from clore_client.rental.budget import Budget, Meter
 from clore_client.rental.journal import (
     JournalEntry,
