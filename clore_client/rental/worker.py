@@ -31,8 +31,7 @@ from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
 from clore_client.process import this_process
-from clore_client.rental.budget import Budget
-from clore_client.rental.orders import RentalOrder, RentalOrders
+from clore_client.rental.orders import Budget, RentalOrder, RentalOrders
 from clore_client.rental.selection import RentalSettings
 from clore_client.rental.signals import (
     Gate,
