@@ -46,17 +46,22 @@ class OrdersClient(Requester, Protocol):
 
 
 class Claims:
-    """The orders of one account that the purchases of this process have claimed.
+    """Keep which purchase of this process each order of an account belongs to.
 
     Purchases of the same server are made one after the other, so that they can't claim each other's
     order. Each change is one atomic step, because an interrupt can come at any time.
+
+    Attributes:
+        unresolved: server id -> a purchase whose outcome is not known.
+        rented: ids of the orders that belong to rentals.
+        clock_offset: seconds from the server's clock to the creation time of orders; 0 or negative.
     """
 
     def __init__(self) -> None:
         self._taken: dict[int, object] = {}  # order id -> its purchase
-        self.unresolved: dict[int, Any] = {}  # server id -> a purchase with an unknown outcome
         self._locks: dict[int, threading.Lock] = {}
-        # Seconds from the server's clock to the creation time of orders; 0 or negative.
+        self.unresolved: dict[int, Any] = {}
+        self.rented: set[int] = set()
         self.clock_offset = 0.0
 
     def lock(self, server_id: int) -> threading.Lock:

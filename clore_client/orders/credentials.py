@@ -69,7 +69,7 @@ def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
     return not order.has_ended and same_purchase(order, image, currency, spot)
 
 
-def purchase_facts(
+def purchase_fields(
     server_id: int, wanted: Any, before: Collection[int], server_clock: float | None
 ) -> dict[str, Any]:
     """Return the facts by which :func:`matches_entry` finds the order of a purchase.
