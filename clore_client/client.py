@@ -1036,7 +1036,7 @@ class CloreClient(HTTPClient):
             >>> client.attach(1958009).run("nvidia-smi -L").stdout
             'GPU 0: NVIDIA GeForce RTX 4090'
         """
-        from clore_client.rental.attach import AttachedRental
+        from clore_client.rental.rental import AttachedRental
         from clore_client.rental.selection import RentalSettings
 
         wanted = check_order_id("order", order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
@@ -20,7 +21,6 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.market.market import Market, Requester
 from clore_client.models.order import Order, to_orders
-from clore_client.orders.claims import Claims
 from clore_client.orders.credentials import ORDER_OVER, Credentials
 from clore_client.process import this_process
 from clore_client.validation import Timeout
@@ -43,6 +43,39 @@ class OrdersClient(Requester, Protocol):
 
     @property
     def api_key(self) -> str | None: ...
+
+
+class Claims:
+    """Keep which purchase of this process each order of an account belongs to.
+
+    Purchases of the same server are made one after the other, so that they can't claim each other's
+    order. Each change is one atomic step, because an interrupt can come at any time.
+
+    Attributes:
+        unresolved: server id -> a purchase whose outcome is not known.
+        rented: ids of the orders that belong to rentals.
+        clock_offset: seconds from the server's clock to the creation time of orders; 0 or negative.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[int, object] = {}  # order id -> its purchase
+        self._locks: dict[int, threading.Lock] = {}
+        self.unresolved: dict[int, Any] = {}
+        self.rented: set[int] = set()
+        self.clock_offset = 0.0
+
+    def lock(self, server_id: int) -> threading.Lock:
+        """Return the lock to hold while a server is ordered."""
+        return self._locks.setdefault(server_id, threading.Lock())
+
+    def take(self, order_id: int, purchase: object) -> bool:
+        """Claim an order. Return False if another purchase has it."""
+        return self._taken.setdefault(order_id, purchase) is purchase
+
+    def free(self, orders: list[Order], purchase: object) -> list[Order]:
+        """Return the ``orders`` that no other purchase has claimed, the newest last."""
+        found = {o.id: o for o in orders if self._taken.get(o.id or 0, purchase) is purchase}
+        return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
 
 
 class AccountOrders:

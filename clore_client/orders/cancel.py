@@ -42,22 +42,25 @@ class Cancellation:
 
     Attributes:
         order_id: the order.
-        accepted: whether the API accepted a cancel; the order costs nothing from then on.
         failure: the error of the last cancel, or None.
     """
 
     def __init__(self, orders: AccountOrders, order_id: int, issue: str | None = None) -> None:
         self.order_id = order_id
-        self.accepted = order_id in orders.cancelled
         self.failure: Exception | None = None
         self._orders = orders
         self._issue = issue
-        self._outcome_unknown = False  # whether a cancel may have taken effect
+        self._may_be_accepted = False  # after a lost response
         self._state: OrderState | None = None  # None if the last read of the lists failed
         self._absent_since: float | None = None
-        self._read_error: CloreError | None = None
+        self._read_error: Exception | None = None
         self._sent_at = -math.inf
         self._pause = max(0.001, 2 * orders.client.backoff)  # before the next cancel
+
+    @property
+    def accepted(self) -> bool:
+        """True if the API accepted a cancel; the order costs nothing from then on."""
+        return self.order_id in self._orders.cancelled
 
     def send(self) -> None:
         """Send the cancel once."""
@@ -70,7 +73,7 @@ class Cancellation:
         except Exception as error:
             self.failure = error
             if not isinstance(error, CloreAPIError) or error.sends > 1:
-                self._outcome_unknown = True
+                self._may_be_accepted = True
             raise
         self._accept()
         logger.info("order %d was cancelled", self.order_id)
@@ -117,17 +120,17 @@ class Cancellation:
 
     def _unconfirmed(self) -> CancelUnconfirmedError:
         """Make the error for an order that may still be running."""
-        order_id = self.order_id
-        what = "was cancelled, but it is not confirmed that it has ended"
-        if not self._done:
-            what = "could not be cancelled"
-        why = "" if self._done else f" ({self.failure})"
+        if self._done:
+            what = "was cancelled, but it is not confirmed that it has ended"
+            why, cause = "", self._read_error
+        else:
+            what, why, cause = "could not be cancelled", f" ({self.failure})", self.failure
         error = CancelUnconfirmedError(
-            f"order {order_id} {what}: it may still be running, and cost money, so call "
-            f"cancel_order({order_id}) again, which is safe to repeat{why}",
-            order_ids=(order_id,),
+            f"order {self.order_id} {what}: it may still be running, and cost money, so call "
+            f"cancel_order({self.order_id}) again, which is safe to repeat{why}",
+            order_ids=(self.order_id,),
         )
-        error.__cause__ = self._read_error if self._done else self.failure
+        error.__cause__ = cause
         return error
 
     # --- the cancel ---
@@ -140,10 +143,10 @@ class Cancellation:
     @property
     def _refused(self) -> bool:
         """True if the API clearly refused to cancel an order that is active."""
-        return self._state == "active" and not (self.accepted or self._outcome_unknown)
+        return self._state == "active" and not (self.accepted or self._may_be_accepted)
 
     def _accept(self) -> None:
-        self.accepted, self.failure = True, None
+        self.failure = None
         self._orders.cancelled.add(self.order_id)
         self._orders.credentials.forget(self._orders.account, [self.order_id])
 
@@ -166,20 +169,14 @@ class Cancellation:
             if was_done:  # an earlier cancel was accepted
                 self.failure = None
             elif not tried_before:
-                left = deadline - time.monotonic()
-                how_long = "without limit" if left == math.inf else f"for {left:.0f} s"
                 logger.warning(
-                    "order %d could not be cancelled, retrying %s: %s",
-                    self.order_id,
-                    how_long,
-                    error,
+                    "order %d could not be cancelled, retrying: %s", self.order_id, error
                 )
 
     def _request_deadline(self, deadline: float, at_least: float = SHORTEST_LIMIT) -> float:
-        """Return the deadline of one request, so that a request that hangs is retried."""
+        """Return the deadline of one request, so that a request that hangs is sent again."""
         now = time.monotonic()
-        left = deadline - now
-        return deadline if left == math.inf else now + max(at_least, left / 3)
+        return now + max(at_least, (deadline - now) / 3)
 
     # --- the lists ---
 
@@ -291,8 +288,7 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
             left = tuple(c.order_id for c in cancellations[number:])
             raise CancelUnconfirmedError(
                 f"orders cancelled, but still active after {timeout:g}s: "
-                f"{', '.join(map(str, left))}; "
-                "look at get_orders(), and cancel them again",
+                f"{', '.join(map(str, left))}; look at get_orders(), and cancel them again",
                 order_ids=left,
             ) from failure
 

@@ -26,9 +26,8 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.order import Order, created_id, to_orders
 from clore_client.models.server import on_demand_usd
-from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
-from clore_client.orders.claims import Claims, purchase_facts, same_purchase
-from clore_client.orders.credentials import SavedLogin
+from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders, Claims
+from clore_client.orders.credentials import SavedLogin, purchase_fields, same_purchase
 from clore_client.orders.funds import explain_balance
 from clore_client.validation import (
     MAX_PASSWORD,
@@ -263,7 +262,7 @@ class Purchase:
     def _submit_and_save(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Save the credentials, and send the purchase."""
         orders = self._orders
-        facts = purchase_facts(self.server_id, self, self.before, orders.client.server_clock)
+        facts = purchase_fields(self.server_id, self, self.before, orders.client.server_clock)
         saved = orders.credentials.save(orders.account, self.credentials, facts)
         self._saved = saved
         try:

@@ -17,7 +17,7 @@ from clore_client.config import make_private_folder, read_state_file, replace_fi
 from clore_client.errors import Secret
 from clore_client.log import warn_once
 from clore_client.models.order import Order
-from clore_client.orders.claims import matches_entry
+from clore_client.models.record import whole_id
 from clore_client.pricing import finite
 
 CREDENTIALS_FOLDER = "credentials"  # in the state folder
@@ -27,6 +27,11 @@ _SAVED_FIELDS = ("ssh_password", "jupyter_token", "key_fingerprint")
 # for this time has ended.
 PURCHASE_OVER = 3600.0
 ORDER_OVER = 86_400.0
+# The allowed difference between the creation time of an order, by the server's clock, and the time
+# of its entry, by this machine's clock. All in seconds.
+CLOCKS_APART = 300.0
+CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
+LATEST_ORDER = 180.0  # a proxy can delay a request
 
 
 def public_key_fingerprint(public_key: str) -> str | None:
@@ -47,6 +52,60 @@ def login_fields(sent: dict[str, str]) -> dict[str, str]:
     if found := public_key_fingerprint(sent.get("ssh_key", "")):
         fields["key_fingerprint"] = found
     return fields
+
+
+def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+    """Return whether an order can be the result of a purchase. Missing fields are ignored."""
+    fields = (
+        (order.get("image"), str, image),
+        (order.get("currency"), str, currency),
+        (order.get("spot"), bool, spot),
+    )
+    return all(not isinstance(value, kind) or value == wanted for value, kind, wanted in fields)
+
+
+def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
+    """Return whether an order still runs and can be the result of a purchase."""
+    return not order.has_ended and same_purchase(order, image, currency, spot)
+
+
+def purchase_fields(
+    server_id: int, wanted: Any, before: Collection[int], server_clock: float | None
+) -> dict[str, Any]:
+    """Return the facts by which :func:`matches_entry` finds the order of a purchase.
+
+    Parameters:
+        server_id: the server.
+        wanted: has the ``image``, the ``currency``, and whether the order is ``spot``.
+        before: ids of older orders.
+        server_clock: seconds by which the server's clock is ahead, or None.
+    """
+    return {
+        "server_id": server_id,
+        "started": time.time(),
+        "server_clock": server_clock,
+        "image": wanted.image,
+        "currency": wanted.currency,
+        "spot": wanted.spot,
+        "before": sorted(before),
+    }
+
+
+def matches_entry(data: dict[str, Any], order: Order) -> bool:
+    """Return whether an order can be the result of an entry without an order id."""
+    before = data.get("before")
+    if order.server_id != whole_id(data.get("server_id")):
+        return False
+    if isinstance(before, list) and order.id in before:
+        return False
+    if not can_be_order_of(order, data.get("image"), data.get("currency"), data.get("spot")):
+        return False
+    started, made = finite(data.get("started")), order.started_at
+    if started is None or made is None:
+        return False
+    ahead = finite(data.get("server_clock"))
+    apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
+    return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
 
 
 class SavedLogin:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from clore_client.log import logger
 from clore_client.models.order import Order
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.cancel import Cancellation, confirm_until
-from clore_client.orders.claims import can_be_order_of, purchase_facts
-from clore_client.rental.budget import Budget, Meter
+from clore_client.orders.credentials import can_be_order_of, purchase_fields
+from clore_client.pricing import (
+    creation_fee_after,
+    with_fee,
+)
 from clore_client.rental.journal import (
     JournalEntry,
     forget_kept,
@@ -33,6 +36,103 @@ from clore_client.rental.selection import RentalSettings
 MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
 LIST_PATIENCE = 10.0  # seconds for a list of orders while another order runs
 SEARCH_INTERVAL = 2.0  # seconds between two searches for an order that may exist
+CHECK_INTERVAL = 1.0  # seconds between two checks of the limits
+FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
+
+
+class Meter:
+    """The cost of one order. A new bid changes its price.
+
+    Attributes:
+        counts: whether there is an order to pay for.
+    """
+
+    def __init__(self, usd_per_hour: float | None, fee: float, age: float = 0.0) -> None:
+        self._started = time.monotonic() - age, time.time() - age
+        self.counts = True
+        self._fee = fee
+        self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
+        self._stopped_at: float | None = None  # the age of the order then
+
+    def age(self) -> float:
+        """Return the age of the order in seconds, by the larger of two clocks.
+
+        The monotonic clock can stop while a laptop sleeps, but the order still costs money.
+        """
+        monotonic, wall = self._started
+        return max(0.0, time.monotonic() - monotonic, time.time() - wall)
+
+    def correct(self, usd_per_hour: float) -> None:
+        """Correct the price from the start, unless a bid has changed it."""
+        if len(self._prices) == 1:
+            self._prices = [(0.0, usd_per_hour)]
+
+    def change(self, usd_per_hour: float) -> None:
+        """Set the price from now on."""
+        self._prices.append((self.age(), usd_per_hour))
+
+    def stop(self) -> None:
+        """Stop the cost, because the cancel was accepted. Safe to repeat."""
+        if self._stopped_at is None:
+            self._stopped_at = self.age()
+
+    def usd(self, fee_lead: float = 0.0) -> float:
+        """Return the cost so far in USD, with all fees.
+
+        Parameters:
+            fee_lead: count the creation fee so many seconds early, while the order runs.
+        """
+        if not self.counts:
+            return 0.0
+        end, lead = self._stopped_at, 0.0
+        if end is None:
+            end, lead = self.age(), fee_lead
+        prices = list(self._prices)
+        changes = [*(since for since, _ in prices[1:]), end]
+        rent = sum(
+            price * max(0.0, min(until, end) - since) / 3600.0
+            for (since, price), until in zip(prices, changes, strict=True)
+        )
+        return with_fee(rent, self._fee) + creation_fee_after(end + lead)
+
+
+class Budget:
+    """The limits of a rental, and the meters of its orders."""
+
+    def __init__(self, settings: RentalSettings) -> None:
+        self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
+        self._fee = settings.fee
+        self._meters: list[Meter] = []
+
+    @property
+    def hours(self) -> float:
+        """The hours since the first order was sent."""
+        return max((m.age() for m in list(self._meters) if m.counts), default=0.0) / 3600.0
+
+    @property
+    def cost_usd(self) -> float:
+        """The cost of all orders so far, in USD."""
+        return sum(meter.usd() for meter in list(self._meters))
+
+    def start(self, usd_per_hour: float | None, age: float = 0.0) -> Meter:
+        """Start to count another order, which has an age in seconds."""
+        meter = Meter(usd_per_hour, self._fee, age)
+        self._meters.append(meter)
+        return meter
+
+    def exceeded_by(self) -> str | None:
+        """Return a text that names the limit that is reached, or None."""
+        if self._max_hours is not None and self.hours >= self._max_hours:
+            return f"max_hours={self._max_hours:g} is reached"
+        soon = sum(meter.usd(FEE_LEAD) for meter in list(self._meters))
+        if self._max_cost is not None and soon >= self._max_cost:
+            return f"max_cost_usd={self._max_cost:g} is reached"
+        return None
+
+    @property
+    def seconds_between_checks(self) -> float | None:
+        """The seconds between two checks; None without a limit."""
+        return None if self._max_hours is None and self._max_cost is None else CHECK_INTERVAL
 
 
 class RentalOrder:
@@ -46,6 +146,7 @@ class RentalOrder:
         refused: whether the API refused the order with code 1, after which it may still exist.
         lost: the purchase of ``create_order``, if its outcome is not known.
         absent: monotonic times of the lists in a row that did not have the order.
+        cancellation: its cancel, as soon as the order id is known.
     """
 
     def __init__(self, server_id: int, entry: JournalEntry | None, meter: Meter) -> None:
@@ -56,26 +157,18 @@ class RentalOrder:
         self.order_id: int | None = None
         self.refused = False
         self.lost: Any = None
-        self._cancellation: Cancellation | None = None
         self.absent: list[float] = []
+        self.cancellation: Cancellation | None = None
 
     @property
     def accepted(self) -> bool:
         """True if its cancel was accepted."""
-        return self._cancellation is not None and self._cancellation.accepted
-
-    def cancellation(self, orders: AccountOrders) -> Cancellation:
-        """Return the cancellation of this order, always the same one."""
-        if self._cancellation is None:
-            self._cancellation = Cancellation(orders, self.order_id or 0)
-        return self._cancellation
+        return self.cancellation is not None and self.cancellation.accepted
 
     def __str__(self) -> str:
-        return (
-            f"order {self.order_id} may still be running"
-            if self.order_id is not None
-            else f"an order of server {self.server_id} may have been made"
-        )
+        if self.order_id is None:
+            return f"an order of server {self.server_id} may have been made"
+        return f"order {self.order_id} may still be running"
 
 
 class RentalOrders:
@@ -94,35 +187,30 @@ class RentalOrders:
         settings: RentalSettings,
         folder: Path | None,
         budget: Budget,
-        taken: Callable[[], set[int | None]],
     ) -> None:
         self._orders = orders
         self._settings = settings
         self._folder = folder
         self._budget = budget
-        self._taken = taken  # returns the order ids of all open rentals of this account
         self._all: list[RentalOrder] = []
         self.before: set[int] = set()
         self.block_ended_at: float | None = None
         self.skip_confirmation = False
         self.abandoned = False
 
-    def __iter__(self) -> Iterator[RentalOrder]:
-        return iter(list(self._all))
-
     # --- purchases ---
 
     def record_intent(self, server_id: int, price: float | None) -> RentalOrder:
         """Record a purchase in the journal and in memory, before it is sent."""
-        entry = write_entry(self._folder, self._facts(server_id))
+        entry = write_entry(self._folder, self._entry_fields(server_id))
         purchase = RentalOrder(server_id, entry, self._budget.start(price))
         self._all.append(purchase)
         return purchase
 
-    def _facts(self, server_id: int) -> dict[str, Any]:
+    def _entry_fields(self, server_id: int) -> dict[str, Any]:
         client = self._orders.client
-        facts = purchase_facts(server_id, self._settings, self.before, client.server_clock)
-        return {**facts, "base_url": client.base_url, "account": self._orders.account}
+        fields = purchase_fields(server_id, self._settings, self.before, client.server_clock)
+        return {**fields, "base_url": client.base_url, "account": self._orders.account}
 
     def adopt(self, order: Order, age: float, ends: bool) -> RentalOrder:
         """Take over an order that exists.
@@ -133,7 +221,7 @@ class RentalOrders:
             ends: whether the rental ends it, which the journal must then know.
         """
         server_id, order_id = order.server_id or 0, order.id or 0
-        entry = write_entry(self._folder, self._facts(server_id)) if ends else None
+        entry = write_entry(self._folder, self._entry_fields(server_id)) if ends else None
         purchase = RentalOrder(server_id, entry, self._budget.start(order.usd_per_hour, age))
         if ends:
             self._all.append(purchase)
@@ -152,7 +240,7 @@ class RentalOrders:
         Raises:
             RentalError: the deadline can't be recorded.
         """
-        data = {**self._facts(purchase.server_id), "order_id": purchase.order_id}
+        data = {**self._entry_fields(purchase.server_id), "order_id": purchase.order_id}
         if not record_kept(self._folder, data, until) and until is not None:
             raise RentalError(
                 f"order {purchase.order_id} is not kept, because its deadline can't be recorded: "
@@ -163,7 +251,10 @@ class RentalOrders:
     def set_order_id(self, purchase: RentalOrder, order_id: int) -> None:
         """Record the order id of a purchase."""
         self._orders.claims.take(order_id, purchase)  # unless create_order() has claimed it
+        if purchase in self._all:  # the rental ends it
+            self._orders.claims.rented.add(order_id)
         purchase.order_id = order_id
+        purchase.cancellation = Cancellation(self._orders, order_id)
         purchase.meter.counts = True
         if purchase.entry is not None:
             purchase.entry.write_order_id(order_id)
@@ -208,13 +299,11 @@ class RentalOrders:
     def end_all(self) -> BaseException | None:
         """End all orders, the cancels first. Return None, or the first failure."""
         started = time.monotonic()
-        failures: list[BaseException | None] = [
-            self._cancel(purchase, self.deadline)
-            for purchase in self
-            if purchase.order_id is not None
-        ]
-        failures += [self._reconcile(purchase) for purchase in self if purchase.order_id is None]
-        failures += [self._confirm(purchase, started) for purchase in self]
+        known = [purchase for purchase in self._all if purchase.order_id is not None]
+        unknown = [purchase for purchase in self._all if purchase.order_id is None]
+        failures: list[BaseException | None] = [self._cancel(p, self.deadline) for p in known]
+        failures += [self._reconcile(purchase) for purchase in unknown]
+        failures += [self._confirm(purchase, started) for purchase in list(self._all)]
         return next((failure for failure in failures if failure is not None), None)
 
     def end(self, purchase: RentalOrder) -> BaseException | None:
@@ -227,7 +316,7 @@ class RentalOrders:
     def abandon(self) -> BaseException | None:
         """Stop the cleanup, and leave the orders to ``leftovers()``. Return an error if any."""
         self.abandoned = True
-        left = list(self)
+        left = list(self._all)
         for purchase in left:
             if purchase.entry is not None:
                 purchase.entry.abandoned = True
@@ -244,11 +333,11 @@ class RentalOrders:
         stop: Callable[[], bool] = lambda: False,
     ) -> CloreError | None:
         """Cancel an order until that is accepted. Return None, or the error."""
-        if purchase.accepted:
-            return None
-        failure = purchase.cancellation(self._orders).run(
-            deadline, confirm=False, stop=lambda: self.abandoned or stop()
-        )
+        failure: CloreError | None = None
+        if purchase.cancellation is not None and not purchase.accepted:
+            failure = purchase.cancellation.run(
+                deadline, confirm=False, stop=lambda: self.abandoned or stop()
+            )
         if failure is None:  # the order costs nothing from now on
             purchase.meter.stop()
         return failure
@@ -269,8 +358,8 @@ class RentalOrders:
         order_id = purchase.order_id or 0
         deadline = confirm_until(started, self._settings.cancel_timeout)
         failure: CloreError | None = None
-        if not self.skip_confirmation:
-            failure = purchase.cancellation(self._orders).run(
+        if purchase.cancellation is not None and not self.skip_confirmation:
+            failure = purchase.cancellation.run(
                 lambda: deadline, confirm=True, stop=lambda: self.skip_confirmation
             )
             if failure is None:
@@ -279,16 +368,11 @@ class RentalOrders:
                 return None
         self._give_up(purchase)
         if self.skip_confirmation:
-            logger.warning(
-                "order %d was cancelled, but an interrupt skipped the confirmation", order_id
+            failure = CloreError(
+                f"order {order_id} was cancelled, but an interrupt skipped the confirmation that "
+                "it has ended: call leftovers() later"
             )
-            return CloreError(
-                f"order {order_id} was cancelled, but it is not confirmed that it has ended: call "
-                "leftovers() later"
-            )
-        logger.error(
-            "order %d was cancelled, but may still be running: call leftovers() later", order_id
-        )
+        logger.error("%s", failure)
         return failure
 
     # --- purchases with unknown outcome ---
@@ -304,25 +388,21 @@ class RentalOrders:
             stop: returns whether something else is more urgent; a cancel then goes on later.
         """
         for purchase in self.unresolved():
+            server_id = purchase.server_id
             if purchase.order_id is None:
-                self._search_or_forget(purchase)
-            if purchase.order_id is not None:
+                try:
+                    if self._search(purchase):
+                        self.forget(purchase)
+                except CloreError as error:
+                    logger.debug("looking for an order of server %d: %s", server_id, error)
+            if (order_id := purchase.order_id) is not None:
+                logger.warning(
+                    "order %d of server %d exists although the API refused it: cancelling it",
+                    order_id,
+                    server_id,
+                )
                 until = time.monotonic() + self._settings.cancel_timeout
                 self.try_to_cancel(purchase, lambda: until, stop)  # noqa: B023
-
-    def _search_or_forget(self, purchase: RentalOrder) -> None:
-        """Look once for the order of a purchase; forget the purchase if it has none."""
-        try:
-            if self._search(purchase):
-                self.forget(purchase)
-        except CloreError as error:
-            logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
-        if purchase.order_id is not None:
-            logger.warning(
-                "order %d of server %d exists although the API refused it: cancelling it",
-                purchase.order_id,
-                purchase.server_id,
-            )
 
     @property
     def search_interval(self) -> float:
@@ -333,32 +413,28 @@ class RentalOrders:
         """Look for the order of a purchase until it is found and cancelled, or time is out."""
         logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
-        confirmed_absent = False
-        while not (confirmed_absent or self.abandoned):
+        absent = False
+        while not self.abandoned:
             try:
-                confirmed_absent = self._search(purchase)
-                cause = None
+                absent, cause = self._search(purchase), None
             except CloreError as error:
                 cause = error
             if purchase.order_id is not None:
                 return self._cancel(purchase, self.deadline)
-            if (left := self.deadline() - time.monotonic()) <= 0:
+            left = self.deadline() - time.monotonic()
+            if absent or left <= 0:
                 break
-            if not confirmed_absent:
-                time.sleep(min(left, self.search_interval))
-        if confirmed_absent and purchase.refused:
+            time.sleep(min(left, self.search_interval))
+        if absent and purchase.refused:
             self.forget(purchase)
             return None
         self._give_up(purchase)
-        logger.warning(
-            "no order of server %d has shown up so far: call leftovers() later",
-            purchase.server_id,
-        )
         unknown = OutcomeUnknownError(
             f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
             endpoint="/v1/create_order",
         )
         unknown.__cause__ = cause
+        logger.warning("%s", unknown)
         return unknown
 
     def _search(self, purchase: RentalOrder) -> bool:
@@ -402,7 +478,7 @@ class RentalOrders:
             for order in orders
             if order.server_id == purchase.server_id
             and order.id not in self.before
-            and order.id not in self._taken()
+            and order.id not in claims.rented
             and can_be_order_of(order, settings.image, settings.currency, settings.spot)
         ]
         if (lost := purchase.lost) is None:  # create_order() had claimed its order

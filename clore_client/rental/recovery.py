@@ -13,7 +13,7 @@ from clore_client.models.order import Order
 from clore_client.models.record import whole_id
 from clore_client.orders.account import AccountOrders
 from clore_client.orders.cancel import Cancellation, confirm_until
-from clore_client.orders.claims import CLOCKS_APART, LATEST_ORDER, matches_entry
+from clore_client.orders.credentials import CLOCKS_APART, LATEST_ORDER, matches_entry
 from clore_client.pricing import finite
 from clore_client.rental.journal import JournalEntry, kept_entries, read_entries
 

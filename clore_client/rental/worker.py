@@ -31,8 +31,7 @@ from clore_client.models.result import CommandResult, TransferResult
 from clore_client.models.server import Server
 from clore_client.orders.account import AccountOrders
 from clore_client.process import this_process
-from clore_client.rental.budget import Budget
-from clore_client.rental.orders import RentalOrder, RentalOrders
+from clore_client.rental.orders import Budget, RentalOrder, RentalOrders
 from clore_client.rental.selection import RentalSettings
 from clore_client.rental.signals import (
     Gate,
@@ -143,7 +142,7 @@ class RentalWorker:
         # A signal ends a ``with`` block of the main thread, and so its rental.
         self._main = in_block and in_main_thread()
         self._signals: SignalHandling | None = None
-        self._rental_orders = RentalOrders(orders, settings, folder, self.budget, self._taken)
+        self._rental_orders = RentalOrders(orders, settings, folder, self.budget)
         self._current: RentalOrder | None = None  # the order of the block
         self._started = False
         self._interrupted_at: list[float] = []
@@ -341,12 +340,6 @@ class RentalWorker:
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
             request.run()
-
-    def _taken(self) -> set[int | None]:
-        """Return the order ids of all open rentals of this account in this process."""
-        account = self._orders.claims
-        workers = [w for w in list(this_process.rentals) if w._orders.claims is account]
-        return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
 
     def _has_ended_block(self) -> bool:
         return self._rental_orders.block_ended_at is not None or self._block_is_gone()

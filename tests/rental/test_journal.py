@@ -15,7 +15,7 @@ import pytest
 
 from clore_client import CloreClient, Order
 from clore_client.config import DEFAULT_STATE_DIR, account_digest, state_folder
-from clore_client.orders.claims import matches_entry
+from clore_client.orders.credentials import matches_entry
 from clore_client.rental.journal import read_entries, this_machine, write_entry
 from tests.conftest import client_for
 from tests.rental.test_rental import QUICK, active
