@@ -1688,7 +1688,7 @@ class CloreClient(HTTPClient):
             >>> client.wait_for_http(order, "/api/status")
             200
         """
-        from clore_client.ssh.service import HTTPWait
+        from clore_client.ssh.tunnel import HTTPWait
 
         login = secret_values(login)
         options = ProgressOptions(on_progress, progress)
@@ -1696,7 +1696,7 @@ class CloreClient(HTTPClient):
         if wait.url is not None:
             return wait.at_public_address(self._user_agent)
         with self._ssh.connected(order, ssh, login) as pool:
-            return wait.on_machine(pool)
+            return wait.on_host(pool.ssh, self._user_agent)
 
     def forward(
         self,
