@@ -1294,7 +1294,7 @@ class CloreClient(HTTPClient):
             >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
             {'host': 'h.net', 'port': 2060, 'user': 'root', 'raw': 'ssh root@h.net -p 2060'}
         """
-        from clore_client.ssh.address import parse_ssh_command
+        from clore_client.ssh.openssh import parse_ssh_command
 
         return parse_ssh_command(order)
 
@@ -1347,16 +1347,11 @@ class CloreClient(HTTPClient):
             ...     print(ssh.exec_command("nvidia-smi -L")[1].read().decode())
         """
         password, passphrase = Secret.of(password), Secret.of(passphrase)
-        return self._ssh.login(
-            order,
-            password=password,
-            key_path=key_path,
-            passphrase=passphrase,
-            wait=wait,
-            timeout=timeout,
-            host_key=host_key,
-            use_ssh_config=use_ssh_config,
-        ).open()
+        login = {
+            "password": password, "key_path": key_path, "passphrase": passphrase, "wait": wait,
+            "host_key": host_key, "use_ssh_config": use_ssh_config,
+        }  # fmt: skip
+        return self._ssh.login(order, login, timeout).open()
 
     def wait_for_ssh(
         self,
@@ -1386,18 +1381,12 @@ class CloreClient(HTTPClient):
             >>> client.wait_for_ssh(order, wait=600)
         """
         password, passphrase = Secret.of(password), Secret.of(passphrase)
-        login = self._ssh.login(
-            order,
-            password=password,
-            key_path=key_path,
-            passphrase=passphrase,
-            wait=wait,
-            timeout=timeout,
-            host_key=host_key,
-            use_ssh_config=use_ssh_config,
-        )
+        login = {
+            "password": password, "key_path": key_path, "passphrase": passphrase, "wait": wait,
+            "host_key": host_key, "use_ssh_config": use_ssh_config,
+        }  # fmt: skip
         with ProgressOptions(on_progress, progress).reporting() as report:
-            login.open(report).close()
+            self._ssh.login(order, login, timeout).open(report).close()
 
     def forget_host_key(self, order: OrderArgument) -> bool:
         """Forget the pinned host key of an order, so that the next login accepts a new one.
@@ -1612,7 +1601,7 @@ class CloreClient(HTTPClient):
             >>> client.job(order, "train").tail(1)
             'step 100: loss 1.24\\n'
         """
-        from clore_client.ssh.address import check_plain_name
+        from clore_client.ssh.openssh import check_plain_name
 
         login = secret_values(login)
         wanted = check_plain_name(name)
@@ -1722,16 +1711,14 @@ class CloreClient(HTTPClient):
             >>> with client.forward(order, 8888) as port:
             ...     print(requests.get(f"http://127.0.0.1:{port}").status_code)
         """
-        from clore_client.ssh.connect import check_connection, check_login_options
+        from clore_client.ssh.access import check_connection
         from clore_client.ssh.tunnel import Forward, check_forward_arguments
 
         login = secret_values(login)
         check_forward_arguments(remote_port, local_port)
-        if ssh is None:
-            connection = self._ssh.login(order, **check_login_options(login)).open()
-        else:
-            connection = check_connection(ssh)
-        return Forward(connection, remote_port, local_port, owns=ssh is None)
+        if ssh is not None:
+            return Forward(check_connection(ssh), remote_port, local_port)
+        return Forward(self._ssh.login(order, login).open(), remote_port, local_port, owns=True)
 
     def upload(
         self,
@@ -1971,11 +1958,10 @@ class CloreClient(HTTPClient):
             >>> with client.scp(order) as copy:
             ...     copy.put("train.py", "/root/train.py")
         """
-        from clore_client.ssh.connect import check_login_options
         from clore_client.ssh.scp import guarded_scp
 
         login = secret_values(login)
-        connection = self._ssh.login(order, timeout=timeout, **check_login_options(login)).open()
+        connection = self._ssh.login(order, login, timeout).open()
         try:
             return guarded_scp(
                 connection,

@@ -22,10 +22,10 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.result import STDOUT, OutputLine
 from clore_client.progress import ProgressEvent, ProgressOptions, Report, readable_size
-from clore_client.ssh.address import PLAIN_NAME, check_plain_name
 from clore_client.ssh.command_text import LineSplitter, SecretBytes, command_line, encoded, exports
-from clore_client.ssh.connection_pool import ConnectionPool
+from clore_client.ssh.connect import ConnectionPool
 from clore_client.ssh.job_scripts import JOB_RUNNER, job_script
+from clore_client.ssh.openssh import PLAIN_NAME, check_plain_name
 from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
 from clore_client.ssh.transport import (
