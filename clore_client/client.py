@@ -1293,7 +1293,7 @@ class CloreClient(HTTPClient):
             >>> CloreClient.parse_ssh_connection({"connection": {"ssh": "ssh root@h.net -p 2060"}})
             {'host': 'h.net', 'port': 2060, 'user': 'root', 'raw': 'ssh root@h.net -p 2060'}
         """
-        from clore_client.ssh.address import parse_ssh_command
+        from clore_client.ssh.openssh import parse_ssh_command
 
         return parse_ssh_command(order)
 
@@ -1346,16 +1346,11 @@ class CloreClient(HTTPClient):
             ...     print(ssh.exec_command("nvidia-smi -L")[1].read().decode())
         """
         password, passphrase = Secret.of(password), Secret.of(passphrase)
-        return self._ssh.login(
-            order,
-            password=password,
-            key_path=key_path,
-            passphrase=passphrase,
-            wait=wait,
-            timeout=timeout,
-            host_key=host_key,
-            use_ssh_config=use_ssh_config,
-        ).open()
+        login = {
+            "password": password, "key_path": key_path, "passphrase": passphrase, "wait": wait,
+            "host_key": host_key, "use_ssh_config": use_ssh_config,
+        }  # fmt: skip
+        return self._ssh.login(order, login, timeout).open()
 
     def wait_for_ssh(
         self,
@@ -1385,18 +1380,12 @@ class CloreClient(HTTPClient):
             >>> client.wait_for_ssh(order, wait=600)
         """
         password, passphrase = Secret.of(password), Secret.of(passphrase)
-        login = self._ssh.login(
-            order,
-            password=password,
-            key_path=key_path,
-            passphrase=passphrase,
-            wait=wait,
-            timeout=timeout,
-            host_key=host_key,
-            use_ssh_config=use_ssh_config,
-        )
+        login = {
+            "password": password, "key_path": key_path, "passphrase": passphrase, "wait": wait,
+            "host_key": host_key, "use_ssh_config": use_ssh_config,
+        }  # fmt: skip
         with ProgressOptions(on_progress, progress).reporting() as report:
-            login.open(report).close()
+            self._ssh.login(order, login, timeout).open(report).close()
 
     def forget_host_key(self, order: OrderArgument) -> bool:
         """Forget the pinned host key of an order, so that the next login accepts a new one.
@@ -1611,7 +1600,7 @@ class CloreClient(HTTPClient):
             >>> client.job(order, "train").tail(1)
             'step 100: loss 1.24\\n'
         """
-        from clore_client.ssh.address import check_plain_name
+        from clore_client.ssh.openssh import check_plain_name
 
         login = secret_values(login)
         wanted = check_plain_name(name)
@@ -1687,7 +1676,7 @@ class CloreClient(HTTPClient):
             >>> client.wait_for_http(order, "/api/status")
             200
         """
-        from clore_client.ssh.service import HTTPWait
+        from clore_client.ssh.tunnel import HTTPWait
 
         login = secret_values(login)
         options = ProgressOptions(on_progress, progress)
@@ -1695,7 +1684,7 @@ class CloreClient(HTTPClient):
         if wait.url is not None:
             return wait.at_public_address(self._user_agent)
         with self._ssh.connected(order, ssh, login) as pool:
-            return wait.on_machine(pool)
+            return wait.on_host(pool.ssh, self._user_agent)
 
     def forward(
         self,
@@ -1721,16 +1710,14 @@ class CloreClient(HTTPClient):
             >>> with client.forward(order, 8888) as port:
             ...     print(requests.get(f"http://127.0.0.1:{port}").status_code)
         """
-        from clore_client.ssh.connect import check_connection, check_login_options
+        from clore_client.ssh.access import check_connection
         from clore_client.ssh.tunnel import Forward, check_forward_arguments
 
         login = secret_values(login)
         check_forward_arguments(remote_port, local_port)
-        if ssh is None:
-            connection = self._ssh.login(order, **check_login_options(login)).open()
-        else:
-            connection = check_connection(ssh)
-        return Forward(connection, remote_port, local_port, owns=ssh is None)
+        if ssh is not None:
+            return Forward(check_connection(ssh), remote_port, local_port)
+        return Forward(self._ssh.login(order, login).open(), remote_port, local_port, owns=True)
 
     def upload(
         self,
@@ -1970,11 +1957,10 @@ class CloreClient(HTTPClient):
             >>> with client.scp(order) as copy:
             ...     copy.put("train.py", "/root/train.py")
         """
-        from clore_client.ssh.connect import check_login_options
         from clore_client.ssh.scp import guarded_scp
 
         login = secret_values(login)
-        connection = self._ssh.login(order, timeout=timeout, **check_login_options(login)).open()
+        connection = self._ssh.login(order, login, timeout).open()
         try:
             return guarded_scp(
                 connection,

@@ -47,7 +47,6 @@ INTERNAL = [
     "ssh/test_files.py",
     "ssh/test_hosts.py",
     "ssh/test_jobs.py",
-    "ssh/test_service.py",
     "ssh/test_spare_session.py",
     "ssh/test_transfer.py",
     "ssh/test_tunnel.py",

@@ -230,11 +230,11 @@ class Rental:
         self, method: Callable[..., Part], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Part:
         """Call a method of the client with the rental's own connection."""
-        from clore_client.ssh.connect import LOGIN_OPTIONS
+        from clore_client.ssh.access import LOGIN_DEFAULTS
         from clore_client.ssh.transport import is_connected
 
         worker = self._open_worker()
-        login = {name: options.pop(name) for name in LOGIN_OPTIONS & options.keys()}
+        login = {name: options.pop(name) for name in LOGIN_DEFAULTS.keys() & options.keys()}
         if self._shell is None or not is_connected(self._shell):
             self._shell = self.ssh(**login)
         try:

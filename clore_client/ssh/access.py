@@ -1,8 +1,10 @@
-"""Log in to the machines of an account; check the host key of each order."""
+"""Log in to the hosts of an account, and keep their host keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,26 +14,75 @@ from clore_client.log import logger
 from clore_client.market.market import LOGIN_OUTCOMES, HostHistory
 from clore_client.models.order import Order
 from clore_client.orders.account import AccountOrders, OrdersClient, ended_error
-from clore_client.ssh.address import (
+from clore_client.ssh.connect import ConnectionPool, Login
+from clore_client.ssh.jobs import LEAST_PATIENCE, HostJobs
+from clore_client.ssh.keys import HostKeys, KeyCheck, check_host_key, private_key_of
+from clore_client.ssh.openssh import (
     OpenSSH,
     check_order,
     check_plain_name,
     parse_ssh_command,
     plain_address,
 )
-from clore_client.ssh.connect import Login, check_connection, check_login_options
-from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.jobs import LEAST_PATIENCE, HostJobs
-from clore_client.ssh.keys import HostKeys, KeyCheck, private_key_of
 from clore_client.ssh.transfer.options import check_path
-from clore_client.validation import check_number, check_order_id
+from clore_client.validation import (
+    check_bool,
+    check_local_path,
+    check_number,
+    check_order_id,
+    check_text,
+    short_repr,
+)
 
 if TYPE_CHECKING:
     import paramiko
 
 
+# What may be given for a login to methods that do more than log in.
+LOGIN_DEFAULTS: dict[str, Any] = {
+    "password": None,
+    "key_path": None,
+    "passphrase": None,
+    "wait": 120.0,  # seconds for an sshd to respond
+    "host_key": "pin",
+    "use_ssh_config": False,
+}
+
+
+def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Check the arguments of a login, and return all of them."""
+    for name in given:
+        if name not in LOGIN_DEFAULTS:
+            raise TypeError(
+                f"there is no argument {name!r}, neither here nor among those of a login: "
+                f"{', '.join(sorted(LOGIN_DEFAULTS))}"
+            )
+    options = {**LOGIN_DEFAULTS, **given}
+    for name in ("key_path", "host_key"):  # not secret, and errors name them
+        if isinstance(options[name], Secret):
+            options[name] = str(options[name])
+    check_number("wait", options["wait"], infinite=True, unit="seconds")
+    for name in ("password", "passphrase"):
+        if options[name] is not None:
+            check_text(name, options[name], secret=True)
+    if options["key_path"] is not None:
+        if not isinstance(options["key_path"], os.PathLike):
+            check_text("key_path", options["key_path"])
+        check_local_path("key_path", options["key_path"])
+    check_bool("use_ssh_config", options["use_ssh_config"])
+    options["host_key"] = check_host_key(options["host_key"])
+    return options
+
+
+def check_connection(ssh: Any) -> Any:
+    """Check a connection that the caller gave."""
+    if not callable(getattr(ssh, "get_transport", None)):
+        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
+    return ssh
+
+
 class SSHAccess:
-    """SSH access to the machines of an account.
+    """SSH access to the hosts of an account.
 
     Parameters:
         client: the client, for its API key and base URL.
@@ -120,13 +171,18 @@ class SSHAccess:
         fingerprint = self._orders.login_of(order).get("key_fingerprint")
         return (None, None) if fingerprint is None else private_key_of(fingerprint)
 
-    def login(self, order: Any, *, timeout: float = 30.0, **given: Any) -> Login:
-        """Check the arguments of a login, and return it."""
+    def login(self, order: Any, given: dict[str, Any], timeout: float = 30.0) -> Login:
+        """Check the arguments of a login, and return it.
+
+        Parameters:
+            given: the arguments, without those that have their defaults.
+            timeout: seconds for each attempt.
+        """
         check_number("timeout", timeout, above=True, unit="seconds")
         options = check_login_options(given)
         order = self._with_address(order)
         agent_key, own = None, bool(options["password"] or options["key_path"])
-        if not options["password"] and not options["key_path"]:
+        if not own:
             options["password"] = Secret.of(
                 order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
             )
@@ -135,18 +191,18 @@ class SSHAccess:
         where = "{host}:{port}".format(**plain_address(order))
         keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
 
-        def record(reason: str) -> None:
+        def on_failure(error: BaseException) -> None:
+            self._raise_if_ended(order.id, error)
             if not own:  # else it may be the user's mistake
-                self._history.record(order.server_id, LOGIN_OUTCOMES.get(reason))
+                outcome = LOGIN_OUTCOMES.get(getattr(error, "reason", ""))
+                self._history.record(order.server_id, outcome)
 
-        on_failure = self._on_failure(order.id)
-        return Login(order, keys, timeout, agent_key, on_failure, record, **options)
+        return Login(order, keys, timeout, agent_key, on_failure, **options)
 
-    def _on_failure(self, order_id: int | None) -> Callable[[BaseException], None] | None:
-        """Return a function that raises an error if a login failed because the order has ended."""
-        if order_id is None:
-            return None
-        return lambda error: self._orders.raise_if_ended(order_id, error)
+    def _raise_if_ended(self, order_id: int | None, error: BaseException) -> None:
+        """Raise a better error if a connection failed because the order has ended."""
+        if order_id is not None:
+            self._orders.raise_if_ended(order_id, error)
 
     def connected(
         self,
@@ -165,20 +221,20 @@ class SSHAccess:
         """
         options = check_login_options(login)
         if ssh is not None:
-            ssh = check_connection(ssh)
             record = isinstance(order, Mapping)
             number = Order(order).id if record else check_order_id("order", order)
-            return ConnectionPool(None, ssh, on_failure=self._on_failure(number))
+            on_failure = functools.partial(self._raise_if_ended, number)
+            return ConnectionPool(None, check_connection(ssh), on_failure=on_failure)
         if deadline is not None:
             timeout, options["wait"] = min(timeout, deadline), min(options["wait"], deadline)
-        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
+        return ConnectionPool(self.login(order, options, timeout), None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
-        """Return the jobs of the machine of an order."""
+        """Return the jobs of the host of an order."""
         options = check_login_options(login)
         if ssh is None:
             order = self._with_address(order)  # once, and not for each connection
-            self.login(order, **login)  # check the arguments now
+            self.login(order, login)  # check the arguments now
 
         def connect(seconds: float) -> ConnectionPool:
             wait = min(seconds, options["wait"])

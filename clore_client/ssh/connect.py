@@ -1,68 +1,52 @@
-"""Log in to a rented machine. paramiko is imported when it is used, not with the package."""
+"""Log in to hosts, and keep the connections of one call."""
 
 from __future__ import annotations
 
 import functools
-import logging
-import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from clore_client.errors import Secret, SSHError, printable
+from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.progress import ProgressEvent, Report, readable_seconds
-from clore_client.ssh.address import DEFAULT_PORT, parse_address, plain_address
-from clore_client.ssh.transport import Watchdog, close_after, keep_alive, prepared_transport
-from clore_client.validation import (
-    check_bool,
-    check_local_path,
-    check_number,
-    check_text,
-    short_repr,
+from clore_client.ssh.keys import KeyCheck, fingerprint_of
+from clore_client.ssh.openssh import HostConfig, plain_address
+from clore_client.ssh.transport import (
+    PARAMIKO_LOGGER,
+    Watchdog,
+    close_after,
+    import_paramiko,
+    is_connected,
+    keep_alive,
+    prepared_transport,
+    reason,
+    start_thread,
 )
 
 if TYPE_CHECKING:
     import paramiko
 
-    from clore_client.ssh.keys import KeyCheck
-
-# What may be given for a login to methods that do more than log in.
-LOGIN_DEFAULTS: dict[str, Any] = {
-    "password": None,
-    "key_path": None,
-    "passphrase": None,
-    "wait": 120.0,  # seconds for an sshd to respond
-    "host_key": "pin",
-    "use_ssh_config": False,
-}
-LOGIN_OPTIONS = frozenset(LOGIN_DEFAULTS)
-PARAMIKO_LOGGER = "clore_client.paramiko"
 TOO_SLOW = "it did not finish the SSH handshake in time"
-SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
+SSH_PAUSE = 2.0  # seconds between two attempts to reach an sshd that is not up yet
 FIRST_CONNECT = 5.0  # seconds for the first TCP connection
-LOOK_EVERY = 15.0  # seconds between two looks if the order of that machine has ended
+LOOK_EVERY = 15.0  # seconds between two checks if the order has ended
 
 
-def import_paramiko() -> Any:
-    """Import paramiko, or raise an ImportError that says what to install."""
-    try:
-        import paramiko
-    except ImportError as error:
-        raise ImportError("SSH needs paramiko: pip install paramiko scp") from error
-    # It logs each failure with a traceback and the host's own words, which would be printed.
-    # A handler of one's own still gets them.
-    quiet = logging.getLogger(PARAMIKO_LOGGER)
-    if not quiet.handlers:
-        quiet.addHandler(logging.NullHandler())
-        quiet.propagate = False
-    return paramiko
+class NotUpYetError(SSHError):
+    """An sshd may respond later; used only within this module."""
 
 
 class Login:
-    """How to get into the machine of an order: everything that ``connect_ssh`` was given."""
+    """The checked arguments of a login to the host of an order.
+
+    Parameters:
+        agent_key: a key of the SSH agent, or None.
+        on_failure: called with the error of a failed login; may raise a better one.
+    """
 
     def __init__(
         self,
@@ -70,8 +54,7 @@ class Login:
         keys: KeyCheck,
         timeout: float,
         agent_key: Any,
-        on_failure: Callable[[BaseException], None] | None,
-        record: Callable[[str], None],
+        on_failure: Callable[[BaseException], None],
         *,
         password: str | None,
         key_path: str | os.PathLike[str] | None,
@@ -80,6 +63,7 @@ class Login:
         use_ssh_config: bool,
     ) -> None:
         self.address = plain_address(order)
+        self.where = "{user}@{host}:{port}".format(**self.address)
         if passphrase is not None and key_path is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
         self.password = password
@@ -87,24 +71,14 @@ class Login:
         self.timeout = timeout
         self.wait = wait
         self.keys = keys
+        self.on_failure = on_failure
         self._paramiko = import_paramiko()
         # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
         self.key = agent_key
         if self.key_path is not None:
             self.key = self._read_key(self.key_path, passphrase)
-        self._next_look = -math.inf
+        self._config = HostConfig(self.address, use_ssh_config)
         self._tried = False
-        self._on_failure = on_failure or (lambda error: None)
-        self._record = record
-        self._hops: list[dict[str, Any]] = []
-        self._identities: list[str] = []
-        if use_ssh_config:
-            self._read_ssh_config()
-
-    @property
-    def where(self) -> str:
-        """The address, for an error."""
-        return "{user}@{host}:{port}".format(**self.address)
 
     def _read_key(self, path: str, passphrase: str | None) -> Any:
         shown = printable(repr(path), 200)
@@ -119,70 +93,21 @@ class Login:
                 raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
             raise ValueError(f"passphrase: {shown} is not encrypted") from error
         except Exception as error:
-            text = f"key_path: {shown} is no private key that can be used: {_short_text(error)}"
+            text = f"key_path: {shown} is not a private key that can be used: {reason(error)}"
             if passphrase is not None:
                 text = f"passphrase is not the one of {shown}, or {text}"
             raise ValueError(text) from error
 
-    def _read_ssh_config(self) -> None:
-        """Take ProxyJump and IdentityFile from the user's configuration of OpenSSH."""
-        path = os.path.expanduser("~/.ssh/config")
-        if not os.path.isfile(path):
-            return
-        import getpass  # imported here, because it is slow
-
-        try:
-            config = self._paramiko.SSHConfig.from_path(path)
-            found = config.lookup(self.address["host"])
-            jumps = found.get("proxyjump", "none")
-            if "proxycommand" in found and jumps == "none":
-                raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
-            self._identities = identity_files(found)
-            for jump in jumps.split(",") if jumps != "none" else ():
-                name, port, user = parse_address(jump.strip().removeprefix("ssh://"))
-                hop = config.lookup(name)
-                self._hops.append(
-                    {"host": hop.get("hostname", name), "identities": identity_files(hop),
-                     "port": int(hop.get("port", port)) if port == DEFAULT_PORT else port,
-                     "user": user or hop.get("user", getpass.getuser())}
-                )  # fmt: skip
-        except Exception as error:
-            raise ValueError(f"use_ssh_config: {path} can't be used: {error}") from error
-
-    def _jump(self, hops: list[Any]) -> Any:
-        """Log in to each jump host; a channel to the machine through the last one."""
-        sock = None
-        for hop in self._hops:
-            ssh = self._paramiko.SSHClient()
-            ssh.set_log_channel(PARAMIKO_LOGGER)
-            ssh.load_system_host_keys()  # a jump host is the user's own, and known
-            hops.append(ssh)
-            try:
-                ssh.connect(
-                    hop["host"], hop["port"], hop["user"], key_filename=hop["identities"] or None,
-                    timeout=self.timeout, sock=sock,
-                )  # fmt: skip
-                follower = self._hops[len(hops)] if len(hops) < len(self._hops) else self.address
-                sock = ssh.get_transport().open_channel(
-                    "direct-tcpip", (follower["host"], follower["port"]), ("127.0.0.1", 0),
-                    timeout=self.timeout,
-                )  # fmt: skip
-            except Exception as error:
-                where = f"jump host {hop['host']}:{hop['port']}"
-                raise SSHError(f"{where}: {_short_text(error)}") from error
-        return sock
-
     def open(
         self, report: Report | None = None, first: Callable[[], Any] | None = None
     ) -> paramiko.SSHClient:
-        """Log in, and try again while the sshd is not up yet, until ``wait`` is over.
+        """Log in; retry until ``wait`` is over while the sshd is not up yet.
 
         Parameters:
             report: gets the progress.
-            first: the first try, in place of :meth:`once`.
+            first: the first attempt, in place of :meth:`once`.
         """
-        started = time.monotonic()
-        deadline = started + self.wait
+        started = next_look = time.monotonic()
         while True:
             try:
                 attempt, first = first or self.once, None
@@ -191,59 +116,49 @@ class Login:
                     report(ProgressEvent("ssh", time.monotonic() - started, "sshd up"))
                 return ssh
             except NotUpYetError as error:
-                self.explain(error)
-                remaining = deadline - time.monotonic()
+                now = time.monotonic()
+                remaining = started + self.wait - now
                 if remaining <= 0:
                     late = SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}")
                     late.reason = "unreachable"
-                    self._record(late.reason)
+                    self.on_failure(late)
                     raise late from error.__cause__
+                if now >= next_look:
+                    next_look = now + LOOK_EVERY
+                    self.on_failure(error)
                 logger.debug("no SSH at %s yet: %s", self.where, error)
                 if report is not None:
-                    seconds = time.monotonic() - started
-                    text = f"no sshd yet, {readable_seconds(seconds)}: {error}"
-                    report(ProgressEvent("ssh", seconds, text))
+                    text = f"no sshd yet, {readable_seconds(now - started)}: {error}"
+                    report(ProgressEvent("ssh", now - started, text))
                 time.sleep(min(SSH_PAUSE, remaining))
             except SSHError as error:
-                self.explain(error)
+                self.on_failure(error)
                 raise
-
-    def explain(self, error: BaseException) -> None:
-        """Raise a better error if the login failed because the order has ended; record others."""
-        now = time.monotonic()
-        if isinstance(error, NotUpYetError) and now < self._next_look:
-            return
-        self._next_look = now + LOOK_EVERY
-        self._on_failure(error)
-        self._record(getattr(error, "reason", ""))
 
     def once(self) -> paramiko.SSHClient:
         """Try once to log in, within ``timeout`` seconds in all."""
-        limit = None
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)
         try:
-            with (
-                Watchdog() as watchdog,
-                watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit,
-            ):
-                self._connect(ssh)
-            if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
-                raise self._paramiko.ssh_exception.PartialAuthentication([])
-        except BaseException as error:
-            failure = self._failure(ssh, error, limit is not None and limit.expired)
-            _give_up(ssh)
-            if failure is error:
-                raise
-            raise failure from error
-        keep_alive(ssh.get_transport())
-        try:
+            self._log_in(ssh)
+            keep_alive(ssh.get_transport())
             self.keys.remember()
         except BaseException:
-            ssh.close()
+            _give_up(ssh)
             raise
         return ssh  # type: ignore[no-any-return]
+
+    def _log_in(self, ssh: Any) -> None:
+        with Watchdog() as watchdog, watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit:
+            try:
+                self._connect(ssh)
+                if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
+                    raise self._paramiko.ssh_exception.PartialAuthentication([])
+            except SSHError:
+                raise
+            except Exception as error:
+                raise self._failure(ssh, error, limit.expired) from error
 
     def _connect(self, ssh: Any) -> None:
         plain = self.password is None and self.key is None
@@ -259,10 +174,10 @@ class Login:
                 banner_timeout=self.timeout,
                 auth_timeout=self.timeout,
                 channel_timeout=self.timeout,
-                key_filename=self._identities or None if plain else None,
+                key_filename=self._config.identities or None if plain else None,
                 allow_agent=plain,
                 look_for_keys=plain,
-                sock=self._jump(hops),
+                sock=self._config.connect_jump_hosts(hops, self.timeout),
                 transport_factory=functools.partial(self._transport, hops),
             )
         except BaseException:
@@ -271,44 +186,62 @@ class Login:
             raise
 
     def _connect_timeout(self) -> float:
-        """Return the TCP timeout; shorter for the first of several tries.
+        """Return the TCP timeout; shorter for the first of several attempts.
 
-        The first failure is the moment to look if the order has ended.
+        After the first failure, the client checks if the order has ended.
         """
         first, self._tried = not self._tried, True
         return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
-        transport.auth_interactive_dumb = self._no_questions
+        transport.auth_interactive_dumb = self._answer_no_questions
         if hops:
             close_after(transport, hops)
         return transport
 
-    def _failure(self, ssh: Any, error: BaseException, expired: bool) -> BaseException:
-        """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
+    def _answer_no_questions(self, *_: Any) -> None:
+        # paramiko would print the host's text, and read the answer from the terminal.
+        raise self._paramiko.ssh_exception.PartialAuthentication(
+            ["keyboard-interactive or password"]
+        )
+
+    def _failure(self, ssh: Any, error: Exception, late: bool) -> SSHError:
+        """Return the error for a failed login: ``NotUpYetError`` where a retry may work."""
         transport = ssh.get_transport()
         keys_exchanged = transport is not None and bool(transport.initial_kex_done)
-        refused = isinstance(error, self._paramiko.AuthenticationException)
-        # With more keys than the machine has patience for, paramiko misses the connection.
-        refused = refused or (keys_exchanged and "existing session" in str(error).lower())
-        late = expired and isinstance(error, Exception)
-        if late and not keys_exchanged:
+        text = reason(error)
+        lower = text.lower()
+        # paramiko's words for a connection that was closed, or was too slow.
+        no_session = "existing session" in lower
+        # With too many keys, the host closes the connection.
+        refused = isinstance(error, self._paramiko.AuthenticationException) or (
+            keys_exchanged and no_session
+        )
+        if (late or no_session) and not keys_exchanged:
             return NotUpYetError(TOO_SLOW)
-        if late or (refused and "timeout" in str(error).lower()):
-            failure = SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
-        elif refused:
-            failure = self._refused(ssh, error)
-        else:
-            return _login_error(error, self._paramiko, self.where)
-        if not late:
+        if late or (refused and "timeout" in lower):
+            return SSHError(f"{self.where} did not answer the login within {self.timeout:g}s")
+        if refused:
+            failure = SSHError(self._refusal(ssh, error))
             failure.reason = "refused"
-        return failure
+            return failure
+        if isinstance(error, socket.gaierror):
+            return NotUpYetError(f"the host name is not known ({text})")
+        if isinstance(error, EOFError):
+            return NotUpYetError("it closed the connection")
+        if isinstance(error, OSError) or any(part in lower for part in ("banner", "reset", "eof")):
+            return NotUpYetError(text)
+        if "no authentication methods" in lower:
+            return SSHError(
+                f"there is nothing to log in to {self.where} with: pass password= or key_path="
+            )
+        # A wrong answer of the host can raise anything in paramiko.
+        kind = "" if isinstance(error, self._paramiko.SSHException) else f"{type(error).__name__}: "
+        return SSHError(f"SSH to {self.where} failed: {kind}{text}")
 
-    def _refused(self, ssh: Any, error: BaseException) -> SSHError:
-        """Describe what was refused, and what the host accepts."""
-        from clore_client.ssh.keys import fingerprint_of
-
+    def _refusal(self, ssh: Any, error: BaseException) -> str:
+        """Describe what the host refused, and what it accepts."""
         if self.password is not None:
             what = "password"
         elif self.key is not None:
@@ -316,85 +249,31 @@ class Login:
             what = f"key {where} ({fingerprint_of(self.key)})"
         else:
             what = "keys of the SSH agent and of ~/.ssh"
-        accepted = getattr(error, "allowed_types", None)
-        if not accepted and not ssh.get_transport().is_active():
-            return SSHError(
-                f"{self.where} closed the connection during the login with the {what}: "
-                "refused, after too many tries perhaps"
+        methods = getattr(error, "allowed_types", None)
+        if not methods and not is_connected(ssh):
+            return (
+                f"{self.where} closed the connection during the login with the {what}: it was "
+                "refused, perhaps after too many attempts"
             )
-        accepted = accepted or self._accepted(ssh)
-        takes = ", ".join(printable(str(name), 40) for name in accepted[:8])
+        methods = methods or self._accepted_methods(ssh)
+        accepted = ", ".join(printable(str(name), 40) for name in methods[:8])
         if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
-            return SSHError(f"{self.where} took the {what}, but wants more than that: {takes}")
-        accepts = f"; it accepts: {takes}" if takes else ""
-        return SSHError(
+            return f"{self.where} accepted the {what}, but also requires: {accepted}"
+        accepts = f"; it accepts: {accepted}" if accepted else ""
+        return (
             f"{self.where} refused the login with the {what}{accepts}. "
             "Was the order made with another password or key?"
         )
 
-    def _no_questions(self, *_: Any) -> None:
-        # paramiko would print what the host says, and ask whoever sits at the terminal.
-        raise self._paramiko.ssh_exception.PartialAuthentication(
-            ["keyboard-interactive or password"]
-        )
-
-    def _accepted(self, ssh: Any) -> list[str]:
-        # The answer to a login without anything lists the ways that there are.
+    def _accepted_methods(self, ssh: Any) -> list[str]:
+        # The response to a login without credentials lists the methods.
         try:
             ssh.get_transport().auth_none(self.address["user"])
         except self._paramiko.BadAuthenticationType as error:
             return list(error.allowed_types)
         except Exception as error:
-            logger.debug("%s does not say what it accepts: %s", self.where, error)
+            logger.debug("%s does not list its login methods: %s", self.where, error)
         return []
-
-
-class NotUpYetError(SSHError):
-    """An sshd may answer later; used only within this module."""
-
-
-def check_connection(ssh: Any) -> Any:
-    """Check a connection that the caller gave."""
-    if not callable(getattr(ssh, "get_transport", None)):
-        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
-    return ssh
-
-
-def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Check the arguments of a login, and return all of them."""
-    from clore_client.ssh.keys import check_host_key
-
-    for name in given:
-        if name not in LOGIN_OPTIONS:
-            raise TypeError(
-                f"there is no argument {name!r}, neither here nor among those of a login: "
-                f"{', '.join(sorted(LOGIN_OPTIONS))}"
-            )
-    options = {**LOGIN_DEFAULTS, **given}
-    for name in ("key_path", "host_key"):  # not secret, and errors name them
-        if isinstance(options[name], Secret):
-            options[name] = str(options[name])
-    check_number("wait", options["wait"], infinite=True, unit="seconds")
-    for name in ("password", "passphrase"):
-        if options[name] is not None:
-            check_text(name, options[name], secret=True)
-    if options["key_path"] is not None:
-        if not isinstance(options["key_path"], os.PathLike):
-            check_text("key_path", options["key_path"])
-        check_local_path("key_path", options["key_path"])
-    check_bool("use_ssh_config", options["use_ssh_config"])
-    options["host_key"] = check_host_key(options["host_key"])
-    return options
-
-
-def identity_files(config: Any) -> list[str]:
-    """Return the keys of an entry of a configuration that are there."""
-    paths = map(os.path.expanduser, config.get("identityfile", ()))
-    return [path for path in paths if os.path.isfile(path)]
-
-
-def _short_text(error: BaseException) -> str:
-    return printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
 
 
 def _break_off(ssh: Any) -> None:
@@ -406,26 +285,110 @@ def _break_off(ssh: Any) -> None:
 def _give_up(ssh: Any) -> None:
     transport = ssh.get_transport()
     ssh.close()
-    if transport is not None:  # or paramiko's timer would live on with it
-        transport.packetizer.complete_handshake()
+    if transport is not None:
+        transport.packetizer.complete_handshake()  # ends paramiko's timer
 
 
-def _login_error(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
-    """Return the error for a login that was not refused."""
-    text = _short_text(error)
-    if isinstance(error, SSHError) or not isinstance(error, Exception):
-        return error
-    if isinstance(error, socket.gaierror):
-        return NotUpYetError(f"the host name is not known ({text})")
-    if isinstance(error, (OSError, EOFError)):
-        return NotUpYetError("it closed the connection" if isinstance(error, EOFError) else text)
-    if not isinstance(error, paramiko_module.SSHException):
-        # paramiko takes every answer for a sensible one.
-        return SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
-    if "existing session" in text.lower():  # its word for a handshake that took too long
-        return NotUpYetError(TOO_SLOW)
-    if any(part in text.lower() for part in ("banner", "reset", "eof")):
-        return NotUpYetError(text)
-    if "no authentication methods" in text.lower():
-        return SSHError(f"there is nothing to log in to {where} with: pass password= or key_path=")
-    return SSHError(f"SSH to {where} failed: {text}")
+class ConnectionPool:
+    """The connections of one call: the caller's own, or up to ``size`` new ones.
+
+    Parameters:
+        login: for new connections; None if ``ssh`` is used.
+        ssh: the caller's connection.
+        size: the highest number of connections.
+        eager: open all of them now, at the same time; else each one when it is needed.
+        on_failure: called with an error if ``ssh`` broke; may raise a better one.
+    """
+
+    def __init__(
+        self,
+        login: Login | None,
+        ssh: Any = None,
+        size: int = 1,
+        eager: bool = True,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.size = size if login is not None else 1
+        self._eager = eager
+        self._login = login
+        self._on_failure = login.on_failure if login is not None else on_failure
+        self._opened: list[Any] = [ssh] + [None] * (self.size - 1)
+        self._threads: dict[int, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> ConnectionPool:
+        if self._login is not None:
+            for number in range(1, self.size if self._eager else 1):
+                self._begin(self._login, number)
+            try:
+                first = functools.partial(self._first, self._login)
+                self._opened[0] = self._login.open(first=first)
+            except BaseException:
+                self._close()
+                raise
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        lost = isinstance(error, SSHError) and not is_connected(self.ssh)
+        self._close()
+        if lost and error is not None and self._on_failure is not None:
+            self._on_failure(error)
+
+    @property
+    def ssh(self) -> Any:
+        """The first connection."""
+        return self._opened[0]
+
+    @property
+    def age(self) -> float:
+        """Seconds since the call began."""
+        return time.monotonic() - self._started
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds, measured during the login; 1.0 if they are not known."""
+        transport = self.ssh.get_transport()
+        return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
+
+    def get(self, number: int) -> Any:
+        """Wait for a connection and return it, or None if the host refuses so many."""
+        if number and self._login is not None:
+            with self._lock:
+                if number not in self._threads:
+                    self._begin(self._login, number)
+            self._threads[number].join()
+        return self._opened[number]
+
+    def break_off(self) -> None:
+        """Close every connection, which also ends calls that hang."""
+        for ssh in self._opened:
+            if ssh is not None:
+                ssh.close()
+
+    def _first(self, login: Login) -> Any:
+        """Open the first connection, or take another one if the host allows only one."""
+        try:
+            return login.once()
+        except NotUpYetError:
+            for number, thread in self._threads.items():
+                thread.join()
+                if (ssh := self._opened[number]) is not None:
+                    self._opened[number] = None
+                    return ssh
+            raise
+
+    def _begin(self, login: Login, number: int) -> None:
+        self._threads[number] = start_thread("login", self._open, login, number)
+
+    def _open(self, login: Login, number: int) -> None:
+        try:
+            self._opened[number] = login.once()
+        except Exception as error:
+            logger.debug("a further connection was refused: %s", error)
+
+    def _close(self) -> None:
+        for thread in self._threads.values():
+            thread.join()
+        if self._login is not None:
+            self.break_off()

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from clore_client.errors import (
@@ -22,16 +22,15 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.models.result import STDOUT, OutputLine
 from clore_client.progress import ProgressEvent, ProgressOptions, Report, readable_size
-from clore_client.ssh.address import PLAIN_NAME, check_plain_name
 from clore_client.ssh.command_text import LineSplitter, SecretBytes, command_line, encoded, exports
-from clore_client.ssh.connection_pool import ConnectionPool
+from clore_client.ssh.connect import ConnectionPool
 from clore_client.ssh.job_scripts import JOB_RUNNER, job_script
+from clore_client.ssh.openssh import PLAIN_NAME, check_plain_name
 from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
 from clore_client.ssh.transport import (
     Watchdog,
     connection_errors,
-    is_connected,
     reason,
     takes_turns,
 )
@@ -332,44 +331,73 @@ class Job:
         if timeout is not None:
             check_number("timeout", timeout, infinite=True, unit="seconds")
             deadline = time.monotonic() + timeout
-        following = Following(self._host, self.name, splitter, deadline, report)
+        output = JobOutput(self._host, self.name, deadline, skip=splitter is None)
         try:
-            self._state = following.run()
+            with contextlib.closing(output.pieces()) as pieces:
+                for piece in pieces:
+                    if splitter is not None:
+                        splitter.feed(piece)
+                    if report is not None and not piece:
+                        text = f"job {self.name}: {readable_size(output.size)} of output"
+                        report(ProgressEvent("job", output.size, text))
+            self._state = output.state or self._state
         except OrderEndedError:
             self._state = JobState("lost")
+        if splitter is not None:
+            splitter.finish()
         return self._state.exit_code
 
 
-class Following:
-    """Receives the output of a job until its end, over as many connections as it takes."""
+class JobOutput:
+    """Receives the output of a job until its end, over as many connections as necessary.
 
-    def __init__(
-        self, host: HostJobs, name: str, splitter: LineSplitter | None, deadline: float,
-        report: Report | None = None,
-    ) -> None:  # fmt: skip
+    Parameters:
+        skip: receive no output, and only wait for the end.
+
+    Attributes:
+        size: the bytes that were received.
+        state: the state of the job, after its end.
+    """
+
+    def __init__(self, host: HostJobs, name: str, deadline: float, skip: bool) -> None:
         self._host = host
         self._name = name
-        self._splitter = splitter
         self._deadline = deadline
-        self._report = report
-        self._at = -1 if splitter is None else 0  # bytes that were passed on
+        self._skip = skip
         self._heard = False  # on the current connection
-        self._callback_error: Exception | None = None
+        self.size = 0
+        self.state: JobState | None = None
 
-    def run(self) -> JobState:
-        """Return the state of the job when it has ended."""
+    def pieces(self) -> Generator[bytes, None, None]:
+        """Yield the output, with an empty piece after each message of the host.
+
+        Raises:
+            JobTimeoutError: the job did not end before the deadline.
+            SSHError: the host can't be reached any more.
+        """
+        useless = 0
         failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
-        try:
-            state = self._until_end(failures)
-        except failures as error:
-            final = isinstance(error, (JobError, HostKeyChangedError))
-            final = final or error is self._callback_error
-            if final or getattr(error, "reason", "") == "refused" or self._time_left() > 0:
+        while self.state is None:
+            began, size, self._heard, pool = time.monotonic(), self.size, False, None
+            try:
+                with self._host.connected(self._deadline) as pool:
+                    yield from self._received(pool)
+            except (JobError, HostKeyChangedError):
                 raise
-            raise self._too_late(f"it may still run ({reason(error)})") from error
-        if self._splitter is not None:
-            self._splitter.finish()
-        return state
+            except failures as error:
+                if getattr(error, "reason", "") == "refused":
+                    raise
+                if self._time_left() <= 0:
+                    raise self._too_late(f"it may still run ({reason(error)})") from error
+                lasted = time.monotonic() - began
+                # Else a host that ends each script at once would be asked forever.
+                useful = self.size > size or (self._heard and lasted > LEAST_PATIENCE)
+                useless = 0 if useful else useless + 1
+                logged_in = pool is not None
+                if not logged_in or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
+                    raise
+                logger.warning("job %s: %s; connecting again", self._name, error)
+                time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
 
     def _time_left(self) -> float:
         return self._deadline - time.monotonic()
@@ -377,28 +405,9 @@ class Following:
     def _too_late(self, state: str = "it still runs") -> JobTimeoutError:
         return JobTimeoutError(f"job {self._name!r} did not end in time; {state}", name=self._name)
 
-    def _until_end(self, failures: tuple[type[Exception], ...]) -> JobState:
-        useless = 0
-        while True:
-            began = time.monotonic()
-            with self._host.connected(self._deadline) as pool:
-                try:
-                    return self._receive(pool)
-                except failures as error:
-                    lasted = time.monotonic() - began
-                    # A machine that only ends the script would be asked without end.
-                    broke = not is_connected(pool.ssh) or lasted > JOB_TIMEOUT
-                    useless = 0 if self._heard and broke else useless + 1
-                    final = isinstance(error, JobError) or error is self._callback_error
-                    final = final or useless >= MOST_USELESS_TRIES or self._time_left() <= 0
-                    if final or not self._host.reconnects:
-                        raise
-                    logger.warning("job %s: %s; connecting again", self._name, error)
-            time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
-
-    def _receive(self, pool: ConnectionPool) -> JobState:
-        self._heard = False
-        values: dict[str, str | int] = {"name": self._name, "at": self._at}
+    def _received(self, pool: ConnectionPool) -> Iterator[bytes]:
+        """Yield the output that one connection receives."""
+        values: dict[str, str | int] = {"name": self._name, "at": -1 if self._skip else self.size}
         limit = max(self._time_left(), LEAST_PATIENCE)
         with self._host.script(pool, "follow", limit, **values) as script:
             while True:
@@ -407,33 +416,21 @@ class Following:
                 script.channel.settimeout(limit)
                 line = script.line()
                 if line.startswith(b"end "):
-                    return JobState.parse(line[4:].decode("ascii", "replace"))
+                    self.state = JobState.parse(line[4:].decode("ascii", "replace"))
+                    return
                 if not re.fullmatch(rb"[0-9]{1,7}", line) or int(line) > MAX_PORTION:
                     error = script.refused(line)
                     raise JobError(str(error), name=self._name) if line[:3] == b"no " else error
                 self._heard = True
-                self._pass_on(script, int(line))
-                if self._report is not None:
-                    at = max(0, self._at)
-                    text = f"job {self._name}: {readable_size(at)} of output"
-                    self._call(self._report, ProgressEvent("job", at, text))
+                left = int(line)
+                while left:
+                    piece = script.read(left)
+                    if not piece:
+                        raise SSHError("the connection broke")
+                    left -= len(piece)
+                    if not self._skip:
+                        self.size += len(piece)
+                        yield piece
+                yield b""
                 if self._time_left() <= 0:
                     raise self._too_late()
-
-    def _pass_on(self, script: RemoteScript, size: int) -> None:
-        while size:
-            piece = script.read(size)
-            if not piece:
-                raise SSHError("the connection broke")
-            size -= len(piece)
-            if self._splitter is not None:
-                self._at += len(piece)
-                self._call(self._splitter.feed, piece)
-
-    def _call(self, callback: Callable[[Any], object], argument: Any) -> None:
-        """Call the user's function, and keep its errors apart from those of the connection."""
-        try:
-            callback(argument)
-        except Exception as error:
-            self._callback_error = error
-            raise

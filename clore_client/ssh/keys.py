@@ -16,7 +16,7 @@ from clore_client.config import locked_path, replace_file
 from clore_client.errors import HostKeyChangedError
 from clore_client.log import logger
 from clore_client.orders.credentials import public_key_fingerprint
-from clore_client.ssh.connect import import_paramiko
+from clore_client.ssh.transport import import_paramiko
 from clore_client.validation import short_repr
 
 PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format

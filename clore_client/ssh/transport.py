@@ -11,6 +11,7 @@ names the versions of paramiko with which that was checked.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Any
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 
+PARAMIKO_LOGGER = "clore_client.paramiko"
 REKEY_BYTES = 2**36
 MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
 MAX_PACKET = 2**22  # bytes, far more than anybody asks for
@@ -36,6 +38,21 @@ _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
 _WINDOW_ADJUST, _CHANNEL_CLOSE = b"\x5d", b"\x61"
 # Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+
+
+def import_paramiko() -> Any:
+    """Import paramiko, or raise an ImportError that says what to install."""
+    try:
+        import paramiko
+    except ImportError as error:
+        raise ImportError("SSH needs paramiko: pip install paramiko scp") from error
+    # It logs each failure with a traceback and the host's own text, which Python would print. A
+    # handler of the user still gets them.
+    quiet = logging.getLogger(PARAMIKO_LOGGER)
+    if not quiet.handlers:
+        quiet.addHandler(logging.NullHandler())
+        quiet.propagate = False
+    return paramiko
 
 
 class NoChannelError(SSHError):
@@ -357,7 +374,7 @@ def connection_errors() -> tuple[type[Exception], ...]:
 def reason(error: BaseException) -> str:
     """Describe an error whose text may be the host's."""
     text = str(getattr(error, "text", "")) or str(error)
-    return printable(text.rstrip(".") or type(error).__name__, 200)
+    return printable(text.replace("[Errno None] ", "").rstrip(".") or type(error).__name__, 200)
 
 
 def is_connected(ssh: Any) -> bool:

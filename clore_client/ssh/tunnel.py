@@ -1,16 +1,26 @@
-"""Forward a port of this machine's loopback to a port of a host, for the length of a block."""
+"""Reach a service on a host: forward a local port to it, or wait until it answers HTTP requests."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
+import re
 import socket
 import struct
 import threading
 import time
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from clore_client.errors import SSHError
+import requests
+import urllib3
+
+from clore_client.api.connection import Session, exchange, reason_of
+from clore_client.errors import CloreConnectionError, SSHError, WaitTimeoutError, printable
 from clore_client.log import logger
+from clore_client.models.order import Order
+from clore_client.progress import ProgressEvent, ProgressOptions, readable_seconds
 from clore_client.ssh.transport import (
     Watchdog,
     connection_errors,
@@ -18,7 +28,7 @@ from clore_client.ssh.transport import (
     reason,
     start_thread,
 )
-from clore_client.validation import short_repr
+from clore_client.validation import check_number, check_order_id, check_string, short_repr
 
 if TYPE_CHECKING:
     import paramiko
@@ -32,6 +42,10 @@ FORWARD_OPENING = 10.0  # seconds for a host to connect to its own port
 FORWARD_PATIENCE = 2.0  # seconds to close all channels
 FORWARD_LEAVING = 5.0  # seconds for all threads to end
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
+SERVICE_PAUSE = 2.0  # seconds between two requests
+SERVICE_LIMIT = 10.0  # seconds for one request
+# Statuses of a proxy, or of a service that is still loading.
+NOT_YET_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
 
 
 def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
@@ -48,7 +62,7 @@ class Forward:
     """Forwards a local port to a port of a host, for the length of a ``with`` block.
 
     Entering it returns the local port, which listens on 127.0.0.1 only. Each connection to it is
-    carried to the port on the host's localhost; it is reset if nothing listens there. Leaving the
+    forwarded to the port on the host's localhost; it is reset if nothing listens there. Leaving the
     block ends the connections that are still open.
 
     Parameters:
@@ -56,6 +70,7 @@ class Forward:
         remote_port: the port on the host, 1 to 65535.
         local_port: the port on this machine; 0 takes a free one.
         owns: close ``ssh`` at the end of the block.
+        log_level: the level at which to log a connection that the host does not accept.
     """
 
     def __init__(
@@ -64,12 +79,14 @@ class Forward:
         remote_port: int,
         local_port: int = 0,
         owns: bool = False,
+        log_level: int = logging.WARNING,
     ) -> None:
         check_forward_arguments(remote_port, local_port)
         self._ssh = ssh
         self._remote_port = remote_port
         self._local_port = local_port
         self._owns = owns
+        self._log_level = log_level
         self._transport: Any = None
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
@@ -94,7 +111,7 @@ class Forward:
         if self._acceptor is not None:
             raise SSHError("a Forward can be entered only once: make another one")
         if not is_connected(self._ssh):
-            raise SSHError("the connection to the machine is closed: open another one")
+            raise SSHError("the connection to the host is closed: open another one")
         self._transport = self._ssh.get_transport()
         try:
             self._listener = socket.create_server(
@@ -130,7 +147,7 @@ class Forward:
             self._ssh.close()
         deadline = time.monotonic() + FORWARD_LEAVING
         for link in self._links:
-            link.join(max(0.0, deadline - time.monotonic()))
+            link.thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept_all(self, listener: socket.socket) -> None:
         while not self._closing.is_set():
@@ -142,20 +159,27 @@ class Forward:
                 logger.warning("port %d can't accept a connection: %s", self._local_port, error)
                 self._closing.wait(FORWARD_POLL)
                 continue
-            self._links = [link for link in self._links if link.is_alive]
+            self._links = [link for link in self._links if link.thread.is_alive()]
             try:
-                self._links.append(_Link(self._transport, self._remote_port, sock, peer))
+                self._links.append(
+                    _Link(self._transport, self._remote_port, sock, peer, self._log_level)
+                )
             except RuntimeError as error:  # too many threads
                 logger.warning("port %d dropped a connection: %s", self._local_port, error)
                 sock.close()
 
 
 class _Link:
-    """One forwarded connection: a local socket, a channel, and a thread for each direction."""
+    """A forwarded connection: a local socket, a channel, and a thread for each direction.
+
+    Attributes:
+        thread: the thread that ends when both directions have ended.
+    """
 
     def __init__(
-        self, transport: Any, remote_port: int, sock: socket.socket, peer: tuple[str, int]
-    ) -> None:
+        self, transport: Any, remote_port: int, sock: socket.socket, peer: tuple[str, int],
+        log_level: int,
+    ) -> None:  # fmt: skip
         self._transport = transport
         self._remote_port = remote_port
         self._sock = sock
@@ -163,16 +187,8 @@ class _Link:
         self._channel: Any = None
         self._closing = False
         self._complete = False  # all data from the host was passed on
-        self._thread = start_thread("forwarded", self._run)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether data may still be copied."""
-        return self._thread.is_alive()
-
-    def join(self, seconds: float) -> None:
-        """Wait until both threads have ended, at most so many seconds."""
-        self._thread.join(seconds)
+        self._log_level = log_level
+        self.thread = start_thread("forwarded", self._run)
 
     def close_socket(self) -> None:
         """End the local side, which ends the thread that reads from it."""
@@ -196,7 +212,7 @@ class _Link:
         except (OSError, RuntimeError) as error:
             logger.debug("a forwarded connection ended: %s", error)
         finally:
-            if not self._complete:  # a reset, so that nobody takes it for whole
+            if not self._complete:  # reset it, so that the data does not look complete
                 with contextlib.suppress(OSError):
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self._sock.close()
@@ -210,8 +226,8 @@ class _Link:
             )  # fmt: skip
         except connection_errors() as error:
             if not self._closing:
-                text = "port %d of the machine accepted no connection: %s"
-                logger.warning(text, self._remote_port, reason(error))
+                text = "port %d of the host accepted no connection: %s"
+                logger.log(self._log_level, text, self._remote_port, reason(error))
             return False
         return not self._closing
 
@@ -240,3 +256,107 @@ class _Link:
         except connection_errors() as error:
             logger.debug("a forwarded connection ended: %s", error)
             self.close_channel()
+
+
+class HTTPWait:
+    """The checked arguments of ``wait_for_http``.
+
+    Parameters:
+        read: returns the order with an id.
+
+    Attributes:
+        url: the public address to request; None to request ``port`` on the host.
+        port: the port of the service.
+    """
+
+    def __init__(
+        self, order: Mapping[str, Any] | int, read: Callable[[int], Order], path: str,
+        port: int | None, timeout: float, progress: ProgressOptions,
+    ) -> None:  # fmt: skip
+        if not re.fullmatch(r"/[!-~]*", check_string("path", path)):
+            raise ValueError(f"path must begin with '/' and be encoded, not {short_repr(path)}")
+        self.timeout = check_number("timeout", timeout, infinite=True, unit="seconds")
+        if port is not None:
+            check_forward_arguments(port)
+        if not isinstance(order, Mapping):
+            order = read(check_order_id("order", order))
+        self.order = Order(order)
+        urls = self.order.http_urls
+        if port is None and not urls:
+            raise ValueError(
+                "the order has no HTTP port: pass port= for a port of the host, or order with "
+                "ports={'8888': 'http'}"
+            )
+        self.port = port
+        self.path = path
+        base = next(iter(urls.values())) if port is None else urls.get(str(port))
+        self.url = None if base is None else base.rstrip("/") + path
+        self.where = self.url or f"port {port} of the host"
+        self.progress = progress
+
+    def at_public_address(self, user_agent: str) -> int:
+        """Wait for a response from the public address, and return its status."""
+        with Session(user_agent) as session:
+            return self._wait(lambda: self._get(session, self.url or ""))
+
+    def on_host(self, ssh: paramiko.SSHClient, user_agent: str) -> int:
+        """Wait for a response from the port of the host, over SSH, and return its status."""
+        level = logging.DEBUG  # one failed connection after the other is normal here
+        forward = Forward(ssh, self.port or 0, log_level=level)
+        with forward as local_port, Session(user_agent) as session:
+            session.trust_env = False  # no proxy
+            session.headers["Host"] = f"{REMOTE_HOST}:{self.port}"
+            session.headers["Connection"] = "close"
+            url = f"http://{LOOPBACK}:{local_port}{self.path}"
+
+            def get() -> int | str:
+                if not is_connected(ssh):
+                    raise SSHError("the connection to the host broke")
+                return self._get(session, url)
+
+            return self._wait(get)
+
+    def _wait(self, get: Callable[[], int | str]) -> int:
+        started = time.monotonic()
+        with self.progress.reporting() as report:
+            while True:
+                answer = get()
+                passed = time.monotonic() - started
+                if isinstance(answer, int) and answer not in NOT_YET_STATUSES:
+                    return answer
+                why = f"HTTP {answer}" if isinstance(answer, int) else answer
+                logger.debug("no service at %s yet: %s", self.where, why)
+                if report is not None:
+                    text = f"no service at {self.where} yet: {why}, {readable_seconds(passed)}"
+                    report(ProgressEvent("http", passed, text))
+                if passed >= self.timeout:
+                    raise self._too_late(why)
+                time.sleep(max(0.0, min(SERVICE_PAUSE, self.timeout - passed)))
+
+    def _too_late(self, why: str) -> WaitTimeoutError:
+        error = WaitTimeoutError(
+            f"no service at {self.where} within {self.timeout:g}s, the last answer: {why}. Does it "
+            "listen on 0.0.0.0 and on the right port?",
+            order_id=self.order.id or 0, order=self.order,
+        )  # fmt: skip
+        error.reason = why
+        return error
+
+    def _get(self, session: Session, url: str) -> int | str:
+        """Return the status of a response, or why there is none."""
+        exchange.begin(lambda: None, lambda: None, time.monotonic() + SERVICE_LIMIT)
+        try:
+            response = session.get(
+                url, timeout=SERVICE_LIMIT, allow_redirects=False, stream=True,
+                auth=lambda request: request,  # else requests would send a password of ~/.netrc
+            )  # fmt: skip
+            response.close()
+            return response.status_code
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise CloreConnectionError(
+                    f"the certificate of {self.where} is not valid: {printable(str(error), 300)}"
+                ) from error
+            return printable(str(reason_of(error)) or type(error).__name__, 200)
+        finally:
+            exchange.begin(lambda: None, lambda: None, math.inf)

@@ -217,7 +217,7 @@ ASK_MORE = "PasswordAuthentication yes\nKbdInteractiveAuthentication yes\nAuthen
 def test_half_a_login_is_none(tmp_path: Path) -> None:
     client = CloreClient("key", state_dir=tmp_path / "state")
     with running_sshd(tmp_path / "m", f"{ASK_MORE} publickey,keyboard-interactive") as server:
-        with pytest.raises(SSHError, match=r"took the key .*, but wants more than that: keyb"):
+        with pytest.raises(SSHError, match=r"accepted the key .*, but also requires: keyb"):
             client.connect_ssh(server.order(), key_path=server.key, wait=300)
     assert not (tmp_path / "state" / "known_hosts").exists()
 
@@ -227,7 +227,7 @@ def test_half_a_login_with_a_password(tmp_path: Path, user: tuple[str, str]) -> 
     client = CloreClient("key", state_dir=tmp_path / "state")
     with running_sshd(tmp_path / "m", f"{ASK_MORE} password,publickey") as server:
         server.user = user[0]
-        with pytest.raises(SSHError, match="took the password, but wants more than that: public"):
+        with pytest.raises(SSHError, match="accepted the password, but also requires: public"):
             client.connect_ssh(server.order(), user[1], wait=300)
     assert not (tmp_path / "state" / "known_hosts").exists()
 
@@ -414,7 +414,7 @@ def test_an_agent_that_does_not_answer(
     listener.listen()
     thread = threading.Thread(target=serve, args=(listener,))
     thread.start()
-    with pytest.raises(SSHError, match=r"did not answer to the login within 0\.5s"):
+    with pytest.raises(SSHError, match=r"did not answer the login within 0\.5s"):
         client.connect_ssh(machine.order(), wait=0, timeout=0.5)
     thread.join()
 
@@ -436,7 +436,7 @@ def test_nobody_at_the_terminal_is_asked(machine: Sshd, capfd: pytest.CaptureFix
     client = CloreClient("key", state_dir=None)
     asking = Asking()
     with RawServer(asking.talk) as server:
-        with pytest.raises(SSHError, match=r"took the key .*, but wants more than that: keyboard"):
+        with pytest.raises(SSHError, match=r"accepted the key .*, but also requires: keyboard"):
             client.connect_ssh(server.order(), key_path=machine.key, wait=300)
     assert capfd.readouterr().out == ""
     assert not asking.answers

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from clore_client.errors import SSHError, printable
-from clore_client.ssh.connect import PARAMIKO_LOGGER
 from clore_client.ssh.transfer.entry import (
     MAX_LEVELS,
     FileEntry,
@@ -31,6 +30,7 @@ from clore_client.ssh.transfer.remote_tree import RemoteTree, begin_file, make_l
 from clore_client.ssh.transfer.scripts import DIFFERS
 from clore_client.ssh.transfer.transfer import Transfer
 from clore_client.ssh.transport import (
+    PARAMIKO_LOGGER,
     LimitedChannel,
     NoChannelError,
     connection_errors,

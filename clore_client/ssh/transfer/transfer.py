@@ -16,7 +16,7 @@ from clore_client.errors import SSHError, TransferError, printable
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
 from clore_client.progress import ProgressEvent, Report, readable_seconds, readable_size
-from clore_client.ssh.connection_pool import ConnectionPool
+from clore_client.ssh.connect import ConnectionPool
 from clore_client.ssh.transfer.entry import FileEntry
 from clore_client.ssh.transfer.options import TransferOptions
 from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, RemoteScript

@@ -14,7 +14,7 @@ from typing import Any
 from clore_client.errors import SSHError
 from clore_client.log import logger
 from clore_client.models.result import TransferResult
-from clore_client.ssh.connection_pool import ConnectionPool
+from clore_client.ssh.connect import ConnectionPool
 from clore_client.ssh.transfer.entry import (
     BLOCK,
     TAR_BLOCK,

@@ -1,4 +1,4 @@
-"""Read the address of a machine, and write what OpenSSH needs to log in there."""
+"""Read addresses and OpenSSH's configuration; write command lines and entries for OpenSSH."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import SSHError
 from clore_client.models.order import plain_host, plain_user
 from clore_client.ssh.transfer.scripts import remote_path
+from clore_client.ssh.transport import PARAMIKO_LOGGER, import_paramiko, reason
 from clore_client.validation import check_local_path, short_repr
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def check_order(order: Any) -> Mapping[str, Any]:
 
 
 def plain_address(order: Any) -> dict[str, Any]:
-    """Read the same from an order; raise unless host and user are plain names or addresses."""
+    """Return the address of an order; raise unless host and user are plain names or addresses."""
     address = parse_ssh_command(check_order(order))
     user = parse_address(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
@@ -59,7 +60,7 @@ def _ssh_line(order: Any) -> str:
 
 
 def parse_address(raw: str) -> tuple[str, int, str]:
-    """Return the host, if it is a plain one, the port, and the user as it stands there."""
+    """Return the host, or "" if it is not a plain one, the port, and the unchecked user."""
     words = raw.split()
     if words[:1] == ["ssh"]:
         words = words[1:]
@@ -75,7 +76,7 @@ def parse_address(raw: str) -> tuple[str, int, str]:
         elif word.startswith("-p"):
             port = _port_number(word[2:])
         elif word.startswith("-") or target:
-            # An option that could run something here, or a command: not an address to trust.
+            # An option that could run a program here, or a command.
             return "", DEFAULT_PORT, ""
         else:
             target = word
@@ -95,12 +96,85 @@ def _port_number(text: str) -> int:
     return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
 
 
+class HostConfig:
+    """The private keys and the jump hosts of a host in ``~/.ssh/config``.
+
+    Parameters:
+        address: of the host, as :func:`plain_address` returns it.
+        use: read the file; else there are none.
+
+    Attributes:
+        identities: the files of the private keys.
+    """
+
+    def __init__(self, address: dict[str, Any], use: bool) -> None:
+        self.identities: list[str] = []
+        self._address = address
+        self._hops: list[dict[str, Any]] = []
+        path = os.path.expanduser("~/.ssh/config")
+        if use and os.path.isfile(path):
+            try:
+                self._read(path)
+            except Exception as error:
+                raise ValueError(f"use_ssh_config: {path} can't be used: {error}") from error
+
+    def _read(self, path: str) -> None:
+        import getpass  # imported here, because it is slow
+
+        config = import_paramiko().SSHConfig.from_path(path)
+        entry = config.lookup(self._address["host"])
+        jumps = entry.get("proxyjump", "none")
+        if "proxycommand" in entry and jumps == "none":
+            raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
+        self.identities = _identity_files(entry)
+        for jump in jumps.split(",") if jumps != "none" else ():
+            name, port, user = parse_address(jump.strip().removeprefix("ssh://"))
+            hop = config.lookup(name)
+            self._hops.append(
+                {"host": hop.get("hostname", name), "identities": _identity_files(hop),
+                 "port": int(hop.get("port", port)) if port == DEFAULT_PORT else port,
+                 "user": user or hop.get("user", getpass.getuser())}
+            )  # fmt: skip
+
+    def connect_jump_hosts(self, opened: list[Any], timeout: float) -> Any:
+        """Log in to each jump host, and return a channel to the host, or None without jump hosts.
+
+        Parameters:
+            opened: gets the connections, so that they can be closed if something fails.
+            timeout: seconds for each step.
+        """
+        sock = None
+        for hop, target in zip(self._hops, [*self._hops[1:], self._address], strict=False):
+            ssh = import_paramiko().SSHClient()
+            ssh.set_log_channel(PARAMIKO_LOGGER)
+            ssh.load_system_host_keys()  # a jump host belongs to the user, and is known
+            opened.append(ssh)
+            try:
+                ssh.connect(
+                    hop["host"], hop["port"], hop["user"], key_filename=hop["identities"] or None,
+                    timeout=timeout, sock=sock,
+                )  # fmt: skip
+                sock = ssh.get_transport().open_channel(
+                    "direct-tcpip", (target["host"], target["port"]), ("127.0.0.1", 0),
+                    timeout=timeout,
+                )  # fmt: skip
+            except Exception as error:
+                where = f"jump host {hop['host']}:{hop['port']}"
+                raise SSHError(f"{where}: {reason(error)}") from error
+        return sock
+
+
+def _identity_files(entry: Any) -> list[str]:
+    paths = map(os.path.expanduser, entry.get("identityfile", ()))
+    return [path for path in paths if os.path.isfile(path)]
+
+
 class OpenSSH:
-    """Writes what OpenSSH needs to log in to a machine.
+    """Writes command lines and configuration entries for a host.
 
     Parameters:
         address: as :func:`plain_address` returns it.
-        pins: the pinned host keys; ``alias`` is the name of the machine there.
+        pins: the pinned host keys; ``alias`` is the name of the host there.
         key_path: the file of a private key, or None.
     """
 
@@ -121,7 +195,7 @@ class OpenSSH:
         source = os.path.expanduser(os.fsdecode(local))
         if source.startswith("-") or ":" in source.partition("/")[0]:
             source = f"./{source}"  # or rsync takes it for an option, or for a host
-        # No shell of the machine expands a path that rsync keeps from it, so "~" is not sent.
+        # With -s, no shell of the host expands the path, so "~" is not sent.
         target = os.fsdecode(remote_path(remote)).removeprefix("./")
         user, host = self._address["user"], self._address["host"]
         host = f"[{host}]" if ":" in host else host
