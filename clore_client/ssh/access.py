@@ -23,7 +23,7 @@ from clore_client.ssh.connect import Login, check_connection, check_login_option
 from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.jobs import LEAST_PATIENCE, HostJobs
 from clore_client.ssh.keys import HostKeys, KeyCheck, private_key_of
-from clore_client.ssh.transfer.options import check_path
+from clore_client.ssh.transfer.transfer import check_path
 from clore_client.validation import check_number, check_order_id
 
 if TYPE_CHECKING:

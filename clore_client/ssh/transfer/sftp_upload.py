@@ -13,11 +13,10 @@ from clore_client.errors import SSHError
 from clore_client.ssh.transfer.entry import BLOCK, FileEntry, about, file_digest, record_key
 from clore_client.ssh.transfer.local_part import PART
 from clore_client.ssh.transfer.local_tree import LocalTree
-from clore_client.ssh.transfer.options import is_content
 from clore_client.ssh.transfer.remote_tree import Comparison, SftpTarget
 from clore_client.ssh.transfer.scripts import DIFFERS, MAX_ANSWER
 from clore_client.ssh.transfer.sftp import SFTP_PACKET, sftp_session
-from clore_client.ssh.transfer.transfer import Transfer
+from clore_client.ssh.transfer.transfer import Transfer, is_content
 from clore_client.ssh.transport import connection_errors
 
 
