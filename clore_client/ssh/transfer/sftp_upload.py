@@ -10,9 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from clore_client.errors import SSHError
-from clore_client.ssh.transfer.entry import BLOCK, FileEntry, about, file_digest, record_key
+from clore_client.ssh.transfer.entry import (
+    BLOCK,
+    FileEntry,
+    LocalTree,
+    about,
+    file_digest,
+    record_key,
+)
 from clore_client.ssh.transfer.local_part import PART
-from clore_client.ssh.transfer.local_tree import LocalTree
 from clore_client.ssh.transfer.remote_tree import Comparison, SftpTarget
 from clore_client.ssh.transfer.scripts import DIFFERS, MAX_ANSWER
 from clore_client.ssh.transfer.sftp import SFTP_PACKET, sftp_session

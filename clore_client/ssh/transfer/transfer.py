@@ -25,8 +25,7 @@ from clore_client.progress import (
     readable_size,
 )
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.transfer.entry import Excludes, FileEntry
-from clore_client.ssh.transfer.local_tree import LocalTree
+from clore_client.ssh.transfer.entry import Excludes, FileEntry, LocalTree
 from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path
 from clore_client.ssh.transport import (

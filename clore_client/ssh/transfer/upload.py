@@ -20,13 +20,15 @@ from clore_client.ssh.transfer.entry import (
     TAR_BLOCK,
     TRANSFER_PIECE,
     FileEntry,
+    LocalTree,
+    Portion,
     about,
     kind_of,
+    plan_portions,
     record_key,
     tar_header,
     whole_seconds,
 )
-from clore_client.ssh.transfer.local_tree import LocalTree, Portion, plan_portions
 from clore_client.ssh.transfer.remote_script import (
     LAST_PATIENCE,
     MAX_LINE,
