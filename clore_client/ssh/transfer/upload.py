@@ -51,7 +51,7 @@ from clore_client.ssh.transfer.scripts import (
     script_text,
     sh_quoted,
 )
-from clore_client.ssh.transfer.sftp_upload import SftpUpload
+from clore_client.ssh.transfer.sftp import SftpUpload
 from clore_client.ssh.transfer.transfer import (
     Transfer,
     UploadOptions,
