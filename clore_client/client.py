@@ -1818,7 +1818,7 @@ class CloreClient(HTTPClient):
             ['old.bin']
             >>> client.upload(order, "data/", "~/work", delete=would)
         """
-        from clore_client.ssh.transfer.options import check_upload, upload_connections
+        from clore_client.ssh.transfer.transfer import check_upload, upload_connections
         from clore_client.ssh.transfer.upload import upload_path
 
         login = secret_values(login)
@@ -1883,7 +1883,7 @@ class CloreClient(HTTPClient):
             4976698672
         """
         from clore_client.ssh.transfer.download import DOWNLOAD_CONNECTIONS, download_path
-        from clore_client.ssh.transfer.options import DownloadOptions
+        from clore_client.ssh.transfer.transfer import DownloadOptions
 
         login = secret_values(login)
         options = DownloadOptions(

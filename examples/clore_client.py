@@ -15,39 +15,32 @@ Without -I, Python would import the clore_client.py of the current folder, not t
 MIT License, Copyright (c) 2026 The clore-client authors; the full text is at the end.
 
 Contents:
-    version                     The version of the package, in one place.
     log                         The logger of the package. The application adds the handlers.
-    errors                      All errors of the package, and the tables that map an API response
-                                to an error.
-    files                       Lock files, and read and write small files that only this user may
-                                see.
+    errors                      Define every error of the package, and map API responses to errors.
     pricing                     Convert prices between units and currencies.
     validation                  Check arguments. Each error names the argument, its value and the
                                 allowed values.
     progress                    Report the progress of what takes long, and show it in a terminal or
                                 a notebook.
-    config                      Find and check the API key, the base URL and the state folder.
+    config                      Find the API key, the base URL and the state folder, and keep files
+                                in that folder.
+    process                     Keep the state that all clients and rentals of this process share.
     models.record               Record, the base class of servers and orders; Wallet; and helpers to
                                 read API responses.
     models.server               Server, and its conversion from the live form to the documented
                                 form.
     models.order                Order, and its conversion from the live form to the documented form.
-    models.listing              Lists of servers, orders and wallets that show as tables, in a
-                                terminal and in a notebook.
-    models.plot                 Plot prices of servers with matplotlib.
+    models.listing              Show servers, orders and wallets: as tables, in files, and prices as
+                                a plot.
     models.result               Results of commands and transfers over SSH.
-    api.policy                  The retry policy. The README has the same table under "Retries".
-    api.call                    Prepare an API call: check its arguments, and decide how it may be
-                                retried.
+    api.call                    Prepare an API call: check its arguments, and look up the rules of
+                                its endpoint.
     api.connection              HTTP connections that record when a request is sent, and limit the
                                 time of its response.
     api.rate_limit              Decide when the next request with a key may be sent, for all who
                                 share the key.
-    api.file_limit              Keep a rate limit in a file, for all processes of this user on this
-                                machine.
-    process                     Keep the state that all clients and rentals of this process share.
-    api.limiters                Choose who shares a rate limit: this process, this machine, or many
-                                machines through Redis.
+    api.limiters                Share a rate limit: by a file on this machine, or through Redis
+                                among many machines.
     api.redis_limit             Keep a rate limit in Redis, for many machines.
     api.retry                   Classify responses and failures by the retry policy, and decide when
                                 a call gives up.
@@ -55,16 +48,13 @@ Contents:
                                 return a response or an error.
     market.filters              The filters of a search: their checks, the groups of countries, the
                                 names of GPUs.
-    market.host_history         Remember for a day which hosts worked, and which disappointed.
-    market.market               Read the marketplace, keep its prices and exchange rates, and
-                                convert bids.
+    market.market               Read the marketplace: prices, exchange rates, fees, and which hosts
+                                worked.
     market.search               Search a listing: apply all filters in one pass, sort, and explain
                                 what was left out.
     market.spot                 The spot market of a server: its offers, and a bid that would win.
     market.summary              Summarize the marketplace by GPU model, and estimate what a rental
                                 costs.
-    orders.claims               Assign orders to purchases, so that no two purchases get the same
-                                order.
     orders.credentials          Remember how to log in to the orders of an account, in memory and in
                                 the state folder.
     orders.account              Read the orders of an account, and remember the orders of this
@@ -79,7 +69,6 @@ Contents:
     rental.selection            Select the servers that ``rent()`` tries, with their prices.
     rental.signals              Handle SIGTERM and SIGHUP, and wait for another thread in a way that
                                 interrupts can't break.
-    rental.budget               Count the cost of a rental, and check its limits.
     rental.journal              Keep the journal: one small file for each purchase, which survives
                                 the process.
     rental.orders               Keep track of the orders of one rental, in memory and in the
@@ -88,56 +77,47 @@ Contents:
                                 one rental.
     rental.rental               Rental, the context manager of ``rent()``: find, order, wait, and
                                 cancel at the end.
-    rental.attach               AttachedRental, the rental of an order that exists already.
     rental.group                RentalGroup, the context manager of ``rent_many()``: several rentals
                                 side by side.
     rental.recovery             Find and cancel the orders that rentals of dead processes left
                                 running.
-    ssh.transfer.entry          Describe the files, directories and symlinks of a transfer, and pack
-                                them in tar streams.
     ssh.transport               Prepare paramiko's transports and channels: bounded memory, fast
                                 ciphers, dead links noticed.
+    ssh.keys                    Pin the host key of each order, and find the private key of a public
+                                one.
+    ssh.transfer.entry          Describe the files, directories and symlinks of a transfer, and pack
+                                them in tar streams.
     ssh.transfer.remote_script  Run a script on a host with ``sh``, whatever the login shell is.
     ssh.transfer.scripts        Shell scripts that a transfer runs on a host, with POSIX tools and
                                 those of GNU and busybox.
-    ssh.address                 Read the address of a machine, and write what OpenSSH needs to log
-                                in there.
-    ssh.connect                 Log in to a rented machine. paramiko is imported when it is used,
-                                not with the package.
-    ssh.connection_pool         Keep the connections of one call.
+    ssh.openssh                 Read addresses and OpenSSH's configuration; write command lines and
+                                entries for OpenSSH.
+    ssh.connect                 Log in to hosts, and keep the connections of one call.
     ssh.command_text            Build the line that a host's shell runs, and read what the command
                                 prints.
     ssh.job_scripts             Shell scripts that start, watch and stop a job on a host, with POSIX
                                 tools and /proc.
     ssh.jobs                    Jobs: commands that run on a machine without a connection, and keep
                                 their output there.
-    ssh.keys                    Pin the host key of each order, and find the private key of a public
-                                one.
-    ssh.transfer.local_tree     Find the files to upload, and divide them into portions.
-    ssh.transfer.options        Check the arguments of a transfer, and find the files to upload.
-    ssh.access                  Log in to the machines of an account; check the host key of each
-                                order.
+    ssh.transfer.transfer       Run one transfer: its worker threads, scripts, deadline, progress
+                                and errors.
+    ssh.access                  Log in to the hosts of an account, and keep their host keys.
     ssh.command                 Run a command over SSH within deadlines, and end it on the host when
                                 it must stop.
     ssh.scp                     Guard the package scp against hosts that cheat, and against calls
                                 that never return.
-    ssh.tunnel                  Forward a port of this machine's loopback to a port of a host, for
-                                the length of a block.
-    ssh.service                 Wait for a web service in an order: at its public address, or on a
-                                port of its machine.
     ssh.shell                   Connect this terminal to a shell on a machine.
     ssh.transfer.local_part     Keep the temporary files of a download, and rename them when it is
                                 complete.
-    ssh.transfer.transfer       Run one transfer: its worker threads, scripts, deadline, progress
-                                and errors.
     ssh.transfer.remote_tree    Check the listing of a directory on a host, and compare it with what
                                 is here.
     ssh.transfer.sftp           Use SFTP where a host has no usual shell, and download: slower, with
                                 the same checks.
     ssh.transfer.download       Download files and directories; the host is not trusted.
-    ssh.transfer.sftp_upload    Upload over SFTP.
     ssh.transfer.upload         Upload files and directories under a temporary name, which is
                                 renamed at the end.
+    ssh.tunnel                  Reach a service on a host: forward a local port to it, or wait until
+                                it answers HTTP requests.
     client                      CloreClient, with one method for each task.
 """
 
@@ -186,6 +166,7 @@ from collections.abc import (
     Callable,
     Collection,
     Container,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -289,16 +270,6 @@ __all__ = [
 
 
 # ==================================================================================================
-# version
-#
-# The version of the package, in one place.
-# ==================================================================================================
-
-
-__version__ = "0.1.0"
-
-
-# ==================================================================================================
 # log
 #
 # The logger of the package. The application adds the handlers.
@@ -317,7 +288,7 @@ def warn_once(text: str) -> None:
 # ==================================================================================================
 # errors
 #
-# All errors of the package, and the tables that map an API response to an error.
+# Define every error of the package, and map API responses to errors.
 # ==================================================================================================
 
 
@@ -333,20 +304,9 @@ ERROR_CODES: dict[int, str] = {
 
 # Fields whose values are never shown. Compared in lower case.
 SECRET_FIELDS = frozenset(
-    {
-        "api_key",
-        "auth",
-        "auto_login",
-        "dockerhub_auth",
-        "env",
-        "init_token",
-        "jupyter_token",
-        "password",
-        "ssh_key",
-        "ssh_password",
-        "token",
-    }
-)
+    ("api_key", "auth", "auto_login", "dockerhub_auth", "env", "init_token", "jupyter_token",
+     "password", "ssh_key", "ssh_password", "token")
+)  # fmt: skip
 
 CREATE_ORDER_CODE_1 = (
     "on create_order, code 1 has been seen for an empty wallet, for a server that was just rented, "
@@ -424,6 +384,10 @@ def _redacted(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
 class CloreError(Exception):
     """The base class of all errors of this package.
 
+    Parameters:
+        message: the text.
+        **details: attributes of the subclass.
+
     Attributes:
         retryable: True if the same call may succeed later, and can be repeated safely.
         retry_after: seconds to wait before that, or None if not known.
@@ -436,8 +400,9 @@ class CloreError(Exception):
     # time.monotonic() of the last send; None if nothing was sent.
     sent_at: float | None = None
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, message: str = "", **details: Any) -> None:
         super().__init__(message)
+        self.__dict__.update(details)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_restored, (type(self), self.args, self.__dict__))
@@ -478,9 +443,7 @@ class OutcomeUnknownError(CloreError):
         endpoint: the path that was called.
     """
 
-    def __init__(self, message: str, *, endpoint: str = "") -> None:
-        super().__init__(message)
-        self.endpoint = endpoint
+    endpoint: str = ""
 
 
 class OrderOutcomeUnknownError(OutcomeUnknownError):
@@ -493,19 +456,13 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
             ``jupyter_token``. It is in no text and no pickle of this error.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        endpoint: str = "/v1/create_order",
-        server_id: int | None = None,
-        order_ids: tuple[int, ...] = (),
-        credentials: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message, endpoint=endpoint)
-        self.server_id = server_id
-        self.order_ids = order_ids
-        self.credentials = credentials or {}
+    endpoint = "/v1/create_order"
+    server_id: int | None = None
+    order_ids: tuple[int, ...] = ()
+    credentials: dict[str, str]
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **{"credentials": {}, **details})
 
     def __reduce__(self) -> tuple[Any, ...]:
         restore, (cls, args, state) = super().__reduce__()
@@ -519,9 +476,7 @@ class OrderNotFoundError(CloreError):
         order_id: the id.
     """
 
-    def __init__(self, message: str, *, order_id: int | None = None) -> None:
-        super().__init__(message)
-        self.order_id = order_id
+    order_id: int | None = None
 
 
 class CancelUnconfirmedError(CloreError):
@@ -535,11 +490,11 @@ class CancelUnconfirmedError(CloreError):
     """
 
     retryable = True
+    order_ids: tuple[int, ...]
 
-    def __init__(self, message: str, *, order_ids: tuple[int, ...]) -> None:
-        super().__init__(message)
-        self.order_ids = order_ids
-        self.order_id = order_ids[0]
+    @property
+    def order_id(self) -> int:
+        return self.order_ids[0]
 
 
 class SpendingLimitError(CloreError):
@@ -557,11 +512,9 @@ class OrderEndedError(CloreError):
         order: the order as it was last seen.
     """
 
-    def __init__(self, message: str, *, order_id: int, status: str, order: Any = None) -> None:
-        super().__init__(message)
-        self.order_id = order_id
-        self.status = status
-        self.order = order
+    order_id: int
+    status: str
+    order: Any = None
 
 
 class WaitTimeoutError(CloreError, TimeoutError):
@@ -573,20 +526,20 @@ class WaitTimeoutError(CloreError, TimeoutError):
         reason: ``"never showed up"`` or ``"still creating"`` (or another status).
     """
 
-    def __init__(self, message: str, *, order_id: int, order: Any = None) -> None:
-        super().__init__(message)
-        self.order_id = order_id
-        self.order = order
-        self.reason = "never showed up" if order is None else f"still {order.get('status')}"
+    order_id: int
+    order: Any = None
+    reason: str = "never showed up"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+        if self.order is not None:
+            self.reason = f"still {self.order.get('status')}"
 
 
 class UnknownOrderError(OrderNotFoundError, WaitTimeoutError):
     """``wait_for_order`` did not wait, because the account has no such order."""
 
     order_id: int
-
-    def __init__(self, message: str, *, order_id: int) -> None:
-        WaitTimeoutError.__init__(self, message, order_id=order_id)
 
 
 class RateUnknownError(CloreError):
@@ -613,9 +566,7 @@ class RentalError(CloreError):
         tried: (server id, reason) for each server that was tried.
     """
 
-    def __init__(self, message: str, *, tried: tuple[tuple[int, str], ...] = ()) -> None:
-        super().__init__(message)
-        self.tried = tried
+    tried: tuple[tuple[int, str], ...] = ()
 
 
 class BudgetExceededError(CloreError):
@@ -626,13 +577,9 @@ class BudgetExceededError(CloreError):
         hours, cost_usd: the time and the cost of the rental until then.
     """
 
-    def __init__(
-        self, message: str, *, order_id: int | None, hours: float, cost_usd: float
-    ) -> None:
-        super().__init__(message)
-        self.order_id = order_id
-        self.hours = hours
-        self.cost_usd = cost_usd
+    order_id: int | None
+    hours: float
+    cost_usd: float
 
 
 class CloreAPIError(CloreError):
@@ -845,13 +792,9 @@ class HostKeyChangedError(SSHError):
         expected, found: fingerprints such as ``"SHA256:..."``.
     """
 
-    def __init__(
-        self, message: str, *, order_id: int | None = None, expected: str = "", found: str = ""
-    ) -> None:
-        super().__init__(message)
-        self.order_id = order_id
-        self.expected = expected
-        self.found = found
+    order_id: int | None = None
+    expected: str = ""
+    found: str = ""
 
 
 class CommandError(SSHError):
@@ -865,9 +808,6 @@ class CommandError(SSHError):
         how = f"exit code {result.exit_code}" if result.exit_code >= 0 else "a signal"
         super().__init__(f"{printable(result.command, 200)} ended with {how}{_tail(result.stderr)}")
         self.result = result
-
-    def __reduce__(self) -> tuple[type[CommandError], tuple[CommandResult]]:
-        return (type(self), (self.result,))
 
 
 class CommandTimeoutError(SSHError, TimeoutError):
@@ -889,9 +829,6 @@ class CommandTimeoutError(SSHError, TimeoutError):
         self.stdout = stdout
         self.stderr = stderr
 
-    def __reduce__(self) -> tuple[type[CommandTimeoutError], tuple[str, float, str, str]]:
-        return (type(self), (self.command, self.timeout, self.stdout, self.stderr))
-
 
 class JobError(SSHError):
     """A job can't be started, found or removed.
@@ -900,9 +837,7 @@ class JobError(SSHError):
         name: the name of the job.
     """
 
-    def __init__(self, message: str, *, name: str = "") -> None:
-        super().__init__(message)
-        self.name = name
+    name: str = ""
 
 
 class JobTimeoutError(JobError, TimeoutError):
@@ -917,171 +852,14 @@ class TransferError(SSHError):
         done, total: bytes; ``total`` is None if not known.
     """
 
-    def __init__(
-        self, message: str, *, name: str = "", done: int = 0, total: int | None = None
-    ) -> None:
-        super().__init__(message)
-        self.name = name
-        self.done = done
-        self.total = total
+    name: str = ""
+    done: int = 0
+    total: int | None = None
 
 
 def _tail(text: str) -> str:
     lines = text.strip()[-STDERR_TAIL:].splitlines()
     return "".join(f"\n  {printable(line, STDERR_TAIL)}" for line in lines)
-
-
-# ==================================================================================================
-# files
-#
-# Lock files, and read and write small files that only this user may see.
-# ==================================================================================================
-
-
-LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
-# With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
-SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-SAFE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
-LONGEST_STATE_FILE = 1_000_000  # bytes; a longer file is not ours
-
-
-def lock_file(handle: int, patience: float = 0.0) -> bool:
-    """Lock an open file until it is unlocked or closed, and return whether that worked.
-
-    Parameters:
-        handle: a file that is open for writing, as some systems require.
-        patience: seconds to wait for another process that has locked it.
-
-    Raises:
-        OSError: the file system does not support locks.
-    """
-    deadline = time.monotonic() + patience
-    pause = FIRST_LOCK_PAUSE
-    while not _try_to_lock(handle):
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_LOCK_PAUSE)
-    return True
-
-
-def _try_to_lock(handle: int) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(handle, LOCK_AT, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-            os.lseek(handle, 0, os.SEEK_SET)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def unlock_file(handle: int) -> None:
-    """Unlock a file that :func:`lock_file` locked."""
-    if os.name == "nt":
-        import msvcrt
-
-        os.lseek(handle, LOCK_AT, os.SEEK_SET)
-        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-    else:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_UN)
-
-
-def open_private(path: Path) -> tuple[int, bool]:
-    """Open a file for reading and writing, and return its descriptor and whether it is new.
-
-    The file and its folder are created if they are missing, for this user only.
-
-    Raises:
-        OSError: that is not possible, or it is a symlink.
-    """
-    try:
-        return os.open(path, SAFE_FLAGS | os.O_RDWR), False
-    except FileNotFoundError:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT, 0o600), True
-
-
-@contextlib.contextmanager
-def locked_path(path: Path, patience: float) -> Iterator[None]:
-    """Hold the lock file beside ``path``, so that no other process changes it.
-
-    Raises:
-        OSError: another process holds it, or it can't be created.
-    """
-    handle, _ = open_private(Path(f"{path}.lock"))
-    try:
-        if not lock_file(handle, patience):
-            raise OSError(f"{path}.lock is held by another process")
-        yield
-    finally:
-        os.close(handle)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replace a file in one step by one with this text, which only this user may read."""
-    new = path.with_name(f"{path.name}.{random.SystemRandom().getrandbits(48):012x}")
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
-    handle = os.open(new, flags, 0o600)
-    try:
-        with open(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(handle)
-        os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise
-
-
-def make_private_folder(folder: Path) -> None:
-    """Create a folder that only this user may enter, or close an existing one to the others.
-
-    Raises:
-        OSError: it can't be created, is no folder, or belongs to somebody else.
-    """
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    about = os.lstat(folder)
-    if not stat.S_ISDIR(about.st_mode):
-        raise OSError("it is no folder")
-    if os.name == "nt":
-        return
-    if about.st_uid != os.geteuid():
-        raise OSError("it belongs to another user")
-    if about.st_mode & 0o077:
-        folder.chmod(0o700)
-
-
-def read_state_file(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a small file of this user.
-
-    Raises:
-        OSError, ValueError, RecursionError: the file can't be read, or is not one of ours.
-    """
-    handle = os.open(path, SAFE_FLAGS | os.O_RDONLY)
-    try:
-        about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_STATE_FILE:
-            raise ValueError("it is not a small regular file")
-        if os.name != "nt" and about.st_uid != os.geteuid():
-            raise ValueError("it belongs to another user")
-        data = json.loads(os.read(handle, LONGEST_STATE_FILE + 1))
-    finally:
-        os.close(handle)
-    if not isinstance(data, dict):
-        raise ValueError("it is not a JSON object")
-    return data
 
 
 # ==================================================================================================
@@ -1701,9 +1479,11 @@ def readable_seconds(seconds: float) -> str:
 # ==================================================================================================
 # config
 #
-# Find and check the API key, the base URL and the state folder.
+# Find the API key, the base URL and the state folder, and keep files in that folder.
 # ==================================================================================================
 
+
+__version__ = "0.1.0"
 
 KEY_VARIABLE = "CLORE_API_KEY"
 URL_VARIABLE = "CLORE_BASE_URL"
@@ -1711,6 +1491,12 @@ CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; never wr
 
 # Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
+LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
+# With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
+SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+SAFE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
+LONGEST_STATE_FILE = 1_000_000  # bytes; a longer file is not ours
 
 
 def clean_key(key: object, source: str) -> str:
@@ -1922,6 +1708,209 @@ def warn_about_state(what: str, error: object) -> None:
     """Warn once about a problem of the state folder, which must not stop a rental."""
     reason = getattr(error, "strerror", None) or error
     warn_once(f"{what}: {reason}; if this process is killed, leftovers() can't find its rentals")
+
+
+# --- files that only this user may see ---
+
+
+def lock_file(handle: int, patience: float = 0.0) -> bool:
+    """Lock an open file until it is unlocked or closed, and return whether that worked.
+
+    Parameters:
+        handle: a file that is open for writing, as some systems require.
+        patience: seconds to wait for another process that has locked it.
+
+    Raises:
+        OSError: the file system does not support locks.
+    """
+    deadline = time.monotonic() + patience
+    pause = FIRST_LOCK_PAUSE
+    while not _try_to_lock(handle):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_LOCK_PAUSE)
+    return True
+
+
+def _try_to_lock(handle: int) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(handle, LOCK_AT, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+            os.lseek(handle, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def unlock_file(handle: int) -> None:
+    """Unlock a file that :func:`lock_file` locked."""
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(handle, LOCK_AT, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def open_private(path: Path) -> tuple[int, bool]:
+    """Open a file for reading and writing, and return its descriptor and whether it is new.
+
+    The file and its folder are created if they are missing, for this user only.
+
+    Raises:
+        OSError: that is not possible, or it is a symlink.
+    """
+    try:
+        return os.open(path, SAFE_FLAGS | os.O_RDWR), False
+    except FileNotFoundError:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT, 0o600), True
+
+
+@contextlib.contextmanager
+def locked_path(path: Path, patience: float) -> Iterator[None]:
+    """Hold the lock file beside ``path``, so that no other process changes it.
+
+    Raises:
+        OSError: another process holds it, or it can't be created.
+    """
+    handle, _ = open_private(Path(f"{path}.lock"))
+    try:
+        if not lock_file(handle, patience):
+            raise OSError(f"{path}.lock is held by another process")
+        yield
+    finally:
+        os.close(handle)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file in one step by one with this text, which only this user may read."""
+    new = path.with_name(f"{path.name}.{random.SystemRandom().getrandbits(48):012x}")
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
+    handle = os.open(new, flags, 0o600)
+    try:
+        with open(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(handle)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise
+
+
+def make_private_folder(folder: Path) -> None:
+    """Create a folder that only this user may enter, or close an existing one to the others.
+
+    Raises:
+        OSError: it can't be created, is no folder, or belongs to somebody else.
+    """
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = os.lstat(folder)
+    if not stat.S_ISDIR(about.st_mode):
+        raise OSError("it is no folder")
+    if os.name == "nt":
+        return
+    if about.st_uid != os.geteuid():
+        raise OSError("it belongs to another user")
+    if about.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def read_state_file(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a small file of this user.
+
+    Raises:
+        OSError, ValueError, RecursionError: the file can't be read, or is not one of ours.
+    """
+    handle = os.open(path, SAFE_FLAGS | os.O_RDONLY)
+    try:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LONGEST_STATE_FILE:
+            raise ValueError("it is not a small regular file")
+        if os.name != "nt" and about.st_uid != os.geteuid():
+            raise ValueError("it belongs to another user")
+        data = json.loads(os.read(handle, LONGEST_STATE_FILE + 1))
+    finally:
+        os.close(handle)
+    if not isinstance(data, dict):
+        raise ValueError("it is not a JSON object")
+    return data
+
+
+# ==================================================================================================
+# process
+#
+# Keep the state that all clients and rentals of this process share.
+# ==================================================================================================
+
+
+Shared = TypeVar("Shared")
+
+
+class ProcessState:
+    """The state that all clients and rentals of this process share.
+
+    Each change is one atomic step, because a signal handler must not wait for a lock.
+
+    Attributes:
+        rentals: the workers of the open rentals.
+        exiting: whether the interpreter is exiting.
+        entries: the journal entries that this process wrote and has locked, by path.
+        signal_users: the open users of the signal handler.
+        handled_signals: the signals for which the handler is installed.
+        stopping_signal: the signal that ends this process, or None.
+    """
+
+    def __init__(self) -> None:
+        self._of_accounts: dict[tuple[object, ...], Any] = {}
+        self.rentals: set[RentalWorker] = set()
+        self.exiting = False
+        self.entries: dict[str, JournalEntry] = {}
+        self.signal_users: set[SignalHandling] = set()
+        self.handled_signals: set[int] = set()
+        self.stopping_signal: int | None = None
+
+    def of_account(self, make: Callable[[], Shared], *key: object) -> Shared:
+        """Return the object that the clients of an account share, made on first use.
+
+        Parameters:
+            make: the class of the object, or a function that makes it.
+            *key: what it belongs to, with the digest of the account.
+        """
+        if key not in self._of_accounts:
+            # setdefault() is atomic: if two threads make one, both get the first.
+            self._of_accounts.setdefault(key, make())
+        shared: Shared = self._of_accounts[key]
+        return shared
+
+    def forget_parent(self) -> None:
+        """Leave the rentals to the parent, after a fork."""
+        self.rentals.clear()
+        # The files that a child inherits would keep the parent's locks after the parent's death.
+        for entry in self.entries.values():
+            entry.unlock()
+        self.entries.clear()
+        self._of_accounts.clear()  # another thread may have held a lock of these at the fork
+
+
+this_process = ProcessState()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=this_process.forget_parent)
 
 
 # ==================================================================================================
@@ -2894,7 +2883,7 @@ def created_id(response: dict[str, Any]) -> int | None:
 # ==================================================================================================
 # models.listing
 #
-# Lists of servers, orders and wallets that show as tables, in a terminal and in a notebook.
+# Show servers, orders and wallets: as tables, in files, and prices as a plot.
 # ==================================================================================================
 
 
@@ -3282,12 +3271,7 @@ class WalletList(Listing[Wallet]):
     )
 
 
-# ==================================================================================================
-# models.plot
-#
-# Plot prices of servers with matplotlib.
-# ==================================================================================================
-
+# --- the plot of prices ---
 
 # One for each of the most frequent models; all others have the last color.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#9467bd",
@@ -3564,10 +3548,37 @@ class TransferResult:
 
 
 # ==================================================================================================
-# api.policy
+# api.call
 #
-# The retry policy. The README has the same table under "Retries".
+# Prepare an API call: check its arguments, and look up the rules of its endpoint.
 # ==================================================================================================
+
+
+class Envelope(dict[str, Any]):
+    """A decoded response, with the times of the request and the server's clock."""
+
+    __slots__ = ("date", "received_at", "sends", "sent_at")
+    date: str | None
+    received_at: float
+    sent_at: float
+    sends: int
+
+    def server_time_at(self, moment: float) -> float | None:
+        """Return the server's Unix time at a monotonic ``moment``, rounded down.
+
+        Returns None if the response had no Date.
+        """
+        stamp = unix_time(self.date)
+        return None if stamp is None else math.floor(stamp - (self.received_at - moment))
+
+
+def unix_time(date: str | None) -> float | None:
+    if not date:
+        return None
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
 
 
 # Not a named tuple, and no enums: to create those takes time at the import.
@@ -3607,38 +3618,6 @@ POST_RULES = {
 GET_RULES = {"marketplace": Rules(needs_key=False, repeatable=True)}
 OTHER_POST, OTHER_GET = Rules(), Rules(repeatable=True)
 
-# What to do after a failed request.
-RETRY = "retry"
-RAISE = "raise"
-UNKNOWN = "unknown"  # raise an OutcomeUnknownError; create_order looks for its order
-
-# Why it failed.
-NOT_SENT = "not sent"
-RATE_LIMITED = "rate limited"
-NO_RESPONSE = "no response"
-BROKEN_BODY = "broken body"
-UNREADABLE_BODY = "unreadable body"
-UNAVAILABLE = "unavailable"
-UNCLEAR = "unclear"
-DATABASE_ERROR = "database error"
-REFUSED = "refused"
-
-# The first action is for reads and for repeatable POSTs, the second one for any other POST.
-POLICY = {
-    NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
-    RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
-    NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
-    BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
-    UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
-    UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
-    UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
-    DATABASE_ERROR: (RETRY, RAISE),  # code 1
-    REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
-}
-UNAVAILABLE_STATUSES = frozenset({500, 502, 503, 504, 520, 522})
-REFUSAL_CODES = frozenset({3, 4})  # with these, the API did nothing, even with HTTP 5xx
-LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
-
 
 def rules_for(method: str, name: str) -> Rules:
     """Return the rules for a request.
@@ -3650,88 +3629,6 @@ def rules_for(method: str, name: str) -> Rules:
     if method in ("GET", "HEAD"):
         return GET_RULES.get(name, OTHER_GET)
     return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
-
-
-def action_for(problem: str, repeatable: bool) -> str:
-    """Return what to do about a problem."""
-    return POLICY[problem][0 if repeatable else 1]
-
-
-def problem_with_code(status: int, code: int, has_reason: bool) -> str:
-    """Return the problem of a response with an error code.
-
-    Parameters:
-        status: the HTTP status.
-        code: the code in the body.
-        has_reason: whether the body has an error text.
-    """
-    if code == 5:
-        return RATE_LIMITED
-    if code == 1:
-        return DATABASE_ERROR
-    if code in REFUSAL_CODES or (code == 6 and has_reason):
-        return REFUSED
-    return UNCLEAR if status >= 500 else REFUSED
-
-
-def problem_without_code(status: int, is_json: bool) -> str:
-    """Return the problem of a response without a code.
-
-    Parameters:
-        status: the HTTP status.
-        is_json: whether the body is JSON.
-    """
-    if status == 429:
-        return RATE_LIMITED
-    if status in UNAVAILABLE_STATUSES:
-        return UNAVAILABLE
-    if status < 300 and not is_json:
-        return BROKEN_BODY
-    return UNCLEAR if status >= 500 or status < 300 else REFUSED
-
-
-def backoff_delay(failures: int, first: float, longest: float) -> float:
-    """Return the seconds before the next retry: exponential backoff with full jitter, capped."""
-    return random.uniform(0.0, min(longest, first * 2.0 ** min(failures - 1, 32)))
-
-
-def cancel_delay(refusals: int, first: float) -> float:
-    """Return the seconds to wait after a cancel hit the rate limit: 1, 2, 4 ... 30."""
-    return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(refusals, 32)))
-
-
-# ==================================================================================================
-# api.call
-#
-# Prepare an API call: check its arguments, and decide how it may be retried.
-# ==================================================================================================
-
-
-class Envelope(dict[str, Any]):
-    """A decoded response, with the times of the request and the server's clock."""
-
-    __slots__ = ("date", "received_at", "sends", "sent_at")
-    date: str | None
-    received_at: float
-    sent_at: float
-    sends: int
-
-    def server_time_at(self, moment: float) -> float | None:
-        """Return the server's Unix time at a monotonic ``moment``, rounded down.
-
-        Returns None if the response had no Date.
-        """
-        stamp = unix_time(self.date)
-        return None if stamp is None else math.floor(stamp - (self.received_at - moment))
-
-
-def unix_time(date: str | None) -> float | None:
-    if not date:
-        return None
-    try:
-        return email.utils.parsedate_to_datetime(date).timestamp()
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
 
 
 # Not a dataclass: importing dataclasses takes a fifth of the import time.
@@ -4523,9 +4420,9 @@ class RateLimiter:
 
 
 # ==================================================================================================
-# api.file_limit
+# api.limiters
 #
-# Keep a rate limit in a file, for all processes of this user on this machine.
+# Share a rate limit: by a file on this machine, or through Redis among many machines.
 # ==================================================================================================
 
 
@@ -4535,6 +4432,8 @@ LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
 UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
 SCHEDULE_VERSION = "clore-1"  # of the content
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
+LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
+TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
 
 
 class FileStore:
@@ -4648,79 +4547,6 @@ def remove_unused(folder: Path) -> None:
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < before:
                     path.unlink()
-
-
-# ==================================================================================================
-# process
-#
-# Keep the state that all clients and rentals of this process share.
-# ==================================================================================================
-
-
-Shared = TypeVar("Shared")
-
-
-class ProcessState:
-    """The state that all clients and rentals of this process share.
-
-    Each change is one atomic step, because a signal handler must not wait for a lock.
-
-    Attributes:
-        rentals: the workers of the open rentals.
-        exiting: whether the interpreter is exiting.
-        entries: the journal entries that this process wrote and has locked, by path.
-        signal_users: the open users of the signal handler.
-        handled_signals: the signals for which the handler is installed.
-        stopping_signal: the signal that ends this process, or None.
-    """
-
-    def __init__(self) -> None:
-        self._of_accounts: dict[tuple[object, ...], Any] = {}
-        self.rentals: set[RentalWorker] = set()
-        self.exiting = False
-        self.entries: dict[str, JournalEntry] = {}
-        self.signal_users: set[SignalHandling] = set()
-        self.handled_signals: set[int] = set()
-        self.stopping_signal: int | None = None
-
-    def of_account(self, make: Callable[[], Shared], *key: object) -> Shared:
-        """Return the object that the clients of an account share, made on first use.
-
-        Parameters:
-            make: the class of the object, or a function that makes it.
-            *key: what it belongs to, with the digest of the account.
-        """
-        if key not in self._of_accounts:
-            # setdefault() is atomic: if two threads make one, both get the first.
-            self._of_accounts.setdefault(key, make())
-        shared: Shared = self._of_accounts[key]
-        return shared
-
-    def forget_parent(self) -> None:
-        """Leave the rentals to the parent, after a fork."""
-        self.rentals.clear()
-        # The files that a child inherits would keep the parent's locks after the parent's death.
-        for entry in self.entries.values():
-            entry.unlock()
-        self.entries.clear()
-        self._of_accounts.clear()  # another thread may have held a lock of these at the fork
-
-
-this_process = ProcessState()
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=this_process.forget_parent)
-
-
-# ==================================================================================================
-# api.limiters
-#
-# Choose who shares a rate limit: this process, this machine, or many machines through Redis.
-# ==================================================================================================
-
-
-LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
-TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
 
 
 class FallbackStore:
@@ -5054,10 +4880,92 @@ def _numbers(turn: Turn, now: float) -> str:
 # api.retry
 #
 # Classify responses and failures by the retry policy, and decide when a call gives up.
+#
+# The README has the policy under "Retries".
 # ==================================================================================================
 
 
 MAX_DIGITS = 4000  # json refuses a response with an integer of 4,300 digits
+
+# What to do after a failed request.
+RETRY = "retry"
+RAISE = "raise"
+UNKNOWN = "unknown"  # raise an OutcomeUnknownError; create_order looks for its order
+
+# Why it failed.
+NOT_SENT = "not sent"
+RATE_LIMITED = "rate limited"
+NO_RESPONSE = "no response"
+BROKEN_BODY = "broken body"
+UNREADABLE_BODY = "unreadable body"
+UNAVAILABLE = "unavailable"
+UNCLEAR = "unclear"
+DATABASE_ERROR = "database error"
+REFUSED = "refused"
+
+# The first action is for reads and for repeatable POSTs, the second one for any other POST.
+POLICY = {
+    NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
+    RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
+    NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
+    BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
+    UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
+    UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
+    UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
+    DATABASE_ERROR: (RETRY, RAISE),  # code 1
+    REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
+}
+UNAVAILABLE_STATUSES = frozenset({500, 502, 503, 504, 520, 522})
+REFUSAL_CODES = frozenset({3, 4})  # with these, the API did nothing, even with HTTP 5xx
+LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
+
+
+def action_for(problem: str, repeatable: bool) -> str:
+    """Return what to do about a problem."""
+    return POLICY[problem][0 if repeatable else 1]
+
+
+def problem_with_code(status: int, code: int, has_reason: bool) -> str:
+    """Return the problem of a response with an error code.
+
+    Parameters:
+        status: the HTTP status.
+        code: the code in the body.
+        has_reason: whether the body has an error text.
+    """
+    if code == 5:
+        return RATE_LIMITED
+    if code == 1:
+        return DATABASE_ERROR
+    if code in REFUSAL_CODES or (code == 6 and has_reason):
+        return REFUSED
+    return UNCLEAR if status >= 500 else REFUSED
+
+
+def problem_without_code(status: int, is_json: bool) -> str:
+    """Return the problem of a response without a code.
+
+    Parameters:
+        status: the HTTP status.
+        is_json: whether the body is JSON.
+    """
+    if status == 429:
+        return RATE_LIMITED
+    if status in UNAVAILABLE_STATUSES:
+        return UNAVAILABLE
+    if status < 300 and not is_json:
+        return BROKEN_BODY
+    return UNCLEAR if status >= 500 or status < 300 else REFUSED
+
+
+def backoff_delay(failures: int, first: float, longest: float) -> float:
+    """Return the seconds before the next retry: exponential backoff with full jitter, capped."""
+    return random.uniform(0.0, min(longest, first * 2.0 ** min(failures - 1, 32)))
+
+
+def cancel_delay(refusals: int, first: float) -> float:
+    """Return the seconds to wait after a cancel hit the rate limit: 1, 2, 4 ... 30."""
+    return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(refusals, 32)))
 
 
 class Failure:
@@ -6061,12 +5969,16 @@ def _shown(name: str) -> str:
 
 
 # ==================================================================================================
-# market.host_history
+# market.market
 #
-# Remember for a day which hosts worked, and which disappointed.
+# Read the marketplace: prices, exchange rates, fees, and which hosts worked.
 # ==================================================================================================
 
 
+# A bid above this is probably a price per day, which is 24 times too high.
+MAX_TIMES_ON_DEMAND = 10.0
+ROUNDING = 1e-9  # the rounding error between prices per day and per hour
+RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
 HOST_HISTORY_FILE = "host_history"  # in the state folder
 HISTORY_SCHEMA = 1
 HISTORY_LASTS = 86_400.0  # seconds
@@ -6077,84 +5989,6 @@ WORKED = "worked"
 NOT_DEPLOYED = "not deployed"
 # ``SSHError.reason`` -> the outcome
 LOGIN_OUTCOMES = {"unreachable": "no sshd", "refused": "login refused"}
-
-
-class HostHistory:
-    """What happened on each host, in memory and in the state folder.
-
-    Parameters:
-        folder: returns the state folder, or None if none is used.
-        base_url: returns the base URL, because each API has its own servers.
-    """
-
-    def __init__(self, folder: Callable[[], Path | None], base_url: Callable[[], str]) -> None:
-        self._folder = folder
-        self._base_url = base_url
-        self._here: dict[str, dict[str, Any]] = {}  # what this process has seen
-
-    def record(self, server_id: int | None, outcome: str | None) -> None:
-        """Record what happened on a host; nothing if one of the two is not known."""
-        if not server_id or outcome is None:
-            return
-        name = f"{canonical_url(self._base_url())} {server_id}"
-        self._here[name] = {"outcome": outcome, "time": time.time()}
-        if (folder := self._folder()) is None:
-            return
-        path = folder / HOST_HISTORY_FILE
-        try:
-            with locked_path(path, HISTORY_PATIENCE):
-                hosts = {**self._read(path), name: self._here[name]}
-                newest = sorted(hosts.items(), key=lambda item: -item[1]["time"])[:MOST_HOSTS]
-                text = json.dumps({"schema": HISTORY_SCHEMA, "hosts": dict(newest)})
-                replace_file(path, text)
-        except OSError as error:
-            logger.debug("%s can't be written: %s", path, error)
-
-    def outcomes(self) -> dict[int, dict[str, Any]]:
-        """Return ``outcome`` and ``time`` of each host of the last day, by server id."""
-        hosts = dict(self._here)
-        if (folder := self._folder()) is not None:
-            for name, seen in self._read(folder / HOST_HISTORY_FILE).items():
-                if name not in hosts or seen["time"] > hosts[name]["time"]:
-                    hosts[name] = seen
-        start = f"{canonical_url(self._base_url())} "
-        return {
-            int(name.removeprefix(start)): dict(seen)
-            for name, seen in hosts.items()
-            if name.startswith(start) and name.removeprefix(start).isdecimal() and _is_fresh(seen)
-        }
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, dict[str, Any]]:
-        """Return the valid entries of the file of the last day."""
-        try:
-            hosts = read_state_file(path).get("hosts")
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            logger.debug("%s can't be read: %s", path, error)
-            return {}
-        return {n: s for n, s in hosts.items() if _is_fresh(s)} if isinstance(hosts, dict) else {}
-
-
-def _is_fresh(seen: Any) -> bool:
-    if not isinstance(seen, dict) or not isinstance(seen.get("outcome"), str):
-        return False
-    at = finite(seen.get("time"))
-    return at is not None and abs(time.time() - at) < HISTORY_LASTS
-
-
-# ==================================================================================================
-# market.market
-#
-# Read the marketplace, keep its prices and exchange rates, and convert bids.
-# ==================================================================================================
-
-
-# A bid above this is probably a price per day, which is 24 times too high.
-MAX_TIMES_ON_DEMAND = 10.0
-ROUNDING = 1e-9  # the rounding error between prices per day and per hour
-RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
 
 
 class Requester(Protocol):
@@ -6400,6 +6234,74 @@ class Market:
             rate,
         )
         return bid
+
+
+# --- which hosts worked ---
+
+
+class HostHistory:
+    """What happened on each host, in memory and in the state folder.
+
+    Parameters:
+        folder: returns the state folder, or None if none is used.
+        base_url: returns the base URL, because each API has its own servers.
+    """
+
+    def __init__(self, folder: Callable[[], Path | None], base_url: Callable[[], str]) -> None:
+        self._folder = folder
+        self._base_url = base_url
+        self._here: dict[str, dict[str, Any]] = {}  # what this process has seen
+
+    def record(self, server_id: int | None, outcome: str | None) -> None:
+        """Record what happened on a host; nothing if one of the two is not known."""
+        if not server_id or outcome is None:
+            return
+        name = f"{canonical_url(self._base_url())} {server_id}"
+        self._here[name] = {"outcome": outcome, "time": time.time()}
+        if (folder := self._folder()) is None:
+            return
+        path = folder / HOST_HISTORY_FILE
+        try:
+            with locked_path(path, HISTORY_PATIENCE):
+                hosts = {**self._read(path), name: self._here[name]}
+                newest = sorted(hosts.items(), key=lambda item: -item[1]["time"])[:MOST_HOSTS]
+                text = json.dumps({"schema": HISTORY_SCHEMA, "hosts": dict(newest)})
+                replace_file(path, text)
+        except OSError as error:
+            logger.debug("%s can't be written: %s", path, error)
+
+    def outcomes(self) -> dict[int, dict[str, Any]]:
+        """Return ``outcome`` and ``time`` of each host of the last day, by server id."""
+        hosts = dict(self._here)
+        if (folder := self._folder()) is not None:
+            for name, seen in self._read(folder / HOST_HISTORY_FILE).items():
+                if name not in hosts or seen["time"] > hosts[name]["time"]:
+                    hosts[name] = seen
+        start = f"{canonical_url(self._base_url())} "
+        return {
+            int(name.removeprefix(start)): dict(seen)
+            for name, seen in hosts.items()
+            if name.startswith(start) and name.removeprefix(start).isdecimal() and _is_fresh(seen)
+        }
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, dict[str, Any]]:
+        """Return the valid entries of the file of the last day."""
+        try:
+            hosts = read_state_file(path).get("hosts")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            logger.debug("%s can't be read: %s", path, error)
+            return {}
+        return {n: s for n, s in hosts.items() if _is_fresh(s)} if isinstance(hosts, dict) else {}
+
+
+def _is_fresh(seen: Any) -> bool:
+    if not isinstance(seen, dict) or not isinstance(seen.get("outcome"), str):
+        return False
+    at = finite(seen.get("time"))
+    return at is not None and abs(time.time() - at) < HISTORY_LASTS
 
 
 # ==================================================================================================
@@ -7006,17 +6908,44 @@ def account_fees(
 
 
 # ==================================================================================================
-# orders.claims
+# orders.credentials
 #
-# Assign orders to purchases, so that no two purchases get the same order.
+# Remember how to log in to the orders of an account, in memory and in the state folder.
 # ==================================================================================================
 
 
+CREDENTIALS_FOLDER = "credentials"  # in the state folder
+CREDENTIALS_SCHEMA = 1  # a later version adds fields, and keeps these
+_SAVED_FIELDS = ("ssh_password", "jupyter_token", "key_fingerprint")
+# Seconds: a purchase that has no order after this time has none, and an order that no list has
+# for this time has ended.
+PURCHASE_OVER = 3600.0
+ORDER_OVER = 86_400.0
 # The allowed difference between the creation time of an order, by the server's clock, and the time
 # of its entry, by this machine's clock. All in seconds.
 CLOCKS_APART = 300.0
 CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
 LATEST_ORDER = 180.0  # a proxy can delay a request
+
+
+def public_key_fingerprint(public_key: str) -> str | None:
+    """Return the fingerprint of a line of a ``.pub`` file, as ``ssh-keygen -l`` prints it."""
+    try:
+        blob = base64.b64decode(public_key.split()[1], validate=True)
+    except (ValueError, IndexError):
+        return None
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+
+
+def login_fields(sent: dict[str, str]) -> dict[str, str]:
+    """Return what to remember of the password, key and token that were sent with an order."""
+    fields: dict[str, str] = {}
+    for name in ("ssh_password", "jupyter_token"):
+        if name in sent:
+            fields[name] = Secret(sent[name])
+    if found := public_key_fingerprint(sent.get("ssh_key", "")):
+        fields["key_fingerprint"] = found
+    return fields
 
 
 def same_purchase(order: Order, image: Any, currency: Any, spot: Any) -> bool:
@@ -7034,7 +6963,7 @@ def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
     return not order.has_ended and same_purchase(order, image, currency, spot)
 
 
-def purchase_facts(
+def purchase_fields(
     server_id: int, wanted: Any, before: Collection[int], server_clock: float | None
 ) -> dict[str, Any]:
     """Return the facts by which :func:`matches_entry` finds the order of a purchase.
@@ -7071,70 +7000,6 @@ def matches_entry(data: dict[str, Any], order: Order) -> bool:
     ahead = finite(data.get("server_clock"))
     apart = CLOCKS_APART if ahead is None else CLOCKS_COMPARED
     return -apart <= made - started - (ahead or 0.0) <= LATEST_ORDER + apart
-
-
-class Claims:
-    """The orders of one account that the purchases of this process have claimed.
-
-    Purchases of the same server are made one after the other, so that they can't claim each other's
-    order. Each change is one atomic step, because an interrupt can come at any time.
-    """
-
-    def __init__(self) -> None:
-        self._taken: dict[int, object] = {}  # order id -> its purchase
-        self.unresolved: dict[int, Any] = {}  # server id -> a purchase with an unknown outcome
-        self._locks: dict[int, threading.Lock] = {}
-        # Seconds from the server's clock to the creation time of orders; 0 or negative.
-        self.clock_offset = 0.0
-
-    def lock(self, server_id: int) -> threading.Lock:
-        """Return the lock to hold while a server is ordered."""
-        return self._locks.setdefault(server_id, threading.Lock())
-
-    def take(self, order_id: int, purchase: object) -> bool:
-        """Claim an order. Return False if another purchase has it."""
-        return self._taken.setdefault(order_id, purchase) is purchase
-
-    def free(self, orders: list[Order], purchase: object) -> list[Order]:
-        """Return the ``orders`` that no other purchase has claimed, the newest last."""
-        found = {o.id: o for o in orders if self._taken.get(o.id or 0, purchase) is purchase}
-        return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
-
-
-# ==================================================================================================
-# orders.credentials
-#
-# Remember how to log in to the orders of an account, in memory and in the state folder.
-# ==================================================================================================
-
-
-CREDENTIALS_FOLDER = "credentials"  # in the state folder
-CREDENTIALS_SCHEMA = 1  # a later version adds fields, and keeps these
-_SAVED_FIELDS = ("ssh_password", "jupyter_token", "key_fingerprint")
-# Seconds: a purchase that has no order after this time has none, and an order that no list has
-# for this time has ended.
-PURCHASE_OVER = 3600.0
-ORDER_OVER = 86_400.0
-
-
-def public_key_fingerprint(public_key: str) -> str | None:
-    """Return the fingerprint of a line of a ``.pub`` file, as ``ssh-keygen -l`` prints it."""
-    try:
-        blob = base64.b64decode(public_key.split()[1], validate=True)
-    except (ValueError, IndexError):
-        return None
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
-
-
-def login_fields(sent: dict[str, str]) -> dict[str, str]:
-    """Return what to remember of the password, key and token that were sent with an order."""
-    fields: dict[str, str] = {}
-    for name in ("ssh_password", "jupyter_token"):
-        if name in sent:
-            fields[name] = Secret(sent[name])
-    if found := public_key_fingerprint(sent.get("ssh_key", "")):
-        fields["key_fingerprint"] = found
-    return fields
 
 
 class SavedLogin:
@@ -7361,6 +7226,39 @@ class OrdersClient(Requester, Protocol):
 
     @property
     def api_key(self) -> str | None: ...
+
+
+class Claims:
+    """Keep which purchase of this process each order of an account belongs to.
+
+    Purchases of the same server are made one after the other, so that they can't claim each other's
+    order. Each change is one atomic step, because an interrupt can come at any time.
+
+    Attributes:
+        unresolved: server id -> a purchase whose outcome is not known.
+        rented: ids of the orders that belong to rentals.
+        clock_offset: seconds from the server's clock to the creation time of orders; 0 or negative.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[int, object] = {}  # order id -> its purchase
+        self._locks: dict[int, threading.Lock] = {}
+        self.unresolved: dict[int, Any] = {}
+        self.rented: set[int] = set()
+        self.clock_offset = 0.0
+
+    def lock(self, server_id: int) -> threading.Lock:
+        """Return the lock to hold while a server is ordered."""
+        return self._locks.setdefault(server_id, threading.Lock())
+
+    def take(self, order_id: int, purchase: object) -> bool:
+        """Claim an order. Return False if another purchase has it."""
+        return self._taken.setdefault(order_id, purchase) is purchase
+
+    def free(self, orders: list[Order], purchase: object) -> list[Order]:
+        """Return the ``orders`` that no other purchase has claimed, the newest last."""
+        found = {o.id: o for o in orders if self._taken.get(o.id or 0, purchase) is purchase}
+        return [found[order_id] for order_id in sorted(i for i in found if i is not None)]
 
 
 class AccountOrders:
@@ -7783,22 +7681,25 @@ class Cancellation:
 
     Attributes:
         order_id: the order.
-        accepted: whether the API accepted a cancel; the order costs nothing from then on.
         failure: the error of the last cancel, or None.
     """
 
     def __init__(self, orders: AccountOrders, order_id: int, issue: str | None = None) -> None:
         self.order_id = order_id
-        self.accepted = order_id in orders.cancelled
         self.failure: Exception | None = None
         self._orders = orders
         self._issue = issue
-        self._outcome_unknown = False  # whether a cancel may have taken effect
+        self._may_be_accepted = False  # after a lost response
         self._state: OrderState | None = None  # None if the last read of the lists failed
         self._absent_since: float | None = None
-        self._read_error: CloreError | None = None
+        self._read_error: Exception | None = None
         self._sent_at = -math.inf
         self._pause = max(0.001, 2 * orders.client.backoff)  # before the next cancel
+
+    @property
+    def accepted(self) -> bool:
+        """True if the API accepted a cancel; the order costs nothing from then on."""
+        return self.order_id in self._orders.cancelled
 
     def send(self) -> None:
         """Send the cancel once."""
@@ -7811,7 +7712,7 @@ class Cancellation:
         except Exception as error:
             self.failure = error
             if not isinstance(error, CloreAPIError) or error.sends > 1:
-                self._outcome_unknown = True
+                self._may_be_accepted = True
             raise
         self._accept()
         logger.info("order %d was cancelled", self.order_id)
@@ -7858,17 +7759,17 @@ class Cancellation:
 
     def _unconfirmed(self) -> CancelUnconfirmedError:
         """Make the error for an order that may still be running."""
-        order_id = self.order_id
-        what = "was cancelled, but it is not confirmed that it has ended"
-        if not self._done:
-            what = "could not be cancelled"
-        why = "" if self._done else f" ({self.failure})"
+        if self._done:
+            what = "was cancelled, but it is not confirmed that it has ended"
+            why, cause = "", self._read_error
+        else:
+            what, why, cause = "could not be cancelled", f" ({self.failure})", self.failure
         error = CancelUnconfirmedError(
-            f"order {order_id} {what}: it may still be running, and cost money, so call "
-            f"cancel_order({order_id}) again, which is safe to repeat{why}",
-            order_ids=(order_id,),
+            f"order {self.order_id} {what}: it may still be running, and cost money, so call "
+            f"cancel_order({self.order_id}) again, which is safe to repeat{why}",
+            order_ids=(self.order_id,),
         )
-        error.__cause__ = self._read_error if self._done else self.failure
+        error.__cause__ = cause
         return error
 
     # --- the cancel ---
@@ -7881,10 +7782,10 @@ class Cancellation:
     @property
     def _refused(self) -> bool:
         """True if the API clearly refused to cancel an order that is active."""
-        return self._state == "active" and not (self.accepted or self._outcome_unknown)
+        return self._state == "active" and not (self.accepted or self._may_be_accepted)
 
     def _accept(self) -> None:
-        self.accepted, self.failure = True, None
+        self.failure = None
         self._orders.cancelled.add(self.order_id)
         self._orders.credentials.forget(self._orders.account, [self.order_id])
 
@@ -7907,20 +7808,14 @@ class Cancellation:
             if was_done:  # an earlier cancel was accepted
                 self.failure = None
             elif not tried_before:
-                left = deadline - time.monotonic()
-                how_long = "without limit" if left == math.inf else f"for {left:.0f} s"
                 logger.warning(
-                    "order %d could not be cancelled, retrying %s: %s",
-                    self.order_id,
-                    how_long,
-                    error,
+                    "order %d could not be cancelled, retrying: %s", self.order_id, error
                 )
 
     def _request_deadline(self, deadline: float, at_least: float = SHORTEST_LIMIT) -> float:
-        """Return the deadline of one request, so that a request that hangs is retried."""
+        """Return the deadline of one request, so that a request that hangs is sent again."""
         now = time.monotonic()
-        left = deadline - now
-        return deadline if left == math.inf else now + max(at_least, left / 3)
+        return now + max(at_least, (deadline - now) / 3)
 
     # --- the lists ---
 
@@ -8032,8 +7927,7 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
             left = tuple(c.order_id for c in cancellations[number:])
             raise CancelUnconfirmedError(
                 f"orders cancelled, but still active after {timeout:g}s: "
-                f"{', '.join(map(str, left))}; "
-                "look at get_orders(), and cancel them again",
+                f"{', '.join(map(str, left))}; look at get_orders(), and cancel them again",
                 order_ids=left,
             ) from failure
 
@@ -8465,7 +8359,7 @@ class Purchase:
     def _submit_and_save(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Save the credentials, and send the purchase."""
         orders = self._orders
-        facts = purchase_facts(self.server_id, self, self.before, orders.client.server_clock)
+        facts = purchase_fields(self.server_id, self, self.before, orders.client.server_clock)
         saved = orders.credentials.save(orders.account, self.credentials, facts)
         self._saved = saved
         try:
@@ -9140,113 +9034,6 @@ def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
 
 
 # ==================================================================================================
-# rental.budget
-#
-# Count the cost of a rental, and check its limits.
-# ==================================================================================================
-
-
-CHECK_INTERVAL = 1.0  # seconds between two checks of the limits
-FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
-
-
-class Meter:
-    """The cost of one order. A new bid changes its price.
-
-    Attributes:
-        counts: whether there is an order to pay for.
-    """
-
-    def __init__(self, usd_per_hour: float | None, fee: float, age: float = 0.0) -> None:
-        self._started = time.monotonic() - age, time.time() - age
-        self.counts = True
-        self._fee = fee
-        self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
-        self._stopped_at: float | None = None  # the age of the order then
-
-    def age(self) -> float:
-        """Return the age of the order in seconds, by the larger of two clocks.
-
-        The monotonic clock can stop while a laptop sleeps, but the order still costs money.
-        """
-        monotonic, wall = self._started
-        return max(0.0, time.monotonic() - monotonic, time.time() - wall)
-
-    @property
-    def is_running(self) -> bool:
-        """True if the cost still grows."""
-        return self.counts and self._stopped_at is None
-
-    def correct(self, usd_per_hour: float) -> None:
-        """Correct the price from the start, unless a bid has changed it."""
-        if len(self._prices) == 1:
-            self._prices = [(0.0, usd_per_hour)]
-
-    def change(self, usd_per_hour: float) -> None:
-        """Set the price from now on."""
-        self._prices.append((self.age(), usd_per_hour))
-
-    def stop(self) -> None:
-        """Stop the cost, because the cancel was accepted. Safe to repeat."""
-        if self._stopped_at is None:
-            self._stopped_at = self.age()
-
-    def usd(self) -> float:
-        """Return the cost so far in USD, with all fees."""
-        if not self.counts:
-            return 0.0
-        end = self.age() if self._stopped_at is None else self._stopped_at
-        prices, rent = self._prices, 0.0
-        for index, (since, price) in enumerate(prices):
-            until = prices[index + 1][0] if index + 1 < len(prices) else end
-            rent += price * max(0.0, min(until, end) - since) / 3600.0
-        return with_fee(rent, self._fee) + creation_fee_after(end)
-
-
-class Budget:
-    """The limits of a rental, and the meters of its orders."""
-
-    def __init__(self, settings: RentalSettings) -> None:
-        self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
-        self._fee = settings.fee
-        self._meters: list[Meter] = []
-
-    @property
-    def hours(self) -> float:
-        """The hours since the first order was sent."""
-        return max((m.age() for m in list(self._meters) if m.counts), default=0.0) / 3600.0
-
-    @property
-    def cost_usd(self) -> float:
-        """The cost of all orders so far, in USD."""
-        return sum(meter.usd() for meter in list(self._meters))
-
-    def start(self, usd_per_hour: float | None, age: float = 0.0) -> Meter:
-        """Start to count another order, which has an age in seconds."""
-        meter = Meter(usd_per_hour, self._fee, age)
-        self._meters.append(meter)
-        return meter
-
-    def exceeded_by(self) -> str | None:
-        """Return a text that names the limit that is reached, or None."""
-        if self._max_hours is not None and self.hours >= self._max_hours:
-            return f"max_hours={self._max_hours:g} is reached"
-        if self._max_cost is not None and self.cost_usd + self._fee_due() >= self._max_cost:
-            return f"max_cost_usd={self._max_cost:g} is reached"
-        return None
-
-    def _fee_due(self) -> float:
-        ages = [meter.age() for meter in list(self._meters) if meter.is_running]
-        soon = [age for age in ages if CREATION_FEE_AFTER - FEE_LEAD <= age < CREATION_FEE_AFTER]
-        return CREATION_FEE * len(soon)
-
-    @property
-    def seconds_between_checks(self) -> float | None:
-        """The seconds between two checks; None without a limit."""
-        return None if self._max_hours is None and self._max_cost is None else CHECK_INTERVAL
-
-
-# ==================================================================================================
 # rental.journal
 #
 # Keep the journal: one small file for each purchase, which survives the process.
@@ -9512,6 +9299,103 @@ def kept_entries(folder: Path | None, account: str) -> list[JournalEntry]:
 MIN_ABSENT_LISTS = 6  # an order counts as absent if at least this many lists do not have it
 LIST_PATIENCE = 10.0  # seconds for a list of orders while another order runs
 SEARCH_INTERVAL = 2.0  # seconds between two searches for an order that may exist
+CHECK_INTERVAL = 1.0  # seconds between two checks of the limits
+FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
+
+
+class Meter:
+    """The cost of one order. A new bid changes its price.
+
+    Attributes:
+        counts: whether there is an order to pay for.
+    """
+
+    def __init__(self, usd_per_hour: float | None, fee: float, age: float = 0.0) -> None:
+        self._started = time.monotonic() - age, time.time() - age
+        self.counts = True
+        self._fee = fee
+        self._prices: list[tuple[float, float]] = [(0.0, usd_per_hour or 0.0)]  # (since, price)
+        self._stopped_at: float | None = None  # the age of the order then
+
+    def age(self) -> float:
+        """Return the age of the order in seconds, by the larger of two clocks.
+
+        The monotonic clock can stop while a laptop sleeps, but the order still costs money.
+        """
+        monotonic, wall = self._started
+        return max(0.0, time.monotonic() - monotonic, time.time() - wall)
+
+    def correct(self, usd_per_hour: float) -> None:
+        """Correct the price from the start, unless a bid has changed it."""
+        if len(self._prices) == 1:
+            self._prices = [(0.0, usd_per_hour)]
+
+    def change(self, usd_per_hour: float) -> None:
+        """Set the price from now on."""
+        self._prices.append((self.age(), usd_per_hour))
+
+    def stop(self) -> None:
+        """Stop the cost, because the cancel was accepted. Safe to repeat."""
+        if self._stopped_at is None:
+            self._stopped_at = self.age()
+
+    def usd(self, fee_lead: float = 0.0) -> float:
+        """Return the cost so far in USD, with all fees.
+
+        Parameters:
+            fee_lead: count the creation fee so many seconds early, while the order runs.
+        """
+        if not self.counts:
+            return 0.0
+        end, lead = self._stopped_at, 0.0
+        if end is None:
+            end, lead = self.age(), fee_lead
+        prices = list(self._prices)
+        changes = [*(since for since, _ in prices[1:]), end]
+        rent = sum(
+            price * max(0.0, min(until, end) - since) / 3600.0
+            for (since, price), until in zip(prices, changes, strict=True)
+        )
+        return with_fee(rent, self._fee) + creation_fee_after(end + lead)
+
+
+class Budget:
+    """The limits of a rental, and the meters of its orders."""
+
+    def __init__(self, settings: RentalSettings) -> None:
+        self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
+        self._fee = settings.fee
+        self._meters: list[Meter] = []
+
+    @property
+    def hours(self) -> float:
+        """The hours since the first order was sent."""
+        return max((m.age() for m in list(self._meters) if m.counts), default=0.0) / 3600.0
+
+    @property
+    def cost_usd(self) -> float:
+        """The cost of all orders so far, in USD."""
+        return sum(meter.usd() for meter in list(self._meters))
+
+    def start(self, usd_per_hour: float | None, age: float = 0.0) -> Meter:
+        """Start to count another order, which has an age in seconds."""
+        meter = Meter(usd_per_hour, self._fee, age)
+        self._meters.append(meter)
+        return meter
+
+    def exceeded_by(self) -> str | None:
+        """Return a text that names the limit that is reached, or None."""
+        if self._max_hours is not None and self.hours >= self._max_hours:
+            return f"max_hours={self._max_hours:g} is reached"
+        soon = sum(meter.usd(FEE_LEAD) for meter in list(self._meters))
+        if self._max_cost is not None and soon >= self._max_cost:
+            return f"max_cost_usd={self._max_cost:g} is reached"
+        return None
+
+    @property
+    def seconds_between_checks(self) -> float | None:
+        """The seconds between two checks; None without a limit."""
+        return None if self._max_hours is None and self._max_cost is None else CHECK_INTERVAL
 
 
 class RentalOrder:
@@ -9525,6 +9409,7 @@ class RentalOrder:
         refused: whether the API refused the order with code 1, after which it may still exist.
         lost: the purchase of ``create_order``, if its outcome is not known.
         absent: monotonic times of the lists in a row that did not have the order.
+        cancellation: its cancel, as soon as the order id is known.
     """
 
     def __init__(self, server_id: int, entry: JournalEntry | None, meter: Meter) -> None:
@@ -9535,26 +9420,18 @@ class RentalOrder:
         self.order_id: int | None = None
         self.refused = False
         self.lost: Any = None
-        self._cancellation: Cancellation | None = None
         self.absent: list[float] = []
+        self.cancellation: Cancellation | None = None
 
     @property
     def accepted(self) -> bool:
         """True if its cancel was accepted."""
-        return self._cancellation is not None and self._cancellation.accepted
-
-    def cancellation(self, orders: AccountOrders) -> Cancellation:
-        """Return the cancellation of this order, always the same one."""
-        if self._cancellation is None:
-            self._cancellation = Cancellation(orders, self.order_id or 0)
-        return self._cancellation
+        return self.cancellation is not None and self.cancellation.accepted
 
     def __str__(self) -> str:
-        return (
-            f"order {self.order_id} may still be running"
-            if self.order_id is not None
-            else f"an order of server {self.server_id} may have been made"
-        )
+        if self.order_id is None:
+            return f"an order of server {self.server_id} may have been made"
+        return f"order {self.order_id} may still be running"
 
 
 class RentalOrders:
@@ -9573,35 +9450,30 @@ class RentalOrders:
         settings: RentalSettings,
         folder: Path | None,
         budget: Budget,
-        taken: Callable[[], set[int | None]],
     ) -> None:
         self._orders = orders
         self._settings = settings
         self._folder = folder
         self._budget = budget
-        self._taken = taken  # returns the order ids of all open rentals of this account
         self._all: list[RentalOrder] = []
         self.before: set[int] = set()
         self.block_ended_at: float | None = None
         self.skip_confirmation = False
         self.abandoned = False
 
-    def __iter__(self) -> Iterator[RentalOrder]:
-        return iter(list(self._all))
-
     # --- purchases ---
 
     def record_intent(self, server_id: int, price: float | None) -> RentalOrder:
         """Record a purchase in the journal and in memory, before it is sent."""
-        entry = write_entry(self._folder, self._facts(server_id))
+        entry = write_entry(self._folder, self._entry_fields(server_id))
         purchase = RentalOrder(server_id, entry, self._budget.start(price))
         self._all.append(purchase)
         return purchase
 
-    def _facts(self, server_id: int) -> dict[str, Any]:
+    def _entry_fields(self, server_id: int) -> dict[str, Any]:
         client = self._orders.client
-        facts = purchase_facts(server_id, self._settings, self.before, client.server_clock)
-        return {**facts, "base_url": client.base_url, "account": self._orders.account}
+        fields = purchase_fields(server_id, self._settings, self.before, client.server_clock)
+        return {**fields, "base_url": client.base_url, "account": self._orders.account}
 
     def adopt(self, order: Order, age: float, ends: bool) -> RentalOrder:
         """Take over an order that exists.
@@ -9612,7 +9484,7 @@ class RentalOrders:
             ends: whether the rental ends it, which the journal must then know.
         """
         server_id, order_id = order.server_id or 0, order.id or 0
-        entry = write_entry(self._folder, self._facts(server_id)) if ends else None
+        entry = write_entry(self._folder, self._entry_fields(server_id)) if ends else None
         purchase = RentalOrder(server_id, entry, self._budget.start(order.usd_per_hour, age))
         if ends:
             self._all.append(purchase)
@@ -9631,7 +9503,7 @@ class RentalOrders:
         Raises:
             RentalError: the deadline can't be recorded.
         """
-        data = {**self._facts(purchase.server_id), "order_id": purchase.order_id}
+        data = {**self._entry_fields(purchase.server_id), "order_id": purchase.order_id}
         if not record_kept(self._folder, data, until) and until is not None:
             raise RentalError(
                 f"order {purchase.order_id} is not kept, because its deadline can't be recorded: "
@@ -9642,7 +9514,10 @@ class RentalOrders:
     def set_order_id(self, purchase: RentalOrder, order_id: int) -> None:
         """Record the order id of a purchase."""
         self._orders.claims.take(order_id, purchase)  # unless create_order() has claimed it
+        if purchase in self._all:  # the rental ends it
+            self._orders.claims.rented.add(order_id)
         purchase.order_id = order_id
+        purchase.cancellation = Cancellation(self._orders, order_id)
         purchase.meter.counts = True
         if purchase.entry is not None:
             purchase.entry.write_order_id(order_id)
@@ -9687,13 +9562,11 @@ class RentalOrders:
     def end_all(self) -> BaseException | None:
         """End all orders, the cancels first. Return None, or the first failure."""
         started = time.monotonic()
-        failures: list[BaseException | None] = [
-            self._cancel(purchase, self.deadline)
-            for purchase in self
-            if purchase.order_id is not None
-        ]
-        failures += [self._reconcile(purchase) for purchase in self if purchase.order_id is None]
-        failures += [self._confirm(purchase, started) for purchase in self]
+        known = [purchase for purchase in self._all if purchase.order_id is not None]
+        unknown = [purchase for purchase in self._all if purchase.order_id is None]
+        failures: list[BaseException | None] = [self._cancel(p, self.deadline) for p in known]
+        failures += [self._reconcile(purchase) for purchase in unknown]
+        failures += [self._confirm(purchase, started) for purchase in list(self._all)]
         return next((failure for failure in failures if failure is not None), None)
 
     def end(self, purchase: RentalOrder) -> BaseException | None:
@@ -9706,7 +9579,7 @@ class RentalOrders:
     def abandon(self) -> BaseException | None:
         """Stop the cleanup, and leave the orders to ``leftovers()``. Return an error if any."""
         self.abandoned = True
-        left = list(self)
+        left = list(self._all)
         for purchase in left:
             if purchase.entry is not None:
                 purchase.entry.abandoned = True
@@ -9723,11 +9596,11 @@ class RentalOrders:
         stop: Callable[[], bool] = lambda: False,
     ) -> CloreError | None:
         """Cancel an order until that is accepted. Return None, or the error."""
-        if purchase.accepted:
-            return None
-        failure = purchase.cancellation(self._orders).run(
-            deadline, confirm=False, stop=lambda: self.abandoned or stop()
-        )
+        failure: CloreError | None = None
+        if purchase.cancellation is not None and not purchase.accepted:
+            failure = purchase.cancellation.run(
+                deadline, confirm=False, stop=lambda: self.abandoned or stop()
+            )
         if failure is None:  # the order costs nothing from now on
             purchase.meter.stop()
         return failure
@@ -9748,8 +9621,8 @@ class RentalOrders:
         order_id = purchase.order_id or 0
         deadline = confirm_until(started, self._settings.cancel_timeout)
         failure: CloreError | None = None
-        if not self.skip_confirmation:
-            failure = purchase.cancellation(self._orders).run(
+        if purchase.cancellation is not None and not self.skip_confirmation:
+            failure = purchase.cancellation.run(
                 lambda: deadline, confirm=True, stop=lambda: self.skip_confirmation
             )
             if failure is None:
@@ -9758,16 +9631,11 @@ class RentalOrders:
                 return None
         self._give_up(purchase)
         if self.skip_confirmation:
-            logger.warning(
-                "order %d was cancelled, but an interrupt skipped the confirmation", order_id
+            failure = CloreError(
+                f"order {order_id} was cancelled, but an interrupt skipped the confirmation that "
+                "it has ended: call leftovers() later"
             )
-            return CloreError(
-                f"order {order_id} was cancelled, but it is not confirmed that it has ended: call "
-                "leftovers() later"
-            )
-        logger.error(
-            "order %d was cancelled, but may still be running: call leftovers() later", order_id
-        )
+        logger.error("%s", failure)
         return failure
 
     # --- purchases with unknown outcome ---
@@ -9783,25 +9651,21 @@ class RentalOrders:
             stop: returns whether something else is more urgent; a cancel then goes on later.
         """
         for purchase in self.unresolved():
+            server_id = purchase.server_id
             if purchase.order_id is None:
-                self._search_or_forget(purchase)
-            if purchase.order_id is not None:
+                try:
+                    if self._search(purchase):
+                        self.forget(purchase)
+                except CloreError as error:
+                    logger.debug("looking for an order of server %d: %s", server_id, error)
+            if (order_id := purchase.order_id) is not None:
+                logger.warning(
+                    "order %d of server %d exists although the API refused it: cancelling it",
+                    order_id,
+                    server_id,
+                )
                 until = time.monotonic() + self._settings.cancel_timeout
                 self.try_to_cancel(purchase, lambda: until, stop)  # noqa: B023
-
-    def _search_or_forget(self, purchase: RentalOrder) -> None:
-        """Look once for the order of a purchase; forget the purchase if it has none."""
-        try:
-            if self._search(purchase):
-                self.forget(purchase)
-        except CloreError as error:
-            logger.debug("looking for an order of server %d: %s", purchase.server_id, error)
-        if purchase.order_id is not None:
-            logger.warning(
-                "order %d of server %d exists although the API refused it: cancelling it",
-                purchase.order_id,
-                purchase.server_id,
-            )
 
     @property
     def search_interval(self) -> float:
@@ -9812,32 +9676,28 @@ class RentalOrders:
         """Look for the order of a purchase until it is found and cancelled, or time is out."""
         logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
-        confirmed_absent = False
-        while not (confirmed_absent or self.abandoned):
+        absent = False
+        while not self.abandoned:
             try:
-                confirmed_absent = self._search(purchase)
-                cause = None
+                absent, cause = self._search(purchase), None
             except CloreError as error:
                 cause = error
             if purchase.order_id is not None:
                 return self._cancel(purchase, self.deadline)
-            if (left := self.deadline() - time.monotonic()) <= 0:
+            left = self.deadline() - time.monotonic()
+            if absent or left <= 0:
                 break
-            if not confirmed_absent:
-                time.sleep(min(left, self.search_interval))
-        if confirmed_absent and purchase.refused:
+            time.sleep(min(left, self.search_interval))
+        if absent and purchase.refused:
             self.forget(purchase)
             return None
         self._give_up(purchase)
-        logger.warning(
-            "no order of server %d has shown up so far: call leftovers() later",
-            purchase.server_id,
-        )
         unknown = OutcomeUnknownError(
             f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
             endpoint="/v1/create_order",
         )
         unknown.__cause__ = cause
+        logger.warning("%s", unknown)
         return unknown
 
     def _search(self, purchase: RentalOrder) -> bool:
@@ -9881,7 +9741,7 @@ class RentalOrders:
             for order in orders
             if order.server_id == purchase.server_id
             and order.id not in self.before
-            and order.id not in self._taken()
+            and order.id not in claims.rented
             and can_be_order_of(order, settings.image, settings.currency, settings.spot)
         ]
         if (lost := purchase.lost) is None:  # create_order() had claimed its order
@@ -10002,7 +9862,7 @@ class RentalWorker:
         # A signal ends a ``with`` block of the main thread, and so its rental.
         self._main = in_block and in_main_thread()
         self._signals: SignalHandling | None = None
-        self._rental_orders = RentalOrders(orders, settings, folder, self.budget, self._taken)
+        self._rental_orders = RentalOrders(orders, settings, folder, self.budget)
         self._current: RentalOrder | None = None  # the order of the block
         self._started = False
         self._interrupted_at: list[float] = []
@@ -10201,12 +10061,6 @@ class RentalWorker:
         if isinstance(request, ThreadCall):
             request.run()
 
-    def _taken(self) -> set[int | None]:
-        """Return the order ids of all open rentals of this account in this process."""
-        account = self._orders.claims
-        workers = [w for w in list(this_process.rentals) if w._orders.claims is account]
-        return {purchase.order_id for worker in workers for purchase in worker._rental_orders}
-
     def _has_ended_block(self) -> bool:
         return self._rental_orders.block_ended_at is not None or self._block_is_gone()
 
@@ -10320,6 +10174,7 @@ atexit.register(_end_all)
 
 Part = TypeVar("Part")
 Rented = TypeVar("Rented", bound="Rental")
+Attached = TypeVar("Attached", bound="AttachedRental")
 
 LONGEST_KEEP = 87_600.0  # hours
 
@@ -10498,7 +10353,7 @@ class Rental:
     ) -> Part:
         """Call a method of the client with the rental's own connection."""
         worker = self._open_worker()
-        login = {name: options.pop(name) for name in LOGIN_OPTIONS & options.keys()}
+        login = {name: options.pop(name) for name in LOGIN_DEFAULTS.keys() & options.keys()}
         if self._shell is None or not is_connected(self._shell):
             self._shell = self.ssh(**login)
         try:
@@ -10741,55 +10596,6 @@ class Rental:
         return f"order {order.id} costs {price:.4g} USD per hour, more than max_price_usd"
 
 
-def _raise_failure(
-    error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
-) -> None:
-    """Raise an error, or add a note to ``error``, if the end of a rental needs it.
-
-    Parameters:
-        error: the exception of the block, or None.
-        worker: the worker, which has ended the rental or was interrupted.
-        interrupts: the interrupts during the end of the rental.
-    """
-    failure, exceeded = worker.failure, worker.exceeded
-    raised: BaseException | None = None
-    if error is None or isinstance(error, Exception):
-        if exceeded is not None and not _is_of(error, exceeded.order_id):
-            raised = worker.budget_error(exceeded)
-        elif interrupts:
-            raised = interrupts[-1]
-        elif worker.signalled is not None and not worker.kept:
-            raised = SignalExit(worker.signalled)
-    shown = error if raised is None else raised
-    if shown is None and failure is not None:
-        raise failure
-    if shown is not None and failure is not None and shown is not failure:
-        add_note(shown, str(failure))
-    if raised is not None:
-        raise raised from error
-
-
-def _check_open(part: Part | None) -> Part:
-    """Return a part of a rental, which is None before the block begins."""
-    if part is None:
-        raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
-    return part
-
-
-def _is_of(error: BaseException | None, order_id: int | None) -> bool:
-    return isinstance(error, BudgetExceededError) and error.order_id == order_id
-
-
-# ==================================================================================================
-# rental.attach
-#
-# AttachedRental, the rental of an order that exists already.
-# ==================================================================================================
-
-
-Attached = TypeVar("Attached", bound="AttachedRental")
-
-
 class AttachedRental(Rental):
     """A rental of an order that exists; see ``CloreClient.attach``.
 
@@ -10861,6 +10667,45 @@ class AttachedRental(Rental):
         worker.adopt(self.order, ends=True)
         if self._settings.max_cost_usd is not None:
             self._find_price()
+
+
+def _raise_failure(
+    error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
+) -> None:
+    """Raise an error, or add a note to ``error``, if the end of a rental needs it.
+
+    Parameters:
+        error: the exception of the block, or None.
+        worker: the worker, which has ended the rental or was interrupted.
+        interrupts: the interrupts during the end of the rental.
+    """
+    failure, exceeded = worker.failure, worker.exceeded
+    raised: BaseException | None = None
+    if error is None or isinstance(error, Exception):
+        if exceeded is not None and not _is_of(error, exceeded.order_id):
+            raised = worker.budget_error(exceeded)
+        elif interrupts:
+            raised = interrupts[-1]
+        elif worker.signalled is not None and not worker.kept:
+            raised = SignalExit(worker.signalled)
+    shown = error if raised is None else raised
+    if shown is None and failure is not None:
+        raise failure
+    if shown is not None and failure is not None and shown is not failure:
+        add_note(shown, str(failure))
+    if raised is not None:
+        raise raised from error
+
+
+def _check_open(part: Part | None) -> Part:
+    """Return a part of a rental, which is None before the block begins."""
+    if part is None:
+        raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
+    return part
+
+
+def _is_of(error: BaseException | None, order_id: int | None) -> bool:
+    return isinstance(error, BudgetExceededError) and error.order_id == order_id
 
 
 # ==================================================================================================
@@ -11414,229 +11259,6 @@ def _end_order(
 
 
 # ==================================================================================================
-# ssh.transfer.entry
-#
-# Describe the files, directories and symlinks of a transfer, and pack them in tar streams.
-# ==================================================================================================
-
-
-BLOCK = 65536  # bytes; chunks begin at multiples of it
-TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
-LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
-MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
-Excludes = Callable[[bytes, bool], bool]  # of a name, and whether it is a directory
-CHANGED = "it changed during the transfer"
-
-
-class FileEntry:
-    """A file, directory or symlink of a transfer.
-
-    Attributes:
-        name: relative to the directory that is transferred; empty for a single file.
-        kind: ``"f"``, ``"d"`` or ``"l"``.
-        size: in bytes; 0 unless it is a file.
-        mtime: in nanoseconds.
-        mode: permissions.
-        link: the target of a symlink.
-    """
-
-    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
-
-    def __init__(
-        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
-    ) -> None:
-        self.name = name
-        self.kind = kind
-        self.size = size if kind == "f" else 0
-        self.mtime = mtime
-        self.mode = mode
-        self.link = link
-
-    @property
-    def version(self) -> tuple[bytes, int, int]:
-        """Values that differ when the source has changed."""
-        return (self.name, self.size, self.mtime)
-
-
-def record_key(version: object) -> str:
-    """Return the key under which a resumable transfer records a version of a source."""
-    return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
-
-
-def link_target(name: bytes, link: bytes, folders: Container[bytes] | None = None) -> bytes | None:
-    """Return the name in the same tree that a symlink leads to, or None outside the tree.
-
-    With ``folders``, the names of all directories, ``..`` after anything else counts as outside:
-    after another symlink it leads elsewhere than the text says.
-    """
-    if link.startswith(b"/") or not link:
-        return None
-    parts = name.split(b"/")[:-1]
-    for part in link.split(b"/"):
-        if part == b"..":
-            if not parts or (folders is not None and b"/".join(parts) not in folders):
-                return None
-            parts.pop()
-        elif part not in (b"", b"."):
-            parts.append(part)
-    return b"/".join(parts)
-
-
-def checked_name(name: bytes) -> str:
-    """Check a name that a host sent, and return it as a path on this system."""
-    parts = name.split(b"/")
-    if b"\0" in name or not {b"", b".", b".."}.isdisjoint(parts):
-        raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
-    if len(parts) > MAX_LEVELS:
-        raise SSHError(f"the machine names a file below {len(parts)} directories")
-    text = os.fsdecode(name)
-    if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
-        raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
-    return text
-
-
-def kind_of(mode: int) -> str:
-    """Return "f", "d" or "l" for the mode of a file; empty for anything else."""
-    kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
-    return kinds.get(stat.S_IFMT(mode), "")
-
-
-def whole_seconds(mtime: int) -> int:
-    """Return a time in nanoseconds as the seconds that a transfer keeps."""
-    return min(max(mtime // 10**9, 0), LAST_TIME)
-
-
-def nanoseconds(seconds: int) -> int:
-    """Convert a time of a host to nanoseconds, limited to what file systems know."""
-    return min(max(seconds, 0), LAST_TIME) * 10**9
-
-
-def parse_stat(line: bytes) -> FileEntry:
-    """Read size, seconds and permissions of a file."""
-    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
-    if found is None:
-        raise SSHError("the machine sent a file status that can't be read")
-    size, seconds, mode = found.groups()
-    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
-
-
-def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
-    """Check that a file is the same as before, or has grown: its start has arrived then."""
-    if now is None or now.kind != "f" or now.size < entry.size:
-        raise SSHError(CHANGED)
-    if now.size == entry.size and now.mtime != entry.mtime:
-        raise SSHError(CHANGED)
-
-
-def file_digest(path: str | Path, start: int, length: int) -> str:
-    """Return the SHA-256 of a part of a local file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        file.seek(start)
-        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
-            digest.update(piece)
-            length -= len(piece)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def about(entry: FileEntry) -> Iterator[None]:
-    """Note in an error which file it is about."""
-    try:
-        yield
-    except Exception as error:
-        if not hasattr(error, "entry"):
-            with contextlib.suppress(AttributeError):
-                error.entry = entry  # type: ignore[attr-defined]
-        raise
-
-
-TAR_BLOCK = 512  # bytes
-MAX_TAR_EXTRA = 65536  # bytes of a name
-
-
-def tar_header(entry: FileEntry) -> bytes:
-    """Return the header of an entry in a tar stream, without a user's name or number."""
-    import tarfile  # imported here, because it is slow
-
-    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
-    # A directory must be writable until its files have arrived.
-    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
-    info.size, info.mtime = entry.size, entry.mtime // 10**9
-    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
-    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
-    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
-class TarReader:
-    """Read the members of consecutive tar archives, up to a block with a mark.
-
-    Parameters:
-        running: the :class:`RemoteScript` that sends them.
-    """
-
-    def __init__(self, running: Any, mark: bytes) -> None:
-        self._running = running
-        self._mark = mark
-        self._padding = 0
-
-    def next(self) -> Any:
-        """Return the next member, or None at the mark."""
-        import tarfile
-
-        self._exactly(self._padding)
-        self._padding = 0
-        name = link = ""
-        while True:
-            header = self._exactly(TAR_BLOCK)
-            if header.rstrip(b" \n") == self._mark:
-                return None
-            if not header.strip(b"\0"):
-                continue
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise SSHError("the machine sends no valid tar archive") from error
-            if info.size < 0:
-                raise SSHError("the machine sends a negative size")
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
-                if info.size > MAX_TAR_EXTRA:
-                    raise SSHError("the machine sends a name that is too long")
-                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
-                name, link = _extended(info.type, extra, name, link)
-                continue
-            info.name, info.linkname = name or info.name, link or info.linkname
-            if not info.isreg():
-                info.size = 0
-            self._padding = -info.size % TAR_BLOCK
-            return info
-
-    def content(self, size: int) -> Iterator[bytes]:
-        """Yield the bytes of a member."""
-        while size:
-            piece = self._running.read(min(TRANSFER_PIECE, size))
-            if not piece:
-                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
-            size -= len(piece)
-            yield piece
-
-    def _exactly(self, size: int) -> bytes:
-        piece = self._running.read(size) if size else b""
-        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
-
-
-def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
-    """Read a name or a link target that does not fit in a header."""
-    if kind == b"x":  # POSIX: records of a length, a keyword and a value
-        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
-            found.get(b"linkpath", b"")
-        ) or link
-    text = os.fsdecode(extra.rstrip(b"\0"))
-    return (text, link) if kind == b"L" else (name, text)
-
-
-# ==================================================================================================
 # ssh.transport
 #
 # Prepare paramiko's transports and channels: bounded memory, fast ciphers, dead links noticed.
@@ -11650,6 +11272,7 @@ def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str
 # ==================================================================================================
 
 
+PARAMIKO_LOGGER = "clore_client.paramiko"
 REKEY_BYTES = 2**36
 MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
 MAX_PACKET = 2**22  # bytes, far more than anybody asks for
@@ -11666,6 +11289,21 @@ _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
 _WINDOW_ADJUST, _CHANNEL_CLOSE = b"\x5d", b"\x61"
 # Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+
+
+def import_paramiko() -> Any:
+    """Import paramiko, or raise an ImportError that says what to install."""
+    try:
+        import paramiko
+    except ImportError as error:
+        raise ImportError("SSH needs paramiko: pip install paramiko scp") from error
+    # It logs each failure with a traceback and the host's own text, which Python would print. A
+    # handler of the user still gets them.
+    quiet = logging.getLogger(PARAMIKO_LOGGER)
+    if not quiet.handlers:
+        quiet.addHandler(logging.NullHandler())
+        quiet.propagate = False
+    return paramiko
 
 
 class NoChannelError(SSHError):
@@ -11987,7 +11625,7 @@ def connection_errors() -> tuple[type[Exception], ...]:
 def reason(error: BaseException) -> str:
     """Describe an error whose text may be the host's."""
     text = str(getattr(error, "text", "")) or str(error)
-    return printable(text.rstrip(".") or type(error).__name__, 200)
+    return printable(text.replace("[Errno None] ", "").rstrip(".") or type(error).__name__, 200)
 
 
 def is_connected(ssh: Any) -> bool:
@@ -12123,6 +11761,638 @@ class LimitedChannel:
 
     def _break_off(self) -> None:
         self._transport.close()
+
+
+# ==================================================================================================
+# ssh.keys
+#
+# Pin the host key of each order, and find the private key of a public one.
+# ==================================================================================================
+
+
+PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
+MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
+MAX_PINS = 1000
+LONGEST_KEY_FILE = 65536  # bytes
+LOCK_PATIENCE = 2.0  # seconds
+# A host key is negotiated by its signature algorithm: RSA keys have several.
+_ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
+
+Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
+
+
+def pin_of(key: Any) -> Pin:
+    """Return a paramiko key as two words of a ``known_hosts`` line."""
+    return key.get_name(), key.get_base64()
+
+
+def fingerprint_of(key: Any) -> str:
+    """Return the fingerprint of a paramiko key, as ``ssh-keygen -l`` prints it."""
+    return pin_fingerprint(pin_of(key))
+
+
+def pin_fingerprint(pin: Pin) -> str:
+    """Return the fingerprint of a pinned key."""
+    return public_key_fingerprint(" ".join(pin)) or ""
+
+
+def check_host_key(value: Any) -> str:
+    """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
+    text = isinstance(value, str)
+    if text and re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", value):
+        return str(value).rstrip("=")
+    raise (ValueError if text else TypeError)(
+        "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
+        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
+    )
+
+
+class HostKeys:
+    """The pinned host keys of an account, in memory and in the state folder.
+
+    Parameters:
+        folder: the state folder, or None if none is used.
+        account: a digest of the account, for the names of its hosts.
+    """
+
+    def __init__(self, folder: Path | None, account: str) -> None:
+        self.path = None if folder is None else folder / PINS_FILE
+        self._account = account[:12]
+        self._seen: dict[str, list[Pin]] = {}
+
+    def alias(self, order_id: int | None, address: str) -> str:
+        """Return the name for the key of an order; the address if the order has no id."""
+        return f"clore-order-{order_id}-{self._account}" if order_id else address
+
+    def of(self, alias: str) -> list[Pin]:
+        """Return the pinned keys of a host."""
+        if alias in self._seen:
+            return self._seen[alias]
+        return [pin for names, pin in self._lines() if _names(names, alias)]
+
+    def keep(self, alias: str, pin: Pin) -> None:
+        """Pin a key instead of all others of the host."""
+        if self.of(alias) != [pin]:
+            self._rewrite(alias, pin)
+        self._seen[alias] = [pin]
+
+    def forget(self, alias: str) -> bool:
+        """Forget the keys of a host; return True if there were any."""
+        known = bool(self.of(alias))
+        self._seen.pop(alias, None)
+        if known:
+            self._rewrite(alias, None)
+        return known
+
+    def make_folder(self) -> None:
+        """Make the state folder, so that OpenSSH can pin a key there."""
+        if self.path is not None:
+            try:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                logger.warning("host keys can't be kept for the next process: %s", error)
+
+    def _lines(self) -> Iterator[tuple[str, Pin]]:
+        try:
+            text = self._text()
+        except OSError:
+            return
+        for line in text.splitlines():
+            words = line.split()
+            if len(words) >= 3 and not words[0].startswith(("#", "@")):
+                with contextlib.suppress(ValueError):
+                    base64.b64decode(words[2], validate=True)
+                    yield words[0], (words[1], words[2])
+
+    def _text(self) -> str:
+        if self.path is None:
+            return ""
+        try:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                return file.read(MAX_PINS_SIZE)
+        except FileNotFoundError:
+            return ""
+
+    def _rewrite(self, alias: str, pin: Pin | None) -> None:
+        """Replace the lines of a host in the file; only warn if that fails."""
+        if self.path is None or not alias.startswith("clore-order-"):
+            return
+        try:
+            with locked_path(self.path, LOCK_PATIENCE):
+                lines = [
+                    line
+                    for line in self._text().splitlines()
+                    if line.strip() and not _names(line.split()[0], alias)
+                ]
+                if pin is not None:
+                    lines.append(f"{alias} {pin[0]} {pin[1]}")
+                replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
+        except OSError as error:
+            logger.warning("host keys can't be kept for the next process: %s", error)
+
+
+def _names(names: str, alias: str) -> bool:
+    """Check whether the first word of a line names a host; OpenSSH may have hashed it."""
+    if not names.startswith("|1|"):
+        return alias in names.split(",")
+    try:
+        salt, digest = (base64.b64decode(part) for part in names[3:].split("|"))
+    except ValueError:
+        return False
+    return hmac.compare_digest(hmac.new(salt, alias.encode(), "sha1").digest(), digest)
+
+
+class KeyCheck:
+    """Checks the host key of one order; also paramiko's policy for unknown hosts.
+
+    Parameters:
+        pins: the pinned keys.
+        order_id: the id of the order, or None.
+        address: its host and port.
+        mode: ``"pin"``, ``"accept"`` or a fingerprint.
+    """
+
+    def __init__(self, pins: HostKeys, order_id: int | None, address: str, mode: str) -> None:
+        self._pins = pins
+        self._order_id = order_id
+        self._alias = pins.alias(order_id, address)
+        self._mode = mode
+        self._shown = threading.local()  # several threads may log in at once
+
+    @property
+    def wanted_types(self) -> list[str]:
+        """The algorithms of the pinned keys, to prefer in the key exchange."""
+        if self._mode == "accept":
+            return []
+        kinds = [kind for kind, _ in self._pins.of(self._alias)]
+        return [name for kind in kinds for name in _ALGORITHMS.get(kind, (kind,))]
+
+    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
+        """Check a host's key; paramiko calls this before it sends anything secret."""
+        shown = pin_of(key)
+        self._check(shown)
+        self._shown.pin = shown
+
+    def remember(self) -> None:
+        """Pin the host's key, after a successful login."""
+        shown: Pin | None = getattr(self._shown, "pin", None)
+        if self._mode == "accept" or shown is None:
+            return
+        self._check(shown)  # again: another thread may have pinned another key
+        if self._mode != "pin" or shown not in self._pins.of(self._alias):
+            self._pins.keep(self._alias, shown)
+
+    def _check(self, shown: Pin) -> None:
+        if self._mode == "accept":
+            return
+        pinned = [pin_fingerprint(pin) for pin in self._pins.of(self._alias)]
+        allowed = pinned if self._mode == "pin" else [self._mode]
+        found = pin_fingerprint(shown)
+        if not allowed or found in allowed:
+            return
+        expected = " or ".join(allowed)
+        name = f"order {self._order_id}" if self._order_id else self._alias
+        raise HostKeyChangedError(
+            f"the machine of {name} has the host key {found} instead of {expected}: its container "
+            "was created again, or another machine answers at its address. No password or key "
+            "was sent. To accept the new host key, call forget_host_key(order) or pass "
+            f"host_key={found!r}",
+            order_id=self._order_id,
+            expected=expected,
+            found=found,
+        )
+
+
+def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
+    """Return the private key with a fingerprint.
+
+    Returns:
+        A file of ``~/.ssh`` and None, or None and a key of the agent; None twice if there is none.
+        The agent comes first, because it needs no passphrase.
+    """
+    for key in _agent_keys():
+        if fingerprint_of(key) == fingerprint:
+            return None, key
+    folder = Path(os.path.expanduser("~/.ssh"))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return None, None
+    for name in names:
+        path = folder / name
+        if _file_fingerprint(path) == fingerprint:
+            return path, None
+    return None, None
+
+
+def _agent_keys() -> tuple[Any, ...]:
+    if not os.environ.get("SSH_AUTH_SOCK") and os.name != "nt":
+        return ()
+    try:
+        return tuple(import_paramiko().Agent().get_keys())
+    except Exception as error:
+        logger.debug("the SSH agent can't be asked: %s", error)
+        return ()
+
+
+def _file_fingerprint(path: Path) -> str | None:
+    """Return the fingerprint of a private key file; None if the file has no private key."""
+    text = _text_of(path)
+    if "PRIVATE KEY-----" not in text[:200]:
+        return None
+    if public := _text_of(path.with_name(f"{path.name}.pub")):  # as the key may be encrypted
+        return public_key_fingerprint(public)
+    try:
+        return fingerprint_of(import_paramiko().PKey.from_path(path))
+    except Exception as error:
+        logger.debug("%s is not a key that can be read: %s", path, error)
+        return None
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if not path.is_file():
+            return ""
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read(LONGEST_KEY_FILE)
+    except OSError:
+        return ""
+
+
+# ==================================================================================================
+# ssh.transfer.entry
+#
+# Describe the files, directories and symlinks of a transfer, and pack them in tar streams.
+# ==================================================================================================
+
+
+BLOCK = 65536  # bytes; chunks begin at multiples of it
+TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
+LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
+MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
+Excludes = Callable[[bytes, bool], bool]  # of a name, and whether it is a directory
+CHANGED = "it changed during the transfer"
+
+
+class FileEntry:
+    """A file, directory or symlink of a transfer.
+
+    Attributes:
+        name: relative to the directory that is transferred; empty for a single file.
+        kind: ``"f"``, ``"d"`` or ``"l"``.
+        size: in bytes; 0 unless it is a file.
+        mtime: in nanoseconds.
+        mode: permissions.
+        link: the target of a symlink.
+    """
+
+    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
+
+    def __init__(
+        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.size = size if kind == "f" else 0
+        self.mtime = mtime
+        self.mode = mode
+        self.link = link
+
+    @property
+    def version(self) -> tuple[bytes, int, int]:
+        """Values that differ when the source has changed."""
+        return (self.name, self.size, self.mtime)
+
+
+def record_key(version: object) -> str:
+    """Return the key under which a resumable transfer records a version of a source."""
+    return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
+
+
+def link_target(name: bytes, link: bytes, folders: Container[bytes] | None = None) -> bytes | None:
+    """Return the name in the same tree that a symlink leads to, or None outside the tree.
+
+    With ``folders``, the names of all directories, ``..`` after anything else counts as outside:
+    after another symlink it leads elsewhere than the text says.
+    """
+    if link.startswith(b"/") or not link:
+        return None
+    parts = name.split(b"/")[:-1]
+    for part in link.split(b"/"):
+        if part == b"..":
+            if not parts or (folders is not None and b"/".join(parts) not in folders):
+                return None
+            parts.pop()
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return b"/".join(parts)
+
+
+def checked_name(name: bytes) -> str:
+    """Check a name that a host sent, and return it as a path on this system."""
+    parts = name.split(b"/")
+    if b"\0" in name or not {b"", b".", b".."}.isdisjoint(parts):
+        raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
+    if len(parts) > MAX_LEVELS:
+        raise SSHError(f"the machine names a file below {len(parts)} directories")
+    text = os.fsdecode(name)
+    if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
+        raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
+    return text
+
+
+def kind_of(mode: int) -> str:
+    """Return "f", "d" or "l" for the mode of a file; empty for anything else."""
+    kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
+    return kinds.get(stat.S_IFMT(mode), "")
+
+
+def whole_seconds(mtime: int) -> int:
+    """Return a time in nanoseconds as the seconds that a transfer keeps."""
+    return min(max(mtime // 10**9, 0), LAST_TIME)
+
+
+def nanoseconds(seconds: int) -> int:
+    """Convert a time of a host to nanoseconds, limited to what file systems know."""
+    return min(max(seconds, 0), LAST_TIME) * 10**9
+
+
+def parse_stat(line: bytes) -> FileEntry:
+    """Read size, seconds and permissions of a file."""
+    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
+    if found is None:
+        raise SSHError("the machine sent a file status that can't be read")
+    size, seconds, mode = found.groups()
+    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
+
+
+def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
+    """Check that a file is the same as before, or has grown: its start has arrived then."""
+    if now is None or now.kind != "f" or now.size < entry.size:
+        raise SSHError(CHANGED)
+    if now.size == entry.size and now.mtime != entry.mtime:
+        raise SSHError(CHANGED)
+
+
+def file_digest(path: str | Path, start: int, length: int) -> str:
+    """Return the SHA-256 of a part of a local file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
+            digest.update(piece)
+            length -= len(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def about(entry: FileEntry) -> Iterator[None]:
+    """Note in an error which file it is about."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "entry"):
+            with contextlib.suppress(AttributeError):
+                error.entry = entry  # type: ignore[attr-defined]
+        raise
+
+
+TAR_BLOCK = 512  # bytes
+MAX_TAR_EXTRA = 65536  # bytes of a name
+
+
+def tar_header(entry: FileEntry) -> bytes:
+    """Return the header of an entry in a tar stream, without a user's name or number."""
+    import tarfile  # imported here, because it is slow
+
+    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
+    # A directory must be writable until its files have arrived.
+    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
+    info.size, info.mtime = entry.size, entry.mtime // 10**9
+    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
+    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+class TarReader:
+    """Read the members of consecutive tar archives, up to a block with a mark.
+
+    Parameters:
+        running: the :class:`RemoteScript` that sends them.
+    """
+
+    def __init__(self, running: Any, mark: bytes) -> None:
+        self._running = running
+        self._mark = mark
+        self._padding = 0
+
+    def next(self) -> Any:
+        """Return the next member, or None at the mark."""
+        import tarfile
+
+        self._exactly(self._padding)
+        self._padding = 0
+        name = link = ""
+        while True:
+            header = self._exactly(TAR_BLOCK)
+            if header.rstrip(b" \n") == self._mark:
+                return None
+            if not header.strip(b"\0"):
+                continue
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError) as error:
+                raise SSHError("the machine sends no valid tar archive") from error
+            if info.size < 0:
+                raise SSHError("the machine sends a negative size")
+            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+                if info.size > MAX_TAR_EXTRA:
+                    raise SSHError("the machine sends a name that is too long")
+                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
+                name, link = _extended(info.type, extra, name, link)
+                continue
+            info.name, info.linkname = name or info.name, link or info.linkname
+            if not info.isreg():
+                info.size = 0
+            self._padding = -info.size % TAR_BLOCK
+            return info
+
+    def content(self, size: int) -> Iterator[bytes]:
+        """Yield the bytes of a member."""
+        while size:
+            piece = self._running.read(min(TRANSFER_PIECE, size))
+            if not piece:
+                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
+            size -= len(piece)
+            yield piece
+
+    def _exactly(self, size: int) -> bytes:
+        piece = self._running.read(size) if size else b""
+        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
+
+
+def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
+    """Read a name or a link target that does not fit in a header."""
+    if kind == b"x":  # POSIX: records of a length, a keyword and a value
+        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
+            found.get(b"linkpath", b"")
+        ) or link
+    text = os.fsdecode(extra.rstrip(b"\0"))
+    return (text, link) if kind == b"L" else (name, text)
+
+
+CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
+BUNDLE_BYTES = 8 * 1024 * 1024
+BUNDLE_FILES = 1000
+SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
+
+
+class LocalTree:
+    """The files, directories and symlinks to upload, and what is left out.
+
+    Attributes:
+        mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.
+    """
+
+    def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
+        self.path = path
+        self.symlinks = symlinks
+        self._excluded = excluded
+        self.entries: list[FileEntry] = []
+        self.left_out: list[tuple[bytes, str]] = []
+        try:
+            facts = os.stat(path)  # the path itself may be a symlink
+        except FileNotFoundError:
+            shown = printable(repr(os.fsdecode(path)), 300)
+            raise FileNotFoundError(f"local: there is nothing at {shown}") from None
+        self.is_folder = stat.S_ISDIR(facts.st_mode)
+        self.mode, self.mtime = facts.st_mode & 0o777, facts.st_mtime_ns
+        if self.is_folder:
+            self._scan(b"", (os.path.realpath(path),))
+        elif stat.S_ISREG(facts.st_mode):
+            self._add(b"", facts)
+        else:
+            raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
+
+    @property
+    def files(self) -> list[FileEntry]:
+        return [entry for entry in self.entries if entry.kind == "f"]
+
+    def place(self, entry: FileEntry) -> str:
+        """Return the local path of an entry."""
+        return os.fsdecode(os.path.join(self.path, entry.name) if entry.name else self.path)
+
+    def pieces(self, entry: FileEntry, start: int, length: int) -> Iterator[memoryview]:
+        """Yield a part of a file, which must not have changed since the scan.
+
+        Each piece is overwritten by the next one.
+        """
+        buffer = memoryview(bytearray(min(TRANSFER_PIECE, max(length, 1))))
+        with open(self.place(entry), "rb", buffering=0) as file:
+            file.seek(start)
+            while length and (size := file.readinto(buffer[:length])):
+                length -= size
+                yield buffer[:size]
+            facts = os.fstat(file.fileno())
+            if length or (facts.st_size, facts.st_mtime_ns) != (entry.size, entry.mtime):
+                raise SSHError(CHANGED)
+
+    def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
+        with os.scandir(os.path.join(self.path, folder) if folder else self.path) as found:
+            entries = sorted(found, key=lambda e: e.name)
+        for entry in entries:
+            name = os.path.join(folder, entry.name) if folder else entry.name
+            facts = entry.stat(follow_symlinks=False)
+            if self._excluded is not None and self._excluded(name, stat.S_ISDIR(facts.st_mode)):
+                continue
+            if stat.S_ISLNK(facts.st_mode):
+                self._take_link(name, entry.path, facts, above)
+            elif stat.S_ISDIR(facts.st_mode):
+                self._add(name, facts)
+                self._scan(name, (*above, os.path.realpath(entry.path)))
+            elif stat.S_ISREG(facts.st_mode):
+                self._add(name, facts)
+            else:
+                self.left_out.append((name, "it is not a file"))
+
+    def _take_link(
+        self, name: bytes, path: bytes, facts: os.stat_result, above: tuple[bytes, ...]
+    ) -> None:
+        link, real = os.readlink(path), os.path.realpath(path)
+        within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
+        if self.symlinks == "copy" and within and link_target(name, link) is not None:
+            self.entries.append(FileEntry(name, 0, facts.st_mtime_ns, 0o777, "l", link))
+        elif self.symlinks == "follow" and within and os.path.isfile(real):
+            self._add(name, os.stat(real))
+        elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
+            self._add(name, os.stat(real))
+            self._scan(name, (*above, real))
+        else:
+            self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
+
+    def _add(self, name: bytes, facts: os.stat_result) -> None:
+        if os.sep != "/":
+            name = name.replace(os.fsencode(os.sep), b"/")
+        kind = "d" if stat.S_ISDIR(facts.st_mode) else "f"
+        mode = facts.st_mode & 0o777
+        self.entries.append(FileEntry(name, facts.st_size, facts.st_mtime_ns, mode, kind))
+
+
+class Portion:
+    """A part of an upload that the host confirms: a chunk of a file, or a tar archive.
+
+    Attributes:
+        entries: the file, or the small files, directories and symlinks of the archive.
+        start: of the chunk, in bytes; None for an archive.
+        size: bytes to send.
+    """
+
+    __slots__ = ("entries", "size", "start")
+
+    def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
+        self.entries = entries
+        self.start = start
+        self.size = size
+
+    @property
+    def key(self) -> str:
+        """The key under which the host records it."""
+        # The time of a directory changes with every file that is created in it.
+        facts = [e.version if e.kind == "f" else (e.name, e.link) for e in self.entries]
+        return record_key((facts, self.start, self.size))
+
+
+def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
+    """Divide an upload into portions; if it may be resumed, they grow with what precedes them."""
+    portions: list[Portion] = []
+    bundle: Portion | None = None
+    others = [entry for entry in tree.entries if entry.kind != "f"]
+    files = sorted(tree.files, key=lambda entry: entry.size) if resume else tree.files
+    before = 0
+    for entry in [*others, *files]:
+        if tree.is_folder and entry.size < (_portion_size(before) if resume else SMALL_FILE):
+            most = _portion_size(before) if resume else BUNDLE_BYTES
+            if bundle is None or bundle.size >= most or len(bundle.entries) >= BUNDLE_FILES:
+                bundle = Portion([])
+                portions.append(bundle)
+            size = TAR_BLOCK + entry.size + -entry.size % TAR_BLOCK
+            bundle.entries.append(entry)
+            bundle.size += size
+            before += size
+            continue
+        start = 0
+        while start < entry.size:
+            size = min(_portion_size(before) if resume else CHUNK, entry.size - start)
+            portions.append(Portion([entry], start, size))
+            start += size
+            before += size
+    return portions
+
+
+def _portion_size(before: int) -> int:
+    """Return the bytes of a portion of a resumable upload: a hundredth of what precedes it."""
+    return min(max(before // (100 * BLOCK), 2) * BLOCK, CHUNK)
 
 
 # ==================================================================================================
@@ -12743,9 +13013,9 @@ def different_files(
 
 
 # ==================================================================================================
-# ssh.address
+# ssh.openssh
 #
-# Read the address of a machine, and write what OpenSSH needs to log in there.
+# Read addresses and OpenSSH's configuration; write command lines and entries for OpenSSH.
 # ==================================================================================================
 
 
@@ -12772,7 +13042,7 @@ def check_order(order: Any) -> Mapping[str, Any]:
 
 
 def plain_address(order: Any) -> dict[str, Any]:
-    """Read the same from an order; raise unless host and user are plain names or addresses."""
+    """Return the address of an order; raise unless host and user are plain names or addresses."""
     address = parse_ssh_command(check_order(order))
     user = parse_address(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
@@ -12792,7 +13062,7 @@ def _ssh_line(order: Any) -> str:
 
 
 def parse_address(raw: str) -> tuple[str, int, str]:
-    """Return the host, if it is a plain one, the port, and the user as it stands there."""
+    """Return the host, or "" if it is not a plain one, the port, and the unchecked user."""
     words = raw.split()
     if words[:1] == ["ssh"]:
         words = words[1:]
@@ -12808,7 +13078,7 @@ def parse_address(raw: str) -> tuple[str, int, str]:
         elif word.startswith("-p"):
             port = _port_number(word[2:])
         elif word.startswith("-") or target:
-            # An option that could run something here, or a command: not an address to trust.
+            # An option that could run a program here, or a command.
             return "", DEFAULT_PORT, ""
         else:
             target = word
@@ -12828,12 +13098,85 @@ def _port_number(text: str) -> int:
     return int(text) if digits and 1 <= int(text) <= 65535 else DEFAULT_PORT
 
 
+class HostConfig:
+    """The private keys and the jump hosts of a host in ``~/.ssh/config``.
+
+    Parameters:
+        address: of the host, as :func:`plain_address` returns it.
+        use: read the file; else there are none.
+
+    Attributes:
+        identities: the files of the private keys.
+    """
+
+    def __init__(self, address: dict[str, Any], use: bool) -> None:
+        self.identities: list[str] = []
+        self._address = address
+        self._hops: list[dict[str, Any]] = []
+        path = os.path.expanduser("~/.ssh/config")
+        if use and os.path.isfile(path):
+            try:
+                self._read(path)
+            except Exception as error:
+                raise ValueError(f"use_ssh_config: {path} can't be used: {error}") from error
+
+    def _read(self, path: str) -> None:
+        import getpass  # imported here, because it is slow
+
+        config = import_paramiko().SSHConfig.from_path(path)
+        entry = config.lookup(self._address["host"])
+        jumps = entry.get("proxyjump", "none")
+        if "proxycommand" in entry and jumps == "none":
+            raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
+        self.identities = _identity_files(entry)
+        for jump in jumps.split(",") if jumps != "none" else ():
+            name, port, user = parse_address(jump.strip().removeprefix("ssh://"))
+            hop = config.lookup(name)
+            self._hops.append(
+                {"host": hop.get("hostname", name), "identities": _identity_files(hop),
+                 "port": int(hop.get("port", port)) if port == DEFAULT_PORT else port,
+                 "user": user or hop.get("user", getpass.getuser())}
+            )  # fmt: skip
+
+    def connect_jump_hosts(self, opened: list[Any], timeout: float) -> Any:
+        """Log in to each jump host, and return a channel to the host, or None without jump hosts.
+
+        Parameters:
+            opened: gets the connections, so that they can be closed if something fails.
+            timeout: seconds for each step.
+        """
+        sock = None
+        for hop, target in zip(self._hops, [*self._hops[1:], self._address], strict=False):
+            ssh = import_paramiko().SSHClient()
+            ssh.set_log_channel(PARAMIKO_LOGGER)
+            ssh.load_system_host_keys()  # a jump host belongs to the user, and is known
+            opened.append(ssh)
+            try:
+                ssh.connect(
+                    hop["host"], hop["port"], hop["user"], key_filename=hop["identities"] or None,
+                    timeout=timeout, sock=sock,
+                )  # fmt: skip
+                sock = ssh.get_transport().open_channel(
+                    "direct-tcpip", (target["host"], target["port"]), ("127.0.0.1", 0),
+                    timeout=timeout,
+                )  # fmt: skip
+            except Exception as error:
+                where = f"jump host {hop['host']}:{hop['port']}"
+                raise SSHError(f"{where}: {reason(error)}") from error
+        return sock
+
+
+def _identity_files(entry: Any) -> list[str]:
+    paths = map(os.path.expanduser, entry.get("identityfile", ()))
+    return [path for path in paths if os.path.isfile(path)]
+
+
 class OpenSSH:
-    """Writes what OpenSSH needs to log in to a machine.
+    """Writes command lines and configuration entries for a host.
 
     Parameters:
         address: as :func:`plain_address` returns it.
-        pins: the pinned host keys; ``alias`` is the name of the machine there.
+        pins: the pinned host keys; ``alias`` is the name of the host there.
         key_path: the file of a private key, or None.
     """
 
@@ -12854,7 +13197,7 @@ class OpenSSH:
         source = os.path.expanduser(os.fsdecode(local))
         if source.startswith("-") or ":" in source.partition("/")[0]:
             source = f"./{source}"  # or rsync takes it for an option, or for a host
-        # No shell of the machine expands a path that rsync keeps from it, so "~" is not sent.
+        # With -s, no shell of the host expands the path, so "~" is not sent.
         target = os.fsdecode(remote_path(remote)).removeprefix("./")
         user, host = self._address["user"], self._address["host"]
         host = f"[{host}]" if ":" in host else host
@@ -12954,44 +13297,27 @@ def _config_path(path: str) -> str:
 # ==================================================================================================
 # ssh.connect
 #
-# Log in to a rented machine. paramiko is imported when it is used, not with the package.
+# Log in to hosts, and keep the connections of one call.
 # ==================================================================================================
 
 
-# What may be given for a login to methods that do more than log in.
-LOGIN_DEFAULTS: dict[str, Any] = {
-    "password": None,
-    "key_path": None,
-    "passphrase": None,
-    "wait": 120.0,  # seconds for an sshd to respond
-    "host_key": "pin",
-    "use_ssh_config": False,
-}
-LOGIN_OPTIONS = frozenset(LOGIN_DEFAULTS)
-PARAMIKO_LOGGER = "clore_client.paramiko"
 TOO_SLOW = "it did not finish the SSH handshake in time"
-SSH_PAUSE = 2.0  # seconds between two tries to reach an sshd that is not up yet
+SSH_PAUSE = 2.0  # seconds between two attempts to reach an sshd that is not up yet
 FIRST_CONNECT = 5.0  # seconds for the first TCP connection
-LOOK_EVERY = 15.0  # seconds between two looks if the order of that machine has ended
+LOOK_EVERY = 15.0  # seconds between two checks if the order has ended
 
 
-def import_paramiko() -> Any:
-    """Import paramiko, or raise an ImportError that says what to install."""
-    try:
-        import paramiko
-    except ImportError as error:
-        raise ImportError("SSH needs paramiko: pip install paramiko scp") from error
-    # It logs each failure with a traceback and the host's own words, which would be printed.
-    # A handler of one's own still gets them.
-    quiet = logging.getLogger(PARAMIKO_LOGGER)
-    if not quiet.handlers:
-        quiet.addHandler(logging.NullHandler())
-        quiet.propagate = False
-    return paramiko
+class NotUpYetError(SSHError):
+    """An sshd may respond later; used only within this module."""
 
 
 class Login:
-    """How to get into the machine of an order: everything that ``connect_ssh`` was given."""
+    """The checked arguments of a login to the host of an order.
+
+    Parameters:
+        agent_key: a key of the SSH agent, or None.
+        on_failure: called with the error of a failed login; may raise a better one.
+    """
 
     def __init__(
         self,
@@ -12999,8 +13325,7 @@ class Login:
         keys: KeyCheck,
         timeout: float,
         agent_key: Any,
-        on_failure: Callable[[BaseException], None] | None,
-        record: Callable[[str], None],
+        on_failure: Callable[[BaseException], None],
         *,
         password: str | None,
         key_path: str | os.PathLike[str] | None,
@@ -13009,6 +13334,7 @@ class Login:
         use_ssh_config: bool,
     ) -> None:
         self.address = plain_address(order)
+        self.where = "{user}@{host}:{port}".format(**self.address)
         if passphrase is not None and key_path is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
         self.password = password
@@ -13016,24 +13342,14 @@ class Login:
         self.timeout = timeout
         self.wait = wait
         self.keys = keys
+        self.on_failure = on_failure
         self._paramiko = import_paramiko()
         # Read here: a key that can't be used is the caller's mistake, and no reason to wait.
         self.key = agent_key
         if self.key_path is not None:
             self.key = self._read_key(self.key_path, passphrase)
-        self._next_look = -math.inf
+        self._config = HostConfig(self.address, use_ssh_config)
         self._tried = False
-        self._on_failure = on_failure or (lambda error: None)
-        self._record = record
-        self._hops: list[dict[str, Any]] = []
-        self._identities: list[str] = []
-        if use_ssh_config:
-            self._read_ssh_config()
-
-    @property
-    def where(self) -> str:
-        """The address, for an error."""
-        return "{user}@{host}:{port}".format(**self.address)
 
     def _read_key(self, path: str, passphrase: str | None) -> Any:
         shown = printable(repr(path), 200)
@@ -13048,70 +13364,21 @@ class Login:
                 raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
             raise ValueError(f"passphrase: {shown} is not encrypted") from error
         except Exception as error:
-            text = f"key_path: {shown} is no private key that can be used: {_short_text(error)}"
+            text = f"key_path: {shown} is not a private key that can be used: {reason(error)}"
             if passphrase is not None:
                 text = f"passphrase is not the one of {shown}, or {text}"
             raise ValueError(text) from error
 
-    def _read_ssh_config(self) -> None:
-        """Take ProxyJump and IdentityFile from the user's configuration of OpenSSH."""
-        path = os.path.expanduser("~/.ssh/config")
-        if not os.path.isfile(path):
-            return
-        import getpass  # imported here, because it is slow
-
-        try:
-            config = self._paramiko.SSHConfig.from_path(path)
-            found = config.lookup(self.address["host"])
-            jumps = found.get("proxyjump", "none")
-            if "proxycommand" in found and jumps == "none":
-                raise ValueError("it has a ProxyCommand, and only ProxyJump is supported")
-            self._identities = identity_files(found)
-            for jump in jumps.split(",") if jumps != "none" else ():
-                name, port, user = parse_address(jump.strip().removeprefix("ssh://"))
-                hop = config.lookup(name)
-                self._hops.append(
-                    {"host": hop.get("hostname", name), "identities": identity_files(hop),
-                     "port": int(hop.get("port", port)) if port == DEFAULT_PORT else port,
-                     "user": user or hop.get("user", getpass.getuser())}
-                )  # fmt: skip
-        except Exception as error:
-            raise ValueError(f"use_ssh_config: {path} can't be used: {error}") from error
-
-    def _jump(self, hops: list[Any]) -> Any:
-        """Log in to each jump host; a channel to the machine through the last one."""
-        sock = None
-        for hop in self._hops:
-            ssh = self._paramiko.SSHClient()
-            ssh.set_log_channel(PARAMIKO_LOGGER)
-            ssh.load_system_host_keys()  # a jump host is the user's own, and known
-            hops.append(ssh)
-            try:
-                ssh.connect(
-                    hop["host"], hop["port"], hop["user"], key_filename=hop["identities"] or None,
-                    timeout=self.timeout, sock=sock,
-                )  # fmt: skip
-                follower = self._hops[len(hops)] if len(hops) < len(self._hops) else self.address
-                sock = ssh.get_transport().open_channel(
-                    "direct-tcpip", (follower["host"], follower["port"]), ("127.0.0.1", 0),
-                    timeout=self.timeout,
-                )  # fmt: skip
-            except Exception as error:
-                where = f"jump host {hop['host']}:{hop['port']}"
-                raise SSHError(f"{where}: {_short_text(error)}") from error
-        return sock
-
     def open(
         self, report: Report | None = None, first: Callable[[], Any] | None = None
     ) -> paramiko.SSHClient:
-        """Log in, and try again while the sshd is not up yet, until ``wait`` is over.
+        """Log in; retry until ``wait`` is over while the sshd is not up yet.
 
         Parameters:
             report: gets the progress.
-            first: the first try, in place of :meth:`once`.
+            first: the first attempt, in place of :meth:`once`.
         """
-        started = time.monotonic()
-        deadline = started + self.wait
+        started = next_look = time.monotonic()
         while True:
             try:
                 attempt, first = first or self.once, None
@@ -13120,59 +13387,49 @@ class Login:
                     report(ProgressEvent("ssh", time.monotonic() - started, "sshd up"))
                 return ssh
             except NotUpYetError as error:
-                self.explain(error)
-                remaining = deadline - time.monotonic()
+                now = time.monotonic()
+                remaining = started + self.wait - now
                 if remaining <= 0:
                     late = SSHError(f"no SSH at {self.where} within {self.wait:g}s: {error}")
                     late.reason = "unreachable"
-                    self._record(late.reason)
+                    self.on_failure(late)
                     raise late from error.__cause__
+                if now >= next_look:
+                    next_look = now + LOOK_EVERY
+                    self.on_failure(error)
                 logger.debug("no SSH at %s yet: %s", self.where, error)
                 if report is not None:
-                    seconds = time.monotonic() - started
-                    text = f"no sshd yet, {readable_seconds(seconds)}: {error}"
-                    report(ProgressEvent("ssh", seconds, text))
+                    text = f"no sshd yet, {readable_seconds(now - started)}: {error}"
+                    report(ProgressEvent("ssh", now - started, text))
                 time.sleep(min(SSH_PAUSE, remaining))
             except SSHError as error:
-                self.explain(error)
+                self.on_failure(error)
                 raise
-
-    def explain(self, error: BaseException) -> None:
-        """Raise a better error if the login failed because the order has ended; record others."""
-        now = time.monotonic()
-        if isinstance(error, NotUpYetError) and now < self._next_look:
-            return
-        self._next_look = now + LOOK_EVERY
-        self._on_failure(error)
-        self._record(getattr(error, "reason", ""))
 
     def once(self) -> paramiko.SSHClient:
         """Try once to log in, within ``timeout`` seconds in all."""
-        limit = None
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)
         try:
-            with (
-                Watchdog() as watchdog,
-                watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit,
-            ):
-                self._connect(ssh)
-            if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
-                raise self._paramiko.ssh_exception.PartialAuthentication([])
-        except BaseException as error:
-            failure = self._failure(ssh, error, limit is not None and limit.expired)
-            _give_up(ssh)
-            if failure is error:
-                raise
-            raise failure from error
-        keep_alive(ssh.get_transport())
-        try:
+            self._log_in(ssh)
+            keep_alive(ssh.get_transport())
             self.keys.remember()
         except BaseException:
-            ssh.close()
+            _give_up(ssh)
             raise
         return ssh  # type: ignore[no-any-return]
+
+    def _log_in(self, ssh: Any) -> None:
+        with Watchdog() as watchdog, watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit:
+            try:
+                self._connect(ssh)
+                if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
+                    raise self._paramiko.ssh_exception.PartialAuthentication([])
+            except SSHError:
+                raise
+            except Exception as error:
+                raise self._failure(ssh, error, limit.expired) from error
 
     def _connect(self, ssh: Any) -> None:
         plain = self.password is None and self.key is None
@@ -13188,10 +13445,10 @@ class Login:
                 banner_timeout=self.timeout,
                 auth_timeout=self.timeout,
                 channel_timeout=self.timeout,
-                key_filename=self._identities or None if plain else None,
+                key_filename=self._config.identities or None if plain else None,
                 allow_agent=plain,
                 look_for_keys=plain,
-                sock=self._jump(hops),
+                sock=self._config.connect_jump_hosts(hops, self.timeout),
                 transport_factory=functools.partial(self._transport, hops),
             )
         except BaseException:
@@ -13200,42 +13457,62 @@ class Login:
             raise
 
     def _connect_timeout(self) -> float:
-        """Return the TCP timeout; shorter for the first of several tries.
+        """Return the TCP timeout; shorter for the first of several attempts.
 
-        The first failure is the moment to look if the order has ended.
+        After the first failure, the client checks if the order has ended.
         """
         first, self._tried = not self._tried, True
         return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
-        transport.auth_interactive_dumb = self._no_questions
+        transport.auth_interactive_dumb = self._answer_no_questions
         if hops:
             close_after(transport, hops)
         return transport
 
-    def _failure(self, ssh: Any, error: BaseException, expired: bool) -> BaseException:
-        """Return the error for a failed login: ``NotUpYetError`` where a later try may work."""
+    def _answer_no_questions(self, *_: Any) -> None:
+        # paramiko would print the host's text, and read the answer from the terminal.
+        raise self._paramiko.ssh_exception.PartialAuthentication(
+            ["keyboard-interactive or password"]
+        )
+
+    def _failure(self, ssh: Any, error: Exception, late: bool) -> SSHError:
+        """Return the error for a failed login: ``NotUpYetError`` where a retry may work."""
         transport = ssh.get_transport()
         keys_exchanged = transport is not None and bool(transport.initial_kex_done)
-        refused = isinstance(error, self._paramiko.AuthenticationException)
-        # With more keys than the machine has patience for, paramiko misses the connection.
-        refused = refused or (keys_exchanged and "existing session" in str(error).lower())
-        late = expired and isinstance(error, Exception)
-        if late and not keys_exchanged:
+        text = reason(error)
+        lower = text.lower()
+        # paramiko's words for a connection that was closed, or was too slow.
+        no_session = "existing session" in lower
+        # With too many keys, the host closes the connection.
+        refused = isinstance(error, self._paramiko.AuthenticationException) or (
+            keys_exchanged and no_session
+        )
+        if (late or no_session) and not keys_exchanged:
             return NotUpYetError(TOO_SLOW)
-        if late or (refused and "timeout" in str(error).lower()):
-            failure = SSHError(f"{self.where} did not answer to the login within {self.timeout:g}s")
-        elif refused:
-            failure = self._refused(ssh, error)
-        else:
-            return _login_error(error, self._paramiko, self.where)
-        if not late:
+        if late or (refused and "timeout" in lower):
+            return SSHError(f"{self.where} did not answer the login within {self.timeout:g}s")
+        if refused:
+            failure = SSHError(self._refusal(ssh, error))
             failure.reason = "refused"
-        return failure
+            return failure
+        if isinstance(error, socket.gaierror):
+            return NotUpYetError(f"the host name is not known ({text})")
+        if isinstance(error, EOFError):
+            return NotUpYetError("it closed the connection")
+        if isinstance(error, OSError) or any(part in lower for part in ("banner", "reset", "eof")):
+            return NotUpYetError(text)
+        if "no authentication methods" in lower:
+            return SSHError(
+                f"there is nothing to log in to {self.where} with: pass password= or key_path="
+            )
+        # A wrong answer of the host can raise anything in paramiko.
+        kind = "" if isinstance(error, self._paramiko.SSHException) else f"{type(error).__name__}: "
+        return SSHError(f"SSH to {self.where} failed: {kind}{text}")
 
-    def _refused(self, ssh: Any, error: BaseException) -> SSHError:
-        """Describe what was refused, and what the host accepts."""
+    def _refusal(self, ssh: Any, error: BaseException) -> str:
+        """Describe what the host refused, and what it accepts."""
         if self.password is not None:
             what = "password"
         elif self.key is not None:
@@ -13243,83 +13520,31 @@ class Login:
             what = f"key {where} ({fingerprint_of(self.key)})"
         else:
             what = "keys of the SSH agent and of ~/.ssh"
-        accepted = getattr(error, "allowed_types", None)
-        if not accepted and not ssh.get_transport().is_active():
-            return SSHError(
-                f"{self.where} closed the connection during the login with the {what}: "
-                "refused, after too many tries perhaps"
+        methods = getattr(error, "allowed_types", None)
+        if not methods and not is_connected(ssh):
+            return (
+                f"{self.where} closed the connection during the login with the {what}: it was "
+                "refused, perhaps after too many attempts"
             )
-        accepted = accepted or self._accepted(ssh)
-        takes = ", ".join(printable(str(name), 40) for name in accepted[:8])
+        methods = methods or self._accepted_methods(ssh)
+        accepted = ", ".join(printable(str(name), 40) for name in methods[:8])
         if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
-            return SSHError(f"{self.where} took the {what}, but wants more than that: {takes}")
-        accepts = f"; it accepts: {takes}" if takes else ""
-        return SSHError(
+            return f"{self.where} accepted the {what}, but also requires: {accepted}"
+        accepts = f"; it accepts: {accepted}" if accepted else ""
+        return (
             f"{self.where} refused the login with the {what}{accepts}. "
             "Was the order made with another password or key?"
         )
 
-    def _no_questions(self, *_: Any) -> None:
-        # paramiko would print what the host says, and ask whoever sits at the terminal.
-        raise self._paramiko.ssh_exception.PartialAuthentication(
-            ["keyboard-interactive or password"]
-        )
-
-    def _accepted(self, ssh: Any) -> list[str]:
-        # The answer to a login without anything lists the ways that there are.
+    def _accepted_methods(self, ssh: Any) -> list[str]:
+        # The response to a login without credentials lists the methods.
         try:
             ssh.get_transport().auth_none(self.address["user"])
         except self._paramiko.BadAuthenticationType as error:
             return list(error.allowed_types)
         except Exception as error:
-            logger.debug("%s does not say what it accepts: %s", self.where, error)
+            logger.debug("%s does not list its login methods: %s", self.where, error)
         return []
-
-
-class NotUpYetError(SSHError):
-    """An sshd may answer later; used only within this module."""
-
-
-def check_connection(ssh: Any) -> Any:
-    """Check a connection that the caller gave."""
-    if not callable(getattr(ssh, "get_transport", None)):
-        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
-    return ssh
-
-
-def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Check the arguments of a login, and return all of them."""
-    for name in given:
-        if name not in LOGIN_OPTIONS:
-            raise TypeError(
-                f"there is no argument {name!r}, neither here nor among those of a login: "
-                f"{', '.join(sorted(LOGIN_OPTIONS))}"
-            )
-    options = {**LOGIN_DEFAULTS, **given}
-    for name in ("key_path", "host_key"):  # not secret, and errors name them
-        if isinstance(options[name], Secret):
-            options[name] = str(options[name])
-    check_number("wait", options["wait"], infinite=True, unit="seconds")
-    for name in ("password", "passphrase"):
-        if options[name] is not None:
-            check_text(name, options[name], secret=True)
-    if options["key_path"] is not None:
-        if not isinstance(options["key_path"], os.PathLike):
-            check_text("key_path", options["key_path"])
-        check_local_path("key_path", options["key_path"])
-    check_bool("use_ssh_config", options["use_ssh_config"])
-    options["host_key"] = check_host_key(options["host_key"])
-    return options
-
-
-def identity_files(config: Any) -> list[str]:
-    """Return the keys of an entry of a configuration that are there."""
-    paths = map(os.path.expanduser, config.get("identityfile", ()))
-    return [path for path in paths if os.path.isfile(path)]
-
-
-def _short_text(error: BaseException) -> str:
-    return printable(str(error).replace("[Errno None] ", "") or type(error).__name__, 200)
 
 
 def _break_off(ssh: Any) -> None:
@@ -13331,36 +13556,8 @@ def _break_off(ssh: Any) -> None:
 def _give_up(ssh: Any) -> None:
     transport = ssh.get_transport()
     ssh.close()
-    if transport is not None:  # or paramiko's timer would live on with it
-        transport.packetizer.complete_handshake()
-
-
-def _login_error(error: BaseException, paramiko_module: Any, where: str) -> BaseException:
-    """Return the error for a login that was not refused."""
-    text = _short_text(error)
-    if isinstance(error, SSHError) or not isinstance(error, Exception):
-        return error
-    if isinstance(error, socket.gaierror):
-        return NotUpYetError(f"the host name is not known ({text})")
-    if isinstance(error, (OSError, EOFError)):
-        return NotUpYetError("it closed the connection" if isinstance(error, EOFError) else text)
-    if not isinstance(error, paramiko_module.SSHException):
-        # paramiko takes every answer for a sensible one.
-        return SSHError(f"SSH to {where} failed: {type(error).__name__}: {text}")
-    if "existing session" in text.lower():  # its word for a handshake that took too long
-        return NotUpYetError(TOO_SLOW)
-    if any(part in text.lower() for part in ("banner", "reset", "eof")):
-        return NotUpYetError(text)
-    if "no authentication methods" in text.lower():
-        return SSHError(f"there is nothing to log in to {where} with: pass password= or key_path=")
-    return SSHError(f"SSH to {where} failed: {text}")
-
-
-# ==================================================================================================
-# ssh.connection_pool
-#
-# Keep the connections of one call.
-# ==================================================================================================
+    if transport is not None:
+        transport.packetizer.complete_handshake()  # ends paramiko's timer
 
 
 class ConnectionPool:
@@ -13371,7 +13568,7 @@ class ConnectionPool:
         ssh: the caller's connection.
         size: the highest number of connections.
         eager: open all of them now, at the same time; else each one when it is needed.
-        on_failure: raises a better error where ``ssh`` broke because the order has ended.
+        on_failure: called with an error if ``ssh`` broke; may raise a better one.
     """
 
     def __init__(
@@ -13385,21 +13582,19 @@ class ConnectionPool:
         self.size = size if login is not None else 1
         self._eager = eager
         self._login = login
-        self._on_failure = login.explain if login is not None else on_failure
-        self._ssh = ssh
-        self._opened: list[Any] = [None] * self.size
+        self._on_failure = login.on_failure if login is not None else on_failure
+        self._opened: list[Any] = [ssh] + [None] * (self.size - 1)
         self._threads: dict[int, threading.Thread] = {}
         self._lock = threading.Lock()
         self._started = time.monotonic()
 
     def __enter__(self) -> ConnectionPool:
-        if self._login is None:
-            self._opened[0] = self._ssh
-        else:
+        if self._login is not None:
             for number in range(1, self.size if self._eager else 1):
                 self._begin(self._login, number)
             try:
-                self._opened[0] = self._first(self._login)
+                first = functools.partial(self._first, self._login)
+                self._opened[0] = self._login.open(first=first)
             except BaseException:
                 self._close()
                 raise
@@ -13443,19 +13638,16 @@ class ConnectionPool:
                 ssh.close()
 
     def _first(self, login: Login) -> Any:
-        def once() -> Any:
-            try:
-                return login.once()
-            except NotUpYetError:
-                # If the host allows only one connection, another thread may have opened it.
-                for number, thread in self._threads.items():
-                    thread.join()
-                    if (ssh := self._opened[number]) is not None:
-                        self._opened[number] = None
-                        return ssh
-                raise
-
-        return login.open(first=once)
+        """Open the first connection, or take another one if the host allows only one."""
+        try:
+            return login.once()
+        except NotUpYetError:
+            for number, thread in self._threads.items():
+                thread.join()
+                if (ssh := self._opened[number]) is not None:
+                    self._opened[number] = None
+                    return ssh
+            raise
 
     def _begin(self, login: Login, number: int) -> None:
         self._threads[number] = start_thread("login", self._open, login, number)
@@ -14182,44 +14374,73 @@ class Job:
         if timeout is not None:
             check_number("timeout", timeout, infinite=True, unit="seconds")
             deadline = time.monotonic() + timeout
-        following = Following(self._host, self.name, splitter, deadline, report)
+        output = JobOutput(self._host, self.name, deadline, skip=splitter is None)
         try:
-            self._state = following.run()
+            with contextlib.closing(output.pieces()) as pieces:
+                for piece in pieces:
+                    if splitter is not None:
+                        splitter.feed(piece)
+                    if report is not None and not piece:
+                        text = f"job {self.name}: {readable_size(output.size)} of output"
+                        report(ProgressEvent("job", output.size, text))
+            self._state = output.state or self._state
         except OrderEndedError:
             self._state = JobState("lost")
+        if splitter is not None:
+            splitter.finish()
         return self._state.exit_code
 
 
-class Following:
-    """Receives the output of a job until its end, over as many connections as it takes."""
+class JobOutput:
+    """Receives the output of a job until its end, over as many connections as necessary.
 
-    def __init__(
-        self, host: HostJobs, name: str, splitter: LineSplitter | None, deadline: float,
-        report: Report | None = None,
-    ) -> None:  # fmt: skip
+    Parameters:
+        skip: receive no output, and only wait for the end.
+
+    Attributes:
+        size: the bytes that were received.
+        state: the state of the job, after its end.
+    """
+
+    def __init__(self, host: HostJobs, name: str, deadline: float, skip: bool) -> None:
         self._host = host
         self._name = name
-        self._splitter = splitter
         self._deadline = deadline
-        self._report = report
-        self._at = -1 if splitter is None else 0  # bytes that were passed on
+        self._skip = skip
         self._heard = False  # on the current connection
-        self._callback_error: Exception | None = None
+        self.size = 0
+        self.state: JobState | None = None
 
-    def run(self) -> JobState:
-        """Return the state of the job when it has ended."""
+    def pieces(self) -> Generator[bytes, None, None]:
+        """Yield the output, with an empty piece after each message of the host.
+
+        Raises:
+            JobTimeoutError: the job did not end before the deadline.
+            SSHError: the host can't be reached any more.
+        """
+        useless = 0
         failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
-        try:
-            state = self._until_end(failures)
-        except failures as error:
-            final = isinstance(error, (JobError, HostKeyChangedError))
-            final = final or error is self._callback_error
-            if final or getattr(error, "reason", "") == "refused" or self._time_left() > 0:
+        while self.state is None:
+            began, size, self._heard, pool = time.monotonic(), self.size, False, None
+            try:
+                with self._host.connected(self._deadline) as pool:
+                    yield from self._received(pool)
+            except (JobError, HostKeyChangedError):
                 raise
-            raise self._too_late(f"it may still run ({reason(error)})") from error
-        if self._splitter is not None:
-            self._splitter.finish()
-        return state
+            except failures as error:
+                if getattr(error, "reason", "") == "refused":
+                    raise
+                if self._time_left() <= 0:
+                    raise self._too_late(f"it may still run ({reason(error)})") from error
+                lasted = time.monotonic() - began
+                # Else a host that ends each script at once would be asked forever.
+                useful = self.size > size or (self._heard and lasted > LEAST_PATIENCE)
+                useless = 0 if useful else useless + 1
+                logged_in = pool is not None
+                if not logged_in or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
+                    raise
+                logger.warning("job %s: %s; connecting again", self._name, error)
+                time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
 
     def _time_left(self) -> float:
         return self._deadline - time.monotonic()
@@ -14227,28 +14448,9 @@ class Following:
     def _too_late(self, state: str = "it still runs") -> JobTimeoutError:
         return JobTimeoutError(f"job {self._name!r} did not end in time; {state}", name=self._name)
 
-    def _until_end(self, failures: tuple[type[Exception], ...]) -> JobState:
-        useless = 0
-        while True:
-            began = time.monotonic()
-            with self._host.connected(self._deadline) as pool:
-                try:
-                    return self._receive(pool)
-                except failures as error:
-                    lasted = time.monotonic() - began
-                    # A machine that only ends the script would be asked without end.
-                    broke = not is_connected(pool.ssh) or lasted > JOB_TIMEOUT
-                    useless = 0 if self._heard and broke else useless + 1
-                    final = isinstance(error, JobError) or error is self._callback_error
-                    final = final or useless >= MOST_USELESS_TRIES or self._time_left() <= 0
-                    if final or not self._host.reconnects:
-                        raise
-                    logger.warning("job %s: %s; connecting again", self._name, error)
-            time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
-
-    def _receive(self, pool: ConnectionPool) -> JobState:
-        self._heard = False
-        values: dict[str, str | int] = {"name": self._name, "at": self._at}
+    def _received(self, pool: ConnectionPool) -> Iterator[bytes]:
+        """Yield the output that one connection receives."""
+        values: dict[str, str | int] = {"name": self._name, "at": -1 if self._skip else self.size}
         limit = max(self._time_left(), LEAST_PATIENCE)
         with self._host.script(pool, "follow", limit, **values) as script:
             while True:
@@ -14257,458 +14459,30 @@ class Following:
                 script.channel.settimeout(limit)
                 line = script.line()
                 if line.startswith(b"end "):
-                    return JobState.parse(line[4:].decode("ascii", "replace"))
+                    self.state = JobState.parse(line[4:].decode("ascii", "replace"))
+                    return
                 if not re.fullmatch(rb"[0-9]{1,7}", line) or int(line) > MAX_PORTION:
                     error = script.refused(line)
                     raise JobError(str(error), name=self._name) if line[:3] == b"no " else error
                 self._heard = True
-                self._pass_on(script, int(line))
-                if self._report is not None:
-                    at = max(0, self._at)
-                    text = f"job {self._name}: {readable_size(at)} of output"
-                    self._call(self._report, ProgressEvent("job", at, text))
+                left = int(line)
+                while left:
+                    piece = script.read(left)
+                    if not piece:
+                        raise SSHError("the connection broke")
+                    left -= len(piece)
+                    if not self._skip:
+                        self.size += len(piece)
+                        yield piece
+                yield b""
                 if self._time_left() <= 0:
                     raise self._too_late()
 
-    def _pass_on(self, script: RemoteScript, size: int) -> None:
-        while size:
-            piece = script.read(size)
-            if not piece:
-                raise SSHError("the connection broke")
-            size -= len(piece)
-            if self._splitter is not None:
-                self._at += len(piece)
-                self._call(self._splitter.feed, piece)
-
-    def _call(self, callback: Callable[[Any], object], argument: Any) -> None:
-        """Call the user's function, and keep its errors apart from those of the connection."""
-        try:
-            callback(argument)
-        except Exception as error:
-            self._callback_error = error
-            raise
-
 
 # ==================================================================================================
-# ssh.keys
+# ssh.transfer.transfer
 #
-# Pin the host key of each order, and find the private key of a public one.
-# ==================================================================================================
-
-
-PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
-MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
-MAX_PINS = 1000
-LONGEST_KEY_FILE = 65536  # bytes
-LOCK_PATIENCE = 2.0  # seconds
-# A host key is negotiated by its signature algorithm: RSA keys have several.
-_ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
-
-Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
-
-
-def pin_of(key: Any) -> Pin:
-    """Return a paramiko key as two words of a ``known_hosts`` line."""
-    return key.get_name(), key.get_base64()
-
-
-def fingerprint_of(key: Any) -> str:
-    """Return the fingerprint of a paramiko key, as ``ssh-keygen -l`` prints it."""
-    return pin_fingerprint(pin_of(key))
-
-
-def pin_fingerprint(pin: Pin) -> str:
-    """Return the fingerprint of a pinned key."""
-    return public_key_fingerprint(" ".join(pin)) or ""
-
-
-def check_host_key(value: Any) -> str:
-    """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
-    text = isinstance(value, str)
-    if text and re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", value):
-        return str(value).rstrip("=")
-    raise (ValueError if text else TypeError)(
-        "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
-        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
-    )
-
-
-class HostKeys:
-    """The pinned host keys of an account, in memory and in the state folder.
-
-    Parameters:
-        folder: the state folder, or None if none is used.
-        account: a digest of the account, for the names of its hosts.
-    """
-
-    def __init__(self, folder: Path | None, account: str) -> None:
-        self.path = None if folder is None else folder / PINS_FILE
-        self._account = account[:12]
-        self._seen: dict[str, list[Pin]] = {}
-
-    def alias(self, order_id: int | None, address: str) -> str:
-        """Return the name for the key of an order; the address if the order has no id."""
-        return f"clore-order-{order_id}-{self._account}" if order_id else address
-
-    def of(self, alias: str) -> list[Pin]:
-        """Return the pinned keys of a host."""
-        if alias in self._seen:
-            return self._seen[alias]
-        return [pin for names, pin in self._lines() if _names(names, alias)]
-
-    def keep(self, alias: str, pin: Pin) -> None:
-        """Pin a key instead of all others of the host."""
-        if self.of(alias) != [pin]:
-            self._rewrite(alias, pin)
-        self._seen[alias] = [pin]
-
-    def forget(self, alias: str) -> bool:
-        """Forget the keys of a host; return True if there were any."""
-        known = bool(self.of(alias))
-        self._seen.pop(alias, None)
-        if known:
-            self._rewrite(alias, None)
-        return known
-
-    def make_folder(self) -> None:
-        """Make the state folder, so that OpenSSH can pin a key there."""
-        if self.path is not None:
-            try:
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                logger.warning("host keys can't be kept for the next process: %s", error)
-
-    def _lines(self) -> Iterator[tuple[str, Pin]]:
-        try:
-            text = self._text()
-        except OSError:
-            return
-        for line in text.splitlines():
-            words = line.split()
-            if len(words) >= 3 and not words[0].startswith(("#", "@")):
-                with contextlib.suppress(ValueError):
-                    base64.b64decode(words[2], validate=True)
-                    yield words[0], (words[1], words[2])
-
-    def _text(self) -> str:
-        if self.path is None:
-            return ""
-        try:
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                return file.read(MAX_PINS_SIZE)
-        except FileNotFoundError:
-            return ""
-
-    def _rewrite(self, alias: str, pin: Pin | None) -> None:
-        """Replace the lines of a host in the file; only warn if that fails."""
-        if self.path is None or not alias.startswith("clore-order-"):
-            return
-        try:
-            with locked_path(self.path, LOCK_PATIENCE):
-                lines = [
-                    line
-                    for line in self._text().splitlines()
-                    if line.strip() and not _names(line.split()[0], alias)
-                ]
-                if pin is not None:
-                    lines.append(f"{alias} {pin[0]} {pin[1]}")
-                replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
-        except OSError as error:
-            logger.warning("host keys can't be kept for the next process: %s", error)
-
-
-def _names(names: str, alias: str) -> bool:
-    """Check whether the first word of a line names a host; OpenSSH may have hashed it."""
-    if not names.startswith("|1|"):
-        return alias in names.split(",")
-    try:
-        salt, digest = (base64.b64decode(part) for part in names[3:].split("|"))
-    except ValueError:
-        return False
-    return hmac.compare_digest(hmac.new(salt, alias.encode(), "sha1").digest(), digest)
-
-
-class KeyCheck:
-    """Checks the host key of one order; also paramiko's policy for unknown hosts.
-
-    Parameters:
-        pins: the pinned keys.
-        order_id: the id of the order, or None.
-        address: its host and port.
-        mode: ``"pin"``, ``"accept"`` or a fingerprint.
-    """
-
-    def __init__(self, pins: HostKeys, order_id: int | None, address: str, mode: str) -> None:
-        self._pins = pins
-        self._order_id = order_id
-        self._alias = pins.alias(order_id, address)
-        self._mode = mode
-        self._shown = threading.local()  # several threads may log in at once
-
-    @property
-    def wanted_types(self) -> list[str]:
-        """The algorithms of the pinned keys, to prefer in the key exchange."""
-        if self._mode == "accept":
-            return []
-        kinds = [kind for kind, _ in self._pins.of(self._alias)]
-        return [name for kind in kinds for name in _ALGORITHMS.get(kind, (kind,))]
-
-    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
-        """Check a host's key; paramiko calls this before it sends anything secret."""
-        shown = pin_of(key)
-        self._check(shown)
-        self._shown.pin = shown
-
-    def remember(self) -> None:
-        """Pin the host's key, after a successful login."""
-        shown: Pin | None = getattr(self._shown, "pin", None)
-        if self._mode == "accept" or shown is None:
-            return
-        self._check(shown)  # again: another thread may have pinned another key
-        if self._mode != "pin" or shown not in self._pins.of(self._alias):
-            self._pins.keep(self._alias, shown)
-
-    def _check(self, shown: Pin) -> None:
-        if self._mode == "accept":
-            return
-        pinned = [pin_fingerprint(pin) for pin in self._pins.of(self._alias)]
-        allowed = pinned if self._mode == "pin" else [self._mode]
-        found = pin_fingerprint(shown)
-        if not allowed or found in allowed:
-            return
-        expected = " or ".join(allowed)
-        name = f"order {self._order_id}" if self._order_id else self._alias
-        raise HostKeyChangedError(
-            f"the machine of {name} has the host key {found} instead of {expected}: its container "
-            "was created again, or another machine answers at its address. No password or key "
-            "was sent. To accept the new host key, call forget_host_key(order) or pass "
-            f"host_key={found!r}",
-            order_id=self._order_id,
-            expected=expected,
-            found=found,
-        )
-
-
-def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
-    """Return the private key with a fingerprint.
-
-    Returns:
-        A file of ``~/.ssh`` and None, or None and a key of the agent; None twice if there is none.
-        The agent comes first, because it needs no passphrase.
-    """
-    for key in _agent_keys():
-        if fingerprint_of(key) == fingerprint:
-            return None, key
-    folder = Path(os.path.expanduser("~/.ssh"))
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return None, None
-    for name in names:
-        path = folder / name
-        if _file_fingerprint(path) == fingerprint:
-            return path, None
-    return None, None
-
-
-def _agent_keys() -> tuple[Any, ...]:
-    if not os.environ.get("SSH_AUTH_SOCK") and os.name != "nt":
-        return ()
-    try:
-        return tuple(import_paramiko().Agent().get_keys())
-    except Exception as error:
-        logger.debug("the SSH agent can't be asked: %s", error)
-        return ()
-
-
-def _file_fingerprint(path: Path) -> str | None:
-    """Return the fingerprint of a private key file; None if the file has no private key."""
-    text = _text_of(path)
-    if "PRIVATE KEY-----" not in text[:200]:
-        return None
-    if public := _text_of(path.with_name(f"{path.name}.pub")):  # as the key may be encrypted
-        return public_key_fingerprint(public)
-    try:
-        return fingerprint_of(import_paramiko().PKey.from_path(path))
-    except Exception as error:
-        logger.debug("%s is not a key that can be read: %s", path, error)
-        return None
-
-
-def _text_of(path: Path) -> str:
-    try:
-        if not path.is_file():
-            return ""
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read(LONGEST_KEY_FILE)
-    except OSError:
-        return ""
-
-
-# ==================================================================================================
-# ssh.transfer.local_tree
-#
-# Find the files to upload, and divide them into portions.
-# ==================================================================================================
-
-
-CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
-BUNDLE_BYTES = 8 * 1024 * 1024
-BUNDLE_FILES = 1000
-SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
-
-
-class LocalTree:
-    """The files, directories and symlinks to upload, and what is left out.
-
-    Attributes:
-        mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.
-    """
-
-    def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
-        self.path = path
-        self.symlinks = symlinks
-        self._excluded = excluded
-        self.entries: list[FileEntry] = []
-        self.left_out: list[tuple[bytes, str]] = []
-        try:
-            facts = os.stat(path)  # the path itself may be a symlink
-        except FileNotFoundError:
-            shown = printable(repr(os.fsdecode(path)), 300)
-            raise FileNotFoundError(f"local: there is nothing at {shown}") from None
-        self.is_folder = stat.S_ISDIR(facts.st_mode)
-        self.mode, self.mtime = facts.st_mode & 0o777, facts.st_mtime_ns
-        if self.is_folder:
-            self._scan(b"", (os.path.realpath(path),))
-        elif stat.S_ISREG(facts.st_mode):
-            self._add(b"", facts)
-        else:
-            raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
-
-    @property
-    def files(self) -> list[FileEntry]:
-        return [entry for entry in self.entries if entry.kind == "f"]
-
-    def place(self, entry: FileEntry) -> str:
-        """Return the local path of an entry."""
-        return os.fsdecode(os.path.join(self.path, entry.name) if entry.name else self.path)
-
-    def pieces(self, entry: FileEntry, start: int, length: int) -> Iterator[memoryview]:
-        """Yield a part of a file, which must not have changed since the scan.
-
-        Each piece is overwritten by the next one.
-        """
-        buffer = memoryview(bytearray(min(TRANSFER_PIECE, max(length, 1))))
-        with open(self.place(entry), "rb", buffering=0) as file:
-            file.seek(start)
-            while length and (size := file.readinto(buffer[:length])):
-                length -= size
-                yield buffer[:size]
-            facts = os.fstat(file.fileno())
-            if length or (facts.st_size, facts.st_mtime_ns) != (entry.size, entry.mtime):
-                raise SSHError(CHANGED)
-
-    def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
-        with os.scandir(os.path.join(self.path, folder) if folder else self.path) as found:
-            entries = sorted(found, key=lambda e: e.name)
-        for entry in entries:
-            name = os.path.join(folder, entry.name) if folder else entry.name
-            facts = entry.stat(follow_symlinks=False)
-            if self._excluded is not None and self._excluded(name, stat.S_ISDIR(facts.st_mode)):
-                continue
-            if stat.S_ISLNK(facts.st_mode):
-                self._take_link(name, entry.path, facts, above)
-            elif stat.S_ISDIR(facts.st_mode):
-                self._add(name, facts)
-                self._scan(name, (*above, os.path.realpath(entry.path)))
-            elif stat.S_ISREG(facts.st_mode):
-                self._add(name, facts)
-            else:
-                self.left_out.append((name, "it is not a file"))
-
-    def _take_link(
-        self, name: bytes, path: bytes, facts: os.stat_result, above: tuple[bytes, ...]
-    ) -> None:
-        link, real = os.readlink(path), os.path.realpath(path)
-        within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
-        if self.symlinks == "copy" and within and link_target(name, link) is not None:
-            self.entries.append(FileEntry(name, 0, facts.st_mtime_ns, 0o777, "l", link))
-        elif self.symlinks == "follow" and within and os.path.isfile(real):
-            self._add(name, os.stat(real))
-        elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
-            self._add(name, os.stat(real))
-            self._scan(name, (*above, real))
-        else:
-            self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
-
-    def _add(self, name: bytes, facts: os.stat_result) -> None:
-        if os.sep != "/":
-            name = name.replace(os.fsencode(os.sep), b"/")
-        kind = "d" if stat.S_ISDIR(facts.st_mode) else "f"
-        mode = facts.st_mode & 0o777
-        self.entries.append(FileEntry(name, facts.st_size, facts.st_mtime_ns, mode, kind))
-
-
-class Portion:
-    """A part of an upload that the host confirms: a chunk of a file, or a tar archive.
-
-    Attributes:
-        entries: the file, or the small files, directories and symlinks of the archive.
-        start: of the chunk, in bytes; None for an archive.
-        size: bytes to send.
-    """
-
-    __slots__ = ("entries", "size", "start")
-
-    def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
-        self.entries = entries
-        self.start = start
-        self.size = size
-
-    @property
-    def key(self) -> str:
-        """The key under which the host records it."""
-        # The time of a directory changes with every file that is created in it.
-        facts = [e.version if e.kind == "f" else (e.name, e.link) for e in self.entries]
-        return record_key((facts, self.start, self.size))
-
-
-def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
-    """Divide an upload into portions; if it may be resumed, they grow with what precedes them."""
-    portions: list[Portion] = []
-    bundle: Portion | None = None
-    others = [entry for entry in tree.entries if entry.kind != "f"]
-    files = sorted(tree.files, key=lambda entry: entry.size) if resume else tree.files
-    before = 0
-    for entry in [*others, *files]:
-        if tree.is_folder and entry.size < (_portion_size(before) if resume else SMALL_FILE):
-            most = _portion_size(before) if resume else BUNDLE_BYTES
-            if bundle is None or bundle.size >= most or len(bundle.entries) >= BUNDLE_FILES:
-                bundle = Portion([])
-                portions.append(bundle)
-            size = TAR_BLOCK + entry.size + -entry.size % TAR_BLOCK
-            bundle.entries.append(entry)
-            bundle.size += size
-            before += size
-            continue
-        start = 0
-        while start < entry.size:
-            size = min(_portion_size(before) if resume else CHUNK, entry.size - start)
-            portions.append(Portion([entry], start, size))
-            start += size
-            before += size
-    return portions
-
-
-def _portion_size(before: int) -> int:
-    """Return the bytes of a portion of a resumable upload: a hundredth of what precedes it."""
-    return min(max(before // (100 * BLOCK), 2) * BLOCK, CHUNK)
-
-
-# ==================================================================================================
-# ssh.transfer.options
-#
-# Check the arguments of a transfer, and find the files to upload.
+# Run one transfer: its worker threads, scripts, deadline, progress and errors.
 # ==================================================================================================
 
 
@@ -14866,15 +14640,301 @@ def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 
+CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
+LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
+NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
+
+
+class StoppedError(Exception):
+    """Another worker has failed; used only within a transfer."""
+
+
+class Transfer:
+    """One transfer.
+
+    Attributes:
+        name: of the whole source, for errors.
+        verb: ``"upload"`` or ``"download"``.
+        total: bytes to transfer, once they are known.
+        unchanged: the number of files that are left out, as they are the same.
+        deletes: the names that only the target has, or None.
+        skipped: (name, reason) of what is left out.
+        timeout: seconds without anything sent or received.
+    """
+
+    def __init__(
+        self, pool: ConnectionPool, options: TransferOptions, name: str, verb: str
+    ) -> None:
+        self.name = name
+        self.verb = verb
+        self.total = 0
+        self.unchanged = 0
+        self.deletes: list[bytes] | None = None
+        self.options: Any = options
+        self.pool = pool
+        self.watchdog = Watchdog()
+        self.skipped: list[tuple[str, str]] = []
+        self.stopped = threading.Event()
+        self.timeout = options.timeout
+        self._expired = False
+        self._report: Report | None = None
+        self._done: dict[bytes, int] = {}
+        self._all_done = 0
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._owner = threading.get_ident()
+        self._workers: list[threading.Thread] = []
+        self._started = time.monotonic()
+        self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._turns: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Enforce the deadline, report the progress, and name the file in an error of a block."""
+        deadline = self.options.deadline
+        left = float("inf") if deadline is None else deadline - self.pool.age
+        with self.watchdog, self.watchdog.limit(left, self._expire):
+            with self.options.events.reporting() as self._report:
+                try:
+                    yield
+                except BaseException as error:
+                    failure = self._failed(error)
+                    if failure is error:
+                        raise
+                    # The text says what the machine refused, its traceback nothing more.
+                    raise failure from (None if type(error) is SSHError else error)
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.stop()
+        self.pool.break_off()
+
+    def restart(self) -> None:
+        """Reset what a failed attempt leaves behind, before another one."""
+        self.stopped.clear()
+        self.timeout = self.options.timeout
+        self._done.clear()
+        self._all_done = 0
+        self._events = queue.SimpleQueue()
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether no script may start while another one of the connection ends."""
+        return takes_turns(self.pool.ssh.get_transport())
+
+    @property
+    def near(self) -> bool:
+        """Whether the host is so near that one channel is as fast as several."""
+        return self.pool.round_trip < NEAR
+
+    def ahead(self, confirmed: int) -> float:
+        """Return how many bytes an upload may send beyond those that the host has confirmed.
+
+        They are what a cut of the connection can lose.
+        """
+        if not self.options.resume:
+            return float("inf")
+        return max(LEAST_AHEAD, confirmed // 25)
+
+    def script(
+        self, ssh: Any, text: bytes, window: int = COMMAND_WINDOW, *,
+        patient: bool = True, reads: bool = True,
+    ) -> RemoteScript:  # fmt: skip
+        """Start a script, which ends when the transfer stops."""
+        by_owner = threading.get_ident() == self._owner
+        running = RemoteScript(
+            ssh.get_transport(), text, self.watchdog, self.timeout,
+            patience=self.timeout if patient and by_owner else CHANNEL_PATIENCE,
+            window=window, reads=reads, turn=self._turns[ssh] if self.takes_turns else None,
+        )  # fmt: skip
+        with self._lock:
+            self._running.add(running)
+        if self.stopped.is_set() and not by_owner:
+            running.close()
+            raise StoppedError
+        return running
+
+    def stop(self, but: RemoteScript | None = None) -> None:
+        """End all scripts ``but`` one; wait less for what is still to be cleaned up."""
+        self.stopped.set()
+        self.timeout = min(self.timeout, LAST_PATIENCE)
+        with self._lock:
+            running = list(self._running)
+        for script in running:
+            script.hurry()
+            if script is not but:
+                script.close()
+
+    # --- workers ---
+
+    def start_workers(self, connections: int, workers: int, work: Callable[[Any], None]) -> None:
+        """Start threads that each call ``work`` with a connection."""
+        connections = min(connections, self.pool.size)
+        for number in range(workers):
+            worker = start_thread("transfer", self._work, number % connections, work)
+            self._workers.append(worker)
+
+    def _work(self, number: int, work: Callable[[Any], None]) -> None:
+        failure: BaseException | None = None
+        try:
+            ssh = self.pool.get(number)
+            if ssh is not None:
+                work(ssh)
+        except StoppedError:
+            pass
+        except BaseException as error:
+            failure = error
+        self._events.put((None, failure))
+
+    def finish_workers(self) -> None:
+        """Report progress until all workers have ended, and raise the first error.
+
+        A worker that gets no channel leaves its work to the others.
+        """
+        left, failure = len(self._workers), None
+        while left:
+            entry, more = self._events.get()
+            if entry is not None:
+                if failure is None:
+                    self.count(entry, more)
+                continue
+            left -= 1
+            if isinstance(more, NoChannelError):
+                logger.debug("a worker ends: %s", more)
+            elif more is not None and failure is None:
+                failure = more
+                self.stop()
+        if failure is not None:
+            raise failure
+
+    def join_workers(self) -> None:
+        for worker in self._workers:
+            worker.join()
+        self._workers = []
+
+    # --- progress ---
+
+    def moved(self, entry: FileEntry, size: int) -> None:
+        """Count bytes of a file that were transferred, in any thread."""
+        if threading.get_ident() == self._owner:
+            self.count(entry, size)
+            return
+        self._events.put((entry, size))
+        if self.stopped.is_set():
+            raise StoppedError
+
+    def count(self, entry: FileEntry, size: int) -> None:
+        """Count the bytes and call ``progress``, in the caller's thread."""
+        if self._expired:
+            raise SSHError("the deadline has passed")
+        done = self._done[entry.name] = self._done.get(entry.name, 0) + size
+        if self.options.progress is not None:
+            self.options.progress(self._shown(entry), done, entry.size)
+        self._all_done += size
+        if self._report is not None:
+            self._report(self._event(self._shown(entry)))
+
+    def _event(self, name: str) -> ProgressEvent:
+        done, total = self._all_done, max(self.total, self._all_done)
+        text = f"{self.verb} of {name}: {readable_size(done)} of {readable_size(total)}"
+        seconds = time.monotonic() - self._started
+        if done and total > done:
+            text += f", {readable_seconds(seconds * (total - done) / done)} left"
+        return ProgressEvent(self.verb, done, text, total)
+
+    def _shown(self, entry: FileEntry) -> str:
+        return printable(os.fsdecode(entry.name) if entry.name else self.name)
+
+    def leave_out(self, name: bytes, why: str) -> None:
+        """Note and log what is not transferred."""
+        self.skipped.append((printable(os.fsdecode(name)), printable(why)))
+        logger.warning("left out: %s, %s", *self.skipped[-1])
+
+    # --- the end ---
+
+    def _failed(self, error: BaseException) -> BaseException:
+        """Return a TransferError for an error of the host or the connection; others unchanged."""
+        if isinstance(error, TransferError) or not isinstance(
+            error, (SSHError, *connection_errors())
+        ):
+            return error
+        entry = getattr(error, "entry", None)
+        if entry is None:
+            name, done = printable(self.name), sum(self._done.values())
+            total = self.total
+        else:
+            name, done, total = self._shown(entry), self._done.get(entry.name, 0), entry.size
+        why = printable(str(error) or type(error).__name__, 500)
+        if self._expired:
+            why = f"it took longer than deadline={self.options.deadline:g} seconds"
+        if self.options.resume and done:
+            why += "; what has arrived is kept for resume=True"
+        text = f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: {why}"
+        return TransferError(text, name=name, done=done, total=total)
+
+    def result(self, path: bytes | str, files: list[FileEntry]) -> TransferResult:
+        size, duration = sum(file.size for file in files), time.monotonic() - self._started
+        logger.debug("%d files, %d bytes in %.2f s: %s", len(files), size, duration, self.name)
+        shown = printable(os.fsdecode(path))
+        preview = getattr(self.options, "preview", False)
+        return TransferResult(
+            shown, len(files), size, duration, self.skipped, unchanged=self.unchanged,
+            sent=[self._shown(entry) for entry in files] if preview else None, deletes=self.deletes,
+        )  # fmt: skip
+
+
 # ==================================================================================================
 # ssh.access
 #
-# Log in to the machines of an account; check the host key of each order.
+# Log in to the hosts of an account, and keep their host keys.
 # ==================================================================================================
 
 
+# What may be given for a login to methods that do more than log in.
+LOGIN_DEFAULTS: dict[str, Any] = {
+    "password": None,
+    "key_path": None,
+    "passphrase": None,
+    "wait": 120.0,  # seconds for an sshd to respond
+    "host_key": "pin",
+    "use_ssh_config": False,
+}
+
+
+def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Check the arguments of a login, and return all of them."""
+    for name in given:
+        if name not in LOGIN_DEFAULTS:
+            raise TypeError(
+                f"there is no argument {name!r}, neither here nor among those of a login: "
+                f"{', '.join(sorted(LOGIN_DEFAULTS))}"
+            )
+    options = {**LOGIN_DEFAULTS, **given}
+    for name in ("key_path", "host_key"):  # not secret, and errors name them
+        if isinstance(options[name], Secret):
+            options[name] = str(options[name])
+    check_number("wait", options["wait"], infinite=True, unit="seconds")
+    for name in ("password", "passphrase"):
+        if options[name] is not None:
+            check_text(name, options[name], secret=True)
+    if options["key_path"] is not None:
+        if not isinstance(options["key_path"], os.PathLike):
+            check_text("key_path", options["key_path"])
+        check_local_path("key_path", options["key_path"])
+    check_bool("use_ssh_config", options["use_ssh_config"])
+    options["host_key"] = check_host_key(options["host_key"])
+    return options
+
+
+def check_connection(ssh: Any) -> Any:
+    """Check a connection that the caller gave."""
+    if not callable(getattr(ssh, "get_transport", None)):
+        raise TypeError(f"ssh must be a paramiko.SSHClient, not {short_repr(ssh)}")
+    return ssh
+
+
 class SSHAccess:
-    """SSH access to the machines of an account.
+    """SSH access to the hosts of an account.
 
     Parameters:
         client: the client, for its API key and base URL.
@@ -14963,13 +15023,18 @@ class SSHAccess:
         fingerprint = self._orders.login_of(order).get("key_fingerprint")
         return (None, None) if fingerprint is None else private_key_of(fingerprint)
 
-    def login(self, order: Any, *, timeout: float = 30.0, **given: Any) -> Login:
-        """Check the arguments of a login, and return it."""
+    def login(self, order: Any, given: dict[str, Any], timeout: float = 30.0) -> Login:
+        """Check the arguments of a login, and return it.
+
+        Parameters:
+            given: the arguments, without those that have their defaults.
+            timeout: seconds for each attempt.
+        """
         check_number("timeout", timeout, above=True, unit="seconds")
         options = check_login_options(given)
         order = self._with_address(order)
         agent_key, own = None, bool(options["password"] or options["key_path"])
-        if not options["password"] and not options["key_path"]:
+        if not own:
             options["password"] = Secret.of(
                 order.get("ssh_password") or self._orders.login_of(order).get("ssh_password")
             )
@@ -14978,18 +15043,18 @@ class SSHAccess:
         where = "{host}:{port}".format(**plain_address(order))
         keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
 
-        def record(reason: str) -> None:
+        def on_failure(error: BaseException) -> None:
+            self._raise_if_ended(order.id, error)
             if not own:  # else it may be the user's mistake
-                self._history.record(order.server_id, LOGIN_OUTCOMES.get(reason))
+                outcome = LOGIN_OUTCOMES.get(getattr(error, "reason", ""))
+                self._history.record(order.server_id, outcome)
 
-        on_failure = self._on_failure(order.id)
-        return Login(order, keys, timeout, agent_key, on_failure, record, **options)
+        return Login(order, keys, timeout, agent_key, on_failure, **options)
 
-    def _on_failure(self, order_id: int | None) -> Callable[[BaseException], None] | None:
-        """Return a function that raises an error if a login failed because the order has ended."""
-        if order_id is None:
-            return None
-        return lambda error: self._orders.raise_if_ended(order_id, error)
+    def _raise_if_ended(self, order_id: int | None, error: BaseException) -> None:
+        """Raise a better error if a connection failed because the order has ended."""
+        if order_id is not None:
+            self._orders.raise_if_ended(order_id, error)
 
     def connected(
         self,
@@ -15008,20 +15073,20 @@ class SSHAccess:
         """
         options = check_login_options(login)
         if ssh is not None:
-            ssh = check_connection(ssh)
             record = isinstance(order, Mapping)
             number = Order(order).id if record else check_order_id("order", order)
-            return ConnectionPool(None, ssh, on_failure=self._on_failure(number))
+            on_failure = functools.partial(self._raise_if_ended, number)
+            return ConnectionPool(None, check_connection(ssh), on_failure=on_failure)
         if deadline is not None:
             timeout, options["wait"] = min(timeout, deadline), min(options["wait"], deadline)
-        return ConnectionPool(self.login(order, timeout=timeout, **options), None, size, eager)
+        return ConnectionPool(self.login(order, options, timeout), None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
-        """Return the jobs of the machine of an order."""
+        """Return the jobs of the host of an order."""
         options = check_login_options(login)
         if ssh is None:
             order = self._with_address(order)  # once, and not for each connection
-            self.login(order, **login)  # check the arguments now
+            self.login(order, login)  # check the arguments now
 
         def connect(seconds: float) -> ConnectionPool:
             wait = min(seconds, options["wait"])
@@ -15731,376 +15796,6 @@ def _asked_name(path: bytes, wildcards: bool) -> bytes:
 
 
 # ==================================================================================================
-# ssh.tunnel
-#
-# Forward a port of this machine's loopback to a port of a host, for the length of a block.
-# ==================================================================================================
-
-
-LOOPBACK = "127.0.0.1"
-REMOTE_HOST = "localhost"  # resolved by the host, so that IPv4 and IPv6 services are reached
-FORWARD_CHUNK = 32768  # bytes
-FORWARD_BACKLOG = 128  # connections that wait to be accepted
-FORWARD_POLL = 0.1  # seconds between two checks of whether the block has ended
-FORWARD_OPENING = 10.0  # seconds for a host to connect to its own port
-FORWARD_PATIENCE = 2.0  # seconds to close all channels
-FORWARD_LEAVING = 5.0  # seconds for all threads to end
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
-
-
-def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
-    """Check the ports of :class:`Forward`, before anything is sent."""
-    for name, port, lowest in (("remote_port", remote_port, 1), ("local_port", local_port, 0)):
-        allowed = f"{name} must be a port from {lowest} to 65535"
-        if isinstance(port, bool) or not isinstance(port, int):
-            raise TypeError(f"{allowed}, not {short_repr(port)}")
-        if not lowest <= port <= 65535:
-            raise ValueError(f"{allowed}, not {short_repr(port)}")
-
-
-class Forward:
-    """Forwards a local port to a port of a host, for the length of a ``with`` block.
-
-    Entering it returns the local port, which listens on 127.0.0.1 only. Each connection to it is
-    carried to the port on the host's localhost; it is reset if nothing listens there. Leaving the
-    block ends the connections that are still open.
-
-    Parameters:
-        ssh: a connection to the host.
-        remote_port: the port on the host, 1 to 65535.
-        local_port: the port on this machine; 0 takes a free one.
-        owns: close ``ssh`` at the end of the block.
-    """
-
-    def __init__(
-        self,
-        ssh: paramiko.SSHClient,
-        remote_port: int,
-        local_port: int = 0,
-        owns: bool = False,
-    ) -> None:
-        check_forward_arguments(remote_port, local_port)
-        self._ssh = ssh
-        self._remote_port = remote_port
-        self._local_port = local_port
-        self._owns = owns
-        self._transport: Any = None
-        self._listener: socket.socket | None = None
-        self._acceptor: threading.Thread | None = None
-        self._closing = threading.Event()
-        self._links: list[_Link] = []
-
-    def __repr__(self) -> str:
-        state = "closed" if self._listener is None else "open"
-        return f"<Forward of {LOOPBACK}:{self._local_port} to port {self._remote_port}, {state}>"
-
-    def __enter__(self) -> int:
-        try:
-            return self._open()
-        except BaseException:
-            self._close()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _open(self) -> int:
-        if self._acceptor is not None:
-            raise SSHError("a Forward can be entered only once: make another one")
-        if not is_connected(self._ssh):
-            raise SSHError("the connection to the machine is closed: open another one")
-        self._transport = self._ssh.get_transport()
-        try:
-            self._listener = socket.create_server(
-                (LOOPBACK, self._local_port), backlog=FORWARD_BACKLOG
-            )
-        except OSError as error:
-            raise OSError(
-                error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
-            ) from error
-        self._listener.settimeout(FORWARD_POLL)
-        self._local_port = self._listener.getsockname()[1]
-        self._acceptor = start_thread(
-            f"forward-{self._local_port}", self._accept_all, self._listener
-        )
-        logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
-        return self._local_port
-
-    def _close(self) -> None:
-        self._closing.set()
-        if self._acceptor is not None:
-            self._acceptor.join()
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-        for link in self._links:
-            link.close_socket()
-        if self._links:
-            # Closing a channel hangs if the host accepts no data; no thread would end.
-            with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
-                for link in self._links:
-                    link.close_channel()
-        if self._owns:
-            self._ssh.close()
-        deadline = time.monotonic() + FORWARD_LEAVING
-        for link in self._links:
-            link.join(max(0.0, deadline - time.monotonic()))
-
-    def _accept_all(self, listener: socket.socket) -> None:
-        while not self._closing.is_set():
-            try:
-                sock, peer = listener.accept()
-            except TimeoutError:
-                continue
-            except OSError as error:  # too many open files, most likely
-                logger.warning("port %d can't accept a connection: %s", self._local_port, error)
-                self._closing.wait(FORWARD_POLL)
-                continue
-            self._links = [link for link in self._links if link.is_alive]
-            try:
-                self._links.append(_Link(self._transport, self._remote_port, sock, peer))
-            except RuntimeError as error:  # too many threads
-                logger.warning("port %d dropped a connection: %s", self._local_port, error)
-                sock.close()
-
-
-class _Link:
-    """One forwarded connection: a local socket, a channel, and a thread for each direction."""
-
-    def __init__(
-        self, transport: Any, remote_port: int, sock: socket.socket, peer: tuple[str, int]
-    ) -> None:
-        self._transport = transport
-        self._remote_port = remote_port
-        self._sock = sock
-        self._peer = peer
-        self._channel: Any = None
-        self._closing = False
-        self._complete = False  # all data from the host was passed on
-        self._thread = start_thread("forwarded", self._run)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether data may still be copied."""
-        return self._thread.is_alive()
-
-    def join(self, seconds: float) -> None:
-        """Wait until both threads have ended, at most so many seconds."""
-        self._thread.join(seconds)
-
-    def close_socket(self) -> None:
-        """End the local side, which ends the thread that reads from it."""
-        self._closing = True
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-
-    def close_channel(self) -> None:
-        """End the host's side, which ends the thread that reads from it."""
-        if self._channel is not None:
-            with contextlib.suppress(*connection_errors()):
-                self._channel.close()
-
-    def _run(self) -> None:
-        try:
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._open_channel():
-                sender = start_thread("forwarded-out", self._send)
-                self._receive()
-                sender.join()
-        except (OSError, RuntimeError) as error:
-            logger.debug("a forwarded connection ended: %s", error)
-        finally:
-            if not self._complete:  # a reset, so that nobody takes it for whole
-                with contextlib.suppress(OSError):
-                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            self._sock.close()
-            self.close_channel()
-
-    def _open_channel(self) -> bool:
-        try:
-            self._channel = self._transport.open_channel(
-                "direct-tcpip", (REMOTE_HOST, self._remote_port), self._peer,
-                timeout=FORWARD_OPENING,
-            )  # fmt: skip
-        except connection_errors() as error:
-            if not self._closing:
-                text = "port %d of the machine accepted no connection: %s"
-                logger.warning(text, self._remote_port, reason(error))
-            return False
-        return not self._closing
-
-    def _receive(self) -> None:
-        """Copy from the host to the local socket."""
-        try:
-            while data := self._channel.recv(FORWARD_CHUNK):
-                self._sock.sendall(data)
-            if self._channel.eof_received:
-                self._complete = True
-                self._sock.shutdown(socket.SHUT_WR)
-                return
-        except connection_errors() as error:
-            logger.debug("a forwarded connection ended: %s", error)
-        # Nothing more can be delivered: end the other direction as well.
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RD)
-        self.close_channel()
-
-    def _send(self) -> None:
-        """Copy from the local socket to the host."""
-        try:
-            while data := self._sock.recv(FORWARD_CHUNK):
-                self._channel.sendall(data)
-            self._channel.shutdown_write()
-        except connection_errors() as error:
-            logger.debug("a forwarded connection ended: %s", error)
-            self.close_channel()
-
-
-# ==================================================================================================
-# ssh.service
-#
-# Wait for a web service in an order: at its public address, or on a port of its machine.
-# ==================================================================================================
-
-
-SERVICE_PAUSE = 2.0  # seconds between two requests
-SERVICE_LIMIT = 10.0  # seconds for one request
-# Statuses of a proxy, or of a service that loads, before it answers itself.
-NOT_YET_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
-
-
-class HTTPWait:
-    """The arguments of ``wait_for_http``, checked.
-
-    Parameters:
-        read: returns the order with an id.
-
-    Attributes:
-        url: the public address to ask; None to ask ``port`` on the machine.
-        port: the port of the service.
-    """
-
-    def __init__(
-        self, order: Mapping[str, Any] | int, read: Callable[[int], Order], path: str,
-        port: int | None, timeout: float, progress: ProgressOptions,
-    ) -> None:  # fmt: skip
-        if not re.fullmatch(r"/[!-~]*", check_string("path", path)):
-            raise ValueError(f"path must begin with '/' and be encoded, not {short_repr(path)}")
-        self.timeout = check_number("timeout", timeout, infinite=True, unit="seconds")
-        if port is not None:
-            check_forward_arguments(port)
-        if not isinstance(order, Mapping):
-            order = read(check_order_id("order", order))
-        record = Order(order)
-        urls = record.http_urls
-        if port is None and not urls:
-            raise ValueError(
-                "the order has no HTTP port: pass port= for one of the machine, or order with "
-                "ports={'8888': 'http'}"
-            )
-        self.port = port
-        self.path = path
-        base = next(iter(urls.values())) if port is None else urls.get(str(port))
-        self.url = None if base is None else base.rstrip("/") + path
-        self.where = self.url or f"port {port} of the machine"
-        self.order = record
-        self.progress = progress
-
-    def at_public_address(self, user_agent: str) -> int:
-        """Wait for the public address, and return the status of its answer."""
-        session = Session(user_agent)
-        try:
-            return self._wait(lambda: self._get(session))
-        finally:
-            session.close()
-
-    def on_machine(self, pool: ConnectionPool) -> int:
-        """Wait for the port on the machine, over SSH."""
-        transport = pool.ssh.get_transport()
-        with Watchdog() as watchdog:
-            return self._wait(lambda: self._get_forwarded(transport, watchdog))
-
-    def _wait(self, get: Callable[[], int | str]) -> int:
-        started = time.monotonic()
-        with self.progress.reporting() as report:
-            while True:
-                answer = get()
-                passed = time.monotonic() - started
-                if isinstance(answer, int) and answer not in NOT_YET_STATUSES:
-                    return answer
-                why = f"HTTP {answer}" if isinstance(answer, int) else answer
-                logger.debug("no service at %s yet: %s", self.where, why)
-                if report is not None:
-                    text = f"no service at {self.where} yet: {why}, {readable_seconds(passed)}"
-                    report(ProgressEvent("http", passed, text))
-                if passed >= self.timeout:
-                    raise self._too_late(why)
-                time.sleep(max(0.0, min(SERVICE_PAUSE, self.timeout - passed)))
-
-    def _too_late(self, why: str) -> WaitTimeoutError:
-        error = WaitTimeoutError(
-            f"no service at {self.where} within {self.timeout:g}s, the last answer: {why}. Does it "
-            "listen on 0.0.0.0 and on the right port?",
-            order_id=self.order.id or 0, order=self.order,
-        )  # fmt: skip
-        error.reason = why
-        return error
-
-    def _get(self, session: Session) -> int | str:
-        """Return the status of an answer, or why there is none."""
-        exchange.begin(lambda: None, lambda: None, time.monotonic() + SERVICE_LIMIT)
-        try:
-            response = session.get(
-                self.url or "", timeout=SERVICE_LIMIT, allow_redirects=False, stream=True,
-                auth=lambda request: request,  # else requests would send a password of ~/.netrc
-            )  # fmt: skip
-            response.close()
-            return response.status_code
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise CloreConnectionError(
-                    f"the certificate of {self.where} is not valid: {printable(str(error), 300)}"
-                ) from error
-            return printable(str(reason_of(error)) or type(error).__name__, 200)
-        finally:
-            exchange.begin(lambda: None, lambda: None, math.inf)
-
-    def _get_forwarded(self, transport: Any, watchdog: Watchdog) -> int | str:
-        if transport is None or not transport.is_active():
-            raise SSHError("the connection to the machine broke while it was waited for")
-        channel: Any = None
-        try:
-            with watchdog.limit(SERVICE_LIMIT + 2.0, transport.close):
-                channel = transport.open_channel(
-                    "direct-tcpip", (REMOTE_HOST, self.port), ("127.0.0.1", 0),
-                    timeout=FORWARD_OPENING,
-                )  # fmt: skip
-            with watchdog.limit(SERVICE_LIMIT, channel.close):
-                return self._ask(channel)
-        except connection_errors() as error:
-            return reason(error)
-        finally:
-            if channel is not None:
-                with (
-                    watchdog.limit(2.0, transport.close),
-                    contextlib.suppress(*connection_errors()),
-                ):
-                    channel.close()
-
-    def _ask(self, channel: Any) -> int | str:
-        channel.settimeout(SERVICE_LIMIT)
-        connection = http.client.HTTPConnection("localhost", self.port)
-        connection.sock = channel
-        connection.request(
-            "GET", self.path, headers={"User-Agent": "clore-client", "Connection": "close"}
-        )
-        try:
-            return connection.getresponse().status
-        except http.client.HTTPException:
-            return "it does not answer with HTTP"
-
-
-# ==================================================================================================
 # ssh.shell
 #
 # Connect this terminal to a shell on a machine.
@@ -16546,256 +16241,6 @@ def write_piece(file: Any, piece: bytes) -> None:
     view = memoryview(piece)
     while view:
         view = view[file.write(view) :]
-
-
-# ==================================================================================================
-# ssh.transfer.transfer
-#
-# Run one transfer: its worker threads, scripts, deadline, progress and errors.
-# ==================================================================================================
-
-
-CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
-LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
-NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
-
-
-class StoppedError(Exception):
-    """Another worker has failed; used only within a transfer."""
-
-
-class Transfer:
-    """One transfer.
-
-    Attributes:
-        name: of the whole source, for errors.
-        verb: ``"upload"`` or ``"download"``.
-        total: bytes to transfer, once they are known.
-        unchanged: the number of files that are left out, as they are the same.
-        deletes: the names that only the target has, or None.
-        skipped: (name, reason) of what is left out.
-        timeout: seconds without anything sent or received.
-    """
-
-    def __init__(
-        self, pool: ConnectionPool, options: TransferOptions, name: str, verb: str
-    ) -> None:
-        self.name = name
-        self.verb = verb
-        self.total = 0
-        self.unchanged = 0
-        self.deletes: list[bytes] | None = None
-        self.options: Any = options
-        self.pool = pool
-        self.watchdog = Watchdog()
-        self.skipped: list[tuple[str, str]] = []
-        self.stopped = threading.Event()
-        self.timeout = options.timeout
-        self._expired = False
-        self._report: Report | None = None
-        self._done: dict[bytes, int] = {}
-        self._all_done = 0
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._owner = threading.get_ident()
-        self._workers: list[threading.Thread] = []
-        self._started = time.monotonic()
-        self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        self._turns: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Enforce the deadline, report the progress, and name the file in an error of a block."""
-        deadline = self.options.deadline
-        left = float("inf") if deadline is None else deadline - self.pool.age
-        with self.watchdog, self.watchdog.limit(left, self._expire):
-            with self.options.events.reporting() as self._report:
-                try:
-                    yield
-                except BaseException as error:
-                    failure = self._failed(error)
-                    if failure is error:
-                        raise
-                    # The text says what the machine refused, its traceback nothing more.
-                    raise failure from (None if type(error) is SSHError else error)
-
-    def _expire(self) -> None:
-        self._expired = True
-        self.stop()
-        self.pool.break_off()
-
-    def restart(self) -> None:
-        """Reset what a failed attempt leaves behind, before another one."""
-        self.stopped.clear()
-        self.timeout = self.options.timeout
-        self._done.clear()
-        self._all_done = 0
-        self._events = queue.SimpleQueue()
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether no script may start while another one of the connection ends."""
-        return takes_turns(self.pool.ssh.get_transport())
-
-    @property
-    def near(self) -> bool:
-        """Whether the host is so near that one channel is as fast as several."""
-        return self.pool.round_trip < NEAR
-
-    def ahead(self, confirmed: int) -> float:
-        """Return how many bytes an upload may send beyond those that the host has confirmed.
-
-        They are what a cut of the connection can lose.
-        """
-        if not self.options.resume:
-            return float("inf")
-        return max(LEAST_AHEAD, confirmed // 25)
-
-    def script(
-        self, ssh: Any, text: bytes, window: int = COMMAND_WINDOW, *,
-        patient: bool = True, reads: bool = True,
-    ) -> RemoteScript:  # fmt: skip
-        """Start a script, which ends when the transfer stops."""
-        by_owner = threading.get_ident() == self._owner
-        running = RemoteScript(
-            ssh.get_transport(), text, self.watchdog, self.timeout,
-            patience=self.timeout if patient and by_owner else CHANNEL_PATIENCE,
-            window=window, reads=reads, turn=self._turns[ssh] if self.takes_turns else None,
-        )  # fmt: skip
-        with self._lock:
-            self._running.add(running)
-        if self.stopped.is_set() and not by_owner:
-            running.close()
-            raise StoppedError
-        return running
-
-    def stop(self, but: RemoteScript | None = None) -> None:
-        """End all scripts ``but`` one; wait less for what is still to be cleaned up."""
-        self.stopped.set()
-        self.timeout = min(self.timeout, LAST_PATIENCE)
-        with self._lock:
-            running = list(self._running)
-        for script in running:
-            script.hurry()
-            if script is not but:
-                script.close()
-
-    # --- workers ---
-
-    def start_workers(self, connections: int, workers: int, work: Callable[[Any], None]) -> None:
-        """Start threads that each call ``work`` with a connection."""
-        connections = min(connections, self.pool.size)
-        for number in range(workers):
-            worker = start_thread("transfer", self._work, number % connections, work)
-            self._workers.append(worker)
-
-    def _work(self, number: int, work: Callable[[Any], None]) -> None:
-        failure: BaseException | None = None
-        try:
-            ssh = self.pool.get(number)
-            if ssh is not None:
-                work(ssh)
-        except StoppedError:
-            pass
-        except BaseException as error:
-            failure = error
-        self._events.put((None, failure))
-
-    def finish_workers(self) -> None:
-        """Report progress until all workers have ended, and raise the first error.
-
-        A worker that gets no channel leaves its work to the others.
-        """
-        left, failure = len(self._workers), None
-        while left:
-            entry, more = self._events.get()
-            if entry is not None:
-                if failure is None:
-                    self.count(entry, more)
-                continue
-            left -= 1
-            if isinstance(more, NoChannelError):
-                logger.debug("a worker ends: %s", more)
-            elif more is not None and failure is None:
-                failure = more
-                self.stop()
-        if failure is not None:
-            raise failure
-
-    def join_workers(self) -> None:
-        for worker in self._workers:
-            worker.join()
-        self._workers = []
-
-    # --- progress ---
-
-    def moved(self, entry: FileEntry, size: int) -> None:
-        """Count bytes of a file that were transferred, in any thread."""
-        if threading.get_ident() == self._owner:
-            self.count(entry, size)
-            return
-        self._events.put((entry, size))
-        if self.stopped.is_set():
-            raise StoppedError
-
-    def count(self, entry: FileEntry, size: int) -> None:
-        """Count the bytes and call ``progress``, in the caller's thread."""
-        if self._expired:
-            raise SSHError("the deadline has passed")
-        done = self._done[entry.name] = self._done.get(entry.name, 0) + size
-        if self.options.progress is not None:
-            self.options.progress(self._shown(entry), done, entry.size)
-        self._all_done += size
-        if self._report is not None:
-            self._report(self._event(self._shown(entry)))
-
-    def _event(self, name: str) -> ProgressEvent:
-        done, total = self._all_done, max(self.total, self._all_done)
-        text = f"{self.verb} of {name}: {readable_size(done)} of {readable_size(total)}"
-        seconds = time.monotonic() - self._started
-        if done and total > done:
-            text += f", {readable_seconds(seconds * (total - done) / done)} left"
-        return ProgressEvent(self.verb, done, text, total)
-
-    def _shown(self, entry: FileEntry) -> str:
-        return printable(os.fsdecode(entry.name) if entry.name else self.name)
-
-    def leave_out(self, name: bytes, why: str) -> None:
-        """Note and log what is not transferred."""
-        self.skipped.append((printable(os.fsdecode(name)), printable(why)))
-        logger.warning("left out: %s, %s", *self.skipped[-1])
-
-    # --- the end ---
-
-    def _failed(self, error: BaseException) -> BaseException:
-        """Return a TransferError for an error of the host or the connection; others unchanged."""
-        if isinstance(error, TransferError) or not isinstance(
-            error, (SSHError, *connection_errors())
-        ):
-            return error
-        entry = getattr(error, "entry", None)
-        if entry is None:
-            name, done = printable(self.name), sum(self._done.values())
-            total = self.total
-        else:
-            name, done, total = self._shown(entry), self._done.get(entry.name, 0), entry.size
-        why = printable(str(error) or type(error).__name__, 500)
-        if self._expired:
-            why = f"it took longer than deadline={self.options.deadline:g} seconds"
-        if self.options.resume and done:
-            why += "; what has arrived is kept for resume=True"
-        text = f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: {why}"
-        return TransferError(text, name=name, done=done, total=total)
-
-    def result(self, path: bytes | str, files: list[FileEntry]) -> TransferResult:
-        size, duration = sum(file.size for file in files), time.monotonic() - self._started
-        logger.debug("%d files, %d bytes in %.2f s: %s", len(files), size, duration, self.name)
-        shown = printable(os.fsdecode(path))
-        preview = getattr(self.options, "preview", False)
-        return TransferResult(
-            shown, len(files), size, duration, self.skipped, unchanged=self.unchanged,
-            sent=[self._shown(entry) for entry in files] if preview else None, deletes=self.deletes,
-        )  # fmt: skip
 
 
 # ==================================================================================================
@@ -17408,6 +16853,218 @@ def _entry_of(name: bytes, found: Any) -> FileEntry:
     return FileEntry(name, int(found.st_size), mtime, found.st_mode & 0o777, kind)
 
 
+class SftpUpload:
+    """One upload over SFTP."""
+
+    def __init__(self, transfer: Transfer, tree: LocalTree) -> None:
+        self._transfer = transfer
+        self._options: Any = transfer.options
+        self._tree = tree
+        self._confirmed = self._unconfirmed = 0  # bytes
+
+    def run(self) -> bytes:
+        """Upload, and return the path on the host."""
+        with sftp_session(self._transfer) as self._remote:
+            target = self._target()
+            comparison = None
+            if self._options.compares:
+                place = SftpTarget(self._remote, self._tree, target)
+                comparison = Comparison(self._transfer, self._tree, place)
+                if self._options.preview or not (self._tree.is_folder or self._tree.files):
+                    return target
+            self._make_parents(target)
+            whole = os.path.abspath(self._tree.path)
+            same = record_key(("sftp", target, whole, self._options.remote))[:20]
+            token = same if self._options.resume else os.urandom(10).hex()
+            part = posixpath.dirname(target).rstrip(b"/") + b"/" + PART.encode() + token.encode()
+            try:
+                with self._recording(part):
+                    self._send_all(part)
+                self._install(part, target)
+                if self._options.resume:
+                    self._remote.remove(part + b".done")
+            except BaseException:
+                if not self._options.resume:
+                    with contextlib.suppress(SSHError, *connection_errors()):
+                        self._remote.remove(part)
+                raise
+            if comparison is not None:
+                comparison.finish()
+            return target
+
+    def _target(self) -> bytes:
+        """Check the target, and return its path."""
+        remote, is_folder = self._remote, self._tree.is_folder
+        path = remote.absolute(self._options.source)
+        name = os.path.basename(os.path.abspath(self._tree.path))
+        if is_folder:
+            inside = not is_content(self._options.local)
+        else:
+            inside = path.endswith(b"/") or remote.kind(path) == "d"
+        path = path.rstrip(b"/") or b"/"
+        if inside:
+            path = path.rstrip(b"/") + b"/" + name
+        kind = remote.kind(path)
+        if kind != "d" and remote.kind(path, follow=False) == "l":
+            if self._options.symlinks != "follow" or not kind:
+                raise SSHError(
+                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
+                )
+            path = os.fsencode(remote.sftp.normalize(path))
+        if kind and (kind == "d") != is_folder:
+            raise SSHError(f"{os.fsdecode(path)} is {'not ' if is_folder else ''}a directory")
+        if kind == "other":
+            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
+        return path
+
+    def _make_parents(self, target: bytes) -> None:
+        missing = []
+        folder = posixpath.dirname(target)
+        while (kind := self._remote.kind(folder)) != "d":
+            if kind:
+                raise SSHError(f"{os.fsdecode(folder)} is not a directory")
+            missing.append(folder)
+            folder = posixpath.dirname(folder)
+        for folder in missing[::-1]:
+            self._remote.sftp.mkdir(folder)
+
+    @contextlib.contextmanager
+    def _recording(self, part: bytes) -> Iterator[None]:
+        """With ``resume``, keep a record of which files were begun; start over if others were."""
+        self._begun: set[bytes] = set()
+        self._record: Any = None
+        if not self._options.resume:
+            yield
+            return
+        record, sftp = part + b".done", self._remote.sftp
+        if self._remote.look(record) is not None:
+            with sftp.open(record, "rb") as file:
+                self._begun = set(file.read(MAX_ANSWER).split())
+        if not self._begun <= {record_key(e.version).encode() for e in self._tree.files}:
+            self._begun.clear()
+        if not self._begun:
+            self._remote.remove(part)
+        with sftp.open(record, "ab" if self._begun else "wb") as self._record:
+            yield
+
+    def _send_all(self, part: bytes) -> None:
+        sftp = self._remote.sftp
+        if self._tree.is_folder:
+            if not self._options.preserve:
+                self._apply_umask(part)
+            if not self._remote.kind(part):
+                sftp.mkdir(part, 0o700)
+            for entry in self._tree.entries:
+                place = part + b"/" + entry.name
+                if entry.kind == "d" and not self._remote.kind(place):
+                    sftp.mkdir(place, 0o700)
+                elif entry.kind == "l":
+                    self._remote.remove(place)
+                    sftp.symlink(entry.link, place)
+        for entry in self._tree.files:
+            with about(entry):
+                self._send_file(entry, part + b"/" + entry.name if entry.name else part)
+
+    def _apply_umask(self, part: bytes) -> None:
+        """Apply the host's umask to the modes of directories; it shows in that of a new one."""
+        probe = part + b"." + os.urandom(4).hex().encode()
+        self._remote.sftp.mkdir(probe)
+        mask = stat.S_IMODE(self._remote.look(probe).st_mode)
+        self._remote.sftp.rmdir(probe)
+        self._tree.mode &= mask
+        for entry in self._tree.entries:
+            if entry.kind == "d":
+                entry.mode &= mask
+
+    def _send_file(self, entry: FileEntry, place: bytes) -> None:
+        remote, start = self._remote, 0
+        key = record_key(entry.version).encode()
+        if key in self._begun and (found := remote.look(place, follow=False)) is not None:
+            size = int(found.st_size)
+            if size <= entry.size:  # else it is not what an earlier upload has sent
+                start = size if size == entry.size else size - size % BLOCK
+        elif self._record is not None:
+            self._record.write(key + b"\n")
+        with remote.sftp.open(place, "r+b" if start else "wb") as file:
+            created = stat.S_IMODE((self._record or file).stat().st_mode or 0)
+            file.chmod(0o600)
+            file.seek(start)
+            for piece in self._tree.pieces(entry, start, entry.size - start):
+                for at in range(0, len(piece), SFTP_PACKET):
+                    self._write(file, bytes(piece[at : at + SFTP_PACKET]))
+                self._transfer.moved(entry, len(piece))
+        if start or not entry.size:
+            self._transfer.moved(entry, start)
+        self._confirmed += start
+        self._check(entry, place)
+        if not self._options.preserve:  # apply the host's umask
+            entry.mode &= created | (created & 0o444) >> 2
+
+    def _write(self, file: Any, packet: bytes) -> None:
+        """Write; wait for the answers to all earlier writes where too much is unconfirmed."""
+        self._unconfirmed += len(packet)
+        waits = self._unconfirmed >= self._transfer.ahead(self._confirmed)
+        file.set_pipelined(not waits)
+        file.write(packet)
+        if waits:
+            self._confirmed += self._unconfirmed
+            self._unconfirmed = 0
+
+    def _check(self, entry: FileEntry, place: bytes) -> None:
+        size = self._remote.look(place).st_size
+        if size != entry.size:
+            raise SSHError(f"{size} of {entry.size} bytes arrived")
+        if self._options.verify:
+            here = file_digest(self._tree.place(entry), 0, entry.size)
+            if self._remote.digest(place, entry.size) != here:
+                self._remote.remove(place)
+                raise SSHError(DIFFERS)
+
+    def _install(self, part: bytes, target: bytes) -> None:
+        remote, tree = self._remote, self._tree
+        exists = bool(remote.kind(target))
+        if exists and tree.is_folder:
+            for entry in tree.entries:
+                self._check_place(entry, target + b"/" + entry.name)
+        for entry in tree.entries[::-1]:
+            place = part + b"/" + entry.name if entry.name else part
+            instead = target + b"/" + entry.name if entry.name else target
+            if entry.kind != "l" and not (entry.kind == "d" and exists):
+                self._finish(entry, place, instead if exists else b"")
+        if tree.is_folder and not exists:
+            self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
+        if not tree.is_folder or not exists:
+            remote.replace(part, target)
+            return
+        for entry in tree.entries:
+            place, instead = part + b"/" + entry.name, target + b"/" + entry.name
+            if entry.kind == "d":
+                if not remote.kind(instead):
+                    remote.sftp.mkdir(instead, 0o700)
+                    remote.sftp.chmod(instead, entry.mode | 0o700)
+            else:
+                remote.replace(place, instead)
+        remote.remove(part)
+
+    def _check_place(self, entry: FileEntry, place: bytes) -> None:
+        """Check what stands in the place of an entry before anything is installed."""
+        kind = self._remote.kind(place, follow=False)
+        if kind == "l" and entry.kind != "l":
+            if self._options.symlinks != "follow":
+                raise SSHError(f"{os.fsdecode(place)} is a symlink")
+            kind = self._remote.kind(place)
+        if kind and (kind == "d") != (entry.kind == "d"):
+            raise SSHError(f"{os.fsdecode(place)} is {'' if kind == 'd' else 'not '}a directory")
+
+    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
+        mode, found = entry.mode, self._remote.look(instead) if instead else None
+        if not self._options.preserve and found is not None:
+            mode = stat.S_IMODE(found.st_mode)
+        self._remote.sftp.chmod(place, mode)
+        if self._options.preserve:
+            self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
+
+
 # ==================================================================================================
 # ssh.transfer.download
 #
@@ -17762,225 +17419,6 @@ def _compare(line: bytes, digest: str) -> None:
 
 
 # ==================================================================================================
-# ssh.transfer.sftp_upload
-#
-# Upload over SFTP.
-# ==================================================================================================
-
-
-class SftpUpload:
-    """One upload over SFTP."""
-
-    def __init__(self, transfer: Transfer, tree: LocalTree) -> None:
-        self._transfer = transfer
-        self._options: Any = transfer.options
-        self._tree = tree
-        self._confirmed = self._unconfirmed = 0  # bytes
-
-    def run(self) -> bytes:
-        """Upload, and return the path on the host."""
-        with sftp_session(self._transfer) as self._remote:
-            target = self._target()
-            comparison = None
-            if self._options.compares:
-                place = SftpTarget(self._remote, self._tree, target)
-                comparison = Comparison(self._transfer, self._tree, place)
-                if self._options.preview or not (self._tree.is_folder or self._tree.files):
-                    return target
-            self._make_parents(target)
-            whole = os.path.abspath(self._tree.path)
-            same = record_key(("sftp", target, whole, self._options.remote))[:20]
-            token = same if self._options.resume else os.urandom(10).hex()
-            part = posixpath.dirname(target).rstrip(b"/") + b"/" + PART.encode() + token.encode()
-            try:
-                with self._recording(part):
-                    self._send_all(part)
-                self._install(part, target)
-                if self._options.resume:
-                    self._remote.remove(part + b".done")
-            except BaseException:
-                if not self._options.resume:
-                    with contextlib.suppress(SSHError, *connection_errors()):
-                        self._remote.remove(part)
-                raise
-            if comparison is not None:
-                comparison.finish()
-            return target
-
-    def _target(self) -> bytes:
-        """Check the target, and return its path."""
-        remote, is_folder = self._remote, self._tree.is_folder
-        path = remote.absolute(self._options.source)
-        name = os.path.basename(os.path.abspath(self._tree.path))
-        if is_folder:
-            inside = not is_content(self._options.local)
-        else:
-            inside = path.endswith(b"/") or remote.kind(path) == "d"
-        path = path.rstrip(b"/") or b"/"
-        if inside:
-            path = path.rstrip(b"/") + b"/" + name
-        kind = remote.kind(path)
-        if kind != "d" and remote.kind(path, follow=False) == "l":
-            if self._options.symlinks != "follow" or not kind:
-                raise SSHError(
-                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
-                )
-            path = os.fsencode(remote.sftp.normalize(path))
-        if kind and (kind == "d") != is_folder:
-            raise SSHError(f"{os.fsdecode(path)} is {'not ' if is_folder else ''}a directory")
-        if kind == "other":
-            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
-        return path
-
-    def _make_parents(self, target: bytes) -> None:
-        missing = []
-        folder = posixpath.dirname(target)
-        while (kind := self._remote.kind(folder)) != "d":
-            if kind:
-                raise SSHError(f"{os.fsdecode(folder)} is not a directory")
-            missing.append(folder)
-            folder = posixpath.dirname(folder)
-        for folder in missing[::-1]:
-            self._remote.sftp.mkdir(folder)
-
-    @contextlib.contextmanager
-    def _recording(self, part: bytes) -> Iterator[None]:
-        """With ``resume``, keep a record of which files were begun; start over if others were."""
-        self._begun: set[bytes] = set()
-        self._record: Any = None
-        if not self._options.resume:
-            yield
-            return
-        record, sftp = part + b".done", self._remote.sftp
-        if self._remote.look(record) is not None:
-            with sftp.open(record, "rb") as file:
-                self._begun = set(file.read(MAX_ANSWER).split())
-        if not self._begun <= {record_key(e.version).encode() for e in self._tree.files}:
-            self._begun.clear()
-        if not self._begun:
-            self._remote.remove(part)
-        with sftp.open(record, "ab" if self._begun else "wb") as self._record:
-            yield
-
-    def _send_all(self, part: bytes) -> None:
-        sftp = self._remote.sftp
-        if self._tree.is_folder:
-            if not self._options.preserve:
-                self._apply_umask(part)
-            if not self._remote.kind(part):
-                sftp.mkdir(part, 0o700)
-            for entry in self._tree.entries:
-                place = part + b"/" + entry.name
-                if entry.kind == "d" and not self._remote.kind(place):
-                    sftp.mkdir(place, 0o700)
-                elif entry.kind == "l":
-                    self._remote.remove(place)
-                    sftp.symlink(entry.link, place)
-        for entry in self._tree.files:
-            with about(entry):
-                self._send_file(entry, part + b"/" + entry.name if entry.name else part)
-
-    def _apply_umask(self, part: bytes) -> None:
-        """Apply the host's umask to the modes of directories; it shows in that of a new one."""
-        probe = part + b"." + os.urandom(4).hex().encode()
-        self._remote.sftp.mkdir(probe)
-        mask = stat.S_IMODE(self._remote.look(probe).st_mode)
-        self._remote.sftp.rmdir(probe)
-        self._tree.mode &= mask
-        for entry in self._tree.entries:
-            if entry.kind == "d":
-                entry.mode &= mask
-
-    def _send_file(self, entry: FileEntry, place: bytes) -> None:
-        remote, start = self._remote, 0
-        key = record_key(entry.version).encode()
-        if key in self._begun and (found := remote.look(place, follow=False)) is not None:
-            size = int(found.st_size)
-            if size <= entry.size:  # else it is not what an earlier upload has sent
-                start = size if size == entry.size else size - size % BLOCK
-        elif self._record is not None:
-            self._record.write(key + b"\n")
-        with remote.sftp.open(place, "r+b" if start else "wb") as file:
-            created = stat.S_IMODE((self._record or file).stat().st_mode or 0)
-            file.chmod(0o600)
-            file.seek(start)
-            for piece in self._tree.pieces(entry, start, entry.size - start):
-                for at in range(0, len(piece), SFTP_PACKET):
-                    self._write(file, bytes(piece[at : at + SFTP_PACKET]))
-                self._transfer.moved(entry, len(piece))
-        if start or not entry.size:
-            self._transfer.moved(entry, start)
-        self._confirmed += start
-        self._check(entry, place)
-        if not self._options.preserve:  # apply the host's umask
-            entry.mode &= created | (created & 0o444) >> 2
-
-    def _write(self, file: Any, packet: bytes) -> None:
-        """Write; wait for the answers to all earlier writes where too much is unconfirmed."""
-        self._unconfirmed += len(packet)
-        waits = self._unconfirmed >= self._transfer.ahead(self._confirmed)
-        file.set_pipelined(not waits)
-        file.write(packet)
-        if waits:
-            self._confirmed += self._unconfirmed
-            self._unconfirmed = 0
-
-    def _check(self, entry: FileEntry, place: bytes) -> None:
-        size = self._remote.look(place).st_size
-        if size != entry.size:
-            raise SSHError(f"{size} of {entry.size} bytes arrived")
-        if self._options.verify:
-            here = file_digest(self._tree.place(entry), 0, entry.size)
-            if self._remote.digest(place, entry.size) != here:
-                self._remote.remove(place)
-                raise SSHError(DIFFERS)
-
-    def _install(self, part: bytes, target: bytes) -> None:
-        remote, tree = self._remote, self._tree
-        exists = bool(remote.kind(target))
-        if exists and tree.is_folder:
-            for entry in tree.entries:
-                self._check_place(entry, target + b"/" + entry.name)
-        for entry in tree.entries[::-1]:
-            place = part + b"/" + entry.name if entry.name else part
-            instead = target + b"/" + entry.name if entry.name else target
-            if entry.kind != "l" and not (entry.kind == "d" and exists):
-                self._finish(entry, place, instead if exists else b"")
-        if tree.is_folder and not exists:
-            self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
-        if not tree.is_folder or not exists:
-            remote.replace(part, target)
-            return
-        for entry in tree.entries:
-            place, instead = part + b"/" + entry.name, target + b"/" + entry.name
-            if entry.kind == "d":
-                if not remote.kind(instead):
-                    remote.sftp.mkdir(instead, 0o700)
-                    remote.sftp.chmod(instead, entry.mode | 0o700)
-            else:
-                remote.replace(place, instead)
-        remote.remove(part)
-
-    def _check_place(self, entry: FileEntry, place: bytes) -> None:
-        """Check what stands in the place of an entry before anything is installed."""
-        kind = self._remote.kind(place, follow=False)
-        if kind == "l" and entry.kind != "l":
-            if self._options.symlinks != "follow":
-                raise SSHError(f"{os.fsdecode(place)} is a symlink")
-            kind = self._remote.kind(place)
-        if kind and (kind == "d") != (entry.kind == "d"):
-            raise SSHError(f"{os.fsdecode(place)} is {'' if kind == 'd' else 'not '}a directory")
-
-    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
-        mode, found = entry.mode, self._remote.look(instead) if instead else None
-        if not self._options.preserve and found is not None:
-            mode = stat.S_IMODE(found.st_mode)
-        self._remote.sftp.chmod(place, mode)
-        if self._options.preserve:
-            self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
-
-
-# ==================================================================================================
 # ssh.transfer.upload
 #
 # Upload files and directories under a temporary name, which is renamed at the end.
@@ -18323,6 +17761,342 @@ def _archived(portions: list[Portion]) -> list[FileEntry]:
 def touch_time(mtime: int) -> str:
     """Convert a time in nanoseconds to UTC for ``touch -t``."""
     return time.strftime("%Y%m%d%H%M.%S", time.gmtime(whole_seconds(mtime)))
+
+
+# ==================================================================================================
+# ssh.tunnel
+#
+# Reach a service on a host: forward a local port to it, or wait until it answers HTTP requests.
+# ==================================================================================================
+
+
+LOOPBACK = "127.0.0.1"
+REMOTE_HOST = "localhost"  # resolved by the host, so that IPv4 and IPv6 services are reached
+FORWARD_CHUNK = 32768  # bytes
+FORWARD_BACKLOG = 128  # connections that wait to be accepted
+FORWARD_POLL = 0.1  # seconds between two checks of whether the block has ended
+FORWARD_OPENING = 10.0  # seconds for a host to connect to its own port
+FORWARD_PATIENCE = 2.0  # seconds to close all channels
+FORWARD_LEAVING = 5.0  # seconds for all threads to end
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets the connection
+SERVICE_PAUSE = 2.0  # seconds between two requests
+SERVICE_LIMIT = 10.0  # seconds for one request
+# Statuses of a proxy, or of a service that is still loading.
+NOT_YET_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
+
+
+def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
+    """Check the ports of :class:`Forward`, before anything is sent."""
+    for name, port, lowest in (("remote_port", remote_port, 1), ("local_port", local_port, 0)):
+        allowed = f"{name} must be a port from {lowest} to 65535"
+        if isinstance(port, bool) or not isinstance(port, int):
+            raise TypeError(f"{allowed}, not {short_repr(port)}")
+        if not lowest <= port <= 65535:
+            raise ValueError(f"{allowed}, not {short_repr(port)}")
+
+
+class Forward:
+    """Forwards a local port to a port of a host, for the length of a ``with`` block.
+
+    Entering it returns the local port, which listens on 127.0.0.1 only. Each connection to it is
+    forwarded to the port on the host's localhost; it is reset if nothing listens there. Leaving the
+    block ends the connections that are still open.
+
+    Parameters:
+        ssh: a connection to the host.
+        remote_port: the port on the host, 1 to 65535.
+        local_port: the port on this machine; 0 takes a free one.
+        owns: close ``ssh`` at the end of the block.
+        log_level: the level at which to log a connection that the host does not accept.
+    """
+
+    def __init__(
+        self,
+        ssh: paramiko.SSHClient,
+        remote_port: int,
+        local_port: int = 0,
+        owns: bool = False,
+        log_level: int = logging.WARNING,
+    ) -> None:
+        check_forward_arguments(remote_port, local_port)
+        self._ssh = ssh
+        self._remote_port = remote_port
+        self._local_port = local_port
+        self._owns = owns
+        self._log_level = log_level
+        self._transport: Any = None
+        self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._links: list[_Link] = []
+
+    def __repr__(self) -> str:
+        state = "closed" if self._listener is None else "open"
+        return f"<Forward of {LOOPBACK}:{self._local_port} to port {self._remote_port}, {state}>"
+
+    def __enter__(self) -> int:
+        try:
+            return self._open()
+        except BaseException:
+            self._close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _open(self) -> int:
+        if self._acceptor is not None:
+            raise SSHError("a Forward can be entered only once: make another one")
+        if not is_connected(self._ssh):
+            raise SSHError("the connection to the host is closed: open another one")
+        self._transport = self._ssh.get_transport()
+        try:
+            self._listener = socket.create_server(
+                (LOOPBACK, self._local_port), backlog=FORWARD_BACKLOG
+            )
+        except OSError as error:
+            raise OSError(
+                error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
+            ) from error
+        self._listener.settimeout(FORWARD_POLL)
+        self._local_port = self._listener.getsockname()[1]
+        self._acceptor = start_thread(
+            f"forward-{self._local_port}", self._accept_all, self._listener
+        )
+        logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
+        return self._local_port
+
+    def _close(self) -> None:
+        self._closing.set()
+        if self._acceptor is not None:
+            self._acceptor.join()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        for link in self._links:
+            link.close_socket()
+        if self._links:
+            # Closing a channel hangs if the host accepts no data; no thread would end.
+            with Watchdog() as watchdog, watchdog.limit(FORWARD_PATIENCE, self._transport.close):
+                for link in self._links:
+                    link.close_channel()
+        if self._owns:
+            self._ssh.close()
+        deadline = time.monotonic() + FORWARD_LEAVING
+        for link in self._links:
+            link.thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _accept_all(self, listener: socket.socket) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, peer = listener.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:  # too many open files, most likely
+                logger.warning("port %d can't accept a connection: %s", self._local_port, error)
+                self._closing.wait(FORWARD_POLL)
+                continue
+            self._links = [link for link in self._links if link.thread.is_alive()]
+            try:
+                self._links.append(
+                    _Link(self._transport, self._remote_port, sock, peer, self._log_level)
+                )
+            except RuntimeError as error:  # too many threads
+                logger.warning("port %d dropped a connection: %s", self._local_port, error)
+                sock.close()
+
+
+class _Link:
+    """A forwarded connection: a local socket, a channel, and a thread for each direction.
+
+    Attributes:
+        thread: the thread that ends when both directions have ended.
+    """
+
+    def __init__(
+        self, transport: Any, remote_port: int, sock: socket.socket, peer: tuple[str, int],
+        log_level: int,
+    ) -> None:  # fmt: skip
+        self._transport = transport
+        self._remote_port = remote_port
+        self._sock = sock
+        self._peer = peer
+        self._channel: Any = None
+        self._closing = False
+        self._complete = False  # all data from the host was passed on
+        self._log_level = log_level
+        self.thread = start_thread("forwarded", self._run)
+
+    def close_socket(self) -> None:
+        """End the local side, which ends the thread that reads from it."""
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close_channel(self) -> None:
+        """End the host's side, which ends the thread that reads from it."""
+        if self._channel is not None:
+            with contextlib.suppress(*connection_errors()):
+                self._channel.close()
+
+    def _run(self) -> None:
+        try:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._open_channel():
+                sender = start_thread("forwarded-out", self._send)
+                self._receive()
+                sender.join()
+        except (OSError, RuntimeError) as error:
+            logger.debug("a forwarded connection ended: %s", error)
+        finally:
+            if not self._complete:  # reset it, so that the data does not look complete
+                with contextlib.suppress(OSError):
+                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            self._sock.close()
+            self.close_channel()
+
+    def _open_channel(self) -> bool:
+        try:
+            self._channel = self._transport.open_channel(
+                "direct-tcpip", (REMOTE_HOST, self._remote_port), self._peer,
+                timeout=FORWARD_OPENING,
+            )  # fmt: skip
+        except connection_errors() as error:
+            if not self._closing:
+                text = "port %d of the host accepted no connection: %s"
+                logger.log(self._log_level, text, self._remote_port, reason(error))
+            return False
+        return not self._closing
+
+    def _receive(self) -> None:
+        """Copy from the host to the local socket."""
+        try:
+            while data := self._channel.recv(FORWARD_CHUNK):
+                self._sock.sendall(data)
+            if self._channel.eof_received:
+                self._complete = True
+                self._sock.shutdown(socket.SHUT_WR)
+                return
+        except connection_errors() as error:
+            logger.debug("a forwarded connection ended: %s", error)
+        # Nothing more can be delivered: end the other direction as well.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+        self.close_channel()
+
+    def _send(self) -> None:
+        """Copy from the local socket to the host."""
+        try:
+            while data := self._sock.recv(FORWARD_CHUNK):
+                self._channel.sendall(data)
+            self._channel.shutdown_write()
+        except connection_errors() as error:
+            logger.debug("a forwarded connection ended: %s", error)
+            self.close_channel()
+
+
+class HTTPWait:
+    """The checked arguments of ``wait_for_http``.
+
+    Parameters:
+        read: returns the order with an id.
+
+    Attributes:
+        url: the public address to request; None to request ``port`` on the host.
+        port: the port of the service.
+    """
+
+    def __init__(
+        self, order: Mapping[str, Any] | int, read: Callable[[int], Order], path: str,
+        port: int | None, timeout: float, progress: ProgressOptions,
+    ) -> None:  # fmt: skip
+        if not re.fullmatch(r"/[!-~]*", check_string("path", path)):
+            raise ValueError(f"path must begin with '/' and be encoded, not {short_repr(path)}")
+        self.timeout = check_number("timeout", timeout, infinite=True, unit="seconds")
+        if port is not None:
+            check_forward_arguments(port)
+        if not isinstance(order, Mapping):
+            order = read(check_order_id("order", order))
+        self.order = Order(order)
+        urls = self.order.http_urls
+        if port is None and not urls:
+            raise ValueError(
+                "the order has no HTTP port: pass port= for a port of the host, or order with "
+                "ports={'8888': 'http'}"
+            )
+        self.port = port
+        self.path = path
+        base = next(iter(urls.values())) if port is None else urls.get(str(port))
+        self.url = None if base is None else base.rstrip("/") + path
+        self.where = self.url or f"port {port} of the host"
+        self.progress = progress
+
+    def at_public_address(self, user_agent: str) -> int:
+        """Wait for a response from the public address, and return its status."""
+        with Session(user_agent) as session:
+            return self._wait(lambda: self._get(session, self.url or ""))
+
+    def on_host(self, ssh: paramiko.SSHClient, user_agent: str) -> int:
+        """Wait for a response from the port of the host, over SSH, and return its status."""
+        level = logging.DEBUG  # one failed connection after the other is normal here
+        forward = Forward(ssh, self.port or 0, log_level=level)
+        with forward as local_port, Session(user_agent) as session:
+            session.trust_env = False  # no proxy
+            session.headers["Host"] = f"{REMOTE_HOST}:{self.port}"
+            session.headers["Connection"] = "close"
+            url = f"http://{LOOPBACK}:{local_port}{self.path}"
+
+            def get() -> int | str:
+                if not is_connected(ssh):
+                    raise SSHError("the connection to the host broke")
+                return self._get(session, url)
+
+            return self._wait(get)
+
+    def _wait(self, get: Callable[[], int | str]) -> int:
+        started = time.monotonic()
+        with self.progress.reporting() as report:
+            while True:
+                answer = get()
+                passed = time.monotonic() - started
+                if isinstance(answer, int) and answer not in NOT_YET_STATUSES:
+                    return answer
+                why = f"HTTP {answer}" if isinstance(answer, int) else answer
+                logger.debug("no service at %s yet: %s", self.where, why)
+                if report is not None:
+                    text = f"no service at {self.where} yet: {why}, {readable_seconds(passed)}"
+                    report(ProgressEvent("http", passed, text))
+                if passed >= self.timeout:
+                    raise self._too_late(why)
+                time.sleep(max(0.0, min(SERVICE_PAUSE, self.timeout - passed)))
+
+    def _too_late(self, why: str) -> WaitTimeoutError:
+        error = WaitTimeoutError(
+            f"no service at {self.where} within {self.timeout:g}s, the last answer: {why}. Does it "
+            "listen on 0.0.0.0 and on the right port?",
+            order_id=self.order.id or 0, order=self.order,
+        )  # fmt: skip
+        error.reason = why
+        return error
+
+    def _get(self, session: Session, url: str) -> int | str:
+        """Return the status of a response, or why there is none."""
+        exchange.begin(lambda: None, lambda: None, time.monotonic() + SERVICE_LIMIT)
+        try:
+            response = session.get(
+                url, timeout=SERVICE_LIMIT, allow_redirects=False, stream=True,
+                auth=lambda request: request,  # else requests would send a password of ~/.netrc
+            )  # fmt: skip
+            response.close()
+            return response.status_code
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise CloreConnectionError(
+                    f"the certificate of {self.where} is not valid: {printable(str(error), 300)}"
+                ) from error
+            return printable(str(reason_of(error)) or type(error).__name__, 200)
+        finally:
+            exchange.begin(lambda: None, lambda: None, math.inf)
 
 
 # ==================================================================================================
@@ -19567,16 +19341,11 @@ class CloreClient(HTTPClient):
             ...     print(ssh.exec_command("nvidia-smi -L")[1].read().decode())
         """
         password, passphrase = Secret.of(password), Secret.of(passphrase)
-        return self._ssh.login(
-            order,
-            password=password,
-            key_path=key_path,
-            passphrase=passphrase,
-            wait=wait,
-            timeout=timeout,
-            host_key=host_key,
-            use_ssh_config=use_ssh_config,
-        ).open()
+        login = {
+            "password": password, "key_path": key_path, "passphrase": passphrase, "wait": wait,
+            "host_key": host_key, "use_ssh_config": use_ssh_config,
+        }  # fmt: skip
+        return self._ssh.login(order, login, timeout).open()
 
     def wait_for_ssh(
         self,
@@ -19606,18 +19375,12 @@ class CloreClient(HTTPClient):
             >>> client.wait_for_ssh(order, wait=600)
         """
         password, passphrase = Secret.of(password), Secret.of(passphrase)
-        login = self._ssh.login(
-            order,
-            password=password,
-            key_path=key_path,
-            passphrase=passphrase,
-            wait=wait,
-            timeout=timeout,
-            host_key=host_key,
-            use_ssh_config=use_ssh_config,
-        )
+        login = {
+            "password": password, "key_path": key_path, "passphrase": passphrase, "wait": wait,
+            "host_key": host_key, "use_ssh_config": use_ssh_config,
+        }  # fmt: skip
         with ProgressOptions(on_progress, progress).reporting() as report:
-            login.open(report).close()
+            self._ssh.login(order, login, timeout).open(report).close()
 
     def forget_host_key(self, order: OrderArgument) -> bool:
         """Forget the pinned host key of an order, so that the next login accepts a new one.
@@ -19906,7 +19669,7 @@ class CloreClient(HTTPClient):
         if wait.url is not None:
             return wait.at_public_address(self._user_agent)
         with self._ssh.connected(order, ssh, login) as pool:
-            return wait.on_machine(pool)
+            return wait.on_host(pool.ssh, self._user_agent)
 
     def forward(
         self,
@@ -19934,11 +19697,9 @@ class CloreClient(HTTPClient):
         """
         login = secret_values(login)
         check_forward_arguments(remote_port, local_port)
-        if ssh is None:
-            connection = self._ssh.login(order, **check_login_options(login)).open()
-        else:
-            connection = check_connection(ssh)
-        return Forward(connection, remote_port, local_port, owns=ssh is None)
+        if ssh is not None:
+            return Forward(check_connection(ssh), remote_port, local_port)
+        return Forward(self._ssh.login(order, login).open(), remote_port, local_port, owns=True)
 
     def upload(
         self,
@@ -20173,7 +19934,7 @@ class CloreClient(HTTPClient):
             ...     copy.put("train.py", "/root/train.py")
         """
         login = secret_values(login)
-        connection = self._ssh.login(order, timeout=timeout, **check_login_options(login)).open()
+        connection = self._ssh.login(order, login, timeout).open()
         try:
             return guarded_scp(
                 connection,

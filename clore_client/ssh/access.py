@@ -24,7 +24,7 @@ from clore_client.ssh.openssh import (
     parse_ssh_command,
     plain_address,
 )
-from clore_client.ssh.transfer.options import check_path
+from clore_client.ssh.transfer.transfer import check_path
 from clore_client.validation import (
     check_bool,
     check_local_path,

@@ -17,6 +17,7 @@ from clore_client.ssh.connect import ConnectionPool
 from clore_client.ssh.transfer.entry import (
     BLOCK,
     CHANGED,
+    SMALL_FILE,
     TRANSFER_PIECE,
     FileEntry,
     TarReader,
@@ -25,8 +26,6 @@ from clore_client.ssh.transfer.entry import (
     parse_stat,
 )
 from clore_client.ssh.transfer.local_part import LocalPart, write_piece
-from clore_client.ssh.transfer.local_tree import SMALL_FILE
-from clore_client.ssh.transfer.options import DownloadOptions
 from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, RemoteScript
 from clore_client.ssh.transfer.remote_tree import RemoteTree, begin_file, make_links
 from clore_client.ssh.transfer.scripts import (
@@ -43,7 +42,7 @@ from clore_client.ssh.transfer.scripts import (
     script_text,
 )
 from clore_client.ssh.transfer.sftp import SftpDownload
-from clore_client.ssh.transfer.transfer import Transfer
+from clore_client.ssh.transfer.transfer import DownloadOptions, Transfer
 from clore_client.ssh.transport import NoChannelError
 
 DOWNLOAD_CONNECTIONS = 4

@@ -11,6 +11,7 @@ from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import (
     Excludes,
     FileEntry,
+    LocalTree,
     about,
     checked_name,
     file_digest,
@@ -20,7 +21,6 @@ from clore_client.ssh.transfer.entry import (
     whole_seconds,
 )
 from clore_client.ssh.transfer.local_part import LocalPart
-from clore_client.ssh.transfer.local_tree import LocalTree
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
     FILE_DIGESTS,

@@ -20,14 +20,15 @@ from clore_client.ssh.transfer.entry import (
     TAR_BLOCK,
     TRANSFER_PIECE,
     FileEntry,
+    LocalTree,
+    Portion,
     about,
     kind_of,
+    plan_portions,
     record_key,
     tar_header,
     whole_seconds,
 )
-from clore_client.ssh.transfer.local_tree import LocalTree, Portion, plan_portions
-from clore_client.ssh.transfer.options import UploadOptions, is_content, upload_connections
 from clore_client.ssh.transfer.remote_script import (
     LAST_PATIENCE,
     MAX_LINE,
@@ -50,8 +51,13 @@ from clore_client.ssh.transfer.scripts import (
     script_text,
     sh_quoted,
 )
-from clore_client.ssh.transfer.sftp_upload import SftpUpload
-from clore_client.ssh.transfer.transfer import Transfer
+from clore_client.ssh.transfer.sftp import SftpUpload
+from clore_client.ssh.transfer.transfer import (
+    Transfer,
+    UploadOptions,
+    is_content,
+    upload_connections,
+)
 from clore_client.ssh.transport import NoChannelError, connection_errors
 
 # sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
