@@ -10,12 +10,12 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import requests
 import urllib3
 
-from clore_client.api.call import Call, Envelope, prepare_call
+from clore_client.api.call import Call, Envelope
 from clore_client.api.connection import Sessions, UnusableResponseError, exchange, read_body
 from clore_client.api.limiters import limiter_for, redis_server_for
 from clore_client.api.rate_limit import (
@@ -63,21 +63,18 @@ H = TypeVar("H", bound="HTTPClient")
 Returned = TypeVar("Returned")
 
 
-class Limits:
+class Limits(NamedTuple):
     """The limits that a caller sets for its requests.
 
     Attributes:
         deadline: monotonic time by which every request must have ended.
-        urgent: whether requests ignore the pause that the server asks for.
+        urgent: whether requests go first, and ignore the pause that the server asks for.
         once: whether a request that fails is not sent again.
     """
 
-    def __init__(
-        self, deadline: float = math.inf, urgent: bool = False, once: bool = False
-    ) -> None:
-        self.deadline = deadline
-        self.urgent = urgent
-        self.once = once
+    deadline: float = math.inf
+    urgent: bool = False
+    once: bool = False
 
 
 _limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=Limits())  # noqa: B039
@@ -192,17 +189,16 @@ class HTTPClient:
     # --- settings that can change later ---
 
     def _find_base_url(self, base_url: str | None) -> None:
+        name, source = "base_url", "argument"
         if base_url is not None:
-            self._set_base_url(check_text("base_url", base_url), "base_url", "argument")
-        elif from_environment := os.environ.get(URL_VARIABLE):
-            source = f"environment variable {URL_VARIABLE}"
-            self._set_base_url(from_environment, URL_VARIABLE, source)
-
-    def _set_base_url(self, url: str, name: str, source: str) -> None:
-        url = check_base_url(url, name)
-        self._url_source = (url, source)
+            check_text("base_url", base_url)
+        elif base_url := os.environ.get(URL_VARIABLE):
+            name, source = URL_VARIABLE, f"environment variable {URL_VARIABLE}"
+        if not base_url:
+            return
+        self._url_source = (check_base_url(base_url, name), source)
         try:
-            self.BASE_URL = url
+            self.BASE_URL = self._url_source[0]
         except AttributeError:  # a subclass defines it as a property
             logger.debug("BASE_URL of %s can't be set", type(self).__name__)
 
@@ -328,7 +324,7 @@ class HTTPClient:
         self, method: str, endpoint: str, params: Any, json: Any, options: dict[str, Any]
     ) -> Call:
         session = self._sessions.take(reads=True)
-        call = prepare_call(
+        call = Call(
             session,
             method,
             endpoint,

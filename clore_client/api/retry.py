@@ -11,7 +11,7 @@ import json
 import random
 import re
 import time
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import requests
@@ -73,37 +73,25 @@ def action_for(problem: str, repeatable: bool) -> str:
     return POLICY[problem][0 if repeatable else 1]
 
 
-def problem_with_code(status: int, code: int, has_reason: bool) -> str:
-    """Return the problem of a response with an error code.
+def problem_of(status: int, decoded: Any, code: int | None) -> str:
+    """Return why a request failed that got a response.
 
     Parameters:
         status: the HTTP status.
-        code: the code in the body.
-        has_reason: whether the body has an error text.
+        decoded: the body; None if it is not JSON.
+        code: the code in the body, or None.
     """
-    if code == 5:
+    if code == 5 or (code is None and status == 429):
         return RATE_LIMITED
     if code == 1:
         return DATABASE_ERROR
-    if code in REFUSAL_CODES or (code == 6 and has_reason):
+    if code in REFUSAL_CODES or (code == 6 and error_text(decoded)):
         return REFUSED
-    return UNCLEAR if status >= 500 else REFUSED
-
-
-def problem_without_code(status: int, is_json: bool) -> str:
-    """Return the problem of a response without a code.
-
-    Parameters:
-        status: the HTTP status.
-        is_json: whether the body is JSON.
-    """
-    if status == 429:
-        return RATE_LIMITED
-    if status in UNAVAILABLE_STATUSES:
+    if code is None and status in UNAVAILABLE_STATUSES:
         return UNAVAILABLE
-    if status < 300 and not is_json:
+    if decoded is None and status < 300:
         return BROKEN_BODY
-    return UNCLEAR if status >= 500 or status < 300 else REFUSED
+    return UNCLEAR if status >= 500 or (code is None and status < 300) else REFUSED
 
 
 def backoff_delay(failures: int, first: float, longest: float) -> float:
@@ -116,13 +104,18 @@ def cancel_delay(refusals: int, first: float) -> float:
     return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(refusals, 32)))
 
 
-class Failure:
-    """One request that failed."""
+class Failure(NamedTuple):
+    """One request that failed.
 
-    def __init__(self, error: CloreError, problem: str, again: bool) -> None:
-        self.error = error
-        self.problem = problem
-        self.again = again  # whether to retry
+    Attributes:
+        error: what to raise if it is not retried.
+        problem: why it failed.
+        again: whether to retry.
+    """
+
+    error: CloreError
+    problem: str
+    again: bool
 
     @property
     def rate_limited(self) -> bool:
@@ -181,85 +174,58 @@ def classify_unusable(call: Call, response: requests.Response | None, reason: st
         retryable=False,
         secrets=call.secrets,
     )
-    return _failure(call, UNREADABLE_BODY, error, f"HTTP {status}: {reason}")
+    return _failure(call, UNREADABLE_BODY, error, reason)
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
     """Classify a response: success, retry, or error."""
     decoded = decode_servers(body) if call.lists_servers else decode_json(body)
+    envelope = decoded if isinstance(decoded, dict) else {}
+    code = envelope["code"] if type(envelope.get("code")) is int else None
+    if code == 0:
+        return Envelope(envelope)
     status = response.status_code
-    if isinstance(decoded, dict) and type(decoded.get("code")) is int:
-        if decoded["code"] == 0:
-            return Envelope(decoded)
-        problem = problem_with_code(status, decoded["code"], bool(error_text(decoded)))
-        if problem == RATE_LIMITED:
-            return _too_fast(call, response, decoded)
-        error = _error_with_code(call, status, decoded, problem)
-        return _failure(call, problem, error, f"HTTP {status}: {error.args[0]}")
-    problem = problem_without_code(status, decoded is not None)
+    about: dict[str, Any] = {"endpoint": call.endpoint, "secrets": call.secrets}
+    about["http_status"] = status
+    problem = problem_of(status, decoded, code)
     if problem == RATE_LIMITED:
-        return _too_fast(call, response, {})
-    error = _error_without_code(call, response, body, decoded, problem)
-    return _failure(call, problem, error, f"HTTP {status}: {error.error or 'JSON without a code'}")
+        refused = RateLimitError(5, error_text(envelope), envelope, **about)
+        refused.retry_after = _retry_after(response.headers)
+        return _failure(call, problem, refused, "")
+    if code is None:
+        text, hint = _describe(call, response, body, decoded)
+        retryable = action_for(problem, call.repeatable) == RETRY
+        broken = InvalidResponseError(-1, text, envelope, hint=hint, retryable=retryable, **about)
+        return _failure(call, problem, broken, broken.error or "JSON without a code")
+    if problem == DATABASE_ERROR and not call.repeatable:  # ambiguous
+        about["retryable"] = False
+        about["hint"] = CREATE_ORDER_CODE_1 if call.name == "create_order" else None
+    error = api_error(envelope, **about)
+    return _failure(call, problem, error, error.args[0])
 
 
 def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
     action = action_for(problem, call.repeatable)
     if action != UNKNOWN:
         return Failure(error, problem, action == RETRY)
-    lost = call.lost(cause)
+    lost = call.lost(f"HTTP {error.http_status}: {cause}")
     lost.__cause__ = error
     return Failure(lost, problem, again=False)
 
 
-def _error_with_code(
-    call: Call, status: int, envelope: dict[str, Any], problem: str
-) -> CloreAPIError:
-    ambiguous = problem == DATABASE_ERROR and not call.repeatable
-    return api_error(
-        envelope,
-        http_status=status,
-        endpoint=call.endpoint,
-        hint=CREATE_ORDER_CODE_1 if ambiguous and call.name == "create_order" else None,
-        retryable=False if ambiguous else None,
-        secrets=call.secrets,
-    )
-
-
-def _too_fast(call: Call, response: requests.Response, envelope: dict[str, Any]) -> Failure:
-    error = RateLimitError(
-        5,
-        error_text(envelope),
-        envelope,
-        http_status=response.status_code,
-        endpoint=call.endpoint,
-        secrets=call.secrets,
-    )
-    error.retry_after = _retry_after(response.headers)
-    return _failure(call, RATE_LIMITED, error, "")
-
-
-def _error_without_code(
-    call: Call, response: requests.Response, body: bytes, decoded: Any, problem: str
-) -> CloreAPIError:
-    status, hint = response.status_code, None
-    text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty response'}"
-    if 300 <= status < 400:
-        text = f"HTTP {status}: a redirect to {_target(response)}, which the client does not follow"
-    elif isinstance(decoded, dict):
-        text = error_text(decoded)
-    elif b"error code: 1010" in body[:4000]:
+def _describe(
+    call: Call, response: requests.Response, body: bytes, decoded: Any
+) -> tuple[str | None, str | None]:
+    """Return the error text of a response without a code, and a hint."""
+    status, hint = f"HTTP {response.status_code}", None
+    if 300 <= response.status_code < 400:
+        target = _target(response)
+        return f"{status}: a redirect to {target}, which the client does not follow", None
+    if isinstance(decoded, dict):
+        return error_text(decoded), None
+    if b"error code: 1010" in body[:4000]:
         hint = "the proxy in front of the API refused the User-Agent: set another user_agent"
-    return InvalidResponseError(
-        -1,
-        text,
-        decoded if isinstance(decoded, dict) else {},
-        http_status=status,
-        endpoint=call.endpoint,
-        hint=hint,
-        retryable=action_for(problem, call.repeatable) == RETRY,
-        secrets=call.secrets,
-    )
+    return f"{status}: {excerpt(body, call.secrets) or 'an empty response'}", hint
 
 
 def _target(response: requests.Response) -> str:
