@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import os
@@ -32,7 +33,6 @@ LIMIT_PREFIX = "rate-limit-"
 USUAL_LENGTH, LONGEST_SCHEDULE = 8192, 1_000_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
 UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
-SCHEDULE_VERSION = "clore-1"  # of the content
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
 LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
 TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
@@ -98,15 +98,8 @@ def limit_name(account: str) -> str:
 
 
 def dump(schedule: Schedule) -> bytes:
-    """Return a schedule as three lines: numbers, endpoints with an interval, and the queue.
-
-    The rest of a longer, earlier text may follow them. JSON would take twice as long.
-    """
-    numbers = [getattr(schedule, name) for name in NUMBERS]
-    lines = [[SCHEDULE_VERSION, *numbers]]
-    for table in (schedule.spaced, schedule.waiting):
-        lines.append([item for name, row in table.items() for item in (name, *row)])
-    return "".join(" ".join(map(str, line)) + "\n" for line in lines).encode()
+    """Return a schedule as a line of JSON. The rest of a longer, earlier text may follow it."""
+    return json.dumps(vars(schedule)).encode() + b"\n"
 
 
 def load(text: bytes, now: float) -> Schedule:
@@ -119,26 +112,23 @@ def load(text: bytes, now: float) -> Schedule:
     if not text:
         return schedule
     try:
-        head, spaced, waiting, _ = text.decode().split("\n", 3)
-        version, *items = head.split()
-        numbers = list(map(float, items))
-        if version != SCHEDULE_VERSION or not math.isfinite(sum(numbers)):
+        fields = json.loads(text.partition(b"\n")[0])
+        numbers = [float(fields[name]) for name in NUMBERS]
+        if not math.isfinite(sum(numbers)):
             raise ValueError
-        for name, number in zip(NUMBERS, numbers, strict=True):
-            setattr(schedule, name, number)
-        schedule.spaced = _table(spaced.split(), 2)
-        schedule.waiting = _table(waiting.split(), 4)
-    except ValueError:
+        vars(schedule).update(zip(NUMBERS, numbers, strict=True))
+        schedule.spaced = _table(fields["spaced"], 2)
+        schedule.waiting = _table(fields["waiting"], 4)
+    except (ValueError, TypeError, KeyError, AttributeError):
         schedule = Schedule()
         schedule.last = now
     return schedule
 
 
-def _table(items: list[str], columns: int) -> dict[str, list[float]]:
-    if len(items) % (columns + 1):
+def _table(rows: dict[str, list[float]], columns: int) -> dict[str, list[float]]:
+    if any(len(row) != columns for row in rows.values()):
         raise ValueError
-    starts = range(0, len(items), columns + 1)
-    return {items[i]: list(map(float, items[i + 1 : i + 1 + columns])) for i in starts}
+    return {name: list(map(float, row)) for name, row in rows.items()}
 
 
 def remove_unused(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Decide when the next request with a key may be sent, for all who share the key."""
+"""Decide when the next request with a key may be sent."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import os
 import random
 import threading
 import time
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 LONGEST_PAUSE_KEPT = 3600.0  # seconds; a broken proxy may ask for a pause of any length
 LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
 RECENT = 20  # how many of the last responses are counted for the error message
 # The following are parts of the interval.
-SLOT_LEAD = 0.05  # a slot is granted this long before it begins, so that a slow store costs no time
-SLOT_LATE = 0.005  # a request that is sent up to this much after its slot began needs no report
-SLOT_GRACE = 0.125  # what each request in the queue allows the one before it for taking its slot
-LONGEST_SLOT_GRACE = 1.0
-# After a refusal: other programs use the key. A request keeps more space behind it, but only one
-# out of several, as machines that hold the rate limit in turns waste less of it than ones that
-# take turns for each request.
+GRANT_LEAD = 0.05  # a send time is granted this long before it, so that a slow store costs no time
+LATE_UNREPORTED = 0.005  # a request that is sent up to this much late needs no report
+QUEUE_GRACE = 0.125  # how long a request in the queue lets each one before it look first
+LONGEST_QUEUE_GRACE = 1.0
+# After a refusal, other programs use the key, too. Some requests then leave more space behind them:
+# a program that sends several requests in a row wastes less than one that alternates with others.
 RETRY_JITTER = 0.3  # a retry comes up to this much later than the interval
 SLOW_DOWN = 0.2  # by how much each refusal widens the space behind a request
 WIDEST_SURPLUS = 4.0
@@ -45,7 +44,7 @@ class DeadlinePassedError(Exception):
 
 
 class Turn:
-    """The place of one call in the queue. It keeps its place for retries.
+    """The place of one call in the queue, which it keeps for its retries.
 
     All times are monotonic, in seconds.
 
@@ -55,8 +54,8 @@ class Turn:
         spacing: an endpoint with a longer interval, and its seconds.
         patience: the longest pause that it waits for, in seconds.
         deadline, not_before: when it must, and when it may be sent.
-        left_at: when it is sent, as far as the schedule knows: at first, when its slot begins.
-        slot_ends: when its slot is over, because the next one may be granted.
+        left_at: when it was sent, or else its send time.
+        grant_ends: when its send time is void, because another request may get the next one.
         refusals: how many times the API refused it for the rate limit.
         retry_after: seconds that the last refusal asked it to wait.
         slowed: whether earlier refusals still widen the space between requests.
@@ -78,7 +77,7 @@ class Turn:
         self.patience = patience
         self.deadline = math.inf
         self.not_before = -math.inf
-        self.left_at = self.slot_ends = -math.inf
+        self.left_at = self.grant_ends = -math.inf
         self.refusals = 0
         self.retry_after = 0.0
         self.slowed = False
@@ -99,30 +98,22 @@ def random_gap() -> float:
     return 1.0 if random.random() < YIELD_CHANCE else 0.0
 
 
-class Look:
+class Look(NamedTuple):
     """What a waiting request finds when it looks at the schedule.
 
     Attributes:
-        granted: whether its slot is granted.
-        at: monotonic time of its slot if that is granted, else of its next look.
+        granted: whether it got a send time.
+        at: its send time if it got one, else the time of its next look (monotonic).
         paused: seconds that are left of the pause that the API asked for.
         slowed: whether refusals widen the space between requests.
         too_late: whether it can't be sent before its deadline.
     """
 
-    def __init__(
-        self,
-        granted: bool,
-        at: float,
-        paused: float = 0.0,
-        slowed: bool = False,
-        too_late: bool = False,
-    ) -> None:
-        self.granted = granted
-        self.at = at
-        self.paused = paused
-        self.slowed = slowed
-        self.too_late = too_late
+    granted: bool
+    at: float
+    paused: float = 0.0
+    slowed: bool = False
+    too_late: bool = False
 
 
 class Schedule:
@@ -131,9 +122,9 @@ class Schedule:
     Each method is one step on plain numbers, which can be kept in memory, in a file, or in Redis
     (``redis_limit.py`` has the same steps in Lua).
 
-    The request at the head of the queue looks when its slot comes up, the second a little later,
-    and so on. Each takes the slot if nobody before it has. So a dead process costs at most a
-    slot, and no request has to look more than about once per interval.
+    The first request of the queue looks when the next request may be sent, the second a little
+    later, and so on. Each gets the send time if none before it has. So a dead process costs at most
+    one interval, and no request has to look more than about once per interval.
     """
 
     def __init__(self) -> None:
@@ -147,7 +138,7 @@ class Schedule:
         self.waiting: dict[str, list[float]] = {}
 
     def look(self, turn: Turn, now: float) -> Look:
-        """Grant a slot that has come up, or return when to look again."""
+        """Grant a send time, or return when to look again."""
         self._correct(now)
         own = self._own_ready(turn)
         ready = self._ready(turn, own)
@@ -158,20 +149,20 @@ class Schedule:
             return Look(False, now, paused, too_late=True)
         mine = [turn.rank, turn.arrived]
         ahead = [i for i, entry in self.waiting.items() if entry[:2] < mine and entry[2] <= ready]
-        grace = min(SLOT_GRACE * len(ahead), LONGEST_SLOT_GRACE) * turn.interval
-        at = ready - SLOT_LEAD * turn.interval + grace
+        grace = min(QUEUE_GRACE * len(ahead), LONGEST_QUEUE_GRACE) * turn.interval
+        at = ready - GRANT_LEAD * turn.interval + grace
         if at > now:
             self.waiting[turn.id] = [*mine, own, now + entry_lifetime(turn)]
             return Look(False, at, paused, self.surplus > 0)
         for late in ahead:  # dead, or slow: then it comes back
             del self.waiting[late]
-        slot = max(ready, now)
-        self._sent(turn, slot + SLOT_LATE * turn.interval)
+        send_time = max(ready, now)
+        self._sent(turn, send_time + LATE_UNREPORTED * turn.interval)
         self.gap = self.surplus * random_gap()
-        return Look(True, slot, paused, self.surplus > 0)
+        return Look(True, send_time, paused, self.surplus > 0)
 
     def leave(self, turn: Turn, now: float) -> None:
-        """Record that a request is sent late in its slot."""
+        """Record that a request is sent later than its send time."""
         self._sent(turn, max(self.last, min(turn.left_at, now)))
 
     def refused(self, turn: Turn, now: float) -> None:
@@ -291,21 +282,21 @@ class RateLimiter:
             now = time.monotonic()
             if look.granted:
                 turn.left_at = look.at
-                turn.slot_ends = look.at + (1 - SLOT_LEAD) * turn.interval
+                turn.grant_ends = look.at + (1 - GRANT_LEAD) * turn.interval
                 _sleep(look.at - now)
                 return
             _sleep(min(look.at - now, LONGEST_SLEEP, deadline - now))
 
     def leave(self, turn: Turn, deadline: float = math.inf) -> None:
-        """Record that the request is about to be sent. Wait again if its slot has passed."""
-        if turn.interval and time.monotonic() > turn.slot_ends:
+        """Record that the request is about to be sent. Wait again if its send time is void."""
+        if turn.interval and time.monotonic() > turn.grant_ends:
             self.wait(turn, deadline)
         self.left(turn)
 
     def left(self, turn: Turn) -> None:
         """Record that the request was sent."""
         now = time.monotonic()
-        if turn.interval and now > turn.left_at + SLOT_LATE * turn.interval:
+        if turn.interval and now > turn.left_at + LATE_UNREPORTED * turn.interval:
             turn.left_at = now
             self._store.apply("leave", turn)
 

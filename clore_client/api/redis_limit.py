@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from clore_client.api.rate_limit import (
+    GRANT_LEAD,
+    LATE_UNREPORTED,
     LONGEST_PAUSE_KEPT,
-    LONGEST_SLOT_GRACE,
+    LONGEST_QUEUE_GRACE,
+    QUEUE_GRACE,
     RETRY_JITTER,
-    SLOT_GRACE,
-    SLOT_LATE,
-    SLOT_LEAD,
     SLOW_DOWN,
     SPEED_UP,
     WIDEST_SURPLUS,
@@ -112,10 +112,10 @@ return {granted, tostring(at - now), tostring(paused), s.surplus > 0 and 1 or 0,
 
 REDIS_RULES = json.dumps(
     {
-        "lead": SLOT_LEAD,
-        "late": SLOT_LATE,
-        "grace": SLOT_GRACE,
-        "longest_grace": LONGEST_SLOT_GRACE,
+        "lead": GRANT_LEAD,
+        "late": LATE_UNREPORTED,
+        "grace": QUEUE_GRACE,
+        "longest_grace": LONGEST_QUEUE_GRACE,
         "jitter": RETRY_JITTER,
         "slow_down": SLOW_DOWN,
         "speed_up": SPEED_UP,
