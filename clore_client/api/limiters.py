@@ -23,6 +23,7 @@ from clore_client.api.rate_limit import (
     Turn,
 )
 from clore_client.config import account_digest, lock_file, open_private, read_line, unlock_file
+from clore_client.errors import Secret
 from clore_client.log import logger
 from clore_client.process import this_process
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from clore_client.api.redis_limit import RedisServer
 
 LIMIT_PREFIX = "rate-limit-"
-USUAL_LENGTH, LONGEST_SCHEDULE = 8192, 1_000_000  # bytes
+LONGEST_SCHEDULE = 250_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
 UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
@@ -58,33 +59,31 @@ class FileStore:
         """Make one step."""
         try:
             with self._lock:
-                return self._apply(step, turn)
+                handle, created = open_private(self._path)
+                try:
+                    result = self._apply(handle, step, turn)
+                finally:
+                    os.close(handle)
+                if created:
+                    remove_unused(self._path.parent)
+                return result
         except OSError as error:
             raise StoreUnavailableError(f"{self._path} can't be used: {error}") from error
 
-    def _apply(self, step: str, turn: Turn) -> Any:
-        handle, created = open_private(self._path)
+    def _apply(self, handle: int, step: str, turn: Turn) -> Any:
+        if not lock_file(handle, LIMIT_LOCK_PATIENCE):
+            raise OSError("another process keeps it locked")
         try:
-            if not lock_file(handle, LIMIT_LOCK_PATIENCE):
-                raise OSError("another process keeps it locked")
-            try:
-                now = time.monotonic()
-                text = os.read(handle, USUAL_LENGTH)
-                if len(text) == USUAL_LENGTH:
-                    text += os.read(handle, LONGEST_SCHEDULE)
-                schedule = load(text, now)
-                result = getattr(schedule, step)(turn, now)
-                text = dump(schedule)
-                os.lseek(handle, 0, os.SEEK_SET)
-                if os.write(handle, text) != len(text):
-                    raise OSError("the disk is full")
-            finally:
-                unlock_file(handle)  # a forked child may still have it open
+            now = time.monotonic()
+            schedule = load(os.read(handle, LONGEST_SCHEDULE), now)
+            result = getattr(schedule, step)(turn, now)
+            text = dump(schedule)
+            os.lseek(handle, 0, os.SEEK_SET)
+            if os.write(handle, text) != len(text):
+                raise OSError("the disk is full")
+            return result
         finally:
-            os.close(handle)
-        if created:
-            remove_unused(self._path.parent)
-        return result
+            unlock_file(handle)  # a forked child may still have it open
 
 
 def limit_name(account: str) -> str:
@@ -205,9 +204,9 @@ def redis_server_for(rate_limiter: Any) -> RedisServer | None:
     """
     source = "rate_limiter"
     if rate_limiter is None:
-        source, rate_limiter = LIMITER_VARIABLE, os.environ.get(LIMITER_VARIABLE) or None
-    if rate_limiter is None:
-        return None
+        source, rate_limiter = LIMITER_VARIABLE, Secret.of(os.environ.get(LIMITER_VARIABLE))
+        if not rate_limiter:
+            return None
     from clore_client.api.redis_limit import redis_server
 
     return redis_server(rate_limiter, source)
