@@ -18,12 +18,7 @@ import urllib3
 from clore_client.api.call import Call, Envelope
 from clore_client.api.connection import Sessions, UnusableResponseError, exchange, read_body
 from clore_client.api.limiters import limiter_for, redis_server_for
-from clore_client.api.rate_limit import (
-    DeadlinePassedError,
-    PauseTooLongError,
-    RateLimiter,
-    Turn,
-)
+from clore_client.api.rate_limit import DeadlinePassedError, PauseTooLongError, RateLimiter, Turn
 from clore_client.api.retry import (
     Failure,
     Retries,

@@ -7,19 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clore_client.market.filters import common_spellings, fold_name
 from clore_client.models.record import part_of
-from clore_client.models.server import (
-    Marketplace,
-    Server,
-    listed_rate,
-    price_in,
-)
-from clore_client.pricing import (
-    CREATION_FEE,
-    creation_fee_after,
-    finite,
-    published_fee,
-    with_fee,
-)
+from clore_client.models.server import Marketplace, Server, listed_rate, price_in
+from clore_client.pricing import CREATION_FEE, creation_fee_after, finite, published_fee, with_fee
 
 if TYPE_CHECKING:
     from clore_client.market.market import Market

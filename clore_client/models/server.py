@@ -8,13 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clore_client.models.record import RawRecords, Record, part_of, text_of, whole_id
-from clore_client.pricing import (
-    HOURS_PER_DAY,
-    finite,
-    per_gpu,
-    per_hour,
-    positive,
-)
+from clore_client.pricing import HOURS_PER_DAY, finite, per_gpu, per_hour, positive
 
 # The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
 # makes the import faster.
