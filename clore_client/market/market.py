@@ -48,14 +48,7 @@ class Requester(Protocol):
 
     def _read_marketplace(self) -> dict[str, Any]: ...
 
-    def _request(
-        self,
-        method: str,
-        endpoint: str,
-        params: dict[str, Any] | None = None,
-        json: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]: ...
+    def _request(self, method: str, endpoint: str, **options: Any) -> dict[str, Any]: ...
 
 
 class MarketData:

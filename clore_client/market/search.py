@@ -239,12 +239,7 @@ class Search:
 
     def _minimum_check(self, name: str, least: Any) -> Check:
         number = self._numbers()[name]
-
-        def check(server: Server) -> bool:
-            value = number(server)
-            return value is not None and value >= least
-
-        return check
+        return lambda server: (value := number(server)) is not None and bool(value >= least)
 
     def _price_check(self, name: str, limit: float) -> Check:
         factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
@@ -285,12 +280,9 @@ class Search:
 
 
 def _country_check(name: str, codes: frozenset[str]) -> Check:
-    allowed = name == "countries"
-
-    def check(server: Server) -> bool:
-        return server.country is not None and (server.country.upper() in codes) is allowed
-
-    return check
+    return lambda server: (
+        server.country is not None and ((server.country.upper() in codes) is (name == "countries"))
+    )
 
 
 def _excluded_check(name: str, ids: frozenset[int]) -> Check:

@@ -67,34 +67,11 @@ class Order(GPURecord):
     __slots__ = ("_live", "_rates")
     _live: bool
     _rates: ExchangeRates
-    FIELDS = (
-        "id",
-        "server_id",
-        "status",
-        "gpu_name",
-        "gpu_count",
-        "price",
-        "currency",
-        "usd_per_hour",
-        "cost_usd",
-        "is_spot",
-        "started_at",
-        "image",
-        "ssh_command",
-    )
-    SHOWN = (
-        "id",
-        "server_id",
-        "status",
-        "gpu",
-        "price",
-        "currency",
-        "usd_per_hour",
-        "image",
-        "started_at",
-        "ssh_command",
-        "ssh_password",
-    )
+    FIELDS = ("id", "server_id", "status", "gpu_name", "gpu_count", "price", "currency",
+              "usd_per_hour", "cost_usd", "is_spot", "started_at", "image",
+              "ssh_command")  # fmt: skip
+    SHOWN = ("id", "server_id", "status", "gpu", "price", "currency", "usd_per_hour", "image",
+             "started_at", "ssh_command", "ssh_password")  # fmt: skip
 
     @property
     def id(self) -> int | None:

@@ -212,32 +212,11 @@ class Server(GPURecord):
 
     __slots__ = ()
     SHOWN = ("id", "gpu", "usd_per_hour", "spot_usd_per_hour", "reliability", "country", "rented")
-    FIELDS = (
-        "id",
-        "gpu_name",
-        "gpu_count",
-        "vram_gb",
-        "total_vram_gb",
-        "usd_per_hour",
-        "usd_per_gpu_hour",
-        "spot_usd_per_hour",
-        "spot_usd_per_gpu_hour",
-        "reliability",
-        "rating",
-        "rating_count",
-        "country",
-        "rented",
-        "cpu_cores",
-        "ram_gb",
-        "disk_gb",
-        "disk_mbps",
-        "download_mbps",
-        "upload_mbps",
-        "pcie_width",
-        "cuda_version",
-        "max_rental_hours",
-        "owner_id",
-    )
+    FIELDS = ("id", "gpu_name", "gpu_count", "vram_gb", "total_vram_gb", "usd_per_hour",
+              "usd_per_gpu_hour", "spot_usd_per_hour", "spot_usd_per_gpu_hour", "reliability",
+              "rating", "rating_count", "country", "rented", "cpu_cores", "ram_gb", "disk_gb",
+              "disk_mbps", "download_mbps", "upload_mbps", "pcie_width", "cuda_version",
+              "max_rental_hours", "owner_id")  # fmt: skip
 
     @property
     def id(self) -> int | None:
