@@ -28,7 +28,7 @@ CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; never wr
 
 # Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
-LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
+LOCK_AT = 1 << 30  # the locked byte on Windows; the content before it stays readable
 # With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
 SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 SAFE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)

@@ -221,7 +221,7 @@ class SpendingLimitError(CloreError):
 
 
 class OrderEndedError(CloreError):
-    """An order has ended, before it had the status or for a call that needs its machine.
+    """An order has ended, before it had the awaited status, or before a call that needs its server.
 
     Attributes:
         order_id, status: the order, and its final status.
@@ -499,9 +499,9 @@ STDERR_TAIL = 500  # an error shows the last characters
 
 
 class HostKeyChangedError(SSHError):
-    """The host key of a machine has changed since the first login to this order.
+    """The host key has changed since the first login to this order.
 
-    Its container was restarted, or another machine responds in its place. No login was sent.
+    Its container was restarted, or another host responds in its place. No login was sent.
 
     Attributes:
         order_id: the order, or None if the record has no id.

@@ -1,4 +1,4 @@
-"""HTTP connections that record when a request is sent, and limit the time of its response."""
+"""Open HTTP connections that record when a request is sent, and limit its response time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PIECE = 16 * 1024  # bytes per read; decompressed, they can become a thousand ti
 
 
 class Exchange(threading.local):
-    """The current request of each thread: its send time and its deadline."""
+    """Track the current request of each thread: when it was sent, and its deadline."""
 
     def __init__(self) -> None:
         self.before: Callable[[], None] | None = None
@@ -67,7 +67,7 @@ exchange = Exchange()
 
 
 class _BoundedReader(io.RawIOBase):
-    """A reader of a socket with one deadline for all reads."""
+    """Read a socket, with one deadline for all reads."""
 
     def __init__(self, raw: Any, sock: Any, deadline: float) -> None:
         self._raw, self._sock, self._deadline = raw, sock, deadline
@@ -90,7 +90,7 @@ class _BoundedReader(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    """A response with a deadline, which skips interim responses such as 103."""
+    """Read a response before its deadline, and skip interim responses such as 103."""
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -149,7 +149,7 @@ class _TLSPool(HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    """The adapter of requests, with connections that record when a request is sent."""
+    """Use connections that record when a request is sent."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
@@ -167,7 +167,7 @@ class _Adapter(HTTPAdapter):
 
 
 class Session(requests.Session):
-    """A session of requests that records when a request is sent, and follows no redirect."""
+    """Send requests, record when they are sent, and follow no redirect."""
 
     def __init__(self, user_agent: str) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Session(requests.Session):
 
 
 class Sessions:
-    """The sessions of a client. Each request has a session for itself.
+    """Keep the sessions of a client. Each request has a session for itself.
 
     A session whose request is interrupted is not used again, as its state and its locks are not
     known.

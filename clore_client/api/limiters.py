@@ -40,7 +40,7 @@ TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
 
 
 class FileStore:
-    """A schedule in a file, which is locked for one step, never while waiting or sending.
+    """Keep a schedule in a file, which is locked for one step, never while waiting or sending.
 
     Parameters:
         path: the file. Its name must not contain the key.
@@ -89,11 +89,10 @@ class FileStore:
 def limit_name(account: str) -> str:
     """Return the name of the file for an account.
 
-    Each machine and boot has a file of its own, because they have different clocks, and machines
-    may share the state folder.
+    It differs by machine and boot, because the clocks differ and machines may share the folder.
     """
-    machine = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
-    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{machine}".encode()).hexdigest()[:32]
+    boot = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
+    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{boot}".encode()).hexdigest()[:32]
 
 
 def dump(schedule: Schedule) -> bytes:
@@ -141,7 +140,7 @@ def remove_unused(folder: Path) -> None:
 
 
 class FallbackStore:
-    """A store that uses another one while the first is not available.
+    """Use another store while the first one is not available.
 
     Parameters:
         first: the store to use.

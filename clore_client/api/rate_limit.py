@@ -99,7 +99,7 @@ def random_gap() -> float:
 
 
 class Look(NamedTuple):
-    """What a waiting request finds when it looks at the schedule.
+    """The answer to a waiting request that looks at the schedule.
 
     Attributes:
         granted: whether it got a send time.
@@ -117,7 +117,7 @@ class Look(NamedTuple):
 
 
 class Schedule:
-    """The state of one rate limit: the queue, and when the last requests were sent.
+    """Keep the state of one rate limit: the queue, and when the last requests were sent.
 
     Each method is one step on plain numbers, which can be kept in memory, in a file, or in Redis
     (``redis_limit.py`` has the same steps in Lua).
@@ -209,7 +209,7 @@ class StoreUnavailableError(Exception):
 
 
 class Store(Protocol):
-    """Keeps a schedule."""
+    """Keep a schedule."""
 
     @property
     def level(self) -> str:
@@ -224,7 +224,7 @@ class Store(Protocol):
 
 
 class ProcessStore:
-    """A schedule in memory, for the threads of this process."""
+    """Keep a schedule in memory, for the threads of this process."""
 
     level = "within this process"
 
@@ -245,9 +245,10 @@ def _sleep(seconds: float) -> None:
 
 
 class RateLimiter:
-    """The rate limit of one key. An interrupt may end any method at any line.
+    """Apply the rate limit of one key.
 
-    What an interrupted request leaves behind is one entry in the queue, which others skip.
+    An interrupt may end any method at any line. It leaves one entry in the queue,
+    which others skip.
     """
 
     def __init__(self, store: Store) -> None:

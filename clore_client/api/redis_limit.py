@@ -191,7 +191,7 @@ def _client_at(url: str) -> Any:
 
 
 class RedisStore:
-    """A schedule in Redis.
+    """Keep a schedule in Redis.
 
     Parameters:
         server: the Redis server.

@@ -112,7 +112,7 @@ def _user_agent(addition: str | None) -> str:
 
 
 class HTTPClient:
-    """The settings and connections of a client, and ``_request``, which makes every API call.
+    """Make every API call of a client, with its settings and connections.
 
     Attributes:
         server_clock: seconds by which the server's clock is ahead of this one; None if not known.

@@ -277,7 +277,7 @@ def decode_servers(body: bytes) -> Any:
 
 
 class Retries:
-    """The failed requests of one call.
+    """Count the failed requests of one call.
 
     Failures count against ``max_retries``. Refusals for the rate limit have a time limit instead.
 

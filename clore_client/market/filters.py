@@ -1,4 +1,4 @@
-"""The filters of a search: their checks, the groups of countries, the names of GPUs."""
+"""Check the filters of a search; know the groups of countries and the names of GPUs."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Requester(Protocol):
 
 
 class MarketData:
-    """The form, the exchange rates and the listed prices of one API.
+    """Remember the form, the exchange rates and the listed prices of one API.
 
     Attributes:
         kept: the last list of servers and the monotonic time of its reading, if a search may use
@@ -130,7 +130,7 @@ class MarketData:
 
 
 class Market:
-    """The marketplace of a client's API."""
+    """Read the marketplace of a client's API, and convert bids."""
 
     def __init__(self, client: Requester) -> None:
         self._client = client
@@ -279,7 +279,7 @@ class Market:
 
 
 class HostHistory:
-    """What happened on each host, in memory and in the state folder.
+    """Remember which servers worked, in memory and in the state folder.
 
     Parameters:
         folder: returns the state folder, or None if none is used.

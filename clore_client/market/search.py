@@ -82,7 +82,9 @@ class SearchReport:
 
 
 class Search:
-    """One search, with its arguments checked.
+    """Search the servers of a listing.
+
+    The arguments are checked when the search is created.
 
     Parameters:
         gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
@@ -149,7 +151,7 @@ class Search:
         return limit
 
     def gpu_count(self, server: Server) -> int:
-        """Return the number of GPUs that match; in a mixed rig, others do not count."""
+        """Return the number of GPUs that match; of several models, only those count."""
         if self.models is None:
             return count_gpus(server) or 0
         names = gpu_names(server)

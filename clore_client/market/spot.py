@@ -1,4 +1,4 @@
-"""The spot market of a server: its offers, and a bid that would win."""
+"""Read the spot market of a server: its offers, and a bid that would win."""
 
 from __future__ import annotations
 

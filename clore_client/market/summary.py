@@ -33,7 +33,7 @@ class ModelSummary(NamedTuple):
 
 
 class _Model:
-    """The numbers of one model while they are counted."""
+    """Count the servers, GPUs and prices of one model."""
 
     def __init__(self) -> None:
         self.servers = self.servers_free = self.gpus = self.gpus_free = 0
@@ -71,7 +71,7 @@ def summarize(
         for name in set(folded):
             model = models.setdefault(name, _Model())
             count = folded.count(name)
-            if count == len(folded):  # not a mixed rig
+            if count == len(folded):  # all GPUs are of this model
                 count = server.gpu_count or count
                 if free or include_rented:
                     model.add_prices(server, count)

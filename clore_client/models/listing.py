@@ -385,8 +385,7 @@ Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
 def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
     """Return the points of the plot by model, the most frequent model first.
 
-    Servers without a name, a price or a reliability are left out, and mixed rigs, whose price is of
-    several models.
+    Servers without a name, a price or a reliability are left out, and those with several models.
     """
     models: dict[str, Points] = {}
     for server in servers:
@@ -451,7 +450,9 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
         axes.scatter(*zip(*others, strict=True), color=OTHER_COLOR, label=label, **style)
     for name, median in sorted(medians.items(), key=lambda item: item[1]):
         label = f"{printable(name, NAME_LENGTH)}  {median:.3g}"
-        label = label.lstrip("_").replace("$", r"\$")  # matplotlib hides a _, and obeys a $
+        label = label.lstrip("_").replace(
+            "$", r"\$"
+        )  # matplotlib hides a label with _ in front, and takes a $ for a formula
         axes.scatter(*zip(*models[name], strict=True), color=colors[name], label=label, **style)
     axes.legend(
         loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0, reverse=True

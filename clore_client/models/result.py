@@ -1,4 +1,4 @@
-"""Results of commands and transfers over SSH."""
+"""Define the results of commands and transfers over SSH."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CommandResult:
     """The result of a command. ``print()`` shows the last lines of its output.
 
     Attributes:
-        command: the command for the machine's shell, without the variables of ``env``.
+        command: the command for the server's shell, without the variables of ``env``.
         exit_code: 0 to 255; -1 if a signal ended the command.
         stdout, stderr: the output as text; bytes that are not UTF-8 are replaced.
         duration: seconds from the start to the end.

@@ -1,4 +1,4 @@
-"""Server, and its conversion from the live form to the documented form."""
+"""Define servers, and convert them from the live form to the documented form."""
 
 from __future__ import annotations
 
@@ -182,13 +182,13 @@ def nominal_vram(record: dict[str, Any]) -> float | None:
 
 
 class GPURecord(Record):
-    """A record that names the GPUs of a machine."""
+    """A record that names the GPUs of a server."""
 
     __slots__ = ()
 
     @property
     def gpu(self) -> str | None:
-        """The count and name of its GPUs, such as ``"2x RTX 4090"``; of a mixed rig, all."""
+        """The count and name of its GPUs, such as ``"2x RTX 4090"``; of several models, all."""
         return gpu_label(self)
 
     @property
@@ -236,7 +236,7 @@ class Server(GPURecord):
 
     @property
     def total_vram_gb(self) -> float | None:
-        """The memory of all GPUs in GB; ``vram_gb`` times ``gpu_count``; None for a mixed rig."""
+        """The memory of all GPUs in GB, ``vram_gb`` times ``gpu_count``; None if they differ."""
         if self.vram_gb is None or is_mixed(self):  # the API lists the memory of one model
             return None
         return self.vram_gb * (self.gpu_count or 1)
@@ -363,7 +363,7 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
 
 
 class Marketplace:
-    """The list of servers of one response.
+    """Read the list of servers in one response.
 
     With the extra ``fast``, a server is decoded when it is read: to keep thousands of them takes
     longer than to decode them twice.

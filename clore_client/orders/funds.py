@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from clore_client.errors import InsufficientBalanceError, OrderNotFoundError
-from clore_client.models.order import Order, take_listed_price
+from clore_client.models.order import Order, set_listed_price
 from clore_client.models.record import Wallet, to_wallets
 from clore_client.models.server import Server, amount_per_hour, on_demand_usd
 from clore_client.orders.account import AccountOrders
@@ -142,4 +142,4 @@ def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
             return
         listed = orders.market.data.listed.get(order.server_id)
         if listed is not None and not order.is_spot:
-            take_listed_price(order, listed)
+            set_listed_price(order, listed)
