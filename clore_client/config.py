@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import random
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -46,18 +47,13 @@ def clean_key(key: object, source: str) -> str:
             f"the API key from {source} must be a string, not {type(key).__name__}"
         )
     key = key.rstrip("\r\n")
+    problem = None
     if key.lower().startswith(("bearer ", "auth:", "auth ")):
-        raise ConfigurationError(
-            f"the API key from {source} starts with {key.split()[0]!r}: give only the key"
-        )
-    if "".join(key.split()) != key:
-        raise ConfigurationError(
-            f"the API key from {source} has a blank or a newline in it: give only the key"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigurationError(
-            f"the API key from {source} has a character that is not allowed in a key: copy it again"
-        )
+        problem = f"starts with {key.split()[0]!r}"
+    elif not re.fullmatch("[!-~]*", key):
+        problem = "has a blank, or a character that is not allowed in a key"
+    if problem:
+        raise ConfigurationError(f"the API key from {source} {problem}: give only the key")
     return Secret(key)
 
 
@@ -75,12 +71,9 @@ def find_key(argument: str | None) -> tuple[str | None, str]:
 def require_key() -> None:
     """Raise an error if neither the environment nor the official tools' file has a key."""
     if find_key(None)[0] is None:
-        variable = "is empty" if KEY_VARIABLE in os.environ else "is not set"
-        there = os.path.isfile(os.path.expanduser(CONFIG_FILE))
         raise ConfigurationError(
-            f"there is no API key: the environment variable {KEY_VARIABLE} {variable}, "
-            f"and the file {CONFIG_FILE} {'has none in it' if there else 'does not exist'}; "
-            f"set {KEY_VARIABLE}"
+            f"there is no API key: the environment variable {KEY_VARIABLE} is not set or empty, "
+            f"and the file {CONFIG_FILE} does not exist or has none; set {KEY_VARIABLE}"
         )
 
 
@@ -129,11 +122,6 @@ def check_base_url(url: object, name: str) -> str:
         raise TypeError(
             f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
         )
-    return _usable_url(url, name)
-
-
-@functools.lru_cache(maxsize=64)
-def _usable_url(url: str, name: str) -> str:
     if problem := _url_problem(url):
         # The URL is not shown, as it may contain a key.
         raise ConfigurationError(
@@ -142,8 +130,9 @@ def _usable_url(url: str, name: str) -> str:
     return url.rstrip("/")
 
 
+@functools.lru_cache(maxsize=64)
 def _url_problem(url: str) -> str | None:
-    if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
+    if not re.fullmatch("[!-~]*", url) or "\\" in url:
         return "has a blank or a character that is not allowed in a URL"
     try:
         parts = urlsplit(url)

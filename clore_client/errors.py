@@ -449,40 +449,19 @@ def error_text(envelope: dict[str, Any]) -> str | None:
     return raw if isinstance(raw, str) or raw is None else repr(raw)
 
 
-def api_error(
-    envelope: dict[str, Any],
-    *,
-    http_status: int,
-    endpoint: str,
-    hint: str | None = None,
-    retryable: bool | None = None,
-    secrets: tuple[str, ...] = (),
-) -> CloreAPIError:
+def api_error(envelope: dict[str, Any], **about: Any) -> CloreAPIError:
     """Make the error for a response with a ``code`` other than 0.
 
     Parameters:
         envelope: the decoded response.
-        http_status: its HTTP status.
-        endpoint: the path that was called.
-        hint: added to the text on its own line.
-        retryable: overrides the default of the class.
-        secrets: strings that must not appear in the text.
+        **about: the keyword arguments of :class:`CloreAPIError`.
     """
     code = envelope["code"]
     text = error_text(envelope)
     cls = ERROR_CLASSES.get(code, CloreAPIError)
     if cls is ApplicationError and text:
         cls = ERROR_TEXTS.get(text.strip().lower().replace("-", "_"), ApplicationError)
-    error = cls(
-        code,
-        text,
-        envelope,
-        http_status=http_status,
-        endpoint=endpoint,
-        hint=hint,
-        retryable=retryable,
-        secrets=secrets,
-    )
+    error = cls(code, text, envelope, **about)
     if isinstance(error, SpotPriceStepError):
         error.max_step = _response_number(envelope.get("max_step"))
     elif isinstance(error, SpotPriceTooSoonError):

@@ -28,8 +28,6 @@ class ProgressEvent:
         text: a line for people, with control characters escaped.
     """
 
-    __slots__ = ("name", "number", "text", "total")
-
     def __init__(self, name: str, number: float, text: str, total: float | None = None) -> None:
         self.name = name
         self.number = number

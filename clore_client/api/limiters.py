@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
 import socket
@@ -153,7 +152,6 @@ class FallbackStore:
         self._failure = ""
         self._failed_at: float | None = None
         self._next_try = 0.0
-        self._warned = False
 
     @property
     def level(self) -> str:
@@ -186,13 +184,8 @@ class FallbackStore:
         if self._failed_at is not None:
             return
         self._failed_at, self._failure = now, failure
-        logger.log(
-            logging.INFO if self._warned else logging.WARNING,
-            "the rate limit is only shared %s, because %s",
-            self._second.level,
-            failure,
-        )
-        self._warned = True
+        text = "the rate limit is only shared %s, because %s"
+        logger.warning(text, self._second.level, failure)
 
 
 def redis_server_for(rate_limiter: Any) -> RedisServer | None:

@@ -12,7 +12,6 @@ import random
 import re
 import time
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import requests
 
@@ -165,15 +164,8 @@ def classify_error(call: Call, error: Exception, left_at: float | None) -> Failu
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
     """Classify a response that can't be read to its end. A retry would get the same again."""
     status = 0 if response is None else response.status_code
-    error = InvalidResponseError(
-        -1,
-        f"HTTP {status}: {reason}",
-        {},
-        http_status=status,
-        endpoint=call.endpoint,
-        retryable=False,
-        secrets=call.secrets,
-    )
+    about = _about(call, status)
+    error = InvalidResponseError(-1, f"HTTP {status}: {reason}", retryable=False, **about)
     return _failure(call, UNREADABLE_BODY, error, reason)
 
 
@@ -185,8 +177,7 @@ def classify(call: Call, response: requests.Response, body: bytes) -> Envelope |
     if code == 0:
         return Envelope(envelope)
     status = response.status_code
-    about: dict[str, Any] = {"endpoint": call.endpoint, "secrets": call.secrets}
-    about["http_status"] = status
+    about = _about(call, status)
     problem = problem_of(status, decoded, code)
     if problem == RATE_LIMITED:
         refused = RateLimitError(5, error_text(envelope), envelope, **about)
@@ -204,6 +195,10 @@ def classify(call: Call, response: requests.Response, body: bytes) -> Envelope |
     return _failure(call, problem, error, error.args[0])
 
 
+def _about(call: Call, status: int) -> dict[str, Any]:
+    return {"http_status": status, "endpoint": call.endpoint, "secrets": call.secrets}
+
+
 def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
     action = action_for(problem, call.repeatable)
     if action != UNKNOWN:
@@ -219,21 +214,13 @@ def _describe(
     """Return the error text of a response without a code, and a hint."""
     status, hint = f"HTTP {response.status_code}", None
     if 300 <= response.status_code < 400:
-        target = _target(response)
+        target = response.headers.get("Location") or "nowhere"
         return f"{status}: a redirect to {target}, which the client does not follow", None
     if isinstance(decoded, dict):
         return error_text(decoded), None
     if b"error code: 1010" in body[:4000]:
         hint = "the proxy in front of the API refused the User-Agent: set another user_agent"
     return f"{status}: {excerpt(body, call.secrets) or 'an empty response'}", hint
-
-
-def _target(response: requests.Response) -> str:
-    try:
-        host = urlsplit(response.headers.get("Location", "")).hostname
-    except ValueError:
-        host = None
-    return f"host {printable(host, 100)}" if host else "nowhere"
 
 
 @functools.cache

@@ -316,12 +316,12 @@ class HostHistory:
             for name, seen in self._read(folder / HOST_HISTORY_FILE).items():
                 if name not in hosts or seen["time"] > hosts[name]["time"]:
                     hosts[name] = seen
-        start = f"{canonical_url(self._base_url())} "
-        return {
-            int(name.removeprefix(start)): dict(seen)
-            for name, seen in hosts.items()
-            if name.startswith(start) and name.removeprefix(start).isdecimal() and _is_fresh(seen)
-        }
+        found: dict[int, dict[str, Any]] = {}
+        for name, seen in hosts.items():
+            url, _, server_id = name.rpartition(" ")
+            if url == canonical_url(self._base_url()) and server_id.isdecimal() and _is_fresh(seen):
+                found[int(server_id)] = dict(seen)
+        return found
 
     @staticmethod
     def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -39,8 +39,6 @@ class CommandResult:
         dropped: the bytes of output beyond ``max_output``, which are not kept.
     """
 
-    __slots__ = ("command", "dropped", "duration", "exit_code", "stderr", "stdout")
-
     def __init__(
         self,
         command: str,
@@ -111,9 +109,6 @@ class TransferResult:
         sent: with ``preview``, the names of the files that would be sent; escaped, too.
         deleted: the names that ``delete`` removed, or would remove with ``preview``; escaped, too.
     """
-
-    __slots__ = ("_deletes", "_is_preview", "deleted", "duration", "files", "path", "sent", "size",
-                 "skipped", "unchanged")  # fmt: skip
 
     def __init__(
         self,

@@ -135,7 +135,7 @@ def test_killed_restarted_and_stopped(
     call_together(clients, 2)
     assert "among all machines" in clients[0].describe()
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert sum("the rate limit is only shared" in r.getMessage() for r in warnings) == 2
+    assert sum("the rate limit is only shared" in r.getMessage() for r in warnings) == 4
 
 
 @pytest.mark.parametrize("trouble", ["read-only", "full", "password", "nothing there"])
