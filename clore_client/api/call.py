@@ -62,9 +62,8 @@ def unix_time(date: str | None) -> float | None:
         return None
 
 
-# Not a named tuple, and no enums: to create those takes time at the import.
 class Rules:
-    """How requests to one endpoint are handled.
+    """The rules for requests to one endpoint.
 
     Attributes:
         needs_key: whether it needs an API key.
@@ -74,20 +73,11 @@ class Rules:
         logged: whether it starts or stops costs.
     """
 
-    def __init__(
-        self,
-        *,
-        needs_key: bool = True,
-        repeatable: bool = False,
-        urgent: bool = False,
-        spaced: bool = False,
-        logged: bool = False,
-    ) -> None:
-        self.needs_key = needs_key
-        self.repeatable = repeatable
-        self.urgent = urgent
-        self.spaced = spaced
-        self.logged = logged
+    needs_key = True
+    repeatable = urgent = spaced = logged = False
+
+    def __init__(self, **changes: bool) -> None:
+        self.__dict__.update(changes)
 
 
 POST_RULES = {

@@ -10,21 +10,23 @@ import threading
 import time
 from typing import Any, NamedTuple, Protocol
 
-LONGEST_PAUSE_KEPT = 3600.0  # seconds; a broken proxy may ask for a pause of any length
 LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
 RECENT = 20  # how many of the last responses are counted for the error message
-# The following are parts of the interval.
-GRANT_LEAD = 0.05  # a send time is granted this long before it, so that a slow store costs no time
-LATE_UNREPORTED = 0.005  # a request that is sent up to this much late needs no report
-QUEUE_GRACE = 0.125  # how long a request in the queue lets each one before it look first
-LONGEST_QUEUE_GRACE = 1.0
-# After a refusal, other programs use the key, too. Some requests then leave more space behind them:
-# a program that sends several requests in a row wastes less than one that alternates with others.
-RETRY_JITTER = 0.3  # a retry comes up to this much later than the interval
-SLOW_DOWN = 0.2  # by how much each refusal widens the space behind a request
-WIDEST_SURPLUS = 4.0
-SPEED_UP = 0.1  # a call without a refusal takes this part of the surplus away
 YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
+# Parts of the interval, unless they say otherwise. The script for Redis gets them, too.
+PACE = {
+    "lead": 0.05,  # a send time is granted this long before it, so that a slow store costs no time
+    "late": 0.005,  # a request that is sent up to this much late needs no report
+    "grace": 0.125,  # how long a request in the queue lets each one before it look first
+    "longest_grace": 1.0,
+    # After a refusal, other programs use the key, too. Some requests then leave more space behind
+    # them: programs that send several requests in a row waste less than ones that alternate.
+    "jitter": 0.3,  # a retry comes up to this much later than the interval
+    "slow_down": 0.2,  # by how much each refusal widens the space behind a request
+    "widest": 4.0,
+    "speed_up": 0.1,  # a call without a refusal takes this part of the surplus away
+    "longest_pause": 3600.0,  # seconds; a broken proxy may ask for a pause of any length
+}
 
 
 class PauseTooLongError(Exception):
@@ -149,15 +151,15 @@ class Schedule:
             return Look(False, now, paused, too_late=True)
         mine = [turn.rank, turn.arrived]
         ahead = [i for i, entry in self.waiting.items() if entry[:2] < mine and entry[2] <= ready]
-        grace = min(QUEUE_GRACE * len(ahead), LONGEST_QUEUE_GRACE) * turn.interval
-        at = ready - GRANT_LEAD * turn.interval + grace
+        grace = min(PACE["grace"] * len(ahead), PACE["longest_grace"]) * turn.interval
+        at = ready - PACE["lead"] * turn.interval + grace
         if at > now:
             self.waiting[turn.id] = [*mine, own, now + entry_lifetime(turn)]
             return Look(False, at, paused, self.surplus > 0)
         for late in ahead:  # dead, or slow: then it comes back
             del self.waiting[late]
         send_time = max(ready, now)
-        self._sent(turn, send_time + LATE_UNREPORTED * turn.interval)
+        self._sent(turn, send_time + PACE["late"] * turn.interval)
         self.gap = self.surplus * random_gap()
         return Look(True, send_time, paused, self.surplus > 0)
 
@@ -167,23 +169,23 @@ class Schedule:
 
     def refused(self, turn: Turn, now: float) -> None:
         """Slow down after the API refused a request for its rate limit."""
-        wider = self.surplus + SLOW_DOWN * turn.interval
-        self.surplus = min(wider, WIDEST_SURPLUS * turn.interval)
-        self.gap = RETRY_JITTER * turn.interval * random.random()
+        wider = self.surplus + PACE["slow_down"] * turn.interval
+        self.surplus = min(wider, PACE["widest"] * turn.interval)
+        self.gap = PACE["jitter"] * turn.interval * random.random()
         if turn.retry_after:
-            until = now + min(turn.retry_after + self.gap, LONGEST_PAUSE_KEPT)
+            until = now + min(turn.retry_after + self.gap, PACE["longest_pause"])
             self.paused_until = max(self.paused_until, until)
 
     def accepted(self, turn: Turn, now: float) -> None:
         """Speed up after a call that was not refused."""
-        self.surplus *= 1 - SPEED_UP
+        self.surplus *= 1 - PACE["speed_up"]
         if self.surplus < 0.01 * turn.interval:
             self.surplus = 0.0
 
     def _correct(self, now: float) -> None:
         """Correct times that lie too far ahead, because the clock was set back or started anew."""
         self.last = min(self.last, now + self.interval)
-        self.paused_until = min(self.paused_until, now + LONGEST_PAUSE_KEPT)
+        self.paused_until = min(self.paused_until, now + PACE["longest_pause"])
         for entry in self.spaced.values():
             entry[0] = min(entry[0], now + entry[1])
 
@@ -283,7 +285,7 @@ class RateLimiter:
             now = time.monotonic()
             if look.granted:
                 turn.left_at = look.at
-                turn.grant_ends = look.at + (1 - GRANT_LEAD) * turn.interval
+                turn.grant_ends = look.at + (1 - PACE["lead"]) * turn.interval
                 _sleep(look.at - now)
                 return
             _sleep(min(look.at - now, LONGEST_SLEEP, deadline - now))
@@ -297,7 +299,7 @@ class RateLimiter:
     def left(self, turn: Turn) -> None:
         """Record that the request was sent."""
         now = time.monotonic()
-        if turn.interval and now > turn.left_at + LATE_UNREPORTED * turn.interval:
+        if turn.interval and now > turn.left_at + PACE["late"] * turn.interval:
             turn.left_at = now
             self._store.apply("leave", turn)
 

@@ -9,15 +9,7 @@ import time
 from typing import Any, NamedTuple, Protocol
 
 from clore_client.api.rate_limit import (
-    GRANT_LEAD,
-    LATE_UNREPORTED,
-    LONGEST_PAUSE_KEPT,
-    LONGEST_QUEUE_GRACE,
-    QUEUE_GRACE,
-    RETRY_JITTER,
-    SLOW_DOWN,
-    SPEED_UP,
-    WIDEST_SURPLUS,
+    PACE,
     Look,
     StoreUnavailableError,
     Turn,
@@ -108,20 +100,7 @@ redis.call('SET', KEYS[1], cjson.encode(s), 'EX', rules.expiry)
 return {granted, tostring(at - now), tostring(paused), s.surplus > 0 and 1 or 0, too_late}
 """
 
-REDIS_RULES = json.dumps(
-    {
-        "lead": GRANT_LEAD,
-        "late": LATE_UNREPORTED,
-        "grace": QUEUE_GRACE,
-        "longest_grace": LONGEST_QUEUE_GRACE,
-        "jitter": RETRY_JITTER,
-        "slow_down": SLOW_DOWN,
-        "speed_up": SPEED_UP,
-        "widest": WIDEST_SURPLUS,
-        "longest_pause": LONGEST_PAUSE_KEPT,
-        "expiry": REDIS_EXPIRY,
-    }
-)
+REDIS_RULES = json.dumps({**PACE, "expiry": REDIS_EXPIRY})
 
 
 class RedisClient(Protocol):

@@ -124,9 +124,9 @@ def on_demand_usd(server: Server, currency: str) -> float | None:
     return price_in(server, spot=False, currency=currency)
 
 
-def amount_per_hour(server: Server, spot: bool, currency: str) -> float | None:
-    """Return the price per hour in ``currency`` itself, as listed; None if it is not listed."""
-    listed = positive(part_of(server, "price", "spot" if spot else "on_demand", currency))
+def amount_per_hour(server: Server, currency: str) -> float | None:
+    """Return the on-demand price per hour in ``currency`` itself, or None if it is not listed."""
+    listed = positive(part_of(server, "price", "on_demand", currency))
     return None if listed is None else listed / HOURS_PER_DAY
 
 
@@ -134,7 +134,7 @@ def listed_rate(server: Server, currency: str) -> float | None:
     """Return USD for one unit of ``currency``, by the prices of one server; None if unknown."""
     if currency == "USD-Blockchain":
         return 1.0
-    amount = amount_per_hour(server, spot=False, currency=currency)
+    amount = amount_per_hour(server, currency)
     in_usd = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
     return in_usd / amount if amount and in_usd else None
 

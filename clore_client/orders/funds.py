@@ -80,7 +80,7 @@ def _hourly_cost(orders: AccountOrders, server: Server, currency: str) -> float 
     """Return the on-demand price with the account's fees, in ``currency`` per hour."""
     from clore_client.market.summary import account_fees
 
-    amount = amount_per_hour(server, spot=False, currency=currency)
+    amount = amount_per_hour(server, currency)
     if amount is None:
         usd = on_demand_usd(server, currency)
         rate = orders.market.data.rates.rate(currency)
