@@ -30,7 +30,7 @@ CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; never wr
 # Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
 LOCK_AT = 1 << 30  # the locked byte on Windows; the content before it stays readable
-# With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
+# With O_NONBLOCK, a pipe in place of the file is an error, and does not block forever.
 SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 SAFE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
@@ -341,7 +341,7 @@ def make_private_folder(folder: Path) -> None:
     """Create a folder that only this user may enter, or close an existing one to the others.
 
     Raises:
-        OSError: it can't be created, is no folder, or belongs to somebody else.
+        OSError: it can't be created, is no folder, or belongs to another user.
     """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)

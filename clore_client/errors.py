@@ -339,7 +339,7 @@ class CloreAPIError(CloreError):
             self.add_hint(hint)
 
     def add_hint(self, hint: str) -> None:
-        """Add the usual cause, or what to do next, to the text on a line of its own."""
+        """Add the usual cause, or what to do next, on a new line of the text."""
         self.hint = hint
         self.args = (f"{self.args[0]}\nhint: {hint}",)
 
@@ -470,7 +470,7 @@ def api_error(envelope: dict[str, Any], **about: Any) -> CloreAPIError:
 
 
 def _response_number(value: Any) -> float | None:
-    # Python's JSON parser accepts NaN, for which the comparison is False.
+    # Python's JSON parser accepts NaN; the comparison excludes it.
     return float(value) if type(value) in (int, float) and abs(value) < 1e12 else None
 
 

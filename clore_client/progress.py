@@ -13,7 +13,7 @@ from typing import Any
 from clore_client.errors import printable
 from clore_client.validation import check_bool, check_callback
 
-LINE_INTERVAL = 5.0  # seconds between two plain lines about the same
+LINE_INTERVAL = 5.0  # seconds between two lines about the same step
 SIZE_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -55,7 +55,7 @@ class ProgressOptions:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[Report | None]:
-        """Return a function that reports an event, or None if there is nobody to report to."""
+        """Return a function that reports an event, or None if nothing shows or takes it."""
         display = open_display() if self.shown else None
         reports = [] if self.on_progress is None else [self.on_progress]
         if display is not None:
@@ -86,7 +86,7 @@ def open_display() -> PlainDisplay | BarDisplay | None:
 
 
 class PlainDisplay:
-    """Write a line for each step, and one from time to time while a step lasts."""
+    """Write a line for each step, and one every few seconds while a step lasts."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -30,37 +30,37 @@ class Exchange(threading.local):
 
     def __init__(self) -> None:
         self.before: Callable[[], None] | None = None
-        self.on_left: Callable[[], None] | None = None
-        self.left_at: float | None = None  # when the first byte was sent, by time.monotonic()
-        self.connecting = False  # a connection of this module is used, so ``left_at`` is reliable
+        self.on_sent: Callable[[], None] | None = None
+        self.sent_at: float | None = None  # when the first byte was sent, by time.monotonic()
+        self.connecting = False  # a connection of this module is used, so ``sent_at`` is reliable
         self.deadline = math.inf
 
     def begin(
-        self, before: Callable[[], None], on_left: Callable[[], None], deadline: float
+        self, before: Callable[[], None], on_sent: Callable[[], None], deadline: float
     ) -> None:
         """Start another request.
 
         Parameters:
             before: called when it is connected and about to be sent; it may wait.
-            on_left: called when the request is sent.
+            on_sent: called when the request is sent.
             deadline: monotonic time by which the whole response must have arrived.
         """
-        self.before, self.on_left, self.deadline = before, on_left, deadline
-        self.left_at, self.connecting = None, False
+        self.before, self.on_sent, self.deadline = before, on_sent, deadline
+        self.sent_at, self.connecting = None, False
 
     @contextlib.contextmanager
-    def leaving(self) -> Iterator[None]:
+    def sending(self) -> Iterator[None]:
         """Record that the block sends the first byte."""
         if self.before is not None:
             self.before()
-        self.left_at = time.monotonic()
+        self.sent_at = time.monotonic()
         try:
             yield
         finally:
             # Called after the write: a thread that pauses in between would send too late, and so
             # too close to the next request.
-            if self.on_left is not None:
-                self.on_left()
+            if self.on_sent is not None:
+                self.on_sent()
 
 
 exchange = Exchange()
@@ -132,7 +132,7 @@ class _Connection(HTTPConnection):
     def endheaders(self, *args: Any, **kwargs: Any) -> None:
         if self.sock is None:
             self.connect()
-        with exchange.leaving():
+        with exchange.sending():
             super().endheaders(*args, **kwargs)
 
 
@@ -252,14 +252,14 @@ def read_body(response: requests.Response, longest: float) -> bytes:
     return b"".join(pieces)
 
 
-def never_left(error: Exception, left: bool) -> bool:
+def never_sent(error: Exception, recorded: bool) -> bool:
     """Return whether it is certain that a failed request was not sent.
 
     Parameters:
         error: the failure.
-        left: whether a connection of this module recorded a send.
+        recorded: whether a connection of this module recorded a send.
     """
-    if left:
+    if recorded:
         return False
     if exchange.connecting or isinstance(error, _UNSENT):
         return True

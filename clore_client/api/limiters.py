@@ -102,8 +102,8 @@ def dump(schedule: Schedule) -> bytes:
 def load(text: bytes, now: float) -> Schedule:
     """Return the schedule in a text.
 
-    If the text is damaged or foreign, the schedule is a new one, in which the first request waits
-    for an interval, because another one may just have been sent.
+    If the text is damaged, the schedule is a new one, in which the first request waits for an
+    interval, because another one may just have been sent.
     """
     schedule = Schedule()
     if not text:
@@ -143,7 +143,7 @@ class FallbackStore:
 
     Parameters:
         first: the store to use.
-        second: the store for the time in which the first one fails.
+        second: the store to use while the first one fails.
     """
 
     def __init__(self, first: Store, second: Store) -> None:

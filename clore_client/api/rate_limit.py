@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any, NamedTuple, Protocol
 
-LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
+LONGEST_SLEEP = 0.5  # seconds after which a waiting request looks at the schedule again
 RECENT = 20  # how many of the last responses are counted for the error message
 YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
 # Parts of the interval, unless they say otherwise. The script for Redis gets them, too.
@@ -22,9 +22,9 @@ PACE = {
     # After a refusal, other programs use the key, too. Some requests then leave more space behind
     # them: programs that send several requests in a row waste less than ones that alternate.
     "jitter": 0.3,  # a retry comes up to this much later than the interval
-    "slow_down": 0.2,  # by how much each refusal widens the space behind a request
+    "slow_down": 0.2,  # each refusal adds this to the space behind a request
     "widest": 4.0,
-    "speed_up": 0.1,  # a call without a refusal takes this part of the surplus away
+    "speed_up": 0.1,  # a call without a refusal reduces that space by this fraction
     "longest_pause": 3600.0,  # seconds; a broken proxy may ask for a pause of any length
 }
 
@@ -56,7 +56,7 @@ class Turn:
         spacing: an endpoint with a longer interval, and its seconds.
         patience: the longest pause that it waits for, in seconds.
         deadline, not_before: when it must, and when it may be sent.
-        left_at: when it was sent, or else its send time.
+        sent_at: when it was sent, or else its send time.
         grant_ends: when its send time is void, because another request may get the next one.
         refusals: how many times the API refused it for the rate limit.
         retry_after: seconds that the last refusal asked it to wait.
@@ -79,7 +79,7 @@ class Turn:
         self.patience = patience
         self.deadline = math.inf
         self.not_before = -math.inf
-        self.left_at = self.grant_ends = -math.inf
+        self.sent_at = self.grant_ends = -math.inf
         self.refusals = 0
         self.retry_after = 0.0
         self.slowed = False
@@ -159,13 +159,13 @@ class Schedule:
         for late in ahead:  # dead, or slow: then it comes back
             del self.waiting[late]
         send_time = max(ready, now)
-        self._sent(turn, send_time + PACE["late"] * turn.interval)
+        self._record(turn, send_time + PACE["late"] * turn.interval)
         self.gap = self.surplus * random_gap()
         return Look(True, send_time, paused, self.surplus > 0)
 
-    def leave(self, turn: Turn, now: float) -> None:
+    def sent(self, turn: Turn, now: float) -> None:
         """Record that a request is sent later than its send time."""
-        self._sent(turn, max(self.last, min(turn.left_at, now)))
+        self._record(turn, max(self.last, min(turn.sent_at, now)))
 
     def refused(self, turn: Turn, now: float) -> None:
         """Slow down after the API refused a request for its rate limit."""
@@ -183,7 +183,7 @@ class Schedule:
             self.surplus = 0.0
 
     def _correct(self, now: float) -> None:
-        """Correct times that lie too far ahead, because the clock was set back or started anew."""
+        """Correct times in the far future, which are there after the clock was set back."""
         self.last = min(self.last, now + self.interval)
         self.paused_until = min(self.paused_until, now + PACE["longest_pause"])
         for entry in self.spaced.values():
@@ -200,7 +200,7 @@ class Schedule:
     def _ready(self, turn: Turn, own: float) -> float:
         return max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
 
-    def _sent(self, turn: Turn, at: float) -> None:
+    def _record(self, turn: Turn, at: float) -> None:
         self.last, self.interval = at, turn.interval
         if turn.spacing is not None:
             self.spaced[turn.spacing[0]] = [at, turn.spacing[1]]
@@ -284,24 +284,24 @@ class RateLimiter:
                 raise DeadlinePassedError
             now = time.monotonic()
             if look.granted:
-                turn.left_at = look.at
+                turn.sent_at = look.at
                 turn.grant_ends = look.at + (1 - PACE["lead"]) * turn.interval
                 _sleep(look.at - now)
                 return
             _sleep(min(look.at - now, LONGEST_SLEEP, deadline - now))
 
-    def leave(self, turn: Turn, deadline: float = math.inf) -> None:
+    def before_send(self, turn: Turn, deadline: float = math.inf) -> None:
         """Record that the request is about to be sent. Wait again if its send time is void."""
         if turn.interval and time.monotonic() > turn.grant_ends:
             self.wait(turn, deadline)
-        self.left(turn)
+        self.sent(turn)
 
-    def left(self, turn: Turn) -> None:
+    def sent(self, turn: Turn) -> None:
         """Record that the request was sent."""
         now = time.monotonic()
-        if turn.interval and now > turn.left_at + PACE["late"] * turn.interval:
-            turn.left_at = now
-            self._store.apply("leave", turn)
+        if turn.interval and now > turn.sent_at + PACE["late"] * turn.interval:
+            turn.sent_at = now
+            self._store.apply("sent", turn)
 
     def refused(self, turn: Turn, retry_after: float | None) -> None:
         """Slow down after the API refused the request for its rate limit."""

@@ -37,7 +37,7 @@ s.paused_until = math.min(s.paused_until, now + rules.longest_pause)
 for _, entry in pairs(s.spaced) do entry[1] = math.min(entry[1], now + entry[2]) end
 local granted, at, paused, too_late = 0, now, 0, 0
 
-local function sent(moment)
+local function record(moment)
   s.last, s.interval = moment, turn.interval
   if turn.name then s.spaced[turn.name] = {moment, turn.spacing} end
 end
@@ -76,14 +76,14 @@ local function look()
   end
   for _, id in ipairs(ahead) do s.waiting[id] = nil end
   granted, at = 1, math.max(ready, now)
-  sent(at + rules.late * turn.interval)
+  record(at + rules.late * turn.interval)
   s.gap = s.surplus * turn.gap
 end
 
 if step == 'look' then
   look()
-elseif step == 'leave' then
-  sent(math.max(s.last, now - turn.left))
+elseif step == 'sent' then
+  record(math.max(s.last, now - turn.sent))
 elseif step == 'refused' then
   local wider = s.surplus + rules.slow_down * turn.interval
   s.surplus = math.min(wider, rules.widest * turn.interval)
@@ -214,7 +214,7 @@ def _numbers(turn: Turn, now: float) -> str:
         "deadline": min(turn.deadline - now, FOREVER),
         "patience": min(turn.patience, FOREVER),
         "expiry": entry_lifetime(turn),
-        "left": min(now - turn.left_at, FOREVER),
+        "sent": min(now - turn.sent_at, FOREVER),
         "retry_after": turn.retry_after,
         "random": random.random(),
         "gap": random_gap(),

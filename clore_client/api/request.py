@@ -353,13 +353,15 @@ class HTTPClient:
             left = max(deadline - started_at, 0.001)
             settings["timeout"] = shortened(settings["timeout"], left)
 
-        exchange.begin(lambda: limiter.leave(turn, deadline), lambda: limiter.left(turn), deadline)
+        exchange.begin(
+            lambda: limiter.before_send(turn, deadline), lambda: limiter.sent(turn), deadline
+        )
         result = self._exchange(call, settings)
         if isinstance(result, Failure):
             return result
         response, body = result
         # Connections of a SOCKS proxy don't record when a request is sent.
-        sent_at = started_at if exchange.left_at is None else exchange.left_at
+        sent_at = started_at if exchange.sent_at is None else exchange.sent_at
         return self._classify(call, response, body, sent_at)
 
     def _classify(
@@ -402,7 +404,7 @@ class HTTPClient:
             response = session.send(call.request, **settings)
             result = response, read_body(response, self.max_response_mb * 1e6)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            result = classify_error(call, error, exchange.left_at)
+            result = classify_error(call, error, exchange.sent_at)
         except UnusableResponseError as error:
             result = classify_unusable(call, response, str(error))
         except OSError as error:  # a CA bundle or a certificate is missing

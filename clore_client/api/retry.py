@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import requests
 
 from clore_client.api.call import Call, Envelope, unix_time
-from clore_client.api.connection import never_left, reason_of
+from clore_client.api.connection import never_sent, reason_of
 from clore_client.api.rate_limit import DeadlinePassedError, PauseTooLongError
 from clore_client.errors import (
     CREATE_ORDER_CODE_1,
@@ -141,19 +141,19 @@ def _retry_after(headers: Any) -> float | None:
     return None if until is None or now is None else max(0.0, until - now)
 
 
-def classify_error(call: Call, error: Exception, left_at: float | None) -> Failure:
+def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failure:
     """Classify a request that got no response.
 
     Parameters:
         call: the call.
         error: the exception of requests or urllib3.
-        left_at: monotonic time at which the request was sent; None if it was not.
+        sent_at: monotonic time at which the request was sent; None if it was not.
     """
     reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
     cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
-    unsent = never_left(error, left_at is not None)
+    unsent = never_sent(error, sent_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)
-    failed.sent_at = None if unsent else left_at
+    failed.sent_at = None if unsent else sent_at
     # A new exception, because the original one holds the request with its secrets.
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
@@ -318,7 +318,15 @@ class Retries:
             return
         pause = 0.0 if self._call.urgent else failure.error.retry_after or 0.0
         if self.patience_left <= pause:
-            raise _with_refusals(self._gave_up(failure.error), *recently_refused)
+            error = self._gave_up(failure.error)
+            refused, total = recently_refused
+            if refused > 1:
+                error.args = (
+                    f"{error}\n{refused} of the last {total} requests were refused for the rate "
+                    "limit: other programs use this key. Stop them, share the rate limit with them "
+                    "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
+                )
+            raise error
 
     def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
         """Return the error for a request that could not be sent, or not again."""
@@ -345,14 +353,3 @@ class Retries:
         """Add to the text of ``error`` that retries did not help."""
         error.args = (f"Clore API request failed after {self.sends} retries: {error}",)
         return error
-
-
-def _with_refusals(error: CloreError, refused: int, total: int) -> CloreError:
-    """Add to the text of ``error`` how many of the last requests were refused, and what to do."""
-    if refused > 1:
-        error.args = (
-            f"{error}\n{refused} of the last {total} requests were refused for pace: other "
-            "programs use this key. Stop them, share the rate limit with them "
-            "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
-        )
-    return error

@@ -13,7 +13,7 @@ from clore_client.pricing import CREATION_FEE, creation_fee_after, finite, publi
 if TYPE_CHECKING:
     from clore_client.market.market import Market
 
-HIGHEST_PERCENT = 100.0  # a fee above that is not believed
+HIGHEST_PERCENT = 100.0  # a higher fee is not valid
 
 
 class ModelSummary(NamedTuple):
@@ -166,8 +166,8 @@ def account_fees(
     """
     kind = "spot" if spot else "on_demand"
     percent = finite(part_of(response, "renter_fees", kind, "base", currency))
-    believed = percent is not None and 0 <= percent <= HIGHEST_PERCENT
-    fraction = percent / 100 if believed and percent is not None else published_fee(spot)
+    valid = percent is not None and 0 <= percent <= HIGHEST_PERCENT
+    fraction = percent / 100 if valid and percent is not None else published_fee(spot)
     amount = finite(part_of(response, "creation_fees", kind, currency))
     if amount is None or amount < 0 or rate is None:
         return fraction, CREATION_FEE

@@ -12,7 +12,7 @@ from clore_client.errors import printable
 STDOUT, STDERR = "stdout", "stderr"
 LAST_LINES = 20  # of each stream, where a result is printed
 LONGEST_LINE = 300  # characters
-# A color, or another control sequence of a terminal, which would only be noise when escaped.
+# A color or another control sequence of a terminal; it is removed, not escaped.
 _CONTROL_SEQUENCE = r"\x1b\[[0-9;?]{0,40}[@-~]"
 
 
@@ -104,10 +104,10 @@ class TransferResult:
         files: the number of files.
         size: the bytes of all files.
         duration: seconds.
-        skipped: (name, reason) for symlinks and special files, which are not copied; escaped, too.
+        skipped: (name, reason) for symlinks and special files, which are not copied; also escaped.
         unchanged: the number of files that ``skip_unchanged`` left out.
-        sent: with ``preview``, the names of the files that would be sent; escaped, too.
-        deleted: the names that ``delete`` removed, or would remove with ``preview``; escaped, too.
+        sent: with ``preview``, the names of the files that would be sent; also escaped.
+        deleted: the names that ``delete`` removed, or would remove with ``preview``; also escaped.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from clore_client import CloreClient, CloreConnectionError, OrderOutcomeUnknownError
-from clore_client.api.connection import never_left
+from clore_client.api.connection import never_sent
 
 
 @contextmanager
@@ -107,5 +107,5 @@ def test_an_error_of_an_unwatched_connection_is_a_doubt(monkeypatch: pytest.Monk
     with pytest.raises(OrderOutcomeUnknownError):
         client._request("POST", "/v1/create_order")
     assert adapter.calls == 1
-    assert never_left(requests.ConnectTimeout(), left=False)
-    assert not never_left(requests.ConnectTimeout(), left=True)
+    assert never_sent(requests.ConnectTimeout(), recorded=False)
+    assert not never_sent(requests.ConnectTimeout(), recorded=True)

@@ -82,7 +82,7 @@ def test_damaged_content_starts_anew_and_waits_once(tmp_path: Path, content: byt
     for _ in range(2):
         turn = Turn(0.1)
         limiter.wait(turn)
-        limiter.left(turn)
+        limiter.sent(turn)
     assert 0.19 < time.monotonic() - started < 2
 
 

@@ -96,7 +96,7 @@ def granted(
     turn = Turn(interval, **options)
     turn.not_before = not_before
     limit.wait(turn, deadline)
-    limit.left(turn)
+    limit.sent(turn)
     yield turn
 
 
@@ -161,7 +161,7 @@ def test_no_two_departures_are_closer_than_their_intervals(
         turn = Turn(interval, urgent=urgent, spacing=spacing)
         limit.wait(turn)
         with lock:
-            left.append((turn.left_at, interval, spaced))
+            left.append((turn.sent_at, interval, spaced))
 
     together(*[lambda w=w: send(*w) for w in wanted])
     assert len(left) == len(wanted)
@@ -377,7 +377,7 @@ def test_a_deadline_ends_the_waiting(limiter: Limiter) -> None:
 
 
 def test_a_request_that_waits_no_more_is_skipped(limiter: Limiter) -> None:
-    """As an interrupt or a kill leaves it, at any line between waiting and leaving."""
+    """As an interrupt or a kill leaves it, at any line between waiting and sending."""
     with granted(limiter(), 0.2):
         pass
     for _ in range(20):

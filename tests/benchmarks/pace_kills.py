@@ -48,8 +48,8 @@ def _work(path: str, log: str) -> None:
     while True:
         turn = Turn(INTERVAL)
         limiter.wait(turn)
-        limiter.leave(turn)
-        os.write(handle, f"{turn.left_at}\n".encode())
+        limiter.before_send(turn)
+        os.write(handle, f"{turn.sent_at}\n".encode())
 
 
 def main() -> None:
