@@ -26,14 +26,16 @@ PIECE = 16 * 1024  # bytes per read; decompressed, they can become a thousand ti
 
 
 class Exchange(threading.local):
-    """Track the current request of each thread: when it was sent, and its deadline."""
+    """Track the current request of each thread.
+
+    Attributes:
+        sent_at: monotonic time at which the first byte was sent, or None.
+        connecting: whether a connection of this module is used, so that ``sent_at`` is reliable.
+        deadline: monotonic time by which the whole response must have arrived.
+    """
 
     def __init__(self) -> None:
-        self.before: Callable[[], None] | None = None
-        self.on_sent: Callable[[], None] | None = None
-        self.sent_at: float | None = None  # when the first byte was sent, by time.monotonic()
-        self.connecting = False  # a connection of this module is used, so ``sent_at`` is reliable
-        self.deadline = math.inf
+        self.begin(lambda: None, lambda: None, math.inf)
 
     def begin(
         self, before: Callable[[], None], on_sent: Callable[[], None], deadline: float
@@ -43,24 +45,23 @@ class Exchange(threading.local):
         Parameters:
             before: called when it is connected and about to be sent; it may wait.
             on_sent: called when the request is sent.
-            deadline: monotonic time by which the whole response must have arrived.
+            deadline: see the attribute.
         """
-        self.before, self.on_sent, self.deadline = before, on_sent, deadline
-        self.sent_at, self.connecting = None, False
+        self._before, self._on_sent, self.deadline = before, on_sent, deadline
+        self.sent_at: float | None = None
+        self.connecting = False
 
     @contextlib.contextmanager
     def sending(self) -> Iterator[None]:
         """Record that the block sends the first byte."""
-        if self.before is not None:
-            self.before()
+        self._before()
         self.sent_at = time.monotonic()
         try:
             yield
         finally:
             # Called after the write: a thread that pauses in between would send too late, and so
             # too close to the next request.
-            if self.on_sent is not None:
-                self.on_sent()
+            self._on_sent()
 
 
 exchange = Exchange()

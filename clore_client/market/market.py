@@ -13,22 +13,19 @@ from clore_client.api.request import limited
 from clore_client.config import canonical_url, locked_path, read_state_file, replace_file
 from clore_client.errors import CloreError, RateUnknownError
 from clore_client.log import logger
-from clore_client.models.record import is_live
+from clore_client.models.record import is_live, part_of
 from clore_client.models.server import Marketplace, Server
 from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, finite, positive
 
 if TYPE_CHECKING:
     from clore_client.market.search import Search, SearchReport
 
-
 # A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
 ROUNDING = 1e-9  # the rounding error between prices per day and per hour
 RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
 HOST_HISTORY_FILE = "host_history"  # in the state folder
-HISTORY_SCHEMA = 1
 HISTORY_LASTS = 86_400.0  # seconds
-MOST_HOSTS = 1000
 HISTORY_PATIENCE = 1.0  # seconds to wait for another process that writes the file
 
 WORKED = "worked"
@@ -84,12 +81,10 @@ class MarketData:
 
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
-        market = response.get("market")
         self.observe(response)
         if is_live(response):
-            if isinstance(market, dict):
-                self.rates.update(market.get("currency_rates_in_usd"))
-        elif isinstance(market, dict) and market:
+            self.rates.update(part_of(response, "market", "currency_rates_in_usd"))
+        elif isinstance(response.get("market"), dict) and response["market"]:
             # An empty market shows nothing about the form.
             self.rates = ExchangeRates()
             self._documented_at = time.monotonic()
@@ -303,9 +298,7 @@ class HostHistory:
         try:
             with locked_path(path, HISTORY_PATIENCE):
                 hosts = {**self._read(path), name: self._here[name]}
-                newest = sorted(hosts.items(), key=lambda item: -item[1]["time"])[:MOST_HOSTS]
-                text = json.dumps({"schema": HISTORY_SCHEMA, "hosts": dict(newest)})
-                replace_file(path, text)
+                replace_file(path, json.dumps({"hosts": hosts}))
         except OSError as error:
             logger.debug("%s can't be written: %s", path, error)
 
