@@ -356,18 +356,38 @@ class HTTPClient:
         exchange.begin(
             lambda: limiter.before_send(turn, deadline), lambda: limiter.sent(turn), deadline
         )
-        result = self._exchange(call, settings)
-        if isinstance(result, Failure):
-            return result
-        response, body = result
-        # Connections of a SOCKS proxy don't record when a request is sent.
-        sent_at = started_at if exchange.sent_at is None else exchange.sent_at
-        return self._classify(call, response, body, sent_at)
+        return self._exchange(call, settings, started_at)
+
+    def _exchange(
+        self, call: Call, settings: dict[str, Any], started_at: float
+    ) -> Envelope | Failure:
+        """Send a request, and read and classify its response."""
+        reads = call.request.method in ("GET", "HEAD")
+        session = self._sessions.take(reads)
+        response = None
+        outcome: Envelope | Failure
+        try:
+            response = session.send(call.request, **settings)
+            body = read_body(response, self.max_response_mb * 1e6)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            outcome = classify_error(call, error, exchange.sent_at)
+        except UnusableResponseError as error:
+            outcome = classify_unusable(call, response, str(error))
+        except OSError as error:  # a CA bundle or a certificate is missing
+            raise ConfigurationError(f"{call.label} was not sent: {error}") from error
+        else:
+            outcome = self._classify(call, response, body, started_at)
+        if isinstance(outcome, Failure) and response is not None:
+            response.close()
+        self._sessions.put_back(session, reads)
+        return outcome
 
     def _classify(
-        self, call: Call, response: requests.Response, body: bytes, sent_at: float
+        self, call: Call, response: requests.Response, body: bytes, started_at: float
     ) -> Envelope | Failure:
         received_at = time.monotonic()
+        # Connections of a SOCKS proxy don't record when a request is sent.
+        sent_at = started_at if exchange.sent_at is None else exchange.sent_at
         logger.log(
             logging.INFO if call.rules.logged else logging.DEBUG,
             "%s: HTTP %d, %d bytes in %.3f s",
@@ -391,28 +411,6 @@ class HTTPClient:
                     "make a new one"
                 )
         return outcome
-
-    def _exchange(
-        self, call: Call, settings: dict[str, Any]
-    ) -> tuple[requests.Response, bytes] | Failure:
-        """Send a request, and read its response."""
-        reads = call.request.method in ("GET", "HEAD")
-        session = self._sessions.take(reads)
-        response = None
-        result: tuple[requests.Response, bytes] | Failure
-        try:
-            response = session.send(call.request, **settings)
-            result = response, read_body(response, self.max_response_mb * 1e6)
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            result = classify_error(call, error, exchange.sent_at)
-        except UnusableResponseError as error:
-            result = classify_unusable(call, response, str(error))
-        except OSError as error:  # a CA bundle or a certificate is missing
-            raise ConfigurationError(f"{call.label} was not sent: {error}") from error
-        if isinstance(result, Failure) and response is not None:
-            response.close()
-        self._sessions.put_back(session, reads)
-        return result
 
 
 ORIGINAL_REQUEST = HTTPClient._request
