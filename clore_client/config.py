@@ -261,16 +261,7 @@ def lock_file(handle: int, patience: float = 0.0) -> bool:
 
 def _try_to_lock(handle: int) -> bool:
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(handle, LOCK_AT, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-            os.lseek(handle, 0, os.SEEK_SET)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _set_lock(handle, locked=True)
     except (BlockingIOError, PermissionError):
         return False
     return True
@@ -278,15 +269,21 @@ def _try_to_lock(handle: int) -> bool:
 
 def unlock_file(handle: int) -> None:
     """Unlock a file that :func:`lock_file` locked."""
+    _set_lock(handle, locked=False)
+
+
+def _set_lock(handle: int, locked: bool) -> None:
     if os.name == "nt":
         import msvcrt
 
         os.lseek(handle, LOCK_AT, os.SEEK_SET)
-        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        mode = msvcrt.LK_NBLCK if locked else msvcrt.LK_UNLCK  # type: ignore[attr-defined,unused-ignore]
+        msvcrt.locking(handle, mode, 1)  # type: ignore[attr-defined,unused-ignore]
+        os.lseek(handle, 0, os.SEEK_SET)
     else:
         import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_UN)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN)
 
 
 def open_private(path: Path) -> tuple[int, bool]:

@@ -291,10 +291,8 @@ def check_env(name: str, value: Any) -> dict[str, str]:
         if re.search(_REFUSED_CHARACTERS, text):
             logger.warning(
                 "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "
-                "refuse with code 1",
-                name,
-                variable,
-            )
+                "refuse with code 1", name, variable,
+            )  # fmt: skip
     return {variable: Secret(text) for variable, text in value.items()}
 
 

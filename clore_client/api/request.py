@@ -303,10 +303,8 @@ class HTTPClient:
             logger.log(
                 logging.DEBUG if outcome.rate_limited and retries.refusals > 1 else logging.WARNING,
                 "%s: attempt %d failed, retrying: %s",
-                call.label,
-                retries.sends,
-                outcome.error,
-            )
+                call.label, retries.sends, outcome.error,
+            )  # fmt: skip
 
     def _limiter(self, base_url: str, key: str) -> RateLimiter:
         return limiter_for(base_url, key, self._state_folder, self._redis)
@@ -320,17 +318,9 @@ class HTTPClient:
     ) -> Call:
         session = self._sessions.take(reads=True)
         call = Call(
-            session,
-            method,
-            endpoint,
-            params,
-            json,
-            options,
-            base_url=self.base_url,
-            headers=self.headers,
-            timeout=self.timeout,
-            urgent=_limits.get().urgent,
-        )
+            session, method, endpoint, params, json, options, base_url=self.base_url,
+            headers=self.headers, timeout=self.timeout, urgent=_limits.get().urgent,
+        )  # fmt: skip
         self._sessions.put_back(session, reads=True)
         return call
 
@@ -391,11 +381,8 @@ class HTTPClient:
         logger.log(
             logging.INFO if call.rules.logged else logging.DEBUG,
             "%s: HTTP %d, %d bytes in %.3f s",
-            call.label,
-            response.status_code,
-            len(body),
-            received_at - sent_at,
-        )
+            call.label, response.status_code, len(body), received_at - sent_at,
+        )  # fmt: skip
         outcome = classify(call, response, body)
         if isinstance(outcome, Envelope):
             outcome.date = response.headers.get("Date")

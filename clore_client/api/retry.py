@@ -330,24 +330,20 @@ class Retries:
 
     def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
         """Return the error for a request that could not be sent, or not again."""
-        error = self._last.error if self._last is not None else None
-        if error is None and isinstance(reason, PauseTooLongError):
-            error = RateLimitError(
-                5,
-                endpoint=self._call.endpoint,
-                hint=f"the API asked for a pause, so nothing was sent: try again in "
-                f"{reason.seconds:.0f} s",
-            )
-            error.retry_after, error.sends = reason.seconds, 0
-            return error
-        if error is None:
+        pause = reason.seconds if isinstance(reason, PauseTooLongError) else None
+        if self._last is not None:
+            error = self._last.error
+            error.retry_after = error.retry_after if pause is None else pause
+            return self._gave_up(error)
+        if pause is None:
             return CloreConnectionError(
                 f"{self._call.label} was not sent, as the rate limit left no time for it before "
                 "the deadline: allow more time, or make fewer requests"
             )
-        if isinstance(reason, PauseTooLongError):
-            error.retry_after = reason.seconds
-        return self._gave_up(error)
+        hint = f"the API asked for a pause, so nothing was sent: try again in {pause:.0f} s"
+        paused = RateLimitError(5, endpoint=self._call.endpoint, hint=hint)
+        paused.retry_after, paused.sends = pause, 0
+        return paused
 
     def _gave_up(self, error: CloreError) -> CloreError:
         """Add to the text of ``error`` that retries did not help."""

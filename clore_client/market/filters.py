@@ -288,12 +288,8 @@ def matching_names(query: str, names: Collection[str], *, exact: bool = False) -
         return _no_match(query, names)
     models = model_names(Counter(parts))
     more = f" and {len(models) - NAMED_MODELS} more" if len(models) > NAMED_MODELS else ""
-    logger.warning(
-        "no GPU is named %s as a whole word; it is a part of %s%s",
-        _shown(query),
-        ", ".join(map(_shown, models[:NAMED_MODELS])),
-        more,
-    )
+    shown = ", ".join(map(_shown, models[:NAMED_MODELS])) + more
+    logger.warning("no GPU is named %s as a whole word; it is a part of %s", _shown(query), shown)
     return parts
 
 

@@ -117,11 +117,8 @@ class MarketData:
             )
         logger.warning(
             "%s=%r USD per hour is above the on-demand price of server %s, %g USD per hour",
-            name,
-            usd_per_hour,
-            server_id,
-            listed,
-        )
+            name, usd_per_hour, server_id, listed,
+        )  # fmt: skip
 
 
 class Market:
@@ -260,13 +257,8 @@ class Market:
         bid = bid_per_day(usd_per_hour, rate)
         logger.info(
             "bid for server %d: %g USD per hour = %.8g %s per day (1 %s = %g USD)",
-            server_id,
-            usd_per_hour,
-            bid,
-            currency,
-            currency,
-            rate,
-        )
+            server_id, usd_per_hour, bid, currency, currency, rate,
+        )  # fmt: skip
         return bid
 
 

@@ -54,9 +54,6 @@ class SearchReport:
     def __repr__(self) -> str:
         return f"<SearchReport {self.explain()!r}>"
 
-    def __str__(self) -> str:
-        return self.explain()
-
     def add(self, label: str, count: int) -> None:
         """Add the number of servers that a filter left out."""
         if count:
@@ -79,6 +76,8 @@ class SearchReport:
         if self.cheapest_usd_per_hour is None:
             return text
         return f"{text}, of which the cheapest costs {self.cheapest_usd_per_hour:.4g} USD per hour"
+
+    __str__ = explain
 
 
 class Search:
