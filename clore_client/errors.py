@@ -163,11 +163,11 @@ class OutcomeUnknownError(CloreError):
 
 
 class OrderOutcomeUnknownError(OutcomeUnknownError):
-    """An order may or may not exist, or several orders could be it.
+    """An order may or may not exist, or several orders match.
 
     Attributes:
         server_id: the server of the order.
-        order_ids: the orders that it could be; empty if none was seen.
+        order_ids: the orders that match; empty if none was seen.
         credentials: the login that was sent with the order: ``ssh_password``, ``ssh_key``,
             ``jupyter_token``. It is in no text and no pickle of this error.
     """
@@ -234,7 +234,7 @@ class OrderEndedError(CloreError):
 
 
 class WaitTimeoutError(CloreError, TimeoutError):
-    """An order did not have a status in time. It may still be running, and cost money.
+    """An order did not reach a status in time. It may still be running, and cost money.
 
     Attributes:
         order_id: the order.

@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 LONGEST_SLEEP = 0.5  # seconds after which a waiting request looks at the schedule again
 RECENT = 20  # how many of the last responses are counted for the error message
@@ -100,7 +100,8 @@ def random_gap() -> float:
     return 1.0 if random.random() < YIELD_CHANCE else 0.0
 
 
-class Look(NamedTuple):
+# Not a named tuple: creating one makes the import slower.
+class Look:
     """The answer to a waiting request that looks at the schedule.
 
     Attributes:
@@ -111,11 +112,11 @@ class Look(NamedTuple):
         too_late: whether it can't be sent before its deadline.
     """
 
-    granted: bool
-    at: float
-    paused: float = 0.0
-    slowed: bool = False
-    too_late: bool = False
+    def __init__(
+        self, granted: bool, at: float, paused: float, slowed: bool = False, too_late: bool = False
+    ) -> None:
+        self.granted, self.at, self.paused = granted, at, paused
+        self.slowed, self.too_late = slowed, too_late
 
 
 class Schedule:

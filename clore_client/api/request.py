@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import requests
 import urllib3
@@ -58,7 +58,7 @@ H = TypeVar("H", bound="HTTPClient")
 Returned = TypeVar("Returned")
 
 
-class Limits(NamedTuple):
+class Limits:
     """The limits that a caller sets for its requests.
 
     Attributes:
@@ -67,9 +67,10 @@ class Limits(NamedTuple):
         once: whether a request that fails is not sent again.
     """
 
-    deadline: float = math.inf
-    urgent: bool = False
-    once: bool = False
+    def __init__(
+        self, deadline: float = math.inf, urgent: bool = False, once: bool = False
+    ) -> None:
+        self.deadline, self.urgent, self.once = deadline, urgent, once
 
 
 _limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=Limits())  # noqa: B039

@@ -11,7 +11,7 @@ import json
 import random
 import re
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import requests
 
@@ -103,7 +103,7 @@ def cancel_delay(refusals: int, first: float) -> float:
     return float(min(LONGEST_CANCEL_PAUSE, first * 2.0 ** min(refusals, 32)))
 
 
-class Failure(NamedTuple):
+class Failure:
     """One request that failed.
 
     Attributes:
@@ -112,9 +112,8 @@ class Failure(NamedTuple):
         again: whether to retry.
     """
 
-    error: CloreError
-    problem: str
-    again: bool
+    def __init__(self, error: CloreError, problem: str, again: bool = False) -> None:
+        self.error, self.problem, self.again = error, problem, again
 
     @property
     def rate_limited(self) -> bool:

@@ -200,7 +200,7 @@ class Game:
         numbers = _numbers(turn, self.now)
         reply = self.client.eval(script, 1, "game", "look", numbers, REDIS_RULES, self.now)
         granted, seconds, *_ = map(float, reply)
-        return Look(bool(granted), self.now + seconds)
+        return Look(bool(granted), self.now + seconds, 0.0)
 
     def run_until(self, end: float) -> None:
         """Let each request look again at the time that it was told."""
