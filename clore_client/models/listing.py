@@ -450,9 +450,8 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
         axes.scatter(*zip(*others, strict=True), color=OTHER_COLOR, label=label, **style)
     for name, median in sorted(medians.items(), key=lambda item: item[1]):
         label = f"{printable(name, NAME_LENGTH)}  {median:.3g}"
-        label = label.lstrip("_").replace(
-            "$", r"\$"
-        )  # matplotlib hides a label with _ in front, and takes a $ for a formula
+        # matplotlib hides a label that starts with _, and takes a $ for a formula.
+        label = label.lstrip("_").replace("$", r"\$")
         axes.scatter(*zip(*models[name], strict=True), color=colors[name], label=label, **style)
     axes.legend(
         loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0, reverse=True
