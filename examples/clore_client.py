@@ -19144,7 +19144,7 @@ class CloreClient(HTTPClient):
 
         The worker also checks ``max_hours`` and ``max_cost_usd``: it cancels the order and closes
         the rental's SSH connections. It does not interrupt other code in the block, and it can do
-        nothing while the process is dead or the machine is asleep.
+        nothing while the process is dead or this machine is asleep.
 
         Parameters:
             gpu_type, min_reliability, use_spot: as for :meth:`find_servers`.
@@ -19530,7 +19530,7 @@ class CloreClient(HTTPClient):
         host_key: str = "pin",
         use_ssh_config: bool = False,
     ) -> paramiko.SSHClient:
-        """Log in to the machine of a running order. Needs paramiko.
+        """Log in to the host of a running order. Needs paramiko.
 
         A password takes precedence over ``key_path``. Without both, the client uses the password
         in the order, or what was sent with the order, in this process or another one: the
@@ -19542,7 +19542,7 @@ class CloreClient(HTTPClient):
             password: the password of the user in ``connection.ssh``.
             key_path: the file of a private key: Ed25519, ECDSA or RSA.
             passphrase: the passphrase of that key, if it is encrypted.
-            wait: seconds to wait until the machine's sshd responds.
+            wait: seconds to wait until the host's sshd responds.
             timeout: seconds for each login attempt.
             host_key: ``"pin"`` accepts any host key at the first login to this order, and only the
                 same key later; ``state_dir`` keeps it for other processes. A fingerprint
@@ -19697,11 +19697,11 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> CommandResult:
-        """Run a command on the machine of an order, and wait for its end. Needs paramiko.
+        """Run a command on the host of an order, and wait for its end. Needs paramiko.
 
         Parameters:
             order: a running order or its number.
-            command: a command for the machine's shell; a list of arguments is quoted.
+            command: a command for the host's shell; a list of arguments is quoted.
             check: raise an error if the exit code is not 0.
             timeout: seconds after the login; the command is then stopped. None waits forever. It
                 also limits each login attempt. Ctrl-C stops the command too.
@@ -19722,7 +19722,7 @@ class CloreClient(HTTPClient):
         Raises:
             CommandError: the exit code was not 0; ``result`` has the output.
             CommandTimeoutError: the command did not end in time, and was stopped.
-            SSHError: the login failed; the machine did not run the command, because its sshd has a
+            SSHError: the login failed; the host did not run the command, because its sshd has a
                 ForceCommand; or the connection broke, and the command may still run.
 
         Example:
@@ -19752,14 +19752,14 @@ class CloreClient(HTTPClient):
         """Start a job: a command that runs on, without a connection. Needs paramiko.
 
         It runs in a session of its own, with an empty standard input. Its output and its exit code
-        are files on the machine, in ``~/.clore/jobs/<name>``. So it goes on after the end of this
+        are files on the host, in ``~/.clore/jobs/<name>``. So it goes on after the end of this
         process, and :meth:`job` finds it from any other. It ends with the order.
 
         Parameters:
             order: a running order or its number.
-            command: a command for the machine's shell; a list of arguments is quoted.
+            command: a command for the host's shell; a list of arguments is quoted.
             name: letters, digits, ``_``, ``.`` and ``-``; by default a random one.
-            env: environment variables, which no list of processes on the machine shows.
+            env: environment variables, which no list of processes on the host shows.
             cwd: the directory to run in; a relative path and ``~`` start at the home directory.
             ssh, **login: as for :meth:`run`. With ``ssh``, the job's methods can't reconnect.
 
@@ -19783,7 +19783,7 @@ class CloreClient(HTTPClient):
     def jobs(
         self, order: OrderArgument, *, ssh: paramiko.SSHClient | None = None, **login: Any
     ) -> list[Job]:
-        """Return the jobs of a machine, those that have ended too, by name.
+        """Return the jobs on the host of an order, those that have ended too, by name.
 
         Parameters:
             order: a running order or its number.
@@ -19821,7 +19821,7 @@ class CloreClient(HTTPClient):
             The :class:`Job`.
 
         Raises:
-            JobError: the machine has no job of that name.
+            JobError: the host has no job of that name.
             SSHError: the login failed.
 
         Example:
@@ -19835,9 +19835,9 @@ class CloreClient(HTTPClient):
     def shell(
         self, order: OrderArgument, *, ssh: paramiko.SSHClient | None = None, **login: Any
     ) -> int:
-        """Open the machine's shell in this terminal, until it ends. Needs paramiko.
+        """Open the host's shell in this terminal, until it ends. Needs paramiko.
 
-        Every key goes to the machine, Ctrl-C too. The terminal is as before afterwards, in
+        Every key goes to the host, Ctrl-C too. The terminal is as before afterwards, in
         whichever way the shell ends.
 
         Parameters:
@@ -19917,11 +19917,11 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Forward:
-        """Forward a local port, on loopback only, to a port of the machine of an order.
+        """Forward a local port, on loopback only, to a port of the host of an order.
 
         Parameters:
             order: a running order or its number.
-            remote_port: the port on the machine of the order.
+            remote_port: the port on the host.
             local_port: the port on this machine; 0 chooses a free one.
             ssh, **login: as for :meth:`run`.
 
@@ -19962,7 +19962,7 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> TransferResult:
-        """Copy a file or a directory to the machine of an order. Needs paramiko.
+        """Copy a file or a directory to the host of an order. Needs paramiko.
 
         As with rsync, a directory goes into ``remote``: ``"data"`` becomes ``remote/data``. With a
         slash at its end, its content does: ``"data/"`` becomes ``remote``. It makes no difference
@@ -19996,7 +19996,7 @@ class CloreClient(HTTPClient):
         Parameters:
             order: a running order or its number.
             local: a file or directory on this machine.
-            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+            remote: a path on the host; a relative path and ``~`` start at the home
                 directory.
             preserve: keep permissions and times.
             verify: compare the SHA-256 of every file.
@@ -20071,16 +20071,16 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> TransferResult:
-        """Copy a file or a directory from the machine of an order. Needs paramiko.
+        """Copy a file or a directory from the host of an order. Needs paramiko.
 
         It works like :meth:`upload` in the other direction, with the same table and the same
-        meaning of a slash at the end of ``remote``. A hostile machine can't make it write outside
+        meaning of a slash at the end of ``remote``. A hostile host can't make it write outside
         of ``local``. If a file grows during the copy, as a log does, the copy has its content from
         the start; any other change is an error.
 
         Parameters:
             order: a running order or its number.
-            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+            remote: a path on the host; a relative path and ``~`` start at the home
                 directory.
             local: a path on this machine.
             max_bytes: refuse to copy more bytes than this.
@@ -20092,7 +20092,7 @@ class CloreClient(HTTPClient):
 
         Raises:
             TransferError: a file was not copied completely, is larger than ``max_bytes``, or the
-                machine sent invalid data.
+                host sent invalid data.
             SSHError: the login failed.
             ImportError: ``exclude`` needs pathspec.
 
@@ -20120,14 +20120,14 @@ class CloreClient(HTTPClient):
         *,
         key_path: PathArgument | None = None,
     ) -> str:
-        """Return the command that copies to the machine with rsync, quoted for a shell.
+        """Return the command that copies to the host with rsync, quoted for a shell.
 
         It logs in as the line of :meth:`ssh_command` does, with the pinned host key.
 
         Parameters:
             order: a running order or its number.
             local: a file or directory on this machine; a slash at its end means its content.
-            remote: a path on the machine of the order; a relative path and ``~`` start at the home
+            remote: a path on the host; a relative path and ``~`` start at the home
                 directory.
             key_path: the file of a private key, which the command names.
 

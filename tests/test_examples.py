@@ -134,10 +134,10 @@ def test_run_over_ssh(make_sim: MakeSim) -> None:
     assert run(sim, "run_over_ssh.py").returncode == 1
 
 
-def test_dask_machines(make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dask_rentals(make_sim: MakeSim, monkeypatch: pytest.MonkeyPatch) -> None:
     # The simulated host is this machine, and its programs are the ones that this PATH finds.
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    done = run(make_sim(**EASY), "dask_machines.py", "RTX 4090", "1")
+    done = run(make_sim(**EASY), "dask_rentals.py", "RTX 4090", "1")
     assert done.stdout == f"{sum(n * n for n in range(100))}\n", done.stderr
 
 

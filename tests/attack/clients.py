@@ -107,7 +107,7 @@ def unaccounted(
     ]
     server.calm()
     client.close()  # an extra response may be on its way
-    listed = max(server.books.visible_at(order) for order in left)
+    listed = max(server.ledger.visible_at(order) for order in left)
     time.sleep(max(0.0, listed - time.monotonic()))
     found = client.leftovers(wait=0)
     known = {leftover.order_id for leftover in found.abandoned}

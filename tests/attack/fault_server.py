@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from tests.attack.books import Answer, Booked, Books, Flap
 from tests.attack.faults import KINDS, Exchange, Gone, Wire, delivers
+from tests.attack.ledger import Answer, Flap, Ledger, LedgerOrder
 
 CARRIED_OUT: Answer = (200, {"code": 0})
 
@@ -61,13 +61,13 @@ class FaultServer:
 
     Attributes:
         url, key: its URL, and a key; it accepts any key.
-        books: the true state, and settings that can be changed.
+        ledger: the true state, and settings that can be changed.
         send_date: whether responses have a ``Date``.
         requests: the requests that arrived, in order.
 
     Parameters:
         send_date: the attribute.
-        **settings: arguments of :class:`Books`.
+        **settings: arguments of :class:`Ledger`.
 
     Example:
         >>> with FaultServer(visible_after=0.1) as server:
@@ -75,7 +75,7 @@ class FaultServer:
     """
 
     def __init__(self, *, send_date: bool = True, **settings: Any) -> None:
-        self.books = Books(**settings)
+        self.ledger = Ledger(**settings)
         self.send_date = send_date
         self.key = f"key-{secrets.token_hex(8)}"
         self.requests: list[Request] = []
@@ -91,14 +91,14 @@ class FaultServer:
     # --- state for tests ---
 
     @property
-    def orders(self) -> list[Booked]:
+    def orders(self) -> list[LedgerOrder]:
         """Return all orders that were ever made."""
-        return self.books.orders
+        return self.ledger.orders
 
     @property
     def running(self) -> list[int]:
         """Return the ids of the orders that cost money now."""
-        return self.books.running
+        return self.ledger.running
 
     @property
     def stopped(self) -> bool:
@@ -141,13 +141,13 @@ class FaultServer:
 
     def flap(self, lists: int, *, skip: int = 0, seconds: float = math.inf) -> None:
         """Make order lists empty for a moment, although orders run; see :class:`Flap`."""
-        self.books.flap = Flap(skip, lists, seconds)
+        self.ledger.flap = Flap(skip, lists, seconds)
 
     def calm(self) -> None:
         """Remove all faults."""
         with self._lock:
             self._faults.clear()
-        self.books.flap = None
+        self.ledger.flap = None
 
     # --- starting and stopping ---
 
@@ -217,7 +217,7 @@ class FaultServer:
             fault = waiting.popleft() if waiting else None
         # A read changes nothing, so its fault sends a part of the correct response.
         if fault is None or fault.commit or request.body is None:
-            status, envelope = self.books.answer(
+            status, envelope = self.ledger.answer(
                 request.endpoint, request.query, request.body, request.key
             )
         else:

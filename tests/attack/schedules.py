@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from clore_client import CloreClient, CloreError, Order
-from tests.attack.books import FIRST_SERVER, RATES, Booked
 from tests.attack.clients import LAG, Watchdog, client_for, unaccounted
 from tests.attack.fault_server import FaultServer
+from tests.attack.ledger import FIRST_SERVER, RATES, LedgerOrder
 
 SERVERS = 3
 TIMEOUT = 0.2  # seconds for a request; one that never ends takes three times as long
@@ -210,7 +210,7 @@ class Schedule:
 
     # --- the steps ---
 
-    def judge_purchases(self, made: list[Booked], given: Order | None, at_most: int) -> None:
+    def judge_purchases(self, made: list[LedgerOrder], given: Order | None, at_most: int) -> None:
         """Check the orders that were made against those that were returned."""
         servers = [order.server_id for order in made]
         if len(made) > at_most or len(set(servers)) != len(servers):
@@ -329,9 +329,9 @@ class Schedule:
 
     def clean(self) -> str:
         """Cancel all orders, which must work without faults."""
-        books = self.server.books
-        books.show_ended = True  # otherwise a cancel without a response has an unknown outcome
-        time.sleep(books.visible_after + books.cancel_lingers)
+        ledger = self.server.ledger
+        ledger.show_ended = True  # otherwise a cancel without a response has an unknown outcome
+        time.sleep(ledger.visible_after + ledger.cancel_lingers)
         self.client.cancel_all(confirm_timeout=10)
         if self.server.running:
             self.wrong(f"cancel_all() has left {self.server.running}")

@@ -75,13 +75,13 @@ def test_it_makes_lists_and_ends_orders() -> None:
 def test_lists_lag_behind_and_flap() -> None:
     with FaultServer(visible_after=0.1, cancel_lingers=0.1) as server:
         caller = Caller(server)
-        made = server.books.place(101)
+        made = server.ledger.place(101)
         assert caller.ask("my_orders")["orders"] == []
         time.sleep(0.12)
         server.flap(1)
         assert caller.ask("my_orders")["orders"] == []
         assert len(caller.ask("my_orders")["orders"]) == 1
-        server.books.end(made.id)
+        server.ledger.end(made.id)
         assert len(caller.ask("my_orders")["orders"]) == 1
         time.sleep(0.12)
         assert caller.ask("my_orders")["orders"] == []
@@ -90,7 +90,7 @@ def test_lists_lag_behind_and_flap() -> None:
 def test_clocks_can_differ_or_be_missing() -> None:
     with FaultServer(visible_after=0, clock_offset=-60) as server:
         caller = Caller(server)
-        server.books.place(101)
+        server.ledger.place(101)
         caller.send("my_orders")
         _, headers, listing = caller.answer()
         assert "Date" in headers

@@ -145,7 +145,7 @@ def test_a_wait_ends_at_its_timeout(server: FaultServer, kind: str) -> None:
 
 
 def test_deploy_timeout_is_kept(server: FaultServer, notes: Path) -> None:
-    server.books.deploy_after = 1000
+    server.ledger.deploy_after = 1000
     with client_for(server, notes, timeout=20) as client:
         server.fault("my_orders", "drip", skip=5)
         rental = client.rent(server_id=101, **{**RENT, "deploy_timeout": 0.2})
@@ -426,7 +426,7 @@ def test_an_accepted_cancel_without_effect_is_repeated(
 def test_an_order_that_is_never_listed_as_ended_has_ended_after_the_lag(
     server: FaultServer, client: CloreClient
 ) -> None:
-    server.books.show_ended = False
+    server.ledger.show_ended = False
     with client.rent("4090", **RENT):
         pass
     assert server.running == []
@@ -437,7 +437,7 @@ def test_an_order_that_is_never_listed_as_ended_has_ended_after_the_lag(
 def test_cancel_all_keeps_its_timeout_without_a_list_of_ended_orders(
     server: FaultServer, client: CloreClient
 ) -> None:
-    server.books.show_ended = False
+    server.ledger.show_ended = False
     ids = {running_order(client), client.create_order(102).id}
     server.fault("cancel_orders", "reset", commit=True)
     with Watchdog(server, 12):
@@ -455,7 +455,7 @@ def test_cancel_all_keeps_its_timeout_without_a_list_of_ended_orders(
 def test_an_order_is_found_with_any_clock(
     server: FaultServer, client: CloreClient, offset: float, send_date: bool
 ) -> None:
-    server.books.clock_offset, server.send_date = offset, send_date
+    server.ledger.clock_offset, server.send_date = offset, send_date
     client.get_marketplace()
     for server_id in (101, 102):
         order = client.create_order(server_id, find_timeout=0.6)
@@ -468,7 +468,7 @@ def test_an_order_is_found_with_any_clock(
 def test_a_rental_works_with_a_wrong_clock(
     server: FaultServer, client: CloreClient, offset: float
 ) -> None:
-    server.books.clock_offset = offset
+    server.ledger.clock_offset = offset
     with client.rent("4090", **RENT) as rental:
         assert server.running == [rental.order.id]
     assert server.running == []
@@ -479,17 +479,17 @@ def test_a_rental_works_with_a_wrong_clock(
 def test_an_older_order_is_not_the_new_one(
     server: FaultServer, client: CloreClient, offset: float, send_date: bool, looked_at: str
 ) -> None:
-    books = server.books
-    books.clock_offset, server.send_date = offset, send_date
-    books.visible_after, books.cancel_lingers = 0.1, 3.0
+    ledger = server.ledger
+    ledger.clock_offset, server.send_date = offset, send_date
+    ledger.visible_after, ledger.cancel_lingers = 0.1, 3.0
     details = {"image": "nvidia/cuda:12.1.0-base-ubuntu22.04"}  # as create_order sends by default
-    before = books.place(101, **details)
+    before = ledger.place(101, **details)
     time.sleep(0.12)
     if looked_at == "orders":
         assert [order.id for order in client.get_orders()] == [before.id]
     elif looked_at == "marketplace":
         client.get_marketplace()
-    books.end(before.id)
+    ledger.end(before.id)
     error: CloreError | None = None
     try:
         order = client.create_order(101, find_timeout=0.6)
@@ -518,7 +518,7 @@ def rented(client: CloreClient, seconds: float) -> CloreError | None:
 def test_an_order_after_code_1_is_cancelled(
     server: FaultServer, notes: Path, status: int, seconds: float
 ) -> None:
-    server.books.hidden_for[101] = 0.4
+    server.ledger.hidden_for[101] = 0.4
     server.fault("create_order", "refuse", commit=True, code=1, status=status)
     with client_for(server, notes, order_lag=1) as client:
         error = rented(client, seconds)
@@ -527,7 +527,7 @@ def test_an_order_after_code_1_is_cancelled(
 
 
 def test_an_order_after_code_1_keeps_its_entry(server: FaultServer, notes: Path) -> None:
-    server.books.hidden_for[101] = 0.4
+    server.ledger.hidden_for[101] = 0.4
     server.fault("create_order", "refuse", commit=True, code=1)
     with client_for(server, notes, order_lag=1) as client:
         with client.rent("4090", **{**RENT, "find_timeout": 0.2}):
@@ -539,7 +539,7 @@ def test_the_same_order_id_in_another_account_does_not_hide_it(
     server: FaultServer, notes: Path
 ) -> None:
     with FaultServer() as other, client_for(other, notes) as elsewhere:
-        server.books.hidden_for[101] = 0.4
+        server.ledger.hidden_for[101] = 0.4
         server.fault("create_order", "refuse", commit=True, code=1)
         with (
             elsewhere.rent("4090", **RENT) as rental,
@@ -563,7 +563,7 @@ def test_orders_that_are_all_listed_late_are_accounted_for(notes: Path) -> None:
 def test_an_order_after_code_1_of_the_only_server_is_cancelled(
     server: FaultServer, notes: Path
 ) -> None:
-    server.books.hidden_for[101] = 0.4
+    server.ledger.hidden_for[101] = 0.4
     server.fault("create_order", "refuse", commit=True, code=1)
     with client_for(server, notes, order_lag=1) as client:
         with pytest.raises(CloreError) as caught:
@@ -574,7 +574,7 @@ def test_an_order_after_code_1_of_the_only_server_is_cancelled(
 def test_one_empty_list_does_not_show_that_there_is_no_order(
     server: FaultServer, client: CloreClient
 ) -> None:
-    server.books.hidden_for[101] = LAG
+    server.ledger.hidden_for[101] = LAG
     server.fault("create_order", "refuse", commit=True, code=1)
 
     def hide_it_for_long() -> None:

@@ -1,7 +1,7 @@
-"""Hand rented machines to Dask, each through a forwarded port.
+"""Hand rented servers to Dask, each through a forwarded port.
 
 pip install dask distributed; export CLORE_API_KEY=...
-python dask_machines.py "RTX 4090" 3
+python dask_rentals.py "RTX 4090" 3
 """
 
 import contextlib

@@ -19,7 +19,7 @@ Answer = tuple[int, dict[str, Any]]  # HTTP status, envelope
 
 
 @dataclass
-class Booked:
+class LedgerOrder:
     """The true state of one order. Times are monotonic, except ``created``."""
 
     id: int
@@ -70,7 +70,7 @@ def refused(code: int, error: str | None = None) -> Answer:
 
 
 @dataclass
-class Books:
+class Ledger:
     """A marketplace in the live form, whose misbehavior is set here.
 
     Attributes:
@@ -97,7 +97,7 @@ class Books:
     unknown_code: int = 6
     hidden_for: dict[int, float] = field(default_factory=dict)
     flap: Flap | None = None
-    orders: list[Booked] = field(default_factory=list)
+    orders: list[LedgerOrder] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
@@ -121,16 +121,16 @@ class Books:
         with self.lock:
             return [order.id for order in self.orders if order.active]
 
-    def place(self, server_id: int, **more: Any) -> Booked:
+    def place(self, server_id: int, **more: Any) -> LedgerOrder:
         """Make an order, like another program of the same account."""
         details = {"currency": "CLORE-Blockchain", "image": "other/image", "spot": False, **more}
         with self.lock:
             price = self._price(server_id, details["currency"], details["spot"])
-            order = Booked(next(self._ids), server_id, price=price, **details)
+            order = LedgerOrder(next(self._ids), server_id, price=price, **details)
             self.orders.append(order)
         return order
 
-    def visible_at(self, order: Booked) -> float:
+    def visible_at(self, order: LedgerOrder) -> float:
         """Return the monotonic time from which an order is listed."""
         return order.made_at + self.hidden_for.get(order.server_id, self.visible_after)
 
@@ -194,7 +194,7 @@ class Books:
         ids = range(FIRST_SERVER, FIRST_SERVER + self.servers)
         return 200, {"servers": [self._server(i) for i in ids], "my_servers": [], "code": 0}
 
-    def _listed(self, order: Booked) -> dict[str, Any]:
+    def _listed(self, order: LedgerOrder) -> dict[str, Any]:
         now = time.monotonic()
         lingers = order.active or now - (order.cancelled_at or now) < self.cancel_lingers
         deployed = lingers and now - order.made_at >= self.deploy_after
