@@ -92,6 +92,7 @@ class Search:
         method: the method of the client that searches.
 
     Attributes:
+        fee: the published fee as a fraction of the price.
         currency: the API's name of the currency whose price counts; None for the price that the
             reference page names.
         server_id: if set, no other server fits.
@@ -118,6 +119,7 @@ class Search:
                 "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
             )
         self.spot = check_bool("use_spot", use_spot)
+        self.fee = published_fee(self.spot)
         given = {"currency": currency, **(filters or {})}
         self._given = {name: value for name, value in given.items() if value is not None}
         self._filters = check_filters(self._given, method)
@@ -130,11 +132,6 @@ class Search:
         self.models: frozenset[str] | None = None
 
     # --- prices ---
-
-    @property
-    def fee(self) -> float:
-        """The published fee as a fraction of the price."""
-        return published_fee(self.spot)
 
     def price(self, server: Server) -> float | None:
         """Return the price of a server in USD per hour, without fees; None if it has none."""

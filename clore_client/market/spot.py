@@ -12,8 +12,6 @@ from clore_client.pricing import HOURS_PER_DAY, ExchangeRates, finite, positive
 class SpotOffer(Record):
     """One bid for a server: a dict with the fields of the API and ``usd_per_hour``."""
 
-    __slots__ = ()
-
     @property
     def id(self) -> int | None:
         """The number of the offer."""
@@ -43,7 +41,6 @@ class SpotOffer(Record):
 class SpotMarket(Record):
     """The response to ``spot_marketplace``: a dict with ``market``, and typed properties."""
 
-    __slots__ = ()
     SHOWN = ("minimum_usd", "lowest_winning_usd")
 
     @property

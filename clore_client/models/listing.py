@@ -397,10 +397,8 @@ def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
 
 def check_plot(servers: Any, path: Any) -> None:
     """Check the arguments of ``plot_prices``."""
-    if servers is not None and (
-        not isinstance(servers, (list, tuple))
-        or not all(isinstance(server, Server) for server in servers)
-    ):
+    given = () if servers is None else servers
+    if not isinstance(given, (list, tuple)) or not all(isinstance(s, Server) for s in given):
         shown = short_repr(servers)
         raise TypeError(f"servers must be a list of servers, as of find_servers(), not {shown}")
     if path is None:

@@ -64,7 +64,6 @@ class Order(GPURecord):
     unexpected type.
     """
 
-    __slots__ = ("_live", "_rates")
     _live: bool
     _rates: ExchangeRates
     FIELDS = ("id", "server_id", "status", "gpu_name", "gpu_count", "price", "currency",

@@ -81,7 +81,6 @@ class Record(dict[str, Any]):
     A record that did not come from the API counts as documented, and is its own ``.wire``.
     """
 
-    __slots__ = ("_wire",)
     _wire: dict[str, Any]
     # The properties in a card and in a row of to_dicts(): numbers, text and bools.
     FIELDS: ClassVar[tuple[str, ...]] = ()
@@ -97,10 +96,7 @@ class Record(dict[str, Any]):
 
     def _like(self: R, items: Mapping[str, Any]) -> R:
         twin = type(self)(items)
-        for cls in type(self).__mro__:
-            for slot in getattr(cls, "__slots__", ()):
-                if hasattr(self, slot):
-                    setattr(twin, slot, getattr(self, slot))
+        twin.__dict__.update(self.__dict__)
         return twin
 
     def copy(self: R) -> R:
@@ -153,7 +149,6 @@ class Wallet(Record):
     The live API calls the address ``deposit``; that field is kept too.
     """
 
-    __slots__ = ("_rates",)
     _rates: ExchangeRates
     FIELDS = ("name", "balance", "balance_usd", "deposit_address")
 

@@ -184,8 +184,6 @@ def nominal_vram(record: dict[str, Any]) -> float | None:
 class GPURecord(Record):
     """A record that names the GPUs of a server."""
 
-    __slots__ = ()
-
     @property
     def gpu(self) -> str | None:
         """The count and name of its GPUs, such as ``"2x RTX 4090"``; of several models, all."""
@@ -210,7 +208,6 @@ class Server(GPURecord):
     sent. A property is None if its field is missing or has an unexpected type.
     """
 
-    __slots__ = ()
     SHOWN = ("id", "gpu", "usd_per_hour", "spot_usd_per_hour", "reliability", "country", "rented")
     FIELDS = ("id", "gpu_name", "gpu_count", "vram_gb", "total_vram_gb", "usd_per_hour",
               "usd_per_gpu_hour", "spot_usd_per_hour", "spot_usd_per_gpu_hour", "reliability",
