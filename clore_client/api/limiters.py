@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from clore_client.api.redis_limit import RedisServer
 
 LIMIT_PREFIX = "rate-limit-"
-LONGEST_SCHEDULE = 250_000  # bytes
+LONGEST_SCHEDULE = 100_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
 UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
