@@ -151,13 +151,12 @@ class Call:
         self.key = _check_key(all_headers, base_url, endpoint, self.rules.needs_key)
         timeout = check_timeout("timeout", options.pop("timeout", timeout))
         given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
-        self.request = _prepare_request(
+        self.request, secrets = _prepare_request(
             session, method, base_url + endpoint, all_headers, params, json, options
         )
         self.settings = _send_settings(session, base_url, self.request, given)
         self.settings["timeout"] = timeout
-        found = secrets_in(json)
-        self.secrets = tuple(dict.fromkeys([self.key, *found] if self.key else found))
+        self.secrets = (self.key, *secrets) if self.key else secrets
 
     def __repr__(self) -> str:
         return f"<Call {self.label}>"
@@ -231,14 +230,15 @@ def _prepare_request(
     params: Any,
     json: Any,
     options: dict[str, Any],
-) -> requests.PreparedRequest:
+) -> tuple[requests.PreparedRequest, tuple[str, ...]]:
+    """Return the request, and the secrets in its body."""
     # Without this, requests would send a password from ~/.netrc.
     options.setdefault("auth", lambda request: request)
     try:
         request = requests.Request(
             method, url, headers=headers, params=params, json=json, **options
         )
-        return session.prepare_request(request)
+        return session.prepare_request(request), tuple(dict.fromkeys(secrets_in(json)))
     except requests.exceptions.InvalidJSONError as error:
         raise ValueError(f"json can't be encoded as JSON: {error}") from None
     except RecursionError:
