@@ -1,4 +1,4 @@
-"""What never left this machine: connections that fail before the first byte of the request."""
+"""Connections that fail before the first byte of the request is sent."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_host_that_can_not_be_parsed_leaves_nothing_behind() -> None:
 
 
 def test_an_error_of_an_unwatched_connection_is_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replaced adapter tells nothing of departures: then the kind of the error decides."""
+    """A replaced adapter does not record a send: then the kind of the error decides."""
 
     class Adapter(requests.adapters.BaseAdapter):
         calls = 0

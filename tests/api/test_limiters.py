@@ -284,7 +284,7 @@ with CloreClient(key, base_url=url, state_dir=folder, **options) as client:
 """
 
 
-def test_two_processes_rent_the_only_machine(make_sim: MakeSim, tmp_path: Path) -> None:
+def test_two_processes_rent_the_only_server(make_sim: MakeSim, tmp_path: Path) -> None:
     sim = make_sim()
     server = client_for(sim).find_servers("RTX 4090", min_reliability=96)[0]
     command = [sys.executable, "-c", RENTER, sim.url, sim.api_key, str(tmp_path), str(server.id)]

@@ -1,4 +1,4 @@
-"""The pace: between all departures of a key, in order, cancels first, and pushed back together."""
+"""The rate limit of a key: intervals, order, cancels first, and pauses for all."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def gaps(times: list[float]) -> list[float]:
     return [b - a for a, b in itertools.pairwise(ordered)]
 
 
-def test_two_clients_and_eight_threads_keep_the_pace(make_sim: MakeSim) -> None:
+def test_two_clients_and_eight_threads_keep_the_rate_limit(make_sim: MakeSim) -> None:
     sim = make_sim(rate_limit=0.025)  # half: a busy machine may count a request late
     clients = [client_for(sim, rate_limit=0.05), client_for(sim, rate_limit=0.05)]
     together(*[lambda n=n: [clients[n % 2].get_wallets() for _ in range(3)] for n in range(8)])
@@ -148,7 +148,7 @@ def test_create_orders_are_spaced(make_sim: MakeSim) -> None:
     )
 )
 @settings(max_examples=25, deadline=None)
-def test_no_two_departures_are_closer_than_their_intervals(
+def test_no_two_requests_are_closer_than_their_intervals(
     wanted: list[tuple[float, bool, bool]],
 ) -> None:
     """Invariant: between neighbors lies the larger of their two intervals, and nobody is lost."""
@@ -203,7 +203,7 @@ class Game:
         return Look(bool(granted), self.now + seconds, 0.0)
 
     def run_until(self, end: float) -> None:
-        """Let each request look again at the time that it was told."""
+        """Let each request look again at its time."""
         while self.wakes and min(self.wakes.values()) <= end:
             number = min(self.wakes, key=lambda n: self.wakes[n])
             self.now = max(self.now, self.wakes[number])
