@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import random
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -28,8 +29,8 @@ CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; never wr
 
 # Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
-LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
-# With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
+LOCK_AT = 1 << 30  # the locked byte on Windows; the content before it stays readable
+# With O_NONBLOCK, a pipe in place of the file is an error, and does not block forever.
 SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 SAFE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
@@ -46,18 +47,13 @@ def clean_key(key: object, source: str) -> str:
             f"the API key from {source} must be a string, not {type(key).__name__}"
         )
     key = key.rstrip("\r\n")
+    problem = None
     if key.lower().startswith(("bearer ", "auth:", "auth ")):
-        raise ConfigurationError(
-            f"the API key from {source} starts with {key.split()[0]!r}: give only the key"
-        )
-    if "".join(key.split()) != key:
-        raise ConfigurationError(
-            f"the API key from {source} has a blank or a newline in it: give only the key"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigurationError(
-            f"the API key from {source} has a character that is not allowed in a key: copy it again"
-        )
+        problem = f"starts with {key.split()[0]!r}"
+    elif not re.fullmatch("[!-~]*", key):
+        problem = "has a blank, or a character that is not allowed in a key"
+    if problem:
+        raise ConfigurationError(f"the API key from {source} {problem}: give only the key")
     return Secret(key)
 
 
@@ -75,12 +71,9 @@ def find_key(argument: str | None) -> tuple[str | None, str]:
 def require_key() -> None:
     """Raise an error if neither the environment nor the official tools' file has a key."""
     if find_key(None)[0] is None:
-        variable = "is empty" if KEY_VARIABLE in os.environ else "is not set"
-        there = os.path.isfile(os.path.expanduser(CONFIG_FILE))
         raise ConfigurationError(
-            f"there is no API key: the environment variable {KEY_VARIABLE} {variable}, "
-            f"and the file {CONFIG_FILE} {'has none in it' if there else 'does not exist'}; "
-            f"set {KEY_VARIABLE}"
+            f"there is no API key: the environment variable {KEY_VARIABLE} is not set or empty, "
+            f"and the file {CONFIG_FILE} does not exist or has none; set {KEY_VARIABLE}"
         )
 
 
@@ -129,11 +122,6 @@ def check_base_url(url: object, name: str) -> str:
         raise TypeError(
             f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
         )
-    return _usable_url(url, name)
-
-
-@functools.lru_cache(maxsize=64)
-def _usable_url(url: str, name: str) -> str:
     if problem := _url_problem(url):
         # The URL is not shown, as it may contain a key.
         raise ConfigurationError(
@@ -142,8 +130,9 @@ def _usable_url(url: str, name: str) -> str:
     return url.rstrip("/")
 
 
+@functools.lru_cache(maxsize=64)
 def _url_problem(url: str) -> str | None:
-    if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
+    if not re.fullmatch("[!-~]*", url) or "\\" in url:
         return "has a blank or a character that is not allowed in a URL"
     try:
         parts = urlsplit(url)
@@ -272,16 +261,7 @@ def lock_file(handle: int, patience: float = 0.0) -> bool:
 
 def _try_to_lock(handle: int) -> bool:
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(handle, LOCK_AT, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-            os.lseek(handle, 0, os.SEEK_SET)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _set_lock(handle, locked=True)
     except (BlockingIOError, PermissionError):
         return False
     return True
@@ -289,15 +269,21 @@ def _try_to_lock(handle: int) -> bool:
 
 def unlock_file(handle: int) -> None:
     """Unlock a file that :func:`lock_file` locked."""
+    _set_lock(handle, locked=False)
+
+
+def _set_lock(handle: int, locked: bool) -> None:
     if os.name == "nt":
         import msvcrt
 
         os.lseek(handle, LOCK_AT, os.SEEK_SET)
-        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        mode = msvcrt.LK_NBLCK if locked else msvcrt.LK_UNLCK  # type: ignore[attr-defined,unused-ignore]
+        msvcrt.locking(handle, mode, 1)  # type: ignore[attr-defined,unused-ignore]
+        os.lseek(handle, 0, os.SEEK_SET)
     else:
         import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_UN)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN)
 
 
 def open_private(path: Path) -> tuple[int, bool]:
@@ -352,7 +338,7 @@ def make_private_folder(folder: Path) -> None:
     """Create a folder that only this user may enter, or close an existing one to the others.
 
     Raises:
-        OSError: it can't be created, is no folder, or belongs to somebody else.
+        OSError: it can't be created, is no folder, or belongs to another user.
     """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -163,11 +163,11 @@ class OutcomeUnknownError(CloreError):
 
 
 class OrderOutcomeUnknownError(OutcomeUnknownError):
-    """An order may or may not exist, or several orders could be it.
+    """An order may or may not exist, or several orders match.
 
     Attributes:
         server_id: the server of the order.
-        order_ids: the orders that it could be; empty if none was seen.
+        order_ids: the orders that match; empty if none was seen.
         credentials: the login that was sent with the order: ``ssh_password``, ``ssh_key``,
             ``jupyter_token``. It is in no text and no pickle of this error.
     """
@@ -221,7 +221,7 @@ class SpendingLimitError(CloreError):
 
 
 class OrderEndedError(CloreError):
-    """An order has ended, before it had the status or for a call that needs its machine.
+    """An order has ended, before it had the awaited status, or before a call that needs its server.
 
     Attributes:
         order_id, status: the order, and its final status.
@@ -234,7 +234,7 @@ class OrderEndedError(CloreError):
 
 
 class WaitTimeoutError(CloreError, TimeoutError):
-    """An order did not have a status in time. It may still be running, and cost money.
+    """An order did not reach a status in time. It may still be running, and cost money.
 
     Attributes:
         order_id: the order.
@@ -339,7 +339,7 @@ class CloreAPIError(CloreError):
             self.add_hint(hint)
 
     def add_hint(self, hint: str) -> None:
-        """Add the usual cause, or what to do next, to the text on a line of its own."""
+        """Add the usual cause, or what to do next, on a new line of the text."""
         self.hint = hint
         self.args = (f"{self.args[0]}\nhint: {hint}",)
 
@@ -449,40 +449,19 @@ def error_text(envelope: dict[str, Any]) -> str | None:
     return raw if isinstance(raw, str) or raw is None else repr(raw)
 
 
-def api_error(
-    envelope: dict[str, Any],
-    *,
-    http_status: int,
-    endpoint: str,
-    hint: str | None = None,
-    retryable: bool | None = None,
-    secrets: tuple[str, ...] = (),
-) -> CloreAPIError:
+def api_error(envelope: dict[str, Any], **about: Any) -> CloreAPIError:
     """Make the error for a response with a ``code`` other than 0.
 
     Parameters:
         envelope: the decoded response.
-        http_status: its HTTP status.
-        endpoint: the path that was called.
-        hint: added to the text on its own line.
-        retryable: overrides the default of the class.
-        secrets: strings that must not appear in the text.
+        **about: the keyword arguments of :class:`CloreAPIError`.
     """
     code = envelope["code"]
     text = error_text(envelope)
     cls = ERROR_CLASSES.get(code, CloreAPIError)
     if cls is ApplicationError and text:
         cls = ERROR_TEXTS.get(text.strip().lower().replace("-", "_"), ApplicationError)
-    error = cls(
-        code,
-        text,
-        envelope,
-        http_status=http_status,
-        endpoint=endpoint,
-        hint=hint,
-        retryable=retryable,
-        secrets=secrets,
-    )
+    error = cls(code, text, envelope, **about)
     if isinstance(error, SpotPriceStepError):
         error.max_step = _response_number(envelope.get("max_step"))
     elif isinstance(error, SpotPriceTooSoonError):
@@ -491,7 +470,7 @@ def api_error(
 
 
 def _response_number(value: Any) -> float | None:
-    # Python's JSON parser accepts NaN, for which the comparison is False.
+    # Python's JSON parser accepts NaN; the comparison excludes it.
     return float(value) if type(value) in (int, float) and abs(value) < 1e12 else None
 
 
@@ -499,9 +478,9 @@ STDERR_TAIL = 500  # an error shows the last characters
 
 
 class HostKeyChangedError(SSHError):
-    """The host key of a machine has changed since the first login to this order.
+    """The host key has changed since the first login to this order.
 
-    Its container was restarted, or another machine responds in its place. No login was sent.
+    Its container was restarted, or another host responds in its place. No login was sent.
 
     Attributes:
         order_id: the order, or None if the record has no id.

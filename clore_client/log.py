@@ -1,4 +1,4 @@
-"""The logger of the package. The application adds the handlers."""
+"""Log for the package. The application adds the handlers."""
 
 import functools
 import logging

@@ -101,7 +101,7 @@ def creation_fee_after(seconds: float, fee: float = CREATION_FEE) -> float:
 
 
 class ExchangeRates:
-    """The latest exchange rates of one API: USD for one unit of a currency."""
+    """Keep the latest exchange rates of one API: USD for one unit of a currency."""
 
     def __init__(self) -> None:
         # (rates, time), replaced in one step, so that readers need no lock.

@@ -1,4 +1,4 @@
-"""Report the progress of what takes long, and show it in a terminal or a notebook."""
+"""Report the progress of long calls, and show it in a terminal or a notebook."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from typing import Any
 from clore_client.errors import printable
 from clore_client.validation import check_bool, check_callback
 
-LINE_INTERVAL = 5.0  # seconds between two plain lines about the same
+LINE_INTERVAL = 5.0  # seconds between two lines about the same step
 SIZE_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 class ProgressEvent:
-    """A step of something that takes long.
+    """A step of a long call.
 
     Attributes:
-        name: what is done: ``"rent"``, ``"order"``, ``"deploy"``, ``"running"``, ``"ssh"``,
+        name: the step: ``"rent"``, ``"order"``, ``"deploy"``, ``"running"``, ``"ssh"``,
             ``"upload"``, ``"download"``, ``"http"`` or ``"job"``.
         number: bytes so far for ``"upload"``, ``"download"`` and ``"job"``; else seconds so far.
         total: bytes in all, or None if unknown.
         text: a line for people, with control characters escaped.
     """
-
-    __slots__ = ("name", "number", "text", "total")
 
     def __init__(self, name: str, number: float, text: str, total: float | None = None) -> None:
         self.name = name
@@ -44,7 +42,7 @@ Report = Callable[[ProgressEvent], object]
 
 
 class ProgressOptions:
-    """The arguments ``on_progress`` and ``progress``, checked.
+    """Check the arguments ``on_progress`` and ``progress``, and report to them.
 
     Threads that share this object report one at a time.
     """
@@ -57,7 +55,7 @@ class ProgressOptions:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[Report | None]:
-        """Return a function that reports an event, or None if nobody wants any."""
+        """Return a function that reports an event, or None if nothing shows or takes it."""
         display = open_display() if self.shown else None
         reports = [] if self.on_progress is None else [self.on_progress]
         if display is not None:
@@ -88,7 +86,7 @@ def open_display() -> PlainDisplay | BarDisplay | None:
 
 
 class PlainDisplay:
-    """Writes a line for each step, and one from time to time while a step lasts."""
+    """Write a line for each step, and one every few seconds while a step lasts."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -108,7 +106,7 @@ class PlainDisplay:
 
 
 class BarDisplay:
-    """Shows each step with tqdm: a bar where the total is known, else a line that changes."""
+    """Show each step with tqdm: a bar where the total is known, else a line that changes."""
 
     def __init__(self, tqdm: Any) -> None:
         self._tqdm = tqdm

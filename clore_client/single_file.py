@@ -59,7 +59,7 @@ OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWA
 
 
 class _Module:
-    """The parts of one module of the package.
+    """Split one module of the package into its parts.
 
     Attributes:
         name: such as ``"api.request"``.

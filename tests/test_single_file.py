@@ -67,9 +67,9 @@ def test_the_header_tells_what_it_is_and_how_to_update_it() -> None:
     for part in ("--check clore_client.py", "To update it,\nin a checkout:\n    pip install .\n"):
         assert part in header()
     licence = (ROOT / "LICENSE").read_text().split()
-    told = written().rsplit("# license\n", 1)[1].replace("# ", " ").replace("#\n", "").split()
+    shown = written().rsplit("# license\n", 1)[1].replace("# ", " ").replace("#\n", "").split()
     start = licence.index("Permission")
-    assert told[told.index("Permission") : -1] == licence[start:]
+    assert shown[shown.index("Permission") : -1] == licence[start:]
     assert " ".join(licence[2:start]).replace("(c)", "(c)") in header()
 
 
@@ -131,16 +131,16 @@ def test_it_does_not_know_which_form_it_is_in(copy: Path) -> None:
 import clore_client, inspect
 names = sorted(clore_client.__all__)
 client = clore_client.CloreClient("a-long-enough-key", base_url="http://127.0.0.1:9")
-told = [clore_client.__version__, repr(client), client.describe(), client._user_agent]
+shown = [clore_client.__version__, repr(client), client.describe(), client._user_agent]
 for name in names:
     thing = getattr(clore_client, name)
-    told.append(name)
+    shown.append(name)
     if inspect.isclass(thing):
-        told += [thing.__name__, thing.__doc__, [base.__name__ for base in thing.__mro__]]
-        told += [(n, inspect.getdoc(v)) for n, v in sorted(vars(thing).items()) if callable(v)]
+        shown += [thing.__name__, thing.__doc__, [base.__name__ for base in thing.__mro__]]
+        shown += [(n, inspect.getdoc(v)) for n, v in sorted(vars(thing).items()) if callable(v)]
 import logging
-told.append(sorted(n for n in logging.root.manager.loggerDict if "clore" in n))
-print(told)
+shown.append(sorted(n for n in logging.root.manager.loggerDict if "clore" in n))
+print(shown)
 """
     assert python(copy.parent, code) == python(ROOT, code)
 

@@ -1,1 +1,1 @@
-"""API calls: requests, rate limit, retries, connections."""
+"""Make API calls: requests, rate limit, retries, connections."""

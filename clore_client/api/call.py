@@ -1,4 +1,4 @@
-"""Prepare an API call: check its arguments, and look up the rules of its endpoint."""
+"""Prepare an API call: check its arguments, and find the rules of its endpoint."""
 
 from __future__ import annotations
 
@@ -30,12 +30,17 @@ from clore_client.validation import Timeout, check_headers, check_text, check_ti
 
 
 class Envelope(dict[str, Any]):
-    """A decoded response, with the times of the request and the server's clock."""
+    """A decoded response, with the times of the request and the server's clock.
 
-    __slots__ = ("date", "received_at", "sends", "sent_at")
+    Attributes:
+        date: its header ``Date``.
+        sent_at, received_at: monotonic times.
+        sends: how many times the request was sent.
+    """
+
     date: str | None
-    received_at: float
     sent_at: float
+    received_at: float
     sends: int
 
     def server_time_at(self, moment: float) -> float | None:
@@ -48,6 +53,7 @@ class Envelope(dict[str, Any]):
 
 
 def unix_time(date: str | None) -> float | None:
+    """Return the Unix time in an HTTP header, or None."""
     if not date:
         return None
     try:
@@ -56,9 +62,8 @@ def unix_time(date: str | None) -> float | None:
         return None
 
 
-# Not a named tuple, and no enums: to create those takes time at the import.
 class Rules:
-    """How requests to one endpoint are handled.
+    """The rules for requests to one endpoint.
 
     Attributes:
         needs_key: whether it needs an API key.
@@ -68,20 +73,11 @@ class Rules:
         logged: whether it starts or stops costs.
     """
 
-    def __init__(
-        self,
-        *,
-        needs_key: bool = True,
-        repeatable: bool = False,
-        urgent: bool = False,
-        spaced: bool = False,
-        logged: bool = False,
-    ) -> None:
-        self.needs_key = needs_key
-        self.repeatable = repeatable
-        self.urgent = urgent
-        self.spaced = spaced
-        self.logged = logged
+    needs_key = True
+    repeatable = urgent = spaced = logged = False
+
+    def __init__(self, **changes: bool) -> None:
+        self.__dict__.update(changes)
 
 
 POST_RULES = {
@@ -106,38 +102,61 @@ def rules_for(method: str, name: str) -> Rules:
     return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
 
 
-# Not a dataclass: importing dataclasses takes a fifth of the import time.
 class Call:
-    """A request that is ready to be sent, and the rules for its retries.
+    """An API call: its request, ready to be sent, and the rules for its retries.
+
+    Parameters:
+        session: prepares the request.
+        method, endpoint, params, json: as for ``_request``.
+        options: other arguments for requests.
+        base_url, headers, timeout: the settings of the client.
+        urgent: whether the request goes first, and ignores the pause that the server asks for.
 
     Attributes:
+        name: the last part of the endpoint, such as ``"create_order"``.
+        settings: the arguments of ``Session.send``.
+        key: the API key, or an empty string.
+        secrets: the strings that no error may show.
         lists_servers: whether to leave the servers in the response in JSON, if possible.
+
+    Raises:
+        AuthenticationError: the endpoint needs a key, and there is none.
+        ConfigurationError, TypeError, ValueError: an argument is not valid.
     """
 
     lists_servers = False
 
     def __init__(
         self,
-        *,
-        name: str,
+        session: requests.Session,
+        method: str,
         endpoint: str,
-        request: requests.PreparedRequest,
-        settings: dict[str, Any],
+        params: Any,
+        json: Any,
+        options: dict[str, Any],
+        *,
         base_url: str,
-        key: str,
-        rules: Rules,
+        headers: dict[str, str],
+        timeout: Timeout,
         urgent: bool,
-        secrets: tuple[str, ...],
     ) -> None:
-        self.name = name  # the last part of the endpoint, such as "create_order"
-        self.endpoint = endpoint
-        self.request = request
-        self.settings = settings
-        self.base_url = base_url
-        self.key = key
-        self.rules = rules
-        self.urgent = urgent  # goes first, and ignores the pause that the server asks for
-        self.secrets = secrets
+        method = _check_method(method, options)
+        self.endpoint, self.base_url = check_endpoint(endpoint), base_url
+        path = unquote(urlsplit(endpoint).path)
+        self.name = path.rstrip("/").rsplit("/", 1)[-1].lower()
+        self.rules = rules_for(method, self.name)
+        self.urgent = self.rules.urgent or urgent
+        all_headers = CaseInsensitiveDict(check_headers("headers", headers))
+        all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
+        self.key = _check_key(all_headers, base_url, endpoint, self.rules.needs_key)
+        timeout = check_timeout("timeout", options.pop("timeout", timeout))
+        given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
+        self.request, secrets = _prepare_request(
+            session, method, base_url + endpoint, all_headers, params, json, options
+        )
+        self.settings = _send_settings(session, base_url, self.request, given)
+        self.settings["timeout"] = timeout
+        self.secrets = (self.key, *secrets) if self.key else secrets
 
     def __repr__(self) -> str:
         return f"<Call {self.label}>"
@@ -190,58 +209,6 @@ def check_endpoint(endpoint: Any) -> str:
     return str(endpoint)
 
 
-def endpoint_name(endpoint: str) -> str:
-    """Return the last part of a path, such as ``"create_order"``."""
-    path = unquote(urlsplit(endpoint).path)
-    return path.rstrip("/").rsplit("/", 1)[-1].lower()
-
-
-def prepare_call(
-    session: requests.Session,
-    method: str,
-    endpoint: str,
-    params: Any,
-    json: Any,
-    options: dict[str, Any],
-    *,
-    base_url: str,
-    headers: dict[str, str],
-    timeout: Timeout,
-    urgent: bool,
-) -> Call:
-    """Check the arguments of ``_request``, and prepare the request.
-
-    Parameters:
-        session: prepares the request.
-        method, endpoint, params, json: as for ``_request``.
-        options: other arguments for requests.
-        base_url, headers, timeout: the settings of the client.
-        urgent: whether the request ignores the pause that the server asks for.
-    """
-    method = _check_method(method, options)
-    name = endpoint_name(check_endpoint(endpoint))
-    rules = rules_for(method, name)
-    all_headers = CaseInsensitiveDict(check_headers("headers", headers))
-    all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
-    key = _check_key(all_headers, base_url, endpoint, rules.needs_key)
-    settings = {"timeout": check_timeout("timeout", options.pop("timeout", timeout))}
-    given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
-    request, secrets = _prepare_request(
-        session, method, base_url + endpoint, all_headers, params, json, options
-    )
-    return Call(
-        name=name,
-        endpoint=endpoint,
-        request=request,
-        settings=settings | _send_settings(session, base_url, request.url, given),
-        base_url=base_url,
-        key=key,
-        rules=rules,
-        urgent=rules.urgent or urgent,
-        secrets=(key, *secrets) if key else secrets,
-    )
-
-
 def _check_method(method: str, options: dict[str, Any]) -> str:
     """Return the method in upper case."""
     if "allow_redirects" in options:
@@ -266,7 +233,7 @@ def _prepare_request(
 ) -> tuple[requests.PreparedRequest, tuple[str, ...]]:
     """Return the request, and the secrets in its body."""
     # Without this, requests would send a password from ~/.netrc.
-    options.setdefault("auth", _no_auth)
+    options.setdefault("auth", lambda request: request)
     try:
         request = requests.Request(
             method, url, headers=headers, params=params, json=json, **options
@@ -282,7 +249,10 @@ def _prepare_request(
 
 
 def _send_settings(
-    session: requests.Session, base_url: str, url: str | None, given: dict[str, Any]
+    session: requests.Session,
+    base_url: str,
+    request: requests.PreparedRequest,
+    given: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the arguments of ``Session.send``, except the timeout."""
     proxies = dict(given["proxies"] or {})
@@ -290,7 +260,7 @@ def _send_settings(
         # A proxy from the environment could read the key over plain http.
         proxies = {"http": None, "https": None, "all": None, **proxies}
     merged = session.merge_environment_settings(
-        url, proxies, given["stream"], given["verify"], given["cert"]
+        request.url, proxies, given["stream"], given["verify"], given["cert"]
     )
     # read_body() limits the size of a stream.
     return {**merged, "allow_redirects": False, "stream": True}
@@ -310,7 +280,3 @@ def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
             f"or put the key into {CONFIG_FILE}",
         )
     return key
-
-
-def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request

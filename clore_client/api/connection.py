@@ -1,4 +1,4 @@
-"""HTTP connections that record when a request is sent, and limit the time of its response."""
+"""Open HTTP connections that record when a request is sent, and limit its response time."""
 
 from __future__ import annotations
 
@@ -26,48 +26,49 @@ PIECE = 16 * 1024  # bytes per read; decompressed, they can become a thousand ti
 
 
 class Exchange(threading.local):
-    """The current request of each thread: its send time and its deadline."""
+    """Track the current request of each thread.
+
+    Attributes:
+        sent_at: monotonic time at which the first byte was sent, or None.
+        connecting: whether a connection of this module is used, so that ``sent_at`` is reliable.
+        deadline: monotonic time by which the whole response must have arrived.
+    """
 
     def __init__(self) -> None:
-        self.before: Callable[[], None] | None = None
-        self.on_left: Callable[[], None] | None = None
-        self.left_at: float | None = None  # when the first byte was sent, by time.monotonic()
-        self.connecting = False  # a connection of this module is used, so ``left_at`` is reliable
-        self.deadline = math.inf
+        self.begin(lambda: None, lambda: None, math.inf)
 
     def begin(
-        self, before: Callable[[], None], on_left: Callable[[], None], deadline: float
+        self, before: Callable[[], None], on_sent: Callable[[], None], deadline: float
     ) -> None:
         """Start another request.
 
         Parameters:
             before: called when it is connected and about to be sent; it may wait.
-            on_left: called when the request is sent.
-            deadline: monotonic time by which the whole response must have arrived.
+            on_sent: called when the request is sent.
+            deadline: see the attribute.
         """
-        self.before, self.on_left, self.deadline = before, on_left, deadline
-        self.left_at, self.connecting = None, False
+        self._before, self._on_sent, self.deadline = before, on_sent, deadline
+        self.sent_at: float | None = None
+        self.connecting = False
 
     @contextlib.contextmanager
-    def leaving(self) -> Iterator[None]:
+    def sending(self) -> Iterator[None]:
         """Record that the block sends the first byte."""
-        if self.before is not None:
-            self.before()
-        self.left_at = time.monotonic()
+        self._before()
+        self.sent_at = time.monotonic()
         try:
             yield
         finally:
             # Called after the write: a thread that pauses in between would send too late, and so
             # too close to the next request.
-            if self.on_left is not None:
-                self.on_left()
+            self._on_sent()
 
 
 exchange = Exchange()
 
 
 class _BoundedReader(io.RawIOBase):
-    """A reader of a socket with one deadline for all reads."""
+    """Read a socket, with one deadline for all reads."""
 
     def __init__(self, raw: Any, sock: Any, deadline: float) -> None:
         self._raw, self._sock, self._deadline = raw, sock, deadline
@@ -90,7 +91,7 @@ class _BoundedReader(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    """A response with a deadline, which skips interim responses such as 103."""
+    """Read a response before its deadline, and skip interim responses such as 103."""
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -132,7 +133,7 @@ class _Connection(HTTPConnection):
     def endheaders(self, *args: Any, **kwargs: Any) -> None:
         if self.sock is None:
             self.connect()
-        with exchange.leaving():
+        with exchange.sending():
             super().endheaders(*args, **kwargs)
 
 
@@ -149,7 +150,7 @@ class _TLSPool(HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    """The adapter of requests, with connections that record when a request is sent."""
+    """Use connections that record when a request is sent."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
@@ -167,7 +168,7 @@ class _Adapter(HTTPAdapter):
 
 
 class Session(requests.Session):
-    """A session of requests that records when a request is sent, and follows no redirect."""
+    """Send requests, record when they are sent, and follow no redirect."""
 
     def __init__(self, user_agent: str) -> None:
         super().__init__()
@@ -181,7 +182,7 @@ class Session(requests.Session):
 
 
 class Sessions:
-    """The sessions of a client. Each request has a session for itself.
+    """Keep the sessions of a client. Each request has a session for itself.
 
     A session whose request is interrupted is not used again, as its state and its locks are not
     known.
@@ -252,14 +253,14 @@ def read_body(response: requests.Response, longest: float) -> bytes:
     return b"".join(pieces)
 
 
-def never_left(error: Exception, left: bool) -> bool:
+def never_sent(error: Exception, recorded: bool) -> bool:
     """Return whether it is certain that a failed request was not sent.
 
     Parameters:
         error: the failure.
-        left: whether a connection of this module recorded a send.
+        recorded: whether a connection of this module recorded a send.
     """
-    if left:
+    if recorded:
         return False
     if exchange.connecting or isinstance(error, _UNSENT):
         return True

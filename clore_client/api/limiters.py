@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
+import json
 import math
 import os
 import socket
@@ -22,6 +22,7 @@ from clore_client.api.rate_limit import (
     Turn,
 )
 from clore_client.config import account_digest, lock_file, open_private, read_line, unlock_file
+from clore_client.errors import Secret
 from clore_client.log import logger
 from clore_client.process import this_process
 
@@ -29,17 +30,16 @@ if TYPE_CHECKING:
     from clore_client.api.redis_limit import RedisServer
 
 LIMIT_PREFIX = "rate-limit-"
-USUAL_LENGTH, LONGEST_SCHEDULE = 8192, 1_000_000  # bytes
+LONGEST_SCHEDULE = 100_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
 UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
-SCHEDULE_VERSION = "clore-1"  # of the content
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
 LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
 TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
 
 
 class FileStore:
-    """A schedule in a file, which is locked for one step, never while waiting or sending.
+    """Keep a schedule in a file, which is locked for one step, never while waiting or sending.
 
     Parameters:
         path: the file. Its name must not contain the key.
@@ -58,87 +58,74 @@ class FileStore:
         """Make one step."""
         try:
             with self._lock:
-                return self._apply(step, turn)
+                handle, created = open_private(self._path)
+                try:
+                    result = self._apply(handle, step, turn)
+                finally:
+                    os.close(handle)
+                if created:
+                    remove_unused(self._path.parent)
+                return result
         except OSError as error:
             raise StoreUnavailableError(f"{self._path} can't be used: {error}") from error
 
-    def _apply(self, step: str, turn: Turn) -> Any:
-        handle, created = open_private(self._path)
+    def _apply(self, handle: int, step: str, turn: Turn) -> Any:
+        if not lock_file(handle, LIMIT_LOCK_PATIENCE):
+            raise OSError("another process keeps it locked")
         try:
-            if not lock_file(handle, LIMIT_LOCK_PATIENCE):
-                raise OSError("another process keeps it locked")
-            try:
-                now = time.monotonic()
-                text = os.read(handle, USUAL_LENGTH)
-                if len(text) == USUAL_LENGTH:
-                    text += os.read(handle, LONGEST_SCHEDULE)
-                schedule = load(text, now)
-                result = getattr(schedule, step)(turn, now)
-                text = dump(schedule)
-                os.lseek(handle, 0, os.SEEK_SET)
-                if os.write(handle, text) != len(text):
-                    raise OSError("the disk is full")
-            finally:
-                unlock_file(handle)  # a forked child may still have it open
+            now = time.monotonic()
+            schedule = load(os.read(handle, LONGEST_SCHEDULE), now)
+            result = getattr(schedule, step)(turn, now)
+            text = dump(schedule)
+            os.lseek(handle, 0, os.SEEK_SET)
+            if os.write(handle, text) != len(text):
+                raise OSError("the disk is full")
+            return result
         finally:
-            os.close(handle)
-        if created:
-            remove_unused(self._path.parent)
-        return result
+            unlock_file(handle)  # a forked child may still have it open
 
 
 def limit_name(account: str) -> str:
     """Return the name of the file for an account.
 
-    Each machine and boot has a file of its own, because they have different clocks, and machines
-    may share the state folder.
+    It differs by machine and boot, because the clocks differ and machines may share the folder.
     """
-    machine = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
-    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{machine}".encode()).hexdigest()[:32]
+    boot = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
+    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{boot}".encode()).hexdigest()[:32]
 
 
 def dump(schedule: Schedule) -> bytes:
-    """Return a schedule as three lines: numbers, endpoints with an interval, and the queue.
-
-    The rest of a longer, earlier text may follow them. JSON would take twice as long.
-    """
-    numbers = [getattr(schedule, name) for name in NUMBERS]
-    lines = [[SCHEDULE_VERSION, *numbers]]
-    for table in (schedule.spaced, schedule.waiting):
-        lines.append([item for name, row in table.items() for item in (name, *row)])
-    return "".join(" ".join(map(str, line)) + "\n" for line in lines).encode()
+    """Return a schedule as a line of JSON. The rest of a longer, earlier text may follow it."""
+    return json.dumps(vars(schedule)).encode() + b"\n"
 
 
 def load(text: bytes, now: float) -> Schedule:
     """Return the schedule in a text.
 
-    If the text is damaged or foreign, the schedule is a new one, in which the first request waits
-    for an interval, because another one may just have been sent.
+    If the text is damaged, the schedule is a new one, in which the first request waits for an
+    interval, because another one may just have been sent.
     """
     schedule = Schedule()
     if not text:
         return schedule
     try:
-        head, spaced, waiting, _ = text.decode().split("\n", 3)
-        version, *items = head.split()
-        numbers = list(map(float, items))
-        if version != SCHEDULE_VERSION or not math.isfinite(sum(numbers)):
+        fields = json.loads(text.partition(b"\n")[0])
+        numbers = [float(fields[name]) for name in NUMBERS]
+        if not math.isfinite(sum(numbers)):
             raise ValueError
-        for name, number in zip(NUMBERS, numbers, strict=True):
-            setattr(schedule, name, number)
-        schedule.spaced = _table(spaced.split(), 2)
-        schedule.waiting = _table(waiting.split(), 4)
-    except ValueError:
+        vars(schedule).update(zip(NUMBERS, numbers, strict=True))
+        schedule.spaced = _table(fields["spaced"], 2)
+        schedule.waiting = _table(fields["waiting"], 4)
+    except (ValueError, TypeError, KeyError, AttributeError):
         schedule = Schedule()
         schedule.last = now
     return schedule
 
 
-def _table(items: list[str], columns: int) -> dict[str, list[float]]:
-    if len(items) % (columns + 1):
+def _table(rows: dict[str, list[float]], columns: int) -> dict[str, list[float]]:
+    if any(len(row) != columns for row in rows.values()):
         raise ValueError
-    starts = range(0, len(items), columns + 1)
-    return {items[i]: list(map(float, items[i + 1 : i + 1 + columns])) for i in starts}
+    return {name: list(map(float, row)) for name, row in rows.items()}
 
 
 def remove_unused(folder: Path) -> None:
@@ -152,11 +139,11 @@ def remove_unused(folder: Path) -> None:
 
 
 class FallbackStore:
-    """A store that uses another one while the first is not available.
+    """Use another store while the first one is not available.
 
     Parameters:
         first: the store to use.
-        second: the store for the time in which the first one fails.
+        second: the store to use while the first one fails.
     """
 
     def __init__(self, first: Store, second: Store) -> None:
@@ -165,7 +152,6 @@ class FallbackStore:
         self._failure = ""
         self._failed_at: float | None = None
         self._next_try = 0.0
-        self._warned = False
 
     @property
     def level(self) -> str:
@@ -198,13 +184,8 @@ class FallbackStore:
         if self._failed_at is not None:
             return
         self._failed_at, self._failure = now, failure
-        logger.log(
-            logging.INFO if self._warned else logging.WARNING,
-            "the rate limit is only shared %s, because %s",
-            self._second.level,
-            failure,
-        )
-        self._warned = True
+        text = "the rate limit is only shared %s, because %s"
+        logger.warning(text, self._second.level, failure)
 
 
 def redis_server_for(rate_limiter: Any) -> RedisServer | None:
@@ -215,9 +196,9 @@ def redis_server_for(rate_limiter: Any) -> RedisServer | None:
     """
     source = "rate_limiter"
     if rate_limiter is None:
-        source, rate_limiter = LIMITER_VARIABLE, os.environ.get(LIMITER_VARIABLE) or None
-    if rate_limiter is None:
-        return None
+        source, rate_limiter = LIMITER_VARIABLE, Secret.of(os.environ.get(LIMITER_VARIABLE))
+        if not rate_limiter:
+            return None
     from clore_client.api.redis_limit import redis_server
 
     return redis_server(rate_limiter, source)

@@ -1,4 +1,4 @@
-"""Decide when the next request with a key may be sent, for all who share the key."""
+"""Decide when the next request with a key may be sent."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import threading
 import time
 from typing import Any, Protocol
 
-LONGEST_PAUSE_KEPT = 3600.0  # seconds; a broken proxy may ask for a pause of any length
-LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
+LONGEST_SLEEP = 0.5  # seconds after which a waiting request looks at the schedule again
 RECENT = 20  # how many of the last responses are counted for the error message
-# The following are parts of the interval.
-SLOT_LEAD = 0.05  # a slot is granted this long before it begins, so that a slow store costs no time
-SLOT_LATE = 0.005  # a request that is sent up to this much after its slot began needs no report
-SLOT_GRACE = 0.125  # what each request in the queue allows the one before it for taking its slot
-LONGEST_SLOT_GRACE = 1.0
-# After a refusal: other programs use the key. A request keeps more space behind it, but only one
-# out of several, as machines that hold the rate limit in turns waste less of it than ones that
-# take turns for each request.
-RETRY_JITTER = 0.3  # a retry comes up to this much later than the interval
-SLOW_DOWN = 0.2  # by how much each refusal widens the space behind a request
-WIDEST_SURPLUS = 4.0
-SPEED_UP = 0.1  # a call without a refusal takes this part of the surplus away
 YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
+# Parts of the interval, unless they say otherwise. The script for Redis gets them, too.
+PACE = {
+    "lead": 0.05,  # a send time is granted this long before it, so that a slow store costs no time
+    "late": 0.005,  # a request that is sent up to this much late needs no report
+    "grace": 0.125,  # how long a request in the queue lets each one before it look first
+    "longest_grace": 1.0,
+    # After a refusal, other programs use the key, too. Some requests then leave more space behind
+    # them: programs that send several requests in a row waste less than ones that alternate.
+    "jitter": 0.3,  # a retry comes up to this much later than the interval
+    "slow_down": 0.2,  # each refusal adds this to the space behind a request
+    "widest": 4.0,
+    "speed_up": 0.1,  # a call without a refusal reduces that space by this fraction
+    "longest_pause": 3600.0,  # seconds; a broken proxy may ask for a pause of any length
+}
 
 
 class PauseTooLongError(Exception):
@@ -45,7 +46,7 @@ class DeadlinePassedError(Exception):
 
 
 class Turn:
-    """The place of one call in the queue. It keeps its place for retries.
+    """The place of one call in the queue, which it keeps for its retries.
 
     All times are monotonic, in seconds.
 
@@ -55,8 +56,8 @@ class Turn:
         spacing: an endpoint with a longer interval, and its seconds.
         patience: the longest pause that it waits for, in seconds.
         deadline, not_before: when it must, and when it may be sent.
-        left_at: when it is sent, as far as the schedule knows: at first, when its slot begins.
-        slot_ends: when its slot is over, because the next one may be granted.
+        sent_at: when it was sent, or else its send time.
+        grant_ends: when its send time is void, because another request may get the next one.
         refusals: how many times the API refused it for the rate limit.
         retry_after: seconds that the last refusal asked it to wait.
         slowed: whether earlier refusals still widen the space between requests.
@@ -78,7 +79,7 @@ class Turn:
         self.patience = patience
         self.deadline = math.inf
         self.not_before = -math.inf
-        self.left_at = self.slot_ends = -math.inf
+        self.sent_at = self.grant_ends = -math.inf
         self.refusals = 0
         self.retry_after = 0.0
         self.slowed = False
@@ -99,41 +100,34 @@ def random_gap() -> float:
     return 1.0 if random.random() < YIELD_CHANCE else 0.0
 
 
+# Not a named tuple: creating one makes the import slower.
 class Look:
-    """What a waiting request finds when it looks at the schedule.
+    """The answer to a waiting request that looks at the schedule.
 
     Attributes:
-        granted: whether its slot is granted.
-        at: monotonic time of its slot if that is granted, else of its next look.
+        granted: whether it got a send time.
+        at: its send time if it got one, else the time of its next look (monotonic).
         paused: seconds that are left of the pause that the API asked for.
         slowed: whether refusals widen the space between requests.
         too_late: whether it can't be sent before its deadline.
     """
 
     def __init__(
-        self,
-        granted: bool,
-        at: float,
-        paused: float = 0.0,
-        slowed: bool = False,
-        too_late: bool = False,
+        self, granted: bool, at: float, paused: float, slowed: bool = False, too_late: bool = False
     ) -> None:
-        self.granted = granted
-        self.at = at
-        self.paused = paused
-        self.slowed = slowed
-        self.too_late = too_late
+        self.granted, self.at, self.paused = granted, at, paused
+        self.slowed, self.too_late = slowed, too_late
 
 
 class Schedule:
-    """The state of one rate limit: the queue, and when the last requests were sent.
+    """Keep the state of one rate limit: the queue, and when the last requests were sent.
 
     Each method is one step on plain numbers, which can be kept in memory, in a file, or in Redis
     (``redis_limit.py`` has the same steps in Lua).
 
-    The request at the head of the queue looks when its slot comes up, the second a little later,
-    and so on. Each takes the slot if nobody before it has. So a dead process costs at most a
-    slot, and no request has to look more than about once per interval.
+    The first request of the queue looks when the next request may be sent, the second a little
+    later, and so on. Each gets the send time if none before it has. So a dead process costs at most
+    one interval, and no request has to look more than about once per interval.
     """
 
     def __init__(self) -> None:
@@ -147,7 +141,7 @@ class Schedule:
         self.waiting: dict[str, list[float]] = {}
 
     def look(self, turn: Turn, now: float) -> Look:
-        """Grant a slot that has come up, or return when to look again."""
+        """Grant a send time, or return when to look again."""
         self._correct(now)
         own = self._own_ready(turn)
         ready = self._ready(turn, own)
@@ -158,41 +152,41 @@ class Schedule:
             return Look(False, now, paused, too_late=True)
         mine = [turn.rank, turn.arrived]
         ahead = [i for i, entry in self.waiting.items() if entry[:2] < mine and entry[2] <= ready]
-        grace = min(SLOT_GRACE * len(ahead), LONGEST_SLOT_GRACE) * turn.interval
-        at = ready - SLOT_LEAD * turn.interval + grace
+        grace = min(PACE["grace"] * len(ahead), PACE["longest_grace"]) * turn.interval
+        at = ready - PACE["lead"] * turn.interval + grace
         if at > now:
             self.waiting[turn.id] = [*mine, own, now + entry_lifetime(turn)]
             return Look(False, at, paused, self.surplus > 0)
         for late in ahead:  # dead, or slow: then it comes back
             del self.waiting[late]
-        slot = max(ready, now)
-        self._sent(turn, slot + SLOT_LATE * turn.interval)
+        send_time = max(ready, now)
+        self._record(turn, send_time + PACE["late"] * turn.interval)
         self.gap = self.surplus * random_gap()
-        return Look(True, slot, paused, self.surplus > 0)
+        return Look(True, send_time, paused, self.surplus > 0)
 
-    def leave(self, turn: Turn, now: float) -> None:
-        """Record that a request is sent late in its slot."""
-        self._sent(turn, max(self.last, min(turn.left_at, now)))
+    def sent(self, turn: Turn, now: float) -> None:
+        """Record that a request is sent later than its send time."""
+        self._record(turn, max(self.last, min(turn.sent_at, now)))
 
     def refused(self, turn: Turn, now: float) -> None:
         """Slow down after the API refused a request for its rate limit."""
-        wider = self.surplus + SLOW_DOWN * turn.interval
-        self.surplus = min(wider, WIDEST_SURPLUS * turn.interval)
-        self.gap = RETRY_JITTER * turn.interval * random.random()
+        wider = self.surplus + PACE["slow_down"] * turn.interval
+        self.surplus = min(wider, PACE["widest"] * turn.interval)
+        self.gap = PACE["jitter"] * turn.interval * random.random()
         if turn.retry_after:
-            until = now + min(turn.retry_after + self.gap, LONGEST_PAUSE_KEPT)
+            until = now + min(turn.retry_after + self.gap, PACE["longest_pause"])
             self.paused_until = max(self.paused_until, until)
 
     def accepted(self, turn: Turn, now: float) -> None:
         """Speed up after a call that was not refused."""
-        self.surplus *= 1 - SPEED_UP
+        self.surplus *= 1 - PACE["speed_up"]
         if self.surplus < 0.01 * turn.interval:
             self.surplus = 0.0
 
     def _correct(self, now: float) -> None:
-        """Correct times that lie too far ahead, because the clock was set back or started anew."""
+        """Correct times in the far future, which are there after the clock was set back."""
         self.last = min(self.last, now + self.interval)
-        self.paused_until = min(self.paused_until, now + LONGEST_PAUSE_KEPT)
+        self.paused_until = min(self.paused_until, now + PACE["longest_pause"])
         for entry in self.spaced.values():
             entry[0] = min(entry[0], now + entry[1])
 
@@ -207,7 +201,7 @@ class Schedule:
     def _ready(self, turn: Turn, own: float) -> float:
         return max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
 
-    def _sent(self, turn: Turn, at: float) -> None:
+    def _record(self, turn: Turn, at: float) -> None:
         self.last, self.interval = at, turn.interval
         if turn.spacing is not None:
             self.spaced[turn.spacing[0]] = [at, turn.spacing[1]]
@@ -218,7 +212,7 @@ class StoreUnavailableError(Exception):
 
 
 class Store(Protocol):
-    """Keeps a schedule."""
+    """Keep a schedule."""
 
     @property
     def level(self) -> str:
@@ -233,7 +227,7 @@ class Store(Protocol):
 
 
 class ProcessStore:
-    """A schedule in memory, for the threads of this process."""
+    """Keep a schedule in memory, for the threads of this process."""
 
     level = "within this process"
 
@@ -254,9 +248,10 @@ def _sleep(seconds: float) -> None:
 
 
 class RateLimiter:
-    """The rate limit of one key. An interrupt may end any method at any line.
+    """Apply the rate limit of one key.
 
-    What an interrupted request leaves behind is one entry in the queue, which others skip.
+    An interrupt may end any method at any line. It leaves one entry in the queue,
+    which others skip.
     """
 
     def __init__(self, store: Store) -> None:
@@ -290,24 +285,24 @@ class RateLimiter:
                 raise DeadlinePassedError
             now = time.monotonic()
             if look.granted:
-                turn.left_at = look.at
-                turn.slot_ends = look.at + (1 - SLOT_LEAD) * turn.interval
+                turn.sent_at = look.at
+                turn.grant_ends = look.at + (1 - PACE["lead"]) * turn.interval
                 _sleep(look.at - now)
                 return
             _sleep(min(look.at - now, LONGEST_SLEEP, deadline - now))
 
-    def leave(self, turn: Turn, deadline: float = math.inf) -> None:
-        """Record that the request is about to be sent. Wait again if its slot has passed."""
-        if turn.interval and time.monotonic() > turn.slot_ends:
+    def before_send(self, turn: Turn, deadline: float = math.inf) -> None:
+        """Record that the request is about to be sent. Wait again if its send time is void."""
+        if turn.interval and time.monotonic() > turn.grant_ends:
             self.wait(turn, deadline)
-        self.left(turn)
+        self.sent(turn)
 
-    def left(self, turn: Turn) -> None:
+    def sent(self, turn: Turn) -> None:
         """Record that the request was sent."""
         now = time.monotonic()
-        if turn.interval and now > turn.left_at + SLOT_LATE * turn.interval:
-            turn.left_at = now
-            self._store.apply("leave", turn)
+        if turn.interval and now > turn.sent_at + PACE["late"] * turn.interval:
+            turn.sent_at = now
+            self._store.apply("sent", turn)
 
     def refused(self, turn: Turn, retry_after: float | None) -> None:
         """Slow down after the API refused the request for its rate limit."""

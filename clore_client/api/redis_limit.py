@@ -1,4 +1,4 @@
-"""Keep a rate limit in Redis, for many machines."""
+"""Keep a rate limit in Redis, so that many machines share it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,9 @@ import math
 import random
 import time
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
 
 from clore_client.api.rate_limit import (
-    LONGEST_PAUSE_KEPT,
-    LONGEST_SLOT_GRACE,
-    RETRY_JITTER,
-    SLOT_GRACE,
-    SLOT_LATE,
-    SLOT_LEAD,
-    SLOW_DOWN,
-    SPEED_UP,
-    WIDEST_SURPLUS,
+    PACE,
     Look,
     StoreUnavailableError,
     Turn,
@@ -27,7 +18,6 @@ from clore_client.api.rate_limit import (
 )
 from clore_client.errors import ConfigurationError, Secret, printable, without
 
-REDIS_SCHEMES = ("redis", "rediss", "unix")
 REDIS_TIMEOUT = 0.5  # seconds to connect, and for one reply
 REDIS_EXPIRY = 86_400  # seconds after which Redis forgets a key that nobody uses
 FOREVER = 1e9  # seconds; JSON has no infinity
@@ -47,7 +37,7 @@ s.paused_until = math.min(s.paused_until, now + rules.longest_pause)
 for _, entry in pairs(s.spaced) do entry[1] = math.min(entry[1], now + entry[2]) end
 local granted, at, paused, too_late = 0, now, 0, 0
 
-local function sent(moment)
+local function record(moment)
   s.last, s.interval = moment, turn.interval
   if turn.name then s.spaced[turn.name] = {moment, turn.spacing} end
 end
@@ -86,14 +76,14 @@ local function look()
   end
   for _, id in ipairs(ahead) do s.waiting[id] = nil end
   granted, at = 1, math.max(ready, now)
-  sent(at + rules.late * turn.interval)
+  record(at + rules.late * turn.interval)
   s.gap = s.surplus * turn.gap
 end
 
 if step == 'look' then
   look()
-elseif step == 'leave' then
-  sent(math.max(s.last, now - turn.left))
+elseif step == 'sent' then
+  record(math.max(s.last, now - turn.sent))
 elseif step == 'refused' then
   local wider = s.surplus + rules.slow_down * turn.interval
   s.surplus = math.min(wider, rules.widest * turn.interval)
@@ -110,31 +100,18 @@ redis.call('SET', KEYS[1], cjson.encode(s), 'EX', rules.expiry)
 return {granted, tostring(at - now), tostring(paused), s.surplus > 0 and 1 or 0, too_late}
 """
 
-REDIS_RULES = json.dumps(
-    {
-        "lead": SLOT_LEAD,
-        "late": SLOT_LATE,
-        "grace": SLOT_GRACE,
-        "longest_grace": LONGEST_SLOT_GRACE,
-        "jitter": RETRY_JITTER,
-        "slow_down": SLOW_DOWN,
-        "speed_up": SPEED_UP,
-        "widest": WIDEST_SURPLUS,
-        "longest_pause": LONGEST_PAUSE_KEPT,
-        "expiry": REDIS_EXPIRY,
-    }
-)
+REDIS_RULES = json.dumps({**PACE, "expiry": REDIS_EXPIRY})
 
 
 class RedisClient(Protocol):
-    """What is needed of a client such as ``redis.Redis``."""
+    """The part of a client such as ``redis.Redis`` that is used."""
 
     def eval(self, script: str, numkeys: int, /, *keys_and_args: Any) -> Any:
         """Run a Lua script on the server."""
 
 
 class RedisServer(NamedTuple):
-    """A Redis client, and how to call its server in texts."""
+    """A Redis client, the name of its server in texts, and what must be in no text."""
 
     client: RedisClient
     name: str
@@ -148,43 +125,41 @@ def redis_server(rate_limiter: Any, source: str) -> RedisServer:
         rate_limiter: a URL, or a client like ``redis.Redis``.
         source: the argument or variable that has it, for the error.
     """
-    if isinstance(rate_limiter, str):
-        return _server_at(Secret(rate_limiter), source)
-    if not callable(getattr(rate_limiter, "eval", None)):
-        raise TypeError(
-            "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
-            f"not {type(rate_limiter).__name__}"
-        )
-    return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
-
-
-def _server_at(url: str, source: str) -> RedisServer:
+    if not isinstance(rate_limiter, str):
+        if not callable(getattr(rate_limiter, "eval", None)):
+            raise TypeError(
+                "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
+                f"not {type(rate_limiter).__name__}"
+            )
+        return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
     try:
-        import redis  # noqa: F401
+        client = _client_at(Secret(rate_limiter))
     except ImportError:
         raise ConfigurationError(f"{source} needs redis-py: pip install redis") from None
-    server = _connected(url)
-    if server is None:
+    if client is None:
         # The URL is not shown, as it may contain a password.
         raise ConfigurationError(
             f"{source} is not a usable URL: it must be like 'redis://host:6379/0', "
             "'rediss://:password@host:6379/0' or 'unix:///path'"
         )
-    return server
+    options = client.connection_pool.connection_kwargs
+    place = options.get("path") or f"{options.get('host')}:{options.get('port', 6379)}"
+    password = options.get("password")
+    return RedisServer(
+        client,
+        printable(f"{place}/{options.get('db') or 0}", 200),
+        (Secret(password),) if password else (),
+    )
 
 
-def _connected(url: str) -> RedisServer | None:
-    """Return the server at a URL; None if it is not valid. It connects on first use."""
+def _client_at(url: str) -> Any:
+    """Return a client that connects on first use; None if the URL is not valid."""
     from redis import Redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
     try:
-        parts = urlsplit(url)
-        if parts.scheme not in REDIS_SCHEMES:
-            return None
-        place = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
-        client = Redis.from_url(
+        return Redis.from_url(
             url,
             socket_timeout=REDIS_TIMEOUT,
             socket_connect_timeout=REDIS_TIMEOUT,
@@ -192,14 +167,10 @@ def _connected(url: str) -> RedisServer | None:
         )
     except (ValueError, TypeError, AttributeError):
         return None
-    database = client.connection_pool.connection_kwargs.get("db") or 0
-    password = parts.password or ""
-    secrets = (Secret(password), Secret(unquote(password))) if password else ()
-    return RedisServer(client, printable(f"{place}/{database}", 200), secrets)
 
 
 class RedisStore:
-    """A schedule in Redis.
+    """Keep a schedule in Redis.
 
     Parameters:
         server: the Redis server.
@@ -243,7 +214,7 @@ def _numbers(turn: Turn, now: float) -> str:
         "deadline": min(turn.deadline - now, FOREVER),
         "patience": min(turn.patience, FOREVER),
         "expiry": entry_lifetime(turn),
-        "left": min(now - turn.left_at, FOREVER),
+        "sent": min(now - turn.sent_at, FOREVER),
         "retry_after": turn.retry_after,
         "random": random.random(),
         "gap": random_gap(),

@@ -15,15 +15,10 @@ from typing import Any, TypeVar
 import requests
 import urllib3
 
-from clore_client.api.call import Call, Envelope, prepare_call
+from clore_client.api.call import Call, Envelope
 from clore_client.api.connection import Sessions, UnusableResponseError, exchange, read_body
 from clore_client.api.limiters import limiter_for, redis_server_for
-from clore_client.api.rate_limit import (
-    DeadlinePassedError,
-    PauseTooLongError,
-    RateLimiter,
-    Turn,
-)
+from clore_client.api.rate_limit import DeadlinePassedError, PauseTooLongError, RateLimiter, Turn
 from clore_client.api.retry import (
     Failure,
     Retries,
@@ -68,16 +63,14 @@ class Limits:
 
     Attributes:
         deadline: monotonic time by which every request must have ended.
-        urgent: whether requests ignore the pause that the server asks for.
+        urgent: whether requests go first, and ignore the pause that the server asks for.
         once: whether a request that fails is not sent again.
     """
 
     def __init__(
         self, deadline: float = math.inf, urgent: bool = False, once: bool = False
     ) -> None:
-        self.deadline = deadline
-        self.urgent = urgent
-        self.once = once
+        self.deadline, self.urgent, self.once = deadline, urgent, once
 
 
 _limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=Limits())  # noqa: B039
@@ -120,7 +113,7 @@ def _user_agent(addition: str | None) -> str:
 
 
 class HTTPClient:
-    """The settings and connections of a client, and ``_request``, which makes every API call.
+    """Make every API call of a client, with its settings and connections.
 
     Attributes:
         server_clock: seconds by which the server's clock is ahead of this one; None if not known.
@@ -192,17 +185,16 @@ class HTTPClient:
     # --- settings that can change later ---
 
     def _find_base_url(self, base_url: str | None) -> None:
+        name, source = "base_url", "argument"
         if base_url is not None:
-            self._set_base_url(check_text("base_url", base_url), "base_url", "argument")
-        elif from_environment := os.environ.get(URL_VARIABLE):
-            source = f"environment variable {URL_VARIABLE}"
-            self._set_base_url(from_environment, URL_VARIABLE, source)
-
-    def _set_base_url(self, url: str, name: str, source: str) -> None:
-        url = check_base_url(url, name)
-        self._url_source = (url, source)
+            check_text("base_url", base_url)
+        elif base_url := os.environ.get(URL_VARIABLE):
+            name, source = URL_VARIABLE, f"environment variable {URL_VARIABLE}"
+        if not base_url:
+            return
+        self._url_source = (check_base_url(base_url, name), source)
         try:
-            self.BASE_URL = url
+            self.BASE_URL = self._url_source[0]
         except AttributeError:  # a subclass defines it as a property
             logger.debug("BASE_URL of %s can't be set", type(self).__name__)
 
@@ -312,10 +304,8 @@ class HTTPClient:
             logger.log(
                 logging.DEBUG if outcome.rate_limited and retries.refusals > 1 else logging.WARNING,
                 "%s: attempt %d failed, retrying: %s",
-                call.label,
-                retries.sends,
-                outcome.error,
-            )
+                call.label, retries.sends, outcome.error,
+            )  # fmt: skip
 
     def _limiter(self, base_url: str, key: str) -> RateLimiter:
         return limiter_for(base_url, key, self._state_folder, self._redis)
@@ -328,18 +318,10 @@ class HTTPClient:
         self, method: str, endpoint: str, params: Any, json: Any, options: dict[str, Any]
     ) -> Call:
         session = self._sessions.take(reads=True)
-        call = prepare_call(
-            session,
-            method,
-            endpoint,
-            params,
-            json,
-            options,
-            base_url=self.base_url,
-            headers=self.headers,
-            timeout=self.timeout,
-            urgent=_limits.get().urgent,
-        )
+        call = Call(
+            session, method, endpoint, params, json, options, base_url=self.base_url,
+            headers=self.headers, timeout=self.timeout, urgent=_limits.get().urgent,
+        )  # fmt: skip
         self._sessions.put_back(session, reads=True)
         return call
 
@@ -362,27 +344,46 @@ class HTTPClient:
             left = max(deadline - started_at, 0.001)
             settings["timeout"] = shortened(settings["timeout"], left)
 
-        exchange.begin(lambda: limiter.leave(turn, deadline), lambda: limiter.left(turn), deadline)
-        result = self._exchange(call, settings)
-        if isinstance(result, Failure):
-            return result
-        response, body = result
-        # Connections of a SOCKS proxy don't record when a request is sent.
-        sent_at = started_at if exchange.left_at is None else exchange.left_at
-        return self._classify(call, response, body, sent_at)
+        exchange.begin(
+            lambda: limiter.before_send(turn, deadline), lambda: limiter.sent(turn), deadline
+        )
+        return self._exchange(call, settings, started_at)
+
+    def _exchange(
+        self, call: Call, settings: dict[str, Any], started_at: float
+    ) -> Envelope | Failure:
+        """Send a request, and read and classify its response."""
+        reads = call.request.method in ("GET", "HEAD")
+        session = self._sessions.take(reads)
+        response = None
+        outcome: Envelope | Failure
+        try:
+            response = session.send(call.request, **settings)
+            body = read_body(response, self.max_response_mb * 1e6)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            outcome = classify_error(call, error, exchange.sent_at)
+        except UnusableResponseError as error:
+            outcome = classify_unusable(call, response, str(error))
+        except OSError as error:  # a CA bundle or a certificate is missing
+            raise ConfigurationError(f"{call.label} was not sent: {error}") from error
+        else:
+            outcome = self._classify(call, response, body, started_at)
+        if isinstance(outcome, Failure) and response is not None:
+            response.close()
+        self._sessions.put_back(session, reads)
+        return outcome
 
     def _classify(
-        self, call: Call, response: requests.Response, body: bytes, sent_at: float
+        self, call: Call, response: requests.Response, body: bytes, started_at: float
     ) -> Envelope | Failure:
         received_at = time.monotonic()
+        # Connections of a SOCKS proxy don't record when a request is sent.
+        sent_at = started_at if exchange.sent_at is None else exchange.sent_at
         logger.log(
             logging.INFO if call.rules.logged else logging.DEBUG,
             "%s: HTTP %d, %d bytes in %.3f s",
-            call.label,
-            response.status_code,
-            len(body),
-            received_at - sent_at,
-        )
+            call.label, response.status_code, len(body), received_at - sent_at,
+        )  # fmt: skip
         outcome = classify(call, response, body)
         if isinstance(outcome, Envelope):
             outcome.date = response.headers.get("Date")
@@ -398,28 +399,6 @@ class HTTPClient:
                     "make a new one"
                 )
         return outcome
-
-    def _exchange(
-        self, call: Call, settings: dict[str, Any]
-    ) -> tuple[requests.Response, bytes] | Failure:
-        """Send a request, and read its response."""
-        reads = call.request.method in ("GET", "HEAD")
-        session = self._sessions.take(reads)
-        response = None
-        result: tuple[requests.Response, bytes] | Failure
-        try:
-            response = session.send(call.request, **settings)
-            result = response, read_body(response, self.max_response_mb * 1e6)
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            result = classify_error(call, error, exchange.left_at)
-        except UnusableResponseError as error:
-            result = classify_unusable(call, response, str(error))
-        except OSError as error:  # a CA bundle or a certificate is missing
-            raise ConfigurationError(f"{call.label} was not sent: {error}") from error
-        if isinstance(result, Failure) and response is not None:
-            response.close()
-        self._sessions.put_back(session, reads)
-        return result
 
 
 ORIGINAL_REQUEST = HTTPClient._request

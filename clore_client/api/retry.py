@@ -12,12 +12,11 @@ import random
 import re
 import time
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 
 from clore_client.api.call import Call, Envelope, unix_time
-from clore_client.api.connection import never_left, reason_of
+from clore_client.api.connection import never_sent, reason_of
 from clore_client.api.rate_limit import DeadlinePassedError, PauseTooLongError
 from clore_client.errors import (
     CREATE_ORDER_CODE_1,
@@ -73,37 +72,25 @@ def action_for(problem: str, repeatable: bool) -> str:
     return POLICY[problem][0 if repeatable else 1]
 
 
-def problem_with_code(status: int, code: int, has_reason: bool) -> str:
-    """Return the problem of a response with an error code.
+def problem_of(status: int, decoded: Any, code: int | None) -> str:
+    """Return why a request failed that got a response.
 
     Parameters:
         status: the HTTP status.
-        code: the code in the body.
-        has_reason: whether the body has an error text.
+        decoded: the body; None if it is not JSON.
+        code: the code in the body, or None.
     """
-    if code == 5:
+    if code == 5 or (code is None and status == 429):
         return RATE_LIMITED
     if code == 1:
         return DATABASE_ERROR
-    if code in REFUSAL_CODES or (code == 6 and has_reason):
+    if code in REFUSAL_CODES or (code == 6 and error_text(decoded)):
         return REFUSED
-    return UNCLEAR if status >= 500 else REFUSED
-
-
-def problem_without_code(status: int, is_json: bool) -> str:
-    """Return the problem of a response without a code.
-
-    Parameters:
-        status: the HTTP status.
-        is_json: whether the body is JSON.
-    """
-    if status == 429:
-        return RATE_LIMITED
-    if status in UNAVAILABLE_STATUSES:
+    if code is None and status in UNAVAILABLE_STATUSES:
         return UNAVAILABLE
-    if status < 300 and not is_json:
+    if decoded is None and status < 300:
         return BROKEN_BODY
-    return UNCLEAR if status >= 500 or status < 300 else REFUSED
+    return UNCLEAR if status >= 500 or (code is None and status < 300) else REFUSED
 
 
 def backoff_delay(failures: int, first: float, longest: float) -> float:
@@ -117,12 +104,16 @@ def cancel_delay(refusals: int, first: float) -> float:
 
 
 class Failure:
-    """One request that failed."""
+    """One request that failed.
 
-    def __init__(self, error: CloreError, problem: str, again: bool) -> None:
-        self.error = error
-        self.problem = problem
-        self.again = again  # whether to retry
+    Attributes:
+        error: what to raise if it is not retried.
+        problem: why it failed.
+        again: whether to retry.
+    """
+
+    def __init__(self, error: CloreError, problem: str, again: bool = False) -> None:
+        self.error, self.problem, self.again = error, problem, again
 
     @property
     def rate_limited(self) -> bool:
@@ -149,19 +140,19 @@ def _retry_after(headers: Any) -> float | None:
     return None if until is None or now is None else max(0.0, until - now)
 
 
-def classify_error(call: Call, error: Exception, left_at: float | None) -> Failure:
+def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failure:
     """Classify a request that got no response.
 
     Parameters:
         call: the call.
         error: the exception of requests or urllib3.
-        left_at: monotonic time at which the request was sent; None if it was not.
+        sent_at: monotonic time at which the request was sent; None if it was not.
     """
     reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
     cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
-    unsent = never_left(error, left_at is not None)
+    unsent = never_sent(error, sent_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)
-    failed.sent_at = None if unsent else left_at
+    failed.sent_at = None if unsent else sent_at
     # A new exception, because the original one holds the request with its secrets.
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
@@ -172,102 +163,63 @@ def classify_error(call: Call, error: Exception, left_at: float | None) -> Failu
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
     """Classify a response that can't be read to its end. A retry would get the same again."""
     status = 0 if response is None else response.status_code
-    error = InvalidResponseError(
-        -1,
-        f"HTTP {status}: {reason}",
-        {},
-        http_status=status,
-        endpoint=call.endpoint,
-        retryable=False,
-        secrets=call.secrets,
-    )
-    return _failure(call, UNREADABLE_BODY, error, f"HTTP {status}: {reason}")
+    about = _about(call, status)
+    error = InvalidResponseError(-1, f"HTTP {status}: {reason}", retryable=False, **about)
+    return _failure(call, UNREADABLE_BODY, error, reason)
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
     """Classify a response: success, retry, or error."""
     decoded = decode_servers(body) if call.lists_servers else decode_json(body)
+    envelope = decoded if isinstance(decoded, dict) else {}
+    code = envelope["code"] if type(envelope.get("code")) is int else None
+    if code == 0:
+        return Envelope(envelope)
     status = response.status_code
-    if isinstance(decoded, dict) and type(decoded.get("code")) is int:
-        if decoded["code"] == 0:
-            return Envelope(decoded)
-        problem = problem_with_code(status, decoded["code"], bool(error_text(decoded)))
-        if problem == RATE_LIMITED:
-            return _too_fast(call, response, decoded)
-        error = _error_with_code(call, status, decoded, problem)
-        return _failure(call, problem, error, f"HTTP {status}: {error.args[0]}")
-    problem = problem_without_code(status, decoded is not None)
+    about = _about(call, status)
+    problem = problem_of(status, decoded, code)
     if problem == RATE_LIMITED:
-        return _too_fast(call, response, {})
-    error = _error_without_code(call, response, body, decoded, problem)
-    return _failure(call, problem, error, f"HTTP {status}: {error.error or 'JSON without a code'}")
+        refused = RateLimitError(5, error_text(envelope), envelope, **about)
+        refused.retry_after = _retry_after(response.headers)
+        return _failure(call, problem, refused, "")
+    if code is None:
+        text, hint = _describe(call, response, body, decoded)
+        retryable = action_for(problem, call.repeatable) == RETRY
+        broken = InvalidResponseError(-1, text, envelope, hint=hint, retryable=retryable, **about)
+        return _failure(call, problem, broken, broken.error or "JSON without a code")
+    if problem == DATABASE_ERROR and not call.repeatable:  # ambiguous
+        about["retryable"] = False
+        about["hint"] = CREATE_ORDER_CODE_1 if call.name == "create_order" else None
+    error = api_error(envelope, **about)
+    return _failure(call, problem, error, error.args[0])
+
+
+def _about(call: Call, status: int) -> dict[str, Any]:
+    return {"http_status": status, "endpoint": call.endpoint, "secrets": call.secrets}
 
 
 def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
     action = action_for(problem, call.repeatable)
     if action != UNKNOWN:
         return Failure(error, problem, action == RETRY)
-    lost = call.lost(cause)
+    lost = call.lost(f"HTTP {error.http_status}: {cause}")
     lost.__cause__ = error
     return Failure(lost, problem, again=False)
 
 
-def _error_with_code(
-    call: Call, status: int, envelope: dict[str, Any], problem: str
-) -> CloreAPIError:
-    ambiguous = problem == DATABASE_ERROR and not call.repeatable
-    return api_error(
-        envelope,
-        http_status=status,
-        endpoint=call.endpoint,
-        hint=CREATE_ORDER_CODE_1 if ambiguous and call.name == "create_order" else None,
-        retryable=False if ambiguous else None,
-        secrets=call.secrets,
-    )
-
-
-def _too_fast(call: Call, response: requests.Response, envelope: dict[str, Any]) -> Failure:
-    error = RateLimitError(
-        5,
-        error_text(envelope),
-        envelope,
-        http_status=response.status_code,
-        endpoint=call.endpoint,
-        secrets=call.secrets,
-    )
-    error.retry_after = _retry_after(response.headers)
-    return _failure(call, RATE_LIMITED, error, "")
-
-
-def _error_without_code(
-    call: Call, response: requests.Response, body: bytes, decoded: Any, problem: str
-) -> CloreAPIError:
-    status, hint = response.status_code, None
-    text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty response'}"
-    if 300 <= status < 400:
-        text = f"HTTP {status}: a redirect to {_target(response)}, which the client does not follow"
-    elif isinstance(decoded, dict):
-        text = error_text(decoded)
-    elif b"error code: 1010" in body[:4000]:
+def _describe(
+    call: Call, response: requests.Response, body: bytes, decoded: Any
+) -> tuple[str | None, str | None]:
+    """Return the error text of a response without a code, and a hint."""
+    status, hint = f"HTTP {response.status_code}", None
+    if 300 <= response.status_code < 400:
+        target = response.headers.get("Location") or "nowhere"
+        return f"{status}: a redirect to {target}, which the client does not follow", None
+    if isinstance(decoded, dict):
+        return error_text(decoded), None
+    if b"error code: 1010" in body[:4000]:
         hint = "the proxy in front of the API refused the User-Agent: set another user_agent"
-    return InvalidResponseError(
-        -1,
-        text,
-        decoded if isinstance(decoded, dict) else {},
-        http_status=status,
-        endpoint=call.endpoint,
-        hint=hint,
-        retryable=action_for(problem, call.repeatable) == RETRY,
-        secrets=call.secrets,
-    )
-
-
-def _target(response: requests.Response) -> str:
-    try:
-        host = urlsplit(response.headers.get("Location", "")).hostname
-    except ValueError:
-        host = None
-    return f"host {printable(host, 100)}" if host else "nowhere"
+    return f"{status}: {excerpt(body, call.secrets) or 'an empty response'}", hint
 
 
 @functools.cache
@@ -311,7 +263,7 @@ def decode_servers(body: bytes) -> Any:
 
 
 class Retries:
-    """The failed requests of one call.
+    """Count the failed requests of one call.
 
     Failures count against ``max_retries``. Refusals for the rate limit have a time limit instead.
 
@@ -365,41 +317,34 @@ class Retries:
             return
         pause = 0.0 if self._call.urgent else failure.error.retry_after or 0.0
         if self.patience_left <= pause:
-            raise _with_refusals(self._gave_up(failure.error), *recently_refused)
+            error = self._gave_up(failure.error)
+            refused, total = recently_refused
+            if refused > 1:
+                error.args = (
+                    f"{error}\n{refused} of the last {total} requests were refused for the rate "
+                    "limit: other programs use this key. Stop them, share the rate limit with them "
+                    "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
+                )
+            raise error
 
     def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
         """Return the error for a request that could not be sent, or not again."""
-        error = self._last.error if self._last is not None else None
-        if error is None and isinstance(reason, PauseTooLongError):
-            error = RateLimitError(
-                5,
-                endpoint=self._call.endpoint,
-                hint=f"the API asked for a pause, so nothing was sent: try again in "
-                f"{reason.seconds:.0f} s",
-            )
-            error.retry_after, error.sends = reason.seconds, 0
-            return error
-        if error is None:
+        pause = reason.seconds if isinstance(reason, PauseTooLongError) else None
+        if self._last is not None:
+            error = self._last.error
+            error.retry_after = error.retry_after if pause is None else pause
+            return self._gave_up(error)
+        if pause is None:
             return CloreConnectionError(
                 f"{self._call.label} was not sent, as the rate limit left no time for it before "
                 "the deadline: allow more time, or make fewer requests"
             )
-        if isinstance(reason, PauseTooLongError):
-            error.retry_after = reason.seconds
-        return self._gave_up(error)
+        hint = f"the API asked for a pause, so nothing was sent: try again in {pause:.0f} s"
+        paused = RateLimitError(5, endpoint=self._call.endpoint, hint=hint)
+        paused.retry_after, paused.sends = pause, 0
+        return paused
 
     def _gave_up(self, error: CloreError) -> CloreError:
         """Add to the text of ``error`` that retries did not help."""
         error.args = (f"Clore API request failed after {self.sends} retries: {error}",)
         return error
-
-
-def _with_refusals(error: CloreError, refused: int, total: int) -> CloreError:
-    """Add to the text of ``error`` how many of the last requests were refused, and what to do."""
-    if refused > 1:
-        error.args = (
-            f"{error}\n{refused} of the last {total} requests were refused for pace: other "
-            "programs use this key. Stop them, share the rate limit with them "
-            "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
-        )
-    return error

@@ -1,1 +1,1 @@
-"""The marketplace: servers, prices, spot bids."""
+"""Read and search the marketplace: servers, prices, spot bids."""

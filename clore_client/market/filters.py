@@ -1,4 +1,4 @@
-"""The filters of a search: their checks, the groups of countries, the names of GPUs."""
+"""Check the filters of a search; know the groups of countries and the names of GPUs."""
 
 from __future__ import annotations
 
@@ -206,32 +206,21 @@ def check_countries(name: str, values: Any) -> frozenset[str]:
     return frozenset(codes)
 
 
+_COUNTS = ("min_gpu_count", "min_cpu_cores", "min_pcie_width", "min_ratings")
+_NUMBERS = ("min_vram_gb", "min_total_vram_gb", "min_ram_gb", "min_disk_gb", "min_disk_mbps",
+            "min_download_mbps", "min_upload_mbps", "min_rental_hours")  # fmt: skip
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "gpu_count": partial(check_count, minimum=1),
-    "min_gpu_count": check_count,
-    "exact_gpu": check_bool,
-    "min_vram_gb": check_number,
-    "min_total_vram_gb": check_number,
-    "min_ram_gb": check_number,
-    "min_cpu_cores": check_count,
-    "min_disk_gb": check_number,
-    "min_disk_mbps": check_number,
-    "min_download_mbps": check_number,
-    "min_upload_mbps": check_number,
+    **dict.fromkeys(("gpu_count", "limit"), partial(check_count, minimum=1)),
+    **dict.fromkeys(_COUNTS, check_count),
+    **dict.fromkeys(_NUMBERS, check_number),
+    **dict.fromkeys(("exact_gpu", "include_fees"), check_bool),
+    **dict.fromkeys(("countries", "exclude_countries"), check_countries),
+    **dict.fromkeys(("exclude_servers", "exclude_owners"), _ids),
     "min_cuda": _cuda,
-    "min_pcie_width": check_count,
-    "countries": check_countries,
-    "exclude_countries": check_countries,
     "currency": check_currency,
     "min_rating": partial(check_number, maximum=HIGHEST_RATING),
-    "min_ratings": check_count,
-    "min_rental_hours": check_number,
-    "exclude_servers": _ids,
-    "exclude_owners": _ids,
     "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
-    "include_fees": check_bool,
     "sort": _sort,
-    "limit": partial(check_count, minimum=1),
     "where": _function,
 }
 
@@ -299,12 +288,8 @@ def matching_names(query: str, names: Collection[str], *, exact: bool = False) -
         return _no_match(query, names)
     models = model_names(Counter(parts))
     more = f" and {len(models) - NAMED_MODELS} more" if len(models) > NAMED_MODELS else ""
-    logger.warning(
-        "no GPU is named %s as a whole word; it is a part of %s%s",
-        _shown(query),
-        ", ".join(map(_shown, models[:NAMED_MODELS])),
-        more,
-    )
+    shown = ", ".join(map(_shown, models[:NAMED_MODELS])) + more
+    logger.warning("no GPU is named %s as a whole word; it is a part of %s", _shown(query), shown)
     return parts
 
 

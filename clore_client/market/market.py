@@ -13,22 +13,19 @@ from clore_client.api.request import limited
 from clore_client.config import canonical_url, locked_path, read_state_file, replace_file
 from clore_client.errors import CloreError, RateUnknownError
 from clore_client.log import logger
-from clore_client.models.record import is_live
+from clore_client.models.record import is_live, part_of
 from clore_client.models.server import Marketplace, Server
 from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, finite, positive
 
 if TYPE_CHECKING:
     from clore_client.market.search import Search, SearchReport
 
-
 # A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
 ROUNDING = 1e-9  # the rounding error between prices per day and per hour
 RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
 HOST_HISTORY_FILE = "host_history"  # in the state folder
-HISTORY_SCHEMA = 1
 HISTORY_LASTS = 86_400.0  # seconds
-MOST_HOSTS = 1000
 HISTORY_PATIENCE = 1.0  # seconds to wait for another process that writes the file
 
 WORKED = "worked"
@@ -48,18 +45,11 @@ class Requester(Protocol):
 
     def _read_marketplace(self) -> dict[str, Any]: ...
 
-    def _request(
-        self,
-        method: str,
-        endpoint: str,
-        params: dict[str, Any] | None = None,
-        json: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]: ...
+    def _request(self, method: str, endpoint: str, **options: Any) -> dict[str, Any]: ...
 
 
 class MarketData:
-    """The form, the exchange rates and the listed prices of one API.
+    """Remember the form, the exchange rates and the listed prices of one API.
 
     Attributes:
         kept: the last list of servers and the monotonic time of its reading, if a search may use
@@ -91,12 +81,10 @@ class MarketData:
 
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
-        market = response.get("market")
         self.observe(response)
         if is_live(response):
-            if isinstance(market, dict):
-                self.rates.update(market.get("currency_rates_in_usd"))
-        elif isinstance(market, dict) and market:
+            self.rates.update(part_of(response, "market", "currency_rates_in_usd"))
+        elif isinstance(response.get("market"), dict) and response["market"]:
             # An empty market shows nothing about the form.
             self.rates = ExchangeRates()
             self._documented_at = time.monotonic()
@@ -129,15 +117,12 @@ class MarketData:
             )
         logger.warning(
             "%s=%r USD per hour is above the on-demand price of server %s, %g USD per hour",
-            name,
-            usd_per_hour,
-            server_id,
-            listed,
-        )
+            name, usd_per_hour, server_id, listed,
+        )  # fmt: skip
 
 
 class Market:
-    """The marketplace of a client's API."""
+    """Read the marketplace of a client's API, and convert bids."""
 
     def __init__(self, client: Requester) -> None:
         self._client = client
@@ -272,13 +257,8 @@ class Market:
         bid = bid_per_day(usd_per_hour, rate)
         logger.info(
             "bid for server %d: %g USD per hour = %.8g %s per day (1 %s = %g USD)",
-            server_id,
-            usd_per_hour,
-            bid,
-            currency,
-            currency,
-            rate,
-        )
+            server_id, usd_per_hour, bid, currency, currency, rate,
+        )  # fmt: skip
         return bid
 
 
@@ -286,7 +266,7 @@ class Market:
 
 
 class HostHistory:
-    """What happened on each host, in memory and in the state folder.
+    """Remember which servers worked, in memory and in the state folder.
 
     Parameters:
         folder: returns the state folder, or None if none is used.
@@ -310,9 +290,7 @@ class HostHistory:
         try:
             with locked_path(path, HISTORY_PATIENCE):
                 hosts = {**self._read(path), name: self._here[name]}
-                newest = sorted(hosts.items(), key=lambda item: -item[1]["time"])[:MOST_HOSTS]
-                text = json.dumps({"schema": HISTORY_SCHEMA, "hosts": dict(newest)})
-                replace_file(path, text)
+                replace_file(path, json.dumps({"hosts": hosts}))
         except OSError as error:
             logger.debug("%s can't be written: %s", path, error)
 
@@ -323,12 +301,12 @@ class HostHistory:
             for name, seen in self._read(folder / HOST_HISTORY_FILE).items():
                 if name not in hosts or seen["time"] > hosts[name]["time"]:
                     hosts[name] = seen
-        start = f"{canonical_url(self._base_url())} "
-        return {
-            int(name.removeprefix(start)): dict(seen)
-            for name, seen in hosts.items()
-            if name.startswith(start) and name.removeprefix(start).isdecimal() and _is_fresh(seen)
-        }
+        found: dict[int, dict[str, Any]] = {}
+        for name, seen in hosts.items():
+            url, _, server_id = name.rpartition(" ")
+            if url == canonical_url(self._base_url()) and server_id.isdecimal() and _is_fresh(seen):
+                found[int(server_id)] = dict(seen)
+        return found
 
     @staticmethod
     def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -54,9 +54,6 @@ class SearchReport:
     def __repr__(self) -> str:
         return f"<SearchReport {self.explain()!r}>"
 
-    def __str__(self) -> str:
-        return self.explain()
-
     def add(self, label: str, count: int) -> None:
         """Add the number of servers that a filter left out."""
         if count:
@@ -80,9 +77,13 @@ class SearchReport:
             return text
         return f"{text}, of which the cheapest costs {self.cheapest_usd_per_hour:.4g} USD per hour"
 
+    __str__ = explain
+
 
 class Search:
-    """One search, with its arguments checked.
+    """Search the servers of a listing.
+
+    The arguments are checked when the search is created.
 
     Parameters:
         gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
@@ -91,6 +92,7 @@ class Search:
         method: the method of the client that searches.
 
     Attributes:
+        fee: the published fee as a fraction of the price.
         currency: the API's name of the currency whose price counts; None for the price that the
             reference page names.
         server_id: if set, no other server fits.
@@ -117,6 +119,7 @@ class Search:
                 "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
             )
         self.spot = check_bool("use_spot", use_spot)
+        self.fee = published_fee(self.spot)
         given = {"currency": currency, **(filters or {})}
         self._given = {name: value for name, value in given.items() if value is not None}
         self._filters = check_filters(self._given, method)
@@ -129,11 +132,6 @@ class Search:
         self.models: frozenset[str] | None = None
 
     # --- prices ---
-
-    @property
-    def fee(self) -> float:
-        """The published fee as a fraction of the price."""
-        return published_fee(self.spot)
 
     def price(self, server: Server) -> float | None:
         """Return the price of a server in USD per hour, without fees; None if it has none."""
@@ -149,7 +147,7 @@ class Search:
         return limit
 
     def gpu_count(self, server: Server) -> int:
-        """Return the number of GPUs that match; in a mixed rig, others do not count."""
+        """Return the number of GPUs that match; of several models, only those count."""
         if self.models is None:
             return count_gpus(server) or 0
         names = gpu_names(server)
@@ -239,12 +237,7 @@ class Search:
 
     def _minimum_check(self, name: str, least: Any) -> Check:
         number = self._numbers()[name]
-
-        def check(server: Server) -> bool:
-            value = number(server)
-            return value is not None and value >= least
-
-        return check
+        return lambda server: (value := number(server)) is not None and bool(value >= least)
 
     def _price_check(self, name: str, limit: float) -> Check:
         factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
@@ -285,12 +278,9 @@ class Search:
 
 
 def _country_check(name: str, codes: frozenset[str]) -> Check:
-    allowed = name == "countries"
-
-    def check(server: Server) -> bool:
-        return server.country is not None and (server.country.upper() in codes) is allowed
-
-    return check
+    return lambda server: (
+        server.country is not None and ((server.country.upper() in codes) is (name == "countries"))
+    )
 
 
 def _excluded_check(name: str, ids: frozenset[int]) -> Check:

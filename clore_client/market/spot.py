@@ -1,4 +1,4 @@
-"""The spot market of a server: its offers, and a bid that would win."""
+"""Read the spot market of a server: its offers, and a bid that would win."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from clore_client.pricing import HOURS_PER_DAY, ExchangeRates, finite, positive
 
 class SpotOffer(Record):
     """One bid for a server: a dict with the fields of the API and ``usd_per_hour``."""
-
-    __slots__ = ()
 
     @property
     def id(self) -> int | None:
@@ -43,7 +41,6 @@ class SpotOffer(Record):
 class SpotMarket(Record):
     """The response to ``spot_marketplace``: a dict with ``market``, and typed properties."""
 
-    __slots__ = ()
     SHOWN = ("minimum_usd", "lowest_winning_usd")
 
     @property

@@ -7,24 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clore_client.market.filters import common_spellings, fold_name
 from clore_client.models.record import part_of
-from clore_client.models.server import (
-    Marketplace,
-    Server,
-    listed_rate,
-    price_in,
-)
-from clore_client.pricing import (
-    CREATION_FEE,
-    creation_fee_after,
-    finite,
-    published_fee,
-    with_fee,
-)
+from clore_client.models.server import Marketplace, Server, listed_rate, price_in
+from clore_client.pricing import CREATION_FEE, creation_fee_after, finite, published_fee, with_fee
 
 if TYPE_CHECKING:
     from clore_client.market.market import Market
 
-HIGHEST_PERCENT = 100.0  # a fee above that is not believed
+HIGHEST_PERCENT = 100.0  # a higher fee is not valid
 
 
 class ModelSummary(NamedTuple):
@@ -44,7 +33,7 @@ class ModelSummary(NamedTuple):
 
 
 class _Model:
-    """The numbers of one model while they are counted."""
+    """Count the servers, GPUs and prices of one model."""
 
     def __init__(self) -> None:
         self.servers = self.servers_free = self.gpus = self.gpus_free = 0
@@ -82,7 +71,7 @@ def summarize(
         for name in set(folded):
             model = models.setdefault(name, _Model())
             count = folded.count(name)
-            if count == len(folded):  # not a mixed rig
+            if count == len(folded):  # all GPUs are of this model
                 count = server.gpu_count or count
                 if free or include_rented:
                     model.add_prices(server, count)
@@ -177,8 +166,8 @@ def account_fees(
     """
     kind = "spot" if spot else "on_demand"
     percent = finite(part_of(response, "renter_fees", kind, "base", currency))
-    believed = percent is not None and 0 <= percent <= HIGHEST_PERCENT
-    fraction = percent / 100 if believed and percent is not None else published_fee(spot)
+    valid = percent is not None and 0 <= percent <= HIGHEST_PERCENT
+    fraction = percent / 100 if valid and percent is not None else published_fee(spot)
     amount = finite(part_of(response, "creation_fees", kind, currency))
     if amount is None or amount < 0 or rate is None:
         return fraction, CREATION_FEE

@@ -1,1 +1,1 @@
-"""Records that the client returns: servers, orders, wallets, results."""
+"""Define what the client returns: servers, orders, wallets, results."""

@@ -79,24 +79,10 @@ def utc_time(seconds: float | None) -> str | None:
 
 
 def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
-    """Return the text of a cell on one line, without characters that a terminal obeys."""
-    if text is None or (len(text) <= widest and text.isascii() and text.isprintable()):
-        return text or ""
-    import unicodedata
-
-    # Many combining marks on one letter would run over the lines above and below.
-    composed = unicodedata.normalize("NFC", text[: 4 * widest])
-    plain = printable("".join(c for c in composed if not unicodedata.combining(c)))
-    return plain if len(plain) <= widest else f"{plain[: widest - 3]}..."
-
-
-def text_width(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    """Return the text of a cell on one line, in printable ASCII; the rest is escaped."""
+    plain = printable((text or "")[:widest].encode("ascii", "backslashreplace").decode())
+    cut = len(plain) > widest or len(text or "") > widest
+    return f"{plain[: widest - 3]}..." if cut else plain
 
 
 def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
@@ -118,25 +104,12 @@ def text_table(records: Sequence[Any], columns: Sequence[Column], width: int) ->
     lines: list[str] = []
     for column, cells in cells_of(records[:MAX_ROWS], columns):
         texts = [column.heading, *cells]
-        widest = max(map(text_width, texts))
-        if lines and text_width(lines[0]) + len(GAP) + widest > width:
+        widest = max(map(len, texts))
+        if lines and len(lines[0]) + len(GAP) + widest > width:
             break
-        padded = [_padded(text, widest, column.right) for text in texts]
+        padded = [text.rjust(widest) if column.right else text.ljust(widest) for text in texts]
         lines = [f"{a}{GAP}{b}" for a, b in zip(lines, padded, strict=True)] if lines else padded
-    shown = [_cut(line.rstrip(), width) for line in lines]
-    return "\n".join(shown + _rest(records))
-
-
-def _padded(text: str, width: int, right: bool) -> str:
-    blanks = " " * (width - text_width(text))
-    return blanks + text if right else text + blanks
-
-
-def _cut(line: str, width: int) -> str:
-    """Cut a line at the width of a very narrow terminal."""
-    while text_width(line) > max(width, 1):
-        line = line[:-1]
-    return line
+    return "\n".join([line.rstrip()[: max(width, 1)] for line in lines] + _rest(records))
 
 
 def _rest(records: Sequence[Any]) -> list[str]:
@@ -175,8 +148,8 @@ def html_table(
     return f'<table style="white-space:nowrap">{table}</table>{rest}'
 
 
-def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
-    """Return a table with one row for each fact that is not None, as HTML."""
+def html_card(title: str, values: Iterable[tuple[str, Any]]) -> str:
+    """Return a table with one row for each value that is not None, as HTML."""
     from html import escape
 
     def shown(value: Any) -> str:
@@ -187,7 +160,7 @@ def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
     rows = "".join(
         f'<tr><th style="{TEXT_STYLE}">{shown(name)}</th>'
         f'<td style="{TEXT_STYLE}">{shown(value)}</td></tr>'
-        for name, value in facts
+        for name, value in values
         if value is not None
     )
     head = f'<th colspan="2" style="{TEXT_STYLE}">{shown(title)}</th>'
@@ -400,11 +373,10 @@ class WalletList(Listing[Wallet]):
 
 # --- the plot of prices ---
 
-# One for each of the most frequent models; all others have the last color.
+# One for each of the most frequent models.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#9467bd",
           "#a0a000", "#17becf")  # fmt: skip
 OTHER_COLOR = "#c0c0c0"
-LABEL_HEIGHT = 0.05  # of the height of the plot
 PICTURES = (".png", ".svg", ".pdf")
 NAME_LENGTH = 24  # characters
 Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
@@ -413,8 +385,7 @@ Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
 def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
     """Return the points of the plot by model, the most frequent model first.
 
-    Servers without a name, a price or a reliability are left out, and mixed rigs, whose price is of
-    several models.
+    Servers without a name, a price or a reliability are left out, and those with several models.
     """
     models: dict[str, Points] = {}
     for server in servers:
@@ -426,10 +397,8 @@ def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
 
 def check_plot(servers: Any, path: Any) -> None:
     """Check the arguments of ``plot_prices``."""
-    if servers is not None and (
-        not isinstance(servers, (list, tuple))
-        or not all(isinstance(server, Server) for server in servers)
-    ):
+    given = () if servers is None else servers
+    if not isinstance(given, (list, tuple)) or not all(isinstance(s, Server) for s in given):
         shown = short_repr(servers)
         raise TypeError(f"servers must be a list of servers, as of find_servers(), not {shown}")
     if path is None:
@@ -466,14 +435,26 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
         raise ImportError("plot_prices() needs matplotlib: pip install matplotlib") from error
     if not models:
         raise ValueError("servers must have a price and a reliability, but none of them has both")
+    import statistics  # imported here, because it is slow
+
     figure = new_figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     colors = dict(zip(models, COLORS, strict=False))
-    for name, points in reversed(models.items()):  # the frequent ones on top of the others
-        color = colors.get(name, OTHER_COLOR)
-        axes.scatter(*zip(*points, strict=True), s=16, color=color, alpha=0.7, linewidths=0)
+    medians = {name: statistics.median(price for _, price in models[name]) for name in colors}
+    others = [point for name, points in models.items() if name not in colors for point in points]
+    style = {"s": 16, "alpha": 0.7, "linewidths": 0}
+    if others:
+        label = f"{len(models) - len(colors)} other models"
+        axes.scatter(*zip(*others, strict=True), color=OTHER_COLOR, label=label, **style)
+    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+        label = f"{printable(name, NAME_LENGTH)}  {median:.3g}"
+        # matplotlib hides a label that starts with _, and takes a $ for a formula.
+        label = label.lstrip("_").replace("$", r"\$")
+        axes.scatter(*zip(*models[name], strict=True), color=colors[name], label=label, **style)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0, reverse=True
+    )
     _set_up_axes(axes, [point for points in models.values() for point in points])
-    _label_models(axes, models, colors)
     if path is not None:
         figure.savefig(path, dpi=150)
     return axes
@@ -496,25 +477,3 @@ def _set_up_axes(axes: Any, points: Points) -> None:
     axes.set_title(f"Prices of {len(points)} servers by GPU model, with the median of each model")
     axes.grid(True, which="major", alpha=0.3)
     axes.set_axisbelow(True)
-
-
-def _label_models(axes: Any, models: dict[str, Points], colors: dict[str, str]) -> None:
-    """Write each name beside the plot, as near to its median price as there is room."""
-    import statistics  # imported here, because it is slow
-
-    bottom, top = (math.log(limit) for limit in axes.get_ylim())
-    medians = {name: statistics.median(price for _, price in models[name]) for name in colors}
-    height = -math.inf
-    labels = []
-    for name, median in sorted(medians.items(), key=lambda item: item[1]):
-        height = max(height + LABEL_HEIGHT, (math.log(median) - bottom) / (top - bottom))
-        labels.append((height, colors[name], f"{printable(name, NAME_LENGTH)}  {median:.3g}"))
-    if len(models) > len(colors):
-        labels.append(
-            (height + LABEL_HEIGHT, "#808080", f"{len(models) - len(colors)} other models")
-        )
-    above = max(0.0, labels[-1][0] - 1)
-    for height, color, text in labels:
-        # A $ would start a formula.
-        axes.text(1.01, height - above, text.replace("$", r"\$"), color=color, va="center",
-                  transform=axes.transAxes)  # fmt: skip

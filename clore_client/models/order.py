@@ -1,4 +1,4 @@
-"""Order, and its conversion from the live form to the documented form."""
+"""Define orders, and convert them from the live form to the documented form."""
 
 from __future__ import annotations
 
@@ -64,37 +64,13 @@ class Order(GPURecord):
     unexpected type.
     """
 
-    __slots__ = ("_live", "_rates")
     _live: bool
     _rates: ExchangeRates
-    FIELDS = (
-        "id",
-        "server_id",
-        "status",
-        "gpu_name",
-        "gpu_count",
-        "price",
-        "currency",
-        "usd_per_hour",
-        "cost_usd",
-        "is_spot",
-        "started_at",
-        "image",
-        "ssh_command",
-    )
-    SHOWN = (
-        "id",
-        "server_id",
-        "status",
-        "gpu",
-        "price",
-        "currency",
-        "usd_per_hour",
-        "image",
-        "started_at",
-        "ssh_command",
-        "ssh_password",
-    )
+    FIELDS = ("id", "server_id", "status", "gpu_name", "gpu_count", "price", "currency",
+              "usd_per_hour", "cost_usd", "is_spot", "started_at", "image",
+              "ssh_command")  # fmt: skip
+    SHOWN = ("id", "server_id", "status", "gpu", "price", "currency", "usd_per_hour", "image",
+             "started_at", "ssh_command", "ssh_password")  # fmt: skip
 
     @property
     def id(self) -> int | None:
@@ -223,12 +199,12 @@ class Order(GPURecord):
             return super()._summary()
         return {"usd_per_hour": self.usd_per_hour, "body": self.body}
 
-    def _facts(self) -> dict[str, Any]:
+    def _card(self) -> dict[str, Any]:
         from clore_client.models.listing import utc_time  # only notebooks need it
 
         started = utc_time(self.started_at)
         return {
-            **super()._facts(),
+            **super()._card(),
             "started_at": started and f"{started} UTC",
             "body": masked(self.body),
         }
@@ -309,8 +285,8 @@ def to_order(
     return order
 
 
-def take_listed_price(order: Order, usd_per_hour: float) -> None:
-    """Take the exchange rate of an order from the listed on-demand price of its server."""
+def set_listed_price(order: Order, usd_per_hour: float) -> None:
+    """Set the exchange rate of an order by the listed on-demand price of its server."""
     if (price := positive(order.get("price"))) is not None:
         rates = ExchangeRates()
         rates.update({wire_currency(order["currency"]): usd_per_hour / price}, display_only=True)

@@ -1,4 +1,4 @@
-"""Record, the base class of servers and orders; Wallet; and helpers to read API responses."""
+"""Define records and wallets, and read the fields of API responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIVE_MARKET_MARKERS = ("currency_rates_in_usd", "server")
 
 
 class RawRecords:
-    """Records in JSON; each is decoded whenever it is read, and not kept."""
+    """Keep records as JSON, and decode each one whenever it is read."""
 
     def __init__(self, raw: list[Any], decode: Callable[[Any], Any]) -> None:
         self._raw = raw
@@ -81,7 +81,6 @@ class Record(dict[str, Any]):
     A record that did not come from the API counts as documented, and is its own ``.wire``.
     """
 
-    __slots__ = ("_wire",)
     _wire: dict[str, Any]
     # The properties in a card and in a row of to_dicts(): numbers, text and bools.
     FIELDS: ClassVar[tuple[str, ...]] = ()
@@ -97,10 +96,7 @@ class Record(dict[str, Any]):
 
     def _like(self: R, items: Mapping[str, Any]) -> R:
         twin = type(self)(items)
-        for cls in type(self).__mro__:
-            for slot in getattr(cls, "__slots__", ()):
-                if hasattr(self, slot):
-                    setattr(twin, slot, getattr(self, slot))
+        twin.__dict__.update(self.__dict__)
         return twin
 
     def copy(self: R) -> R:
@@ -121,16 +117,16 @@ class Record(dict[str, Any]):
         usd = {k: round(v, 6) for k, v in shown.items() if "usd" in k and isinstance(v, float)}
         return {**shown, **usd} or self
 
-    def _facts(self) -> dict[str, Any]:
-        """Return what the card shows, by the names of properties; the first is in the heading."""
+    def _card(self) -> dict[str, Any]:
+        """Return what a notebook shows: properties by name; the first one is in the heading."""
         return {name: getattr(self, name) for name in self.FIELDS} or masked(self)
 
     def _repr_html_(self) -> str:
         from clore_client.models.listing import html_card  # only notebooks need it
 
-        facts = list(self._facts().items())
-        number = f" {facts.pop(0)[1]}" if self.FIELDS and facts[0][1] is not None else ""
-        return html_card(f"{type(self).__name__}{number}", facts)
+        values = list(self._card().items())
+        number = f" {values.pop(0)[1]}" if self.FIELDS and values[0][1] is not None else ""
+        return html_card(f"{type(self).__name__}{number}", values)
 
     def __dir__(self) -> list[str]:
         """Return the properties, and the methods that read a dict."""
@@ -153,7 +149,6 @@ class Wallet(Record):
     The live API calls the address ``deposit``; that field is kept too.
     """
 
-    __slots__ = ("_rates",)
     _rates: ExchangeRates
     FIELDS = ("name", "balance", "balance_usd", "deposit_address")
 

@@ -1,4 +1,4 @@
-"""Results of commands and transfers over SSH."""
+"""Define the results of commands and transfers over SSH."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clore_client.errors import printable
 STDOUT, STDERR = "stdout", "stderr"
 LAST_LINES = 20  # of each stream, where a result is printed
 LONGEST_LINE = 300  # characters
-# A color, or another control sequence of a terminal, which would only be noise when escaped.
+# A color or another control sequence of a terminal; it is removed, not escaped.
 _CONTROL_SEQUENCE = r"\x1b\[[0-9;?]{0,40}[@-~]"
 
 
@@ -32,14 +32,12 @@ class CommandResult:
     """The result of a command. ``print()`` shows the last lines of its output.
 
     Attributes:
-        command: the command for the machine's shell, without the variables of ``env``.
+        command: the command for the server's shell, without the variables of ``env``.
         exit_code: 0 to 255; -1 if a signal ended the command.
         stdout, stderr: the output as text; bytes that are not UTF-8 are replaced.
         duration: seconds from the start to the end.
         dropped: the bytes of output beyond ``max_output``, which are not kept.
     """
-
-    __slots__ = ("command", "dropped", "duration", "exit_code", "stderr", "stdout")
 
     def __init__(
         self,
@@ -106,14 +104,11 @@ class TransferResult:
         files: the number of files.
         size: the bytes of all files.
         duration: seconds.
-        skipped: (name, reason) for symlinks and special files, which are not copied; escaped, too.
+        skipped: (name, reason) for symlinks and special files, which are not copied; also escaped.
         unchanged: the number of files that ``skip_unchanged`` left out.
-        sent: with ``preview``, the names of the files that would be sent; escaped, too.
-        deleted: the names that ``delete`` removed, or would remove with ``preview``; escaped, too.
+        sent: with ``preview``, the names of the files that would be sent; also escaped.
+        deleted: the names that ``delete`` removed, or would remove with ``preview``; also escaped.
     """
-
-    __slots__ = ("_deletes", "_is_preview", "deleted", "duration", "files", "path", "sent", "size",
-                 "skipped", "unchanged")  # fmt: skip
 
     def __init__(
         self,

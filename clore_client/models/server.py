@@ -1,4 +1,4 @@
-"""Server, and its conversion from the live form to the documented form."""
+"""Define servers, and convert them from the live form to the documented form."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clore_client.models.record import RawRecords, Record, part_of, text_of, whole_id
-from clore_client.pricing import (
-    HOURS_PER_DAY,
-    finite,
-    per_gpu,
-    per_hour,
-    positive,
-)
+from clore_client.pricing import HOURS_PER_DAY, finite, per_gpu, per_hour, positive
 
 # The text comes from strangers, so no pattern can backtrack for long. Compiled on first use, which
 # makes the import faster.
@@ -130,9 +124,9 @@ def on_demand_usd(server: Server, currency: str) -> float | None:
     return price_in(server, spot=False, currency=currency)
 
 
-def amount_per_hour(server: Server, spot: bool, currency: str) -> float | None:
-    """Return the price per hour in ``currency`` itself, as listed; None if it is not listed."""
-    listed = positive(part_of(server, "price", "spot" if spot else "on_demand", currency))
+def amount_per_hour(server: Server, currency: str) -> float | None:
+    """Return the on-demand price per hour in ``currency`` itself, or None if it is not listed."""
+    listed = positive(part_of(server, "price", "on_demand", currency))
     return None if listed is None else listed / HOURS_PER_DAY
 
 
@@ -140,7 +134,7 @@ def listed_rate(server: Server, currency: str) -> float | None:
     """Return USD for one unit of ``currency``, by the prices of one server; None if unknown."""
     if currency == "USD-Blockchain":
         return 1.0
-    amount = amount_per_hour(server, spot=False, currency=currency)
+    amount = amount_per_hour(server, currency)
     in_usd = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
     return in_usd / amount if amount and in_usd else None
 
@@ -188,13 +182,11 @@ def nominal_vram(record: dict[str, Any]) -> float | None:
 
 
 class GPURecord(Record):
-    """A record that names the GPUs of a machine."""
-
-    __slots__ = ()
+    """A record that names the GPUs of a server."""
 
     @property
     def gpu(self) -> str | None:
-        """The count and name of its GPUs, such as ``"2x RTX 4090"``; of a mixed rig, all."""
+        """The count and name of its GPUs, such as ``"2x RTX 4090"``; of several models, all."""
         return gpu_label(self)
 
     @property
@@ -216,34 +208,12 @@ class Server(GPURecord):
     sent. A property is None if its field is missing or has an unexpected type.
     """
 
-    __slots__ = ()
     SHOWN = ("id", "gpu", "usd_per_hour", "spot_usd_per_hour", "reliability", "country", "rented")
-    FIELDS = (
-        "id",
-        "gpu_name",
-        "gpu_count",
-        "vram_gb",
-        "total_vram_gb",
-        "usd_per_hour",
-        "usd_per_gpu_hour",
-        "spot_usd_per_hour",
-        "spot_usd_per_gpu_hour",
-        "reliability",
-        "rating",
-        "rating_count",
-        "country",
-        "rented",
-        "cpu_cores",
-        "ram_gb",
-        "disk_gb",
-        "disk_mbps",
-        "download_mbps",
-        "upload_mbps",
-        "pcie_width",
-        "cuda_version",
-        "max_rental_hours",
-        "owner_id",
-    )
+    FIELDS = ("id", "gpu_name", "gpu_count", "vram_gb", "total_vram_gb", "usd_per_hour",
+              "usd_per_gpu_hour", "spot_usd_per_hour", "spot_usd_per_gpu_hour", "reliability",
+              "rating", "rating_count", "country", "rented", "cpu_cores", "ram_gb", "disk_gb",
+              "disk_mbps", "download_mbps", "upload_mbps", "pcie_width", "cuda_version",
+              "max_rental_hours", "owner_id")  # fmt: skip
 
     @property
     def id(self) -> int | None:
@@ -263,7 +233,7 @@ class Server(GPURecord):
 
     @property
     def total_vram_gb(self) -> float | None:
-        """The memory of all GPUs in GB; ``vram_gb`` times ``gpu_count``; None for a mixed rig."""
+        """The memory of all GPUs in GB, ``vram_gb`` times ``gpu_count``; None if they differ."""
         if self.vram_gb is None or is_mixed(self):  # the API lists the memory of one model
             return None
         return self.vram_gb * (self.gpu_count or 1)
@@ -390,7 +360,7 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
 
 
 class Marketplace:
-    """The list of servers of one response.
+    """Read the list of servers in one response.
 
     With the extra ``fast``, a server is decoded when it is read: to keep thousands of them takes
     longer than to decode them twice.

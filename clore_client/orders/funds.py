@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from clore_client.errors import InsufficientBalanceError, OrderNotFoundError
-from clore_client.models.order import Order, take_listed_price
+from clore_client.models.order import Order, set_listed_price
 from clore_client.models.record import Wallet, to_wallets
 from clore_client.models.server import Server, amount_per_hour, on_demand_usd
 from clore_client.orders.account import AccountOrders
@@ -80,7 +80,7 @@ def _hourly_cost(orders: AccountOrders, server: Server, currency: str) -> float 
     """Return the on-demand price with the account's fees, in ``currency`` per hour."""
     from clore_client.market.summary import account_fees
 
-    amount = amount_per_hour(server, spot=False, currency=currency)
+    amount = amount_per_hour(server, currency)
     if amount is None:
         usd = on_demand_usd(server, currency)
         rate = orders.market.data.rates.rate(currency)
@@ -142,4 +142,4 @@ def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
             return
         listed = orders.market.data.listed.get(order.server_id)
         if listed is not None and not order.is_spot:
-            take_listed_price(order, listed)
+            set_listed_price(order, listed)

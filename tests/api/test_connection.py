@@ -1,4 +1,4 @@
-"""What never left this machine: connections that fail before the first byte of the request."""
+"""Connections that fail before the first byte of the request is sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from clore_client import CloreClient, CloreConnectionError, OrderOutcomeUnknownError
-from clore_client.api.connection import never_left
+from clore_client.api.connection import never_sent
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def test_a_host_that_can_not_be_parsed_leaves_nothing_behind() -> None:
 
 
 def test_an_error_of_an_unwatched_connection_is_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replaced adapter tells nothing of departures: then the kind of the error decides."""
+    """A replaced adapter does not record a send: then the kind of the error decides."""
 
     class Adapter(requests.adapters.BaseAdapter):
         calls = 0
@@ -107,5 +107,5 @@ def test_an_error_of_an_unwatched_connection_is_a_doubt(monkeypatch: pytest.Monk
     with pytest.raises(OrderOutcomeUnknownError):
         client._request("POST", "/v1/create_order")
     assert adapter.calls == 1
-    assert never_left(requests.ConnectTimeout(), left=False)
-    assert not never_left(requests.ConnectTimeout(), left=True)
+    assert never_sent(requests.ConnectTimeout(), recorded=False)
+    assert not never_sent(requests.ConnectTimeout(), recorded=True)

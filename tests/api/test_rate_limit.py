@@ -1,4 +1,4 @@
-"""The pace: between all departures of a key, in order, cancels first, and pushed back together."""
+"""The rate limit of a key: intervals, order, cancels first, and pauses for all."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def limiter(request: pytest.FixtureRequest, tmp_path: Path) -> Limiter:
 
 
 @contextmanager
-def slot(
+def granted(
     limit: RateLimiter,
     interval: float,
     *,
@@ -92,11 +92,11 @@ def slot(
     not_before: float = -math.inf,
     **options: Any,
 ) -> Iterator[Turn]:
-    """Wait for a slot; the block is the request, which leaves at its beginning."""
+    """Wait for a send time; the block is the request, which is sent at its beginning."""
     turn = Turn(interval, **options)
     turn.not_before = not_before
     limit.wait(turn, deadline)
-    limit.left(turn)
+    limit.sent(turn)
     yield turn
 
 
@@ -109,7 +109,7 @@ def gaps(times: list[float]) -> list[float]:
     return [b - a for a, b in itertools.pairwise(ordered)]
 
 
-def test_two_clients_and_eight_threads_keep_the_pace(make_sim: MakeSim) -> None:
+def test_two_clients_and_eight_threads_keep_the_rate_limit(make_sim: MakeSim) -> None:
     sim = make_sim(rate_limit=0.025)  # half: a busy machine may count a request late
     clients = [client_for(sim, rate_limit=0.05), client_for(sim, rate_limit=0.05)]
     together(*[lambda n=n: [clients[n % 2].get_wallets() for _ in range(3)] for n in range(8)])
@@ -148,7 +148,7 @@ def test_create_orders_are_spaced(make_sim: MakeSim) -> None:
     )
 )
 @settings(max_examples=25, deadline=None)
-def test_no_two_departures_are_closer_than_their_intervals(
+def test_no_two_requests_are_closer_than_their_intervals(
     wanted: list[tuple[float, bool, bool]],
 ) -> None:
     """Invariant: between neighbors lies the larger of their two intervals, and nobody is lost."""
@@ -161,7 +161,7 @@ def test_no_two_departures_are_closer_than_their_intervals(
         turn = Turn(interval, urgent=urgent, spacing=spacing)
         limit.wait(turn)
         with lock:
-            left.append((turn.left_at, interval, spaced))
+            left.append((turn.sent_at, interval, spaced))
 
     together(*[lambda w=w: send(*w) for w in wanted])
     assert len(left) == len(wanted)
@@ -183,7 +183,7 @@ class Game:
             client.flushdb()
         self.turns: dict[int, Turn] = {}
         self.wakes: dict[int, float] = {}  # of those that wait and live
-        self.slots: list[tuple[float, int]] = []
+        self.send_times: list[tuple[float, int]] = []
 
     def start(self, number: int, urgent: bool) -> None:
         turn = self.turns[number] = Turn(1.0, urgent=urgent)
@@ -200,16 +200,16 @@ class Game:
         numbers = _numbers(turn, self.now)
         reply = self.client.eval(script, 1, "game", "look", numbers, REDIS_RULES, self.now)
         granted, seconds, *_ = map(float, reply)
-        return Look(bool(granted), self.now + seconds)
+        return Look(bool(granted), self.now + seconds, 0.0)
 
     def run_until(self, end: float) -> None:
-        """Let each request look again at the time that it was told."""
+        """Let each request look again at its time."""
         while self.wakes and min(self.wakes.values()) <= end:
             number = min(self.wakes, key=lambda n: self.wakes[n])
             self.now = max(self.now, self.wakes[number])
             look = self.look(self.turns[number])
             if look.granted:
-                self.slots.append((look.at, number))
+                self.send_times.append((look.at, number))
                 del self.wakes[number]
             else:
                 self.wakes[number] = min(look.at, self.now + LONGEST_SLEEP)
@@ -225,7 +225,7 @@ class Game:
 )
 @settings(max_examples=200, deadline=None)
 def test_interleavings_with_kills(redis_url: str, kept: str, steps: list[tuple[str, int]]) -> None:
-    """Invariants: no two slots within an interval, no stall for more than two, and nobody who
+    """Invariants: no two send times within an interval, no stall for more than two, and nobody who
     lives is lost; where nobody dies, in order of arrival, cancels first."""
     game = Game(redis.Redis.from_url(redis_url) if kept == "redis" else None)
     if kept == "redis":
@@ -239,23 +239,23 @@ def test_interleavings_with_kills(redis_url: str, kept: str, steps: list[tuple[s
         else:
             game.run_until(game.now + 0.1 * which)
     waiting = sorted(game.wakes, key=lambda n: (not game.turns[n].urgent, n))
-    granted = len(game.slots)
+    granted = len(game.send_times)
     end = game.now
     game.run_until(end + 3.0 * (len(waiting) + 2))
     assert not game.wakes
-    served = [number for _, number in game.slots[granted:]]
+    served = [number for _, number in game.send_times[granted:]]
     died = any(step == "kill" for step, _ in steps)
     assert (sorted(served) == sorted(waiting)) if died else (served == waiting)
-    times = [at for at, _ in game.slots]
+    times = [at for at, _ in game.send_times]
     assert all(gap >= 1.0 - 1e-5 for gap in gaps(times))
     assert all(gap <= 2.1 for gap in gaps([end, *times[granted:]]))
 
 
 def in_line(limit: RateLimiter, name: str, order: list[str], **options: Any) -> threading.Thread:
-    """A thread that waits for a slot, and says so when it has it."""
+    """A thread that waits for a send time, and says so when it has it."""
 
     def wait() -> None:
-        with slot(limit, 0.05, **options):
+        with granted(limit, 0.05, **options):
             order.append(name)
 
     thread = threading.Thread(target=wait)
@@ -266,9 +266,9 @@ def in_line(limit: RateLimiter, name: str, order: list[str], **options: Any) -> 
 
 def test_cancels_go_first(limiter: Limiter) -> None:
     late = True
-    while late:  # on a busy machine, until all of them get in line before the next slot
+    while late:  # on a busy machine, until all of them get in line before the next send time
         order = list[str]()
-        with slot(limiter(), 1.5):
+        with granted(limiter(), 1.5):
             began = time.monotonic()
         threads = []
         for name in ("a", "b", "c", "cancel"):
@@ -277,7 +277,7 @@ def test_cancels_go_first(limiter: Limiter) -> None:
         late = time.monotonic() - began > 1.2
         for thread in threads:
             thread.join(30)
-    # A thread that wakes late loses its slot to the next one; the order is tested without threads.
+    # A thread that wakes late loses its send time; the order is tested without threads.
     assert order[0] == "cancel"
     assert sorted(order[1:]) == ["a", "b", "c"]
 
@@ -299,7 +299,7 @@ def test_a_waiting_cancel_overtakes_waiting_reads(make_sim: MakeSim) -> None:
 
 def test_one_that_is_spaced_lets_others_pass(limiter: Limiter) -> None:
     order = list[str]()
-    with slot(limiter(), 0.0, spacing=("create_order", 0.5)):
+    with granted(limiter(), 0.0, spacing=("create_order", 0.5)):
         pass
     threads = [in_line(limiter(), "create", order, spacing=("create_order", 0.5))]
     threads.append(in_line(limiter(), "read", order))
@@ -310,7 +310,7 @@ def test_one_that_is_spaced_lets_others_pass(limiter: Limiter) -> None:
 
 def test_waiters_look_again_after_a_pause(limiter: Limiter) -> None:
     order = list[str]()
-    with slot(limiter(), 0.1):
+    with granted(limiter(), 0.1):
         pass
     started = time.monotonic()
     thread = in_line(limiter(), "a", order)
@@ -321,11 +321,11 @@ def test_waiters_look_again_after_a_pause(limiter: Limiter) -> None:
 
 def test_a_pause_over_the_patience_is_an_error_for_everybody(limiter: Limiter) -> None:
     caught = list[float]()
-    with slot(limiter(), 0.5):
+    with granted(limiter(), 0.5):
         pass
 
     def wait() -> None:
-        with pytest.raises(PauseTooLongError) as error, slot(limiter(), 0.5, patience=60):
+        with pytest.raises(PauseTooLongError) as error, granted(limiter(), 0.5, patience=60):
             pass
         caught.append(error.value.seconds)
 
@@ -335,7 +335,7 @@ def test_a_pause_over_the_patience_is_an_error_for_everybody(limiter: Limiter) -
     paused(limiter(), 3000)
     thread.join(5)
     assert 60 < caught[0] <= 3600
-    with pytest.raises(PauseTooLongError), slot(limiter(), 0, patience=60):
+    with pytest.raises(PauseTooLongError), granted(limiter(), 0, patience=60):
         pass
 
 
@@ -370,30 +370,30 @@ def test_retry_after_as_a_date_counts_from_the_answers_date(make_sim: MakeSim) -
 
 
 def test_a_deadline_ends_the_waiting(limiter: Limiter) -> None:
-    with slot(limiter(), 2):  # with Redis, the first one waits, too
+    with granted(limiter(), 2):  # with Redis, the first one waits, too
         pass
-    with pytest.raises(DeadlinePassedError), slot(limiter(), 2, deadline=time.monotonic() + 0.2):
+    with pytest.raises(DeadlinePassedError), granted(limiter(), 2, deadline=time.monotonic() + 0.2):
         pass
 
 
 def test_a_request_that_waits_no_more_is_skipped(limiter: Limiter) -> None:
-    """As an interrupt or a kill leaves it, at any line between waiting and leaving."""
-    with slot(limiter(), 0.2):
+    """As an interrupt or a kill leaves it, at any line between waiting and sending."""
+    with granted(limiter(), 0.2):
         pass
     for _ in range(20):
         gone = Turn(0.2, urgent=True)
         assert not limiter()._store.apply("look", gone).granted
     started = time.monotonic()
-    with slot(limiter(), 0.2):
+    with granted(limiter(), 0.2):
         pass
     assert time.monotonic() - started < 2
 
 
 def test_urgent_requests_leave_whatever_the_server_asks_for(limiter: Limiter) -> None:
     paused(limiter(), 3600)
-    with slot(limiter(), 0.02, urgent=True):
+    with granted(limiter(), 0.02, urgent=True):
         pass
-    with pytest.raises(PauseTooLongError), slot(limiter(), 0.02, patience=60):
+    with pytest.raises(PauseTooLongError), granted(limiter(), 0.02, patience=60):
         pass
 
 
@@ -417,7 +417,7 @@ def test_backoff_spreads_over_the_whole_range() -> None:
 def take_short_turns() -> None:
     limit = RateLimiter(ProcessStore())
     for _ in range(3000):
-        with slot(limit, 3e-6):
+        with granted(limit, 3e-6):
             pass
 
 

@@ -26,11 +26,11 @@ def rows() -> Iterator[Row]:
     """Return the lines about killed processes."""
     closest, longest = kill_processes()
     yield Row(f"{KILLS} killed: closest departures / limit", closest, 0.99, at_least=True)
-    yield Row(f"{KILLS} killed: longest time between two, slots", longest, 3.0)
+    yield Row(f"{KILLS} killed: longest time between two, intervals", longest, 3.0)
 
 
 def kill_processes() -> tuple[float, float]:
-    """Return the shortest and the longest time between two departures, in slots."""
+    """Return the shortest and the longest time between two requests, in intervals."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         # In a process of its own, as this one may have threads.
@@ -48,8 +48,8 @@ def _work(path: str, log: str) -> None:
     while True:
         turn = Turn(INTERVAL)
         limiter.wait(turn)
-        limiter.leave(turn)
-        os.write(handle, f"{turn.left_at}\n".encode())
+        limiter.before_send(turn)
+        os.write(handle, f"{turn.sent_at}\n".encode())
 
 
 def main() -> None:

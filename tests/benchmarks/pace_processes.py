@@ -108,9 +108,9 @@ def _one_machine(folder: Callable[[], str]) -> Iterator[Row]:
     yield Row(f"{of}: whole time / ideal", outcome.time, 1.05, detail=str(outcome))
     yield Row(f"{of}: refusals", outcome.refused, 0)
     yield Row(f"{of}: smallest share", outcome.share, 0.9, at_least=True)
-    slots = _cancels(shared)
-    detail = "slots: " + " ".join(f"{slot:.2f}" for slot in slots)
-    yield Row("a cancel while 16 reads wait: slots", max(slots), 1.2, detail=detail)
+    delays = _cancels(shared)
+    detail = "intervals: " + " ".join(f"{delay:.2f}" for delay in delays)
+    yield Row("a cancel while 16 reads wait: intervals", max(delays), 1.2, detail=detail)
     yield Row("a call with the file - without, us", _cost(shared), 60)
 
 
@@ -147,7 +147,7 @@ def _disturb(server: RedisProcess) -> None:
 
 
 def _cancels(folder: str) -> list[float]:
-    """Return after how many slots each of some cancels left, while 16 reads waited."""
+    """Return after how many intervals each of some cancels was sent, while 16 reads waited."""
     waits: list[float] = []
 
     def cancel(url: str, key: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import warnings
 from pathlib import Path
@@ -27,7 +26,7 @@ def points_of(axes: Any) -> list[tuple[float, float]]:
 
 
 def texts_of(axes: Any) -> list[str]:
-    return [text.get_text() for text in axes.texts]
+    return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def test_a_price_is_that_of_one_gpu(plotter: CloreClient, tmp_path: Path) -> Non
                          server("A100", 1.0, None)])  # fmt: skip
     axes = plotter.plot_prices(listed, tmp_path / "a.svg")
     assert points_of(axes) == [(97.0, 1.0), (98.0, 0.3), (99.0, 0.5)]
-    assert texts_of(axes) == ["RTX 4090  0.4", "A100  1"]
+    assert texts_of(axes) == ["A100  1", "RTX 4090  0.4"]
     assert "3 servers" in axes.get_title()
 
 
@@ -67,9 +66,6 @@ def test_many_models_and_a_few_unreliable_servers(plotter: CloreClient, tmp_path
     axes = plotter.plot_prices(listed, tmp_path / "a.png")
     assert len(texts_of(axes)) == 11
     assert texts_of(axes)[-1] == "5 other models"
-    heights = [text.get_position()[1] for text in axes.texts]
-    assert all(b - a > 0.04 for a, b in itertools.pairwise(heights))
-    assert max(heights) <= 1
     assert axes.get_xlabel() == "reliability in % (not shown: 3 below 90)"
     assert len({tuple(dots.get_facecolor()[0]) for dots in axes.collections}) == 11
 
