@@ -1,4 +1,4 @@
-"""Keep track of the orders of one rental, in memory and in the journal, and end them."""
+"""Keep track of the orders of one rental, of their cost and in the journal, and end them."""
 
 from __future__ import annotations
 
@@ -212,15 +212,16 @@ class RentalOrders:
         fields = purchase_fields(server_id, self._settings, self.before, client.server_clock)
         return {**fields, "base_url": client.base_url, "account": self._orders.account}
 
-    def adopt(self, order: Order, age: float, ends: bool) -> RentalOrder:
+    def adopt(self, order: Order, ends: bool) -> RentalOrder:
         """Take over an order that exists.
 
         Parameters:
             order: the order.
-            age: its age in seconds.
             ends: whether the rental ends it, which the journal must then know.
         """
         server_id, order_id = order.server_id or 0, order.id or 0
+        clock = time.time() + (self._orders.client.server_clock or 0.0)
+        age = 0.0 if order.started_at is None else max(0.0, clock - order.started_at)
         entry = write_entry(self._folder, self._entry_fields(server_id)) if ends else None
         purchase = RentalOrder(server_id, entry, self._budget.start(order.usd_per_hour, age))
         if ends:

@@ -1,4 +1,4 @@
-"""Rental, the context manager of ``rent()``: find, order, wait, and cancel at the end."""
+"""Rent a server for the length of a block: find, order, wait, and cancel at the end."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ TRY_NEXT_ERRORS = (
 
 
 class BlockExit:
-    """A descriptor for ``__exit__`` that returns a new object to each ``with`` statement.
+    """Make a new ``__exit__`` for each ``with`` statement.
 
     The ``with`` statement keeps that object until the block has ended in any way. The worker has a
     weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
@@ -84,7 +84,7 @@ class BlockExit:
 
 
 class Rental:
-    """A server that is rented for the length of a ``with`` block; see ``CloreClient.rent``.
+    """Rent a server for the length of a ``with`` block; see ``CloreClient.rent``.
 
     A worker thread, :class:`RentalWorker`, orders and cancels. The thread that runs the block looks
     for servers, and waits.
@@ -119,7 +119,7 @@ class Rental:
         self._worker: RentalWorker | None = None
         self._order: Order | None = None
         self._server: Server | None = None
-        self._shell: Any = None
+        self._connection: Any = None  # that of run(), upload() and the like
         self._kept_as = "kept"  # what the repr of an order says that this rental does not end
         self._over = False  # set before the worker is looked at, as __enter__ does it vice versa
         self.tried: list[tuple[int, str]] = []
@@ -193,10 +193,10 @@ class Rental:
         return connection
 
     def run(self, command: str | Sequence[str], **options: Any) -> CommandResult:
-        """Run a command on the machine, as :meth:`CloreClient.run` does. Needs paramiko.
+        """Run a command on the server, as :meth:`CloreClient.run` does. Needs paramiko.
 
         Parameters:
-            command: a command for the machine's shell; a list of arguments is quoted.
+            command: a command for the server's shell; a list of arguments is quoted.
             **options: arguments of :meth:`CloreClient.run`. All calls share one connection, so
                 login arguments only have an effect in the first call.
 
@@ -207,19 +207,19 @@ class Rental:
         return self._over_ssh(self._client.run, (command,), options)
 
     def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
-        """Copy a file or directory to the machine, as :meth:`CloreClient.upload` does."""
+        """Copy a file or directory to the server, as :meth:`CloreClient.upload` does."""
         return self._over_ssh(self._client.upload, (local, remote), options)
 
     def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
-        """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
+        """Copy a file or directory from the server, as :meth:`CloreClient.download` does."""
         return self._over_ssh(self._client.download, (remote, local), options)
 
     def forward(self, remote_port: int, local_port: int = 0) -> Forward:
-        """Forward a local port to the machine, as :meth:`CloreClient.forward` does."""
+        """Forward a local port to the server, as :meth:`CloreClient.forward` does."""
         return self._over_ssh(self._client.forward, (remote_port, local_port), {})
 
     def shell(self) -> int:
-        """Open the machine's shell in this terminal, as :meth:`CloreClient.shell` does."""
+        """Open the server's shell in this terminal, as :meth:`CloreClient.shell` does."""
         return self._over_ssh(self._client.shell, (), {})
 
     def ssh_command(self, **options: Any) -> str:
@@ -235,10 +235,10 @@ class Rental:
 
         worker = self._open_worker()
         login = {name: options.pop(name) for name in LOGIN_OPTIONS & options.keys()}
-        if self._shell is None or not is_connected(self._shell):
-            self._shell = self.ssh(**login)
+        if self._connection is None or not is_connected(self._connection):
+            self._connection = self.ssh(**login)
         try:
-            return method(self.order, *arguments, ssh=self._shell, **options)
+            return method(self.order, *arguments, ssh=self._connection, **options)
         finally:
             worker.check()
 
@@ -386,7 +386,7 @@ class Rental:
             except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
                 interrupts.append(late)
                 interrupted = True
-        self._shell = None
+        self._connection = None
         _raise_failure(error, worker, interrupts)
 
     # --- servers ---
@@ -415,46 +415,37 @@ class Rental:
         price = self._settings.price_of(server)
         shown = "price unknown" if price is None else f"{price:.3g} USD/h"
         gpu = server.gpu if is_mixed(server) else server.gpu_name
-        self._tell("rent", f"renting server {server.id} ({gpu}, {shown})")
+        self._report_step("rent", f"renting server {server.id} ({gpu}, {shown})")
+        arguments = {**self._settings.order_arguments, "find_timeout": self._settings.find_timeout}
         try:
-            order = self._buy(worker, server)
+            if self._settings.spot:
+                arguments["spot_price"] = price
+                # Read the exchange rate now, because the cost counts from the purchase on.
+                self._client.get_spot_market(server.id or 0)
+            order = worker.buy(server, price, arguments)
         except TRY_NEXT_ERRORS as error:
             return str(error)
-        self._tell("order", f"order {order.id} of server {server.id}")
+        self._report_step("order", f"order {order.id} of server {server.id}")
         self._order, self._server = order, server
         reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
         if reason is None:
             return None
         worker.check()
-        failure = worker.end_order()
         self._order = self._server = None
-        if failure is not None:
-            raise failure
+        worker.end_order()
         return reason
 
-    def _tell(self, name: str, text: str) -> None:
+    def _report_step(self, name: str, text: str) -> None:
         if self._report is not None:
             self._report(ProgressEvent(name, 3600 * self.hours, text))
 
-    def _buy(self, worker: RentalWorker, server: Server) -> Order:
-        settings = self._settings
-        price = settings.price_of(server)
-        arguments = {**settings.order_arguments, "find_timeout": settings.find_timeout}
-        if settings.spot:
-            arguments["spot_price"] = price
-            # Read the exchange rate now, because the cost counts from the purchase on.
-            self._client.get_spot_market(server.id or 0)
-        return worker.buy(server, price, arguments)
-
     def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         """Wait until an order runs. Return None, or the reason why it does not."""
-        settings = self._settings
-        more: dict[str, Any] = {} if self._report is None else {"on_progress": self._report}
+        timeout, interval = self._settings.deploy_timeout, self._settings.poll_interval
         try:
-            running: Order = self._client.wait_for_order(
-                order.id or 0, timeout=settings.deploy_timeout,
-                poll_interval=settings.poll_interval, **more,
-            )  # fmt: skip
+            running = self._client.wait_for_order(
+                order.id or 0, timeout=timeout, poll_interval=interval, on_progress=self._report
+            )
         except (WaitTimeoutError, OrderEndedError) as error:
             worker.check()
             self._history.record(server.id, NOT_DEPLOYED)
@@ -560,20 +551,20 @@ def _raise_failure(
         worker: the worker, which has ended the rental or was interrupted.
         interrupts: the interrupts during the end of the rental.
     """
-    failure, exceeded = worker.failure, worker.exceeded
     raised: BaseException | None = None
     if error is None or isinstance(error, Exception):
+        exceeded = worker.budget_error()
         if exceeded is not None and not _is_of(error, exceeded.order_id):
-            raised = worker.budget_error(exceeded)
+            raised = exceeded
         elif interrupts:
             raised = interrupts[-1]
         elif worker.signalled is not None and not worker.kept:
             raised = SignalExit(worker.signalled)
-    shown = error if raised is None else raised
-    if shown is None and failure is not None:
-        raise failure
-    if shown is not None and failure is not None and shown is not failure:
-        add_note(shown, str(failure))
+    if (failure := worker.failure) is not None:
+        if (shown := raised or error) is None:
+            raise failure
+        if str(shown) != str(failure):  # the block may pass on the error of close()
+            add_note(shown, str(failure))
     if raised is not None:
         raise raised from error
 
