@@ -46,8 +46,8 @@ class JournalEntry:
     Attributes:
         data: the content of the file.
         of_this_machine: whether this machine wrote it.
-        abandoned: whether nothing will end its order, because the process is dead or the rental
-            gave up.
+        abandoned: whether nothing will end its order, because a process of this machine is dead or
+            its rental gave up.
     """
 
     def __init__(
