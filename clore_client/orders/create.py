@@ -88,14 +88,14 @@ def order_body(order: dict[str, Any]) -> dict[str, Any]:
         order: the arguments of ``CloreClient.create_order`` that ``rent()`` takes, too, and the
             ``order_type``. Empty ``ports``, ``env``, password and key mean the default.
     """
-    ports, env = _none_if_empty(order["ports"]), _none_if_empty(order["env"])
+    ports, env = _none_if_empty(order.get("ports")), _none_if_empty(order.get("env"))
     return {
         "type": check_order_type("order_type", order["order_type"]),
         "currency": check_currency("currency", order["currency"]),
         "image": check_text("image", order["image"]),
         "ports": dict(DEFAULT_PORTS) if ports is None else check_ports("ports", ports),
         "env": dict(DEFAULT_ENV) if env is None else check_env("env", env),
-        **_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"]),
+        **_login(*(order.get(name) for name in LOGIN)),
     }
 
 

@@ -101,7 +101,7 @@ class Budget:
 
     def __init__(self, settings: RentalSettings) -> None:
         self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
-        self._fee = settings.fee
+        self._fee = settings.search.fee
         self._meters: list[Meter] = []
 
     @property
