@@ -1,4 +1,4 @@
-"""Read the orders of an account, and remember the orders of this client."""
+"""Read the orders of an account, and remember which belong to which purchase."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LONGEST_CHECK = 3.0  # seconds for the look if an order has ended, after a login
 
 
 class OrdersClient(Requester, Protocol):
-    """The parts of ``CloreClient`` that the orders use."""
+    """List the parts of ``CloreClient`` that the orders use."""
 
     timeout: Timeout
     rate_limit: float
@@ -79,7 +79,7 @@ class Claims:
 
 
 class AccountOrders:
-    """The orders of a client's account.
+    """Read the orders of an account, and remember those that this client knows.
 
     Attributes:
         client: makes the requests.
@@ -168,8 +168,8 @@ class AccountOrders:
 
     def login_of(self, order: Order) -> dict[str, str]:
         """Return what is known for the login to an order."""
-        if self.has_ended(order.id):
-            return {}  # a list can show it as active for a while, and nothing may be saved again
+        if self.has_ended(order.id):  # a list can still show it as active
+            return {}
         return self.credentials.of(self.account, order.id, order)
 
     def with_login(self, order: Order) -> Order:
@@ -190,7 +190,7 @@ class AccountOrders:
             raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
 
     def running(self, order_id: int) -> Order:
-        """Read an order that has not ended, as far as this client knows; see ``find_active``."""
+        """Read an order that has not ended; a known end needs no request."""
         self.check_not_ended(order_id)
         return self.find_active(order_id)
 
@@ -281,8 +281,7 @@ class AccountOrders:
         active = [order.id for order in orders if order.id is not None and not order.has_ended]
         missing = self.known - set(active) - self.ended
         if missing - self.cancelled:
-            completed, _ = self.read(completed=True)
-            self.ended.update(o.id for o in completed if o.id is not None and o.has_ended)
+            self.read(completed=True)  # records the ended ones
         return active + sorted(missing - self.cancelled - self.ended)
 
     # --- the limits of the user ---
@@ -290,18 +289,15 @@ class AccountOrders:
     def check_price(self, usd_per_hour: float | None, what: str) -> None:
         """Refuse a price that is above ``max_usd_per_hour`` or not known."""
         limit = self.client.max_usd_per_hour
-        if limit is None:
+        if limit is None or (usd_per_hour is not None and usd_per_hour <= limit * (1 + 1e-9)):
             return
-        if usd_per_hour is None:
-            raise SpendingLimitError(
-                f"the price of {what} is not known, and max_usd_per_hour is {limit:g}, so nothing "
-                "was ordered or bid: choose another server, or set no limit"
-            )
-        if usd_per_hour > limit * (1 + 1e-9):
-            raise SpendingLimitError(
-                f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}, "
-                "so nothing was ordered or bid: choose a lower price, or raise the limit"
-            )
+        found = f"the price of {what} is not known"
+        if usd_per_hour is not None:
+            found = f"{what} costs {usd_per_hour:g} USD per hour"
+        raise SpendingLimitError(
+            f"{found}, and max_usd_per_hour is {limit:g}, so nothing was ordered or bid: choose "
+            "another server or price, or raise the limit"
+        )
 
     def check_count(self) -> None:
         """Refuse a new order if ``max_active_orders`` are active."""
@@ -322,8 +318,8 @@ class AccountOrders:
 def ended_error(order_id: int, status: str, order: Order | None = None) -> OrderEndedError:
     """Make the error for a call that needs a running order."""
     return OrderEndedError(
-        f"Order {order_id} has ended, with status {status}: its machine and its files are gone, so "
-        "rent another one",
+        f"Order {order_id} has ended, with status {status}: its container and its files are gone, "
+        "so rent another server",
         order_id=order_id,
         status=status,
         order=order,
