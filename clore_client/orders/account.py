@@ -157,7 +157,7 @@ class AccountOrders:
         return [order for order in self.read(completed=False)[0] if not order.has_ended]
 
     def find(self, order_id: int) -> Order | None:
-        """Return an order, or None. Reads the ended orders only if it is not active."""
+        """Return an order, or None. The ended orders are read only if it is not active."""
         for completed in (False, True):
             for order in self.read(completed)[0]:
                 if order.id == order_id:

@@ -38,7 +38,7 @@ CONFIRM_AT_LEAST = 30.0
 
 
 class Cancellation:
-    """The cancel of one order, and its state in the order lists.
+    """Cancel one order, and follow its state in the order lists.
 
     Attributes:
         order_id: the order.
@@ -334,7 +334,7 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
 
 
 def _failed(ids: list[int], response: dict[str, Any]) -> list[int]:
-    """Return those of the ids that a response to ``cancel_orders`` names, as strings mostly."""
+    """Return the ids that a response to ``cancel_orders`` names as failed."""
     names = response.get("failed_to_cancel")
     failed = {str(name) for name in names} if isinstance(names, list) else set()
     return [order_id for order_id in ids if str(order_id) in failed]

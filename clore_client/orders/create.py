@@ -361,8 +361,7 @@ class Purchase:
             found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
             remaining = deadline - time.monotonic()
             if remaining <= 0 and not found and self.baseline_read:
-                # The clocks may differ, but an order that is not in the baseline must be the new
-                # one.
+                # The clocks may differ, but an order that is not in the baseline must be new.
                 found = [order for order in possible if not order.has_ended]
             if len(found) == 1 and claims.take(found[0].id or 0, self):
                 _learn_offset(claims, found[0], created_after)

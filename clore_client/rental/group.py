@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from clore_client.errors import CancelUnconfirmedError, CloreError, RentalError, add_note
 from clore_client.log import logger
 from clore_client.models.result import CommandResult
-from clore_client.rental.rental import BlockExit, Rental
+from clore_client.rental.rental import Rental
 from clore_client.rental.selection import summary
-from clore_client.rental.signals import SignalHandling, in_main_thread
+from clore_client.rental.signals import BlockExit, SignalHandling, in_main_thread
 
 GroupResult = TypeVar("GroupResult")
 
@@ -140,7 +140,7 @@ class RentalGroup:
             logger.warning("%d of %d rentals run: %s", len(self._running), len(calls), error)
 
     def _too_few(self, errors: list[BaseException]) -> BaseException:
-        """Return the error for a group of which too few rentals run."""
+        """Return the error for a group in which too few rentals run."""
         serious = [error for error in errors if type(error) is not RentalError]
         if serious:
             return serious[0]

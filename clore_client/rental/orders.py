@@ -1,4 +1,4 @@
-"""Keep track of the orders of one rental, of their cost and in the journal, and end them."""
+"""Keep the orders of one rental and their cost, in memory and in the journal, and end them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
 class Meter:
-    """The cost of one order. A new bid changes its price.
+    """Count the cost of one order. A new bid changes its price.
 
     Attributes:
         counts: whether there is an order to pay for.
@@ -97,7 +97,7 @@ class Meter:
 
 
 class Budget:
-    """The limits of a rental, and the meters of its orders."""
+    """Check the limits of a rental against the cost of its orders."""
 
     def __init__(self, settings: RentalSettings) -> None:
         self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
@@ -121,7 +121,7 @@ class Budget:
         return meter
 
     def exceeded_by(self) -> str | None:
-        """Return a text that names the limit that is reached, or None."""
+        """Return a text about the limit that is reached, or None."""
         if self._max_hours is not None and self.hours >= self._max_hours:
             return f"max_hours={self._max_hours:g} is reached"
         soon = sum(meter.usd(FEE_LEAD) for meter in list(self._meters))
@@ -136,7 +136,7 @@ class Budget:
 
 
 class RentalOrder:
-    """One order of a rental, from the purchase to its confirmed end.
+    """Keep one order of a rental, from the purchase to its confirmed end.
 
     Attributes:
         server_id: the server.
@@ -172,7 +172,7 @@ class RentalOrder:
 
 
 class RentalOrders:
-    """All purchases of a rental that cost money or may cost money.
+    """Keep and end the orders of a rental that cost money, or may cost money.
 
     Attributes:
         before: ids of orders that existed before the rental.
@@ -232,7 +232,7 @@ class RentalOrders:
         return purchase
 
     def keep(self, purchase: RentalOrder, until: float | None) -> None:
-        """Hand an order over to the user.
+        """Leave an order to the user, and record that.
 
         Parameters:
             purchase: the order.
@@ -268,7 +268,7 @@ class RentalOrders:
         purchase.meter.counts = False
 
     def forget(self, purchase: RentalOrder) -> None:
-        """Remove a purchase whose order does not exist, has ended, or stays on purpose."""
+        """Remove a purchase whose order does not exist, has ended, or is kept."""
         if purchase.entry is not None:
             purchase.entry.remove()
         self._remove(purchase)
@@ -470,7 +470,7 @@ class RentalOrders:
         return running <= {order.id for order in orders}
 
     def _fitting(self, orders: list[Order], purchase: RentalOrder) -> list[Order]:
-        """Return the orders that can be the result of a purchase, and belong to no other one."""
+        """Return the orders that can be the result of a purchase, and of no other one."""
         settings, claims = self._settings, self._orders.claims
         if purchase.lost is None:
             purchase.lost = claims.unresolved.get(purchase.server_id)

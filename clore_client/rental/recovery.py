@@ -55,7 +55,7 @@ class Leftover:
 
 
 class Leftovers:
-    """The result of ``CloreClient.leftovers``. It is false if all lists are empty.
+    """Hold the result of ``CloreClient.leftovers``. It is false if all lists are empty.
 
     Attributes:
         abandoned: orders that may still run, of dead processes of this machine.
@@ -153,7 +153,7 @@ class _Survey:
         self._settle_conflicts(living)
 
     def _fitting(self, entry: JournalEntry, named: Collection[int | None]) -> list[Order]:
-        """Return the active orders that can be the one of an entry."""
+        """Return the active orders that an entry can be about."""
         if entry.order_id is not None:
             return [self.listed[entry.order_id]] if entry.order_id in self.listed else []
         unnamed = (order for number, order in self.listed.items() if number not in named)
@@ -320,7 +320,7 @@ def _end_entries(
     timeout: float,
     again: str,
 ) -> list[int]:
-    """Cancel the orders of entries, and remove the entries.
+    """Cancel the orders of journal entries, and remove the entries.
 
     Parameters:
         orders: the orders of the account.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import queue
 import time
@@ -41,7 +40,7 @@ from clore_client.rental.selection import (
     order_usd_per_hour,
     summary,
 )
-from clore_client.rental.signals import SignalExit
+from clore_client.rental.signals import BlockExit, SignalExit
 from clore_client.rental.worker import RentalClient, RentalWorker
 from clore_client.validation import check_optional_number
 
@@ -64,23 +63,6 @@ TRY_NEXT_ERRORS = (
     BidTooLowError,
     DatabaseError,
 )
-
-
-class BlockExit:
-    """Make a new ``__exit__`` for each ``with`` statement.
-
-    The ``with`` statement keeps that object until the block has ended in any way. The worker has a
-    weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
-    line.
-    """
-
-    def __get__(self, rental: Any, owner: Any) -> Callable[..., None]:
-        end: Callable[..., None] = owner._end
-        if rental is None:
-            return end
-        leave = functools.partial(end, rental)
-        rental.end_with(leave)
-        return leave
 
 
 class Rental:
@@ -120,8 +102,8 @@ class Rental:
         self._order: Order | None = None
         self._server: Server | None = None
         self._connection: Any = None  # that of run(), upload() and the like
-        self._kept_as = "kept"  # what the repr of an order says that this rental does not end
-        self._over = False  # set before the worker is looked at, as __enter__ does it vice versa
+        self._kept_as = "kept"  # for the repr of a rental that does not end its order
+        self._over = False  # set by request_end(), also before the block begins
         self.tried: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
@@ -204,29 +186,29 @@ class Rental:
             CommandError: the exit code was not 0.
             BudgetExceededError: the rental has reached a limit, and has ended.
         """
-        return self._over_ssh(self._client.run, (command,), options)
+        return self._call_with_ssh(self._client.run, (command,), options)
 
     def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
         """Copy a file or directory to the server, as :meth:`CloreClient.upload` does."""
-        return self._over_ssh(self._client.upload, (local, remote), options)
+        return self._call_with_ssh(self._client.upload, (local, remote), options)
 
     def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
         """Copy a file or directory from the server, as :meth:`CloreClient.download` does."""
-        return self._over_ssh(self._client.download, (remote, local), options)
+        return self._call_with_ssh(self._client.download, (remote, local), options)
 
     def forward(self, remote_port: int, local_port: int = 0) -> Forward:
         """Forward a local port to the server, as :meth:`CloreClient.forward` does."""
-        return self._over_ssh(self._client.forward, (remote_port, local_port), {})
+        return self._call_with_ssh(self._client.forward, (remote_port, local_port), {})
 
     def shell(self) -> int:
         """Open the server's shell in this terminal, as :meth:`CloreClient.shell` does."""
-        return self._over_ssh(self._client.shell, (), {})
+        return self._call_with_ssh(self._client.shell, (), {})
 
     def ssh_command(self, **options: Any) -> str:
         """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""
         return self._client.ssh_command(self.order, **options)
 
-    def _over_ssh(
+    def _call_with_ssh(
         self, method: Callable[..., Part], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Part:
         """Call a method of the client with the rental's own connection."""
@@ -341,7 +323,7 @@ class Rental:
         )
 
     def share_with(self, other: Rental) -> None:
-        """Try other servers than another rental, found by one search; report one at a time."""
+        """Share the found servers with another rental, so that both try different ones."""
         self.servers, self._settings = other.servers, other._settings
         self._progress = other._progress
 
@@ -465,7 +447,7 @@ class Rental:
 
 
 class AttachedRental(Rental):
-    """A rental of an order that exists; see ``CloreClient.attach``.
+    """Use an order that exists like a rental; see ``CloreClient.attach``.
 
     Parameters:
         order: the order.
@@ -521,10 +503,10 @@ class AttachedRental(Rental):
         self._priced = True
         currency = self._settings.currency
         price = order_usd_per_hour(order, self.server, currency)
-        if price is None:  # the marketplace may have brought the exchange rate
-            price = self._orders.market.data.rates.usd(order.get("price"), currency)
-        if price is None and not self._settings.spot:
-            price = on_demand_usd(self.server, currency)
+        # The marketplace was just read, and may have the exchange rate.
+        price = price or self._orders.market.data.rates.usd(order.get("price"), currency)
+        if not self._settings.spot:
+            price = price or on_demand_usd(self.server, currency)
         if price is not None:
             worker.correct_price(price)
 
@@ -566,7 +548,7 @@ def _raise_failure(
 
 
 def _check_open(part: Part | None) -> Part:
-    """Return a part of a rental, which is None before the block begins."""
+    """Return a part of a rental, or raise an error before the block begins."""
     if part is None:
         raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
     return part

@@ -197,7 +197,7 @@ def _rank(outcome: str | None, prefer_known: bool) -> int:
 
 
 class SharedServers:
-    """Hand out the servers to try, each to one rental only. They are listed on first use."""
+    """Offer each server to one rental only. The servers are listed on first use."""
 
     def __init__(self, market: Market, settings: RentalSettings, history: HostHistory) -> None:
         self.no_server = ""  # why there is none, for an error
@@ -220,7 +220,7 @@ class SharedServers:
 
 
 def summary(tried: list[tuple[int, str]]) -> str:
-    """Return the reason for each server, but a common reason only once."""
+    """Return the reason for each server; servers with the same reason share one."""
     servers: dict[str, list[str]] = {}
     for server_id, why in tried:
         # The text of an error names the order, which differs.

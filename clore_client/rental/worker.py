@@ -161,7 +161,10 @@ class RentalWorker:
         self._started = True
 
     def call_in_thread(self, action: Callable[[], Result]) -> Result:
-        """Run a function in the worker thread, if it runs; return its result or raise its error."""
+        """Run a function in the worker thread, and return its result or raise its error.
+
+        Before the thread has started, the function runs in this thread.
+        """
         if not self._started:
             return action()
         request = ThreadCall(action)
@@ -403,7 +406,7 @@ class RentalWorker:
         current = self._current
         if current is None or current.order_id is None:
             return
-        # In its own thread, because the cancel may have to wait for the API.
+        # Close SSH in its own thread: neither it nor the cancel must wait for the other.
         threading.Thread(target=self.close_ssh, name="clore-rental-close", daemon=True).start()
         orders = self._rental_orders
         failure = orders.try_to_cancel(current, orders.deadline)
