@@ -246,6 +246,8 @@ class Rental:
         """
         check_optional_number("max_hours", max_hours, above=True, maximum=LONGEST_KEEP)
         worker, order = self._open_worker(), self.order
+        if worker.finished.is_open:
+            raise RentalError("the order has ended already, so it can't be kept: rent again")
         worker.keep(None if max_hours is None else time.time() + max_hours * 3600.0)
         self._kept_as = "kept"
         return order
