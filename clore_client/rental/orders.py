@@ -273,11 +273,13 @@ class RentalOrders:
             purchase.entry.remove()
         self._remove(purchase)
 
-    def _give_up(self, purchase: RentalOrder) -> None:
-        """Leave a purchase to ``leftovers()``."""
+    def _give_up(self, purchase: RentalOrder, failure: CloreError) -> CloreError:
+        """Leave a purchase to ``leftovers()``. Return ``failure``, the error for the user."""
         if purchase.entry is not None:
             purchase.entry.abandoned = True
         self._remove(purchase)
+        logger.error("%s", failure)
+        return failure
 
     def _remove(self, purchase: RentalOrder) -> None:
         if purchase in self._all:
@@ -297,35 +299,35 @@ class RentalOrders:
             return math.inf
         return self.block_ended_at + self._settings.cancel_timeout
 
-    def end_all(self) -> BaseException | None:
+    def end_all(self) -> CloreError | None:
         """End all orders, the cancels first. Return None, or the first failure."""
         started = time.monotonic()
         known = [purchase for purchase in self._all if purchase.order_id is not None]
         unknown = [purchase for purchase in self._all if purchase.order_id is None]
-        failures: list[BaseException | None] = [self._cancel(p, self.deadline) for p in known]
+        failures: list[CloreError | None] = [self._cancel(p, self.deadline) for p in known]
         failures += [self._reconcile(purchase) for purchase in unknown]
         failures += [self._confirm(purchase, started) for purchase in list(self._all)]
         return next((failure for failure in failures if failure is not None), None)
 
-    def end(self, purchase: RentalOrder) -> BaseException | None:
+    def end(self, purchase: RentalOrder) -> CloreError | None:
         """End one order. Return None if that is confirmed, else the error."""
         started = time.monotonic()
         until = started + self._settings.cancel_timeout
         failure = self._cancel(purchase, lambda: min(until, self.deadline()))
         return self._confirm(purchase, started) if failure is None else failure
 
-    def abandon(self) -> BaseException | None:
+    def abandon(self) -> CloreError | None:
         """Stop the cleanup, and leave the orders to ``leftovers()``. Return an error if any."""
         self.abandoned = True
         left = list(self._all)
         for purchase in left:
             if purchase.entry is not None:
                 purchase.entry.abandoned = True
+        if not left:
+            return None
         ids = tuple(p.order_id for p in left if p.order_id is not None)
         text = f"interrupted three times, and {'; '.join(map(str, left))}: call leftovers() later"
-        if ids:
-            return CancelUnconfirmedError(text, order_ids=ids)
-        return OutcomeUnknownError(text) if left else None
+        return CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
 
     def try_to_cancel(
         self,
@@ -346,13 +348,7 @@ class RentalOrders:
     def _cancel(self, purchase: RentalOrder, deadline: Callable[[], float]) -> CloreError | None:
         """Cancel an order until that is accepted, or leave it to ``leftovers()``."""
         failure = self.try_to_cancel(purchase, deadline)
-        if failure is not None:
-            self._give_up(purchase)
-            logger.error(
-                "order %d could not be cancelled and may still be running: call leftovers() later",
-                purchase.order_id,
-            )
-        return failure
+        return None if failure is None else self._give_up(purchase, failure)
 
     def _confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
         """Wait until a cancelled order is listed as ended."""
@@ -367,14 +363,12 @@ class RentalOrders:
                 self.forget(purchase)
                 self.before.add(order_id)
                 return None
-        self._give_up(purchase)
-        if self.skip_confirmation:
+        if failure is None or self.skip_confirmation:
             failure = CloreError(
                 f"order {order_id} was cancelled, but an interrupt skipped the confirmation that "
                 "it has ended: call leftovers() later"
             )
-        logger.error("%s", failure)
-        return failure
+        return self._give_up(purchase, failure)
 
     # --- purchases with unknown outcome ---
 
@@ -410,7 +404,7 @@ class RentalOrders:
         """The seconds between two searches."""
         return min(SEARCH_INTERVAL, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
-    def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
+    def _reconcile(self, purchase: RentalOrder) -> CloreError | None:
         """Look for the order of a purchase until it is found and cancelled, or time is out."""
         logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
@@ -429,14 +423,12 @@ class RentalOrders:
         if absent and purchase.refused:
             self.forget(purchase)
             return None
-        self._give_up(purchase)
         unknown = OutcomeUnknownError(
             f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
             endpoint="/v1/create_order",
         )
         unknown.__cause__ = cause
-        logger.warning("%s", unknown)
-        return unknown
+        return self._give_up(purchase, unknown)
 
     def _search(self, purchase: RentalOrder) -> bool:
         """Look once for the order of a purchase. Return True if it is confirmed absent.

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clore_client.errors import CancelUnconfirmedError, CloreError
 from clore_client.log import logger
@@ -54,7 +54,7 @@ class Leftover:
         return f"<Leftover order {self.order_id} of server {self.server_id}{by}{until}>"
 
 
-class Leftovers:
+class Leftovers(NamedTuple):
     """Hold the result of ``CloreClient.leftovers``. It is false if all lists are empty.
 
     Attributes:
@@ -64,21 +64,14 @@ class Leftovers:
         kept: orders that rentals of this machine kept with ``keep()``.
     """
 
-    def __init__(
-        self,
-        abandoned: list[Leftover],
-        elsewhere: list[Leftover],
-        unnoted: list[Order],
-        kept: list[Leftover],
-    ) -> None:
-        self.abandoned = abandoned
-        self.elsewhere = elsewhere
-        self.unnoted = unnoted
-        self.kept = kept
+    abandoned: list[Leftover]
+    elsewhere: list[Leftover]
+    unnoted: list[Order]
+    kept: list[Leftover]
 
     def __bool__(self) -> bool:
         """Return whether any of the lists has an item."""
-        return bool(self.abandoned or self.elsewhere or self.unnoted or self.kept)
+        return any(self)
 
     def __repr__(self) -> str:
         return (

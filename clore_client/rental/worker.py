@@ -122,7 +122,6 @@ class RentalWorker:
         in_block: bool = True,
     ) -> None:
         self._client = client
-        self._orders = orders
         self._inbox = inbox
         self._holders = holders  # weak references to the rental and its with statement
         self.pid = os.getpid()
@@ -311,7 +310,7 @@ class RentalWorker:
             self.failure = error
         self._rental_orders.record_block_end()
         try:
-            failure = self._rental_orders.end_all()
+            failure: BaseException | None = self._rental_orders.end_all()
         except BaseException as error:
             failure = error
         if not self._rental_orders.abandoned:
@@ -324,10 +323,11 @@ class RentalWorker:
         self.finished.open()
 
     def _next_request(self) -> None:
-        timeout = None if self._exceeded else self.budget.seconds_between_checks
+        """Wait for a request of the rental, but not longer than until the next check."""
+        timeouts = [] if self._exceeded else [self.budget.seconds_between_checks]
         if self._rental_orders.unresolved():
-            interval = self._rental_orders.search_interval
-            timeout = interval if timeout is None else min(interval, timeout)
+            timeouts.append(self._rental_orders.search_interval)
+        timeout = min((t for t in timeouts if t is not None), default=None)
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
             request.run()
