@@ -249,8 +249,6 @@ def cancel_order(
 
 def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
     """Cancel several orders; see ``CloreClient.cancel_orders``."""
-    if not ids:
-        return {"code": 0, "failed_to_cancel": []}
     response, sends = _send_cancels(orders, ids)
     if sends > 1 and (failed := _failed(ids, response)):
         # After a lost response, the retry fails for the orders that the first request ended.
@@ -262,7 +260,7 @@ def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
 def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int]:
     """Cancel all active orders of the account; see ``CloreClient.cancel_all``."""
     ids = orders.active_ids()
-    failed = _failed(ids, _send_cancels(orders, ids)[0]) if ids else []
+    failed = _failed(ids, _send_cancels(orders, ids)[0])
     until = time.monotonic() + min(timeout, SETTLE_TIMEOUT)
     if left := _still_running(orders, failed, until):
         raise CancelUnconfirmedError(
@@ -302,7 +300,7 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
     failure: CloreError | None = None
     listed: list[Any] = []
     unsent: list[int] = []
-    response: dict[str, Any] = {}
+    response: dict[str, Any] = {"code": 0}
     sends = 1
     for start in range(0, len(ids), MAX_CANCELS):
         batch = ids[start : start + MAX_CANCELS]

@@ -317,11 +317,10 @@ class Rental:
 
     def _make_worker(self) -> RentalWorker:
         holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
-        in_block = self._block is not None and self._block() is not None
-        if self._block is not None and in_block:
+        if self._block is not None and self._block() is not None:
             holders.append(self._block)
         return RentalWorker(
-            self._client, self._orders, self._settings, self._folder, self._inbox, holders, in_block
+            self._client, self._orders, self._settings, self._folder, self._inbox, holders
         )
 
     def share_with(self, other: Rental) -> None:
@@ -396,7 +395,7 @@ class Rental:
         shown = "price unknown" if price is None else f"{price:.3g} USD/h"
         gpu = server.gpu if is_mixed(server) else server.gpu_name
         self._report_step("rent", f"renting server {server.id} ({gpu}, {shown})")
-        arguments = {**self._settings.order_arguments, "find_timeout": self._settings.find_timeout}
+        arguments = dict(self._settings.order_arguments)
         try:
             if self._settings.spot:
                 arguments["spot_price"] = price

@@ -62,6 +62,7 @@ class RentalSettings:
         arguments = {**order, "order_type": "spot" if self.spot else "on-demand"}
         body = order_body(arguments)
         self.currency, self.image = body["currency"], body["image"]
+        arguments["find_timeout"] = check_number("find_timeout", find_timeout, unit="seconds")
         self.order_arguments = {**arguments, "currency": self.currency}
         self.spot_price = self._checked_bid(spot_price)
         self.attempts = check_count("attempts", attempts, minimum=1)
@@ -69,7 +70,6 @@ class RentalSettings:
             "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
         )
         self.poll_interval = check_interval("poll_interval", poll_interval)
-        self.find_timeout = check_number("find_timeout", find_timeout, unit="seconds")
         self.cancel_timeout = check_number(
             "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
         )
@@ -110,9 +110,9 @@ class RentalSettings:
     def exceeds_price_limit(self, server: Server, usd_per_hour: float | None) -> bool:
         """Return whether the price of an order is above the limit for its server."""
         limit = self.search.price_limit(server)
-        return limit is not None and usd_per_hour is not None and (
-            usd_per_hour > limit * (1 + PRICE_SLACK)
-        )  # fmt: skip
+        if limit is None or usd_per_hour is None:
+            return False
+        return usd_per_hour > limit * (1 + PRICE_SLACK)
 
     def price_of(self, server: Server) -> float | None:
         """Return the price of a server in USD per hour, without fees; None if not known.

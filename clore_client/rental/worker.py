@@ -119,11 +119,10 @@ class RentalWorker:
         folder: Path | None,
         inbox: queue.SimpleQueue[Any],
         holders: list[weakref.ref[Any]],
-        in_block: bool = True,
     ) -> None:
         self._client = client
         self._inbox = inbox
-        self._holders = holders  # weak references to the rental and its with statement
+        self._holders = holders  # references to the rental, and to its with statement if any
         self.pid = os.getpid()
         self.budget = Budget(settings)
         self.finished = Gate()
@@ -134,7 +133,7 @@ class RentalWorker:
         self.signalled: int | None = None
         self._exceeded: BudgetExceededError | None = None  # made when a limit was reached
         # A signal ends a ``with`` block of the main thread, and so its rental.
-        self._main = in_block and in_main_thread()
+        self._main = len(holders) > 1 and in_main_thread()
         self._signals: SignalHandling | None = None
         self._rental_orders = RentalOrders(orders, settings, folder, self.budget)
         self._current: RentalOrder | None = None  # the order of the block
