@@ -382,6 +382,7 @@ class RentalOrders:
         Parameters:
             stop: returns whether something else is more urgent; a cancel then goes on later.
         """
+        until = time.monotonic() + self._settings.cancel_timeout
         for purchase in self.unresolved():
             server_id = purchase.server_id
             if purchase.order_id is None:
@@ -390,14 +391,14 @@ class RentalOrders:
                         self.forget(purchase)
                 except CloreError as error:
                     logger.debug("looking for an order of server %d: %s", server_id, error)
-            if (order_id := purchase.order_id) is not None:
+                if purchase.order_id is None:
+                    continue
                 logger.warning(
                     "order %d of server %d exists although the API refused it: cancelling it",
-                    order_id,
+                    purchase.order_id,
                     server_id,
                 )
-                until = time.monotonic() + self._settings.cancel_timeout
-                self.try_to_cancel(purchase, lambda: until, stop)  # noqa: B023
+            self.try_to_cancel(purchase, lambda: until, stop)
 
     @property
     def search_interval(self) -> float:

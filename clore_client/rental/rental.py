@@ -186,31 +186,29 @@ class Rental:
             CommandError: the exit code was not 0.
             BudgetExceededError: the rental has reached a limit, and has ended.
         """
-        return self._call_with_ssh(self._client.run, (command,), options)
+        return self._call_with_ssh(self._client.run, command, **options)
 
     def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
         """Copy a file or directory to the server, as :meth:`CloreClient.upload` does."""
-        return self._call_with_ssh(self._client.upload, (local, remote), options)
+        return self._call_with_ssh(self._client.upload, local, remote, **options)
 
     def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
         """Copy a file or directory from the server, as :meth:`CloreClient.download` does."""
-        return self._call_with_ssh(self._client.download, (remote, local), options)
+        return self._call_with_ssh(self._client.download, remote, local, **options)
 
     def forward(self, remote_port: int, local_port: int = 0) -> Forward:
         """Forward a local port to the server, as :meth:`CloreClient.forward` does."""
-        return self._call_with_ssh(self._client.forward, (remote_port, local_port), {})
+        return self._call_with_ssh(self._client.forward, remote_port, local_port)
 
     def shell(self) -> int:
         """Open the server's shell in this terminal, as :meth:`CloreClient.shell` does."""
-        return self._call_with_ssh(self._client.shell, (), {})
+        return self._call_with_ssh(self._client.shell)
 
     def ssh_command(self, **options: Any) -> str:
         """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""
         return self._client.ssh_command(self.order, **options)
 
-    def _call_with_ssh(
-        self, method: Callable[..., Part], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Part:
+    def _call_with_ssh(self, method: Callable[..., Part], /, *args: Any, **options: Any) -> Part:
         """Call a method of the client with the rental's own connection."""
         from clore_client.ssh.connect import LOGIN_OPTIONS
         from clore_client.ssh.transport import is_connected
@@ -220,7 +218,7 @@ class Rental:
         if self._connection is None or not is_connected(self._connection):
             self._connection = self.ssh(**login)
         try:
-            return method(self.order, *arguments, ssh=self._connection, **options)
+            return method(self.order, *args, ssh=self._connection, **options)
         finally:
             worker.check()
 
