@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from clore_client.api.call import Envelope
@@ -143,14 +143,19 @@ class AccountOrders:
         data.observe(response)
         orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
-        self.forget_ended(o.id for o in orders if o.id is not None and o.has_ended)
+        self._record_ended({o.id for o in orders if o.id is not None and o.has_ended})
         return orders, response
 
-    def forget_ended(self, order_ids: Iterable[int]) -> None:
+    def _record_ended(self, order_ids: set[int]) -> None:
         """Record that orders have ended, and forget their credentials."""
-        if ended := set(order_ids):
-            self.ended.update(ended)
-            self.credentials.forget(self.account, ended)
+        if order_ids:
+            self.ended.update(order_ids)
+            self.credentials.forget(self.account, order_ids)
+
+    def record_cancelled(self, order_ids: list[int]) -> None:
+        """Record that the API accepted the cancels of orders, and forget their credentials."""
+        self.cancelled.update(order_ids)
+        self.credentials.forget(self.account, order_ids)
 
     def active(self) -> list[Order]:
         """Read the orders that have not ended."""

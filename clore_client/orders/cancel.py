@@ -147,8 +147,7 @@ class Cancellation:
 
     def _accept(self) -> None:
         self.failure = None
-        self._orders.cancelled.add(self.order_id)
-        self._orders.credentials.forget(self._orders.account, [self.order_id])
+        self._orders.record_cancelled([self.order_id])
 
     def _next_send(self) -> float:
         """Return the monotonic time at which to send the cancel."""
@@ -203,7 +202,6 @@ class Cancellation:
             return False
         if self._state == "ended":
             self._accept()
-            orders.ended.add(self.order_id)
             return True
         if self._state == "active":
             self._absent_since = None
@@ -317,8 +315,7 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
         names = response.get("failed_to_cancel")
         listed += names if isinstance(names, list) else []
         done = [order_id for order_id in batch if order_id not in failed]
-        orders.cancelled.update(done)
-        orders.credentials.forget(orders.account, done)
+        orders.record_cancelled(done)
         logger.info("cancelled orders: %s; not cancelled: %s", done, failed)
     response["failed_to_cancel"] = listed
     if failure is not None:
