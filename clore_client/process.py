@@ -15,7 +15,7 @@ Shared = TypeVar("Shared")
 
 
 class ProcessState:
-    """The state that all clients and rentals of this process share.
+    """Hold the state that all clients and rentals of this process share.
 
     Each change is one atomic step, because a signal handler must not wait for a lock.
 

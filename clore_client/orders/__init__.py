@@ -1,1 +1,1 @@
-"""Orders: create, reconcile, wait, cancel."""
+"""Create, find, await and cancel orders."""

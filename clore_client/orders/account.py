@@ -1,11 +1,11 @@
-"""Read the orders of an account, and remember the orders of this client."""
+"""Read the orders of an account, and remember which belong to which purchase."""
 
 from __future__ import annotations
 
 import copy
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from clore_client.api.call import Envelope
@@ -31,7 +31,7 @@ LONGEST_CHECK = 3.0  # seconds for the look if an order has ended, after a login
 
 
 class OrdersClient(Requester, Protocol):
-    """The parts of ``CloreClient`` that the orders use."""
+    """List the parts of ``CloreClient`` that the orders use."""
 
     timeout: Timeout
     rate_limit: float
@@ -79,7 +79,7 @@ class Claims:
 
 
 class AccountOrders:
-    """The orders of a client's account.
+    """Read the orders of an account, and remember those that this client knows.
 
     Attributes:
         client: makes the requests.
@@ -143,21 +143,26 @@ class AccountOrders:
         data.observe(response)
         orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
-        self.forget_ended(o.id for o in orders if o.id is not None and o.has_ended)
+        self._record_ended({o.id for o in orders if o.id is not None and o.has_ended})
         return orders, response
 
-    def forget_ended(self, order_ids: Iterable[int]) -> None:
+    def _record_ended(self, order_ids: set[int]) -> None:
         """Record that orders have ended, and forget their credentials."""
-        if ended := set(order_ids):
-            self.ended.update(ended)
-            self.credentials.forget(self.account, ended)
+        if order_ids:
+            self.ended.update(order_ids)
+            self.credentials.forget(self.account, order_ids)
+
+    def record_cancelled(self, order_ids: list[int]) -> None:
+        """Record that the API accepted the cancels of orders, and forget their credentials."""
+        self.cancelled.update(order_ids)
+        self.credentials.forget(self.account, order_ids)
 
     def active(self) -> list[Order]:
         """Read the orders that have not ended."""
         return [order for order in self.read(completed=False)[0] if not order.has_ended]
 
     def find(self, order_id: int) -> Order | None:
-        """Return an order, or None. Reads the ended orders only if it is not active."""
+        """Return an order, or None. The ended orders are read only if it is not active."""
         for completed in (False, True):
             for order in self.read(completed)[0]:
                 if order.id == order_id:
@@ -168,8 +173,8 @@ class AccountOrders:
 
     def login_of(self, order: Order) -> dict[str, str]:
         """Return what is known for the login to an order."""
-        if self.has_ended(order.id):
-            return {}  # a list can show it as active for a while, and nothing may be saved again
+        if self.has_ended(order.id):  # a list can still show it as active
+            return {}
         return self.credentials.of(self.account, order.id, order)
 
     def with_login(self, order: Order) -> Order:
@@ -190,7 +195,7 @@ class AccountOrders:
             raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
 
     def running(self, order_id: int) -> Order:
-        """Read an order that has not ended, as far as this client knows; see ``find_active``."""
+        """Read an order that has not ended; a known end needs no request."""
         self.check_not_ended(order_id)
         return self.find_active(order_id)
 
@@ -281,8 +286,7 @@ class AccountOrders:
         active = [order.id for order in orders if order.id is not None and not order.has_ended]
         missing = self.known - set(active) - self.ended
         if missing - self.cancelled:
-            completed, _ = self.read(completed=True)
-            self.ended.update(o.id for o in completed if o.id is not None and o.has_ended)
+            self.read(completed=True)  # records the ended ones
         return active + sorted(missing - self.cancelled - self.ended)
 
     # --- the limits of the user ---
@@ -290,18 +294,15 @@ class AccountOrders:
     def check_price(self, usd_per_hour: float | None, what: str) -> None:
         """Refuse a price that is above ``max_usd_per_hour`` or not known."""
         limit = self.client.max_usd_per_hour
-        if limit is None:
+        if limit is None or (usd_per_hour is not None and usd_per_hour <= limit * (1 + 1e-9)):
             return
-        if usd_per_hour is None:
-            raise SpendingLimitError(
-                f"the price of {what} is not known, and max_usd_per_hour is {limit:g}, so nothing "
-                "was ordered or bid: choose another server, or set no limit"
-            )
-        if usd_per_hour > limit * (1 + 1e-9):
-            raise SpendingLimitError(
-                f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}, "
-                "so nothing was ordered or bid: choose a lower price, or raise the limit"
-            )
+        found = f"the price of {what} is not known"
+        if usd_per_hour is not None:
+            found = f"{what} costs {usd_per_hour:g} USD per hour"
+        raise SpendingLimitError(
+            f"{found}, and max_usd_per_hour is {limit:g}, so nothing was ordered or bid: choose "
+            "another server or price, or raise the limit"
+        )
 
     def check_count(self) -> None:
         """Refuse a new order if ``max_active_orders`` are active."""
@@ -322,8 +323,8 @@ class AccountOrders:
 def ended_error(order_id: int, status: str, order: Order | None = None) -> OrderEndedError:
     """Make the error for a call that needs a running order."""
     return OrderEndedError(
-        f"Order {order_id} has ended, with status {status}: its machine and its files are gone, so "
-        "rent another one",
+        f"Order {order_id} has ended, with status {status}: its container and its files are gone, "
+        "so rent another server",
         order_id=order_id,
         status=status,
         order=order,

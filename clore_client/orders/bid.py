@@ -63,7 +63,7 @@ def lower_spot_price(orders: AccountOrders, order_id: int, target: float, wait: 
 
 
 def _current_bid(orders: AccountOrders, order: Order) -> float | None:
-    """Return the bid of an order in USD per hour, by a rate that may convert bids."""
+    """Return the bid of an order in USD per hour, by a fresh exchange rate."""
     currency = wire_currency(str(order.get("currency")))
     if order.server_id is not None and currency is not None and not in_documented_form(order):
         orders.market.ensure_rates(order.server_id, currency)

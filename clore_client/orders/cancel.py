@@ -38,7 +38,7 @@ CONFIRM_AT_LEAST = 30.0
 
 
 class Cancellation:
-    """The cancel of one order, and its state in the order lists.
+    """Cancel one order, and follow its state in the order lists.
 
     Attributes:
         order_id: the order.
@@ -147,8 +147,7 @@ class Cancellation:
 
     def _accept(self) -> None:
         self.failure = None
-        self._orders.cancelled.add(self.order_id)
-        self._orders.credentials.forget(self._orders.account, [self.order_id])
+        self._orders.record_cancelled([self.order_id])
 
     def _next_send(self) -> float:
         """Return the monotonic time at which to send the cancel."""
@@ -203,7 +202,6 @@ class Cancellation:
             return False
         if self._state == "ended":
             self._accept()
-            orders.ended.add(self.order_id)
             return True
         if self._state == "active":
             self._absent_since = None
@@ -249,8 +247,6 @@ def cancel_order(
 
 def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
     """Cancel several orders; see ``CloreClient.cancel_orders``."""
-    if not ids:
-        return {"code": 0, "failed_to_cancel": []}
     response, sends = _send_cancels(orders, ids)
     if sends > 1 and (failed := _failed(ids, response)):
         # After a lost response, the retry fails for the orders that the first request ended.
@@ -262,7 +258,7 @@ def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
 def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int]:
     """Cancel all active orders of the account; see ``CloreClient.cancel_all``."""
     ids = orders.active_ids()
-    failed = _failed(ids, _send_cancels(orders, ids)[0]) if ids else []
+    failed = _failed(ids, _send_cancels(orders, ids)[0])
     until = time.monotonic() + min(timeout, SETTLE_TIMEOUT)
     if left := _still_running(orders, failed, until):
         raise CancelUnconfirmedError(
@@ -302,7 +298,7 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
     failure: CloreError | None = None
     listed: list[Any] = []
     unsent: list[int] = []
-    response: dict[str, Any] = {}
+    response: dict[str, Any] = {"code": 0}
     sends = 1
     for start in range(0, len(ids), MAX_CANCELS):
         batch = ids[start : start + MAX_CANCELS]
@@ -319,8 +315,7 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
         names = response.get("failed_to_cancel")
         listed += names if isinstance(names, list) else []
         done = [order_id for order_id in batch if order_id not in failed]
-        orders.cancelled.update(done)
-        orders.credentials.forget(orders.account, done)
+        orders.record_cancelled(done)
         logger.info("cancelled orders: %s; not cancelled: %s", done, failed)
     response["failed_to_cancel"] = listed
     if failure is not None:
@@ -334,7 +329,7 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
 
 
 def _failed(ids: list[int], response: dict[str, Any]) -> list[int]:
-    """Return those of the ids that a response to ``cancel_orders`` names, as strings mostly."""
+    """Return the ids that a response to ``cancel_orders`` names as failed."""
     names = response.get("failed_to_cancel")
     failed = {str(name) for name in names} if isinstance(names, list) else set()
     return [order_id for order_id in ids if str(order_id) in failed]

@@ -88,19 +88,19 @@ def order_body(order: dict[str, Any]) -> dict[str, Any]:
         order: the arguments of ``CloreClient.create_order`` that ``rent()`` takes, too, and the
             ``order_type``. Empty ``ports``, ``env``, password and key mean the default.
     """
-    ports, env = _none_if_empty(order["ports"]), _none_if_empty(order["env"])
+    ports, env = _none_if_empty(order.get("ports")), _none_if_empty(order.get("env"))
     return {
         "type": check_order_type("order_type", order["order_type"]),
         "currency": check_currency("currency", order["currency"]),
         "image": check_text("image", order["image"]),
         "ports": dict(DEFAULT_PORTS) if ports is None else check_ports("ports", ports),
         "env": dict(DEFAULT_ENV) if env is None else check_env("env", env),
-        **_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"]),
+        **_login(*(order.get(name) for name in LOGIN)),
     }
 
 
 class Purchase:
-    """One purchase, from its arguments to the new order.
+    """Make one purchase, from its arguments to the new order.
 
     Parameters:
         orders: the orders of the account.
@@ -262,19 +262,23 @@ class Purchase:
     def _submit_and_save(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Save the credentials, and send the purchase."""
         orders = self._orders
-        facts = purchase_fields(self.server_id, self, self.before, orders.client.server_clock)
-        saved = orders.credentials.save(orders.account, self.credentials, facts)
-        self._saved = saved
+        fields = purchase_fields(self.server_id, self, self.before, orders.client.server_clock)
+        saved = self._saved = orders.credentials.save(orders.account, self.credentials, fields)
         try:
             order, purchase = self._submit(find_timeout)
         except (OrderOutcomeUnknownError, DatabaseError):  # the order may exist
             raise
-        except InvalidInputError as error:
+        except Exception as error:
             saved.drop()
-            self._explain(error)
+            if isinstance(error, InvalidInputError):
+                self._explain(error)
             raise
-        except Exception:
-            saved.drop()
+        except BaseException:
+            logger.warning(
+                "interrupted while server %d was ordered: an order may exist, so look at "
+                "get_orders()",
+                self.server_id,
+            )
             raise
         if purchase is not self:
             saved.drop()
@@ -283,7 +287,7 @@ class Purchase:
         return order, purchase
 
     def _explain(self, error: InvalidInputError) -> None:
-        """Say so if the API refused an order because it has no such server."""
+        """Add a hint if the API refused an order because it has no such server."""
         with contextlib.suppress(CloreError):
             if self._orders.market.find_server(self.server_id) is None:
                 error.add_hint(
@@ -310,9 +314,9 @@ class Purchase:
             if not isinstance(error, ServerAlreadyRentedError):
                 raise
             # An earlier purchase may have rented it, with a response that was lost.
-            return find_order(self._orders, earlier, find_timeout, error), earlier
+            return earlier._find(find_timeout, error), earlier
         if (order_id := created_id(self.response)) is None:
-            return find_order(self._orders, self, find_timeout, send_error), self
+            return self._find(find_timeout, send_error), self
         claims.take(order_id, self)
         claims.unresolved.pop(server_id, None)
         return self._named_order(order_id), self
@@ -328,91 +332,85 @@ class Purchase:
         made.setdefault("connection", {"ssh": "", "http_ports": {}})
         return made
 
+    # --- find the order, when the response had no order id or was lost ---
 
-# --- find the order, when the response had no order id or was lost ---
+    def _find(self, timeout: float, send_error: CloreError | None) -> Order:
+        """Read the active orders until the order of this purchase shows up, and claim it.
 
+        Parameters:
+            timeout: seconds.
+            send_error: the error of the request, after which the order may exist; or None.
 
-def find_order(
-    orders: AccountOrders, purchase: Purchase, timeout: float, send_error: CloreError | None
-) -> Order:
-    """Read the active orders until the order of a purchase shows up, and claim it.
+        Raises:
+            OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
+                error of the last read, if that failed, else ``send_error``.
+            CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have
+                the order.
+        """
+        claims, pause = self._orders.claims, FIRST_PAUSE
+        deadline = time.monotonic() + timeout
+        while True:
+            cause: CloreError | None = None
+            possible: list[Order] = []
+            created_after = None
+            try:
+                listed, created_after = self._read_active(timeout, deadline)
+                possible = claims.free([o for o in listed if self.matches(o)], self)
+            except CloreError as error:
+                cause = error
+            found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 and not found and self.baseline_read:
+                # The clocks may differ, but an order that is not in the baseline must be new.
+                found = [order for order in possible if not order.has_ended]
+            if len(found) == 1 and claims.take(found[0].id or 0, self):
+                _learn_offset(claims, found[0], created_after)
+                claims.unresolved.pop(self.server_id, None)
+                return found[0]
+            if len(found) > 1 or remaining <= 0:
+                if isinstance(send_error, CloreAPIError) and not possible and cause is None:
+                    raise send_error  # complete lists without the order confirm the refusal
+                raise self._not_found(found or possible, timeout, send_error) from (
+                    cause or send_error
+                )
+            time.sleep(min(pause, remaining))
+            pause = min(pause * 1.5, LONGEST_PAUSE)
 
-    Parameters:
-        orders: the orders of the account.
-        purchase: the purchase that was sent.
-        timeout: seconds.
-        send_error: the error of the purchase, after which the order may or may not exist; or None.
-
-    Raises:
-        OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
-            error of the last read, if that failed, else ``send_error``.
-        CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have the
-            order.
-    """
-    try:
-        order = _search(orders, purchase, timeout, send_error)
-    except (KeyboardInterrupt, SystemExit):
-        logger.warning(
-            "interrupted before the order of server %d was found; it may exist: look at "
-            "get_orders()",
-            purchase.server_id,
+    def _read_active(self, timeout: float, deadline: float) -> tuple[list[Order], float | None]:
+        """Read the active orders, and compute the send time by the server's clock."""
+        client = self._orders.client
+        # One slow response must not use all the time.
+        patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
+        until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
+        listed, listing = limited(
+            lambda: self._orders.read(completed=False, timeout=patience), deadline=until
         )
-        raise
-    orders.claims.unresolved.pop(purchase.server_id, None)
-    return order
+        # The Date of each response gives a lower bound, and the largest one is the closest.
+        clocks = [
+            clock
+            for response in (self.response, listing)
+            if isinstance(response, Envelope)
+            and (clock := response.server_time_at(self.sent_at)) is not None
+        ]
+        return listed, max(clocks, default=None)
 
-
-def _search(
-    orders: AccountOrders, purchase: Purchase, timeout: float, send_error: CloreError | None
-) -> Order:
-    claims, pause = orders.claims, FIRST_PAUSE
-    deadline = time.monotonic() + timeout
-    while True:
-        cause: CloreError | None = None
-        possible: list[Order] = []
-        created_after = None
-        try:
-            listed, created_after = _read_active(orders, purchase, timeout, deadline)
-            possible = claims.free([o for o in listed if purchase.matches(o)], purchase)
-        except CloreError as error:
-            cause = error
-        found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
-        remaining = deadline - time.monotonic()
-        if remaining <= 0 and not found and purchase.baseline_read:
-            # The clocks may differ, but an order that is not in the baseline must be the new one.
-            found = [order for order in possible if not order.has_ended]
-        if len(found) == 1 and claims.take(found[0].id or 0, purchase):
-            _learn_offset(claims, found[0], created_after)
-            return found[0]
-        if len(found) > 1 or remaining <= 0:
-            if isinstance(send_error, CloreAPIError) and not possible and cause is None:
-                raise send_error  # complete lists without the order confirm the refusal
-            raise _not_found(purchase, found or possible, timeout, send_error) from (
-                cause or send_error
+    def _not_found(
+        self, orders: list[Order], timeout: float, send_error: CloreError | None
+    ) -> OrderOutcomeUnknownError:
+        ids = tuple(order.id for order in orders if order.id is not None)
+        made = "was made" if send_error is None else "may have been made"
+        which = f"it is not clear if it is one of {', '.join(map(str, ids))}: look at get_orders()"
+        if not ids:
+            which = (
+                f"it did not show up in the order lists within {timeout:g}s. It was not sent "
+                "again: look at get_orders() now and again in a minute,"
             )
-        time.sleep(min(pause, remaining))
-        pause = min(pause * 1.5, LONGEST_PAUSE)
-
-
-def _read_active(
-    orders: AccountOrders, purchase: Purchase, timeout: float, deadline: float
-) -> tuple[list[Order], float | None]:
-    """Read the active orders, and compute the send time by the server's clock."""
-    client = orders.client
-    # One slow response must not use all the time.
-    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
-    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
-    listed, listing = limited(
-        lambda: orders.read(completed=False, timeout=patience), deadline=until
-    )
-    # The Date of each response gives a lower bound, and the largest one is the closest.
-    clocks = [
-        clock
-        for response in (purchase.response, listing)
-        if isinstance(response, Envelope)
-        and (clock := response.server_time_at(purchase.sent_at)) is not None
-    ]
-    return listed, max(clocks, default=None)
+        return OrderOutcomeUnknownError(
+            f"an order for server {self.server_id} {made}, but {which} before you order again",
+            server_id=self.server_id,
+            order_ids=ids,
+            credentials=self.credentials,
+        )
 
 
 def _is_new(order: Order, created_after: float | None, offset: float) -> bool:
@@ -427,22 +425,3 @@ def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> 
     if created_after is not None and order.started_at is not None:
         behind = math.floor(order.started_at - created_after)
         claims.clock_offset = min(claims.clock_offset, behind)
-
-
-def _not_found(
-    purchase: Purchase, orders: list[Order], timeout: float, send_error: CloreError | None
-) -> OrderOutcomeUnknownError:
-    server_id = purchase.server_id
-    ids = tuple(order.id for order in orders if order.id is not None)
-    made = "was made" if send_error is None else "may have been made"
-    return OrderOutcomeUnknownError(
-        f"an order for server {server_id} {made}, but it is not clear if it is one of "
-        f"{', '.join(map(str, ids))}: look at get_orders() before you order again"
-        if ids
-        else f"an order for server {server_id} {made}, but did not show up in the order lists "
-        f"within {timeout:g}s. It was not sent again: look at get_orders() now and again in a "
-        "minute, before you order again",
-        server_id=server_id,
-        order_ids=ids,
-        credentials=purchase.credentials,
-    )

@@ -1,4 +1,4 @@
-"""Remember how to log in to the orders of an account, in memory and in the state folder."""
+"""Save how to log in to orders, and find the order of a saved purchase."""
 
 from __future__ import annotations
 
@@ -45,10 +45,8 @@ def public_key_fingerprint(public_key: str) -> str | None:
 
 def login_fields(sent: dict[str, str]) -> dict[str, str]:
     """Return what to remember of the password, key and token that were sent with an order."""
-    fields: dict[str, str] = {}
-    for name in ("ssh_password", "jupyter_token"):
-        if name in sent:
-            fields[name] = Secret(sent[name])
+    names = ("ssh_password", "jupyter_token")
+    fields: dict[str, str] = {name: Secret(sent[name]) for name in names if name in sent}
     if found := public_key_fingerprint(sent.get("ssh_key", "")):
         fields["key_fingerprint"] = found
     return fields
@@ -72,7 +70,7 @@ def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
 def purchase_fields(
     server_id: int, wanted: Any, before: Collection[int], server_clock: float | None
 ) -> dict[str, Any]:
-    """Return the facts by which :func:`matches_entry` finds the order of a purchase.
+    """Return the fields by which :func:`matches_entry` finds the order of a purchase.
 
     Parameters:
         server_id: the server.
@@ -109,7 +107,7 @@ def matches_entry(data: dict[str, Any], order: Order) -> bool:
 
 
 class SavedLogin:
-    """The credentials of one purchase, saved before it is sent, until its order has an id."""
+    """Keep the credentials of one purchase until its order has an id."""
 
     def __init__(self, fields: dict[str, str]) -> None:
         self.fields = fields
@@ -123,11 +121,11 @@ class SavedLogin:
 
 
 class Credentials:
-    """The credentials of orders, one file for each order.
+    """Keep the credentials of orders, in one file for each order.
 
     The name of a file has the account and the id of the order. Before the id is known, it has the
-    server instead, and the content says by which facts the order can be found. So the credentials
-    survive a process that is killed at any time.
+    server instead, and the content has the fields by which the order can be found. So the
+    credentials survive a process that is killed at any time.
 
     Parameters:
         folder: returns the state folder, or None to keep the credentials in memory only.
@@ -142,20 +140,20 @@ class Credentials:
         folder = self._state_folder()
         return None if folder is None else folder / CREDENTIALS_FOLDER
 
-    def save(self, account: str, sent: dict[str, str], facts: dict[str, Any]) -> SavedLogin:
+    def save(self, account: str, sent: dict[str, str], fields: dict[str, Any]) -> SavedLogin:
         """Save the credentials of a purchase before it is sent.
 
         Parameters:
             account: the digest of the account.
             sent: the password, key and token of the order.
-            facts: the fields by which :func:`matches_entry` finds the order.
+            fields: those by which :func:`matches_entry` finds the order.
         """
         saved = SavedLogin(login_fields(sent))
         if (folder := self._folder) is None or not saved.fields:
             return saved
         name = f"{random.SystemRandom().getrandbits(64):016x}"
-        path = folder / f"{account[:12]}-server-{facts['server_id']}-{name}.json"
-        data = {"schema": CREDENTIALS_SCHEMA, "account": account, **facts, **saved.fields}
+        path = folder / f"{account[:12]}-server-{fields['server_id']}-{name}.json"
+        data = {"schema": CREDENTIALS_SCHEMA, "account": account, **fields, **saved.fields}
         try:
             make_private_folder(folder)
             replace_file(path, json.dumps(data))
@@ -189,8 +187,7 @@ class Credentials:
             return {}
         if (known := self._known.get((account, order_id))) is not None:
             return known
-        folder = self._folder
-        if folder is None:
+        if (folder := self._folder) is None:
             return {}
         found = self._read(self._path(folder, account, order_id), account)
         if found is None and order is not None:
@@ -218,17 +215,14 @@ class Credentials:
 
         Also remove the purchases that never had an order.
         """
-        ages: dict[int, float] = {}
         if (folder := self._folder) is None:
-            return ages
+            return {}
         for path in self._files(folder, f"{account[:12]}-server-"):
             if _age(path) > PURCHASE_OVER:
                 remove_file(path)
-        for order_id in self._saved_orders(folder, account) - set(active):
-            age = _age(self._path(folder, account, order_id))
-            if age > PURCHASE_OVER:
-                ages[order_id] = age
-        return ages
+        saved = self._saved_orders(folder, account) - set(active)
+        ages = {order_id: _age(self._path(folder, account, order_id)) for order_id in saved}
+        return {order_id: age for order_id, age in ages.items() if age > PURCHASE_OVER}
 
     # --- the files ---
 
@@ -268,15 +262,15 @@ class Credentials:
     ) -> dict[str, Any] | None:
         """Return the newest purchase without an order that fits this one, and assign it."""
         fitting = [
-            (finite(data.get("started")) or 0.0, str(path), data)
+            (path, data)
             for path in self._files(folder, f"{account[:12]}-server-{order.server_id}-")
             if (data := self._read(path, account)) is not None and matches_entry(data, order)
         ]
         if not fitting:
             return None
-        _, path, found = max(fitting, key=lambda purchase: purchase[:2])
+        path, found = max(fitting, key=lambda purchase: finite(purchase[1].get("started")) or 0.0)
         try:
-            Path(path).replace(self._path(folder, account, order_id))
+            path.replace(self._path(folder, account, order_id))
         except OSError as error:
             _warn(f"{path} can't be renamed", error)
         return found

@@ -41,6 +41,10 @@ def balance_of(wallets: list[Wallet], currency: str) -> float:
             f"currency {short_repr(currency)} is no currency and no part of a wallet's name: "
             f"choose one of {names or 'BTC, CLORE and USD'}"
         )
+    return _balance(wallet)
+
+
+def _balance(wallet: Wallet | None) -> float:
     return (wallet.balance if wallet is not None else None) or 0.0
 
 
@@ -48,20 +52,19 @@ def hours_left(orders: AccountOrders, rented: Any, currency: str) -> float | Non
     """Return how long a wallet lasts; see ``CloreClient.hours_left``."""
     order_id = None if isinstance(rented, Server) else check_order_id("server_or_order", rented)
     active = orders.active()
-    burned: float | None = 0.0
+    hourly: float | None = 0.0
     if isinstance(rented, Server):
-        burned = _hourly_cost(orders, rented, currency)
+        hourly = _hourly_cost(orders, rented, currency)
     else:
         currency = _paid_with(active, order_id)
-    if burned is None:
+    if hourly is None:
         return None
     for order in active:
         price = positive(order.get("price"))
         if price is not None and order.get("currency") == currency:
-            burned += with_fee(price, order.fee_rate)
-    wallet = wallet_of(to_wallets(orders.client._request("GET", "/v1/wallets")), currency)
-    balance = (wallet.balance if wallet is not None else None) or 0.0
-    return balance / burned if burned else math.inf
+            hourly += with_fee(price, order.fee_rate)
+    wallets = to_wallets(orders.client._request("GET", "/v1/wallets"))
+    return _balance(wallet_of(wallets, currency)) / hourly if hourly else math.inf
 
 
 def _paid_with(active: list[Order], order_id: int | None) -> str:
@@ -115,17 +118,16 @@ def explain_balance(
     has = f"wallet {currency} has {error.balance or 0.0:.8g}"
     if wallet is not None and wallet.balance_usd is not None and currency != "USD-Blockchain":
         has += f" ({wallet.balance_usd:.4g} USD)"
-    costs = ""
     if usd_per_hour is not None:
         hourly = with_fee(usd_per_hour, published_fee(spot))
-        costs = f", and an hour of this order costs {hourly:.4g} USD with fees"
+        has += f", and an hour of this order costs {hourly:.4g} USD with fees"
     others = [
         f"{other.name} has {other.balance:.8g}"
         for other in wallets
         if other.balance and other.name != currency and wire_currency(other.name or "")
     ]
     pay = f"pay with another currency= ({', '.join(others)})" if others else "use another currency="
-    error.add_hint(f"{has}{costs}: add money, or {pay}")
+    error.add_hint(f"{has}: add money, or {pay}")
 
 
 def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:

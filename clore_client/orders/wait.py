@@ -80,7 +80,7 @@ def _event(order_id: int, order: Order | None, seconds: float) -> ProgressEvent:
 
 
 def _check_may_exist(orders: AccountOrders, order_id: int, late: str) -> None:
-    """Check that an order that no list has may be a new one, which is listed later."""
+    """Raise an error for an order that no list has, unless this client knows it."""
     if order_id not in orders.known and not orders.credentials.of(orders.account, order_id):
         raise UnknownOrderError(
             f"{late}: there is no order {order_id} in this account, so the client did not wait; "

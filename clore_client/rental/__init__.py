@@ -1,1 +1,1 @@
-"""Rentals: rent a server for the length of a block."""
+"""Rent servers for the length of a block."""

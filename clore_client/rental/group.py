@@ -1,4 +1,4 @@
-"""RentalGroup, the context manager of ``rent_many()``: several rentals side by side."""
+"""Rent several servers at once, and end them together."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 from clore_client.errors import CancelUnconfirmedError, CloreError, RentalError, add_note
 from clore_client.log import logger
 from clore_client.models.result import CommandResult
-from clore_client.rental.rental import BlockExit, Rental
+from clore_client.rental.rental import Rental
 from clore_client.rental.selection import summary
-from clore_client.rental.signals import SignalHandling, in_main_thread
+from clore_client.rental.signals import BlockExit, SignalHandling, in_main_thread
 
 GroupResult = TypeVar("GroupResult")
 
 
 class RentalGroup:
-    """Several rentals that begin and end together; see ``CloreClient.rent_many``.
+    """Begin and end several rentals together; see ``CloreClient.rent_many``.
 
     It is a sequence of the rentals that run: ``len(rentals)``, ``rentals[0]``, ``for rental in
     rentals``.
@@ -56,13 +56,13 @@ class RentalGroup:
         return sum(rental.cost_usd for rental in self._all)
 
     def run(self, command: str | Sequence[str], **options: Any) -> list[CommandResult]:
-        """Run a command on all machines at once; see :meth:`Rental.run`.
+        """Run a command on all servers at once; see :meth:`Rental.run`.
 
         Returns:
             A list with the result of each rental, in their order.
 
         Raises:
-            CommandError: it failed on one machine; the others have ended, too.
+            CommandError: it failed on one server; the others have ended, too.
         """
         return self.map(lambda rental: rental.run(command, **options))
 
@@ -126,24 +126,21 @@ class RentalGroup:
         pool = ThreadPoolExecutor(len(self._all), "clore-rent-many")
         calls = [pool.submit(rental.start) for rental in self._all]
         pool.shutdown(wait=False)
-        allowed = len(self._all) - self._min_count
-        for _ in as_completed(calls):
-            failed = [e for call in calls if call.done() and (e := call.exception()) is not None]
-            if foreign := [error for error in failed if not isinstance(error, CloreError)]:
-                raise foreign[0]  # for example one that on_progress raised
-            if len(failed) > allowed:
+        failed: list[BaseException] = []
+        for call in as_completed(calls):
+            if (error := call.exception()) is None:
+                continue
+            if not isinstance(error, CloreError):
+                raise error  # for example one that on_progress raised
+            failed.append(error)
+            if len(self._all) - len(failed) < self._min_count:
                 raise self._too_few(failed)
-        self._running = [
-            rental
-            for rental, call in zip(self._all, calls, strict=True)
-            if call.exception() is None
-        ]
-        for call in calls:
-            if (error := call.exception()) is not None:
-                logger.warning("%d of %d rentals run: %s", len(self._running), len(calls), error)
+        self._running = [r for r, c in zip(self._all, calls, strict=True) if not c.exception()]
+        for error in failed:
+            logger.warning("%d of %d rentals run: %s", len(self._running), len(calls), error)
 
     def _too_few(self, errors: list[BaseException]) -> BaseException:
-        """Return the error for a group of which too few rentals run."""
+        """Return the error for a group in which too few rentals run."""
         serious = [error for error in errors if type(error) is not RentalError]
         if serious:
             return serious[0]
@@ -179,13 +176,13 @@ class RentalGroup:
 
 def _raise_first(error: BaseException | None, failures: list[BaseException]) -> None:
     """Raise the most serious failure, with the others as notes."""
-    plain = [failure for failure in failures if isinstance(failure, Exception)]
     unconfirmed = [f for f in failures if isinstance(f, CancelUnconfirmedError)]
-    first = next((f for f in failures if f not in plain), None) or failures[0]
-    if len(unconfirmed) > 1 and first in plain:
+    # An interrupt comes first. The sort keeps the order of the others.
+    first, *others = sorted(failures, key=lambda failure: isinstance(failure, Exception))
+    if len(unconfirmed) > 1 and isinstance(first, Exception):
         ids = tuple(order_id for failure in unconfirmed for order_id in failure.order_ids)
         first = CancelUnconfirmedError("; ".join(map(str, unconfirmed)), order_ids=ids)
-    for failure in failures:
-        if failure is not first:
-            add_note(first, str(failure))
+        others = [f for f in failures if not isinstance(f, CancelUnconfirmedError)]
+    for other in others:
+        add_note(first, str(other))
     raise first from error

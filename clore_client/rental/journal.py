@@ -1,4 +1,4 @@
-"""Keep the journal: one small file for each purchase, which survives the process."""
+"""Keep the journal: one small file for each order, which survives the process."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from clore_client.process import this_process
 STATE_SUFFIX = ".json"
 JOURNAL_SCHEMA = 1  # a later version adds fields, and keeps these
 LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
-# In the state folder. Older versions don't read it, so they don't cancel a kept order.
-KEPT_FOLDER = "kept"
-_ID_ROOM = 20  # characters reserved for the order id, which is written later
+KEPT_FOLDER = "kept"  # in the state folder; no process ends the orders of its entries
+_ID_LENGTH = 20  # characters for the order id, which is written later
 _FIRST = '{"order_id": '
 
 
@@ -37,14 +36,11 @@ def this_machine() -> dict[str, str]:
     machine = read_line("/etc/machine-id") or read_line("/var/lib/dbus/machine-id")
     # machine-id(5) says to keep the id itself private.
     digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
-    return {
-        "host": socket.gethostname(),
-        "machine": digest,
-    }
+    return {"host": socket.gethostname(), "machine": digest}
 
 
 class JournalEntry:
-    """A journal entry for one purchase, as one small file.
+    """Keep one order in a small file.
 
     A living process keeps its entries locked. If a file is not locked, its process is dead; the
     process that finds it locks it until ``close()``.
@@ -52,8 +48,8 @@ class JournalEntry:
     Attributes:
         data: the content of the file.
         of_this_machine: whether this machine wrote it.
-        abandoned: whether nothing will end its order, because the process is dead or the rental
-            gave up.
+        abandoned: whether nothing will end its order, because a process of this machine is dead or
+            its rental gave up.
     """
 
     def __init__(
@@ -87,9 +83,7 @@ class JournalEntry:
         if not lock_file(handle, patience=1.0):  # another process may try the lock for a moment
             raise OSError("the file can't be locked")
         rest = json.dumps(self.data)[1:]
-        text = f"{_FIRST}{'null':<{_ID_ROOM}}, {rest}\n".encode()
-        if os.name == "nt":
-            os.lseek(handle, 0, os.SEEK_SET)
+        text = f"{_FIRST}{'null':<{_ID_LENGTH}}, {rest}\n".encode()
         if os.write(handle, text) != len(text):
             raise OSError("the disk is full")
         os.fsync(handle)
@@ -103,7 +97,7 @@ class JournalEntry:
         self.data["order_id"] = order_id
         try:
             os.lseek(self._handle, len(_FIRST), os.SEEK_SET)
-            os.write(self._handle, f"{order_id:<{_ID_ROOM}}".encode())
+            os.write(self._handle, f"{order_id:<{_ID_LENGTH}}".encode())
             os.fsync(self._handle)
         except OSError as error:
             warn_about_state(f"{self.path.name} could not be updated", error)
@@ -111,17 +105,12 @@ class JournalEntry:
     def remove(self) -> None:
         """Remove the file. Safe to repeat."""
         this_process.entries.pop(str(self.path), None)
-        handle, self._handle = self._handle, None
-        if handle is None and self._written_here:
+        if self._handle is None and self._written_here:
             return
-        try:
-            if os.name == "nt" and handle is not None:
-                os.close(handle)
-            self.path.unlink(missing_ok=True)  # on POSIX, before the lock is released
-            if os.name != "nt" and handle is not None:
-                os.close(handle)
-        except OSError as error:
-            warn_about_state(f"{self.path} could not be removed", error)
+        if os.name == "nt":  # Windows can't remove an open file
+            self.unlock()
+        _remove_file(self.path)
+        self.unlock()  # after the removal, so that no other process finds the file unlocked
 
     def close(self) -> None:
         """Release the lock, unless this process wrote the file."""
@@ -134,6 +123,13 @@ class JournalEntry:
         if handle is not None:
             with contextlib.suppress(OSError):
                 os.close(handle)
+
+
+def _remove_file(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        warn_about_state(f"{path} can't be removed", error)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -151,10 +147,8 @@ def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | Non
     if folder is None:
         return None
     name = f"{random.SystemRandom().getrandbits(96):024x}{STATE_SUFFIX}"
-    machine = this_machine()
-    entry = JournalEntry(
-        folder / name, {"schema": JOURNAL_SCHEMA, **data, **machine, "pid": os.getpid()}
-    )
+    data = {"schema": JOURNAL_SCHEMA, **data, **this_machine(), "pid": os.getpid()}
+    entry = JournalEntry(folder / name, data)
     try:
         entry.write()
     except OSError as error:
@@ -226,7 +220,7 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
 
 
 def record_kept(folder: Path | None, data: dict[str, Any], until: float | None) -> bool:
-    """Record an order that stays, instead of an earlier record. Return whether that worked.
+    """Record an order that stays, in place of an earlier record. Return whether that worked.
 
     Parameters:
         folder: the state folder.
@@ -250,11 +244,7 @@ def forget_kept(folder: Path | None, account: str, order_id: int) -> None:
     """Forget that an order is kept, because a rental ends it again."""
     if folder is None:
         return
-    path = _kept_path(folder, account, order_id)
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        warn_about_state(f"{path} can't be removed", error)
+    _remove_file(_kept_path(folder, account, order_id))
 
 
 def _kept_path(folder: Path, account: str, order_id: int) -> Path:

@@ -1,4 +1,4 @@
-"""Keep track of the orders of one rental, in memory and in the journal, and end them."""
+"""Keep the orders of one rental and their cost, in memory and in the journal, and end them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
 class Meter:
-    """The cost of one order. A new bid changes its price.
+    """Count the cost of one order. A new bid changes its price.
 
     Attributes:
         counts: whether there is an order to pay for.
@@ -97,11 +97,11 @@ class Meter:
 
 
 class Budget:
-    """The limits of a rental, and the meters of its orders."""
+    """Check the limits of a rental against the cost of its orders."""
 
     def __init__(self, settings: RentalSettings) -> None:
         self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
-        self._fee = settings.fee
+        self._fee = settings.search.fee
         self._meters: list[Meter] = []
 
     @property
@@ -121,7 +121,7 @@ class Budget:
         return meter
 
     def exceeded_by(self) -> str | None:
-        """Return a text that names the limit that is reached, or None."""
+        """Return a text about the limit that is reached, or None."""
         if self._max_hours is not None and self.hours >= self._max_hours:
             return f"max_hours={self._max_hours:g} is reached"
         soon = sum(meter.usd(FEE_LEAD) for meter in list(self._meters))
@@ -136,7 +136,7 @@ class Budget:
 
 
 class RentalOrder:
-    """One order of a rental, from the purchase to its confirmed end.
+    """Keep one order of a rental, from the purchase to its confirmed end.
 
     Attributes:
         server_id: the server.
@@ -172,7 +172,7 @@ class RentalOrder:
 
 
 class RentalOrders:
-    """All purchases of a rental that cost money or may cost money.
+    """Keep and end the orders of a rental that cost money, or may cost money.
 
     Attributes:
         before: ids of orders that existed before the rental.
@@ -212,15 +212,16 @@ class RentalOrders:
         fields = purchase_fields(server_id, self._settings, self.before, client.server_clock)
         return {**fields, "base_url": client.base_url, "account": self._orders.account}
 
-    def adopt(self, order: Order, age: float, ends: bool) -> RentalOrder:
+    def adopt(self, order: Order, ends: bool) -> RentalOrder:
         """Take over an order that exists.
 
         Parameters:
             order: the order.
-            age: its age in seconds.
             ends: whether the rental ends it, which the journal must then know.
         """
         server_id, order_id = order.server_id or 0, order.id or 0
+        clock = time.time() + (self._orders.client.server_clock or 0.0)
+        age = 0.0 if order.started_at is None else max(0.0, clock - order.started_at)
         entry = write_entry(self._folder, self._entry_fields(server_id)) if ends else None
         purchase = RentalOrder(server_id, entry, self._budget.start(order.usd_per_hour, age))
         if ends:
@@ -231,7 +232,7 @@ class RentalOrders:
         return purchase
 
     def keep(self, purchase: RentalOrder, until: float | None) -> None:
-        """Hand an order over to the user.
+        """Leave an order to the user, and record that.
 
         Parameters:
             purchase: the order.
@@ -267,16 +268,18 @@ class RentalOrders:
         purchase.meter.counts = False
 
     def forget(self, purchase: RentalOrder) -> None:
-        """Remove a purchase whose order does not exist, has ended, or stays on purpose."""
+        """Remove a purchase whose order does not exist, has ended, or is kept."""
         if purchase.entry is not None:
             purchase.entry.remove()
         self._remove(purchase)
 
-    def _give_up(self, purchase: RentalOrder) -> None:
-        """Leave a purchase to ``leftovers()``."""
+    def _give_up(self, purchase: RentalOrder, failure: CloreError) -> CloreError:
+        """Leave a purchase to ``leftovers()``. Return ``failure``, the error for the user."""
         if purchase.entry is not None:
             purchase.entry.abandoned = True
         self._remove(purchase)
+        logger.error("%s", failure)
+        return failure
 
     def _remove(self, purchase: RentalOrder) -> None:
         if purchase in self._all:
@@ -296,35 +299,35 @@ class RentalOrders:
             return math.inf
         return self.block_ended_at + self._settings.cancel_timeout
 
-    def end_all(self) -> BaseException | None:
+    def end_all(self) -> CloreError | None:
         """End all orders, the cancels first. Return None, or the first failure."""
         started = time.monotonic()
         known = [purchase for purchase in self._all if purchase.order_id is not None]
         unknown = [purchase for purchase in self._all if purchase.order_id is None]
-        failures: list[BaseException | None] = [self._cancel(p, self.deadline) for p in known]
+        failures: list[CloreError | None] = [self._cancel(p, self.deadline) for p in known]
         failures += [self._reconcile(purchase) for purchase in unknown]
         failures += [self._confirm(purchase, started) for purchase in list(self._all)]
         return next((failure for failure in failures if failure is not None), None)
 
-    def end(self, purchase: RentalOrder) -> BaseException | None:
+    def end(self, purchase: RentalOrder) -> CloreError | None:
         """End one order. Return None if that is confirmed, else the error."""
         started = time.monotonic()
         until = started + self._settings.cancel_timeout
         failure = self._cancel(purchase, lambda: min(until, self.deadline()))
         return self._confirm(purchase, started) if failure is None else failure
 
-    def abandon(self) -> BaseException | None:
+    def abandon(self) -> CloreError | None:
         """Stop the cleanup, and leave the orders to ``leftovers()``. Return an error if any."""
         self.abandoned = True
         left = list(self._all)
         for purchase in left:
             if purchase.entry is not None:
                 purchase.entry.abandoned = True
+        if not left:
+            return None
         ids = tuple(p.order_id for p in left if p.order_id is not None)
         text = f"interrupted three times, and {'; '.join(map(str, left))}: call leftovers() later"
-        if ids:
-            return CancelUnconfirmedError(text, order_ids=ids)
-        return OutcomeUnknownError(text) if left else None
+        return CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
 
     def try_to_cancel(
         self,
@@ -345,13 +348,7 @@ class RentalOrders:
     def _cancel(self, purchase: RentalOrder, deadline: Callable[[], float]) -> CloreError | None:
         """Cancel an order until that is accepted, or leave it to ``leftovers()``."""
         failure = self.try_to_cancel(purchase, deadline)
-        if failure is not None:
-            self._give_up(purchase)
-            logger.error(
-                "order %d could not be cancelled and may still be running: call leftovers() later",
-                purchase.order_id,
-            )
-        return failure
+        return None if failure is None else self._give_up(purchase, failure)
 
     def _confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
         """Wait until a cancelled order is listed as ended."""
@@ -366,14 +363,12 @@ class RentalOrders:
                 self.forget(purchase)
                 self.before.add(order_id)
                 return None
-        self._give_up(purchase)
-        if self.skip_confirmation:
+        if failure is None or self.skip_confirmation:
             failure = CloreError(
                 f"order {order_id} was cancelled, but an interrupt skipped the confirmation that "
                 "it has ended: call leftovers() later"
             )
-        logger.error("%s", failure)
-        return failure
+        return self._give_up(purchase, failure)
 
     # --- purchases with unknown outcome ---
 
@@ -387,6 +382,7 @@ class RentalOrders:
         Parameters:
             stop: returns whether something else is more urgent; a cancel then goes on later.
         """
+        until = time.monotonic() + self._settings.cancel_timeout
         for purchase in self.unresolved():
             server_id = purchase.server_id
             if purchase.order_id is None:
@@ -395,21 +391,21 @@ class RentalOrders:
                         self.forget(purchase)
                 except CloreError as error:
                     logger.debug("looking for an order of server %d: %s", server_id, error)
-            if (order_id := purchase.order_id) is not None:
+                if purchase.order_id is None:
+                    continue
                 logger.warning(
                     "order %d of server %d exists although the API refused it: cancelling it",
-                    order_id,
+                    purchase.order_id,
                     server_id,
                 )
-                until = time.monotonic() + self._settings.cancel_timeout
-                self.try_to_cancel(purchase, lambda: until, stop)  # noqa: B023
+            self.try_to_cancel(purchase, lambda: until, stop)
 
     @property
     def search_interval(self) -> float:
         """The seconds between two searches."""
         return min(SEARCH_INTERVAL, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
-    def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
+    def _reconcile(self, purchase: RentalOrder) -> CloreError | None:
         """Look for the order of a purchase until it is found and cancelled, or time is out."""
         logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
@@ -428,14 +424,12 @@ class RentalOrders:
         if absent and purchase.refused:
             self.forget(purchase)
             return None
-        self._give_up(purchase)
         unknown = OutcomeUnknownError(
             f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
             endpoint="/v1/create_order",
         )
         unknown.__cause__ = cause
-        logger.warning("%s", unknown)
-        return unknown
+        return self._give_up(purchase, unknown)
 
     def _search(self, purchase: RentalOrder) -> bool:
         """Look once for the order of a purchase. Return True if it is confirmed absent.
@@ -469,7 +463,7 @@ class RentalOrders:
         return running <= {order.id for order in orders}
 
     def _fitting(self, orders: list[Order], purchase: RentalOrder) -> list[Order]:
-        """Return the orders that can be the result of a purchase, and belong to no other one."""
+        """Return the orders that can be the result of a purchase, and of no other one."""
         settings, claims = self._settings, self._orders.claims
         if purchase.lost is None:
             purchase.lost = claims.unresolved.get(purchase.server_id)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clore_client.errors import CancelUnconfirmedError, CloreError
 from clore_client.log import logger
@@ -53,8 +54,8 @@ class Leftover:
         return f"<Leftover order {self.order_id} of server {self.server_id}{by}{until}>"
 
 
-class Leftovers:
-    """The result of ``CloreClient.leftovers``. It is false if all lists are empty.
+class Leftovers(NamedTuple):
+    """Hold the result of ``CloreClient.leftovers``. It is false if all lists are empty.
 
     Attributes:
         abandoned: orders that may still run, of dead processes of this machine.
@@ -63,21 +64,14 @@ class Leftovers:
         kept: orders that rentals of this machine kept with ``keep()``.
     """
 
-    def __init__(
-        self,
-        abandoned: list[Leftover],
-        elsewhere: list[Leftover],
-        unnoted: list[Order],
-        kept: list[Leftover],
-    ) -> None:
-        self.abandoned = abandoned
-        self.elsewhere = elsewhere
-        self.unnoted = unnoted
-        self.kept = kept
+    abandoned: list[Leftover]
+    elsewhere: list[Leftover]
+    unnoted: list[Order]
+    kept: list[Leftover]
 
     def __bool__(self) -> bool:
         """Return whether any of the lists has an item."""
-        return bool(self.abandoned or self.elsewhere or self.unnoted or self.kept)
+        return any(self)
 
     def __repr__(self) -> str:
         return (
@@ -87,13 +81,22 @@ class Leftovers:
 
 
 class _Survey:
-    """The journal entries and the active orders, read once and matched."""
+    """Read the journal entries and the active orders once, and match them.
+
+    Attributes:
+        entries: the journal entries of the account.
+        listed: order id -> the active order.
+        unnoted: the active orders without an entry.
+        missing: entries with an order id that no list has.
+    """
 
     def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
         self._orders = orders
         account = orders.account
         self.entries: list[JournalEntry] = []
+        self.missing: list[JournalEntry] = []
         self._kept: list[JournalEntry] = []
+        self._matched: dict[Path, Order] = {}  # path of an entry -> its order
         self._read(folder, account)
         try:
             self.listed = {o.id: o for o in orders.active() if o.id is not None}
@@ -115,60 +118,49 @@ class _Survey:
                 self.entries.append(entry)
 
     def close(self) -> None:
+        """Release the locks of the entries."""
         for entry in [*self.entries, *self._kept]:
             entry.close()
 
-    def _leave_kept_orders(self) -> None:
-        """Remove the entries of orders that a dead process had just recorded as kept."""
-        kept = {entry.order_id for entry in self._kept}
+    def _match(self) -> None:
+        kept = {entry.order_id or 0 for entry in self._kept}
         for entry in list(self.entries):
-            if entry.order_id in kept and entry.abandoned and entry.of_this_machine:
+            if entry.order_id in kept and entry.abandoned:  # its process died within keep()
                 entry.remove()
                 self.entries.remove(entry)
-
-    def _match(self) -> None:
-        self._leave_kept_orders()
-        named = {entry.order_id for entry in [*self.entries, *self._kept]}
-        self._matched: dict[str, Order] = {}  # path of an entry -> its order
-        held: set[int] = set()
+        named = kept | {entry.order_id for entry in self.entries}
         living: set[int] = set()  # orders that may belong to living processes
         for entry in self.entries:
-            order_id = entry.order_id
-            if order_id is not None:
-                fitting = [self.listed[order_id]] if order_id in self.listed else []
-            else:
-                fitting = [
-                    order
-                    for number, order in self.listed.items()
-                    if number not in named and matches_entry(entry.data, order)
-                ]
-            if entry.abandoned or not entry.of_this_machine:
-                if len(fitting) > 1:
-                    logger.warning(
-                        "several orders match %s, so none is assigned to it: look at get_orders()",
-                        entry.path,
-                    )
-                elif fitting:
-                    self._matched[str(entry.path)] = fitting[0]
-                    held.add(fitting[0].id or 0)
-            else:
+            fitting = self._fitting(entry, named)
+            if entry.of_this_machine and not entry.abandoned:
                 living.update(order.id or 0 for order in fitting)
-        held |= living
-        held |= {entry.order_id or 0 for entry in self._kept}
-        self._settle_claims(living)
-        self.unnoted = [o for i, o in self.listed.items() if i not in held and not o.has_ended]
+            elif len(fitting) > 1:
+                logger.warning(
+                    "several orders match %s, so none is assigned to it: look at get_orders()",
+                    entry.path,
+                )
+            elif fitting:
+                self._matched[entry.path] = fitting[0]
+        noted = kept | living | {order.id for order in self._matched.values()}
+        self.unnoted = [o for i, o in self.listed.items() if i not in noted and not o.has_ended]
+        self._settle_conflicts(living)
 
-    def _settle_claims(self, living: set[int]) -> None:
+    def _fitting(self, entry: JournalEntry, named: Collection[int | None]) -> list[Order]:
+        """Return the active orders that an entry can be about."""
+        if entry.order_id is not None:
+            return [self.listed[entry.order_id]] if entry.order_id in self.listed else []
+        unnamed = (order for number, order in self.listed.items() if number not in named)
+        return [order for order in unnamed if matches_entry(entry.data, order)]
+
+    def _settle_conflicts(self, living: set[int]) -> None:
         """Assign at most one entry to each order."""
-        claims: dict[int, list[JournalEntry]] = {}
+        entries_of: dict[int, list[JournalEntry]] = {}
         for entry in self.entries:
-            if (order := self._matched.get(str(entry.path))) is not None:
-                claims.setdefault(order.id or 0, []).append(entry)
-        for order_id, entries in claims.items():
-            if order_id in living or (
-                len(entries) > 1
-                and not all(entry.abandoned and entry.of_this_machine for entry in entries)
-            ):
+            if (order := self._matched.get(entry.path)) is not None:
+                entries_of.setdefault(order.id or 0, []).append(entry)
+        for order_id, entries in entries_of.items():
+            all_dead = all(entry.abandoned for entry in entries)
+            if order_id in living or (len(entries) > 1 and not all_dead):
                 logger.warning(
                     "order %d may belong to another process, so it is not touched", order_id
                 )
@@ -178,10 +170,11 @@ class _Survey:
                 entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
                 losers = entries[:-1]
             for entry in losers:
-                self._matched.pop(str(entry.path))
+                del self._matched[entry.path]
 
     def order_of(self, entry: JournalEntry) -> Order | None:
-        order = self._matched.get(str(entry.path))
+        """Return the active order of an entry, or None."""
+        order = self._matched.get(entry.path)
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:
@@ -193,7 +186,6 @@ class _Survey:
 
     def tidy(self, wait: float) -> None:
         """Remove the entries of orders that have ended or do not exist."""
-        self.missing: list[JournalEntry] = []  # entries with an order id that no list has
         intents: list[JournalEntry] = []
         for entry in self.entries:
             if not entry.abandoned or self.order_of(entry) is not None:
@@ -202,7 +194,7 @@ class _Survey:
                 if not _is_recent(entry.data, LATEST_ORDER + CLOCKS_APART):
                     intents.append(entry)
             elif not _is_recent(entry.data, wait):
-                if self._has_ended(entry):
+                if _has_ended(self._orders, entry.order_id):
                     logger.info("the order of %s has ended: the entry is removed", entry.path)
                     entry.remove()
                 else:
@@ -210,17 +202,12 @@ class _Survey:
         if intents:
             self._tidy_intents(intents)
         for entry in list(self._kept):
-            if entry.order_id not in self.listed and self._has_ended(entry):
+            order_id = entry.order_id or 0
+            if order_id not in self.listed and _has_ended(self._orders, order_id):
                 entry.remove()
                 self._kept.remove(entry)
         with contextlib.suppress(CloreError):
             self._orders.tidy_credentials(set(self.listed))
-
-    def _has_ended(self, entry: JournalEntry) -> bool:
-        try:
-            return self._orders.state(entry.order_id or 0) == "ended"
-        except CloreError:
-            return False
 
     def _tidy_intents(self, entries: list[JournalEntry]) -> None:
         # One list is not enough, because it can be empty for a moment.
@@ -233,20 +220,22 @@ class _Survey:
 
     def abandoned(self) -> list[tuple[JournalEntry, Order | None]]:
         """Return the entries of dead processes of this machine with orders that may run."""
-        dead = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
         return [
             (entry, order)
-            for entry in dead
-            if (order := self.order_of(entry)) is not None or entry in self.missing
+            for entry in self.entries
+            if entry.abandoned
+            and ((order := self.order_of(entry)) is not None or entry in self.missing)
         ]
 
     def result(self) -> Leftovers:
-        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
+        """Return the leftovers for the user."""
         abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
-        kept = [Leftover(e, self.listed.get(e.order_id or 0)) for e in self._kept]
-        elsewhere += [k for k, e in zip(kept, self._kept, strict=True) if not e.of_this_machine]
-        kept = [k for k, e in zip(kept, self._kept, strict=True) if e.of_this_machine]
-        return Leftovers(abandoned, elsewhere, self.unnoted, kept)
+        found = [(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
+        kept = [(e, self.listed.get(e.order_id or 0)) for e in self._kept]
+        found += [(e, order) for e, order in kept if not e.of_this_machine]
+        elsewhere = [Leftover(entry, order) for entry, order in found]
+        here = [Leftover(e, order) for e, order in kept if e.of_this_machine]
+        return Leftovers(abandoned, elsewhere, self.unnoted, here)
 
 
 def _is_recent(data: dict[str, Any], seconds: float) -> bool:
@@ -273,21 +262,17 @@ def _take_survey(orders: AccountOrders, folder: Path | None, wait: float) -> _Su
 
 def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
     """Find the orders that rentals left running; see ``CloreClient.leftovers``."""
-    survey = _take_survey(orders, folder, wait)
-    survey.close()
-    return survey.result()
+    with contextlib.closing(_take_survey(orders, folder, wait)) as survey:
+        return survey.result()
 
 
 def end_leftovers(
     orders: AccountOrders, folder: Path | None, wait: float, timeout: float
 ) -> list[int]:
     """Cancel the orders that dead processes left; see ``CloreClient.cancel_leftovers``."""
-    survey = _take_survey(orders, folder, wait)
-    try:
+    with contextlib.closing(_take_survey(orders, folder, wait)) as survey:
         # The entries are locked, so no other process cancels the same orders.
         return _end_entries(orders, survey.abandoned(), timeout, "cancel_leftovers()")
-    finally:
-        survey.close()
 
 
 def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> list[int]:
@@ -295,8 +280,7 @@ def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> l
     overdue: list[JournalEntry] = []
     for entry in kept_entries(folder, orders.account):
         until = finite(entry.data.get("kept_until"))
-        mine = entry.abandoned and entry.of_this_machine
-        if mine and until is not None and until <= time.time():
+        if entry.abandoned and until is not None and until <= time.time():
             overdue.append(entry)
         else:
             entry.close()
@@ -329,7 +313,7 @@ def _end_entries(
     timeout: float,
     again: str,
 ) -> list[int]:
-    """Cancel the orders of entries, and remove the entries.
+    """Cancel the orders of journal entries, and remove the entries.
 
     Parameters:
         orders: the orders of the account.

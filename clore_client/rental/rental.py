@@ -1,8 +1,7 @@
-"""Rental, the context manager of ``rent()``: find, order, wait, and cancel at the end."""
+"""Rent a server for the length of a block: find, order, wait, and cancel at the end."""
 
 from __future__ import annotations
 
-import functools
 import os
 import queue
 import time
@@ -41,7 +40,7 @@ from clore_client.rental.selection import (
     order_usd_per_hour,
     summary,
 )
-from clore_client.rental.signals import SignalExit
+from clore_client.rental.signals import BlockExit, SignalExit
 from clore_client.rental.worker import RentalClient, RentalWorker
 from clore_client.validation import check_optional_number
 
@@ -66,25 +65,8 @@ TRY_NEXT_ERRORS = (
 )
 
 
-class BlockExit:
-    """A descriptor for ``__exit__`` that returns a new object to each ``with`` statement.
-
-    The ``with`` statement keeps that object until the block has ended in any way. The worker has a
-    weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
-    line.
-    """
-
-    def __get__(self, rental: Any, owner: Any) -> Callable[..., None]:
-        end: Callable[..., None] = owner._end
-        if rental is None:
-            return end
-        leave = functools.partial(end, rental)
-        rental.end_with(leave)
-        return leave
-
-
 class Rental:
-    """A server that is rented for the length of a ``with`` block; see ``CloreClient.rent``.
+    """Rent a server for the length of a ``with`` block; see ``CloreClient.rent``.
 
     A worker thread, :class:`RentalWorker`, orders and cancels. The thread that runs the block looks
     for servers, and waits.
@@ -119,9 +101,9 @@ class Rental:
         self._worker: RentalWorker | None = None
         self._order: Order | None = None
         self._server: Server | None = None
-        self._shell: Any = None
-        self._kept_as = "kept"  # what the repr of an order says that this rental does not end
-        self._over = False  # set before the worker is looked at, as __enter__ does it vice versa
+        self._connection: Any = None  # that of run(), upload() and the like
+        self._kept_as = "kept"  # for the repr of a rental that does not end its order
+        self._over = False  # set by request_end(), also before the block begins
         self.tried: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
@@ -193,10 +175,10 @@ class Rental:
         return connection
 
     def run(self, command: str | Sequence[str], **options: Any) -> CommandResult:
-        """Run a command on the machine, as :meth:`CloreClient.run` does. Needs paramiko.
+        """Run a command on the server, as :meth:`CloreClient.run` does. Needs paramiko.
 
         Parameters:
-            command: a command for the machine's shell; a list of arguments is quoted.
+            command: a command for the server's shell; a list of arguments is quoted.
             **options: arguments of :meth:`CloreClient.run`. All calls share one connection, so
                 login arguments only have an effect in the first call.
 
@@ -204,41 +186,39 @@ class Rental:
             CommandError: the exit code was not 0.
             BudgetExceededError: the rental has reached a limit, and has ended.
         """
-        return self._over_ssh(self._client.run, (command,), options)
+        return self._call_with_ssh(self._client.run, command, **options)
 
     def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
-        """Copy a file or directory to the machine, as :meth:`CloreClient.upload` does."""
-        return self._over_ssh(self._client.upload, (local, remote), options)
+        """Copy a file or directory to the server, as :meth:`CloreClient.upload` does."""
+        return self._call_with_ssh(self._client.upload, local, remote, **options)
 
     def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
-        """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
-        return self._over_ssh(self._client.download, (remote, local), options)
+        """Copy a file or directory from the server, as :meth:`CloreClient.download` does."""
+        return self._call_with_ssh(self._client.download, remote, local, **options)
 
     def forward(self, remote_port: int, local_port: int = 0) -> Forward:
-        """Forward a local port to the machine, as :meth:`CloreClient.forward` does."""
-        return self._over_ssh(self._client.forward, (remote_port, local_port), {})
+        """Forward a local port to the server, as :meth:`CloreClient.forward` does."""
+        return self._call_with_ssh(self._client.forward, remote_port, local_port)
 
     def shell(self) -> int:
-        """Open the machine's shell in this terminal, as :meth:`CloreClient.shell` does."""
-        return self._over_ssh(self._client.shell, (), {})
+        """Open the server's shell in this terminal, as :meth:`CloreClient.shell` does."""
+        return self._call_with_ssh(self._client.shell)
 
     def ssh_command(self, **options: Any) -> str:
         """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""
         return self._client.ssh_command(self.order, **options)
 
-    def _over_ssh(
-        self, method: Callable[..., Part], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Part:
+    def _call_with_ssh(self, method: Callable[..., Part], /, *args: Any, **options: Any) -> Part:
         """Call a method of the client with the rental's own connection."""
         from clore_client.ssh.access import LOGIN_DEFAULTS
         from clore_client.ssh.transport import is_connected
 
         worker = self._open_worker()
         login = {name: options.pop(name) for name in LOGIN_DEFAULTS.keys() & options.keys()}
-        if self._shell is None or not is_connected(self._shell):
-            self._shell = self.ssh(**login)
+        if self._connection is None or not is_connected(self._connection):
+            self._connection = self.ssh(**login)
         try:
-            return method(self.order, *arguments, ssh=self._shell, **options)
+            return method(self.order, *args, ssh=self._connection, **options)
         finally:
             worker.check()
 
@@ -265,9 +245,7 @@ class Rental:
         check_optional_number("max_hours", max_hours, above=True, maximum=LONGEST_KEEP)
         worker, order = self._open_worker(), self.order
         if worker.finished.is_open:
-            raise RentalError(
-                f"order {order.id} has ended already, so it can't be kept: rent again"
-            )
+            raise RentalError("the order has ended already, so it can't be kept: rent again")
         worker.keep(None if max_hours is None else time.time() + max_hours * 3600.0)
         self._kept_as = "kept"
         return order
@@ -337,15 +315,14 @@ class Rental:
 
     def _make_worker(self) -> RentalWorker:
         holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
-        in_block = self._block is not None and self._block() is not None
-        if self._block is not None and in_block:
+        if self._block is not None and self._block() is not None:
             holders.append(self._block)
         return RentalWorker(
-            self._client, self._orders, self._settings, self._folder, self._inbox, holders, in_block
+            self._client, self._orders, self._settings, self._folder, self._inbox, holders
         )
 
     def share_with(self, other: Rental) -> None:
-        """Try other servers than another rental, found by one search; report one at a time."""
+        """Share the found servers with another rental, so that both try different ones."""
         self.servers, self._settings = other.servers, other._settings
         self._progress = other._progress
 
@@ -386,7 +363,7 @@ class Rental:
             except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
                 interrupts.append(late)
                 interrupted = True
-        self._shell = None
+        self._connection = None
         _raise_failure(error, worker, interrupts)
 
     # --- servers ---
@@ -415,46 +392,37 @@ class Rental:
         price = self._settings.price_of(server)
         shown = "price unknown" if price is None else f"{price:.3g} USD/h"
         gpu = server.gpu if is_mixed(server) else server.gpu_name
-        self._tell("rent", f"renting server {server.id} ({gpu}, {shown})")
+        self._report_step("rent", f"renting server {server.id} ({gpu}, {shown})")
+        arguments = dict(self._settings.order_arguments)
         try:
-            order = self._buy(worker, server)
+            if self._settings.spot:
+                arguments["spot_price"] = price
+                # Read the exchange rate now, because the cost counts from the purchase on.
+                self._client.get_spot_market(server.id or 0)
+            order = worker.buy(server, price, arguments)
         except TRY_NEXT_ERRORS as error:
             return str(error)
-        self._tell("order", f"order {order.id} of server {server.id}")
+        self._report_step("order", f"order {order.id} of server {server.id}")
         self._order, self._server = order, server
         reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
         if reason is None:
             return None
         worker.check()
-        failure = worker.end_order()
         self._order = self._server = None
-        if failure is not None:
-            raise failure
+        worker.end_order()
         return reason
 
-    def _tell(self, name: str, text: str) -> None:
+    def _report_step(self, name: str, text: str) -> None:
         if self._report is not None:
             self._report(ProgressEvent(name, 3600 * self.hours, text))
 
-    def _buy(self, worker: RentalWorker, server: Server) -> Order:
-        settings = self._settings
-        price = settings.price_of(server)
-        arguments = {**settings.order_arguments, "find_timeout": settings.find_timeout}
-        if settings.spot:
-            arguments["spot_price"] = price
-            # Read the exchange rate now, because the cost counts from the purchase on.
-            self._client.get_spot_market(server.id or 0)
-        return worker.buy(server, price, arguments)
-
     def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         """Wait until an order runs. Return None, or the reason why it does not."""
-        settings = self._settings
-        more: dict[str, Any] = {} if self._report is None else {"on_progress": self._report}
+        timeout, interval = self._settings.deploy_timeout, self._settings.poll_interval
         try:
-            running: Order = self._client.wait_for_order(
-                order.id or 0, timeout=settings.deploy_timeout,
-                poll_interval=settings.poll_interval, **more,
-            )  # fmt: skip
+            running = self._client.wait_for_order(
+                order.id or 0, timeout=timeout, poll_interval=interval, on_progress=self._report
+            )
         except (WaitTimeoutError, OrderEndedError) as error:
             worker.check()
             self._history.record(server.id, NOT_DEPLOYED)
@@ -478,7 +446,7 @@ class Rental:
 
 
 class AttachedRental(Rental):
-    """A rental of an order that exists; see ``CloreClient.attach``.
+    """Use an order that exists like a rental; see ``CloreClient.attach``.
 
     Parameters:
         order: the order.
@@ -534,10 +502,10 @@ class AttachedRental(Rental):
         self._priced = True
         currency = self._settings.currency
         price = order_usd_per_hour(order, self.server, currency)
-        if price is None:  # the marketplace may have brought the exchange rate
-            price = self._orders.market.data.rates.usd(order.get("price"), currency)
-        if price is None and not self._settings.spot:
-            price = on_demand_usd(self.server, currency)
+        # The marketplace was just read, and may have the exchange rate.
+        price = price or self._orders.market.data.rates.usd(order.get("price"), currency)
+        if not self._settings.spot:
+            price = price or on_demand_usd(self.server, currency)
         if price is not None:
             worker.correct_price(price)
 
@@ -560,26 +528,26 @@ def _raise_failure(
         worker: the worker, which has ended the rental or was interrupted.
         interrupts: the interrupts during the end of the rental.
     """
-    failure, exceeded = worker.failure, worker.exceeded
     raised: BaseException | None = None
     if error is None or isinstance(error, Exception):
+        exceeded = worker.budget_error()
         if exceeded is not None and not _is_of(error, exceeded.order_id):
-            raised = worker.budget_error(exceeded)
+            raised = exceeded
         elif interrupts:
             raised = interrupts[-1]
         elif worker.signalled is not None and not worker.kept:
             raised = SignalExit(worker.signalled)
-    shown = error if raised is None else raised
-    if shown is None and failure is not None:
-        raise failure
-    if shown is not None and failure is not None and shown is not failure:
-        add_note(shown, str(failure))
+    if (failure := worker.failure) is not None:
+        if (shown := raised or error) is None:
+            raise failure
+        if str(shown) != str(failure):  # the block may pass on the error of close()
+            add_note(shown, str(failure))
     if raised is not None:
         raise raised from error
 
 
 def _check_open(part: Part | None) -> Part:
-    """Return a part of a rental, which is None before the block begins."""
+    """Return a part of a rental, or raise an error before the block begins."""
     if part is None:
         raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
     return part

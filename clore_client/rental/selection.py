@@ -26,7 +26,7 @@ PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
 
 class RentalSettings:
-    """The arguments of ``rent()``, checked.
+    """Check and keep the arguments of ``rent()``.
 
     Parameters:
         search: the filters; it gets the ``server_id``.
@@ -40,16 +40,16 @@ class RentalSettings:
         self,
         *,
         search: Search,
-        server_id: Any,
         order: dict[str, Any],
-        spot_price: Any,
-        attempts: Any,
-        deploy_timeout: Any,
-        poll_interval: Any,
-        find_timeout: Any,
         cancel_timeout: Any,
         max_hours: Any,
         max_cost_usd: Any,
+        server_id: Any = None,
+        spot_price: Any = None,
+        attempts: Any = 1,
+        deploy_timeout: Any = 0.0,
+        poll_interval: Any = 1.0,
+        find_timeout: Any = 0.0,
         prefer_known: Any = False,
     ) -> None:
         self.prefer_known = check_bool("prefer_known", prefer_known)
@@ -58,14 +58,17 @@ class RentalSettings:
         if search.gpu_type is not None:
             check_text("gpu_type", search.gpu_type)
         search.server_id = None if server_id is None else check_id("server_id", server_id)
-        self._set_order(order)
+        arguments = {**order, "order_type": "spot" if self.spot else "on-demand"}
+        body = order_body(arguments)
+        self.currency, self.image = body["currency"], body["image"]
+        arguments["find_timeout"] = check_number("find_timeout", find_timeout, unit="seconds")
+        self.order_arguments = {**arguments, "currency": self.currency}
         self.spot_price = self._checked_bid(spot_price)
         self.attempts = check_count("attempts", attempts, minimum=1)
         self.deploy_timeout = check_number(
             "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
         )
         self.poll_interval = check_interval("poll_interval", poll_interval)
-        self.find_timeout = check_number("find_timeout", find_timeout, unit="seconds")
         self.cancel_timeout = check_number(
             "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
         )
@@ -79,23 +82,14 @@ class RentalSettings:
         cls, order: Order, *, max_hours: Any, max_cost_usd: Any, cancel_timeout: Any
     ) -> RentalSettings:
         """Return the settings for an order that exists."""
-        names = ("ports", "env", "ssh_password", "ssh_key", "jupyter_token")
-        known = {
-            "image": order.get("image") or "unknown",
-            "currency": wire_currency(str(order.get("currency"))) or "CLORE-Blockchain",
-        }
+        currency = wire_currency(str(order.get("currency"))) or "CLORE-Blockchain"
         return cls(
-            search=Search(use_spot=order.is_spot is True, currency=known["currency"]),
-            server_id=None, spot_price=None, order={**dict.fromkeys(names), **known},
-            attempts=1, deploy_timeout=0.0, poll_interval=1.0, find_timeout=0.0,
-            cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
-        )  # fmt: skip
-
-    def _set_order(self, order: dict[str, Any]) -> None:
-        arguments = {**order, "order_type": "spot" if self.spot else "on-demand"}
-        body = order_body(arguments)
-        self.currency, self.image = body["currency"], body["image"]
-        self.order_arguments = {**arguments, "currency": self.currency}
+            search=Search(use_spot=order.is_spot is True, currency=currency),
+            order={"image": order.get("image") or "unknown", "currency": currency},
+            cancel_timeout=cancel_timeout,
+            max_hours=max_hours,
+            max_cost_usd=max_cost_usd,
+        )
 
     def _checked_bid(self, spot_price: Any) -> float | None:
         if spot_price is None:
@@ -112,17 +106,12 @@ class RentalSettings:
             )
         return float(spot_price)
 
-    @property
-    def fee(self) -> float:
-        """The fee as a fraction of the price."""
-        return self.search.fee
-
     def exceeds_price_limit(self, server: Server, usd_per_hour: float | None) -> bool:
         """Return whether the price of an order is above the limit for its server."""
         limit = self.search.price_limit(server)
-        return limit is not None and usd_per_hour is not None and (
-            usd_per_hour > limit * (1 + PRICE_SLACK)
-        )  # fmt: skip
+        if limit is None or usd_per_hour is None:
+            return False
+        return usd_per_hour > limit * (1 + PRICE_SLACK)
 
     def price_of(self, server: Server) -> float | None:
         """Return the price of a server in USD per hour, without fees; None if not known.
@@ -207,7 +196,7 @@ def _rank(outcome: str | None, prefer_known: bool) -> int:
 
 
 class SharedServers:
-    """The servers to try, each taken by one rental only. They are listed on first use."""
+    """Offer each server to one rental only. The servers are listed on first use."""
 
     def __init__(self, market: Market, settings: RentalSettings, history: HostHistory) -> None:
         self.no_server = ""  # why there is none, for an error
@@ -230,7 +219,7 @@ class SharedServers:
 
 
 def summary(tried: list[tuple[int, str]]) -> str:
-    """Return the reason for each server, but a common reason only once."""
+    """Return the reason for each server; servers with the same reason share one."""
     servers: dict[str, list[str]] = {}
     for server_id, why in tried:
         # The text of an error names the order, which differs.

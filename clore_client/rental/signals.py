@@ -1,7 +1,8 @@
-"""Handle SIGTERM and SIGHUP, and wait for another thread in a way that interrupts can't break."""
+"""Handle SIGTERM, SIGHUP and Ctrl-C, so that a rental ends after each of them."""
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import signal
@@ -18,7 +19,7 @@ SIGNALS = tuple(s for n in ("SIGTERM", "SIGHUP") if (s := getattr(signal, n, Non
 
 
 class SignalExit(SystemExit):
-    """A signal that ends the process, raised in the main thread to end its ``with`` blocks.
+    """End the ``with`` blocks of the main thread, because a signal ends the process.
 
     It is a ``SystemExit`` and not an ``Exception``. The exit status of the process is 128 plus the
     number of the signal.
@@ -50,7 +51,7 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
 
 
 class SignalHandling:
-    """One user of the signal handler. The last ``close()`` restores the former handlers.
+    """Use the signal handler. The last ``close()`` restores the former handlers.
 
     The first user in the main thread installs it, but only for signals with the default handler.
     """
@@ -111,11 +112,28 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_signals_to_parent)
 
 
-# --- waiting for another thread ---
+# --- interrupts ---
+
+
+class BlockExit:
+    """Make a new ``__exit__`` for each ``with`` statement.
+
+    The ``with`` statement keeps that object until the block has ended in any way. The worker has a
+    weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
+    line.
+    """
+
+    def __get__(self, rental: Any, owner: Any) -> Callable[..., None]:
+        end: Callable[..., None] = owner._end
+        if rental is None:
+            return end
+        leave = functools.partial(end, rental)
+        rental.end_with(leave)
+        return leave
 
 
 class Gate:
-    """An event that happens once, and for which threads can wait.
+    """Let threads wait for an event that happens once.
 
     A ``threading.Event`` is not used, because an interrupt can leave its lock locked.
     """
@@ -138,7 +156,7 @@ class Gate:
 
 
 class ThreadCall:
-    """A function call for another thread to run."""
+    """Call a function in another thread."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self._action = action

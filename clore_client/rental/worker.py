@@ -1,4 +1,4 @@
-"""RentalWorker, the thread that orders, watches and ends the orders of one rental."""
+"""Order, watch and end the orders of one rental, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ NO_ORDER_ERRORS = (
 
 
 class RentalClient(Protocol):
-    """The methods of ``CloreClient`` that a rental uses."""
+    """List the methods of ``CloreClient`` that a rental uses."""
 
     def get_orders(self, include_completed: bool = False) -> list[Order]: ...
 
@@ -71,8 +71,7 @@ class RentalClient(Protocol):
 
     def cancel_order(self, order_id: Any, *, confirm: bool) -> bool: ...
 
-    @property
-    def ssh_command(self) -> Callable[..., str]: ...
+    def ssh_command(self, *args: Any, **kwargs: Any) -> str: ...
 
     def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
 
@@ -80,40 +79,36 @@ class RentalClient(Protocol):
         self, order_id: int, timeout: float, poll_interval: float, *, on_progress: Any = None
     ) -> Order: ...
 
-    @property
-    def create_order(self) -> Callable[..., Order]: ...
+    def create_order(self, *args: Any, **kwargs: Any) -> Order: ...
 
-    @property
-    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
+    def connect_ssh(self, *args: Any, **kwargs: Any) -> paramiko.SSHClient: ...
 
-    @property
-    def forward(self) -> Callable[..., Forward]: ...
+    def forward(self, *args: Any, **kwargs: Any) -> Forward: ...
 
-    @property
-    def shell(self) -> Callable[..., int]: ...
+    def shell(self, *args: Any, **kwargs: Any) -> int: ...
 
-    @property
-    def run(self) -> Callable[..., CommandResult]: ...
+    def run(self, *args: Any, **kwargs: Any) -> CommandResult: ...
 
-    @property
-    def upload(self) -> Callable[..., TransferResult]: ...
+    def upload(self, *args: Any, **kwargs: Any) -> TransferResult: ...
 
-    @property
-    def download(self) -> Callable[..., TransferResult]: ...
+    def download(self, *args: Any, **kwargs: Any) -> TransferResult: ...
 
 
 class RentalWorker:
-    """The orders of one rental, from the first request to the confirmed end.
+    """Run the thread that orders the servers of one rental, and ends their orders.
 
-    Its thread ends the orders when the block ends, or when the ``with`` statement or the rental no
+    The thread ends the orders when the block ends, or when the ``with`` statement or the rental no
     longer exists, because an interrupt can stop ``__exit__`` at its first line. It also ends them
     when a limit is reached, at a signal in another thread, and at the exit of the interpreter.
 
     Attributes:
+        budget: the limits and the cost.
         finished: open when the thread is done.
         failure: the error that the user must know; None if all orders have ended.
         connections: SSH connections to close at the end of the rental.
         closed: whether ``close()`` is done.
+        kept: whether the order stays after the rental.
+        signalled: the signal that ends the rental, or None.
     """
 
     def __init__(
@@ -124,12 +119,10 @@ class RentalWorker:
         folder: Path | None,
         inbox: queue.SimpleQueue[Any],
         holders: list[weakref.ref[Any]],
-        in_block: bool = True,
     ) -> None:
         self._client = client
-        self._orders = orders
         self._inbox = inbox
-        self._holders = holders  # weak references to the rental and its with statement
+        self._holders = holders  # references to the rental, and to its with statement if any
         self.pid = os.getpid()
         self.budget = Budget(settings)
         self.finished = Gate()
@@ -138,9 +131,9 @@ class RentalWorker:
         self.closed = False
         self.kept = False
         self.signalled: int | None = None
-        self.exceeded: BudgetExceededError | None = None  # made when a limit was reached
+        self._exceeded: BudgetExceededError | None = None  # made when a limit was reached
         # A signal ends a ``with`` block of the main thread, and so its rental.
-        self._main = in_block and in_main_thread()
+        self._main = len(holders) > 1 and in_main_thread()
         self._signals: SignalHandling | None = None
         self._rental_orders = RentalOrders(orders, settings, folder, self.budget)
         self._current: RentalOrder | None = None  # the order of the block
@@ -166,7 +159,12 @@ class RentalWorker:
         self._started = True
 
     def call_in_thread(self, action: Callable[[], Result]) -> Result:
-        """Run a function in the worker thread, and return its result or raise its error."""
+        """Run a function in the worker thread, and return its result or raise its error.
+
+        Before the thread has started, the function runs in this thread.
+        """
+        if not self._started:
+            return action()
         request = ThreadCall(action)
         self._inbox.put(request)
         while not request.done.wait():
@@ -190,28 +188,18 @@ class RentalWorker:
         """
         return self.call_in_thread(lambda: self._buy(server, price, arguments))
 
-    def end_order(self) -> BaseException | None:
-        """End the current order. Return None if that is confirmed, else the error."""
-        return self.call_in_thread(self._end_current)
+    def end_order(self) -> None:
+        """End the current order. Raise an error if that is not confirmed."""
+        self.call_in_thread(self._end_current)
 
     def adopt(self, order: Order, ends: bool) -> None:
         """Take over an order that exists. Without ``ends``, the rental does not end it."""
-        clock = time.time() + (self._orders.client.server_clock or 0.0)
-        age = 0.0 if order.started_at is None else max(0.0, clock - order.started_at)
-        if ends:
-            self._current = self.call_in_thread(
-                lambda: self._rental_orders.adopt(order, age, ends=True)
-            )
-        else:
-            self.kept = True
-            self._current = self._rental_orders.adopt(order, age, ends=False)
+        self.kept = not ends
+        self._current = self.call_in_thread(lambda: self._rental_orders.adopt(order, ends))
 
     def keep(self, until: float | None) -> None:
         """Keep the current order running after the rental, until a Unix time or for good."""
-        if self._started:
-            self.call_in_thread(lambda: self._keep(until))
-        else:
-            self._keep(until)
+        self.call_in_thread(lambda: self._keep(until))
 
     def correct_price(self, usd_per_hour: float) -> None:
         """Set the price of the current order, as the API shows it."""
@@ -222,10 +210,10 @@ class RentalWorker:
         """Raise an error if a limit, a signal or the interpreter ends the rental."""
         if self.pid != os.getpid():
             return
-        if not self.kept and self._current is not None and self._exceed():
+        if not self.kept and self._current is not None and self._exceeds_limit():
             self._inbox.put(None)  # wake the worker, which ends the order
-        if self.exceeded is not None:
-            raise self.budget_error(self.exceeded)
+        if (exceeded := self.budget_error()) is not None:
+            raise exceeded
         if self.signalled is None:
             self.signalled = None if in_main_thread() else this_process.stopping_signal
         if self.signalled is not None:
@@ -265,17 +253,18 @@ class RentalWorker:
                     break
         return caught
 
-    def budget_error(self, exceeded: BudgetExceededError) -> BudgetExceededError:
-        """Return the error for the user, which says if the cancel is accepted already."""
+    def budget_error(self) -> BudgetExceededError | None:
+        """Return the error for a limit that was reached, or None.
+
+        It says if the cancel is accepted already.
+        """
+        if (first := self._exceeded) is None:
+            return None
         ended = self._current is None or self._current.accepted
         state = "was ended" if ended else "is being ended"
-        hours, cost, order_id = exceeded.hours, exceeded.cost_usd, exceeded.order_id
-        return BudgetExceededError(
-            f"{exceeded}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
-            order_id=order_id,
-            hours=hours,
-            cost_usd=cost,
-        )
+        order_id, hours, cost = first.order_id, first.hours, first.cost_usd
+        text = f"{first}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD"
+        return BudgetExceededError(text, order_id=order_id, hours=hours, cost_usd=cost)
 
     def close_ssh(self) -> None:
         """Close the SSH connections of the rental."""
@@ -320,7 +309,7 @@ class RentalWorker:
             self.failure = error
         self._rental_orders.record_block_end()
         try:
-            failure = self._rental_orders.end_all()
+            failure: BaseException | None = self._rental_orders.end_all()
         except BaseException as error:
             failure = error
         if not self._rental_orders.abandoned:
@@ -333,10 +322,11 @@ class RentalWorker:
         self.finished.open()
 
     def _next_request(self) -> None:
-        timeout = None if self.exceeded else self.budget.seconds_between_checks
+        """Wait for a request of the rental, but not longer than until the next check."""
+        timeouts = [] if self._exceeded else [self.budget.seconds_between_checks]
         if self._rental_orders.unresolved():
-            interval = self._rental_orders.search_interval
-            timeout = interval if timeout is None else min(interval, timeout)
+            timeouts.append(self._rental_orders.search_interval)
+        timeout = min((t for t in timeouts if t is not None), default=None)
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
             request.run()
@@ -355,17 +345,17 @@ class RentalWorker:
         current = self._current
         if current is None or current.accepted or current.order_id is None or self.kept:
             return False
-        return self.signalled is not None or self._exceed()
+        return self.signalled is not None or self._exceeds_limit()
 
-    def _exceed(self) -> bool:
+    def _exceeds_limit(self) -> bool:
         """Check the limits, and return whether one was reached, now or before."""
-        if self.exceeded is None and (text := self.budget.exceeded_by()) is not None:
+        if self._exceeded is None and (limit := self.budget.exceeded_by()) is not None:
             order_id = None if self._current is None else self._current.order_id
-            self.exceeded = BudgetExceededError(
-                text, order_id=order_id, hours=self.budget.hours, cost_usd=self.budget.cost_usd
+            self._exceeded = BudgetExceededError(
+                limit, order_id=order_id, hours=self.budget.hours, cost_usd=self.budget.cost_usd
             )
-            logger.warning("%s", self.budget_error(self.exceeded))
-        return self.exceeded is not None
+            logger.warning("%s", self.budget_error())
+        return self._exceeded is not None
 
     # --- buying ---
 
@@ -415,7 +405,7 @@ class RentalWorker:
         current = self._current
         if current is None or current.order_id is None:
             return
-        # In its own thread, because the cancel may have to wait for the API.
+        # Close SSH in its own thread: neither it nor the cancel must wait for the other.
         threading.Thread(target=self.close_ssh, name="clore-rental-close", daemon=True).start()
         orders = self._rental_orders
         failure = orders.try_to_cancel(current, orders.deadline)
@@ -423,10 +413,10 @@ class RentalWorker:
             logger.error("order %d could not be cancelled: %s", current.order_id, failure)
         self.close_ssh()  # the block may have opened another one
 
-    def _end_current(self) -> BaseException | None:
-        failure = None if self._current is None else self._rental_orders.end(self._current)
-        self._current = None
-        return failure
+    def _end_current(self) -> None:
+        current, self._current = self._current, None
+        if current is not None and (failure := self._rental_orders.end(current)) is not None:
+            raise failure
 
 
 def _end_all() -> None:

@@ -23,7 +23,7 @@ from tests.variant import Simulator
 
 pytestmark = pytest.mark.internal
 
-FACTS: dict[str, Any] = {"server_id": 7, "started": 1000.0, "image": "i", "spot": False}
+FIELDS: dict[str, Any] = {"server_id": 7, "started": 1000.0, "image": "i", "spot": False}
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "state" / "clore-client"
 
 
-def left(client: CloreClient, folder: Path, order: Order | None, **facts: Any) -> Path:
+def left(client: CloreClient, folder: Path, order: Order | None, **fields: Any) -> Path:
     """Write an entry like that of a dead process."""
     base_url = str(client.BASE_URL).rstrip("/")
     path = folder / f"{os.urandom(8).hex()}.json"
@@ -49,7 +49,7 @@ def left(client: CloreClient, folder: Path, order: Order | None, **facts: Any) -
         "before": [],
         "pid": 1,
         **this_machine(),
-        **facts,
+        **fields,
     }
     path.write_text(json.dumps(content))
     return path
@@ -77,7 +77,7 @@ def test_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def test_the_content_of_an_entry(folder: Path) -> None:
-    entry = write_entry(folder, FACTS)
+    entry = write_entry(folder, FIELDS)
     assert entry is not None
     assert stat.S_IMODE(entry.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -97,15 +97,15 @@ def test_an_entry_has_no_secret(sim: Simulator, client: CloreClient, folder: Pat
     with client.rent(env={"SECRET": "hush-env"}, **secrets, **QUICK) as rental:
         (path,) = folder.glob("*.json")
         text = path.read_text()
-        facts = json.loads(text)
+        fields = json.loads(text)
     assert "hush" not in text
     assert sim.api_key not in text
-    assert facts["order_id"] == rental.order.id
-    assert facts["server_id"] == rental.order.server_id
-    assert facts["image"] == rental.order["image"]
-    assert facts["currency"] == "CLORE-Blockchain"
-    assert facts["base_url"] == sim.url
-    assert abs(facts["started"] - time.time()) < 60
+    assert fields["order_id"] == rental.order.id
+    assert fields["server_id"] == rental.order.server_id
+    assert fields["image"] == rental.order["image"]
+    assert fields["currency"] == "CLORE-Blockchain"
+    assert fields["base_url"] == sim.url
+    assert abs(fields["started"] - time.time()) < 60
 
 
 def test_an_entry_is_written_before_the_request_is_sent(
@@ -127,7 +127,7 @@ def test_an_entry_is_written_before_the_request_is_sent(
 
 
 def test_a_lock_shows_that_the_process_is_alive(folder: Path) -> None:
-    entry = write_entry(folder, FACTS)
+    entry = write_entry(folder, FIELDS)
     assert entry is not None
     (found,) = read_entries(folder)
     assert (found.abandoned, found.of_this_machine) == (False, True)
@@ -288,8 +288,8 @@ def test_an_order_that_may_belong_to_another_process_is_not_touched(
     dead = left(client, folder, order, order_id=None, started=time.time())
     entry = None
     if other == "living":
-        facts = {k: v for k, v in json.loads(dead.read_text()).items() if k != "pid"}
-        entry = write_entry(folder, facts)
+        fields = {k: v for k, v in json.loads(dead.read_text()).items() if k != "pid"}
+        entry = write_entry(folder, fields)
     else:
         left(client, folder, order, order_id=None, started=time.time(), boot="another",
              machine="another", host="another")  # fmt: skip
@@ -301,7 +301,7 @@ def test_an_order_that_may_belong_to_another_process_is_not_touched(
 
 
 @pytest.mark.parametrize(
-    ("facts", "fits"),
+    ("fields", "fits"),
     [
         ({}, True),
         ({"server_id": 8}, False),
@@ -323,12 +323,12 @@ def test_an_order_that_may_belong_to_another_process_is_not_touched(
         ({"started": None}, False),
     ],
 )
-def test_the_order_that_matches_an_entry(facts: dict[str, Any], fits: bool) -> None:
+def test_the_order_that_matches_an_entry(fields: dict[str, Any], fits: bool) -> None:
     entry = {"server_id": 7, "image": "i", "currency": "bitcoin", "spot": False,
              "started": 1_000_000.0, "before": []}  # fmt: skip
     order = Order(order_id=5, renting_server=7, image="i", currency="bitcoin", spot=False,
                   started=1_000_000, status="running")  # fmt: skip
-    assert matches_entry({**entry, **facts}, order) is fits
+    assert matches_entry({**entry, **fields}, order) is fits
     assert not matches_entry(entry, Order(order, status="expired"))
 
 
@@ -355,8 +355,8 @@ def test_an_entry_written_while_the_orders_are_read_is_respected(
 
     def request(method: str, endpoint: str, *args: Any, **kwargs: Any) -> Any:
         if endpoint == "/v1/my_orders" and not living:
-            facts = {k: v for k, v in json.loads(dead.read_text()).items() if k != "pid"}
-            living.append(write_entry(folder, {**facts, "order_id": order.id}))
+            fields = {k: v for k, v in json.loads(dead.read_text()).items() if k != "pid"}
+            living.append(write_entry(folder, {**fields, "order_id": order.id}))
         return real(method, endpoint, *args, **kwargs)
 
     monkeypatch.setattr(client, "_request", request)

@@ -625,7 +625,8 @@ def test_the_cost_of_servers_that_did_not_work_counts(sim: Simulator) -> None:
         time.sleep(0.5)
     charged = sum(order.charged_usd for order in sim.orders)
     assert len(sim.orders) == 2
-    assert rental.cost_usd == pytest.approx(charged, rel=0.25)
+    # The client counts from the send of an order until the answer to its cancel.
+    assert rental.cost_usd >= 0.99 * charged
 
 
 @pytest.mark.parametrize("limit", ["hours", "cost"])
