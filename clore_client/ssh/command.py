@@ -50,7 +50,7 @@ LATE_OUTPUT = 4 << 20  # bytes beyond a window that an ended command may have le
 GRACE = 1.0  # seconds between SIGTERM and SIGKILL
 PATIENCE = 2.0  # seconds after which a call that should be short is stuck
 KILL_POLL = 0.1  # seconds between two checks of whether a process has ended
-BROKEN = "the connection broke before the command had ended: it may still run on the machine"
+BROKEN = "the connection broke before the command had ended: it may still run on the host"
 
 # Run on a second channel: sshd before 9.8 rejects the protocol's own signals for root.
 # dropbear gives a command no process group of its own: there, its descendants are killed.
@@ -206,7 +206,7 @@ class RunningCommand:
             channel_request(self._channel, "exec", line)
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
-                raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
+                raise SSHError(f"the host did not start the command within {START_TIMEOUT:g}s")
 
     def _wait_for_shell(self) -> bool:
         """Wait for the shell, as its start-up files would read the command's input.
@@ -219,7 +219,7 @@ class RunningCommand:
                 if not self._time_left():
                     return False
                 raise SSHError(
-                    f"the machine did not start the command within {START_TIMEOUT:g}s: a start-up "
+                    f"the host did not start the command within {START_TIMEOUT:g}s: a start-up "
                     "file there, such as ~/.bashrc, may wait, or read the command's input"
                 )
             self._read_or_wait(deadline - time.monotonic())
@@ -382,13 +382,13 @@ class RunningCommand:
             raise SSHError(BROKEN)
         if not known:
             raise SSHError(
-                "the machine did not start the command, or closed its channel without telling how "
+                "the host did not start the command, or closed its channel without telling how "
                 "it ended"
             )
         if self._pid_line.pid is None:
             said = self._output.text(STDERR).strip() or self._output.text(STDOUT).strip()
             raise SSHError(
-                "the machine did not run the command: it runs another one instead, or its shell "
+                "the host did not run the command: it runs another one instead, or its shell "
                 f"ended first (exit code {code}); it says: {printable(said, 300) or 'nothing'}"
             )
         return code if code >= 0 else -1

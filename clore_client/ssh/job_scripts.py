@@ -30,7 +30,7 @@ _JOBS = (
     + r"""
 jobs=$PWD/.clore/jobs
 nap() { sleep "$1" 2>/dev/null || sleep 1; }
-boot() { # prints what changes when the machine or its container starts anew
+boot() { # prints what changes when the host or its container starts anew
   r=; { read -r r </proc/sys/kernel/random/boot_id; } 2>/dev/null
   echo "$r/$(born 1)"
 }

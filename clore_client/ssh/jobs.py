@@ -1,4 +1,4 @@
-"""Jobs: commands that run on a machine without a connection, and keep their output there."""
+"""Jobs: commands that run on a host without a connection, and keep their output there."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from clore_client.ssh.transport import (
 )
 from clore_client.validation import check_callback, check_count, check_number, short_repr
 
-JOB_TIMEOUT = 30.0  # seconds without a word of the machine
-LEAST_PATIENCE = 5.0  # seconds for a login or a word of the machine, even if less time is left
+JOB_TIMEOUT = 30.0  # seconds without a word of the host
+LEAST_PATIENCE = 5.0  # seconds for a login or a word of the host, even if less time is left
 MAX_TAIL = 8 * 1024 * 1024  # bytes
 MAX_PORTION = 1048576  # bytes of output that follow one size
 MAX_JOBS = 10_000
@@ -74,12 +74,12 @@ class JobCommand:
 
 
 class JobState:
-    """The state of a job, as the machine reports it.
+    """The state of a job, as the host reports it.
 
     Attributes:
         status: ``"running"``, ``"exited"``, ``"killed"`` or ``"lost"``.
         exit_code: of the command, or None.
-        started: Unix time on the machine's clock.
+        started: Unix time on the host's clock.
     """
 
     def __init__(self, status: str, exit_code: int | None = None, started: float = 0.0) -> None:
@@ -93,16 +93,16 @@ class JobState:
         """Read what the scripts print about a job."""
         found = re.fullmatch(_JOB_STATE, text)
         if found is None:
-            raise SSHError(f"the machine describes a job in a way that can't be read: {text!r}")
+            raise SSHError(f"the host describes a job in a way that can't be read: {text!r}")
         status, code, started = found.groups()
         return cls(status, int(code) if status == "exited" else None, float(started))
 
 
 class HostJobs:
-    """The jobs of one machine.
+    """The jobs of one host.
 
     Parameters:
-        connect: returns connections to the machine; the argument limits the seconds to wait for it.
+        connect: returns connections to the host; the argument limits the seconds to wait for it.
         reconnects: whether it can do so again; not if the caller gave the connection.
     """
 
@@ -142,7 +142,7 @@ class HostJobs:
                 raise JobError(f"job {name!r}: {error}", name=name) from error
 
     def connected(self, deadline: float = math.inf) -> ConnectionPool:
-        """Return connections to the machine, to be entered."""
+        """Return connections to the host, to be entered."""
         return self._connect(max(0.0, deadline - time.monotonic()))
 
     def start(self, job: JobCommand) -> Job:
@@ -157,7 +157,7 @@ class HostJobs:
         return Job(self, job.name, job.line, JobState.parse(f"running - {started}"))
 
     def find(self, name: str = "") -> list[Job]:
-        """Return the jobs of the machine, or the one with this name."""
+        """Return the jobs of the host, or the one with this name."""
         jobs: list[Job] = []
         with self.connected() as pool, self.script(pool, "jobs", name=name) as script:
             while (line := script.line()) != b"end":
@@ -173,14 +173,14 @@ class HostJobs:
         for job in self.find(name):
             if job.name == name:
                 return job
-        raise JobError(f"the machine has no job {name!r}: jobs() lists those it has", name=name)
+        raise JobError(f"the host has no job {name!r}: jobs() lists those it has", name=name)
 
 
 class Job:
-    """A command that runs on a machine without a connection; see ``CloreClient.start``.
+    """A command that runs on a host without a connection; see ``CloreClient.start``.
 
     Each method and property opens a connection, unless the job is known to have ended. Its files
-    are in ``~/.clore/jobs/<name>`` on the machine.
+    are in ``~/.clore/jobs/<name>`` on the host.
 
     Attributes:
         name: the name of the job.
@@ -203,8 +203,8 @@ class Job:
         """Return the status of the job now.
 
         Returns:
-            ``"running"``; ``"exited"``, by itself; ``"killed"``, by a signal, the machine's memory
-            limit, or :meth:`stop`; ``"lost"``, when the machine or its container was started anew,
+            ``"running"``; ``"exited"``, by itself; ``"killed"``, by a signal, the host's memory
+            limit, or :meth:`stop`; ``"lost"``, when the host or its container was started anew,
             or the order has ended.
         """
         return self._look().status
@@ -219,7 +219,7 @@ class Job:
 
     @property
     def started(self) -> float:
-        """Return the Unix time of its start, by the machine's clock."""
+        """Return the Unix time of its start, by the host's clock."""
         return self._state.started
 
     def tail(self, lines: int = 50) -> str:
@@ -229,7 +229,7 @@ class Job:
             lines: the number of lines; the text has 8 MB at most.
 
         Raises:
-            JobError: the machine has no such job any more.
+            JobError: the host has no such job any more.
 
         Example:
             >>> print(job.tail(2))
@@ -264,7 +264,7 @@ class Job:
 
         Raises:
             JobTimeoutError: the job did not end in time. It still runs.
-            SSHError: the machine can't be reached any more, or not with these login arguments.
+            SSHError: the host can't be reached any more, or not with these login arguments.
 
         Example:
             >>> job.follow(on_output=print)
@@ -305,7 +305,7 @@ class Job:
         """Remove a job that has ended, with its output, so that its name is free again.
 
         Raises:
-            JobError: the job still runs, or the machine has no such job.
+            JobError: the job still runs, or the host has no such job.
 
         Example:
             >>> job.remove()

@@ -1,4 +1,4 @@
-"""Connect this terminal to a shell on a machine."""
+"""Connect this terminal to a shell on a host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clore_client.ssh.transport import Watchdog, connection_errors, open_session
 if TYPE_CHECKING:
     import paramiko
 
-SHELL_TIMEOUT = 30.0  # seconds for a machine to open a terminal
+SHELL_TIMEOUT = 30.0  # seconds for a host to open a terminal
 SHELL_LOOK = 0.25  # seconds between two looks at the size of the window
 SHELL_PIECE = 65536  # bytes
 
@@ -43,7 +43,7 @@ def check_terminal() -> tuple[int, int]:
 
 
 def run_shell(ssh: paramiko.SSHClient) -> int:
-    """Run the login shell of a machine in this terminal; see ``CloreClient.shell``."""
+    """Run the login shell of a host in this terminal; see ``CloreClient.shell``."""
     source, target = check_terminal()
     with Watchdog() as watchdog:
         terminal = _Terminal(ssh.get_transport(), watchdog, source, target)
@@ -52,7 +52,7 @@ def run_shell(ssh: paramiko.SSHClient) -> int:
 
 
 class _Terminal:
-    """Passes bytes between this terminal and a shell on a machine."""
+    """Passes bytes between this terminal and a shell on a host."""
 
     def __init__(self, transport: Any, watchdog: Watchdog, source: int, target: int) -> None:
         self._transport = transport
@@ -95,7 +95,7 @@ class _Terminal:
             if not self._transport.is_active():
                 raise
             raise SSHError(
-                f"the machine did not open a terminal ({reason(error)}): use run()"
+                f"the host did not open a terminal ({reason(error)}): use run()"
             ) from error
 
     def _ended(self) -> bool:
@@ -113,7 +113,7 @@ class _Terminal:
     def _pass_on(self) -> None:
         """Pass on what there is, in both directions; return soon if there is nothing."""
         channel = self._channel
-        # A send would wait for the machine to read, and this for the machine's output.
+        # A send would wait for the host to read, and this for the host's output.
         wanted = [self._source] if self._reads and channel.send_ready() else []
         ready, _, _ = select.select([channel, *wanted], [], [], SHELL_LOOK)
         if channel.recv_ready():
@@ -149,7 +149,7 @@ def _write_all(target: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _raw_mode(source: int) -> Iterator[None]:
-    """Let every key go to the machine, for a block, whichever way it ends."""
+    """Let every key go to the host, for a block, whichever way it ends."""
     import termios
     import tty
 

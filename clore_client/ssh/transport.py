@@ -203,7 +203,7 @@ def open_session(
     give_up_at = time.monotonic() + patience
     while True:
         if transport is None or not transport.is_active():
-            raise SSHError("the connection to the machine is closed")
+            raise SSHError("the connection to the host is closed")
         try:
             channel = transport.open_session(
                 window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
@@ -215,7 +215,7 @@ def open_session(
             refused = _is_refusal(error)
             if not refused or time.monotonic() >= give_up_at:
                 kind = NoChannelError if refused else SSHError
-                raise kind(f"the machine opened no channel: {reason(error)}") from error
+                raise kind(f"the host opened no channel: {reason(error)}") from error
             time.sleep(CHANNEL_PAUSE)
     channel.settimeout(timeout)
     _guard_channel(channel)
@@ -487,7 +487,7 @@ class LimitedChannel:
     def recv_exit_status(self) -> int:
         """Return the exit status; -1 where the channel ended without one."""
         if not self._channel.status_event.wait(self.timeout):
-            raise SSHError(f"the machine did not end the command within {self.timeout:g}s")
+            raise SSHError(f"the host did not end the command within {self.timeout:g}s")
         return int(self._channel.exit_status)
 
     def shutdown_write(self) -> None:
@@ -504,7 +504,7 @@ class LimitedChannel:
                 return call(*arguments)
             except Exception as error:
                 if isinstance(error, TimeoutError) or limit.expired:
-                    late = f"the machine {failing} for {self.timeout:g}s"
+                    late = f"the host {failing} for {self.timeout:g}s"
                     raise SSHError(late) from error
                 raise
 

@@ -181,7 +181,7 @@ def test_a_connection_that_breaks(server: Sshd, open_terminal: MakeTerminal) -> 
 def test_a_machine_without_terminals(tmp_path: Path, open_terminal: MakeTerminal) -> None:
     with running_sshd(tmp_path / "no", "PasswordAuthentication no\nPermitTTY no") as server:
         terminal = open_terminal(server.order(), server.key)
-        terminal.expect("<<SSHError: the machine did not open a terminal")
+        terminal.expect("<<SSHError: the host did not open a terminal")
         assert terminal.is_restored
 
 
