@@ -174,7 +174,7 @@ def test_a_connection_that_breaks(server: Sshd, open_terminal: MakeTerminal) -> 
         terminal.type("echo re''ady\r")
         terminal.expect("ready")
         relay.cut()
-        terminal.expect("<<SSHError: the connection broke, and the shell with it")
+        terminal.expect("<<SSHError: the connection broke, and the shell ended")
         assert terminal.is_restored
 
 
