@@ -14,7 +14,7 @@ from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.progress import ProgressEvent, Report, readable_seconds
 from clore_client.ssh.keys import KeyCheck, fingerprint_of
-from clore_client.ssh.openssh import HostConfig, plain_address
+from clore_client.ssh.openssh import HostConfig
 from clore_client.ssh.transport import (
     PARAMIKO_LOGGER,
     Watchdog,
@@ -44,13 +44,14 @@ class Login:
     """The checked arguments of a login to the host of an order.
 
     Parameters:
+        address: of the host, as ``plain_address`` returns it.
         agent_key: a key of the SSH agent, or None.
         on_failure: called with the error of a failed login; may raise a better one.
     """
 
     def __init__(
         self,
-        order: Any,
+        address: dict[str, Any],
         keys: KeyCheck,
         timeout: float,
         agent_key: Any,
@@ -62,7 +63,7 @@ class Login:
         wait: float,
         use_ssh_config: bool,
     ) -> None:
-        self.address = plain_address(order)
+        self.address = address
         self.where = "{user}@{host}:{port}".format(**self.address)
         if passphrase is not None and key_path is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
@@ -143,7 +144,6 @@ class Login:
         try:
             self._log_in(ssh)
             keep_alive(ssh.get_transport())
-            self.keys.remember()
         except BaseException:
             _give_up(ssh)
             raise
@@ -155,6 +155,7 @@ class Login:
                 self._connect(ssh)
                 if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
                     raise self._paramiko.ssh_exception.PartialAuthentication([])
+                self.keys.remember(ssh.get_transport().get_remote_server_key())
             except SSHError:
                 raise
             except Exception as error:

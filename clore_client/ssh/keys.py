@@ -7,7 +7,6 @@ import contextlib
 import hmac
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,11 @@ class HostKeys:
         self._account = account[:12]
         self._seen: dict[str, list[Pin]] = {}
 
-    def alias(self, order_id: int | None, address: str) -> str:
+    def alias(self, order_id: int | None, address: dict[str, Any]) -> str:
         """Return the name for the key of an order; the address if the order has no id."""
-        return f"clore-order-{order_id}-{self._account}" if order_id else address
+        if order_id:
+            return f"clore-order-{order_id}-{self._account}"
+        return "{host}:{port}".format(**address)
 
     def of(self, alias: str) -> list[Pin]:
         """Return the pinned keys of a host."""
@@ -157,16 +158,17 @@ class KeyCheck:
     Parameters:
         pins: the pinned keys.
         order_id: the id of the order, or None.
-        address: its host and port.
+        address: its address, as ``plain_address`` returns it.
         mode: ``"pin"``, ``"accept"`` or a fingerprint.
     """
 
-    def __init__(self, pins: HostKeys, order_id: int | None, address: str, mode: str) -> None:
+    def __init__(
+        self, pins: HostKeys, order_id: int | None, address: dict[str, Any], mode: str
+    ) -> None:
         self._pins = pins
         self._order_id = order_id
         self._alias = pins.alias(order_id, address)
         self._mode = mode
-        self._shown = threading.local()  # several threads may log in at once
 
     @property
     def wanted_types(self) -> list[str]:
@@ -178,16 +180,14 @@ class KeyCheck:
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
         """Check a host's key; paramiko calls this before it sends anything secret."""
-        shown = pin_of(key)
-        self._check(shown)
-        self._shown.pin = shown
+        self._check(pin_of(key))
 
-    def remember(self) -> None:
+    def remember(self, key: Any) -> None:
         """Pin the host's key, after a successful login."""
-        shown: Pin | None = getattr(self._shown, "pin", None)
-        if self._mode == "accept" or shown is None:
-            return
+        shown = pin_of(key)
         self._check(shown)  # again: another thread may have pinned another key
+        if self._mode == "accept":
+            return
         if self._mode != "pin" or shown not in self._pins.of(self._alias):
             self._pins.keep(self._alias, shown)
 

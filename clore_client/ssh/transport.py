@@ -103,8 +103,8 @@ def _preferred(names: Any, first: Any) -> list[str]:
 
 def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
     """Limit what a host may send: paramiko takes lines, packets and counts of any size."""
-    read_timeout: Any = getattr(packetizer, "_read_timeout", None)
-    read_all, read_message = packetizer.read_all, packetizer.read_message
+    read_timeout, read_all = packetizer._read_timeout, packetizer.read_all
+    read_message = packetizer.read_message
     greeting = 0
     packetizer.last_received = time.monotonic()
 
@@ -148,9 +148,7 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
         failure = get_exception()
         if failure is None or isinstance(failure, (error, OSError, EOFError)):
             return failure
-        named_error = error(f"it broke off ({type(failure).__name__})")
-        named_error.__cause__ = failure
-        return named_error
+        return error(f"it broke off ({type(failure).__name__})")
 
     transport.get_exception = named
 
