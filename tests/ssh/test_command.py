@@ -788,7 +788,7 @@ async def tells_a_status_and_breaks_off(command: str, process: Any) -> None:
 @pytest.mark.parametrize(
     ("run", "text"),
     [
-        (closes_without_status, "without telling how it ended"),
+        (closes_without_status, "without an exit code"),
         (breaks_off, "broke before"),
         (tells_a_status_and_breaks_off, "broke before"),
     ],
