@@ -79,7 +79,7 @@ def check_connection(ssh: Any) -> Any:
 
 
 class SSHAccess:
-    """SSH access to the hosts of an account.
+    """Log in to the hosts of an account.
 
     Parameters:
         client: the client, for its API key and base URL.

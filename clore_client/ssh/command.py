@@ -134,7 +134,7 @@ class Command:
 
 
 class RunningCommand:
-    """A command that runs on a channel."""
+    """Run a command on a channel."""
 
     def __init__(
         self, transport: Any, watchdog: Watchdog, command: Command, output: CommandOutput

@@ -112,7 +112,7 @@ MAX_STDERR_BEFORE_PID = 65536  # bytes to hold back of what start-up files print
 
 
 class CommandOutput:
-    """Collects the output of a command, and calls ``on_output`` with each of its lines.
+    """Collect the output of a command, and call ``on_output`` with each of its lines.
 
     Parameters:
         max_output: the bytes of both streams to keep.
@@ -158,7 +158,7 @@ class CommandOutput:
 
 
 class LineSplitter:
-    """Splits a stream into lines, and passes each of them to ``on_output``."""
+    """Split a stream into lines, and pass each of them to ``on_output``."""
 
     def __init__(self, stream: str, on_output: Callable[[OutputLine], object]) -> None:
         self._stream = stream

@@ -291,7 +291,7 @@ def _give_up(ssh: Any) -> None:
 
 
 class ConnectionPool:
-    """The connections of one call: the caller's own, or up to ``size`` new ones.
+    """Keep the connections of one call: the caller's own, or up to ``size`` new ones.
 
     Parameters:
         login: for new connections; None if ``ssh`` is used.

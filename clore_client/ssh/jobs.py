@@ -1,4 +1,4 @@
-"""Jobs: commands that run on a host without a connection, and keep their output there."""
+"""Start, follow and stop jobs: commands that run on a host without a connection."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from clore_client.ssh.transport import (
 )
 from clore_client.validation import check_callback, check_count, check_number, short_repr
 
-JOB_TIMEOUT = 30.0  # seconds without a word of the host
-LEAST_PATIENCE = 5.0  # seconds for a login or a word of the host, even if less time is left
+JOB_TIMEOUT = 30.0  # seconds without any output of a script
+LEAST_PATIENCE = 5.0  # seconds for a login or an answer, even if less time is left
 MAX_TAIL = 8 * 1024 * 1024  # bytes
-MAX_PORTION = 1048576  # bytes of output that follow one size
+MAX_PORTION = 1048576  # bytes of output after one size
 MAX_JOBS = 10_000
-MOST_USELESS_TRIES = 3  # connections that bring nothing of a job, one after the other
-RECONNECT_PAUSE = 1.0  # seconds between two connections at least
+MOST_USELESS_TRIES = 3  # consecutive connections that receive nothing of a job
+RECONNECT_PAUSE = 1.0  # least seconds between two connections
 # A name, its state, its exit code or "-", and the time of its start.
 _JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
 _SIGNAL_CODES = range(129, 193)
@@ -51,7 +51,7 @@ Connect = Callable[[float], ConnectionPool]
 
 
 class JobCommand:
-    """The arguments of ``start``, checked."""
+    """The checked arguments of ``start``."""
 
     def __init__(
         self,
@@ -99,11 +99,11 @@ class JobState:
 
 
 class HostJobs:
-    """The jobs of one host.
+    """Start and find the jobs of one host.
 
     Parameters:
-        connect: returns connections to the host; the argument limits the seconds to wait for it.
-        reconnects: whether it can do so again; not if the caller gave the connection.
+        connect: returns connections to the host; the argument limits the seconds of the login.
+        reconnects: it can be called again; False if the caller gave the connection.
     """
 
     def __init__(self, connect: Connect, reconnects: bool) -> None:
@@ -131,7 +131,7 @@ class HostJobs:
     def named_script(
         self, verb: str, *, name: str, **values: bytes | str | int
     ) -> Iterator[RemoteScript]:
-        """Run a script for one job on a connection of its own; what goes wrong is a JobError."""
+        """Run a script for one job on a connection of its own; raise a JobError if it fails."""
         with self.connected() as pool:
             try:
                 with self.script(pool, verb, name=name, **values) as script:
@@ -142,7 +142,7 @@ class HostJobs:
                 raise JobError(f"job {name!r}: {error}", name=name) from error
 
     def connected(self, deadline: float = math.inf) -> ConnectionPool:
-        """Return connections to the host, to be entered."""
+        """Return connections to the host, which open when they are entered."""
         return self._connect(max(0.0, deadline - time.monotonic()))
 
     def start(self, job: JobCommand) -> Job:
@@ -203,15 +203,15 @@ class Job:
         """Return the status of the job now.
 
         Returns:
-            ``"running"``; ``"exited"``, by itself; ``"killed"``, by a signal, the host's memory
-            limit, or :meth:`stop`; ``"lost"``, when the host or its container was started anew,
-            or the order has ended.
+            ``"running"``; ``"exited"``; ``"killed"``, by a signal, the host's memory limit, or
+            :meth:`stop`; ``"lost"``, if the host or its container was restarted, or the order has
+            ended.
         """
         return self._look().status
 
     @property
     def exit_code(self) -> int | None:
-        """Return the exit code, or None while the job runs, and where nothing recorded it.
+        """Return the exit code; None while the job runs, or if none was recorded.
 
         It is 128 plus the number of the signal if one ended the command.
         """
@@ -219,7 +219,7 @@ class Job:
 
     @property
     def started(self) -> float:
-        """Return the Unix time of its start, by the host's clock."""
+        """Return the Unix time of the start, by the host's clock."""
         return self._state.started
 
     def tail(self, lines: int = 50) -> str:
@@ -229,7 +229,7 @@ class Job:
             lines: the number of lines; the text has 8 MB at most.
 
         Raises:
-            JobError: the host has no such job any more.
+            JobError: the host no longer has the job.
 
         Example:
             >>> print(job.tail(2))
@@ -251,11 +251,11 @@ class Job:
     ) -> int | None:
         """Pass on the output from its start, and wait for the end of the job.
 
-        A connection that breaks is opened again, and the output goes on where it stopped: no line
-        is lost, none comes twice. Ctrl-C ends the following, not the job.
+        If the connection breaks, it connects again and continues where the output stopped: no line
+        is lost, and none comes twice. Ctrl-C does not end the job.
 
         Parameters:
-            on_output: called with each line, without its line end. stdout and stderr come together.
+            on_output: called with each line of stdout and stderr, without its line end.
             timeout: seconds to follow; None follows to the end.
             on_progress, progress: as for :meth:`CloreClient.wait_for_order`.
 
@@ -264,7 +264,7 @@ class Job:
 
         Raises:
             JobTimeoutError: the job did not end in time. It still runs.
-            SSHError: the host can't be reached any more, or not with these login arguments.
+            SSHError: the host can't be reached any more, or refused the login.
 
         Example:
             >>> job.follow(on_output=print)
@@ -349,7 +349,7 @@ class Job:
 
 
 class JobOutput:
-    """Receives the output of a job until its end, over as many connections as necessary.
+    """Receive the output of a job until its end, over as many connections as necessary.
 
     Parameters:
         skip: receive no output, and only wait for the end.

@@ -56,7 +56,7 @@ def check_host_key(value: Any) -> str:
 
 
 class HostKeys:
-    """The pinned host keys of an account, in memory and in the state folder.
+    """Keep the pinned host keys of an account, in memory and in the state folder.
 
     Parameters:
         folder: the state folder, or None if none is used.
@@ -142,7 +142,7 @@ class HostKeys:
 
 
 def _names(names: str, alias: str) -> bool:
-    """Check whether the first word of a line names a host; OpenSSH may have hashed it."""
+    """Check if the first word of a line names a host; OpenSSH may have hashed it."""
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -153,7 +153,7 @@ def _names(names: str, alias: str) -> bool:
 
 
 class KeyCheck:
-    """Checks the host key of one order; also paramiko's policy for unknown hosts.
+    """Check the host key of one order, as paramiko's policy for unknown hosts.
 
     Parameters:
         pins: the pinned keys.

@@ -161,7 +161,7 @@ def _identity_files(entry: Any) -> list[str]:
 
 
 class OpenSSH:
-    """Writes command lines and configuration entries for a host.
+    """Write command lines and configuration entries for a host.
 
     Parameters:
         pins: the pinned host keys.

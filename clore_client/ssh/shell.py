@@ -53,7 +53,7 @@ def run_shell(ssh: paramiko.SSHClient) -> int:
 
 
 class _Terminal:
-    """Passes bytes between this terminal and a shell on a host."""
+    """Pass bytes between this terminal and a shell on a host."""
 
     def __init__(self, transport: Any, watchdog: Watchdog, source: int, target: int) -> None:
         self._transport = transport

@@ -59,7 +59,7 @@ def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
 
 
 class Forward:
-    """Forwards a local port to a port of a host, for the length of a ``with`` block.
+    """Forward a local port to a port of a host, for the length of a ``with`` block.
 
     Entering it returns the local port, which listens on 127.0.0.1 only. Each connection to it is
     forwarded to the port on the host's localhost; it is reset if nothing listens there. Leaving the
