@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 TOO_SLOW = "it did not finish the SSH handshake in time"
 SSH_PAUSE = 2.0  # seconds between two attempts to reach an sshd that is not up yet
-FIRST_CONNECT = 5.0  # seconds for the first TCP connection
 LOOK_EVERY = 15.0  # seconds between two checks if the order has ended
 
 
@@ -79,7 +78,6 @@ class Login:
         if self.key_path is not None:
             self.key = self._read_key(self.key_path, passphrase)
         self._config = HostConfig(self.address, use_ssh_config)
-        self._tried = False
 
     def _read_key(self, path: str, passphrase: str | None) -> Any:
         shown = printable(repr(path), 200)
@@ -171,7 +169,7 @@ class Login:
                 username=self.address["user"],
                 password=self.password,
                 pkey=self.key,
-                timeout=self._connect_timeout(),
+                timeout=self.timeout,
                 banner_timeout=self.timeout,
                 auth_timeout=self.timeout,
                 channel_timeout=self.timeout,
@@ -185,14 +183,6 @@ class Login:
             for hop in hops:
                 hop.close()
             raise
-
-    def _connect_timeout(self) -> float:
-        """Return the TCP timeout; shorter for the first of several attempts.
-
-        After the first failure, the client checks if the order has ended.
-        """
-        first, self._tried = not self._tried, True
-        return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
@@ -256,25 +246,17 @@ class Login:
                 f"{self.where} closed the connection during the login with the {what}: it was "
                 "refused, perhaps after too many attempts"
             )
-        methods = methods or self._accepted_methods(ssh)
-        accepted = ", ".join(printable(str(name), 40) for name in methods[:8])
+        accepted = printable(", ".join(map(str, methods or ())), 200)
         if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
-            return f"{self.where} accepted the {what}, but also requires: {accepted}"
+            return (
+                f"{self.where} accepted the {what}, but also requires: "
+                f"{accepted or 'another login method'}"
+            )
         accepts = f"; it accepts: {accepted}" if accepted else ""
         return (
             f"{self.where} refused the login with the {what}{accepts}. "
             "Was the order made with another password or key?"
         )
-
-    def _accepted_methods(self, ssh: Any) -> list[str]:
-        # The response to a login without credentials lists the methods.
-        try:
-            ssh.get_transport().auth_none(self.address["user"])
-        except self._paramiko.BadAuthenticationType as error:
-            return list(error.allowed_types)
-        except Exception as error:
-            logger.debug("%s does not list its login methods: %s", self.where, error)
-        return []
 
 
 def _break_off(ssh: Any) -> None:
