@@ -380,7 +380,7 @@ pytestmark = pytest.mark.internal
 
 
 class Service:
-    """A web service: a list of statuses, of which the last one stays; and what it was sent."""
+    """A web service that answers with each status of a list, and repeats the last one."""
 
     def __init__(self, context: ssl.SSLContext | None = None, port: int = 0) -> None:
         self.statuses = [200]
