@@ -9,7 +9,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any
 
 from clore_client.errors import (
     HostKeyChangedError,
@@ -26,7 +25,7 @@ from clore_client.ssh.command_text import LineSplitter, SecretBytes, command_lin
 from clore_client.ssh.connect import ConnectionPool
 from clore_client.ssh.job_scripts import JOB_RUNNER, job_script
 from clore_client.ssh.openssh import PLAIN_NAME, check_plain_name
-from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
+from clore_client.ssh.transfer.remote_script import RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
 from clore_client.ssh.transport import (
     Watchdog,
@@ -112,54 +111,49 @@ class HostJobs:
 
     @contextlib.contextmanager
     def script(
-        self, pool: ConnectionPool, verb: str, timeout: float = math.inf, /,
-        **values: bytes | str | int,
-    ) -> Iterator[RemoteScript]:  # fmt: skip
-        """Run a script on a connection, for the length of a block."""
-        transport = pool.ssh.get_transport()
-        turn = threading.Lock() if takes_turns(transport) else None
-        with Watchdog() as watchdog:
-            text = SecretBytes(script_text(verb, job_script(verb), **values))
-            running = RemoteScript(transport, text, watchdog, min(timeout, JOB_TIMEOUT), turn=turn)
-            try:
-                with running:
-                    yield running
-            except NoShellError as error:
-                raise JobError(f"a job needs a POSIX shell: {error}") from error
-
-    @contextlib.contextmanager
-    def named_script(
-        self, verb: str, *, name: str, **values: bytes | str | int
+        self, verb: str, deadline: float = math.inf, /, **values: bytes | str | int
     ) -> Iterator[RemoteScript]:
-        """Run a script for one job on a connection of its own; raise a JobError if it fails."""
-        with self.connected() as pool:
+        """Run a script on a connection of its own, for the length of a block."""
+        left = deadline - time.monotonic()
+        limit = min(JOB_TIMEOUT, max(left, LEAST_PATIENCE))
+        text = SecretBytes(script_text(verb, job_script(verb), **values))
+        with self._connect(max(0.0, left)) as pool, Watchdog() as watchdog:
+            transport = pool.ssh.get_transport()
+            turn = threading.Lock() if takes_turns(transport) else None
+            with RemoteScript(transport, text, watchdog, limit, turn=turn) as script:
+                yield script
+
+    def call(
+        self, verb: str, word: bytes, most: int = 0, /, *, name: str, **values: bytes | str | int
+    ) -> bytes:
+        """Run a script for one job; return what follows ``word`` in its answer.
+
+        Parameters:
+            most: the highest number of bytes of further output, which are returned too.
+
+        Raises:
+            JobError: the script failed.
+        """
+        with self.script(verb, name=name, **values) as script:
             try:
-                with self.script(pool, verb, name=name, **values) as script:
-                    yield script
-            except JobError:
-                raise
+                return script.answer(word) + (script.rest(most) if most else b"")
             except SSHError as error:
                 raise JobError(f"job {name!r}: {error}", name=name) from error
 
-    def connected(self, deadline: float = math.inf) -> ConnectionPool:
-        """Return connections to the host, which open when they are entered."""
-        return self._connect(max(0.0, deadline - time.monotonic()))
-
     def start(self, job: JobCommand) -> Job:
         """Start a job, and return it once it runs."""
-        values: dict[str, Any] = {
-            "name": job.name, "command": job.encoded_line, "exports": job.exports, "cwd": job.cwd,
-            "runner": JOB_RUNNER,
-        }  # fmt: skip
-        with self.named_script("job", **values) as script:
-            started = script.answer(b"started").decode("ascii", "replace")
+        started = self.call(
+            "job", b"started", name=job.name, command=job.encoded_line, exports=job.exports,
+            cwd=job.cwd, runner=JOB_RUNNER,
+        )  # fmt: skip
         logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
-        return Job(self, job.name, job.line, JobState.parse(f"running - {started}"))
+        state = JobState.parse(f"running - {started.decode('ascii', 'replace')}")
+        return Job(self, job.name, job.line, state)
 
     def find(self, name: str = "") -> list[Job]:
         """Return the jobs of the host, or the one with this name."""
         jobs: list[Job] = []
-        with self.connected() as pool, self.script(pool, "jobs", name=name) as script:
+        with self.script("jobs", name=name) as script:
             while (line := script.line()) != b"end":
                 found = re.fullmatch(rf"job ({PLAIN_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
                 if found is None or len(jobs) == MAX_JOBS:
@@ -237,9 +231,9 @@ class Job:
             step 100: loss 1.24
         """
         check_count("lines", lines)
-        with self._host.named_script("tail", name=self.name, lines=lines, most=MAX_TAIL) as script:
-            script.answer(b"tail")
-            return script.rest(MAX_TAIL + 1024).decode("utf-8", "replace")
+        most = MAX_TAIL + 1024
+        text = self._host.call("tail", b"tail", most, name=self.name, lines=lines, most=MAX_TAIL)
+        return text.decode("utf-8", "replace")
 
     def follow(
         self,
@@ -298,8 +292,7 @@ class Job:
             >>> job.stop()
         """
         check_number("grace", grace, maximum=20.0, unit="seconds")
-        with self._host.named_script("stop", name=self.name, grace=math.ceil(10 * grace)) as script:
-            script.answer(b"stopped")
+        self._host.call("stop", b"stopped", name=self.name, grace=math.ceil(10 * grace))
 
     def remove(self) -> None:
         """Remove a job that has ended, with its output, so that its name is free again.
@@ -310,8 +303,7 @@ class Job:
         Example:
             >>> job.remove()
         """
-        with self._host.named_script("remove", name=self.name) as script:
-            script.answer(b"removed")
+        self._host.call("remove", b"removed", name=self.name)
         if self._state.status == "running":
             self._state = JobState("lost")
 
@@ -378,14 +370,14 @@ class JobOutput:
         useless = 0
         failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
         while self.state is None:
-            began, size, self._heard, pool = time.monotonic(), self.size, False, None
+            began, size, self._heard = time.monotonic(), self.size, False
             try:
-                with self._host.connected(self._deadline) as pool:
-                    yield from self._received(pool)
+                yield from self._received()
             except (JobError, HostKeyChangedError):
                 raise
             except failures as error:
-                if getattr(error, "reason", "") == "refused":
+                no_login = getattr(error, "reason", "")  # "refused" or "unreachable"
+                if no_login == "refused":
                     raise
                 if self._time_left() <= 0:
                     raise self._too_late(f"it may still run ({reason(error)})") from error
@@ -393,8 +385,7 @@ class JobOutput:
                 # Else a host that ends each script at once would be asked forever.
                 useful = self.size > size or (self._heard and lasted > LEAST_PATIENCE)
                 useless = 0 if useful else useless + 1
-                logged_in = pool is not None
-                if not logged_in or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
+                if no_login or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
                     raise
                 logger.warning("job %s: %s; connecting again", self._name, error)
                 time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
@@ -405,11 +396,10 @@ class JobOutput:
     def _too_late(self, state: str = "it still runs") -> JobTimeoutError:
         return JobTimeoutError(f"job {self._name!r} did not end in time; {state}", name=self._name)
 
-    def _received(self, pool: ConnectionPool) -> Iterator[bytes]:
+    def _received(self) -> Iterator[bytes]:
         """Yield the output that one connection receives."""
-        values: dict[str, str | int] = {"name": self._name, "at": -1 if self._skip else self.size}
-        limit = max(self._time_left(), LEAST_PATIENCE)
-        with self._host.script(pool, "follow", limit, **values) as script:
+        at = -1 if self._skip else self.size
+        with self._host.script("follow", self._deadline, name=self._name, at=at) as script:
             while True:
                 limit = min(JOB_TIMEOUT, max(self._time_left(), LEAST_PATIENCE))
                 script.channel.timeout = limit
