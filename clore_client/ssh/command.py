@@ -96,10 +96,8 @@ class Command:
         first = csh_line(variables, command, self.line)
         self.encoded_line = encoded("command", first + variables + self.line)
         self.input = input_bytes(input)
-        self.timeout = math.inf
-        if timeout is not None:
-            self.timeout = check_number("timeout", timeout, above=True, infinite=True,
-                                        unit="seconds")  # fmt: skip
+        limit = math.inf if timeout is None else timeout
+        self.timeout = check_number("timeout", limit, above=True, infinite=True, unit="seconds")
         check_callback("on_output", on_output, 1)
         self.on_output = on_output
         self.max_output = check_count("max_output", max_output)

@@ -13,6 +13,10 @@ from clore_client.errors import Secret
 from clore_client.models.result import STDERR, STDOUT, OutputLine
 from clore_client.validation import short_repr
 
+MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
+LONGEST_PIECE = 65536  # characters of one call of on_output
+MAX_STDERR_BEFORE_PID = 65536  # bytes of the output of start-up files to hold back
+
 
 class SecretBytes(bytes):
     """Bytes with a masked repr, because error reporters print local variables."""
@@ -104,11 +108,6 @@ def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         raise ValueError(f"{name} contains a character that UTF-8 cannot encode") from None
-
-
-MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
-LONGEST_PIECE = 65536  # characters of one call of on_output
-MAX_STDERR_BEFORE_PID = 65536  # bytes to hold back of what start-up files print
 
 
 class CommandOutput:

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from clore_client.errors import (
     HostKeyChangedError,
@@ -25,6 +26,7 @@ from clore_client.ssh.command_text import LineSplitter, SecretBytes, command_lin
 from clore_client.ssh.connect import ConnectionPool
 from clore_client.ssh.job_scripts import JOB_RUNNER, job_script
 from clore_client.ssh.openssh import PLAIN_NAME, check_plain_name
+from clore_client.ssh.transfer.options import check_path
 from clore_client.ssh.transfer.remote_script import RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
 from clore_client.ssh.transport import (
@@ -33,7 +35,7 @@ from clore_client.ssh.transport import (
     reason,
     takes_turns,
 )
-from clore_client.validation import check_callback, check_count, check_number, short_repr
+from clore_client.validation import check_callback, check_count, check_number, check_optional_number
 
 JOB_TIMEOUT = 30.0  # seconds without any output of a script
 LEAST_PATIENCE = 5.0  # seconds for a login or an answer, even if less time is left
@@ -64,15 +66,10 @@ class JobCommand:
         self.encoded_line = encoded("command", self.line)
         self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
         self.exports = SecretBytes(encoded("env", exports(env)))
-        if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
-            raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")
-        path = "~" if cwd is None else os.fspath(cwd)
-        if not path:
-            raise ValueError("cwd must not be empty")
-        self.cwd = remote_path(encoded("cwd", path))
+        self.cwd = remote_path(check_path("cwd", "~" if cwd is None else cwd))
 
 
-class JobState:
+class JobState(NamedTuple):
     """The state of a job, as the host reports it.
 
     Attributes:
@@ -81,11 +78,9 @@ class JobState:
         started: Unix time on the host's clock.
     """
 
-    def __init__(self, status: str, exit_code: int | None = None, started: float = 0.0) -> None:
-        by_signal = status == "exited" and exit_code in _SIGNAL_CODES
-        self.status = "killed" if by_signal else status
-        self.exit_code = exit_code
-        self.started = started
+    status: str
+    exit_code: int | None = None
+    started: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> JobState:
@@ -94,7 +89,10 @@ class JobState:
         if found is None:
             raise SSHError(f"the host describes a job in a way that can't be read: {text!r}")
         status, code, started = found.groups()
-        return cls(status, int(code) if status == "exited" else None, float(started))
+        if status != "exited":
+            return cls(status, None, float(started))
+        by_signal = int(code) in _SIGNAL_CODES
+        return cls("killed" if by_signal else "exited", int(code), float(started))
 
 
 class HostJobs:
@@ -231,8 +229,9 @@ class Job:
             step 100: loss 1.24
         """
         check_count("lines", lines)
-        most = MAX_TAIL + 1024
-        text = self._host.call("tail", b"tail", most, name=self.name, lines=lines, most=MAX_TAIL)
+        text = self._host.call(
+            "tail", b"tail", MAX_TAIL + 1024, name=self.name, lines=lines, most=MAX_TAIL
+        )
         return text.decode("utf-8", "replace")
 
     def follow(
@@ -319,10 +318,8 @@ class Job:
     def _follow(
         self, splitter: LineSplitter | None, timeout: float | None, report: Report | None = None
     ) -> int | None:
-        deadline = math.inf
-        if timeout is not None:
-            check_number("timeout", timeout, infinite=True, unit="seconds")
-            deadline = time.monotonic() + timeout
+        limit = check_optional_number("timeout", timeout, infinite=True, unit="seconds")
+        deadline = math.inf if limit is None else time.monotonic() + limit
         output = JobOutput(self._host, self.name, deadline, skip=splitter is None)
         try:
             with contextlib.closing(output.pieces()) as pieces:

@@ -12,7 +12,7 @@ from clore_client.errors import SSHError
 from clore_client.models.order import Order, plain_host, plain_user
 from clore_client.ssh.transfer.scripts import remote_path
 from clore_client.ssh.transport import PARAMIKO_LOGGER, import_paramiko, reason
-from clore_client.validation import check_local_path, short_repr
+from clore_client.validation import check_local_path, check_string, short_repr
 
 if TYPE_CHECKING:
     from clore_client.ssh.keys import HostKeys
@@ -240,14 +240,12 @@ class OpenSSH:
 
 def check_plain_name(value: Any) -> str:
     """Check the name of a job, or of an entry of ``~/.ssh/config``."""
-    if not isinstance(value, str):
-        raise TypeError(f"name must be a string, not {short_repr(value)}")
-    if not re.fullmatch(PLAIN_NAME, value):
+    if not re.fullmatch(PLAIN_NAME, check_string("name", value)):
         raise ValueError(
             "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
             f"none of the last two, not {short_repr(value)}"
         )
-    return value
+    return str(value)
 
 
 def _rsync_word(word: str) -> str:

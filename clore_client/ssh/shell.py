@@ -142,7 +142,7 @@ def _write_all(target: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _raw_mode(source: int) -> Iterator[None]:
-    """Let every key go to the host, for a block, whichever way it ends."""
+    """Send every key to the host during a block, and restore the terminal however it ends."""
     import termios
     import tty
 

@@ -370,7 +370,7 @@ def reason(error: BaseException) -> str:
 
 
 def is_connected(ssh: Any) -> bool:
-    """Check whether a connection is open."""
+    """Check that a connection is open."""
     transport = ssh.get_transport()
     return transport is not None and bool(transport.is_active())
 
