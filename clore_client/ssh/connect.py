@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.progress import ProgressEvent, Report, readable_seconds
-from clore_client.ssh.keys import KeyCheck, fingerprint_of
+from clore_client.ssh.keys import KeyCheck
 from clore_client.ssh.openssh import HostConfig
 from clore_client.ssh.transport import (
     PARAMIKO_LOGGER,
@@ -237,7 +237,7 @@ class Login:
             what = "password"
         elif self.key is not None:
             where = printable(repr(self.key_path), 200) if self.key_path else "of the SSH agent"
-            what = f"key {where} ({fingerprint_of(self.key)})"
+            what = f"key {where} ({self.key.fingerprint})"
         else:
             what = "keys of the SSH agent and of ~/.ssh"
         methods = getattr(error, "allowed_types", None)

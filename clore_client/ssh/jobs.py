@@ -88,11 +88,9 @@ class JobState(NamedTuple):
         found = re.fullmatch(_JOB_STATE, text)
         if found is None:
             raise SSHError(f"the host describes a job in a way that can't be read: {text!r}")
-        status, code, started = found.groups()
-        if status != "exited":
-            return cls(status, None, float(started))
-        by_signal = int(code) in _SIGNAL_CODES
-        return cls("killed" if by_signal else "exited", int(code), float(started))
+        status, digits, started = found.groups()
+        code = int(digits) if status == "exited" and digits != "-" else None
+        return cls("killed" if code in _SIGNAL_CODES else status, code, float(started))
 
 
 class HostJobs:

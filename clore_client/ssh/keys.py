@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hmac
 import os
 import re
@@ -25,23 +24,6 @@ LONGEST_KEY_FILE = 65536  # bytes
 LOCK_PATIENCE = 2.0  # seconds
 # A host key is negotiated by its signature algorithm: RSA keys have several.
 _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
-
-Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
-
-
-def pin_of(key: Any) -> Pin:
-    """Return a paramiko key as two words of a ``known_hosts`` line."""
-    return key.get_name(), key.get_base64()
-
-
-def fingerprint_of(key: Any) -> str:
-    """Return the fingerprint of a paramiko key, as ``ssh-keygen -l`` prints it."""
-    return pin_fingerprint(pin_of(key))
-
-
-def pin_fingerprint(pin: Pin) -> str:
-    """Return the fingerprint of a pinned key."""
-    return public_key_fingerprint(" ".join(pin)) or ""
 
 
 def check_host_key(value: Any) -> str:
@@ -66,7 +48,7 @@ class HostKeys:
     def __init__(self, folder: Path | None, account: str) -> None:
         self.path = None if folder is None else folder / PINS_FILE
         self._account = account[:12]
-        self._seen: dict[str, list[Pin]] = {}
+        self._seen: dict[str, list[str]] = {}
 
     def alias(self, order_id: int | None, address: dict[str, Any]) -> str:
         """Return the name for the key of an order; the address if the order has no id."""
@@ -74,13 +56,13 @@ class HostKeys:
             return f"clore-order-{order_id}-{self._account}"
         return "{host}:{port}".format(**address)
 
-    def of(self, alias: str) -> list[Pin]:
-        """Return the pinned keys of a host."""
+    def of(self, alias: str) -> list[str]:
+        """Return the pinned keys of a host: their type and base64, as in ``known_hosts``."""
         if alias in self._seen:
             return self._seen[alias]
         return [pin for names, pin in self._lines() if _names(names, alias)]
 
-    def keep(self, alias: str, pin: Pin) -> None:
+    def keep(self, alias: str, pin: str) -> None:
         """Pin a key instead of all others of the host."""
         if self.of(alias) != [pin]:
             self._rewrite(alias, pin)
@@ -102,7 +84,7 @@ class HostKeys:
             except OSError as error:
                 logger.warning("host keys can't be kept for the next process: %s", error)
 
-    def _lines(self) -> Iterator[tuple[str, Pin]]:
+    def _lines(self) -> Iterator[tuple[str, str]]:
         try:
             text = self._text()
         except OSError:
@@ -110,9 +92,9 @@ class HostKeys:
         for line in text.splitlines():
             words = line.split()
             if len(words) >= 3 and not words[0].startswith(("#", "@")):
-                with contextlib.suppress(ValueError):
-                    base64.b64decode(words[2], validate=True)
-                    yield words[0], (words[1], words[2])
+                pin = f"{words[1]} {words[2]}"
+                if public_key_fingerprint(pin):
+                    yield words[0], pin
 
     def _text(self) -> str:
         if self.path is None:
@@ -123,7 +105,7 @@ class HostKeys:
         except FileNotFoundError:
             return ""
 
-    def _rewrite(self, alias: str, pin: Pin | None) -> None:
+    def _rewrite(self, alias: str, pin: str | None) -> None:
         """Replace the lines of a host in the file; only warn if that fails."""
         if self.path is None or not alias.startswith("clore-order-"):
             return
@@ -135,7 +117,7 @@ class HostKeys:
                     if line.strip() and not _names(line.split()[0], alias)
                 ]
                 if pin is not None:
-                    lines.append(f"{alias} {pin[0]} {pin[1]}")
+                    lines.append(f"{alias} {pin}")
                 replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
         except OSError as error:
             logger.warning("host keys can't be kept for the next process: %s", error)
@@ -175,28 +157,27 @@ class KeyCheck:
         """The algorithms of the pinned keys, to prefer in the key exchange."""
         if self._mode == "accept":
             return []
-        kinds = [kind for kind, _ in self._pins.of(self._alias)]
+        kinds = [pin.split()[0] for pin in self._pins.of(self._alias)]
         return [name for kind in kinds for name in _ALGORITHMS.get(kind, (kind,))]
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
         """Check a host's key; paramiko calls this before it sends anything secret."""
-        self._check(pin_of(key))
+        self._check(key)
 
     def remember(self, key: Any) -> None:
         """Pin the host's key, after a successful login."""
-        shown = pin_of(key)
-        self._check(shown)  # again: another thread may have pinned another key
-        if self._mode == "accept":
-            return
-        if self._mode != "pin" or shown not in self._pins.of(self._alias):
-            self._pins.keep(self._alias, shown)
+        self._check(key)  # again: another thread may have pinned another key
+        pin = f"{key.get_name()} {key.get_base64()}"
+        replaces = self._mode != "pin" or pin not in self._pins.of(self._alias)
+        if replaces and self._mode != "accept":
+            self._pins.keep(self._alias, pin)
 
-    def _check(self, shown: Pin) -> None:
+    def _check(self, key: Any) -> None:
         if self._mode == "accept":
             return
-        pinned = [pin_fingerprint(pin) for pin in self._pins.of(self._alias)]
+        pinned = [public_key_fingerprint(pin) or "" for pin in self._pins.of(self._alias)]
         allowed = pinned if self._mode == "pin" else [self._mode]
-        found = pin_fingerprint(shown)
+        found: str = key.fingerprint
         if not allowed or found in allowed:
             return
         expected = " or ".join(allowed)
@@ -220,7 +201,7 @@ def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
         The agent comes first, because it needs no passphrase.
     """
     for key in _agent_keys():
-        if fingerprint_of(key) == fingerprint:
+        if key.fingerprint == fingerprint:
             return None, key
     folder = Path(os.path.expanduser("~/.ssh"))
     try:
@@ -252,7 +233,7 @@ def _file_fingerprint(path: Path) -> str | None:
     if public := _text_of(path.with_name(f"{path.name}.pub")):  # as the key may be encrypted
         return public_key_fingerprint(public)
     try:
-        return fingerprint_of(import_paramiko().PKey.from_path(path))
+        return str(import_paramiko().PKey.from_path(path).fingerprint)
     except Exception as error:
         logger.debug("%s is not a key that can be read: %s", path, error)
         return None

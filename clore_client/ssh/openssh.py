@@ -232,10 +232,9 @@ class OpenSSH:
                     ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
         if not known:  # without a state folder, nothing is kept between two logins
             return [("UserKnownHostsFile", os.devnull), strict]
-        kind, key = known[0]
         # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
         return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
-                ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
+                ("KnownHostsCommand", f"/bin/echo clore {known[0]}"), strict]  # fmt: skip
 
 
 def check_plain_name(value: Any) -> str:
