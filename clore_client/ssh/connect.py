@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 TOO_SLOW = "it did not finish the SSH handshake in time"
 SSH_PAUSE = 2.0  # seconds between two attempts to reach an sshd that is not up yet
+FIRST_CONNECT = 5.0  # seconds for the first TCP connection
 LOOK_EVERY = 15.0  # seconds between two checks if the order has ended
 
 
@@ -78,6 +79,7 @@ class Login:
         if self.key_path is not None:
             self.key = self._read_key(self.key_path, passphrase)
         self._config = HostConfig(self.address, use_ssh_config)
+        self._tried = False
 
     def _read_key(self, path: str, passphrase: str | None) -> Any:
         shown = printable(repr(path), 200)
@@ -169,7 +171,7 @@ class Login:
                 username=self.address["user"],
                 password=self.password,
                 pkey=self.key,
-                timeout=self.timeout,
+                timeout=self._connect_timeout(),
                 banner_timeout=self.timeout,
                 auth_timeout=self.timeout,
                 channel_timeout=self.timeout,
@@ -183,6 +185,11 @@ class Login:
             for hop in hops:
                 hop.close()
             raise
+
+    def _connect_timeout(self) -> float:
+        """Return the TCP timeout; short at first, as a failure lets the client check the order."""
+        first, self._tried = not self._tried, True
+        return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
