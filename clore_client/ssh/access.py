@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import paramiko
 
 
-# What may be given for a login to methods that do more than log in.
+# The arguments of a login, for methods that do more than log in.
 LOGIN_DEFAULTS: dict[str, Any] = {
     "password": None,
     "key_path": None,
@@ -103,7 +103,7 @@ class SSHAccess:
 
     @property
     def _host_keys(self) -> HostKeys:
-        """The host keys of the account; the client's API key may change."""
+        """Return the host keys of the account; the client's API key may change."""
         account = account_digest(self._client.base_url, self._client.api_key)
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 

@@ -327,17 +327,17 @@ class ConnectionPool:
 
     @property
     def ssh(self) -> Any:
-        """The first connection."""
+        """Return the first connection."""
         return self._opened[0]
 
     @property
     def age(self) -> float:
-        """Seconds since the call began."""
+        """Return the seconds since the call began."""
         return time.monotonic() - self._started
 
     @property
     def round_trip(self) -> float:
-        """Seconds, measured during the login; 1.0 if they are not known."""
+        """Return the seconds of a round trip, measured during the login; 1.0 if not known."""
         transport = self.ssh.get_transport()
         return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
 

@@ -1,4 +1,4 @@
-"""Pin the host key of each order, and find the private key of a public one."""
+"""Pin the host key of each order; find the private key of a public key."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class KeyCheck:
 
     @property
     def wanted_types(self) -> list[str]:
-        """The algorithms of the pinned keys, to prefer in the key exchange."""
+        """Return the algorithms of the pinned keys, to prefer in the key exchange."""
         if self._mode == "accept":
             return []
         kinds = [pin.split()[0] for pin in self._pins.of(self._alias)]
@@ -197,19 +197,17 @@ def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
     """Return the private key with a fingerprint.
 
     Returns:
-        A file of ``~/.ssh`` and None, or None and a key of the agent; None twice if there is none.
-        The agent comes first, because it needs no passphrase.
+        A file of ``~/.ssh`` and None, or None and a key of the agent; None for both if there is
+        none. The agent is preferred, because it needs no passphrase.
     """
     for key in _agent_keys():
         if key.fingerprint == fingerprint:
             return None, key
-    folder = Path(os.path.expanduser("~/.ssh"))
     try:
-        names = sorted(os.listdir(folder))
+        paths = sorted(Path(os.path.expanduser("~/.ssh")).iterdir())
     except OSError:
         return None, None
-    for name in names:
-        path = folder / name
+    for path in paths:
         if _file_fingerprint(path) == fingerprint:
             return path, None
     return None, None
@@ -221,7 +219,7 @@ def _agent_keys() -> tuple[Any, ...]:
     try:
         return tuple(import_paramiko().Agent().get_keys())
     except Exception as error:
-        logger.debug("the SSH agent can't be asked: %s", error)
+        logger.debug("the keys of the SSH agent can't be listed: %s", error)
         return ()
 
 
