@@ -1421,7 +1421,7 @@ class CloreClient(HTTPClient):
             >>> print(client.ssh_command(order))
             ssh -p 2060 root@n1.us.clorecloud.net
         """
-        return self._ssh.terminal_line(order, key_path)
+        return self._ssh.openssh(order, key_path).terminal_line()
 
     def ssh_config(
         self,
@@ -1449,7 +1449,11 @@ class CloreClient(HTTPClient):
         Example:
             >>> print(client.ssh_config(order), file=open("gpu.conf", "w"))
         """
-        return self._ssh.config_entry(order, name, key_path)
+        from clore_client.ssh.openssh import check_plain_name
+
+        if name is not None:
+            check_plain_name(name)
+        return self._ssh.openssh(order, key_path).config_entry(name)
 
     def run(
         self,
@@ -1926,7 +1930,10 @@ class CloreClient(HTTPClient):
             >>> print(client.rsync_command(order, "data/", "~/work"))
             rsync -az -s -e 'ssh -p 2060' data/ root@n1.us.clorecloud.net:work
         """
-        return self._ssh.rsync_line(order, local, remote, key_path)
+        from clore_client.ssh.transfer.transfer import check_path
+
+        source, target = check_path("local", local), check_path("remote", remote)
+        return self._ssh.openssh(order, key_path).rsync_line(source, target)
 
     def scp(
         self,

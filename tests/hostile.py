@@ -86,7 +86,7 @@ class HostileServer:
         self._loop.close()
 
     def order(self, order_id: int = 7, **more: Any) -> dict[str, Any]:
-        """An order in the documented form whose machine this is."""
+        """An order in the documented form for this server."""
         ssh = f"ssh root@127.0.0.1 -p {self.port}"
         return {"order_id": order_id, "connection": {"ssh": ssh}, "status": "running", **more}
 
@@ -211,7 +211,7 @@ class RawServer:
         self.connections = 0
 
     def order(self, order_id: int = 7, **more: Any) -> dict[str, Any]:
-        """An order in the documented form whose machine this is."""
+        """An order in the documented form for this server."""
         ssh = f"ssh root@127.0.0.1 -p {self.port}"
         return {"order_id": order_id, "connection": {"ssh": ssh}, "status": "running", **more}
 

@@ -32,7 +32,7 @@ class Sshd:
         self._process: subprocess.Popen[bytes] | None = None
 
     def order(self, order_id: int = 7, **more: Any) -> dict[str, Any]:
-        """An order in the documented form whose machine this is."""
+        """An order in the documented form for this server."""
         ssh = f"ssh {self.user}@127.0.0.1 -p {self.port}"
         return {"order_id": order_id, "connection": {"ssh": ssh}, "status": "running", **more}
 
@@ -113,7 +113,7 @@ class Dropbear:
         self._process: subprocess.Popen[bytes] | None = None
 
     def order(self, order_id: int = 7) -> dict[str, Any]:
-        """An order in the documented form whose machine this is."""
+        """An order in the documented form for this server."""
         ssh = f"ssh {self.user}@127.0.0.1 -p {self.port}"
         return {"order_id": order_id, "connection": {"ssh": ssh}, "status": "running"}
 

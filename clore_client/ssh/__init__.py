@@ -1,1 +1,1 @@
-"""Work on rented machines, over SSH."""
+"""Work on rented hosts over SSH."""

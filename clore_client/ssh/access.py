@@ -19,12 +19,9 @@ from clore_client.ssh.jobs import LEAST_PATIENCE, HostJobs
 from clore_client.ssh.keys import HostKeys, KeyCheck, check_host_key, private_key_of
 from clore_client.ssh.openssh import (
     OpenSSH,
-    check_order,
-    check_plain_name,
     parse_ssh_command,
     plain_address,
 )
-from clore_client.ssh.transfer.transfer import check_path
 from clore_client.validation import (
     check_bool,
     check_local_path,
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
     import paramiko
 
 
-# What may be given for a login to methods that do more than log in.
+# The arguments of a login, for methods that do more than log in.
 LOGIN_DEFAULTS: dict[str, Any] = {
     "password": None,
     "key_path": None,
@@ -82,7 +79,7 @@ def check_connection(ssh: Any) -> Any:
 
 
 class SSHAccess:
-    """SSH access to the hosts of an account.
+    """Log in to the hosts of an account.
 
     Parameters:
         client: the client, for its API key and base URL.
@@ -106,7 +103,7 @@ class SSHAccess:
 
     @property
     def _host_keys(self) -> HostKeys:
-        """The host keys of the account; the client's API key may change."""
+        """Return the host keys of the account; the client's API key may change."""
         account = account_digest(self._client.base_url, self._client.api_key)
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
@@ -138,29 +135,13 @@ class SSHAccess:
         """Forget the host key of an order; see ``CloreClient.forget_host_key``."""
         if not isinstance(order, Mapping):
             order = {"order_id": check_order_id("order", order)}
-        return self._host_keys.forget(self._alias(order))
+        alias = self._host_keys.alias(Order(order).id, parse_ssh_command(order))
+        return self._host_keys.forget(alias)
 
-    def terminal_line(self, order: Any, key_path: Any) -> str:
-        """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
-        return self._openssh(order, key_path).terminal_line()
-
-    def rsync_line(self, order: Any, local: Any, remote: Any, key_path: Any) -> str:
-        """Return a command line for rsync; see ``CloreClient.rsync_command``."""
-        local, remote = check_path("local", local), check_path("remote", remote)
-        return self._openssh(order, key_path).rsync_line(local, remote)
-
-    def config_entry(self, order: Any, name: str | None, key_path: Any) -> str:
-        """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
-        if name is not None:
-            check_plain_name(name)
+    def openssh(self, order: Any, key_path: Any) -> OpenSSH:
+        """Return a writer of command lines and configuration entries for OpenSSH."""
         order = self._with_address(order)
-        default = f"clore-{order.id}" if order.id else "clore"
-        return self._openssh(order, key_path).config_entry(name or default)
-
-    def _openssh(self, order: Any, key_path: Any) -> OpenSSH:
-        order = self._with_address(order)
-        key_path = key_path or self._key_of(order)[0]
-        return OpenSSH(plain_address(order), self._host_keys, self._alias(order), key_path)
+        return OpenSSH(order, self._host_keys, key_path or self._key_of(order)[0])
 
     def _key_of(self, order: Order) -> tuple[Path | None, Any]:
         """Return the private key of the public key that was sent with an order.
@@ -188,8 +169,8 @@ class SSHAccess:
             )
             if not options["password"]:
                 options["key_path"], agent_key = self._key_of(order)
-        where = "{host}:{port}".format(**plain_address(order))
-        keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
+        address = plain_address(order)
+        keys = KeyCheck(self._host_keys, order.id, address, options.pop("host_key"))
 
         def on_failure(error: BaseException) -> None:
             self._raise_if_ended(order.id, error)
@@ -197,7 +178,7 @@ class SSHAccess:
                 outcome = LOGIN_OUTCOMES.get(getattr(error, "reason", ""))
                 self._history.record(order.server_id, outcome)
 
-        return Login(order, keys, timeout, agent_key, on_failure, **options)
+        return Login(address, keys, timeout, agent_key, on_failure, **options)
 
     def _raise_if_ended(self, order_id: int | None, error: BaseException) -> None:
         """Raise a better error if a connection failed because the order has ended."""
@@ -242,7 +223,3 @@ class SSHAccess:
             return self.connected(order, ssh, {**options, "wait": wait}, deadline=limit)
 
         return HostJobs(connect, reconnects=ssh is None)
-
-    def _alias(self, order: Mapping[str, Any]) -> str:
-        address = parse_ssh_command(check_order(order))
-        return self._host_keys.alias(Order(order).id, "{host}:{port}".format(**address))

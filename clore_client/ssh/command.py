@@ -1,4 +1,4 @@
-"""Run a command over SSH within deadlines, and end it on the host when it must stop."""
+"""Run a command over SSH until its deadline, and end it on the host if it must stop."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ if TYPE_CHECKING:
 MAX_OUTPUT = 64 * 1024 * 1024  # bytes
 READ_CHUNK = 4 << 20  # bytes; more than a window, so that one read empties a buffer
 START_TIMEOUT = 30.0  # seconds for a host to start a command
-SESSION_PATIENCE = 1.0  # seconds for a host with few sessions to end that of the command before
-POLL = 0.25  # seconds between two checks of what sets no event
+SESSION_PATIENCE = 1.0  # seconds for a host with few sessions to end the previous one
+POLL = 0.25  # seconds between two checks for changes that set no event
 QUIET = 0.5  # seconds without output before an ended command's output may be complete
 OVERTIME = 5.0  # seconds after the deadline for the output of a command that ended in time
 LATE_OUTPUT = 4 << 20  # bytes beyond a window that an ended command may have left in pipes
 GRACE = 1.0  # seconds between SIGTERM and SIGKILL
-PATIENCE = 2.0  # seconds after which a call that should be short is stuck
+PATIENCE = 2.0  # seconds for a call that should be short
 KILL_POLL = 0.1  # seconds between two checks of whether a process has ended
-BROKEN = "the connection broke before the command had ended: it may still run on the machine"
+BROKEN = "the connection broke before the command had ended: it may still run on the host"
 
 # Run on a second channel: sshd before 9.8 rejects the protocol's own signals for root.
 # dropbear gives a command no process group of its own: there, its descendants are killed.
@@ -65,16 +65,16 @@ _KILL_GROUP = (
 
 
 class Command:
-    """A command with its arguments, all checked.
+    """A command with its checked arguments.
 
     Parameters:
         command: a line for the host's shell, or a list of arguments, which is quoted.
         check: raise CommandError unless the exit code is 0.
-        timeout: seconds that the command may take; None has no limit.
-        input: its standard input, text as UTF-8; None is empty.
+        timeout: seconds that the command may take; None for no limit.
+        input: the standard input; text is sent as UTF-8.
         env: environment variables. They are visible in the host's process list. Where the login
             shell is csh, the command then runs without the aliases of its start-up files.
-        on_output: called with each :class:`OutputLine` as it comes. The order of lines is kept
+        on_output: called with each :class:`OutputLine` when it arrives. The order of lines is kept
             within a stream, not between the two. A very long line comes in pieces.
         max_output: bytes of both streams to keep; the rest goes to ``on_output`` only, and is
             counted in the result's ``dropped``.
@@ -96,10 +96,8 @@ class Command:
         first = csh_line(variables, command, self.line)
         self.encoded_line = encoded("command", first + variables + self.line)
         self.input = input_bytes(input)
-        self.timeout = math.inf
-        if timeout is not None:
-            self.timeout = check_number("timeout", timeout, above=True, infinite=True,
-                                        unit="seconds")  # fmt: skip
+        limit = math.inf if timeout is None else timeout
+        self.timeout = check_number("timeout", limit, above=True, infinite=True, unit="seconds")
         check_callback("on_output", on_output, 1)
         self.on_output = on_output
         self.max_output = check_count("max_output", max_output)
@@ -108,8 +106,8 @@ class Command:
     def run(self, ssh: paramiko.SSHClient) -> CommandResult:
         """Run the command and wait for its end.
 
-        A process that it leaves in the background is not waited for, unless that goes on writing
-        to the command's output. A timeout, Ctrl-C and any other exception end the command's
+        It does not wait for a process that the command leaves in the background, unless that keeps
+        writing to the command's output. A timeout, Ctrl-C and any other exception end the command's
         process group on the host: with SIGTERM, and a little later with SIGKILL.
 
         Raises:
@@ -134,7 +132,7 @@ class Command:
 
 
 class RunningCommand:
-    """A command on its channel."""
+    """Run a command on a channel."""
 
     def __init__(
         self, transport: Any, watchdog: Watchdog, command: Command, output: CommandOutput
@@ -163,19 +161,18 @@ class RunningCommand:
 
     def _in_time(self) -> bool:
         """Start the command and read its output; return False if time ran out."""
+        given = self._command.input
         try:
             self._start()
+            if given:
+                self._wait_for_shell()
+                given = b"\n" + given  # the first line starts the command
         except SSHError:
             if self._time_left():
                 raise
             return False
-        given = self._command.input
-        if given:
-            if not self._wait_for_shell():
-                return False
-            given = b"\n" + given  # the first line starts the command
         self._feeder = start_thread("stdin", _feed, self._channel, given)
-        # on_output may take longer than the timeout: the command is stopped all the same.
+        # on_output may take longer than the timeout; the command must stop anyway.
         with self._watchdog.limit(self._time_left() + GRACE + PATIENCE, self._stop_early):
             return self._wait() and not self._stopped_early
 
@@ -206,27 +203,23 @@ class RunningCommand:
             channel_request(self._channel, "exec", line)
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
-                raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
+                raise SSHError(f"the host did not start the command within {START_TIMEOUT:g}s")
 
-    def _wait_for_shell(self) -> bool:
-        """Wait for the shell, as its start-up files would read the command's input.
+    def _wait_for_shell(self) -> None:
+        """Wait until the shell has run its start-up files, which could read the input."""
 
-        Returns False if time ran out.
-        """
-        deadline = time.monotonic() + min(START_TIMEOUT, self._time_left())
-        while self._pid_line.pid is None and not self._complete():
-            if time.monotonic() >= deadline:
-                if not self._time_left():
-                    return False
-                raise SSHError(
-                    f"the machine did not start the command within {START_TIMEOUT:g}s: a start-up "
-                    "file there, such as ~/.bashrc, may wait, or read the command's input"
-                )
-            self._read_or_wait(deadline - time.monotonic())
-        return True
+        def ready() -> bool:
+            return self._pid_line.pid is not None or self._complete()
+
+        self._read_until(ready, min(START_TIMEOUT, self._time_left()))
+        if not ready():
+            raise SSHError(
+                f"the host did not start the command within {START_TIMEOUT:g}s: a start-up "
+                "file there, such as ~/.bashrc, may wait, or read the command's input"
+            )
 
     def _watch_for_exit_signal(self) -> None:
-        """Read paramiko's log messages: only there it says that a signal ended the command."""
+        """Notice that a signal ended the command, which paramiko only writes to its log."""
         log = self._channel.logger.log
 
         def watched(level: int, message: str, *args: object) -> None:
@@ -250,9 +243,9 @@ class RunningCommand:
         return True
 
     def _read_late_output(self) -> None:
-        """Read what the command wrote before it ended, and is still on its way.
+        """Read the output that has not arrived when the command ends.
 
-        The stream may stay open: a process in the background can hold it.
+        The stream may stay open, because a process in the background can hold it.
         """
         give_up_at = time.monotonic() + self._time_left() + OVERTIME
         expected = self._channel.in_window_size + LATE_OUTPUT
@@ -284,6 +277,7 @@ class RunningCommand:
         return size
 
     def _read(self) -> int:
+        """Read what has arrived, and return its size."""
         channel, size = self._channel, 0
         for stream, ready, receive in (
             (STDOUT, channel.recv_ready, channel.recv),
@@ -292,7 +286,7 @@ class RunningCommand:
             if not ready():
                 continue
             try:
-                # This may hang, as it also sends: paramiko tells the host to send more.
+                # This may hang, because paramiko also sends: it asks the host for more data.
                 with self._limited(self._time_left() + GRACE + PATIENCE):
                     data = receive(READ_CHUNK)
             except connection_errors() as error:
@@ -302,10 +296,10 @@ class RunningCommand:
         return size
 
     def _all_arrived(self) -> bool:
-        """Check that the command is silent, and not just the network slow.
+        """Check that there is no more output, rather than a slow network.
 
-        The host answers in order: output that it had ready for sending before it answers for the
-        first time arrives before the second answer.
+        The host sends in order: output that was ready before its first answer arrives before its
+        second answer.
         """
         channel = self._channel
         for _ in range(3):  # the first may have been opened before
@@ -353,7 +347,7 @@ class RunningCommand:
         self._read()
 
     def _kill_group(self) -> None:
-        """Kill the command's process group by a script on a second channel."""
+        """Kill the command's process group with a script on a second channel."""
         pid = self._pid_line.pid
         if pid is None:
             return
@@ -382,22 +376,21 @@ class RunningCommand:
             raise SSHError(BROKEN)
         if not known:
             raise SSHError(
-                "the machine did not start the command, or closed its channel without telling how "
-                "it ended"
+                "the host did not start the command, or closed the channel without an exit code"
             )
         if self._pid_line.pid is None:
             said = self._output.text(STDERR).strip() or self._output.text(STDOUT).strip()
             raise SSHError(
-                "the machine did not run the command: it runs another one instead, or its shell "
+                "the host did not run the command: it runs another one instead, or its shell "
                 f"ended first (exit code {code}); it says: {printable(said, 300) or 'nothing'}"
             )
         return code if code >= 0 else -1
 
 
 def _feed(channel: Any, data: bytes) -> None:
-    """Send a command's input, as much of it as the command takes."""
+    """Send the input of a command until the command takes no more."""
     try:
-        channel.sendall(memoryview(data))  # of bytes, paramiko would copy the rest each time
+        channel.sendall(memoryview(data))  # with bytes, paramiko would copy the rest each time
         channel.shutdown_write()
     except Exception as error:
         # The command may end without reading all of its input; that is not an error.

@@ -13,6 +13,10 @@ from clore_client.errors import Secret
 from clore_client.models.result import STDERR, STDOUT, OutputLine
 from clore_client.validation import short_repr
 
+MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
+LONGEST_PIECE = 65536  # characters of one call of on_output
+MAX_STDERR_BEFORE_PID = 65536  # bytes of the output of start-up files to hold back
+
 
 class SecretBytes(bytes):
     """Bytes with a masked repr, because error reporters print local variables."""
@@ -42,7 +46,7 @@ def command_line(command: str | Sequence[str]) -> str:
 
 def quoted_word(word: str) -> str:
     """Quote a word for any login shell."""
-    # Even in single quotes, a backslash is special in fish, and "!" in csh.
+    # A backslash is special in fish even in single quotes, and "!" in csh.
     parts = re.split(r"([\\!])", word)
     quoted = [f"\\{part}" if part in ("\\", "!") else shlex.quote(part) for part in parts if part]
     text = "".join(quoted) or "''"
@@ -81,7 +85,7 @@ def exports(env: Any) -> str:
 def csh_line(exports: str, command: str | Sequence[str], line: str) -> str:
     """Return a line that runs a command with variables in csh, which has no ``export``.
 
-    Other shells go on with the next line. csh does not: sh takes its place, sets the variables, and
+    Other shells continue with the next line. In csh, sh replaces the shell, sets the variables, and
     runs csh again, without its start-up files, which could set other values.
     """
     if not exports and (isinstance(command, str) or "\n" not in line):
@@ -106,13 +110,8 @@ def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
         raise ValueError(f"{name} contains a character that UTF-8 cannot encode") from None
 
 
-MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
-LONGEST_PIECE = 65536  # characters of one call of on_output
-MAX_STDERR_BEFORE_PID = 65536  # bytes to hold back of what start-up files print
-
-
 class CommandOutput:
-    """Collects the output of a command, and calls ``on_output`` with each of its lines.
+    """Collect the output of a command, and call ``on_output`` with each of its lines.
 
     Parameters:
         max_output: the bytes of both streams to keep.
@@ -158,7 +157,7 @@ class CommandOutput:
 
 
 class LineSplitter:
-    """Splits a stream into lines, and passes each of them to ``on_output``."""
+    """Split a stream into lines, and pass each of them to ``on_output``."""
 
     def __init__(self, stream: str, on_output: Callable[[OutputLine], object]) -> None:
         self._stream = stream
@@ -195,16 +194,16 @@ class LineSplitter:
 class PidLine:
     """The first line that a command's shell prints on stderr, with a random mark and its pid.
 
-    It proves that the host runs the command, and gives the process group to end. Until it has come,
+    It proves that the host runs the command, and names the process group to end. Until it arrives,
     the last 64 KB of stderr are held back.
 
     Parameters:
-        waits: let the command wait for a line of input, so that it can't start without the rest.
+        waits: let the command wait for a line of input, so that start-up files can't read the rest.
 
     Attributes:
         pid: the process id of the shell, once it is known.
-        prefix: the line to put before the command. It is a line of its own, so that a shell that
-            complains about the syntax of the command quotes neither it nor the variables.
+        prefix: the line to put before the command. It is a separate line, so that a shell that
+            reports a syntax error in the command quotes neither it nor the variables.
     """
 
     def __init__(self, waits: bool = False) -> None:
@@ -223,7 +222,7 @@ class PidLine:
             return data
         self._held += data
         found = self._line.search(self._held)
-        if found is None:  # it may have begun in what is kept
+        if found is None:  # the part that is kept may contain its beginning
             surplus = self._held[:-MAX_STDERR_BEFORE_PID]
             self._held = self._held[-MAX_STDERR_BEFORE_PID:]
             return surplus

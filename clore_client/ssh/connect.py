@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.progress import ProgressEvent, Report, readable_seconds
-from clore_client.ssh.keys import KeyCheck, fingerprint_of
-from clore_client.ssh.openssh import HostConfig, plain_address
+from clore_client.ssh.keys import KeyCheck
+from clore_client.ssh.openssh import HostConfig
 from clore_client.ssh.transport import (
     PARAMIKO_LOGGER,
     Watchdog,
@@ -44,13 +44,14 @@ class Login:
     """The checked arguments of a login to the host of an order.
 
     Parameters:
+        address: of the host, as ``plain_address`` returns it.
         agent_key: a key of the SSH agent, or None.
         on_failure: called with the error of a failed login; may raise a better one.
     """
 
     def __init__(
         self,
-        order: Any,
+        address: dict[str, Any],
         keys: KeyCheck,
         timeout: float,
         agent_key: Any,
@@ -62,7 +63,7 @@ class Login:
         wait: float,
         use_ssh_config: bool,
     ) -> None:
-        self.address = plain_address(order)
+        self.address = address
         self.where = "{user}@{host}:{port}".format(**self.address)
         if passphrase is not None and key_path is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
@@ -143,7 +144,6 @@ class Login:
         try:
             self._log_in(ssh)
             keep_alive(ssh.get_transport())
-            self.keys.remember()
         except BaseException:
             _give_up(ssh)
             raise
@@ -155,6 +155,7 @@ class Login:
                 self._connect(ssh)
                 if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
                     raise self._paramiko.ssh_exception.PartialAuthentication([])
+                self.keys.remember(ssh.get_transport().get_remote_server_key())
             except SSHError:
                 raise
             except Exception as error:
@@ -186,10 +187,7 @@ class Login:
             raise
 
     def _connect_timeout(self) -> float:
-        """Return the TCP timeout; shorter for the first of several attempts.
-
-        After the first failure, the client checks if the order has ended.
-        """
+        """Return the TCP timeout; short at first, as a failure lets the client check the order."""
         first, self._tried = not self._tried, True
         return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
@@ -246,7 +244,7 @@ class Login:
             what = "password"
         elif self.key is not None:
             where = printable(repr(self.key_path), 200) if self.key_path else "of the SSH agent"
-            what = f"key {where} ({fingerprint_of(self.key)})"
+            what = f"key {where} ({self.key.fingerprint})"
         else:
             what = "keys of the SSH agent and of ~/.ssh"
         methods = getattr(error, "allowed_types", None)
@@ -255,25 +253,17 @@ class Login:
                 f"{self.where} closed the connection during the login with the {what}: it was "
                 "refused, perhaps after too many attempts"
             )
-        methods = methods or self._accepted_methods(ssh)
-        accepted = ", ".join(printable(str(name), 40) for name in methods[:8])
+        accepted = printable(", ".join(map(str, methods or ())), 200)
         if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
-            return f"{self.where} accepted the {what}, but also requires: {accepted}"
+            return (
+                f"{self.where} accepted the {what}, but also requires: "
+                f"{accepted or 'another login method'}"
+            )
         accepts = f"; it accepts: {accepted}" if accepted else ""
         return (
             f"{self.where} refused the login with the {what}{accepts}. "
             "Was the order made with another password or key?"
         )
-
-    def _accepted_methods(self, ssh: Any) -> list[str]:
-        # The response to a login without credentials lists the methods.
-        try:
-            ssh.get_transport().auth_none(self.address["user"])
-        except self._paramiko.BadAuthenticationType as error:
-            return list(error.allowed_types)
-        except Exception as error:
-            logger.debug("%s does not list its login methods: %s", self.where, error)
-        return []
 
 
 def _break_off(ssh: Any) -> None:
@@ -290,7 +280,7 @@ def _give_up(ssh: Any) -> None:
 
 
 class ConnectionPool:
-    """The connections of one call: the caller's own, or up to ``size`` new ones.
+    """Keep the connections of one call: the caller's own, or up to ``size`` new ones.
 
     Parameters:
         login: for new connections; None if ``ssh`` is used.
@@ -337,17 +327,17 @@ class ConnectionPool:
 
     @property
     def ssh(self) -> Any:
-        """The first connection."""
+        """Return the first connection."""
         return self._opened[0]
 
     @property
     def age(self) -> float:
-        """Seconds since the call began."""
+        """Return the seconds since the call began."""
         return time.monotonic() - self._started
 
     @property
     def round_trip(self) -> float:
-        """Seconds, measured during the login; 1.0 if they are not known."""
+        """Return the seconds of a round trip, measured during the login; 1.0 if not known."""
         transport = self.ssh.get_transport()
         return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
 

@@ -1,8 +1,8 @@
-"""Shell scripts that start, watch and stop a job on a host, with POSIX tools and /proc."""
+"""Start, watch and stop a job on a host: shell scripts with POSIX tools and /proc."""
 
 from __future__ import annotations
 
-# Prints when the process $1 was started; nothing if it has ended, even if nobody collected it yet.
+# Prints when the process $1 was started; nothing if it has ended, even if it is a zombie.
 _BORN = r"""
 born() {
   [ -e /proc/self ] || { kill -s 0 "$1" 2>/dev/null && echo 0; return; }
@@ -30,7 +30,7 @@ _JOBS = (
     + r"""
 jobs=$PWD/.clore/jobs
 nap() { sleep "$1" 2>/dev/null || sleep 1; }
-boot() { # prints what changes when the machine or its container starts anew
+boot() { # prints an id that changes when the host or its container restarts
   r=; { read -r r </proc/sys/kernel/random/boot_id; } 2>/dev/null
   echo "$r/$(born 1)"
 }
@@ -39,21 +39,21 @@ about() { # reads the state of the job $1 into $st, $code, $pid and $began
   j=$jobs/$1
   [ -d "$j" ] || return 1
   w=0; until { read -r pid born boot began <"$j/pid"; } 2>/dev/null; do
-    pid=- born= boot= began=0 # it is just being started, or its start was cut off
+    pid=- born= boot= began=0 # it is starting, or its start was interrupted
     w=$((w+1)); [ $w -lt 20 ] || break
     nap 0.1
   done
   b=$(born "$pid")
   st=killed; [ "$boot" = "$(boot)" ] || st=lost
   if [ -n "$born" ] && [ "$b" = "$born" ] && [ $st != lost ]; then st=running; fi
-  # Read last: a job may end meanwhile.
+  # Read last, because a job may end in between.
   { read -r code <"$j/exit"; } 2>/dev/null || code=-
   [ "$code" = - ] || st=exited
 }
 """
 )
 _JOB_SCRIPTS = {
-    # Its input is read as a script, so that no variable of ``env`` shows in the list of processes.
+    # This script is read from standard input, so that no list of processes shows ``env``.
     "job": r"""
 detach=$(command -v setsid) # without it, the job stays in this session
 shell=${SHELL:-/bin/sh}; [ -x "$shell" ] || shell=/bin/sh

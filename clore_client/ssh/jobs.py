@@ -1,4 +1,4 @@
-"""Jobs: commands that run on a machine without a connection, and keep their output there."""
+"""Start, follow and stop jobs: commands that run on a host without a connection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from clore_client.errors import (
     HostKeyChangedError,
@@ -26,23 +26,24 @@ from clore_client.ssh.command_text import LineSplitter, SecretBytes, command_lin
 from clore_client.ssh.connect import ConnectionPool
 from clore_client.ssh.job_scripts import JOB_RUNNER, job_script
 from clore_client.ssh.openssh import PLAIN_NAME, check_plain_name
-from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
+from clore_client.ssh.transfer.remote_script import RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
+from clore_client.ssh.transfer.transfer import check_path
 from clore_client.ssh.transport import (
     Watchdog,
     connection_errors,
     reason,
     takes_turns,
 )
-from clore_client.validation import check_callback, check_count, check_number, short_repr
+from clore_client.validation import check_callback, check_count, check_number, check_optional_number
 
-JOB_TIMEOUT = 30.0  # seconds without a word of the machine
-LEAST_PATIENCE = 5.0  # seconds for a login or a word of the machine, even if less time is left
+JOB_TIMEOUT = 30.0  # seconds without any output of a script
+LEAST_PATIENCE = 5.0  # seconds for a login or an answer, even if less time is left
 MAX_TAIL = 8 * 1024 * 1024  # bytes
-MAX_PORTION = 1048576  # bytes of output that follow one size
+MAX_PORTION = 1048576  # bytes of output after one size
 MAX_JOBS = 10_000
-MOST_USELESS_TRIES = 3  # connections that bring nothing of a job, one after the other
-RECONNECT_PAUSE = 1.0  # seconds between two connections at least
+MOST_USELESS_TRIES = 3  # consecutive connections that receive nothing of a job
+RECONNECT_PAUSE = 1.0  # least seconds between two connections
 # A name, its state, its exit code or "-", and the time of its start.
 _JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
 _SIGNAL_CODES = range(129, 193)
@@ -51,7 +52,7 @@ Connect = Callable[[float], ConnectionPool]
 
 
 class JobCommand:
-    """The arguments of ``start``, checked."""
+    """The checked arguments of ``start``."""
 
     def __init__(
         self,
@@ -65,45 +66,39 @@ class JobCommand:
         self.encoded_line = encoded("command", self.line)
         self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
         self.exports = SecretBytes(encoded("env", exports(env)))
-        if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
-            raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")
-        path = "~" if cwd is None else os.fspath(cwd)
-        if not path:
-            raise ValueError("cwd must not be empty")
-        self.cwd = remote_path(encoded("cwd", path))
+        self.cwd = remote_path(check_path("cwd", "~" if cwd is None else cwd))
 
 
-class JobState:
-    """The state of a job, as the machine reports it.
+class JobState(NamedTuple):
+    """The state of a job, as the host reports it.
 
     Attributes:
         status: ``"running"``, ``"exited"``, ``"killed"`` or ``"lost"``.
         exit_code: of the command, or None.
-        started: Unix time on the machine's clock.
+        started: Unix time on the host's clock.
     """
 
-    def __init__(self, status: str, exit_code: int | None = None, started: float = 0.0) -> None:
-        by_signal = status == "exited" and exit_code in _SIGNAL_CODES
-        self.status = "killed" if by_signal else status
-        self.exit_code = exit_code
-        self.started = started
+    status: str
+    exit_code: int | None = None
+    started: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> JobState:
         """Read what the scripts print about a job."""
         found = re.fullmatch(_JOB_STATE, text)
         if found is None:
-            raise SSHError(f"the machine describes a job in a way that can't be read: {text!r}")
-        status, code, started = found.groups()
-        return cls(status, int(code) if status == "exited" else None, float(started))
+            raise SSHError(f"the host describes a job in a way that can't be read: {text!r}")
+        status, digits, started = found.groups()
+        code = int(digits) if status == "exited" and digits != "-" else None
+        return cls("killed" if code in _SIGNAL_CODES else status, code, float(started))
 
 
 class HostJobs:
-    """The jobs of one machine.
+    """Start and find the jobs of one host.
 
     Parameters:
-        connect: returns connections to the machine; the argument limits the seconds to wait for it.
-        reconnects: whether it can do so again; not if the caller gave the connection.
+        connect: returns connections to the host; the argument limits the seconds of the login.
+        reconnects: it can be called again; False if the caller gave the connection.
     """
 
     def __init__(self, connect: Connect, reconnects: bool) -> None:
@@ -112,54 +107,49 @@ class HostJobs:
 
     @contextlib.contextmanager
     def script(
-        self, pool: ConnectionPool, verb: str, timeout: float = math.inf, /,
-        **values: bytes | str | int,
-    ) -> Iterator[RemoteScript]:  # fmt: skip
-        """Run a script on a connection, for the length of a block."""
-        transport = pool.ssh.get_transport()
-        turn = threading.Lock() if takes_turns(transport) else None
-        with Watchdog() as watchdog:
-            text = SecretBytes(script_text(verb, job_script(verb), **values))
-            running = RemoteScript(transport, text, watchdog, min(timeout, JOB_TIMEOUT), turn=turn)
-            try:
-                with running:
-                    yield running
-            except NoShellError as error:
-                raise JobError(f"a job needs a POSIX shell: {error}") from error
-
-    @contextlib.contextmanager
-    def named_script(
-        self, verb: str, *, name: str, **values: bytes | str | int
+        self, verb: str, deadline: float = math.inf, /, **values: bytes | str | int
     ) -> Iterator[RemoteScript]:
-        """Run a script for one job on a connection of its own; what goes wrong is a JobError."""
-        with self.connected() as pool:
+        """Run a script on a connection of its own, for the length of a block."""
+        left = deadline - time.monotonic()
+        limit = min(JOB_TIMEOUT, max(left, LEAST_PATIENCE))
+        text = SecretBytes(script_text(verb, job_script(verb), **values))
+        with self._connect(max(0.0, left)) as pool, Watchdog() as watchdog:
+            transport = pool.ssh.get_transport()
+            turn = threading.Lock() if takes_turns(transport) else None
+            with RemoteScript(transport, text, watchdog, limit, turn=turn) as script:
+                yield script
+
+    def call(
+        self, verb: str, word: bytes, most: int = 0, /, *, name: str, **values: bytes | str | int
+    ) -> bytes:
+        """Run a script for one job; return what follows ``word`` in its answer.
+
+        Parameters:
+            most: the highest number of bytes of further output, which are returned too.
+
+        Raises:
+            JobError: the script failed.
+        """
+        with self.script(verb, name=name, **values) as script:
             try:
-                with self.script(pool, verb, name=name, **values) as script:
-                    yield script
-            except JobError:
-                raise
+                return script.answer(word) + (script.rest(most) if most else b"")
             except SSHError as error:
                 raise JobError(f"job {name!r}: {error}", name=name) from error
 
-    def connected(self, deadline: float = math.inf) -> ConnectionPool:
-        """Return connections to the machine, to be entered."""
-        return self._connect(max(0.0, deadline - time.monotonic()))
-
     def start(self, job: JobCommand) -> Job:
         """Start a job, and return it once it runs."""
-        values: dict[str, Any] = {
-            "name": job.name, "command": job.encoded_line, "exports": job.exports, "cwd": job.cwd,
-            "runner": JOB_RUNNER,
-        }  # fmt: skip
-        with self.named_script("job", **values) as script:
-            started = script.answer(b"started").decode("ascii", "replace")
+        started = self.call(
+            "job", b"started", name=job.name, command=job.encoded_line, exports=job.exports,
+            cwd=job.cwd, runner=JOB_RUNNER,
+        )  # fmt: skip
         logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
-        return Job(self, job.name, job.line, JobState.parse(f"running - {started}"))
+        state = JobState.parse(f"running - {started.decode('ascii', 'replace')}")
+        return Job(self, job.name, job.line, state)
 
     def find(self, name: str = "") -> list[Job]:
-        """Return the jobs of the machine, or the one with this name."""
+        """Return the jobs of the host, or the one with this name."""
         jobs: list[Job] = []
-        with self.connected() as pool, self.script(pool, "jobs", name=name) as script:
+        with self.script("jobs", name=name) as script:
             while (line := script.line()) != b"end":
                 found = re.fullmatch(rf"job ({PLAIN_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
                 if found is None or len(jobs) == MAX_JOBS:
@@ -173,14 +163,14 @@ class HostJobs:
         for job in self.find(name):
             if job.name == name:
                 return job
-        raise JobError(f"the machine has no job {name!r}: jobs() lists those it has", name=name)
+        raise JobError(f"the host has no job {name!r}: jobs() lists those it has", name=name)
 
 
 class Job:
-    """A command that runs on a machine without a connection; see ``CloreClient.start``.
+    """A command that runs on a host without a connection; see ``CloreClient.start``.
 
     Each method and property opens a connection, unless the job is known to have ended. Its files
-    are in ``~/.clore/jobs/<name>`` on the machine.
+    are in ``~/.clore/jobs/<name>`` on the host.
 
     Attributes:
         name: the name of the job.
@@ -203,15 +193,15 @@ class Job:
         """Return the status of the job now.
 
         Returns:
-            ``"running"``; ``"exited"``, by itself; ``"killed"``, by a signal, the machine's memory
-            limit, or :meth:`stop`; ``"lost"``, when the machine or its container was started anew,
-            or the order has ended.
+            ``"running"``; ``"exited"``; ``"killed"``, by a signal, the host's memory limit, or
+            :meth:`stop`; ``"lost"``, if the host or its container was restarted, or the order has
+            ended.
         """
         return self._look().status
 
     @property
     def exit_code(self) -> int | None:
-        """Return the exit code, or None while the job runs, and where nothing recorded it.
+        """Return the exit code; None while the job runs, or if none was recorded.
 
         It is 128 plus the number of the signal if one ended the command.
         """
@@ -219,7 +209,7 @@ class Job:
 
     @property
     def started(self) -> float:
-        """Return the Unix time of its start, by the machine's clock."""
+        """Return the Unix time of the start, by the host's clock."""
         return self._state.started
 
     def tail(self, lines: int = 50) -> str:
@@ -229,7 +219,7 @@ class Job:
             lines: the number of lines; the text has 8 MB at most.
 
         Raises:
-            JobError: the machine has no such job any more.
+            JobError: the host no longer has the job.
 
         Example:
             >>> print(job.tail(2))
@@ -237,9 +227,10 @@ class Job:
             step 100: loss 1.24
         """
         check_count("lines", lines)
-        with self._host.named_script("tail", name=self.name, lines=lines, most=MAX_TAIL) as script:
-            script.answer(b"tail")
-            return script.rest(MAX_TAIL + 1024).decode("utf-8", "replace")
+        text = self._host.call(
+            "tail", b"tail", MAX_TAIL + 1024, name=self.name, lines=lines, most=MAX_TAIL
+        )
+        return text.decode("utf-8", "replace")
 
     def follow(
         self,
@@ -251,11 +242,11 @@ class Job:
     ) -> int | None:
         """Pass on the output from its start, and wait for the end of the job.
 
-        A connection that breaks is opened again, and the output goes on where it stopped: no line
-        is lost, none comes twice. Ctrl-C ends the following, not the job.
+        If the connection breaks, it connects again and continues where the output stopped: no line
+        is lost, and none comes twice. Ctrl-C does not end the job.
 
         Parameters:
-            on_output: called with each line, without its line end. stdout and stderr come together.
+            on_output: called with each line of stdout and stderr, without its line end.
             timeout: seconds to follow; None follows to the end.
             on_progress, progress: as for :meth:`CloreClient.wait_for_order`.
 
@@ -264,7 +255,7 @@ class Job:
 
         Raises:
             JobTimeoutError: the job did not end in time. It still runs.
-            SSHError: the machine can't be reached any more, or not with these login arguments.
+            SSHError: the host can't be reached any more, or refused the login.
 
         Example:
             >>> job.follow(on_output=print)
@@ -298,20 +289,18 @@ class Job:
             >>> job.stop()
         """
         check_number("grace", grace, maximum=20.0, unit="seconds")
-        with self._host.named_script("stop", name=self.name, grace=math.ceil(10 * grace)) as script:
-            script.answer(b"stopped")
+        self._host.call("stop", b"stopped", name=self.name, grace=math.ceil(10 * grace))
 
     def remove(self) -> None:
         """Remove a job that has ended, with its output, so that its name is free again.
 
         Raises:
-            JobError: the job still runs, or the machine has no such job.
+            JobError: the job still runs, or the host has no such job.
 
         Example:
             >>> job.remove()
         """
-        with self._host.named_script("remove", name=self.name) as script:
-            script.answer(b"removed")
+        self._host.call("remove", b"removed", name=self.name)
         if self._state.status == "running":
             self._state = JobState("lost")
 
@@ -327,10 +316,8 @@ class Job:
     def _follow(
         self, splitter: LineSplitter | None, timeout: float | None, report: Report | None = None
     ) -> int | None:
-        deadline = math.inf
-        if timeout is not None:
-            check_number("timeout", timeout, infinite=True, unit="seconds")
-            deadline = time.monotonic() + timeout
+        limit = check_optional_number("timeout", timeout, infinite=True, unit="seconds")
+        deadline = math.inf if limit is None else time.monotonic() + limit
         output = JobOutput(self._host, self.name, deadline, skip=splitter is None)
         try:
             with contextlib.closing(output.pieces()) as pieces:
@@ -349,7 +336,7 @@ class Job:
 
 
 class JobOutput:
-    """Receives the output of a job until its end, over as many connections as necessary.
+    """Receive the output of a job until its end, over as many connections as necessary.
 
     Parameters:
         skip: receive no output, and only wait for the end.
@@ -378,14 +365,14 @@ class JobOutput:
         useless = 0
         failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
         while self.state is None:
-            began, size, self._heard, pool = time.monotonic(), self.size, False, None
+            began, size, self._heard = time.monotonic(), self.size, False
             try:
-                with self._host.connected(self._deadline) as pool:
-                    yield from self._received(pool)
+                yield from self._received()
             except (JobError, HostKeyChangedError):
                 raise
             except failures as error:
-                if getattr(error, "reason", "") == "refused":
+                no_login = getattr(error, "reason", "")  # "refused" or "unreachable"
+                if no_login == "refused":
                     raise
                 if self._time_left() <= 0:
                     raise self._too_late(f"it may still run ({reason(error)})") from error
@@ -393,8 +380,7 @@ class JobOutput:
                 # Else a host that ends each script at once would be asked forever.
                 useful = self.size > size or (self._heard and lasted > LEAST_PATIENCE)
                 useless = 0 if useful else useless + 1
-                logged_in = pool is not None
-                if not logged_in or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
+                if no_login or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
                     raise
                 logger.warning("job %s: %s; connecting again", self._name, error)
                 time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
@@ -405,11 +391,10 @@ class JobOutput:
     def _too_late(self, state: str = "it still runs") -> JobTimeoutError:
         return JobTimeoutError(f"job {self._name!r} did not end in time; {state}", name=self._name)
 
-    def _received(self, pool: ConnectionPool) -> Iterator[bytes]:
+    def _received(self) -> Iterator[bytes]:
         """Yield the output that one connection receives."""
-        values: dict[str, str | int] = {"name": self._name, "at": -1 if self._skip else self.size}
-        limit = max(self._time_left(), LEAST_PATIENCE)
-        with self._host.script(pool, "follow", limit, **values) as script:
+        at = -1 if self._skip else self.size
+        with self._host.script("follow", self._deadline, name=self._name, at=at) as script:
             while True:
                 limit = min(JOB_TIMEOUT, max(self._time_left(), LEAST_PATIENCE))
                 script.channel.timeout = limit

@@ -1,13 +1,11 @@
-"""Pin the host key of each order, and find the private key of a public one."""
+"""Pin the host key of each order; find the private key of a public key."""
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import hmac
 import os
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,23 +25,6 @@ LOCK_PATIENCE = 2.0  # seconds
 # A host key is negotiated by its signature algorithm: RSA keys have several.
 _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
 
-Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
-
-
-def pin_of(key: Any) -> Pin:
-    """Return a paramiko key as two words of a ``known_hosts`` line."""
-    return key.get_name(), key.get_base64()
-
-
-def fingerprint_of(key: Any) -> str:
-    """Return the fingerprint of a paramiko key, as ``ssh-keygen -l`` prints it."""
-    return pin_fingerprint(pin_of(key))
-
-
-def pin_fingerprint(pin: Pin) -> str:
-    """Return the fingerprint of a pinned key."""
-    return public_key_fingerprint(" ".join(pin)) or ""
-
 
 def check_host_key(value: Any) -> str:
     """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
@@ -57,7 +38,7 @@ def check_host_key(value: Any) -> str:
 
 
 class HostKeys:
-    """The pinned host keys of an account, in memory and in the state folder.
+    """Keep the pinned host keys of an account, in memory and in the state folder.
 
     Parameters:
         folder: the state folder, or None if none is used.
@@ -67,19 +48,21 @@ class HostKeys:
     def __init__(self, folder: Path | None, account: str) -> None:
         self.path = None if folder is None else folder / PINS_FILE
         self._account = account[:12]
-        self._seen: dict[str, list[Pin]] = {}
+        self._seen: dict[str, list[str]] = {}
 
-    def alias(self, order_id: int | None, address: str) -> str:
+    def alias(self, order_id: int | None, address: dict[str, Any]) -> str:
         """Return the name for the key of an order; the address if the order has no id."""
-        return f"clore-order-{order_id}-{self._account}" if order_id else address
+        if order_id:
+            return f"clore-order-{order_id}-{self._account}"
+        return "{host}:{port}".format(**address)
 
-    def of(self, alias: str) -> list[Pin]:
-        """Return the pinned keys of a host."""
+    def of(self, alias: str) -> list[str]:
+        """Return the pinned keys of a host: their type and base64, as in ``known_hosts``."""
         if alias in self._seen:
             return self._seen[alias]
         return [pin for names, pin in self._lines() if _names(names, alias)]
 
-    def keep(self, alias: str, pin: Pin) -> None:
+    def keep(self, alias: str, pin: str) -> None:
         """Pin a key instead of all others of the host."""
         if self.of(alias) != [pin]:
             self._rewrite(alias, pin)
@@ -101,7 +84,7 @@ class HostKeys:
             except OSError as error:
                 logger.warning("host keys can't be kept for the next process: %s", error)
 
-    def _lines(self) -> Iterator[tuple[str, Pin]]:
+    def _lines(self) -> Iterator[tuple[str, str]]:
         try:
             text = self._text()
         except OSError:
@@ -109,9 +92,9 @@ class HostKeys:
         for line in text.splitlines():
             words = line.split()
             if len(words) >= 3 and not words[0].startswith(("#", "@")):
-                with contextlib.suppress(ValueError):
-                    base64.b64decode(words[2], validate=True)
-                    yield words[0], (words[1], words[2])
+                pin = f"{words[1]} {words[2]}"
+                if public_key_fingerprint(pin):
+                    yield words[0], pin
 
     def _text(self) -> str:
         if self.path is None:
@@ -122,7 +105,7 @@ class HostKeys:
         except FileNotFoundError:
             return ""
 
-    def _rewrite(self, alias: str, pin: Pin | None) -> None:
+    def _rewrite(self, alias: str, pin: str | None) -> None:
         """Replace the lines of a host in the file; only warn if that fails."""
         if self.path is None or not alias.startswith("clore-order-"):
             return
@@ -134,14 +117,14 @@ class HostKeys:
                     if line.strip() and not _names(line.split()[0], alias)
                 ]
                 if pin is not None:
-                    lines.append(f"{alias} {pin[0]} {pin[1]}")
+                    lines.append(f"{alias} {pin}")
                 replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
         except OSError as error:
             logger.warning("host keys can't be kept for the next process: %s", error)
 
 
 def _names(names: str, alias: str) -> bool:
-    """Check whether the first word of a line names a host; OpenSSH may have hashed it."""
+    """Check if the first word of a line names a host; OpenSSH may have hashed it."""
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -152,58 +135,56 @@ def _names(names: str, alias: str) -> bool:
 
 
 class KeyCheck:
-    """Checks the host key of one order; also paramiko's policy for unknown hosts.
+    """Check the host key of one order, as paramiko's policy for unknown hosts.
 
     Parameters:
         pins: the pinned keys.
         order_id: the id of the order, or None.
-        address: its host and port.
+        address: its address, as ``plain_address`` returns it.
         mode: ``"pin"``, ``"accept"`` or a fingerprint.
     """
 
-    def __init__(self, pins: HostKeys, order_id: int | None, address: str, mode: str) -> None:
+    def __init__(
+        self, pins: HostKeys, order_id: int | None, address: dict[str, Any], mode: str
+    ) -> None:
         self._pins = pins
         self._order_id = order_id
         self._alias = pins.alias(order_id, address)
         self._mode = mode
-        self._shown = threading.local()  # several threads may log in at once
 
     @property
     def wanted_types(self) -> list[str]:
-        """The algorithms of the pinned keys, to prefer in the key exchange."""
+        """Return the algorithms of the pinned keys, to prefer in the key exchange."""
         if self._mode == "accept":
             return []
-        kinds = [kind for kind, _ in self._pins.of(self._alias)]
+        kinds = [pin.split()[0] for pin in self._pins.of(self._alias)]
         return [name for kind in kinds for name in _ALGORITHMS.get(kind, (kind,))]
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
         """Check a host's key; paramiko calls this before it sends anything secret."""
-        shown = pin_of(key)
-        self._check(shown)
-        self._shown.pin = shown
+        self._check(key)
 
-    def remember(self) -> None:
+    def remember(self, key: Any) -> None:
         """Pin the host's key, after a successful login."""
-        shown: Pin | None = getattr(self._shown, "pin", None)
-        if self._mode == "accept" or shown is None:
-            return
-        self._check(shown)  # again: another thread may have pinned another key
-        if self._mode != "pin" or shown not in self._pins.of(self._alias):
-            self._pins.keep(self._alias, shown)
+        self._check(key)  # again: another thread may have pinned another key
+        pin = f"{key.get_name()} {key.get_base64()}"
+        replaces = self._mode != "pin" or pin not in self._pins.of(self._alias)
+        if replaces and self._mode != "accept":
+            self._pins.keep(self._alias, pin)
 
-    def _check(self, shown: Pin) -> None:
+    def _check(self, key: Any) -> None:
         if self._mode == "accept":
             return
-        pinned = [pin_fingerprint(pin) for pin in self._pins.of(self._alias)]
+        pinned = [public_key_fingerprint(pin) or "" for pin in self._pins.of(self._alias)]
         allowed = pinned if self._mode == "pin" else [self._mode]
-        found = pin_fingerprint(shown)
+        found: str = key.fingerprint
         if not allowed or found in allowed:
             return
         expected = " or ".join(allowed)
         name = f"order {self._order_id}" if self._order_id else self._alias
         raise HostKeyChangedError(
-            f"the machine of {name} has the host key {found} instead of {expected}: its container "
-            "was created again, or another machine answers at its address. No password or key "
+            f"the host of {name} has the host key {found} instead of {expected}: its container "
+            "was created again, or another host answers at its address. No password or key "
             "was sent. To accept the new host key, call forget_host_key(order) or pass "
             f"host_key={found!r}",
             order_id=self._order_id,
@@ -216,19 +197,17 @@ def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
     """Return the private key with a fingerprint.
 
     Returns:
-        A file of ``~/.ssh`` and None, or None and a key of the agent; None twice if there is none.
-        The agent comes first, because it needs no passphrase.
+        A file of ``~/.ssh`` and None, or None and a key of the agent; None for both if there is
+        none. The agent is preferred, because it needs no passphrase.
     """
     for key in _agent_keys():
-        if fingerprint_of(key) == fingerprint:
+        if key.fingerprint == fingerprint:
             return None, key
-    folder = Path(os.path.expanduser("~/.ssh"))
     try:
-        names = sorted(os.listdir(folder))
+        paths = sorted(Path(os.path.expanduser("~/.ssh")).iterdir())
     except OSError:
         return None, None
-    for name in names:
-        path = folder / name
+    for path in paths:
         if _file_fingerprint(path) == fingerprint:
             return path, None
     return None, None
@@ -240,7 +219,7 @@ def _agent_keys() -> tuple[Any, ...]:
     try:
         return tuple(import_paramiko().Agent().get_keys())
     except Exception as error:
-        logger.debug("the SSH agent can't be asked: %s", error)
+        logger.debug("the keys of the SSH agent can't be listed: %s", error)
         return ()
 
 
@@ -252,7 +231,7 @@ def _file_fingerprint(path: Path) -> str | None:
     if public := _text_of(path.with_name(f"{path.name}.pub")):  # as the key may be encrypted
         return public_key_fingerprint(public)
     try:
-        return fingerprint_of(import_paramiko().PKey.from_path(path))
+        return str(import_paramiko().PKey.from_path(path).fingerprint)
     except Exception as error:
         logger.debug("%s is not a key that can be read: %s", path, error)
         return None

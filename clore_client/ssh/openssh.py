@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
-from clore_client.models.order import plain_host, plain_user
+from clore_client.models.order import Order, plain_host, plain_user
 from clore_client.ssh.transfer.scripts import remote_path
 from clore_client.ssh.transport import PARAMIKO_LOGGER, import_paramiko, reason
-from clore_client.validation import check_local_path, short_repr
+from clore_client.validation import check_local_path, check_string, short_repr
 
 if TYPE_CHECKING:
     from clore_client.ssh.keys import HostKeys
@@ -30,18 +30,9 @@ def parse_ssh_command(order: Any) -> dict[str, Any]:
             "raw": raw}  # fmt: skip
 
 
-def check_order(order: Any) -> Mapping[str, Any]:
-    """Check that an argument is an order, and return it."""
-    if not isinstance(order, Mapping):
-        raise TypeError(
-            f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
-        )
-    return order
-
-
-def plain_address(order: Any) -> dict[str, Any]:
+def plain_address(order: Order) -> dict[str, Any]:
     """Return the address of an order; raise unless host and user are plain names or addresses."""
-    address = parse_ssh_command(check_order(order))
+    address = parse_ssh_command(order)
     user = parse_address(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
         return address
@@ -170,20 +161,20 @@ def _identity_files(entry: Any) -> list[str]:
 
 
 class OpenSSH:
-    """Writes command lines and configuration entries for a host.
+    """Write command lines and configuration entries for a host.
 
     Parameters:
-        address: as :func:`plain_address` returns it.
-        pins: the pinned host keys; ``alias`` is the name of the host there.
+        pins: the pinned host keys.
         key_path: the file of a private key, or None.
     """
 
-    def __init__(self, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> None:
-        self._address = address
+    def __init__(self, order: Order, pins: HostKeys, key_path: Any) -> None:
+        self._address = plain_address(order)
+        self._order_id = order.id
         self._pins = pins
-        self._alias = alias
+        self._alias = pins.alias(order.id, self._address)
         self._key = None if key_path is None else _whole_path(key_path)
-        self._in_file = pins.path is not None and alias.startswith("clore-order-")
+        self._in_file = pins.path is not None and bool(order.id)
 
     def terminal_line(self) -> str:
         """Return a command line; see ``CloreClient.ssh_command``."""
@@ -201,8 +192,9 @@ class OpenSSH:
         host = f"[{host}]" if ":" in host else host
         return shlex.join(["rsync", "-az", "-s", "-e", ssh, source, f"{user}@{host}:{target}"])
 
-    def config_entry(self, name: str) -> str:
+    def config_entry(self, name: str | None) -> str:
         """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
+        name = name or (f"clore-{self._order_id}" if self._order_id else "clore")
         address = self._address
         lines = [
             ("HostName", address["host"]),
@@ -240,22 +232,19 @@ class OpenSSH:
                     ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
         if not known:  # without a state folder, nothing is kept between two logins
             return [("UserKnownHostsFile", os.devnull), strict]
-        kind, key = known[0]
         # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
         return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
-                ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
+                ("KnownHostsCommand", f"/bin/echo clore {known[0]}"), strict]  # fmt: skip
 
 
 def check_plain_name(value: Any) -> str:
     """Check the name of a job, or of an entry of ``~/.ssh/config``."""
-    if not isinstance(value, str):
-        raise TypeError(f"name must be a string, not {short_repr(value)}")
-    if not re.fullmatch(PLAIN_NAME, value):
+    if not re.fullmatch(PLAIN_NAME, check_string("name", value)):
         raise ValueError(
             "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
             f"none of the last two, not {short_repr(value)}"
         )
-    return value
+    return str(value)
 
 
 def _rsync_word(word: str) -> str:

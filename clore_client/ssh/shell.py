@@ -1,4 +1,4 @@
-"""Connect this terminal to a shell on a machine."""
+"""Connect this terminal to a shell on a host."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
-from clore_client.ssh.transport import Watchdog, connection_errors, open_session, reason
+from clore_client.ssh.transport import LimitedChannel, Watchdog, connection_errors, reason
 
 if TYPE_CHECKING:
     import paramiko
 
-SHELL_TIMEOUT = 30.0  # seconds for a machine to open a terminal
-SHELL_LOOK = 0.25  # seconds between two looks at the size of the window
+SHELL_TIMEOUT = 30.0  # seconds for a host to open a terminal
+CLOSE_TIMEOUT = 2.0  # seconds for the host to send the exit code, and to close the terminal
+SHELL_LOOK = 0.25  # seconds between two checks of the size of the window
 SHELL_PIECE = 65536  # bytes
 
 
@@ -43,7 +44,7 @@ def check_terminal() -> tuple[int, int]:
 
 
 def run_shell(ssh: paramiko.SSHClient) -> int:
-    """Run the login shell of a machine in this terminal; see ``CloreClient.shell``."""
+    """Run the login shell of a host in this terminal; see ``CloreClient.shell``."""
     source, target = check_terminal()
     with Watchdog() as watchdog:
         terminal = _Terminal(ssh.get_transport(), watchdog, source, target)
@@ -52,7 +53,7 @@ def run_shell(ssh: paramiko.SSHClient) -> int:
 
 
 class _Terminal:
-    """Passes bytes between this terminal and a shell on a machine."""
+    """Pass bytes between this terminal and a shell on a host."""
 
     def __init__(self, transport: Any, watchdog: Watchdog, source: int, target: int) -> None:
         self._transport = transport
@@ -60,81 +61,73 @@ class _Terminal:
         self._source = source
         self._target = target
         self._size = os.get_terminal_size(target)
-        self._channel: Any = None
         self._reads = True  # until the end of the input
 
     def run(self) -> int:
         """Return the exit code of the shell."""
+        channel: LimitedChannel | None = None
         try:
-            with self._limited(SHELL_TIMEOUT):
-                self._open()
-            while not self._ended():
-                self._follow_size()
-                self._pass_on()
-            return self._exit_code()
+            channel = LimitedChannel(self._transport, SHELL_TIMEOUT, self._watchdog)
+            self._start(channel)
+            while not (channel.closed or (channel.eof_received and not channel.recv_ready())):
+                self._follow_size(channel)
+                self._pass_on(channel)
+            return self._exit_code(channel)
         except connection_errors() as error:
-            raise SSHError(f"the connection broke, and the shell with it ({reason(error)})") from (
+            raise SSHError(f"the connection broke, and the shell ended ({reason(error)})") from (
                 error
             )
         finally:
-            if self._channel is not None:
-                with self._limited(2.0), contextlib.suppress(*connection_errors()):
-                    self._channel.close()
+            if channel is not None:
+                channel.timeout = CLOSE_TIMEOUT
+                channel.close()
 
-    def _limited(self, seconds: float) -> contextlib.AbstractContextManager[Any]:
-        """Close the connection if a block takes too long: sending itself has no timeout."""
-        return self._watchdog.limit(seconds, lambda: self._transport.close())
+    def _limited(self) -> contextlib.AbstractContextManager[Any]:
+        """Close the connection if a block takes too long: paramiko has no timeout there."""
+        return self._watchdog.limit(SHELL_TIMEOUT, self._transport.close)
 
-    def _open(self) -> None:
-        self._channel = open_session(self._transport, SHELL_TIMEOUT)
+    def _start(self, channel: LimitedChannel) -> None:
         kind = os.environ.get("TERM", "xterm-256color")
         try:
-            self._channel.get_pty(kind, self._size.columns, self._size.lines)
-            self._channel.invoke_shell()
+            with self._limited():
+                channel.get_pty(kind, self._size.columns, self._size.lines)
+                channel.invoke_shell()
         except connection_errors() as error:
             if not self._transport.is_active():
                 raise
-            raise SSHError(
-                f"the machine did not open a terminal ({reason(error)}): use run()"
-            ) from error
+            raise SSHError(f"the host did not open a terminal ({reason(error)}): use run()") from (
+                error
+            )
 
-    def _ended(self) -> bool:
-        channel = self._channel
-        return channel.closed or (channel.eof_received and not channel.recv_ready())
-
-    def _follow_size(self) -> None:
-        # Looking is simpler than SIGWINCH, which only the main thread could get.
+    def _follow_size(self, channel: LimitedChannel) -> None:
+        # A comparison is simpler than SIGWINCH, which only the main thread could receive.
         size = os.get_terminal_size(self._target)
         if size != self._size:
             self._size = size
-            with self._limited(SHELL_TIMEOUT):
-                self._channel.resize_pty(size.columns, size.lines)
+            with self._limited():
+                channel.resize_pty(size.columns, size.lines)
 
-    def _pass_on(self) -> None:
-        """Pass on what there is, in both directions; return soon if there is nothing."""
-        channel = self._channel
-        # A send would wait for the machine to read, and this for the machine's output.
-        wanted = [self._source] if self._reads and channel.send_ready() else []
-        ready, _, _ = select.select([channel, *wanted], [], [], SHELL_LOOK)
+    def _pass_on(self, channel: LimitedChannel) -> None:
+        """Pass on what has arrived, in both directions; return soon if there is nothing."""
+        # Input is read only when it can be sent: a send that waits would hold up the output.
+        watched: list[Any] = [channel]
+        if self._reads and channel.send_ready():
+            watched.append(self._source)
+        ready, _, _ = select.select(watched, [], [], SHELL_LOOK)
         if channel.recv_ready():
-            with self._limited(SHELL_TIMEOUT):
-                data = channel.recv(SHELL_PIECE)
-            _write_all(self._target, data)
+            _write_all(self._target, channel.recv(SHELL_PIECE))
         if self._source in ready:
-            data = os.read(self._source, 1024)
-            with self._limited(SHELL_TIMEOUT):
-                if data:
-                    channel.sendall(data)
-                else:
-                    self._reads = False
-                    channel.shutdown_write()
+            if data := os.read(self._source, 1024):
+                channel.sendall(data)
+            else:
+                self._reads = False
+                channel.shutdown_write()
 
-    def _exit_code(self) -> int:
-        channel = self._channel
-        if channel.status_event.wait(2.0) and channel.exit_status >= 0:
+    def _exit_code(self, channel: LimitedChannel) -> int:
+        if channel.status_event.wait(CLOSE_TIMEOUT) and channel.exit_status >= 0:
             return int(channel.exit_status)
         if not self._transport.is_active():
-            raise SSHError("the connection broke, and the shell with it")
+            raise SSHError("the connection broke, and the shell ended")
         return -1
 
 
@@ -149,7 +142,7 @@ def _write_all(target: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _raw_mode(source: int) -> Iterator[None]:
-    """Let every key go to the machine, for a block, whichever way it ends."""
+    """Send every key to the host during a block, and restore the terminal however it ends."""
     import termios
     import tty
 

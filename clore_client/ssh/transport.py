@@ -1,11 +1,8 @@
-"""Prepare paramiko's transports and channels: bounded memory, fast ciphers, dead links noticed.
+"""Prepare paramiko's connections and channels: limits of memory and time, and fast ciphers.
 
-A call that has no timeout of its own is limited by a watchdog.
-
-paramiko has no settings for most of this: these are attributes of its objects. The package uses
-four private ones: ``Packetizer._read_timeout`` and ``Transport._send_user_message`` here,
-``SFTPClient._async_request`` and ``SFTPClient._read_response`` in ``transfer/sftp.py``. A test
-names the versions of paramiko with which that was checked.
+paramiko has no settings for most of this, so attributes of its objects are replaced. Two of them
+are private: ``Packetizer._read_timeout`` and ``Transport._send_user_message``. A test names the
+versions of paramiko that have them.
 """
 
 from __future__ import annotations
@@ -24,19 +21,19 @@ from clore_client.log import logger
 PARAMIKO_LOGGER = "clore_client.paramiko"
 REKEY_BYTES = 2**36
 MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
-MAX_PACKET = 2**22  # bytes, far more than anybody asks for
-CHANNEL_PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
+MAX_PACKET = 2**22  # bytes; far more than a host is asked to send
+CHANNEL_PACKET = 131072  # bytes; needs a fourth of the packets that 32 KB would need
 COMMAND_WINDOW = 2**21  # bytes
-CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
-SPARE_PATIENCE = 1.0  # seconds for a thread to take what has arrived
-KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
+CHANNEL_PAUSE = 0.05  # seconds between two attempts to open a channel
+SPARE_PATIENCE = 1.0  # seconds for another thread to take a channel that the host has opened
+KEEPALIVE = 15.0  # seconds of silence after which a host is asked for a sign of life
 DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
 KEEPALIVE_LOOK = 5.0  # seconds between two checks for silence
 WATCH_INTERVAL = 0.1  # seconds between two checks of the watchdog's limits
-# Messages that begin with a count, for as many things as paramiko would then read from nothing.
+# Messages with a count: paramiko would read as many items, even beyond the end of the message.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
 _WINDOW_ADJUST, _CHANNEL_CLOSE = b"\x5d", b"\x61"
-# Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
+# Both ciphers include authentication, and are nearly twice as fast as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
 
@@ -60,7 +57,7 @@ class NoChannelError(SSHError):
 
 
 def takes_turns(transport: Any) -> bool:
-    """Return whether a command may not start while another one of the connection ends.
+    """Return True if no command may start while another one of the connection ends.
 
     When one ends, dropbear (2022.83) closes every channel whose command has not started yet.
     """
@@ -73,7 +70,7 @@ def prepared_transport(
     """Make a transport for ``SSHClient.connect``.
 
     Parameters:
-        options: what paramiko gives to the transport that it would make.
+        options: the arguments of paramiko for the transport.
         timeout: seconds for the handshake.
         key_types: of the host's keys, the preferred ones first.
     """
@@ -81,14 +78,14 @@ def prepared_transport(
 
     transport: Any = paramiko.Transport(sock, **options)
     transport.spare = SpareSession(transport)
-    # paramiko deadlocks in a new key exchange while several threads send, and the connection dies
-    # of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
+    # In a new key exchange while several threads send, paramiko deadlocks for 30 s and then closes
+    # the connection. So there is none before 64 GB, which is also OpenSSH's limit.
     transport.packetizer.REKEY_BYTES = REKEY_BYTES
     transport.handshake_timeout = timeout
     _limit_packets(transport.packetizer, paramiko.SSHException)
     _name_errors(transport, paramiko.SSHException)
     with contextlib.suppress(OSError, AttributeError):
-        # Or each small packet waits up to 40 ms for the answer to the one before.
+        # Otherwise a small packet waits up to 40 ms for the answer to the previous one.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     security = transport.get_security_options()
     security.ciphers = _preferred(security.ciphers, FAST_CIPHERS)
@@ -102,9 +99,9 @@ def _preferred(names: Any, first: Any) -> list[str]:
 
 
 def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
-    """Limit what a host may send: paramiko takes lines, packets and counts of any size."""
-    read_timeout: Any = getattr(packetizer, "_read_timeout", None)
-    read_all, read_message = packetizer.read_all, packetizer.read_message
+    """Limit what a host may send: paramiko accepts lines, packets and counts of any size."""
+    read_timeout, read_all = packetizer._read_timeout, packetizer.read_all
+    read_message = packetizer.read_message
     greeting = 0
     packetizer.last_received = time.monotonic()
 
@@ -124,7 +121,7 @@ def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
     def limited_message() -> Any:
         kind, message = read_message()
         then, packetizer.last_received = packetizer.last_received, time.monotonic()
-        if kind == _SERVICE_ACCEPT:  # its request followed the message before
+        if kind == _SERVICE_ACCEPT:  # it was requested right after the previous message
             packetizer.round_trip = packetizer.last_received - then
         if kind in (_EXT_INFO, _INFO_REQUEST):
             if kind == _INFO_REQUEST:
@@ -148,9 +145,7 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
         failure = get_exception()
         if failure is None or isinstance(failure, (error, OSError, EOFError)):
             return failure
-        named_error = error(f"it broke off ({type(failure).__name__})")
-        named_error.__cause__ = failure
-        return named_error
+        return error(f"it broke off ({type(failure).__name__})")
 
     transport.get_exception = named
 
@@ -168,9 +163,9 @@ def close_after(transport: Any, clients: list[Any]) -> None:
 
 
 def keep_alive(transport: Any) -> None:
-    """Ask a silent host whether it is still there, and end the connection without an answer.
+    """Ask a silent host for a sign of life; close the connection if there is none.
 
-    paramiko's own keepalives ask for no answer, so they never notice a dead link.
+    paramiko's own keepalives request no answer, so they never notice a dead link.
     """
     packetizer = transport.packetizer
 
@@ -194,16 +189,16 @@ def open_session(
     """Open a channel that keeps no more than its window in memory.
 
     Parameters:
-        patience: seconds to retry while the host refuses a further one.
+        patience: seconds to retry while the host refuses the channel.
 
     Raises:
-        NoChannelError: the host refuses it.
-        SSHError: it does not answer, or the connection is closed.
+        NoChannelError: the host refuses the channel.
+        SSHError: the host does not answer, or the connection is closed.
     """
     give_up_at = time.monotonic() + patience
     while True:
         if transport is None or not transport.is_active():
-            raise SSHError("the connection to the machine is closed")
+            raise SSHError("the connection to the host is closed")
         try:
             channel = transport.open_session(
                 window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
@@ -215,7 +210,7 @@ def open_session(
             refused = _is_refusal(error)
             if not refused or time.monotonic() >= give_up_at:
                 kind = NoChannelError if refused else SSHError
-                raise kind(f"the machine opened no channel: {reason(error)}") from error
+                raise kind(f"the host opened no channel: {reason(error)}") from error
             time.sleep(CHANNEL_PAUSE)
     channel.settimeout(timeout)
     _guard_channel(channel)
@@ -223,19 +218,16 @@ def open_session(
 
 
 def open_next_session(transport: Any) -> None:
-    """Ask for a session that the next command can use, without waiting for it.
-
-    It is opened on transports of :func:`prepared_transport` only.
-    """
+    """Open a session for the next command, without waiting for it."""
     spare = getattr(transport, "spare", None)
-    if spare is not None:
+    if spare is not None:  # the user's own connection has none
         spare.ask()
 
 
 class SpareSession:
-    """A session of a transport that is opened in advance, which saves a round trip later.
+    """Open a session of a transport in advance, to save a round trip later.
 
-    The next caller gets this session, so it does not count against the host's limit.
+    The next caller gets this session, so that it never exceeds the host's limit.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -247,7 +239,7 @@ class SpareSession:
         transport.open_channel = self._take_or_open
 
     def ask(self) -> None:
-        """Ask for the session, unless there is one."""
+        """Open the session in a new thread, unless there is one."""
         with self._lock:
             opening = self._opener is not None and self._opener.is_alive()
             if not opening and not _usable(self._channel) and not takes_turns(self._transport):
@@ -278,7 +270,7 @@ class SpareSession:
             return self._open_channel(kind, *arguments, **options)
         except connection_errors() as error:
             if self._opener is not None and _is_refusal(error):
-                self._opener.join(SPARE_PATIENCE)  # its answer has come before this one
+                self._opener.join(SPARE_PATIENCE)  # the host has answered it before this request
             if spare := self._take():
                 return spare
             raise
@@ -287,7 +279,7 @@ class SpareSession:
 def _is_refusal(error: Exception) -> bool:
     import paramiko
 
-    # If another thread already took paramiko's error, this one has a different type.
+    # If another thread took paramiko's error first, this one has a different type.
     return isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
 
 
@@ -296,7 +288,7 @@ def _usable(channel: Any) -> bool:
 
 
 def _guard_channel(channel: Any) -> None:
-    """Limit a channel's memory, and send nothing after its close message."""
+    """Limit the memory of a channel, and send nothing after its close message."""
     if isinstance(channel.transport, ChannelOrder):
         return
     channel.transport = ChannelOrder(channel.transport)
@@ -305,11 +297,11 @@ def _guard_channel(channel: Any) -> None:
 
 
 class ChannelOrder:
-    """Stands between a channel and its transport: nothing follows the channel's close.
+    """Pass messages from a channel to its transport, but none after the channel's close.
 
-    paramiko's own thread may answer the host's close while another one sends, and a server ends
-    the whole connection for what comes after that. Where a broken connection takes no request for
-    more data, paramiko would lose what it was about to return.
+    paramiko's own thread may answer the host's close while another thread sends, and a server
+    closes the whole connection if a message follows. Also, if a request for more data fails,
+    paramiko would lose the data that it was about to return.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -333,7 +325,7 @@ class ChannelOrder:
 
 
 def _limit_buffer(pipe: Any, most: int) -> None:
-    """End the connection of a host that sends more than the window allows: paramiko keeps it."""
+    """Close the connection if a host sends more than the window allows; paramiko would keep it."""
     feed = pipe.feed
 
     def limited(data: Any) -> None:
@@ -345,9 +337,9 @@ def _limit_buffer(pipe: Any, most: int) -> None:
 
 
 def channel_request(channel: Any, kind: str, value: bytes | str, answered: bool = True) -> None:
-    """Ask for an exec or a subsystem, or send a signal, without waiting for the answer.
+    """Request an exec or a subsystem, or send a signal, without waiting for the answer.
 
-    A refusal closes the channel. paramiko's own methods wait for it, without a time limit.
+    A refusal closes the channel. paramiko's own methods wait for the answer, without a time limit.
     """
     import paramiko
     from paramiko.common import cMSG_CHANNEL_REQUEST
@@ -365,20 +357,20 @@ def channel_request(channel: Any, kind: str, value: bytes | str, answered: bool 
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
-    """Return what paramiko raises where a connection or a channel ends."""
+    """Return the errors that paramiko raises when a connection or a channel ends."""
     import paramiko
 
     return (paramiko.SSHException, OSError, EOFError)
 
 
 def reason(error: BaseException) -> str:
-    """Describe an error whose text may be the host's."""
+    """Describe an error; its text may come from the host."""
     text = str(getattr(error, "text", "")) or str(error)
     return printable(text.replace("[Errno None] ", "").rstrip(".") or type(error).__name__, 200)
 
 
 def is_connected(ssh: Any) -> bool:
-    """Check whether a connection is open."""
+    """Check that a connection is open."""
     transport = ssh.get_transport()
     return transport is not None and bool(transport.is_active())
 
@@ -404,7 +396,7 @@ class Limit:
 
 
 class Watchdog:
-    """Runs an action when a block takes too long; a context manager with one thread.
+    """Run an action when a block takes too long; a context manager with one thread.
 
     paramiko writes to a socket without a timeout: only closing the connection ends that.
     """
@@ -447,10 +439,10 @@ class LimitedChannel:
     """A channel on which no call takes much longer than ``timeout`` seconds.
 
     paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
-    Calls that wait for nothing go to paramiko's channel as they are.
+    Methods that do not wait are those of paramiko's channel.
 
     Raises:
-        SSHError: a call takes too long. Other errors are paramiko's own.
+        SSHError: a call takes too long. Other errors are those of paramiko.
     """
 
     def __init__(
@@ -465,13 +457,13 @@ class LimitedChannel:
         return getattr(self._channel, name)
 
     def exec_command(self, command: bytes | str) -> None:
-        self._limited("took no command", channel_request, self._channel, "exec", command)
+        self._limited("accepted no command", channel_request, self._channel, "exec", command)
 
     def invoke_subsystem(self, name: str) -> None:
-        self._limited("took no command", channel_request, self._channel, "subsystem", name)
+        self._limited("accepted no command", channel_request, self._channel, "subsystem", name)
 
     def send(self, data: Any) -> int:
-        return int(self._limited("took nothing", self._channel.send, data))
+        return int(self._limited("accepted no data", self._channel.send, data))
 
     def sendall(self, data: Any) -> None:
         view = memoryview(data.encode() if isinstance(data, str) else data)
@@ -479,23 +471,23 @@ class LimitedChannel:
             view = view[self.send(view) :]
 
     def recv(self, size: int) -> bytes:
-        return bytes(self._limited("sent nothing", self._channel.recv, size))
+        return bytes(self._limited("sent no data", self._channel.recv, size))
 
     def recv_stderr(self, size: int) -> bytes:
-        return bytes(self._limited("sent nothing", self._channel.recv_stderr, size))
+        return bytes(self._limited("sent no data", self._channel.recv_stderr, size))
 
     def recv_exit_status(self) -> int:
-        """Return the exit status; -1 where the channel ended without one."""
+        """Return the exit status; -1 if the channel ended without one."""
         if not self._channel.status_event.wait(self.timeout):
-            raise SSHError(f"the machine did not end the command within {self.timeout:g}s")
+            raise SSHError(f"the host did not end the command within {self.timeout:g}s")
         return int(self._channel.exit_status)
 
     def shutdown_write(self) -> None:
-        self._limited("took nothing", self._channel.shutdown_write)
+        self._limited("accepted no data", self._channel.shutdown_write)
 
     def close(self) -> None:
         with contextlib.suppress(SSHError, *connection_errors()):
-            self._limited("took nothing", self._channel.close)
+            self._limited("accepted no data", self._channel.close)
 
     def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
         # By itself the call ends within the timeout, unless it hangs while it writes.
@@ -504,7 +496,7 @@ class LimitedChannel:
                 return call(*arguments)
             except Exception as error:
                 if isinstance(error, TimeoutError) or limit.expired:
-                    late = f"the machine {failing} for {self.timeout:g}s"
+                    late = f"the host {failing} for {self.timeout:g}s"
                     raise SSHError(late) from error
                 raise
 

@@ -28,7 +28,13 @@ from clore_client.ssh.transport import (
     reason,
     start_thread,
 )
-from clore_client.validation import check_number, check_order_id, check_string, short_repr
+from clore_client.validation import (
+    check_count,
+    check_number,
+    check_order_id,
+    check_string,
+    short_repr,
+)
 
 if TYPE_CHECKING:
     import paramiko
@@ -50,16 +56,12 @@ NOT_YET_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
 
 def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
     """Check the ports of :class:`Forward`, before anything is sent."""
-    for name, port, lowest in (("remote_port", remote_port, 1), ("local_port", local_port, 0)):
-        allowed = f"{name} must be a port from {lowest} to 65535"
-        if isinstance(port, bool) or not isinstance(port, int):
-            raise TypeError(f"{allowed}, not {short_repr(port)}")
-        if not lowest <= port <= 65535:
-            raise ValueError(f"{allowed}, not {short_repr(port)}")
+    check_count("remote_port", remote_port, minimum=1, maximum=65535)
+    check_count("local_port", local_port, maximum=65535)
 
 
 class Forward:
-    """Forwards a local port to a port of a host, for the length of a ``with`` block.
+    """Forward a local port to a port of a host, for the length of a ``with`` block.
 
     Entering it returns the local port, which listens on 127.0.0.1 only. Each connection to it is
     forwarded to the port on the host's localhost; it is reset if nothing listens there. Leaving the
@@ -277,7 +279,7 @@ class HTTPWait:
             raise ValueError(f"path must begin with '/' and be encoded, not {short_repr(path)}")
         self.timeout = check_number("timeout", timeout, infinite=True, unit="seconds")
         if port is not None:
-            check_forward_arguments(port)
+            check_count("port", port, minimum=1, maximum=65535)
         if not isinstance(order, Mapping):
             order = read(check_order_id("order", order))
         self.order = Order(order)
@@ -357,6 +359,9 @@ class HTTPWait:
                 raise CloreConnectionError(
                     f"the certificate of {self.where} is not valid: {printable(str(error), 300)}"
                 ) from error
-            return printable(str(reason_of(error)) or type(error).__name__, 200)
+            cause = reason_of(error)
+            if getattr(cause, "args", ()) and isinstance(cause.args[-1], Exception):
+                cause = cause.args[-1]  # inside of a ProtocolError
+            return printable(str(cause) or type(error).__name__, 200)
         finally:
             exchange.begin(lambda: None, lambda: None, math.inf)

@@ -530,7 +530,7 @@ def test_a_login_shell_that_exits(tmp_path: Path) -> None:
 
 
 def test_a_start_up_file_that_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gets nothing of the command's input; where it never ends, the command does not run."""
+    """It reads nothing of the command's input; if it never ends, the command does not run."""
     with running_sshd(tmp_path / "sshd") as server:
         client = CloreClient(state_dir=None)
         login: dict[str, Any] = {"key_path": server.key, "wait": 10}
@@ -788,7 +788,7 @@ async def tells_a_status_and_breaks_off(command: str, process: Any) -> None:
 @pytest.mark.parametrize(
     ("run", "text"),
     [
-        (closes_without_status, "without telling how it ended"),
+        (closes_without_status, "without an exit code"),
         (breaks_off, "broke before"),
         (tells_a_status_and_breaks_off, "broke before"),
     ],
@@ -826,7 +826,7 @@ async def deaf(command: str, process: Any) -> None:
 
 
 def test_a_server_that_takes_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sending hangs then, also of a signal or a close."""
+    """Sending hangs then, even of a signal or a close."""
     monkeypatch.setattr(remote, "PATIENCE", 0.3)
     with connected(HostileServer(deaf)) as ssh:
         transport: Any = ssh.get_transport()

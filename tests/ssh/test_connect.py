@@ -1,4 +1,4 @@
-"""SSH: reading an address that nobody vouches for, and logging in, to the simulator and to sshd."""
+"""Test parsing of addresses, and logins to the simulator and to sshd."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_an_sshd_that_comes_up_late(make_sim: MakeSim) -> None:
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n\r\n", None])
 def test_a_port_that_speaks_no_ssh(answer: bytes | None) -> None:
-    """Closed at once, another protocol, and silence: no wait goes on for ever."""
+    """A server that closes at once, speaks another protocol, or is silent: each wait ends."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         held = []
 

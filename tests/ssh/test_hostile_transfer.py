@@ -592,7 +592,7 @@ def test_more_than_the_window_allows(
             server.order(), "far", here / "x", password="x", wait=5, timeout=5, progress=slow
         )
     assert not passed.is_set()
-    assert "sent nothing" not in str(caught.value)
+    assert "sent no data" not in str(caught.value)
     assert os.listdir(here) == []
 
 

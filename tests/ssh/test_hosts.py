@@ -286,7 +286,7 @@ def test_nothing_in_what_a_shell_is_sent_can_be_read_otherwise() -> None:
 def far(
     client: CloreClient, sshd: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Far]:
-    """Return a machine with a shell, or with the parameter "sftp" one without."""
+    """Return a host with a shell, or with the parameter "sftp" one without."""
     if getattr(request, "param", "shell") == "sftp":
         with host(client, tmp_path / "host", "sftp") as found:
             yield found

@@ -1,4 +1,4 @@
-"""Jobs: they outlive connections, sessions and processes; their output comes once, and whole."""
+"""Test jobs: they outlive connections, sessions and processes, and no output is lost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.test_client import plain_server
 
 pytestmark = pytest.mark.internal
 
-# Ends what a session leaves behind, as systemd does with KillMode=control-group.
+# Kills the processes of a session that ends, as systemd does with KillMode=control-group.
 KILLING = """#!/bin/sh
 sh -c "$SSH_ORIGINAL_COMMAND"
 code=$?
@@ -43,8 +43,8 @@ TOOLS = ["cat", "chmod", "date", "dd", "head", "mkdir", "rm", "sh", "sleep", "st
          "wc"]  # fmt: skip
 
 
-class Machine:
-    """A machine, and what logs in there."""
+class JobHost:
+    """A host with its login."""
 
     def __init__(self, client: CloreClient, order: Any, home: Path, **login: Any) -> None:
         self.client, self.order, self.home, self.login = client, order, home, login
@@ -58,10 +58,10 @@ class Machine:
     def jobs(self) -> Any:
         return self.client.jobs(self.order, **self.login)
 
-    def through(self, relay: Relay) -> Machine:
+    def through(self, relay: Relay) -> JobHost:
         user = self.order["connection"]["ssh"].split()[1].partition("@")[0]
         order = dict(self.order, connection={"ssh": f"ssh {user}@127.0.0.1 -p {relay.port}"})
-        return Machine(self.client, order, self.home, **self.login)
+        return JobHost(self.client, order, self.home, **self.login)
 
 
 @pytest.fixture
@@ -70,15 +70,15 @@ def client() -> CloreClient:
 
 
 @pytest.fixture
-def machine(client: CloreClient, tmp_path: Path) -> Iterator[Machine]:
-    """A machine with a real sshd, and a home of its own."""
+def job_host(client: CloreClient, tmp_path: Path) -> Iterator[JobHost]:
+    """A host with a real sshd and its own home directory."""
     with running_sshd(tmp_path / "sshd") as server:
-        yield Machine(client, server.order(), server.folder / "home", key_path=server.key)
+        yield JobHost(client, server.order(), server.folder / "home", key_path=server.key)
 
 
 @contextlib.contextmanager
 def killing_host(folder: Path) -> Iterator[Sshd]:
-    """A host whose sshd kills what a session leaves behind."""
+    """Run a host whose sshd kills the processes of a session that ends."""
     folder.mkdir()
     script = folder / "kill-rest"
     script.write_text(KILLING)
@@ -93,11 +93,11 @@ def collected(job: Any) -> tuple[int | None, list[str]]:
     return job.follow(lines.append), lines
 
 
-# --- what a job is ---
+# --- starting ---
 
 
-def test_output_and_exit_code(machine: Machine) -> None:
-    job = machine.start("echo out; echo err >&2; printf last; exit 7", name="seven")
+def test_output_and_exit_code(job_host: JobHost) -> None:
+    job = job_host.start("echo out; echo err >&2; printf last; exit 7", name="seven")
     assert collected(job) == (7, ["out", "err", "last"])
     assert (job.status, job.exit_code, job.tail(1), job.tail(2)) == (
         "exited",
@@ -108,70 +108,70 @@ def test_output_and_exit_code(machine: Machine) -> None:
     assert job.tail(0) == ""
     assert repr(job) == "<Job 'seven': exited, exit code 7>"
     assert abs(job.started - time.time()) < 60
-    again = machine.job("seven")
+    again = job_host.job("seven")
     assert (again.status, again.exit_code, again.wait()) == ("exited", 7, 7)
     assert collected(again) == (7, ["out", "err", "last"])
     assert again.command == "echo out; echo err >&2; printf last; exit 7"
 
 
-def test_env_cwd_and_input(machine: Machine) -> None:
-    (machine.home / "it's here").mkdir()
+def test_env_cwd_and_input(job_host: JobHost) -> None:
+    (job_host.home / "it's here").mkdir()
     env = {"WORD": "a 'b' \"c\" \\d\n$HOME", "EMPTY": "", "PATH": "/usr/bin:/bin:/nowhere"}
     command = 'printf "%s|" "$WORD" "$EMPTY" "$PATH" "$PWD"; cat; umask'
-    job = machine.start(command, env=env, cwd="~/it's here")
+    job = job_host.start(command, env=env, cwd="~/it's here")
     assert job.wait() == 0
-    here = f"{machine.home}/it's here"
+    here = f"{job_host.home}/it's here"
     assert job.tail() == f"{env['WORD']}||{env['PATH']}|{here}|0022\n"
     assert job.name.startswith("job-")
-    job = machine.start(["printf", "%s", "a b\\c'd$x"])
+    job = job_host.start(["printf", "%s", "a b\\c'd$x"])
     assert (job.wait(), job.tail()) == (0, "a b\\c'd$x")
-    job = machine.start("pwd; echo $LC_ALL.")
-    assert (job.wait(), job.tail()) == (0, f"{machine.home}\n.\n")
+    job = job_host.start("pwd; echo $LC_ALL.")
+    assert (job.wait(), job.tail()) == (0, f"{job_host.home}\n.\n")
 
 
-def test_a_variable_is_in_no_list_of_processes(machine: Machine) -> None:
+def test_a_variable_is_in_no_list_of_processes(job_host: JobHost) -> None:
     number = unique()
-    job = machine.start(f"sleep {number}", env={"TOKEN": "s3cret-token"})
+    job = job_host.start(f"sleep {number}", env={"TOKEN": "s3cret-token"})
     until(lambda: sleeping(number))
     shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert number in shown.stdout
     assert "s3cret-token" not in shown.stdout
-    for path in machine.home.rglob("*"):
+    for path in job_host.home.rglob("*"):
         assert path.is_dir() or b"s3cret-token" not in path.read_bytes()
     job.stop()
 
 
-def test_files_are_private(machine: Machine) -> None:
-    job = machine.start("true", name="x")
+def test_files_are_private(job_host: JobHost) -> None:
+    job = job_host.start("true", name="x")
     job.wait()
-    for path in [machine.home / ".clore", *(machine.home / ".clore").rglob("*")]:
+    for path in [job_host.home / ".clore", *(job_host.home / ".clore").rglob("*")]:
         assert path.stat().st_mode & 0o077 == 0, path
 
 
-def test_a_name_is_taken_once(machine: Machine) -> None:
+def test_a_name_is_taken_once(job_host: JobHost) -> None:
     number = unique()
-    job = machine.start(f"sleep {number}", name="train")
+    job = job_host.start(f"sleep {number}", name="train")
     with pytest.raises(JobError, match="already a job train"):
-        machine.start("echo no", name="train")
+        job_host.start("echo no", name="train")
     assert len(until(lambda: sleeping(number))) >= 1
     with pytest.raises(JobError, match="still runs: stop"):
         job.remove()
-    assert [j.name for j in machine.jobs()] == ["train"]
-    assert machine.jobs()[0].status == "running"
+    assert [j.name for j in job_host.jobs()] == ["train"]
+    assert job_host.jobs()[0].status == "running"
     job.stop()
     with pytest.raises(JobError, match="already a job train"):
-        machine.start("echo no", name="train")
+        job_host.start("echo no", name="train")
     job.remove()
-    assert machine.jobs() == []
-    assert machine.start("echo yes", name="train").wait() == 0
+    assert job_host.jobs() == []
+    assert job_host.start("echo yes", name="train").wait() == 0
 
 
-def test_many_start_the_same_name_at_once(machine: Machine) -> None:
+def test_many_start_the_same_name_at_once(job_host: JobHost) -> None:
     results: list[Any] = []
 
     def start() -> None:
         try:
-            results.append(machine.start("echo x >>count; sleep 1", name="one"))
+            results.append(job_host.start("echo x >>count; sleep 1", name="one"))
         except JobError as error:
             results.append(error)
 
@@ -181,17 +181,17 @@ def test_many_start_the_same_name_at_once(machine: Machine) -> None:
     for thread in threads:
         thread.join()
     assert len([r for r in results if not isinstance(r, JobError)]) == 1
-    machine.job("one").wait()
-    assert (machine.home / "count").read_text() == "x\n"
+    job_host.job("one").wait()
+    assert (job_host.home / "count").read_text() == "x\n"
 
 
-def test_what_is_not_there(machine: Machine) -> None:
+def test_what_is_not_there(job_host: JobHost) -> None:
     with pytest.raises(JobError, match="no job 'none'"):
-        machine.job("none")
+        job_host.job("none")
     with pytest.raises(JobError, match="no directory"):
-        machine.start("true", cwd="~/missing", name="x")
-    assert machine.jobs() == []
-    job = machine.start("true", name="x")
+        job_host.start("true", cwd="~/missing", name="x")
+    assert job_host.jobs() == []
+    job = job_host.start("true", name="x")
     job.wait()
     job.remove()
     for call in (job.tail, job.follow, job.wait, job.stop, job.remove):
@@ -233,29 +233,29 @@ def test_a_state_that_can_not_be_read(text: str) -> None:
         JobState.parse(text)
 
 
-# --- it outlives everything ---
+# --- what a job outlives ---
 
 
-def test_it_outlives_this_process(machine: Machine) -> None:
+def test_it_outlives_this_process(job_host: JobHost) -> None:
     code = (
         "import sys; from clore_client import CloreClient\n"
-        f"CloreClient(state_dir=None).start({machine.order!r}, 'sleep 1; echo done', name='x',"
-        f" key_path={str(machine.login['key_path'])!r})\n"
+        f"CloreClient(state_dir=None).start({job_host.order!r}, 'sleep 1; echo done', name='x',"
+        f" key_path={str(job_host.login['key_path'])!r})\n"
         "import os; os.kill(os.getpid(), 9)\n"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    job = machine.job("x")
+    job = job_host.job("x")
     assert job.status == "running"
     assert collected(job) == (0, ["done"])
 
 
 def test_a_host_that_kills_what_a_session_leaves(client: CloreClient, tmp_path: Path) -> None:
     with killing_host(tmp_path / "host") as server:
-        machine = Machine(client, server.order(), server.folder / "home", key_path=server.key)
+        job_host = JobHost(client, server.order(), server.folder / "home", key_path=server.key)
         number = unique()
-        client.run(machine.order, f"sleep {number} >/dev/null 2>&1 &", **machine.login)
+        client.run(job_host.order, f"sleep {number} >/dev/null 2>&1 &", **job_host.login)
         until(lambda: not sleeping(number))  # the host does kill
-        job = machine.start("sleep 1; echo done", name="x")
+        job = job_host.start("sleep 1; echo done", name="x")
         assert job.status == "running"
         assert collected(job) == (0, ["done"])
 
@@ -272,24 +272,24 @@ def test_a_userland_of_busybox(client: CloreClient) -> None:
 
 
 def check_host(far: Far) -> None:
-    machine = Machine(far.client, far.order, far.home, **far.login)
+    job_host = JobHost(far.client, far.order, far.home, **far.login)
     number = unique()
     line = "printf '%s\\n' 'a\\b'; sleep 0.5; echo $X; exit 3"
-    job = machine.start(["sh", "-c", line], env={"X": "y z"})
+    job = job_host.start(["sh", "-c", line], env={"X": "y z"})
     assert collected(job) == (3, ["a\\b", "y z"])
-    job = machine.start(["sh", "-c", f"sleep {number} & sleep {number}"], name="long")
-    assert job.status == machine.job("long").status == "running"
+    job = job_host.start(["sh", "-c", f"sleep {number} & sleep {number}"], name="long")
+    assert job.status == job_host.job("long").status == "running"
     until(lambda: len(sleeping(number)) >= 2)
     with pytest.raises(JobTimeoutError, match="did not end in time"):
         job.wait(timeout=0.5)
     job.stop()
     assert sleeping(number) == []
     assert (job.status, job.exit_code) == ("killed", 143)
-    assert sorted(j.status for j in machine.jobs()) == ["exited", "killed"]
+    assert sorted(j.status for j in job_host.jobs()) == ["exited", "killed"]
 
 
 def test_a_host_without_setsid(client: CloreClient, tmp_path: Path) -> None:
-    """The job has no session of its own; it is stopped all the same."""
+    """The job has no session of its own, and can be stopped."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for tool in TOOLS:
@@ -303,14 +303,14 @@ def test_a_host_without_setsid(client: CloreClient, tmp_path: Path) -> None:
 # --- following ---
 
 
-def test_a_connection_that_breaks_in_the_middle_of_a_line(machine: Machine) -> None:
+def test_a_connection_that_breaks_in_the_middle_of_a_line(job_host: JobHost) -> None:
     count = 300
     command = (
         f"i=0; while [ $i -lt {count} ]; do i=$((i+1)); printf 'li'; sleep 0.01; echo ne $i; done"
     )
     lines: list[str] = []
     cuts = 0
-    with Relay(int(machine.order["connection"]["ssh"].split()[-1])) as relay:
+    with Relay(int(job_host.order["connection"]["ssh"].split()[-1])) as relay:
 
         def take(line: str) -> None:
             nonlocal cuts
@@ -320,16 +320,16 @@ def test_a_connection_that_breaks_in_the_middle_of_a_line(machine: Machine) -> N
                 relay.cut()
                 threading.Timer(0.1, relay.mend).start()
 
-        job = machine.through(relay).start(command, name="lines")
+        job = job_host.through(relay).start(command, name="lines")
         assert job.follow(take) == 0
     assert cuts == 5
     assert lines == [f"line {number}" for number in range(1, count + 1)]
 
 
-def test_a_link_that_goes_dead(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_that_goes_dead(job_host: JobHost, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clore_client.ssh.jobs.JOB_TIMEOUT", 1.0)
     lines: list[str] = []
-    with Relay(int(machine.order["connection"]["ssh"].split()[-1])) as relay:
+    with Relay(int(job_host.order["connection"]["ssh"].split()[-1])) as relay:
 
         def take(line: str) -> None:
             lines.append(line)
@@ -338,18 +338,18 @@ def test_a_link_that_goes_dead(machine: Machine, monkeypatch: pytest.MonkeyPatch
                 threading.Timer(1.5, setattr, (relay, "frozen", False)).start()
 
         step = "i=$((i+1)); echo $i; sleep 0.2"
-        job = machine.through(relay).start(f"i=0; while [ $i -lt 20 ]; do {step}; done")
+        job = job_host.through(relay).start(f"i=0; while [ $i -lt 20 ]; do {step}; done")
         assert job.follow(take) == 0
     assert lines == [str(number) for number in range(1, 21)]
 
 
 @pytest.mark.parametrize("broken", ["frozen", "cut", "own"])
-def test_the_timeout_on_a_dead_link(machine: Machine, broken: str) -> None:
-    with Relay(int(machine.order["connection"]["ssh"].split()[-1])) as relay:
-        far = machine.through(relay)
+def test_the_timeout_on_a_dead_link(job_host: JobHost, broken: str) -> None:
+    with Relay(int(job_host.order["connection"]["ssh"].split()[-1])) as relay:
+        far = job_host.through(relay)
         job = far.start("echo x; sleep 60", name="x")
         if broken == "own":
-            far.login = {"ssh": machine.client.connect_ssh(far.order, **far.login)}
+            far.login = {"ssh": job_host.client.connect_ssh(far.order, **far.login)}
         followed = far.job("x")
 
         def stop(_: str) -> None:
@@ -365,32 +365,32 @@ def test_the_timeout_on_a_dead_link(machine: Machine, broken: str) -> None:
             far.login["ssh"].close()
         relay.frozen = False
         relay.mend()
-        machine.job(job.name).stop()
+        job_host.job(job.name).stop()
 
 
-def test_no_time_is_enough_for_a_job_that_has_ended(machine: Machine) -> None:
-    job = machine.start("exit 3", name="x")
+def test_no_time_is_enough_for_a_job_that_has_ended(job_host: JobHost) -> None:
+    job = job_host.start("exit 3", name="x")
     job.wait(timeout=60)
-    fresh = machine.job("x")
+    fresh = job_host.job("x")
     fresh._state = JobState("running")  # as if it had ended since then
     assert fresh.wait(timeout=0) == 3
 
 
-def test_much_output(machine: Machine) -> None:
-    job = machine.start("seq 1 400000", name="much")
+def test_much_output(job_host: JobHost) -> None:
+    job = job_host.start("seq 1 400000", name="much")
     code, lines = collected(job)
     assert (code, lines) == (0, [str(n) for n in range(1, 400001)])
 
 
-def test_bytes_that_are_no_utf8(machine: Machine) -> None:
-    job = machine.start("printf 'a\\377b\\nc'")
+def test_bytes_that_are_no_utf8(job_host: JobHost) -> None:
+    job = job_host.start("printf 'a\\377b\\nc'")
     assert collected(job) == (0, ["a\ufffdb", "c"])
     assert job.tail() == "a\ufffdb\nc"
 
 
-def test_the_machine_goes_away_while_it_is_followed(machine: Machine) -> None:
-    with Relay(int(machine.order["connection"]["ssh"].split()[-1])) as relay:
-        far = machine.through(relay)
+def test_the_host_goes_away_while_it_is_followed(job_host: JobHost) -> None:
+    with Relay(int(job_host.order["connection"]["ssh"].split()[-1])) as relay:
+        far = job_host.through(relay)
         far.login["wait"] = 1
         job = far.start("sleep 5")
         threading.Timer(0.5, relay.cut).start()
@@ -400,8 +400,8 @@ def test_the_machine_goes_away_while_it_is_followed(machine: Machine) -> None:
         job.stop()
 
 
-def test_an_error_of_the_callback_comes_through(machine: Machine) -> None:
-    job = machine.start("echo x; sleep 60", name="x")
+def test_an_error_of_the_callback_comes_through(job_host: JobHost) -> None:
+    job = job_host.start("echo x; sleep 60", name="x")
 
     def fail(line: str) -> None:
         raise OSError(f"mine: {line}")
@@ -412,11 +412,11 @@ def test_an_error_of_the_callback_comes_through(machine: Machine) -> None:
     job.stop()
 
 
-def test_progress(machine: Machine) -> None:
+def test_progress(job_host: JobHost) -> None:
     events: list[Any] = []
-    machine.start("echo 12345; sleep 1").follow(None, on_progress=events.append)
+    job_host.start("echo 12345; sleep 1").follow(None, on_progress=events.append)
     assert {event.name for event in events} == {"job"}
-    job = machine.start("echo 12345; sleep 1", name="x")
+    job = job_host.start("echo 12345; sleep 1", name="x")
     job.follow(lambda line: None, on_progress=events.append)
     assert events[-1].number == 6
     assert events[-1].text == "job x: 6 bytes of output"
@@ -428,9 +428,9 @@ def test_progress(machine: Machine) -> None:
         job.follow(lambda line: None, on_progress=fail)
 
 
-def test_ones_own_connection(machine: Machine) -> None:
-    with machine.client.connect_ssh(machine.order, **machine.login) as ssh:
-        client, order = machine.client, machine.order
+def test_ones_own_connection(job_host: JobHost) -> None:
+    with job_host.client.connect_ssh(job_host.order, **job_host.login) as ssh:
+        client, order = job_host.client, job_host.order
         job = client.start(order, "echo a; sleep 0.5; echo b", name="x", ssh=ssh)
         assert collected(job) == (0, ["a", "b"])
         assert client.job(order, "x", ssh=ssh).exit_code == 0
@@ -438,32 +438,32 @@ def test_ones_own_connection(machine: Machine) -> None:
         job = client.start(order, "sleep 60", ssh=ssh)
     with pytest.raises(SSHError, match="closed"):
         job.follow(print)
-    machine.job(job.name).stop()
+    job_host.job(job.name).stop()
 
 
-# --- how it ends ---
+# --- the end of a job ---
 
 
-def test_stop_what_ignores_a_signal(machine: Machine) -> None:
+def test_stop_what_ignores_a_signal(job_host: JobHost) -> None:
     number = unique()
-    job = machine.start(f"trap '' TERM; while :; do sleep {number}; done", name="x")
+    job = job_host.start(f"trap '' TERM; while :; do sleep {number}; done", name="x")
     until(lambda: sleeping(number))
     started = time.monotonic()
     job.stop(grace=1)
     assert 1 <= time.monotonic() - started < 15
     assert sleeping(number) == []
     assert (job.status, job.exit_code) == ("killed", 137)
-    job.stop()  # again does no harm
+    job.stop()  # stopping it twice does no harm
 
 
-def test_two_stop_at_once(machine: Machine) -> None:
+def test_two_stop_at_once(job_host: JobHost) -> None:
     number = unique()
-    job = machine.start(f"sleep {number} & sleep {number}", name="x")
+    job = job_host.start(f"sleep {number} & sleep {number}", name="x")
     failures: list[BaseException] = []
 
     def stop() -> None:
         try:
-            machine.job("x").stop()
+            job_host.job("x").stop()
         except BaseException as error:
             failures.append(error)
 
@@ -477,51 +477,51 @@ def test_two_stop_at_once(machine: Machine) -> None:
     assert (job.status, job.exit_code) == ("killed", 143)
 
 
-def test_stop_what_left_the_session(machine: Machine) -> None:
+def test_stop_what_left_the_session(job_host: JobHost) -> None:
     number = unique()
-    job = machine.start(f"setsid sleep {number} & sleep {number}", name="x")
+    job = job_host.start(f"setsid sleep {number} & sleep {number}", name="x")
     until(lambda: len(sleeping(number)) >= 2)
     job.stop()
     assert sleeping(number) == []
 
 
-def test_a_job_that_cleans_up(machine: Machine) -> None:
-    job = machine.start("trap 'echo bye; exit 0' TERM; echo on; while :; do sleep 0.1; done")
+def test_a_job_that_cleans_up(job_host: JobHost) -> None:
+    job = job_host.start("trap 'echo bye; exit 0' TERM; echo on; while :; do sleep 0.1; done")
     until(lambda: job.tail() == "on\n")
     job.stop()
     assert (job.status, job.exit_code) == ("exited", 0)
     assert job.tail().endswith("\nbye\n")
 
 
-def test_a_job_that_is_killed_with_its_shell(machine: Machine) -> None:
+def test_a_job_that_is_killed_with_its_shell(job_host: JobHost) -> None:
     number = unique()
-    job = machine.start(f"sleep {number}", name="x")
+    job = job_host.start(f"sleep {number}", name="x")
     until(lambda: sleeping(number))
-    pid = int((machine.home / ".clore/jobs/x/pid").read_text().split()[0])
+    pid = int((job_host.home / ".clore/jobs/x/pid").read_text().split()[0])
     os.kill(pid, signal.SIGKILL)
-    until(lambda: machine.job("x").status == "killed")
+    until(lambda: job_host.job("x").status == "killed")
     assert (job.exit_code, job.wait()) == (None, None)
-    job.stop()  # and what it has left behind
+    job.stop()  # with the processes that it left
     assert sleeping(number) == []
 
 
-def test_a_machine_that_was_started_anew(machine: Machine) -> None:
+def test_a_host_that_was_started_anew(job_host: JobHost) -> None:
     number = unique()
-    job = machine.start(f"sleep {number}", name="x")
+    job = job_host.start(f"sleep {number}", name="x")
     until(lambda: sleeping(number))
-    note = machine.home / ".clore/jobs/x/pid"
+    note = job_host.home / ".clore/jobs/x/pid"
     pid, born, boot, began = note.read_text().split()
     note.write_text(f"{pid} {born} other/1 {began}\n")
-    assert machine.job("x").status == "lost"
-    machine.job("x").stop()  # the number is another process's: nothing is killed
+    assert job_host.job("x").status == "lost"
+    job_host.job("x").stop()  # the pid belongs to another process: nothing is killed
     assert sleeping(number)
     note.write_text(f"{pid} {born} {boot} {began}\n")
     job.stop()
 
 
-def test_a_job_that_is_gone_with_its_machine(machine: Machine) -> None:
-    job = machine.start("sleep 3", name="x")
-    shutil.rmtree(machine.home / ".clore")
+def test_a_job_that_is_gone_with_its_host(job_host: JobHost) -> None:
+    job = job_host.start("sleep 3", name="x")
+    shutil.rmtree(job_host.home / ".clore")
     assert (job.status, job.exit_code) == ("lost", None)
 
 
@@ -531,7 +531,7 @@ def test_a_job_that_is_gone_with_its_machine(machine: Machine) -> None:
 def test_jobs_of_an_order_that_has_ended_are_lost(
     make_sim: MakeSim, form: str, how: str, own: bool
 ) -> None:
-    """Over the client's connections, and over one of the user's own."""
+    """With connections of the client, and with one of the user."""
     sim = make_sim(form=form, ssh=True, rate_limit=0)
     client = client_for(sim)
     order = client.create_order(plain_server(client))
@@ -551,7 +551,7 @@ def test_jobs_of_an_order_that_has_ended_are_lost(
         threading.Thread(target=end).start()
 
     with contextlib.suppress(SSHError) if own else contextlib.nullcontext():
-        # One's own connection may break before the API lists the end; others are opened again.
+        # The user's own connection may break before the API lists the end.
         assert followed.follow(end_soon) is None
     until(lambda: order.id not in [active.id for active in client_for(sim).get_orders()])
     assert followed.status == "lost"
@@ -564,27 +564,27 @@ def test_jobs_of_an_order_that_has_ended_are_lost(
             call()
 
 
-def test_a_start_that_was_cut_off(machine: Machine) -> None:
-    (machine.home / ".clore/jobs/x").mkdir(parents=True)
-    job = machine.job("x")
+def test_a_start_that_was_cut_off(job_host: JobHost) -> None:
+    (job_host.home / ".clore/jobs/x").mkdir(parents=True)
+    job = job_host.job("x")
     assert job.status == "lost"
     job.stop()
     job.remove()
-    assert machine.jobs() == []
+    assert job_host.jobs() == []
 
 
-def test_the_number_of_another_process(machine: Machine) -> None:
-    """A process that got the number of a job that has ended is not the job."""
-    job = machine.start("true", name="x")
+def test_the_number_of_another_process(job_host: JobHost) -> None:
+    """Another process can get the pid of a job that has ended."""
+    job = job_host.start("true", name="x")
     job.wait()
     other = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
-        folder = machine.home / ".clore/jobs/x"
+        folder = job_host.home / ".clore/jobs/x"
         _, born, boot, began = (folder / "pid").read_text().split()
         (folder / "pid").write_text(f"{other.pid} {int(born) - 1} {boot} {began}\n")
         (folder / "exit").write_text("-\n")
-        assert machine.job("x").status == "killed"
-        machine.job("x").stop()
+        assert job_host.job("x").status == "killed"
+        job_host.job("x").stop()
         assert other.poll() is None
     finally:
         other.kill()
@@ -604,10 +604,10 @@ EVIL = b"\x1b[2J\x1b]0;owned\x07"
     ],
     ids=range(15),
 )  # fmt: skip
-def test_a_hostile_machine(
+def test_a_hostile_host(
     client: CloreClient, answer: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it says is an error of the job, and its text is no danger to a terminal."""
+    """Each wrong answer is an error of the job, and its text is escaped for a terminal."""
     monkeypatch.setattr("clore_client.ssh.jobs.JOB_TIMEOUT", 1.0)
     monkeypatch.setattr("clore_client.ssh.jobs.RECONNECT_PAUSE", 0.01)
     verbs = ("job", "jobs", "tail", "follow", "stop", "remove")
@@ -625,9 +625,7 @@ def test_a_hostile_machine(
             assert not set(str(caught.value)) & set("\x1b\x07")
 
 
-def test_a_machine_that_tells_too_much(
-    client: CloreClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_host_that_tells_too_much(client: CloreClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clore_client.ssh.jobs.MAX_TAIL", 1000)
     with HostileServer(says({"tail": b"tail\n" + b"x" * 100_000})) as server:
         host = client._ssh.jobs(server.order(), None, {"password": "x", "wait": 5})
@@ -637,7 +635,7 @@ def test_a_machine_that_tells_too_much(
 
 def test_dropbear_that_is_cut(client: CloreClient, tmp_path: Path) -> None:
     with Dropbear(tmp_path / "dropbear") as dropbear, Relay(dropbear.port) as relay:
-        plain = Machine(client, dropbear.order(), tmp_path, key_path=dropbear.key)
+        plain = JobHost(client, dropbear.order(), tmp_path, key_path=dropbear.key)
         job = plain.through(relay).start("for i in 1 2 3; do echo $i; sleep 0.5; done", name="x")
         threading.Timer(0.7, relay.cut).start()
         threading.Timer(0.9, relay.mend).start()

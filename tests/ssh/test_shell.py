@@ -1,4 +1,4 @@
-"""The shell in a terminal: keys, sizes and signals, and the terminal as it was afterwards."""
+"""Test the shell in a terminal: keys, sizes, signals, and the restored terminal."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_session(server: Sshd, open_terminal: MakeTerminal) -> None:
     assert terminal.is_restored
 
 
-def test_ctrl_c_goes_to_the_machine(server: Sshd, open_terminal: MakeTerminal) -> None:
+def test_ctrl_c_goes_to_the_host(server: Sshd, open_terminal: MakeTerminal) -> None:
     terminal = open_terminal(server.order(), server.key)
     terminal.type("sleep 100; echo code-$?\r")
     time.sleep(1)
@@ -174,14 +174,14 @@ def test_a_connection_that_breaks(server: Sshd, open_terminal: MakeTerminal) -> 
         terminal.type("echo re''ady\r")
         terminal.expect("ready")
         relay.cut()
-        terminal.expect("<<SSHError: the connection broke, and the shell with it")
+        terminal.expect("<<SSHError: the connection broke, and the shell ended")
         assert terminal.is_restored
 
 
-def test_a_machine_without_terminals(tmp_path: Path, open_terminal: MakeTerminal) -> None:
+def test_a_host_without_terminals(tmp_path: Path, open_terminal: MakeTerminal) -> None:
     with running_sshd(tmp_path / "no", "PasswordAuthentication no\nPermitTTY no") as server:
         terminal = open_terminal(server.order(), server.key)
-        terminal.expect("<<SSHError: the machine did not open a terminal")
+        terminal.expect("<<SSHError: the host did not open a terminal")
         assert terminal.is_restored
 
 

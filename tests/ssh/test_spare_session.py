@@ -1,4 +1,4 @@
-"""Test the session that is opened in advance: what it saves, and that it takes nobody's place."""
+"""Test the session that is opened in advance: it saves a round trip, and is never one too many."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def spare_of(ssh: paramiko.SSHClient) -> Any:
 
 
 def session_of(ssh: paramiko.SSHClient) -> Any:
-    """Open a session as a user does, or return None where the host refuses it."""
+    """Open a session as a user does, or return None if the host refuses it."""
     with contextlib.suppress(paramiko.SSHException):
         return ssh.get_transport().open_session()  # type: ignore[union-attr]
     return None
@@ -55,7 +55,7 @@ def run_twice(client: CloreClient, order: Any, ssh: paramiko.SSHClient) -> None:
 
 
 def test_the_second_command_opens_no_channel(client: CloreClient) -> None:
-    """A host that opens none any more has no say in it."""
+    """It works even if the host opens no further channel."""
     with HostileServer(succeed) as server:
         order = server.order()
         with client.connect_ssh(order, "x", wait=10) as ssh:

@@ -380,7 +380,7 @@ pytestmark = pytest.mark.internal
 
 
 class Service:
-    """A web service: a list of statuses, of which the last one stays; and what it was sent."""
+    """A web service that answers with each status of a list, and repeats the last one."""
 
     def __init__(self, context: ssl.SSLContext | None = None, port: int = 0) -> None:
         self.statuses = [200]
@@ -512,7 +512,8 @@ def test_a_server_that_sends_slowly_without_end(
     done.set()
 
 
-def test_a_port_over_ssh(client: CloreClient, sshd: Sshd) -> None:
+def test_a_port_over_ssh(client: CloreClient, sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not for a forwarded port
     port = free_port()
     with pytest.raises(WaitTimeoutError, match=f"port {port} of the host within 0.3s"):
         client.wait_for_http(sshd.order(), port=port, timeout=0.3, key_path=sshd.key)
