@@ -15,50 +15,50 @@ Without -I, Python would import the clore_client.py of the current folder, not t
 MIT License, Copyright (c) 2026 The clore-client authors; the full text is at the end.
 
 Contents:
-    log                         The logger of the package. The application adds the handlers.
+    log                         Log for the package. The application adds the handlers.
     errors                      Define every error of the package, and map API responses to errors.
     pricing                     Convert prices between units and currencies.
     validation                  Check arguments. Each error names the argument, its value and the
                                 allowed values.
-    progress                    Report the progress of what takes long, and show it in a terminal or
-                                a notebook.
+    progress                    Report the progress of long calls, and show it in a terminal or a
+                                notebook.
     config                      Find the API key, the base URL and the state folder, and keep files
                                 in that folder.
     process                     Keep the state that all clients and rentals of this process share.
-    models.record               Record, the base class of servers and orders; Wallet; and helpers to
-                                read API responses.
-    models.server               Server, and its conversion from the live form to the documented
+    models.record               Define records and wallets, and read the fields of API responses.
+    models.server               Define servers, and convert them from the live form to the
+                                documented form.
+    models.order                Define orders, and convert them from the live form to the documented
                                 form.
-    models.order                Order, and its conversion from the live form to the documented form.
     models.listing              Show servers, orders and wallets: as tables, in files, and prices as
                                 a plot.
-    models.result               Results of commands and transfers over SSH.
-    api.call                    Prepare an API call: check its arguments, and look up the rules of
-                                its endpoint.
-    api.connection              HTTP connections that record when a request is sent, and limit the
-                                time of its response.
-    api.rate_limit              Decide when the next request with a key may be sent, for all who
-                                share the key.
+    models.result               Define the results of commands and transfers over SSH.
+    api.call                    Prepare an API call: check its arguments, and find the rules of its
+                                endpoint.
+    api.connection              Open HTTP connections that record when a request is sent, and limit
+                                its response time.
+    api.rate_limit              Decide when the next request with a key may be sent.
     api.limiters                Share a rate limit: by a file on this machine, or through Redis
                                 among many machines.
-    api.redis_limit             Keep a rate limit in Redis, for many machines.
+    api.redis_limit             Keep a rate limit in Redis, so that many machines share it.
     api.retry                   Classify responses and failures by the retry policy, and decide when
                                 a call gives up.
     api.request                 Make API calls: send a request, respect the rate limit, retry,
                                 return a response or an error.
-    market.filters              The filters of a search: their checks, the groups of countries, the
+    market.filters              Check the filters of a search; know the groups of countries and the
                                 names of GPUs.
     market.market               Read the marketplace: prices, exchange rates, fees, and which hosts
                                 worked.
     market.search               Search a listing: apply all filters in one pass, sort, and explain
                                 what was left out.
-    market.spot                 The spot market of a server: its offers, and a bid that would win.
+    market.spot                 Read the spot market of a server: its offers, and a bid that would
+                                win.
     market.summary              Summarize the marketplace by GPU model, and estimate what a rental
                                 costs.
-    orders.credentials          Remember how to log in to the orders of an account, in memory and in
-                                the state folder.
-    orders.account              Read the orders of an account, and remember the orders of this
-                                client.
+    orders.credentials          Save how to log in to orders, and find the order of a saved
+                                purchase.
+    orders.account              Read the orders of an account, and remember which belong to which
+                                purchase.
     orders.bid                  Change the bid of a spot order.
     orders.cancel               Cancel orders until the API accepts it, and confirm that they have
                                 ended.
@@ -67,24 +67,23 @@ Contents:
                                 new order.
     orders.wait                 Wait until an order has a status.
     rental.selection            Select the servers that ``rent()`` tries, with their prices.
-    rental.signals              Handle SIGTERM and SIGHUP, and wait for another thread in a way that
-                                interrupts can't break.
-    rental.journal              Keep the journal: one small file for each purchase, which survives
-                                the process.
-    rental.orders               Keep track of the orders of one rental, in memory and in the
+    rental.signals              Handle SIGTERM, SIGHUP and Ctrl-C, so that a rental ends after each
+                                of them.
+    rental.journal              Keep the journal: one small file for each order, which survives the
+                                process.
+    rental.orders               Keep the orders of one rental and their cost, in memory and in the
                                 journal, and end them.
-    rental.worker               RentalWorker, the thread that orders, watches and ends the orders of
-                                one rental.
-    rental.rental               Rental, the context manager of ``rent()``: find, order, wait, and
+    rental.worker               Order, watch and end the orders of one rental, in a thread of its
+                                own.
+    rental.rental               Rent a server for the length of a block: find, order, wait, and
                                 cancel at the end.
-    rental.group                RentalGroup, the context manager of ``rent_many()``: several rentals
-                                side by side.
+    rental.group                Rent several servers at once, and end them together.
     rental.recovery             Find and cancel the orders that rentals of dead processes left
                                 running.
-    ssh.transport               Prepare paramiko's transports and channels: bounded memory, fast
-                                ciphers, dead links noticed.
-    ssh.keys                    Pin the host key of each order, and find the private key of a public
-                                one.
+    ssh.transport               Prepare paramiko's connections and channels: limits of memory and
+                                time, and fast ciphers.
+    ssh.keys                    Pin the host key of each order; find the private key of a public
+                                key.
     ssh.transfer.entry          Describe the files, directories and symlinks of a transfer, and pack
                                 them in tar streams.
     ssh.transfer.remote_script  Run a script on a host with ``sh``, whatever the login shell is.
@@ -95,18 +94,18 @@ Contents:
     ssh.connect                 Log in to hosts, and keep the connections of one call.
     ssh.command_text            Build the line that a host's shell runs, and read what the command
                                 prints.
-    ssh.job_scripts             Shell scripts that start, watch and stop a job on a host, with POSIX
+    ssh.job_scripts             Start, watch and stop a job on a host: shell scripts with POSIX
                                 tools and /proc.
-    ssh.jobs                    Jobs: commands that run on a machine without a connection, and keep
-                                their output there.
     ssh.transfer.transfer       Run one transfer: its worker threads, scripts, deadline, progress
                                 and errors.
+    ssh.jobs                    Start, follow and stop jobs: commands that run on a host without a
+                                connection.
     ssh.access                  Log in to the hosts of an account, and keep their host keys.
-    ssh.command                 Run a command over SSH within deadlines, and end it on the host when
+    ssh.command                 Run a command over SSH until its deadline, and end it on the host if
                                 it must stop.
     ssh.scp                     Guard the package scp against hosts that cheat, and against calls
                                 that never return.
-    ssh.shell                   Connect this terminal to a shell on a machine.
+    ssh.shell                   Connect this terminal to a shell on a host.
     ssh.transfer.local_part     Keep the temporary files of a download, and rename them when it is
                                 complete.
     ssh.transfer.remote_tree    Check the listing of a directory on a host, and compare it with what
@@ -272,7 +271,7 @@ __all__ = [
 # ==================================================================================================
 # log
 #
-# The logger of the package. The application adds the handlers.
+# Log for the package. The application adds the handlers.
 # ==================================================================================================
 
 
@@ -447,11 +446,11 @@ class OutcomeUnknownError(CloreError):
 
 
 class OrderOutcomeUnknownError(OutcomeUnknownError):
-    """An order may or may not exist, or several orders could be it.
+    """An order may or may not exist, or several orders match.
 
     Attributes:
         server_id: the server of the order.
-        order_ids: the orders that it could be; empty if none was seen.
+        order_ids: the orders that match; empty if none was seen.
         credentials: the login that was sent with the order: ``ssh_password``, ``ssh_key``,
             ``jupyter_token``. It is in no text and no pickle of this error.
     """
@@ -505,7 +504,7 @@ class SpendingLimitError(CloreError):
 
 
 class OrderEndedError(CloreError):
-    """An order has ended, before it had the status or for a call that needs its machine.
+    """An order has ended, before it had the awaited status, or before a call that needs its server.
 
     Attributes:
         order_id, status: the order, and its final status.
@@ -518,7 +517,7 @@ class OrderEndedError(CloreError):
 
 
 class WaitTimeoutError(CloreError, TimeoutError):
-    """An order did not have a status in time. It may still be running, and cost money.
+    """An order did not reach a status in time. It may still be running, and cost money.
 
     Attributes:
         order_id: the order.
@@ -623,7 +622,7 @@ class CloreAPIError(CloreError):
             self.add_hint(hint)
 
     def add_hint(self, hint: str) -> None:
-        """Add the usual cause, or what to do next, to the text on a line of its own."""
+        """Add the usual cause, or what to do next, on a new line of the text."""
         self.hint = hint
         self.args = (f"{self.args[0]}\nhint: {hint}",)
 
@@ -733,40 +732,19 @@ def error_text(envelope: dict[str, Any]) -> str | None:
     return raw if isinstance(raw, str) or raw is None else repr(raw)
 
 
-def api_error(
-    envelope: dict[str, Any],
-    *,
-    http_status: int,
-    endpoint: str,
-    hint: str | None = None,
-    retryable: bool | None = None,
-    secrets: tuple[str, ...] = (),
-) -> CloreAPIError:
+def api_error(envelope: dict[str, Any], **about: Any) -> CloreAPIError:
     """Make the error for a response with a ``code`` other than 0.
 
     Parameters:
         envelope: the decoded response.
-        http_status: its HTTP status.
-        endpoint: the path that was called.
-        hint: added to the text on its own line.
-        retryable: overrides the default of the class.
-        secrets: strings that must not appear in the text.
+        **about: the keyword arguments of :class:`CloreAPIError`.
     """
     code = envelope["code"]
     text = error_text(envelope)
     cls = ERROR_CLASSES.get(code, CloreAPIError)
     if cls is ApplicationError and text:
         cls = ERROR_TEXTS.get(text.strip().lower().replace("-", "_"), ApplicationError)
-    error = cls(
-        code,
-        text,
-        envelope,
-        http_status=http_status,
-        endpoint=endpoint,
-        hint=hint,
-        retryable=retryable,
-        secrets=secrets,
-    )
+    error = cls(code, text, envelope, **about)
     if isinstance(error, SpotPriceStepError):
         error.max_step = _response_number(envelope.get("max_step"))
     elif isinstance(error, SpotPriceTooSoonError):
@@ -775,7 +753,7 @@ def api_error(
 
 
 def _response_number(value: Any) -> float | None:
-    # Python's JSON parser accepts NaN, for which the comparison is False.
+    # Python's JSON parser accepts NaN; the comparison excludes it.
     return float(value) if type(value) in (int, float) and abs(value) < 1e12 else None
 
 
@@ -783,9 +761,9 @@ STDERR_TAIL = 500  # an error shows the last characters
 
 
 class HostKeyChangedError(SSHError):
-    """The host key of a machine has changed since the first login to this order.
+    """The host key has changed since the first login to this order.
 
-    Its container was restarted, or another machine responds in its place. No login was sent.
+    Its container was restarted, or another host responds in its place. No login was sent.
 
     Attributes:
         order_id: the order, or None if the record has no id.
@@ -964,7 +942,7 @@ def creation_fee_after(seconds: float, fee: float = CREATION_FEE) -> float:
 
 
 class ExchangeRates:
-    """The latest exchange rates of one API: USD for one unit of a currency."""
+    """Keep the latest exchange rates of one API: USD for one unit of a currency."""
 
     def __init__(self) -> None:
         # (rates, time), replaced in one step, so that readers need no lock.
@@ -1290,10 +1268,8 @@ def check_env(name: str, value: Any) -> dict[str, str]:
         if re.search(_REFUSED_CHARACTERS, text):
             logger.warning(
                 "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "
-                "refuse with code 1",
-                name,
-                variable,
-            )
+                "refuse with code 1", name, variable,
+            )  # fmt: skip
     return {variable: Secret(text) for variable, text in value.items()}
 
 
@@ -1313,18 +1289,10 @@ def check_public_key(name: str, value: Any) -> str:
             f"{name} is a private key, which must never leave your machine: "
             "pass the public key, which is the content of the .pub file"
         )
-    is_key = re.fullmatch(r"(ssh|ecdsa|sk)-\S+ +\S.*", text)
-    if not is_key and (
-        text[0] in "/~.\\" or text.endswith(".pub") or ".ssh" in text or text.startswith("id_")
-    ):
-        raise ValueError(
-            f"{name} looks like a path: pass the content of the file, "
-            f"pathlib.Path({short_repr(text)}).expanduser().read_text()"
-        )
-    if not is_key:
+    if not re.fullmatch(r"(ssh|ecdsa|sk)-\S+ +\S.*", text):
         raise ValueError(
             f"{name} must be one line such as 'ssh-ed25519 AAAA... me@home', the content of a .pub "
-            "file"
+            "file and not its path: read it with pathlib.Path(...).read_text()"
         )
     return check_secret(name, text, MAX_SSH_KEY)
 
@@ -1332,26 +1300,24 @@ def check_public_key(name: str, value: Any) -> str:
 # ==================================================================================================
 # progress
 #
-# Report the progress of what takes long, and show it in a terminal or a notebook.
+# Report the progress of long calls, and show it in a terminal or a notebook.
 # ==================================================================================================
 
 
-LINE_INTERVAL = 5.0  # seconds between two plain lines about the same
+LINE_INTERVAL = 5.0  # seconds between two lines about the same step
 SIZE_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 class ProgressEvent:
-    """A step of something that takes long.
+    """A step of a long call.
 
     Attributes:
-        name: what is done: ``"rent"``, ``"order"``, ``"deploy"``, ``"running"``, ``"ssh"``,
+        name: the step: ``"rent"``, ``"order"``, ``"deploy"``, ``"running"``, ``"ssh"``,
             ``"upload"``, ``"download"``, ``"http"`` or ``"job"``.
         number: bytes so far for ``"upload"``, ``"download"`` and ``"job"``; else seconds so far.
         total: bytes in all, or None if unknown.
         text: a line for people, with control characters escaped.
     """
-
-    __slots__ = ("name", "number", "text", "total")
 
     def __init__(self, name: str, number: float, text: str, total: float | None = None) -> None:
         self.name = name
@@ -1367,7 +1333,7 @@ Report = Callable[[ProgressEvent], object]
 
 
 class ProgressOptions:
-    """The arguments ``on_progress`` and ``progress``, checked.
+    """Check the arguments ``on_progress`` and ``progress``, and report to them.
 
     Threads that share this object report one at a time.
     """
@@ -1380,7 +1346,7 @@ class ProgressOptions:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[Report | None]:
-        """Return a function that reports an event, or None if nobody wants any."""
+        """Return a function that reports an event, or None if nothing shows or takes it."""
         display = open_display() if self.shown else None
         reports = [] if self.on_progress is None else [self.on_progress]
         if display is not None:
@@ -1411,7 +1377,7 @@ def open_display() -> PlainDisplay | BarDisplay | None:
 
 
 class PlainDisplay:
-    """Writes a line for each step, and one from time to time while a step lasts."""
+    """Write a line for each step, and one every few seconds while a step lasts."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -1431,7 +1397,7 @@ class PlainDisplay:
 
 
 class BarDisplay:
-    """Shows each step with tqdm: a bar where the total is known, else a line that changes."""
+    """Show each step with tqdm: a bar where the total is known, else a line that changes."""
 
     def __init__(self, tqdm: Any) -> None:
         self._tqdm = tqdm
@@ -1491,8 +1457,8 @@ CONFIG_FILE = "~/.clore/config.json"  # the file of the official tools; never wr
 
 # Without the variable, it is ``~/.local/state/clore-client``.
 DEFAULT_STATE_DIR = "$XDG_STATE_HOME/clore-client"
-LOCK_AT = 1 << 30  # the locked byte on Windows, far from the content, which stays readable
-# With O_NONBLOCK, a pipe in the place of the file is an error, and not a wait without an end.
+LOCK_AT = 1 << 30  # the locked byte on Windows; the content before it stays readable
+# With O_NONBLOCK, a pipe in place of the file is an error, and does not block forever.
 SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 SAFE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
@@ -1509,18 +1475,13 @@ def clean_key(key: object, source: str) -> str:
             f"the API key from {source} must be a string, not {type(key).__name__}"
         )
     key = key.rstrip("\r\n")
+    problem = None
     if key.lower().startswith(("bearer ", "auth:", "auth ")):
-        raise ConfigurationError(
-            f"the API key from {source} starts with {key.split()[0]!r}: give only the key"
-        )
-    if "".join(key.split()) != key:
-        raise ConfigurationError(
-            f"the API key from {source} has a blank or a newline in it: give only the key"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigurationError(
-            f"the API key from {source} has a character that is not allowed in a key: copy it again"
-        )
+        problem = f"starts with {key.split()[0]!r}"
+    elif not re.fullmatch("[!-~]*", key):
+        problem = "has a blank, or a character that is not allowed in a key"
+    if problem:
+        raise ConfigurationError(f"the API key from {source} {problem}: give only the key")
     return Secret(key)
 
 
@@ -1538,12 +1499,9 @@ def find_key(argument: str | None) -> tuple[str | None, str]:
 def require_key() -> None:
     """Raise an error if neither the environment nor the official tools' file has a key."""
     if find_key(None)[0] is None:
-        variable = "is empty" if KEY_VARIABLE in os.environ else "is not set"
-        there = os.path.isfile(os.path.expanduser(CONFIG_FILE))
         raise ConfigurationError(
-            f"there is no API key: the environment variable {KEY_VARIABLE} {variable}, "
-            f"and the file {CONFIG_FILE} {'has none in it' if there else 'does not exist'}; "
-            f"set {KEY_VARIABLE}"
+            f"there is no API key: the environment variable {KEY_VARIABLE} is not set or empty, "
+            f"and the file {CONFIG_FILE} does not exist or has none; set {KEY_VARIABLE}"
         )
 
 
@@ -1592,11 +1550,6 @@ def check_base_url(url: object, name: str) -> str:
         raise TypeError(
             f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
         )
-    return _usable_url(url, name)
-
-
-@functools.lru_cache(maxsize=64)
-def _usable_url(url: str, name: str) -> str:
     if problem := _url_problem(url):
         # The URL is not shown, as it may contain a key.
         raise ConfigurationError(
@@ -1605,8 +1558,9 @@ def _usable_url(url: str, name: str) -> str:
     return url.rstrip("/")
 
 
+@functools.lru_cache(maxsize=64)
 def _url_problem(url: str) -> str | None:
-    if not (url.isascii() and url.isprintable()) or " " in url or "\\" in url:
+    if not re.fullmatch("[!-~]*", url) or "\\" in url:
         return "has a blank or a character that is not allowed in a URL"
     try:
         parts = urlsplit(url)
@@ -1735,16 +1689,7 @@ def lock_file(handle: int, patience: float = 0.0) -> bool:
 
 def _try_to_lock(handle: int) -> bool:
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(handle, LOCK_AT, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-            os.lseek(handle, 0, os.SEEK_SET)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _set_lock(handle, locked=True)
     except (BlockingIOError, PermissionError):
         return False
     return True
@@ -1752,15 +1697,21 @@ def _try_to_lock(handle: int) -> bool:
 
 def unlock_file(handle: int) -> None:
     """Unlock a file that :func:`lock_file` locked."""
+    _set_lock(handle, locked=False)
+
+
+def _set_lock(handle: int, locked: bool) -> None:
     if os.name == "nt":
         import msvcrt
 
         os.lseek(handle, LOCK_AT, os.SEEK_SET)
-        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        mode = msvcrt.LK_NBLCK if locked else msvcrt.LK_UNLCK  # type: ignore[attr-defined,unused-ignore]
+        msvcrt.locking(handle, mode, 1)  # type: ignore[attr-defined,unused-ignore]
+        os.lseek(handle, 0, os.SEEK_SET)
     else:
         import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_UN)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN)
 
 
 def open_private(path: Path) -> tuple[int, bool]:
@@ -1815,7 +1766,7 @@ def make_private_folder(folder: Path) -> None:
     """Create a folder that only this user may enter, or close an existing one to the others.
 
     Raises:
-        OSError: it can't be created, is no folder, or belongs to somebody else.
+        OSError: it can't be created, is no folder, or belongs to another user.
     """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -1862,7 +1813,7 @@ Shared = TypeVar("Shared")
 
 
 class ProcessState:
-    """The state that all clients and rentals of this process share.
+    """Hold the state that all clients and rentals of this process share.
 
     Each change is one atomic step, because a signal handler must not wait for a lock.
 
@@ -1916,7 +1867,7 @@ if hasattr(os, "register_at_fork"):
 # ==================================================================================================
 # models.record
 #
-# Record, the base class of servers and orders; Wallet; and helpers to read API responses.
+# Define records and wallets, and read the fields of API responses.
 # ==================================================================================================
 
 
@@ -1928,7 +1879,7 @@ LIVE_MARKET_MARKERS = ("currency_rates_in_usd", "server")
 
 
 class RawRecords:
-    """Records in JSON; each is decoded whenever it is read, and not kept."""
+    """Keep records as JSON, and decode each one whenever it is read."""
 
     def __init__(self, raw: list[Any], decode: Callable[[Any], Any]) -> None:
         self._raw = raw
@@ -1991,7 +1942,6 @@ class Record(dict[str, Any]):
     A record that did not come from the API counts as documented, and is its own ``.wire``.
     """
 
-    __slots__ = ("_wire",)
     _wire: dict[str, Any]
     # The properties in a card and in a row of to_dicts(): numbers, text and bools.
     FIELDS: ClassVar[tuple[str, ...]] = ()
@@ -2007,10 +1957,7 @@ class Record(dict[str, Any]):
 
     def _like(self: R, items: Mapping[str, Any]) -> R:
         twin = type(self)(items)
-        for cls in type(self).__mro__:
-            for slot in getattr(cls, "__slots__", ()):
-                if hasattr(self, slot):
-                    setattr(twin, slot, getattr(self, slot))
+        twin.__dict__.update(self.__dict__)
         return twin
 
     def copy(self: R) -> R:
@@ -2031,14 +1978,14 @@ class Record(dict[str, Any]):
         usd = {k: round(v, 6) for k, v in shown.items() if "usd" in k and isinstance(v, float)}
         return {**shown, **usd} or self
 
-    def _facts(self) -> dict[str, Any]:
-        """Return what the card shows, by the names of properties; the first is in the heading."""
+    def _card(self) -> dict[str, Any]:
+        """Return what a notebook shows: properties by name; the first one is in the heading."""
         return {name: getattr(self, name) for name in self.FIELDS} or masked(self)
 
     def _repr_html_(self) -> str:
-        facts = list(self._facts().items())
-        number = f" {facts.pop(0)[1]}" if self.FIELDS and facts[0][1] is not None else ""
-        return html_card(f"{type(self).__name__}{number}", facts)
+        values = list(self._card().items())
+        number = f" {values.pop(0)[1]}" if self.FIELDS and values[0][1] is not None else ""
+        return html_card(f"{type(self).__name__}{number}", values)
 
     def __dir__(self) -> list[str]:
         """Return the properties, and the methods that read a dict."""
@@ -2061,7 +2008,6 @@ class Wallet(Record):
     The live API calls the address ``deposit``; that field is kept too.
     """
 
-    __slots__ = ("_rates",)
     _rates: ExchangeRates
     FIELDS = ("name", "balance", "balance_usd", "deposit_address")
 
@@ -2109,7 +2055,7 @@ def to_wallets(response: dict[str, Any], rates: ExchangeRates | None = None) -> 
 # ==================================================================================================
 # models.server
 #
-# Server, and its conversion from the live form to the documented form.
+# Define servers, and convert them from the live form to the documented form.
 # ==================================================================================================
 
 
@@ -2227,9 +2173,9 @@ def on_demand_usd(server: Server, currency: str) -> float | None:
     return price_in(server, spot=False, currency=currency)
 
 
-def amount_per_hour(server: Server, spot: bool, currency: str) -> float | None:
-    """Return the price per hour in ``currency`` itself, as listed; None if it is not listed."""
-    listed = positive(part_of(server, "price", "spot" if spot else "on_demand", currency))
+def amount_per_hour(server: Server, currency: str) -> float | None:
+    """Return the on-demand price per hour in ``currency`` itself, or None if it is not listed."""
+    listed = positive(part_of(server, "price", "on_demand", currency))
     return None if listed is None else listed / HOURS_PER_DAY
 
 
@@ -2237,7 +2183,7 @@ def listed_rate(server: Server, currency: str) -> float | None:
     """Return USD for one unit of ``currency``, by the prices of one server; None if unknown."""
     if currency == "USD-Blockchain":
         return 1.0
-    amount = amount_per_hour(server, spot=False, currency=currency)
+    amount = amount_per_hour(server, currency)
     in_usd = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
     return in_usd / amount if amount and in_usd else None
 
@@ -2285,13 +2231,11 @@ def nominal_vram(record: dict[str, Any]) -> float | None:
 
 
 class GPURecord(Record):
-    """A record that names the GPUs of a machine."""
-
-    __slots__ = ()
+    """A record that names the GPUs of a server."""
 
     @property
     def gpu(self) -> str | None:
-        """The count and name of its GPUs, such as ``"2x RTX 4090"``; of a mixed rig, all."""
+        """The count and name of its GPUs, such as ``"2x RTX 4090"``; of several models, all."""
         return gpu_label(self)
 
     @property
@@ -2313,34 +2257,12 @@ class Server(GPURecord):
     sent. A property is None if its field is missing or has an unexpected type.
     """
 
-    __slots__ = ()
     SHOWN = ("id", "gpu", "usd_per_hour", "spot_usd_per_hour", "reliability", "country", "rented")
-    FIELDS = (
-        "id",
-        "gpu_name",
-        "gpu_count",
-        "vram_gb",
-        "total_vram_gb",
-        "usd_per_hour",
-        "usd_per_gpu_hour",
-        "spot_usd_per_hour",
-        "spot_usd_per_gpu_hour",
-        "reliability",
-        "rating",
-        "rating_count",
-        "country",
-        "rented",
-        "cpu_cores",
-        "ram_gb",
-        "disk_gb",
-        "disk_mbps",
-        "download_mbps",
-        "upload_mbps",
-        "pcie_width",
-        "cuda_version",
-        "max_rental_hours",
-        "owner_id",
-    )
+    FIELDS = ("id", "gpu_name", "gpu_count", "vram_gb", "total_vram_gb", "usd_per_hour",
+              "usd_per_gpu_hour", "spot_usd_per_hour", "spot_usd_per_gpu_hour", "reliability",
+              "rating", "rating_count", "country", "rented", "cpu_cores", "ram_gb", "disk_gb",
+              "disk_mbps", "download_mbps", "upload_mbps", "pcie_width", "cuda_version",
+              "max_rental_hours", "owner_id")  # fmt: skip
 
     @property
     def id(self) -> int | None:
@@ -2360,7 +2282,7 @@ class Server(GPURecord):
 
     @property
     def total_vram_gb(self) -> float | None:
-        """The memory of all GPUs in GB; ``vram_gb`` times ``gpu_count``; None for a mixed rig."""
+        """The memory of all GPUs in GB, ``vram_gb`` times ``gpu_count``; None if they differ."""
         if self.vram_gb is None or is_mixed(self):  # the API lists the memory of one model
             return None
         return self.vram_gb * (self.gpu_count or 1)
@@ -2487,7 +2409,7 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
 
 
 class Marketplace:
-    """The list of servers of one response.
+    """Read the list of servers in one response.
 
     With the extra ``fast``, a server is decoded when it is read: to keep thousands of them takes
     longer than to decode them twice.
@@ -2556,7 +2478,7 @@ def _is_live_server(record: Any) -> bool:
 # ==================================================================================================
 # models.order
 #
-# Order, and its conversion from the live form to the documented form.
+# Define orders, and convert them from the live form to the documented form.
 # ==================================================================================================
 
 
@@ -2601,37 +2523,13 @@ class Order(GPURecord):
     unexpected type.
     """
 
-    __slots__ = ("_live", "_rates")
     _live: bool
     _rates: ExchangeRates
-    FIELDS = (
-        "id",
-        "server_id",
-        "status",
-        "gpu_name",
-        "gpu_count",
-        "price",
-        "currency",
-        "usd_per_hour",
-        "cost_usd",
-        "is_spot",
-        "started_at",
-        "image",
-        "ssh_command",
-    )
-    SHOWN = (
-        "id",
-        "server_id",
-        "status",
-        "gpu",
-        "price",
-        "currency",
-        "usd_per_hour",
-        "image",
-        "started_at",
-        "ssh_command",
-        "ssh_password",
-    )
+    FIELDS = ("id", "server_id", "status", "gpu_name", "gpu_count", "price", "currency",
+              "usd_per_hour", "cost_usd", "is_spot", "started_at", "image",
+              "ssh_command")  # fmt: skip
+    SHOWN = ("id", "server_id", "status", "gpu", "price", "currency", "usd_per_hour", "image",
+             "started_at", "ssh_command", "ssh_password")  # fmt: skip
 
     @property
     def id(self) -> int | None:
@@ -2760,10 +2658,10 @@ class Order(GPURecord):
             return super()._summary()
         return {"usd_per_hour": self.usd_per_hour, "body": self.body}
 
-    def _facts(self) -> dict[str, Any]:
+    def _card(self) -> dict[str, Any]:
         started = utc_time(self.started_at)
         return {
-            **super()._facts(),
+            **super()._card(),
             "started_at": started and f"{started} UTC",
             "body": masked(self.body),
         }
@@ -2844,8 +2742,8 @@ def to_order(
     return order
 
 
-def take_listed_price(order: Order, usd_per_hour: float) -> None:
-    """Take the exchange rate of an order from the listed on-demand price of its server."""
+def set_listed_price(order: Order, usd_per_hour: float) -> None:
+    """Set the exchange rate of an order by the listed on-demand price of its server."""
     if (price := positive(order.get("price"))) is not None:
         rates = ExchangeRates()
         rates.update({wire_currency(order["currency"]): usd_per_hour / price}, display_only=True)
@@ -2952,24 +2850,10 @@ def utc_time(seconds: float | None) -> str | None:
 
 
 def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
-    """Return the text of a cell on one line, without characters that a terminal obeys."""
-    if text is None or (len(text) <= widest and text.isascii() and text.isprintable()):
-        return text or ""
-    import unicodedata
-
-    # Many combining marks on one letter would run over the lines above and below.
-    composed = unicodedata.normalize("NFC", text[: 4 * widest])
-    plain = printable("".join(c for c in composed if not unicodedata.combining(c)))
-    return plain if len(plain) <= widest else f"{plain[: widest - 3]}..."
-
-
-def text_width(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
-    if text.isascii():
-        return len(text)
-    import unicodedata
-
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    """Return the text of a cell on one line, in printable ASCII; the rest is escaped."""
+    plain = printable((text or "")[:widest].encode("ascii", "backslashreplace").decode())
+    cut = len(plain) > widest or len(text or "") > widest
+    return f"{plain[: widest - 3]}..." if cut else plain
 
 
 def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
@@ -2991,25 +2875,12 @@ def text_table(records: Sequence[Any], columns: Sequence[Column], width: int) ->
     lines: list[str] = []
     for column, cells in cells_of(records[:MAX_ROWS], columns):
         texts = [column.heading, *cells]
-        widest = max(map(text_width, texts))
-        if lines and text_width(lines[0]) + len(GAP) + widest > width:
+        widest = max(map(len, texts))
+        if lines and len(lines[0]) + len(GAP) + widest > width:
             break
-        padded = [_padded(text, widest, column.right) for text in texts]
+        padded = [text.rjust(widest) if column.right else text.ljust(widest) for text in texts]
         lines = [f"{a}{GAP}{b}" for a, b in zip(lines, padded, strict=True)] if lines else padded
-    shown = [_cut(line.rstrip(), width) for line in lines]
-    return "\n".join(shown + _rest(records))
-
-
-def _padded(text: str, width: int, right: bool) -> str:
-    blanks = " " * (width - text_width(text))
-    return blanks + text if right else text + blanks
-
-
-def _cut(line: str, width: int) -> str:
-    """Cut a line at the width of a very narrow terminal."""
-    while text_width(line) > max(width, 1):
-        line = line[:-1]
-    return line
+    return "\n".join([line.rstrip()[: max(width, 1)] for line in lines] + _rest(records))
 
 
 def _rest(records: Sequence[Any]) -> list[str]:
@@ -3048,8 +2919,8 @@ def html_table(
     return f'<table style="white-space:nowrap">{table}</table>{rest}'
 
 
-def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
-    """Return a table with one row for each fact that is not None, as HTML."""
+def html_card(title: str, values: Iterable[tuple[str, Any]]) -> str:
+    """Return a table with one row for each value that is not None, as HTML."""
     from html import escape
 
     def shown(value: Any) -> str:
@@ -3060,7 +2931,7 @@ def html_card(title: str, facts: Iterable[tuple[str, Any]]) -> str:
     rows = "".join(
         f'<tr><th style="{TEXT_STYLE}">{shown(name)}</th>'
         f'<td style="{TEXT_STYLE}">{shown(value)}</td></tr>'
-        for name, value in facts
+        for name, value in values
         if value is not None
     )
     head = f'<th colspan="2" style="{TEXT_STYLE}">{shown(title)}</th>'
@@ -3273,11 +3144,10 @@ class WalletList(Listing[Wallet]):
 
 # --- the plot of prices ---
 
-# One for each of the most frequent models; all others have the last color.
+# One for each of the most frequent models.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#9467bd",
           "#a0a000", "#17becf")  # fmt: skip
 OTHER_COLOR = "#c0c0c0"
-LABEL_HEIGHT = 0.05  # of the height of the plot
 PICTURES = (".png", ".svg", ".pdf")
 NAME_LENGTH = 24  # characters
 Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
@@ -3286,8 +3156,7 @@ Points = list[tuple[float, float]]  # (reliability, USD per GPU hour)
 def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
     """Return the points of the plot by model, the most frequent model first.
 
-    Servers without a name, a price or a reliability are left out, and mixed rigs, whose price is of
-    several models.
+    Servers without a name, a price or a reliability are left out, and those with several models.
     """
     models: dict[str, Points] = {}
     for server in servers:
@@ -3299,10 +3168,8 @@ def prices_by_model(servers: Iterable[Server]) -> dict[str, Points]:
 
 def check_plot(servers: Any, path: Any) -> None:
     """Check the arguments of ``plot_prices``."""
-    if servers is not None and (
-        not isinstance(servers, (list, tuple))
-        or not all(isinstance(server, Server) for server in servers)
-    ):
+    given = () if servers is None else servers
+    if not isinstance(given, (list, tuple)) or not all(isinstance(s, Server) for s in given):
         shown = short_repr(servers)
         raise TypeError(f"servers must be a list of servers, as of find_servers(), not {shown}")
     if path is None:
@@ -3339,14 +3206,26 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
         raise ImportError("plot_prices() needs matplotlib: pip install matplotlib") from error
     if not models:
         raise ValueError("servers must have a price and a reliability, but none of them has both")
+    import statistics  # imported here, because it is slow
+
     figure = new_figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     colors = dict(zip(models, COLORS, strict=False))
-    for name, points in reversed(models.items()):  # the frequent ones on top of the others
-        color = colors.get(name, OTHER_COLOR)
-        axes.scatter(*zip(*points, strict=True), s=16, color=color, alpha=0.7, linewidths=0)
+    medians = {name: statistics.median(price for _, price in models[name]) for name in colors}
+    others = [point for name, points in models.items() if name not in colors for point in points]
+    style = {"s": 16, "alpha": 0.7, "linewidths": 0}
+    if others:
+        label = f"{len(models) - len(colors)} other models"
+        axes.scatter(*zip(*others, strict=True), color=OTHER_COLOR, label=label, **style)
+    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+        label = f"{printable(name, NAME_LENGTH)}  {median:.3g}"
+        # matplotlib hides a label that starts with _, and takes a $ for a formula.
+        label = label.lstrip("_").replace("$", r"\$")
+        axes.scatter(*zip(*models[name], strict=True), color=colors[name], label=label, **style)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handletextpad=0, reverse=True
+    )
     _set_up_axes(axes, [point for points in models.values() for point in points])
-    _label_models(axes, models, colors)
     if path is not None:
         figure.savefig(path, dpi=150)
     return axes
@@ -3371,39 +3250,17 @@ def _set_up_axes(axes: Any, points: Points) -> None:
     axes.set_axisbelow(True)
 
 
-def _label_models(axes: Any, models: dict[str, Points], colors: dict[str, str]) -> None:
-    """Write each name beside the plot, as near to its median price as there is room."""
-    import statistics  # imported here, because it is slow
-
-    bottom, top = (math.log(limit) for limit in axes.get_ylim())
-    medians = {name: statistics.median(price for _, price in models[name]) for name in colors}
-    height = -math.inf
-    labels = []
-    for name, median in sorted(medians.items(), key=lambda item: item[1]):
-        height = max(height + LABEL_HEIGHT, (math.log(median) - bottom) / (top - bottom))
-        labels.append((height, colors[name], f"{printable(name, NAME_LENGTH)}  {median:.3g}"))
-    if len(models) > len(colors):
-        labels.append(
-            (height + LABEL_HEIGHT, "#808080", f"{len(models) - len(colors)} other models")
-        )
-    above = max(0.0, labels[-1][0] - 1)
-    for height, color, text in labels:
-        # A $ would start a formula.
-        axes.text(1.01, height - above, text.replace("$", r"\$"), color=color, va="center",
-                  transform=axes.transAxes)  # fmt: skip
-
-
 # ==================================================================================================
 # models.result
 #
-# Results of commands and transfers over SSH.
+# Define the results of commands and transfers over SSH.
 # ==================================================================================================
 
 
 STDOUT, STDERR = "stdout", "stderr"
 LAST_LINES = 20  # of each stream, where a result is printed
 LONGEST_LINE = 300  # characters
-# A color, or another control sequence of a terminal, which would only be noise when escaped.
+# A color or another control sequence of a terminal; it is removed, not escaped.
 _CONTROL_SEQUENCE = r"\x1b\[[0-9;?]{0,40}[@-~]"
 
 
@@ -3423,14 +3280,12 @@ class CommandResult:
     """The result of a command. ``print()`` shows the last lines of its output.
 
     Attributes:
-        command: the command for the machine's shell, without the variables of ``env``.
+        command: the command for the server's shell, without the variables of ``env``.
         exit_code: 0 to 255; -1 if a signal ended the command.
         stdout, stderr: the output as text; bytes that are not UTF-8 are replaced.
         duration: seconds from the start to the end.
         dropped: the bytes of output beyond ``max_output``, which are not kept.
     """
-
-    __slots__ = ("command", "dropped", "duration", "exit_code", "stderr", "stdout")
 
     def __init__(
         self,
@@ -3497,14 +3352,11 @@ class TransferResult:
         files: the number of files.
         size: the bytes of all files.
         duration: seconds.
-        skipped: (name, reason) for symlinks and special files, which are not copied; escaped, too.
+        skipped: (name, reason) for symlinks and special files, which are not copied; also escaped.
         unchanged: the number of files that ``skip_unchanged`` left out.
-        sent: with ``preview``, the names of the files that would be sent; escaped, too.
-        deleted: the names that ``delete`` removed, or would remove with ``preview``; escaped, too.
+        sent: with ``preview``, the names of the files that would be sent; also escaped.
+        deleted: the names that ``delete`` removed, or would remove with ``preview``; also escaped.
     """
-
-    __slots__ = ("_deletes", "_is_preview", "deleted", "duration", "files", "path", "sent", "size",
-                 "skipped", "unchanged")  # fmt: skip
 
     def __init__(
         self,
@@ -3550,17 +3402,22 @@ class TransferResult:
 # ==================================================================================================
 # api.call
 #
-# Prepare an API call: check its arguments, and look up the rules of its endpoint.
+# Prepare an API call: check its arguments, and find the rules of its endpoint.
 # ==================================================================================================
 
 
 class Envelope(dict[str, Any]):
-    """A decoded response, with the times of the request and the server's clock."""
+    """A decoded response, with the times of the request and the server's clock.
 
-    __slots__ = ("date", "received_at", "sends", "sent_at")
+    Attributes:
+        date: its header ``Date``.
+        sent_at, received_at: monotonic times.
+        sends: how many times the request was sent.
+    """
+
     date: str | None
-    received_at: float
     sent_at: float
+    received_at: float
     sends: int
 
     def server_time_at(self, moment: float) -> float | None:
@@ -3573,6 +3430,7 @@ class Envelope(dict[str, Any]):
 
 
 def unix_time(date: str | None) -> float | None:
+    """Return the Unix time in an HTTP header, or None."""
     if not date:
         return None
     try:
@@ -3581,9 +3439,8 @@ def unix_time(date: str | None) -> float | None:
         return None
 
 
-# Not a named tuple, and no enums: to create those takes time at the import.
 class Rules:
-    """How requests to one endpoint are handled.
+    """The rules for requests to one endpoint.
 
     Attributes:
         needs_key: whether it needs an API key.
@@ -3593,20 +3450,11 @@ class Rules:
         logged: whether it starts or stops costs.
     """
 
-    def __init__(
-        self,
-        *,
-        needs_key: bool = True,
-        repeatable: bool = False,
-        urgent: bool = False,
-        spaced: bool = False,
-        logged: bool = False,
-    ) -> None:
-        self.needs_key = needs_key
-        self.repeatable = repeatable
-        self.urgent = urgent
-        self.spaced = spaced
-        self.logged = logged
+    needs_key = True
+    repeatable = urgent = spaced = logged = False
+
+    def __init__(self, **changes: bool) -> None:
+        self.__dict__.update(changes)
 
 
 POST_RULES = {
@@ -3631,38 +3479,61 @@ def rules_for(method: str, name: str) -> Rules:
     return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
 
 
-# Not a dataclass: importing dataclasses takes a fifth of the import time.
 class Call:
-    """A request that is ready to be sent, and the rules for its retries.
+    """An API call: its request, ready to be sent, and the rules for its retries.
+
+    Parameters:
+        session: prepares the request.
+        method, endpoint, params, json: as for ``_request``.
+        options: other arguments for requests.
+        base_url, headers, timeout: the settings of the client.
+        urgent: whether the request goes first, and ignores the pause that the server asks for.
 
     Attributes:
+        name: the last part of the endpoint, such as ``"create_order"``.
+        settings: the arguments of ``Session.send``.
+        key: the API key, or an empty string.
+        secrets: the strings that no error may show.
         lists_servers: whether to leave the servers in the response in JSON, if possible.
+
+    Raises:
+        AuthenticationError: the endpoint needs a key, and there is none.
+        ConfigurationError, TypeError, ValueError: an argument is not valid.
     """
 
     lists_servers = False
 
     def __init__(
         self,
-        *,
-        name: str,
+        session: requests.Session,
+        method: str,
         endpoint: str,
-        request: requests.PreparedRequest,
-        settings: dict[str, Any],
+        params: Any,
+        json: Any,
+        options: dict[str, Any],
+        *,
         base_url: str,
-        key: str,
-        rules: Rules,
+        headers: dict[str, str],
+        timeout: Timeout,
         urgent: bool,
-        secrets: tuple[str, ...],
     ) -> None:
-        self.name = name  # the last part of the endpoint, such as "create_order"
-        self.endpoint = endpoint
-        self.request = request
-        self.settings = settings
-        self.base_url = base_url
-        self.key = key
-        self.rules = rules
-        self.urgent = urgent  # goes first, and ignores the pause that the server asks for
-        self.secrets = secrets
+        method = _check_method(method, options)
+        self.endpoint, self.base_url = check_endpoint(endpoint), base_url
+        path = unquote(urlsplit(endpoint).path)
+        self.name = path.rstrip("/").rsplit("/", 1)[-1].lower()
+        self.rules = rules_for(method, self.name)
+        self.urgent = self.rules.urgent or urgent
+        all_headers = CaseInsensitiveDict(check_headers("headers", headers))
+        all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
+        self.key = _check_key(all_headers, base_url, endpoint, self.rules.needs_key)
+        timeout = check_timeout("timeout", options.pop("timeout", timeout))
+        given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
+        self.request, secrets = _prepare_request(
+            session, method, base_url + endpoint, all_headers, params, json, options
+        )
+        self.settings = _send_settings(session, base_url, self.request, given)
+        self.settings["timeout"] = timeout
+        self.secrets = (self.key, *secrets) if self.key else secrets
 
     def __repr__(self) -> str:
         return f"<Call {self.label}>"
@@ -3715,58 +3586,6 @@ def check_endpoint(endpoint: Any) -> str:
     return str(endpoint)
 
 
-def endpoint_name(endpoint: str) -> str:
-    """Return the last part of a path, such as ``"create_order"``."""
-    path = unquote(urlsplit(endpoint).path)
-    return path.rstrip("/").rsplit("/", 1)[-1].lower()
-
-
-def prepare_call(
-    session: requests.Session,
-    method: str,
-    endpoint: str,
-    params: Any,
-    json: Any,
-    options: dict[str, Any],
-    *,
-    base_url: str,
-    headers: dict[str, str],
-    timeout: Timeout,
-    urgent: bool,
-) -> Call:
-    """Check the arguments of ``_request``, and prepare the request.
-
-    Parameters:
-        session: prepares the request.
-        method, endpoint, params, json: as for ``_request``.
-        options: other arguments for requests.
-        base_url, headers, timeout: the settings of the client.
-        urgent: whether the request ignores the pause that the server asks for.
-    """
-    method = _check_method(method, options)
-    name = endpoint_name(check_endpoint(endpoint))
-    rules = rules_for(method, name)
-    all_headers = CaseInsensitiveDict(check_headers("headers", headers))
-    all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
-    key = _check_key(all_headers, base_url, endpoint, rules.needs_key)
-    settings = {"timeout": check_timeout("timeout", options.pop("timeout", timeout))}
-    given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
-    request, secrets = _prepare_request(
-        session, method, base_url + endpoint, all_headers, params, json, options
-    )
-    return Call(
-        name=name,
-        endpoint=endpoint,
-        request=request,
-        settings=settings | _send_settings(session, base_url, request.url, given),
-        base_url=base_url,
-        key=key,
-        rules=rules,
-        urgent=rules.urgent or urgent,
-        secrets=(key, *secrets) if key else secrets,
-    )
-
-
 def _check_method(method: str, options: dict[str, Any]) -> str:
     """Return the method in upper case."""
     if "allow_redirects" in options:
@@ -3791,7 +3610,7 @@ def _prepare_request(
 ) -> tuple[requests.PreparedRequest, tuple[str, ...]]:
     """Return the request, and the secrets in its body."""
     # Without this, requests would send a password from ~/.netrc.
-    options.setdefault("auth", _no_auth)
+    options.setdefault("auth", lambda request: request)
     try:
         request = requests.Request(
             method, url, headers=headers, params=params, json=json, **options
@@ -3807,7 +3626,10 @@ def _prepare_request(
 
 
 def _send_settings(
-    session: requests.Session, base_url: str, url: str | None, given: dict[str, Any]
+    session: requests.Session,
+    base_url: str,
+    request: requests.PreparedRequest,
+    given: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the arguments of ``Session.send``, except the timeout."""
     proxies = dict(given["proxies"] or {})
@@ -3815,7 +3637,7 @@ def _send_settings(
         # A proxy from the environment could read the key over plain http.
         proxies = {"http": None, "https": None, "all": None, **proxies}
     merged = session.merge_environment_settings(
-        url, proxies, given["stream"], given["verify"], given["cert"]
+        request.url, proxies, given["stream"], given["verify"], given["cert"]
     )
     # read_body() limits the size of a stream.
     return {**merged, "allow_redirects": False, "stream": True}
@@ -3837,14 +3659,10 @@ def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
     return key
 
 
-def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request
-
-
 # ==================================================================================================
 # api.connection
 #
-# HTTP connections that record when a request is sent, and limit the time of its response.
+# Open HTTP connections that record when a request is sent, and limit its response time.
 # ==================================================================================================
 
 
@@ -3853,48 +3671,49 @@ PIECE = 16 * 1024  # bytes per read; decompressed, they can become a thousand ti
 
 
 class Exchange(threading.local):
-    """The current request of each thread: its send time and its deadline."""
+    """Track the current request of each thread.
+
+    Attributes:
+        sent_at: monotonic time at which the first byte was sent, or None.
+        connecting: whether a connection of this module is used, so that ``sent_at`` is reliable.
+        deadline: monotonic time by which the whole response must have arrived.
+    """
 
     def __init__(self) -> None:
-        self.before: Callable[[], None] | None = None
-        self.on_left: Callable[[], None] | None = None
-        self.left_at: float | None = None  # when the first byte was sent, by time.monotonic()
-        self.connecting = False  # a connection of this module is used, so ``left_at`` is reliable
-        self.deadline = math.inf
+        self.begin(lambda: None, lambda: None, math.inf)
 
     def begin(
-        self, before: Callable[[], None], on_left: Callable[[], None], deadline: float
+        self, before: Callable[[], None], on_sent: Callable[[], None], deadline: float
     ) -> None:
         """Start another request.
 
         Parameters:
             before: called when it is connected and about to be sent; it may wait.
-            on_left: called when the request is sent.
-            deadline: monotonic time by which the whole response must have arrived.
+            on_sent: called when the request is sent.
+            deadline: see the attribute.
         """
-        self.before, self.on_left, self.deadline = before, on_left, deadline
-        self.left_at, self.connecting = None, False
+        self._before, self._on_sent, self.deadline = before, on_sent, deadline
+        self.sent_at: float | None = None
+        self.connecting = False
 
     @contextlib.contextmanager
-    def leaving(self) -> Iterator[None]:
+    def sending(self) -> Iterator[None]:
         """Record that the block sends the first byte."""
-        if self.before is not None:
-            self.before()
-        self.left_at = time.monotonic()
+        self._before()
+        self.sent_at = time.monotonic()
         try:
             yield
         finally:
             # Called after the write: a thread that pauses in between would send too late, and so
             # too close to the next request.
-            if self.on_left is not None:
-                self.on_left()
+            self._on_sent()
 
 
 exchange = Exchange()
 
 
 class _BoundedReader(io.RawIOBase):
-    """A reader of a socket with one deadline for all reads."""
+    """Read a socket, with one deadline for all reads."""
 
     def __init__(self, raw: Any, sock: Any, deadline: float) -> None:
         self._raw, self._sock, self._deadline = raw, sock, deadline
@@ -3917,7 +3736,7 @@ class _BoundedReader(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    """A response with a deadline, which skips interim responses such as 103."""
+    """Read a response before its deadline, and skip interim responses such as 103."""
 
     def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
@@ -3959,7 +3778,7 @@ class _Connection(HTTPConnection):
     def endheaders(self, *args: Any, **kwargs: Any) -> None:
         if self.sock is None:
             self.connect()
-        with exchange.leaving():
+        with exchange.sending():
             super().endheaders(*args, **kwargs)
 
 
@@ -3976,7 +3795,7 @@ class _TLSPool(HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    """The adapter of requests, with connections that record when a request is sent."""
+    """Use connections that record when a request is sent."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
@@ -3994,7 +3813,7 @@ class _Adapter(HTTPAdapter):
 
 
 class Session(requests.Session):
-    """A session of requests that records when a request is sent, and follows no redirect."""
+    """Send requests, record when they are sent, and follow no redirect."""
 
     def __init__(self, user_agent: str) -> None:
         super().__init__()
@@ -4008,7 +3827,7 @@ class Session(requests.Session):
 
 
 class Sessions:
-    """The sessions of a client. Each request has a session for itself.
+    """Keep the sessions of a client. Each request has a session for itself.
 
     A session whose request is interrupted is not used again, as its state and its locks are not
     known.
@@ -4079,14 +3898,14 @@ def read_body(response: requests.Response, longest: float) -> bytes:
     return b"".join(pieces)
 
 
-def never_left(error: Exception, left: bool) -> bool:
+def never_sent(error: Exception, recorded: bool) -> bool:
     """Return whether it is certain that a failed request was not sent.
 
     Parameters:
         error: the failure.
-        left: whether a connection of this module recorded a send.
+        recorded: whether a connection of this module recorded a send.
     """
-    if left:
+    if recorded:
         return False
     if exchange.connecting or isinstance(error, _UNSENT):
         return True
@@ -4102,26 +3921,27 @@ def reason_of(error: BaseException) -> Any:
 # ==================================================================================================
 # api.rate_limit
 #
-# Decide when the next request with a key may be sent, for all who share the key.
+# Decide when the next request with a key may be sent.
 # ==================================================================================================
 
 
-LONGEST_PAUSE_KEPT = 3600.0  # seconds; a broken proxy may ask for a pause of any length
-LONGEST_SLEEP = 0.5  # seconds between two looks of a request that waits
+LONGEST_SLEEP = 0.5  # seconds after which a waiting request looks at the schedule again
 RECENT = 20  # how many of the last responses are counted for the error message
-# The following are parts of the interval.
-SLOT_LEAD = 0.05  # a slot is granted this long before it begins, so that a slow store costs no time
-SLOT_LATE = 0.005  # a request that is sent up to this much after its slot began needs no report
-SLOT_GRACE = 0.125  # what each request in the queue allows the one before it for taking its slot
-LONGEST_SLOT_GRACE = 1.0
-# After a refusal: other programs use the key. A request keeps more space behind it, but only one
-# out of several, as machines that hold the rate limit in turns waste less of it than ones that
-# take turns for each request.
-RETRY_JITTER = 0.3  # a retry comes up to this much later than the interval
-SLOW_DOWN = 0.2  # by how much each refusal widens the space behind a request
-WIDEST_SURPLUS = 4.0
-SPEED_UP = 0.1  # a call without a refusal takes this part of the surplus away
 YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
+# Parts of the interval, unless they say otherwise. The script for Redis gets them, too.
+PACE = {
+    "lead": 0.05,  # a send time is granted this long before it, so that a slow store costs no time
+    "late": 0.005,  # a request that is sent up to this much late needs no report
+    "grace": 0.125,  # how long a request in the queue lets each one before it look first
+    "longest_grace": 1.0,
+    # After a refusal, other programs use the key, too. Some requests then leave more space behind
+    # them: programs that send several requests in a row waste less than ones that alternate.
+    "jitter": 0.3,  # a retry comes up to this much later than the interval
+    "slow_down": 0.2,  # each refusal adds this to the space behind a request
+    "widest": 4.0,
+    "speed_up": 0.1,  # a call without a refusal reduces that space by this fraction
+    "longest_pause": 3600.0,  # seconds; a broken proxy may ask for a pause of any length
+}
 
 
 class PauseTooLongError(Exception):
@@ -4141,7 +3961,7 @@ class DeadlinePassedError(Exception):
 
 
 class Turn:
-    """The place of one call in the queue. It keeps its place for retries.
+    """The place of one call in the queue, which it keeps for its retries.
 
     All times are monotonic, in seconds.
 
@@ -4151,8 +3971,8 @@ class Turn:
         spacing: an endpoint with a longer interval, and its seconds.
         patience: the longest pause that it waits for, in seconds.
         deadline, not_before: when it must, and when it may be sent.
-        left_at: when it is sent, as far as the schedule knows: at first, when its slot begins.
-        slot_ends: when its slot is over, because the next one may be granted.
+        sent_at: when it was sent, or else its send time.
+        grant_ends: when its send time is void, because another request may get the next one.
         refusals: how many times the API refused it for the rate limit.
         retry_after: seconds that the last refusal asked it to wait.
         slowed: whether earlier refusals still widen the space between requests.
@@ -4174,7 +3994,7 @@ class Turn:
         self.patience = patience
         self.deadline = math.inf
         self.not_before = -math.inf
-        self.left_at = self.slot_ends = -math.inf
+        self.sent_at = self.grant_ends = -math.inf
         self.refusals = 0
         self.retry_after = 0.0
         self.slowed = False
@@ -4195,41 +4015,34 @@ def random_gap() -> float:
     return 1.0 if random.random() < YIELD_CHANCE else 0.0
 
 
+# Not a named tuple: creating one makes the import slower.
 class Look:
-    """What a waiting request finds when it looks at the schedule.
+    """The answer to a waiting request that looks at the schedule.
 
     Attributes:
-        granted: whether its slot is granted.
-        at: monotonic time of its slot if that is granted, else of its next look.
+        granted: whether it got a send time.
+        at: its send time if it got one, else the time of its next look (monotonic).
         paused: seconds that are left of the pause that the API asked for.
         slowed: whether refusals widen the space between requests.
         too_late: whether it can't be sent before its deadline.
     """
 
     def __init__(
-        self,
-        granted: bool,
-        at: float,
-        paused: float = 0.0,
-        slowed: bool = False,
-        too_late: bool = False,
+        self, granted: bool, at: float, paused: float, slowed: bool = False, too_late: bool = False
     ) -> None:
-        self.granted = granted
-        self.at = at
-        self.paused = paused
-        self.slowed = slowed
-        self.too_late = too_late
+        self.granted, self.at, self.paused = granted, at, paused
+        self.slowed, self.too_late = slowed, too_late
 
 
 class Schedule:
-    """The state of one rate limit: the queue, and when the last requests were sent.
+    """Keep the state of one rate limit: the queue, and when the last requests were sent.
 
     Each method is one step on plain numbers, which can be kept in memory, in a file, or in Redis
     (``redis_limit.py`` has the same steps in Lua).
 
-    The request at the head of the queue looks when its slot comes up, the second a little later,
-    and so on. Each takes the slot if nobody before it has. So a dead process costs at most a
-    slot, and no request has to look more than about once per interval.
+    The first request of the queue looks when the next request may be sent, the second a little
+    later, and so on. Each gets the send time if none before it has. So a dead process costs at most
+    one interval, and no request has to look more than about once per interval.
     """
 
     def __init__(self) -> None:
@@ -4243,7 +4056,7 @@ class Schedule:
         self.waiting: dict[str, list[float]] = {}
 
     def look(self, turn: Turn, now: float) -> Look:
-        """Grant a slot that has come up, or return when to look again."""
+        """Grant a send time, or return when to look again."""
         self._correct(now)
         own = self._own_ready(turn)
         ready = self._ready(turn, own)
@@ -4254,41 +4067,41 @@ class Schedule:
             return Look(False, now, paused, too_late=True)
         mine = [turn.rank, turn.arrived]
         ahead = [i for i, entry in self.waiting.items() if entry[:2] < mine and entry[2] <= ready]
-        grace = min(SLOT_GRACE * len(ahead), LONGEST_SLOT_GRACE) * turn.interval
-        at = ready - SLOT_LEAD * turn.interval + grace
+        grace = min(PACE["grace"] * len(ahead), PACE["longest_grace"]) * turn.interval
+        at = ready - PACE["lead"] * turn.interval + grace
         if at > now:
             self.waiting[turn.id] = [*mine, own, now + entry_lifetime(turn)]
             return Look(False, at, paused, self.surplus > 0)
         for late in ahead:  # dead, or slow: then it comes back
             del self.waiting[late]
-        slot = max(ready, now)
-        self._sent(turn, slot + SLOT_LATE * turn.interval)
+        send_time = max(ready, now)
+        self._record(turn, send_time + PACE["late"] * turn.interval)
         self.gap = self.surplus * random_gap()
-        return Look(True, slot, paused, self.surplus > 0)
+        return Look(True, send_time, paused, self.surplus > 0)
 
-    def leave(self, turn: Turn, now: float) -> None:
-        """Record that a request is sent late in its slot."""
-        self._sent(turn, max(self.last, min(turn.left_at, now)))
+    def sent(self, turn: Turn, now: float) -> None:
+        """Record that a request is sent later than its send time."""
+        self._record(turn, max(self.last, min(turn.sent_at, now)))
 
     def refused(self, turn: Turn, now: float) -> None:
         """Slow down after the API refused a request for its rate limit."""
-        wider = self.surplus + SLOW_DOWN * turn.interval
-        self.surplus = min(wider, WIDEST_SURPLUS * turn.interval)
-        self.gap = RETRY_JITTER * turn.interval * random.random()
+        wider = self.surplus + PACE["slow_down"] * turn.interval
+        self.surplus = min(wider, PACE["widest"] * turn.interval)
+        self.gap = PACE["jitter"] * turn.interval * random.random()
         if turn.retry_after:
-            until = now + min(turn.retry_after + self.gap, LONGEST_PAUSE_KEPT)
+            until = now + min(turn.retry_after + self.gap, PACE["longest_pause"])
             self.paused_until = max(self.paused_until, until)
 
     def accepted(self, turn: Turn, now: float) -> None:
         """Speed up after a call that was not refused."""
-        self.surplus *= 1 - SPEED_UP
+        self.surplus *= 1 - PACE["speed_up"]
         if self.surplus < 0.01 * turn.interval:
             self.surplus = 0.0
 
     def _correct(self, now: float) -> None:
-        """Correct times that lie too far ahead, because the clock was set back or started anew."""
+        """Correct times in the far future, which are there after the clock was set back."""
         self.last = min(self.last, now + self.interval)
-        self.paused_until = min(self.paused_until, now + LONGEST_PAUSE_KEPT)
+        self.paused_until = min(self.paused_until, now + PACE["longest_pause"])
         for entry in self.spaced.values():
             entry[0] = min(entry[0], now + entry[1])
 
@@ -4303,7 +4116,7 @@ class Schedule:
     def _ready(self, turn: Turn, own: float) -> float:
         return max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
 
-    def _sent(self, turn: Turn, at: float) -> None:
+    def _record(self, turn: Turn, at: float) -> None:
         self.last, self.interval = at, turn.interval
         if turn.spacing is not None:
             self.spaced[turn.spacing[0]] = [at, turn.spacing[1]]
@@ -4314,7 +4127,7 @@ class StoreUnavailableError(Exception):
 
 
 class Store(Protocol):
-    """Keeps a schedule."""
+    """Keep a schedule."""
 
     @property
     def level(self) -> str:
@@ -4329,7 +4142,7 @@ class Store(Protocol):
 
 
 class ProcessStore:
-    """A schedule in memory, for the threads of this process."""
+    """Keep a schedule in memory, for the threads of this process."""
 
     level = "within this process"
 
@@ -4350,9 +4163,10 @@ def _sleep(seconds: float) -> None:
 
 
 class RateLimiter:
-    """The rate limit of one key. An interrupt may end any method at any line.
+    """Apply the rate limit of one key.
 
-    What an interrupted request leaves behind is one entry in the queue, which others skip.
+    An interrupt may end any method at any line. It leaves one entry in the queue,
+    which others skip.
     """
 
     def __init__(self, store: Store) -> None:
@@ -4386,24 +4200,24 @@ class RateLimiter:
                 raise DeadlinePassedError
             now = time.monotonic()
             if look.granted:
-                turn.left_at = look.at
-                turn.slot_ends = look.at + (1 - SLOT_LEAD) * turn.interval
+                turn.sent_at = look.at
+                turn.grant_ends = look.at + (1 - PACE["lead"]) * turn.interval
                 _sleep(look.at - now)
                 return
             _sleep(min(look.at - now, LONGEST_SLEEP, deadline - now))
 
-    def leave(self, turn: Turn, deadline: float = math.inf) -> None:
-        """Record that the request is about to be sent. Wait again if its slot has passed."""
-        if turn.interval and time.monotonic() > turn.slot_ends:
+    def before_send(self, turn: Turn, deadline: float = math.inf) -> None:
+        """Record that the request is about to be sent. Wait again if its send time is void."""
+        if turn.interval and time.monotonic() > turn.grant_ends:
             self.wait(turn, deadline)
-        self.left(turn)
+        self.sent(turn)
 
-    def left(self, turn: Turn) -> None:
+    def sent(self, turn: Turn) -> None:
         """Record that the request was sent."""
         now = time.monotonic()
-        if turn.interval and now > turn.left_at + SLOT_LATE * turn.interval:
-            turn.left_at = now
-            self._store.apply("leave", turn)
+        if turn.interval and now > turn.sent_at + PACE["late"] * turn.interval:
+            turn.sent_at = now
+            self._store.apply("sent", turn)
 
     def refused(self, turn: Turn, retry_after: float | None) -> None:
         """Slow down after the API refused the request for its rate limit."""
@@ -4427,17 +4241,16 @@ class RateLimiter:
 
 
 LIMIT_PREFIX = "rate-limit-"
-USUAL_LENGTH, LONGEST_SCHEDULE = 8192, 1_000_000  # bytes
+LONGEST_SCHEDULE = 100_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
 UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
-SCHEDULE_VERSION = "clore-1"  # of the content
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
 LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
 TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
 
 
 class FileStore:
-    """A schedule in a file, which is locked for one step, never while waiting or sending.
+    """Keep a schedule in a file, which is locked for one step, never while waiting or sending.
 
     Parameters:
         path: the file. Its name must not contain the key.
@@ -4456,87 +4269,74 @@ class FileStore:
         """Make one step."""
         try:
             with self._lock:
-                return self._apply(step, turn)
+                handle, created = open_private(self._path)
+                try:
+                    result = self._apply(handle, step, turn)
+                finally:
+                    os.close(handle)
+                if created:
+                    remove_unused(self._path.parent)
+                return result
         except OSError as error:
             raise StoreUnavailableError(f"{self._path} can't be used: {error}") from error
 
-    def _apply(self, step: str, turn: Turn) -> Any:
-        handle, created = open_private(self._path)
+    def _apply(self, handle: int, step: str, turn: Turn) -> Any:
+        if not lock_file(handle, LIMIT_LOCK_PATIENCE):
+            raise OSError("another process keeps it locked")
         try:
-            if not lock_file(handle, LIMIT_LOCK_PATIENCE):
-                raise OSError("another process keeps it locked")
-            try:
-                now = time.monotonic()
-                text = os.read(handle, USUAL_LENGTH)
-                if len(text) == USUAL_LENGTH:
-                    text += os.read(handle, LONGEST_SCHEDULE)
-                schedule = load(text, now)
-                result = getattr(schedule, step)(turn, now)
-                text = dump(schedule)
-                os.lseek(handle, 0, os.SEEK_SET)
-                if os.write(handle, text) != len(text):
-                    raise OSError("the disk is full")
-            finally:
-                unlock_file(handle)  # a forked child may still have it open
+            now = time.monotonic()
+            schedule = load(os.read(handle, LONGEST_SCHEDULE), now)
+            result = getattr(schedule, step)(turn, now)
+            text = dump(schedule)
+            os.lseek(handle, 0, os.SEEK_SET)
+            if os.write(handle, text) != len(text):
+                raise OSError("the disk is full")
+            return result
         finally:
-            os.close(handle)
-        if created:
-            remove_unused(self._path.parent)
-        return result
+            unlock_file(handle)  # a forked child may still have it open
 
 
 def limit_name(account: str) -> str:
     """Return the name of the file for an account.
 
-    Each machine and boot has a file of its own, because they have different clocks, and machines
-    may share the state folder.
+    It differs by machine and boot, because the clocks differ and machines may share the folder.
     """
-    machine = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
-    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{machine}".encode()).hexdigest()[:32]
+    boot = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
+    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{boot}".encode()).hexdigest()[:32]
 
 
 def dump(schedule: Schedule) -> bytes:
-    """Return a schedule as three lines: numbers, endpoints with an interval, and the queue.
-
-    The rest of a longer, earlier text may follow them. JSON would take twice as long.
-    """
-    numbers = [getattr(schedule, name) for name in NUMBERS]
-    lines = [[SCHEDULE_VERSION, *numbers]]
-    for table in (schedule.spaced, schedule.waiting):
-        lines.append([item for name, row in table.items() for item in (name, *row)])
-    return "".join(" ".join(map(str, line)) + "\n" for line in lines).encode()
+    """Return a schedule as a line of JSON. The rest of a longer, earlier text may follow it."""
+    return json.dumps(vars(schedule)).encode() + b"\n"
 
 
 def load(text: bytes, now: float) -> Schedule:
     """Return the schedule in a text.
 
-    If the text is damaged or foreign, the schedule is a new one, in which the first request waits
-    for an interval, because another one may just have been sent.
+    If the text is damaged, the schedule is a new one, in which the first request waits for an
+    interval, because another one may just have been sent.
     """
     schedule = Schedule()
     if not text:
         return schedule
     try:
-        head, spaced, waiting, _ = text.decode().split("\n", 3)
-        version, *items = head.split()
-        numbers = list(map(float, items))
-        if version != SCHEDULE_VERSION or not math.isfinite(sum(numbers)):
+        fields = json.loads(text.partition(b"\n")[0])
+        numbers = [float(fields[name]) for name in NUMBERS]
+        if not math.isfinite(sum(numbers)):
             raise ValueError
-        for name, number in zip(NUMBERS, numbers, strict=True):
-            setattr(schedule, name, number)
-        schedule.spaced = _table(spaced.split(), 2)
-        schedule.waiting = _table(waiting.split(), 4)
-    except ValueError:
+        vars(schedule).update(zip(NUMBERS, numbers, strict=True))
+        schedule.spaced = _table(fields["spaced"], 2)
+        schedule.waiting = _table(fields["waiting"], 4)
+    except (ValueError, TypeError, KeyError, AttributeError):
         schedule = Schedule()
         schedule.last = now
     return schedule
 
 
-def _table(items: list[str], columns: int) -> dict[str, list[float]]:
-    if len(items) % (columns + 1):
+def _table(rows: dict[str, list[float]], columns: int) -> dict[str, list[float]]:
+    if any(len(row) != columns for row in rows.values()):
         raise ValueError
-    starts = range(0, len(items), columns + 1)
-    return {items[i]: list(map(float, items[i + 1 : i + 1 + columns])) for i in starts}
+    return {name: list(map(float, row)) for name, row in rows.items()}
 
 
 def remove_unused(folder: Path) -> None:
@@ -4550,11 +4350,11 @@ def remove_unused(folder: Path) -> None:
 
 
 class FallbackStore:
-    """A store that uses another one while the first is not available.
+    """Use another store while the first one is not available.
 
     Parameters:
         first: the store to use.
-        second: the store for the time in which the first one fails.
+        second: the store to use while the first one fails.
     """
 
     def __init__(self, first: Store, second: Store) -> None:
@@ -4563,7 +4363,6 @@ class FallbackStore:
         self._failure = ""
         self._failed_at: float | None = None
         self._next_try = 0.0
-        self._warned = False
 
     @property
     def level(self) -> str:
@@ -4596,13 +4395,8 @@ class FallbackStore:
         if self._failed_at is not None:
             return
         self._failed_at, self._failure = now, failure
-        logger.log(
-            logging.INFO if self._warned else logging.WARNING,
-            "the rate limit is only shared %s, because %s",
-            self._second.level,
-            failure,
-        )
-        self._warned = True
+        text = "the rate limit is only shared %s, because %s"
+        logger.warning(text, self._second.level, failure)
 
 
 def redis_server_for(rate_limiter: Any) -> RedisServer | None:
@@ -4613,9 +4407,9 @@ def redis_server_for(rate_limiter: Any) -> RedisServer | None:
     """
     source = "rate_limiter"
     if rate_limiter is None:
-        source, rate_limiter = LIMITER_VARIABLE, os.environ.get(LIMITER_VARIABLE) or None
-    if rate_limiter is None:
-        return None
+        source, rate_limiter = LIMITER_VARIABLE, Secret.of(os.environ.get(LIMITER_VARIABLE))
+        if not rate_limiter:
+            return None
     return redis_server(rate_limiter, source)
 
 
@@ -4646,11 +4440,10 @@ def limiter_for(
 # ==================================================================================================
 # api.redis_limit
 #
-# Keep a rate limit in Redis, for many machines.
+# Keep a rate limit in Redis, so that many machines share it.
 # ==================================================================================================
 
 
-REDIS_SCHEMES = ("redis", "rediss", "unix")
 REDIS_TIMEOUT = 0.5  # seconds to connect, and for one reply
 REDIS_EXPIRY = 86_400  # seconds after which Redis forgets a key that nobody uses
 FOREVER = 1e9  # seconds; JSON has no infinity
@@ -4670,7 +4463,7 @@ s.paused_until = math.min(s.paused_until, now + rules.longest_pause)
 for _, entry in pairs(s.spaced) do entry[1] = math.min(entry[1], now + entry[2]) end
 local granted, at, paused, too_late = 0, now, 0, 0
 
-local function sent(moment)
+local function record(moment)
   s.last, s.interval = moment, turn.interval
   if turn.name then s.spaced[turn.name] = {moment, turn.spacing} end
 end
@@ -4709,14 +4502,14 @@ local function look()
   end
   for _, id in ipairs(ahead) do s.waiting[id] = nil end
   granted, at = 1, math.max(ready, now)
-  sent(at + rules.late * turn.interval)
+  record(at + rules.late * turn.interval)
   s.gap = s.surplus * turn.gap
 end
 
 if step == 'look' then
   look()
-elseif step == 'leave' then
-  sent(math.max(s.last, now - turn.left))
+elseif step == 'sent' then
+  record(math.max(s.last, now - turn.sent))
 elseif step == 'refused' then
   local wider = s.surplus + rules.slow_down * turn.interval
   s.surplus = math.min(wider, rules.widest * turn.interval)
@@ -4733,31 +4526,18 @@ redis.call('SET', KEYS[1], cjson.encode(s), 'EX', rules.expiry)
 return {granted, tostring(at - now), tostring(paused), s.surplus > 0 and 1 or 0, too_late}
 """
 
-REDIS_RULES = json.dumps(
-    {
-        "lead": SLOT_LEAD,
-        "late": SLOT_LATE,
-        "grace": SLOT_GRACE,
-        "longest_grace": LONGEST_SLOT_GRACE,
-        "jitter": RETRY_JITTER,
-        "slow_down": SLOW_DOWN,
-        "speed_up": SPEED_UP,
-        "widest": WIDEST_SURPLUS,
-        "longest_pause": LONGEST_PAUSE_KEPT,
-        "expiry": REDIS_EXPIRY,
-    }
-)
+REDIS_RULES = json.dumps({**PACE, "expiry": REDIS_EXPIRY})
 
 
 class RedisClient(Protocol):
-    """What is needed of a client such as ``redis.Redis``."""
+    """The part of a client such as ``redis.Redis`` that is used."""
 
     def eval(self, script: str, numkeys: int, /, *keys_and_args: Any) -> Any:
         """Run a Lua script on the server."""
 
 
 class RedisServer(NamedTuple):
-    """A Redis client, and how to call its server in texts."""
+    """A Redis client, the name of its server in texts, and what must be in no text."""
 
     client: RedisClient
     name: str
@@ -4771,43 +4551,41 @@ def redis_server(rate_limiter: Any, source: str) -> RedisServer:
         rate_limiter: a URL, or a client like ``redis.Redis``.
         source: the argument or variable that has it, for the error.
     """
-    if isinstance(rate_limiter, str):
-        return _server_at(Secret(rate_limiter), source)
-    if not callable(getattr(rate_limiter, "eval", None)):
-        raise TypeError(
-            "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
-            f"not {type(rate_limiter).__name__}"
-        )
-    return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
-
-
-def _server_at(url: str, source: str) -> RedisServer:
+    if not isinstance(rate_limiter, str):
+        if not callable(getattr(rate_limiter, "eval", None)):
+            raise TypeError(
+                "rate_limiter must be a URL like 'redis://host:6379/0' or a redis.Redis client, "
+                f"not {type(rate_limiter).__name__}"
+            )
+        return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
     try:
-        import redis  # noqa: F401
+        client = _client_at(Secret(rate_limiter))
     except ImportError:
         raise ConfigurationError(f"{source} needs redis-py: pip install redis") from None
-    server = _connected(url)
-    if server is None:
+    if client is None:
         # The URL is not shown, as it may contain a password.
         raise ConfigurationError(
             f"{source} is not a usable URL: it must be like 'redis://host:6379/0', "
             "'rediss://:password@host:6379/0' or 'unix:///path'"
         )
-    return server
+    options = client.connection_pool.connection_kwargs
+    place = options.get("path") or f"{options.get('host')}:{options.get('port', 6379)}"
+    password = options.get("password")
+    return RedisServer(
+        client,
+        printable(f"{place}/{options.get('db') or 0}", 200),
+        (Secret(password),) if password else (),
+    )
 
 
-def _connected(url: str) -> RedisServer | None:
-    """Return the server at a URL; None if it is not valid. It connects on first use."""
+def _client_at(url: str) -> Any:
+    """Return a client that connects on first use; None if the URL is not valid."""
     from redis import Redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
     try:
-        parts = urlsplit(url)
-        if parts.scheme not in REDIS_SCHEMES:
-            return None
-        place = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
-        client = Redis.from_url(
+        return Redis.from_url(
             url,
             socket_timeout=REDIS_TIMEOUT,
             socket_connect_timeout=REDIS_TIMEOUT,
@@ -4815,14 +4593,10 @@ def _connected(url: str) -> RedisServer | None:
         )
     except (ValueError, TypeError, AttributeError):
         return None
-    database = client.connection_pool.connection_kwargs.get("db") or 0
-    password = parts.password or ""
-    secrets = (Secret(password), Secret(unquote(password))) if password else ()
-    return RedisServer(client, printable(f"{place}/{database}", 200), secrets)
 
 
 class RedisStore:
-    """A schedule in Redis.
+    """Keep a schedule in Redis.
 
     Parameters:
         server: the Redis server.
@@ -4866,7 +4640,7 @@ def _numbers(turn: Turn, now: float) -> str:
         "deadline": min(turn.deadline - now, FOREVER),
         "patience": min(turn.patience, FOREVER),
         "expiry": entry_lifetime(turn),
-        "left": min(now - turn.left_at, FOREVER),
+        "sent": min(now - turn.sent_at, FOREVER),
         "retry_after": turn.retry_after,
         "random": random.random(),
         "gap": random_gap(),
@@ -4925,37 +4699,25 @@ def action_for(problem: str, repeatable: bool) -> str:
     return POLICY[problem][0 if repeatable else 1]
 
 
-def problem_with_code(status: int, code: int, has_reason: bool) -> str:
-    """Return the problem of a response with an error code.
+def problem_of(status: int, decoded: Any, code: int | None) -> str:
+    """Return why a request failed that got a response.
 
     Parameters:
         status: the HTTP status.
-        code: the code in the body.
-        has_reason: whether the body has an error text.
+        decoded: the body; None if it is not JSON.
+        code: the code in the body, or None.
     """
-    if code == 5:
+    if code == 5 or (code is None and status == 429):
         return RATE_LIMITED
     if code == 1:
         return DATABASE_ERROR
-    if code in REFUSAL_CODES or (code == 6 and has_reason):
+    if code in REFUSAL_CODES or (code == 6 and error_text(decoded)):
         return REFUSED
-    return UNCLEAR if status >= 500 else REFUSED
-
-
-def problem_without_code(status: int, is_json: bool) -> str:
-    """Return the problem of a response without a code.
-
-    Parameters:
-        status: the HTTP status.
-        is_json: whether the body is JSON.
-    """
-    if status == 429:
-        return RATE_LIMITED
-    if status in UNAVAILABLE_STATUSES:
+    if code is None and status in UNAVAILABLE_STATUSES:
         return UNAVAILABLE
-    if status < 300 and not is_json:
+    if decoded is None and status < 300:
         return BROKEN_BODY
-    return UNCLEAR if status >= 500 or status < 300 else REFUSED
+    return UNCLEAR if status >= 500 or (code is None and status < 300) else REFUSED
 
 
 def backoff_delay(failures: int, first: float, longest: float) -> float:
@@ -4969,12 +4731,16 @@ def cancel_delay(refusals: int, first: float) -> float:
 
 
 class Failure:
-    """One request that failed."""
+    """One request that failed.
 
-    def __init__(self, error: CloreError, problem: str, again: bool) -> None:
-        self.error = error
-        self.problem = problem
-        self.again = again  # whether to retry
+    Attributes:
+        error: what to raise if it is not retried.
+        problem: why it failed.
+        again: whether to retry.
+    """
+
+    def __init__(self, error: CloreError, problem: str, again: bool = False) -> None:
+        self.error, self.problem, self.again = error, problem, again
 
     @property
     def rate_limited(self) -> bool:
@@ -5001,19 +4767,19 @@ def _retry_after(headers: Any) -> float | None:
     return None if until is None or now is None else max(0.0, until - now)
 
 
-def classify_error(call: Call, error: Exception, left_at: float | None) -> Failure:
+def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failure:
     """Classify a request that got no response.
 
     Parameters:
         call: the call.
         error: the exception of requests or urllib3.
-        left_at: monotonic time at which the request was sent; None if it was not.
+        sent_at: monotonic time at which the request was sent; None if it was not.
     """
     reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
     cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
-    unsent = never_left(error, left_at is not None)
+    unsent = never_sent(error, sent_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)
-    failed.sent_at = None if unsent else left_at
+    failed.sent_at = None if unsent else sent_at
     # A new exception, because the original one holds the request with its secrets.
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
@@ -5024,102 +4790,63 @@ def classify_error(call: Call, error: Exception, left_at: float | None) -> Failu
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
     """Classify a response that can't be read to its end. A retry would get the same again."""
     status = 0 if response is None else response.status_code
-    error = InvalidResponseError(
-        -1,
-        f"HTTP {status}: {reason}",
-        {},
-        http_status=status,
-        endpoint=call.endpoint,
-        retryable=False,
-        secrets=call.secrets,
-    )
-    return _failure(call, UNREADABLE_BODY, error, f"HTTP {status}: {reason}")
+    about = _about(call, status)
+    error = InvalidResponseError(-1, f"HTTP {status}: {reason}", retryable=False, **about)
+    return _failure(call, UNREADABLE_BODY, error, reason)
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
     """Classify a response: success, retry, or error."""
     decoded = decode_servers(body) if call.lists_servers else decode_json(body)
+    envelope = decoded if isinstance(decoded, dict) else {}
+    code = envelope["code"] if type(envelope.get("code")) is int else None
+    if code == 0:
+        return Envelope(envelope)
     status = response.status_code
-    if isinstance(decoded, dict) and type(decoded.get("code")) is int:
-        if decoded["code"] == 0:
-            return Envelope(decoded)
-        problem = problem_with_code(status, decoded["code"], bool(error_text(decoded)))
-        if problem == RATE_LIMITED:
-            return _too_fast(call, response, decoded)
-        error = _error_with_code(call, status, decoded, problem)
-        return _failure(call, problem, error, f"HTTP {status}: {error.args[0]}")
-    problem = problem_without_code(status, decoded is not None)
+    about = _about(call, status)
+    problem = problem_of(status, decoded, code)
     if problem == RATE_LIMITED:
-        return _too_fast(call, response, {})
-    error = _error_without_code(call, response, body, decoded, problem)
-    return _failure(call, problem, error, f"HTTP {status}: {error.error or 'JSON without a code'}")
+        refused = RateLimitError(5, error_text(envelope), envelope, **about)
+        refused.retry_after = _retry_after(response.headers)
+        return _failure(call, problem, refused, "")
+    if code is None:
+        text, hint = _describe(call, response, body, decoded)
+        retryable = action_for(problem, call.repeatable) == RETRY
+        broken = InvalidResponseError(-1, text, envelope, hint=hint, retryable=retryable, **about)
+        return _failure(call, problem, broken, broken.error or "JSON without a code")
+    if problem == DATABASE_ERROR and not call.repeatable:  # ambiguous
+        about["retryable"] = False
+        about["hint"] = CREATE_ORDER_CODE_1 if call.name == "create_order" else None
+    error = api_error(envelope, **about)
+    return _failure(call, problem, error, error.args[0])
+
+
+def _about(call: Call, status: int) -> dict[str, Any]:
+    return {"http_status": status, "endpoint": call.endpoint, "secrets": call.secrets}
 
 
 def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
     action = action_for(problem, call.repeatable)
     if action != UNKNOWN:
         return Failure(error, problem, action == RETRY)
-    lost = call.lost(cause)
+    lost = call.lost(f"HTTP {error.http_status}: {cause}")
     lost.__cause__ = error
     return Failure(lost, problem, again=False)
 
 
-def _error_with_code(
-    call: Call, status: int, envelope: dict[str, Any], problem: str
-) -> CloreAPIError:
-    ambiguous = problem == DATABASE_ERROR and not call.repeatable
-    return api_error(
-        envelope,
-        http_status=status,
-        endpoint=call.endpoint,
-        hint=CREATE_ORDER_CODE_1 if ambiguous and call.name == "create_order" else None,
-        retryable=False if ambiguous else None,
-        secrets=call.secrets,
-    )
-
-
-def _too_fast(call: Call, response: requests.Response, envelope: dict[str, Any]) -> Failure:
-    error = RateLimitError(
-        5,
-        error_text(envelope),
-        envelope,
-        http_status=response.status_code,
-        endpoint=call.endpoint,
-        secrets=call.secrets,
-    )
-    error.retry_after = _retry_after(response.headers)
-    return _failure(call, RATE_LIMITED, error, "")
-
-
-def _error_without_code(
-    call: Call, response: requests.Response, body: bytes, decoded: Any, problem: str
-) -> CloreAPIError:
-    status, hint = response.status_code, None
-    text: str | None = f"HTTP {status}: {excerpt(body, call.secrets) or 'an empty response'}"
-    if 300 <= status < 400:
-        text = f"HTTP {status}: a redirect to {_target(response)}, which the client does not follow"
-    elif isinstance(decoded, dict):
-        text = error_text(decoded)
-    elif b"error code: 1010" in body[:4000]:
+def _describe(
+    call: Call, response: requests.Response, body: bytes, decoded: Any
+) -> tuple[str | None, str | None]:
+    """Return the error text of a response without a code, and a hint."""
+    status, hint = f"HTTP {response.status_code}", None
+    if 300 <= response.status_code < 400:
+        target = response.headers.get("Location") or "nowhere"
+        return f"{status}: a redirect to {target}, which the client does not follow", None
+    if isinstance(decoded, dict):
+        return error_text(decoded), None
+    if b"error code: 1010" in body[:4000]:
         hint = "the proxy in front of the API refused the User-Agent: set another user_agent"
-    return InvalidResponseError(
-        -1,
-        text,
-        decoded if isinstance(decoded, dict) else {},
-        http_status=status,
-        endpoint=call.endpoint,
-        hint=hint,
-        retryable=action_for(problem, call.repeatable) == RETRY,
-        secrets=call.secrets,
-    )
-
-
-def _target(response: requests.Response) -> str:
-    try:
-        host = urlsplit(response.headers.get("Location", "")).hostname
-    except ValueError:
-        host = None
-    return f"host {printable(host, 100)}" if host else "nowhere"
+    return f"{status}: {excerpt(body, call.secrets) or 'an empty response'}", hint
 
 
 @functools.cache
@@ -5163,7 +4890,7 @@ def decode_servers(body: bytes) -> Any:
 
 
 class Retries:
-    """The failed requests of one call.
+    """Count the failed requests of one call.
 
     Failures count against ``max_retries``. Refusals for the rate limit have a time limit instead.
 
@@ -5217,44 +4944,37 @@ class Retries:
             return
         pause = 0.0 if self._call.urgent else failure.error.retry_after or 0.0
         if self.patience_left <= pause:
-            raise _with_refusals(self._gave_up(failure.error), *recently_refused)
+            error = self._gave_up(failure.error)
+            refused, total = recently_refused
+            if refused > 1:
+                error.args = (
+                    f"{error}\n{refused} of the last {total} requests were refused for the rate "
+                    "limit: other programs use this key. Stop them, share the rate limit with them "
+                    "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
+                )
+            raise error
 
     def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
         """Return the error for a request that could not be sent, or not again."""
-        error = self._last.error if self._last is not None else None
-        if error is None and isinstance(reason, PauseTooLongError):
-            error = RateLimitError(
-                5,
-                endpoint=self._call.endpoint,
-                hint=f"the API asked for a pause, so nothing was sent: try again in "
-                f"{reason.seconds:.0f} s",
-            )
-            error.retry_after, error.sends = reason.seconds, 0
-            return error
-        if error is None:
+        pause = reason.seconds if isinstance(reason, PauseTooLongError) else None
+        if self._last is not None:
+            error = self._last.error
+            error.retry_after = error.retry_after if pause is None else pause
+            return self._gave_up(error)
+        if pause is None:
             return CloreConnectionError(
                 f"{self._call.label} was not sent, as the rate limit left no time for it before "
                 "the deadline: allow more time, or make fewer requests"
             )
-        if isinstance(reason, PauseTooLongError):
-            error.retry_after = reason.seconds
-        return self._gave_up(error)
+        hint = f"the API asked for a pause, so nothing was sent: try again in {pause:.0f} s"
+        paused = RateLimitError(5, endpoint=self._call.endpoint, hint=hint)
+        paused.retry_after, paused.sends = pause, 0
+        return paused
 
     def _gave_up(self, error: CloreError) -> CloreError:
         """Add to the text of ``error`` that retries did not help."""
         error.args = (f"Clore API request failed after {self.sends} retries: {error}",)
         return error
-
-
-def _with_refusals(error: CloreError, refused: int, total: int) -> CloreError:
-    """Add to the text of ``error`` how many of the last requests were refused, and what to do."""
-    if refused > 1:
-        error.args = (
-            f"{error}\n{refused} of the last {total} requests were refused for pace: other "
-            "programs use this key. Stop them, share the rate limit with them "
-            "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
-        )
-    return error
 
 
 # ==================================================================================================
@@ -5275,16 +4995,14 @@ class Limits:
 
     Attributes:
         deadline: monotonic time by which every request must have ended.
-        urgent: whether requests ignore the pause that the server asks for.
+        urgent: whether requests go first, and ignore the pause that the server asks for.
         once: whether a request that fails is not sent again.
     """
 
     def __init__(
         self, deadline: float = math.inf, urgent: bool = False, once: bool = False
     ) -> None:
-        self.deadline = deadline
-        self.urgent = urgent
-        self.once = once
+        self.deadline, self.urgent, self.once = deadline, urgent, once
 
 
 _limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=Limits())  # noqa: B039
@@ -5327,7 +5045,7 @@ def _user_agent(addition: str | None) -> str:
 
 
 class HTTPClient:
-    """The settings and connections of a client, and ``_request``, which makes every API call.
+    """Make every API call of a client, with its settings and connections.
 
     Attributes:
         server_clock: seconds by which the server's clock is ahead of this one; None if not known.
@@ -5399,17 +5117,16 @@ class HTTPClient:
     # --- settings that can change later ---
 
     def _find_base_url(self, base_url: str | None) -> None:
+        name, source = "base_url", "argument"
         if base_url is not None:
-            self._set_base_url(check_text("base_url", base_url), "base_url", "argument")
-        elif from_environment := os.environ.get(URL_VARIABLE):
-            source = f"environment variable {URL_VARIABLE}"
-            self._set_base_url(from_environment, URL_VARIABLE, source)
-
-    def _set_base_url(self, url: str, name: str, source: str) -> None:
-        url = check_base_url(url, name)
-        self._url_source = (url, source)
+            check_text("base_url", base_url)
+        elif base_url := os.environ.get(URL_VARIABLE):
+            name, source = URL_VARIABLE, f"environment variable {URL_VARIABLE}"
+        if not base_url:
+            return
+        self._url_source = (check_base_url(base_url, name), source)
         try:
-            self.BASE_URL = url
+            self.BASE_URL = self._url_source[0]
         except AttributeError:  # a subclass defines it as a property
             logger.debug("BASE_URL of %s can't be set", type(self).__name__)
 
@@ -5519,10 +5236,8 @@ class HTTPClient:
             logger.log(
                 logging.DEBUG if outcome.rate_limited and retries.refusals > 1 else logging.WARNING,
                 "%s: attempt %d failed, retrying: %s",
-                call.label,
-                retries.sends,
-                outcome.error,
-            )
+                call.label, retries.sends, outcome.error,
+            )  # fmt: skip
 
     def _limiter(self, base_url: str, key: str) -> RateLimiter:
         return limiter_for(base_url, key, self._state_folder, self._redis)
@@ -5535,18 +5250,10 @@ class HTTPClient:
         self, method: str, endpoint: str, params: Any, json: Any, options: dict[str, Any]
     ) -> Call:
         session = self._sessions.take(reads=True)
-        call = prepare_call(
-            session,
-            method,
-            endpoint,
-            params,
-            json,
-            options,
-            base_url=self.base_url,
-            headers=self.headers,
-            timeout=self.timeout,
-            urgent=_limits.get().urgent,
-        )
+        call = Call(
+            session, method, endpoint, params, json, options, base_url=self.base_url,
+            headers=self.headers, timeout=self.timeout, urgent=_limits.get().urgent,
+        )  # fmt: skip
         self._sessions.put_back(session, reads=True)
         return call
 
@@ -5569,27 +5276,46 @@ class HTTPClient:
             left = max(deadline - started_at, 0.001)
             settings["timeout"] = shortened(settings["timeout"], left)
 
-        exchange.begin(lambda: limiter.leave(turn, deadline), lambda: limiter.left(turn), deadline)
-        result = self._exchange(call, settings)
-        if isinstance(result, Failure):
-            return result
-        response, body = result
-        # Connections of a SOCKS proxy don't record when a request is sent.
-        sent_at = started_at if exchange.left_at is None else exchange.left_at
-        return self._classify(call, response, body, sent_at)
+        exchange.begin(
+            lambda: limiter.before_send(turn, deadline), lambda: limiter.sent(turn), deadline
+        )
+        return self._exchange(call, settings, started_at)
+
+    def _exchange(
+        self, call: Call, settings: dict[str, Any], started_at: float
+    ) -> Envelope | Failure:
+        """Send a request, and read and classify its response."""
+        reads = call.request.method in ("GET", "HEAD")
+        session = self._sessions.take(reads)
+        response = None
+        outcome: Envelope | Failure
+        try:
+            response = session.send(call.request, **settings)
+            body = read_body(response, self.max_response_mb * 1e6)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            outcome = classify_error(call, error, exchange.sent_at)
+        except UnusableResponseError as error:
+            outcome = classify_unusable(call, response, str(error))
+        except OSError as error:  # a CA bundle or a certificate is missing
+            raise ConfigurationError(f"{call.label} was not sent: {error}") from error
+        else:
+            outcome = self._classify(call, response, body, started_at)
+        if isinstance(outcome, Failure) and response is not None:
+            response.close()
+        self._sessions.put_back(session, reads)
+        return outcome
 
     def _classify(
-        self, call: Call, response: requests.Response, body: bytes, sent_at: float
+        self, call: Call, response: requests.Response, body: bytes, started_at: float
     ) -> Envelope | Failure:
         received_at = time.monotonic()
+        # Connections of a SOCKS proxy don't record when a request is sent.
+        sent_at = started_at if exchange.sent_at is None else exchange.sent_at
         logger.log(
             logging.INFO if call.rules.logged else logging.DEBUG,
             "%s: HTTP %d, %d bytes in %.3f s",
-            call.label,
-            response.status_code,
-            len(body),
-            received_at - sent_at,
-        )
+            call.label, response.status_code, len(body), received_at - sent_at,
+        )  # fmt: skip
         outcome = classify(call, response, body)
         if isinstance(outcome, Envelope):
             outcome.date = response.headers.get("Date")
@@ -5606,28 +5332,6 @@ class HTTPClient:
                 )
         return outcome
 
-    def _exchange(
-        self, call: Call, settings: dict[str, Any]
-    ) -> tuple[requests.Response, bytes] | Failure:
-        """Send a request, and read its response."""
-        reads = call.request.method in ("GET", "HEAD")
-        session = self._sessions.take(reads)
-        response = None
-        result: tuple[requests.Response, bytes] | Failure
-        try:
-            response = session.send(call.request, **settings)
-            result = response, read_body(response, self.max_response_mb * 1e6)
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            result = classify_error(call, error, exchange.left_at)
-        except UnusableResponseError as error:
-            result = classify_unusable(call, response, str(error))
-        except OSError as error:  # a CA bundle or a certificate is missing
-            raise ConfigurationError(f"{call.label} was not sent: {error}") from error
-        if isinstance(result, Failure) and response is not None:
-            response.close()
-        self._sessions.put_back(session, reads)
-        return result
-
 
 ORIGINAL_REQUEST = HTTPClient._request
 
@@ -5640,7 +5344,7 @@ def is_request_replaced(client: Any) -> bool:
 # ==================================================================================================
 # market.filters
 #
-# The filters of a search: their checks, the groups of countries, the names of GPUs.
+# Check the filters of a search; know the groups of countries and the names of GPUs.
 # ==================================================================================================
 
 
@@ -5826,32 +5530,21 @@ def check_countries(name: str, values: Any) -> frozenset[str]:
     return frozenset(codes)
 
 
+_COUNTS = ("min_gpu_count", "min_cpu_cores", "min_pcie_width", "min_ratings")
+_NUMBERS = ("min_vram_gb", "min_total_vram_gb", "min_ram_gb", "min_disk_gb", "min_disk_mbps",
+            "min_download_mbps", "min_upload_mbps", "min_rental_hours")  # fmt: skip
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "gpu_count": partial(check_count, minimum=1),
-    "min_gpu_count": check_count,
-    "exact_gpu": check_bool,
-    "min_vram_gb": check_number,
-    "min_total_vram_gb": check_number,
-    "min_ram_gb": check_number,
-    "min_cpu_cores": check_count,
-    "min_disk_gb": check_number,
-    "min_disk_mbps": check_number,
-    "min_download_mbps": check_number,
-    "min_upload_mbps": check_number,
+    **dict.fromkeys(("gpu_count", "limit"), partial(check_count, minimum=1)),
+    **dict.fromkeys(_COUNTS, check_count),
+    **dict.fromkeys(_NUMBERS, check_number),
+    **dict.fromkeys(("exact_gpu", "include_fees"), check_bool),
+    **dict.fromkeys(("countries", "exclude_countries"), check_countries),
+    **dict.fromkeys(("exclude_servers", "exclude_owners"), _ids),
     "min_cuda": _cuda,
-    "min_pcie_width": check_count,
-    "countries": check_countries,
-    "exclude_countries": check_countries,
     "currency": check_currency,
     "min_rating": partial(check_number, maximum=HIGHEST_RATING),
-    "min_ratings": check_count,
-    "min_rental_hours": check_number,
-    "exclude_servers": _ids,
-    "exclude_owners": _ids,
     "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
-    "include_fees": check_bool,
     "sort": _sort,
-    "limit": partial(check_count, minimum=1),
     "where": _function,
 }
 
@@ -5919,12 +5612,8 @@ def matching_names(query: str, names: Collection[str], *, exact: bool = False) -
         return _no_match(query, names)
     models = model_names(Counter(parts))
     more = f" and {len(models) - NAMED_MODELS} more" if len(models) > NAMED_MODELS else ""
-    logger.warning(
-        "no GPU is named %s as a whole word; it is a part of %s%s",
-        _shown(query),
-        ", ".join(map(_shown, models[:NAMED_MODELS])),
-        more,
-    )
+    shown = ", ".join(map(_shown, models[:NAMED_MODELS])) + more
+    logger.warning("no GPU is named %s as a whole word; it is a part of %s", _shown(query), shown)
     return parts
 
 
@@ -5980,9 +5669,7 @@ MAX_TIMES_ON_DEMAND = 10.0
 ROUNDING = 1e-9  # the rounding error between prices per day and per hour
 RATES_PATIENCE = 10.0  # seconds to try to read exchange rates that are only for display
 HOST_HISTORY_FILE = "host_history"  # in the state folder
-HISTORY_SCHEMA = 1
 HISTORY_LASTS = 86_400.0  # seconds
-MOST_HOSTS = 1000
 HISTORY_PATIENCE = 1.0  # seconds to wait for another process that writes the file
 
 WORKED = "worked"
@@ -6002,18 +5689,11 @@ class Requester(Protocol):
 
     def _read_marketplace(self) -> dict[str, Any]: ...
 
-    def _request(
-        self,
-        method: str,
-        endpoint: str,
-        params: dict[str, Any] | None = None,
-        json: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]: ...
+    def _request(self, method: str, endpoint: str, **options: Any) -> dict[str, Any]: ...
 
 
 class MarketData:
-    """The form, the exchange rates and the listed prices of one API.
+    """Remember the form, the exchange rates and the listed prices of one API.
 
     Attributes:
         kept: the last list of servers and the monotonic time of its reading, if a search may use
@@ -6045,12 +5725,10 @@ class MarketData:
 
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
-        market = response.get("market")
         self.observe(response)
         if is_live(response):
-            if isinstance(market, dict):
-                self.rates.update(market.get("currency_rates_in_usd"))
-        elif isinstance(market, dict) and market:
+            self.rates.update(part_of(response, "market", "currency_rates_in_usd"))
+        elif isinstance(response.get("market"), dict) and response["market"]:
             # An empty market shows nothing about the form.
             self.rates = ExchangeRates()
             self._documented_at = time.monotonic()
@@ -6083,15 +5761,12 @@ class MarketData:
             )
         logger.warning(
             "%s=%r USD per hour is above the on-demand price of server %s, %g USD per hour",
-            name,
-            usd_per_hour,
-            server_id,
-            listed,
-        )
+            name, usd_per_hour, server_id, listed,
+        )  # fmt: skip
 
 
 class Market:
-    """The marketplace of a client's API."""
+    """Read the marketplace of a client's API, and convert bids."""
 
     def __init__(self, client: Requester) -> None:
         self._client = client
@@ -6226,13 +5901,8 @@ class Market:
         bid = bid_per_day(usd_per_hour, rate)
         logger.info(
             "bid for server %d: %g USD per hour = %.8g %s per day (1 %s = %g USD)",
-            server_id,
-            usd_per_hour,
-            bid,
-            currency,
-            currency,
-            rate,
-        )
+            server_id, usd_per_hour, bid, currency, currency, rate,
+        )  # fmt: skip
         return bid
 
 
@@ -6240,7 +5910,7 @@ class Market:
 
 
 class HostHistory:
-    """What happened on each host, in memory and in the state folder.
+    """Remember which servers worked, in memory and in the state folder.
 
     Parameters:
         folder: returns the state folder, or None if none is used.
@@ -6264,9 +5934,7 @@ class HostHistory:
         try:
             with locked_path(path, HISTORY_PATIENCE):
                 hosts = {**self._read(path), name: self._here[name]}
-                newest = sorted(hosts.items(), key=lambda item: -item[1]["time"])[:MOST_HOSTS]
-                text = json.dumps({"schema": HISTORY_SCHEMA, "hosts": dict(newest)})
-                replace_file(path, text)
+                replace_file(path, json.dumps({"hosts": hosts}))
         except OSError as error:
             logger.debug("%s can't be written: %s", path, error)
 
@@ -6277,12 +5945,12 @@ class HostHistory:
             for name, seen in self._read(folder / HOST_HISTORY_FILE).items():
                 if name not in hosts or seen["time"] > hosts[name]["time"]:
                     hosts[name] = seen
-        start = f"{canonical_url(self._base_url())} "
-        return {
-            int(name.removeprefix(start)): dict(seen)
-            for name, seen in hosts.items()
-            if name.startswith(start) and name.removeprefix(start).isdecimal() and _is_fresh(seen)
-        }
+        found: dict[int, dict[str, Any]] = {}
+        for name, seen in hosts.items():
+            url, _, server_id = name.rpartition(" ")
+            if url == canonical_url(self._base_url()) and server_id.isdecimal() and _is_fresh(seen):
+                found[int(server_id)] = dict(seen)
+        return found
 
     @staticmethod
     def _read(path: Path) -> dict[str, dict[str, Any]]:
@@ -6341,9 +6009,6 @@ class SearchReport:
     def __repr__(self) -> str:
         return f"<SearchReport {self.explain()!r}>"
 
-    def __str__(self) -> str:
-        return self.explain()
-
     def add(self, label: str, count: int) -> None:
         """Add the number of servers that a filter left out."""
         if count:
@@ -6367,9 +6032,13 @@ class SearchReport:
             return text
         return f"{text}, of which the cheapest costs {self.cheapest_usd_per_hour:.4g} USD per hour"
 
+    __str__ = explain
+
 
 class Search:
-    """One search, with its arguments checked.
+    """Search the servers of a listing.
+
+    The arguments are checked when the search is created.
 
     Parameters:
         gpu_type, max_price_usd, min_reliability, use_spot: as for ``CloreClient.find_servers``.
@@ -6378,6 +6047,7 @@ class Search:
         method: the method of the client that searches.
 
     Attributes:
+        fee: the published fee as a fraction of the price.
         currency: the API's name of the currency whose price counts; None for the price that the
             reference page names.
         server_id: if set, no other server fits.
@@ -6404,6 +6074,7 @@ class Search:
                 "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
             )
         self.spot = check_bool("use_spot", use_spot)
+        self.fee = published_fee(self.spot)
         given = {"currency": currency, **(filters or {})}
         self._given = {name: value for name, value in given.items() if value is not None}
         self._filters = check_filters(self._given, method)
@@ -6416,11 +6087,6 @@ class Search:
         self.models: frozenset[str] | None = None
 
     # --- prices ---
-
-    @property
-    def fee(self) -> float:
-        """The published fee as a fraction of the price."""
-        return published_fee(self.spot)
 
     def price(self, server: Server) -> float | None:
         """Return the price of a server in USD per hour, without fees; None if it has none."""
@@ -6436,7 +6102,7 @@ class Search:
         return limit
 
     def gpu_count(self, server: Server) -> int:
-        """Return the number of GPUs that match; in a mixed rig, others do not count."""
+        """Return the number of GPUs that match; of several models, only those count."""
         if self.models is None:
             return count_gpus(server) or 0
         names = gpu_names(server)
@@ -6526,12 +6192,7 @@ class Search:
 
     def _minimum_check(self, name: str, least: Any) -> Check:
         number = self._numbers()[name]
-
-        def check(server: Server) -> bool:
-            value = number(server)
-            return value is not None and value >= least
-
-        return check
+        return lambda server: (value := number(server)) is not None and bool(value >= least)
 
     def _price_check(self, name: str, limit: float) -> Check:
         factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
@@ -6572,12 +6233,9 @@ class Search:
 
 
 def _country_check(name: str, codes: frozenset[str]) -> Check:
-    allowed = name == "countries"
-
-    def check(server: Server) -> bool:
-        return server.country is not None and (server.country.upper() in codes) is allowed
-
-    return check
+    return lambda server: (
+        server.country is not None and ((server.country.upper() in codes) is (name == "countries"))
+    )
 
 
 def _excluded_check(name: str, ids: frozenset[int]) -> Check:
@@ -6619,14 +6277,12 @@ def _last_if_none(number: float | None) -> float:
 # ==================================================================================================
 # market.spot
 #
-# The spot market of a server: its offers, and a bid that would win.
+# Read the spot market of a server: its offers, and a bid that would win.
 # ==================================================================================================
 
 
 class SpotOffer(Record):
     """One bid for a server: a dict with the fields of the API and ``usd_per_hour``."""
-
-    __slots__ = ()
 
     @property
     def id(self) -> int | None:
@@ -6657,7 +6313,6 @@ class SpotOffer(Record):
 class SpotMarket(Record):
     """The response to ``spot_marketplace``: a dict with ``market``, and typed properties."""
 
-    __slots__ = ()
     SHOWN = ("minimum_usd", "lowest_winning_usd")
 
     @property
@@ -6746,7 +6401,7 @@ def suggested_bid(market: SpotMarket, server: Any, margin: float) -> float | Non
 # ==================================================================================================
 
 
-HIGHEST_PERCENT = 100.0  # a fee above that is not believed
+HIGHEST_PERCENT = 100.0  # a higher fee is not valid
 
 
 class ModelSummary(NamedTuple):
@@ -6766,7 +6421,7 @@ class ModelSummary(NamedTuple):
 
 
 class _Model:
-    """The numbers of one model while they are counted."""
+    """Count the servers, GPUs and prices of one model."""
 
     def __init__(self) -> None:
         self.servers = self.servers_free = self.gpus = self.gpus_free = 0
@@ -6804,7 +6459,7 @@ def summarize(
         for name in set(folded):
             model = models.setdefault(name, _Model())
             count = folded.count(name)
-            if count == len(folded):  # not a mixed rig
+            if count == len(folded):  # all GPUs are of this model
                 count = server.gpu_count or count
                 if free or include_rented:
                     model.add_prices(server, count)
@@ -6899,8 +6554,8 @@ def account_fees(
     """
     kind = "spot" if spot else "on_demand"
     percent = finite(part_of(response, "renter_fees", kind, "base", currency))
-    believed = percent is not None and 0 <= percent <= HIGHEST_PERCENT
-    fraction = percent / 100 if believed and percent is not None else published_fee(spot)
+    valid = percent is not None and 0 <= percent <= HIGHEST_PERCENT
+    fraction = percent / 100 if valid and percent is not None else published_fee(spot)
     amount = finite(part_of(response, "creation_fees", kind, currency))
     if amount is None or amount < 0 or rate is None:
         return fraction, CREATION_FEE
@@ -6910,7 +6565,7 @@ def account_fees(
 # ==================================================================================================
 # orders.credentials
 #
-# Remember how to log in to the orders of an account, in memory and in the state folder.
+# Save how to log in to orders, and find the order of a saved purchase.
 # ==================================================================================================
 
 
@@ -6939,10 +6594,8 @@ def public_key_fingerprint(public_key: str) -> str | None:
 
 def login_fields(sent: dict[str, str]) -> dict[str, str]:
     """Return what to remember of the password, key and token that were sent with an order."""
-    fields: dict[str, str] = {}
-    for name in ("ssh_password", "jupyter_token"):
-        if name in sent:
-            fields[name] = Secret(sent[name])
+    names = ("ssh_password", "jupyter_token")
+    fields: dict[str, str] = {name: Secret(sent[name]) for name in names if name in sent}
     if found := public_key_fingerprint(sent.get("ssh_key", "")):
         fields["key_fingerprint"] = found
     return fields
@@ -6966,7 +6619,7 @@ def can_be_order_of(order: Order, image: Any, currency: Any, spot: Any) -> bool:
 def purchase_fields(
     server_id: int, wanted: Any, before: Collection[int], server_clock: float | None
 ) -> dict[str, Any]:
-    """Return the facts by which :func:`matches_entry` finds the order of a purchase.
+    """Return the fields by which :func:`matches_entry` finds the order of a purchase.
 
     Parameters:
         server_id: the server.
@@ -7003,7 +6656,7 @@ def matches_entry(data: dict[str, Any], order: Order) -> bool:
 
 
 class SavedLogin:
-    """The credentials of one purchase, saved before it is sent, until its order has an id."""
+    """Keep the credentials of one purchase until its order has an id."""
 
     def __init__(self, fields: dict[str, str]) -> None:
         self.fields = fields
@@ -7017,11 +6670,11 @@ class SavedLogin:
 
 
 class Credentials:
-    """The credentials of orders, one file for each order.
+    """Keep the credentials of orders, in one file for each order.
 
     The name of a file has the account and the id of the order. Before the id is known, it has the
-    server instead, and the content says by which facts the order can be found. So the credentials
-    survive a process that is killed at any time.
+    server instead, and the content has the fields by which the order can be found. So the
+    credentials survive a process that is killed at any time.
 
     Parameters:
         folder: returns the state folder, or None to keep the credentials in memory only.
@@ -7036,20 +6689,20 @@ class Credentials:
         folder = self._state_folder()
         return None if folder is None else folder / CREDENTIALS_FOLDER
 
-    def save(self, account: str, sent: dict[str, str], facts: dict[str, Any]) -> SavedLogin:
+    def save(self, account: str, sent: dict[str, str], fields: dict[str, Any]) -> SavedLogin:
         """Save the credentials of a purchase before it is sent.
 
         Parameters:
             account: the digest of the account.
             sent: the password, key and token of the order.
-            facts: the fields by which :func:`matches_entry` finds the order.
+            fields: those by which :func:`matches_entry` finds the order.
         """
         saved = SavedLogin(login_fields(sent))
         if (folder := self._folder) is None or not saved.fields:
             return saved
         name = f"{random.SystemRandom().getrandbits(64):016x}"
-        path = folder / f"{account[:12]}-server-{facts['server_id']}-{name}.json"
-        data = {"schema": CREDENTIALS_SCHEMA, "account": account, **facts, **saved.fields}
+        path = folder / f"{account[:12]}-server-{fields['server_id']}-{name}.json"
+        data = {"schema": CREDENTIALS_SCHEMA, "account": account, **fields, **saved.fields}
         try:
             make_private_folder(folder)
             replace_file(path, json.dumps(data))
@@ -7083,8 +6736,7 @@ class Credentials:
             return {}
         if (known := self._known.get((account, order_id))) is not None:
             return known
-        folder = self._folder
-        if folder is None:
+        if (folder := self._folder) is None:
             return {}
         found = self._read(self._path(folder, account, order_id), account)
         if found is None and order is not None:
@@ -7112,17 +6764,14 @@ class Credentials:
 
         Also remove the purchases that never had an order.
         """
-        ages: dict[int, float] = {}
         if (folder := self._folder) is None:
-            return ages
+            return {}
         for path in self._files(folder, f"{account[:12]}-server-"):
             if _age(path) > PURCHASE_OVER:
                 remove_file(path)
-        for order_id in self._saved_orders(folder, account) - set(active):
-            age = _age(self._path(folder, account, order_id))
-            if age > PURCHASE_OVER:
-                ages[order_id] = age
-        return ages
+        saved = self._saved_orders(folder, account) - set(active)
+        ages = {order_id: _age(self._path(folder, account, order_id)) for order_id in saved}
+        return {order_id: age for order_id, age in ages.items() if age > PURCHASE_OVER}
 
     # --- the files ---
 
@@ -7162,15 +6811,15 @@ class Credentials:
     ) -> dict[str, Any] | None:
         """Return the newest purchase without an order that fits this one, and assign it."""
         fitting = [
-            (finite(data.get("started")) or 0.0, str(path), data)
+            (path, data)
             for path in self._files(folder, f"{account[:12]}-server-{order.server_id}-")
             if (data := self._read(path, account)) is not None and matches_entry(data, order)
         ]
         if not fitting:
             return None
-        _, path, found = max(fitting, key=lambda purchase: purchase[:2])
+        path, found = max(fitting, key=lambda purchase: finite(purchase[1].get("started")) or 0.0)
         try:
-            Path(path).replace(self._path(folder, account, order_id))
+            path.replace(self._path(folder, account, order_id))
         except OSError as error:
             _warn(f"{path} can't be renamed", error)
         return found
@@ -7204,7 +6853,7 @@ def _warn(what: str, error: object) -> None:
 # ==================================================================================================
 # orders.account
 #
-# Read the orders of an account, and remember the orders of this client.
+# Read the orders of an account, and remember which belong to which purchase.
 # ==================================================================================================
 
 
@@ -7214,7 +6863,7 @@ LONGEST_CHECK = 3.0  # seconds for the look if an order has ended, after a login
 
 
 class OrdersClient(Requester, Protocol):
-    """The parts of ``CloreClient`` that the orders use."""
+    """List the parts of ``CloreClient`` that the orders use."""
 
     timeout: Timeout
     rate_limit: float
@@ -7262,7 +6911,7 @@ class Claims:
 
 
 class AccountOrders:
-    """The orders of a client's account.
+    """Read the orders of an account, and remember those that this client knows.
 
     Attributes:
         client: makes the requests.
@@ -7326,21 +6975,26 @@ class AccountOrders:
         data.observe(response)
         orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
-        self.forget_ended(o.id for o in orders if o.id is not None and o.has_ended)
+        self._record_ended({o.id for o in orders if o.id is not None and o.has_ended})
         return orders, response
 
-    def forget_ended(self, order_ids: Iterable[int]) -> None:
+    def _record_ended(self, order_ids: set[int]) -> None:
         """Record that orders have ended, and forget their credentials."""
-        if ended := set(order_ids):
-            self.ended.update(ended)
-            self.credentials.forget(self.account, ended)
+        if order_ids:
+            self.ended.update(order_ids)
+            self.credentials.forget(self.account, order_ids)
+
+    def record_cancelled(self, order_ids: list[int]) -> None:
+        """Record that the API accepted the cancels of orders, and forget their credentials."""
+        self.cancelled.update(order_ids)
+        self.credentials.forget(self.account, order_ids)
 
     def active(self) -> list[Order]:
         """Read the orders that have not ended."""
         return [order for order in self.read(completed=False)[0] if not order.has_ended]
 
     def find(self, order_id: int) -> Order | None:
-        """Return an order, or None. Reads the ended orders only if it is not active."""
+        """Return an order, or None. The ended orders are read only if it is not active."""
         for completed in (False, True):
             for order in self.read(completed)[0]:
                 if order.id == order_id:
@@ -7351,8 +7005,8 @@ class AccountOrders:
 
     def login_of(self, order: Order) -> dict[str, str]:
         """Return what is known for the login to an order."""
-        if self.has_ended(order.id):
-            return {}  # a list can show it as active for a while, and nothing may be saved again
+        if self.has_ended(order.id):  # a list can still show it as active
+            return {}
         return self.credentials.of(self.account, order.id, order)
 
     def with_login(self, order: Order) -> Order:
@@ -7373,7 +7027,7 @@ class AccountOrders:
             raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
 
     def running(self, order_id: int) -> Order:
-        """Read an order that has not ended, as far as this client knows; see ``find_active``."""
+        """Read an order that has not ended; a known end needs no request."""
         self.check_not_ended(order_id)
         return self.find_active(order_id)
 
@@ -7464,8 +7118,7 @@ class AccountOrders:
         active = [order.id for order in orders if order.id is not None and not order.has_ended]
         missing = self.known - set(active) - self.ended
         if missing - self.cancelled:
-            completed, _ = self.read(completed=True)
-            self.ended.update(o.id for o in completed if o.id is not None and o.has_ended)
+            self.read(completed=True)  # records the ended ones
         return active + sorted(missing - self.cancelled - self.ended)
 
     # --- the limits of the user ---
@@ -7473,18 +7126,15 @@ class AccountOrders:
     def check_price(self, usd_per_hour: float | None, what: str) -> None:
         """Refuse a price that is above ``max_usd_per_hour`` or not known."""
         limit = self.client.max_usd_per_hour
-        if limit is None:
+        if limit is None or (usd_per_hour is not None and usd_per_hour <= limit * (1 + 1e-9)):
             return
-        if usd_per_hour is None:
-            raise SpendingLimitError(
-                f"the price of {what} is not known, and max_usd_per_hour is {limit:g}, so nothing "
-                "was ordered or bid: choose another server, or set no limit"
-            )
-        if usd_per_hour > limit * (1 + 1e-9):
-            raise SpendingLimitError(
-                f"{what} costs {usd_per_hour:g} USD per hour, and max_usd_per_hour is {limit:g}, "
-                "so nothing was ordered or bid: choose a lower price, or raise the limit"
-            )
+        found = f"the price of {what} is not known"
+        if usd_per_hour is not None:
+            found = f"{what} costs {usd_per_hour:g} USD per hour"
+        raise SpendingLimitError(
+            f"{found}, and max_usd_per_hour is {limit:g}, so nothing was ordered or bid: choose "
+            "another server or price, or raise the limit"
+        )
 
     def check_count(self) -> None:
         """Refuse a new order if ``max_active_orders`` are active."""
@@ -7505,8 +7155,8 @@ class AccountOrders:
 def ended_error(order_id: int, status: str, order: Order | None = None) -> OrderEndedError:
     """Make the error for a call that needs a running order."""
     return OrderEndedError(
-        f"Order {order_id} has ended, with status {status}: its machine and its files are gone, so "
-        "rent another one",
+        f"Order {order_id} has ended, with status {status}: its container and its files are gone, "
+        "so rent another server",
         order_id=order_id,
         status=status,
         order=order,
@@ -7563,7 +7213,7 @@ def lower_spot_price(orders: AccountOrders, order_id: int, target: float, wait: 
 
 
 def _current_bid(orders: AccountOrders, order: Order) -> float | None:
-    """Return the bid of an order in USD per hour, by a rate that may convert bids."""
+    """Return the bid of an order in USD per hour, by a fresh exchange rate."""
     currency = wire_currency(str(order.get("currency")))
     if order.server_id is not None and currency is not None and not in_documented_form(order):
         orders.market.ensure_rates(order.server_id, currency)
@@ -7677,7 +7327,7 @@ CONFIRM_AT_LEAST = 30.0
 
 
 class Cancellation:
-    """The cancel of one order, and its state in the order lists.
+    """Cancel one order, and follow its state in the order lists.
 
     Attributes:
         order_id: the order.
@@ -7786,8 +7436,7 @@ class Cancellation:
 
     def _accept(self) -> None:
         self.failure = None
-        self._orders.cancelled.add(self.order_id)
-        self._orders.credentials.forget(self._orders.account, [self.order_id])
+        self._orders.record_cancelled([self.order_id])
 
     def _next_send(self) -> float:
         """Return the monotonic time at which to send the cancel."""
@@ -7842,7 +7491,6 @@ class Cancellation:
             return False
         if self._state == "ended":
             self._accept()
-            orders.ended.add(self.order_id)
             return True
         if self._state == "active":
             self._absent_since = None
@@ -7888,8 +7536,6 @@ def cancel_order(
 
 def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
     """Cancel several orders; see ``CloreClient.cancel_orders``."""
-    if not ids:
-        return {"code": 0, "failed_to_cancel": []}
     response, sends = _send_cancels(orders, ids)
     if sends > 1 and (failed := _failed(ids, response)):
         # After a lost response, the retry fails for the orders that the first request ended.
@@ -7901,7 +7547,7 @@ def cancel_orders(orders: AccountOrders, ids: list[int]) -> dict[str, Any]:
 def cancel_all(orders: AccountOrders, confirm: bool, timeout: float) -> list[int]:
     """Cancel all active orders of the account; see ``CloreClient.cancel_all``."""
     ids = orders.active_ids()
-    failed = _failed(ids, _send_cancels(orders, ids)[0]) if ids else []
+    failed = _failed(ids, _send_cancels(orders, ids)[0])
     until = time.monotonic() + min(timeout, SETTLE_TIMEOUT)
     if left := _still_running(orders, failed, until):
         raise CancelUnconfirmedError(
@@ -7941,7 +7587,7 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
     failure: CloreError | None = None
     listed: list[Any] = []
     unsent: list[int] = []
-    response: dict[str, Any] = {}
+    response: dict[str, Any] = {"code": 0}
     sends = 1
     for start in range(0, len(ids), MAX_CANCELS):
         batch = ids[start : start + MAX_CANCELS]
@@ -7958,8 +7604,7 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
         names = response.get("failed_to_cancel")
         listed += names if isinstance(names, list) else []
         done = [order_id for order_id in batch if order_id not in failed]
-        orders.cancelled.update(done)
-        orders.credentials.forget(orders.account, done)
+        orders.record_cancelled(done)
         logger.info("cancelled orders: %s; not cancelled: %s", done, failed)
     response["failed_to_cancel"] = listed
     if failure is not None:
@@ -7973,7 +7618,7 @@ def _send_cancels(orders: AccountOrders, ids: list[int]) -> tuple[dict[str, Any]
 
 
 def _failed(ids: list[int], response: dict[str, Any]) -> list[int]:
-    """Return those of the ids that a response to ``cancel_orders`` names, as strings mostly."""
+    """Return the ids that a response to ``cancel_orders`` names as failed."""
     names = response.get("failed_to_cancel")
     failed = {str(name) for name in names} if isinstance(names, list) else set()
     return [order_id for order_id in ids if str(order_id) in failed]
@@ -8032,6 +7677,10 @@ def balance_of(wallets: list[Wallet], currency: str) -> float:
             f"currency {short_repr(currency)} is no currency and no part of a wallet's name: "
             f"choose one of {names or 'BTC, CLORE and USD'}"
         )
+    return _balance(wallet)
+
+
+def _balance(wallet: Wallet | None) -> float:
     return (wallet.balance if wallet is not None else None) or 0.0
 
 
@@ -8039,20 +7688,19 @@ def hours_left(orders: AccountOrders, rented: Any, currency: str) -> float | Non
     """Return how long a wallet lasts; see ``CloreClient.hours_left``."""
     order_id = None if isinstance(rented, Server) else check_order_id("server_or_order", rented)
     active = orders.active()
-    burned: float | None = 0.0
+    hourly: float | None = 0.0
     if isinstance(rented, Server):
-        burned = _hourly_cost(orders, rented, currency)
+        hourly = _hourly_cost(orders, rented, currency)
     else:
         currency = _paid_with(active, order_id)
-    if burned is None:
+    if hourly is None:
         return None
     for order in active:
         price = positive(order.get("price"))
         if price is not None and order.get("currency") == currency:
-            burned += with_fee(price, order.fee_rate)
-    wallet = wallet_of(to_wallets(orders.client._request("GET", "/v1/wallets")), currency)
-    balance = (wallet.balance if wallet is not None else None) or 0.0
-    return balance / burned if burned else math.inf
+            hourly += with_fee(price, order.fee_rate)
+    wallets = to_wallets(orders.client._request("GET", "/v1/wallets"))
+    return _balance(wallet_of(wallets, currency)) / hourly if hourly else math.inf
 
 
 def _paid_with(active: list[Order], order_id: int | None) -> str:
@@ -8069,7 +7717,7 @@ def _paid_with(active: list[Order], order_id: int | None) -> str:
 
 def _hourly_cost(orders: AccountOrders, server: Server, currency: str) -> float | None:
     """Return the on-demand price with the account's fees, in ``currency`` per hour."""
-    amount = amount_per_hour(server, spot=False, currency=currency)
+    amount = amount_per_hour(server, currency)
     if amount is None:
         usd = on_demand_usd(server, currency)
         rate = orders.market.data.rates.rate(currency)
@@ -8104,17 +7752,16 @@ def explain_balance(
     has = f"wallet {currency} has {error.balance or 0.0:.8g}"
     if wallet is not None and wallet.balance_usd is not None and currency != "USD-Blockchain":
         has += f" ({wallet.balance_usd:.4g} USD)"
-    costs = ""
     if usd_per_hour is not None:
         hourly = with_fee(usd_per_hour, published_fee(spot))
-        costs = f", and an hour of this order costs {hourly:.4g} USD with fees"
+        has += f", and an hour of this order costs {hourly:.4g} USD with fees"
     others = [
         f"{other.name} has {other.balance:.8g}"
         for other in wallets
         if other.balance and other.name != currency and wire_currency(other.name or "")
     ]
     pay = f"pay with another currency= ({', '.join(others)})" if others else "use another currency="
-    error.add_hint(f"{has}{costs}: add money, or {pay}")
+    error.add_hint(f"{has}: add money, or {pay}")
 
 
 def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
@@ -8131,7 +7778,7 @@ def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
             return
         listed = orders.market.data.listed.get(order.server_id)
         if listed is not None and not order.is_spot:
-            take_listed_price(order, listed)
+            set_listed_price(order, listed)
 
 
 # ==================================================================================================
@@ -8185,19 +7832,19 @@ def order_body(order: dict[str, Any]) -> dict[str, Any]:
         order: the arguments of ``CloreClient.create_order`` that ``rent()`` takes, too, and the
             ``order_type``. Empty ``ports``, ``env``, password and key mean the default.
     """
-    ports, env = _none_if_empty(order["ports"]), _none_if_empty(order["env"])
+    ports, env = _none_if_empty(order.get("ports")), _none_if_empty(order.get("env"))
     return {
         "type": check_order_type("order_type", order["order_type"]),
         "currency": check_currency("currency", order["currency"]),
         "image": check_text("image", order["image"]),
         "ports": dict(DEFAULT_PORTS) if ports is None else check_ports("ports", ports),
         "env": dict(DEFAULT_ENV) if env is None else check_env("env", env),
-        **_login(order["ssh_password"], order["ssh_key"], order["jupyter_token"]),
+        **_login(*(order.get(name) for name in LOGIN)),
     }
 
 
 class Purchase:
-    """One purchase, from its arguments to the new order.
+    """Make one purchase, from its arguments to the new order.
 
     Parameters:
         orders: the orders of the account.
@@ -8359,19 +8006,23 @@ class Purchase:
     def _submit_and_save(self, find_timeout: float) -> tuple[Order, Purchase]:
         """Save the credentials, and send the purchase."""
         orders = self._orders
-        facts = purchase_fields(self.server_id, self, self.before, orders.client.server_clock)
-        saved = orders.credentials.save(orders.account, self.credentials, facts)
-        self._saved = saved
+        fields = purchase_fields(self.server_id, self, self.before, orders.client.server_clock)
+        saved = self._saved = orders.credentials.save(orders.account, self.credentials, fields)
         try:
             order, purchase = self._submit(find_timeout)
         except (OrderOutcomeUnknownError, DatabaseError):  # the order may exist
             raise
-        except InvalidInputError as error:
+        except Exception as error:
             saved.drop()
-            self._explain(error)
+            if isinstance(error, InvalidInputError):
+                self._explain(error)
             raise
-        except Exception:
-            saved.drop()
+        except BaseException:
+            logger.warning(
+                "interrupted while server %d was ordered: an order may exist, so look at "
+                "get_orders()",
+                self.server_id,
+            )
             raise
         if purchase is not self:
             saved.drop()
@@ -8380,7 +8031,7 @@ class Purchase:
         return order, purchase
 
     def _explain(self, error: InvalidInputError) -> None:
-        """Say so if the API refused an order because it has no such server."""
+        """Add a hint if the API refused an order because it has no such server."""
         with contextlib.suppress(CloreError):
             if self._orders.market.find_server(self.server_id) is None:
                 error.add_hint(
@@ -8407,9 +8058,9 @@ class Purchase:
             if not isinstance(error, ServerAlreadyRentedError):
                 raise
             # An earlier purchase may have rented it, with a response that was lost.
-            return find_order(self._orders, earlier, find_timeout, error), earlier
+            return earlier._find(find_timeout, error), earlier
         if (order_id := created_id(self.response)) is None:
-            return find_order(self._orders, self, find_timeout, send_error), self
+            return self._find(find_timeout, send_error), self
         claims.take(order_id, self)
         claims.unresolved.pop(server_id, None)
         return self._named_order(order_id), self
@@ -8425,91 +8076,85 @@ class Purchase:
         made.setdefault("connection", {"ssh": "", "http_ports": {}})
         return made
 
+    # --- find the order, when the response had no order id or was lost ---
 
-# --- find the order, when the response had no order id or was lost ---
+    def _find(self, timeout: float, send_error: CloreError | None) -> Order:
+        """Read the active orders until the order of this purchase shows up, and claim it.
 
+        Parameters:
+            timeout: seconds.
+            send_error: the error of the request, after which the order may exist; or None.
 
-def find_order(
-    orders: AccountOrders, purchase: Purchase, timeout: float, send_error: CloreError | None
-) -> Order:
-    """Read the active orders until the order of a purchase shows up, and claim it.
+        Raises:
+            OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
+                error of the last read, if that failed, else ``send_error``.
+            CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have
+                the order.
+        """
+        claims, pause = self._orders.claims, FIRST_PAUSE
+        deadline = time.monotonic() + timeout
+        while True:
+            cause: CloreError | None = None
+            possible: list[Order] = []
+            created_after = None
+            try:
+                listed, created_after = self._read_active(timeout, deadline)
+                possible = claims.free([o for o in listed if self.matches(o)], self)
+            except CloreError as error:
+                cause = error
+            found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 and not found and self.baseline_read:
+                # The clocks may differ, but an order that is not in the baseline must be new.
+                found = [order for order in possible if not order.has_ended]
+            if len(found) == 1 and claims.take(found[0].id or 0, self):
+                _learn_offset(claims, found[0], created_after)
+                claims.unresolved.pop(self.server_id, None)
+                return found[0]
+            if len(found) > 1 or remaining <= 0:
+                if isinstance(send_error, CloreAPIError) and not possible and cause is None:
+                    raise send_error  # complete lists without the order confirm the refusal
+                raise self._not_found(found or possible, timeout, send_error) from (
+                    cause or send_error
+                )
+            time.sleep(min(pause, remaining))
+            pause = min(pause * 1.5, LONGEST_PAUSE)
 
-    Parameters:
-        orders: the orders of the account.
-        purchase: the purchase that was sent.
-        timeout: seconds.
-        send_error: the error of the purchase, after which the order may or may not exist; or None.
-
-    Raises:
-        OrderOutcomeUnknownError: no order showed up in time, or several match. Its cause is the
-            error of the last read, if that failed, else ``send_error``.
-        CloreAPIError: ``send_error`` itself, if the API refused and complete lists do not have the
-            order.
-    """
-    try:
-        order = _search(orders, purchase, timeout, send_error)
-    except (KeyboardInterrupt, SystemExit):
-        logger.warning(
-            "interrupted before the order of server %d was found; it may exist: look at "
-            "get_orders()",
-            purchase.server_id,
+    def _read_active(self, timeout: float, deadline: float) -> tuple[list[Order], float | None]:
+        """Read the active orders, and compute the send time by the server's clock."""
+        client = self._orders.client
+        # One slow response must not use all the time.
+        patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
+        until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
+        listed, listing = limited(
+            lambda: self._orders.read(completed=False, timeout=patience), deadline=until
         )
-        raise
-    orders.claims.unresolved.pop(purchase.server_id, None)
-    return order
+        # The Date of each response gives a lower bound, and the largest one is the closest.
+        clocks = [
+            clock
+            for response in (self.response, listing)
+            if isinstance(response, Envelope)
+            and (clock := response.server_time_at(self.sent_at)) is not None
+        ]
+        return listed, max(clocks, default=None)
 
-
-def _search(
-    orders: AccountOrders, purchase: Purchase, timeout: float, send_error: CloreError | None
-) -> Order:
-    claims, pause = orders.claims, FIRST_PAUSE
-    deadline = time.monotonic() + timeout
-    while True:
-        cause: CloreError | None = None
-        possible: list[Order] = []
-        created_after = None
-        try:
-            listed, created_after = _read_active(orders, purchase, timeout, deadline)
-            possible = claims.free([o for o in listed if purchase.matches(o)], purchase)
-        except CloreError as error:
-            cause = error
-        found = [o for o in possible if _is_new(o, created_after, claims.clock_offset)]
-        remaining = deadline - time.monotonic()
-        if remaining <= 0 and not found and purchase.baseline_read:
-            # The clocks may differ, but an order that is not in the baseline must be the new one.
-            found = [order for order in possible if not order.has_ended]
-        if len(found) == 1 and claims.take(found[0].id or 0, purchase):
-            _learn_offset(claims, found[0], created_after)
-            return found[0]
-        if len(found) > 1 or remaining <= 0:
-            if isinstance(send_error, CloreAPIError) and not possible and cause is None:
-                raise send_error  # complete lists without the order confirm the refusal
-            raise _not_found(purchase, found or possible, timeout, send_error) from (
-                cause or send_error
+    def _not_found(
+        self, orders: list[Order], timeout: float, send_error: CloreError | None
+    ) -> OrderOutcomeUnknownError:
+        ids = tuple(order.id for order in orders if order.id is not None)
+        made = "was made" if send_error is None else "may have been made"
+        which = f"it is not clear if it is one of {', '.join(map(str, ids))}: look at get_orders()"
+        if not ids:
+            which = (
+                f"it did not show up in the order lists within {timeout:g}s. It was not sent "
+                "again: look at get_orders() now and again in a minute,"
             )
-        time.sleep(min(pause, remaining))
-        pause = min(pause * 1.5, LONGEST_PAUSE)
-
-
-def _read_active(
-    orders: AccountOrders, purchase: Purchase, timeout: float, deadline: float
-) -> tuple[list[Order], float | None]:
-    """Read the active orders, and compute the send time by the server's clock."""
-    client = orders.client
-    # One slow response must not use all the time.
-    patience = shortened(client.timeout, max(timeout / 2, SHORTEST_LIMIT))
-    until = client.rate_limit + max(deadline, time.monotonic() + SHORTEST_LIMIT)
-    listed, listing = limited(
-        lambda: orders.read(completed=False, timeout=patience), deadline=until
-    )
-    # The Date of each response gives a lower bound, and the largest one is the closest.
-    clocks = [
-        clock
-        for response in (purchase.response, listing)
-        if isinstance(response, Envelope)
-        and (clock := response.server_time_at(purchase.sent_at)) is not None
-    ]
-    return listed, max(clocks, default=None)
+        return OrderOutcomeUnknownError(
+            f"an order for server {self.server_id} {made}, but {which} before you order again",
+            server_id=self.server_id,
+            order_ids=ids,
+            credentials=self.credentials,
+        )
 
 
 def _is_new(order: Order, created_after: float | None, offset: float) -> bool:
@@ -8524,25 +8169,6 @@ def _learn_offset(claims: Claims, order: Order, created_after: float | None) -> 
     if created_after is not None and order.started_at is not None:
         behind = math.floor(order.started_at - created_after)
         claims.clock_offset = min(claims.clock_offset, behind)
-
-
-def _not_found(
-    purchase: Purchase, orders: list[Order], timeout: float, send_error: CloreError | None
-) -> OrderOutcomeUnknownError:
-    server_id = purchase.server_id
-    ids = tuple(order.id for order in orders if order.id is not None)
-    made = "was made" if send_error is None else "may have been made"
-    return OrderOutcomeUnknownError(
-        f"an order for server {server_id} {made}, but it is not clear if it is one of "
-        f"{', '.join(map(str, ids))}: look at get_orders() before you order again"
-        if ids
-        else f"an order for server {server_id} {made}, but did not show up in the order lists "
-        f"within {timeout:g}s. It was not sent again: look at get_orders() now and again in a "
-        "minute, before you order again",
-        server_id=server_id,
-        order_ids=ids,
-        credentials=purchase.credentials,
-    )
 
 
 # ==================================================================================================
@@ -8614,7 +8240,7 @@ def _event(order_id: int, order: Order | None, seconds: float) -> ProgressEvent:
 
 
 def _check_may_exist(orders: AccountOrders, order_id: int, late: str) -> None:
-    """Check that an order that no list has may be a new one, which is listed later."""
+    """Raise an error for an order that no list has, unless this client knows it."""
     if order_id not in orders.known and not orders.credentials.of(orders.account, order_id):
         raise UnknownOrderError(
             f"{late}: there is no order {order_id} in this account, so the client did not wait; "
@@ -8650,7 +8276,7 @@ PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
 
 class RentalSettings:
-    """The arguments of ``rent()``, checked.
+    """Check and keep the arguments of ``rent()``.
 
     Parameters:
         search: the filters; it gets the ``server_id``.
@@ -8664,16 +8290,16 @@ class RentalSettings:
         self,
         *,
         search: Search,
-        server_id: Any,
         order: dict[str, Any],
-        spot_price: Any,
-        attempts: Any,
-        deploy_timeout: Any,
-        poll_interval: Any,
-        find_timeout: Any,
         cancel_timeout: Any,
         max_hours: Any,
         max_cost_usd: Any,
+        server_id: Any = None,
+        spot_price: Any = None,
+        attempts: Any = 1,
+        deploy_timeout: Any = 0.0,
+        poll_interval: Any = 1.0,
+        find_timeout: Any = 0.0,
         prefer_known: Any = False,
     ) -> None:
         self.prefer_known = check_bool("prefer_known", prefer_known)
@@ -8682,14 +8308,17 @@ class RentalSettings:
         if search.gpu_type is not None:
             check_text("gpu_type", search.gpu_type)
         search.server_id = None if server_id is None else check_id("server_id", server_id)
-        self._set_order(order)
+        arguments = {**order, "order_type": "spot" if self.spot else "on-demand"}
+        body = order_body(arguments)
+        self.currency, self.image = body["currency"], body["image"]
+        arguments["find_timeout"] = check_number("find_timeout", find_timeout, unit="seconds")
+        self.order_arguments = {**arguments, "currency": self.currency}
         self.spot_price = self._checked_bid(spot_price)
         self.attempts = check_count("attempts", attempts, minimum=1)
         self.deploy_timeout = check_number(
             "deploy_timeout", deploy_timeout, infinite=True, unit="seconds"
         )
         self.poll_interval = check_interval("poll_interval", poll_interval)
-        self.find_timeout = check_number("find_timeout", find_timeout, unit="seconds")
         self.cancel_timeout = check_number(
             "cancel_timeout", cancel_timeout, infinite=True, unit="seconds"
         )
@@ -8703,23 +8332,14 @@ class RentalSettings:
         cls, order: Order, *, max_hours: Any, max_cost_usd: Any, cancel_timeout: Any
     ) -> RentalSettings:
         """Return the settings for an order that exists."""
-        names = ("ports", "env", "ssh_password", "ssh_key", "jupyter_token")
-        known = {
-            "image": order.get("image") or "unknown",
-            "currency": wire_currency(str(order.get("currency"))) or "CLORE-Blockchain",
-        }
+        currency = wire_currency(str(order.get("currency"))) or "CLORE-Blockchain"
         return cls(
-            search=Search(use_spot=order.is_spot is True, currency=known["currency"]),
-            server_id=None, spot_price=None, order={**dict.fromkeys(names), **known},
-            attempts=1, deploy_timeout=0.0, poll_interval=1.0, find_timeout=0.0,
-            cancel_timeout=cancel_timeout, max_hours=max_hours, max_cost_usd=max_cost_usd,
-        )  # fmt: skip
-
-    def _set_order(self, order: dict[str, Any]) -> None:
-        arguments = {**order, "order_type": "spot" if self.spot else "on-demand"}
-        body = order_body(arguments)
-        self.currency, self.image = body["currency"], body["image"]
-        self.order_arguments = {**arguments, "currency": self.currency}
+            search=Search(use_spot=order.is_spot is True, currency=currency),
+            order={"image": order.get("image") or "unknown", "currency": currency},
+            cancel_timeout=cancel_timeout,
+            max_hours=max_hours,
+            max_cost_usd=max_cost_usd,
+        )
 
     def _checked_bid(self, spot_price: Any) -> float | None:
         if spot_price is None:
@@ -8736,17 +8356,12 @@ class RentalSettings:
             )
         return float(spot_price)
 
-    @property
-    def fee(self) -> float:
-        """The fee as a fraction of the price."""
-        return self.search.fee
-
     def exceeds_price_limit(self, server: Server, usd_per_hour: float | None) -> bool:
         """Return whether the price of an order is above the limit for its server."""
         limit = self.search.price_limit(server)
-        return limit is not None and usd_per_hour is not None and (
-            usd_per_hour > limit * (1 + PRICE_SLACK)
-        )  # fmt: skip
+        if limit is None or usd_per_hour is None:
+            return False
+        return usd_per_hour > limit * (1 + PRICE_SLACK)
 
     def price_of(self, server: Server) -> float | None:
         """Return the price of a server in USD per hour, without fees; None if not known.
@@ -8831,7 +8446,7 @@ def _rank(outcome: str | None, prefer_known: bool) -> int:
 
 
 class SharedServers:
-    """The servers to try, each taken by one rental only. They are listed on first use."""
+    """Offer each server to one rental only. The servers are listed on first use."""
 
     def __init__(self, market: Market, settings: RentalSettings, history: HostHistory) -> None:
         self.no_server = ""  # why there is none, for an error
@@ -8854,7 +8469,7 @@ class SharedServers:
 
 
 def summary(tried: list[tuple[int, str]]) -> str:
-    """Return the reason for each server, but a common reason only once."""
+    """Return the reason for each server; servers with the same reason share one."""
     servers: dict[str, list[str]] = {}
     for server_id, why in tried:
         # The text of an error names the order, which differs.
@@ -8871,7 +8486,7 @@ def summary(tried: list[tuple[int, str]]) -> str:
 # ==================================================================================================
 # rental.signals
 #
-# Handle SIGTERM and SIGHUP, and wait for another thread in a way that interrupts can't break.
+# Handle SIGTERM, SIGHUP and Ctrl-C, so that a rental ends after each of them.
 # ==================================================================================================
 
 
@@ -8880,7 +8495,7 @@ SIGNALS = tuple(s for n in ("SIGTERM", "SIGHUP") if (s := getattr(signal, n, Non
 
 
 class SignalExit(SystemExit):
-    """A signal that ends the process, raised in the main thread to end its ``with`` blocks.
+    """End the ``with`` blocks of the main thread, because a signal ends the process.
 
     It is a ``SystemExit`` and not an ``Exception``. The exit status of the process is 128 plus the
     number of the signal.
@@ -8912,7 +8527,7 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
 
 
 class SignalHandling:
-    """One user of the signal handler. The last ``close()`` restores the former handlers.
+    """Use the signal handler. The last ``close()`` restores the former handlers.
 
     The first user in the main thread installs it, but only for signals with the default handler.
     """
@@ -8973,11 +8588,28 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_signals_to_parent)
 
 
-# --- waiting for another thread ---
+# --- interrupts ---
+
+
+class BlockExit:
+    """Make a new ``__exit__`` for each ``with`` statement.
+
+    The ``with`` statement keeps that object until the block has ended in any way. The worker has a
+    weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
+    line.
+    """
+
+    def __get__(self, rental: Any, owner: Any) -> Callable[..., None]:
+        end: Callable[..., None] = owner._end
+        if rental is None:
+            return end
+        leave = functools.partial(end, rental)
+        rental.end_with(leave)
+        return leave
 
 
 class Gate:
-    """An event that happens once, and for which threads can wait.
+    """Let threads wait for an event that happens once.
 
     A ``threading.Event`` is not used, because an interrupt can leave its lock locked.
     """
@@ -9000,7 +8632,7 @@ class Gate:
 
 
 class ThreadCall:
-    """A function call for another thread to run."""
+    """Call a function in another thread."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self._action = action
@@ -9036,16 +8668,15 @@ def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
 # ==================================================================================================
 # rental.journal
 #
-# Keep the journal: one small file for each purchase, which survives the process.
+# Keep the journal: one small file for each order, which survives the process.
 # ==================================================================================================
 
 
 STATE_SUFFIX = ".json"
 JOURNAL_SCHEMA = 1  # a later version adds fields, and keeps these
 LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
-# In the state folder. Older versions don't read it, so they don't cancel a kept order.
-KEPT_FOLDER = "kept"
-_ID_ROOM = 20  # characters reserved for the order id, which is written later
+KEPT_FOLDER = "kept"  # in the state folder; no process ends the orders of its entries
+_ID_LENGTH = 20  # characters for the order id, which is written later
 _FIRST = '{"order_id": '
 
 
@@ -9054,14 +8685,11 @@ def this_machine() -> dict[str, str]:
     machine = read_line("/etc/machine-id") or read_line("/var/lib/dbus/machine-id")
     # machine-id(5) says to keep the id itself private.
     digest = hashlib.sha256(f"clore-client {machine}".encode()).hexdigest()[:16] if machine else ""
-    return {
-        "host": socket.gethostname(),
-        "machine": digest,
-    }
+    return {"host": socket.gethostname(), "machine": digest}
 
 
 class JournalEntry:
-    """A journal entry for one purchase, as one small file.
+    """Keep one order in a small file.
 
     A living process keeps its entries locked. If a file is not locked, its process is dead; the
     process that finds it locks it until ``close()``.
@@ -9069,8 +8697,8 @@ class JournalEntry:
     Attributes:
         data: the content of the file.
         of_this_machine: whether this machine wrote it.
-        abandoned: whether nothing will end its order, because the process is dead or the rental
-            gave up.
+        abandoned: whether nothing will end its order, because a process of this machine is dead or
+            its rental gave up.
     """
 
     def __init__(
@@ -9104,9 +8732,7 @@ class JournalEntry:
         if not lock_file(handle, patience=1.0):  # another process may try the lock for a moment
             raise OSError("the file can't be locked")
         rest = json.dumps(self.data)[1:]
-        text = f"{_FIRST}{'null':<{_ID_ROOM}}, {rest}\n".encode()
-        if os.name == "nt":
-            os.lseek(handle, 0, os.SEEK_SET)
+        text = f"{_FIRST}{'null':<{_ID_LENGTH}}, {rest}\n".encode()
         if os.write(handle, text) != len(text):
             raise OSError("the disk is full")
         os.fsync(handle)
@@ -9120,7 +8746,7 @@ class JournalEntry:
         self.data["order_id"] = order_id
         try:
             os.lseek(self._handle, len(_FIRST), os.SEEK_SET)
-            os.write(self._handle, f"{order_id:<{_ID_ROOM}}".encode())
+            os.write(self._handle, f"{order_id:<{_ID_LENGTH}}".encode())
             os.fsync(self._handle)
         except OSError as error:
             warn_about_state(f"{self.path.name} could not be updated", error)
@@ -9128,17 +8754,12 @@ class JournalEntry:
     def remove(self) -> None:
         """Remove the file. Safe to repeat."""
         this_process.entries.pop(str(self.path), None)
-        handle, self._handle = self._handle, None
-        if handle is None and self._written_here:
+        if self._handle is None and self._written_here:
             return
-        try:
-            if os.name == "nt" and handle is not None:
-                os.close(handle)
-            self.path.unlink(missing_ok=True)  # on POSIX, before the lock is released
-            if os.name != "nt" and handle is not None:
-                os.close(handle)
-        except OSError as error:
-            warn_about_state(f"{self.path} could not be removed", error)
+        if os.name == "nt":  # Windows can't remove an open file
+            self.unlock()
+        _remove_file(self.path)
+        self.unlock()  # after the removal, so that no other process finds the file unlocked
 
     def close(self) -> None:
         """Release the lock, unless this process wrote the file."""
@@ -9151,6 +8772,13 @@ class JournalEntry:
         if handle is not None:
             with contextlib.suppress(OSError):
                 os.close(handle)
+
+
+def _remove_file(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        warn_about_state(f"{path} can't be removed", error)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -9168,10 +8796,8 @@ def write_entry(folder: Path | None, data: dict[str, Any]) -> JournalEntry | Non
     if folder is None:
         return None
     name = f"{random.SystemRandom().getrandbits(96):024x}{STATE_SUFFIX}"
-    machine = this_machine()
-    entry = JournalEntry(
-        folder / name, {"schema": JOURNAL_SCHEMA, **data, **machine, "pid": os.getpid()}
-    )
+    data = {"schema": JOURNAL_SCHEMA, **data, **this_machine(), "pid": os.getpid()}
+    entry = JournalEntry(folder / name, data)
     try:
         entry.write()
     except OSError as error:
@@ -9243,7 +8869,7 @@ def _read_entry(path: Path, machine: dict[str, str]) -> JournalEntry | None:
 
 
 def record_kept(folder: Path | None, data: dict[str, Any], until: float | None) -> bool:
-    """Record an order that stays, instead of an earlier record. Return whether that worked.
+    """Record an order that stays, in place of an earlier record. Return whether that worked.
 
     Parameters:
         folder: the state folder.
@@ -9267,11 +8893,7 @@ def forget_kept(folder: Path | None, account: str, order_id: int) -> None:
     """Forget that an order is kept, because a rental ends it again."""
     if folder is None:
         return
-    path = _kept_path(folder, account, order_id)
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        warn_about_state(f"{path} can't be removed", error)
+    _remove_file(_kept_path(folder, account, order_id))
 
 
 def _kept_path(folder: Path, account: str, order_id: int) -> Path:
@@ -9292,7 +8914,7 @@ def kept_entries(folder: Path | None, account: str) -> list[JournalEntry]:
 # ==================================================================================================
 # rental.orders
 #
-# Keep track of the orders of one rental, in memory and in the journal, and end them.
+# Keep the orders of one rental and their cost, in memory and in the journal, and end them.
 # ==================================================================================================
 
 
@@ -9304,7 +8926,7 @@ FEE_LEAD = 5.0  # the budget counts the creation fee this many seconds early
 
 
 class Meter:
-    """The cost of one order. A new bid changes its price.
+    """Count the cost of one order. A new bid changes its price.
 
     Attributes:
         counts: whether there is an order to pay for.
@@ -9360,11 +8982,11 @@ class Meter:
 
 
 class Budget:
-    """The limits of a rental, and the meters of its orders."""
+    """Check the limits of a rental against the cost of its orders."""
 
     def __init__(self, settings: RentalSettings) -> None:
         self._max_hours, self._max_cost = settings.max_hours, settings.max_cost_usd
-        self._fee = settings.fee
+        self._fee = settings.search.fee
         self._meters: list[Meter] = []
 
     @property
@@ -9384,7 +9006,7 @@ class Budget:
         return meter
 
     def exceeded_by(self) -> str | None:
-        """Return a text that names the limit that is reached, or None."""
+        """Return a text about the limit that is reached, or None."""
         if self._max_hours is not None and self.hours >= self._max_hours:
             return f"max_hours={self._max_hours:g} is reached"
         soon = sum(meter.usd(FEE_LEAD) for meter in list(self._meters))
@@ -9399,7 +9021,7 @@ class Budget:
 
 
 class RentalOrder:
-    """One order of a rental, from the purchase to its confirmed end.
+    """Keep one order of a rental, from the purchase to its confirmed end.
 
     Attributes:
         server_id: the server.
@@ -9435,7 +9057,7 @@ class RentalOrder:
 
 
 class RentalOrders:
-    """All purchases of a rental that cost money or may cost money.
+    """Keep and end the orders of a rental that cost money, or may cost money.
 
     Attributes:
         before: ids of orders that existed before the rental.
@@ -9475,15 +9097,16 @@ class RentalOrders:
         fields = purchase_fields(server_id, self._settings, self.before, client.server_clock)
         return {**fields, "base_url": client.base_url, "account": self._orders.account}
 
-    def adopt(self, order: Order, age: float, ends: bool) -> RentalOrder:
+    def adopt(self, order: Order, ends: bool) -> RentalOrder:
         """Take over an order that exists.
 
         Parameters:
             order: the order.
-            age: its age in seconds.
             ends: whether the rental ends it, which the journal must then know.
         """
         server_id, order_id = order.server_id or 0, order.id or 0
+        clock = time.time() + (self._orders.client.server_clock or 0.0)
+        age = 0.0 if order.started_at is None else max(0.0, clock - order.started_at)
         entry = write_entry(self._folder, self._entry_fields(server_id)) if ends else None
         purchase = RentalOrder(server_id, entry, self._budget.start(order.usd_per_hour, age))
         if ends:
@@ -9494,7 +9117,7 @@ class RentalOrders:
         return purchase
 
     def keep(self, purchase: RentalOrder, until: float | None) -> None:
-        """Hand an order over to the user.
+        """Leave an order to the user, and record that.
 
         Parameters:
             purchase: the order.
@@ -9530,16 +9153,18 @@ class RentalOrders:
         purchase.meter.counts = False
 
     def forget(self, purchase: RentalOrder) -> None:
-        """Remove a purchase whose order does not exist, has ended, or stays on purpose."""
+        """Remove a purchase whose order does not exist, has ended, or is kept."""
         if purchase.entry is not None:
             purchase.entry.remove()
         self._remove(purchase)
 
-    def _give_up(self, purchase: RentalOrder) -> None:
-        """Leave a purchase to ``leftovers()``."""
+    def _give_up(self, purchase: RentalOrder, failure: CloreError) -> CloreError:
+        """Leave a purchase to ``leftovers()``. Return ``failure``, the error for the user."""
         if purchase.entry is not None:
             purchase.entry.abandoned = True
         self._remove(purchase)
+        logger.error("%s", failure)
+        return failure
 
     def _remove(self, purchase: RentalOrder) -> None:
         if purchase in self._all:
@@ -9559,35 +9184,35 @@ class RentalOrders:
             return math.inf
         return self.block_ended_at + self._settings.cancel_timeout
 
-    def end_all(self) -> BaseException | None:
+    def end_all(self) -> CloreError | None:
         """End all orders, the cancels first. Return None, or the first failure."""
         started = time.monotonic()
         known = [purchase for purchase in self._all if purchase.order_id is not None]
         unknown = [purchase for purchase in self._all if purchase.order_id is None]
-        failures: list[BaseException | None] = [self._cancel(p, self.deadline) for p in known]
+        failures: list[CloreError | None] = [self._cancel(p, self.deadline) for p in known]
         failures += [self._reconcile(purchase) for purchase in unknown]
         failures += [self._confirm(purchase, started) for purchase in list(self._all)]
         return next((failure for failure in failures if failure is not None), None)
 
-    def end(self, purchase: RentalOrder) -> BaseException | None:
+    def end(self, purchase: RentalOrder) -> CloreError | None:
         """End one order. Return None if that is confirmed, else the error."""
         started = time.monotonic()
         until = started + self._settings.cancel_timeout
         failure = self._cancel(purchase, lambda: min(until, self.deadline()))
         return self._confirm(purchase, started) if failure is None else failure
 
-    def abandon(self) -> BaseException | None:
+    def abandon(self) -> CloreError | None:
         """Stop the cleanup, and leave the orders to ``leftovers()``. Return an error if any."""
         self.abandoned = True
         left = list(self._all)
         for purchase in left:
             if purchase.entry is not None:
                 purchase.entry.abandoned = True
+        if not left:
+            return None
         ids = tuple(p.order_id for p in left if p.order_id is not None)
         text = f"interrupted three times, and {'; '.join(map(str, left))}: call leftovers() later"
-        if ids:
-            return CancelUnconfirmedError(text, order_ids=ids)
-        return OutcomeUnknownError(text) if left else None
+        return CancelUnconfirmedError(text, order_ids=ids) if ids else OutcomeUnknownError(text)
 
     def try_to_cancel(
         self,
@@ -9608,13 +9233,7 @@ class RentalOrders:
     def _cancel(self, purchase: RentalOrder, deadline: Callable[[], float]) -> CloreError | None:
         """Cancel an order until that is accepted, or leave it to ``leftovers()``."""
         failure = self.try_to_cancel(purchase, deadline)
-        if failure is not None:
-            self._give_up(purchase)
-            logger.error(
-                "order %d could not be cancelled and may still be running: call leftovers() later",
-                purchase.order_id,
-            )
-        return failure
+        return None if failure is None else self._give_up(purchase, failure)
 
     def _confirm(self, purchase: RentalOrder, started: float) -> CloreError | None:
         """Wait until a cancelled order is listed as ended."""
@@ -9629,14 +9248,12 @@ class RentalOrders:
                 self.forget(purchase)
                 self.before.add(order_id)
                 return None
-        self._give_up(purchase)
-        if self.skip_confirmation:
+        if failure is None or self.skip_confirmation:
             failure = CloreError(
                 f"order {order_id} was cancelled, but an interrupt skipped the confirmation that "
                 "it has ended: call leftovers() later"
             )
-        logger.error("%s", failure)
-        return failure
+        return self._give_up(purchase, failure)
 
     # --- purchases with unknown outcome ---
 
@@ -9650,6 +9267,7 @@ class RentalOrders:
         Parameters:
             stop: returns whether something else is more urgent; a cancel then goes on later.
         """
+        until = time.monotonic() + self._settings.cancel_timeout
         for purchase in self.unresolved():
             server_id = purchase.server_id
             if purchase.order_id is None:
@@ -9658,21 +9276,21 @@ class RentalOrders:
                         self.forget(purchase)
                 except CloreError as error:
                     logger.debug("looking for an order of server %d: %s", server_id, error)
-            if (order_id := purchase.order_id) is not None:
+                if purchase.order_id is None:
+                    continue
                 logger.warning(
                     "order %d of server %d exists although the API refused it: cancelling it",
-                    order_id,
+                    purchase.order_id,
                     server_id,
                 )
-                until = time.monotonic() + self._settings.cancel_timeout
-                self.try_to_cancel(purchase, lambda: until, stop)  # noqa: B023
+            self.try_to_cancel(purchase, lambda: until, stop)
 
     @property
     def search_interval(self) -> float:
         """The seconds between two searches."""
         return min(SEARCH_INTERVAL, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
-    def _reconcile(self, purchase: RentalOrder) -> BaseException | None:
+    def _reconcile(self, purchase: RentalOrder) -> CloreError | None:
         """Look for the order of a purchase until it is found and cancelled, or time is out."""
         logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
         cause: BaseException | None = None
@@ -9691,14 +9309,12 @@ class RentalOrders:
         if absent and purchase.refused:
             self.forget(purchase)
             return None
-        self._give_up(purchase)
         unknown = OutcomeUnknownError(
             f"{purchase}, but it did not show up: call leftovers() or get_orders() in a minute",
             endpoint="/v1/create_order",
         )
         unknown.__cause__ = cause
-        logger.warning("%s", unknown)
-        return unknown
+        return self._give_up(purchase, unknown)
 
     def _search(self, purchase: RentalOrder) -> bool:
         """Look once for the order of a purchase. Return True if it is confirmed absent.
@@ -9732,7 +9348,7 @@ class RentalOrders:
         return running <= {order.id for order in orders}
 
     def _fitting(self, orders: list[Order], purchase: RentalOrder) -> list[Order]:
-        """Return the orders that can be the result of a purchase, and belong to no other one."""
+        """Return the orders that can be the result of a purchase, and of no other one."""
         settings, claims = self._settings, self._orders.claims
         if purchase.lost is None:
             purchase.lost = claims.unresolved.get(purchase.server_id)
@@ -9763,7 +9379,7 @@ class RentalOrders:
 # ==================================================================================================
 # rental.worker
 #
-# RentalWorker, the thread that orders, watches and ends the orders of one rental.
+# Order, watch and end the orders of one rental, in a thread of its own.
 # ==================================================================================================
 
 
@@ -9783,7 +9399,7 @@ NO_ORDER_ERRORS = (
 
 
 class RentalClient(Protocol):
-    """The methods of ``CloreClient`` that a rental uses."""
+    """List the methods of ``CloreClient`` that a rental uses."""
 
     def get_orders(self, include_completed: bool = False) -> list[Order]: ...
 
@@ -9791,8 +9407,7 @@ class RentalClient(Protocol):
 
     def cancel_order(self, order_id: Any, *, confirm: bool) -> bool: ...
 
-    @property
-    def ssh_command(self) -> Callable[..., str]: ...
+    def ssh_command(self, *args: Any, **kwargs: Any) -> str: ...
 
     def get_spot_market(self, server_id: int) -> dict[str, Any]: ...
 
@@ -9800,40 +9415,36 @@ class RentalClient(Protocol):
         self, order_id: int, timeout: float, poll_interval: float, *, on_progress: Any = None
     ) -> Order: ...
 
-    @property
-    def create_order(self) -> Callable[..., Order]: ...
+    def create_order(self, *args: Any, **kwargs: Any) -> Order: ...
 
-    @property
-    def connect_ssh(self) -> Callable[..., paramiko.SSHClient]: ...
+    def connect_ssh(self, *args: Any, **kwargs: Any) -> paramiko.SSHClient: ...
 
-    @property
-    def forward(self) -> Callable[..., Forward]: ...
+    def forward(self, *args: Any, **kwargs: Any) -> Forward: ...
 
-    @property
-    def shell(self) -> Callable[..., int]: ...
+    def shell(self, *args: Any, **kwargs: Any) -> int: ...
 
-    @property
-    def run(self) -> Callable[..., CommandResult]: ...
+    def run(self, *args: Any, **kwargs: Any) -> CommandResult: ...
 
-    @property
-    def upload(self) -> Callable[..., TransferResult]: ...
+    def upload(self, *args: Any, **kwargs: Any) -> TransferResult: ...
 
-    @property
-    def download(self) -> Callable[..., TransferResult]: ...
+    def download(self, *args: Any, **kwargs: Any) -> TransferResult: ...
 
 
 class RentalWorker:
-    """The orders of one rental, from the first request to the confirmed end.
+    """Run the thread that orders the servers of one rental, and ends their orders.
 
-    Its thread ends the orders when the block ends, or when the ``with`` statement or the rental no
+    The thread ends the orders when the block ends, or when the ``with`` statement or the rental no
     longer exists, because an interrupt can stop ``__exit__`` at its first line. It also ends them
     when a limit is reached, at a signal in another thread, and at the exit of the interpreter.
 
     Attributes:
+        budget: the limits and the cost.
         finished: open when the thread is done.
         failure: the error that the user must know; None if all orders have ended.
         connections: SSH connections to close at the end of the rental.
         closed: whether ``close()`` is done.
+        kept: whether the order stays after the rental.
+        signalled: the signal that ends the rental, or None.
     """
 
     def __init__(
@@ -9844,12 +9455,10 @@ class RentalWorker:
         folder: Path | None,
         inbox: queue.SimpleQueue[Any],
         holders: list[weakref.ref[Any]],
-        in_block: bool = True,
     ) -> None:
         self._client = client
-        self._orders = orders
         self._inbox = inbox
-        self._holders = holders  # weak references to the rental and its with statement
+        self._holders = holders  # references to the rental, and to its with statement if any
         self.pid = os.getpid()
         self.budget = Budget(settings)
         self.finished = Gate()
@@ -9858,9 +9467,9 @@ class RentalWorker:
         self.closed = False
         self.kept = False
         self.signalled: int | None = None
-        self.exceeded: BudgetExceededError | None = None  # made when a limit was reached
+        self._exceeded: BudgetExceededError | None = None  # made when a limit was reached
         # A signal ends a ``with`` block of the main thread, and so its rental.
-        self._main = in_block and in_main_thread()
+        self._main = len(holders) > 1 and in_main_thread()
         self._signals: SignalHandling | None = None
         self._rental_orders = RentalOrders(orders, settings, folder, self.budget)
         self._current: RentalOrder | None = None  # the order of the block
@@ -9886,7 +9495,12 @@ class RentalWorker:
         self._started = True
 
     def call_in_thread(self, action: Callable[[], Result]) -> Result:
-        """Run a function in the worker thread, and return its result or raise its error."""
+        """Run a function in the worker thread, and return its result or raise its error.
+
+        Before the thread has started, the function runs in this thread.
+        """
+        if not self._started:
+            return action()
         request = ThreadCall(action)
         self._inbox.put(request)
         while not request.done.wait():
@@ -9910,28 +9524,18 @@ class RentalWorker:
         """
         return self.call_in_thread(lambda: self._buy(server, price, arguments))
 
-    def end_order(self) -> BaseException | None:
-        """End the current order. Return None if that is confirmed, else the error."""
-        return self.call_in_thread(self._end_current)
+    def end_order(self) -> None:
+        """End the current order. Raise an error if that is not confirmed."""
+        self.call_in_thread(self._end_current)
 
     def adopt(self, order: Order, ends: bool) -> None:
         """Take over an order that exists. Without ``ends``, the rental does not end it."""
-        clock = time.time() + (self._orders.client.server_clock or 0.0)
-        age = 0.0 if order.started_at is None else max(0.0, clock - order.started_at)
-        if ends:
-            self._current = self.call_in_thread(
-                lambda: self._rental_orders.adopt(order, age, ends=True)
-            )
-        else:
-            self.kept = True
-            self._current = self._rental_orders.adopt(order, age, ends=False)
+        self.kept = not ends
+        self._current = self.call_in_thread(lambda: self._rental_orders.adopt(order, ends))
 
     def keep(self, until: float | None) -> None:
         """Keep the current order running after the rental, until a Unix time or for good."""
-        if self._started:
-            self.call_in_thread(lambda: self._keep(until))
-        else:
-            self._keep(until)
+        self.call_in_thread(lambda: self._keep(until))
 
     def correct_price(self, usd_per_hour: float) -> None:
         """Set the price of the current order, as the API shows it."""
@@ -9942,10 +9546,10 @@ class RentalWorker:
         """Raise an error if a limit, a signal or the interpreter ends the rental."""
         if self.pid != os.getpid():
             return
-        if not self.kept and self._current is not None and self._exceed():
+        if not self.kept and self._current is not None and self._exceeds_limit():
             self._inbox.put(None)  # wake the worker, which ends the order
-        if self.exceeded is not None:
-            raise self.budget_error(self.exceeded)
+        if (exceeded := self.budget_error()) is not None:
+            raise exceeded
         if self.signalled is None:
             self.signalled = None if in_main_thread() else this_process.stopping_signal
         if self.signalled is not None:
@@ -9985,17 +9589,18 @@ class RentalWorker:
                     break
         return caught
 
-    def budget_error(self, exceeded: BudgetExceededError) -> BudgetExceededError:
-        """Return the error for the user, which says if the cancel is accepted already."""
+    def budget_error(self) -> BudgetExceededError | None:
+        """Return the error for a limit that was reached, or None.
+
+        It says if the cancel is accepted already.
+        """
+        if (first := self._exceeded) is None:
+            return None
         ended = self._current is None or self._current.accepted
         state = "was ended" if ended else "is being ended"
-        hours, cost, order_id = exceeded.hours, exceeded.cost_usd, exceeded.order_id
-        return BudgetExceededError(
-            f"{exceeded}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD",
-            order_id=order_id,
-            hours=hours,
-            cost_usd=cost,
-        )
+        order_id, hours, cost = first.order_id, first.hours, first.cost_usd
+        text = f"{first}: order {order_id} {state}, after {hours:.4g} h and {cost:.4g} USD"
+        return BudgetExceededError(text, order_id=order_id, hours=hours, cost_usd=cost)
 
     def close_ssh(self) -> None:
         """Close the SSH connections of the rental."""
@@ -10040,7 +9645,7 @@ class RentalWorker:
             self.failure = error
         self._rental_orders.record_block_end()
         try:
-            failure = self._rental_orders.end_all()
+            failure: BaseException | None = self._rental_orders.end_all()
         except BaseException as error:
             failure = error
         if not self._rental_orders.abandoned:
@@ -10053,10 +9658,11 @@ class RentalWorker:
         self.finished.open()
 
     def _next_request(self) -> None:
-        timeout = None if self.exceeded else self.budget.seconds_between_checks
+        """Wait for a request of the rental, but not longer than until the next check."""
+        timeouts = [] if self._exceeded else [self.budget.seconds_between_checks]
         if self._rental_orders.unresolved():
-            interval = self._rental_orders.search_interval
-            timeout = interval if timeout is None else min(interval, timeout)
+            timeouts.append(self._rental_orders.search_interval)
+        timeout = min((t for t in timeouts if t is not None), default=None)
         request = next_item(self._inbox, timeout)
         if isinstance(request, ThreadCall):
             request.run()
@@ -10075,17 +9681,17 @@ class RentalWorker:
         current = self._current
         if current is None or current.accepted or current.order_id is None or self.kept:
             return False
-        return self.signalled is not None or self._exceed()
+        return self.signalled is not None or self._exceeds_limit()
 
-    def _exceed(self) -> bool:
+    def _exceeds_limit(self) -> bool:
         """Check the limits, and return whether one was reached, now or before."""
-        if self.exceeded is None and (text := self.budget.exceeded_by()) is not None:
+        if self._exceeded is None and (limit := self.budget.exceeded_by()) is not None:
             order_id = None if self._current is None else self._current.order_id
-            self.exceeded = BudgetExceededError(
-                text, order_id=order_id, hours=self.budget.hours, cost_usd=self.budget.cost_usd
+            self._exceeded = BudgetExceededError(
+                limit, order_id=order_id, hours=self.budget.hours, cost_usd=self.budget.cost_usd
             )
-            logger.warning("%s", self.budget_error(self.exceeded))
-        return self.exceeded is not None
+            logger.warning("%s", self.budget_error())
+        return self._exceeded is not None
 
     # --- buying ---
 
@@ -10135,7 +9741,7 @@ class RentalWorker:
         current = self._current
         if current is None or current.order_id is None:
             return
-        # In its own thread, because the cancel may have to wait for the API.
+        # Close SSH in its own thread: neither it nor the cancel must wait for the other.
         threading.Thread(target=self.close_ssh, name="clore-rental-close", daemon=True).start()
         orders = self._rental_orders
         failure = orders.try_to_cancel(current, orders.deadline)
@@ -10143,10 +9749,10 @@ class RentalWorker:
             logger.error("order %d could not be cancelled: %s", current.order_id, failure)
         self.close_ssh()  # the block may have opened another one
 
-    def _end_current(self) -> BaseException | None:
-        failure = None if self._current is None else self._rental_orders.end(self._current)
-        self._current = None
-        return failure
+    def _end_current(self) -> None:
+        current, self._current = self._current, None
+        if current is not None and (failure := self._rental_orders.end(current)) is not None:
+            raise failure
 
 
 def _end_all() -> None:
@@ -10168,7 +9774,7 @@ atexit.register(_end_all)
 # ==================================================================================================
 # rental.rental
 #
-# Rental, the context manager of ``rent()``: find, order, wait, and cancel at the end.
+# Rent a server for the length of a block: find, order, wait, and cancel at the end.
 # ==================================================================================================
 
 
@@ -10188,25 +9794,8 @@ TRY_NEXT_ERRORS = (
 )
 
 
-class BlockExit:
-    """A descriptor for ``__exit__`` that returns a new object to each ``with`` statement.
-
-    The ``with`` statement keeps that object until the block has ended in any way. The worker has a
-    weak reference to it, and so sees the end even if an interrupt stops ``__exit__`` at its first
-    line.
-    """
-
-    def __get__(self, rental: Any, owner: Any) -> Callable[..., None]:
-        end: Callable[..., None] = owner._end
-        if rental is None:
-            return end
-        leave = functools.partial(end, rental)
-        rental.end_with(leave)
-        return leave
-
-
 class Rental:
-    """A server that is rented for the length of a ``with`` block; see ``CloreClient.rent``.
+    """Rent a server for the length of a ``with`` block; see ``CloreClient.rent``.
 
     A worker thread, :class:`RentalWorker`, orders and cancels. The thread that runs the block looks
     for servers, and waits.
@@ -10241,9 +9830,9 @@ class Rental:
         self._worker: RentalWorker | None = None
         self._order: Order | None = None
         self._server: Server | None = None
-        self._shell: Any = None
-        self._kept_as = "kept"  # what the repr of an order says that this rental does not end
-        self._over = False  # set before the worker is looked at, as __enter__ does it vice versa
+        self._connection: Any = None  # that of run(), upload() and the like
+        self._kept_as = "kept"  # for the repr of a rental that does not end its order
+        self._over = False  # set by request_end(), also before the block begins
         self.tried: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
@@ -10315,10 +9904,10 @@ class Rental:
         return connection
 
     def run(self, command: str | Sequence[str], **options: Any) -> CommandResult:
-        """Run a command on the machine, as :meth:`CloreClient.run` does. Needs paramiko.
+        """Run a command on the server, as :meth:`CloreClient.run` does. Needs paramiko.
 
         Parameters:
-            command: a command for the machine's shell; a list of arguments is quoted.
+            command: a command for the server's shell; a list of arguments is quoted.
             **options: arguments of :meth:`CloreClient.run`. All calls share one connection, so
                 login arguments only have an effect in the first call.
 
@@ -10326,38 +9915,36 @@ class Rental:
             CommandError: the exit code was not 0.
             BudgetExceededError: the rental has reached a limit, and has ended.
         """
-        return self._over_ssh(self._client.run, (command,), options)
+        return self._call_with_ssh(self._client.run, command, **options)
 
     def upload(self, local: Any, remote: Any, **options: Any) -> TransferResult:
-        """Copy a file or directory to the machine, as :meth:`CloreClient.upload` does."""
-        return self._over_ssh(self._client.upload, (local, remote), options)
+        """Copy a file or directory to the server, as :meth:`CloreClient.upload` does."""
+        return self._call_with_ssh(self._client.upload, local, remote, **options)
 
     def download(self, remote: Any, local: Any, **options: Any) -> TransferResult:
-        """Copy a file or directory from the machine, as :meth:`CloreClient.download` does."""
-        return self._over_ssh(self._client.download, (remote, local), options)
+        """Copy a file or directory from the server, as :meth:`CloreClient.download` does."""
+        return self._call_with_ssh(self._client.download, remote, local, **options)
 
     def forward(self, remote_port: int, local_port: int = 0) -> Forward:
-        """Forward a local port to the machine, as :meth:`CloreClient.forward` does."""
-        return self._over_ssh(self._client.forward, (remote_port, local_port), {})
+        """Forward a local port to the server, as :meth:`CloreClient.forward` does."""
+        return self._call_with_ssh(self._client.forward, remote_port, local_port)
 
     def shell(self) -> int:
-        """Open the machine's shell in this terminal, as :meth:`CloreClient.shell` does."""
-        return self._over_ssh(self._client.shell, (), {})
+        """Open the server's shell in this terminal, as :meth:`CloreClient.shell` does."""
+        return self._call_with_ssh(self._client.shell)
 
     def ssh_command(self, **options: Any) -> str:
         """Return the command that logs in from a terminal; see :meth:`CloreClient.ssh_command`."""
         return self._client.ssh_command(self.order, **options)
 
-    def _over_ssh(
-        self, method: Callable[..., Part], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Part:
+    def _call_with_ssh(self, method: Callable[..., Part], /, *args: Any, **options: Any) -> Part:
         """Call a method of the client with the rental's own connection."""
         worker = self._open_worker()
         login = {name: options.pop(name) for name in LOGIN_DEFAULTS.keys() & options.keys()}
-        if self._shell is None or not is_connected(self._shell):
-            self._shell = self.ssh(**login)
+        if self._connection is None or not is_connected(self._connection):
+            self._connection = self.ssh(**login)
         try:
-            return method(self.order, *arguments, ssh=self._shell, **options)
+            return method(self.order, *args, ssh=self._connection, **options)
         finally:
             worker.check()
 
@@ -10384,9 +9971,7 @@ class Rental:
         check_optional_number("max_hours", max_hours, above=True, maximum=LONGEST_KEEP)
         worker, order = self._open_worker(), self.order
         if worker.finished.is_open:
-            raise RentalError(
-                f"order {order.id} has ended already, so it can't be kept: rent again"
-            )
+            raise RentalError("the order has ended already, so it can't be kept: rent again")
         worker.keep(None if max_hours is None else time.time() + max_hours * 3600.0)
         self._kept_as = "kept"
         return order
@@ -10456,15 +10041,14 @@ class Rental:
 
     def _make_worker(self) -> RentalWorker:
         holders: list[weakref.ref[Any]] = [weakref.ref(self, self._inbox.put)]
-        in_block = self._block is not None and self._block() is not None
-        if self._block is not None and in_block:
+        if self._block is not None and self._block() is not None:
             holders.append(self._block)
         return RentalWorker(
-            self._client, self._orders, self._settings, self._folder, self._inbox, holders, in_block
+            self._client, self._orders, self._settings, self._folder, self._inbox, holders
         )
 
     def share_with(self, other: Rental) -> None:
-        """Try other servers than another rental, found by one search; report one at a time."""
+        """Share the found servers with another rental, so that both try different ones."""
         self.servers, self._settings = other.servers, other._settings
         self._progress = other._progress
 
@@ -10505,7 +10089,7 @@ class Rental:
             except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
                 interrupts.append(late)
                 interrupted = True
-        self._shell = None
+        self._connection = None
         _raise_failure(error, worker, interrupts)
 
     # --- servers ---
@@ -10534,46 +10118,37 @@ class Rental:
         price = self._settings.price_of(server)
         shown = "price unknown" if price is None else f"{price:.3g} USD/h"
         gpu = server.gpu if is_mixed(server) else server.gpu_name
-        self._tell("rent", f"renting server {server.id} ({gpu}, {shown})")
+        self._report_step("rent", f"renting server {server.id} ({gpu}, {shown})")
+        arguments = dict(self._settings.order_arguments)
         try:
-            order = self._buy(worker, server)
+            if self._settings.spot:
+                arguments["spot_price"] = price
+                # Read the exchange rate now, because the cost counts from the purchase on.
+                self._client.get_spot_market(server.id or 0)
+            order = worker.buy(server, price, arguments)
         except TRY_NEXT_ERRORS as error:
             return str(error)
-        self._tell("order", f"order {order.id} of server {server.id}")
+        self._report_step("order", f"order {order.id} of server {server.id}")
         self._order, self._server = order, server
         reason = self._over_limit(worker, order, server) or self._deploy(worker, order, server)
         if reason is None:
             return None
         worker.check()
-        failure = worker.end_order()
         self._order = self._server = None
-        if failure is not None:
-            raise failure
+        worker.end_order()
         return reason
 
-    def _tell(self, name: str, text: str) -> None:
+    def _report_step(self, name: str, text: str) -> None:
         if self._report is not None:
             self._report(ProgressEvent(name, 3600 * self.hours, text))
 
-    def _buy(self, worker: RentalWorker, server: Server) -> Order:
-        settings = self._settings
-        price = settings.price_of(server)
-        arguments = {**settings.order_arguments, "find_timeout": settings.find_timeout}
-        if settings.spot:
-            arguments["spot_price"] = price
-            # Read the exchange rate now, because the cost counts from the purchase on.
-            self._client.get_spot_market(server.id or 0)
-        return worker.buy(server, price, arguments)
-
     def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         """Wait until an order runs. Return None, or the reason why it does not."""
-        settings = self._settings
-        more: dict[str, Any] = {} if self._report is None else {"on_progress": self._report}
+        timeout, interval = self._settings.deploy_timeout, self._settings.poll_interval
         try:
-            running: Order = self._client.wait_for_order(
-                order.id or 0, timeout=settings.deploy_timeout,
-                poll_interval=settings.poll_interval, **more,
-            )  # fmt: skip
+            running = self._client.wait_for_order(
+                order.id or 0, timeout=timeout, poll_interval=interval, on_progress=self._report
+            )
         except (WaitTimeoutError, OrderEndedError) as error:
             worker.check()
             self._history.record(server.id, NOT_DEPLOYED)
@@ -10597,7 +10172,7 @@ class Rental:
 
 
 class AttachedRental(Rental):
-    """A rental of an order that exists; see ``CloreClient.attach``.
+    """Use an order that exists like a rental; see ``CloreClient.attach``.
 
     Parameters:
         order: the order.
@@ -10653,10 +10228,10 @@ class AttachedRental(Rental):
         self._priced = True
         currency = self._settings.currency
         price = order_usd_per_hour(order, self.server, currency)
-        if price is None:  # the marketplace may have brought the exchange rate
-            price = self._orders.market.data.rates.usd(order.get("price"), currency)
-        if price is None and not self._settings.spot:
-            price = on_demand_usd(self.server, currency)
+        # The marketplace was just read, and may have the exchange rate.
+        price = price or self._orders.market.data.rates.usd(order.get("price"), currency)
+        if not self._settings.spot:
+            price = price or on_demand_usd(self.server, currency)
         if price is not None:
             worker.correct_price(price)
 
@@ -10679,26 +10254,26 @@ def _raise_failure(
         worker: the worker, which has ended the rental or was interrupted.
         interrupts: the interrupts during the end of the rental.
     """
-    failure, exceeded = worker.failure, worker.exceeded
     raised: BaseException | None = None
     if error is None or isinstance(error, Exception):
+        exceeded = worker.budget_error()
         if exceeded is not None and not _is_of(error, exceeded.order_id):
-            raised = worker.budget_error(exceeded)
+            raised = exceeded
         elif interrupts:
             raised = interrupts[-1]
         elif worker.signalled is not None and not worker.kept:
             raised = SignalExit(worker.signalled)
-    shown = error if raised is None else raised
-    if shown is None and failure is not None:
-        raise failure
-    if shown is not None and failure is not None and shown is not failure:
-        add_note(shown, str(failure))
+    if (failure := worker.failure) is not None:
+        if (shown := raised or error) is None:
+            raise failure
+        if str(shown) != str(failure):  # the block may pass on the error of close()
+            add_note(shown, str(failure))
     if raised is not None:
         raise raised from error
 
 
 def _check_open(part: Part | None) -> Part:
-    """Return a part of a rental, which is None before the block begins."""
+    """Return a part of a rental, or raise an error before the block begins."""
     if part is None:
         raise RentalError("nothing is rented: use it as `with client.rent(...) as rental:`")
     return part
@@ -10711,7 +10286,7 @@ def _is_of(error: BaseException | None, order_id: int | None) -> bool:
 # ==================================================================================================
 # rental.group
 #
-# RentalGroup, the context manager of ``rent_many()``: several rentals side by side.
+# Rent several servers at once, and end them together.
 # ==================================================================================================
 
 
@@ -10719,7 +10294,7 @@ GroupResult = TypeVar("GroupResult")
 
 
 class RentalGroup:
-    """Several rentals that begin and end together; see ``CloreClient.rent_many``.
+    """Begin and end several rentals together; see ``CloreClient.rent_many``.
 
     It is a sequence of the rentals that run: ``len(rentals)``, ``rentals[0]``, ``for rental in
     rentals``.
@@ -10758,13 +10333,13 @@ class RentalGroup:
         return sum(rental.cost_usd for rental in self._all)
 
     def run(self, command: str | Sequence[str], **options: Any) -> list[CommandResult]:
-        """Run a command on all machines at once; see :meth:`Rental.run`.
+        """Run a command on all servers at once; see :meth:`Rental.run`.
 
         Returns:
             A list with the result of each rental, in their order.
 
         Raises:
-            CommandError: it failed on one machine; the others have ended, too.
+            CommandError: it failed on one server; the others have ended, too.
         """
         return self.map(lambda rental: rental.run(command, **options))
 
@@ -10828,24 +10403,21 @@ class RentalGroup:
         pool = ThreadPoolExecutor(len(self._all), "clore-rent-many")
         calls = [pool.submit(rental.start) for rental in self._all]
         pool.shutdown(wait=False)
-        allowed = len(self._all) - self._min_count
-        for _ in as_completed(calls):
-            failed = [e for call in calls if call.done() and (e := call.exception()) is not None]
-            if foreign := [error for error in failed if not isinstance(error, CloreError)]:
-                raise foreign[0]  # for example one that on_progress raised
-            if len(failed) > allowed:
+        failed: list[BaseException] = []
+        for call in as_completed(calls):
+            if (error := call.exception()) is None:
+                continue
+            if not isinstance(error, CloreError):
+                raise error  # for example one that on_progress raised
+            failed.append(error)
+            if len(self._all) - len(failed) < self._min_count:
                 raise self._too_few(failed)
-        self._running = [
-            rental
-            for rental, call in zip(self._all, calls, strict=True)
-            if call.exception() is None
-        ]
-        for call in calls:
-            if (error := call.exception()) is not None:
-                logger.warning("%d of %d rentals run: %s", len(self._running), len(calls), error)
+        self._running = [r for r, c in zip(self._all, calls, strict=True) if not c.exception()]
+        for error in failed:
+            logger.warning("%d of %d rentals run: %s", len(self._running), len(calls), error)
 
     def _too_few(self, errors: list[BaseException]) -> BaseException:
-        """Return the error for a group of which too few rentals run."""
+        """Return the error for a group in which too few rentals run."""
         serious = [error for error in errors if type(error) is not RentalError]
         if serious:
             return serious[0]
@@ -10881,15 +10453,15 @@ class RentalGroup:
 
 def _raise_first(error: BaseException | None, failures: list[BaseException]) -> None:
     """Raise the most serious failure, with the others as notes."""
-    plain = [failure for failure in failures if isinstance(failure, Exception)]
     unconfirmed = [f for f in failures if isinstance(f, CancelUnconfirmedError)]
-    first = next((f for f in failures if f not in plain), None) or failures[0]
-    if len(unconfirmed) > 1 and first in plain:
+    # An interrupt comes first. The sort keeps the order of the others.
+    first, *others = sorted(failures, key=lambda failure: isinstance(failure, Exception))
+    if len(unconfirmed) > 1 and isinstance(first, Exception):
         ids = tuple(order_id for failure in unconfirmed for order_id in failure.order_ids)
         first = CancelUnconfirmedError("; ".join(map(str, unconfirmed)), order_ids=ids)
-    for failure in failures:
-        if failure is not first:
-            add_note(first, str(failure))
+        others = [f for f in failures if not isinstance(f, CancelUnconfirmedError)]
+    for other in others:
+        add_note(first, str(other))
     raise first from error
 
 
@@ -10936,8 +10508,8 @@ class Leftover:
         return f"<Leftover order {self.order_id} of server {self.server_id}{by}{until}>"
 
 
-class Leftovers:
-    """The result of ``CloreClient.leftovers``. It is false if all lists are empty.
+class Leftovers(NamedTuple):
+    """Hold the result of ``CloreClient.leftovers``. It is false if all lists are empty.
 
     Attributes:
         abandoned: orders that may still run, of dead processes of this machine.
@@ -10946,21 +10518,14 @@ class Leftovers:
         kept: orders that rentals of this machine kept with ``keep()``.
     """
 
-    def __init__(
-        self,
-        abandoned: list[Leftover],
-        elsewhere: list[Leftover],
-        unnoted: list[Order],
-        kept: list[Leftover],
-    ) -> None:
-        self.abandoned = abandoned
-        self.elsewhere = elsewhere
-        self.unnoted = unnoted
-        self.kept = kept
+    abandoned: list[Leftover]
+    elsewhere: list[Leftover]
+    unnoted: list[Order]
+    kept: list[Leftover]
 
     def __bool__(self) -> bool:
         """Return whether any of the lists has an item."""
-        return bool(self.abandoned or self.elsewhere or self.unnoted or self.kept)
+        return any(self)
 
     def __repr__(self) -> str:
         return (
@@ -10970,13 +10535,22 @@ class Leftovers:
 
 
 class _Survey:
-    """The journal entries and the active orders, read once and matched."""
+    """Read the journal entries and the active orders once, and match them.
+
+    Attributes:
+        entries: the journal entries of the account.
+        listed: order id -> the active order.
+        unnoted: the active orders without an entry.
+        missing: entries with an order id that no list has.
+    """
 
     def __init__(self, orders: AccountOrders, folder: Path | None) -> None:
         self._orders = orders
         account = orders.account
         self.entries: list[JournalEntry] = []
+        self.missing: list[JournalEntry] = []
         self._kept: list[JournalEntry] = []
+        self._matched: dict[Path, Order] = {}  # path of an entry -> its order
         self._read(folder, account)
         try:
             self.listed = {o.id: o for o in orders.active() if o.id is not None}
@@ -10998,60 +10572,49 @@ class _Survey:
                 self.entries.append(entry)
 
     def close(self) -> None:
+        """Release the locks of the entries."""
         for entry in [*self.entries, *self._kept]:
             entry.close()
 
-    def _leave_kept_orders(self) -> None:
-        """Remove the entries of orders that a dead process had just recorded as kept."""
-        kept = {entry.order_id for entry in self._kept}
+    def _match(self) -> None:
+        kept = {entry.order_id or 0 for entry in self._kept}
         for entry in list(self.entries):
-            if entry.order_id in kept and entry.abandoned and entry.of_this_machine:
+            if entry.order_id in kept and entry.abandoned:  # its process died within keep()
                 entry.remove()
                 self.entries.remove(entry)
-
-    def _match(self) -> None:
-        self._leave_kept_orders()
-        named = {entry.order_id for entry in [*self.entries, *self._kept]}
-        self._matched: dict[str, Order] = {}  # path of an entry -> its order
-        held: set[int] = set()
+        named = kept | {entry.order_id for entry in self.entries}
         living: set[int] = set()  # orders that may belong to living processes
         for entry in self.entries:
-            order_id = entry.order_id
-            if order_id is not None:
-                fitting = [self.listed[order_id]] if order_id in self.listed else []
-            else:
-                fitting = [
-                    order
-                    for number, order in self.listed.items()
-                    if number not in named and matches_entry(entry.data, order)
-                ]
-            if entry.abandoned or not entry.of_this_machine:
-                if len(fitting) > 1:
-                    logger.warning(
-                        "several orders match %s, so none is assigned to it: look at get_orders()",
-                        entry.path,
-                    )
-                elif fitting:
-                    self._matched[str(entry.path)] = fitting[0]
-                    held.add(fitting[0].id or 0)
-            else:
+            fitting = self._fitting(entry, named)
+            if entry.of_this_machine and not entry.abandoned:
                 living.update(order.id or 0 for order in fitting)
-        held |= living
-        held |= {entry.order_id or 0 for entry in self._kept}
-        self._settle_claims(living)
-        self.unnoted = [o for i, o in self.listed.items() if i not in held and not o.has_ended]
+            elif len(fitting) > 1:
+                logger.warning(
+                    "several orders match %s, so none is assigned to it: look at get_orders()",
+                    entry.path,
+                )
+            elif fitting:
+                self._matched[entry.path] = fitting[0]
+        noted = kept | living | {order.id for order in self._matched.values()}
+        self.unnoted = [o for i, o in self.listed.items() if i not in noted and not o.has_ended]
+        self._settle_conflicts(living)
 
-    def _settle_claims(self, living: set[int]) -> None:
+    def _fitting(self, entry: JournalEntry, named: Collection[int | None]) -> list[Order]:
+        """Return the active orders that an entry can be about."""
+        if entry.order_id is not None:
+            return [self.listed[entry.order_id]] if entry.order_id in self.listed else []
+        unnamed = (order for number, order in self.listed.items() if number not in named)
+        return [order for order in unnamed if matches_entry(entry.data, order)]
+
+    def _settle_conflicts(self, living: set[int]) -> None:
         """Assign at most one entry to each order."""
-        claims: dict[int, list[JournalEntry]] = {}
+        entries_of: dict[int, list[JournalEntry]] = {}
         for entry in self.entries:
-            if (order := self._matched.get(str(entry.path))) is not None:
-                claims.setdefault(order.id or 0, []).append(entry)
-        for order_id, entries in claims.items():
-            if order_id in living or (
-                len(entries) > 1
-                and not all(entry.abandoned and entry.of_this_machine for entry in entries)
-            ):
+            if (order := self._matched.get(entry.path)) is not None:
+                entries_of.setdefault(order.id or 0, []).append(entry)
+        for order_id, entries in entries_of.items():
+            all_dead = all(entry.abandoned for entry in entries)
+            if order_id in living or (len(entries) > 1 and not all_dead):
                 logger.warning(
                     "order %d may belong to another process, so it is not touched", order_id
                 )
@@ -11061,10 +10624,11 @@ class _Survey:
                 entries.sort(key=lambda entry: finite(entry.data.get("started")) or 0.0)
                 losers = entries[:-1]
             for entry in losers:
-                self._matched.pop(str(entry.path))
+                del self._matched[entry.path]
 
     def order_of(self, entry: JournalEntry) -> Order | None:
-        order = self._matched.get(str(entry.path))
+        """Return the active order of an entry, or None."""
+        order = self._matched.get(entry.path)
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:
@@ -11076,7 +10640,6 @@ class _Survey:
 
     def tidy(self, wait: float) -> None:
         """Remove the entries of orders that have ended or do not exist."""
-        self.missing: list[JournalEntry] = []  # entries with an order id that no list has
         intents: list[JournalEntry] = []
         for entry in self.entries:
             if not entry.abandoned or self.order_of(entry) is not None:
@@ -11085,7 +10648,7 @@ class _Survey:
                 if not _is_recent(entry.data, LATEST_ORDER + CLOCKS_APART):
                     intents.append(entry)
             elif not _is_recent(entry.data, wait):
-                if self._has_ended(entry):
+                if _has_ended(self._orders, entry.order_id):
                     logger.info("the order of %s has ended: the entry is removed", entry.path)
                     entry.remove()
                 else:
@@ -11093,17 +10656,12 @@ class _Survey:
         if intents:
             self._tidy_intents(intents)
         for entry in list(self._kept):
-            if entry.order_id not in self.listed and self._has_ended(entry):
+            order_id = entry.order_id or 0
+            if order_id not in self.listed and _has_ended(self._orders, order_id):
                 entry.remove()
                 self._kept.remove(entry)
         with contextlib.suppress(CloreError):
             self._orders.tidy_credentials(set(self.listed))
-
-    def _has_ended(self, entry: JournalEntry) -> bool:
-        try:
-            return self._orders.state(entry.order_id or 0) == "ended"
-        except CloreError:
-            return False
 
     def _tidy_intents(self, entries: list[JournalEntry]) -> None:
         # One list is not enough, because it can be empty for a moment.
@@ -11116,20 +10674,22 @@ class _Survey:
 
     def abandoned(self) -> list[tuple[JournalEntry, Order | None]]:
         """Return the entries of dead processes of this machine with orders that may run."""
-        dead = [entry for entry in self.entries if entry.abandoned and entry.of_this_machine]
         return [
             (entry, order)
-            for entry in dead
-            if (order := self.order_of(entry)) is not None or entry in self.missing
+            for entry in self.entries
+            if entry.abandoned
+            and ((order := self.order_of(entry)) is not None or entry in self.missing)
         ]
 
     def result(self) -> Leftovers:
-        elsewhere = [Leftover(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
+        """Return the leftovers for the user."""
         abandoned = [Leftover(entry, order) for entry, order in self.abandoned()]
-        kept = [Leftover(e, self.listed.get(e.order_id or 0)) for e in self._kept]
-        elsewhere += [k for k, e in zip(kept, self._kept, strict=True) if not e.of_this_machine]
-        kept = [k for k, e in zip(kept, self._kept, strict=True) if e.of_this_machine]
-        return Leftovers(abandoned, elsewhere, self.unnoted, kept)
+        found = [(e, self.order_of(e)) for e in self.entries if not e.of_this_machine]
+        kept = [(e, self.listed.get(e.order_id or 0)) for e in self._kept]
+        found += [(e, order) for e, order in kept if not e.of_this_machine]
+        elsewhere = [Leftover(entry, order) for entry, order in found]
+        here = [Leftover(e, order) for e, order in kept if e.of_this_machine]
+        return Leftovers(abandoned, elsewhere, self.unnoted, here)
 
 
 def _is_recent(data: dict[str, Any], seconds: float) -> bool:
@@ -11156,21 +10716,17 @@ def _take_survey(orders: AccountOrders, folder: Path | None, wait: float) -> _Su
 
 def find_leftovers(orders: AccountOrders, folder: Path | None, wait: float) -> Leftovers:
     """Find the orders that rentals left running; see ``CloreClient.leftovers``."""
-    survey = _take_survey(orders, folder, wait)
-    survey.close()
-    return survey.result()
+    with contextlib.closing(_take_survey(orders, folder, wait)) as survey:
+        return survey.result()
 
 
 def end_leftovers(
     orders: AccountOrders, folder: Path | None, wait: float, timeout: float
 ) -> list[int]:
     """Cancel the orders that dead processes left; see ``CloreClient.cancel_leftovers``."""
-    survey = _take_survey(orders, folder, wait)
-    try:
+    with contextlib.closing(_take_survey(orders, folder, wait)) as survey:
         # The entries are locked, so no other process cancels the same orders.
         return _end_entries(orders, survey.abandoned(), timeout, "cancel_leftovers()")
-    finally:
-        survey.close()
 
 
 def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> list[int]:
@@ -11178,8 +10734,7 @@ def end_overdue(orders: AccountOrders, folder: Path | None, timeout: float) -> l
     overdue: list[JournalEntry] = []
     for entry in kept_entries(folder, orders.account):
         until = finite(entry.data.get("kept_until"))
-        mine = entry.abandoned and entry.of_this_machine
-        if mine and until is not None and until <= time.time():
+        if entry.abandoned and until is not None and until <= time.time():
             overdue.append(entry)
         else:
             entry.close()
@@ -11212,7 +10767,7 @@ def _end_entries(
     timeout: float,
     again: str,
 ) -> list[int]:
-    """Cancel the orders of entries, and remove the entries.
+    """Cancel the orders of journal entries, and remove the entries.
 
     Parameters:
         orders: the orders of the account.
@@ -11261,33 +10816,30 @@ def _end_order(
 # ==================================================================================================
 # ssh.transport
 #
-# Prepare paramiko's transports and channels: bounded memory, fast ciphers, dead links noticed.
+# Prepare paramiko's connections and channels: limits of memory and time, and fast ciphers.
 #
-# A call that has no timeout of its own is limited by a watchdog.
-#
-# paramiko has no settings for most of this: these are attributes of its objects. The package uses
-# four private ones: ``Packetizer._read_timeout`` and ``Transport._send_user_message`` here,
-# ``SFTPClient._async_request`` and ``SFTPClient._read_response`` in ``transfer/sftp.py``. A test
-# names the versions of paramiko with which that was checked.
+# paramiko has no settings for most of this, so attributes of its objects are replaced. Two of them
+# are private: ``Packetizer._read_timeout`` and ``Transport._send_user_message``. A test names the
+# versions of paramiko that have them.
 # ==================================================================================================
 
 
 PARAMIKO_LOGGER = "clore_client.paramiko"
 REKEY_BYTES = 2**36
 MAX_GREETING = 2**18  # bytes before the key exchange; OpenSSH sends a few hundred at most
-MAX_PACKET = 2**22  # bytes, far more than anybody asks for
-CHANNEL_PACKET = 131072  # bytes; a fourth of the packets that 32 KB would make
+MAX_PACKET = 2**22  # bytes; far more than a host is asked to send
+CHANNEL_PACKET = 131072  # bytes; needs a fourth of the packets that 32 KB would need
 COMMAND_WINDOW = 2**21  # bytes
-CHANNEL_PAUSE = 0.05  # seconds between two tries to open a channel
-SPARE_PATIENCE = 1.0  # seconds for a thread to take what has arrived
-KEEPALIVE = 15.0  # seconds of silence after which a host is asked whether it is there
+CHANNEL_PAUSE = 0.05  # seconds between two attempts to open a channel
+SPARE_PATIENCE = 1.0  # seconds for another thread to take a channel that the host has opened
+KEEPALIVE = 15.0  # seconds of silence after which a host is asked for a sign of life
 DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
 KEEPALIVE_LOOK = 5.0  # seconds between two checks for silence
 WATCH_INTERVAL = 0.1  # seconds between two checks of the watchdog's limits
-# Messages that begin with a count, for as many things as paramiko would then read from nothing.
+# Messages with a count: paramiko would read as many items, even beyond the end of the message.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
 _WINDOW_ADJUST, _CHANNEL_CLOSE = b"\x5d", b"\x61"
-# Both ciphers authenticate as they go, which is nearly twice as fast here as CTR with a MAC.
+# Both ciphers include authentication, and are nearly twice as fast as CTR with a MAC.
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 
 
@@ -11311,7 +10863,7 @@ class NoChannelError(SSHError):
 
 
 def takes_turns(transport: Any) -> bool:
-    """Return whether a command may not start while another one of the connection ends.
+    """Return True if no command may start while another one of the connection ends.
 
     When one ends, dropbear (2022.83) closes every channel whose command has not started yet.
     """
@@ -11324,7 +10876,7 @@ def prepared_transport(
     """Make a transport for ``SSHClient.connect``.
 
     Parameters:
-        options: what paramiko gives to the transport that it would make.
+        options: the arguments of paramiko for the transport.
         timeout: seconds for the handshake.
         key_types: of the host's keys, the preferred ones first.
     """
@@ -11332,14 +10884,14 @@ def prepared_transport(
 
     transport: Any = paramiko.Transport(sock, **options)
     transport.spare = SpareSession(transport)
-    # paramiko deadlocks in a new key exchange while several threads send, and the connection dies
-    # of it after 30 s: so none before 64 GB, which is OpenSSH's own limit.
+    # In a new key exchange while several threads send, paramiko deadlocks for 30 s and then closes
+    # the connection. So there is none before 64 GB, which is also OpenSSH's limit.
     transport.packetizer.REKEY_BYTES = REKEY_BYTES
     transport.handshake_timeout = timeout
     _limit_packets(transport.packetizer, paramiko.SSHException)
     _name_errors(transport, paramiko.SSHException)
     with contextlib.suppress(OSError, AttributeError):
-        # Or each small packet waits up to 40 ms for the answer to the one before.
+        # Otherwise a small packet waits up to 40 ms for the answer to the previous one.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     security = transport.get_security_options()
     security.ciphers = _preferred(security.ciphers, FAST_CIPHERS)
@@ -11353,9 +10905,9 @@ def _preferred(names: Any, first: Any) -> list[str]:
 
 
 def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
-    """Limit what a host may send: paramiko takes lines, packets and counts of any size."""
-    read_timeout: Any = getattr(packetizer, "_read_timeout", None)
-    read_all, read_message = packetizer.read_all, packetizer.read_message
+    """Limit what a host may send: paramiko accepts lines, packets and counts of any size."""
+    read_timeout, read_all = packetizer._read_timeout, packetizer.read_all
+    read_message = packetizer.read_message
     greeting = 0
     packetizer.last_received = time.monotonic()
 
@@ -11375,7 +10927,7 @@ def _limit_packets(packetizer: Any, error: type[Exception]) -> None:
     def limited_message() -> Any:
         kind, message = read_message()
         then, packetizer.last_received = packetizer.last_received, time.monotonic()
-        if kind == _SERVICE_ACCEPT:  # its request followed the message before
+        if kind == _SERVICE_ACCEPT:  # it was requested right after the previous message
             packetizer.round_trip = packetizer.last_received - then
         if kind in (_EXT_INFO, _INFO_REQUEST):
             if kind == _INFO_REQUEST:
@@ -11399,9 +10951,7 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
         failure = get_exception()
         if failure is None or isinstance(failure, (error, OSError, EOFError)):
             return failure
-        named_error = error(f"it broke off ({type(failure).__name__})")
-        named_error.__cause__ = failure
-        return named_error
+        return error(f"it broke off ({type(failure).__name__})")
 
     transport.get_exception = named
 
@@ -11419,9 +10969,9 @@ def close_after(transport: Any, clients: list[Any]) -> None:
 
 
 def keep_alive(transport: Any) -> None:
-    """Ask a silent host whether it is still there, and end the connection without an answer.
+    """Ask a silent host for a sign of life; close the connection if there is none.
 
-    paramiko's own keepalives ask for no answer, so they never notice a dead link.
+    paramiko's own keepalives request no answer, so they never notice a dead link.
     """
     packetizer = transport.packetizer
 
@@ -11445,16 +10995,16 @@ def open_session(
     """Open a channel that keeps no more than its window in memory.
 
     Parameters:
-        patience: seconds to retry while the host refuses a further one.
+        patience: seconds to retry while the host refuses the channel.
 
     Raises:
-        NoChannelError: the host refuses it.
-        SSHError: it does not answer, or the connection is closed.
+        NoChannelError: the host refuses the channel.
+        SSHError: the host does not answer, or the connection is closed.
     """
     give_up_at = time.monotonic() + patience
     while True:
         if transport is None or not transport.is_active():
-            raise SSHError("the connection to the machine is closed")
+            raise SSHError("the connection to the host is closed")
         try:
             channel = transport.open_session(
                 window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
@@ -11466,7 +11016,7 @@ def open_session(
             refused = _is_refusal(error)
             if not refused or time.monotonic() >= give_up_at:
                 kind = NoChannelError if refused else SSHError
-                raise kind(f"the machine opened no channel: {reason(error)}") from error
+                raise kind(f"the host opened no channel: {reason(error)}") from error
             time.sleep(CHANNEL_PAUSE)
     channel.settimeout(timeout)
     _guard_channel(channel)
@@ -11474,19 +11024,16 @@ def open_session(
 
 
 def open_next_session(transport: Any) -> None:
-    """Ask for a session that the next command can use, without waiting for it.
-
-    It is opened on transports of :func:`prepared_transport` only.
-    """
+    """Open a session for the next command, without waiting for it."""
     spare = getattr(transport, "spare", None)
-    if spare is not None:
+    if spare is not None:  # the user's own connection has none
         spare.ask()
 
 
 class SpareSession:
-    """A session of a transport that is opened in advance, which saves a round trip later.
+    """Open a session of a transport in advance, to save a round trip later.
 
-    The next caller gets this session, so it does not count against the host's limit.
+    The next caller gets this session, so that it never exceeds the host's limit.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -11498,7 +11045,7 @@ class SpareSession:
         transport.open_channel = self._take_or_open
 
     def ask(self) -> None:
-        """Ask for the session, unless there is one."""
+        """Open the session in a new thread, unless there is one."""
         with self._lock:
             opening = self._opener is not None and self._opener.is_alive()
             if not opening and not _usable(self._channel) and not takes_turns(self._transport):
@@ -11529,7 +11076,7 @@ class SpareSession:
             return self._open_channel(kind, *arguments, **options)
         except connection_errors() as error:
             if self._opener is not None and _is_refusal(error):
-                self._opener.join(SPARE_PATIENCE)  # its answer has come before this one
+                self._opener.join(SPARE_PATIENCE)  # the host has answered it before this request
             if spare := self._take():
                 return spare
             raise
@@ -11538,7 +11085,7 @@ class SpareSession:
 def _is_refusal(error: Exception) -> bool:
     import paramiko
 
-    # If another thread already took paramiko's error, this one has a different type.
+    # If another thread took paramiko's error first, this one has a different type.
     return isinstance(error, paramiko.SSHException) and "Timeout" not in str(error)
 
 
@@ -11547,7 +11094,7 @@ def _usable(channel: Any) -> bool:
 
 
 def _guard_channel(channel: Any) -> None:
-    """Limit a channel's memory, and send nothing after its close message."""
+    """Limit the memory of a channel, and send nothing after its close message."""
     if isinstance(channel.transport, ChannelOrder):
         return
     channel.transport = ChannelOrder(channel.transport)
@@ -11556,11 +11103,11 @@ def _guard_channel(channel: Any) -> None:
 
 
 class ChannelOrder:
-    """Stands between a channel and its transport: nothing follows the channel's close.
+    """Pass messages from a channel to its transport, but none after the channel's close.
 
-    paramiko's own thread may answer the host's close while another one sends, and a server ends
-    the whole connection for what comes after that. Where a broken connection takes no request for
-    more data, paramiko would lose what it was about to return.
+    paramiko's own thread may answer the host's close while another thread sends, and a server
+    closes the whole connection if a message follows. Also, if a request for more data fails,
+    paramiko would lose the data that it was about to return.
     """
 
     def __init__(self, transport: Any) -> None:
@@ -11584,7 +11131,7 @@ class ChannelOrder:
 
 
 def _limit_buffer(pipe: Any, most: int) -> None:
-    """End the connection of a host that sends more than the window allows: paramiko keeps it."""
+    """Close the connection if a host sends more than the window allows; paramiko would keep it."""
     feed = pipe.feed
 
     def limited(data: Any) -> None:
@@ -11596,9 +11143,9 @@ def _limit_buffer(pipe: Any, most: int) -> None:
 
 
 def channel_request(channel: Any, kind: str, value: bytes | str, answered: bool = True) -> None:
-    """Ask for an exec or a subsystem, or send a signal, without waiting for the answer.
+    """Request an exec or a subsystem, or send a signal, without waiting for the answer.
 
-    A refusal closes the channel. paramiko's own methods wait for it, without a time limit.
+    A refusal closes the channel. paramiko's own methods wait for the answer, without a time limit.
     """
     import paramiko
     from paramiko.common import cMSG_CHANNEL_REQUEST
@@ -11616,20 +11163,20 @@ def channel_request(channel: Any, kind: str, value: bytes | str, answered: bool 
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
-    """Return what paramiko raises where a connection or a channel ends."""
+    """Return the errors that paramiko raises when a connection or a channel ends."""
     import paramiko
 
     return (paramiko.SSHException, OSError, EOFError)
 
 
 def reason(error: BaseException) -> str:
-    """Describe an error whose text may be the host's."""
+    """Describe an error; its text may come from the host."""
     text = str(getattr(error, "text", "")) or str(error)
     return printable(text.replace("[Errno None] ", "").rstrip(".") or type(error).__name__, 200)
 
 
 def is_connected(ssh: Any) -> bool:
-    """Check whether a connection is open."""
+    """Check that a connection is open."""
     transport = ssh.get_transport()
     return transport is not None and bool(transport.is_active())
 
@@ -11655,7 +11202,7 @@ class Limit:
 
 
 class Watchdog:
-    """Runs an action when a block takes too long; a context manager with one thread.
+    """Run an action when a block takes too long; a context manager with one thread.
 
     paramiko writes to a socket without a timeout: only closing the connection ends that.
     """
@@ -11698,10 +11245,10 @@ class LimitedChannel:
     """A channel on which no call takes much longer than ``timeout`` seconds.
 
     paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
-    Calls that wait for nothing go to paramiko's channel as they are.
+    Methods that do not wait are those of paramiko's channel.
 
     Raises:
-        SSHError: a call takes too long. Other errors are paramiko's own.
+        SSHError: a call takes too long. Other errors are those of paramiko.
     """
 
     def __init__(
@@ -11716,13 +11263,13 @@ class LimitedChannel:
         return getattr(self._channel, name)
 
     def exec_command(self, command: bytes | str) -> None:
-        self._limited("took no command", channel_request, self._channel, "exec", command)
+        self._limited("accepted no command", channel_request, self._channel, "exec", command)
 
     def invoke_subsystem(self, name: str) -> None:
-        self._limited("took no command", channel_request, self._channel, "subsystem", name)
+        self._limited("accepted no command", channel_request, self._channel, "subsystem", name)
 
     def send(self, data: Any) -> int:
-        return int(self._limited("took nothing", self._channel.send, data))
+        return int(self._limited("accepted no data", self._channel.send, data))
 
     def sendall(self, data: Any) -> None:
         view = memoryview(data.encode() if isinstance(data, str) else data)
@@ -11730,23 +11277,23 @@ class LimitedChannel:
             view = view[self.send(view) :]
 
     def recv(self, size: int) -> bytes:
-        return bytes(self._limited("sent nothing", self._channel.recv, size))
+        return bytes(self._limited("sent no data", self._channel.recv, size))
 
     def recv_stderr(self, size: int) -> bytes:
-        return bytes(self._limited("sent nothing", self._channel.recv_stderr, size))
+        return bytes(self._limited("sent no data", self._channel.recv_stderr, size))
 
     def recv_exit_status(self) -> int:
-        """Return the exit status; -1 where the channel ended without one."""
+        """Return the exit status; -1 if the channel ended without one."""
         if not self._channel.status_event.wait(self.timeout):
-            raise SSHError(f"the machine did not end the command within {self.timeout:g}s")
+            raise SSHError(f"the host did not end the command within {self.timeout:g}s")
         return int(self._channel.exit_status)
 
     def shutdown_write(self) -> None:
-        self._limited("took nothing", self._channel.shutdown_write)
+        self._limited("accepted no data", self._channel.shutdown_write)
 
     def close(self) -> None:
         with contextlib.suppress(SSHError, *connection_errors()):
-            self._limited("took nothing", self._channel.close)
+            self._limited("accepted no data", self._channel.close)
 
     def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
         # By itself the call ends within the timeout, unless it hangs while it writes.
@@ -11755,7 +11302,7 @@ class LimitedChannel:
                 return call(*arguments)
             except Exception as error:
                 if isinstance(error, TimeoutError) or limit.expired:
-                    late = f"the machine {failing} for {self.timeout:g}s"
+                    late = f"the host {failing} for {self.timeout:g}s"
                     raise SSHError(late) from error
                 raise
 
@@ -11766,7 +11313,7 @@ class LimitedChannel:
 # ==================================================================================================
 # ssh.keys
 #
-# Pin the host key of each order, and find the private key of a public one.
+# Pin the host key of each order; find the private key of a public key.
 # ==================================================================================================
 
 
@@ -11777,23 +11324,6 @@ LONGEST_KEY_FILE = 65536  # bytes
 LOCK_PATIENCE = 2.0  # seconds
 # A host key is negotiated by its signature algorithm: RSA keys have several.
 _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
-
-Pin = tuple[str, str]  # the key's type and its base64, as in known_hosts
-
-
-def pin_of(key: Any) -> Pin:
-    """Return a paramiko key as two words of a ``known_hosts`` line."""
-    return key.get_name(), key.get_base64()
-
-
-def fingerprint_of(key: Any) -> str:
-    """Return the fingerprint of a paramiko key, as ``ssh-keygen -l`` prints it."""
-    return pin_fingerprint(pin_of(key))
-
-
-def pin_fingerprint(pin: Pin) -> str:
-    """Return the fingerprint of a pinned key."""
-    return public_key_fingerprint(" ".join(pin)) or ""
 
 
 def check_host_key(value: Any) -> str:
@@ -11808,7 +11338,7 @@ def check_host_key(value: Any) -> str:
 
 
 class HostKeys:
-    """The pinned host keys of an account, in memory and in the state folder.
+    """Keep the pinned host keys of an account, in memory and in the state folder.
 
     Parameters:
         folder: the state folder, or None if none is used.
@@ -11818,19 +11348,21 @@ class HostKeys:
     def __init__(self, folder: Path | None, account: str) -> None:
         self.path = None if folder is None else folder / PINS_FILE
         self._account = account[:12]
-        self._seen: dict[str, list[Pin]] = {}
+        self._seen: dict[str, list[str]] = {}
 
-    def alias(self, order_id: int | None, address: str) -> str:
+    def alias(self, order_id: int | None, address: dict[str, Any]) -> str:
         """Return the name for the key of an order; the address if the order has no id."""
-        return f"clore-order-{order_id}-{self._account}" if order_id else address
+        if order_id:
+            return f"clore-order-{order_id}-{self._account}"
+        return "{host}:{port}".format(**address)
 
-    def of(self, alias: str) -> list[Pin]:
-        """Return the pinned keys of a host."""
+    def of(self, alias: str) -> list[str]:
+        """Return the pinned keys of a host: their type and base64, as in ``known_hosts``."""
         if alias in self._seen:
             return self._seen[alias]
         return [pin for names, pin in self._lines() if _names(names, alias)]
 
-    def keep(self, alias: str, pin: Pin) -> None:
+    def keep(self, alias: str, pin: str) -> None:
         """Pin a key instead of all others of the host."""
         if self.of(alias) != [pin]:
             self._rewrite(alias, pin)
@@ -11852,7 +11384,7 @@ class HostKeys:
             except OSError as error:
                 logger.warning("host keys can't be kept for the next process: %s", error)
 
-    def _lines(self) -> Iterator[tuple[str, Pin]]:
+    def _lines(self) -> Iterator[tuple[str, str]]:
         try:
             text = self._text()
         except OSError:
@@ -11860,9 +11392,9 @@ class HostKeys:
         for line in text.splitlines():
             words = line.split()
             if len(words) >= 3 and not words[0].startswith(("#", "@")):
-                with contextlib.suppress(ValueError):
-                    base64.b64decode(words[2], validate=True)
-                    yield words[0], (words[1], words[2])
+                pin = f"{words[1]} {words[2]}"
+                if public_key_fingerprint(pin):
+                    yield words[0], pin
 
     def _text(self) -> str:
         if self.path is None:
@@ -11873,7 +11405,7 @@ class HostKeys:
         except FileNotFoundError:
             return ""
 
-    def _rewrite(self, alias: str, pin: Pin | None) -> None:
+    def _rewrite(self, alias: str, pin: str | None) -> None:
         """Replace the lines of a host in the file; only warn if that fails."""
         if self.path is None or not alias.startswith("clore-order-"):
             return
@@ -11885,14 +11417,14 @@ class HostKeys:
                     if line.strip() and not _names(line.split()[0], alias)
                 ]
                 if pin is not None:
-                    lines.append(f"{alias} {pin[0]} {pin[1]}")
+                    lines.append(f"{alias} {pin}")
                 replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
         except OSError as error:
             logger.warning("host keys can't be kept for the next process: %s", error)
 
 
 def _names(names: str, alias: str) -> bool:
-    """Check whether the first word of a line names a host; OpenSSH may have hashed it."""
+    """Check if the first word of a line names a host; OpenSSH may have hashed it."""
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -11903,58 +11435,56 @@ def _names(names: str, alias: str) -> bool:
 
 
 class KeyCheck:
-    """Checks the host key of one order; also paramiko's policy for unknown hosts.
+    """Check the host key of one order, as paramiko's policy for unknown hosts.
 
     Parameters:
         pins: the pinned keys.
         order_id: the id of the order, or None.
-        address: its host and port.
+        address: its address, as ``plain_address`` returns it.
         mode: ``"pin"``, ``"accept"`` or a fingerprint.
     """
 
-    def __init__(self, pins: HostKeys, order_id: int | None, address: str, mode: str) -> None:
+    def __init__(
+        self, pins: HostKeys, order_id: int | None, address: dict[str, Any], mode: str
+    ) -> None:
         self._pins = pins
         self._order_id = order_id
         self._alias = pins.alias(order_id, address)
         self._mode = mode
-        self._shown = threading.local()  # several threads may log in at once
 
     @property
     def wanted_types(self) -> list[str]:
-        """The algorithms of the pinned keys, to prefer in the key exchange."""
+        """Return the algorithms of the pinned keys, to prefer in the key exchange."""
         if self._mode == "accept":
             return []
-        kinds = [kind for kind, _ in self._pins.of(self._alias)]
+        kinds = [pin.split()[0] for pin in self._pins.of(self._alias)]
         return [name for kind in kinds for name in _ALGORITHMS.get(kind, (kind,))]
 
     def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
         """Check a host's key; paramiko calls this before it sends anything secret."""
-        shown = pin_of(key)
-        self._check(shown)
-        self._shown.pin = shown
+        self._check(key)
 
-    def remember(self) -> None:
+    def remember(self, key: Any) -> None:
         """Pin the host's key, after a successful login."""
-        shown: Pin | None = getattr(self._shown, "pin", None)
-        if self._mode == "accept" or shown is None:
-            return
-        self._check(shown)  # again: another thread may have pinned another key
-        if self._mode != "pin" or shown not in self._pins.of(self._alias):
-            self._pins.keep(self._alias, shown)
+        self._check(key)  # again: another thread may have pinned another key
+        pin = f"{key.get_name()} {key.get_base64()}"
+        replaces = self._mode != "pin" or pin not in self._pins.of(self._alias)
+        if replaces and self._mode != "accept":
+            self._pins.keep(self._alias, pin)
 
-    def _check(self, shown: Pin) -> None:
+    def _check(self, key: Any) -> None:
         if self._mode == "accept":
             return
-        pinned = [pin_fingerprint(pin) for pin in self._pins.of(self._alias)]
+        pinned = [public_key_fingerprint(pin) or "" for pin in self._pins.of(self._alias)]
         allowed = pinned if self._mode == "pin" else [self._mode]
-        found = pin_fingerprint(shown)
+        found: str = key.fingerprint
         if not allowed or found in allowed:
             return
         expected = " or ".join(allowed)
         name = f"order {self._order_id}" if self._order_id else self._alias
         raise HostKeyChangedError(
-            f"the machine of {name} has the host key {found} instead of {expected}: its container "
-            "was created again, or another machine answers at its address. No password or key "
+            f"the host of {name} has the host key {found} instead of {expected}: its container "
+            "was created again, or another host answers at its address. No password or key "
             "was sent. To accept the new host key, call forget_host_key(order) or pass "
             f"host_key={found!r}",
             order_id=self._order_id,
@@ -11967,19 +11497,17 @@ def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
     """Return the private key with a fingerprint.
 
     Returns:
-        A file of ``~/.ssh`` and None, or None and a key of the agent; None twice if there is none.
-        The agent comes first, because it needs no passphrase.
+        A file of ``~/.ssh`` and None, or None and a key of the agent; None for both if there is
+        none. The agent is preferred, because it needs no passphrase.
     """
     for key in _agent_keys():
-        if fingerprint_of(key) == fingerprint:
+        if key.fingerprint == fingerprint:
             return None, key
-    folder = Path(os.path.expanduser("~/.ssh"))
     try:
-        names = sorted(os.listdir(folder))
+        paths = sorted(Path(os.path.expanduser("~/.ssh")).iterdir())
     except OSError:
         return None, None
-    for name in names:
-        path = folder / name
+    for path in paths:
         if _file_fingerprint(path) == fingerprint:
             return path, None
     return None, None
@@ -11991,7 +11519,7 @@ def _agent_keys() -> tuple[Any, ...]:
     try:
         return tuple(import_paramiko().Agent().get_keys())
     except Exception as error:
-        logger.debug("the SSH agent can't be asked: %s", error)
+        logger.debug("the keys of the SSH agent can't be listed: %s", error)
         return ()
 
 
@@ -12003,7 +11531,7 @@ def _file_fingerprint(path: Path) -> str | None:
     if public := _text_of(path.with_name(f"{path.name}.pub")):  # as the key may be encrypted
         return public_key_fingerprint(public)
     try:
-        return fingerprint_of(import_paramiko().PKey.from_path(path))
+        return str(import_paramiko().PKey.from_path(path).fingerprint)
     except Exception as error:
         logger.debug("%s is not a key that can be read: %s", path, error)
         return None
@@ -13032,18 +12560,9 @@ def parse_ssh_command(order: Any) -> dict[str, Any]:
             "raw": raw}  # fmt: skip
 
 
-def check_order(order: Any) -> Mapping[str, Any]:
-    """Check that an argument is an order, and return it."""
-    if not isinstance(order, Mapping):
-        raise TypeError(
-            f"order must be one as wait_for_order() returns it, not {short_repr(order)}"
-        )
-    return order
-
-
-def plain_address(order: Any) -> dict[str, Any]:
+def plain_address(order: Order) -> dict[str, Any]:
     """Return the address of an order; raise unless host and user are plain names or addresses."""
-    address = parse_ssh_command(check_order(order))
+    address = parse_ssh_command(order)
     user = parse_address(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
         return address
@@ -13172,20 +12691,20 @@ def _identity_files(entry: Any) -> list[str]:
 
 
 class OpenSSH:
-    """Writes command lines and configuration entries for a host.
+    """Write command lines and configuration entries for a host.
 
     Parameters:
-        address: as :func:`plain_address` returns it.
-        pins: the pinned host keys; ``alias`` is the name of the host there.
+        pins: the pinned host keys.
         key_path: the file of a private key, or None.
     """
 
-    def __init__(self, address: dict[str, Any], pins: HostKeys, alias: str, key_path: Any) -> None:
-        self._address = address
+    def __init__(self, order: Order, pins: HostKeys, key_path: Any) -> None:
+        self._address = plain_address(order)
+        self._order_id = order.id
         self._pins = pins
-        self._alias = alias
+        self._alias = pins.alias(order.id, self._address)
         self._key = None if key_path is None else _whole_path(key_path)
-        self._in_file = pins.path is not None and alias.startswith("clore-order-")
+        self._in_file = pins.path is not None and bool(order.id)
 
     def terminal_line(self) -> str:
         """Return a command line; see ``CloreClient.ssh_command``."""
@@ -13203,8 +12722,9 @@ class OpenSSH:
         host = f"[{host}]" if ":" in host else host
         return shlex.join(["rsync", "-az", "-s", "-e", ssh, source, f"{user}@{host}:{target}"])
 
-    def config_entry(self, name: str) -> str:
+    def config_entry(self, name: str | None) -> str:
         """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
+        name = name or (f"clore-{self._order_id}" if self._order_id else "clore")
         address = self._address
         lines = [
             ("HostName", address["host"]),
@@ -13242,22 +12762,19 @@ class OpenSSH:
                     ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
         if not known:  # without a state folder, nothing is kept between two logins
             return [("UserKnownHostsFile", os.devnull), strict]
-        kind, key = known[0]
         # Without a file for the key, OpenSSH 8.5 and newer can take it from a command.
         return [("HostKeyAlias", "clore"), ("UserKnownHostsFile", os.devnull),
-                ("KnownHostsCommand", f"/bin/echo clore {kind} {key}"), strict]  # fmt: skip
+                ("KnownHostsCommand", f"/bin/echo clore {known[0]}"), strict]  # fmt: skip
 
 
 def check_plain_name(value: Any) -> str:
     """Check the name of a job, or of an entry of ``~/.ssh/config``."""
-    if not isinstance(value, str):
-        raise TypeError(f"name must be a string, not {short_repr(value)}")
-    if not re.fullmatch(PLAIN_NAME, value):
+    if not re.fullmatch(PLAIN_NAME, check_string("name", value)):
         raise ValueError(
             "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
             f"none of the last two, not {short_repr(value)}"
         )
-    return value
+    return str(value)
 
 
 def _rsync_word(word: str) -> str:
@@ -13315,13 +12832,14 @@ class Login:
     """The checked arguments of a login to the host of an order.
 
     Parameters:
+        address: of the host, as ``plain_address`` returns it.
         agent_key: a key of the SSH agent, or None.
         on_failure: called with the error of a failed login; may raise a better one.
     """
 
     def __init__(
         self,
-        order: Any,
+        address: dict[str, Any],
         keys: KeyCheck,
         timeout: float,
         agent_key: Any,
@@ -13333,7 +12851,7 @@ class Login:
         wait: float,
         use_ssh_config: bool,
     ) -> None:
-        self.address = plain_address(order)
+        self.address = address
         self.where = "{user}@{host}:{port}".format(**self.address)
         if passphrase is not None and key_path is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
@@ -13414,7 +12932,6 @@ class Login:
         try:
             self._log_in(ssh)
             keep_alive(ssh.get_transport())
-            self.keys.remember()
         except BaseException:
             _give_up(ssh)
             raise
@@ -13426,6 +12943,7 @@ class Login:
                 self._connect(ssh)
                 if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
                     raise self._paramiko.ssh_exception.PartialAuthentication([])
+                self.keys.remember(ssh.get_transport().get_remote_server_key())
             except SSHError:
                 raise
             except Exception as error:
@@ -13457,10 +12975,7 @@ class Login:
             raise
 
     def _connect_timeout(self) -> float:
-        """Return the TCP timeout; shorter for the first of several attempts.
-
-        After the first failure, the client checks if the order has ended.
-        """
+        """Return the TCP timeout; short at first, as a failure lets the client check the order."""
         first, self._tried = not self._tried, True
         return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
@@ -13517,7 +13032,7 @@ class Login:
             what = "password"
         elif self.key is not None:
             where = printable(repr(self.key_path), 200) if self.key_path else "of the SSH agent"
-            what = f"key {where} ({fingerprint_of(self.key)})"
+            what = f"key {where} ({self.key.fingerprint})"
         else:
             what = "keys of the SSH agent and of ~/.ssh"
         methods = getattr(error, "allowed_types", None)
@@ -13526,25 +13041,17 @@ class Login:
                 f"{self.where} closed the connection during the login with the {what}: it was "
                 "refused, perhaps after too many attempts"
             )
-        methods = methods or self._accepted_methods(ssh)
-        accepted = ", ".join(printable(str(name), 40) for name in methods[:8])
+        accepted = printable(", ".join(map(str, methods or ())), 200)
         if isinstance(error, self._paramiko.ssh_exception.PartialAuthentication):
-            return f"{self.where} accepted the {what}, but also requires: {accepted}"
+            return (
+                f"{self.where} accepted the {what}, but also requires: "
+                f"{accepted or 'another login method'}"
+            )
         accepts = f"; it accepts: {accepted}" if accepted else ""
         return (
             f"{self.where} refused the login with the {what}{accepts}. "
             "Was the order made with another password or key?"
         )
-
-    def _accepted_methods(self, ssh: Any) -> list[str]:
-        # The response to a login without credentials lists the methods.
-        try:
-            ssh.get_transport().auth_none(self.address["user"])
-        except self._paramiko.BadAuthenticationType as error:
-            return list(error.allowed_types)
-        except Exception as error:
-            logger.debug("%s does not list its login methods: %s", self.where, error)
-        return []
 
 
 def _break_off(ssh: Any) -> None:
@@ -13561,7 +13068,7 @@ def _give_up(ssh: Any) -> None:
 
 
 class ConnectionPool:
-    """The connections of one call: the caller's own, or up to ``size`` new ones.
+    """Keep the connections of one call: the caller's own, or up to ``size`` new ones.
 
     Parameters:
         login: for new connections; None if ``ssh`` is used.
@@ -13608,17 +13115,17 @@ class ConnectionPool:
 
     @property
     def ssh(self) -> Any:
-        """The first connection."""
+        """Return the first connection."""
         return self._opened[0]
 
     @property
     def age(self) -> float:
-        """Seconds since the call began."""
+        """Return the seconds since the call began."""
         return time.monotonic() - self._started
 
     @property
     def round_trip(self) -> float:
-        """Seconds, measured during the login; 1.0 if they are not known."""
+        """Return the seconds of a round trip, measured during the login; 1.0 if not known."""
         transport = self.ssh.get_transport()
         return float(getattr(getattr(transport, "packetizer", None), "round_trip", 1.0))
 
@@ -13672,6 +13179,11 @@ class ConnectionPool:
 # ==================================================================================================
 
 
+MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
+LONGEST_PIECE = 65536  # characters of one call of on_output
+MAX_STDERR_BEFORE_PID = 65536  # bytes of the output of start-up files to hold back
+
+
 class SecretBytes(bytes):
     """Bytes with a masked repr, because error reporters print local variables."""
 
@@ -13700,7 +13212,7 @@ def command_line(command: str | Sequence[str]) -> str:
 
 def quoted_word(word: str) -> str:
     """Quote a word for any login shell."""
-    # Even in single quotes, a backslash is special in fish, and "!" in csh.
+    # A backslash is special in fish even in single quotes, and "!" in csh.
     parts = re.split(r"([\\!])", word)
     quoted = [f"\\{part}" if part in ("\\", "!") else shlex.quote(part) for part in parts if part]
     text = "".join(quoted) or "''"
@@ -13739,7 +13251,7 @@ def exports(env: Any) -> str:
 def csh_line(exports: str, command: str | Sequence[str], line: str) -> str:
     """Return a line that runs a command with variables in csh, which has no ``export``.
 
-    Other shells go on with the next line. csh does not: sh takes its place, sets the variables, and
+    Other shells continue with the next line. In csh, sh replaces the shell, sets the variables, and
     runs csh again, without its start-up files, which could set other values.
     """
     if not exports and (isinstance(command, str) or "\n" not in line):
@@ -13764,13 +13276,8 @@ def encoded(name: str, text: str, *, nul: bool = False) -> bytes:
         raise ValueError(f"{name} contains a character that UTF-8 cannot encode") from None
 
 
-MAX_CSH_LINE = 50_000  # bytes; a host takes lines of up to 131,072
-LONGEST_PIECE = 65536  # characters of one call of on_output
-MAX_STDERR_BEFORE_PID = 65536  # bytes to hold back of what start-up files print
-
-
 class CommandOutput:
-    """Collects the output of a command, and calls ``on_output`` with each of its lines.
+    """Collect the output of a command, and call ``on_output`` with each of its lines.
 
     Parameters:
         max_output: the bytes of both streams to keep.
@@ -13816,7 +13323,7 @@ class CommandOutput:
 
 
 class LineSplitter:
-    """Splits a stream into lines, and passes each of them to ``on_output``."""
+    """Split a stream into lines, and pass each of them to ``on_output``."""
 
     def __init__(self, stream: str, on_output: Callable[[OutputLine], object]) -> None:
         self._stream = stream
@@ -13853,16 +13360,16 @@ class LineSplitter:
 class PidLine:
     """The first line that a command's shell prints on stderr, with a random mark and its pid.
 
-    It proves that the host runs the command, and gives the process group to end. Until it has come,
+    It proves that the host runs the command, and names the process group to end. Until it arrives,
     the last 64 KB of stderr are held back.
 
     Parameters:
-        waits: let the command wait for a line of input, so that it can't start without the rest.
+        waits: let the command wait for a line of input, so that start-up files can't read the rest.
 
     Attributes:
         pid: the process id of the shell, once it is known.
-        prefix: the line to put before the command. It is a line of its own, so that a shell that
-            complains about the syntax of the command quotes neither it nor the variables.
+        prefix: the line to put before the command. It is a separate line, so that a shell that
+            reports a syntax error in the command quotes neither it nor the variables.
     """
 
     def __init__(self, waits: bool = False) -> None:
@@ -13881,7 +13388,7 @@ class PidLine:
             return data
         self._held += data
         found = self._line.search(self._held)
-        if found is None:  # it may have begun in what is kept
+        if found is None:  # the part that is kept may contain its beginning
             surplus = self._held[:-MAX_STDERR_BEFORE_PID]
             self._held = self._held[-MAX_STDERR_BEFORE_PID:]
             return surplus
@@ -13899,11 +13406,11 @@ class PidLine:
 # ==================================================================================================
 # ssh.job_scripts
 #
-# Shell scripts that start, watch and stop a job on a host, with POSIX tools and /proc.
+# Start, watch and stop a job on a host: shell scripts with POSIX tools and /proc.
 # ==================================================================================================
 
 
-# Prints when the process $1 was started; nothing if it has ended, even if nobody collected it yet.
+# Prints when the process $1 was started; nothing if it has ended, even if it is a zombie.
 _BORN = r"""
 born() {
   [ -e /proc/self ] || { kill -s 0 "$1" 2>/dev/null && echo 0; return; }
@@ -13931,7 +13438,7 @@ _JOBS = (
     + r"""
 jobs=$PWD/.clore/jobs
 nap() { sleep "$1" 2>/dev/null || sleep 1; }
-boot() { # prints what changes when the machine or its container starts anew
+boot() { # prints an id that changes when the host or its container restarts
   r=; { read -r r </proc/sys/kernel/random/boot_id; } 2>/dev/null
   echo "$r/$(born 1)"
 }
@@ -13940,21 +13447,21 @@ about() { # reads the state of the job $1 into $st, $code, $pid and $began
   j=$jobs/$1
   [ -d "$j" ] || return 1
   w=0; until { read -r pid born boot began <"$j/pid"; } 2>/dev/null; do
-    pid=- born= boot= began=0 # it is just being started, or its start was cut off
+    pid=- born= boot= began=0 # it is starting, or its start was interrupted
     w=$((w+1)); [ $w -lt 20 ] || break
     nap 0.1
   done
   b=$(born "$pid")
   st=killed; [ "$boot" = "$(boot)" ] || st=lost
   if [ -n "$born" ] && [ "$b" = "$born" ] && [ $st != lost ]; then st=running; fi
-  # Read last: a job may end meanwhile.
+  # Read last, because a job may end in between.
   { read -r code <"$j/exit"; } 2>/dev/null || code=-
   [ "$code" = - ] || st=exited
 }
 """
 )
 _JOB_SCRIPTS = {
-    # Its input is read as a script, so that no variable of ``env`` shows in the list of processes.
+    # This script is read from standard input, so that no list of processes shows ``env``.
     "job": r"""
 detach=$(command -v setsid) # without it, the job stays in this session
 shell=${SHELL:-/bin/sh}; [ -x "$shell" ] || shell=/bin/sh
@@ -14070,413 +13577,6 @@ echo removed
 def job_script(verb: str) -> str:
     """Return the script for a verb."""
     return _JOBS + _JOB_SCRIPTS[verb]
-
-
-# ==================================================================================================
-# ssh.jobs
-#
-# Jobs: commands that run on a machine without a connection, and keep their output there.
-# ==================================================================================================
-
-
-JOB_TIMEOUT = 30.0  # seconds without a word of the machine
-LEAST_PATIENCE = 5.0  # seconds for a login or a word of the machine, even if less time is left
-MAX_TAIL = 8 * 1024 * 1024  # bytes
-MAX_PORTION = 1048576  # bytes of output that follow one size
-MAX_JOBS = 10_000
-MOST_USELESS_TRIES = 3  # connections that bring nothing of a job, one after the other
-RECONNECT_PAUSE = 1.0  # seconds between two connections at least
-# A name, its state, its exit code or "-", and the time of its start.
-_JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
-_SIGNAL_CODES = range(129, 193)
-
-Connect = Callable[[float], ConnectionPool]
-
-
-class JobCommand:
-    """The arguments of ``start``, checked."""
-
-    def __init__(
-        self,
-        command: str | Sequence[str],
-        *,
-        name: str | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self.line = command_line(command)
-        self.encoded_line = encoded("command", self.line)
-        self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
-        self.exports = SecretBytes(encoded("env", exports(env)))
-        if cwd is not None and not isinstance(cwd, (str, os.PathLike)):
-            raise TypeError(f"cwd must be a path, not {short_repr(cwd)}")
-        path = "~" if cwd is None else os.fspath(cwd)
-        if not path:
-            raise ValueError("cwd must not be empty")
-        self.cwd = remote_path(encoded("cwd", path))
-
-
-class JobState:
-    """The state of a job, as the machine reports it.
-
-    Attributes:
-        status: ``"running"``, ``"exited"``, ``"killed"`` or ``"lost"``.
-        exit_code: of the command, or None.
-        started: Unix time on the machine's clock.
-    """
-
-    def __init__(self, status: str, exit_code: int | None = None, started: float = 0.0) -> None:
-        by_signal = status == "exited" and exit_code in _SIGNAL_CODES
-        self.status = "killed" if by_signal else status
-        self.exit_code = exit_code
-        self.started = started
-
-    @classmethod
-    def parse(cls, text: str) -> JobState:
-        """Read what the scripts print about a job."""
-        found = re.fullmatch(_JOB_STATE, text)
-        if found is None:
-            raise SSHError(f"the machine describes a job in a way that can't be read: {text!r}")
-        status, code, started = found.groups()
-        return cls(status, int(code) if status == "exited" else None, float(started))
-
-
-class HostJobs:
-    """The jobs of one machine.
-
-    Parameters:
-        connect: returns connections to the machine; the argument limits the seconds to wait for it.
-        reconnects: whether it can do so again; not if the caller gave the connection.
-    """
-
-    def __init__(self, connect: Connect, reconnects: bool) -> None:
-        self._connect = connect
-        self.reconnects = reconnects
-
-    @contextlib.contextmanager
-    def script(
-        self, pool: ConnectionPool, verb: str, timeout: float = math.inf, /,
-        **values: bytes | str | int,
-    ) -> Iterator[RemoteScript]:  # fmt: skip
-        """Run a script on a connection, for the length of a block."""
-        transport = pool.ssh.get_transport()
-        turn = threading.Lock() if takes_turns(transport) else None
-        with Watchdog() as watchdog:
-            text = SecretBytes(script_text(verb, job_script(verb), **values))
-            running = RemoteScript(transport, text, watchdog, min(timeout, JOB_TIMEOUT), turn=turn)
-            try:
-                with running:
-                    yield running
-            except NoShellError as error:
-                raise JobError(f"a job needs a POSIX shell: {error}") from error
-
-    @contextlib.contextmanager
-    def named_script(
-        self, verb: str, *, name: str, **values: bytes | str | int
-    ) -> Iterator[RemoteScript]:
-        """Run a script for one job on a connection of its own; what goes wrong is a JobError."""
-        with self.connected() as pool:
-            try:
-                with self.script(pool, verb, name=name, **values) as script:
-                    yield script
-            except JobError:
-                raise
-            except SSHError as error:
-                raise JobError(f"job {name!r}: {error}", name=name) from error
-
-    def connected(self, deadline: float = math.inf) -> ConnectionPool:
-        """Return connections to the machine, to be entered."""
-        return self._connect(max(0.0, deadline - time.monotonic()))
-
-    def start(self, job: JobCommand) -> Job:
-        """Start a job, and return it once it runs."""
-        values: dict[str, Any] = {
-            "name": job.name, "command": job.encoded_line, "exports": job.exports, "cwd": job.cwd,
-            "runner": JOB_RUNNER,
-        }  # fmt: skip
-        with self.named_script("job", **values) as script:
-            started = script.answer(b"started").decode("ascii", "replace")
-        logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
-        return Job(self, job.name, job.line, JobState.parse(f"running - {started}"))
-
-    def find(self, name: str = "") -> list[Job]:
-        """Return the jobs of the machine, or the one with this name."""
-        jobs: list[Job] = []
-        with self.connected() as pool, self.script(pool, "jobs", name=name) as script:
-            while (line := script.line()) != b"end":
-                found = re.fullmatch(rf"job ({PLAIN_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
-                if found is None or len(jobs) == MAX_JOBS:
-                    raise script.refused(line)
-                command = script.line().decode("utf-8", "replace")
-                jobs.append(Job(self, found[1], command, JobState.parse(found[2])))
-        return jobs
-
-    def get(self, name: str) -> Job:
-        """Return the job with a name."""
-        for job in self.find(name):
-            if job.name == name:
-                return job
-        raise JobError(f"the machine has no job {name!r}: jobs() lists those it has", name=name)
-
-
-class Job:
-    """A command that runs on a machine without a connection; see ``CloreClient.start``.
-
-    Each method and property opens a connection, unless the job is known to have ended. Its files
-    are in ``~/.clore/jobs/<name>`` on the machine.
-
-    Attributes:
-        name: the name of the job.
-        command: the command; of a job that another process started, the first line of it.
-    """
-
-    def __init__(self, host: HostJobs, name: str, command: str, state: JobState) -> None:
-        self._host = host
-        self._state = state
-        self.name = name
-        self.command = command
-
-    def __repr__(self) -> str:
-        code = self._state.exit_code
-        ended = "" if code is None else f", exit code {code}"
-        return f"<Job {self.name!r}: {self._state.status}{ended}>"
-
-    @property
-    def status(self) -> str:
-        """Return the status of the job now.
-
-        Returns:
-            ``"running"``; ``"exited"``, by itself; ``"killed"``, by a signal, the machine's memory
-            limit, or :meth:`stop`; ``"lost"``, when the machine or its container was started anew,
-            or the order has ended.
-        """
-        return self._look().status
-
-    @property
-    def exit_code(self) -> int | None:
-        """Return the exit code, or None while the job runs, and where nothing recorded it.
-
-        It is 128 plus the number of the signal if one ended the command.
-        """
-        return self._look().exit_code
-
-    @property
-    def started(self) -> float:
-        """Return the Unix time of its start, by the machine's clock."""
-        return self._state.started
-
-    def tail(self, lines: int = 50) -> str:
-        """Return the last lines of the output, stdout and stderr together.
-
-        Parameters:
-            lines: the number of lines; the text has 8 MB at most.
-
-        Raises:
-            JobError: the machine has no such job any more.
-
-        Example:
-            >>> print(job.tail(2))
-            step 99: loss 1.25
-            step 100: loss 1.24
-        """
-        check_count("lines", lines)
-        with self._host.named_script("tail", name=self.name, lines=lines, most=MAX_TAIL) as script:
-            script.answer(b"tail")
-            return script.rest(MAX_TAIL + 1024).decode("utf-8", "replace")
-
-    def follow(
-        self,
-        on_output: Callable[[OutputLine], object] | None = print,
-        *,
-        timeout: float | None = None,
-        on_progress: Report | None = None,
-        progress: bool = False,
-    ) -> int | None:
-        """Pass on the output from its start, and wait for the end of the job.
-
-        A connection that breaks is opened again, and the output goes on where it stopped: no line
-        is lost, none comes twice. Ctrl-C ends the following, not the job.
-
-        Parameters:
-            on_output: called with each line, without its line end. stdout and stderr come together.
-            timeout: seconds to follow; None follows to the end.
-            on_progress, progress: as for :meth:`CloreClient.wait_for_order`.
-
-        Returns:
-            The exit code, as :attr:`exit_code` has it.
-
-        Raises:
-            JobTimeoutError: the job did not end in time. It still runs.
-            SSHError: the machine can't be reached any more, or not with these login arguments.
-
-        Example:
-            >>> job.follow(on_output=print)
-            step 1: loss 4.17
-            0
-        """
-        check_callback("on_output", on_output, 1)
-        splitter = None if on_output is None else LineSplitter(STDOUT, on_output)
-        with ProgressOptions(on_progress, progress).reporting() as report:
-            return self._follow(splitter, timeout, report)
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for the end of the job; takes the same ``timeout`` as :meth:`follow`.
-
-        Returns:
-            The exit code, as :attr:`exit_code` has it.
-
-        Example:
-            >>> job.wait(timeout=3600)
-            0
-        """
-        return self._follow(None, timeout)
-
-    def stop(self, grace: float = 10.0) -> None:
-        """Stop the job with all its processes: with SIGTERM, and later with SIGKILL.
-
-        Parameters:
-            grace: seconds between the two, at most 20.
-
-        Example:
-            >>> job.stop()
-        """
-        check_number("grace", grace, maximum=20.0, unit="seconds")
-        with self._host.named_script("stop", name=self.name, grace=math.ceil(10 * grace)) as script:
-            script.answer(b"stopped")
-
-    def remove(self) -> None:
-        """Remove a job that has ended, with its output, so that its name is free again.
-
-        Raises:
-            JobError: the job still runs, or the machine has no such job.
-
-        Example:
-            >>> job.remove()
-        """
-        with self._host.named_script("remove", name=self.name) as script:
-            script.answer(b"removed")
-        if self._state.status == "running":
-            self._state = JobState("lost")
-
-    def _look(self) -> JobState:
-        if self._state.status == "running":
-            try:
-                found = self._host.find(self.name)
-                self._state = found[0]._state if found else JobState("lost")
-            except OrderEndedError:
-                self._state = JobState("lost")
-        return self._state
-
-    def _follow(
-        self, splitter: LineSplitter | None, timeout: float | None, report: Report | None = None
-    ) -> int | None:
-        deadline = math.inf
-        if timeout is not None:
-            check_number("timeout", timeout, infinite=True, unit="seconds")
-            deadline = time.monotonic() + timeout
-        output = JobOutput(self._host, self.name, deadline, skip=splitter is None)
-        try:
-            with contextlib.closing(output.pieces()) as pieces:
-                for piece in pieces:
-                    if splitter is not None:
-                        splitter.feed(piece)
-                    if report is not None and not piece:
-                        text = f"job {self.name}: {readable_size(output.size)} of output"
-                        report(ProgressEvent("job", output.size, text))
-            self._state = output.state or self._state
-        except OrderEndedError:
-            self._state = JobState("lost")
-        if splitter is not None:
-            splitter.finish()
-        return self._state.exit_code
-
-
-class JobOutput:
-    """Receives the output of a job until its end, over as many connections as necessary.
-
-    Parameters:
-        skip: receive no output, and only wait for the end.
-
-    Attributes:
-        size: the bytes that were received.
-        state: the state of the job, after its end.
-    """
-
-    def __init__(self, host: HostJobs, name: str, deadline: float, skip: bool) -> None:
-        self._host = host
-        self._name = name
-        self._deadline = deadline
-        self._skip = skip
-        self._heard = False  # on the current connection
-        self.size = 0
-        self.state: JobState | None = None
-
-    def pieces(self) -> Generator[bytes, None, None]:
-        """Yield the output, with an empty piece after each message of the host.
-
-        Raises:
-            JobTimeoutError: the job did not end before the deadline.
-            SSHError: the host can't be reached any more.
-        """
-        useless = 0
-        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
-        while self.state is None:
-            began, size, self._heard, pool = time.monotonic(), self.size, False, None
-            try:
-                with self._host.connected(self._deadline) as pool:
-                    yield from self._received(pool)
-            except (JobError, HostKeyChangedError):
-                raise
-            except failures as error:
-                if getattr(error, "reason", "") == "refused":
-                    raise
-                if self._time_left() <= 0:
-                    raise self._too_late(f"it may still run ({reason(error)})") from error
-                lasted = time.monotonic() - began
-                # Else a host that ends each script at once would be asked forever.
-                useful = self.size > size or (self._heard and lasted > LEAST_PATIENCE)
-                useless = 0 if useful else useless + 1
-                logged_in = pool is not None
-                if not logged_in or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
-                    raise
-                logger.warning("job %s: %s; connecting again", self._name, error)
-                time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
-
-    def _time_left(self) -> float:
-        return self._deadline - time.monotonic()
-
-    def _too_late(self, state: str = "it still runs") -> JobTimeoutError:
-        return JobTimeoutError(f"job {self._name!r} did not end in time; {state}", name=self._name)
-
-    def _received(self, pool: ConnectionPool) -> Iterator[bytes]:
-        """Yield the output that one connection receives."""
-        values: dict[str, str | int] = {"name": self._name, "at": -1 if self._skip else self.size}
-        limit = max(self._time_left(), LEAST_PATIENCE)
-        with self._host.script(pool, "follow", limit, **values) as script:
-            while True:
-                limit = min(JOB_TIMEOUT, max(self._time_left(), LEAST_PATIENCE))
-                script.channel.timeout = limit
-                script.channel.settimeout(limit)
-                line = script.line()
-                if line.startswith(b"end "):
-                    self.state = JobState.parse(line[4:].decode("ascii", "replace"))
-                    return
-                if not re.fullmatch(rb"[0-9]{1,7}", line) or int(line) > MAX_PORTION:
-                    error = script.refused(line)
-                    raise JobError(str(error), name=self._name) if line[:3] == b"no " else error
-                self._heard = True
-                left = int(line)
-                while left:
-                    piece = script.read(left)
-                    if not piece:
-                        raise SSHError("the connection broke")
-                    left -= len(piece)
-                    if not self._skip:
-                        self.size += len(piece)
-                        yield piece
-                yield b""
-                if self._time_left() <= 0:
-                    raise self._too_late()
 
 
 # ==================================================================================================
@@ -14884,13 +13984,404 @@ class Transfer:
 
 
 # ==================================================================================================
+# ssh.jobs
+#
+# Start, follow and stop jobs: commands that run on a host without a connection.
+# ==================================================================================================
+
+
+JOB_TIMEOUT = 30.0  # seconds without any output of a script
+LEAST_PATIENCE = 5.0  # seconds for a login or an answer, even if less time is left
+MAX_TAIL = 8 * 1024 * 1024  # bytes
+MAX_PORTION = 1048576  # bytes of output after one size
+MAX_JOBS = 10_000
+MOST_USELESS_TRIES = 3  # consecutive connections that receive nothing of a job
+RECONNECT_PAUSE = 1.0  # least seconds between two connections
+# A name, its state, its exit code or "-", and the time of its start.
+_JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
+_SIGNAL_CODES = range(129, 193)
+
+Connect = Callable[[float], ConnectionPool]
+
+
+class JobCommand:
+    """The checked arguments of ``start``."""
+
+    def __init__(
+        self,
+        command: str | Sequence[str],
+        *,
+        name: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.line = command_line(command)
+        self.encoded_line = encoded("command", self.line)
+        self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
+        self.exports = SecretBytes(encoded("env", exports(env)))
+        self.cwd = remote_path(check_path("cwd", "~" if cwd is None else cwd))
+
+
+class JobState(NamedTuple):
+    """The state of a job, as the host reports it.
+
+    Attributes:
+        status: ``"running"``, ``"exited"``, ``"killed"`` or ``"lost"``.
+        exit_code: of the command, or None.
+        started: Unix time on the host's clock.
+    """
+
+    status: str
+    exit_code: int | None = None
+    started: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> JobState:
+        """Read what the scripts print about a job."""
+        found = re.fullmatch(_JOB_STATE, text)
+        if found is None:
+            raise SSHError(f"the host describes a job in a way that can't be read: {text!r}")
+        status, digits, started = found.groups()
+        code = int(digits) if status == "exited" and digits != "-" else None
+        return cls("killed" if code in _SIGNAL_CODES else status, code, float(started))
+
+
+class HostJobs:
+    """Start and find the jobs of one host.
+
+    Parameters:
+        connect: returns connections to the host; the argument limits the seconds of the login.
+        reconnects: it can be called again; False if the caller gave the connection.
+    """
+
+    def __init__(self, connect: Connect, reconnects: bool) -> None:
+        self._connect = connect
+        self.reconnects = reconnects
+
+    @contextlib.contextmanager
+    def script(
+        self, verb: str, deadline: float = math.inf, /, **values: bytes | str | int
+    ) -> Iterator[RemoteScript]:
+        """Run a script on a connection of its own, for the length of a block."""
+        left = deadline - time.monotonic()
+        limit = min(JOB_TIMEOUT, max(left, LEAST_PATIENCE))
+        text = SecretBytes(script_text(verb, job_script(verb), **values))
+        with self._connect(max(0.0, left)) as pool, Watchdog() as watchdog:
+            transport = pool.ssh.get_transport()
+            turn = threading.Lock() if takes_turns(transport) else None
+            with RemoteScript(transport, text, watchdog, limit, turn=turn) as script:
+                yield script
+
+    def call(
+        self, verb: str, word: bytes, most: int = 0, /, *, name: str, **values: bytes | str | int
+    ) -> bytes:
+        """Run a script for one job; return what follows ``word`` in its answer.
+
+        Parameters:
+            most: the highest number of bytes of further output, which are returned too.
+
+        Raises:
+            JobError: the script failed.
+        """
+        with self.script(verb, name=name, **values) as script:
+            try:
+                return script.answer(word) + (script.rest(most) if most else b"")
+            except SSHError as error:
+                raise JobError(f"job {name!r}: {error}", name=name) from error
+
+    def start(self, job: JobCommand) -> Job:
+        """Start a job, and return it once it runs."""
+        started = self.call(
+            "job", b"started", name=job.name, command=job.encoded_line, exports=job.exports,
+            cwd=job.cwd, runner=JOB_RUNNER,
+        )  # fmt: skip
+        logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
+        state = JobState.parse(f"running - {started.decode('ascii', 'replace')}")
+        return Job(self, job.name, job.line, state)
+
+    def find(self, name: str = "") -> list[Job]:
+        """Return the jobs of the host, or the one with this name."""
+        jobs: list[Job] = []
+        with self.script("jobs", name=name) as script:
+            while (line := script.line()) != b"end":
+                found = re.fullmatch(rf"job ({PLAIN_NAME}) ({_JOB_STATE})", line.decode("latin-1"))
+                if found is None or len(jobs) == MAX_JOBS:
+                    raise script.refused(line)
+                command = script.line().decode("utf-8", "replace")
+                jobs.append(Job(self, found[1], command, JobState.parse(found[2])))
+        return jobs
+
+    def get(self, name: str) -> Job:
+        """Return the job with a name."""
+        for job in self.find(name):
+            if job.name == name:
+                return job
+        raise JobError(f"the host has no job {name!r}: jobs() lists those it has", name=name)
+
+
+class Job:
+    """A command that runs on a host without a connection; see ``CloreClient.start``.
+
+    Each method and property opens a connection, unless the job is known to have ended. Its files
+    are in ``~/.clore/jobs/<name>`` on the host.
+
+    Attributes:
+        name: the name of the job.
+        command: the command; of a job that another process started, the first line of it.
+    """
+
+    def __init__(self, host: HostJobs, name: str, command: str, state: JobState) -> None:
+        self._host = host
+        self._state = state
+        self.name = name
+        self.command = command
+
+    def __repr__(self) -> str:
+        code = self._state.exit_code
+        ended = "" if code is None else f", exit code {code}"
+        return f"<Job {self.name!r}: {self._state.status}{ended}>"
+
+    @property
+    def status(self) -> str:
+        """Return the status of the job now.
+
+        Returns:
+            ``"running"``; ``"exited"``; ``"killed"``, by a signal, the host's memory limit, or
+            :meth:`stop`; ``"lost"``, if the host or its container was restarted, or the order has
+            ended.
+        """
+        return self._look().status
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return the exit code; None while the job runs, or if none was recorded.
+
+        It is 128 plus the number of the signal if one ended the command.
+        """
+        return self._look().exit_code
+
+    @property
+    def started(self) -> float:
+        """Return the Unix time of the start, by the host's clock."""
+        return self._state.started
+
+    def tail(self, lines: int = 50) -> str:
+        """Return the last lines of the output, stdout and stderr together.
+
+        Parameters:
+            lines: the number of lines; the text has 8 MB at most.
+
+        Raises:
+            JobError: the host no longer has the job.
+
+        Example:
+            >>> print(job.tail(2))
+            step 99: loss 1.25
+            step 100: loss 1.24
+        """
+        check_count("lines", lines)
+        text = self._host.call(
+            "tail", b"tail", MAX_TAIL + 1024, name=self.name, lines=lines, most=MAX_TAIL
+        )
+        return text.decode("utf-8", "replace")
+
+    def follow(
+        self,
+        on_output: Callable[[OutputLine], object] | None = print,
+        *,
+        timeout: float | None = None,
+        on_progress: Report | None = None,
+        progress: bool = False,
+    ) -> int | None:
+        """Pass on the output from its start, and wait for the end of the job.
+
+        If the connection breaks, it connects again and continues where the output stopped: no line
+        is lost, and none comes twice. Ctrl-C does not end the job.
+
+        Parameters:
+            on_output: called with each line of stdout and stderr, without its line end.
+            timeout: seconds to follow; None follows to the end.
+            on_progress, progress: as for :meth:`CloreClient.wait_for_order`.
+
+        Returns:
+            The exit code, as :attr:`exit_code` has it.
+
+        Raises:
+            JobTimeoutError: the job did not end in time. It still runs.
+            SSHError: the host can't be reached any more, or refused the login.
+
+        Example:
+            >>> job.follow(on_output=print)
+            step 1: loss 4.17
+            0
+        """
+        check_callback("on_output", on_output, 1)
+        splitter = None if on_output is None else LineSplitter(STDOUT, on_output)
+        with ProgressOptions(on_progress, progress).reporting() as report:
+            return self._follow(splitter, timeout, report)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for the end of the job; takes the same ``timeout`` as :meth:`follow`.
+
+        Returns:
+            The exit code, as :attr:`exit_code` has it.
+
+        Example:
+            >>> job.wait(timeout=3600)
+            0
+        """
+        return self._follow(None, timeout)
+
+    def stop(self, grace: float = 10.0) -> None:
+        """Stop the job with all its processes: with SIGTERM, and later with SIGKILL.
+
+        Parameters:
+            grace: seconds between the two, at most 20.
+
+        Example:
+            >>> job.stop()
+        """
+        check_number("grace", grace, maximum=20.0, unit="seconds")
+        self._host.call("stop", b"stopped", name=self.name, grace=math.ceil(10 * grace))
+
+    def remove(self) -> None:
+        """Remove a job that has ended, with its output, so that its name is free again.
+
+        Raises:
+            JobError: the job still runs, or the host has no such job.
+
+        Example:
+            >>> job.remove()
+        """
+        self._host.call("remove", b"removed", name=self.name)
+        if self._state.status == "running":
+            self._state = JobState("lost")
+
+    def _look(self) -> JobState:
+        if self._state.status == "running":
+            try:
+                found = self._host.find(self.name)
+                self._state = found[0]._state if found else JobState("lost")
+            except OrderEndedError:
+                self._state = JobState("lost")
+        return self._state
+
+    def _follow(
+        self, splitter: LineSplitter | None, timeout: float | None, report: Report | None = None
+    ) -> int | None:
+        limit = check_optional_number("timeout", timeout, infinite=True, unit="seconds")
+        deadline = math.inf if limit is None else time.monotonic() + limit
+        output = JobOutput(self._host, self.name, deadline, skip=splitter is None)
+        try:
+            with contextlib.closing(output.pieces()) as pieces:
+                for piece in pieces:
+                    if splitter is not None:
+                        splitter.feed(piece)
+                    if report is not None and not piece:
+                        text = f"job {self.name}: {readable_size(output.size)} of output"
+                        report(ProgressEvent("job", output.size, text))
+            self._state = output.state or self._state
+        except OrderEndedError:
+            self._state = JobState("lost")
+        if splitter is not None:
+            splitter.finish()
+        return self._state.exit_code
+
+
+class JobOutput:
+    """Receive the output of a job until its end, over as many connections as necessary.
+
+    Parameters:
+        skip: receive no output, and only wait for the end.
+
+    Attributes:
+        size: the bytes that were received.
+        state: the state of the job, after its end.
+    """
+
+    def __init__(self, host: HostJobs, name: str, deadline: float, skip: bool) -> None:
+        self._host = host
+        self._name = name
+        self._deadline = deadline
+        self._skip = skip
+        self._heard = False  # on the current connection
+        self.size = 0
+        self.state: JobState | None = None
+
+    def pieces(self) -> Generator[bytes, None, None]:
+        """Yield the output, with an empty piece after each message of the host.
+
+        Raises:
+            JobTimeoutError: the job did not end before the deadline.
+            SSHError: the host can't be reached any more.
+        """
+        useless = 0
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        while self.state is None:
+            began, size, self._heard = time.monotonic(), self.size, False
+            try:
+                yield from self._received()
+            except (JobError, HostKeyChangedError):
+                raise
+            except failures as error:
+                no_login = getattr(error, "reason", "")  # "refused" or "unreachable"
+                if no_login == "refused":
+                    raise
+                if self._time_left() <= 0:
+                    raise self._too_late(f"it may still run ({reason(error)})") from error
+                lasted = time.monotonic() - began
+                # Else a host that ends each script at once would be asked forever.
+                useful = self.size > size or (self._heard and lasted > LEAST_PATIENCE)
+                useless = 0 if useful else useless + 1
+                if no_login or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
+                    raise
+                logger.warning("job %s: %s; connecting again", self._name, error)
+                time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
+
+    def _time_left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _too_late(self, state: str = "it still runs") -> JobTimeoutError:
+        return JobTimeoutError(f"job {self._name!r} did not end in time; {state}", name=self._name)
+
+    def _received(self) -> Iterator[bytes]:
+        """Yield the output that one connection receives."""
+        at = -1 if self._skip else self.size
+        with self._host.script("follow", self._deadline, name=self._name, at=at) as script:
+            while True:
+                limit = min(JOB_TIMEOUT, max(self._time_left(), LEAST_PATIENCE))
+                script.channel.timeout = limit
+                script.channel.settimeout(limit)
+                line = script.line()
+                if line.startswith(b"end "):
+                    self.state = JobState.parse(line[4:].decode("ascii", "replace"))
+                    return
+                if not re.fullmatch(rb"[0-9]{1,7}", line) or int(line) > MAX_PORTION:
+                    error = script.refused(line)
+                    raise JobError(str(error), name=self._name) if line[:3] == b"no " else error
+                self._heard = True
+                left = int(line)
+                while left:
+                    piece = script.read(left)
+                    if not piece:
+                        raise SSHError("the connection broke")
+                    left -= len(piece)
+                    if not self._skip:
+                        self.size += len(piece)
+                        yield piece
+                yield b""
+                if self._time_left() <= 0:
+                    raise self._too_late()
+
+
+# ==================================================================================================
 # ssh.access
 #
 # Log in to the hosts of an account, and keep their host keys.
 # ==================================================================================================
 
 
-# What may be given for a login to methods that do more than log in.
+# The arguments of a login, for methods that do more than log in.
 LOGIN_DEFAULTS: dict[str, Any] = {
     "password": None,
     "key_path": None,
@@ -14934,7 +14425,7 @@ def check_connection(ssh: Any) -> Any:
 
 
 class SSHAccess:
-    """SSH access to the hosts of an account.
+    """Log in to the hosts of an account.
 
     Parameters:
         client: the client, for its API key and base URL.
@@ -14958,7 +14449,7 @@ class SSHAccess:
 
     @property
     def _host_keys(self) -> HostKeys:
-        """The host keys of the account; the client's API key may change."""
+        """Return the host keys of the account; the client's API key may change."""
         account = account_digest(self._client.base_url, self._client.api_key)
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
@@ -14990,29 +14481,13 @@ class SSHAccess:
         """Forget the host key of an order; see ``CloreClient.forget_host_key``."""
         if not isinstance(order, Mapping):
             order = {"order_id": check_order_id("order", order)}
-        return self._host_keys.forget(self._alias(order))
+        alias = self._host_keys.alias(Order(order).id, parse_ssh_command(order))
+        return self._host_keys.forget(alias)
 
-    def terminal_line(self, order: Any, key_path: Any) -> str:
-        """Return a command line for OpenSSH; see ``CloreClient.ssh_command``."""
-        return self._openssh(order, key_path).terminal_line()
-
-    def rsync_line(self, order: Any, local: Any, remote: Any, key_path: Any) -> str:
-        """Return a command line for rsync; see ``CloreClient.rsync_command``."""
-        local, remote = check_path("local", local), check_path("remote", remote)
-        return self._openssh(order, key_path).rsync_line(local, remote)
-
-    def config_entry(self, order: Any, name: str | None, key_path: Any) -> str:
-        """Return an entry for OpenSSH's configuration; see ``CloreClient.ssh_config``."""
-        if name is not None:
-            check_plain_name(name)
+    def openssh(self, order: Any, key_path: Any) -> OpenSSH:
+        """Return a writer of command lines and configuration entries for OpenSSH."""
         order = self._with_address(order)
-        default = f"clore-{order.id}" if order.id else "clore"
-        return self._openssh(order, key_path).config_entry(name or default)
-
-    def _openssh(self, order: Any, key_path: Any) -> OpenSSH:
-        order = self._with_address(order)
-        key_path = key_path or self._key_of(order)[0]
-        return OpenSSH(plain_address(order), self._host_keys, self._alias(order), key_path)
+        return OpenSSH(order, self._host_keys, key_path or self._key_of(order)[0])
 
     def _key_of(self, order: Order) -> tuple[Path | None, Any]:
         """Return the private key of the public key that was sent with an order.
@@ -15040,8 +14515,8 @@ class SSHAccess:
             )
             if not options["password"]:
                 options["key_path"], agent_key = self._key_of(order)
-        where = "{host}:{port}".format(**plain_address(order))
-        keys = KeyCheck(self._host_keys, order.id, where, options.pop("host_key"))
+        address = plain_address(order)
+        keys = KeyCheck(self._host_keys, order.id, address, options.pop("host_key"))
 
         def on_failure(error: BaseException) -> None:
             self._raise_if_ended(order.id, error)
@@ -15049,7 +14524,7 @@ class SSHAccess:
                 outcome = LOGIN_OUTCOMES.get(getattr(error, "reason", ""))
                 self._history.record(order.server_id, outcome)
 
-        return Login(order, keys, timeout, agent_key, on_failure, **options)
+        return Login(address, keys, timeout, agent_key, on_failure, **options)
 
     def _raise_if_ended(self, order_id: int | None, error: BaseException) -> None:
         """Raise a better error if a connection failed because the order has ended."""
@@ -15095,30 +14570,26 @@ class SSHAccess:
 
         return HostJobs(connect, reconnects=ssh is None)
 
-    def _alias(self, order: Mapping[str, Any]) -> str:
-        address = parse_ssh_command(check_order(order))
-        return self._host_keys.alias(Order(order).id, "{host}:{port}".format(**address))
-
 
 # ==================================================================================================
 # ssh.command
 #
-# Run a command over SSH within deadlines, and end it on the host when it must stop.
+# Run a command over SSH until its deadline, and end it on the host if it must stop.
 # ==================================================================================================
 
 
 MAX_OUTPUT = 64 * 1024 * 1024  # bytes
 READ_CHUNK = 4 << 20  # bytes; more than a window, so that one read empties a buffer
 START_TIMEOUT = 30.0  # seconds for a host to start a command
-SESSION_PATIENCE = 1.0  # seconds for a host with few sessions to end that of the command before
-POLL = 0.25  # seconds between two checks of what sets no event
+SESSION_PATIENCE = 1.0  # seconds for a host with few sessions to end the previous one
+POLL = 0.25  # seconds between two checks for changes that set no event
 QUIET = 0.5  # seconds without output before an ended command's output may be complete
 OVERTIME = 5.0  # seconds after the deadline for the output of a command that ended in time
 LATE_OUTPUT = 4 << 20  # bytes beyond a window that an ended command may have left in pipes
 GRACE = 1.0  # seconds between SIGTERM and SIGKILL
-PATIENCE = 2.0  # seconds after which a call that should be short is stuck
+PATIENCE = 2.0  # seconds for a call that should be short
 KILL_POLL = 0.1  # seconds between two checks of whether a process has ended
-BROKEN = "the connection broke before the command had ended: it may still run on the machine"
+BROKEN = "the connection broke before the command had ended: it may still run on the host"
 
 # Run on a second channel: sshd before 9.8 rejects the protocol's own signals for root.
 # dropbear gives a command no process group of its own: there, its descendants are killed.
@@ -15133,16 +14604,16 @@ _KILL_GROUP = (
 
 
 class Command:
-    """A command with its arguments, all checked.
+    """A command with its checked arguments.
 
     Parameters:
         command: a line for the host's shell, or a list of arguments, which is quoted.
         check: raise CommandError unless the exit code is 0.
-        timeout: seconds that the command may take; None has no limit.
-        input: its standard input, text as UTF-8; None is empty.
+        timeout: seconds that the command may take; None for no limit.
+        input: the standard input; text is sent as UTF-8.
         env: environment variables. They are visible in the host's process list. Where the login
             shell is csh, the command then runs without the aliases of its start-up files.
-        on_output: called with each :class:`OutputLine` as it comes. The order of lines is kept
+        on_output: called with each :class:`OutputLine` when it arrives. The order of lines is kept
             within a stream, not between the two. A very long line comes in pieces.
         max_output: bytes of both streams to keep; the rest goes to ``on_output`` only, and is
             counted in the result's ``dropped``.
@@ -15164,10 +14635,8 @@ class Command:
         first = csh_line(variables, command, self.line)
         self.encoded_line = encoded("command", first + variables + self.line)
         self.input = input_bytes(input)
-        self.timeout = math.inf
-        if timeout is not None:
-            self.timeout = check_number("timeout", timeout, above=True, infinite=True,
-                                        unit="seconds")  # fmt: skip
+        limit = math.inf if timeout is None else timeout
+        self.timeout = check_number("timeout", limit, above=True, infinite=True, unit="seconds")
         check_callback("on_output", on_output, 1)
         self.on_output = on_output
         self.max_output = check_count("max_output", max_output)
@@ -15176,8 +14645,8 @@ class Command:
     def run(self, ssh: paramiko.SSHClient) -> CommandResult:
         """Run the command and wait for its end.
 
-        A process that it leaves in the background is not waited for, unless that goes on writing
-        to the command's output. A timeout, Ctrl-C and any other exception end the command's
+        It does not wait for a process that the command leaves in the background, unless that keeps
+        writing to the command's output. A timeout, Ctrl-C and any other exception end the command's
         process group on the host: with SIGTERM, and a little later with SIGKILL.
 
         Raises:
@@ -15202,7 +14671,7 @@ class Command:
 
 
 class RunningCommand:
-    """A command on its channel."""
+    """Run a command on a channel."""
 
     def __init__(
         self, transport: Any, watchdog: Watchdog, command: Command, output: CommandOutput
@@ -15231,19 +14700,18 @@ class RunningCommand:
 
     def _in_time(self) -> bool:
         """Start the command and read its output; return False if time ran out."""
+        given = self._command.input
         try:
             self._start()
+            if given:
+                self._wait_for_shell()
+                given = b"\n" + given  # the first line starts the command
         except SSHError:
             if self._time_left():
                 raise
             return False
-        given = self._command.input
-        if given:
-            if not self._wait_for_shell():
-                return False
-            given = b"\n" + given  # the first line starts the command
         self._feeder = start_thread("stdin", _feed, self._channel, given)
-        # on_output may take longer than the timeout: the command is stopped all the same.
+        # on_output may take longer than the timeout; the command must stop anyway.
         with self._watchdog.limit(self._time_left() + GRACE + PATIENCE, self._stop_early):
             return self._wait() and not self._stopped_early
 
@@ -15274,27 +14742,23 @@ class RunningCommand:
             channel_request(self._channel, "exec", line)
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
-                raise SSHError(f"the machine did not start the command within {START_TIMEOUT:g}s")
+                raise SSHError(f"the host did not start the command within {START_TIMEOUT:g}s")
 
-    def _wait_for_shell(self) -> bool:
-        """Wait for the shell, as its start-up files would read the command's input.
+    def _wait_for_shell(self) -> None:
+        """Wait until the shell has run its start-up files, which could read the input."""
 
-        Returns False if time ran out.
-        """
-        deadline = time.monotonic() + min(START_TIMEOUT, self._time_left())
-        while self._pid_line.pid is None and not self._complete():
-            if time.monotonic() >= deadline:
-                if not self._time_left():
-                    return False
-                raise SSHError(
-                    f"the machine did not start the command within {START_TIMEOUT:g}s: a start-up "
-                    "file there, such as ~/.bashrc, may wait, or read the command's input"
-                )
-            self._read_or_wait(deadline - time.monotonic())
-        return True
+        def ready() -> bool:
+            return self._pid_line.pid is not None or self._complete()
+
+        self._read_until(ready, min(START_TIMEOUT, self._time_left()))
+        if not ready():
+            raise SSHError(
+                f"the host did not start the command within {START_TIMEOUT:g}s: a start-up "
+                "file there, such as ~/.bashrc, may wait, or read the command's input"
+            )
 
     def _watch_for_exit_signal(self) -> None:
-        """Read paramiko's log messages: only there it says that a signal ended the command."""
+        """Notice that a signal ended the command, which paramiko only writes to its log."""
         log = self._channel.logger.log
 
         def watched(level: int, message: str, *args: object) -> None:
@@ -15318,9 +14782,9 @@ class RunningCommand:
         return True
 
     def _read_late_output(self) -> None:
-        """Read what the command wrote before it ended, and is still on its way.
+        """Read the output that has not arrived when the command ends.
 
-        The stream may stay open: a process in the background can hold it.
+        The stream may stay open, because a process in the background can hold it.
         """
         give_up_at = time.monotonic() + self._time_left() + OVERTIME
         expected = self._channel.in_window_size + LATE_OUTPUT
@@ -15352,6 +14816,7 @@ class RunningCommand:
         return size
 
     def _read(self) -> int:
+        """Read what has arrived, and return its size."""
         channel, size = self._channel, 0
         for stream, ready, receive in (
             (STDOUT, channel.recv_ready, channel.recv),
@@ -15360,7 +14825,7 @@ class RunningCommand:
             if not ready():
                 continue
             try:
-                # This may hang, as it also sends: paramiko tells the host to send more.
+                # This may hang, because paramiko also sends: it asks the host for more data.
                 with self._limited(self._time_left() + GRACE + PATIENCE):
                     data = receive(READ_CHUNK)
             except connection_errors() as error:
@@ -15370,10 +14835,10 @@ class RunningCommand:
         return size
 
     def _all_arrived(self) -> bool:
-        """Check that the command is silent, and not just the network slow.
+        """Check that there is no more output, rather than a slow network.
 
-        The host answers in order: output that it had ready for sending before it answers for the
-        first time arrives before the second answer.
+        The host sends in order: output that was ready before its first answer arrives before its
+        second answer.
         """
         channel = self._channel
         for _ in range(3):  # the first may have been opened before
@@ -15421,7 +14886,7 @@ class RunningCommand:
         self._read()
 
     def _kill_group(self) -> None:
-        """Kill the command's process group by a script on a second channel."""
+        """Kill the command's process group with a script on a second channel."""
         pid = self._pid_line.pid
         if pid is None:
             return
@@ -15450,22 +14915,21 @@ class RunningCommand:
             raise SSHError(BROKEN)
         if not known:
             raise SSHError(
-                "the machine did not start the command, or closed its channel without telling how "
-                "it ended"
+                "the host did not start the command, or closed the channel without an exit code"
             )
         if self._pid_line.pid is None:
             said = self._output.text(STDERR).strip() or self._output.text(STDOUT).strip()
             raise SSHError(
-                "the machine did not run the command: it runs another one instead, or its shell "
+                "the host did not run the command: it runs another one instead, or its shell "
                 f"ended first (exit code {code}); it says: {printable(said, 300) or 'nothing'}"
             )
         return code if code >= 0 else -1
 
 
 def _feed(channel: Any, data: bytes) -> None:
-    """Send a command's input, as much of it as the command takes."""
+    """Send the input of a command until the command takes no more."""
     try:
-        channel.sendall(memoryview(data))  # of bytes, paramiko would copy the rest each time
+        channel.sendall(memoryview(data))  # with bytes, paramiko would copy the rest each time
         channel.shutdown_write()
     except Exception as error:
         # The command may end without reading all of its input; that is not an error.
@@ -15798,12 +15262,13 @@ def _asked_name(path: bytes, wildcards: bool) -> bytes:
 # ==================================================================================================
 # ssh.shell
 #
-# Connect this terminal to a shell on a machine.
+# Connect this terminal to a shell on a host.
 # ==================================================================================================
 
 
-SHELL_TIMEOUT = 30.0  # seconds for a machine to open a terminal
-SHELL_LOOK = 0.25  # seconds between two looks at the size of the window
+SHELL_TIMEOUT = 30.0  # seconds for a host to open a terminal
+CLOSE_TIMEOUT = 2.0  # seconds for the host to send the exit code, and to close the terminal
+SHELL_LOOK = 0.25  # seconds between two checks of the size of the window
 SHELL_PIECE = 65536  # bytes
 
 
@@ -15828,7 +15293,7 @@ def check_terminal() -> tuple[int, int]:
 
 
 def run_shell(ssh: paramiko.SSHClient) -> int:
-    """Run the login shell of a machine in this terminal; see ``CloreClient.shell``."""
+    """Run the login shell of a host in this terminal; see ``CloreClient.shell``."""
     source, target = check_terminal()
     with Watchdog() as watchdog:
         terminal = _Terminal(ssh.get_transport(), watchdog, source, target)
@@ -15837,7 +15302,7 @@ def run_shell(ssh: paramiko.SSHClient) -> int:
 
 
 class _Terminal:
-    """Passes bytes between this terminal and a shell on a machine."""
+    """Pass bytes between this terminal and a shell on a host."""
 
     def __init__(self, transport: Any, watchdog: Watchdog, source: int, target: int) -> None:
         self._transport = transport
@@ -15845,81 +15310,73 @@ class _Terminal:
         self._source = source
         self._target = target
         self._size = os.get_terminal_size(target)
-        self._channel: Any = None
         self._reads = True  # until the end of the input
 
     def run(self) -> int:
         """Return the exit code of the shell."""
+        channel: LimitedChannel | None = None
         try:
-            with self._limited(SHELL_TIMEOUT):
-                self._open()
-            while not self._ended():
-                self._follow_size()
-                self._pass_on()
-            return self._exit_code()
+            channel = LimitedChannel(self._transport, SHELL_TIMEOUT, self._watchdog)
+            self._start(channel)
+            while not (channel.closed or (channel.eof_received and not channel.recv_ready())):
+                self._follow_size(channel)
+                self._pass_on(channel)
+            return self._exit_code(channel)
         except connection_errors() as error:
-            raise SSHError(f"the connection broke, and the shell with it ({reason(error)})") from (
+            raise SSHError(f"the connection broke, and the shell ended ({reason(error)})") from (
                 error
             )
         finally:
-            if self._channel is not None:
-                with self._limited(2.0), contextlib.suppress(*connection_errors()):
-                    self._channel.close()
+            if channel is not None:
+                channel.timeout = CLOSE_TIMEOUT
+                channel.close()
 
-    def _limited(self, seconds: float) -> contextlib.AbstractContextManager[Any]:
-        """Close the connection if a block takes too long: sending itself has no timeout."""
-        return self._watchdog.limit(seconds, lambda: self._transport.close())
+    def _limited(self) -> contextlib.AbstractContextManager[Any]:
+        """Close the connection if a block takes too long: paramiko has no timeout there."""
+        return self._watchdog.limit(SHELL_TIMEOUT, self._transport.close)
 
-    def _open(self) -> None:
-        self._channel = open_session(self._transport, SHELL_TIMEOUT)
+    def _start(self, channel: LimitedChannel) -> None:
         kind = os.environ.get("TERM", "xterm-256color")
         try:
-            self._channel.get_pty(kind, self._size.columns, self._size.lines)
-            self._channel.invoke_shell()
+            with self._limited():
+                channel.get_pty(kind, self._size.columns, self._size.lines)
+                channel.invoke_shell()
         except connection_errors() as error:
             if not self._transport.is_active():
                 raise
-            raise SSHError(
-                f"the machine did not open a terminal ({reason(error)}): use run()"
-            ) from error
+            raise SSHError(f"the host did not open a terminal ({reason(error)}): use run()") from (
+                error
+            )
 
-    def _ended(self) -> bool:
-        channel = self._channel
-        return channel.closed or (channel.eof_received and not channel.recv_ready())
-
-    def _follow_size(self) -> None:
-        # Looking is simpler than SIGWINCH, which only the main thread could get.
+    def _follow_size(self, channel: LimitedChannel) -> None:
+        # A comparison is simpler than SIGWINCH, which only the main thread could receive.
         size = os.get_terminal_size(self._target)
         if size != self._size:
             self._size = size
-            with self._limited(SHELL_TIMEOUT):
-                self._channel.resize_pty(size.columns, size.lines)
+            with self._limited():
+                channel.resize_pty(size.columns, size.lines)
 
-    def _pass_on(self) -> None:
-        """Pass on what there is, in both directions; return soon if there is nothing."""
-        channel = self._channel
-        # A send would wait for the machine to read, and this for the machine's output.
-        wanted = [self._source] if self._reads and channel.send_ready() else []
-        ready, _, _ = select.select([channel, *wanted], [], [], SHELL_LOOK)
+    def _pass_on(self, channel: LimitedChannel) -> None:
+        """Pass on what has arrived, in both directions; return soon if there is nothing."""
+        # Input is read only when it can be sent: a send that waits would hold up the output.
+        watched: list[Any] = [channel]
+        if self._reads and channel.send_ready():
+            watched.append(self._source)
+        ready, _, _ = select.select(watched, [], [], SHELL_LOOK)
         if channel.recv_ready():
-            with self._limited(SHELL_TIMEOUT):
-                data = channel.recv(SHELL_PIECE)
-            _write_all(self._target, data)
+            _write_all(self._target, channel.recv(SHELL_PIECE))
         if self._source in ready:
-            data = os.read(self._source, 1024)
-            with self._limited(SHELL_TIMEOUT):
-                if data:
-                    channel.sendall(data)
-                else:
-                    self._reads = False
-                    channel.shutdown_write()
+            if data := os.read(self._source, 1024):
+                channel.sendall(data)
+            else:
+                self._reads = False
+                channel.shutdown_write()
 
-    def _exit_code(self) -> int:
-        channel = self._channel
-        if channel.status_event.wait(2.0) and channel.exit_status >= 0:
+    def _exit_code(self, channel: LimitedChannel) -> int:
+        if channel.status_event.wait(CLOSE_TIMEOUT) and channel.exit_status >= 0:
             return int(channel.exit_status)
         if not self._transport.is_active():
-            raise SSHError("the connection broke, and the shell with it")
+            raise SSHError("the connection broke, and the shell ended")
         return -1
 
 
@@ -15934,7 +15391,7 @@ def _write_all(target: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _raw_mode(source: int) -> Iterator[None]:
-    """Let every key go to the machine, for a block, whichever way it ends."""
+    """Send every key to the host during a block, and restore the terminal however it ends."""
     import termios
     import tty
 
@@ -17787,16 +17244,12 @@ NOT_YET_STATUSES = frozenset({502, 503, 504, *range(520, 528), 530})
 
 def check_forward_arguments(remote_port: Any, local_port: Any = 0) -> None:
     """Check the ports of :class:`Forward`, before anything is sent."""
-    for name, port, lowest in (("remote_port", remote_port, 1), ("local_port", local_port, 0)):
-        allowed = f"{name} must be a port from {lowest} to 65535"
-        if isinstance(port, bool) or not isinstance(port, int):
-            raise TypeError(f"{allowed}, not {short_repr(port)}")
-        if not lowest <= port <= 65535:
-            raise ValueError(f"{allowed}, not {short_repr(port)}")
+    check_count("remote_port", remote_port, minimum=1, maximum=65535)
+    check_count("local_port", local_port, maximum=65535)
 
 
 class Forward:
-    """Forwards a local port to a port of a host, for the length of a ``with`` block.
+    """Forward a local port to a port of a host, for the length of a ``with`` block.
 
     Entering it returns the local port, which listens on 127.0.0.1 only. Each connection to it is
     forwarded to the port on the host's localhost; it is reset if nothing listens there. Leaving the
@@ -18014,7 +17467,7 @@ class HTTPWait:
             raise ValueError(f"path must begin with '/' and be encoded, not {short_repr(path)}")
         self.timeout = check_number("timeout", timeout, infinite=True, unit="seconds")
         if port is not None:
-            check_forward_arguments(port)
+            check_count("port", port, minimum=1, maximum=65535)
         if not isinstance(order, Mapping):
             order = read(check_order_id("order", order))
         self.order = Order(order)
@@ -18094,7 +17547,10 @@ class HTTPWait:
                 raise CloreConnectionError(
                     f"the certificate of {self.where} is not valid: {printable(str(error), 300)}"
                 ) from error
-            return printable(str(reason_of(error)) or type(error).__name__, 200)
+            cause = reason_of(error)
+            if getattr(cause, "args", ()) and isinstance(cause.args[-1], Exception):
+                cause = cause.args[-1]  # inside of a ProtocolError
+            return printable(str(cause) or type(error).__name__, 200)
         finally:
             exchange.begin(lambda: None, lambda: None, math.inf)
 
@@ -19416,7 +18872,7 @@ class CloreClient(HTTPClient):
             >>> print(client.ssh_command(order))
             ssh -p 2060 root@n1.us.clorecloud.net
         """
-        return self._ssh.terminal_line(order, key_path)
+        return self._ssh.openssh(order, key_path).terminal_line()
 
     def ssh_config(
         self,
@@ -19444,7 +18900,9 @@ class CloreClient(HTTPClient):
         Example:
             >>> print(client.ssh_config(order), file=open("gpu.conf", "w"))
         """
-        return self._ssh.config_entry(order, name, key_path)
+        if name is not None:
+            check_plain_name(name)
+        return self._ssh.openssh(order, key_path).config_entry(name)
 
     def run(
         self,
@@ -19902,7 +19360,8 @@ class CloreClient(HTTPClient):
             >>> print(client.rsync_command(order, "data/", "~/work"))
             rsync -az -s -e 'ssh -p 2060' data/ root@n1.us.clorecloud.net:work
         """
-        return self._ssh.rsync_line(order, local, remote, key_path)
+        source, target = check_path("local", local), check_path("remote", remote)
+        return self._ssh.openssh(order, key_path).rsync_line(source, target)
 
     def scp(
         self,
