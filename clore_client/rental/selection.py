@@ -160,7 +160,7 @@ def candidates(
 ) -> tuple[list[Server], str]:
     """Return the servers to try, and an error text if there are none.
 
-    The best come first, and hosts that have just disappointed last.
+    The best come first, and hosts that failed in the last day come last.
     """
     found, report = market.search(settings.search)
     if not found:

@@ -140,6 +140,11 @@ class RentalWorker:
         self._started = False
         self._interrupted_at: list[float] = []
 
+    @property
+    def gave_up(self) -> bool:
+        """True if the rental stopped to cancel, after three interrupts."""
+        return self._rental_orders.abandoned
+
     # --- called by the rental, in its own thread ---
 
     def start(self) -> None:
@@ -423,7 +428,7 @@ def _end_all() -> None:
     """End the rentals that are still open when the interpreter exits."""
     this_process.exiting = True
     # After three interrupts, the user does not want to wait.
-    workers = [w for w in list(this_process.rentals) if not w._rental_orders.abandoned]
+    workers = [w for w in list(this_process.rentals) if not w.gave_up]
     for worker in workers:
         worker.request_end()
     for worker in workers:
