@@ -3,9 +3,8 @@
 A call that has no timeout of its own is limited by a watchdog.
 
 paramiko has no settings for most of this: these are attributes of its objects. The package uses
-four private ones: ``Packetizer._read_timeout`` and ``Transport._send_user_message`` here,
-``SFTPClient._async_request`` and ``SFTPClient._read_response`` in ``transfer/sftp.py``. A test
-names the versions of paramiko with which that was checked.
+two private ones: ``Packetizer._read_timeout`` and ``Transport._send_user_message``. A test names
+the versions of paramiko with which that was checked.
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ def test_a_start_up_file_that_reads_everything(
 def test_a_slow_start_up_file(
     client: CloreClient, tmp_path: Path, here: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It takes longer than the time after which another script tests whether any can start."""
+    """It takes seconds, which is no reason to use SFTP."""
     (here / "one").write_bytes(content(MB))
     with host(client, tmp_path / "host", "bash") as far:
         (far.home / ".bashrc").write_text(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
@@ -17,64 +17,96 @@ from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.transfer.entry import (
     BLOCK,
     CHANGED,
+    MAX_FILES,
     SMALL_FILE,
+    TAR_BLOCK,
     TRANSFER_PIECE,
     FileEntry,
-    TarReader,
+    RemoteTree,
     about,
     check_unchanged,
+    parse_listing,
     parse_stat,
 )
-from clore_client.ssh.transfer.local_part import LocalPart, write_piece
+from clore_client.ssh.transfer.local_part import (
+    LocalPart,
+    begin_file,
+    begin_tree,
+    make_links,
+    write_piece,
+)
 from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, RemoteScript
-from clore_client.ssh.transfer.remote_tree import RemoteTree, begin_file, make_links
 from clore_client.ssh.transfer.scripts import (
-    CHUNK_DIGESTS,
     DIFFERS,
-    FILE_DIGESTS,
     GET,
     GET_TREE,
     LOOK,
     MAX_ANSWER,
-    different_chunks,
-    different_files,
-    parse_listing,
     script_text,
 )
-from clore_client.ssh.transfer.sftp import SftpDownload
-from clore_client.ssh.transfer.transfer import DownloadOptions, Transfer
+from clore_client.ssh.transfer.sftp import SftpDownload, sftp_session
+from clore_client.ssh.transfer.transfer import RANGE, DownloadOptions, Transfer
 from clore_client.ssh.transport import NoChannelError
 
 DOWNLOAD_CONNECTIONS = 4
 DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes; from here on, more connections are worth their logins
 HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host can hash within the timeout
-RANGE = 64 * 1024 * 1024  # bytes that a worker asks for at a time
-MAX_FILES = 2_000_000
 ANY_SIZE = 2**62
+MAX_TAR_EXTRA = 65536  # bytes of a name
 
 
 def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferResult:
     """Download; see ``CloreClient.download``."""
     transfer = Transfer(pool, options, os.fsdecode(options.remote), "download")
     part = LocalPart(options.target, options.remote, options)
-    files: list[FileEntry] = []
     with transfer.watched(), part:
-        _download(transfer, part, files)
+        files = _download(transfer, part)
     return transfer.result(part.target, files)
 
 
-def _download(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
-    """Download with the host's shell, or else over SFTP."""
+def _download(transfer: Transfer, part: LocalPart) -> list[FileEntry]:
+    """Download with the host's shell, or else over SFTP; return the files that came."""
     try:
-        Download(transfer, part).run(files)
+        with Download(transfer, part) as receiver:
+            return _receive_all(transfer, part, receiver)
     except NoShellError as error:
         logger.warning("files come over SFTP, which is slower: %s", error)
         transfer.restart()
-        SftpDownload(transfer, part).run(files)
+        with sftp_session(transfer) as remote:
+            return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
+
+
+class Receiver(Protocol):
+    """A download with the host's shell, or over SFTP."""
+
+    def look(self) -> FileEntry | RemoteTree:
+        """Return what the source is."""
+
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs from that of their targets."""
+
+    def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
+        """Receive and check files, and read what symlinks lead to."""
+
+
+def _receive_all(transfer: Transfer, part: LocalPart, receiver: Receiver) -> list[FileEntry]:
+    found = receiver.look()
+    if isinstance(found, FileEntry):
+        files = begin_file(transfer, part, found, receiver.different)
+        if files:
+            receiver.receive(files, [])
+            part.install_file(found)
+        return files
+    links = begin_tree(transfer, part, found, receiver.different)
+    files = found.files
+    receiver.receive(files, links)
+    make_links(transfer, part, found, links)
+    part.install_tree(found.root, found.entries)
+    return files
 
 
 class Download:
-    """One download with the host's shell.
+    """One download with the host's shell; a context manager.
 
     The script LOOK lists what there is, and sends a file that is not large. Workers receive large
     files in ranges; small ones come in a tar stream.
@@ -88,26 +120,31 @@ class Download:
         self._share = RANGE  # bytes for each connection
         self._lock = threading.Lock()
         self._token = os.urandom(10).hex()
+        self._look: Any = None
 
-    def run(self, files: list[FileEntry]) -> None:
-        """Download, and add to ``files`` what there is."""
+    def __enter__(self) -> Download:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._transfer.stop()
+        elif self._look is not None:
+            self._look.finish()
+        self._transfer.join_workers()
+
+    def look(self) -> FileEntry | RemoteTree:
         transfer = self._transfer
-        try:
-            with transfer.script(
-                transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
-            ) as look:
-                first = look.line()
-                if first == b"d":
-                    self._get_tree(look, files)
-                elif first.startswith(b"f "):
-                    self._get_file(look, parse_stat(first[2:]), files)
-                else:
-                    raise look.refused(first)
-        except BaseException:
-            transfer.stop()
-            raise
-        finally:
-            transfer.join_workers()
+        look = self._look = transfer.script(
+            transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
+        )
+        first = look.line()
+        if first.startswith(b"f "):
+            return parse_stat(first[2:])
+        if first != b"d":
+            raise look.refused(first)
+        tree = parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES)
+        look.finish()
+        return tree
 
     def _look_script(self) -> bytes:
         options = self._options
@@ -122,30 +159,61 @@ class Download:
             hash=int(options.verify),
         )  # fmt: skip
 
-    # --- one file ---
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        return list(self._different([(e, 0, e.size) for e in files], self._part.target_of))
 
-    def _get_file(self, look: RemoteScript, entry: FileEntry, files: list[FileEntry]) -> None:
-        if not begin_file(self._transfer, self._part, entry, files, self._different):
-            look.finish()
-            return
+    def _different(
+        self, ranges: list[tuple[FileEntry, int, int]], place: Callable[[FileEntry], Any]
+    ) -> Iterator[FileEntry]:
+        return self._transfer.different(ranges, place, path=self._options.source)
+
+    def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
+        compared: list[FileEntry] = []
+        if files and not files[0].name:
+            self._receive_one(files[0])
+        else:
+            compared = self._receive_many(files, links)
+        ranges = [(entry, *found) for entry in files for found in self._part.earlier(entry)]
+        for entry, _, size in ranges:
+            self._transfer.count(entry, size)
+        ranges += [(entry, 0, entry.size) for entry in compared]
+        for entry in self._different(ranges, self._part.place):
+            with about(entry):
+                self._part.clear()
+                raise SSHError(DIFFERS)
+
+    def _receive_one(self, entry: FileEntry) -> None:
+        look = self._look
         if entry.size > self._most:
             look.finish()
             self._add_ranges(entry)
             self._get_ranges()
-        else:
-            digest = hashlib.sha256() if self._options.verify else None
-            self._receive(look, entry, 0, entry.size, digest)
-            if digest is not None:
-                _compare(look.line(), digest.hexdigest())
-            check_unchanged(entry, parse_stat(look.line()))
-            look.expect_end()
-        self._check_earlier([entry])
-        self._part.install_file(entry)
+            return
+        digest = hashlib.sha256() if self._options.verify else None
+        self._write(look, entry, 0, entry.size, digest)
+        if digest is not None:
+            _compare(look.line(), digest.hexdigest())
+        check_unchanged(entry, parse_stat(look.line()))
+        look.expect_end()
 
-    def _receive(
+    def _receive_many(self, files: list[FileEntry], links: list[FileEntry]) -> list[FileEntry]:
+        """Receive the files of a directory; return those that ``verify`` has to compare."""
+        small: list[FileEntry] = []
+        for entry in files:
+            if self._part.is_done(entry):
+                continue
+            # GNU tar reads a backslash in a name as an escape.
+            if entry.size >= SMALL_FILE or b"\\" in entry.name or self._part.earlier(entry):
+                self._add_ranges(entry)
+            else:
+                small.append(entry)
+        self._get_ranges(lambda: self._get_small(small + links))
+        return small if self._options.verify else []
+
+    def _write(
         self, running: RemoteScript, entry: FileEntry, start: int, length: int, digest: Any = None
     ) -> None:
-        """Write and record exactly ``length`` bytes."""
+        """Write and record exactly ``length`` bytes of output."""
         at = noted = start
         with self._part.open(entry) as file:
             file.seek(start)
@@ -169,15 +237,12 @@ class Download:
         if not length:
             self._transfer.moved(entry, 0)
 
-    def _receive_nothing(self, entry: FileEntry) -> None:
-        self._part.open(entry).close()
-        self._took(entry)
-
     # --- ranges ---
 
     def _add_ranges(self, entry: FileEntry) -> None:
         """Add the ranges of a file that are missing."""
-        self._ranges += [(entry, start, size) for start, size in self._part.missing(entry)]
+        missing = self._part.missing(entry) if entry.size else [(0, 0)]
+        self._ranges += [(entry, start, size) for start, size in missing]
 
     def _take_range(self) -> tuple[FileEntry, int, int] | None:
         """Return the next range for a worker, or None."""
@@ -220,49 +285,18 @@ class Download:
 
     def _get_range(self, ssh: Any, entry: FileEntry, start: int, length: int) -> None:
         digest = hashlib.sha256()
-        script = script_text("get", GET, f=self._place(entry))
+        source = self._options.source
+        place = source.rstrip(b"/") + b"/" + entry.name if entry.name else source
+        script = script_text("get", GET, f=place)
         with self._transfer.script(ssh, script, DATA_WINDOW) as get:
             get.send(b"%d %d\n" % (start // BLOCK, length))
             get.end()
-            self._receive(get, entry, start, length, digest)
+            self._write(get, entry, start, length, digest)
             _compare(get.line(), digest.hexdigest())
             check_unchanged(entry, parse_stat(get.line()))
             get.expect_end()
 
-    def _place(self, entry: FileEntry) -> bytes:
-        source: bytes = self._options.source
-        return source.rstrip(b"/") + b"/" + entry.name if entry.name else source
-
-    # --- a directory ---
-
-    def _get_tree(self, look: RemoteScript, files: list[FileEntry]) -> None:
-        tree = RemoteTree()
-        parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES, tree.take)
-        links = tree.begin(self._transfer, self._part, files, self._different)
-        missing = [entry for entry in files if not self._part.is_done(entry)]
-        # GNU tar reads a backslash in a name as an escape.
-        alone = {
-            e.name: e
-            for e in missing
-            if e.size >= SMALL_FILE or (b"\\" in e.name and e.size) or self._part.earlier(e)
-        }
-        small = [entry for entry in missing if entry.name not in alone]
-        for entry in alone.values():
-            self._add_ranges(entry)
-        for entry in [e for e in small if b"\\" in e.name]:
-            small.remove(entry)
-            self._receive_nothing(entry)
-        for entry in [e for e in links if b"\\" in e.name]:
-            links.remove(entry)
-            tree.entries.remove(entry)
-            self._transfer.leave_out(entry.name, "a symlink whose name holds a backslash")
-        look.finish()
-        self._get_ranges(lambda: self._get_small(small + links))
-        self._check_earlier(files)
-        if self._options.verify:
-            self._compare_files([entry for entry in small if entry.kind == "f"])
-        make_links(self._part, self._transfer, links, tree)
-        self._part.install_tree(tree.root, tree.entries)
+    # --- small files ---
 
     def _get_small(self, entries: list[FileEntry]) -> None:
         """Receive small files and symlinks in one tar stream."""
@@ -270,8 +304,7 @@ class Download:
             return
         script = script_text("tree", GET_TREE, f=self._options.source, token=self._token)
         with self._transfer.script(self._transfer.pool.ssh, script, DATA_WINDOW) as get:
-            get.send(b"".join(b"./" + entry.name + b"\0" for entry in entries))
-            get.end()
+            get.send_names(entry.name for entry in entries)
             self._receive_tar(get, entries)
 
     def _receive_tar(self, get: RemoteScript, entries: list[FileEntry]) -> None:
@@ -282,7 +315,7 @@ class Download:
             name = os.fsencode(info.name).removeprefix(b"./")
             entry = wanted.pop(name, None)
             if entry is None:
-                raise SSHError(f"the machine sends {printable(repr(name), 120)}, not asked for")
+                raise SSHError(f"the host sends {printable(repr(name), 120)}, not asked for")
             with about(entry):
                 self._take_member(get, entry, info, received)
             received.add(name)
@@ -302,90 +335,94 @@ class Download:
             if original not in received:
                 raise SSHError("it is a hard link to what was not asked for")
             shutil.copyfile(self._part.place_of(original), self._part.place(entry))
-            self._took(entry)
+            self._part.note(entry, 0, entry.size)
+            self._transfer.moved(entry, entry.size)
         elif info.isreg() and entry.kind == "f":
             if info.size < entry.size:
                 raise SSHError(CHANGED)
             self._part.grow(info.size - entry.size)
             entry.size = info.size  # it has grown since it was listed
-            self._receive(get, entry, 0, entry.size)
+            self._write(get, entry, 0, entry.size)
         else:
             raise SSHError(CHANGED)
 
-    def _took(self, entry: FileEntry) -> None:
-        self._part.note(entry, 0, entry.size)
-        self._transfer.moved(entry, entry.size)
-
     def _check_unchanged(self, get: RemoteScript, entries: list[FileEntry]) -> None:
-        again = RemoteTree()
-        parse_listing(get.until(self._token.encode(), MAX_ANSWER), MAX_FILES, again.take)
-        now = {entry.name: entry for entry in again.entries}
+        text = get.until(self._token.encode(), MAX_ANSWER)
+        now = parse_listing(text, MAX_FILES).by_name
         for entry in entries:
             if entry.kind == "f":
                 with about(entry):
                     check_unchanged(entry, now.get(entry.name))
 
-    # --- unchanged files ---
 
-    def _different(self, files: list[FileEntry]) -> list[FileEntry]:
-        """Return those of the files whose content differs from that of their targets."""
-        small = [entry for entry in files if entry.name and entry.size < SMALL_FILE]
-        names = {entry.name for entry in small}
-        chunks = [c for e in files if e.name not in names for c in _chunks(e, 0, e.size)]
-        found = list(self._different_chunks(chunks, self._part.target_of))
-        if not small:
-            return found
-        text = script_text("digests", FILE_DIGESTS, path=self._options.source)
-        with self._transfer.script(self._transfer.pool.ssh, text) as script:
-            return found + list(different_files(script, small, self._part.target_of))
+class TarReader:
+    """Read the members of consecutive tar archives, up to a block with a mark.
 
-    # --- checks ---
+    Parameters:
+        running: the :class:`RemoteScript` that sends them.
+    """
 
-    def _check_earlier(self, files: list[FileEntry]) -> None:
-        """Compare what an earlier download received."""
-        small: list[FileEntry] = []
-        chunks: list[tuple[FileEntry, int, int]] = []
-        for entry in files:
-            earlier = self._part.earlier(entry)
-            if earlier and entry.size < SMALL_FILE and entry.name:
-                small.append(entry)
-            else:
-                chunks += [c for start, length in earlier for c in _chunks(entry, start, length)]
-            for _, length in earlier:
-                self._transfer.count(entry, length)
-        for entry in self._different_chunks(chunks, self._part.place):
-            with about(entry):
-                self._refuse()
-        self._compare_files(small)
+    def __init__(self, running: Any, mark: bytes) -> None:
+        self._running = running
+        self._mark = mark
+        self._padding = 0
 
-    def _different_chunks(
-        self, chunks: list[tuple[FileEntry, int, int]], place: Callable[[FileEntry], str | Path]
-    ) -> Iterator[FileEntry]:
-        if chunks:
-            text = script_text("digests", CHUNK_DIGESTS, path=self._options.source.rstrip(b"/"))
-            with self._transfer.script(self._transfer.pool.ssh, text) as script:
-                yield from different_chunks(script, chunks, place)
+    def next(self) -> Any:
+        """Return the next member, or None at the mark."""
+        import tarfile
 
-    def _compare_files(self, files: list[FileEntry]) -> None:
-        if not files:
-            return
-        text = script_text("digests", FILE_DIGESTS, path=self._options.source)
-        with self._transfer.script(self._transfer.pool.ssh, text) as script:
-            for entry in different_files(script, files, self._part.place):
-                with about(entry):
-                    self._refuse()
+        self._exactly(self._padding)
+        self._padding = 0
+        name = link = ""
+        while True:
+            header = self._exactly(TAR_BLOCK)
+            if header.rstrip(b" \n") == self._mark:
+                return None
+            if not header.strip(b"\0"):
+                continue
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError) as error:
+                raise SSHError("the host sends no valid tar archive") from error
+            if info.size < 0:
+                raise SSHError("the host sends a negative size")
+            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+                if info.size > MAX_TAR_EXTRA:
+                    raise SSHError("the host sends a name that is too long")
+                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
+                name, link = _extended(info.type, extra, name, link)
+                continue
+            info.name, info.linkname = name or info.name, link or info.linkname
+            if not info.isreg():
+                info.size = 0
+            self._padding = -info.size % TAR_BLOCK
+            return info
 
-    def _refuse(self) -> None:
-        self._part.clear()
-        raise SSHError(DIFFERS)
+    def content(self, size: int) -> Iterator[bytes]:
+        """Yield the bytes of a member."""
+        while size:
+            piece = self._running.read(min(TRANSFER_PIECE, size))
+            if not piece:
+                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
+            size -= len(piece)
+            yield piece
+
+    def _exactly(self, size: int) -> bytes:
+        piece = self._running.read(size) if size else b""
+        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
 
 
-def _chunks(entry: FileEntry, start: int, length: int) -> list[tuple[FileEntry, int, int]]:
-    """Divide a range into chunks that a host hashes within the timeout."""
-    end = start + length
-    return [(entry, at, min(RANGE, end - at)) for at in range(start, end, RANGE)]
+def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
+    """Read a name or a link target that does not fit in a header."""
+    if kind == b"x":  # POSIX: records of a length, a keyword and a value
+        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
+            found.get(b"linkpath", b"")
+        ) or link
+    text = os.fsdecode(extra.rstrip(b"\0"))
+    return (text, link) if kind == b"L" else (name, text)
 
 
 def _compare(line: bytes, digest: str) -> None:
     if line[:64] != digest.encode():
-        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the machine sent no SHA-256")
+        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the host sent no SHA-256")

@@ -1,4 +1,4 @@
-"""Describe the files, directories and symlinks of a transfer, and pack them in tar streams."""
+"""Describe the files, directories and symlinks of a transfer, on both sides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import stat
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Any
 
 from clore_client.errors import SSHError, printable
 
@@ -17,8 +16,14 @@ BLOCK = 65536  # bytes; chunks begin at multiples of it
 TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
 LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
 MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
+MAX_FILES = 2_000_000  # of a directory on a host
 Excludes = Callable[[bytes, bool], bool]  # of a name, and whether it is a directory
 CHANGED = "it changed during the transfer"
+TAR_BLOCK = 512  # bytes
+CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
+BUNDLE_BYTES = 8 * 1024 * 1024
+BUNDLE_FILES = 1000
+SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
 
 
 class FileEntry:
@@ -79,9 +84,9 @@ def checked_name(name: bytes) -> str:
     """Check a name that a host sent, and return it as a path on this system."""
     parts = name.split(b"/")
     if b"\0" in name or not {b"", b".", b".."}.isdisjoint(parts):
-        raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
+        raise SSHError(f"the host sent an invalid file name: {printable(repr(name), 120)}")
     if len(parts) > MAX_LEVELS:
-        raise SSHError(f"the machine names a file below {len(parts)} directories")
+        raise SSHError(f"the host sent the name of a file below {len(parts)} directories")
     text = os.fsdecode(name)
     if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
         raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
@@ -95,7 +100,7 @@ def kind_of(mode: int) -> str:
 
 
 def whole_seconds(mtime: int) -> int:
-    """Return a time in nanoseconds as the seconds that a transfer keeps."""
+    """Convert a time in nanoseconds to the seconds that a transfer keeps."""
     return min(max(mtime // 10**9, 0), LAST_TIME)
 
 
@@ -108,7 +113,7 @@ def parse_stat(line: bytes) -> FileEntry:
     """Read size, seconds and permissions of a file."""
     found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
     if found is None:
-        raise SSHError("the machine sent a file status that can't be read")
+        raise SSHError("the host sent a file status that can't be read")
     size, seconds, mode = found.groups()
     return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
 
@@ -134,7 +139,7 @@ def file_digest(path: str | Path, start: int, length: int) -> str:
 
 @contextlib.contextmanager
 def about(entry: FileEntry) -> Iterator[None]:
-    """Note in an error which file it is about."""
+    """Add the file to an error that a block raises."""
     try:
         yield
     except Exception as error:
@@ -144,98 +149,99 @@ def about(entry: FileEntry) -> Iterator[None]:
         raise
 
 
-TAR_BLOCK = 512  # bytes
-MAX_TAR_EXTRA = 65536  # bytes of a name
+class Tree:
+    """The files, directories and symlinks of a transfer; each directory precedes its content."""
+
+    def __init__(self) -> None:
+        self.entries: list[FileEntry] = []
+
+    @property
+    def files(self) -> list[FileEntry]:
+        return [entry for entry in self.entries if entry.kind == "f"]
+
+    def drop_files(self, files: list[FileEntry]) -> None:
+        """Remove files that need not be transferred."""
+        names = {entry.name for entry in files}
+        self.entries = [e for e in self.entries if e.kind != "f" or e.name not in names]
 
 
-def tar_header(entry: FileEntry) -> bytes:
-    """Return the header of an entry in a tar stream, without a user's name or number."""
-    import tarfile  # imported here, because it is slow
+class RemoteTree(Tree):
+    """The entries of a directory on a host, checked.
 
-    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
-    # A directory must be writable until its files have arrived.
-    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
-    info.size, info.mtime = entry.size, entry.mtime // 10**9
-    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
-    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
-    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
-class TarReader:
-    """Read the members of consecutive tar archives, up to a block with a mark.
-
-    Parameters:
-        running: the :class:`RemoteScript` that sends them.
+    Attributes:
+        root: the directory itself.
+        odd: the names of what is neither a file nor a directory nor a symlink.
     """
 
-    def __init__(self, running: Any, mark: bytes) -> None:
-        self._running = running
-        self._mark = mark
-        self._padding = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd: list[bytes] = []
+        self.root = FileEntry(b"", 0, 0, 0o755, "d")
+        self._folders = {b""}
+        self._names: set[bytes] = set()
 
-    def next(self) -> Any:
-        """Return the next member, or None at the mark."""
-        import tarfile
+    @property
+    def by_name(self) -> dict[bytes, FileEntry]:
+        """All entries, and the root under the empty name."""
+        odd = [FileEntry(name, 0, 0, 0, "l") for name in self.odd]
+        return {entry.name: entry for entry in [self.root, *self.entries, *odd]}
 
-        self._exactly(self._padding)
-        self._padding = 0
-        name = link = ""
-        while True:
-            header = self._exactly(TAR_BLOCK)
-            if header.rstrip(b" \n") == self._mark:
-                return None
-            if not header.strip(b"\0"):
-                continue
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise SSHError("the machine sends no valid tar archive") from error
-            if info.size < 0:
-                raise SSHError("the machine sends a negative size")
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
-                if info.size > MAX_TAR_EXTRA:
-                    raise SSHError("the machine sends a name that is too long")
-                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
-                name, link = _extended(info.type, extra, name, link)
-                continue
-            info.name, info.linkname = name or info.name, link or info.linkname
-            if not info.isreg():
-                info.size = 0
-            self._padding = -info.size % TAR_BLOCK
-            return info
+    def add(self, mode: int, size: int, seconds: int, name: bytes) -> None:
+        """Check an entry of a listing, and add it."""
+        kind = kind_of(mode)
+        entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
+        if not name:
+            self.root = entry
+            return
+        checked_name(name)
+        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
+            raise SSHError(f"the host lists {printable(repr(name), 120)} in a wrong place")
+        self._names.add(name)
+        if kind == "d":
+            self._folders.add(name)
+        if not kind:
+            self.odd.append(name)
+        else:
+            self.entries.append(entry)
 
-    def content(self, size: int) -> Iterator[bytes]:
-        """Yield the bytes of a member."""
-        while size:
-            piece = self._running.read(min(TRANSFER_PIECE, size))
-            if not piece:
-                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
-            size -= len(piece)
-            yield piece
-
-    def _exactly(self, size: int) -> bytes:
-        piece = self._running.read(size) if size else b""
-        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
+    def exclude(self, excludes: Excludes | None) -> None:
+        """Remove what patterns exclude, and all that is below an excluded directory."""
+        if excludes is None:
+            return
+        kept, gone = [], {b"/"}
+        for entry in self.entries:
+            if entry.name.rpartition(b"/")[0] in gone or excludes(entry.name, entry.kind == "d"):
+                gone.add(entry.name)
+            else:
+                kept.append(entry)
+        self.entries = kept
+        self.odd = [
+            n for n in self.odd if n.rpartition(b"/")[0] not in gone and not excludes(n, False)
+        ]
 
 
-def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
-    """Read a name or a link target that does not fit in a header."""
-    if kind == b"x":  # POSIX: records of a length, a keyword and a value
-        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
-            found.get(b"linkpath", b"")
-        ) or link
-    text = os.fsdecode(extra.rstrip(b"\0"))
-    return (text, link) if kind == b"L" else (name, text)
+def parse_listing(text: bytes, most: int) -> RemoteTree:
+    """Read the output of the shell function ``list``, of at most so many entries."""
+    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
+    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
+    line = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
+    tree = RemoteTree()
+    at = count = 0
+    while at < len(text):
+        found = line.match(text, at)
+        if found is None:
+            shown = printable(repr(text[at : at + 80]), 120)
+            raise SSHError(f"the host sent a listing that can't be read: {shown}")
+        count += 1
+        if count > most:
+            raise SSHError(f"the host lists more than {most} files")
+        mode, size, seconds, name = found.groups()
+        tree.add(int(mode, 16), int(size), int(seconds), name[2:])
+        at = found.end()
+    return tree
 
 
-CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
-BUNDLE_BYTES = 8 * 1024 * 1024
-BUNDLE_FILES = 1000
-SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
-
-
-class LocalTree:
+class LocalTree(Tree):
     """The files, directories and symlinks to upload, and what is left out.
 
     Attributes:
@@ -243,28 +249,24 @@ class LocalTree:
     """
 
     def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
+        super().__init__()
         self.path = path
         self.symlinks = symlinks
         self._excluded = excluded
-        self.entries: list[FileEntry] = []
         self.left_out: list[tuple[bytes, str]] = []
         try:
-            facts = os.stat(path)  # the path itself may be a symlink
+            status = os.stat(path)  # the path itself may be a symlink
         except FileNotFoundError:
             shown = printable(repr(os.fsdecode(path)), 300)
             raise FileNotFoundError(f"local: there is nothing at {shown}") from None
-        self.is_folder = stat.S_ISDIR(facts.st_mode)
-        self.mode, self.mtime = facts.st_mode & 0o777, facts.st_mtime_ns
+        self.is_folder = stat.S_ISDIR(status.st_mode)
+        self.mode, self.mtime = status.st_mode & 0o777, status.st_mtime_ns
         if self.is_folder:
             self._scan(b"", (os.path.realpath(path),))
-        elif stat.S_ISREG(facts.st_mode):
-            self._add(b"", facts)
+        elif stat.S_ISREG(status.st_mode):
+            self._add(b"", status)
         else:
             raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
-
-    @property
-    def files(self) -> list[FileEntry]:
-        return [entry for entry in self.entries if entry.kind == "f"]
 
     def place(self, entry: FileEntry) -> str:
         """Return the local path of an entry."""
@@ -281,8 +283,8 @@ class LocalTree:
             while length and (size := file.readinto(buffer[:length])):
                 length -= size
                 yield buffer[:size]
-            facts = os.fstat(file.fileno())
-            if length or (facts.st_size, facts.st_mtime_ns) != (entry.size, entry.mtime):
+            status = os.fstat(file.fileno())
+            if length or (status.st_size, status.st_mtime_ns) != (entry.size, entry.mtime):
                 raise SSHError(CHANGED)
 
     def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
@@ -290,26 +292,26 @@ class LocalTree:
             entries = sorted(found, key=lambda e: e.name)
         for entry in entries:
             name = os.path.join(folder, entry.name) if folder else entry.name
-            facts = entry.stat(follow_symlinks=False)
-            if self._excluded is not None and self._excluded(name, stat.S_ISDIR(facts.st_mode)):
+            status = entry.stat(follow_symlinks=False)
+            if self._excluded is not None and self._excluded(name, stat.S_ISDIR(status.st_mode)):
                 continue
-            if stat.S_ISLNK(facts.st_mode):
-                self._take_link(name, entry.path, facts, above)
-            elif stat.S_ISDIR(facts.st_mode):
-                self._add(name, facts)
+            if stat.S_ISLNK(status.st_mode):
+                self._add_link(name, entry.path, status, above)
+            elif stat.S_ISDIR(status.st_mode):
+                self._add(name, status)
                 self._scan(name, (*above, os.path.realpath(entry.path)))
-            elif stat.S_ISREG(facts.st_mode):
-                self._add(name, facts)
+            elif stat.S_ISREG(status.st_mode):
+                self._add(name, status)
             else:
                 self.left_out.append((name, "it is not a file"))
 
-    def _take_link(
-        self, name: bytes, path: bytes, facts: os.stat_result, above: tuple[bytes, ...]
+    def _add_link(
+        self, name: bytes, path: bytes, status: os.stat_result, above: tuple[bytes, ...]
     ) -> None:
         link, real = os.readlink(path), os.path.realpath(path)
         within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
         if self.symlinks == "copy" and within and link_target(name, link) is not None:
-            self.entries.append(FileEntry(name, 0, facts.st_mtime_ns, 0o777, "l", link))
+            self.entries.append(FileEntry(name, 0, status.st_mtime_ns, 0o777, "l", link))
         elif self.symlinks == "follow" and within and os.path.isfile(real):
             self._add(name, os.stat(real))
         elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
@@ -318,12 +320,12 @@ class LocalTree:
         else:
             self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
 
-    def _add(self, name: bytes, facts: os.stat_result) -> None:
+    def _add(self, name: bytes, status: os.stat_result) -> None:
         if os.sep != "/":
             name = name.replace(os.fsencode(os.sep), b"/")
-        kind = "d" if stat.S_ISDIR(facts.st_mode) else "f"
-        mode = facts.st_mode & 0o777
-        self.entries.append(FileEntry(name, facts.st_size, facts.st_mtime_ns, mode, kind))
+        kind = "d" if stat.S_ISDIR(status.st_mode) else "f"
+        mode = status.st_mode & 0o777
+        self.entries.append(FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind))
 
 
 class Portion:
@@ -346,12 +348,12 @@ class Portion:
     def key(self) -> str:
         """The key under which the host records it."""
         # The time of a directory changes with every file that is created in it.
-        facts = [e.version if e.kind == "f" else (e.name, e.link) for e in self.entries]
-        return record_key((facts, self.start, self.size))
+        versions = [e.version if e.kind == "f" else (e.name, e.link) for e in self.entries]
+        return record_key((versions, self.start, self.size))
 
 
 def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
-    """Divide an upload into portions; if it may be resumed, they grow with what precedes them."""
+    """Divide an upload into portions; if it may be resumed, the first ones are small."""
     portions: list[Portion] = []
     bundle: Portion | None = None
     others = [entry for entry in tree.entries if entry.kind != "f"]
@@ -378,5 +380,5 @@ def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
 
 
 def _portion_size(before: int) -> int:
-    """Return the bytes of a portion of a resumable upload: a hundredth of what precedes it."""
+    """Return the bytes of the next portion of a resumable upload: 1 % of those before it."""
     return min(max(before // (100 * BLOCK), 2) * BLOCK, CHUNK)

@@ -1,4 +1,4 @@
-"""Keep the temporary files of a download, and rename them when it is complete."""
+"""Keep the temporary files of a download, and move them to the target when it is complete."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,22 @@ from clore_client.files import lock_file
 from clore_client.log import logger
 from clore_client.ssh.transfer.entry import (
     BLOCK,
+    MAX_FILES,
     TRANSFER_PIECE,
     FileEntry,
+    RemoteTree,
+    about,
     checked_name,
+    link_target,
     record_key,
 )
+from clore_client.ssh.transfer.transfer import Transfer
 
 PART = ".clore-part-"
 ZEROS = bytes(TRANSFER_PIECE)
 Ranges = list[tuple[int, int]]  # start and length
+# Returns those of the files whose content differs from that of their targets.
+Different = Callable[[list[FileEntry]], list[FileEntry]]
 
 
 class LocalPart:
@@ -189,7 +197,16 @@ class LocalPart:
         """Return where an entry goes in the end."""
         return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
 
-    def has_same(self, entry: FileEntry, by_time: bool) -> bool:
+    def same_files(self, files: list[FileEntry], different: Different) -> list[FileEntry]:
+        """Return the files that the target already has, if ``skip_unchanged`` asks for that."""
+        how = self._options.skip_unchanged
+        same = [entry for entry in files if how and self._looks_same(entry, how is True)]
+        if how is not True and same:
+            others = {entry.name for entry in different(same)}
+            same = [entry for entry in same if entry.name not in others]
+        return same
+
+    def _looks_same(self, entry: FileEntry, by_time: bool) -> bool:
         """Return whether the target has a file of that size, and of that time if ``by_time``."""
         try:
             found = os.lstat(self.target_of(entry))
@@ -298,3 +315,92 @@ def write_piece(file: Any, piece: bytes) -> None:
     view = memoryview(piece)
     while view:
         view = view[file.write(view) :]
+
+
+def begin_file(
+    transfer: Transfer, part: LocalPart, entry: FileEntry, different: Different
+) -> list[FileEntry]:
+    """Check and begin the download of a file; return what to receive, unless it is unchanged."""
+    transfer.total = entry.size
+    part.accept([entry], folder=False)
+    if part.same_files([entry], different):
+        transfer.unchanged = 1
+        return []
+    part.begin([entry])
+    return [entry]
+
+
+def begin_tree(
+    transfer: Transfer, part: LocalPart, tree: RemoteTree, different: Different
+) -> list[FileEntry]:
+    """Check and begin the download of a directory; return its symlinks."""
+    options = transfer.options
+    tree.exclude(options.excluded)
+    for name in tree.odd:
+        transfer.leave_out(name, "it is not a file")
+    kept = []
+    for entry in tree.entries:
+        # GNU tar reads a backslash in a name as an escape.
+        if entry.kind == "l" and (options.symlinks == "skip" or b"\\" in entry.name):
+            transfer.leave_out(entry.name, "a symlink")
+        else:
+            kept.append(entry)
+    tree.entries = kept
+    links = [entry for entry in kept if entry.kind == "l"]
+    part.accept(tree.files, folder=True)
+    if not links or options.symlinks != "follow":  # else all that a symlink leads to is needed
+        same = part.same_files(tree.files, different)
+        tree.drop_files(same)
+        transfer.unchanged = len(same)
+        part.accept(tree.files, folder=True)
+    transfer.total = sum(entry.size for entry in tree.files)
+    part.begin(tree.entries)
+    return links
+
+
+def make_links(
+    transfer: Transfer, part: LocalPart, tree: RemoteTree, links: list[FileEntry]
+) -> None:
+    """Create the symlinks that lead to something in the tree, or copies of it."""
+    entries = {entry.name: entry for entry in tree.entries}
+    folders = {entry.name for entry in tree.entries if entry.kind == "d"}
+    for link in links:
+        target, hops = link, 0
+        while target.kind == "l" and hops < 40:
+            within, hops = link_target(target.name, target.link, folders), hops + 1
+            found = entries.get(within) if within else None
+            if found is None:
+                break
+            target = found
+        inside = (link.name + b"/").startswith(target.name + b"/")
+        follow = transfer.options.symlinks == "follow"
+        if target.kind == "l" or (inside and follow):
+            transfer.leave_out(link.name, f"a symlink to {os.fsdecode(link.link)}")
+            tree.entries.remove(link)
+        elif not follow:
+            os.symlink(os.fsdecode(link.link), part.place(link))
+        else:
+            with about(link):
+                _copy(part, tree, link, target)
+
+
+def _copy(part: LocalPart, tree: RemoteTree, link: FileEntry, target: FileEntry) -> None:
+    """Copy what a symlink leads to, within ``max_bytes``."""
+    link.kind, link.mode, link.mtime, link.size = (
+        target.kind, target.mode, target.mtime, target.size,
+    )  # fmt: skip
+    if target.kind == "f":
+        part.grow(target.size)
+        shutil.copyfile(part.place(target), part.place(link))
+        return
+    below = target.name + b"/"
+    copies = [
+        FileEntry(link.name + b"/" + e.name[len(below) :], e.size, e.mtime, e.mode, e.kind)
+        for e in tree.entries
+        if e.kind != "l" and e.name.startswith(below)
+    ]
+    part.grow(sum(entry.size for entry in copies))
+    if len(tree.entries) + len(copies) > MAX_FILES:
+        raise SSHError(f"its copies are more than {MAX_FILES} files")
+    tree.entries += copies
+    shutil.copytree(part.place(target), part.place(link))

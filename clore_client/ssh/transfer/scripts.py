@@ -1,15 +1,14 @@
-"""Shell scripts that a transfer runs on a host, with POSIX tools and those of GNU and busybox."""
+"""Define the shell scripts of a transfer, for POSIX tools and those of GNU and busybox."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from clore_client.errors import SSHError, printable
-from clore_client.ssh.transfer.entry import BLOCK, FileEntry, file_digest
-from clore_client.ssh.transfer.remote_script import RemoteScript
+from clore_client.errors import SSHError
 from clore_client.validation import short_repr
+
+DIFFERS = "SHA-256 differs: what had arrived is removed"
+MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
 
 # Precedes each script. Relative paths count from the home directory, even if a start-up file
 # changes the directory. $n is a line end, set before.
@@ -121,10 +120,13 @@ finish_tree() {
     mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || gone
   cd / && rm -rf "$p"
 }
-while read -r word || gone; do case $word in
-restart) wipe; make; echo "$token";;
+while read -r word m t q || gone; do case $word in
+restart) wipe; make;;
 wipe) wipe; exit 1;;
-list) (cd "$p" && list); echo "$token";;
+mode) inner; chmod "$m" "$p$g" || no "$g: its mode was not set"
+  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$t" "$p$g" || no "$g: its time was not set";;
+sync) echo "$token";;
+list) (cd "$p" && list);;
 go) [ "$keep" = 0 ] || [ "$(cat "$o" 2>/dev/null)" = "$owner" ] || {
   printf "no another upload of the same has begun%s" "$n"; exit 1; }
   if [ "$kind" = f ]; then finish_file; else finish_tree; fi
@@ -256,63 +258,10 @@ def remote_path(path: bytes) -> bytes:
     return path if path.startswith(b"/") else b"./" + path
 
 
-def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
-    """Read the output of ``list``; pass mode, size, seconds and name of each entry to ``take``."""
-    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
-    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
-    entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
-    at = count = 0
-    while at < len(text):
-        found = entry.match(text, at)
-        if found is None:
-            shown = printable(repr(text[at : at + 80]), 120)
-            raise SSHError(f"the machine sent a listing that can't be read: {shown}")
-        count += 1
-        if count > most:
-            raise SSHError(f"the machine lists more than {most} files")
-        mode, size, seconds, name = found.groups()
-        take(int(mode, 16), int(size), int(seconds), name[2:])
-        at = found.end()
-
-
 def parse_digests(text: bytes, count: int) -> list[str]:
     """Read the SHA-256 of each file from the output of sha256sum or openssl."""
     # Other lines are parts of names: not every sha256sum escapes line ends.
     digests = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
     if len(digests) != count:
-        raise SSHError(f"the machine sent {len(digests)} SHA-256 instead of {count}")
+        raise SSHError(f"the host sent {len(digests)} SHA-256 instead of {count}")
     return digests
-
-
-DIFFERS = "SHA-256 differs: what had arrived is removed"
-MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
-
-
-def different_chunks(
-    script: RemoteScript,
-    chunks: list[tuple[FileEntry, int, int]],
-    place: Callable[[FileEntry], str | Path],
-) -> Iterator[FileEntry]:
-    """Yield the files of which a chunk (file, start, size) differs.
-
-    ``script`` runs CHUNK_DIGESTS, ``place`` returns local paths.
-    """
-    asked = [b"%d %d " % (start // BLOCK, size) + encoded_name(e.name) for e, start, size in chunks]
-    script.send(b"\n".join([*asked, b""]))
-    script.end()
-    for entry, start, size in chunks:
-        (digest,) = parse_digests(script.line() + b"\n", 1)
-        if digest != file_digest(place(entry), start, size):
-            yield entry
-
-
-def different_files(
-    script: RemoteScript, files: list[FileEntry], place: Callable[[FileEntry], str | Path]
-) -> Iterator[FileEntry]:
-    """Yield the files that differ; ``script`` runs FILE_DIGESTS, ``place`` returns local paths."""
-    script.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
-    script.end()
-    digests = parse_digests(script.rest(MAX_ANSWER), len(files))
-    for entry, digest in zip(files, digests, strict=True):
-        if digest != file_digest(place(entry), 0, entry.size):
-            yield entry

@@ -1,4 +1,4 @@
-"""Run one transfer: its worker threads, scripts, deadline, progress and errors."""
+"""Run one transfer: its arguments, worker threads, scripts, deadline, progress and errors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from clore_client.errors import SSHError, TransferError, printable
@@ -25,9 +26,24 @@ from clore_client.progress import (
     readable_size,
 )
 from clore_client.ssh.connection_pool import ConnectionPool
-from clore_client.ssh.transfer.entry import Excludes, FileEntry, LocalTree
+from clore_client.ssh.transfer.entry import (
+    BLOCK,
+    SMALL_FILE,
+    Excludes,
+    FileEntry,
+    LocalTree,
+    file_digest,
+)
 from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, RemoteScript
-from clore_client.ssh.transfer.scripts import remote_path
+from clore_client.ssh.transfer.scripts import (
+    CHUNK_DIGESTS,
+    FILE_DIGESTS,
+    MAX_ANSWER,
+    encoded_name,
+    parse_digests,
+    remote_path,
+    script_text,
+)
 from clore_client.ssh.transport import (
     COMMAND_WINDOW,
     NoChannelError,
@@ -49,6 +65,12 @@ from clore_client.validation import (
 
 MAX_STREAMS = 16
 SYMLINK_WAYS = ("skip", "copy", "follow")
+# From so many bytes on, so many connections are worth their logins.
+UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
+CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
+LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
+NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
+RANGE = 64 * 1024 * 1024  # bytes that are requested or hashed at a time, within the timeout
 
 
 class TransferOptions:
@@ -156,10 +178,6 @@ def check_path(name: str, value: Any) -> bytes:
     return path
 
 
-# From so many bytes on, so many connections are worth their logins.
-UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
-
-
 class UploadOptions(TransferOptions):
     """The arguments of an upload, checked."""
 
@@ -199,11 +217,6 @@ def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
         return options.streams
     size = sum(entry.size for entry in tree.entries)
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
-
-
-CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
-LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
-NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 
 
 class StoppedError(Exception):
@@ -251,19 +264,21 @@ class Transfer:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Enforce the deadline, report the progress, and name the file in an error of a block."""
+        """Enforce the deadline, report the progress, and raise a TransferError for what fails."""
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
         deadline = self.options.deadline
         left = float("inf") if deadline is None else deadline - self.pool.age
-        with self.watchdog, self.watchdog.limit(left, self._expire):
-            with self.options.events.reporting() as self._report:
-                try:
-                    yield
-                except BaseException as error:
-                    failure = self._failed(error)
-                    if failure is error:
-                        raise
-                    # The text says what the machine refused, its traceback nothing more.
-                    raise failure from (None if type(error) is SSHError else error)
+        try:
+            with (
+                self.watchdog,
+                self.watchdog.limit(left, self._expire),
+                self.options.events.reporting() as self._report,
+            ):
+                yield
+        except TransferError:
+            raise
+        except failures as error:
+            raise self._failure(error) from error
 
     def _expire(self) -> None:
         self._expired = True
@@ -325,6 +340,44 @@ class Transfer:
             script.hurry()
             if script is not but:
                 script.close()
+
+    def different(
+        self, ranges: Iterable[tuple[FileEntry, int, int]],
+        place: Callable[[FileEntry], str | Path], setup: str = "", **values: Any,
+    ) -> Iterator[FileEntry]:  # fmt: skip
+        """Yield the files of which a range (file, start, size) has another SHA-256 on the host.
+
+        Parameters:
+            place: returns the local path of a file.
+            setup: shell commands that set ``path``, if it is not in ``values``.
+        """
+        small: list[FileEntry] = []
+        chunks: list[tuple[FileEntry, int, int]] = []
+        for entry, start, size in ranges:
+            if entry.name and size == entry.size < SMALL_FILE:
+                small.append(entry)
+            else:
+                end = start + size
+                chunks += [(entry, at, min(RANGE, end - at)) for at in range(start, end, RANGE)]
+        if small:
+            with self._digests(setup + FILE_DIGESTS, values) as script:
+                script.send_names(entry.name for entry in small)
+                digests = parse_digests(script.rest(MAX_ANSWER), len(small))
+            for entry, digest in zip(small, digests, strict=True):
+                if digest != file_digest(place(entry), 0, entry.size):
+                    yield entry
+        if chunks:
+            with self._digests(setup + CHUNK_DIGESTS, values) as script:
+                lines = [(at // BLOCK, size, encoded_name(e.name)) for e, at, size in chunks]
+                script.send(b"".join(b"%d %d %s\n" % line for line in lines))
+                script.end()
+                for entry, start, size in chunks:
+                    (digest,) = parse_digests(script.line() + b"\n", 1)
+                    if digest != file_digest(place(entry), start, size):
+                        yield entry
+
+    def _digests(self, body: str, values: dict[str, Any]) -> RemoteScript:
+        return self.script(self.pool.ssh, script_text("digests", body, **values))
 
     # --- workers ---
 
@@ -413,12 +466,8 @@ class Transfer:
 
     # --- the end ---
 
-    def _failed(self, error: BaseException) -> BaseException:
-        """Return a TransferError for an error of the host or the connection; others unchanged."""
-        if isinstance(error, TransferError) or not isinstance(
-            error, (SSHError, *connection_errors())
-        ):
-            return error
+    def _failure(self, error: Exception) -> TransferError:
+        """Describe an error of the host or the connection: the file, how far, and why."""
         entry = getattr(error, "entry", None)
         if entry is None:
             name, done = printable(self.name), sum(self._done.values())
