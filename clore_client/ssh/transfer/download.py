@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from clore_client.errors import SSHError, printable
 from clore_client.log import logger
@@ -50,8 +51,8 @@ from clore_client.ssh.transport import NoChannelError
 
 DOWNLOAD_CONNECTIONS = 4
 DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes; from here on, more connections are worth their logins
-HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host can hash within the timeout
 ANY_SIZE = 2**62
+Ranges = list[tuple[FileEntry, int, int]]  # file, start, size
 MAX_TAR_EXTRA = 65536  # bytes of a name
 
 
@@ -76,20 +77,9 @@ def _download(transfer: Transfer, part: LocalPart) -> list[FileEntry]:
             return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
 
 
-class Receiver(Protocol):
-    """A download with the host's shell, or over SFTP."""
-
-    def look(self) -> FileEntry | RemoteTree:
-        """Return what the source is."""
-
-    def different(self, files: list[FileEntry]) -> list[FileEntry]:
-        """Return those of the files whose content differs from that of their targets."""
-
-    def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
-        """Receive and check files, and read what symlinks lead to."""
-
-
-def _receive_all(transfer: Transfer, part: LocalPart, receiver: Receiver) -> list[FileEntry]:
+def _receive_all(
+    transfer: Transfer, part: LocalPart, receiver: Download | SftpDownload
+) -> list[FileEntry]:
     found = receiver.look()
     if isinstance(found, FileEntry):
         files = begin_file(transfer, part, found, receiver.different)
@@ -116,8 +106,8 @@ class Download:
         self._transfer = transfer
         self._options: Any = transfer.options
         self._part = part
-        self._ranges: list[tuple[FileEntry, int, int]] = []
-        self._share = RANGE  # bytes for each connection
+        self._ranges: deque[tuple[FileEntry, int, int]] = deque()
+        self._most_at_once = RANGE
         self._lock = threading.Lock()
         self._token = os.urandom(10).hex()
         self._look: Any = None
@@ -133,6 +123,7 @@ class Download:
         self._transfer.join_workers()
 
     def look(self) -> FileEntry | RemoteTree:
+        """Return what the source is."""
         transfer = self._transfer
         look = self._look = transfer.script(
             transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
@@ -142,32 +133,28 @@ class Download:
             return parse_stat(first[2:])
         if first != b"d":
             raise look.refused(first)
-        tree = parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES)
+        text = look.until(self._token.encode(), MAX_ANSWER)
         look.finish()
-        return tree
+        return parse_listing(text, MAX_FILES, self._options.excluded)
 
     def _look_script(self) -> bytes:
         options = self._options
-        most = HASHED_AT_ONCE if options.verify else ANY_SIZE
-        if self._part.done or options.skip_unchanged or (options.streams or 1) > 1:
-            most = -1
-        elif not self._transfer.near:
-            most = min(most, DOWNLOAD_MANY - 1)
-        self._most = min(most, ANY_SIZE if options.max_bytes is None else options.max_bytes)
-        return script_text(
-            "look", LOOK, f=options.source, token=self._token, most=self._most,
-            hash=int(options.verify),
-        )  # fmt: skip
+        most = ANY_SIZE if self._transfer.near else DOWNLOAD_MANY - 1
+        if options.max_bytes is not None:
+            most = min(most, options.max_bytes)
+        in_ranges = self._part.done or options.verify or (options.streams or 1) > 1
+        self._most = -1 if in_ranges or options.skip_unchanged else most
+        return script_text("look", LOOK, f=options.source, token=self._token, most=self._most)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs from that of their targets."""
         return list(self._different([(e, 0, e.size) for e in files], self._part.target_of))
 
-    def _different(
-        self, ranges: list[tuple[FileEntry, int, int]], place: Callable[[FileEntry], Any]
-    ) -> Iterator[FileEntry]:
+    def _different(self, ranges: Ranges, place: Callable[[FileEntry], Any]) -> Iterator[FileEntry]:
         return self._transfer.different(ranges, place, path=self._options.source)
 
     def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
+        """Receive and check files, and read what symlinks lead to."""
         compared: list[FileEntry] = []
         if files and not files[0].name:
             self._receive_one(files[0])
@@ -186,28 +173,25 @@ class Download:
         look = self._look
         if entry.size > self._most:
             look.finish()
-            self._add_ranges(entry)
-            self._get_ranges()
+            self._get_ranges(self._missing(entry))
             return
-        digest = hashlib.sha256() if self._options.verify else None
-        self._write(look, entry, 0, entry.size, digest)
-        if digest is not None:
-            _compare(look.line(), digest.hexdigest())
+        self._write(look, entry, 0, entry.size)
         check_unchanged(entry, parse_stat(look.line()))
         look.expect_end()
 
     def _receive_many(self, files: list[FileEntry], links: list[FileEntry]) -> list[FileEntry]:
         """Receive the files of a directory; return those that ``verify`` has to compare."""
         small: list[FileEntry] = []
+        ranges: Ranges = []
         for entry in files:
             if self._part.is_done(entry):
                 continue
             # GNU tar reads a backslash in a name as an escape.
             if entry.size >= SMALL_FILE or b"\\" in entry.name or self._part.earlier(entry):
-                self._add_ranges(entry)
+                ranges += self._missing(entry)
             else:
                 small.append(entry)
-        self._get_ranges(lambda: self._get_small(small + links))
+        self._get_ranges(ranges, lambda: self._get_small(small + links))
         return small if self._options.verify else []
 
     def _write(
@@ -239,39 +223,36 @@ class Download:
 
     # --- ranges ---
 
-    def _add_ranges(self, entry: FileEntry) -> None:
-        """Add the ranges of a file that are missing."""
+    def _missing(self, entry: FileEntry) -> Ranges:
+        """Return the ranges of a file that are missing; one for an empty file."""
         missing = self._part.missing(entry) if entry.size else [(0, 0)]
-        self._ranges += [(entry, start, size) for start, size in missing]
+        return [(entry, start, size) for start, size in missing]
 
-    def _take_range(self) -> tuple[FileEntry, int, int] | None:
-        """Return the next range for a worker, or None."""
-        most = RANGE
-        if self._options.streams is not None:
-            most = min(RANGE, max(self._share // BLOCK * BLOCK, 16 * BLOCK))
-        with self._lock:
-            if not self._ranges:
-                return None
-            entry, start, length = self._ranges.pop()
-            if length > most:
-                self._ranges.append((entry, start + most, length - most))
-            return entry, start, min(length, most)
-
-    def _get_ranges(self, meanwhile: Callable[[], None] | None = None) -> None:
+    def _get_ranges(self, ranges: Ranges, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Let workers receive the ranges; call ``meanwhile`` in this thread."""
-        transfer, ranges = self._transfer, self._ranges
-        ranges.reverse()
-        size = sum(length for _, _, length in ranges)
+        transfer, size = self._transfer, sum(length for _, _, length in ranges)
         connections = self._options.streams
         if connections is None:
             connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
-        self._share = size // connections
+        if self._options.streams is not None:
+            self._most_at_once = min(RANGE, max(size // connections // BLOCK, 16) * BLOCK)
+        self._ranges.extend(ranges)
         workers = min(max(len(ranges), size // BLOCK), connections) if ranges else 0
         transfer.start_workers(connections, workers, self._work)
-        if meanwhile is not None:
-            meanwhile()
+        meanwhile()
         transfer.finish_workers()
         self._work(transfer.pool.ssh)  # ranges for which no worker got a channel
+
+    def _take_range(self) -> tuple[FileEntry, int, int] | None:
+        """Return the next range for a worker, or None."""
+        with self._lock:
+            if not self._ranges:
+                return None
+            entry, start, length = self._ranges.popleft()
+            most = self._most_at_once
+            if length > most:
+                self._ranges.appendleft((entry, start + most, length - most))
+            return entry, start, min(length, most)
 
     def _work(self, ssh: Any) -> None:
         while (taken := self._take_range()) is not None:

@@ -120,9 +120,12 @@ def parse_stat(line: bytes) -> FileEntry:
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
     """Check that a file is the same as before, or has grown: its start has arrived then."""
-    if now is None or now.kind != "f" or now.size < entry.size:
-        raise SSHError(CHANGED)
-    if now.size == entry.size and now.mtime != entry.mtime:
+    same_or_longer = (
+        now is not None
+        and now.kind == "f"
+        and (now.size > entry.size or (now.size, now.mtime) == (entry.size, entry.mtime))
+    )
+    if not same_or_longer:
         raise SSHError(CHANGED)
 
 
@@ -144,8 +147,7 @@ def about(entry: FileEntry) -> Iterator[None]:
         yield
     except Exception as error:
         if not hasattr(error, "entry"):
-            with contextlib.suppress(AttributeError):
-                error.entry = entry  # type: ignore[attr-defined]
+            error.entry = entry  # type: ignore[attr-defined]
         raise
 
 
@@ -173,12 +175,14 @@ class RemoteTree(Tree):
         odd: the names of what is neither a file nor a directory nor a symlink.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, excludes: Excludes | None = None) -> None:
         super().__init__()
         self.odd: list[bytes] = []
         self.root = FileEntry(b"", 0, 0, 0o755, "d")
+        self._excludes = excludes or (lambda *_: False)
         self._folders = {b""}
         self._names: set[bytes] = set()
+        self._excluded: set[bytes] = set()
 
     @property
     def by_name(self) -> dict[bytes, FileEntry]:
@@ -187,7 +191,7 @@ class RemoteTree(Tree):
         return {entry.name: entry for entry in [self.root, *self.entries, *odd]}
 
     def add(self, mode: int, size: int, seconds: int, name: bytes) -> None:
-        """Check an entry of a listing, and add it."""
+        """Check an entry of a listing, and add it unless it or its directory is excluded."""
         kind = kind_of(mode)
         entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
         if not name:
@@ -199,33 +203,20 @@ class RemoteTree(Tree):
         self._names.add(name)
         if kind == "d":
             self._folders.add(name)
-        if not kind:
+        if name.rpartition(b"/")[0] in self._excluded or self._excludes(name, kind == "d"):
+            self._excluded.add(name)
+        elif not kind:
             self.odd.append(name)
         else:
             self.entries.append(entry)
 
-    def exclude(self, excludes: Excludes | None) -> None:
-        """Remove what patterns exclude, and all that is below an excluded directory."""
-        if excludes is None:
-            return
-        kept, gone = [], {b"/"}
-        for entry in self.entries:
-            if entry.name.rpartition(b"/")[0] in gone or excludes(entry.name, entry.kind == "d"):
-                gone.add(entry.name)
-            else:
-                kept.append(entry)
-        self.entries = kept
-        self.odd = [
-            n for n in self.odd if n.rpartition(b"/")[0] not in gone and not excludes(n, False)
-        ]
 
-
-def parse_listing(text: bytes, most: int) -> RemoteTree:
+def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
     """Read the output of the shell function ``list``, of at most so many entries."""
     # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
     pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
     line = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
-    tree = RemoteTree()
+    tree = RemoteTree(excludes)
     at = count = 0
     while at < len(text):
         found = line.match(text, at)

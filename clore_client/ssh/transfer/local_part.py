@@ -22,14 +22,15 @@ from clore_client.ssh.transfer.entry import (
     RemoteTree,
     about,
     checked_name,
+    kind_of,
     link_target,
     record_key,
 )
-from clore_client.ssh.transfer.transfer import Transfer
+from clore_client.ssh.transfer.transfer import Transfer, same_files
 
 PART = ".clore-part-"
 ZEROS = bytes(TRANSFER_PIECE)
-Ranges = list[tuple[int, int]]  # start and length
+Spans = list[tuple[int, int]]  # start and length
 # Returns those of the files whose content differs from that of their targets.
 Different = Callable[[list[FileEntry]], list[FileEntry]]
 
@@ -54,7 +55,7 @@ class LocalPart:
         self._record_path = Path(f"{self._part}.done")
         self._lock = threading.Lock()
         self._size = 0
-        self.done: dict[str, Ranges] = {}
+        self.done: dict[str, Spans] = {}
 
     def __enter__(self) -> LocalPart:
         if self._options.resume:
@@ -90,8 +91,8 @@ class LocalPart:
             return False
         return os.path.samestat(os.fstat(self._record.fileno()), found)
 
-    def _read_record(self) -> dict[str, Ranges]:
-        done: dict[str, Ranges] = {}
+    def _read_record(self) -> dict[str, Spans]:
+        done: dict[str, Spans] = {}
         if os.path.lexists(self._part):
             lines = re.findall(
                 r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
@@ -120,9 +121,9 @@ class LocalPart:
             self._record.seek(0)
             self._record.truncate()
 
-    def earlier(self, entry: FileEntry) -> Ranges:
+    def earlier(self, entry: FileEntry) -> Spans:
         """Return the ranges of a file that an earlier download received, merged."""
-        merged: Ranges = []
+        merged: Spans = []
         for start, length in sorted(self.done.get(record_key(entry.version), ())):
             if merged and start <= sum(merged[-1]):
                 first = merged[-1][0]
@@ -131,7 +132,7 @@ class LocalPart:
                 merged.append((start, length))
         return merged
 
-    def missing(self, entry: FileEntry) -> Ranges:
+    def missing(self, entry: FileEntry) -> Spans:
         """Return the ranges of a file that are missing."""
         left, at = [], 0
         for start, length in [*self.earlier(entry), (entry.size, 0)]:
@@ -197,24 +198,14 @@ class LocalPart:
         """Return where an entry goes in the end."""
         return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
 
-    def same_files(self, files: list[FileEntry], different: Different) -> list[FileEntry]:
-        """Return the files that the target already has, if ``skip_unchanged`` asks for that."""
-        how = self._options.skip_unchanged
-        same = [entry for entry in files if how and self._looks_same(entry, how is True)]
-        if how is not True and same:
-            others = {entry.name for entry in different(same)}
-            same = [entry for entry in same if entry.name not in others]
-        return same
-
-    def _looks_same(self, entry: FileEntry, by_time: bool) -> bool:
-        """Return whether the target has a file of that size, and of that time if ``by_time``."""
+    def installed(self, entry: FileEntry) -> FileEntry | None:
+        """Return what the target already has in the place of a file."""
         try:
             found = os.lstat(self.target_of(entry))
         except OSError:
-            return False
-        if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
-            return False
-        return not by_time or int(found.st_mtime) == entry.mtime // 10**9
+            return None
+        kind = kind_of(found.st_mode) or "l"
+        return FileEntry(entry.name, found.st_size, found.st_mtime_ns, found.st_mode, kind)
 
     def place(self, entry: FileEntry) -> Path:
         return self.place_of(entry.name)
@@ -323,7 +314,7 @@ def begin_file(
     """Check and begin the download of a file; return what to receive, unless it is unchanged."""
     transfer.total = entry.size
     part.accept([entry], folder=False)
-    if part.same_files([entry], different):
+    if same_files([entry], transfer.options, part.installed, different):
         transfer.unchanged = 1
         return []
     part.begin([entry])
@@ -335,7 +326,6 @@ def begin_tree(
 ) -> list[FileEntry]:
     """Check and begin the download of a directory; return its symlinks."""
     options = transfer.options
-    tree.exclude(options.excluded)
     for name in tree.odd:
         transfer.leave_out(name, "it is not a file")
     kept = []
@@ -349,7 +339,7 @@ def begin_tree(
     links = [entry for entry in kept if entry.kind == "l"]
     part.accept(tree.files, folder=True)
     if not links or options.symlinks != "follow":  # else all that a symlink leads to is needed
-        same = part.same_files(tree.files, different)
+        same = same_files(tree.files, options, part.installed, different)
         tree.drop_files(same)
         transfer.unchanged = len(same)
         part.accept(tree.files, folder=True)

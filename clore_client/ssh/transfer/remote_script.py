@@ -12,8 +12,8 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import BLOCK
@@ -47,12 +47,25 @@ INLINE = (
     "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
 )
 NO_INPUT = 119  # the exit code if the input ends before the script
+Channel = TypeVar("Channel", bound=LimitedChannel)
 READS_ALL = "a start-up file of the host, such as ~/.bashrc, reads the input of all commands"
 MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
 
 
 class NoShellError(SSHError):
     """A host has no POSIX shell with the usual tools; SFTP may work."""
+
+
+def with_patience(seconds: float, open_channel: Callable[[], Channel]) -> Channel:
+    """Open a channel; retry while the host opens no further one."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return open_channel()
+        except NoChannelError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(CHANNEL_PAUSE)
 
 
 class RemoteScript:
@@ -93,17 +106,14 @@ class RemoteScript:
 
     def _open(self, command: str, timeout: float, patience: float, window: int) -> LimitedChannel:
         """Run a command on a new channel."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                with self._turn or contextlib.nullcontext():
-                    channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
-                    channel.exec_command(command)
-                return channel
-            except NoChannelError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(CHANNEL_PAUSE)
+
+        def once() -> LimitedChannel:
+            with self._turn or contextlib.nullcontext():
+                channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
+                channel.exec_command(command)
+            return channel
+
+        return with_patience(patience, once)
 
     def __enter__(self) -> RemoteScript:
         return self

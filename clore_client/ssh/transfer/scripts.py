@@ -208,7 +208,6 @@ elif [ -f "$f" ]; then
   echo "f $size ${s#* }"
   [ "$size" -le "$most" ] || exit 0
   part "$f" 0 "$size"
-  [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
   [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
   stat -L -c "%s %Y %a" "$f"
 elif [ -e "$f" ]; then no "it is neither a file nor a directory"

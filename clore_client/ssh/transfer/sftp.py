@@ -9,7 +9,6 @@ import logging
 import os
 import posixpath
 import stat
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from clore_client.ssh.connect import PARAMIKO_LOGGER
 from clore_client.ssh.transfer.entry import (
     BLOCK,
     MAX_LEVELS,
+    Excludes,
     FileEntry,
     LocalTree,
     RemoteTree,
@@ -29,11 +29,11 @@ from clore_client.ssh.transfer.entry import (
     record_key,
 )
 from clore_client.ssh.transfer.local_part import PART, LocalPart, write_piece
+from clore_client.ssh.transfer.remote_script import with_patience
 from clore_client.ssh.transfer.scripts import DIFFERS
 from clore_client.ssh.transfer.transfer import Transfer, is_content
 from clore_client.ssh.transport import (
     LimitedChannel,
-    NoChannelError,
     connection_errors,
     reason,
 )
@@ -57,25 +57,18 @@ class SftpChannel(LimitedChannel):
         return "sftp"
 
 
-def _open_channel(transfer: Transfer) -> SftpChannel:
-    transport = transfer.pool.ssh.get_transport()
-    deadline = time.monotonic() + min(SFTP_PATIENCE, transfer.timeout)
-    while True:
-        try:
-            channel = SftpChannel(transport, transfer.timeout, transfer.watchdog)
-            channel.invoke_subsystem("sftp")
-            return channel
-        except NoChannelError:
-            if time.monotonic() >= deadline or transfer.stopped.wait(0.1):
-                raise
-
-
 @contextlib.contextmanager
 def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
     """Open an SFTP session for a block."""
     import paramiko
 
-    channel: Any = _open_channel(transfer)
+    def once() -> SftpChannel:
+        transport = transfer.pool.ssh.get_transport()
+        channel = SftpChannel(transport, transfer.timeout, transfer.watchdog)
+        channel.invoke_subsystem("sftp")
+        return channel
+
+    channel: Any = with_patience(min(SFTP_PATIENCE, transfer.timeout), once)
     failures: tuple[type[Exception], ...] = (ValueError, *connection_errors())
     try:
         try:
@@ -127,12 +120,12 @@ class RemoteFiles:
         mtime = nanoseconds(int(found.st_mtime))
         return FileEntry(b"", int(found.st_size), mtime, found.st_mode & 0o777)
 
-    def tree(self, path: bytes, is_folder: bool = True) -> RemoteTree:
-        """Return what a path is, and with ``is_folder`` what is below it."""
-        tree, found = RemoteTree(), self.look(path)
+    def tree(self, path: bytes, excludes: Excludes | None = None) -> RemoteTree:
+        """Return what a path is, and what is below it."""
+        tree, found = RemoteTree(excludes), self.look(path)
         if found is not None:
             tree.add(found.st_mode, found.st_size, int(found.st_mtime), b"")
-            if is_folder and stat.S_ISDIR(found.st_mode):
+            if stat.S_ISDIR(found.st_mode):
                 self._walk(path, b"", tree, 0)
         return tree
 
@@ -200,15 +193,6 @@ class RemoteFiles:
         elif kind:
             self.sftp.remove(path)
 
-    def replace(self, source: bytes, target: bytes) -> None:
-        """Rename a file over another one."""
-        try:
-            self.sftp.posix_rename(source, target)
-        except OSError:  # not every server can
-            if self.kind(target, follow=False):
-                self.sftp.remove(target)
-            self.sftp.rename(source, target)
-
 
 def _checked(found: Any) -> Any:
     """Check that a host sent all attributes of a file."""
@@ -237,7 +221,7 @@ class SftpDownload:
         found = self._remote.file(self._source)
         if found is None and kind != "d":
             raise SSHError("it is neither a file nor a directory")
-        return found or self._remote.tree(self._source)
+        return found or self._remote.tree(self._source, self._transfer.options.excluded)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         return [e for e in files if self._differs(e, self._part.target_of(e))]
@@ -321,7 +305,7 @@ class SftpUpload:
         return path
 
     def listing(self) -> tuple[bytes, RemoteTree]:
-        return self._target, self._remote.tree(self._target, self._tree.is_folder)
+        return self._target, self._remote.tree(self._target)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         return [entry for entry in files if self._differs(entry, self._target)]
@@ -430,7 +414,7 @@ class SftpUpload:
             return
         if tree.is_folder:
             self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
-        remote.replace(part, target)
+        remote.sftp.posix_rename(part, target)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:
         """Check what stands in the place of an entry before anything is installed."""
@@ -453,7 +437,7 @@ class SftpUpload:
 
     def _move(self, entry: FileEntry, place: bytes, target: bytes) -> None:
         if entry.kind != "d":
-            self._remote.replace(place, target)
+            self._remote.sftp.posix_rename(place, target)
         elif not self._remote.kind(target):
             self._remote.sftp.mkdir(target, 0o700)
             self._remote.sftp.chmod(target, entry.mode | 0o700)

@@ -33,6 +33,7 @@ from clore_client.ssh.transfer.entry import (
     FileEntry,
     LocalTree,
     file_digest,
+    whole_seconds,
 )
 from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, RemoteScript
 from clore_client.ssh.transfer.scripts import (
@@ -209,6 +210,29 @@ def check_upload(local: Any, remote: Any, **given: Any) -> tuple[UploadOptions, 
     if options.delete is not False and not tree.is_folder:
         raise ValueError("delete is for the upload of a directory, and local is a file")
     return options, tree
+
+
+def same_files(
+    files: list[FileEntry], options: Any, find: Callable[[FileEntry], FileEntry | None],
+    different: Callable[[list[FileEntry]], list[FileEntry]],
+) -> list[FileEntry]:  # fmt: skip
+    """Return the files that the target already has, if ``skip_unchanged`` asks for that.
+
+    Parameters:
+        find: returns the entry of the target, if there is one.
+        different: returns those of the files whose content differs.
+    """
+    same = []
+    for entry in files if options.skip_unchanged else ():
+        found = find(entry)
+        if found is not None and (found.kind, found.size) == ("f", entry.size):
+            same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
+            if same_time or options.skip_unchanged == "checksum":
+                same.append(entry)
+    if options.skip_unchanged == "checksum" and same:
+        others = {entry.name for entry in different(same)}
+        same = [entry for entry in same if entry.name not in others]
+    return same
 
 
 def upload_connections(options: UploadOptions, tree: LocalTree) -> int:

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from clore_client.errors import SSHError
 from clore_client.log import logger
@@ -52,6 +52,7 @@ from clore_client.ssh.transfer.transfer import (
     Transfer,
     UploadOptions,
     is_content,
+    same_files,
     upload_connections,
 )
 from clore_client.ssh.transport import NoChannelError, connection_errors
@@ -91,23 +92,7 @@ def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
             careful = True
 
 
-class Sender(Protocol):
-    """An upload with the host's shell, or over SFTP."""
-
-    def listing(self) -> tuple[bytes, RemoteTree]:
-        """Return the path of the target, and what is there."""
-
-    def different(self, files: list[FileEntry]) -> list[FileEntry]:
-        """Return those of the files whose content differs there."""
-
-    def send(self) -> bytes:
-        """Send the files, and return the path of the target."""
-
-    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
-        """Remove files, and directories if they are empty, in this order."""
-
-
-def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Sender) -> bytes:
+def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | SftpUpload) -> bytes:
     """Upload what has changed, and remove what only the target has, as far as asked for."""
     options = transfer.options
     if not options.compares:
@@ -117,28 +102,16 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Sender) -> by
     deletes: list[bytes] = []
     if options.delete is not False:
         transfer.deletes = deletes = _only_there(tree, by_name, options)
-    if options.skip_unchanged:
-        by_time = options.skip_unchanged is True
-        same = [entry for entry in tree.files if _looks_same(entry, by_name, by_time)]
-        if not by_time and same:
-            others = {entry.name for entry in sender.different(same)}
-            same = [entry for entry in same if entry.name not in others]
-        tree.drop_files(same)
-        transfer.unchanged = len(same)
-        transfer.total = sum(entry.size for entry in tree.files)
+    same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
+    tree.drop_files(same)
+    transfer.unchanged = len(same)
+    transfer.total = sum(entry.size for entry in tree.files)
     if options.preview or not (tree.is_folder or tree.files):
         return path
     path = sender.send()
     folders = [name for name in deletes if by_name[name].kind == "d"]
     sender.remove([name for name in deletes if by_name[name].kind != "d"], folders)
     return path
-
-
-def _looks_same(entry: FileEntry, there: dict[bytes, FileEntry], by_time: bool) -> bool:
-    found = there.get(entry.name)
-    if found is None or found.kind != "f" or found.size != entry.size:
-        return False
-    return not by_time or whole_seconds(found.mtime) == whole_seconds(entry.mtime)
 
 
 def _only_there(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
@@ -202,11 +175,13 @@ class Upload:
         return self._transfer.script(self._transfer.pool.ssh, text)
 
     def listing(self) -> tuple[bytes, RemoteTree]:
+        """Return the path of the target, and what is there."""
         with self._script("look", LIST_TARGET) as script:
             path = script.answer(b"target")
             return path, parse_listing(script.until(self._token, MAX_ANSWER), MAX_FILES)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs there."""
         ranges = [(entry, 0, entry.size) for entry in files]
         return list(self._different(ranges, "path=$f\n"))
 
@@ -218,6 +193,7 @@ class Upload:
         )
 
     def remove(self, files: list[bytes], folders: list[bytes]) -> None:
+        """Remove files, and directories if they are empty, in this order."""
         for what, names in (("f", files), ("d", folders)):
             if names:
                 with self._script("remove", REMOVE, what=what) as script:
@@ -225,6 +201,7 @@ class Upload:
                     script.answer(b"removed")
 
     def send(self) -> bytes:
+        """Send the files, and return the path of the target."""
         transfer = self._transfer
         try:
             # Workers start without the answer of CONTROL, which saves a round trip.
