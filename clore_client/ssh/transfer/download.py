@@ -268,10 +268,8 @@ class Download:
         digest = hashlib.sha256()
         source = self._options.source
         place = source.rstrip(b"/") + b"/" + entry.name if entry.name else source
-        script = script_text("get", GET, f=place)
-        with self._transfer.script(ssh, script, DATA_WINDOW) as get:
-            get.send(b"%d %d\n" % (start // BLOCK, length))
-            get.end()
+        script = script_text("get", GET, f=place, k=start // BLOCK, s=length)
+        with self._transfer.script(ssh, script, DATA_WINDOW, reads=False) as get:
             self._write(get, entry, start, length, digest)
             _compare(get.line(), digest.hexdigest())
             check_unchanged(entry, parse_stat(get.line()))
@@ -286,36 +284,39 @@ class Download:
         script = script_text("tree", GET_TREE, f=self._options.source, token=self._token)
         with self._transfer.script(self._transfer.pool.ssh, script, DATA_WINDOW) as get:
             get.send_names(entry.name for entry in entries)
-            self._receive_tar(get, entries)
+            self._receive_tar(get, {entry.name: entry for entry in entries})
+            text = get.until(self._token.encode(), MAX_ANSWER)
+        now = parse_listing(text, MAX_FILES).by_name
+        for entry in entries:
+            if entry.kind == "f":
+                with about(entry):
+                    check_unchanged(entry, now.get(entry.name))
 
-    def _receive_tar(self, get: RemoteScript, entries: list[FileEntry]) -> None:
-        wanted = {entry.name: entry for entry in entries}
-        received: set[bytes] = set()
+    def _receive_tar(self, get: RemoteScript, wanted: dict[bytes, FileEntry]) -> None:
+        received: dict[bytes, FileEntry] = {}
         reader = TarReader(get, self._token.encode())
         while (info := reader.next()) is not None:
             name = os.fsencode(info.name).removeprefix(b"./")
             entry = wanted.pop(name, None)
             if entry is None:
-                raise SSHError(f"the host sends {printable(repr(name), 120)}, not asked for")
+                raise SSHError(f"the host sends {printable(repr(name), 120)}: not requested")
             with about(entry):
                 self._take_member(get, entry, info, received)
-            received.add(name)
-        if wanted:
-            entry = next(iter(wanted.values()))
+            received[name] = entry
+        for entry in wanted.values():
             with about(entry):
                 raise SSHError(f"it did not come: {get.refused()}")
-        self._check_unchanged(get, entries)
 
     def _take_member(
-        self, get: RemoteScript, entry: FileEntry, info: Any, received: set[bytes]
+        self, get: RemoteScript, entry: FileEntry, info: Any, received: dict[bytes, FileEntry]
     ) -> None:
         if info.issym() and entry.kind == "l":
             entry.link = os.fsencode(info.linkname)
         elif info.islnk() and entry.kind == "f":
-            original = os.fsencode(info.linkname).removeprefix(b"./")
-            if original not in received:
-                raise SSHError("it is a hard link to what was not asked for")
-            shutil.copyfile(self._part.place_of(original), self._part.place(entry))
+            original = received.get(os.fsencode(info.linkname).removeprefix(b"./"))
+            if original is None:
+                raise SSHError("it is a hard link to what was not requested")
+            shutil.copyfile(self._part.place(original), self._part.place(entry))
             self._part.note(entry, 0, entry.size)
             self._transfer.moved(entry, entry.size)
         elif info.isreg() and entry.kind == "f":
@@ -326,14 +327,6 @@ class Download:
             self._write(get, entry, 0, entry.size)
         else:
             raise SSHError(CHANGED)
-
-    def _check_unchanged(self, get: RemoteScript, entries: list[FileEntry]) -> None:
-        text = get.until(self._token.encode(), MAX_ANSWER)
-        now = parse_listing(text, MAX_FILES).by_name
-        for entry in entries:
-            if entry.kind == "f":
-                with about(entry):
-                    check_unchanged(entry, now.get(entry.name))
 
 
 class TarReader:
@@ -354,7 +347,7 @@ class TarReader:
 
         self._exactly(self._padding)
         self._padding = 0
-        name = link = ""
+        long: dict[bytes, bytes] = {}  # a name or a symlink's target that does not fit in a header
         while True:
             header = self._exactly(TAR_BLOCK)
             if header.rstrip(b" \n") == self._mark:
@@ -371,37 +364,28 @@ class TarReader:
                 if info.size > MAX_TAR_EXTRA:
                     raise SSHError("the host sends a name that is too long")
                 extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
-                name, link = _extended(info.type, extra, name, link)
+                if info.type == tarfile.XHDTYPE:  # records of a length, a keyword and a value
+                    long.update(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+                else:
+                    is_name = info.type == tarfile.GNUTYPE_LONGNAME
+                    long[b"path" if is_name else b"linkpath"] = extra.rstrip(b"\0")
                 continue
-            info.name, info.linkname = name or info.name, link or info.linkname
+            info.name = os.fsdecode(long.get(b"path", b"")) or info.name
+            info.linkname = os.fsdecode(long.get(b"linkpath", b"")) or info.linkname
             if not info.isreg():
                 info.size = 0
             self._padding = -info.size % TAR_BLOCK
             return info
 
-    def content(self, size: int) -> Iterator[bytes]:
-        """Yield the bytes of a member."""
-        while size:
-            piece = self._running.read(min(TRANSFER_PIECE, size))
-            if not piece:
-                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
-            size -= len(piece)
-            yield piece
-
     def _exactly(self, size: int) -> bytes:
-        piece = self._running.read(size) if size else b""
-        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
-
-
-def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
-    """Read a name or a link target that does not fit in a header."""
-    if kind == b"x":  # POSIX: records of a length, a keyword and a value
-        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
-            found.get(b"linkpath", b"")
-        ) or link
-    text = os.fsdecode(extra.rstrip(b"\0"))
-    return (text, link) if kind == b"L" else (name, text)
+        data = b""
+        while len(data) < size:
+            piece = self._running.read(size - len(data))
+            if not piece:
+                left = size - len(data)
+                raise SSHError(f"{left} bytes are missing: {self._running.refused()}")
+            data += piece
+        return data
 
 
 def _compare(line: bytes, digest: str) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 import re
 import stat
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clore_client.errors import SSHError, printable
+from clore_client.validation import check_string, short_repr
 
 BLOCK = 65536  # bytes; chunks begin at multiples of it
 TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
@@ -26,6 +30,7 @@ BUNDLE_FILES = 1000
 SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
 
 
+@dataclass(eq=False, slots=True)
 class FileEntry:
     """A file, directory or symlink of a transfer.
 
@@ -38,17 +43,16 @@ class FileEntry:
         link: the target of a symlink.
     """
 
-    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
+    name: bytes
+    size: int
+    mtime: int
+    mode: int
+    kind: str = "f"
+    link: bytes = b""
 
-    def __init__(
-        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
-    ) -> None:
-        self.name = name
-        self.kind = kind
-        self.size = size if kind == "f" else 0
-        self.mtime = mtime
-        self.mode = mode
-        self.link = link
+    def __post_init__(self) -> None:
+        if self.kind != "f":
+            self.size = 0
 
     @property
     def version(self) -> tuple[bytes, int, int]:
@@ -59,6 +63,11 @@ class FileEntry:
 def record_key(version: object) -> str:
     """Return the key under which a resumable transfer records a version of a source."""
     return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
+
+
+def part_token(resume: bool, *transfer: object) -> str:
+    """Return a name for the temporary file of a transfer: with ``resume``, always the same."""
+    return record_key(transfer)[:20] if resume else os.urandom(10).hex()
 
 
 def link_target(name: bytes, link: bytes, folders: Container[bytes] | None = None) -> bytes | None:
@@ -232,6 +241,51 @@ def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> R
     return tree
 
 
+def excluder(patterns: Any) -> Excludes | None:
+    """Return a function that checks a name and its kind against patterns as in .gitignore."""
+    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
+        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
+    lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
+    if not lines:
+        return None
+    try:
+        pathspec: Any = importlib.import_module("pathspec")
+    except ImportError as error:
+        raise ImportError("exclude needs pathspec: pip install pathspec") from error
+    try:
+        spec = pathspec.GitIgnoreSpec.from_lines(lines)
+    except ValueError as error:
+        raise ValueError(f"exclude: {printable(str(error), 200)}") from error
+
+    def excludes(name: bytes, folder: bool) -> bool:
+        return bool(spec.match_file(os.fsdecode(name) + "/" * folder))
+
+    return excludes
+
+
+def same_files(
+    files: list[FileEntry], options: Any, find: Callable[[FileEntry], FileEntry | None],
+    different: Callable[[list[FileEntry]], list[FileEntry]],
+) -> list[FileEntry]:  # fmt: skip
+    """Return the files that the target already has, if ``skip_unchanged`` asks for that.
+
+    Parameters:
+        find: returns the entry of the target, if there is one.
+        different: returns those of the files whose content differs.
+    """
+    same = []
+    for entry in files if options.skip_unchanged else ():
+        found = find(entry)
+        if found is not None and (found.kind, found.size) == ("f", entry.size):
+            same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
+            if same_time or options.skip_unchanged == "checksum":
+                same.append(entry)
+    if options.skip_unchanged == "checksum" and same:
+        others = {entry.name for entry in different(same)}
+        same = [entry for entry in same if entry.name not in others]
+    return same
+
+
 class LocalTree(Tree):
     """The files, directories and symlinks to upload, and what is left out.
 
@@ -319,6 +373,20 @@ class LocalTree(Tree):
         self.entries.append(FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind))
 
 
+def tar_header(entry: FileEntry) -> bytes:
+    """Return the header of an entry in a tar stream, without a user's name or number."""
+    import tarfile  # imported here, because it is slow
+
+    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
+    # A directory must be writable until its files have arrived.
+    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
+    info.size, info.mtime = entry.size, entry.mtime // 10**9
+    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
+    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+@dataclass(eq=False, slots=True)
 class Portion:
     """A part of an upload that the host confirms: a chunk of a file, or a tar archive.
 
@@ -328,12 +396,9 @@ class Portion:
         size: bytes to send.
     """
 
-    __slots__ = ("entries", "size", "start")
-
-    def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
-        self.entries = entries
-        self.start = start
-        self.size = size
+    entries: list[FileEntry]
+    start: int | None = None
+    size: int = 0
 
     @property
     def key(self) -> str:

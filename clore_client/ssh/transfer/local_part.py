@@ -24,9 +24,11 @@ from clore_client.ssh.transfer.entry import (
     checked_name,
     kind_of,
     link_target,
+    part_token,
     record_key,
+    same_files,
 )
-from clore_client.ssh.transfer.transfer import Transfer, same_files
+from clore_client.ssh.transfer.transfer import Transfer
 
 PART = ".clore-part-"
 ZEROS = bytes(TRANSFER_PIECE)
@@ -47,9 +49,7 @@ class LocalPart:
         self.target = target
         self._options = options
         whole = os.path.abspath(target)
-        # With resume, the same name each time; else a random one.
-        same = record_key((remote, whole))[:20]
-        token = same if options.resume else os.urandom(10).hex()
+        token = part_token(options.resume, remote, whole)
         self._part = Path(os.path.dirname(whole)) / f"{PART}{token}"
         self._record: Any = None
         self._record_path = Path(f"{self._part}.done")
@@ -208,10 +208,8 @@ class LocalPart:
         return FileEntry(entry.name, found.st_size, found.st_mtime_ns, found.st_mode, kind)
 
     def place(self, entry: FileEntry) -> Path:
-        return self.place_of(entry.name)
-
-    def place_of(self, name: bytes) -> Path:
-        return self._part / checked_name(name) if name else self._part
+        """Return the temporary path of an entry."""
+        return self._part / checked_name(entry.name) if entry.name else self._part
 
     def open(self, entry: FileEntry) -> Any:
         """Open a temporary file, which no other user may read."""

@@ -220,11 +220,9 @@ cd "$f" || exit 1
 xargs -0 tar -cf -
 printf "%-511s\n" "$token"; list; echo "$token"
 """
-# Prints each range of a file for which a line (block, size) comes, and the file's state after it.
+# Prints a range of a file, its SHA-256, and the state of the file after that.
 GET = r"""
-while read -r k s; do
-  part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
-done
+part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
 stat -L -c "%s %Y %a" "$f"
 """
 

@@ -10,6 +10,7 @@ import os
 import posixpath
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from clore_client.errors import SSHError, printable
@@ -26,6 +27,7 @@ from clore_client.ssh.transfer.entry import (
     file_digest,
     kind_of,
     nanoseconds,
+    part_token,
     record_key,
 )
 from clore_client.ssh.transfer.local_part import PART, LocalPart, write_piece
@@ -174,6 +176,10 @@ class RemoteFiles:
                 digest.update(piece)
         return digest.hexdigest()
 
+    def differs(self, entry: FileEntry, path: bytes, here: str | Path) -> bool:
+        """Return whether a file has another SHA-256 than a local one."""
+        return self.digest(path, entry.size) != file_digest(here, 0, entry.size)
+
     def make_folders(self, folder: bytes) -> None:
         """Create a directory with its parents, if it is missing."""
         kind = self.kind(folder)
@@ -224,11 +230,8 @@ class SftpDownload:
         return found or self._remote.tree(self._source, self._transfer.options.excluded)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
-        return [e for e in files if self._differs(e, self._part.target_of(e))]
-
-    def _differs(self, entry: FileEntry, here: Any) -> bool:
-        there = self._remote.digest(_join(self._source, entry.name), entry.size)
-        return there != file_digest(here, 0, entry.size)
+        differs, target = self._remote.differs, self._part.target_of
+        return [e for e in files if differs(e, _join(self._source, e.name), target(e))]
 
     def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
         for link in links:
@@ -257,7 +260,8 @@ class SftpDownload:
             self._transfer.moved(entry, 0)
         check_unchanged(entry, self._remote.file(source))
         # After a resumed download too only with verify: it costs as much as to receive it again.
-        if self._transfer.options.verify and self._differs(entry, part.place(entry)):
+        verify = self._transfer.options.verify
+        if verify and self._remote.differs(entry, source, part.place(entry)):
             part.clear()
             raise SSHError(DIFFERS)
         for _, length in earlier:
@@ -274,9 +278,7 @@ class SftpUpload:
         self._remote = remote
         self._target = self._find_target()
         whole = os.path.abspath(tree.path)
-        # With resume, the same name each time; else a random one.
-        same = record_key(("sftp", self._target, whole, self._options.remote))[:20]
-        token = same if self._options.resume else os.urandom(10).hex()
+        token = part_token(self._options.resume, "sftp", self._target, whole)
         self._part = _join(posixpath.dirname(self._target), PART.encode() + token.encode())
 
     def _find_target(self) -> bytes:
@@ -308,11 +310,8 @@ class SftpUpload:
         return self._target, self._remote.tree(self._target)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
-        return [entry for entry in files if self._differs(entry, self._target)]
-
-    def _differs(self, entry: FileEntry, there: bytes) -> bool:
-        digest = self._remote.digest(_join(there, entry.name), entry.size)
-        return digest != file_digest(self._tree.place(entry), 0, entry.size)
+        differs, place = self._remote.differs, self._tree.place
+        return [e for e in files if differs(e, _join(self._target, e.name), place(e))]
 
     def remove(self, files: list[bytes], folders: list[bytes]) -> None:
         for name in files:
@@ -393,7 +392,8 @@ class SftpUpload:
         size = self._remote.look(place).st_size
         if size != entry.size:
             raise SSHError(f"{size} of {entry.size} bytes arrived")
-        if self._options.verify and self._differs(entry, self._part):
+        verify = self._options.verify
+        if verify and self._remote.differs(entry, place, self._tree.place(entry)):
             self._remote.remove(place)
             raise SSHError(DIFFERS)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import queue
 import re
@@ -29,11 +28,10 @@ from clore_client.ssh.connection_pool import ConnectionPool
 from clore_client.ssh.transfer.entry import (
     BLOCK,
     SMALL_FILE,
-    Excludes,
     FileEntry,
     LocalTree,
+    excluder,
     file_digest,
-    whole_seconds,
 )
 from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, RemoteScript
 from clore_client.ssh.transfer.scripts import (
@@ -60,7 +58,6 @@ from clore_client.validation import (
     check_local_path,
     check_number,
     check_optional_number,
-    check_string,
     short_repr,
 )
 
@@ -143,28 +140,6 @@ def is_content(path: bytes) -> bool:
     return last in (b"", b".", b"..")
 
 
-def excluder(patterns: Any) -> Excludes | None:
-    """Return a function that checks a name and its kind against patterns as in .gitignore."""
-    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
-        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
-    lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
-    if not lines:
-        return None
-    try:
-        pathspec: Any = importlib.import_module("pathspec")
-    except ImportError as error:
-        raise ImportError("exclude needs pathspec: pip install pathspec") from error
-    try:
-        spec = pathspec.GitIgnoreSpec.from_lines(lines)
-    except ValueError as error:
-        raise ValueError(f"exclude: {printable(str(error), 200)}") from error
-
-    def excludes(name: bytes, folder: bool) -> bool:
-        return bool(spec.match_file(os.fsdecode(name) + "/" * folder))
-
-    return excludes
-
-
 def check_path(name: str, value: Any) -> bytes:
     """Check a path, and return it as bytes."""
     if not isinstance(value, (str, bytes, os.PathLike)):
@@ -212,29 +187,6 @@ def check_upload(local: Any, remote: Any, **given: Any) -> tuple[UploadOptions, 
     return options, tree
 
 
-def same_files(
-    files: list[FileEntry], options: Any, find: Callable[[FileEntry], FileEntry | None],
-    different: Callable[[list[FileEntry]], list[FileEntry]],
-) -> list[FileEntry]:  # fmt: skip
-    """Return the files that the target already has, if ``skip_unchanged`` asks for that.
-
-    Parameters:
-        find: returns the entry of the target, if there is one.
-        different: returns those of the files whose content differs.
-    """
-    same = []
-    for entry in files if options.skip_unchanged else ():
-        found = find(entry)
-        if found is not None and (found.kind, found.size) == ("f", entry.size):
-            same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
-            if same_time or options.skip_unchanged == "checksum":
-                same.append(entry)
-    if options.skip_unchanged == "checksum" and same:
-        others = {entry.name for entry in different(same)}
-        same = [entry for entry in same if entry.name not in others]
-    return same
-
-
 def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
     """Return how many connections an upload uses."""
     if options.streams is not None:
@@ -258,6 +210,8 @@ class Transfer:
         deletes: the names that only the target has, or None.
         skipped: (name, reason) of what is left out.
         timeout: seconds without anything sent or received.
+        near: whether one channel is as fast as several.
+        takes_turns: whether no script may start while another one of the connection ends.
     """
 
     def __init__(
@@ -270,6 +224,8 @@ class Transfer:
         self.deletes: list[bytes] | None = None
         self.options: Any = options
         self.pool = pool
+        self.near = pool.round_trip < NEAR
+        self.takes_turns = takes_turns(pool.ssh.get_transport())
         self.watchdog = Watchdog()
         self.skipped: list[tuple[str, str]] = []
         self.stopped = threading.Event()
@@ -316,16 +272,6 @@ class Transfer:
         self._done.clear()
         self._all_done = 0
         self._events = queue.SimpleQueue()
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether no script may start while another one of the connection ends."""
-        return takes_turns(self.pool.ssh.get_transport())
-
-    @property
-    def near(self) -> bool:
-        """Whether the host is so near that one channel is as fast as several."""
-        return self.pool.round_trip < NEAR
 
     def ahead(self, confirmed: int) -> float:
         """Return how many bytes an upload may send beyond those that the host has confirmed.
@@ -375,33 +321,27 @@ class Transfer:
             place: returns the local path of a file.
             setup: shell commands that set ``path``, if it is not in ``values``.
         """
-        small: list[FileEntry] = []
+        small: list[tuple[FileEntry, int, int]] = []
         chunks: list[tuple[FileEntry, int, int]] = []
         for entry, start, size in ranges:
             if entry.name and size == entry.size < SMALL_FILE:
-                small.append(entry)
+                small.append((entry, start, size))
             else:
                 end = start + size
                 chunks += [(entry, at, min(RANGE, end - at)) for at in range(start, end, RANGE)]
-        if small:
-            with self._digests(setup + FILE_DIGESTS, values) as script:
-                script.send_names(entry.name for entry in small)
-                digests = parse_digests(script.rest(MAX_ANSWER), len(small))
-            for entry, digest in zip(small, digests, strict=True):
-                if digest != file_digest(place(entry), 0, entry.size):
-                    yield entry
-        if chunks:
-            with self._digests(setup + CHUNK_DIGESTS, values) as script:
-                lines = [(at // BLOCK, size, encoded_name(e.name)) for e, at, size in chunks]
-                script.send(b"".join(b"%d %d %s\n" % line for line in lines))
+        names = [b"./" + entry.name + b"\0" for entry, _, _ in small]
+        lines = [b"%d %d %s\n" % (at // BLOCK, n, encoded_name(e.name)) for e, at, n in chunks]
+        for body, asked, found in ((FILE_DIGESTS, names, small), (CHUNK_DIGESTS, lines, chunks)):
+            if not found:
+                continue
+            text = script_text("digests", setup + body, **values)
+            with self.script(self.pool.ssh, text) as script:
+                script.send(b"".join(asked))
                 script.end()
-                for entry, start, size in chunks:
-                    (digest,) = parse_digests(script.line() + b"\n", 1)
-                    if digest != file_digest(place(entry), start, size):
-                        yield entry
-
-    def _digests(self, body: str, values: dict[str, Any]) -> RemoteScript:
-        return self.script(self.pool.ssh, script_text("digests", body, **values))
+                digests = parse_digests(script.rest(MAX_ANSWER), len(found))
+            for (entry, start, size), digest in zip(found, digests, strict=True):
+                if digest != file_digest(place(entry), start, size):
+                    yield entry
 
     # --- workers ---
 

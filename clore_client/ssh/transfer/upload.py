@@ -26,8 +26,10 @@ from clore_client.ssh.transfer.entry import (
     RemoteTree,
     about,
     parse_listing,
+    part_token,
     plan_portions,
-    record_key,
+    same_files,
+    tar_header,
     whole_seconds,
 )
 from clore_client.ssh.transfer.remote_script import (
@@ -52,7 +54,6 @@ from clore_client.ssh.transfer.transfer import (
     Transfer,
     UploadOptions,
     is_content,
-    same_files,
     upload_connections,
 )
 from clore_client.ssh.transport import NoChannelError, connection_errors
@@ -154,9 +155,7 @@ class Upload:
         whole = os.path.abspath(tree.path)
         kind = "d" if tree.is_folder else "f"
         content = is_content(options.local)
-        # With resume, the same name each time; else a random one.
-        same = record_key((kind, content, whole, options.remote))[:20]
-        token = same if options.resume else os.urandom(10).hex()
+        token = part_token(options.resume, kind, content, whole, options.remote)
         self._token = token.encode()
         self._values: dict[str, Any] = {
             "f": options.source,
@@ -422,19 +421,6 @@ def _ranges(portions: list[Portion]) -> Iterator[tuple[FileEntry, int, int]]:
                 yield entry, portion.start, portion.size
             elif entry.kind == "f":
                 yield entry, 0, entry.size
-
-
-def tar_header(entry: FileEntry) -> bytes:
-    """Return the header of an entry in a tar stream, without a user's name or number."""
-    import tarfile  # imported here, because it is slow
-
-    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
-    # A directory must be writable until its files have arrived.
-    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
-    info.size, info.mtime = entry.size, entry.mtime // 10**9
-    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
-    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
-    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
 def touch_time(mtime: int) -> str:
