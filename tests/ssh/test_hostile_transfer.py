@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncssh
 import pytest
 
 from clore_client import CloreClient, SSHError, TransferError
@@ -447,6 +448,43 @@ def test_a_machine_that_hangs(here: Path, hang_at: str) -> None:
     assert os.listdir(here) == ["x"]
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("short", ""),
+        ("empty", "131072 bytes are missing"),
+        ("never", "sent nothing for 0.5s"),
+        ("flood", "sends a packet of"),
+    ],
+)
+def test_odd_answers_of_sftp(tmp_path: Path, here: Path, how: str, said: str) -> None:
+    """A host may answer with less than was requested; everything else is an error, and soon."""
+    data = os.urandom(300_000)
+    (tmp_path / "far").write_bytes(data)
+
+    class OddReads(asyncssh.SFTPServer):
+        def __init__(self, chan: Any) -> None:
+            super().__init__(chan, chroot=os.fsencode(tmp_path))
+
+        async def read(self, file_obj: object, offset: int, size: int) -> bytes:
+            if how == "never":
+                await asyncio.Event().wait()
+            return {"short": data[offset : offset + min(size, 1000)], "flood": bytes(2**21)}.get(
+                how, b""
+            )
+
+    options: dict[str, Any] = {"password": "x", "wait": 5, "timeout": 0.5}
+    with HostileServer(says({"look": b"no lacks tar\n"}), sftp=OddReads) as server:
+        start = time.monotonic()
+        expected = pytest.raises(TransferError, match=said) if said else contextlib.nullcontext()
+        with expected:
+            CloreClient(state_dir=None).download(server.order(), "/far", here / "x", **options)
+        assert time.monotonic() - start < 30
+    assert os.listdir(here) == ([] if said else ["x"])
+    if not said:
+        assert (here / "x").read_bytes() == data
+
+
 def test_names_are_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Control characters may stand in a name; where it is shown, they are escaped."""
     odd = b"a" + ESCAPES + b"\nb"
@@ -694,6 +732,22 @@ def test_new_folders_of_a_merge_keep_their_modes_there(
         assert (far / "data" / name).read_text() == name
     assert os.listdir(far) == ["data"]
     assert sorted(os.listdir(far / "data" / "old")) == ["d", "mine"]
+
+
+def test_more_names_than_fit_in_a_window(
+    sshd: Sshd, tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has to read all of them before it fills the other direction."""
+    monkeypatch.setattr(download, "DATA_WINDOW", 2**18)
+    (tmp_path / "far").mkdir()
+    for number in range(11_000):
+        (tmp_path / "far" / f"{number:0230}").touch()
+    for verify in (False, True):
+        got = CloreClient(state_dir=None).download(
+            sshd.order(), tmp_path / "far", here / f"{verify}", key_path=sshd.key, timeout=10,
+            verify=verify,
+        )  # fmt: skip
+        assert got.files == 11_000
 
 
 def test_a_folder_that_is_named_as_a_home(sshd: Sshd, tmp_path: Path, here: Path) -> None:

@@ -78,18 +78,11 @@ class LocalPart:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         handle = os.open(self._record_path, flags, 0o600)
         self._record = os.fdopen(handle, "r+", encoding="latin-1")
-        if not (lock_file(self._record.fileno()) and self._is_there()):
+        # A file without a name was removed by another process that has just finished.
+        if not lock_file(handle) or not os.fstat(handle).st_nlink:
             self._record.close()
             self._record = None
             raise SSHError("another process runs the same transfer: wait for its end")
-
-    def _is_there(self) -> bool:
-        """Return whether the file still exists: another process removes it when it has finished."""
-        try:
-            found = os.stat(self._record_path)
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(os.fstat(self._record.fileno()), found)
 
     def _read_record(self) -> dict[str, Spans]:
         done: dict[str, Spans] = {}

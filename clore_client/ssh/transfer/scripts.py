@@ -33,7 +33,7 @@ list() { find . -exec stat -c "%f %s %Y %n" {} +; }
 """
 # Ends with the name of a tool that is missing.
 CHECK_TOOLS = r"""
-for t in chmod dd find head mkdir mv rm stat tar touch xargs; do
+for t in chmod dd find head mkdir mv rm sort stat tar touch xargs; do
   command -v $t >/dev/null || no "lacks $t"
 done
 command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
@@ -191,9 +191,10 @@ echo end
 """
 )
 # Print SHA-256: of each chunk for which a line (block, size, name) comes, and of each file that is
-# named.
+# named, in the order of the names. ``sort`` reads all names before the first output, which would
+# block if the client still sent names instead of reading it.
 CHUNK_DIGESTS = r"""while read -r k s q; do inner; part "$path$g" "$k" "$s" | $sha; done"""
-FILE_DIGESTS = r"""cd "$path" && xargs -0 $sha"""
+FILE_DIGESTS = r"""cd "$path" && sort -z | xargs -0 $sha"""
 # Prints the type of the source, then a listing, or the content of a file that is not too large.
 LOOK = (
     CHECK_TOOLS
@@ -217,7 +218,7 @@ else no "there is no such file"; fi
 # Prints a tar archive of the files whose names it reads, a block with a mark, and a new listing.
 GET_TREE = r"""
 cd "$f" || exit 1
-xargs -0 tar -cf -
+sort -z | xargs -0 tar -cf -
 printf "%-511s\n" "$token"; list; echo "$token"
 """
 # Prints a range of a file, its SHA-256, and the state of the file after that.

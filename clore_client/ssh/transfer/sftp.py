@@ -1,4 +1,4 @@
-"""Use SFTP for a host without a usual shell: slower, with the same checks."""
+"""Transfer files over SFTP if a host has no usual shell: slower, with the same checks."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class SftpChannel(LimitedChannel):
 
     def recv(self, size: int) -> bytes:
         if size > MAX_SFTP_PACKET:
+            self.close()  # else paramiko would read on, to close its file
             raise SSHError(f"the host sends a packet of {size} bytes")
         return super().recv(size)
 
@@ -71,7 +72,8 @@ def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
         return channel
 
     channel: Any = with_patience(min(SFTP_PATIENCE, transfer.timeout), once)
-    failures: tuple[type[Exception], ...] = (ValueError, *connection_errors())
+    unreadable = (paramiko.SFTPError, UnicodeError, ValueError, TypeError)
+    failures: tuple[type[Exception], ...] = (*unreadable, *connection_errors())
     try:
         try:
             sftp = paramiko.SFTPClient(channel)
@@ -82,7 +84,7 @@ def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
         sftp.logger = logging.getLogger(PARAMIKO_LOGGER)  # it logs names without escaping them
         try:
             yield RemoteFiles(sftp)
-        except (UnicodeError, ValueError, TypeError) as error:  # from paramiko, for odd answers
+        except unreadable as error:
             raise SSHError(
                 f"the host sent an answer that can't be read: {reason(error)}"
             ) from error
@@ -259,7 +261,7 @@ class SftpDownload:
         if not entry.size:
             self._transfer.moved(entry, 0)
         check_unchanged(entry, self._remote.file(source))
-        # After a resumed download too only with verify: it costs as much as to receive it again.
+        # Not after every resumed download: hashing costs as much as receiving the file again.
         verify = self._transfer.options.verify
         if verify and self._remote.differs(entry, source, part.place(entry)):
             part.clear()
@@ -317,7 +319,7 @@ class SftpUpload:
         for name in files:
             self._remote.sftp.remove(_join(self._target, name))
         for name in folders:
-            with contextlib.suppress(OSError):  # something is in it by now
+            with contextlib.suppress(OSError):  # it is not empty
                 self._remote.sftp.rmdir(_join(self._target, name))
 
     def send(self) -> bytes:
@@ -325,7 +327,7 @@ class SftpUpload:
         remote.make_folders(posixpath.dirname(part))
         try:
             if self._options.resume:
-                self._begin_again(record)
+                self._check_record(record)
             if not self._options.preserve:
                 self._apply_umask()
             self._send_all()
@@ -339,7 +341,7 @@ class SftpUpload:
             raise
         return self._target
 
-    def _begin_again(self, record: bytes) -> None:
+    def _check_record(self, record: bytes) -> None:
         """Remove what an earlier upload has sent, unless the source is still the same."""
         key = record_key([entry.version for entry in self._tree.files]).encode()
         if self._remote.look(record) is not None:
@@ -377,7 +379,8 @@ class SftpUpload:
 
     def _send_file(self, entry: FileEntry, place: bytes) -> None:
         start = 0
-        if self._options.resume and (found := self._remote.file(place)) is not None:
+        found = self._remote.file(place) if self._options.resume else None
+        if found is not None and found.size <= entry.size:
             start = entry.size if found.size == entry.size else found.size - found.size % BLOCK
         with self._remote.open(place, "r+b" if start else "wb") as file:
             file.chmod(0o600)

@@ -329,6 +329,7 @@ class Transfer:
             else:
                 end = start + size
                 chunks += [(entry, at, min(RANGE, end - at)) for at in range(start, end, RANGE)]
+        small.sort(key=lambda found: found[0].name)
         names = [b"./" + entry.name + b"\0" for entry, _, _ in small]
         lines = [b"%d %d %s\n" % (at // BLOCK, n, encoded_name(e.name)) for e, at, n in chunks]
         for body, asked, found in ((FILE_DIGESTS, names, small), (CHUNK_DIGESTS, lines, chunks)):

@@ -94,7 +94,7 @@ def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
 
 
 def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | SftpUpload) -> bytes:
-    """Upload what has changed, and remove what only the target has, as far as asked for."""
+    """Upload, with ``skip_unchanged``, ``preview`` and ``delete``; return the path on the host."""
     options = transfer.options
     if not options.compares:
         return sender.send()
@@ -116,7 +116,10 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
 
 
 def _only_there(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
-    """Return what only the target has, deepest first, except what ``exclude`` or the scan omits."""
+    """Return the names that only the target has, deepest first.
+
+    What ``exclude`` matches, or was left out here, is not among them.
+    """
     here = {entry.name for entry in tree.entries}
     left_out = {name for name, _ in tree.left_out}
     excludes = options.excluded or (lambda *_: False)
