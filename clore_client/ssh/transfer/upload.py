@@ -62,6 +62,7 @@ from clore_client.ssh.transport import NoChannelError, connection_errors
 # host, more channels make an upload faster.
 UPLOAD_CHANNELS = 8
 RESUMABLE_CHANNELS = 2
+MAX_UNCONFIRMED = 1000  # portions; the answers to all of them fit in the window of a channel
 MODE_LINES = 500  # files whose modes the host sets within the timeout
 
 
@@ -302,9 +303,10 @@ class Upload:
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
+                ahead = self._transfer.ahead(self._confirmed) / self._workers
                 while sent and (
-                    portion.size + sum(earlier.size for earlier, _ in sent)
-                    > self._transfer.ahead(self._confirmed) / self._workers
+                    len(sent) >= MAX_UNCONFIRMED
+                    or portion.size + sum(earlier.size for earlier, _ in sent) > ahead
                 ):
                     self._confirm(put, *sent.pop(0))
                 sent.append((portion, self._send(put, portion)))
