@@ -36,7 +36,7 @@ class FileEntry:
 
     Attributes:
         name: relative to the directory that is transferred; empty for a single file.
-        kind: ``"f"``, ``"d"`` or ``"l"``.
+        kind: ``"f"``, ``"d"`` or ``"l"``; ``"other"`` on a host, of what can't be transferred.
         size: in bytes; 0 unless it is a file.
         mtime: in nanoseconds.
         mode: permissions.
@@ -103,9 +103,9 @@ def checked_name(name: bytes) -> str:
 
 
 def kind_of(mode: int) -> str:
-    """Return "f", "d" or "l" for the mode of a file; empty for anything else."""
+    """Return "f", "d" or "l" for the mode of a file; "other" for anything else."""
     kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
-    return kinds.get(stat.S_IFMT(mode), "")
+    return kinds.get(stat.S_IFMT(mode), "other")
 
 
 def whole_seconds(mtime: int) -> int:
@@ -116,6 +116,11 @@ def whole_seconds(mtime: int) -> int:
 def nanoseconds(seconds: int) -> int:
     """Convert a time of a host to nanoseconds, limited to what file systems know."""
     return min(max(seconds, 0), LAST_TIME) * 10**9
+
+
+def entry_of(name: bytes, mode: int, size: int, seconds: int) -> FileEntry:
+    """Make an entry from the numbers that ``stat`` gives."""
+    return FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind_of(mode))
 
 
 def parse_stat(line: bytes) -> FileEntry:
@@ -181,12 +186,12 @@ class RemoteTree(Tree):
 
     Attributes:
         root: the directory itself.
-        odd: the names of what is neither a file nor a directory nor a symlink.
+        odd: what is neither a file nor a directory nor a symlink.
     """
 
     def __init__(self, excludes: Excludes | None = None) -> None:
         super().__init__()
-        self.odd: list[bytes] = []
+        self.odd: list[FileEntry] = []
         self.root = FileEntry(b"", 0, 0, 0o755, "d")
         self._excludes = excludes or (lambda *_: False)
         self._folders = {b""}
@@ -196,13 +201,11 @@ class RemoteTree(Tree):
     @property
     def by_name(self) -> dict[bytes, FileEntry]:
         """All entries, and the root under the empty name."""
-        odd = [FileEntry(name, 0, 0, 0, "l") for name in self.odd]
-        return {entry.name: entry for entry in [self.root, *self.entries, *odd]}
+        return {entry.name: entry for entry in [self.root, *self.entries, *self.odd]}
 
-    def add(self, mode: int, size: int, seconds: int, name: bytes) -> None:
+    def add(self, entry: FileEntry) -> None:
         """Check an entry of a listing, and add it unless it or its directory is excluded."""
-        kind = kind_of(mode)
-        entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
+        name = entry.name
         if not name:
             self.root = entry
             return
@@ -210,14 +213,13 @@ class RemoteTree(Tree):
         if name in self._names or name.rpartition(b"/")[0] not in self._folders:
             raise SSHError(f"the host lists {printable(repr(name), 120)} in a wrong place")
         self._names.add(name)
-        if kind == "d":
+        is_folder = entry.kind == "d"
+        if is_folder:
             self._folders.add(name)
-        if name.rpartition(b"/")[0] in self._excluded or self._excludes(name, kind == "d"):
+        if name.rpartition(b"/")[0] in self._excluded or self._excludes(name, is_folder):
             self._excluded.add(name)
-        elif not kind:
-            self.odd.append(name)
         else:
-            self.entries.append(entry)
+            (self.odd if entry.kind == "other" else self.entries).append(entry)
 
 
 def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
@@ -236,7 +238,7 @@ def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> R
         if count > most:
             raise SSHError(f"the host lists more than {most} files")
         mode, size, seconds, name = found.groups()
-        tree.add(int(mode, 16), int(size), int(seconds), name[2:])
+        tree.add(entry_of(name[2:], int(mode, 16), int(size), int(seconds)))
         at = found.end()
     return tree
 
@@ -338,17 +340,17 @@ class LocalTree(Tree):
         for entry in entries:
             name = os.path.join(folder, entry.name) if folder else entry.name
             status = entry.stat(follow_symlinks=False)
-            if self._excluded is not None and self._excluded(name, stat.S_ISDIR(status.st_mode)):
+            kind = kind_of(status.st_mode)
+            if self._excluded is not None and self._excluded(name, kind == "d"):
                 continue
-            if stat.S_ISLNK(status.st_mode):
+            if kind == "l":
                 self._add_link(name, entry.path, status, above)
-            elif stat.S_ISDIR(status.st_mode):
-                self._add(name, status)
-                self._scan(name, (*above, os.path.realpath(entry.path)))
-            elif stat.S_ISREG(status.st_mode):
-                self._add(name, status)
-            else:
+            elif kind == "other":
                 self.left_out.append((name, "it is not a file"))
+            else:
+                self._add(name, status)
+                if kind == "d":
+                    self._scan(name, (*above, os.path.realpath(entry.path)))
 
     def _add_link(
         self, name: bytes, path: bytes, status: os.stat_result, above: tuple[bytes, ...]
@@ -368,8 +370,7 @@ class LocalTree(Tree):
     def _add(self, name: bytes, status: os.stat_result) -> None:
         if os.sep != "/":
             name = name.replace(os.fsencode(os.sep), b"/")
-        kind = "d" if stat.S_ISDIR(status.st_mode) else "f"
-        mode = status.st_mode & 0o777
+        kind, mode = kind_of(status.st_mode), status.st_mode & 0o777
         self.entries.append(FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind))
 
 

@@ -22,7 +22,7 @@ from clore_client.ssh.transfer.entry import (
     RemoteTree,
     about,
     checked_name,
-    kind_of,
+    entry_of,
     link_target,
     part_token,
     record_key,
@@ -197,8 +197,7 @@ class LocalPart:
             found = os.lstat(self.target_of(entry))
         except OSError:
             return None
-        kind = kind_of(found.st_mode) or "l"
-        return FileEntry(entry.name, found.st_size, found.st_mtime_ns, found.st_mode, kind)
+        return entry_of(entry.name, found.st_mode, found.st_size, int(found.st_mtime))
 
     def place(self, entry: FileEntry) -> Path:
         """Return the temporary path of an entry."""
@@ -317,8 +316,8 @@ def begin_tree(
 ) -> list[FileEntry]:
     """Check and begin the download of a directory; return its symlinks."""
     options = transfer.options
-    for name in tree.odd:
-        transfer.leave_out(name, "it is not a file")
+    for entry in tree.odd:
+        transfer.leave_out(entry.name, "it is not a file")
     kept = []
     for entry in tree.entries:
         # GNU tar reads a backslash in a name as an escape.

@@ -8,7 +8,6 @@ import itertools
 import logging
 import os
 import posixpath
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,8 @@ from clore_client.ssh.transfer.entry import (
     RemoteTree,
     about,
     check_unchanged,
+    entry_of,
     file_digest,
-    kind_of,
-    nanoseconds,
     part_token,
     record_key,
 )
@@ -103,56 +101,49 @@ class RemoteFiles:
         home: bytes = os.fsencode(self.sftp.normalize("."))
         return posixpath.normpath(posixpath.join(home, path)) + b"/" * path.endswith(b"/")
 
-    def look(self, path: bytes, follow: bool = True) -> Any:
-        """Return the attributes of a path, or None if it does not exist."""
+    def look(self, path: bytes, follow: bool = True) -> FileEntry | None:
+        """Return what a path is, or None if it does not exist."""
         try:
-            found = self.sftp.stat(path) if follow else self.sftp.lstat(path)
+            return _entry(b"", self.sftp.stat(path) if follow else self.sftp.lstat(path))
         except FileNotFoundError:
             return None
-        return _checked(found)
 
     def kind(self, path: bytes, follow: bool = True) -> str:
         """Return "f", "d", "l", "other", or "" if the path does not exist."""
         found = self.look(path, follow)
-        return "" if found is None else kind_of(found.st_mode) or "other"
-
-    def file(self, path: bytes) -> FileEntry | None:
-        """Return a regular file, or None if there is none."""
-        found = self.look(path)
-        if found is None or not stat.S_ISREG(found.st_mode):
-            return None
-        mtime = nanoseconds(int(found.st_mtime))
-        return FileEntry(b"", int(found.st_size), mtime, found.st_mode & 0o777)
+        return "" if found is None else found.kind
 
     def tree(self, path: bytes, excludes: Excludes | None = None) -> RemoteTree:
         """Return what a path is, and what is below it."""
         tree, found = RemoteTree(excludes), self.look(path)
         if found is not None:
-            tree.add(found.st_mode, found.st_size, int(found.st_mtime), b"")
-            if stat.S_ISDIR(found.st_mode):
+            tree.add(found)
+            if found.kind == "d":
                 self._walk(path, b"", tree, 0)
         return tree
 
     def _walk(self, top: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
         if level > MAX_LEVELS:
             raise SSHError(f"the host lists more than {MAX_LEVELS} nested directories")
-        for name, found in self._listed(_join(top, folder)):
-            inner = folder + b"/" + name if folder else name
-            tree.add(found.st_mode, found.st_size, int(found.st_mtime), inner)
-            if stat.S_ISDIR(found.st_mode):
-                self._walk(top, inner, tree, level + 1)
+        for entry in self._listed(_join(top, folder)):
+            if folder:
+                entry.name = folder + b"/" + entry.name
+            tree.add(entry)
+            if entry.kind == "d":
+                self._walk(top, entry.name, tree, level + 1)
 
-    def _listed(self, folder: bytes) -> list[tuple[bytes, Any]]:
-        """Return the names in a directory, and their attributes."""
+    def _listed(self, folder: bytes) -> list[FileEntry]:
+        """Return what is in a directory."""
         # Read the whole listing before the next request: paramiko requests some of it ahead.
         listed = list(itertools.islice(self.sftp.listdir_iter(folder), MAX_LISTED + 1))
         if len(listed) > MAX_LISTED:
             raise SSHError(f"the host lists more than {MAX_LISTED} files in a directory")
-        found = [(os.fsencode(entry.filename), _checked(entry)) for entry in listed]
-        for name, _ in found:
-            if b"/" in name:
-                raise SSHError(f"the host sent an invalid file name: {printable(repr(name), 120)}")
-        return found
+        entries = [_entry(os.fsencode(found.filename), found) for found in listed]
+        for entry in entries:
+            if b"/" in entry.name:
+                shown = printable(repr(entry.name), 120)
+                raise SSHError(f"the host sent an invalid file name: {shown}")
+        return entries
 
     def open(self, path: bytes, mode: str) -> Any:
         """Open a file for large requests."""
@@ -195,18 +186,18 @@ class RemoteFiles:
         """Remove a file or a directory, if it exists."""
         kind = self.kind(path, follow=False)
         if kind == "d":
-            for name, _ in self._listed(path):
-                self.remove(path + b"/" + name)
+            for entry in self._listed(path):
+                self.remove(_join(path, entry.name))
             self.sftp.rmdir(path)
         elif kind:
             self.sftp.remove(path)
 
 
-def _checked(found: Any) -> Any:
-    """Check that a host sent all attributes of a file."""
+def _entry(name: bytes, found: Any) -> FileEntry:
+    """Check the attributes of a file that a host sent."""
     if None in (found.st_mode, found.st_size, found.st_mtime):
         raise SSHError("the host sends no size, time or mode of a file")
-    return found
+    return entry_of(name, found.st_mode, int(found.st_size), int(found.st_mtime))
 
 
 def _join(path: bytes, name: bytes) -> bytes:
@@ -223,13 +214,14 @@ class SftpDownload:
         self._source = remote.absolute(transfer.options.source).rstrip(b"/") or b"/"
 
     def look(self) -> FileEntry | RemoteTree:
-        kind = self._remote.kind(self._source)
-        if not kind:
+        found = self._remote.look(self._source)
+        if found is None:
             raise SSHError("there is no such file")
-        found = self._remote.file(self._source)
-        if found is None and kind != "d":
+        if found.kind == "other":
             raise SSHError("it is neither a file nor a directory")
-        return found or self._remote.tree(self._source, self._transfer.options.excluded)
+        if found.kind == "f":
+            return found
+        return self._remote.tree(self._source, self._transfer.options.excluded)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         differs, target = self._remote.differs, self._part.target_of
@@ -260,7 +252,7 @@ class SftpDownload:
             out.truncate(entry.size)
         if not entry.size:
             self._transfer.moved(entry, 0)
-        check_unchanged(entry, self._remote.file(source))
+        check_unchanged(entry, self._remote.look(source))
         # Not after every resumed download: hashing costs as much as receiving the file again.
         verify = self._transfer.options.verify
         if verify and self._remote.differs(entry, source, part.place(entry)):
@@ -356,8 +348,9 @@ class SftpUpload:
         """Apply the host's umask to all modes; it shows in the mode of a new directory."""
         probe = self._part + b"." + os.urandom(4).hex().encode()
         self._remote.sftp.mkdir(probe)
-        mask = stat.S_IMODE(self._remote.look(probe).st_mode)
+        found = self._remote.look(probe)
         self._remote.sftp.rmdir(probe)
+        mask = 0o700 if found is None else found.mode
         self._tree.mode &= mask
         for entry in self._tree.entries:
             entry.mode &= mask
@@ -379,7 +372,7 @@ class SftpUpload:
 
     def _send_file(self, entry: FileEntry, place: bytes) -> None:
         start = 0
-        found = self._remote.file(place) if self._options.resume else None
+        found = self._remote.look(place) if self._options.resume else None
         if found is not None and found.size <= entry.size:
             start = entry.size if found.size == entry.size else found.size - found.size % BLOCK
         with self._remote.open(place, "r+b" if start else "wb") as file:
@@ -392,8 +385,9 @@ class SftpUpload:
                 self._transfer.moved(entry, len(piece))
         if start or not entry.size:
             self._transfer.moved(entry, start)
-        size = self._remote.look(place).st_size
-        if size != entry.size:
+        found = self._remote.look(place)
+        if found is None or found.size != entry.size:
+            size = 0 if found is None else found.size
             raise SSHError(f"{size} of {entry.size} bytes arrived")
         verify = self._options.verify
         if verify and self._remote.differs(entry, place, self._tree.place(entry)):
@@ -433,7 +427,7 @@ class SftpUpload:
         """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
         mode, found = entry.mode, self._remote.look(instead) if instead else None
         if not self._options.preserve and found is not None:
-            mode = stat.S_IMODE(found.st_mode)
+            mode = found.mode
         self._remote.sftp.chmod(place, mode)
         if self._options.preserve:
             self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))

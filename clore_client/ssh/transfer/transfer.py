@@ -228,19 +228,15 @@ class Transfer:
         self.takes_turns = takes_turns(pool.ssh.get_transport())
         self.watchdog = Watchdog()
         self.skipped: list[tuple[str, str]] = []
-        self.stopped = threading.Event()
-        self.timeout = options.timeout
         self._expired = False
         self._report: Report | None = None
-        self._done: dict[bytes, int] = {}
-        self._all_done = 0
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._owner = threading.get_ident()
         self._workers: list[threading.Thread] = []
         self._started = time.monotonic()
         self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._turns: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
+        self.restart()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -266,12 +262,12 @@ class Transfer:
         self.pool.break_off()
 
     def restart(self) -> None:
-        """Reset what a failed attempt leaves behind, before another one."""
-        self.stopped.clear()
-        self.timeout = self.options.timeout
-        self._done.clear()
+        """Prepare the first attempt, or another one after one that failed."""
+        self.stopped = threading.Event()
+        self.timeout: float = self.options.timeout
+        self._done: dict[bytes, int] = {}
         self._all_done = 0
-        self._events = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def ahead(self, confirmed: int) -> float:
         """Return how many bytes an upload may send beyond those that the host has confirmed.

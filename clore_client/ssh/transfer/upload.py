@@ -351,25 +351,20 @@ class Upload:
         padded = sum(e.size + -e.size % TAR_BLOCK for e in portion.entries)
         size = sum(map(len, headers)) + padded + 2 * TAR_BLOCK
         put.send(b"tar %d %s\n" % (size, portion.key.encode()))
-        for piece in self._tar_pieces(headers, portion.entries):
-            if not put.send(piece):
-                break
-
-    def _tar_pieces(self, headers: list[bytes], entries: list[FileEntry]) -> Iterator[bytes]:
-        """Yield a tar archive in large pieces."""
-        made = bytearray()
-        for header, entry in zip(headers, entries, strict=True):
+        made = bytearray()  # sent in large pieces
+        for header, entry in zip(headers, portion.entries, strict=True):
             with about(entry):
                 made += header
                 for piece in self._tree.pieces(entry, 0, entry.size) if entry.kind == "f" else ():
                     made += piece
                     if len(made) >= TRANSFER_PIECE:
-                        yield bytes(made)
+                        if not put.send(bytes(made)):
+                            return
                         made.clear()
                 made += bytes(-entry.size % TAR_BLOCK)
                 if entry.kind == "f":
                     self._transfer.moved(entry, entry.size)
-        yield bytes(made + bytes(2 * TAR_BLOCK))
+        put.send(bytes(made + bytes(2 * TAR_BLOCK)))
 
     # --- checks ---
 
