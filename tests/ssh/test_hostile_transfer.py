@@ -63,8 +63,8 @@ class Asked:
         self.token = token[1] if token else b""
 
 
-def a_file(facts: bytes, content: bytes = b"12345") -> dict[str, bytes]:
-    return {"look": b"f " + facts + b"\n" + content + facts + b"\n"}
+def a_file(status: bytes, content: bytes = b"12345") -> dict[str, bytes]:
+    return {"look": b"f " + status + b"\n" + content + status + b"\n"}
 
 
 WHOLE = a_file(b"5 0 644")
@@ -327,12 +327,12 @@ def snapshot(folder: Path) -> dict[str, Any]:
     for place, folders, files in os.walk(folder):
         for entry in [*folders, *files]:
             path = os.path.join(place, entry)
-            facts = os.lstat(path)
-            kind = stat.S_IFMT(facts.st_mode)
-            text = Path(path).read_bytes() if stat.S_ISREG(facts.st_mode) else b""
+            status = os.lstat(path)
+            kind = stat.S_IFMT(status.st_mode)
+            text = Path(path).read_bytes() if stat.S_ISREG(status.st_mode) else b""
             # A temporary name was in these, and has gone.
-            times = 0 if entry in ("inner", "target") else facts.st_mtime_ns
-            found[path] = (kind, facts.st_mode, facts.st_size, times, text)
+            times = 0 if entry in ("inner", "target") else status.st_mtime_ns
+            found[path] = (kind, status.st_mode, status.st_size, times, text)
     return found
 
 

@@ -25,9 +25,8 @@ Excludes = Callable[[bytes, bool], bool]  # of a name, and whether it is a direc
 CHANGED = "it changed during the transfer"
 TAR_BLOCK = 512  # bytes
 CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
-BUNDLE_BYTES = 8 * 1024 * 1024
 BUNDLE_FILES = 1000
-SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
+SMALL_FILE = CHUNK  # bytes; smaller files of a directory are sent as tar archives
 
 
 @dataclass(eq=False, slots=True)
@@ -417,8 +416,8 @@ def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
     files = sorted(tree.files, key=lambda entry: entry.size) if resume else tree.files
     before = 0
     for entry in [*others, *files]:
-        if tree.is_folder and entry.size < (_portion_size(before) if resume else SMALL_FILE):
-            most = _portion_size(before) if resume else BUNDLE_BYTES
+        most = _portion_size(before) if resume else CHUNK
+        if tree.is_folder and entry.size < most:
             if bundle is None or bundle.size >= most or len(bundle.entries) >= BUNDLE_FILES:
                 bundle = Portion([])
                 portions.append(bundle)

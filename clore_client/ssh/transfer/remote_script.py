@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -289,9 +290,6 @@ class RemoteScript:
 
 def inlined(script: bytes) -> str | None:
     """Return a script as an argument that every login shell passes on unchanged, or None."""
-    special = set(script) & set(b"\\!@") or any(
-        (byte < 32 and byte != 10) or byte > 126 for byte in script
-    )
-    if special or len(script) > MAX_INLINE:
+    if len(script) > MAX_INLINE or re.search(rb"[^\n -~]|[\\!@]", script):
         return None
     return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
