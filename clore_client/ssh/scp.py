@@ -58,11 +58,11 @@ def guarded_scp(
 
 
 class CallbackError(Exception):
-    """An error that the caller's progress function raised: the cause of this one."""
+    """Carry an error of the caller's progress function through scp, as its cause."""
 
 
 class ScpChannel(LimitedChannel):
-    """A channel that returns one line, one status byte or bytes of one file with each ``recv``.
+    """Return one line, one status byte or bytes of one file with each ``recv``.
 
     scp takes what one ``recv`` returns for one record, and the host decides where packets end.
     """
@@ -100,7 +100,7 @@ class ScpChannel(LimitedChannel):
 
 
 class ScpGuard(SCP_BASE):  # type: ignore[misc]
-    """Checks around the methods of ``scp.SCPClient``, which does the work."""
+    """Check what a host asks ``scp.SCPClient`` to do before it does it."""
 
     channel: Any
     _recv_dir: bytes
@@ -288,7 +288,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
 
 
 class ExactFile:
-    """A file that returns exactly the bytes that scp announced, though it may grow or shrink."""
+    """Read exactly the bytes that scp announced, though the file may grow or shrink."""
 
     def __init__(self, file: Any, size: int) -> None:
         self._file = file

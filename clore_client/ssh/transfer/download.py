@@ -96,7 +96,7 @@ def _receive_all(
 
 
 class Download:
-    """One download with the host's shell; a context manager.
+    """Download with the host's shell; a context manager.
 
     The script LOOK lists what there is, and sends a file that is not large. Workers receive large
     files in ranges; small ones come in a tar stream.

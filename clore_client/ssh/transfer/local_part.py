@@ -38,7 +38,7 @@ Different = Callable[[list[FileEntry]], list[FileEntry]]
 
 
 class LocalPart:
-    """The temporary file or directory of a download, and the record of what has arrived.
+    """Keep the temporary file or directory of a download, and a record of what has arrived.
 
     Attributes:
         target: the final path.

@@ -54,7 +54,7 @@ MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
 
 
 class NoShellError(SSHError):
-    """A host has no POSIX shell with the usual tools; SFTP may work."""
+    """Report a host without a POSIX shell or one of the usual tools; SFTP may work."""
 
 
 def with_patience(seconds: float, open_channel: Callable[[], Channel]) -> Channel:
@@ -70,7 +70,7 @@ def with_patience(seconds: float, open_channel: Callable[[], Channel]) -> Channe
 
 
 class RemoteScript:
-    """A script that runs on a host; a context manager that closes its channel.
+    """Run a script on a host; a context manager that closes its channel.
 
     Parameters:
         timeout: seconds without anything sent or received.

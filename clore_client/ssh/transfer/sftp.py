@@ -45,7 +45,7 @@ MAX_LISTED = 500_000  # files in a directory
 
 
 class SftpChannel(LimitedChannel):
-    """A channel for paramiko's SFTP client."""
+    """Limit the waits and the memory of paramiko's SFTP client."""
 
     def recv(self, size: int) -> bytes:
         if size > MAX_SFTP_PACKET:
@@ -91,13 +91,13 @@ def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
 
 
 class RemoteFiles:
-    """The files of a host, over SFTP."""
+    """Read and change the files of a host over SFTP."""
 
     def __init__(self, sftp: Any) -> None:
         self.sftp = sftp
 
     def absolute(self, path: bytes) -> bytes:
-        """Return the absolute path of one that may be below the home directory."""
+        """Convert a path, which may be below the home directory, to an absolute one."""
         home: bytes = os.fsencode(self.sftp.normalize("."))
         return posixpath.normpath(posixpath.join(home, path)) + b"/" * path.endswith(b"/")
 
@@ -205,7 +205,7 @@ def _join(path: bytes, name: bytes) -> bytes:
 
 
 class SftpDownload:
-    """One download over SFTP."""
+    """Download over SFTP."""
 
     def __init__(self, transfer: Transfer, part: LocalPart, remote: RemoteFiles) -> None:
         self._transfer = transfer
@@ -263,7 +263,7 @@ class SftpDownload:
 
 
 class SftpUpload:
-    """One upload over SFTP."""
+    """Upload over SFTP."""
 
     def __init__(self, transfer: Transfer, tree: LocalTree, remote: RemoteFiles) -> None:
         self._transfer = transfer

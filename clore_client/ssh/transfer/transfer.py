@@ -196,11 +196,11 @@ def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
 
 
 class StoppedError(Exception):
-    """Another worker has failed; used only within a transfer."""
+    """Stop a worker after another one has failed; used only within a transfer."""
 
 
 class Transfer:
-    """One transfer.
+    """Run the worker threads and scripts of one transfer, and report its progress and errors.
 
     Attributes:
         name: of the whole source, for errors.

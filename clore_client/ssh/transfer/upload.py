@@ -141,7 +141,7 @@ def _only_there(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) ->
 
 
 class Upload:
-    """One upload with the host's shell.
+    """Upload with the host's shell.
 
     The script CONTROL runs from start to end. Workers send large files in chunks, and small ones in
     tar archives.
