@@ -53,10 +53,6 @@ class SftpChannel(LimitedChannel):
             raise SSHError(f"the host sends a packet of {size} bytes")
         return super().recv(size)
 
-    def get_name(self) -> str:
-        """Return a name for paramiko's log."""
-        return "sftp"
-
 
 @contextlib.contextmanager
 def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
