@@ -254,7 +254,8 @@ class Transfer:
         except TransferError:
             raise
         except failures as error:
-            raise self._failure(error) from error
+            # The text of a plain SSHError is the whole reason: its traceback would only be noise.
+            raise self._failure(error) from (None if type(error) is SSHError else error)
 
     def _expire(self) -> None:
         self._expired = True
