@@ -84,11 +84,8 @@ Contents:
                                 time, and fast ciphers.
     ssh.keys                    Pin the host key of each order; find the private key of a public
                                 key.
-    ssh.transfer.entry          Describe the files, directories and symlinks of a transfer, and pack
-                                them in tar streams.
-    ssh.transfer.remote_script  Run a script on a host with ``sh``, whatever the login shell is.
-    ssh.transfer.scripts        Shell scripts that a transfer runs on a host, with POSIX tools and
-                                those of GNU and busybox.
+    ssh.transfer.scripts        Define the shell scripts of a transfer, for POSIX tools and those of
+                                GNU and busybox.
     ssh.openssh                 Read addresses and OpenSSH's configuration; write command lines and
                                 entries for OpenSSH.
     ssh.connect                 Log in to hosts, and keep the connections of one call.
@@ -96,21 +93,22 @@ Contents:
                                 prints.
     ssh.job_scripts             Start, watch and stop a job on a host: shell scripts with POSIX
                                 tools and /proc.
-    ssh.transfer.transfer       Run one transfer: its worker threads, scripts, deadline, progress
-                                and errors.
+    ssh.transfer.entry          Describe the files, directories and symlinks of a transfer, on both
+                                sides.
+    ssh.transfer.remote_script  Run a script on a host with ``sh``, whatever the login shell is.
+    ssh.transfer.transfer       Run one transfer: its arguments, worker threads, scripts, deadline,
+                                progress and errors.
     ssh.jobs                    Start, follow and stop jobs: commands that run on a host without a
                                 connection.
     ssh.access                  Log in to the hosts of an account, and keep their host keys.
     ssh.command                 Run a command over SSH until its deadline, and end it on the host if
                                 it must stop.
-    ssh.scp                     Guard the package scp against hosts that cheat, and against calls
-                                that never return.
+    ssh.scp                     Guard the package scp against hostile hosts, and against calls that
+                                never return.
     ssh.shell                   Connect this terminal to a shell on a host.
-    ssh.transfer.local_part     Keep the temporary files of a download, and rename them when it is
-                                complete.
-    ssh.transfer.remote_tree    Check the listing of a directory on a host, and compare it with what
-                                is here.
-    ssh.transfer.sftp           Use SFTP where a host has no usual shell, and download: slower, with
+    ssh.transfer.local_part     Keep the temporary files of a download, and move them to the target
+                                when it is complete.
+    ssh.transfer.sftp           Transfer files over SFTP if a host has no usual shell: slower, with
                                 the same checks.
     ssh.transfer.download       Download files and directories; the host is not trusted.
     ssh.transfer.upload         Upload files and directories under a temporary name, which is
@@ -172,6 +170,7 @@ from collections.abc import (
     Sequence,
     Sized,
 )
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
@@ -11553,690 +11552,14 @@ def _text_of(path: Path) -> str:
 
 
 # ==================================================================================================
-# ssh.transfer.entry
-#
-# Describe the files, directories and symlinks of a transfer, and pack them in tar streams.
-# ==================================================================================================
-
-
-BLOCK = 65536  # bytes; chunks begin at multiples of it
-TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
-LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
-MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
-Excludes = Callable[[bytes, bool], bool]  # of a name, and whether it is a directory
-CHANGED = "it changed during the transfer"
-
-
-class FileEntry:
-    """A file, directory or symlink of a transfer.
-
-    Attributes:
-        name: relative to the directory that is transferred; empty for a single file.
-        kind: ``"f"``, ``"d"`` or ``"l"``.
-        size: in bytes; 0 unless it is a file.
-        mtime: in nanoseconds.
-        mode: permissions.
-        link: the target of a symlink.
-    """
-
-    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
-
-    def __init__(
-        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
-    ) -> None:
-        self.name = name
-        self.kind = kind
-        self.size = size if kind == "f" else 0
-        self.mtime = mtime
-        self.mode = mode
-        self.link = link
-
-    @property
-    def version(self) -> tuple[bytes, int, int]:
-        """Values that differ when the source has changed."""
-        return (self.name, self.size, self.mtime)
-
-
-def record_key(version: object) -> str:
-    """Return the key under which a resumable transfer records a version of a source."""
-    return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
-
-
-def link_target(name: bytes, link: bytes, folders: Container[bytes] | None = None) -> bytes | None:
-    """Return the name in the same tree that a symlink leads to, or None outside the tree.
-
-    With ``folders``, the names of all directories, ``..`` after anything else counts as outside:
-    after another symlink it leads elsewhere than the text says.
-    """
-    if link.startswith(b"/") or not link:
-        return None
-    parts = name.split(b"/")[:-1]
-    for part in link.split(b"/"):
-        if part == b"..":
-            if not parts or (folders is not None and b"/".join(parts) not in folders):
-                return None
-            parts.pop()
-        elif part not in (b"", b"."):
-            parts.append(part)
-    return b"/".join(parts)
-
-
-def checked_name(name: bytes) -> str:
-    """Check a name that a host sent, and return it as a path on this system."""
-    parts = name.split(b"/")
-    if b"\0" in name or not {b"", b".", b".."}.isdisjoint(parts):
-        raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
-    if len(parts) > MAX_LEVELS:
-        raise SSHError(f"the machine names a file below {len(parts)} directories")
-    text = os.fsdecode(name)
-    if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
-        raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
-    return text
-
-
-def kind_of(mode: int) -> str:
-    """Return "f", "d" or "l" for the mode of a file; empty for anything else."""
-    kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
-    return kinds.get(stat.S_IFMT(mode), "")
-
-
-def whole_seconds(mtime: int) -> int:
-    """Return a time in nanoseconds as the seconds that a transfer keeps."""
-    return min(max(mtime // 10**9, 0), LAST_TIME)
-
-
-def nanoseconds(seconds: int) -> int:
-    """Convert a time of a host to nanoseconds, limited to what file systems know."""
-    return min(max(seconds, 0), LAST_TIME) * 10**9
-
-
-def parse_stat(line: bytes) -> FileEntry:
-    """Read size, seconds and permissions of a file."""
-    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
-    if found is None:
-        raise SSHError("the machine sent a file status that can't be read")
-    size, seconds, mode = found.groups()
-    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
-
-
-def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
-    """Check that a file is the same as before, or has grown: its start has arrived then."""
-    if now is None or now.kind != "f" or now.size < entry.size:
-        raise SSHError(CHANGED)
-    if now.size == entry.size and now.mtime != entry.mtime:
-        raise SSHError(CHANGED)
-
-
-def file_digest(path: str | Path, start: int, length: int) -> str:
-    """Return the SHA-256 of a part of a local file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        file.seek(start)
-        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
-            digest.update(piece)
-            length -= len(piece)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def about(entry: FileEntry) -> Iterator[None]:
-    """Note in an error which file it is about."""
-    try:
-        yield
-    except Exception as error:
-        if not hasattr(error, "entry"):
-            with contextlib.suppress(AttributeError):
-                error.entry = entry  # type: ignore[attr-defined]
-        raise
-
-
-TAR_BLOCK = 512  # bytes
-MAX_TAR_EXTRA = 65536  # bytes of a name
-
-
-def tar_header(entry: FileEntry) -> bytes:
-    """Return the header of an entry in a tar stream, without a user's name or number."""
-    import tarfile  # imported here, because it is slow
-
-    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
-    # A directory must be writable until its files have arrived.
-    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
-    info.size, info.mtime = entry.size, entry.mtime // 10**9
-    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
-    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
-    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
-class TarReader:
-    """Read the members of consecutive tar archives, up to a block with a mark.
-
-    Parameters:
-        running: the :class:`RemoteScript` that sends them.
-    """
-
-    def __init__(self, running: Any, mark: bytes) -> None:
-        self._running = running
-        self._mark = mark
-        self._padding = 0
-
-    def next(self) -> Any:
-        """Return the next member, or None at the mark."""
-        import tarfile
-
-        self._exactly(self._padding)
-        self._padding = 0
-        name = link = ""
-        while True:
-            header = self._exactly(TAR_BLOCK)
-            if header.rstrip(b" \n") == self._mark:
-                return None
-            if not header.strip(b"\0"):
-                continue
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise SSHError("the machine sends no valid tar archive") from error
-            if info.size < 0:
-                raise SSHError("the machine sends a negative size")
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
-                if info.size > MAX_TAR_EXTRA:
-                    raise SSHError("the machine sends a name that is too long")
-                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
-                name, link = _extended(info.type, extra, name, link)
-                continue
-            info.name, info.linkname = name or info.name, link or info.linkname
-            if not info.isreg():
-                info.size = 0
-            self._padding = -info.size % TAR_BLOCK
-            return info
-
-    def content(self, size: int) -> Iterator[bytes]:
-        """Yield the bytes of a member."""
-        while size:
-            piece = self._running.read(min(TRANSFER_PIECE, size))
-            if not piece:
-                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
-            size -= len(piece)
-            yield piece
-
-    def _exactly(self, size: int) -> bytes:
-        piece = self._running.read(size) if size else b""
-        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
-
-
-def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
-    """Read a name or a link target that does not fit in a header."""
-    if kind == b"x":  # POSIX: records of a length, a keyword and a value
-        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
-            found.get(b"linkpath", b"")
-        ) or link
-    text = os.fsdecode(extra.rstrip(b"\0"))
-    return (text, link) if kind == b"L" else (name, text)
-
-
-CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
-BUNDLE_BYTES = 8 * 1024 * 1024
-BUNDLE_FILES = 1000
-SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
-
-
-class LocalTree:
-    """The files, directories and symlinks to upload, and what is left out.
-
-    Attributes:
-        mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.
-    """
-
-    def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
-        self.path = path
-        self.symlinks = symlinks
-        self._excluded = excluded
-        self.entries: list[FileEntry] = []
-        self.left_out: list[tuple[bytes, str]] = []
-        try:
-            facts = os.stat(path)  # the path itself may be a symlink
-        except FileNotFoundError:
-            shown = printable(repr(os.fsdecode(path)), 300)
-            raise FileNotFoundError(f"local: there is nothing at {shown}") from None
-        self.is_folder = stat.S_ISDIR(facts.st_mode)
-        self.mode, self.mtime = facts.st_mode & 0o777, facts.st_mtime_ns
-        if self.is_folder:
-            self._scan(b"", (os.path.realpath(path),))
-        elif stat.S_ISREG(facts.st_mode):
-            self._add(b"", facts)
-        else:
-            raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
-
-    @property
-    def files(self) -> list[FileEntry]:
-        return [entry for entry in self.entries if entry.kind == "f"]
-
-    def place(self, entry: FileEntry) -> str:
-        """Return the local path of an entry."""
-        return os.fsdecode(os.path.join(self.path, entry.name) if entry.name else self.path)
-
-    def pieces(self, entry: FileEntry, start: int, length: int) -> Iterator[memoryview]:
-        """Yield a part of a file, which must not have changed since the scan.
-
-        Each piece is overwritten by the next one.
-        """
-        buffer = memoryview(bytearray(min(TRANSFER_PIECE, max(length, 1))))
-        with open(self.place(entry), "rb", buffering=0) as file:
-            file.seek(start)
-            while length and (size := file.readinto(buffer[:length])):
-                length -= size
-                yield buffer[:size]
-            facts = os.fstat(file.fileno())
-            if length or (facts.st_size, facts.st_mtime_ns) != (entry.size, entry.mtime):
-                raise SSHError(CHANGED)
-
-    def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
-        with os.scandir(os.path.join(self.path, folder) if folder else self.path) as found:
-            entries = sorted(found, key=lambda e: e.name)
-        for entry in entries:
-            name = os.path.join(folder, entry.name) if folder else entry.name
-            facts = entry.stat(follow_symlinks=False)
-            if self._excluded is not None and self._excluded(name, stat.S_ISDIR(facts.st_mode)):
-                continue
-            if stat.S_ISLNK(facts.st_mode):
-                self._take_link(name, entry.path, facts, above)
-            elif stat.S_ISDIR(facts.st_mode):
-                self._add(name, facts)
-                self._scan(name, (*above, os.path.realpath(entry.path)))
-            elif stat.S_ISREG(facts.st_mode):
-                self._add(name, facts)
-            else:
-                self.left_out.append((name, "it is not a file"))
-
-    def _take_link(
-        self, name: bytes, path: bytes, facts: os.stat_result, above: tuple[bytes, ...]
-    ) -> None:
-        link, real = os.readlink(path), os.path.realpath(path)
-        within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
-        if self.symlinks == "copy" and within and link_target(name, link) is not None:
-            self.entries.append(FileEntry(name, 0, facts.st_mtime_ns, 0o777, "l", link))
-        elif self.symlinks == "follow" and within and os.path.isfile(real):
-            self._add(name, os.stat(real))
-        elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
-            self._add(name, os.stat(real))
-            self._scan(name, (*above, real))
-        else:
-            self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
-
-    def _add(self, name: bytes, facts: os.stat_result) -> None:
-        if os.sep != "/":
-            name = name.replace(os.fsencode(os.sep), b"/")
-        kind = "d" if stat.S_ISDIR(facts.st_mode) else "f"
-        mode = facts.st_mode & 0o777
-        self.entries.append(FileEntry(name, facts.st_size, facts.st_mtime_ns, mode, kind))
-
-
-class Portion:
-    """A part of an upload that the host confirms: a chunk of a file, or a tar archive.
-
-    Attributes:
-        entries: the file, or the small files, directories and symlinks of the archive.
-        start: of the chunk, in bytes; None for an archive.
-        size: bytes to send.
-    """
-
-    __slots__ = ("entries", "size", "start")
-
-    def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
-        self.entries = entries
-        self.start = start
-        self.size = size
-
-    @property
-    def key(self) -> str:
-        """The key under which the host records it."""
-        # The time of a directory changes with every file that is created in it.
-        facts = [e.version if e.kind == "f" else (e.name, e.link) for e in self.entries]
-        return record_key((facts, self.start, self.size))
-
-
-def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
-    """Divide an upload into portions; if it may be resumed, they grow with what precedes them."""
-    portions: list[Portion] = []
-    bundle: Portion | None = None
-    others = [entry for entry in tree.entries if entry.kind != "f"]
-    files = sorted(tree.files, key=lambda entry: entry.size) if resume else tree.files
-    before = 0
-    for entry in [*others, *files]:
-        if tree.is_folder and entry.size < (_portion_size(before) if resume else SMALL_FILE):
-            most = _portion_size(before) if resume else BUNDLE_BYTES
-            if bundle is None or bundle.size >= most or len(bundle.entries) >= BUNDLE_FILES:
-                bundle = Portion([])
-                portions.append(bundle)
-            size = TAR_BLOCK + entry.size + -entry.size % TAR_BLOCK
-            bundle.entries.append(entry)
-            bundle.size += size
-            before += size
-            continue
-        start = 0
-        while start < entry.size:
-            size = min(_portion_size(before) if resume else CHUNK, entry.size - start)
-            portions.append(Portion([entry], start, size))
-            start += size
-            before += size
-    return portions
-
-
-def _portion_size(before: int) -> int:
-    """Return the bytes of a portion of a resumable upload: a hundredth of what precedes it."""
-    return min(max(before // (100 * BLOCK), 2) * BLOCK, CHUNK)
-
-
-# ==================================================================================================
-# ssh.transfer.remote_script
-#
-# Run a script on a host with ``sh``, whatever the login shell is.
-#
-# The login shell runs one fixed line without special characters. That line starts ``sh``, which
-# reads
-# the script from standard input, between two lines with a random mark. So the kind of the login
-# shell
-# does not matter, nor what its start-up files print, read or change. The output is not trusted:
-# lengths are limited, numbers are parsed, and names are checked.
-# ==================================================================================================
-
-
-DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
-MAX_NOISE = 65536  # bytes that start-up files may print
-MAX_LINE = 65536  # bytes
-PROBE_AFTER = 3.0  # seconds without a word until another script tests whether any can start
-PROBE_PATIENCE = 1.0  # seconds that a script may start later than that one, which began after it
-LAST_PATIENCE = 3.0  # seconds for each step of cleaning up, after an error or Ctrl-C
-PADDING = b"\n" * 64  # lines for start-up files that read some
-
-# In single quotes, without what csh or fish would change there: a backslash, a quote, "!".
-# $a keeps the locale of the user, for scripts that start something of theirs.
-BOOTSTRAP = (
-    "/bin/sh -c 'a=$LC_ALL; export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
-    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 119; done; s=; l=; '
-    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 119; done; '
-    'echo {mark}; eval "$s"\''
-)
-# For a script that reads nothing: sent as an argument, which saves a round trip; "@" ends a line.
-INLINE = (
-    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
-    "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
-)
-NO_INPUT = 119  # the exit code where the script did not come
-READS_ALL = "a start-up file of the machine, such as ~/.bashrc, reads the input of all commands"
-MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
-
-
-class NoShellError(SSHError):
-    """A host has no POSIX shell with the usual tools; SFTP may work."""
-
-
-class RemoteScript:
-    """A script that runs on a host; a context manager that closes its channel.
-
-    Parameters:
-        timeout: seconds without anything sent or received.
-        patience: seconds to retry while the host opens no further channel.
-        reads: whether the script reads its input.
-        turn: a lock to hold while a script starts, and while it ends; for a host on which none may
-            start while another one ends.
-    """
-
-    def __init__(
-        self,
-        transport: Any,
-        script: bytes,
-        watchdog: Watchdog,
-        timeout: float,
-        *,
-        patience: float = 1.0,
-        window: int = COMMAND_WINDOW,
-        reads: bool = True,
-        turn: threading.Lock | None = None,
-    ) -> None:
-        self._transport = transport
-        self._watchdog = watchdog
-        self._turn = turn
-        self._ending = False
-        self._mark = os.urandom(8).hex()
-        self._buffer = memoryview(b"")  # received, and not read yet
-        self._begun = False
-        self._probe: RemoteScript | None = None
-        inline = None if reads else inlined(script)
-        self._inline = inline is not None
-        line = BOOTSTRAP if inline is None else INLINE
-        command = line.format(mark=self._mark, script=inline)
-        self.channel = self._open(command, timeout, patience, window)
-        mark = self._mark.encode() + b"\n"
-        # An inline script gets lines, too, for start-up files that read some. (Without any input,
-        # dropbear loses what a short script prints.)
-        self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
-        self._arrived = threading.Event()  # set while there is output, and at its end
-        self.channel.in_buffer.set_event(self._arrived)
-        if inline is not None and turn is None:
-            self.end()  # a start-up file that reads all input ends then
-
-    def _open(self, command: str, timeout: float, patience: float, window: int) -> LimitedChannel:
-        """Run a command on a new channel."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                with self._turn or contextlib.nullcontext():
-                    channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
-                    channel.exec_command(command)
-                return channel
-            except NoChannelError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(CHANNEL_PAUSE)
-
-    def __enter__(self) -> RemoteScript:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self.close()
-
-    def finish(self) -> None:
-        """Close the channel; if scripts take turns, wait for the end of the script first."""
-        if self._turn is not None:
-            self.end()
-            self.channel.status_event.wait(LAST_PATIENCE)
-        self.close()
-
-    def close(self) -> None:
-        """Close the channel, which ends a script that still runs."""
-        self.channel.close()
-        if self._probe is not None:
-            self._probe.close()
-        if self._turn is not None and self._ending:
-            self._ending = False
-            self._turn.release()
-
-    def hurry(self) -> None:
-        """Wait less from now on: the transfer stops."""
-        self.channel.timeout = min(self.channel.timeout, LAST_PATIENCE)
-
-    # --- sending ---
-
-    def send(self, data: bytes | memoryview) -> bool:
-        """Send all of ``data``; return False if the script reads no more: its answer says why."""
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[self.channel.send(view[:BLOCK]) :]
-        except connection_errors():
-            return False
-        return True
-
-    def end(self) -> None:
-        """End the input of the script."""
-        if self._turn is not None and not self._ending:
-            self._turn.acquire()
-            self._ending = True
-        with contextlib.suppress(SSHError, *connection_errors()):
-            self.channel.shutdown_write()
-
-    # --- receiving ---
-
-    def read(self, most: int) -> bytes:
-        """Return up to ``most`` bytes of output; none at its end."""
-        if not self._begun:
-            self._skip_noise()
-        return self._receive(most)
-
-    def line(self) -> bytes:
-        """Return the next line without its end, or the rest of the output."""
-        line = b""
-        deadline = time.monotonic() + self.channel.timeout
-        while not (end := line.find(b"\n") + 1):
-            piece = self.read(MAX_LINE)
-            if not piece:
-                return line
-            line += piece
-            if len(line) > 4 * MAX_LINE:
-                raise SSHError("the machine sends an endless line")
-            if time.monotonic() > deadline and b"\n" not in line:
-                raise SSHError(f"the machine sent no whole line within {self.channel.timeout:g}s")
-        self._push_back(line[end:])
-        return line[: end - 1]
-
-    def until(self, mark: bytes, most: int) -> bytes:
-        """Return the output before a line with only the mark, up to ``most`` bytes."""
-        text, ending, start = bytearray(b"\n"), b"\n" + mark + b"\n", 0
-        while (end := text.find(ending, start)) < 0:
-            start = max(0, len(text) - len(ending))
-            piece = self.read(MAX_LINE)
-            if not piece:
-                raise self.refused(bytes(text[1 : 1 + MAX_LINE]))
-            text += piece
-            if len(text) > most:
-                raise SSHError(f"the machine answers with more than {most} bytes")
-        self._push_back(bytes(text[end + len(ending) :]))
-        return bytes(text[1 : end + 1])
-
-    def rest(self, most: int) -> bytes:
-        """Return the rest of the output, up to ``most`` bytes."""
-        text = bytearray()
-        while piece := self.read(BLOCK):
-            text += piece
-            if len(text) > most:
-                raise SSHError(f"the machine answers with more than {most} bytes")
-        return bytes(text)
-
-    def answer(self, word: bytes) -> bytes:
-        """Read a line that must begin with ``word``, and return what follows it."""
-        line = self.line()
-        if line == word or line.startswith(word + b" "):
-            return line[len(word) + 1 :]
-        raise self.refused(line)
-
-    def expect_end(self) -> None:
-        """Check that there is no more output, and that the script succeeded."""
-        if self.read(1):
-            raise SSHError("the machine sends more than it announced")
-        if self.channel.recv_exit_status() != 0:
-            raise self.refused()
-
-    def refused(self, line: bytes = b"") -> SSHError:
-        """Return an error with the reason that the host gives."""
-        if line.startswith(b"no lacks "):
-            return NoShellError(f"the machine {printable(os.fsdecode(line[3:]), 80)}")
-        said = line[3:] if line.startswith(b"no ") else b""
-        said = said or self._errors() or line
-        if not said.strip() and not self._transport.is_active():
-            return SSHError("the connection broke")
-        text = said.decode("utf-8", "replace").strip() or "it gives no reason"
-        return SSHError(f"the machine refuses: {printable(text, 500)}")
-
-    def _errors(self) -> bytes:
-        text = b""
-        while self.channel.recv_stderr_ready() and len(text) < MAX_LINE:
-            text += self.channel.recv_stderr(MAX_LINE)
-        return text
-
-    def _receive(self, most: int) -> bytes:
-        if not self._buffer:
-            try:
-                # All that there is: paramiko copies the rest of its buffer with every read.
-                self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
-            except connection_errors():
-                raise SSHError("the connection broke") from None
-        piece, self._buffer = self._buffer[:most], self._buffer[most:]
-        return bytes(piece)
-
-    def _push_back(self, data: bytes) -> None:
-        if data:
-            self._buffer = memoryview(data + bytes(self._buffer))
-
-    def _skip_noise(self) -> None:
-        """Skip what start-up files print before the mark."""
-        self._begun = True
-        mark, seen = self._mark.encode() + b"\n", b""
-        begun = time.monotonic()
-        deadline = begun + self.channel.timeout
-        probed = self._inline or self._ending  # or nothing of it can get lost
-        while mark not in seen:
-            pause = begun + min(PROBE_AFTER, self.channel.timeout / 2) - time.monotonic()
-            if not (probed or self._buffer) and not self._arrived.wait(max(0.0, pause)):
-                self._check_input()
-                probed = True
-            piece = self._receive(BLOCK)
-            if not piece:
-                raise self._no_shell(seen)
-            seen += piece
-            late = len(seen) > MAX_NOISE + BLOCK or time.monotonic() > deadline
-            if late and mark not in seen:
-                raise SSHError("the machine prints without end before it starts a shell")
-        self._push_back(seen.partition(mark)[2])
-
-    def _check_input(self) -> None:
-        """Raise NoShellError if a start-up file reads all input, so that this script never starts.
-
-        A script whose input has ended starts then, and proves it.
-        """
-        try:
-            with RemoteScript(
-                self._transport, b"echo ok", self._watchdog, self.channel.timeout,
-                reads=False, turn=self._turn,
-            ) as self._probe:  # fmt: skip
-                self._probe.end()
-                self._probe.answer(b"ok")
-        except NoChannelError:
-            return
-        if not self._arrived.wait(PROBE_PATIENCE):
-            raise NoShellError(READS_ALL)
-
-    def _no_shell(self, seen: bytes) -> SSHError:
-        if not self._transport.is_active():
-            return SSHError("the connection broke")
-        self.channel.status_event.wait(LAST_PATIENCE)
-        if self.channel.exit_status == NO_INPUT:
-            return NoShellError(READS_ALL)
-        said = (self._errors().strip() or seen.strip()).decode("utf-8", "replace")
-        text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
-        return NoShellError(f"the machine runs no shell, and says: {text}")
-
-
-def inlined(script: bytes) -> str | None:
-    """Return a script as an argument that every login shell passes on unchanged, or None."""
-    special = set(script) & set(b"\\!@") or any(
-        (byte < 32 and byte != 10) or byte > 126 for byte in script
-    )
-    if special or len(script) > MAX_INLINE:
-        return None
-    return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
-
-
-# ==================================================================================================
 # ssh.transfer.scripts
 #
-# Shell scripts that a transfer runs on a host, with POSIX tools and those of GNU and busybox.
+# Define the shell scripts of a transfer, for POSIX tools and those of GNU and busybox.
 # ==================================================================================================
 
+
+DIFFERS = "SHA-256 differs: what had arrived is removed"
+MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
 
 # Precedes each script. Relative paths count from the home directory, even if a start-up file
 # changes the directory. $n is a line end, set before.
@@ -12261,7 +11584,7 @@ list() { find . -exec stat -c "%f %s %Y %n" {} +; }
 """
 # Ends with the name of a tool that is missing.
 CHECK_TOOLS = r"""
-for t in chmod dd find head mkdir mv rm stat tar touch xargs; do
+for t in chmod dd find head mkdir mv rm sort stat tar touch xargs; do
   command -v $t >/dev/null || no "lacks $t"
 done
 command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
@@ -12348,10 +11671,13 @@ finish_tree() {
     mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || gone
   cd / && rm -rf "$p"
 }
-while read -r word || gone; do case $word in
-restart) wipe; make; echo "$token";;
+while read -r word m t q || gone; do case $word in
+restart) wipe; make;;
 wipe) wipe; exit 1;;
-list) (cd "$p" && list); echo "$token";;
+mode) inner; chmod "$m" "$p$g" || no "$g: its mode was not set"
+  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$t" "$p$g" || no "$g: its time was not set";;
+sync) echo "$token";;
+list) (cd "$p" && list);;
 go) [ "$keep" = 0 ] || [ "$(cat "$o" 2>/dev/null)" = "$owner" ] || {
   printf "no another upload of the same has begun%s" "$n"; exit 1; }
   if [ "$kind" = f ]; then finish_file; else finish_tree; fi
@@ -12416,9 +11742,10 @@ echo end
 """
 )
 # Print SHA-256: of each chunk for which a line (block, size, name) comes, and of each file that is
-# named.
+# named, in the order of the names. ``sort`` reads all names before the first output, which would
+# block if the client still sent names instead of reading it.
 CHUNK_DIGESTS = r"""while read -r k s q; do inner; part "$path$g" "$k" "$s" | $sha; done"""
-FILE_DIGESTS = r"""cd "$path" && xargs -0 $sha"""
+FILE_DIGESTS = r"""cd "$path" && sort -z | xargs -0 $sha"""
 # Prints the type of the source, then a listing, or the content of a file that is not too large.
 LOOK = (
     CHECK_TOOLS
@@ -12433,7 +11760,6 @@ elif [ -f "$f" ]; then
   echo "f $size ${s#* }"
   [ "$size" -le "$most" ] || exit 0
   part "$f" 0 "$size"
-  [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
   [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
   stat -L -c "%s %Y %a" "$f"
 elif [ -e "$f" ]; then no "it is neither a file nor a directory"
@@ -12443,14 +11769,12 @@ else no "there is no such file"; fi
 # Prints a tar archive of the files whose names it reads, a block with a mark, and a new listing.
 GET_TREE = r"""
 cd "$f" || exit 1
-xargs -0 tar -cf -
+sort -z | xargs -0 tar -cf -
 printf "%-511s\n" "$token"; list; echo "$token"
 """
-# Prints each range of a file for which a line (block, size) comes, and the file's state after it.
+# Prints a range of a file, its SHA-256, and the state of the file after that.
 GET = r"""
-while read -r k s; do
-  part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
-done
+part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
 stat -L -c "%s %Y %a" "$f"
 """
 
@@ -12483,66 +11807,13 @@ def remote_path(path: bytes) -> bytes:
     return path if path.startswith(b"/") else b"./" + path
 
 
-def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
-    """Read the output of ``list``; pass mode, size, seconds and name of each entry to ``take``."""
-    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
-    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
-    entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
-    at = count = 0
-    while at < len(text):
-        found = entry.match(text, at)
-        if found is None:
-            shown = printable(repr(text[at : at + 80]), 120)
-            raise SSHError(f"the machine sent a listing that can't be read: {shown}")
-        count += 1
-        if count > most:
-            raise SSHError(f"the machine lists more than {most} files")
-        mode, size, seconds, name = found.groups()
-        take(int(mode, 16), int(size), int(seconds), name[2:])
-        at = found.end()
-
-
 def parse_digests(text: bytes, count: int) -> list[str]:
     """Read the SHA-256 of each file from the output of sha256sum or openssl."""
     # Other lines are parts of names: not every sha256sum escapes line ends.
     digests = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
     if len(digests) != count:
-        raise SSHError(f"the machine sent {len(digests)} SHA-256 instead of {count}")
+        raise SSHError(f"the host sent {len(digests)} SHA-256 instead of {count}")
     return digests
-
-
-DIFFERS = "SHA-256 differs: what had arrived is removed"
-MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
-
-
-def different_chunks(
-    script: RemoteScript,
-    chunks: list[tuple[FileEntry, int, int]],
-    place: Callable[[FileEntry], str | Path],
-) -> Iterator[FileEntry]:
-    """Yield the files of which a chunk (file, start, size) differs.
-
-    ``script`` runs CHUNK_DIGESTS, ``place`` returns local paths.
-    """
-    asked = [b"%d %d " % (start // BLOCK, size) + encoded_name(e.name) for e, start, size in chunks]
-    script.send(b"\n".join([*asked, b""]))
-    script.end()
-    for entry, start, size in chunks:
-        (digest,) = parse_digests(script.line() + b"\n", 1)
-        if digest != file_digest(place(entry), start, size):
-            yield entry
-
-
-def different_files(
-    script: RemoteScript, files: list[FileEntry], place: Callable[[FileEntry], str | Path]
-) -> Iterator[FileEntry]:
-    """Yield the files that differ; ``script`` runs FILE_DIGESTS, ``place`` returns local paths."""
-    script.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
-    script.end()
-    digests = parse_digests(script.rest(MAX_ANSWER), len(files))
-    for entry, digest in zip(files, digests, strict=True):
-        if digest != file_digest(place(entry), 0, entry.size):
-            yield entry
 
 
 # ==================================================================================================
@@ -13585,14 +12856,734 @@ def job_script(verb: str) -> str:
 
 
 # ==================================================================================================
+# ssh.transfer.entry
+#
+# Describe the files, directories and symlinks of a transfer, on both sides.
+# ==================================================================================================
+
+
+BLOCK = 65536  # bytes; chunks begin at multiples of it
+TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
+LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
+MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
+MAX_FILES = 2_000_000  # of a directory on a host
+Excludes = Callable[[bytes, bool], bool]  # of a name, and whether it is a directory
+CHANGED = "it changed during the transfer"
+TAR_BLOCK = 512  # bytes
+CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
+BUNDLE_FILES = 1000
+SMALL_FILE = CHUNK  # bytes; smaller files of a directory are sent as tar archives
+
+
+@dataclass(eq=False, slots=True)
+class FileEntry:
+    """A file, directory or symlink of a transfer.
+
+    Attributes:
+        name: relative to the directory that is transferred; empty for a single file.
+        kind: ``"f"``, ``"d"`` or ``"l"``; ``"other"`` on a host, of what can't be transferred.
+        size: in bytes; 0 unless it is a file.
+        mtime: in nanoseconds.
+        mode: permissions.
+        link: the target of a symlink.
+    """
+
+    name: bytes
+    size: int
+    mtime: int
+    mode: int
+    kind: str = "f"
+    link: bytes = b""
+
+    def __post_init__(self) -> None:
+        if self.kind != "f":
+            self.size = 0
+
+    @property
+    def version(self) -> tuple[bytes, int, int]:
+        """Values that differ when the source has changed."""
+        return (self.name, self.size, self.mtime)
+
+
+def record_key(version: object) -> str:
+    """Return the key under which a resumable transfer records a version of a source."""
+    return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
+
+
+def part_token(resume: bool, *transfer: object) -> str:
+    """Return a name for the temporary file of a transfer: with ``resume``, always the same."""
+    return record_key(transfer)[:20] if resume else os.urandom(10).hex()
+
+
+def link_target(name: bytes, link: bytes, folders: Container[bytes] | None = None) -> bytes | None:
+    """Return the name in the same tree that a symlink leads to, or None outside the tree.
+
+    With ``folders``, the names of all directories, ``..`` after anything else counts as outside:
+    after another symlink it leads elsewhere than the text says.
+    """
+    if link.startswith(b"/") or not link:
+        return None
+    parts = name.split(b"/")[:-1]
+    for part in link.split(b"/"):
+        if part == b"..":
+            if not parts or (folders is not None and b"/".join(parts) not in folders):
+                return None
+            parts.pop()
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return b"/".join(parts)
+
+
+def checked_name(name: bytes) -> str:
+    """Check a name that a host sent, and return it as a path on this system."""
+    parts = name.split(b"/")
+    if b"\0" in name or not {b"", b".", b".."}.isdisjoint(parts):
+        raise SSHError(f"the host sent an invalid file name: {printable(repr(name), 120)}")
+    if len(parts) > MAX_LEVELS:
+        raise SSHError(f"the host sent the name of a file below {len(parts)} directories")
+    text = os.fsdecode(name)
+    if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
+        raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
+    return text
+
+
+def kind_of(mode: int) -> str:
+    """Return "f", "d" or "l" for the mode of a file; "other" for anything else."""
+    kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
+    return kinds.get(stat.S_IFMT(mode), "other")
+
+
+def whole_seconds(mtime: int) -> int:
+    """Convert a time in nanoseconds to the seconds that a transfer keeps."""
+    return min(max(mtime // 10**9, 0), LAST_TIME)
+
+
+def nanoseconds(seconds: int) -> int:
+    """Convert a time of a host to nanoseconds, limited to what file systems know."""
+    return min(max(seconds, 0), LAST_TIME) * 10**9
+
+
+def entry_of(name: bytes, mode: int, size: int, seconds: int) -> FileEntry:
+    """Make an entry from the numbers that ``stat`` gives."""
+    return FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind_of(mode))
+
+
+def parse_stat(line: bytes) -> FileEntry:
+    """Read size, seconds and permissions of a file."""
+    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
+    if found is None:
+        raise SSHError("the host sent a file status that can't be read")
+    size, seconds, mode = found.groups()
+    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
+
+
+def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
+    """Check that a file is the same as before, or has grown: its start has arrived then."""
+    same_or_longer = (
+        now is not None
+        and now.kind == "f"
+        and (now.size > entry.size or (now.size, now.mtime) == (entry.size, entry.mtime))
+    )
+    if not same_or_longer:
+        raise SSHError(CHANGED)
+
+
+def file_digest(path: str | Path, start: int, length: int) -> str:
+    """Return the SHA-256 of a part of a local file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        while length > 0 and (piece := file.read(min(TRANSFER_PIECE, length))):
+            digest.update(piece)
+            length -= len(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def about(entry: FileEntry) -> Iterator[None]:
+    """Add the file to an error that a block raises."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "entry"):
+            error.entry = entry  # type: ignore[attr-defined]
+        raise
+
+
+class Tree:
+    """The files, directories and symlinks of a transfer; each directory precedes its content."""
+
+    def __init__(self) -> None:
+        self.entries: list[FileEntry] = []
+
+    @property
+    def files(self) -> list[FileEntry]:
+        return [entry for entry in self.entries if entry.kind == "f"]
+
+    def drop_files(self, files: list[FileEntry]) -> None:
+        """Remove files that need not be transferred."""
+        names = {entry.name for entry in files}
+        self.entries = [e for e in self.entries if e.kind != "f" or e.name not in names]
+
+
+class RemoteTree(Tree):
+    """The entries of a directory on a host, checked.
+
+    Attributes:
+        root: the directory itself.
+        odd: what is neither a file nor a directory nor a symlink.
+    """
+
+    def __init__(self, excludes: Excludes | None = None) -> None:
+        super().__init__()
+        self.odd: list[FileEntry] = []
+        self.root = FileEntry(b"", 0, 0, 0o755, "d")
+        self._excludes = excludes or (lambda *_: False)
+        self._folders = {b""}
+        self._names: set[bytes] = set()
+        self._excluded: set[bytes] = set()
+
+    @property
+    def by_name(self) -> dict[bytes, FileEntry]:
+        """All entries, and the root under the empty name."""
+        return {entry.name: entry for entry in [self.root, *self.entries, *self.odd]}
+
+    def add(self, entry: FileEntry) -> None:
+        """Check an entry of a listing, and add it unless it or its directory is excluded."""
+        name = entry.name
+        if not name:
+            self.root = entry
+            return
+        checked_name(name)
+        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
+            raise SSHError(f"the host lists {printable(repr(name), 120)} in a wrong place")
+        self._names.add(name)
+        is_folder = entry.kind == "d"
+        if is_folder:
+            self._folders.add(name)
+        if name.rpartition(b"/")[0] in self._excluded or self._excludes(name, is_folder):
+            self._excluded.add(name)
+        else:
+            (self.odd if entry.kind == "other" else self.entries).append(entry)
+
+
+def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
+    """Read the output of the shell function ``list``, of at most so many entries."""
+    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
+    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
+    line = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
+    tree = RemoteTree(excludes)
+    at = count = 0
+    while at < len(text):
+        found = line.match(text, at)
+        if found is None:
+            shown = printable(repr(text[at : at + 80]), 120)
+            raise SSHError(f"the host sent a listing that can't be read: {shown}")
+        count += 1
+        if count > most:
+            raise SSHError(f"the host lists more than {most} files")
+        mode, size, seconds, name = found.groups()
+        tree.add(entry_of(name[2:], int(mode, 16), int(size), int(seconds)))
+        at = found.end()
+    return tree
+
+
+def excluder(patterns: Any) -> Excludes | None:
+    """Return a function that checks a name and its kind against patterns as in .gitignore."""
+    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
+        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
+    lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
+    if not lines:
+        return None
+    try:
+        pathspec: Any = importlib.import_module("pathspec")
+    except ImportError as error:
+        raise ImportError("exclude needs pathspec: pip install pathspec") from error
+    try:
+        spec = pathspec.GitIgnoreSpec.from_lines(lines)
+    except ValueError as error:
+        raise ValueError(f"exclude: {printable(str(error), 200)}") from error
+
+    def excludes(name: bytes, folder: bool) -> bool:
+        return bool(spec.match_file(os.fsdecode(name) + "/" * folder))
+
+    return excludes
+
+
+def same_files(
+    files: list[FileEntry], options: Any, find: Callable[[FileEntry], FileEntry | None],
+    different: Callable[[list[FileEntry]], list[FileEntry]],
+) -> list[FileEntry]:  # fmt: skip
+    """Return the files that the target already has, if ``skip_unchanged`` asks for that.
+
+    Parameters:
+        find: returns the entry of the target, if there is one.
+        different: returns those of the files whose content differs.
+    """
+    same = []
+    for entry in files if options.skip_unchanged else ():
+        found = find(entry)
+        if found is not None and (found.kind, found.size) == ("f", entry.size):
+            same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
+            if same_time or options.skip_unchanged == "checksum":
+                same.append(entry)
+    if options.skip_unchanged == "checksum" and same:
+        others = {entry.name for entry in different(same)}
+        same = [entry for entry in same if entry.name not in others]
+    return same
+
+
+class LocalTree(Tree):
+    """The files, directories and symlinks to upload, and what is left out.
+
+    Attributes:
+        mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.
+    """
+
+    def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self.symlinks = symlinks
+        self._excluded = excluded
+        self.left_out: list[tuple[bytes, str]] = []
+        try:
+            status = os.stat(path)  # the path itself may be a symlink
+        except FileNotFoundError:
+            shown = printable(repr(os.fsdecode(path)), 300)
+            raise FileNotFoundError(f"local: there is nothing at {shown}") from None
+        self.is_folder = stat.S_ISDIR(status.st_mode)
+        self.mode, self.mtime = status.st_mode & 0o777, status.st_mtime_ns
+        if self.is_folder:
+            self._scan(b"", (os.path.realpath(path),))
+        elif stat.S_ISREG(status.st_mode):
+            self._add(b"", status)
+        else:
+            raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
+
+    def place(self, entry: FileEntry) -> str:
+        """Return the local path of an entry."""
+        return os.fsdecode(os.path.join(self.path, entry.name) if entry.name else self.path)
+
+    def pieces(self, entry: FileEntry, start: int, length: int) -> Iterator[memoryview]:
+        """Yield a part of a file, which must not have changed since the scan.
+
+        Each piece is overwritten by the next one.
+        """
+        buffer = memoryview(bytearray(min(TRANSFER_PIECE, max(length, 1))))
+        with open(self.place(entry), "rb", buffering=0) as file:
+            file.seek(start)
+            while length and (size := file.readinto(buffer[:length])):
+                length -= size
+                yield buffer[:size]
+            status = os.fstat(file.fileno())
+            if length or (status.st_size, status.st_mtime_ns) != (entry.size, entry.mtime):
+                raise SSHError(CHANGED)
+
+    def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
+        with os.scandir(os.path.join(self.path, folder) if folder else self.path) as found:
+            entries = sorted(found, key=lambda e: e.name)
+        for entry in entries:
+            name = os.path.join(folder, entry.name) if folder else entry.name
+            status = entry.stat(follow_symlinks=False)
+            kind = kind_of(status.st_mode)
+            if self._excluded is not None and self._excluded(name, kind == "d"):
+                continue
+            if kind == "l":
+                self._add_link(name, entry.path, status, above)
+            elif kind == "other":
+                self.left_out.append((name, "it is not a file"))
+            else:
+                self._add(name, status)
+                if kind == "d":
+                    self._scan(name, (*above, os.path.realpath(entry.path)))
+
+    def _add_link(
+        self, name: bytes, path: bytes, status: os.stat_result, above: tuple[bytes, ...]
+    ) -> None:
+        link, real = os.readlink(path), os.path.realpath(path)
+        within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
+        if self.symlinks == "copy" and within and link_target(name, link) is not None:
+            self.entries.append(FileEntry(name, 0, status.st_mtime_ns, 0o777, "l", link))
+        elif self.symlinks == "follow" and within and os.path.isfile(real):
+            self._add(name, os.stat(real))
+        elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
+            self._add(name, os.stat(real))
+            self._scan(name, (*above, real))
+        else:
+            self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
+
+    def _add(self, name: bytes, status: os.stat_result) -> None:
+        if os.sep != "/":
+            name = name.replace(os.fsencode(os.sep), b"/")
+        kind, mode = kind_of(status.st_mode), status.st_mode & 0o777
+        self.entries.append(FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind))
+
+
+def tar_header(entry: FileEntry) -> bytes:
+    """Return the header of an entry in a tar stream, without a user's name or number."""
+    import tarfile  # imported here, because it is slow
+
+    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
+    # A directory must be writable until its files have arrived.
+    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
+    info.size, info.mtime = entry.size, entry.mtime // 10**9
+    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
+    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+@dataclass(eq=False, slots=True)
+class Portion:
+    """A part of an upload that the host confirms: a chunk of a file, or a tar archive.
+
+    Attributes:
+        entries: the file, or the small files, directories and symlinks of the archive.
+        start: of the chunk, in bytes; None for an archive.
+        size: bytes to send.
+    """
+
+    entries: list[FileEntry]
+    start: int | None = None
+    size: int = 0
+
+    @property
+    def key(self) -> str:
+        """The key under which the host records it."""
+        # The time of a directory changes with every file that is created in it.
+        versions = [e.version if e.kind == "f" else (e.name, e.link) for e in self.entries]
+        return record_key((versions, self.start, self.size))
+
+
+def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
+    """Divide an upload into portions; if it may be resumed, the first ones are small."""
+    portions: list[Portion] = []
+    bundle: Portion | None = None
+    others = [entry for entry in tree.entries if entry.kind != "f"]
+    files = sorted(tree.files, key=lambda entry: entry.size) if resume else tree.files
+    before = 0
+    for entry in [*others, *files]:
+        most = _portion_size(before) if resume else CHUNK
+        if tree.is_folder and entry.size < most:
+            if bundle is None or bundle.size >= most or len(bundle.entries) >= BUNDLE_FILES:
+                bundle = Portion([])
+                portions.append(bundle)
+            size = TAR_BLOCK + entry.size + -entry.size % TAR_BLOCK
+            bundle.entries.append(entry)
+            bundle.size += size
+            before += size
+            continue
+        start = 0
+        while start < entry.size:
+            size = min(_portion_size(before) if resume else CHUNK, entry.size - start)
+            portions.append(Portion([entry], start, size))
+            start += size
+            before += size
+    return portions
+
+
+def _portion_size(before: int) -> int:
+    """Return the bytes of the next portion of a resumable upload: 1 % of those before it."""
+    return min(max(before // (100 * BLOCK), 2) * BLOCK, CHUNK)
+
+
+# ==================================================================================================
+# ssh.transfer.remote_script
+#
+# Run a script on a host with ``sh``, whatever the login shell is.
+#
+# The login shell runs one fixed line without special characters. That line starts ``sh``, which
+# reads
+# the script from standard input, between two lines with a random mark. So the kind of the login
+# shell
+# does not matter, nor what its start-up files print or change. The output is not trusted: lengths
+# are
+# limited, numbers are parsed, and names are checked.
+# ==================================================================================================
+
+
+DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
+MAX_NOISE = 65536  # bytes that start-up files may print
+MAX_LINE = 65536  # bytes
+SHELL_PATIENCE = 20.0  # seconds for a login shell to start a script
+LAST_PATIENCE = 3.0  # seconds for each step of cleaning up, after an error or Ctrl-C
+PADDING = b"\n" * 64  # a start-up file may read some lines: these, and not those of the script
+
+# Has no character that csh or fish changes within single quotes: no backslash, quote or "!".
+# $a keeps the locale of the user, for scripts that start a command of the user.
+BOOTSTRAP = (
+    "/bin/sh -c 'a=$LC_ALL; export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
+    'until [ "$l" = {mark} ]; do IFS= read -r l || exit 119; done; s=; l=; '
+    'until [ "$l" = {mark} ]; do s=$s$l$n; IFS= read -r l || exit 119; done; '
+    'echo {mark}; eval "$s"\''
+)
+# For a script that reads nothing: sent as an argument, which saves a round trip; "@" ends a line.
+INLINE = (
+    "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
+    "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
+)
+NO_INPUT = 119  # the exit code if the input ends before the script
+Channel = TypeVar("Channel", bound=LimitedChannel)
+READS_ALL = "a start-up file of the host, such as ~/.bashrc, reads the input of all commands"
+MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
+
+
+class NoShellError(SSHError):
+    """Report a host without a POSIX shell or one of the usual tools; SFTP may work."""
+
+
+def with_patience(seconds: float, open_channel: Callable[[], Channel]) -> Channel:
+    """Open a channel; retry while the host opens no further one."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return open_channel()
+        except NoChannelError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(CHANNEL_PAUSE)
+
+
+class RemoteScript:
+    """Run a script on a host; a context manager that closes its channel.
+
+    Parameters:
+        timeout: seconds without anything sent or received.
+        patience: seconds to retry while the host opens no further channel.
+        reads: whether the script reads its input.
+        turn: a lock to hold while a script starts, and while it ends; for a host on which none may
+            start while another one ends.
+    """
+
+    def __init__(
+        self, transport: Any, script: bytes, watchdog: Watchdog, timeout: float, *,
+        patience: float = 1.0, window: int = COMMAND_WINDOW, reads: bool = True,
+        turn: threading.Lock | None = None,
+    ) -> None:  # fmt: skip
+        self._transport = transport
+        self._watchdog = watchdog
+        self._turn = turn
+        self._ending = False
+        self._mark = os.urandom(8).hex()
+        self._buffer = memoryview(b"")  # received, and not read yet
+        self._begun = False
+        inline = None if reads else inlined(script)
+        line = BOOTSTRAP if inline is None else INLINE
+        command = line.format(mark=self._mark, script=inline)
+        self.channel = self._open(command, timeout, patience, window)
+        mark = self._mark.encode() + b"\n"
+        # An inline script also gets lines, for start-up files that read some, and because dropbear
+        # loses the output of a short script that has no input.
+        self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
+        self._arrived = threading.Event()  # set while there is output, and at its end
+        self.channel.in_buffer.set_event(self._arrived)
+        if inline is not None and turn is None:
+            self.end()  # a start-up file that reads all input ends then
+
+    def _open(self, command: str, timeout: float, patience: float, window: int) -> LimitedChannel:
+        """Run a command on a new channel."""
+
+        def once() -> LimitedChannel:
+            with self._turn or contextlib.nullcontext():
+                channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
+                channel.exec_command(command)
+            return channel
+
+        return with_patience(patience, once)
+
+    def __enter__(self) -> RemoteScript:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.close()
+
+    def finish(self) -> None:
+        """Close the channel; if scripts take turns, wait for the end of the script first."""
+        if self._turn is not None and not self.channel.closed:
+            self.end()
+            self.channel.status_event.wait(LAST_PATIENCE)
+        self.close()
+
+    def close(self) -> None:
+        """Close the channel, which ends a script that still runs."""
+        self.channel.close()
+        if self._turn is not None and self._ending:
+            self._ending = False
+            self._turn.release()
+
+    def hurry(self) -> None:
+        """Shorten the timeout, because the transfer stops."""
+        self.channel.timeout = min(self.channel.timeout, LAST_PATIENCE)
+
+    # --- sending ---
+
+    def send(self, data: bytes | memoryview) -> bool:
+        """Send all of ``data``; return False if the script reads no more: its answer says why."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self.channel.send(view[:BLOCK]) :]
+        except connection_errors():
+            return False
+        return True
+
+    def send_names(self, names: Iterable[bytes]) -> None:
+        """Send names of files for ``xargs -0``, and end the input."""
+        self.send(b"".join(b"./" + name + b"\0" for name in names))
+        self.end()
+
+    def end(self) -> None:
+        """End the input of the script."""
+        if self._turn is not None and not self._ending:
+            self._turn.acquire()
+            self._ending = True
+        with contextlib.suppress(SSHError, *connection_errors()):
+            self.channel.shutdown_write()
+
+    # --- receiving ---
+
+    def read(self, most: int) -> bytes:
+        """Return up to ``most`` bytes of output; none at its end."""
+        if not self._begun:
+            self._skip_noise()
+        return self._receive(most)
+
+    def line(self) -> bytes:
+        """Return the next line without its end, or the rest of the output."""
+        line = b""
+        deadline = time.monotonic() + self.channel.timeout
+        while not (end := line.find(b"\n") + 1):
+            piece = self.read(MAX_LINE)
+            if not piece:
+                return line
+            line += piece
+            if len(line) > 4 * MAX_LINE:
+                raise SSHError("the host sends an endless line")
+            if time.monotonic() > deadline and b"\n" not in line:
+                raise SSHError(f"the host sent no whole line within {self.channel.timeout:g}s")
+        self._push_back(line[end:])
+        return line[: end - 1]
+
+    def until(self, mark: bytes, most: int) -> bytes:
+        """Return the output before a line with only the mark, up to ``most`` bytes."""
+        text, ending, start = bytearray(b"\n"), b"\n" + mark + b"\n", 0
+        while (end := text.find(ending, start)) < 0:
+            start = max(0, len(text) - len(ending))
+            piece = self.read(MAX_LINE)
+            if not piece:
+                raise self.refused(bytes(text[1 : 1 + MAX_LINE]))
+            text += piece
+            if len(text) > most:
+                raise SSHError(f"the host answers with more than {most} bytes")
+        self._push_back(bytes(text[end + len(ending) :]))
+        return bytes(text[1 : end + 1])
+
+    def rest(self, most: int) -> bytes:
+        """Return the rest of the output, up to ``most`` bytes."""
+        text = bytearray()
+        while piece := self.read(BLOCK):
+            text += piece
+            if len(text) > most:
+                raise SSHError(f"the host answers with more than {most} bytes")
+        return bytes(text)
+
+    def answer(self, word: bytes) -> bytes:
+        """Read a line that must begin with ``word``, and return what follows it."""
+        line = self.line()
+        if line == word or line.startswith(word + b" "):
+            return line[len(word) + 1 :]
+        raise self.refused(line)
+
+    def expect_end(self) -> None:
+        """Check that there is no more output, and that the script succeeded."""
+        if self.read(1):
+            raise SSHError("the host sends more than it announced")
+        if self.channel.recv_exit_status() != 0:
+            raise self.refused()
+
+    def refused(self, line: bytes = b"") -> SSHError:
+        """Return an error with the reason that the host gives."""
+        if line.startswith(b"no lacks "):
+            return NoShellError(f"the host {printable(os.fsdecode(line[3:]), 80)}")
+        said = line[3:] if line.startswith(b"no ") else b""
+        said = said or self._errors() or line
+        if not said.strip() and not self._transport.is_active():
+            return SSHError("the connection broke")
+        text = said.decode("utf-8", "replace").strip() or "it gives no reason"
+        return SSHError(f"the host refuses: {printable(text, 500)}")
+
+    def _errors(self) -> bytes:
+        text = b""
+        while self.channel.recv_stderr_ready() and len(text) < MAX_LINE:
+            text += self.channel.recv_stderr(MAX_LINE)
+        return text
+
+    def _receive(self, most: int) -> bytes:
+        if not self._buffer:
+            try:
+                # All that there is: paramiko copies the rest of its buffer with every read.
+                self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
+            except connection_errors():
+                raise SSHError("the connection broke") from None
+        piece, self._buffer = self._buffer[:most], self._buffer[most:]
+        return bytes(piece)
+
+    def _push_back(self, data: bytes) -> None:
+        if data:
+            self._buffer = memoryview(data + bytes(self._buffer))
+
+    def _skip_noise(self) -> None:
+        """Skip what start-up files print before the mark."""
+        self._begun = True
+        mark, seen = self._mark.encode() + b"\n", b""
+        deadline = time.monotonic() + min(self.channel.timeout, SHELL_PATIENCE)
+        while mark not in seen:
+            if not self._buffer and not self._arrived.wait(max(0.0, deadline - time.monotonic())):
+                raise NoShellError(f"{READS_ALL}, or the shell takes too long to start")
+            piece = self._receive(BLOCK)
+            if not piece:
+                raise self._no_shell(seen)
+            seen += piece
+            late = len(seen) > MAX_NOISE + BLOCK or time.monotonic() > deadline
+            if late and mark not in seen:
+                raise SSHError("the host prints without end before it starts a script")
+        self._push_back(seen.partition(mark)[2])
+
+    def _no_shell(self, seen: bytes) -> SSHError:
+        if not self._transport.is_active():
+            return SSHError("the connection broke")
+        self.channel.status_event.wait(LAST_PATIENCE)
+        if self.channel.exit_status == NO_INPUT:
+            return NoShellError(READS_ALL)
+        said = (self._errors().strip() or seen.strip()).decode("utf-8", "replace")
+        text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
+        return NoShellError(f"the host runs no shell, and says: {text}")
+
+
+def inlined(script: bytes) -> str | None:
+    """Return a script as an argument that every login shell passes on unchanged, or None."""
+    if len(script) > MAX_INLINE or re.search(rb"[^\n -~]|[\\!@]", script):
+        return None
+    return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")
+
+
+# ==================================================================================================
 # ssh.transfer.transfer
 #
-# Run one transfer: its worker threads, scripts, deadline, progress and errors.
+# Run one transfer: its arguments, worker threads, scripts, deadline, progress and errors.
 # ==================================================================================================
 
 
 MAX_STREAMS = 16
 SYMLINK_WAYS = ("skip", "copy", "follow")
+# From so many bytes on, so many connections are worth their logins.
+UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
+CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
+LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
+NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
+RANGE = 64 * 1024 * 1024  # bytes that are requested or hashed at a time, within the timeout
 
 
 class TransferOptions:
@@ -13664,28 +13655,6 @@ def is_content(path: bytes) -> bool:
     return last in (b"", b".", b"..")
 
 
-def excluder(patterns: Any) -> Excludes | None:
-    """Return a function that checks a name and its kind against patterns as in .gitignore."""
-    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
-        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
-    lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
-    if not lines:
-        return None
-    try:
-        pathspec: Any = importlib.import_module("pathspec")
-    except ImportError as error:
-        raise ImportError("exclude needs pathspec: pip install pathspec") from error
-    try:
-        spec = pathspec.GitIgnoreSpec.from_lines(lines)
-    except ValueError as error:
-        raise ValueError(f"exclude: {printable(str(error), 200)}") from error
-
-    def excludes(name: bytes, folder: bool) -> bool:
-        return bool(spec.match_file(os.fsdecode(name) + "/" * folder))
-
-    return excludes
-
-
 def check_path(name: str, value: Any) -> bytes:
     """Check a path, and return it as bytes."""
     if not isinstance(value, (str, bytes, os.PathLike)):
@@ -13698,10 +13667,6 @@ def check_path(name: str, value: Any) -> bytes:
         raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
     check_local_path(name, path)  # no host allows longer ones
     return path
-
-
-# From so many bytes on, so many connections are worth their logins.
-UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
 
 
 class UploadOptions(TransferOptions):
@@ -13745,17 +13710,12 @@ def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 
-CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
-LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
-NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
-
-
 class StoppedError(Exception):
-    """Another worker has failed; used only within a transfer."""
+    """Stop a worker after another one has failed; used only within a transfer."""
 
 
 class Transfer:
-    """One transfer.
+    """Run the worker threads and scripts of one transfer, and report its progress and errors.
 
     Attributes:
         name: of the whole source, for errors.
@@ -13765,6 +13725,8 @@ class Transfer:
         deletes: the names that only the target has, or None.
         skipped: (name, reason) of what is left out.
         timeout: seconds without anything sent or received.
+        near: whether one channel is as fast as several.
+        takes_turns: whether no script may start while another one of the connection ends.
     """
 
     def __init__(
@@ -13777,37 +13739,38 @@ class Transfer:
         self.deletes: list[bytes] | None = None
         self.options: Any = options
         self.pool = pool
+        self.near = pool.round_trip < NEAR
+        self.takes_turns = takes_turns(pool.ssh.get_transport())
         self.watchdog = Watchdog()
         self.skipped: list[tuple[str, str]] = []
-        self.stopped = threading.Event()
-        self.timeout = options.timeout
         self._expired = False
         self._report: Report | None = None
-        self._done: dict[bytes, int] = {}
-        self._all_done = 0
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._owner = threading.get_ident()
         self._workers: list[threading.Thread] = []
         self._started = time.monotonic()
         self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._turns: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
+        self.restart()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Enforce the deadline, report the progress, and name the file in an error of a block."""
+        """Enforce the deadline, report the progress, and raise a TransferError for what fails."""
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
         deadline = self.options.deadline
         left = float("inf") if deadline is None else deadline - self.pool.age
-        with self.watchdog, self.watchdog.limit(left, self._expire):
-            with self.options.events.reporting() as self._report:
-                try:
-                    yield
-                except BaseException as error:
-                    failure = self._failed(error)
-                    if failure is error:
-                        raise
-                    # The text says what the machine refused, its traceback nothing more.
-                    raise failure from (None if type(error) is SSHError else error)
+        try:
+            with (
+                self.watchdog,
+                self.watchdog.limit(left, self._expire),
+                self.options.events.reporting() as self._report,
+            ):
+                yield
+        except TransferError:
+            raise
+        except failures as error:
+            # The text of a plain SSHError is the whole reason: its traceback would only be noise.
+            raise self._failure(error) from (None if type(error) is SSHError else error)
 
     def _expire(self) -> None:
         self._expired = True
@@ -13815,22 +13778,12 @@ class Transfer:
         self.pool.break_off()
 
     def restart(self) -> None:
-        """Reset what a failed attempt leaves behind, before another one."""
-        self.stopped.clear()
-        self.timeout = self.options.timeout
-        self._done.clear()
+        """Prepare the first attempt, or another one after one that failed."""
+        self.stopped = threading.Event()
+        self.timeout: float = self.options.timeout
+        self._done: dict[bytes, int] = {}
         self._all_done = 0
-        self._events = queue.SimpleQueue()
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether no script may start while another one of the connection ends."""
-        return takes_turns(self.pool.ssh.get_transport())
-
-    @property
-    def near(self) -> bool:
-        """Whether the host is so near that one channel is as fast as several."""
-        return self.pool.round_trip < NEAR
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def ahead(self, confirmed: int) -> float:
         """Return how many bytes an upload may send beyond those that the host has confirmed.
@@ -13869,6 +13822,39 @@ class Transfer:
             script.hurry()
             if script is not but:
                 script.close()
+
+    def different(
+        self, ranges: Iterable[tuple[FileEntry, int, int]],
+        place: Callable[[FileEntry], str | Path], setup: str = "", **values: Any,
+    ) -> Iterator[FileEntry]:  # fmt: skip
+        """Yield the files of which a range (file, start, size) has another SHA-256 on the host.
+
+        Parameters:
+            place: returns the local path of a file.
+            setup: shell commands that set ``path``, if it is not in ``values``.
+        """
+        small: list[tuple[FileEntry, int, int]] = []
+        chunks: list[tuple[FileEntry, int, int]] = []
+        for entry, start, size in ranges:
+            if entry.name and size == entry.size < SMALL_FILE:
+                small.append((entry, start, size))
+            else:
+                end = start + size
+                chunks += [(entry, at, min(RANGE, end - at)) for at in range(start, end, RANGE)]
+        small.sort(key=lambda found: found[0].name)
+        names = [b"./" + entry.name + b"\0" for entry, _, _ in small]
+        lines = [b"%d %d %s\n" % (at // BLOCK, n, encoded_name(e.name)) for e, at, n in chunks]
+        for body, asked, found in ((FILE_DIGESTS, names, small), (CHUNK_DIGESTS, lines, chunks)):
+            if not found:
+                continue
+            text = script_text("digests", setup + body, **values)
+            with self.script(self.pool.ssh, text) as script:
+                script.send(b"".join(asked))
+                script.end()
+                digests = parse_digests(script.rest(MAX_ANSWER), len(found))
+            for (entry, start, size), digest in zip(found, digests, strict=True):
+                if digest != file_digest(place(entry), start, size):
+                    yield entry
 
     # --- workers ---
 
@@ -13957,12 +13943,8 @@ class Transfer:
 
     # --- the end ---
 
-    def _failed(self, error: BaseException) -> BaseException:
-        """Return a TransferError for an error of the host or the connection; others unchanged."""
-        if isinstance(error, TransferError) or not isinstance(
-            error, (SSHError, *connection_errors())
-        ):
-            return error
+    def _failure(self, error: Exception) -> TransferError:
+        """Describe an error of the host or the connection: the file, how far, and why."""
         entry = getattr(error, "entry", None)
         if entry is None:
             name, done = printable(self.name), sum(self._done.values())
@@ -14944,7 +14926,7 @@ def _feed(channel: Any, data: bytes) -> None:
 # ==================================================================================================
 # ssh.scp
 #
-# Guard the package scp against hosts that cheat, and against calls that never return.
+# Guard the package scp against hostile hosts, and against calls that never return.
 # ==================================================================================================
 
 
@@ -14989,8 +14971,12 @@ def guarded_scp(
         raise SSHError(f"the connection broke: {reason(error)}") from error
 
 
+class CallbackError(Exception):
+    """Carry an error of the caller's progress function through scp, as its cause."""
+
+
 class ScpChannel(LimitedChannel):
-    """A channel that returns one line, one status byte or bytes of one file with each ``recv``.
+    """Return one line, one status byte or bytes of one file with each ``recv``.
 
     scp takes what one ``recv`` returns for one record, and the host decides where packets end.
     """
@@ -15028,12 +15014,11 @@ class ScpChannel(LimitedChannel):
 
 
 class ScpGuard(SCP_BASE):  # type: ignore[misc]
-    """Checks around the methods of ``scp.SCPClient``, which does the work."""
+    """Check what a host asks ``scp.SCPClient`` to do before it does it."""
 
     channel: Any
     _recv_dir: bytes
     _rename: bool
-    _user_error: Exception | None
     _current: tuple[str, int, int | None]  # name, bytes done, bytes in total
 
     def __init__(self, transport: Any, timeout: float, progress: Any, limit: float, ssh: Any):
@@ -15047,8 +15032,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         try:
             self._user_progress(name, size, done)
         except Exception as error:
-            self._user_error = error  # not to become a TransferError
-            raise
+            raise CallbackError from error
 
     def __enter__(self) -> Any:
         return self
@@ -15069,7 +15053,6 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         scp_error: type[Exception] = importlib.import_module("scp").SCPException
         failures: tuple[type[Exception], ...] = (SSHError, scp_error, *connection_errors())
         self._current = (os.fsdecode(name), 0, None)
-        self._user_error = None
         self.scp_command = b"scp"
         try:
             with Watchdog() as self._watchdog:
@@ -15079,14 +15062,15 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
                     channel, self.channel = self.channel, None
                     if channel is not None:
                         channel.close()
+        except CallbackError as error:
+            own = error.__cause__ or error
+            raise own from own.__cause__
         except failures as error:
-            if error is self._user_error:
-                raise
             current, done, total = self._current
             shown = printable(current, 300)
-            far = "" if total is None else f" ({done} of {total} bytes)"
+            bytes_done = "" if total is None else f" ({done} of {total} bytes)"
             says = "the host says: " if isinstance(error, scp_error) else ""
-            text = f"{shown} was not {verb}{far}: {says}{printable(str(error).strip(), 500)}"
+            text = f"{shown} was not {verb}{bytes_done}: {says}{printable(str(error).strip(), 500)}"
             raise TransferError(text, name=shown, done=done, total=total) from error
 
     # --- receiving ---
@@ -15218,7 +15202,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
 
 
 class ExactFile:
-    """A file that returns exactly the bytes that scp announced, though it may grow or shrink."""
+    """Read exactly the bytes that scp announced, though the file may grow or shrink."""
 
     def __init__(self, file: Any, size: int) -> None:
         self._file = file
@@ -15422,17 +15406,19 @@ def _raw_mode(source: int) -> Iterator[None]:
 # ==================================================================================================
 # ssh.transfer.local_part
 #
-# Keep the temporary files of a download, and rename them when it is complete.
+# Keep the temporary files of a download, and move them to the target when it is complete.
 # ==================================================================================================
 
 
 PART = ".clore-part-"
 ZEROS = bytes(TRANSFER_PIECE)
-Ranges = list[tuple[int, int]]  # start and length
+Spans = list[tuple[int, int]]  # start and length
+# Returns those of the files whose content differs from that of their targets.
+Different = Callable[[list[FileEntry]], list[FileEntry]]
 
 
 class LocalPart:
-    """The temporary file or directory of a download, and the record of what has arrived.
+    """Keep the temporary file or directory of a download, and a record of what has arrived.
 
     Attributes:
         target: the final path.
@@ -15443,15 +15429,13 @@ class LocalPart:
         self.target = target
         self._options = options
         whole = os.path.abspath(target)
-        # With resume, the same name each time; else a random one.
-        same = record_key((remote, whole))[:20]
-        token = same if options.resume else os.urandom(10).hex()
+        token = part_token(options.resume, remote, whole)
         self._part = Path(os.path.dirname(whole)) / f"{PART}{token}"
         self._record: Any = None
         self._record_path = Path(f"{self._part}.done")
         self._lock = threading.Lock()
         self._size = 0
-        self.done: dict[str, Ranges] = {}
+        self.done: dict[str, Spans] = {}
 
     def __enter__(self) -> LocalPart:
         if self._options.resume:
@@ -15474,21 +15458,14 @@ class LocalPart:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         handle = os.open(self._record_path, flags, 0o600)
         self._record = os.fdopen(handle, "r+", encoding="latin-1")
-        if not (lock_file(self._record.fileno()) and self._is_there()):
+        # A file without a name was removed by another process that has just finished.
+        if not lock_file(handle) or not os.fstat(handle).st_nlink:
             self._record.close()
             self._record = None
             raise SSHError("another process runs the same transfer: wait for its end")
 
-    def _is_there(self) -> bool:
-        """Return whether the file still exists: another process removes it when it has finished."""
-        try:
-            found = os.stat(self._record_path)
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(os.fstat(self._record.fileno()), found)
-
-    def _read_record(self) -> dict[str, Ranges]:
-        done: dict[str, Ranges] = {}
+    def _read_record(self) -> dict[str, Spans]:
+        done: dict[str, Spans] = {}
         if os.path.lexists(self._part):
             lines = re.findall(
                 r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
@@ -15517,9 +15494,9 @@ class LocalPart:
             self._record.seek(0)
             self._record.truncate()
 
-    def earlier(self, entry: FileEntry) -> Ranges:
+    def earlier(self, entry: FileEntry) -> Spans:
         """Return the ranges of a file that an earlier download received, merged."""
-        merged: Ranges = []
+        merged: Spans = []
         for start, length in sorted(self.done.get(record_key(entry.version), ())):
             if merged and start <= sum(merged[-1]):
                 first = merged[-1][0]
@@ -15528,7 +15505,7 @@ class LocalPart:
                 merged.append((start, length))
         return merged
 
-    def missing(self, entry: FileEntry) -> Ranges:
+    def missing(self, entry: FileEntry) -> Spans:
         """Return the ranges of a file that are missing."""
         left, at = [], 0
         for start, length in [*self.earlier(entry), (entry.size, 0)]:
@@ -15594,21 +15571,17 @@ class LocalPart:
         """Return where an entry goes in the end."""
         return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
 
-    def has_same(self, entry: FileEntry, by_time: bool) -> bool:
-        """Return whether the target has a file of that size, and of that time if ``by_time``."""
+    def installed(self, entry: FileEntry) -> FileEntry | None:
+        """Return what the target already has in the place of a file."""
         try:
             found = os.lstat(self.target_of(entry))
         except OSError:
-            return False
-        if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
-            return False
-        return not by_time or int(found.st_mtime) == entry.mtime // 10**9
+            return None
+        return entry_of(entry.name, found.st_mode, found.st_size, int(found.st_mtime))
 
     def place(self, entry: FileEntry) -> Path:
-        return self.place_of(entry.name)
-
-    def place_of(self, name: bytes) -> Path:
-        return self._part / checked_name(name) if name else self._part
+        """Return the temporary path of an entry."""
+        return self._part / checked_name(entry.name) if entry.name else self._part
 
     def open(self, entry: FileEntry) -> Any:
         """Open a temporary file, which no other user may read."""
@@ -15705,135 +15678,48 @@ def write_piece(file: Any, piece: bytes) -> None:
         view = view[file.write(view) :]
 
 
-# ==================================================================================================
-# ssh.transfer.remote_tree
-#
-# Check the listing of a directory on a host, and compare it with what is here.
-# ==================================================================================================
-
-
-# Returns those of the files whose content differs from that of their targets.
-Different = Callable[[list[FileEntry]], list[FileEntry]]
-
-
-class RemoteTree:
-    """The entries of a directory on a host, checked."""
-
-    def __init__(self) -> None:
-        self.entries: list[FileEntry] = []
-        self.odd: list[bytes] = []  # neither file, directory nor symlink
-        self.root = FileEntry(b"", 0, 0, 0o755, "d")
-        self._folders = {b""}
-        self._names: set[bytes] = set()
-
-    @property
-    def files(self) -> list[FileEntry]:
-        return [entry for entry in self.entries if entry.kind == "f"]
-
-    @property
-    def by_name(self) -> dict[bytes, FileEntry]:
-        """All that is there, and the root as the empty name."""
-        odd = [FileEntry(name, 0, 0, 0, "l") for name in self.odd]
-        return {entry.name: entry for entry in [self.root, *self.entries, *odd]}
-
-    def exclude(self, excludes: Excludes | None) -> None:
-        """Drop what patterns exclude, and all that is below an excluded directory."""
-        if excludes is None:
-            return
-        kept, gone = [], {b"/"}
-        for entry in self.entries:  # a directory comes before what is in it
-            if entry.name.rpartition(b"/")[0] in gone or excludes(entry.name, entry.kind == "d"):
-                gone.add(entry.name)
-            else:
-                kept.append(entry)
-        self.entries = kept
-        self.odd = [
-            n for n in self.odd if n.rpartition(b"/")[0] not in gone and not excludes(n, False)
-        ]
-
-    def begin(
-        self, transfer: Transfer, part: LocalPart, files: list[FileEntry], different: Different
-    ) -> list[FileEntry]:
-        """Check and begin the download of a directory; return its symlinks.
-
-        ``files`` becomes the list of those to receive.
-        """
-        self.exclude(transfer.options.excluded)
-        files[:] = self.files
-        transfer.total = sum(entry.size for entry in files)
-        links = self.links(transfer)
-        part.accept(files, folder=True)
-        self._drop_unchanged(transfer, part, different)
-        files[:] = self.files
-        transfer.total = sum(entry.size for entry in files)
-        part.begin(self.entries)
-        return links
-
-    def _drop_unchanged(self, transfer: Transfer, part: LocalPart, different: Different) -> None:
-        """Drop the files that the target has already, if ``skip_unchanged`` asks for that."""
-        how = transfer.options.skip_unchanged
-        has_links = any(entry.kind == "l" for entry in self.entries)
-        if not how or (transfer.options.symlinks == "follow" and has_links):
-            return  # what a link leads to has to come
-        same = [entry for entry in self.files if part.has_same(entry, how is True)]
-        if how is not True and same:
-            others = {entry.name for entry in different(same)}
-            same = [entry for entry in same if entry.name not in others]
-        names = {entry.name for entry in same}
-        self.entries = [e for e in self.entries if e.kind != "f" or e.name not in names]
-        transfer.unchanged = len(names)
-        part.accept(self.files, folder=True)
-
-    def links(self, transfer: Transfer) -> list[FileEntry]:
-        """Return the symlinks to transfer, and report what is left out."""
-        for name in self.odd:
-            transfer.leave_out(name, "it is not a file")
-        links = [entry for entry in self.entries if entry.kind == "l"]
-        if transfer.options.symlinks != "skip":
-            return links
-        for entry in links:
-            transfer.leave_out(entry.name, "a symlink")
-        self.entries = [entry for entry in self.entries if entry.kind != "l"]
-        return []
-
-    def take(self, mode: int, size: int, seconds: int, name: bytes) -> None:
-        """Add an entry of the listing."""
-        kind = kind_of(mode)
-        entry = FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind or "f")
-        if not name:
-            self.root = entry
-            return
-        checked_name(name)
-        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
-            raise SSHError(f"the machine lists {printable(repr(name), 120)} in a wrong place")
-        self._names.add(name)
-        if kind == "d":
-            self._folders.add(name)
-        if not kind:
-            self.odd.append(name)
-        else:
-            self.entries.append(entry)
-
-
 def begin_file(
-    transfer: Transfer, part: LocalPart, entry: FileEntry, files: list[FileEntry],
-    different: Different,
-) -> bool:  # fmt: skip
-    """Check and begin the download of a single file; return False if the target is the same."""
-    files[:] = [entry]
+    transfer: Transfer, part: LocalPart, entry: FileEntry, different: Different
+) -> list[FileEntry]:
+    """Check and begin the download of a file; return what to receive, unless it is unchanged."""
     transfer.total = entry.size
-    part.accept(files, folder=False)
-    how = transfer.options.skip_unchanged
-    if how and part.has_same(entry, how is True) and (how is True or not different(files)):
-        files.clear()
+    part.accept([entry], folder=False)
+    if same_files([entry], transfer.options, part.installed, different):
         transfer.unchanged = 1
-        return False
+        return []
     part.begin([entry])
-    return True
+    return [entry]
+
+
+def begin_tree(
+    transfer: Transfer, part: LocalPart, tree: RemoteTree, different: Different
+) -> list[FileEntry]:
+    """Check and begin the download of a directory; return its symlinks."""
+    options = transfer.options
+    for entry in tree.odd:
+        transfer.leave_out(entry.name, "it is not a file")
+    kept = []
+    for entry in tree.entries:
+        # GNU tar reads a backslash in a name as an escape.
+        if entry.kind == "l" and (options.symlinks == "skip" or b"\\" in entry.name):
+            transfer.leave_out(entry.name, "a symlink")
+        else:
+            kept.append(entry)
+    tree.entries = kept
+    links = [entry for entry in kept if entry.kind == "l"]
+    part.accept(tree.files, folder=True)
+    if not links or options.symlinks != "follow":  # else all that a symlink leads to is needed
+        same = same_files(tree.files, options, part.installed, different)
+        tree.drop_files(same)
+        transfer.unchanged = len(same)
+        part.accept(tree.files, folder=True)
+    transfer.total = sum(entry.size for entry in tree.files)
+    part.begin(tree.entries)
+    return links
 
 
 def make_links(
-    part: LocalPart, transfer: Transfer, links: list[FileEntry], tree: RemoteTree
+    transfer: Transfer, part: LocalPart, tree: RemoteTree, links: list[FileEntry]
 ) -> None:
     """Create the symlinks that lead to something in the tree, or copies of it."""
     entries = {entry.name: entry for entry in tree.entries}
@@ -15874,213 +15760,33 @@ def _copy(part: LocalPart, tree: RemoteTree, link: FileEntry, target: FileEntry)
         if e.kind != "l" and e.name.startswith(below)
     ]
     part.grow(sum(entry.size for entry in copies))
-    if len(tree.entries) + len(copies) > MAX_TARGET_FILES:
-        raise SSHError(f"its copies are more than {MAX_TARGET_FILES} files")
+    if len(tree.entries) + len(copies) > MAX_FILES:
+        raise SSHError(f"its copies are more than {MAX_FILES} files")
     tree.entries += copies
     shutil.copytree(part.place(target), part.place(link))
-
-
-MAX_TARGET_FILES = 2_000_000
-
-
-class Target(Protocol):
-    """The target of an upload, with the host's shell or over SFTP."""
-
-    def listing(self) -> tuple[bytes, RemoteTree]:
-        """Return the path of the target, and what is there."""
-
-    def different(self, files: list[FileEntry]) -> list[FileEntry]:
-        """Return those of the files whose content differs there."""
-
-    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
-        """Remove files, and directories if they are empty, in this order."""
-
-
-class Comparison:
-    """What ``skip_unchanged``, ``preview`` and ``delete`` of one upload need to know.
-
-    Attributes:
-        path: of the target.
-        deletes: the names that only the target has, deepest first; None unless asked for.
-    """
-
-    def __init__(self, transfer: Transfer, tree: LocalTree, target: Target) -> None:
-        self._options: Any = transfer.options
-        self._target = target
-        self.path, found = target.listing()
-        self._there = found.by_name
-        self.deletes: list[bytes] | None = None
-        if self._options.delete is not False:
-            self.deletes = self._only_there(tree)
-        if self._options.skip_unchanged:
-            self._drop_unchanged(transfer, tree)
-        transfer.deletes = self.deletes
-
-    def finish(self) -> None:
-        """Remove what only the target has, once all has been sent."""
-        if self.deletes:
-            folders = [name for name in self.deletes if self._there[name].kind == "d"]
-            files = [name for name in self.deletes if self._there[name].kind != "d"]
-            self._target.remove(files, folders)
-
-    def _drop_unchanged(self, transfer: Transfer, tree: LocalTree) -> None:
-        by_time = self._options.skip_unchanged is True
-        same = [entry for entry in tree.files if self._looks_same(entry, by_time)]
-        if not by_time and same:
-            different = {entry.name for entry in self._target.different(same)}
-            same = [entry for entry in same if entry.name not in different]
-        names = {entry.name for entry in same}
-        tree.entries = [e for e in tree.entries if e.kind != "f" or e.name not in names]
-        transfer.unchanged = len(names)
-        transfer.total = sum(entry.size for entry in tree.files)
-
-    def _looks_same(self, entry: FileEntry, by_time: bool) -> bool:
-        found = self._there.get(entry.name)
-        if found is None or found.kind != "f" or found.size != entry.size:
-            return False
-        return not by_time or whole_seconds(found.mtime) == whole_seconds(entry.mtime)
-
-    def _only_there(self, tree: LocalTree) -> list[bytes]:
-        """Return what only the target has, without what is excluded or was left out here."""
-        here = {entry.name for entry in tree.entries}
-        left_out = {name for name, _ in tree.left_out}
-        kept: set[bytes] = {b""}
-        for name, entry in self._there.items():
-            parts = name.split(b"/")
-            above = [b"/".join(parts[:n]) for n in range(1, len(parts))]
-            if (
-                name in here
-                or not left_out.isdisjoint([*above, name])
-                or self._is_excluded(entry, above)
-            ):
-                kept.update(above, [name])
-        listed = self._options.delete
-        wanted = None if listed is True else set(listed)
-        names = [n for n in self._there if n not in kept and (wanted is None or n in wanted)]
-        return sorted(names, reverse=True)
-
-    def _is_excluded(self, entry: FileEntry, above: list[bytes]) -> bool:
-        excluded = self._options.excluded
-        if excluded is None:
-            return False
-        return excluded(entry.name, entry.kind == "d") or any(excluded(n, True) for n in above)
-
-
-class ShellTarget:
-    """The target of an upload on a host with a shell."""
-
-    def __init__(self, transfer: Transfer, tree: LocalTree, values: dict[str, Any]) -> None:
-        self._transfer = transfer
-        self._tree = tree
-        self._values = dict(values, look=1)
-
-    def listing(self) -> tuple[bytes, RemoteTree]:
-        tree = RemoteTree()
-        with self._script("look", LIST_TARGET) as script:
-            path = script.answer(b"target")
-            text = script.until(self._values["token"].encode(), MAX_ANSWER)
-            parse_listing(text, MAX_TARGET_FILES, tree.take)
-        return path, tree
-
-    def different(self, files: list[FileEntry]) -> list[FileEntry]:
-        body = TARGET + "path=$f\n"
-        if not self._tree.is_folder:
-            (entry,) = files
-            with self._script("digests", body + CHUNK_DIGESTS) as script:
-                return list(different_chunks(script, [(entry, 0, entry.size)], self._tree.place))
-        with self._script("digests", body + FILE_DIGESTS) as script:
-            return list(different_files(script, files, self._tree.place))
-
-    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
-        for what, names in (("f", files), ("d", folders)):
-            if names:
-                with self._script("remove", REMOVE, what=what) as script:
-                    script.send(b"".join(b"./" + name + b"\0" for name in names))
-                    script.end()
-                    script.answer(b"removed")
-
-    def _script(self, verb: str, body: str, **values: Any) -> Any:
-        text = script_text(verb, body, **self._values, **values)
-        return self._transfer.script(self._transfer.pool.ssh, text)
-
-
-class SftpTarget:
-    """The target of an upload over SFTP.
-
-    Parameters:
-        remote: a :class:`RemoteFiles`.
-        path: the absolute path of the target.
-    """
-
-    def __init__(self, remote: Any, tree: LocalTree, path: bytes) -> None:
-        self._remote = remote
-        self._tree = tree
-        self._path = path
-
-    def listing(self) -> tuple[bytes, RemoteTree]:
-        return self._path, self._remote.tree(self._path, self._tree.is_folder)
-
-    def different(self, files: list[FileEntry]) -> list[FileEntry]:
-        return [
-            entry
-            for entry in files
-            if self._remote.digest(self._place(entry.name), entry.size) != self._digest(entry)
-        ]
-
-    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
-        for name in files:
-            self._remote.sftp.remove(self._place(name))
-        for name in folders:
-            try:
-                self._remote.sftp.rmdir(self._place(name))
-            except OSError:  # something is in it by now
-                continue
-
-    def _place(self, name: bytes) -> bytes:
-        return self._path.rstrip(b"/") + b"/" + name if name else self._path
-
-    def _digest(self, entry: FileEntry) -> str:
-        return file_digest(self._tree.place(entry), 0, entry.size)
 
 
 # ==================================================================================================
 # ssh.transfer.sftp
 #
-# Use SFTP where a host has no usual shell, and download: slower, with the same checks.
+# Transfer files over SFTP if a host has no usual shell: slower, with the same checks.
 # ==================================================================================================
 
 
-SFTP_PACKET = 32768  # bytes of one request
-SFTP_AHEAD = 64  # requests that wait for their answers
+SFTP_REQUEST = 128 * 1024  # bytes to read or write with one request; OpenSSH accepts 255 KB
 MAX_SFTP_PACKET = 2**20  # bytes of one answer
 SFTP_PATIENCE = 10.0  # seconds for a host to free the channel of an earlier script
+MAX_LISTED = 500_000  # files in a directory
 
 
 class SftpChannel(LimitedChannel):
-    """A channel for paramiko's SFTP client."""
+    """Limit the waits and the memory of paramiko's SFTP client."""
 
     def recv(self, size: int) -> bytes:
         if size > MAX_SFTP_PACKET:
-            raise SSHError(f"the machine sends a packet of {size} bytes")
+            self.close()  # else paramiko would read on, to close its file
+            raise SSHError(f"the host sends a packet of {size} bytes")
         return super().recv(size)
-
-    def get_name(self) -> str:
-        """Return a name for paramiko's log."""
-        return "sftp"
-
-
-def open_channel(transfer: Transfer) -> SftpChannel:
-    """Open a channel for SFTP."""
-    transport = transfer.pool.ssh.get_transport()
-    deadline = time.monotonic() + min(SFTP_PATIENCE, transfer.timeout)
-    while True:
-        try:
-            channel = SftpChannel(transport, transfer.timeout, transfer.watchdog)
-            channel.invoke_subsystem("sftp")
-            return channel
-        except NoChannelError:
-            if time.monotonic() >= deadline or transfer.stopped.wait(0.1):
-                raise
 
 
 @contextlib.contextmanager
@@ -16088,209 +15794,187 @@ def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
     """Open an SFTP session for a block."""
     import paramiko
 
-    channel: Any = open_channel(transfer)
-    failures: tuple[type[Exception], ...] = (ValueError, *connection_errors())
+    def once() -> SftpChannel:
+        transport = transfer.pool.ssh.get_transport()
+        channel = SftpChannel(transport, transfer.timeout, transfer.watchdog)
+        channel.invoke_subsystem("sftp")
+        return channel
+
+    channel: Any = with_patience(min(SFTP_PATIENCE, transfer.timeout), once)
+    unreadable = (paramiko.SFTPError, UnicodeError, ValueError, TypeError)
+    failures: tuple[type[Exception], ...] = (*unreadable, *connection_errors())
     try:
         try:
             sftp = paramiko.SFTPClient(channel)
         except failures as error:
             raise SSHError(
-                f"the machine has neither a usual shell nor SFTP: {reason(error)}"
+                f"the host has neither a usual shell nor SFTP: {reason(error)}"
             ) from error
         sftp.logger = logging.getLogger(PARAMIKO_LOGGER)  # it logs names without escaping them
         try:
             yield RemoteFiles(sftp)
-        except (UnicodeError, ValueError, TypeError) as error:  # from paramiko, for odd answers
-            raise SSHError(f"the machine sent an answer that can't be read: {reason(error)}") from (
-                error
-            )
+        except unreadable as error:
+            raise SSHError(
+                f"the host sent an answer that can't be read: {reason(error)}"
+            ) from error
     finally:
         channel.close()
 
 
-class ReadAnswers(dict[int, bytes]):
-    """The answers to requests for data, by the numbers of the requests."""
-
-    def _async_response(self, kind: int, message: Any, number: int) -> None:  # paramiko's name
-        from paramiko.sftp import CMD_DATA
-
-        self[number] = message.get_string() if kind == CMD_DATA else b""
-
-
 class RemoteFiles:
-    """The files of a host, over SFTP."""
+    """Read and change the files of a host over SFTP."""
 
     def __init__(self, sftp: Any) -> None:
         self.sftp = sftp
 
     def absolute(self, path: bytes) -> bytes:
-        """Return the absolute path of one that may be below the home directory."""
+        """Convert a path, which may be below the home directory, to an absolute one."""
         home: bytes = os.fsencode(self.sftp.normalize("."))
         return posixpath.normpath(posixpath.join(home, path)) + b"/" * path.endswith(b"/")
 
-    def look(self, path: bytes, follow: bool = True) -> Any:
-        """Return the attributes of a path, or None if it does not exist."""
+    def look(self, path: bytes, follow: bool = True) -> FileEntry | None:
+        """Return what a path is, or None if it does not exist."""
         try:
-            found = self.sftp.stat(path) if follow else self.sftp.lstat(path)
+            return _entry(b"", self.sftp.stat(path) if follow else self.sftp.lstat(path))
         except FileNotFoundError:
             return None
-        if found.st_mode is None or found.st_size is None or found.st_mtime is None:
-            raise SSHError("the machine sends no size, time or mode of a file")
-        return found
 
     def kind(self, path: bytes, follow: bool = True) -> str:
         """Return "f", "d", "l", "other", or "" if the path does not exist."""
         found = self.look(path, follow)
-        return "" if found is None else kind_of(found.st_mode) or "other"
+        return "" if found is None else found.kind
 
-    def tree(self, path: bytes, is_folder: bool = True) -> RemoteTree:
-        """Return what a path is, and with ``is_folder`` what is below it."""
-        tree, found = RemoteTree(), self.look(path)
+    def tree(self, path: bytes, excludes: Excludes | None = None) -> RemoteTree:
+        """Return what a path is, and what is below it."""
+        tree, found = RemoteTree(excludes), self.look(path)
         if found is not None:
-            tree.take(found.st_mode, found.st_size, int(found.st_mtime), b"")
-            if is_folder and stat.S_ISDIR(found.st_mode):
+            tree.add(found)
+            if found.kind == "d":
                 self._walk(path, b"", tree, 0)
         return tree
 
     def _walk(self, top: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
         if level > MAX_LEVELS:
-            raise SSHError(f"the machine names more than {MAX_LEVELS} nested directories")
-        place = top + b"/" + folder if folder else top
+            raise SSHError(f"the host lists more than {MAX_LEVELS} nested directories")
+        for entry in self._listed(_join(top, folder)):
+            if folder:
+                entry.name = folder + b"/" + entry.name
+            tree.add(entry)
+            if entry.kind == "d":
+                self._walk(top, entry.name, tree, level + 1)
+
+    def _listed(self, folder: bytes) -> list[FileEntry]:
+        """Return what is in a directory."""
         # Read the whole listing before the next request: paramiko requests some of it ahead.
-        listed = list(itertools.islice(self.sftp.listdir_iter(place), MAX_LISTED + 1))
+        listed = list(itertools.islice(self.sftp.listdir_iter(folder), MAX_LISTED + 1))
         if len(listed) > MAX_LISTED:
-            raise SSHError(f"the machine lists more than {MAX_LISTED} files in a directory")
-        for found in listed:
-            name = os.fsencode(found.filename)
-            if b"/" in name:
-                raise SSHError(f"the machine names a file {printable(repr(name), 120)}")
-            inner = folder + b"/" + name if folder else name
-            if None in (found.st_mode, found.st_size, found.st_mtime):
-                raise SSHError("the machine sends no size, time or mode of a file")
-            tree.take(found.st_mode, found.st_size, int(found.st_mtime), inner)
-            if stat.S_ISDIR(found.st_mode):
-                self._walk(top, inner, tree, level + 1)
+            raise SSHError(f"the host lists more than {MAX_LISTED} files in a directory")
+        entries = [_entry(os.fsencode(found.filename), found) for found in listed]
+        for entry in entries:
+            if b"/" in entry.name:
+                shown = printable(repr(entry.name), 120)
+                raise SSHError(f"the host sent an invalid file name: {shown}")
+        return entries
+
+    def open(self, path: bytes, mode: str) -> Any:
+        """Open a file for large requests."""
+        file = self.sftp.open(path, mode)
+        file.MAX_REQUEST_SIZE = SFTP_REQUEST
+        return file
 
     def pieces(self, file: Any, start: int, end: int) -> Iterator[bytes]:
-        """Yield a range of a file, with several requests at a time.
-
-        paramiko's ``readv`` may request data twice, and its thread prints what it dies of.
-        """
-        from paramiko.sftp import CMD_READ, int64
-
-        answers = ReadAnswers()
-        waiting: deque[tuple[int, int]] = deque()
-        while start < end or waiting:
-            while start < end and len(waiting) < SFTP_AHEAD:
-                size = min(SFTP_PACKET, end - start)
-                request = (CMD_READ, file.handle, int64(start), size)
-                try:
-                    waiting.append((self.sftp._async_request(answers, *request), size))
-                except connection_errors():
-                    if not waiting:
-                        raise
-                    break  # first read what has arrived
-                start += size
-            number, size = waiting.popleft()
-            while number not in answers:
-                self.sftp._read_response()
-            piece = answers.pop(number)
+        """Yield a range of an open file."""
+        file.seek(start)
+        for at in range(start, end, SFTP_REQUEST):
+            size = min(SFTP_REQUEST, end - at)
+            piece = file.read(size)
             if len(piece) != size:
-                raise SSHError(f"a part of {size} bytes is missing")
+                raise SSHError(f"{size - len(piece)} bytes are missing")
             yield piece
 
     def digest(self, path: bytes, size: int) -> str:
         """Return the SHA-256 of a file."""
         digest = hashlib.sha256()
-        with self.sftp.open(path, "rb") as file:
+        with self.open(path, "rb") as file:
             for piece in self.pieces(file, 0, size):
                 digest.update(piece)
         return digest.hexdigest()
 
+    def differs(self, entry: FileEntry, path: bytes, here: str | Path) -> bool:
+        """Return whether a file has another SHA-256 than a local one."""
+        return self.digest(path, entry.size) != file_digest(here, 0, entry.size)
+
+    def make_folders(self, folder: bytes) -> None:
+        """Create a directory with its parents, if it is missing."""
+        kind = self.kind(folder)
+        if not kind:
+            self.make_folders(posixpath.dirname(folder))
+            self.sftp.mkdir(folder)
+        elif kind != "d":
+            raise SSHError(f"{os.fsdecode(folder)} is not a directory")
+
     def remove(self, path: bytes) -> None:
         """Remove a file or a directory, if it exists."""
         kind = self.kind(path, follow=False)
-        if kind != "d":
-            if kind:
-                self.sftp.remove(path)
-            return
-        for entry in self.sftp.listdir_attr(path):
-            self.remove(path + b"/" + os.fsencode(entry.filename))
-        self.sftp.rmdir(path)
-
-    def replace(self, source: bytes, target: bytes) -> None:
-        """Rename a file over another one."""
-        try:
-            self.sftp.posix_rename(source, target)
-        except OSError:  # not every server can
-            if self.kind(target, follow=False):
-                self.sftp.remove(target)
-            self.sftp.rename(source, target)
+        if kind == "d":
+            for entry in self._listed(path):
+                self.remove(_join(path, entry.name))
+            self.sftp.rmdir(path)
+        elif kind:
+            self.sftp.remove(path)
 
 
-MAX_LISTED = 500_000  # files in a directory
+def _entry(name: bytes, found: Any) -> FileEntry:
+    """Check the attributes of a file that a host sent."""
+    if None in (found.st_mode, found.st_size, found.st_mtime):
+        raise SSHError("the host sends no size, time or mode of a file")
+    return entry_of(name, found.st_mode, int(found.st_size), int(found.st_mtime))
+
+
+def _join(path: bytes, name: bytes) -> bytes:
+    return path.rstrip(b"/") + b"/" + name if name else path
 
 
 class SftpDownload:
-    """One download over SFTP."""
+    """Download over SFTP."""
 
-    def __init__(self, transfer: Transfer, part: LocalPart) -> None:
+    def __init__(self, transfer: Transfer, part: LocalPart, remote: RemoteFiles) -> None:
         self._transfer = transfer
-        self._options: Any = transfer.options
         self._part = part
+        self._remote = remote
+        self._source = remote.absolute(transfer.options.source).rstrip(b"/") or b"/"
 
-    def run(self, files: list[FileEntry]) -> None:
-        """Download, and add to ``files`` what there is."""
-        with sftp_session(self._transfer) as self._remote:
-            source = self._remote.absolute(self._options.source).rstrip(b"/") or b"/"
-            self._source = source
-            found = self._remote.look(source)
-            if found is None:
-                raise SSHError("there is no such file")
-            if stat.S_ISDIR(found.st_mode):
-                self._get_tree(source, files)
-            elif stat.S_ISREG(found.st_mode):
-                entry = _entry_of(b"", found)
-                if begin_file(self._transfer, self._part, entry, files, self._different):
-                    self._get_file(entry, source)
-                    self._part.install_file(entry)
-            else:
-                raise SSHError("it is neither a file nor a directory")
+    def look(self) -> FileEntry | RemoteTree:
+        found = self._remote.look(self._source)
+        if found is None:
+            raise SSHError("there is no such file")
+        if found.kind == "other":
+            raise SSHError("it is neither a file nor a directory")
+        if found.kind == "f":
+            return found
+        return self._remote.tree(self._source, self._transfer.options.excluded)
 
-    def _get_tree(self, source: bytes, files: list[FileEntry]) -> None:
-        tree = self._remote.tree(source)
-        links = tree.begin(self._transfer, self._part, files, self._different)
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        differs, target = self._remote.differs, self._part.target_of
+        return [e for e in files if differs(e, _join(self._source, e.name), target(e))]
+
+    def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
         for link in links:
-            link.link = os.fsencode(self._remote.sftp.readlink(source + b"/" + link.name) or "")
+            found = self._remote.sftp.readlink(_join(self._source, link.name))
+            link.link = os.fsencode(found or "")
         for entry in files:
             with about(entry):
-                self._get_file(entry, source + b"/" + entry.name)
-        make_links(self._part, self._transfer, links, tree)
-        self._part.install_tree(tree.root, tree.entries)
+                self._receive(entry)
 
-    def _different(self, files: list[FileEntry]) -> list[FileEntry]:
-        """Return those of the files whose content differs from that of their targets."""
-        return [
-            entry
-            for entry in files
-            if self._content_differs(self._part.target_of(entry), entry, self._place(entry))
-        ]
-
-    def _content_differs(self, here: str | Path, entry: FileEntry, there: bytes) -> bool:
-        return self._remote.digest(there, entry.size) != file_digest(here, 0, entry.size)
-
-    def _place(self, entry: FileEntry) -> bytes:
-        return self._source + b"/" + entry.name if entry.name else self._source
-
-    def _get_file(self, entry: FileEntry, source: bytes) -> None:
-        part, remote = self._part, self._remote
+    def _receive(self, entry: FileEntry) -> None:
+        part, source = self._part, _join(self._source, entry.name)
         earlier = part.earlier(entry)
-        with remote.sftp.open(source, "rb") as file, part.open(entry) as out:
+        with self._remote.open(source, "rb") as file, part.open(entry) as out:
             for start, length in part.missing(entry):
                 out.seek(start)
                 at = start
                 try:
-                    for piece in remote.pieces(file, start, start + length):
+                    for piece in self._remote.pieces(file, start, start + length):
                         write_piece(out, piece)
                         at += len(piece)
                         self._transfer.moved(entry, len(piece))
@@ -16299,62 +15983,30 @@ class SftpDownload:
             out.truncate(entry.size)
         if not entry.size:
             self._transfer.moved(entry, 0)
-        found = remote.look(source)
-        check_unchanged(entry, None if found is None else _entry_of(b"", found))
-        # After a resumed download too only with verify: it costs as much as to receive it again.
-        if self._options.verify and self._content_differs(part.place(entry), entry, source):
+        check_unchanged(entry, self._remote.look(source))
+        # Not after every resumed download: hashing costs as much as receiving the file again.
+        verify = self._transfer.options.verify
+        if verify and self._remote.differs(entry, source, part.place(entry)):
             part.clear()
             raise SSHError(DIFFERS)
         for _, length in earlier:
             self._transfer.count(entry, length)
 
 
-def _entry_of(name: bytes, found: Any) -> FileEntry:
-    mtime = nanoseconds(int(found.st_mtime))
-    kind = "f" if stat.S_ISREG(found.st_mode) else "d"
-    return FileEntry(name, int(found.st_size), mtime, found.st_mode & 0o777, kind)
-
-
 class SftpUpload:
-    """One upload over SFTP."""
+    """Upload over SFTP."""
 
-    def __init__(self, transfer: Transfer, tree: LocalTree) -> None:
+    def __init__(self, transfer: Transfer, tree: LocalTree, remote: RemoteFiles) -> None:
         self._transfer = transfer
         self._options: Any = transfer.options
         self._tree = tree
-        self._confirmed = self._unconfirmed = 0  # bytes
+        self._remote = remote
+        self._target = self._find_target()
+        whole = os.path.abspath(tree.path)
+        token = part_token(self._options.resume, "sftp", self._target, whole)
+        self._part = _join(posixpath.dirname(self._target), PART.encode() + token.encode())
 
-    def run(self) -> bytes:
-        """Upload, and return the path on the host."""
-        with sftp_session(self._transfer) as self._remote:
-            target = self._target()
-            comparison = None
-            if self._options.compares:
-                place = SftpTarget(self._remote, self._tree, target)
-                comparison = Comparison(self._transfer, self._tree, place)
-                if self._options.preview or not (self._tree.is_folder or self._tree.files):
-                    return target
-            self._make_parents(target)
-            whole = os.path.abspath(self._tree.path)
-            same = record_key(("sftp", target, whole, self._options.remote))[:20]
-            token = same if self._options.resume else os.urandom(10).hex()
-            part = posixpath.dirname(target).rstrip(b"/") + b"/" + PART.encode() + token.encode()
-            try:
-                with self._recording(part):
-                    self._send_all(part)
-                self._install(part, target)
-                if self._options.resume:
-                    self._remote.remove(part + b".done")
-            except BaseException:
-                if not self._options.resume:
-                    with contextlib.suppress(SSHError, *connection_errors()):
-                        self._remote.remove(part)
-                raise
-            if comparison is not None:
-                comparison.finish()
-            return target
-
-    def _target(self) -> bytes:
+    def _find_target(self) -> bytes:
         """Check the target, and return its path."""
         remote, is_folder = self._remote, self._tree.is_folder
         path = remote.absolute(self._options.source)
@@ -16365,7 +16017,7 @@ class SftpUpload:
             inside = path.endswith(b"/") or remote.kind(path) == "d"
         path = path.rstrip(b"/") or b"/"
         if inside:
-            path = path.rstrip(b"/") + b"/" + name
+            path = _join(path, name)
         kind = remote.kind(path)
         if kind != "d" and remote.kind(path, follow=False) == "l":
             if self._options.symlinks != "follow" or not kind:
@@ -16379,134 +16031,118 @@ class SftpUpload:
             raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
         return path
 
-    def _make_parents(self, target: bytes) -> None:
-        missing = []
-        folder = posixpath.dirname(target)
-        while (kind := self._remote.kind(folder)) != "d":
-            if kind:
-                raise SSHError(f"{os.fsdecode(folder)} is not a directory")
-            missing.append(folder)
-            folder = posixpath.dirname(folder)
-        for folder in missing[::-1]:
-            self._remote.sftp.mkdir(folder)
+    def listing(self) -> tuple[bytes, RemoteTree]:
+        return self._target, self._remote.tree(self._target)
 
-    @contextlib.contextmanager
-    def _recording(self, part: bytes) -> Iterator[None]:
-        """With ``resume``, keep a record of which files were begun; start over if others were."""
-        self._begun: set[bytes] = set()
-        self._record: Any = None
-        if not self._options.resume:
-            yield
-            return
-        record, sftp = part + b".done", self._remote.sftp
-        if self._remote.look(record) is not None:
-            with sftp.open(record, "rb") as file:
-                self._begun = set(file.read(MAX_ANSWER).split())
-        if not self._begun <= {record_key(e.version).encode() for e in self._tree.files}:
-            self._begun.clear()
-        if not self._begun:
-            self._remote.remove(part)
-        with sftp.open(record, "ab" if self._begun else "wb") as self._record:
-            yield
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        differs, place = self._remote.differs, self._tree.place
+        return [e for e in files if differs(e, _join(self._target, e.name), place(e))]
 
-    def _send_all(self, part: bytes) -> None:
-        sftp = self._remote.sftp
-        if self._tree.is_folder:
+    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
+        for name in files:
+            self._remote.sftp.remove(_join(self._target, name))
+        for name in folders:
+            with contextlib.suppress(OSError):  # it is not empty
+                self._remote.sftp.rmdir(_join(self._target, name))
+
+    def send(self) -> bytes:
+        remote, part, record = self._remote, self._part, self._part + b".done"
+        remote.make_folders(posixpath.dirname(part))
+        try:
+            if self._options.resume:
+                self._check_record(record)
             if not self._options.preserve:
-                self._apply_umask(part)
-            if not self._remote.kind(part):
-                sftp.mkdir(part, 0o700)
-            for entry in self._tree.entries:
-                place = part + b"/" + entry.name
-                if entry.kind == "d" and not self._remote.kind(place):
-                    sftp.mkdir(place, 0o700)
-                elif entry.kind == "l":
-                    self._remote.remove(place)
-                    sftp.symlink(entry.link, place)
-        for entry in self._tree.files:
-            with about(entry):
-                self._send_file(entry, part + b"/" + entry.name if entry.name else part)
+                self._apply_umask()
+            self._send_all()
+            self._install()
+            if self._options.resume:
+                remote.remove(record)
+        except BaseException:
+            if not self._options.resume:
+                with contextlib.suppress(SSHError, *connection_errors()):
+                    remote.remove(part)
+            raise
+        return self._target
 
-    def _apply_umask(self, part: bytes) -> None:
-        """Apply the host's umask to the modes of directories; it shows in that of a new one."""
-        probe = part + b"." + os.urandom(4).hex().encode()
+    def _check_record(self, record: bytes) -> None:
+        """Remove what an earlier upload has sent, unless the source is still the same."""
+        key = record_key([entry.version for entry in self._tree.files]).encode()
+        if self._remote.look(record) is not None:
+            with self._remote.open(record, "rb") as file:
+                if file.read(len(key)) == key:
+                    return
+        self._remote.remove(self._part)
+        with self._remote.open(record, "wb") as file:
+            file.write(key)
+
+    def _apply_umask(self) -> None:
+        """Apply the host's umask to all modes; it shows in the mode of a new directory."""
+        probe = self._part + b"." + os.urandom(4).hex().encode()
         self._remote.sftp.mkdir(probe)
-        mask = stat.S_IMODE(self._remote.look(probe).st_mode)
+        found = self._remote.look(probe)
         self._remote.sftp.rmdir(probe)
+        mask = 0o700 if found is None else found.mode
         self._tree.mode &= mask
         for entry in self._tree.entries:
-            if entry.kind == "d":
-                entry.mode &= mask
+            entry.mode &= mask
+
+    def _send_all(self) -> None:
+        sftp, part = self._remote.sftp, self._part
+        if self._tree.is_folder and not self._remote.kind(part):
+            sftp.mkdir(part, 0o700)
+        for entry in self._tree.entries:
+            place = _join(part, entry.name)
+            if entry.kind == "d" and not self._remote.kind(place):
+                sftp.mkdir(place, 0o700)
+            elif entry.kind == "l":
+                self._remote.remove(place)
+                sftp.symlink(entry.link, place)
+        for entry in self._tree.files:
+            with about(entry):
+                self._send_file(entry, _join(part, entry.name))
 
     def _send_file(self, entry: FileEntry, place: bytes) -> None:
-        remote, start = self._remote, 0
-        key = record_key(entry.version).encode()
-        if key in self._begun and (found := remote.look(place, follow=False)) is not None:
-            size = int(found.st_size)
-            if size <= entry.size:  # else it is not what an earlier upload has sent
-                start = size if size == entry.size else size - size % BLOCK
-        elif self._record is not None:
-            self._record.write(key + b"\n")
-        with remote.sftp.open(place, "r+b" if start else "wb") as file:
-            created = stat.S_IMODE((self._record or file).stat().st_mode or 0)
+        start = 0
+        found = self._remote.look(place) if self._options.resume else None
+        if found is not None and found.size <= entry.size:
+            start = entry.size if found.size == entry.size else found.size - found.size % BLOCK
+        with self._remote.open(place, "r+b" if start else "wb") as file:
             file.chmod(0o600)
             file.seek(start)
+            # What the host has not confirmed can be lost: with resume, that is one request.
+            file.set_pipelined(not self._options.resume)
             for piece in self._tree.pieces(entry, start, entry.size - start):
-                for at in range(0, len(piece), SFTP_PACKET):
-                    self._write(file, bytes(piece[at : at + SFTP_PACKET]))
+                file.write(bytes(piece))
                 self._transfer.moved(entry, len(piece))
         if start or not entry.size:
             self._transfer.moved(entry, start)
-        self._confirmed += start
-        self._check(entry, place)
-        if not self._options.preserve:  # apply the host's umask
-            entry.mode &= created | (created & 0o444) >> 2
-
-    def _write(self, file: Any, packet: bytes) -> None:
-        """Write; wait for the answers to all earlier writes where too much is unconfirmed."""
-        self._unconfirmed += len(packet)
-        waits = self._unconfirmed >= self._transfer.ahead(self._confirmed)
-        file.set_pipelined(not waits)
-        file.write(packet)
-        if waits:
-            self._confirmed += self._unconfirmed
-            self._unconfirmed = 0
-
-    def _check(self, entry: FileEntry, place: bytes) -> None:
-        size = self._remote.look(place).st_size
-        if size != entry.size:
+        found = self._remote.look(place)
+        if found is None or found.size != entry.size:
+            size = 0 if found is None else found.size
             raise SSHError(f"{size} of {entry.size} bytes arrived")
-        if self._options.verify:
-            here = file_digest(self._tree.place(entry), 0, entry.size)
-            if self._remote.digest(place, entry.size) != here:
-                self._remote.remove(place)
-                raise SSHError(DIFFERS)
+        verify = self._options.verify
+        if verify and self._remote.differs(entry, place, self._tree.place(entry)):
+            self._remote.remove(place)
+            raise SSHError(DIFFERS)
 
-    def _install(self, part: bytes, target: bytes) -> None:
-        remote, tree = self._remote, self._tree
+    def _install(self) -> None:
+        remote, tree, part, target = self._remote, self._tree, self._part, self._target
         exists = bool(remote.kind(target))
         if exists and tree.is_folder:
             for entry in tree.entries:
-                self._check_place(entry, target + b"/" + entry.name)
+                self._check_place(entry, _join(target, entry.name))
         for entry in tree.entries[::-1]:
-            place = part + b"/" + entry.name if entry.name else part
-            instead = target + b"/" + entry.name if entry.name else target
-            if entry.kind != "l" and not (entry.kind == "d" and exists):
-                self._finish(entry, place, instead if exists else b"")
-        if tree.is_folder and not exists:
-            self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
-        if not tree.is_folder or not exists:
-            remote.replace(part, target)
+            if entry.kind == "f" or (entry.kind == "d" and not exists):
+                instead = _join(target, entry.name) if exists else b""
+                self._finish(entry, _join(part, entry.name), instead)
+        if tree.is_folder and exists:
+            for entry in tree.entries:
+                self._move(entry, _join(part, entry.name), _join(target, entry.name))
+            remote.remove(part)
             return
-        for entry in tree.entries:
-            place, instead = part + b"/" + entry.name, target + b"/" + entry.name
-            if entry.kind == "d":
-                if not remote.kind(instead):
-                    remote.sftp.mkdir(instead, 0o700)
-                    remote.sftp.chmod(instead, entry.mode | 0o700)
-            else:
-                remote.replace(place, instead)
-        remote.remove(part)
+        if tree.is_folder:
+            self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
+        remote.sftp.posix_rename(part, target)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:
         """Check what stands in the place of an entry before anything is installed."""
@@ -16519,12 +16155,20 @@ class SftpUpload:
             raise SSHError(f"{os.fsdecode(place)} is {'' if kind == 'd' else 'not '}a directory")
 
     def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
+        """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
         mode, found = entry.mode, self._remote.look(instead) if instead else None
         if not self._options.preserve and found is not None:
-            mode = stat.S_IMODE(found.st_mode)
+            mode = found.mode
         self._remote.sftp.chmod(place, mode)
         if self._options.preserve:
             self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
+
+    def _move(self, entry: FileEntry, place: bytes, target: bytes) -> None:
+        if entry.kind != "d":
+            self._remote.sftp.posix_rename(place, target)
+        elif not self._remote.kind(target):
+            self._remote.sftp.mkdir(target, 0o700)
+            self._remote.sftp.chmod(target, entry.mode | 0o700)
 
 
 # ==================================================================================================
@@ -16536,34 +16180,52 @@ class SftpUpload:
 
 DOWNLOAD_CONNECTIONS = 4
 DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes; from here on, more connections are worth their logins
-HASHED_AT_ONCE = 1024 * 1024 * 1024  # bytes that a host can hash within the timeout
-RANGE = 64 * 1024 * 1024  # bytes that a worker asks for at a time
-MAX_FILES = 2_000_000
 ANY_SIZE = 2**62
+Ranges = list[tuple[FileEntry, int, int]]  # file, start, size
+MAX_TAR_EXTRA = 65536  # bytes of a name
 
 
 def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferResult:
     """Download; see ``CloreClient.download``."""
     transfer = Transfer(pool, options, os.fsdecode(options.remote), "download")
     part = LocalPart(options.target, options.remote, options)
-    files: list[FileEntry] = []
     with transfer.watched(), part:
-        _download(transfer, part, files)
+        files = _download(transfer, part)
     return transfer.result(part.target, files)
 
 
-def _download(transfer: Transfer, part: LocalPart, files: list[FileEntry]) -> None:
-    """Download with the host's shell, or else over SFTP."""
+def _download(transfer: Transfer, part: LocalPart) -> list[FileEntry]:
+    """Download with the host's shell, or else over SFTP; return the files that came."""
     try:
-        Download(transfer, part).run(files)
+        with Download(transfer, part) as receiver:
+            return _receive_all(transfer, part, receiver)
     except NoShellError as error:
         logger.warning("files come over SFTP, which is slower: %s", error)
         transfer.restart()
-        SftpDownload(transfer, part).run(files)
+        with sftp_session(transfer) as remote:
+            return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
+
+
+def _receive_all(
+    transfer: Transfer, part: LocalPart, receiver: Download | SftpDownload
+) -> list[FileEntry]:
+    found = receiver.look()
+    if isinstance(found, FileEntry):
+        files = begin_file(transfer, part, found, receiver.different)
+        if files:
+            receiver.receive(files, [])
+            part.install_file(found)
+        return files
+    links = begin_tree(transfer, part, found, receiver.different)
+    files = found.files
+    receiver.receive(files, links)
+    make_links(transfer, part, found, links)
+    part.install_tree(found.root, found.entries)
+    return files
 
 
 class Download:
-    """One download with the host's shell.
+    """Download with the host's shell; a context manager.
 
     The script LOOK lists what there is, and sends a file that is not large. Workers receive large
     files in ranges; small ones come in a tar stream.
@@ -16573,68 +16235,98 @@ class Download:
         self._transfer = transfer
         self._options: Any = transfer.options
         self._part = part
-        self._ranges: list[tuple[FileEntry, int, int]] = []
-        self._share = RANGE  # bytes for each connection
+        self._ranges: deque[tuple[FileEntry, int, int]] = deque()
+        self._most_at_once = RANGE
         self._lock = threading.Lock()
         self._token = os.urandom(10).hex()
+        self._look: Any = None
 
-    def run(self, files: list[FileEntry]) -> None:
-        """Download, and add to ``files`` what there is."""
+    def __enter__(self) -> Download:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._transfer.stop()
+        elif self._look is not None:
+            self._look.finish()
+        self._transfer.join_workers()
+
+    def look(self) -> FileEntry | RemoteTree:
+        """Return what the source is."""
         transfer = self._transfer
-        try:
-            with transfer.script(
-                transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
-            ) as look:
-                first = look.line()
-                if first == b"d":
-                    self._get_tree(look, files)
-                elif first.startswith(b"f "):
-                    self._get_file(look, parse_stat(first[2:]), files)
-                else:
-                    raise look.refused(first)
-        except BaseException:
-            transfer.stop()
-            raise
-        finally:
-            transfer.join_workers()
+        look = self._look = transfer.script(
+            transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
+        )
+        first = look.line()
+        if first.startswith(b"f "):
+            return parse_stat(first[2:])
+        if first != b"d":
+            raise look.refused(first)
+        text = look.until(self._token.encode(), MAX_ANSWER)
+        look.finish()
+        return parse_listing(text, MAX_FILES, self._options.excluded)
 
     def _look_script(self) -> bytes:
         options = self._options
-        most = HASHED_AT_ONCE if options.verify else ANY_SIZE
-        if self._part.done or options.skip_unchanged or (options.streams or 1) > 1:
-            most = -1
-        elif not self._transfer.near:
-            most = min(most, DOWNLOAD_MANY - 1)
-        self._most = min(most, ANY_SIZE if options.max_bytes is None else options.max_bytes)
-        return script_text(
-            "look", LOOK, f=options.source, token=self._token, most=self._most,
-            hash=int(options.verify),
-        )  # fmt: skip
+        most = ANY_SIZE if self._transfer.near else DOWNLOAD_MANY - 1
+        if options.max_bytes is not None:
+            most = min(most, options.max_bytes)
+        in_ranges = self._part.done or options.verify or (options.streams or 1) > 1
+        self._most = -1 if in_ranges or options.skip_unchanged else most
+        return script_text("look", LOOK, f=options.source, token=self._token, most=self._most)
 
-    # --- one file ---
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs from that of their targets."""
+        return list(self._different([(e, 0, e.size) for e in files], self._part.target_of))
 
-    def _get_file(self, look: RemoteScript, entry: FileEntry, files: list[FileEntry]) -> None:
-        if not begin_file(self._transfer, self._part, entry, files, self._different):
-            look.finish()
-            return
+    def _different(self, ranges: Ranges, place: Callable[[FileEntry], Any]) -> Iterator[FileEntry]:
+        return self._transfer.different(ranges, place, path=self._options.source)
+
+    def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
+        """Receive and check files, and read what symlinks lead to."""
+        compared: list[FileEntry] = []
+        if files and not files[0].name:
+            self._receive_one(files[0])
+        else:
+            compared = self._receive_many(files, links)
+        ranges = [(entry, *found) for entry in files for found in self._part.earlier(entry)]
+        for entry, _, size in ranges:
+            self._transfer.count(entry, size)
+        ranges += [(entry, 0, entry.size) for entry in compared]
+        for entry in self._different(ranges, self._part.place):
+            with about(entry):
+                self._part.clear()
+                raise SSHError(DIFFERS)
+
+    def _receive_one(self, entry: FileEntry) -> None:
+        look = self._look
         if entry.size > self._most:
             look.finish()
-            self._add_ranges(entry)
-            self._get_ranges()
-        else:
-            digest = hashlib.sha256() if self._options.verify else None
-            self._receive(look, entry, 0, entry.size, digest)
-            if digest is not None:
-                _compare(look.line(), digest.hexdigest())
-            check_unchanged(entry, parse_stat(look.line()))
-            look.expect_end()
-        self._check_earlier([entry])
-        self._part.install_file(entry)
+            self._get_ranges(self._missing(entry))
+            return
+        self._write(look, entry, 0, entry.size)
+        check_unchanged(entry, parse_stat(look.line()))
+        look.expect_end()
 
-    def _receive(
+    def _receive_many(self, files: list[FileEntry], links: list[FileEntry]) -> list[FileEntry]:
+        """Receive the files of a directory; return those that ``verify`` has to compare."""
+        small: list[FileEntry] = []
+        ranges: Ranges = []
+        for entry in files:
+            if self._part.is_done(entry):
+                continue
+            # GNU tar reads a backslash in a name as an escape.
+            if entry.size >= SMALL_FILE or b"\\" in entry.name or self._part.earlier(entry):
+                ranges += self._missing(entry)
+            else:
+                small.append(entry)
+        self._get_ranges(ranges, lambda: self._get_small(small + links))
+        return small if self._options.verify else []
+
+    def _write(
         self, running: RemoteScript, entry: FileEntry, start: int, length: int, digest: Any = None
     ) -> None:
-        """Write and record exactly ``length`` bytes."""
+        """Write and record exactly ``length`` bytes of output."""
         at = noted = start
         with self._part.open(entry) as file:
             file.seek(start)
@@ -16658,44 +16350,38 @@ class Download:
         if not length:
             self._transfer.moved(entry, 0)
 
-    def _receive_nothing(self, entry: FileEntry) -> None:
-        self._part.open(entry).close()
-        self._took(entry)
-
     # --- ranges ---
 
-    def _add_ranges(self, entry: FileEntry) -> None:
-        """Add the ranges of a file that are missing."""
-        self._ranges += [(entry, start, size) for start, size in self._part.missing(entry)]
+    def _missing(self, entry: FileEntry) -> Ranges:
+        """Return the ranges of a file that are missing; one for an empty file."""
+        missing = self._part.missing(entry) if entry.size else [(0, 0)]
+        return [(entry, start, size) for start, size in missing]
 
-    def _take_range(self) -> tuple[FileEntry, int, int] | None:
-        """Return the next range for a worker, or None."""
-        most = RANGE
-        if self._options.streams is not None:
-            most = min(RANGE, max(self._share // BLOCK * BLOCK, 16 * BLOCK))
-        with self._lock:
-            if not self._ranges:
-                return None
-            entry, start, length = self._ranges.pop()
-            if length > most:
-                self._ranges.append((entry, start + most, length - most))
-            return entry, start, min(length, most)
-
-    def _get_ranges(self, meanwhile: Callable[[], None] | None = None) -> None:
+    def _get_ranges(self, ranges: Ranges, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Let workers receive the ranges; call ``meanwhile`` in this thread."""
-        transfer, ranges = self._transfer, self._ranges
-        ranges.reverse()
-        size = sum(length for _, _, length in ranges)
+        transfer, size = self._transfer, sum(length for _, _, length in ranges)
         connections = self._options.streams
         if connections is None:
             connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
-        self._share = size // connections
+        if self._options.streams is not None:
+            self._most_at_once = min(RANGE, max(size // connections // BLOCK, 16) * BLOCK)
+        self._ranges.extend(ranges)
         workers = min(max(len(ranges), size // BLOCK), connections) if ranges else 0
         transfer.start_workers(connections, workers, self._work)
-        if meanwhile is not None:
-            meanwhile()
+        meanwhile()
         transfer.finish_workers()
         self._work(transfer.pool.ssh)  # ranges for which no worker got a channel
+
+    def _take_range(self) -> tuple[FileEntry, int, int] | None:
+        """Return the next range for a worker, or None."""
+        with self._lock:
+            if not self._ranges:
+                return None
+            entry, start, length = self._ranges.popleft()
+            most = self._most_at_once
+            if length > most:
+                self._ranges.appendleft((entry, start + most, length - most))
+            return entry, start, min(length, most)
 
     def _work(self, ssh: Any) -> None:
         while (taken := self._take_range()) is not None:
@@ -16709,49 +16395,16 @@ class Download:
 
     def _get_range(self, ssh: Any, entry: FileEntry, start: int, length: int) -> None:
         digest = hashlib.sha256()
-        script = script_text("get", GET, f=self._place(entry))
-        with self._transfer.script(ssh, script, DATA_WINDOW) as get:
-            get.send(b"%d %d\n" % (start // BLOCK, length))
-            get.end()
-            self._receive(get, entry, start, length, digest)
+        source = self._options.source
+        place = source.rstrip(b"/") + b"/" + entry.name if entry.name else source
+        script = script_text("get", GET, f=place, k=start // BLOCK, s=length)
+        with self._transfer.script(ssh, script, DATA_WINDOW, reads=False) as get:
+            self._write(get, entry, start, length, digest)
             _compare(get.line(), digest.hexdigest())
             check_unchanged(entry, parse_stat(get.line()))
             get.expect_end()
 
-    def _place(self, entry: FileEntry) -> bytes:
-        source: bytes = self._options.source
-        return source.rstrip(b"/") + b"/" + entry.name if entry.name else source
-
-    # --- a directory ---
-
-    def _get_tree(self, look: RemoteScript, files: list[FileEntry]) -> None:
-        tree = RemoteTree()
-        parse_listing(look.until(self._token.encode(), MAX_ANSWER), MAX_FILES, tree.take)
-        links = tree.begin(self._transfer, self._part, files, self._different)
-        missing = [entry for entry in files if not self._part.is_done(entry)]
-        # GNU tar reads a backslash in a name as an escape.
-        alone = {
-            e.name: e
-            for e in missing
-            if e.size >= SMALL_FILE or (b"\\" in e.name and e.size) or self._part.earlier(e)
-        }
-        small = [entry for entry in missing if entry.name not in alone]
-        for entry in alone.values():
-            self._add_ranges(entry)
-        for entry in [e for e in small if b"\\" in e.name]:
-            small.remove(entry)
-            self._receive_nothing(entry)
-        for entry in [e for e in links if b"\\" in e.name]:
-            links.remove(entry)
-            tree.entries.remove(entry)
-            self._transfer.leave_out(entry.name, "a symlink whose name holds a backslash")
-        look.finish()
-        self._get_ranges(lambda: self._get_small(small + links))
-        self._check_earlier(files)
-        if self._options.verify:
-            self._compare_files([entry for entry in small if entry.kind == "f"])
-        make_links(self._part, self._transfer, links, tree)
-        self._part.install_tree(tree.root, tree.entries)
+    # --- small files ---
 
     def _get_small(self, entries: list[FileEntry]) -> None:
         """Receive small files and symlinks in one tar stream."""
@@ -16759,125 +16412,114 @@ class Download:
             return
         script = script_text("tree", GET_TREE, f=self._options.source, token=self._token)
         with self._transfer.script(self._transfer.pool.ssh, script, DATA_WINDOW) as get:
-            get.send(b"".join(b"./" + entry.name + b"\0" for entry in entries))
-            get.end()
-            self._receive_tar(get, entries)
-
-    def _receive_tar(self, get: RemoteScript, entries: list[FileEntry]) -> None:
-        wanted = {entry.name: entry for entry in entries}
-        received: set[bytes] = set()
-        reader = TarReader(get, self._token.encode())
-        while (info := reader.next()) is not None:
-            name = os.fsencode(info.name).removeprefix(b"./")
-            entry = wanted.pop(name, None)
-            if entry is None:
-                raise SSHError(f"the machine sends {printable(repr(name), 120)}, not asked for")
-            with about(entry):
-                self._take_member(get, entry, info, received)
-            received.add(name)
-        if wanted:
-            entry = next(iter(wanted.values()))
-            with about(entry):
-                raise SSHError(f"it did not come: {get.refused()}")
-        self._check_unchanged(get, entries)
-
-    def _take_member(
-        self, get: RemoteScript, entry: FileEntry, info: Any, received: set[bytes]
-    ) -> None:
-        if info.issym() and entry.kind == "l":
-            entry.link = os.fsencode(info.linkname)
-        elif info.islnk() and entry.kind == "f":
-            original = os.fsencode(info.linkname).removeprefix(b"./")
-            if original not in received:
-                raise SSHError("it is a hard link to what was not asked for")
-            shutil.copyfile(self._part.place_of(original), self._part.place(entry))
-            self._took(entry)
-        elif info.isreg() and entry.kind == "f":
-            if info.size < entry.size:
-                raise SSHError(CHANGED)
-            self._part.grow(info.size - entry.size)
-            entry.size = info.size  # it has grown since it was listed
-            self._receive(get, entry, 0, entry.size)
-        else:
-            raise SSHError(CHANGED)
-
-    def _took(self, entry: FileEntry) -> None:
-        self._part.note(entry, 0, entry.size)
-        self._transfer.moved(entry, entry.size)
-
-    def _check_unchanged(self, get: RemoteScript, entries: list[FileEntry]) -> None:
-        again = RemoteTree()
-        parse_listing(get.until(self._token.encode(), MAX_ANSWER), MAX_FILES, again.take)
-        now = {entry.name: entry for entry in again.entries}
+            get.send_names(entry.name for entry in entries)
+            self._receive_tar(get, {entry.name: entry for entry in entries})
+            text = get.until(self._token.encode(), MAX_ANSWER)
+        now = parse_listing(text, MAX_FILES).by_name
         for entry in entries:
             if entry.kind == "f":
                 with about(entry):
                     check_unchanged(entry, now.get(entry.name))
 
-    # --- unchanged files ---
-
-    def _different(self, files: list[FileEntry]) -> list[FileEntry]:
-        """Return those of the files whose content differs from that of their targets."""
-        small = [entry for entry in files if entry.name and entry.size < SMALL_FILE]
-        names = {entry.name for entry in small}
-        chunks = [c for e in files if e.name not in names for c in _chunks(e, 0, e.size)]
-        found = list(self._different_chunks(chunks, self._part.target_of))
-        if not small:
-            return found
-        text = script_text("digests", FILE_DIGESTS, path=self._options.source)
-        with self._transfer.script(self._transfer.pool.ssh, text) as script:
-            return found + list(different_files(script, small, self._part.target_of))
-
-    # --- checks ---
-
-    def _check_earlier(self, files: list[FileEntry]) -> None:
-        """Compare what an earlier download received."""
-        small: list[FileEntry] = []
-        chunks: list[tuple[FileEntry, int, int]] = []
-        for entry in files:
-            earlier = self._part.earlier(entry)
-            if earlier and entry.size < SMALL_FILE and entry.name:
-                small.append(entry)
-            else:
-                chunks += [c for start, length in earlier for c in _chunks(entry, start, length)]
-            for _, length in earlier:
-                self._transfer.count(entry, length)
-        for entry in self._different_chunks(chunks, self._part.place):
+    def _receive_tar(self, get: RemoteScript, wanted: dict[bytes, FileEntry]) -> None:
+        received: dict[bytes, FileEntry] = {}
+        reader = TarReader(get, self._token.encode())
+        while (info := reader.next()) is not None:
+            name = os.fsencode(info.name).removeprefix(b"./")
+            entry = wanted.pop(name, None)
+            if entry is None:
+                raise SSHError(f"the host sends {printable(repr(name), 120)}: not requested")
             with about(entry):
-                self._refuse()
-        self._compare_files(small)
+                self._take_member(get, entry, info, received)
+            received[name] = entry
+        for entry in wanted.values():
+            with about(entry):
+                raise SSHError(f"it did not come: {get.refused()}")
 
-    def _different_chunks(
-        self, chunks: list[tuple[FileEntry, int, int]], place: Callable[[FileEntry], str | Path]
-    ) -> Iterator[FileEntry]:
-        if chunks:
-            text = script_text("digests", CHUNK_DIGESTS, path=self._options.source.rstrip(b"/"))
-            with self._transfer.script(self._transfer.pool.ssh, text) as script:
-                yield from different_chunks(script, chunks, place)
+    def _take_member(
+        self, get: RemoteScript, entry: FileEntry, info: Any, received: dict[bytes, FileEntry]
+    ) -> None:
+        if info.issym() and entry.kind == "l":
+            entry.link = os.fsencode(info.linkname)
+        elif info.islnk() and entry.kind == "f":
+            original = received.get(os.fsencode(info.linkname).removeprefix(b"./"))
+            if original is None:
+                raise SSHError("it is a hard link to what was not requested")
+            shutil.copyfile(self._part.place(original), self._part.place(entry))
+            self._part.note(entry, 0, entry.size)
+            self._transfer.moved(entry, entry.size)
+        elif info.isreg() and entry.kind == "f":
+            if info.size < entry.size:
+                raise SSHError(CHANGED)
+            self._part.grow(info.size - entry.size)
+            entry.size = info.size  # it has grown since it was listed
+            self._write(get, entry, 0, entry.size)
+        else:
+            raise SSHError(CHANGED)
 
-    def _compare_files(self, files: list[FileEntry]) -> None:
-        if not files:
-            return
-        text = script_text("digests", FILE_DIGESTS, path=self._options.source)
-        with self._transfer.script(self._transfer.pool.ssh, text) as script:
-            for entry in different_files(script, files, self._part.place):
-                with about(entry):
-                    self._refuse()
 
-    def _refuse(self) -> None:
-        self._part.clear()
-        raise SSHError(DIFFERS)
+class TarReader:
+    """Read the members of consecutive tar archives, up to a block with a mark.
 
+    Parameters:
+        running: the :class:`RemoteScript` that sends them.
+    """
 
-def _chunks(entry: FileEntry, start: int, length: int) -> list[tuple[FileEntry, int, int]]:
-    """Divide a range into chunks that a host hashes within the timeout."""
-    end = start + length
-    return [(entry, at, min(RANGE, end - at)) for at in range(start, end, RANGE)]
+    def __init__(self, running: Any, mark: bytes) -> None:
+        self._running = running
+        self._mark = mark
+        self._padding = 0
+
+    def next(self) -> Any:
+        """Return the next member, or None at the mark."""
+        import tarfile
+
+        self._exactly(self._padding)
+        self._padding = 0
+        long: dict[bytes, bytes] = {}  # a name or a symlink's target that does not fit in a header
+        while True:
+            header = self._exactly(TAR_BLOCK)
+            if header.rstrip(b" \n") == self._mark:
+                return None
+            if not header.strip(b"\0"):
+                continue
+            try:
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError) as error:
+                raise SSHError("the host sends no valid tar archive") from error
+            if info.size < 0:
+                raise SSHError("the host sends a negative size")
+            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+                if info.size > MAX_TAR_EXTRA:
+                    raise SSHError("the host sends a name that is too long")
+                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
+                if info.type == tarfile.XHDTYPE:  # records of a length, a keyword and a value
+                    long.update(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+                else:
+                    is_name = info.type == tarfile.GNUTYPE_LONGNAME
+                    long[b"path" if is_name else b"linkpath"] = extra.rstrip(b"\0")
+                continue
+            info.name = os.fsdecode(long.get(b"path", b"")) or info.name
+            info.linkname = os.fsdecode(long.get(b"linkpath", b"")) or info.linkname
+            if not info.isreg():
+                info.size = 0
+            self._padding = -info.size % TAR_BLOCK
+            return info
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            piece = self._running.read(size - len(data))
+            if not piece:
+                left = size - len(data)
+                raise SSHError(f"{left} bytes are missing: {self._running.refused()}")
+            data += piece
+        return data
 
 
 def _compare(line: bytes, digest: str) -> None:
     if line[:64] != digest.encode():
-        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the machine sent no SHA-256")
+        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the host sent no SHA-256")
 
 
 # ==================================================================================================
@@ -16891,7 +16533,8 @@ def _compare(line: bytes, digest: str) -> None:
 # host, more channels make an upload faster.
 UPLOAD_CHANNELS = 8
 RESUMABLE_CHANNELS = 2
-META_LINES = 500
+MAX_UNCONFIRMED = 1000  # portions; the answers to all of them fit in the window of a channel
+MODE_LINES = 500  # files whose modes the host sets within the timeout
 
 
 def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) -> TransferResult:
@@ -16912,17 +16555,64 @@ def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
     careful = False
     while True:
         try:
-            return Upload(transfer, tree, careful).run()
+            return _compare_and_send(transfer, tree, Upload(transfer, tree, careful))
         except (NoShellError, NoChannelError) as error:
             transfer.restart()
             if careful or isinstance(error, NoShellError):
                 logger.warning("files go over SFTP, which is slower: %s", error)
-                return SftpUpload(transfer, tree).run()
+                with sftp_session(transfer) as remote:
+                    return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
             careful = True
 
 
+def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | SftpUpload) -> bytes:
+    """Upload, with ``skip_unchanged``, ``preview`` and ``delete``; return the path on the host."""
+    options = transfer.options
+    if not options.compares:
+        return sender.send()
+    path, there = sender.listing()
+    by_name = there.by_name
+    deletes: list[bytes] = []
+    if options.delete is not False:
+        transfer.deletes = deletes = _only_there(tree, by_name, options)
+    same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
+    tree.drop_files(same)
+    transfer.unchanged = len(same)
+    transfer.total = sum(entry.size for entry in tree.files)
+    if options.preview or not (tree.is_folder or tree.files):
+        return path
+    path = sender.send()
+    folders = [name for name in deletes if by_name[name].kind == "d"]
+    sender.remove([name for name in deletes if by_name[name].kind != "d"], folders)
+    return path
+
+
+def _only_there(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
+    """Return the names that only the target has, deepest first.
+
+    What ``exclude`` matches, or was left out here, is not among them.
+    """
+    here = {entry.name for entry in tree.entries}
+    left_out = {name for name, _ in tree.left_out}
+    excludes = options.excluded or (lambda *_: False)
+    kept: set[bytes] = {b""}
+    for name, entry in there.items():
+        parts = name.split(b"/")
+        above = [b"/".join(parts[:n]) for n in range(1, len(parts))]
+        if (
+            name in here
+            or not left_out.isdisjoint([*above, name])
+            or excludes(name, entry.kind == "d")
+            or any(excludes(folder, True) for folder in above)
+        ):
+            kept.update(above, [name])
+    listed = None if options.delete is True else options.delete
+    names = [n for n in there if n not in kept and (listed is None or n in listed)]
+    return sorted(names, reverse=True)
+
+
 class Upload:
-    """One upload with the host's shell.
+    """Upload with the host's shell.
 
     The script CONTROL runs from start to end. Workers send large files in chunks, and small ones in
     tar archives.
@@ -16940,55 +16630,73 @@ class Upload:
         whole = os.path.abspath(tree.path)
         kind = "d" if tree.is_folder else "f"
         content = is_content(options.local)
-        # With resume, the same name each time; else a random one.
-        same = record_key((kind, content, whole, options.remote))[:20]
+        token = part_token(options.resume, kind, content, whole, options.remote)
+        self._token = token.encode()
         self._values: dict[str, Any] = {
             "f": options.source,
             "content": int(content),
-            "look": 0,
             "name": os.path.basename(whole) or b".",
             "kind": kind,
-            "token": same if options.resume else os.urandom(10).hex(),
+            "token": token,
             "keep": int(options.resume),
             "follow": int(options.symlinks == "follow"),
         }
         self._control: RemoteScript | None = None
         self._lock = threading.Lock()
 
-    def run(self) -> bytes:
-        """Compare if that was asked for, upload, and return the path on the host."""
-        if not self._options.compares:
-            return self._run()
-        target = ShellTarget(self._transfer, self._tree, self._values)
-        comparison = Comparison(self._transfer, self._tree, target)
-        if self._options.preview or not (self._tree.is_folder or self._tree.files):
-            return comparison.path
-        path = self._run()
-        comparison.finish()
-        return path
+    def _script(self, verb: str, body: str, **values: Any) -> RemoteScript:
+        text = script_text(verb, body, look=1, **self._values, **values)
+        return self._transfer.script(self._transfer.pool.ssh, text)
 
-    def _run(self) -> bytes:
+    def listing(self) -> tuple[bytes, RemoteTree]:
+        """Return the path of the target, and what is there."""
+        with self._script("look", LIST_TARGET) as script:
+            path = script.answer(b"target")
+            return path, parse_listing(script.until(self._token, MAX_ANSWER), MAX_FILES)
+
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs there."""
+        ranges = [(entry, 0, entry.size) for entry in files]
+        return list(self._different(ranges, "path=$f\n"))
+
+    def _different(
+        self, ranges: Iterable[tuple[FileEntry, int, int]], setup: str
+    ) -> Iterator[FileEntry]:
+        return self._transfer.different(
+            ranges, self._tree.place, TARGET + setup, look=1, **self._values
+        )
+
+    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
+        """Remove files, and directories if they are empty, in this order."""
+        for what, names in (("f", files), ("d", folders)):
+            if names:
+                with self._script("remove", REMOVE, what=what) as script:
+                    script.send_names(names)
+                    script.answer(b"removed")
+
+    def send(self) -> bytes:
+        """Send the files, and return the path of the target."""
         transfer = self._transfer
         try:
             # Workers start without the answer of CONTROL, which saves a round trip.
             if not self._careful:
                 self._plan(set())
                 self._start()
-            self._control = transfer.script(
+            control = self._control = transfer.script(
                 transfer.pool.ssh, self._control_script(), patient=self._careful
             )
-            umask, done = self._ready(self._control)
+            umask, done = self._ready(control)
             if self._careful:
-                self._prepare(umask, done)
+                self._prepare(control, umask, done)
                 self._start()
             transfer.finish_workers()
-            self._check_sent()
+            self._check_sent(control)
             if self._tree.is_folder:
-                self._check_tree(self._control)
-                self._set_modes()
-            self._control.send(b"go\n")
-            path = self._control.answer(b"ok")
-            self._control.finish()
+                self._check_tree(control)
+                self._set_modes(control)
+            control.send(b"go\n")
+            path = control.answer(b"ok")
+            control.finish()
             return path
         except BaseException:
             transfer.stop(but=self._control)
@@ -17004,8 +16712,9 @@ class Upload:
         tree = self._tree
         size = 0 if tree.is_folder else tree.files[0].size
         return script_text(
-            "upload", CONTROL, **self._values, preserve=int(self._options.preserve), size=size,
-            mode=f"{tree.mode:o}", time=touch_time(tree.mtime), owner=os.urandom(8).hex(),
+            "upload", CONTROL, **self._values, look=0, preserve=int(self._options.preserve),
+            size=size, mode=f"{tree.mode:o}", time=touch_time(tree.mtime),
+            owner=os.urandom(8).hex(),
         )  # fmt: skip
 
     def _tidy(self) -> None:
@@ -17019,24 +16728,24 @@ class Upload:
                 self._control.rest(MAX_LINE)
         except failures as error:
             if not self._options.resume:
-                logger.warning("a temporary file may stay on the machine: %s", error)
+                logger.warning("a temporary file may stay on the host: %s", error)
 
     def _ready(self, control: RemoteScript) -> tuple[int, set[str]]:
         """Wait for the host; return its umask, and the keys of what an earlier upload sent."""
         umask = control.answer(b"ready")
         if not re.fullmatch(rb"[0-7]{1,5}", umask):
             raise control.refused(b"ready " + umask)
-        lines = control.until(self._values["token"].encode(), MAX_ANSWER)
+        lines = control.until(self._token, MAX_ANSWER)
         return int(umask, 8), set(lines.decode("ascii", "replace").split())
 
-    def _prepare(self, umask: int, done: set[str]) -> None:
+    def _prepare(self, control: RemoteScript, umask: int, done: set[str]) -> None:
         if not self._options.preserve and self._tree.is_folder:
             for entry in self._tree.entries:
                 entry.mode &= ~umask
         self._plan(done)
-        if len(self._earlier) < len(done) and self._control is not None:  # the source has changed
-            self._control.send(b"restart\n")
-            self._control.until(self._values["token"].encode(), MAX_LINE)
+        if len(self._earlier) < len(done):  # the source has changed
+            control.send(b"restart\nsync\n")
+            control.answer(self._token)
             self._plan(set())
 
     def _plan(self, done: set[str]) -> None:
@@ -17060,14 +16769,15 @@ class Upload:
 
     def _work(self, ssh: Any) -> None:
         """Send portions until none is left."""
-        how = "op" if self._options.preserve else "opm"
-        script = script_text("put", PUT, **self._values, how=how, hash=int(self._hashes))
+        how, hashes = "op" if self._options.preserve else "opm", int(self._hashes)
+        script = script_text("put", PUT, **self._values, look=0, how=how, hash=hashes)
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
+                ahead = self._transfer.ahead(self._confirmed) / self._workers
                 while sent and (
-                    portion.size + sum(earlier.size for earlier, _ in sent)
-                    > self._transfer.ahead(self._confirmed) / self._workers
+                    len(sent) >= MAX_UNCONFIRMED
+                    or portion.size + sum(earlier.size for earlier, _ in sent) > ahead
                 ):
                     self._confirm(put, *sent.pop(0))
                 sent.append((portion, self._send(put, portion)))
@@ -17112,112 +16822,76 @@ class Upload:
         padded = sum(e.size + -e.size % TAR_BLOCK for e in portion.entries)
         size = sum(map(len, headers)) + padded + 2 * TAR_BLOCK
         put.send(b"tar %d %s\n" % (size, portion.key.encode()))
-        for piece in self._tar_pieces(headers, portion.entries):
-            if not put.send(piece):
-                break
-
-    def _tar_pieces(self, headers: list[bytes], entries: list[FileEntry]) -> Iterator[bytes]:
-        """Yield a tar archive in large pieces."""
-        made = bytearray()
-        for header, entry in zip(headers, entries, strict=True):
+        made = bytearray()  # sent in large pieces
+        for header, entry in zip(headers, portion.entries, strict=True):
             with about(entry):
                 made += header
                 for piece in self._tree.pieces(entry, 0, entry.size) if entry.kind == "f" else ():
                     made += piece
                     if len(made) >= TRANSFER_PIECE:
-                        yield bytes(made)
+                        if not put.send(bytes(made)):
+                            return
                         made.clear()
                 made += bytes(-entry.size % TAR_BLOCK)
                 if entry.kind == "f":
                     self._transfer.moved(entry, entry.size)
-        yield bytes(made + bytes(2 * TAR_BLOCK))
+        put.send(bytes(made + bytes(2 * TAR_BLOCK)))
 
     # --- checks ---
 
-    def _check_sent(self) -> None:
+    def _check_sent(self, control: RemoteScript) -> None:
         """Compare what an earlier upload sent, and with ``verify`` all small files."""
         if self._left:
-            raise NoChannelError("the machine opened no further channel")
+            raise NoChannelError("the host opened no further channel")
         if not self._tree.is_folder and self._tree.files and not self._tree.files[0].size:
             self._transfer.count(self._tree.files[0], 0)
-        self._check_chunks([portion for portion in self._earlier if portion.start is not None])
-        earlier = _archived(self._earlier)
-        files = _archived(self._portions) if self._options.verify else earlier
-        if files:
-            self._check_files(files)
-        for entry in earlier:
-            self._transfer.count(entry, entry.size)
-
-    def _check_chunks(self, chunks: list[Portion]) -> None:
-        if not chunks:
-            return
-        with self._digests(CHUNK_DIGESTS) as script:
-            asked = [(p.entries[0], p.start or 0, p.size) for p in chunks]
-            for entry in different_chunks(script, asked, self._tree.place):
-                with about(entry):
-                    self._refuse()
-        for entry, _, size in asked:
+        earlier = list(_ranges(self._earlier))
+        compared = self._earlier
+        if self._options.verify:
+            compared = [portion for portion in compared if portion.start is not None]
+            compared += [portion for portion in self._portions if portion.start is None]
+        for entry in self._different(_ranges(compared), "path=$p\n"):
+            with about(entry):
+                control.send(b"wipe\n")
+                raise SSHError(DIFFERS)
+        for entry, _, size in earlier:
             self._transfer.count(entry, size)
-
-    def _check_files(self, files: list[FileEntry]) -> None:
-        with self._digests(FILE_DIGESTS) as script:
-            for entry in different_files(script, files, self._tree.place):
-                with about(entry):
-                    self._refuse()
-
-    def _digests(self, body: str) -> RemoteScript:
-        text = script_text("digests", TARGET + "path=$p\n" + body, **self._values)
-        return self._transfer.script(self._transfer.pool.ssh, text)
-
-    def _refuse(self) -> None:
-        if self._control is not None:
-            self._control.send(b"wipe\n")
-        raise SSHError(DIFFERS)
 
     def _check_tree(self, control: RemoteScript) -> None:
         """Compare the names and sizes of what has arrived."""
-        control.send(b"list\n")
-        there: dict[bytes, tuple[str, int]] = {}
-
-        def take(mode: int, size: int, mtime: int, name: bytes) -> None:
-            kind = kind_of(mode) or "l"
-            there[name] = (kind, size if kind == "f" else 0)
-
-        text = control.until(self._values["token"].encode(), MAX_ANSWER)
-        parse_listing(text, len(self._tree.entries) * 2 + 100, take)
+        control.send(b"list\nsync\n")
+        text = control.until(self._token, MAX_ANSWER)
+        there = parse_listing(text, len(self._tree.entries) * 2 + 100).by_name
         for entry in self._tree.entries:
-            if there.get(entry.name) != (entry.kind, entry.size):
-                with about(entry):
-                    found = there.get(entry.name)
-                    raise SSHError(f"it has {found[1]} bytes there" if found else "it is not there")
+            found = there.get(entry.name)
+            with about(entry):
+                if found is None:
+                    raise SSHError("it is not there")
+                if (found.kind, found.size) != (entry.kind, entry.size):
+                    raise SSHError(f"it has {found.size} bytes there")
 
-    def _set_modes(self) -> None:
+    def _set_modes(self, control: RemoteScript) -> None:
         """Set modes and times of large files and directories, the deepest first."""
         preserve = self._options.preserve
         folders = [entry for entry in self._tree.entries if entry.kind == "d"]
         odd = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
         large = {p.entries[0].name: p.entries[0] for p in self._portions if p.start is not None}
-        entries = [*large.values(), *odd[::-1]]
-        for first in range(0, len(entries), META_LINES):
-            script = self._mode_script(entries[first : first + META_LINES])
-            with self._transfer.script(self._transfer.pool.ssh, script) as running:
-                running.end()
-                running.answer(b"ok")
-
-    def _mode_script(self, entries: list[FileEntry]) -> bytes:
-        lines = [script_text("modes", TARGET + 'cd "$p" || exit 1\n', **self._values)]
-        for entry in entries:
-            lines.append(b"g=" + sh_quoted(b"./" + entry.name))
-            lines.append(b'chmod %o "$g" || no "$g"' % entry.mode)
-            if self._options.preserve:
-                lines.append(b'TZ=UTC0 touch -t %s "$g"' % touch_time(entry.mtime).encode())
-        return b"\n".join([*lines, b"echo ok"])
+        for number, entry in enumerate([*large.values(), *odd[::-1]], 1):
+            name = encoded_name(entry.name)
+            control.send(b"mode %o %s %s\n" % (entry.mode, touch_time(entry.mtime).encode(), name))
+            if number % MODE_LINES == 0:
+                control.send(b"sync\n")
+                control.answer(self._token)
 
 
-def _archived(portions: list[Portion]) -> list[FileEntry]:
-    """Return the files that go in archives."""
-    archives = [portion.entries for portion in portions if portion.start is None]
-    return [entry for entries in archives for entry in entries if entry.kind == "f"]
+def _ranges(portions: list[Portion]) -> Iterator[tuple[FileEntry, int, int]]:
+    """Yield the ranges (file, start, size) of portions."""
+    for portion in portions:
+        for entry in portion.entries:
+            if portion.start is not None:
+                yield entry, portion.start, portion.size
+            elif entry.kind == "f":
+                yield entry, 0, entry.size
 
 
 def touch_time(mtime: int) -> str:

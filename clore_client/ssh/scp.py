@@ -1,4 +1,4 @@
-"""Guard the package scp against hosts that cheat, and against calls that never return."""
+"""Guard the package scp against hostile hosts, and against calls that never return."""
 
 from __future__ import annotations
 
@@ -57,8 +57,12 @@ def guarded_scp(
         raise SSHError(f"the connection broke: {reason(error)}") from error
 
 
+class CallbackError(Exception):
+    """Carry an error of the caller's progress function through scp, as its cause."""
+
+
 class ScpChannel(LimitedChannel):
-    """A channel that returns one line, one status byte or bytes of one file with each ``recv``.
+    """Return one line, one status byte or bytes of one file with each ``recv``.
 
     scp takes what one ``recv`` returns for one record, and the host decides where packets end.
     """
@@ -96,12 +100,11 @@ class ScpChannel(LimitedChannel):
 
 
 class ScpGuard(SCP_BASE):  # type: ignore[misc]
-    """Checks around the methods of ``scp.SCPClient``, which does the work."""
+    """Check what a host asks ``scp.SCPClient`` to do before it does it."""
 
     channel: Any
     _recv_dir: bytes
     _rename: bool
-    _user_error: Exception | None
     _current: tuple[str, int, int | None]  # name, bytes done, bytes in total
 
     def __init__(self, transport: Any, timeout: float, progress: Any, limit: float, ssh: Any):
@@ -115,8 +118,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         try:
             self._user_progress(name, size, done)
         except Exception as error:
-            self._user_error = error  # not to become a TransferError
-            raise
+            raise CallbackError from error
 
     def __enter__(self) -> Any:
         return self
@@ -137,7 +139,6 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         scp_error: type[Exception] = importlib.import_module("scp").SCPException
         failures: tuple[type[Exception], ...] = (SSHError, scp_error, *connection_errors())
         self._current = (os.fsdecode(name), 0, None)
-        self._user_error = None
         self.scp_command = b"scp"
         try:
             with Watchdog() as self._watchdog:
@@ -147,14 +148,15 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
                     channel, self.channel = self.channel, None
                     if channel is not None:
                         channel.close()
+        except CallbackError as error:
+            own = error.__cause__ or error
+            raise own from own.__cause__
         except failures as error:
-            if error is self._user_error:
-                raise
             current, done, total = self._current
             shown = printable(current, 300)
-            far = "" if total is None else f" ({done} of {total} bytes)"
+            bytes_done = "" if total is None else f" ({done} of {total} bytes)"
             says = "the host says: " if isinstance(error, scp_error) else ""
-            text = f"{shown} was not {verb}{far}: {says}{printable(str(error).strip(), 500)}"
+            text = f"{shown} was not {verb}{bytes_done}: {says}{printable(str(error).strip(), 500)}"
             raise TransferError(text, name=shown, done=done, total=total) from error
 
     # --- receiving ---
@@ -286,7 +288,7 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
 
 
 class ExactFile:
-    """A file that returns exactly the bytes that scp announced, though it may grow or shrink."""
+    """Read exactly the bytes that scp announced, though the file may grow or shrink."""
 
     def __init__(self, file: Any, size: int) -> None:
         self._file = file

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from clore_client import CloreClient, TransferError
-from clore_client.ssh.transfer.transfer import excluder, is_content
+from clore_client.ssh.transfer.entry import excluder
+from clore_client.ssh.transfer.transfer import is_content
 from tests.ssh.test_hosts import busybox, host
 from tests.ssh.test_transfer import MB, Far, content, inside, make_tree, snapshot
 from tests.sshd import Sshd, running_sshd

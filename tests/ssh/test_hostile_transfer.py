@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncssh
 import pytest
 
 from clore_client import CloreClient, SSHError, TransferError
@@ -62,8 +63,8 @@ class Asked:
         self.token = token[1] if token else b""
 
 
-def a_file(facts: bytes, content: bytes = b"12345") -> dict[str, bytes]:
-    return {"look": b"f " + facts + b"\n" + content + facts + b"\n"}
+def a_file(status: bytes, content: bytes = b"12345") -> dict[str, bytes]:
+    return {"look": b"f " + status + b"\n" + content + status + b"\n"}
 
 
 WHOLE = a_file(b"5 0 644")
@@ -326,12 +327,12 @@ def snapshot(folder: Path) -> dict[str, Any]:
     for place, folders, files in os.walk(folder):
         for entry in [*folders, *files]:
             path = os.path.join(place, entry)
-            facts = os.lstat(path)
-            kind = stat.S_IFMT(facts.st_mode)
-            text = Path(path).read_bytes() if stat.S_ISREG(facts.st_mode) else b""
+            status = os.lstat(path)
+            kind = stat.S_IFMT(status.st_mode)
+            text = Path(path).read_bytes() if stat.S_ISREG(status.st_mode) else b""
             # A temporary name was in these, and has gone.
-            times = 0 if entry in ("inner", "target") else facts.st_mtime_ns
-            found[path] = (kind, facts.st_mode, facts.st_size, times, text)
+            times = 0 if entry in ("inner", "target") else status.st_mtime_ns
+            found[path] = (kind, status.st_mode, status.st_size, times, text)
     return found
 
 
@@ -445,6 +446,43 @@ def test_a_machine_that_hangs(here: Path, hang_at: str) -> None:
         with pytest.raises(SSHError):
             client.upload(server.order(), here / "x", "far", **options)
     assert os.listdir(here) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("short", ""),
+        ("empty", "131072 bytes are missing"),
+        ("never", "sent nothing for 0.5s"),
+        ("flood", "sends a packet of"),
+    ],
+)
+def test_odd_answers_of_sftp(tmp_path: Path, here: Path, how: str, said: str) -> None:
+    """A host may answer with less than was requested; everything else is an error, and soon."""
+    data = os.urandom(300_000)
+    (tmp_path / "far").write_bytes(data)
+
+    class OddReads(asyncssh.SFTPServer):
+        def __init__(self, chan: Any) -> None:
+            super().__init__(chan, chroot=os.fsencode(tmp_path))
+
+        async def read(self, file_obj: object, offset: int, size: int) -> bytes:
+            if how == "never":
+                await asyncio.Event().wait()
+            return {"short": data[offset : offset + min(size, 1000)], "flood": bytes(2**21)}.get(
+                how, b""
+            )
+
+    options: dict[str, Any] = {"password": "x", "wait": 5, "timeout": 0.5}
+    with HostileServer(says({"look": b"no lacks tar\n"}), sftp=OddReads) as server:
+        start = time.monotonic()
+        expected = pytest.raises(TransferError, match=said) if said else contextlib.nullcontext()
+        with expected:
+            CloreClient(state_dir=None).download(server.order(), "/far", here / "x", **options)
+        assert time.monotonic() - start < 30
+    assert os.listdir(here) == ([] if said else ["x"])
+    if not said:
+        assert (here / "x").read_bytes() == data
 
 
 def test_names_are_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -694,6 +732,22 @@ def test_new_folders_of_a_merge_keep_their_modes_there(
         assert (far / "data" / name).read_text() == name
     assert os.listdir(far) == ["data"]
     assert sorted(os.listdir(far / "data" / "old")) == ["d", "mine"]
+
+
+def test_more_names_than_fit_in_a_window(
+    sshd: Sshd, tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has to read all of them before it fills the other direction."""
+    monkeypatch.setattr(download, "DATA_WINDOW", 2**18)
+    (tmp_path / "far").mkdir()
+    for number in range(11_000):
+        (tmp_path / "far" / f"{number:0230}").touch()
+    for verify in (False, True):
+        got = CloreClient(state_dir=None).download(
+            sshd.order(), tmp_path / "far", here / f"{verify}", key_path=sshd.key, timeout=10,
+            verify=verify,
+        )  # fmt: skip
+        assert got.files == 11_000
 
 
 def test_a_folder_that_is_named_as_a_home(sshd: Sshd, tmp_path: Path, here: Path) -> None:

@@ -260,7 +260,7 @@ def test_a_start_up_file_that_reads_everything(
 def test_a_slow_start_up_file(
     client: CloreClient, tmp_path: Path, here: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It takes longer than the time after which another script tests whether any can start."""
+    """It takes seconds, which is no reason to use SFTP."""
     (here / "one").write_bytes(content(MB))
     with host(client, tmp_path / "host", "bash") as far:
         (far.home / ".bashrc").write_text(
@@ -296,14 +296,14 @@ def far(
     yield Far(client, sshd.order(), folder, key_path=sshd.key)
 
 
-both_lanes = pytest.mark.parametrize("far", ["shell", "sftp"], indirect=True)
+over_both = pytest.mark.parametrize("far", ["shell", "sftp"], indirect=True)
 
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@both_lanes
+@over_both
 def test_permissions_are_never_widened(far: Far, here: Path) -> None:
     (here / "tree").mkdir(mode=0o700)
     for name, bits in (("private", 0o600), ("group", 0o666), ("program", 0o777)):
@@ -334,7 +334,7 @@ def test_permissions_are_never_widened(far: Far, here: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["link to a folder", "link to a file", "folder", "file"])
-@both_lanes
+@over_both
 def test_a_tree_stays_in_its_place(far: Far, here: Path, wrong: str) -> None:
     """What stands in the way is an error before anything is moved, and nothing goes elsewhere."""
     (here / "tree" / "sub").mkdir(parents=True)
@@ -387,7 +387,7 @@ def test_two_resumed_uploads_of_one_file_never_mix(far: Far, here: Path) -> None
         assert os.listdir(far.folder) == ["copy"]
 
 
-@both_lanes
+@over_both
 def test_what_is_no_place_for_a_file(far: Far, here: Path) -> None:
     (here / "x").write_text("new")
     for folder in (far.folder, here):
@@ -407,7 +407,7 @@ def test_what_is_no_place_for_a_file(far: Far, here: Path) -> None:
         assert (folder / "target").read_text() == "new"
 
 
-@both_lanes
+@over_both
 @pytest.mark.parametrize("how", ["skip", "copy", "follow"])
 def test_symlinks_in_a_tree(far: Far, here: Path, how: str) -> None:
     """As in a virtual environment, or a cache; those that lead out of it stay behind."""

@@ -96,13 +96,13 @@ def snapshot(folder: Path, times: bool = False) -> dict[bytes, Any]:
     for place, folders, files in os.walk(root):
         for name in folders + files:
             path = os.path.join(place, name)
-            facts = os.lstat(path)
-            entry: list[Any] = [stat.S_IFMT(facts.st_mode)]
-            if stat.S_ISREG(facts.st_mode):
+            status = os.lstat(path)
+            entry: list[Any] = [stat.S_IFMT(status.st_mode)]
+            if stat.S_ISREG(status.st_mode):
                 with open(path, "rb") as file:
                     entry.append(file.read())
             if times:
-                entry += [stat.S_IMODE(facts.st_mode), int(facts.st_mtime)]
+                entry += [stat.S_IMODE(status.st_mode), int(status.st_mtime)]
             found[os.path.relpath(path, root)] = entry
     return found
 
@@ -509,19 +509,19 @@ def growing_tree(folder: Path, size: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("lane", ["shell", "sftp"])
+@pytest.mark.parametrize("protocol", ["shell", "sftp"])
 @pytest.mark.parametrize("what", ["file", "tree"])
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_little_is_sent_again(
     client: CloreClient, sshd: Sshd, tmp_path: Path, here: Path, direction: str, what: str,
-    lane: str,
+    protocol: str,
 ) -> None:  # fmt: skip
     """At most 5 % of what had arrived, or what is always sent ahead, at random points."""
     size = 24 * MB
     (tmp_path / "far").mkdir()
     with contextlib.ExitStack() as stack:
         server = sshd
-        if lane == "sftp":
+        if protocol == "sftp":
             options = "PasswordAuthentication no\nForceCommand internal-sftp"
             server = stack.enter_context(running_sshd(tmp_path / "sftp", options))
         relay = stack.enter_context(Relay(server.port))
@@ -539,7 +539,7 @@ def test_little_is_sent_again(
         name = inside(source) if what == "tree" else str(source)
         move(name, target, resume=True)
         whole = relay.carried
-        points = random.Random(f"{direction} {what} {lane}")
+        points = random.Random(f"{direction} {what} {protocol}")
         for _ in range(6):
             shutil.rmtree(target) if what == "tree" else target.unlink()
             relay.carried, relay.cut_at = 0, points.randrange(MB, whole)

@@ -1,49 +1,57 @@
-"""Describe the files, directories and symlinks of a transfer, and pack them in tar streams."""
+"""Describe the files, directories and symlinks of a transfer, on both sides."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 import re
 import stat
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clore_client.errors import SSHError, printable
+from clore_client.validation import check_string, short_repr
 
 BLOCK = 65536  # bytes; chunks begin at multiples of it
 TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
 LAST_TIME = 253_402_300_799  # the end of the year 9999, in seconds; later times fail on some disks
 MAX_LEVELS = 256  # nested directories; Python can't remove a tree that is much deeper
+MAX_FILES = 2_000_000  # of a directory on a host
 Excludes = Callable[[bytes, bool], bool]  # of a name, and whether it is a directory
 CHANGED = "it changed during the transfer"
+TAR_BLOCK = 512  # bytes
+CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
+BUNDLE_FILES = 1000
+SMALL_FILE = CHUNK  # bytes; smaller files of a directory are sent as tar archives
 
 
+@dataclass(eq=False, slots=True)
 class FileEntry:
     """A file, directory or symlink of a transfer.
 
     Attributes:
         name: relative to the directory that is transferred; empty for a single file.
-        kind: ``"f"``, ``"d"`` or ``"l"``.
+        kind: ``"f"``, ``"d"`` or ``"l"``; ``"other"`` on a host, of what can't be transferred.
         size: in bytes; 0 unless it is a file.
         mtime: in nanoseconds.
         mode: permissions.
         link: the target of a symlink.
     """
 
-    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
+    name: bytes
+    size: int
+    mtime: int
+    mode: int
+    kind: str = "f"
+    link: bytes = b""
 
-    def __init__(
-        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
-    ) -> None:
-        self.name = name
-        self.kind = kind
-        self.size = size if kind == "f" else 0
-        self.mtime = mtime
-        self.mode = mode
-        self.link = link
+    def __post_init__(self) -> None:
+        if self.kind != "f":
+            self.size = 0
 
     @property
     def version(self) -> tuple[bytes, int, int]:
@@ -54,6 +62,11 @@ class FileEntry:
 def record_key(version: object) -> str:
     """Return the key under which a resumable transfer records a version of a source."""
     return hashlib.sha256(repr(version).encode()).hexdigest()[:32]
+
+
+def part_token(resume: bool, *transfer: object) -> str:
+    """Return a name for the temporary file of a transfer: with ``resume``, always the same."""
+    return record_key(transfer)[:20] if resume else os.urandom(10).hex()
 
 
 def link_target(name: bytes, link: bytes, folders: Container[bytes] | None = None) -> bytes | None:
@@ -79,9 +92,9 @@ def checked_name(name: bytes) -> str:
     """Check a name that a host sent, and return it as a path on this system."""
     parts = name.split(b"/")
     if b"\0" in name or not {b"", b".", b".."}.isdisjoint(parts):
-        raise SSHError(f"the machine names a file that can't be one: {printable(repr(name), 120)}")
+        raise SSHError(f"the host sent an invalid file name: {printable(repr(name), 120)}")
     if len(parts) > MAX_LEVELS:
-        raise SSHError(f"the machine names a file below {len(parts)} directories")
+        raise SSHError(f"the host sent the name of a file below {len(parts)} directories")
     text = os.fsdecode(name)
     if os.name == "nt" and any(sign in text for sign in '\\:*?"<>|'):
         raise SSHError(f"Windows can't name a file {printable(repr(text), 120)}")
@@ -89,13 +102,13 @@ def checked_name(name: bytes) -> str:
 
 
 def kind_of(mode: int) -> str:
-    """Return "f", "d" or "l" for the mode of a file; empty for anything else."""
+    """Return "f", "d" or "l" for the mode of a file; "other" for anything else."""
     kinds = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
-    return kinds.get(stat.S_IFMT(mode), "")
+    return kinds.get(stat.S_IFMT(mode), "other")
 
 
 def whole_seconds(mtime: int) -> int:
-    """Return a time in nanoseconds as the seconds that a transfer keeps."""
+    """Convert a time in nanoseconds to the seconds that a transfer keeps."""
     return min(max(mtime // 10**9, 0), LAST_TIME)
 
 
@@ -104,20 +117,28 @@ def nanoseconds(seconds: int) -> int:
     return min(max(seconds, 0), LAST_TIME) * 10**9
 
 
+def entry_of(name: bytes, mode: int, size: int, seconds: int) -> FileEntry:
+    """Make an entry from the numbers that ``stat`` gives."""
+    return FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind_of(mode))
+
+
 def parse_stat(line: bytes) -> FileEntry:
     """Read size, seconds and permissions of a file."""
     found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
     if found is None:
-        raise SSHError("the machine sent a file status that can't be read")
+        raise SSHError("the host sent a file status that can't be read")
     size, seconds, mode = found.groups()
     return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
 
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
     """Check that a file is the same as before, or has grown: its start has arrived then."""
-    if now is None or now.kind != "f" or now.size < entry.size:
-        raise SSHError(CHANGED)
-    if now.size == entry.size and now.mtime != entry.mtime:
+    same_or_longer = (
+        now is not None
+        and now.kind == "f"
+        and (now.size > entry.size or (now.size, now.mtime) == (entry.size, entry.mtime))
+    )
+    if not same_or_longer:
         raise SSHError(CHANGED)
 
 
@@ -134,108 +155,139 @@ def file_digest(path: str | Path, start: int, length: int) -> str:
 
 @contextlib.contextmanager
 def about(entry: FileEntry) -> Iterator[None]:
-    """Note in an error which file it is about."""
+    """Add the file to an error that a block raises."""
     try:
         yield
     except Exception as error:
         if not hasattr(error, "entry"):
-            with contextlib.suppress(AttributeError):
-                error.entry = entry  # type: ignore[attr-defined]
+            error.entry = entry  # type: ignore[attr-defined]
         raise
 
 
-TAR_BLOCK = 512  # bytes
-MAX_TAR_EXTRA = 65536  # bytes of a name
+class Tree:
+    """The files, directories and symlinks of a transfer; each directory precedes its content."""
+
+    def __init__(self) -> None:
+        self.entries: list[FileEntry] = []
+
+    @property
+    def files(self) -> list[FileEntry]:
+        return [entry for entry in self.entries if entry.kind == "f"]
+
+    def drop_files(self, files: list[FileEntry]) -> None:
+        """Remove files that need not be transferred."""
+        names = {entry.name for entry in files}
+        self.entries = [e for e in self.entries if e.kind != "f" or e.name not in names]
 
 
-def tar_header(entry: FileEntry) -> bytes:
-    """Return the header of an entry in a tar stream, without a user's name or number."""
-    import tarfile  # imported here, because it is slow
+class RemoteTree(Tree):
+    """The entries of a directory on a host, checked.
 
-    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
-    # A directory must be writable until its files have arrived.
-    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
-    info.size, info.mtime = entry.size, entry.mtime // 10**9
-    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
-    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
-    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-
-
-class TarReader:
-    """Read the members of consecutive tar archives, up to a block with a mark.
-
-    Parameters:
-        running: the :class:`RemoteScript` that sends them.
+    Attributes:
+        root: the directory itself.
+        odd: what is neither a file nor a directory nor a symlink.
     """
 
-    def __init__(self, running: Any, mark: bytes) -> None:
-        self._running = running
-        self._mark = mark
-        self._padding = 0
+    def __init__(self, excludes: Excludes | None = None) -> None:
+        super().__init__()
+        self.odd: list[FileEntry] = []
+        self.root = FileEntry(b"", 0, 0, 0o755, "d")
+        self._excludes = excludes or (lambda *_: False)
+        self._folders = {b""}
+        self._names: set[bytes] = set()
+        self._excluded: set[bytes] = set()
 
-    def next(self) -> Any:
-        """Return the next member, or None at the mark."""
-        import tarfile
+    @property
+    def by_name(self) -> dict[bytes, FileEntry]:
+        """All entries, and the root under the empty name."""
+        return {entry.name: entry for entry in [self.root, *self.entries, *self.odd]}
 
-        self._exactly(self._padding)
-        self._padding = 0
-        name = link = ""
-        while True:
-            header = self._exactly(TAR_BLOCK)
-            if header.rstrip(b" \n") == self._mark:
-                return None
-            if not header.strip(b"\0"):
-                continue
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise SSHError("the machine sends no valid tar archive") from error
-            if info.size < 0:
-                raise SSHError("the machine sends a negative size")
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
-                if info.size > MAX_TAR_EXTRA:
-                    raise SSHError("the machine sends a name that is too long")
-                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
-                name, link = _extended(info.type, extra, name, link)
-                continue
-            info.name, info.linkname = name or info.name, link or info.linkname
-            if not info.isreg():
-                info.size = 0
-            self._padding = -info.size % TAR_BLOCK
-            return info
-
-    def content(self, size: int) -> Iterator[bytes]:
-        """Yield the bytes of a member."""
-        while size:
-            piece = self._running.read(min(TRANSFER_PIECE, size))
-            if not piece:
-                raise SSHError(f"{size} bytes are missing: {self._running.refused()}")
-            size -= len(piece)
-            yield piece
-
-    def _exactly(self, size: int) -> bytes:
-        piece = self._running.read(size) if size else b""
-        return piece if len(piece) == size else piece + b"".join(self.content(size - len(piece)))
+    def add(self, entry: FileEntry) -> None:
+        """Check an entry of a listing, and add it unless it or its directory is excluded."""
+        name = entry.name
+        if not name:
+            self.root = entry
+            return
+        checked_name(name)
+        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
+            raise SSHError(f"the host lists {printable(repr(name), 120)} in a wrong place")
+        self._names.add(name)
+        is_folder = entry.kind == "d"
+        if is_folder:
+            self._folders.add(name)
+        if name.rpartition(b"/")[0] in self._excluded or self._excludes(name, is_folder):
+            self._excluded.add(name)
+        else:
+            (self.odd if entry.kind == "other" else self.entries).append(entry)
 
 
-def _extended(kind: bytes, extra: bytes, name: str, link: str) -> tuple[str, str]:
-    """Read a name or a link target that does not fit in a header."""
-    if kind == b"x":  # POSIX: records of a length, a keyword and a value
-        found = dict(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-        return os.fsdecode(found.get(b"path", b"")) or name, os.fsdecode(
-            found.get(b"linkpath", b"")
-        ) or link
-    text = os.fsdecode(extra.rstrip(b"\0"))
-    return (text, link) if kind == b"L" else (name, text)
+def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
+    """Read the output of the shell function ``list``, of at most so many entries."""
+    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
+    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
+    line = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
+    tree = RemoteTree(excludes)
+    at = count = 0
+    while at < len(text):
+        found = line.match(text, at)
+        if found is None:
+            shown = printable(repr(text[at : at + 80]), 120)
+            raise SSHError(f"the host sent a listing that can't be read: {shown}")
+        count += 1
+        if count > most:
+            raise SSHError(f"the host lists more than {most} files")
+        mode, size, seconds, name = found.groups()
+        tree.add(entry_of(name[2:], int(mode, 16), int(size), int(seconds)))
+        at = found.end()
+    return tree
 
 
-CHUNK = 64 * BLOCK  # bytes; of an upload that may be resumed, chunks are smaller at the start
-BUNDLE_BYTES = 8 * 1024 * 1024
-BUNDLE_FILES = 1000
-SMALL_FILE = 4 * 1024 * 1024  # bytes; smaller files of a directory are sent as tar archives
+def excluder(patterns: Any) -> Excludes | None:
+    """Return a function that checks a name and its kind against patterns as in .gitignore."""
+    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
+        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
+    lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
+    if not lines:
+        return None
+    try:
+        pathspec: Any = importlib.import_module("pathspec")
+    except ImportError as error:
+        raise ImportError("exclude needs pathspec: pip install pathspec") from error
+    try:
+        spec = pathspec.GitIgnoreSpec.from_lines(lines)
+    except ValueError as error:
+        raise ValueError(f"exclude: {printable(str(error), 200)}") from error
+
+    def excludes(name: bytes, folder: bool) -> bool:
+        return bool(spec.match_file(os.fsdecode(name) + "/" * folder))
+
+    return excludes
 
 
-class LocalTree:
+def same_files(
+    files: list[FileEntry], options: Any, find: Callable[[FileEntry], FileEntry | None],
+    different: Callable[[list[FileEntry]], list[FileEntry]],
+) -> list[FileEntry]:  # fmt: skip
+    """Return the files that the target already has, if ``skip_unchanged`` asks for that.
+
+    Parameters:
+        find: returns the entry of the target, if there is one.
+        different: returns those of the files whose content differs.
+    """
+    same = []
+    for entry in files if options.skip_unchanged else ():
+        found = find(entry)
+        if found is not None and (found.kind, found.size) == ("f", entry.size):
+            same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
+            if same_time or options.skip_unchanged == "checksum":
+                same.append(entry)
+    if options.skip_unchanged == "checksum" and same:
+        others = {entry.name for entry in different(same)}
+        same = [entry for entry in same if entry.name not in others]
+    return same
+
+
+class LocalTree(Tree):
     """The files, directories and symlinks to upload, and what is left out.
 
     Attributes:
@@ -243,28 +295,24 @@ class LocalTree:
     """
 
     def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
+        super().__init__()
         self.path = path
         self.symlinks = symlinks
         self._excluded = excluded
-        self.entries: list[FileEntry] = []
         self.left_out: list[tuple[bytes, str]] = []
         try:
-            facts = os.stat(path)  # the path itself may be a symlink
+            status = os.stat(path)  # the path itself may be a symlink
         except FileNotFoundError:
             shown = printable(repr(os.fsdecode(path)), 300)
             raise FileNotFoundError(f"local: there is nothing at {shown}") from None
-        self.is_folder = stat.S_ISDIR(facts.st_mode)
-        self.mode, self.mtime = facts.st_mode & 0o777, facts.st_mtime_ns
+        self.is_folder = stat.S_ISDIR(status.st_mode)
+        self.mode, self.mtime = status.st_mode & 0o777, status.st_mtime_ns
         if self.is_folder:
             self._scan(b"", (os.path.realpath(path),))
-        elif stat.S_ISREG(facts.st_mode):
-            self._add(b"", facts)
+        elif stat.S_ISREG(status.st_mode):
+            self._add(b"", status)
         else:
             raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
-
-    @property
-    def files(self) -> list[FileEntry]:
-        return [entry for entry in self.entries if entry.kind == "f"]
 
     def place(self, entry: FileEntry) -> str:
         """Return the local path of an entry."""
@@ -281,8 +329,8 @@ class LocalTree:
             while length and (size := file.readinto(buffer[:length])):
                 length -= size
                 yield buffer[:size]
-            facts = os.fstat(file.fileno())
-            if length or (facts.st_size, facts.st_mtime_ns) != (entry.size, entry.mtime):
+            status = os.fstat(file.fileno())
+            if length or (status.st_size, status.st_mtime_ns) != (entry.size, entry.mtime):
                 raise SSHError(CHANGED)
 
     def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
@@ -290,26 +338,26 @@ class LocalTree:
             entries = sorted(found, key=lambda e: e.name)
         for entry in entries:
             name = os.path.join(folder, entry.name) if folder else entry.name
-            facts = entry.stat(follow_symlinks=False)
-            if self._excluded is not None and self._excluded(name, stat.S_ISDIR(facts.st_mode)):
+            status = entry.stat(follow_symlinks=False)
+            kind = kind_of(status.st_mode)
+            if self._excluded is not None and self._excluded(name, kind == "d"):
                 continue
-            if stat.S_ISLNK(facts.st_mode):
-                self._take_link(name, entry.path, facts, above)
-            elif stat.S_ISDIR(facts.st_mode):
-                self._add(name, facts)
-                self._scan(name, (*above, os.path.realpath(entry.path)))
-            elif stat.S_ISREG(facts.st_mode):
-                self._add(name, facts)
-            else:
+            if kind == "l":
+                self._add_link(name, entry.path, status, above)
+            elif kind == "other":
                 self.left_out.append((name, "it is not a file"))
+            else:
+                self._add(name, status)
+                if kind == "d":
+                    self._scan(name, (*above, os.path.realpath(entry.path)))
 
-    def _take_link(
-        self, name: bytes, path: bytes, facts: os.stat_result, above: tuple[bytes, ...]
+    def _add_link(
+        self, name: bytes, path: bytes, status: os.stat_result, above: tuple[bytes, ...]
     ) -> None:
         link, real = os.readlink(path), os.path.realpath(path)
         within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
         if self.symlinks == "copy" and within and link_target(name, link) is not None:
-            self.entries.append(FileEntry(name, 0, facts.st_mtime_ns, 0o777, "l", link))
+            self.entries.append(FileEntry(name, 0, status.st_mtime_ns, 0o777, "l", link))
         elif self.symlinks == "follow" and within and os.path.isfile(real):
             self._add(name, os.stat(real))
         elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
@@ -318,14 +366,27 @@ class LocalTree:
         else:
             self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
 
-    def _add(self, name: bytes, facts: os.stat_result) -> None:
+    def _add(self, name: bytes, status: os.stat_result) -> None:
         if os.sep != "/":
             name = name.replace(os.fsencode(os.sep), b"/")
-        kind = "d" if stat.S_ISDIR(facts.st_mode) else "f"
-        mode = facts.st_mode & 0o777
-        self.entries.append(FileEntry(name, facts.st_size, facts.st_mtime_ns, mode, kind))
+        kind, mode = kind_of(status.st_mode), status.st_mode & 0o777
+        self.entries.append(FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind))
 
 
+def tar_header(entry: FileEntry) -> bytes:
+    """Return the header of an entry in a tar stream, without a user's name or number."""
+    import tarfile  # imported here, because it is slow
+
+    info = tarfile.TarInfo("./" + os.fsdecode(entry.name))
+    # A directory must be writable until its files have arrived.
+    info.mode = entry.mode | 0o700 if entry.kind == "d" else entry.mode
+    info.size, info.mtime = entry.size, entry.mtime // 10**9
+    kinds = {"d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE, "f": tarfile.REGTYPE}
+    info.type, info.linkname = kinds[entry.kind], os.fsdecode(entry.link)
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+@dataclass(eq=False, slots=True)
 class Portion:
     """A part of an upload that the host confirms: a chunk of a file, or a tar archive.
 
@@ -335,31 +396,28 @@ class Portion:
         size: bytes to send.
     """
 
-    __slots__ = ("entries", "size", "start")
-
-    def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
-        self.entries = entries
-        self.start = start
-        self.size = size
+    entries: list[FileEntry]
+    start: int | None = None
+    size: int = 0
 
     @property
     def key(self) -> str:
         """The key under which the host records it."""
         # The time of a directory changes with every file that is created in it.
-        facts = [e.version if e.kind == "f" else (e.name, e.link) for e in self.entries]
-        return record_key((facts, self.start, self.size))
+        versions = [e.version if e.kind == "f" else (e.name, e.link) for e in self.entries]
+        return record_key((versions, self.start, self.size))
 
 
 def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
-    """Divide an upload into portions; if it may be resumed, they grow with what precedes them."""
+    """Divide an upload into portions; if it may be resumed, the first ones are small."""
     portions: list[Portion] = []
     bundle: Portion | None = None
     others = [entry for entry in tree.entries if entry.kind != "f"]
     files = sorted(tree.files, key=lambda entry: entry.size) if resume else tree.files
     before = 0
     for entry in [*others, *files]:
-        if tree.is_folder and entry.size < (_portion_size(before) if resume else SMALL_FILE):
-            most = _portion_size(before) if resume else BUNDLE_BYTES
+        most = _portion_size(before) if resume else CHUNK
+        if tree.is_folder and entry.size < most:
             if bundle is None or bundle.size >= most or len(bundle.entries) >= BUNDLE_FILES:
                 bundle = Portion([])
                 portions.append(bundle)
@@ -378,5 +436,5 @@ def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
 
 
 def _portion_size(before: int) -> int:
-    """Return the bytes of a portion of a resumable upload: a hundredth of what precedes it."""
+    """Return the bytes of the next portion of a resumable upload: 1 % of those before it."""
     return min(max(before // (100 * BLOCK), 2) * BLOCK, CHUNK)

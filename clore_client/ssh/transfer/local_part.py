@@ -1,4 +1,4 @@
-"""Keep the temporary files of a download, and rename them when it is complete."""
+"""Keep the temporary files of a download, and move them to the target when it is complete."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,29 @@ from clore_client.errors import SSHError, printable
 from clore_client.log import logger
 from clore_client.ssh.transfer.entry import (
     BLOCK,
+    MAX_FILES,
     TRANSFER_PIECE,
     FileEntry,
+    RemoteTree,
+    about,
     checked_name,
+    entry_of,
+    link_target,
+    part_token,
     record_key,
+    same_files,
 )
+from clore_client.ssh.transfer.transfer import Transfer
 
 PART = ".clore-part-"
 ZEROS = bytes(TRANSFER_PIECE)
-Ranges = list[tuple[int, int]]  # start and length
+Spans = list[tuple[int, int]]  # start and length
+# Returns those of the files whose content differs from that of their targets.
+Different = Callable[[list[FileEntry]], list[FileEntry]]
 
 
 class LocalPart:
-    """The temporary file or directory of a download, and the record of what has arrived.
+    """Keep the temporary file or directory of a download, and a record of what has arrived.
 
     Attributes:
         target: the final path.
@@ -38,15 +49,13 @@ class LocalPart:
         self.target = target
         self._options = options
         whole = os.path.abspath(target)
-        # With resume, the same name each time; else a random one.
-        same = record_key((remote, whole))[:20]
-        token = same if options.resume else os.urandom(10).hex()
+        token = part_token(options.resume, remote, whole)
         self._part = Path(os.path.dirname(whole)) / f"{PART}{token}"
         self._record: Any = None
         self._record_path = Path(f"{self._part}.done")
         self._lock = threading.Lock()
         self._size = 0
-        self.done: dict[str, Ranges] = {}
+        self.done: dict[str, Spans] = {}
 
     def __enter__(self) -> LocalPart:
         if self._options.resume:
@@ -69,21 +78,14 @@ class LocalPart:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         handle = os.open(self._record_path, flags, 0o600)
         self._record = os.fdopen(handle, "r+", encoding="latin-1")
-        if not (lock_file(self._record.fileno()) and self._is_there()):
+        # A file without a name was removed by another process that has just finished.
+        if not lock_file(handle) or not os.fstat(handle).st_nlink:
             self._record.close()
             self._record = None
             raise SSHError("another process runs the same transfer: wait for its end")
 
-    def _is_there(self) -> bool:
-        """Return whether the file still exists: another process removes it when it has finished."""
-        try:
-            found = os.stat(self._record_path)
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(os.fstat(self._record.fileno()), found)
-
-    def _read_record(self) -> dict[str, Ranges]:
-        done: dict[str, Ranges] = {}
+    def _read_record(self) -> dict[str, Spans]:
+        done: dict[str, Spans] = {}
         if os.path.lexists(self._part):
             lines = re.findall(
                 r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
@@ -112,9 +114,9 @@ class LocalPart:
             self._record.seek(0)
             self._record.truncate()
 
-    def earlier(self, entry: FileEntry) -> Ranges:
+    def earlier(self, entry: FileEntry) -> Spans:
         """Return the ranges of a file that an earlier download received, merged."""
-        merged: Ranges = []
+        merged: Spans = []
         for start, length in sorted(self.done.get(record_key(entry.version), ())):
             if merged and start <= sum(merged[-1]):
                 first = merged[-1][0]
@@ -123,7 +125,7 @@ class LocalPart:
                 merged.append((start, length))
         return merged
 
-    def missing(self, entry: FileEntry) -> Ranges:
+    def missing(self, entry: FileEntry) -> Spans:
         """Return the ranges of a file that are missing."""
         left, at = [], 0
         for start, length in [*self.earlier(entry), (entry.size, 0)]:
@@ -189,21 +191,17 @@ class LocalPart:
         """Return where an entry goes in the end."""
         return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
 
-    def has_same(self, entry: FileEntry, by_time: bool) -> bool:
-        """Return whether the target has a file of that size, and of that time if ``by_time``."""
+    def installed(self, entry: FileEntry) -> FileEntry | None:
+        """Return what the target already has in the place of a file."""
         try:
             found = os.lstat(self.target_of(entry))
         except OSError:
-            return False
-        if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
-            return False
-        return not by_time or int(found.st_mtime) == entry.mtime // 10**9
+            return None
+        return entry_of(entry.name, found.st_mode, found.st_size, int(found.st_mtime))
 
     def place(self, entry: FileEntry) -> Path:
-        return self.place_of(entry.name)
-
-    def place_of(self, name: bytes) -> Path:
-        return self._part / checked_name(name) if name else self._part
+        """Return the temporary path of an entry."""
+        return self._part / checked_name(entry.name) if entry.name else self._part
 
     def open(self, entry: FileEntry) -> Any:
         """Open a temporary file, which no other user may read."""
@@ -298,3 +296,91 @@ def write_piece(file: Any, piece: bytes) -> None:
     view = memoryview(piece)
     while view:
         view = view[file.write(view) :]
+
+
+def begin_file(
+    transfer: Transfer, part: LocalPart, entry: FileEntry, different: Different
+) -> list[FileEntry]:
+    """Check and begin the download of a file; return what to receive, unless it is unchanged."""
+    transfer.total = entry.size
+    part.accept([entry], folder=False)
+    if same_files([entry], transfer.options, part.installed, different):
+        transfer.unchanged = 1
+        return []
+    part.begin([entry])
+    return [entry]
+
+
+def begin_tree(
+    transfer: Transfer, part: LocalPart, tree: RemoteTree, different: Different
+) -> list[FileEntry]:
+    """Check and begin the download of a directory; return its symlinks."""
+    options = transfer.options
+    for entry in tree.odd:
+        transfer.leave_out(entry.name, "it is not a file")
+    kept = []
+    for entry in tree.entries:
+        # GNU tar reads a backslash in a name as an escape.
+        if entry.kind == "l" and (options.symlinks == "skip" or b"\\" in entry.name):
+            transfer.leave_out(entry.name, "a symlink")
+        else:
+            kept.append(entry)
+    tree.entries = kept
+    links = [entry for entry in kept if entry.kind == "l"]
+    part.accept(tree.files, folder=True)
+    if not links or options.symlinks != "follow":  # else all that a symlink leads to is needed
+        same = same_files(tree.files, options, part.installed, different)
+        tree.drop_files(same)
+        transfer.unchanged = len(same)
+        part.accept(tree.files, folder=True)
+    transfer.total = sum(entry.size for entry in tree.files)
+    part.begin(tree.entries)
+    return links
+
+
+def make_links(
+    transfer: Transfer, part: LocalPart, tree: RemoteTree, links: list[FileEntry]
+) -> None:
+    """Create the symlinks that lead to something in the tree, or copies of it."""
+    entries = {entry.name: entry for entry in tree.entries}
+    folders = {entry.name for entry in tree.entries if entry.kind == "d"}
+    for link in links:
+        target, hops = link, 0
+        while target.kind == "l" and hops < 40:
+            within, hops = link_target(target.name, target.link, folders), hops + 1
+            found = entries.get(within) if within else None
+            if found is None:
+                break
+            target = found
+        inside = (link.name + b"/").startswith(target.name + b"/")
+        follow = transfer.options.symlinks == "follow"
+        if target.kind == "l" or (inside and follow):
+            transfer.leave_out(link.name, f"a symlink to {os.fsdecode(link.link)}")
+            tree.entries.remove(link)
+        elif not follow:
+            os.symlink(os.fsdecode(link.link), part.place(link))
+        else:
+            with about(link):
+                _copy(part, tree, link, target)
+
+
+def _copy(part: LocalPart, tree: RemoteTree, link: FileEntry, target: FileEntry) -> None:
+    """Copy what a symlink leads to, within ``max_bytes``."""
+    link.kind, link.mode, link.mtime, link.size = (
+        target.kind, target.mode, target.mtime, target.size,
+    )  # fmt: skip
+    if target.kind == "f":
+        part.grow(target.size)
+        shutil.copyfile(part.place(target), part.place(link))
+        return
+    below = target.name + b"/"
+    copies = [
+        FileEntry(link.name + b"/" + e.name[len(below) :], e.size, e.mtime, e.mode, e.kind)
+        for e in tree.entries
+        if e.kind != "l" and e.name.startswith(below)
+    ]
+    part.grow(sum(entry.size for entry in copies))
+    if len(tree.entries) + len(copies) > MAX_FILES:
+        raise SSHError(f"its copies are more than {MAX_FILES} files")
+    tree.entries += copies
+    shutil.copytree(part.place(target), part.place(link))

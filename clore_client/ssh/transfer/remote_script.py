@@ -2,17 +2,19 @@
 
 The login shell runs one fixed line without special characters. That line starts ``sh``, which reads
 the script from standard input, between two lines with a random mark. So the kind of the login shell
-does not matter, nor what its start-up files print, read or change. The output is not trusted:
-lengths are limited, numbers are parsed, and names are checked.
+does not matter, nor what its start-up files print or change. The output is not trusted: lengths are
+limited, numbers are parsed, and names are checked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import BLOCK
@@ -28,13 +30,12 @@ from clore_client.ssh.transport import (
 DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
 MAX_NOISE = 65536  # bytes that start-up files may print
 MAX_LINE = 65536  # bytes
-PROBE_AFTER = 3.0  # seconds without a word until another script tests whether any can start
-PROBE_PATIENCE = 1.0  # seconds that a script may start later than that one, which began after it
+SHELL_PATIENCE = 20.0  # seconds for a login shell to start a script
 LAST_PATIENCE = 3.0  # seconds for each step of cleaning up, after an error or Ctrl-C
-PADDING = b"\n" * 64  # lines for start-up files that read some
+PADDING = b"\n" * 64  # a start-up file may read some lines: these, and not those of the script
 
-# In single quotes, without what csh or fish would change there: a backslash, a quote, "!".
-# $a keeps the locale of the user, for scripts that start something of theirs.
+# Has no character that csh or fish changes within single quotes: no backslash, quote or "!".
+# $a keeps the locale of the user, for scripts that start a command of the user.
 BOOTSTRAP = (
     "/bin/sh -c 'a=$LC_ALL; export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; l=; "
     'until [ "$l" = {mark} ]; do IFS= read -r l || exit 119; done; s=; l=; '
@@ -46,17 +47,30 @@ INLINE = (
     "/bin/sh -c 'export LC_ALL=C; n=$(echo; echo x); n=${{n%x}}; s=; IFS=@; set -f; "
     "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
 )
-NO_INPUT = 119  # the exit code where the script did not come
-READS_ALL = "a start-up file of the machine, such as ~/.bashrc, reads the input of all commands"
+NO_INPUT = 119  # the exit code if the input ends before the script
+Channel = TypeVar("Channel", bound=LimitedChannel)
+READS_ALL = "a start-up file of the host, such as ~/.bashrc, reads the input of all commands"
 MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
 
 
 class NoShellError(SSHError):
-    """A host has no POSIX shell with the usual tools; SFTP may work."""
+    """Report a host without a POSIX shell or one of the usual tools; SFTP may work."""
+
+
+def with_patience(seconds: float, open_channel: Callable[[], Channel]) -> Channel:
+    """Open a channel; retry while the host opens no further one."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return open_channel()
+        except NoChannelError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(CHANNEL_PAUSE)
 
 
 class RemoteScript:
-    """A script that runs on a host; a context manager that closes its channel.
+    """Run a script on a host; a context manager that closes its channel.
 
     Parameters:
         timeout: seconds without anything sent or received.
@@ -67,17 +81,10 @@ class RemoteScript:
     """
 
     def __init__(
-        self,
-        transport: Any,
-        script: bytes,
-        watchdog: Watchdog,
-        timeout: float,
-        *,
-        patience: float = 1.0,
-        window: int = COMMAND_WINDOW,
-        reads: bool = True,
+        self, transport: Any, script: bytes, watchdog: Watchdog, timeout: float, *,
+        patience: float = 1.0, window: int = COMMAND_WINDOW, reads: bool = True,
         turn: threading.Lock | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._transport = transport
         self._watchdog = watchdog
         self._turn = turn
@@ -85,15 +92,13 @@ class RemoteScript:
         self._mark = os.urandom(8).hex()
         self._buffer = memoryview(b"")  # received, and not read yet
         self._begun = False
-        self._probe: RemoteScript | None = None
         inline = None if reads else inlined(script)
-        self._inline = inline is not None
         line = BOOTSTRAP if inline is None else INLINE
         command = line.format(mark=self._mark, script=inline)
         self.channel = self._open(command, timeout, patience, window)
         mark = self._mark.encode() + b"\n"
-        # An inline script gets lines, too, for start-up files that read some. (Without any input,
-        # dropbear loses what a short script prints.)
+        # An inline script also gets lines, for start-up files that read some, and because dropbear
+        # loses the output of a short script that has no input.
         self.send(PADDING + (mark + script + b"\n" + mark if inline is None else b""))
         self._arrived = threading.Event()  # set while there is output, and at its end
         self.channel.in_buffer.set_event(self._arrived)
@@ -102,17 +107,14 @@ class RemoteScript:
 
     def _open(self, command: str, timeout: float, patience: float, window: int) -> LimitedChannel:
         """Run a command on a new channel."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                with self._turn or contextlib.nullcontext():
-                    channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
-                    channel.exec_command(command)
-                return channel
-            except NoChannelError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(CHANNEL_PAUSE)
+
+        def once() -> LimitedChannel:
+            with self._turn or contextlib.nullcontext():
+                channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
+                channel.exec_command(command)
+            return channel
+
+        return with_patience(patience, once)
 
     def __enter__(self) -> RemoteScript:
         return self
@@ -125,7 +127,7 @@ class RemoteScript:
 
     def finish(self) -> None:
         """Close the channel; if scripts take turns, wait for the end of the script first."""
-        if self._turn is not None:
+        if self._turn is not None and not self.channel.closed:
             self.end()
             self.channel.status_event.wait(LAST_PATIENCE)
         self.close()
@@ -133,14 +135,12 @@ class RemoteScript:
     def close(self) -> None:
         """Close the channel, which ends a script that still runs."""
         self.channel.close()
-        if self._probe is not None:
-            self._probe.close()
         if self._turn is not None and self._ending:
             self._ending = False
             self._turn.release()
 
     def hurry(self) -> None:
-        """Wait less from now on: the transfer stops."""
+        """Shorten the timeout, because the transfer stops."""
         self.channel.timeout = min(self.channel.timeout, LAST_PATIENCE)
 
     # --- sending ---
@@ -154,6 +154,11 @@ class RemoteScript:
         except connection_errors():
             return False
         return True
+
+    def send_names(self, names: Iterable[bytes]) -> None:
+        """Send names of files for ``xargs -0``, and end the input."""
+        self.send(b"".join(b"./" + name + b"\0" for name in names))
+        self.end()
 
     def end(self) -> None:
         """End the input of the script."""
@@ -181,9 +186,9 @@ class RemoteScript:
                 return line
             line += piece
             if len(line) > 4 * MAX_LINE:
-                raise SSHError("the machine sends an endless line")
+                raise SSHError("the host sends an endless line")
             if time.monotonic() > deadline and b"\n" not in line:
-                raise SSHError(f"the machine sent no whole line within {self.channel.timeout:g}s")
+                raise SSHError(f"the host sent no whole line within {self.channel.timeout:g}s")
         self._push_back(line[end:])
         return line[: end - 1]
 
@@ -197,7 +202,7 @@ class RemoteScript:
                 raise self.refused(bytes(text[1 : 1 + MAX_LINE]))
             text += piece
             if len(text) > most:
-                raise SSHError(f"the machine answers with more than {most} bytes")
+                raise SSHError(f"the host answers with more than {most} bytes")
         self._push_back(bytes(text[end + len(ending) :]))
         return bytes(text[1 : end + 1])
 
@@ -207,7 +212,7 @@ class RemoteScript:
         while piece := self.read(BLOCK):
             text += piece
             if len(text) > most:
-                raise SSHError(f"the machine answers with more than {most} bytes")
+                raise SSHError(f"the host answers with more than {most} bytes")
         return bytes(text)
 
     def answer(self, word: bytes) -> bytes:
@@ -220,20 +225,20 @@ class RemoteScript:
     def expect_end(self) -> None:
         """Check that there is no more output, and that the script succeeded."""
         if self.read(1):
-            raise SSHError("the machine sends more than it announced")
+            raise SSHError("the host sends more than it announced")
         if self.channel.recv_exit_status() != 0:
             raise self.refused()
 
     def refused(self, line: bytes = b"") -> SSHError:
         """Return an error with the reason that the host gives."""
         if line.startswith(b"no lacks "):
-            return NoShellError(f"the machine {printable(os.fsdecode(line[3:]), 80)}")
+            return NoShellError(f"the host {printable(os.fsdecode(line[3:]), 80)}")
         said = line[3:] if line.startswith(b"no ") else b""
         said = said or self._errors() or line
         if not said.strip() and not self._transport.is_active():
             return SSHError("the connection broke")
         text = said.decode("utf-8", "replace").strip() or "it gives no reason"
-        return SSHError(f"the machine refuses: {printable(text, 500)}")
+        return SSHError(f"the host refuses: {printable(text, 500)}")
 
     def _errors(self) -> bytes:
         text = b""
@@ -259,39 +264,18 @@ class RemoteScript:
         """Skip what start-up files print before the mark."""
         self._begun = True
         mark, seen = self._mark.encode() + b"\n", b""
-        begun = time.monotonic()
-        deadline = begun + self.channel.timeout
-        probed = self._inline or self._ending  # or nothing of it can get lost
+        deadline = time.monotonic() + min(self.channel.timeout, SHELL_PATIENCE)
         while mark not in seen:
-            pause = begun + min(PROBE_AFTER, self.channel.timeout / 2) - time.monotonic()
-            if not (probed or self._buffer) and not self._arrived.wait(max(0.0, pause)):
-                self._check_input()
-                probed = True
+            if not self._buffer and not self._arrived.wait(max(0.0, deadline - time.monotonic())):
+                raise NoShellError(f"{READS_ALL}, or the shell takes too long to start")
             piece = self._receive(BLOCK)
             if not piece:
                 raise self._no_shell(seen)
             seen += piece
             late = len(seen) > MAX_NOISE + BLOCK or time.monotonic() > deadline
             if late and mark not in seen:
-                raise SSHError("the machine prints without end before it starts a shell")
+                raise SSHError("the host prints without end before it starts a script")
         self._push_back(seen.partition(mark)[2])
-
-    def _check_input(self) -> None:
-        """Raise NoShellError if a start-up file reads all input, so that this script never starts.
-
-        A script whose input has ended starts then, and proves it.
-        """
-        try:
-            with RemoteScript(
-                self._transport, b"echo ok", self._watchdog, self.channel.timeout,
-                reads=False, turn=self._turn,
-            ) as self._probe:  # fmt: skip
-                self._probe.end()
-                self._probe.answer(b"ok")
-        except NoChannelError:
-            return
-        if not self._arrived.wait(PROBE_PATIENCE):
-            raise NoShellError(READS_ALL)
 
     def _no_shell(self, seen: bytes) -> SSHError:
         if not self._transport.is_active():
@@ -301,14 +285,11 @@ class RemoteScript:
             return NoShellError(READS_ALL)
         said = (self._errors().strip() or seen.strip()).decode("utf-8", "replace")
         text = printable(said, 300) or f"nothing (exit code {self.channel.exit_status})"
-        return NoShellError(f"the machine runs no shell, and says: {text}")
+        return NoShellError(f"the host runs no shell, and says: {text}")
 
 
 def inlined(script: bytes) -> str | None:
     """Return a script as an argument that every login shell passes on unchanged, or None."""
-    special = set(script) & set(b"\\!@") or any(
-        (byte < 32 and byte != 10) or byte > 126 for byte in script
-    )
-    if special or len(script) > MAX_INLINE:
+    if len(script) > MAX_INLINE or re.search(rb"[^\n -~]|[\\!@]", script):
         return None
     return script.decode("ascii").replace("'", "'\"'\"'").replace("\n", "@")

@@ -1,15 +1,14 @@
-"""Shell scripts that a transfer runs on a host, with POSIX tools and those of GNU and busybox."""
+"""Define the shell scripts of a transfer, for POSIX tools and those of GNU and busybox."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from clore_client.errors import SSHError, printable
-from clore_client.ssh.transfer.entry import BLOCK, FileEntry, file_digest
-from clore_client.ssh.transfer.remote_script import RemoteScript
+from clore_client.errors import SSHError
 from clore_client.validation import short_repr
+
+DIFFERS = "SHA-256 differs: what had arrived is removed"
+MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
 
 # Precedes each script. Relative paths count from the home directory, even if a start-up file
 # changes the directory. $n is a line end, set before.
@@ -34,7 +33,7 @@ list() { find . -exec stat -c "%f %s %Y %n" {} +; }
 """
 # Ends with the name of a tool that is missing.
 CHECK_TOOLS = r"""
-for t in chmod dd find head mkdir mv rm stat tar touch xargs; do
+for t in chmod dd find head mkdir mv rm sort stat tar touch xargs; do
   command -v $t >/dev/null || no "lacks $t"
 done
 command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
@@ -121,10 +120,13 @@ finish_tree() {
     mv -f "$g" "$0/$g" || exit 1; done' "$f" {} + || gone
   cd / && rm -rf "$p"
 }
-while read -r word || gone; do case $word in
-restart) wipe; make; echo "$token";;
+while read -r word m t q || gone; do case $word in
+restart) wipe; make;;
 wipe) wipe; exit 1;;
-list) (cd "$p" && list); echo "$token";;
+mode) inner; chmod "$m" "$p$g" || no "$g: its mode was not set"
+  [ "$preserve" = 0 ] || TZ=UTC0 touch -t "$t" "$p$g" || no "$g: its time was not set";;
+sync) echo "$token";;
+list) (cd "$p" && list);;
 go) [ "$keep" = 0 ] || [ "$(cat "$o" 2>/dev/null)" = "$owner" ] || {
   printf "no another upload of the same has begun%s" "$n"; exit 1; }
   if [ "$kind" = f ]; then finish_file; else finish_tree; fi
@@ -189,9 +191,10 @@ echo end
 """
 )
 # Print SHA-256: of each chunk for which a line (block, size, name) comes, and of each file that is
-# named.
+# named, in the order of the names. ``sort`` reads all names before the first output, which would
+# block if the client still sent names instead of reading it.
 CHUNK_DIGESTS = r"""while read -r k s q; do inner; part "$path$g" "$k" "$s" | $sha; done"""
-FILE_DIGESTS = r"""cd "$path" && xargs -0 $sha"""
+FILE_DIGESTS = r"""cd "$path" && sort -z | xargs -0 $sha"""
 # Prints the type of the source, then a listing, or the content of a file that is not too large.
 LOOK = (
     CHECK_TOOLS
@@ -206,7 +209,6 @@ elif [ -f "$f" ]; then
   echo "f $size ${s#* }"
   [ "$size" -le "$most" ] || exit 0
   part "$f" 0 "$size"
-  [ "$hash" = 0 ] || part "$f" 0 "$size" | $sha
   [ "${s%% *}" -gt 0 ] || { echo "$size ${s#* }"; exit 0; }
   stat -L -c "%s %Y %a" "$f"
 elif [ -e "$f" ]; then no "it is neither a file nor a directory"
@@ -216,14 +218,12 @@ else no "there is no such file"; fi
 # Prints a tar archive of the files whose names it reads, a block with a mark, and a new listing.
 GET_TREE = r"""
 cd "$f" || exit 1
-xargs -0 tar -cf -
+sort -z | xargs -0 tar -cf -
 printf "%-511s\n" "$token"; list; echo "$token"
 """
-# Prints each range of a file for which a line (block, size) comes, and the file's state after it.
+# Prints a range of a file, its SHA-256, and the state of the file after that.
 GET = r"""
-while read -r k s; do
-  part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
-done
+part "$f" "$k" "$s"; part "$f" "$k" "$s" | $sha
 stat -L -c "%s %Y %a" "$f"
 """
 
@@ -256,63 +256,10 @@ def remote_path(path: bytes) -> bytes:
     return path if path.startswith(b"/") else b"./" + path
 
 
-def parse_listing(text: bytes, most: int, take: Callable[[int, int, int, bytes], None]) -> None:
-    """Read the output of ``list``; pass mode, size, seconds and name of each entry to ``take``."""
-    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
-    pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
-    entry = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
-    at = count = 0
-    while at < len(text):
-        found = entry.match(text, at)
-        if found is None:
-            shown = printable(repr(text[at : at + 80]), 120)
-            raise SSHError(f"the machine sent a listing that can't be read: {shown}")
-        count += 1
-        if count > most:
-            raise SSHError(f"the machine lists more than {most} files")
-        mode, size, seconds, name = found.groups()
-        take(int(mode, 16), int(size), int(seconds), name[2:])
-        at = found.end()
-
-
 def parse_digests(text: bytes, count: int) -> list[str]:
     """Read the SHA-256 of each file from the output of sha256sum or openssl."""
     # Other lines are parts of names: not every sha256sum escapes line ends.
     digests = [s.decode() for s in re.findall(rb"^\\?([0-9a-f]{64}) [ *]", text, re.M)]
     if len(digests) != count:
-        raise SSHError(f"the machine sent {len(digests)} SHA-256 instead of {count}")
+        raise SSHError(f"the host sent {len(digests)} SHA-256 instead of {count}")
     return digests
-
-
-DIFFERS = "SHA-256 differs: what had arrived is removed"
-MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
-
-
-def different_chunks(
-    script: RemoteScript,
-    chunks: list[tuple[FileEntry, int, int]],
-    place: Callable[[FileEntry], str | Path],
-) -> Iterator[FileEntry]:
-    """Yield the files of which a chunk (file, start, size) differs.
-
-    ``script`` runs CHUNK_DIGESTS, ``place`` returns local paths.
-    """
-    asked = [b"%d %d " % (start // BLOCK, size) + encoded_name(e.name) for e, start, size in chunks]
-    script.send(b"\n".join([*asked, b""]))
-    script.end()
-    for entry, start, size in chunks:
-        (digest,) = parse_digests(script.line() + b"\n", 1)
-        if digest != file_digest(place(entry), start, size):
-            yield entry
-
-
-def different_files(
-    script: RemoteScript, files: list[FileEntry], place: Callable[[FileEntry], str | Path]
-) -> Iterator[FileEntry]:
-    """Yield the files that differ; ``script`` runs FILE_DIGESTS, ``place`` returns local paths."""
-    script.send(b"".join(b"./" + entry.name + b"\0" for entry in files))
-    script.end()
-    digests = parse_digests(script.rest(MAX_ANSWER), len(files))
-    for entry, digest in zip(files, digests, strict=True):
-        if digest != file_digest(place(entry), 0, entry.size):
-            yield entry

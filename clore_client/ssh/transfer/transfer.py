@@ -1,9 +1,8 @@
-"""Run one transfer: its worker threads, scripts, deadline, progress and errors."""
+"""Run one transfer: its arguments, worker threads, scripts, deadline, progress and errors."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import queue
 import re
@@ -12,6 +11,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from clore_client.errors import SSHError, TransferError, printable
@@ -25,9 +25,24 @@ from clore_client.progress import (
     readable_size,
 )
 from clore_client.ssh.connect import ConnectionPool
-from clore_client.ssh.transfer.entry import Excludes, FileEntry, LocalTree
+from clore_client.ssh.transfer.entry import (
+    BLOCK,
+    SMALL_FILE,
+    FileEntry,
+    LocalTree,
+    excluder,
+    file_digest,
+)
 from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, RemoteScript
-from clore_client.ssh.transfer.scripts import remote_path
+from clore_client.ssh.transfer.scripts import (
+    CHUNK_DIGESTS,
+    FILE_DIGESTS,
+    MAX_ANSWER,
+    encoded_name,
+    parse_digests,
+    remote_path,
+    script_text,
+)
 from clore_client.ssh.transport import (
     COMMAND_WINDOW,
     NoChannelError,
@@ -43,12 +58,17 @@ from clore_client.validation import (
     check_local_path,
     check_number,
     check_optional_number,
-    check_string,
     short_repr,
 )
 
 MAX_STREAMS = 16
 SYMLINK_WAYS = ("skip", "copy", "follow")
+# From so many bytes on, so many connections are worth their logins.
+UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
+CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
+LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
+NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
+RANGE = 64 * 1024 * 1024  # bytes that are requested or hashed at a time, within the timeout
 
 
 class TransferOptions:
@@ -120,28 +140,6 @@ def is_content(path: bytes) -> bool:
     return last in (b"", b".", b"..")
 
 
-def excluder(patterns: Any) -> Excludes | None:
-    """Return a function that checks a name and its kind against patterns as in .gitignore."""
-    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
-        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
-    lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
-    if not lines:
-        return None
-    try:
-        pathspec: Any = importlib.import_module("pathspec")
-    except ImportError as error:
-        raise ImportError("exclude needs pathspec: pip install pathspec") from error
-    try:
-        spec = pathspec.GitIgnoreSpec.from_lines(lines)
-    except ValueError as error:
-        raise ValueError(f"exclude: {printable(str(error), 200)}") from error
-
-    def excludes(name: bytes, folder: bool) -> bool:
-        return bool(spec.match_file(os.fsdecode(name) + "/" * folder))
-
-    return excludes
-
-
 def check_path(name: str, value: Any) -> bytes:
     """Check a path, and return it as bytes."""
     if not isinstance(value, (str, bytes, os.PathLike)):
@@ -154,10 +152,6 @@ def check_path(name: str, value: Any) -> bytes:
         raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
     check_local_path(name, path)  # no host allows longer ones
     return path
-
-
-# From so many bytes on, so many connections are worth their logins.
-UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
 
 
 class UploadOptions(TransferOptions):
@@ -201,17 +195,12 @@ def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 
-CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
-LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
-NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
-
-
 class StoppedError(Exception):
-    """Another worker has failed; used only within a transfer."""
+    """Stop a worker after another one has failed; used only within a transfer."""
 
 
 class Transfer:
-    """One transfer.
+    """Run the worker threads and scripts of one transfer, and report its progress and errors.
 
     Attributes:
         name: of the whole source, for errors.
@@ -221,6 +210,8 @@ class Transfer:
         deletes: the names that only the target has, or None.
         skipped: (name, reason) of what is left out.
         timeout: seconds without anything sent or received.
+        near: whether one channel is as fast as several.
+        takes_turns: whether no script may start while another one of the connection ends.
     """
 
     def __init__(
@@ -233,37 +224,38 @@ class Transfer:
         self.deletes: list[bytes] | None = None
         self.options: Any = options
         self.pool = pool
+        self.near = pool.round_trip < NEAR
+        self.takes_turns = takes_turns(pool.ssh.get_transport())
         self.watchdog = Watchdog()
         self.skipped: list[tuple[str, str]] = []
-        self.stopped = threading.Event()
-        self.timeout = options.timeout
         self._expired = False
         self._report: Report | None = None
-        self._done: dict[bytes, int] = {}
-        self._all_done = 0
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._owner = threading.get_ident()
         self._workers: list[threading.Thread] = []
         self._started = time.monotonic()
         self._running: weakref.WeakSet[RemoteScript] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._turns: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
+        self.restart()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Enforce the deadline, report the progress, and name the file in an error of a block."""
+        """Enforce the deadline, report the progress, and raise a TransferError for what fails."""
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
         deadline = self.options.deadline
         left = float("inf") if deadline is None else deadline - self.pool.age
-        with self.watchdog, self.watchdog.limit(left, self._expire):
-            with self.options.events.reporting() as self._report:
-                try:
-                    yield
-                except BaseException as error:
-                    failure = self._failed(error)
-                    if failure is error:
-                        raise
-                    # The text says what the machine refused, its traceback nothing more.
-                    raise failure from (None if type(error) is SSHError else error)
+        try:
+            with (
+                self.watchdog,
+                self.watchdog.limit(left, self._expire),
+                self.options.events.reporting() as self._report,
+            ):
+                yield
+        except TransferError:
+            raise
+        except failures as error:
+            # The text of a plain SSHError is the whole reason: its traceback would only be noise.
+            raise self._failure(error) from (None if type(error) is SSHError else error)
 
     def _expire(self) -> None:
         self._expired = True
@@ -271,22 +263,12 @@ class Transfer:
         self.pool.break_off()
 
     def restart(self) -> None:
-        """Reset what a failed attempt leaves behind, before another one."""
-        self.stopped.clear()
-        self.timeout = self.options.timeout
-        self._done.clear()
+        """Prepare the first attempt, or another one after one that failed."""
+        self.stopped = threading.Event()
+        self.timeout: float = self.options.timeout
+        self._done: dict[bytes, int] = {}
         self._all_done = 0
-        self._events = queue.SimpleQueue()
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether no script may start while another one of the connection ends."""
-        return takes_turns(self.pool.ssh.get_transport())
-
-    @property
-    def near(self) -> bool:
-        """Whether the host is so near that one channel is as fast as several."""
-        return self.pool.round_trip < NEAR
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def ahead(self, confirmed: int) -> float:
         """Return how many bytes an upload may send beyond those that the host has confirmed.
@@ -325,6 +307,39 @@ class Transfer:
             script.hurry()
             if script is not but:
                 script.close()
+
+    def different(
+        self, ranges: Iterable[tuple[FileEntry, int, int]],
+        place: Callable[[FileEntry], str | Path], setup: str = "", **values: Any,
+    ) -> Iterator[FileEntry]:  # fmt: skip
+        """Yield the files of which a range (file, start, size) has another SHA-256 on the host.
+
+        Parameters:
+            place: returns the local path of a file.
+            setup: shell commands that set ``path``, if it is not in ``values``.
+        """
+        small: list[tuple[FileEntry, int, int]] = []
+        chunks: list[tuple[FileEntry, int, int]] = []
+        for entry, start, size in ranges:
+            if entry.name and size == entry.size < SMALL_FILE:
+                small.append((entry, start, size))
+            else:
+                end = start + size
+                chunks += [(entry, at, min(RANGE, end - at)) for at in range(start, end, RANGE)]
+        small.sort(key=lambda found: found[0].name)
+        names = [b"./" + entry.name + b"\0" for entry, _, _ in small]
+        lines = [b"%d %d %s\n" % (at // BLOCK, n, encoded_name(e.name)) for e, at, n in chunks]
+        for body, asked, found in ((FILE_DIGESTS, names, small), (CHUNK_DIGESTS, lines, chunks)):
+            if not found:
+                continue
+            text = script_text("digests", setup + body, **values)
+            with self.script(self.pool.ssh, text) as script:
+                script.send(b"".join(asked))
+                script.end()
+                digests = parse_digests(script.rest(MAX_ANSWER), len(found))
+            for (entry, start, size), digest in zip(found, digests, strict=True):
+                if digest != file_digest(place(entry), start, size):
+                    yield entry
 
     # --- workers ---
 
@@ -413,12 +428,8 @@ class Transfer:
 
     # --- the end ---
 
-    def _failed(self, error: BaseException) -> BaseException:
-        """Return a TransferError for an error of the host or the connection; others unchanged."""
-        if isinstance(error, TransferError) or not isinstance(
-            error, (SSHError, *connection_errors())
-        ):
-            return error
+    def _failure(self, error: Exception) -> TransferError:
+        """Describe an error of the host or the connection: the file, how far, and why."""
         entry = getattr(error, "entry", None)
         if entry is None:
             name, done = printable(self.name), sum(self._done.values())

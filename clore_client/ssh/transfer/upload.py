@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from clore_client.errors import SSHError
@@ -17,15 +17,18 @@ from clore_client.models.result import TransferResult
 from clore_client.ssh.connect import ConnectionPool
 from clore_client.ssh.transfer.entry import (
     BLOCK,
+    MAX_FILES,
     TAR_BLOCK,
     TRANSFER_PIECE,
     FileEntry,
     LocalTree,
     Portion,
+    RemoteTree,
     about,
-    kind_of,
+    parse_listing,
+    part_token,
     plan_portions,
-    record_key,
+    same_files,
     tar_header,
     whole_seconds,
 )
@@ -35,23 +38,18 @@ from clore_client.ssh.transfer.remote_script import (
     NoShellError,
     RemoteScript,
 )
-from clore_client.ssh.transfer.remote_tree import Comparison, ShellTarget
 from clore_client.ssh.transfer.scripts import (
-    CHUNK_DIGESTS,
     CONTROL,
     DIFFERS,
-    FILE_DIGESTS,
+    LIST_TARGET,
     MAX_ANSWER,
     PUT,
+    REMOVE,
     TARGET,
-    different_chunks,
-    different_files,
     encoded_name,
-    parse_listing,
     script_text,
-    sh_quoted,
 )
-from clore_client.ssh.transfer.sftp import SftpUpload
+from clore_client.ssh.transfer.sftp import SftpUpload, sftp_session
 from clore_client.ssh.transfer.transfer import (
     Transfer,
     UploadOptions,
@@ -64,7 +62,8 @@ from clore_client.ssh.transport import NoChannelError, connection_errors
 # host, more channels make an upload faster.
 UPLOAD_CHANNELS = 8
 RESUMABLE_CHANNELS = 2
-META_LINES = 500
+MAX_UNCONFIRMED = 1000  # portions; the answers to all of them fit in the window of a channel
+MODE_LINES = 500  # files whose modes the host sets within the timeout
 
 
 def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) -> TransferResult:
@@ -85,17 +84,64 @@ def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
     careful = False
     while True:
         try:
-            return Upload(transfer, tree, careful).run()
+            return _compare_and_send(transfer, tree, Upload(transfer, tree, careful))
         except (NoShellError, NoChannelError) as error:
             transfer.restart()
             if careful or isinstance(error, NoShellError):
                 logger.warning("files go over SFTP, which is slower: %s", error)
-                return SftpUpload(transfer, tree).run()
+                with sftp_session(transfer) as remote:
+                    return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
             careful = True
 
 
+def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | SftpUpload) -> bytes:
+    """Upload, with ``skip_unchanged``, ``preview`` and ``delete``; return the path on the host."""
+    options = transfer.options
+    if not options.compares:
+        return sender.send()
+    path, there = sender.listing()
+    by_name = there.by_name
+    deletes: list[bytes] = []
+    if options.delete is not False:
+        transfer.deletes = deletes = _only_there(tree, by_name, options)
+    same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
+    tree.drop_files(same)
+    transfer.unchanged = len(same)
+    transfer.total = sum(entry.size for entry in tree.files)
+    if options.preview or not (tree.is_folder or tree.files):
+        return path
+    path = sender.send()
+    folders = [name for name in deletes if by_name[name].kind == "d"]
+    sender.remove([name for name in deletes if by_name[name].kind != "d"], folders)
+    return path
+
+
+def _only_there(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
+    """Return the names that only the target has, deepest first.
+
+    What ``exclude`` matches, or was left out here, is not among them.
+    """
+    here = {entry.name for entry in tree.entries}
+    left_out = {name for name, _ in tree.left_out}
+    excludes = options.excluded or (lambda *_: False)
+    kept: set[bytes] = {b""}
+    for name, entry in there.items():
+        parts = name.split(b"/")
+        above = [b"/".join(parts[:n]) for n in range(1, len(parts))]
+        if (
+            name in here
+            or not left_out.isdisjoint([*above, name])
+            or excludes(name, entry.kind == "d")
+            or any(excludes(folder, True) for folder in above)
+        ):
+            kept.update(above, [name])
+    listed = None if options.delete is True else options.delete
+    names = [n for n in there if n not in kept and (listed is None or n in listed)]
+    return sorted(names, reverse=True)
+
+
 class Upload:
-    """One upload with the host's shell.
+    """Upload with the host's shell.
 
     The script CONTROL runs from start to end. Workers send large files in chunks, and small ones in
     tar archives.
@@ -113,55 +159,73 @@ class Upload:
         whole = os.path.abspath(tree.path)
         kind = "d" if tree.is_folder else "f"
         content = is_content(options.local)
-        # With resume, the same name each time; else a random one.
-        same = record_key((kind, content, whole, options.remote))[:20]
+        token = part_token(options.resume, kind, content, whole, options.remote)
+        self._token = token.encode()
         self._values: dict[str, Any] = {
             "f": options.source,
             "content": int(content),
-            "look": 0,
             "name": os.path.basename(whole) or b".",
             "kind": kind,
-            "token": same if options.resume else os.urandom(10).hex(),
+            "token": token,
             "keep": int(options.resume),
             "follow": int(options.symlinks == "follow"),
         }
         self._control: RemoteScript | None = None
         self._lock = threading.Lock()
 
-    def run(self) -> bytes:
-        """Compare if that was asked for, upload, and return the path on the host."""
-        if not self._options.compares:
-            return self._run()
-        target = ShellTarget(self._transfer, self._tree, self._values)
-        comparison = Comparison(self._transfer, self._tree, target)
-        if self._options.preview or not (self._tree.is_folder or self._tree.files):
-            return comparison.path
-        path = self._run()
-        comparison.finish()
-        return path
+    def _script(self, verb: str, body: str, **values: Any) -> RemoteScript:
+        text = script_text(verb, body, look=1, **self._values, **values)
+        return self._transfer.script(self._transfer.pool.ssh, text)
 
-    def _run(self) -> bytes:
+    def listing(self) -> tuple[bytes, RemoteTree]:
+        """Return the path of the target, and what is there."""
+        with self._script("look", LIST_TARGET) as script:
+            path = script.answer(b"target")
+            return path, parse_listing(script.until(self._token, MAX_ANSWER), MAX_FILES)
+
+    def different(self, files: list[FileEntry]) -> list[FileEntry]:
+        """Return those of the files whose content differs there."""
+        ranges = [(entry, 0, entry.size) for entry in files]
+        return list(self._different(ranges, "path=$f\n"))
+
+    def _different(
+        self, ranges: Iterable[tuple[FileEntry, int, int]], setup: str
+    ) -> Iterator[FileEntry]:
+        return self._transfer.different(
+            ranges, self._tree.place, TARGET + setup, look=1, **self._values
+        )
+
+    def remove(self, files: list[bytes], folders: list[bytes]) -> None:
+        """Remove files, and directories if they are empty, in this order."""
+        for what, names in (("f", files), ("d", folders)):
+            if names:
+                with self._script("remove", REMOVE, what=what) as script:
+                    script.send_names(names)
+                    script.answer(b"removed")
+
+    def send(self) -> bytes:
+        """Send the files, and return the path of the target."""
         transfer = self._transfer
         try:
             # Workers start without the answer of CONTROL, which saves a round trip.
             if not self._careful:
                 self._plan(set())
                 self._start()
-            self._control = transfer.script(
+            control = self._control = transfer.script(
                 transfer.pool.ssh, self._control_script(), patient=self._careful
             )
-            umask, done = self._ready(self._control)
+            umask, done = self._ready(control)
             if self._careful:
-                self._prepare(umask, done)
+                self._prepare(control, umask, done)
                 self._start()
             transfer.finish_workers()
-            self._check_sent()
+            self._check_sent(control)
             if self._tree.is_folder:
-                self._check_tree(self._control)
-                self._set_modes()
-            self._control.send(b"go\n")
-            path = self._control.answer(b"ok")
-            self._control.finish()
+                self._check_tree(control)
+                self._set_modes(control)
+            control.send(b"go\n")
+            path = control.answer(b"ok")
+            control.finish()
             return path
         except BaseException:
             transfer.stop(but=self._control)
@@ -177,8 +241,9 @@ class Upload:
         tree = self._tree
         size = 0 if tree.is_folder else tree.files[0].size
         return script_text(
-            "upload", CONTROL, **self._values, preserve=int(self._options.preserve), size=size,
-            mode=f"{tree.mode:o}", time=touch_time(tree.mtime), owner=os.urandom(8).hex(),
+            "upload", CONTROL, **self._values, look=0, preserve=int(self._options.preserve),
+            size=size, mode=f"{tree.mode:o}", time=touch_time(tree.mtime),
+            owner=os.urandom(8).hex(),
         )  # fmt: skip
 
     def _tidy(self) -> None:
@@ -192,24 +257,24 @@ class Upload:
                 self._control.rest(MAX_LINE)
         except failures as error:
             if not self._options.resume:
-                logger.warning("a temporary file may stay on the machine: %s", error)
+                logger.warning("a temporary file may stay on the host: %s", error)
 
     def _ready(self, control: RemoteScript) -> tuple[int, set[str]]:
         """Wait for the host; return its umask, and the keys of what an earlier upload sent."""
         umask = control.answer(b"ready")
         if not re.fullmatch(rb"[0-7]{1,5}", umask):
             raise control.refused(b"ready " + umask)
-        lines = control.until(self._values["token"].encode(), MAX_ANSWER)
+        lines = control.until(self._token, MAX_ANSWER)
         return int(umask, 8), set(lines.decode("ascii", "replace").split())
 
-    def _prepare(self, umask: int, done: set[str]) -> None:
+    def _prepare(self, control: RemoteScript, umask: int, done: set[str]) -> None:
         if not self._options.preserve and self._tree.is_folder:
             for entry in self._tree.entries:
                 entry.mode &= ~umask
         self._plan(done)
-        if len(self._earlier) < len(done) and self._control is not None:  # the source has changed
-            self._control.send(b"restart\n")
-            self._control.until(self._values["token"].encode(), MAX_LINE)
+        if len(self._earlier) < len(done):  # the source has changed
+            control.send(b"restart\nsync\n")
+            control.answer(self._token)
             self._plan(set())
 
     def _plan(self, done: set[str]) -> None:
@@ -233,14 +298,15 @@ class Upload:
 
     def _work(self, ssh: Any) -> None:
         """Send portions until none is left."""
-        how = "op" if self._options.preserve else "opm"
-        script = script_text("put", PUT, **self._values, how=how, hash=int(self._hashes))
+        how, hashes = "op" if self._options.preserve else "opm", int(self._hashes)
+        script = script_text("put", PUT, **self._values, look=0, how=how, hash=hashes)
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
+                ahead = self._transfer.ahead(self._confirmed) / self._workers
                 while sent and (
-                    portion.size + sum(earlier.size for earlier, _ in sent)
-                    > self._transfer.ahead(self._confirmed) / self._workers
+                    len(sent) >= MAX_UNCONFIRMED
+                    or portion.size + sum(earlier.size for earlier, _ in sent) > ahead
                 ):
                     self._confirm(put, *sent.pop(0))
                 sent.append((portion, self._send(put, portion)))
@@ -285,112 +351,76 @@ class Upload:
         padded = sum(e.size + -e.size % TAR_BLOCK for e in portion.entries)
         size = sum(map(len, headers)) + padded + 2 * TAR_BLOCK
         put.send(b"tar %d %s\n" % (size, portion.key.encode()))
-        for piece in self._tar_pieces(headers, portion.entries):
-            if not put.send(piece):
-                break
-
-    def _tar_pieces(self, headers: list[bytes], entries: list[FileEntry]) -> Iterator[bytes]:
-        """Yield a tar archive in large pieces."""
-        made = bytearray()
-        for header, entry in zip(headers, entries, strict=True):
+        made = bytearray()  # sent in large pieces
+        for header, entry in zip(headers, portion.entries, strict=True):
             with about(entry):
                 made += header
                 for piece in self._tree.pieces(entry, 0, entry.size) if entry.kind == "f" else ():
                     made += piece
                     if len(made) >= TRANSFER_PIECE:
-                        yield bytes(made)
+                        if not put.send(bytes(made)):
+                            return
                         made.clear()
                 made += bytes(-entry.size % TAR_BLOCK)
                 if entry.kind == "f":
                     self._transfer.moved(entry, entry.size)
-        yield bytes(made + bytes(2 * TAR_BLOCK))
+        put.send(bytes(made + bytes(2 * TAR_BLOCK)))
 
     # --- checks ---
 
-    def _check_sent(self) -> None:
+    def _check_sent(self, control: RemoteScript) -> None:
         """Compare what an earlier upload sent, and with ``verify`` all small files."""
         if self._left:
-            raise NoChannelError("the machine opened no further channel")
+            raise NoChannelError("the host opened no further channel")
         if not self._tree.is_folder and self._tree.files and not self._tree.files[0].size:
             self._transfer.count(self._tree.files[0], 0)
-        self._check_chunks([portion for portion in self._earlier if portion.start is not None])
-        earlier = _archived(self._earlier)
-        files = _archived(self._portions) if self._options.verify else earlier
-        if files:
-            self._check_files(files)
-        for entry in earlier:
-            self._transfer.count(entry, entry.size)
-
-    def _check_chunks(self, chunks: list[Portion]) -> None:
-        if not chunks:
-            return
-        with self._digests(CHUNK_DIGESTS) as script:
-            asked = [(p.entries[0], p.start or 0, p.size) for p in chunks]
-            for entry in different_chunks(script, asked, self._tree.place):
-                with about(entry):
-                    self._refuse()
-        for entry, _, size in asked:
+        earlier = list(_ranges(self._earlier))
+        compared = self._earlier
+        if self._options.verify:
+            compared = [portion for portion in compared if portion.start is not None]
+            compared += [portion for portion in self._portions if portion.start is None]
+        for entry in self._different(_ranges(compared), "path=$p\n"):
+            with about(entry):
+                control.send(b"wipe\n")
+                raise SSHError(DIFFERS)
+        for entry, _, size in earlier:
             self._transfer.count(entry, size)
-
-    def _check_files(self, files: list[FileEntry]) -> None:
-        with self._digests(FILE_DIGESTS) as script:
-            for entry in different_files(script, files, self._tree.place):
-                with about(entry):
-                    self._refuse()
-
-    def _digests(self, body: str) -> RemoteScript:
-        text = script_text("digests", TARGET + "path=$p\n" + body, **self._values)
-        return self._transfer.script(self._transfer.pool.ssh, text)
-
-    def _refuse(self) -> None:
-        if self._control is not None:
-            self._control.send(b"wipe\n")
-        raise SSHError(DIFFERS)
 
     def _check_tree(self, control: RemoteScript) -> None:
         """Compare the names and sizes of what has arrived."""
-        control.send(b"list\n")
-        there: dict[bytes, tuple[str, int]] = {}
-
-        def take(mode: int, size: int, mtime: int, name: bytes) -> None:
-            kind = kind_of(mode) or "l"
-            there[name] = (kind, size if kind == "f" else 0)
-
-        text = control.until(self._values["token"].encode(), MAX_ANSWER)
-        parse_listing(text, len(self._tree.entries) * 2 + 100, take)
+        control.send(b"list\nsync\n")
+        text = control.until(self._token, MAX_ANSWER)
+        there = parse_listing(text, len(self._tree.entries) * 2 + 100).by_name
         for entry in self._tree.entries:
-            if there.get(entry.name) != (entry.kind, entry.size):
-                with about(entry):
-                    found = there.get(entry.name)
-                    raise SSHError(f"it has {found[1]} bytes there" if found else "it is not there")
+            found = there.get(entry.name)
+            with about(entry):
+                if found is None:
+                    raise SSHError("it is not there")
+                if (found.kind, found.size) != (entry.kind, entry.size):
+                    raise SSHError(f"it has {found.size} bytes there")
 
-    def _set_modes(self) -> None:
+    def _set_modes(self, control: RemoteScript) -> None:
         """Set modes and times of large files and directories, the deepest first."""
         preserve = self._options.preserve
         folders = [entry for entry in self._tree.entries if entry.kind == "d"]
         odd = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
         large = {p.entries[0].name: p.entries[0] for p in self._portions if p.start is not None}
-        entries = [*large.values(), *odd[::-1]]
-        for first in range(0, len(entries), META_LINES):
-            script = self._mode_script(entries[first : first + META_LINES])
-            with self._transfer.script(self._transfer.pool.ssh, script) as running:
-                running.end()
-                running.answer(b"ok")
-
-    def _mode_script(self, entries: list[FileEntry]) -> bytes:
-        lines = [script_text("modes", TARGET + 'cd "$p" || exit 1\n', **self._values)]
-        for entry in entries:
-            lines.append(b"g=" + sh_quoted(b"./" + entry.name))
-            lines.append(b'chmod %o "$g" || no "$g"' % entry.mode)
-            if self._options.preserve:
-                lines.append(b'TZ=UTC0 touch -t %s "$g"' % touch_time(entry.mtime).encode())
-        return b"\n".join([*lines, b"echo ok"])
+        for number, entry in enumerate([*large.values(), *odd[::-1]], 1):
+            name = encoded_name(entry.name)
+            control.send(b"mode %o %s %s\n" % (entry.mode, touch_time(entry.mtime).encode(), name))
+            if number % MODE_LINES == 0:
+                control.send(b"sync\n")
+                control.answer(self._token)
 
 
-def _archived(portions: list[Portion]) -> list[FileEntry]:
-    """Return the files that go in archives."""
-    archives = [portion.entries for portion in portions if portion.start is None]
-    return [entry for entries in archives for entry in entries if entry.kind == "f"]
+def _ranges(portions: list[Portion]) -> Iterator[tuple[FileEntry, int, int]]:
+    """Yield the ranges (file, start, size) of portions."""
+    for portion in portions:
+        for entry in portion.entries:
+            if portion.start is not None:
+                yield entry, portion.start, portion.size
+            elif entry.kind == "f":
+                yield entry, 0, entry.size
 
 
 def touch_time(mtime: int) -> str:
