@@ -453,7 +453,7 @@ def test_a_machine_that_hangs(here: Path, hang_at: str) -> None:
     [
         ("short", ""),
         ("empty", "131072 bytes are missing"),
-        ("never", "sent nothing for 0.5s"),
+        ("never", "sent no data for 0.5s"),
         ("flood", "sends a packet of"),
     ],
 )
