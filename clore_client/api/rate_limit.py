@@ -15,9 +15,9 @@ RECENT = 20  # how many of the last responses are counted for the error message
 YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
 # Parts of the interval, unless they say otherwise. The script for Redis gets them, too.
 PACE = {
-    "lead": 0.05,  # a send time is granted this long before it, so that a slow store costs no time
+    "lead": 0.05,  # how long before its send time a request gets it: a slow store costs no time
     "late": 0.005,  # a request that is sent up to this much late needs no report
-    "grace": 0.125,  # how long a request in the queue lets each one before it look first
+    "grace": 0.125,  # how long a request waits for each one ahead of it in the queue
     "longest_grace": 1.0,
     # After a refusal, other programs use the key, too. Some requests then leave more space behind
     # them: programs that send several requests in a row waste less than ones that alternate.
