@@ -187,7 +187,8 @@ def classify(call: Call, response: requests.Response, body: bytes) -> Envelope |
         text, hint = _describe(call, response, body, decoded)
         retryable = action_for(problem, call.repeatable) == RETRY
         broken = InvalidResponseError(-1, text, envelope, hint=hint, retryable=retryable, **about)
-        return _failure(call, problem, broken, broken.error or "JSON without a code")
+        cause = (broken.error or "JSON without a code").removeprefix(f"HTTP {status}: ")
+        return _failure(call, problem, broken, cause)
     if problem == DATABASE_ERROR and not call.repeatable:  # ambiguous
         about["retryable"] = False
         about["hint"] = CREATE_ORDER_CODE_1 if call.name == "create_order" else None
