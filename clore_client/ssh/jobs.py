@@ -26,7 +26,7 @@ from clore_client.ssh.command_text import LineSplitter, SecretBytes, command_lin
 from clore_client.ssh.connect import ConnectionPool
 from clore_client.ssh.job_scripts import JOB_RUNNER, job_script
 from clore_client.ssh.openssh import PLAIN_NAME, check_plain_name
-from clore_client.ssh.transfer.remote_script import RemoteScript
+from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
 from clore_client.ssh.transfer.transfer import check_path
 from clore_client.ssh.transport import (
@@ -116,8 +116,11 @@ class HostJobs:
         with self._connect(max(0.0, left)) as pool, Watchdog() as watchdog:
             transport = pool.ssh.get_transport()
             turn = threading.Lock() if takes_turns(transport) else None
-            with RemoteScript(transport, text, watchdog, limit, turn=turn) as script:
-                yield script
+            try:
+                with RemoteScript(transport, text, watchdog, limit, turn=turn) as script:
+                    yield script
+            except NoShellError as error:
+                raise JobError(f"a job needs a POSIX shell: {error}") from error
 
     def call(
         self, verb: str, word: bytes, most: int = 0, /, *, name: str, **values: bytes | str | int
@@ -365,7 +368,7 @@ class JobOutput:
         useless = 0
         failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
         while self.state is None:
-            began, size, self._heard = time.monotonic(), self.size, False
+            began, self._heard = time.monotonic(), False
             try:
                 yield from self._received()
             except (JobError, HostKeyChangedError):
@@ -377,9 +380,7 @@ class JobOutput:
                 if self._time_left() <= 0:
                     raise self._too_late(f"it may still run ({reason(error)})") from error
                 lasted = time.monotonic() - began
-                # Else a host that ends each script at once would be asked forever.
-                useful = self.size > size or (self._heard and lasted > LEAST_PATIENCE)
-                useless = 0 if useful else useless + 1
+                useless = 0 if self._heard else useless + 1
                 if no_login or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
                     raise
                 logger.warning("job %s: %s; connecting again", self._name, error)

@@ -359,9 +359,13 @@ class HTTPWait:
                 raise CloreConnectionError(
                     f"the certificate of {self.where} is not valid: {printable(str(error), 300)}"
                 ) from error
+            if isinstance(error, requests.Timeout):
+                return f"no response within {SERVICE_LIMIT:g}s"
             cause = reason_of(error)
             if getattr(cause, "args", ()) and isinstance(cause.args[-1], Exception):
                 cause = cause.args[-1]  # inside of a ProtocolError
+            if self.url is None and isinstance(cause, ConnectionError):  # of the forwarded port
+                return "the connection was refused, or closed without a response"
             return printable(str(cause) or type(error).__name__, 200)
         finally:
             exchange.begin(lambda: None, lambda: None, math.inf)

@@ -320,13 +320,15 @@ def begin_tree(
         transfer.leave_out(entry.name, "it is not a file")
     kept = []
     for entry in tree.entries:
-        # GNU tar reads a backslash in a name as an escape.
-        if entry.kind == "l" and (options.symlinks == "skip" or b"\\" in entry.name):
+        if entry.kind == "l" and options.symlinks == "skip":
             transfer.leave_out(entry.name, "a symlink")
+        elif entry.kind == "l" and b"\\" in entry.name:  # an escape for GNU tar
+            transfer.leave_out(entry.name, "a symlink whose name has a backslash")
         else:
             kept.append(entry)
     tree.entries = kept
     links = [entry for entry in kept if entry.kind == "l"]
+    transfer.total = sum(entry.size for entry in tree.files)
     part.accept(tree.files, folder=True)
     if not links or options.symlinks != "follow":  # else all that a symlink leads to is needed
         same = same_files(tree.files, options, part.installed, different)

@@ -171,7 +171,7 @@ umask 077
 PUT = (
     WAIT
     + r"""
-c=notrunc,sparse
+c=$conv
 put() { dd of="$p$g" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
 archive() { dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null; }
 untar() { cd "$p" && archive | tar -x"$how"f - 2>&1; }

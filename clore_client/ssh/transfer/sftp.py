@@ -178,6 +178,17 @@ class RemoteFiles:
         elif kind != "d":
             raise SSHError(f"{os.fsdecode(folder)} is not a directory")
 
+    def replace(self, source: bytes, target: bytes) -> None:
+        """Rename a file over another one."""
+        try:
+            self.sftp.posix_rename(source, target)
+        except OSError as error:
+            if error.errno is not None:  # else the server may lack this extension
+                raise
+            if self.kind(target, follow=False):
+                self.sftp.remove(target)
+            self.sftp.rename(source, target)
+
     def remove(self, path: bytes) -> None:
         """Remove a file or a directory, if it exists."""
         kind = self.kind(path, follow=False)
@@ -270,6 +281,7 @@ class SftpUpload:
         whole = os.path.abspath(tree.path)
         token = part_token(self._options.resume, "sftp", self._target, whole)
         self._part = _join(posixpath.dirname(self._target), PART.encode() + token.encode())
+        self._confirmed = self._unconfirmed = 0  # bytes
 
     def _find_target(self) -> bytes:
         """Check the target, and return its path."""
@@ -374,10 +386,8 @@ class SftpUpload:
         with self._remote.open(place, "r+b" if start else "wb") as file:
             file.chmod(0o600)
             file.seek(start)
-            # What the host has not confirmed can be lost: with resume, that is one request.
-            file.set_pipelined(not self._options.resume)
             for piece in self._tree.pieces(entry, start, entry.size - start):
-                file.write(bytes(piece))
+                self._write(file, bytes(piece))
                 self._transfer.moved(entry, len(piece))
         if start or not entry.size:
             self._transfer.moved(entry, start)
@@ -389,6 +399,16 @@ class SftpUpload:
         if verify and self._remote.differs(entry, place, self._tree.place(entry)):
             self._remote.remove(place)
             raise SSHError(DIFFERS)
+
+    def _write(self, file: Any, piece: bytes) -> None:
+        """Write, and let the host confirm all earlier writes where too much is unconfirmed."""
+        self._unconfirmed += len(piece)
+        waits = self._unconfirmed >= self._transfer.ahead(self._confirmed)
+        file.set_pipelined(not waits)
+        file.write(piece)
+        if waits:
+            self._confirmed += self._unconfirmed
+            self._unconfirmed = 0
 
     def _install(self) -> None:
         remote, tree, part, target = self._remote, self._tree, self._part, self._target
@@ -407,7 +427,7 @@ class SftpUpload:
             return
         if tree.is_folder:
             self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
-        remote.sftp.posix_rename(part, target)
+        remote.replace(part, target)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:
         """Check what stands in the place of an entry before anything is installed."""
@@ -430,7 +450,7 @@ class SftpUpload:
 
     def _move(self, entry: FileEntry, place: bytes, target: bytes) -> None:
         if entry.kind != "d":
-            self._remote.sftp.posix_rename(place, target)
+            self._remote.replace(place, target)
         elif not self._remote.kind(target):
             self._remote.sftp.mkdir(target, 0o700)
             self._remote.sftp.chmod(target, entry.mode | 0o700)

@@ -299,7 +299,9 @@ class Upload:
     def _work(self, ssh: Any) -> None:
         """Send portions until none is left."""
         how, hashes = "op" if self._options.preserve else "opm", int(self._hashes)
-        script = script_text("put", PUT, **self._values, look=0, how=how, hash=hashes)
+        # Two dd that write holes into one file can shorten it.
+        conv = "notrunc,sparse" if self._workers == 1 else "notrunc"
+        script = script_text("put", PUT, **self._values, look=0, how=how, hash=hashes, conv=conv)
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
