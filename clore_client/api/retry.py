@@ -73,7 +73,7 @@ def action_for(problem: str, repeatable: bool) -> str:
 
 
 def problem_of(status: int, decoded: Any, code: int | None) -> str:
-    """Return why a request failed that got a response.
+    """Return why a request with a response failed.
 
     Parameters:
         status: the HTTP status.
@@ -117,7 +117,7 @@ class Failure:
 
     @property
     def rate_limited(self) -> bool:
-        """Whether the API refused it for the rate limit."""
+        """Whether the API refused it because of the rate limit."""
         return self.problem == RATE_LIMITED
 
 
@@ -161,7 +161,7 @@ def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failu
 
 
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
-    """Classify a response that can't be read to its end. A retry would get the same again."""
+    """Classify a response that can't be read to its end. A retry would fail in the same way."""
     status = 0 if response is None else response.status_code
     about = _about(call, status)
     error = InvalidResponseError(-1, f"HTTP {status}: {reason}", retryable=False, **about)
@@ -265,12 +265,12 @@ def decode_servers(body: bytes) -> Any:
 class Retries:
     """Count the failed requests of one call.
 
-    Failures count against ``max_retries``. Refusals for the rate limit have a time limit instead.
+    Failures count against ``max_retries``. Refusals because of the rate limit have a time limit.
 
     Attributes:
         sends: how many times the request was sent and failed.
-        failures: how many of these failed for another reason than the rate limit.
-        refusals: how many of these the API refused for the rate limit.
+        failures: how many of these failed for a reason other than the rate limit.
+        refusals: how many of these the API refused because of the rate limit.
     """
 
     def __init__(self, call: Call, max_retries: int, patience: float) -> None:
@@ -283,7 +283,7 @@ class Retries:
 
     @property
     def patience_left(self) -> float:
-        """The seconds for which the call may still be refused for the rate limit."""
+        """The seconds for which refusals because of the rate limit are still retried."""
         if self._refused_at is None:
             return self._patience
         return max(0.0, self._refused_at + self._patience - time.monotonic())
@@ -306,8 +306,8 @@ class Retries:
 
         Parameters:
             failure: the last failure.
-            recently_refused: how many of the last requests with this key the API refused for the
-                rate limit, and of how many.
+            recently_refused: (refused, total): how many of the last requests with this key the API
+                refused because of the rate limit.
         """
         if not failure.again:
             raise failure.error
@@ -321,14 +321,14 @@ class Retries:
             refused, total = recently_refused
             if refused > 1:
                 error.args = (
-                    f"{error}\n{refused} of the last {total} requests were refused for the rate "
-                    "limit: other programs use this key. Stop them, share the rate limit with them "
+                    f"{error}\n{refused} of the last {total} requests hit the API's rate limit: "
+                    "other programs use this key. Stop them, share the rate limit with them "
                     "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
                 )
             raise error
 
     def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
-        """Return the error for a request that could not be sent, or not again."""
+        """Return the error for a request that could not be sent, or could not be retried."""
         pause = reason.seconds if isinstance(reason, PauseTooLongError) else None
         if self._last is not None:
             error = self._last.error

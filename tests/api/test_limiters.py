@@ -107,8 +107,8 @@ def test_clocks_that_start_anew(tmp_path: Path) -> None:
         RateLimiter(FileStore(path)).wait(Turn(0.1, spacing=("create_order", 0.1)))
         assert time.monotonic() - started < 1
     paused = load(changed(paused_until=now + 1e6), now)
-    look = paused.look(Turn(0.1, patience=60), now)
-    assert 0 < look.paused <= 3601
+    result = paused.poll(Turn(0.1, patience=60), now)
+    assert 0 < result.paused <= 3601
 
 
 def test_a_file_that_can_not_be_used(
@@ -124,7 +124,7 @@ def test_a_file_that_can_not_be_used(
         warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         fell_back = [text for text in warnings if "only shared within this process" in text]
         assert len(fell_back) == 1
-        assert "within this process (since 0 s" in client.describe()
+        assert "within this process (for 0 s" in client.describe()
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "symlink"])
@@ -186,10 +186,10 @@ def test_a_fork_while_the_file_is_locked(tmp_path: Path) -> None:
                     os._exit(0)
             return 1
 
-    store.apply("look", Forking(0.01))
+    store.apply("poll", Forking(0.01))
     try:
         started = time.monotonic()
-        FileStore(path).apply("look", Turn(0.01))
+        FileStore(path).apply("poll", Turn(0.01))
         assert time.monotonic() - started < 0.3
     finally:
         os.kill(pids[0], signal.SIGKILL)
@@ -234,7 +234,7 @@ class Machine:
         self.turn = Turn(1.1)
 
     def send(self, accepted: bool, now: float) -> None:
-        self.schedule.look(self.turn, now)
+        self.schedule.poll(self.turn, now)
         if accepted:
             self.left -= 1
             if not self.turn.refusals:

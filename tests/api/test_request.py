@@ -100,7 +100,7 @@ def test_refusals_for_the_rate_limit_have_a_time_limit(
     arrived = [call.arrived for call in sim.requests]
     assert min(b - a for a, b in itertools.pairwise(arrived)) >= 0.5 * RATE_LIMIT
     sim.faults.add("wallets", "rate_limit", times=999)
-    with pytest.raises(RateLimitError, match=r"of the last 20 requests were refused") as caught:
+    with pytest.raises(RateLimitError, match=r"of the last 20 requests hit the API") as caught:
         client_for(sim, max_retries=2, rate_limit_wait=0.5).get_wallets()
     assert re.match(r"Clore API request failed after \d+ retries: ", str(caught.value))
     assert "other programs use this key" in str(caught.value)
