@@ -27,7 +27,7 @@ SECRET_FIELDS = frozenset(
 CREATE_ORDER_CODE_1 = (
     "on create_order, code 1 has been seen for an empty wallet, for a server that was just rented, "
     "for a required_price that differs from the listing, for env values with '&', typographic "
-    "quotes or emoji, and also when the order was made: look at get_orders() before you order again"
+    "quotes or emoji, and also when the order was made: check get_orders() before you order again"
 )
 
 
@@ -221,7 +221,7 @@ class SpendingLimitError(CloreError):
 
 
 class OrderEndedError(CloreError):
-    """An order has ended, before it had the awaited status, or before a call that needs its server.
+    """An order ended before it had the awaited status, or before a call that needs its host.
 
     Attributes:
         order_id, status: the order, and its final status.
@@ -480,7 +480,7 @@ STDERR_TAIL = 500  # an error shows the last characters
 class HostKeyChangedError(SSHError):
     """The host key has changed since the first login to this order.
 
-    Its container was restarted, or another host responds in its place. No login was sent.
+    Its container was created again, or another host has its address. No password or key was sent.
 
     Attributes:
         order_id: the order, or None if the record has no id.

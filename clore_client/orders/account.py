@@ -203,7 +203,7 @@ class AccountOrders:
         """Read an order that is not listed as ended.
 
         Raises:
-            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+            OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
         """
         order = self.find(order_id) or self.made.get(order_id)  # a new one may not be listed yet
         if order is None:

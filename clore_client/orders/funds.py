@@ -38,7 +38,7 @@ def balance_of(wallets: list[Wallet], currency: str) -> float:
     if wallet is None and wire_currency(currency) is None:
         names = ", ".join(short_repr(wallet.name) for wallet in wallets if wallet.name)
         raise ValueError(
-            f"currency {short_repr(currency)} is no currency and no part of a wallet's name: "
+            f"currency {short_repr(currency)} is neither a currency nor part of a wallet's name: "
             f"choose one of {names or 'BTC, CLORE and USD'}"
         )
     return _balance(wallet)

@@ -111,7 +111,7 @@ class SSHAccess:
         """Return an order with its address, which is read if the argument has none.
 
         Raises:
-            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+            OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
         """
         if isinstance(order, Mapping):
             record = order if isinstance(order, Order) else Order(order)
