@@ -52,8 +52,8 @@ class MarketData:
     """Remember the form, the exchange rates and the listed prices of one API.
 
     Attributes:
-        kept: the last list of servers and the monotonic time of its reading, if a search may use
-            it again.
+        kept: the last list of servers, and the monotonic time at which it was read, if a search
+            may use it again.
     """
 
     def __init__(self) -> None:

@@ -373,7 +373,7 @@ class WalletList(Listing[Wallet]):
 
 # --- the plot of prices ---
 
-# One for each of the most frequent models.
+# One color for each of the most frequent models.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#9467bd",
           "#a0a000", "#17becf")  # fmt: skip
 OTHER_COLOR = "#c0c0c0"
@@ -417,7 +417,7 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
         path: a picture file to write; with None, pyplot shows the plot.
 
     Returns:
-        The ``matplotlib.axes.Axes``. A notebook would show a figure twice.
+        The ``matplotlib.axes.Axes``, and not the figure, which a notebook would show twice.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -73,8 +73,7 @@ def _paid_with(active: list[Order], order_id: int | None) -> str:
         if order.id == order_id and isinstance(order.get("currency"), str):
             return str(order["currency"])
     raise OrderNotFoundError(
-        f"there is no active order {order_id} with a currency in this account: look at "
-        "get_orders()",
+        f"there is no active order {order_id} with a currency in this account: check get_orders()",
         order_id=order_id,
     )
 
