@@ -184,7 +184,7 @@ class KeyCheck:
         name = f"order {self._order_id}" if self._order_id else self._alias
         raise HostKeyChangedError(
             f"the host of {name} has the host key {found} instead of {expected}: its container "
-            "was created again, or another host answers at its address. No password or key "
+            "was created again, or another host has its address. No password or key "
             "was sent. To accept the new host key, call forget_host_key(order) or pass "
             f"host_key={found!r}",
             order_id=self._order_id,

@@ -92,7 +92,7 @@ class HostConfig:
 
     Parameters:
         address: of the host, as :func:`plain_address` returns it.
-        use: read the file; else there are none.
+        use: whether to read the file; without it, there are no keys and no jump hosts.
 
     Attributes:
         identities: the files of the private keys.
@@ -138,7 +138,7 @@ class HostConfig:
         for hop, target in zip(self._hops, [*self._hops[1:], self._address], strict=False):
             ssh = import_paramiko().SSHClient()
             ssh.set_log_channel(PARAMIKO_LOGGER)
-            ssh.load_system_host_keys()  # a jump host belongs to the user, and is known
+            ssh.load_system_host_keys()  # the user must have accepted the jump host before
             opened.append(ssh)
             try:
                 ssh.connect(

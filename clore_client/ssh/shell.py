@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SHELL_TIMEOUT = 30.0  # seconds for a host to open a terminal
 CLOSE_TIMEOUT = 2.0  # seconds for the host to send the exit code, and to close the terminal
-SHELL_LOOK = 0.25  # seconds between two checks of the size of the window
+SIZE_CHECK = 0.25  # seconds between two checks of the size of the window
 SHELL_PIECE = 65536  # bytes
 
 
@@ -113,7 +113,7 @@ class _Terminal:
         watched: list[Any] = [channel]
         if self._reads and channel.send_ready():
             watched.append(self._source)
-        ready, _, _ = select.select(watched, [], [], SHELL_LOOK)
+        ready, _, _ = select.select(watched, [], [], SIZE_CHECK)
         if channel.recv_ready():
             _write_all(self._target, channel.recv(SHELL_PIECE))
         if self._source in ready:

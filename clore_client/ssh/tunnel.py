@@ -1,4 +1,4 @@
-"""Reach a service on a host: forward a local port to it, or wait until it answers HTTP requests."""
+"""Reach a service on a host: forward a local port to it, or wait until it responds over HTTP."""
 
 from __future__ import annotations
 
@@ -337,7 +337,7 @@ class HTTPWait:
 
     def _too_late(self, why: str) -> WaitTimeoutError:
         error = WaitTimeoutError(
-            f"no service at {self.where} within {self.timeout:g}s, the last answer: {why}. Does it "
+            f"no service at {self.where} within {self.timeout:g}s, the last result: {why}. Does it "
             "listen on 0.0.0.0 and on the right port?",
             order_id=self.order.id or 0, order=self.order,
         )  # fmt: skip

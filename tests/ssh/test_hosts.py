@@ -197,7 +197,7 @@ def test_hosts_without_one(
         caplog.clear()
         (here / "x").write_bytes(b"x")
         far.up(here / "x", far.folder / "x")
-        assert caplog.text.count("over SFTP, which is slower") == 1
+        assert caplog.text.count("uses SFTP, which is slower") == 1
 
 
 @pytest.mark.parametrize("kind", sorted(START_UP))
@@ -246,7 +246,7 @@ def test_a_start_up_file_that_reads_everything(
         assert "SFTP" not in caplog.text
         far.up(here / "one", place / "one", timeout=4)
         assert (place / "one").read_bytes() == content(5 * MB)
-        assert caplog.text.count("go over SFTP, which is slower: a start-up file") == 1
+        assert caplog.text.count("uses SFTP, which is slower: a start-up file") == 1
         for resume in (False, True):
             far.up(inside(here / "tree"), place / "tree", resume=resume, timeout=4)
             far.down(inside(place / "tree"), here / "back", resume=resume, timeout=4)

@@ -121,7 +121,7 @@ def test_what_is_wrong_with_a_passphrase(client: CloreClient, tmp_path: Path) ->
     generate(encrypted, passphrase="right")
     for key, given, said in (
         (encrypted, None, "is encrypted: give passphrase="),
-        (encrypted, "guessed", "passphrase is not the one of .*encrypted"),
+        (encrypted, "guessed", "passphrase is not the right one for .*encrypted"),
         (plain, "superfluous", "passphrase: .*plain' is not encrypted"),
         (None, "of no key", "passphrase is for the key of key_path"),
         (encrypted, "", "passphrase must not be empty"),
@@ -181,7 +181,7 @@ def test_default_keys_and_the_agent(
 ) -> None:
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     with pytest.raises(
-        SSHError, match=r"nothing to log in to .* with: pass password= or key_path="
+        SSHError, match=r"no password or key for .* was found: pass password= or key_path="
     ):
         client.connect_ssh(host.order(), wait=300)
     default = tmp_path / "home" / ".ssh" / "id_ed25519"
@@ -607,7 +607,7 @@ def test_the_users_configuration_of_openssh(
         threads = threading.active_count()
         assert works(client, host, **config)
         until(lambda: threading.active_count() <= threads)
-        with pytest.raises(SSHError, match=r"nothing to log in to|refused the login"):
+        with pytest.raises(SSHError, match=r"no password or key for|refused the login"):
             works(client, host, key_path=None)
     with pytest.raises(SSHError, match="jump host"):
         works(client, host, **config)
@@ -628,7 +628,7 @@ def test_a_dead_link_is_noticed(
     client: CloreClient, host: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection on which nothing arrives ends; an idle one that is alive stays."""
-    for name, seconds in (("KEEPALIVE_LOOK", 0.1), ("KEEPALIVE", 0.3), ("DEAD_AFTER", 1.5)):
+    for name, seconds in (("SILENCE_CHECK", 0.1), ("KEEPALIVE", 0.3), ("DEAD_AFTER", 1.5)):
         monkeypatch.setattr(inside(f"ssh.transport.{name}"), seconds)
     with Relay(host.port) as relay:
         order = host.order()
@@ -646,7 +646,7 @@ def test_a_dead_link_is_noticed(
 
 def test_dead_links_are_noticed_within_45_seconds() -> None:
     longest = [pkgutil.resolve_name(inside(f"ssh.transport.{name}")) for name in (
-        "DEAD_AFTER", "KEEPALIVE_LOOK")]  # fmt: skip
+        "DEAD_AFTER", "SILENCE_CHECK")]  # fmt: skip
     assert sum(longest) < 45
 
 

@@ -530,7 +530,7 @@ def test_a_port_over_ssh(client: CloreClient, sshd: Sshd, monkeypatch: pytest.Mo
 
 
 def test_a_port_that_speaks_something_else(client: CloreClient, sshd: Sshd) -> None:
-    with pytest.raises(WaitTimeoutError, match=r"the last answer: .*SSH-2"):
+    with pytest.raises(WaitTimeoutError, match=r"the last result: .*SSH-2"):
         client.wait_for_http(sshd.order(), port=sshd.port, timeout=0.2, key_path=sshd.key)
 
 

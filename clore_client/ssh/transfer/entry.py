@@ -132,7 +132,7 @@ def parse_stat(line: bytes) -> FileEntry:
 
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
-    """Check that a file is the same as before, or has grown: its start has arrived then."""
+    """Check that a file is the same as before, or has only grown; its start is then valid."""
     same_or_longer = (
         now is not None
         and now.kind == "f"
@@ -223,7 +223,7 @@ class RemoteTree(Tree):
 
 def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
     """Read the output of the shell function ``list``, of at most so many entries."""
-    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
+    # A name may contain a line end, so an entry begins only at a mode, a size, a time and "./".
     pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
     line = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
     tree = RemoteTree(excludes)

@@ -51,7 +51,7 @@ else case $f in */) f=$f$name;; esac; fi
 f=${f%/}; f=${f:-/}
 if [ -h "$f" ] && [ ! -d "$f" ]; then
   [ "$follow" = 1 ] || no "$f is a symlink: remove it, or pass symlinks='follow'"
-  f=$(readlink -f "$f") || no "$f is a symlink to nowhere"
+  f=$(readlink -f "$f") || no "$f is a broken symlink"
 fi
 d=${f%/*}; d=${d:-/}
 if [ ! -d "$d" ] && [ "$look" = 0 ]; then
@@ -60,7 +60,7 @@ fi
 if [ "$kind" = f ]; then
   [ ! -d "$f" ] || no "$f is a directory"
   [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
-else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is no directory"; fi
+else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is not a directory"; fi
 p=${d%/}/.clore-part-$token
 r=$p.done
 """

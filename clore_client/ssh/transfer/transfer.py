@@ -63,7 +63,8 @@ from clore_client.validation import (
 
 MAX_STREAMS = 16
 SYMLINK_WAYS = ("skip", "copy", "follow")
-# From so many bytes on, so many connections are worth their logins.
+# (size in bytes, connections): from this size on, more connections save more time than their logins
+# cost.
 UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
 CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
 LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
@@ -273,7 +274,7 @@ class Transfer:
     def ahead(self, confirmed: int) -> float:
         """Return how many bytes an upload may send beyond those that the host has confirmed.
 
-        They are what a cut of the connection can lose.
+        A broken connection can lose these bytes.
         """
         if not self.options.resume:
             return float("inf")
@@ -298,7 +299,7 @@ class Transfer:
         return running
 
     def stop(self, but: RemoteScript | None = None) -> None:
-        """End all scripts ``but`` one; wait less for what is still to be cleaned up."""
+        """End all scripts except ``but``, and shorten the timeouts for the cleanup."""
         self.stopped.set()
         self.timeout = min(self.timeout, LAST_PATIENCE)
         with self._lock:
@@ -312,7 +313,7 @@ class Transfer:
         self, ranges: Iterable[tuple[FileEntry, int, int]],
         place: Callable[[FileEntry], str | Path], setup: str = "", **values: Any,
     ) -> Iterator[FileEntry]:  # fmt: skip
-        """Yield the files of which a range (file, start, size) has another SHA-256 on the host.
+        """Yield the file of each range (file, start, size) whose SHA-256 on the host differs.
 
         Parameters:
             place: returns the local path of a file.
