@@ -1,4 +1,4 @@
-"""A hostile SSH server, and what it does to clients that come for files.
+"""Run hostile SSH servers for tests of commands and transfers.
 
 ``HostileServer(run=...)`` is a real SSH server whose answer to a command is a coroutine of the
 test's: it gets the command and the process, and may write what it likes to ``process.stdout`` and
@@ -24,7 +24,7 @@ ESCAPES = b"\x1b[2J\x1b]0;owned\x07\x9b31m"  # clears the screen, names the wind
 
 
 async def hang(command: str = "", process: Any = None) -> None:
-    """Answer nothing, ever."""
+    """Never respond."""
     await asyncio.Event().wait()
 
 
@@ -92,11 +92,11 @@ class HostileServer:
 
     @property
     def fingerprint(self) -> str:
-        """Of the host key, as ``SHA256:...``."""
+        """The fingerprint of the host key, as ``SHA256:...``."""
         return self._key.get_fingerprint()
 
     def restart(self, *, key_kind: str | None = "ssh-ed25519") -> None:
-        """Cut every connection and listen again on the same port; with the old key for None."""
+        """Close all connections, and listen again on the same port; None keeps the host key."""
         self._await(self._shut())
         if key_kind is not None:
             self._key = asyncssh.generate_private_key(key_kind)
@@ -245,14 +245,14 @@ class RawServer:
 
 
 def endless_banner(peer: socket.socket) -> None:
-    """Lines before the version, which SSH allows, without an end."""
+    """Send lines before the version, which SSH allows, without an end."""
     while True:
         peer.sendall(b"welcome to the machine\r\n" * 100)
         time.sleep(0.001)
 
 
 def endless_version(peer: socket.socket) -> None:
-    """A version line that never ends."""
+    """Send a version line that never ends."""
     peer.sendall(b"SSH-2.0-")
     while True:
         peer.sendall(b"A" * 4096)
@@ -260,13 +260,13 @@ def endless_version(peer: socket.socket) -> None:
 
 
 def escaping_version(peer: socket.socket) -> None:
-    """A version line for the terminal, and nothing after it."""
+    """Send a version line with terminal escapes, and nothing after it."""
     peer.sendall(b"SSH-1.0-" + ESCAPES + b"\r\n")
     peer.recv(1000)
 
 
 def silence(peer: socket.socket) -> None:
-    """A connection, and nothing else."""
+    """Accept a connection, and send nothing."""
     while peer.recv(1000):
         pass
 
@@ -296,7 +296,7 @@ def scp_source(*steps: Step) -> Run:
 def scp_sink(*answers: Step) -> Run:
     """A server's scp that gives one of the ``answers`` to each thing that comes in.
 
-    To the start, to each record, and to each file's content.
+    One for the start, for each record, and for the content of each file.
     """
 
     async def run(command: str, process: Any) -> None:
@@ -324,18 +324,18 @@ async def _take(step: Step, process: Any) -> None:
 
 
 async def stay_silent(process: Any) -> None:
-    """A step: nothing more comes, and the channel stays open."""
+    """A step: send nothing more, and keep the channel open."""
     await hang()
 
 
 async def leave(process: Any) -> None:
-    """A step: the channel is closed without an exit code."""
+    """A step: close the channel without an exit code."""
     process.channel.close()
     await hang()
 
 
 def then(*steps: Step) -> Step:
-    """Several steps as one, which wait for no acknowledgement between them."""
+    """Join several steps, without a wait for acknowledgements between them."""
 
     async def run(process: Any) -> None:
         for step in steps:
@@ -345,7 +345,7 @@ def then(*steps: Step) -> Step:
 
 
 def flood(piece: bytes) -> Step:
-    """A step: the same again and again, for as long as somebody takes it."""
+    """A step: send the same data repeatedly, until the client stops reading."""
 
     async def run(process: Any) -> None:
         while not process.channel.is_closing():
@@ -357,7 +357,7 @@ def flood(piece: bytes) -> Step:
 
 
 def complaint(text: bytes, exit_code: int) -> Step:
-    """A step: something on stderr, and an exit code."""
+    """A step: write to stderr, and send an exit code."""
 
     async def run(process: Any) -> None:
         process.stderr.write(text)
@@ -399,7 +399,7 @@ class Attack:
 
 
 def _files(*names: bytes) -> Iterator[tuple[str, Attack]]:
-    """A file of a name that no file may have, or that was not asked for: in each kind of target."""
+    """Send a file with an invalid or unrequested name, to each kind of target."""
     for name in names:
         steps = (b"C0644 5 " + name + b"\n", b"owned\0")
         folder = (b"D0755 0 x\n", *steps)

@@ -1,4 +1,4 @@
-"""Where the tests find the simulator and the client's inside, in each of its two forms."""
+"""Find the simulator and the private names of the client, for the package or the one file."""
 
 from __future__ import annotations
 

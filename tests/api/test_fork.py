@@ -1,4 +1,4 @@
-"""Forking while a client is in use: each side goes on with connections and a pace of its own."""
+"""Fork while a client is in use: each process then has its own connections and rate limit."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_what_stands_in_place_of_the_file(sim: Simulator, tmp_path: Path, kind: 
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """A limit for the size of files stands for the full disk; only its number differs."""
+    """A limit on the file size simulates a full disk; only the error number differs."""
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -225,7 +225,7 @@ def test_a_folder_that_is_removed_meanwhile(sim: Simulator, tmp_path: Path) -> N
 
 
 class Machine:
-    """One machine that calls in a loop, on a schedule of its own, by a clock that is simulated."""
+    """One machine that calls in a loop, with its own schedule and a simulated clock."""
 
     def __init__(self, start: float, calls: int) -> None:
         self.schedule = Schedule()
@@ -248,7 +248,7 @@ class Machine:
 
 @pytest.mark.parametrize("number", [2, 4, 8])
 def test_machines_without_redis_share_the_api(number: int) -> None:
-    """Together they get 85 % of the ideal, and none less than half a share; two get a bit less."""
+    """Together they get 85 % of the ideal rate, and each at least half of its share."""
     random.seed(7)
     times, shares = [], []
     for _ in range(10):

@@ -73,7 +73,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["memory", "file", "redis"])
 def limiter(request: pytest.FixtureRequest, tmp_path: Path) -> Limiter:
-    """Make a limiter; those of a test share one schedule."""
+    """Make a limiter. All limiters of a test share one schedule."""
     if request.param == "memory":
         one = RateLimiter(ProcessStore())
         return lambda: one
@@ -151,7 +151,7 @@ def test_create_orders_are_spaced(make_sim: MakeSim) -> None:
 def test_no_two_requests_are_closer_than_their_intervals(
     wanted: list[tuple[float, bool, bool]],
 ) -> None:
-    """Invariant: between neighbors lies the larger of their two intervals, and nobody is lost."""
+    """Invariant: two sends are apart by the larger of their intervals, and no request is lost."""
     limit = RateLimiter(ProcessStore())
     left: list[tuple[float, float, bool]] = []
     lock = threading.Lock()
@@ -252,7 +252,7 @@ def test_interleavings_with_kills(redis_url: str, kept: str, steps: list[tuple[s
 
 
 def in_line(limit: RateLimiter, name: str, order: list[str], **options: Any) -> threading.Thread:
-    """A thread that waits for a send time, and says so when it has it."""
+    """A thread that waits for a send time, and records when it gets it."""
 
     def wait() -> None:
         with granted(limit, 0.05, **options):
@@ -377,7 +377,7 @@ def test_a_deadline_ends_the_waiting(limiter: Limiter) -> None:
 
 
 def test_a_request_that_waits_no_more_is_skipped(limiter: Limiter) -> None:
-    """As an interrupt or a kill leaves it, at any line between waiting and sending."""
+    """The state after an interrupt or a kill at any line between waiting and sending."""
     with granted(limiter(), 0.2):
         pass
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""One API call: retries, what is never sent twice, redirects, secrets, pace."""
+"""One API call: retries, requests that are never sent twice, redirects, secrets, rate limit."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ RUNS = 15
 
 
 class Place:
-    """The API and the machine, at one distance.
+    """The API and the host, with the same latency.
 
     Parameters:
         url: of the API.
@@ -82,7 +82,7 @@ def rows() -> Iterator[Row]:
 
 
 def _place(stack: ExitStack, folder: Path, server: Sshd, delay: float) -> Place:
-    """Put the API and the machine at a distance."""
+    """Add a latency to the API and the host."""
 
     def far(port: int) -> int:
         return int(stack.enter_context(child("distance", str(port), str(delay))).read())
@@ -107,7 +107,7 @@ def _first(call: Callable[[], Rental | paramiko.SSHClient]) -> float:
 
 
 def _next(place: Place) -> float:
-    """Return the seconds of a command that is not the first one of its rental."""
+    """Return the seconds for a later command of a rental."""
     rental = place.attach()
     times = []
     for _ in range(RUNS):

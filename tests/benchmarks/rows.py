@@ -1,4 +1,4 @@
-"""A line of the table, and how two sides are compared."""
+"""Define a line of the table, and compare two sides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Row:
 
     @property
     def kept(self) -> bool:
-        """Whether the limit is kept."""
+        """Return whether the value is within the limit."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ def compare(
 ) -> tuple[float, str]:
     """The median over rounds of ours / peer's, and the medians behind it in milliseconds.
 
-    In a round both take turns, so that what else the machine does hits both.
+    In each round both run in turns, so that other load on this machine affects both.
     """
     ratios, times = [], []
     for call in (ours, peer):  # neither pays for the first connection

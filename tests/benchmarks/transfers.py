@@ -1,4 +1,4 @@
-"""Files moved by the client, by OpenSSH's scp and by rsync: the same sshd, in one run.
+"""Compare transfers by the client, by OpenSSH's scp and by rsync, with the same sshd.
 
 The login shell's start-up files are left out of it by the sshd of the tests, which sets HOME to an
 empty folder: they can take longer than a command, and cost both sides other amounts.

@@ -607,7 +607,7 @@ EVIL = b"\x1b[2J\x1b]0;owned\x07"
 def test_a_hostile_host(
     client: CloreClient, answer: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each wrong answer is an error of the job, and its text is escaped for a terminal."""
+    """Each invalid reply is an error of the job, and its text is escaped for a terminal."""
     monkeypatch.setattr("clore_client.ssh.jobs.JOB_TIMEOUT", 1.0)
     monkeypatch.setattr("clore_client.ssh.jobs.RECONNECT_PAUSE", 0.01)
     verbs = ("job", "jobs", "tail", "follow", "stop", "remove")

@@ -223,7 +223,7 @@ def test_half_a_login_is_none(tmp_path: Path) -> None:
 
 
 def test_half_a_login_with_a_password(tmp_path: Path, user: tuple[str, str]) -> None:
-    """For half a login, paramiko returns as for a complete one."""
+    """After a partial login, paramiko returns as after a complete one."""
     client = CloreClient("key", state_dir=tmp_path / "state")
     with running_sshd(tmp_path / "m", f"{ASK_MORE} password,publickey") as server:
         server.user = user[0]
@@ -283,7 +283,7 @@ class Asking(paramiko.ServerInterface):
 
 
 class Odd(Asking):
-    """A server that sends invalid messages, in place of the answer to a login or later."""
+    """A server that sends invalid messages, in place of the reply to a login or later."""
 
     def __init__(self, kind: int, in_login: bool) -> None:
         super().__init__(correct="secret" if not in_login else "another")
@@ -375,7 +375,7 @@ def leave(transport: Any, _: Any) -> bool:
     [(refuse, "refused the login with .*; it accepts: hostbased"), (leave, "closed the connect")],
 )
 def test_a_refusal_before_the_login_has_arrived(host: Sshd, instead: Any, said: str) -> None:
-    """The refusal and the login cross on the way: it is a refusal, and final."""
+    """The refusal arrives while the login is sent: it is a refusal, and not retried."""
     client = CloreClient("key", state_dir=None, rate_limit=0, backoff=0.01)
     with RawServer(AtRequest(instead, server_side.AUTH_FAILED).talk) as server:
         for login in ({"key_path": host.key}, {"password": "secret"}) * 20:
@@ -838,7 +838,7 @@ def test_pins_that_cannot_be_read_are_not_replaced(host: Sshd, tmp_path: Path) -
 
 
 def test_a_full_disk(host: Sshd, tmp_path: Path) -> None:
-    """The disk is as good as full: no file may be longer than ten bytes."""
+    """Simulate a full disk: no file may be longer than ten bytes."""
     script = (
         "import resource, sys; from clore_client import *\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"

@@ -1,4 +1,4 @@
-"""Moving data: whole or not at all, whatever the names, the sizes and the network."""
+"""Transfers are complete or fail, for all names, sizes and network faults."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def client() -> CloreClient:
 
 
 class Far:
-    """A machine to copy to and from, and a folder there that is also one here."""
+    """A host to copy to and from, and a folder that both sides can see."""
 
     def __init__(self, client: CloreClient, order: Any, folder: Path, **login: Any) -> None:
         self.client, self.order, self.folder, self.login = client, order, folder, login
@@ -59,7 +59,7 @@ class Far:
 
 @pytest.fixture
 def far(client: CloreClient, sshd: Sshd, tmp_path: Path) -> Far:
-    """A folder of the real sshd's machine, which is this one."""
+    """A folder on the host of the real sshd, which is this machine."""
     folder = tmp_path / "far"
     folder.mkdir()
     return Far(client, sshd.order(), folder, key_path=sshd.key)
@@ -287,7 +287,7 @@ def test_permissions_in_a_directory_that_exists(far: Far, here: Path, preserve: 
 
 
 def test_into_a_directory_that_exists(far: Far, here: Path) -> None:
-    """As with cp -r: it is put into it; what is there and not sent stays."""
+    """As with cp -r, the directory is put into the target; other entries stay."""
     make_tree(here / "data")
     (far.folder / "data" / "sub").mkdir(parents=True)
     (far.folder / "data" / "sub" / "plain").write_bytes(b"old")
@@ -422,7 +422,7 @@ def test_max_bytes(far: Far, here: Path) -> None:
 
 
 def test_a_full_disk(far: Far, here: Path) -> None:
-    """A limit on the size of files stands for it: here, and for the shell there."""
+    """A limit on the file size simulates it, on this machine and for the host's shell."""
     (here / "a").write_bytes(content(3 * MB))
     (far.folder / "far").write_bytes(content(3 * MB))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -491,7 +491,7 @@ def test_a_lost_connection_leaves_nothing(far: Far, here: Path, relay: Relay) ->
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little is on its way: what was counted has nearly arrived."""
+    """Little data is in flight: the counted bytes have nearly all arrived."""
     monkeypatch.setattr(download, "DATA_WINDOW", 2**18)
 
 
@@ -635,7 +635,7 @@ def test_two_processes_do_not_resume_the_same(far: Far, here: Path) -> None:
 
 
 def test_a_machine_that_takes_few_connections(far: Far, here: Path, relay: Relay) -> None:
-    """Further ones are refused: it goes on with the first."""
+    """Further channels are refused: it continues with the first."""
     relay.most = 1
     (here / "a").write_bytes(content(20 * MB))
     through(relay, far).up(here / "a", far.folder / "b", streams=4)

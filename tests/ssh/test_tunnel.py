@@ -87,7 +87,7 @@ def echo(peer: socket.socket) -> None:
 
 
 def answer(port: int, data: bytes) -> bytes:
-    """Send data and the end of the stream; return the answer."""
+    """Send data and the end of the stream; return the reply."""
     with connect(port) as sock:
 
         def send() -> None:
@@ -134,7 +134,7 @@ def test_fifty_at_once(ssh: paramiko.SSHClient) -> None:
 
 
 def test_half_close_of_this_side(ssh: paramiko.SSHClient) -> None:
-    """The service answers only after the end of its input."""
+    """The service responds only after the end of its input."""
     with tcp_service(lambda peer: peer.sendall(b"%d" % len(all_of(peer)))) as port:
         with Forward(ssh, port) as local:
             assert answer(local, b"x" * MB) == b"%d" % MB
@@ -380,7 +380,7 @@ pytestmark = pytest.mark.internal
 
 
 class Service:
-    """A web service that answers with each status of a list, and repeats the last one."""
+    """A web service that responds with each status of a list, and repeats the last one."""
 
     def __init__(self, context: ssl.SSLContext | None = None, port: int = 0) -> None:
         self.statuses = [200]
