@@ -1,9 +1,9 @@
 """Run hostile SSH servers for tests of commands and transfers.
 
-``HostileServer(run=...)`` is a real SSH server whose answer to a command is a coroutine of the
-test's: it gets the command and the process, and may write what it likes to ``process.stdout`` and
-``process.stderr``, read ``process.stdin`` (bytes, all of them), hang, and exit. ``RawServer`` is
-for what happens before there is SSH: endless banners, silence, another protocol.
+``HostileServer(run=...)`` is a real SSH server that runs a coroutine of the test for each command.
+The coroutine gets the command and the process. It can write to ``process.stdout`` and
+``process.stderr``, read ``process.stdin`` (all are bytes), hang, and exit. ``RawServer`` is for
+attacks before the SSH handshake: endless banners, silence, another protocol.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ async def hang(command: str = "", process: Any = None) -> None:
 
 
 class HostileServer:
-    """An SSH server for the length of a ``with`` block, in a thread with a loop of its own.
+    """An SSH server for the length of a ``with`` block, in a thread with its own event loop.
 
     Args:
-        run: answers exec requests (and a request for a shell, whose command is ``""``); may be
+        run: handles exec requests (and a request for a shell, whose command is ``""``); may be
             replaced at any time.
-        sftp: a factory as ``asyncssh.listen(sftp_factory=)`` takes it, called with the channel.
-        password: the only one that is let in, or None for any login.
-        hang_at: ``"auth"`` (the login gets no answer), ``"open"`` (no channel opens), ``"exec"``
-            (no command or subsystem is answered), or ``""``; may be replaced at any time.
-        banner: what is shown before the login.
-        options: further ones of ``asyncssh.listen``.
+        sftp: a factory as for ``asyncssh.listen(sftp_factory=)``, called with the channel.
+        password: the only password that is accepted, or None for any login.
+        hang_at: ``"auth"`` (no reply to the login), ``"open"`` (no reply to the opening of a
+            channel), ``"exec"`` (no reply to a command), or ``""``; may be replaced at any time.
+        banner: the text that is sent before the login.
+        options: other arguments of ``asyncssh.listen``.
 
     Attributes:
-        port, commands, passwords: where it listens, and what came, in order.
-        connections: how many logins were begun.
+        port: the port on which it listens.
+        commands, passwords: the received ones, in order.
+        connections: the number of logins, also of those that failed.
     """
 
     def __init__(
@@ -193,14 +194,14 @@ class _Process(SSHServerProcess[bytes]):
         return self._answer(super().subsystem_requested(subsystem))
 
     def _answer(self, answer: bool) -> bool:
-        none: Any = None  # which asyncssh takes for an answer that comes later
+        none: Any = None  # with None, asyncssh sends no reply
         return none if self._hostile.hang_at == "exec" else answer
 
 
 class RawServer:
-    """A plain socket server: ``talk`` is called with each connection, in a thread of its own.
+    """A plain socket server: ``talk`` is called with each connection, in its own thread.
 
-    What it raises when the client has gone is dropped.
+    Exceptions after the client has closed the connection are ignored.
     """
 
     def __init__(self, talk: Callable[[socket.socket], None]) -> None:
@@ -271,15 +272,15 @@ def silence(peer: socket.socket) -> None:
         pass
 
 
-# --- what answers `scp -f` and `scp -t` ---
+# --- the remote side of `scp -f` and `scp -t` ---
 
 Step = bytes | Callable[[Any], Awaitable[None]]
 
 
 def scp_source(*steps: Step) -> Run:
-    """A server's scp that sends each of the ``steps`` when the client has acknowledged the last.
+    """Return an scp that sends each of the ``steps`` when the client has acknowledged the last.
 
-    A step is bytes, or a coroutine function that gets the process. It ends with exit code 0.
+    A step is bytes, or a coroutine function that gets the process. The exit code is 0.
     """
 
     async def run(command: str, process: Any) -> None:
@@ -294,9 +295,9 @@ def scp_source(*steps: Step) -> Run:
 
 
 def scp_sink(*answers: Step) -> Run:
-    """A server's scp that gives one of the ``answers`` to each thing that comes in.
+    """Return an scp that sends the ``answers``, one after the other.
 
-    One for the start, for each record, and for the content of each file.
+    It sends one at the start, one for each record, and one for the content of each file.
     """
 
     async def run(command: str, process: Any) -> None:
@@ -368,15 +369,15 @@ def complaint(text: bytes, exit_code: int) -> Step:
 
 
 class Attack:
-    """One thing that a hostile scp does to ``get()``.
+    """One attack of a hostile scp on ``get()``.
 
     Args:
-        steps: of ``scp_source``.
-        ask: what the client asks for; ``more`` are further arguments of ``get()``.
-        into: where to: ``"folder"`` (an existing one), ``"new"`` (a name in one), ``"file"``.
-        timeout: seconds of silence that the client bears; short where silence is the attack.
-        max_bytes: of the client.
-        received: what may be new in the target afterwards: files that came whole.
+        steps: the steps of ``scp_source``.
+        ask: the path that the client requests; ``more`` are other arguments of ``get()``.
+        into: the target: ``"folder"`` (an existing one), ``"new"`` (a name in one), ``"file"``.
+        timeout: seconds of silence that the client allows; short if the attack is silence.
+        max_bytes: the ``max_bytes`` of the client.
+        received: the complete files that may be in the target after the attack.
     """
 
     def __init__(

@@ -14,20 +14,20 @@ from queue import SimpleQueue
 from types import TracebackType
 
 PIECE = 65536  # bytes
-RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: to close is to break off
+RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing resets the connection
 
 
 class Relay:
     """Forward connections to a port of this machine.
 
-    It has threads, and no event loop: a benchmark shares the CPU with it.
+    It uses threads and no event loop, which costs less CPU time beside a benchmark.
 
     Attributes:
-        port: where it listens.
-        carried: bytes that arrived, both ways.
-        most: how many connections it takes at once.
-        frozen: whether it drops what comes, as a dead link does.
-        cut_at: it breaks every connection once it has carried so many bytes.
+        port: the port on which it listens.
+        carried: the bytes that arrived, in both directions.
+        most: the maximum number of connections at once.
+        frozen: whether it drops all data, as a dead link does.
+        cut_at: after this number of bytes, it closes every connection.
     """
 
     def __init__(self, target: int, delay: float = 0.0) -> None:

@@ -18,8 +18,8 @@ class Sshd:
     """A running sshd that accepts one key.
 
     Attributes:
-        port, key, user: where, with which private key, and as whom to log in.
-        folder: of its files.
+        port, key, user: the port, the private key and the user for the login.
+        folder: the folder of its files.
     """
 
     def __init__(self, folder: Path, port: int, options: str, home: str = "") -> None:
@@ -53,7 +53,7 @@ class Sshd:
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.folder}/host_key\n"
             f"PidFile none\nAuthorizedKeysFile {self.key}.pub\nStrictModes no\nUsePAM no\n"
             f"PermitRootLogin yes\nMaxStartups 100\n"
-            # What the user's own shell reads at its start is none of ours, and can take long.
+            # The user's own start-up files do not belong to the test, and can be slow.
             f"SetEnv HOME={self.home}\nSubsystem sftp internal-sftp\n{self.options}\n"
         )
         with open(self.folder / "log", "ab") as log:

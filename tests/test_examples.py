@@ -22,7 +22,7 @@ pytestmark = pytest.mark.internal  # the examples use the one file anyway
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-# The examples use the client's own defaults, so the simulator's limits may be what they like.
+# The examples use the client's default limits, so the simulator can have any limits.
 EASY = {"ssh": True, "rate_limit": 0.5, "create_order_interval": 0.5, "servers": 200}
 
 

@@ -12,7 +12,7 @@ from tests.variant import Simulator
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
-# In a process of its own: the threads of the test run are no part of this.
+# In its own process, without the threads of the test run.
 BUSY = """
 import os, signal, sys, threading, warnings
 from clore_client import CloreClient

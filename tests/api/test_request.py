@@ -34,7 +34,7 @@ from clore_client import (
 from tests.conftest import FAST, RATE_LIMIT, MakeSim, client_for, sent_to
 from tests.variant import Simulator
 
-# What a read gets over: the fault, and how it is made.
+# Faults after which a read is retried: their names, and how they are made.
 HEALED = [
     ("lose_request", {}),
     ("lose_answer", {}),
@@ -49,7 +49,7 @@ HEALED = [
     ("rate_limit", {"html": True}),
     *[("html_502", {"status": status}) for status in (500, 502, 503, 504, 520, 522)],
 ]
-# What leaves the fate of a purchase unknown.
+# Faults after which the outcome of a purchase is unknown.
 PASSWORD = "hunter2hunter2"
 DOUBTFUL = [
     ("lose_request", {}),

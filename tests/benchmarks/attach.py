@@ -1,7 +1,7 @@
-"""Commands on a machine at 100 ms: the first one of a process, and the next one of a rental.
+"""Measure commands on a host at 100 ms: the first one of a process, and a later one of a rental.
 
-The API is as far away as the machine. By hand, the first one is a request with requests, a login
-with paramiko, and ``exec_command``.
+The API has the same latency as the host. The comparison for the first one is a request with
+requests, a login with paramiko, and ``exec_command``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Place:
     """The API and the host, with the same latency.
 
     Parameters:
-        url: of the API.
-        server: the machine; ``port`` is where it is reached.
+        url: the URL of the API.
+        server: the host; ``port`` is its port with the latency.
     """
 
     def __init__(self, url: str, server: Sshd, port: int) -> None:

@@ -33,7 +33,7 @@ from tests.hostile import ESCAPES, HostileServer
 from tests.sshd import Sshd
 
 FILE, FOLDER, LINK = b"81a4", b"41ed", b"a1ff"  # modes, as stat prints them
-TOKEN = b"{the token}"  # stands for what a script asks to be echoed
+TOKEN = b"{the token}"  # a placeholder for the mark that a script prints
 Says = Callable[[str, Any], Any]
 
 
@@ -330,7 +330,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
             status = os.lstat(path)
             kind = stat.S_IFMT(status.st_mode)
             text = Path(path).read_bytes() if stat.S_ISREG(status.st_mode) else b""
-            # A temporary name was in these, and has gone.
+            # These folders contained a temporary name, which was removed.
             times = 0 if entry in ("inner", "target") else status.st_mtime_ns
             found[path] = (kind, status.st_mode, status.st_size, times, text)
     return found
@@ -574,7 +574,7 @@ def test_what_is_kept_for_later_is_not_the_target(here: Path) -> None:
             {"look": b"f 100000 0 644\n", "get": rest + digest + b"100000 0 644\n",
              "digests": ZEROS}
         )  # fmt: skip
-        # There is something to go on from: not what the machine says it is.
+        # There is partial data to resume from, which differs from what the host says.
         with pytest.raises(TransferError, match="SHA-256"):
             client.download(server.order(), "f", here / "z", **options)
     assert os.listdir(here) == []
@@ -645,7 +645,7 @@ def test_the_path_that_a_machine_tells_is_data(here: Path) -> None:
     assert sent.path.isprintable()
 
 
-# --- an honest machine, on which a file changes meanwhile ---
+# --- a correct host, on which a file changes during the transfer ---
 
 
 @pytest.mark.parametrize("change", ["grow", "shrink", "rewrite", "remove"])
@@ -692,7 +692,7 @@ def test_a_file_that_changes_there_meanwhile(
     assert not (here / "new").exists()
 
 
-# --- honest machines, whose details had been wrong once ---
+# --- correct hosts: regressions ---
 
 
 def test_a_merge_leaves_the_modes_of_what_is_there(sshd: Sshd, tmp_path: Path, here: Path) -> None:

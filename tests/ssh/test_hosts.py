@@ -31,7 +31,7 @@ KEYS_ONLY = "PasswordAuthentication no"
 SHELLS = ("bash", "dash", "zsh", "fish", "tcsh")
 START_UP = {"bash": ".bashrc", "zsh": ".zshenv", "fish": ".config/fish/config.fish",
             "tcsh": ".tcshrc"}  # fmt: skip
-# It prints, goes elsewhere, reads, waits, and names other programs as ours.
+# It prints, changes the directory, reads, waits, and sets aliases for the tools of the scripts.
 TROUBLE = {
     "tcsh": 'echo hi\ncd /\nset x = "$<"\nsleep 0.2\nalias tar false\nalias sh false\n',
     "fish": "echo hi\necho more >&2\ncd /\nread x\nsleep 0.2\nalias tar false\nalias sh false\n",
@@ -124,7 +124,7 @@ def check_all(far: Far, here: Path, slow: bool = False) -> None:
     far.up(here / odd, there)
     assert (far.folder / odd).read_bytes() == b"x"
     source = make_tree(here / "source")
-    if slow:  # names that are no UTF-8 are more than paramiko's SFTP can list
+    if slow:  # paramiko's SFTP can't list names that are not UTF-8
         bad = [os.path.join(os.fsencode(source), b"sub", n) for n in ODD if b"\xff" in n]
         for path in bad:
             os.remove(path)
@@ -239,7 +239,7 @@ def test_a_start_up_file_that_reads_everything(
     with running_sshd(tmp_path / "sshd") as server:
         (server.folder / "home" / ".bashrc").write_text(f"echo hi\n{reads}\n")
         far = Far(client, server.order(), place, key_path=server.key)
-        # Nothing has to be sent for a file to come.
+        # The client need not send anything to receive a file.
         (place / "two").write_bytes(content(3 * MB))
         far.down(place / "two", here / "two")
         assert (here / "two").read_bytes() == content(3 * MB)

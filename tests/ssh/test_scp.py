@@ -482,10 +482,10 @@ class Host:
     """A correct SSH server.
 
     Attributes:
-        folder, far: an empty folder of it on this machine, and what it calls that.
-        names: those that its scp can take. asyncssh's refuses a backslash, drops spaces at the
-            start, and takes every path for a pattern.
-        several: whether its scp sends more than one path at once. asyncssh's does not.
+        folder, far: an empty folder on this machine, and its path on the host.
+        names: the names that its scp accepts. That of asyncssh refuses a backslash, drops spaces
+            at the start, and treats every path as a pattern.
+        several: whether its scp can send more than one path at once. That of asyncssh can't.
     """
 
     def __init__(

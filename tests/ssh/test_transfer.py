@@ -48,7 +48,7 @@ class Far:
     def __init__(self, client: CloreClient, order: Any, folder: Path, **login: Any) -> None:
         self.client, self.order, self.folder, self.login = client, order, folder, login
         self.home = Path()
-        self.root: Path | None = None  # what the folder is called there, if otherwise
+        self.root: Path | None = None  # the path of the folder on the host, if it differs
 
     def up(self, local: Any, remote: Any, **options: Any) -> Any:
         return self.client.upload(self.order, local, remote, **self.login, **options)
