@@ -91,7 +91,7 @@ class Cancellation:
         Parameters:
             deadline: returns the monotonic time at which to give up.
             confirm: wait until the order has ended; else an accepted cancel is enough.
-            retry_refused: go on if the API refuses to cancel an active order.
+            retry_refused: continue if the API refuses to cancel an active order.
             stop: returns whether to give up at once.
 
         Returns:

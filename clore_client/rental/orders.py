@@ -439,7 +439,7 @@ class RentalOrders:
         """
         asked_at = time.monotonic()
         deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
-        if self.block_ended_at is None:  # the limits of the rental must be checked meanwhile
+        if self.block_ended_at is None:  # the limits of the rental must still be checked
             deadline = asked_at + LIST_PATIENCE
         absent = purchase.absent
         try:

@@ -71,7 +71,7 @@ class SignalHandling:
     def close(self) -> None:
         """Stop using the signal handler. Safe to repeat."""
         this_process.signal_users.discard(self)
-        # Another thread can't restore handlers; without users, ours does what the default does.
+        # Another thread can't restore handlers. Without users, ours acts as the default handler.
         if not this_process.signal_users and in_main_thread():
             _restore_handlers()
 

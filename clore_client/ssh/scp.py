@@ -301,7 +301,7 @@ class ExactFile:
     def read(self, most: int) -> bytes:
         data = bytes(self._file.read(min(most, self._size - self._done)))
         if not data:
-            raise SSHError(f"the file ended before {self._size} bytes: it changed meanwhile")
+            raise SSHError(f"the file ended before {self._size} bytes: it has changed")
         self._done += len(data)
         return data
 

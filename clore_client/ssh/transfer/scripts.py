@@ -71,7 +71,7 @@ CONTROL = (
     + TARGET
     + r"""
 u=$(umask); umask 077
-# With resume, two uploads may share the temporary name: only the one that began last may go on.
+# With resume, two uploads may share the temporary name: only the last one that began may continue.
 make() {
   if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi || return 1
   [ "$keep" = 0 ] || echo "$owner" >"$o"
