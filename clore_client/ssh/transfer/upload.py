@@ -103,7 +103,7 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     by_name = there.by_name
     deletes: list[bytes] = []
     if options.delete is not False:
-        transfer.deletes = deletes = _only_there(tree, by_name, options)
+        transfer.deletes = deletes = _extra_names(tree, by_name, options)
     same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
     tree.drop_files(same)
     transfer.unchanged = len(same)
@@ -116,7 +116,7 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     return path
 
 
-def _only_there(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
+def _extra_names(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
     """Return the names that only the target has, deepest first.
 
     Names that match ``exclude``, or that the upload left out, are not returned.
