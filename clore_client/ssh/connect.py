@@ -193,12 +193,12 @@ class Login:
 
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
-        transport.auth_interactive_dumb = self._answer_no_questions
+        transport.auth_interactive_dumb = self._refuse_questions
         if hops:
             close_after(transport, hops)
         return transport
 
-    def _answer_no_questions(self, *_: Any) -> None:
+    def _refuse_questions(self, *_: Any) -> None:
         # paramiko would print the host's text, and read the answer from the terminal.
         raise self._paramiko.ssh_exception.PartialAuthentication(
             ["keyboard-interactive or password"]
