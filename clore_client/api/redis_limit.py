@@ -16,7 +16,7 @@ from clore_client.api.rate_limit import (
     entry_lifetime,
     random_gap,
 )
-from clore_client.errors import ConfigurationError, Secret, printable, without
+from clore_client.errors import ConfigurationError, Secret, printable, redact
 
 REDIS_TIMEOUT = 0.5  # seconds to connect, and for one reply
 REDIS_EXPIRY = 86_400  # seconds after which Redis forgets a key that nobody uses
@@ -195,7 +195,7 @@ class RedisStore:
             if not math.isfinite(seconds) or (granted and seconds > turn.interval):
                 raise ValueError("the reply is not valid")
         except Exception as error:  # those of a client that the user passed may be of any class
-            text = without(f"{type(error).__name__}: {error}", self._server.secrets)
+            text = redact(f"{type(error).__name__}: {error}", self._server.secrets)
             raise StoreUnavailableError(
                 f"Redis at {self._server.name} can't be used: {printable(text, 200)}"
             ) from None

@@ -28,7 +28,7 @@ from clore_client.errors import (
     api_error,
     error_text,
     printable,
-    without,
+    redact,
 )
 from clore_client.models.record import RawRecords
 
@@ -125,7 +125,7 @@ def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str
     """Return the start of an HTML or text body on one line, without tags and secrets."""
     import html  # slow to import, and only errors need it
 
-    text = without(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
+    text = redact(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
     text = re.sub(r"(?is)<(script|style|head)\b.*?</\1\s*>", " ", text)
     text = html.unescape(re.sub(r"<[^<>]*>?", " ", text))
     return printable(" ".join(text.split()), limit)
@@ -149,7 +149,7 @@ def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failu
         sent_at: monotonic time at which the request was sent; None if it was not.
     """
     reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
-    cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
+    cause = printable(redact(f"{type(error).__name__}: {reason}", call.secrets), 300)
     unsent = never_sent(error, sent_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)
     failed.sent_at = None if unsent else sent_at
