@@ -510,12 +510,12 @@ def test_a_host_that_was_started_anew(job_host: JobHost) -> None:
     job = job_host.start(f"sleep {number}", name="x")
     until(lambda: sleeping(number))
     note = job_host.home / ".clore/jobs/x/pid"
-    pid, born, boot, began = note.read_text().split()
-    note.write_text(f"{pid} {born} other/1 {began}\n")
+    pid, ticks, boot, began = note.read_text().split()
+    note.write_text(f"{pid} {ticks} other/1 {began}\n")
     assert job_host.job("x").status == "lost"
     job_host.job("x").stop()  # the pid belongs to another process: nothing is killed
     assert sleeping(number)
-    note.write_text(f"{pid} {born} {boot} {began}\n")
+    note.write_text(f"{pid} {ticks} {boot} {began}\n")
     job.stop()
 
 
@@ -580,8 +580,8 @@ def test_the_number_of_another_process(job_host: JobHost) -> None:
     other = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
         folder = job_host.home / ".clore/jobs/x"
-        _, born, boot, began = (folder / "pid").read_text().split()
-        (folder / "pid").write_text(f"{other.pid} {int(born) - 1} {boot} {began}\n")
+        _, ticks, boot, began = (folder / "pid").read_text().split()
+        (folder / "pid").write_text(f"{other.pid} {int(ticks) - 1} {boot} {began}\n")
         (folder / "exit").write_text("-\n")
         assert job_host.job("x").status == "killed"
         job_host.job("x").stop()
